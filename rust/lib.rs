@@ -1,0 +1,15 @@
+//! The engine of oxmerge: merges model checkpoints out of core.
+//!
+//! A merge is arithmetic on files. The engine reads the shard files block by block, computes each
+//! output block with SIMD on every core, and writes it once, at its final offset. Nothing is ever
+//! loaded whole: not a model, not a shard, not a tensor. `ARCHITECTURE.md` beside this file tells
+//! how it is built and why; `kernels/NUMERICS.md` is the numeric contract.
+//!
+//! A module uses only those above it in this list. Only `python` knows Python.
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("oxmerge needs a 64-bit machine: checkpoints are larger than 4 GiB");
+
+pub mod dtype;
+pub mod error;
+pub mod plan;

@@ -10,6 +10,8 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("oxmerge needs a 64-bit machine: checkpoints are larger than 4 GiB");
 
+pub mod checkpoint;
 pub mod dtype;
 pub mod error;
+pub mod io;
 pub mod plan;

@@ -7,10 +7,12 @@
 
 use std::fs;
 
-use super::task::{Task, Work};
+use super::task::Work;
+use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
+use crate::formula::machine::TensorFrame;
 use crate::formula::stage::unknown;
-use crate::formula::{ReductionKind, Scope};
+use crate::formula::{Scope, Value};
 use crate::kernels::BLOCK;
 
 /// Input bytes of one source that a piece has at the most: more gains nothing.
@@ -37,9 +39,9 @@ pub struct MemoryPlan {
     pub worker_bytes: u64,
 }
 
-/// Bytes of all inputs and the output of one block, and of the state of the passes.
+/// What one tensor needs: bytes of a block of all inputs and the output, and of the passes' state.
 #[derive(Clone, Copy, Debug, Default)]
-struct Need {
+pub struct Need {
     block: u64,
     blocks: u64,
     /// Input bytes of the widest source's block.
@@ -49,42 +51,48 @@ struct Need {
 }
 
 impl Need {
-    fn of(task: &Task) -> Self {
-        let sizes = task.sources.iter().map(|source| source.dtype().size() as u64);
-        let widest = sizes.clone().max().unwrap_or(0) * BLOCK as u64;
-        let all = sizes.sum::<u64>() + task.sink.dtype().size() as u64;
+    /// The need of a tensor made by `work` from sources of these types.
+    pub(crate) fn new(
+        frame: &TensorFrame,
+        work: &Work,
+        sources: impl Iterator<Item = DType>,
+        output: DType,
+    ) -> Self {
+        let sizes: Vec<u64> = sources.map(|dtype| dtype.size() as u64).collect();
+        let block = BLOCK as u64;
         let mut need = Self {
-            block: all * BLOCK as u64,
-            blocks: task.blocks(),
-            widest,
+            block: (sizes.iter().sum::<u64>() + output.size() as u64) * block,
+            blocks: frame.blocks(),
+            widest: sizes.iter().max().unwrap_or(&0) * block,
             ..Self::default()
         };
-        if let Work::Formula(formula) = &task.work {
-            let waits = unknown(std::slice::from_ref(formula));
-            let searches = waits.selections.len() as u64;
-            need.worker_state = searches * HISTOGRAM_BYTES;
-            need.shared_state = searches * (SEARCH_BYTES + 4 * task.blocks());
-            for reduction in &waits.reductions {
-                debug_assert!(reduction.kind != ReductionKind::Max || reduction.right.is_none());
-                match reduction.scope {
-                    Scope::Row if task.stores_rows() => {
-                        need.shared_state += 8 * (task.frame.elements / task.frame.row);
-                    }
-                    // Rows at the edges of a piece are read whole.
-                    Scope::Row => need.blocks += 2,
-                    Scope::Column => {
-                        need.worker_state += 8 * task.frame.line;
-                        need.shared_state += 8 * task.frame.line * (task.column_blocks() + 1);
-                    }
-                    Scope::Tensor | Scope::Model => need.shared_state += 8 * task.blocks(),
-                }
-            }
+        if let Work::Formula(formula) = work {
+            need.add_passes(frame, formula);
         }
         need
     }
 
+    fn add_passes(&mut self, frame: &TensorFrame, formula: &Value) {
+        let waits = unknown(std::slice::from_ref(formula));
+        let searches = waits.selections.len() as u64;
+        self.worker_state += searches * HISTOGRAM_BYTES;
+        self.shared_state += searches * (SEARCH_BYTES + 4 * frame.blocks());
+        for reduction in &waits.reductions {
+            match reduction.scope {
+                Scope::Row if frame.stores_rows() => self.shared_state += 8 * frame.rows(),
+                // Rows at the edges of a piece are read whole.
+                Scope::Row => self.blocks += 2,
+                Scope::Column => {
+                    self.worker_state += 8 * frame.line;
+                    self.shared_state += 8 * frame.line * (frame.column_blocks() + 1);
+                }
+                Scope::Tensor | Scope::Model => self.shared_state += 8 * frame.blocks(),
+            }
+        }
+    }
+
     /// Blocks in a piece when a worker may hold `bytes`.
-    fn piece_blocks(&self, bytes: u64) -> u64 {
+    pub(crate) fn piece_blocks(&self, bytes: u64) -> u64 {
         let most = (LARGEST_PIECE / self.widest.max(1)).max(1);
         (bytes / self.block.max(1)).clamp(1, most)
     }
@@ -94,23 +102,15 @@ impl Need {
     }
 }
 
-/// Blocks in a piece of `task` when a worker may hold `worker_bytes`.
-pub(crate) fn piece_blocks(task: &Task, worker_bytes: u64) -> u64 {
-    Need::of(task).piece_blocks(worker_bytes)
-}
-
 impl MemoryPlan {
     /// Divides `budget` among at most `workers` threads; `baseline` is resident already.
     ///
     /// Uses fewer threads before it refuses; refuses with the number that would do.
-    pub fn new(tasks: &[Task], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
-        let needs: Vec<Need> = tasks.iter().map(Need::of).collect();
+    pub fn new(needs: &[Need], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
         let most = |of: fn(&Need) -> u64| needs.iter().map(of).max().unwrap_or(0);
         let (block, worker_state) = (most(|need| need.block), most(|need| need.worker_state));
-        let shared = ENGINE_OVERHEAD + largest_states(&needs, workers);
-        let fixed = |workers: u64| {
-            baseline + shared + workers * (worker_state + WORKER_OVERHEAD)
-        };
+        let shared = ENGINE_OVERHEAD + largest_states(needs, workers);
+        let fixed = |workers: u64| baseline + shared + workers * (worker_state + WORKER_OVERHEAD);
         let fits = |workers: &u64| fixed(*workers) + workers * block <= budget;
         let Some(workers) = (1..=workers.max(1) as u64).rev().find(fits) else {
             return Err(refused(budget, fixed(1) + block));

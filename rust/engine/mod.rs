@@ -19,7 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use control::Control;
-use memory::MemoryPlan;
+use memory::{MemoryPlan, Need};
 use task::{Active, Found, Pass, Task, bind_model_sums};
 use work::Worker;
 
@@ -65,7 +65,8 @@ pub(crate) fn tasks_under_way(workers: usize) -> usize {
 pub fn run(mut tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<Report> {
     let started = Instant::now();
     let baseline = memory::resident();
-    let memory = MemoryPlan::new(&tasks, settings.memory, settings.workers, baseline)?;
+    let needs: Vec<Need> = tasks.iter().map(Task::need).collect();
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
     let sums = run_all(&mut tasks, settings, &memory, control, true)?;
     bind_model_sums(&mut tasks, &sums)?;
     run_all(&mut tasks, settings, &memory, control, false)?;
@@ -96,7 +97,7 @@ fn run_all(
         tasks: &shared,
         piece_blocks: shared
             .iter()
-            .map(|task| memory::piece_blocks(task, memory.worker_bytes).min(most))
+            .map(|task| task.need().piece_blocks(memory.worker_bytes).min(most))
             .collect(),
         under_way: tasks_under_way(memory.workers),
         control,
@@ -107,7 +108,8 @@ fn run_all(
             scope.spawn(|| schedule.work(settings.level, memory.worker_bytes as usize));
         }
     });
-    let State { failure, sums, .. } = schedule.state.into_inner().unwrap_or_else(|e| e.into_inner());
+    let State { failure, sums, .. } =
+        schedule.state.into_inner().unwrap_or_else(|e| e.into_inner());
     let unshared = shared.into_iter().filter_map(|task| Arc::try_unwrap(task).ok());
     tasks.extend(unshared);
     failure.map_or(Ok(sums), Err)
@@ -133,12 +135,7 @@ struct State {
 
 impl State {
     fn new(tasks: usize) -> Self {
-        Self {
-            next_task: 0,
-            active: VecDeque::new(),
-            sums: vec![Vec::new(); tasks],
-            failure: None,
-        }
+        Self { next_task: 0, active: VecDeque::new(), sums: vec![Vec::new(); tasks], failure: None }
     }
 }
 

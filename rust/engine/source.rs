@@ -26,11 +26,8 @@ pub trait Source: Debug + Send + Sync {
     }
 
     /// The little-endian bytes of `elements`, in place or in `scratch`.
-    fn read<'a>(
-        &'a self,
-        elements: Range<u64>,
-        scratch: &'a mut AlignedBuffer,
-    ) -> Result<&'a [u8]>;
+    fn read<'a>(&'a self, elements: Range<u64>, scratch: &'a mut AlignedBuffer)
+    -> Result<&'a [u8]>;
 
     /// A hint that `elements` will not be read again soon.
     fn release(&self, elements: Range<u64>) {

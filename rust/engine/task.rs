@@ -3,18 +3,18 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::memory::Need;
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::machine::TensorFrame;
-use crate::formula::selection::{Cut, Histogram, Progress, Search};
+use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{Chosen, Reduction, ReductionKind, Scalar, Scope, Selection, Value, ValueNode};
+use crate::formula::{
+    Chosen, Reduction, ReductionKind, Scalar, Scope, Selection, Value, ValueNode,
+};
 use crate::kernels::{BLOCK, Real, fold_halves};
-
-/// Rows a block of a column reduction has; part of the fixed shape of the numeric contract.
-pub(crate) const COLUMN_BLOCK: u64 = 1024;
 
 /// What an output tensor is made by.
 #[derive(Clone, Debug)]
@@ -50,29 +50,24 @@ impl Task {
         work: Work,
     ) -> Self {
         let frame = TensorFrame::new(name, seed, shape);
-        let double = sink.dtype() == DType::F64
-            || sources.iter().any(|source| source.dtype() == DType::F64);
+        let double =
+            sink.dtype() == DType::F64 || sources.iter().any(|source| source.dtype() == DType::F64);
         Self { frame, sources, labels, sink, work, double }
     }
 
-    /// Blocks of the fixed reduction shape.
-    pub(crate) fn blocks(&self) -> u64 {
-        self.frame.elements.div_ceil(BLOCK as u64)
+    pub(crate) fn need(&self) -> Need {
+        let sources = self.sources.iter().map(|source| source.dtype());
+        Need::new(&self.frame, &self.work, sources, self.sink.dtype())
     }
 
-    /// Rows that are longer than a block are reduced once, in a pass of their own.
-    pub(crate) fn stores_rows(&self) -> bool {
-        self.frame.row > BLOCK as u64
+    pub(crate) fn blocks(&self) -> u64 {
+        self.frame.blocks()
     }
 
     /// The elements of the blocks `blocks`.
     pub(crate) fn elements_of(&self, blocks: Range<u64>) -> Range<u64> {
         let block = BLOCK as u64;
         blocks.start * block..(blocks.end * block).min(self.frame.elements)
-    }
-
-    pub(crate) fn column_blocks(&self) -> u64 {
-        (self.frame.elements / self.frame.line).div_ceil(COLUMN_BLOCK)
     }
 }
 
@@ -111,7 +106,11 @@ pub(crate) enum Found {
     /// For each selection: keys of sampled elements.
     Keys(Vec<Vec<u64>>),
     /// For each reduction: a result a block, from block `first` on; for each search: counts.
-    Blocks { first: u64, sums: Vec<Vec<f64>>, counts: Vec<Histogram> },
+    Blocks {
+        first: u64,
+        sums: Vec<Vec<f64>>,
+        counts: Vec<Histogram>,
+    },
     Index(u64),
     /// For each reduction: the result of the row.
     Row(Vec<f64>),
@@ -194,7 +193,7 @@ impl Active {
             let stage = stage::next_stage(&formula, Scope::Model, false);
             return !stage.is_empty() && self.begin_stage(stage);
         }
-        let stored = self.task.stores_rows();
+        let stored = self.task.frame.stores_rows();
         for scope in [Scope::Tensor, Scope::Column, Scope::Row] {
             if scope == Scope::Row && !stored {
                 continue;
@@ -215,12 +214,12 @@ impl Active {
         self.summed = false;
         match scope {
             Some(Scope::Row) => {
-                let rows = self.task.frame.elements / self.task.frame.row;
+                let rows = self.task.frame.rows();
                 self.results.iter_mut().for_each(|rows_of| rows_of.resize(rows as usize, 0.0));
                 self.enter(Pass::Rows(reductions), rows)
             }
             Some(Scope::Column) => {
-                let blocks = self.task.column_blocks();
+                let blocks = self.task.frame.column_blocks();
                 self.columns = vec![Vec::new(); blocks as usize];
                 self.enter(Pass::Columns(reductions), blocks)
             }
@@ -234,8 +233,7 @@ impl Active {
 
     fn begin_searches(&mut self, selections: Vec<Arc<Selection>>) -> bool {
         let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
-        self.searching =
-            selections.iter().map(|selection| begin(selection, &self.task)).collect();
+        self.searching = selections.iter().map(|selection| begin(selection, &self.task)).collect();
         let open: Vec<_> = self
             .searching
             .iter()
@@ -369,11 +367,7 @@ impl Active {
         self.bind_columns(&reductions, &mut bindings);
         for searching in std::mem::take(&mut self.searching) {
             let chosen = searching.chosen.expect("a bound search is over");
-            let value = if self.task.double {
-                f64::from_key(chosen.threshold)
-            } else {
-                f64::from(f32::from_key(chosen.threshold))
-            };
+            let value = value_of_key(chosen.threshold, self.task.double);
             bindings.selection(&searching.selection, chosen, value);
         }
         self.formula = self.formula.as_ref().map(|formula| bindings.bind(formula));

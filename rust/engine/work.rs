@@ -4,11 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::control::Control;
-use super::task::{COLUMN_BLOCK, Found, Pass, SearchView, Task, copied_input, max};
+use super::task::{Found, Pass, SearchView, Task, copied_input, max};
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::code::Code;
-use crate::formula::machine::{CHUNK, InputBytes, Machine};
+use crate::formula::machine::{CHUNK, COLUMN_BLOCK, InputBytes, Machine};
 use crate::formula::selection::{Cut, Histogram};
 use crate::formula::stage::{inputs_of, operands, row_reductions, unknown};
 use crate::formula::{Reduction, ReductionKind, Scalar, Scope, Selection, Value};
@@ -196,18 +196,23 @@ impl<'a> Worker<'a> {
         while at < task.frame.row {
             let until = task.frame.row.min(at + step);
             let elements = start + at..start + until;
-            self.with_inputs::<T, ()>(task, elements.clone(), &values, |_, level, inputs, values| {
-                let code = Code::compile(&values);
-                let mut machine = Machine::<T>::new(level, &task.frame, &code);
-                for block in steps(elements, BLOCK as u64) {
-                    for (sums, sum) in
-                        blocks.iter_mut().zip(layout.block(level, &mut machine, block, inputs))
-                    {
-                        sums.push(sum);
+            self.with_inputs::<T, ()>(
+                task,
+                elements.clone(),
+                &values,
+                |_, level, inputs, values| {
+                    let code = Code::compile(&values);
+                    let mut machine = Machine::<T>::new(level, &task.frame, &code);
+                    for block in steps(elements, BLOCK as u64) {
+                        for (sums, sum) in
+                            blocks.iter_mut().zip(layout.block(level, &mut machine, block, inputs))
+                        {
+                            sums.push(sum);
+                        }
                     }
-                }
-                Ok(())
-            })?;
+                    Ok(())
+                },
+            )?;
             at = until;
         }
         let folded = reductions.iter().zip(&mut blocks).map(|(r, sums)| fold(r.kind, sums));
@@ -232,15 +237,20 @@ impl<'a> Worker<'a> {
         let mut sums = vec![vec![0.0; line as usize]; reductions.len()];
         let step = self.step_blocks(task) * BLOCK as u64;
         for elements in steps(unit * COLUMN_BLOCK * line..end, step) {
-            self.with_inputs::<T, ()>(task, elements.clone(), &values, |_, level, inputs, values| {
-                let code = Code::compile(&values);
-                let mut machine = Machine::<T>::new(level, &task.frame, &code);
-                for range in chunks(elements) {
-                    machine.run(&range, inputs);
-                    layout.add_to_columns(&machine, &range, line, &mut sums);
-                }
-                Ok(())
-            })?;
+            self.with_inputs::<T, ()>(
+                task,
+                elements.clone(),
+                &values,
+                |_, level, inputs, values| {
+                    let code = Code::compile(&values);
+                    let mut machine = Machine::<T>::new(level, &task.frame, &code);
+                    for range in chunks(elements) {
+                        machine.run(&range, inputs);
+                        layout.add_to_columns(&machine, &range, line, &mut sums);
+                    }
+                    Ok(())
+                },
+            )?;
         }
         Ok(Found::Columns(sums))
     }
@@ -304,7 +314,7 @@ fn differs(task: &Task, label: &str) -> Error {
 fn place(task: &Task, out: &mut AlignedBuffer, elements: &Range<u64>) -> Range<usize> {
     let start = task.sink.buffer_offset(elements.start);
     let end = start + (elements.end - elements.start) as usize * task.sink.dtype().size();
-    out.resize(end);
+    out.grow(end);
     start..end
 }
 

@@ -88,12 +88,14 @@ impl<'a> Binder<'a> {
             ValueNode::WeightedSum(terms) => simplify_weighted_sum(
                 terms.iter().map(|(c, v)| (self.scalar(c), self.value(v))).collect(),
             ),
-            ValueNode::Keep(selection) => match self.known.selections.get(&Arc::as_ptr(selection)) {
-                Some(&(chosen, _)) => {
-                    Value::new(ValueNode::Kept { value: self.value(&selection.value), chosen })
+            ValueNode::Keep(selection) => {
+                match self.known.selections.get(&Arc::as_ptr(selection)) {
+                    Some(&(chosen, _)) => {
+                        Value::new(ValueNode::Kept { value: self.value(&selection.value), chosen })
+                    }
+                    None => Value::new(ValueNode::Keep(self.selection(selection))),
                 }
-                None => Value::new(ValueNode::Keep(self.selection(selection))),
-            },
+            }
             ValueNode::Kept { value, chosen } => {
                 Value::new(ValueNode::Kept { value: self.value(value), chosen: *chosen })
             }

@@ -23,17 +23,44 @@ pub(crate) enum Argument {
 #[derive(Clone, Debug)]
 pub(crate) enum Operation {
     /// Widens a chunk of an input.
-    Load { input: usize },
+    Load {
+        input: usize,
+    },
     /// The same number everywhere.
-    Fill { number: f64 },
+    Fill {
+        number: f64,
+    },
     /// Repeats a number a row (column) over its elements.
-    Spread { axis: Scope, first: u64, values: Arc<Vec<f64>> },
-    Unary { op: UnaryOp, a: Slot },
-    Binary { op: BinaryOp, a: Argument, b: Argument },
-    Select { mask: Slot, yes: Argument, no: Argument },
-    WeightedSum { terms: Vec<(f64, Slot)> },
-    Kept { a: Slot, chosen: Chosen },
-    Random { keep_below: u64, stream: u32 },
+    Spread {
+        axis: Scope,
+        first: u64,
+        values: Arc<Vec<f64>>,
+    },
+    Unary {
+        op: UnaryOp,
+        a: Slot,
+    },
+    Binary {
+        op: BinaryOp,
+        a: Argument,
+        b: Argument,
+    },
+    Select {
+        mask: Slot,
+        yes: Argument,
+        no: Argument,
+    },
+    WeightedSum {
+        terms: Vec<(f64, Slot)>,
+    },
+    Kept {
+        a: Slot,
+        chosen: Chosen,
+    },
+    Random {
+        keep_below: u64,
+        stream: u32,
+    },
 }
 
 /// An operation and the slot its result goes to.

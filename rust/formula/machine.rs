@@ -6,10 +6,13 @@ use std::ops::Range;
 use super::code::{Argument, Code, Operation, Slot};
 use super::{Chosen, Scope};
 use crate::dtype::DType;
-use crate::kernels::{self, Level, MaskKey, Operand, Real};
+use crate::kernels::{self, BLOCK, Level, MaskKey, Operand, Real};
 
 /// Elements a chunk: a few slots of it fit the first-level cache. Divides a block.
 pub(crate) const CHUNK: usize = 2048;
+
+/// Rows a block of a column reduction has; part of the fixed shape of the numeric contract.
+pub(crate) const COLUMN_BLOCK: u64 = 1024;
 
 /// What a tensor's elements are called when random masks are drawn, and how they lie in rows.
 #[derive(Clone, Debug)]
@@ -30,6 +33,25 @@ impl TensorFrame {
         let row = shape.last().copied().unwrap_or(1).max(1);
         let line = elements / shape.first().copied().unwrap_or(1).max(1);
         Self { name: name.to_owned(), seed, elements, row, line: line.max(1) }
+    }
+
+    /// Blocks of the fixed reduction shape.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.elements.div_ceil(BLOCK as u64)
+    }
+
+    pub(crate) fn rows(&self) -> u64 {
+        self.elements / self.row
+    }
+
+    /// Rows that are longer than a block are reduced once, in a pass of their own.
+    pub(crate) fn stores_rows(&self) -> bool {
+        self.row > BLOCK as u64
+    }
+
+    /// Blocks of the fixed shape of a column reduction.
+    pub(crate) fn column_blocks(&self) -> u64 {
+        (self.elements / self.line).div_ceil(COLUMN_BLOCK)
     }
 
     /// Which entry of a row or column vector element `index` uses.

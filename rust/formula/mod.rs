@@ -76,14 +76,24 @@ pub(crate) enum ValueNode {
     Scalar(Scalar),
     Unary(UnaryOp, Value),
     Binary(BinaryOp, Value, Value),
-    Select { mask: Value, yes: Value, no: Value },
+    Select {
+        mask: Value,
+        yes: Value,
+        no: Value,
+    },
     WeightedSum(Vec<(Scalar, Value)>),
     /// 1 where the element is among the kept, else 0.
     Keep(Arc<Selection>),
     /// The same, after the selection was found.
-    Kept { value: Value, chosen: Chosen },
+    Kept {
+        value: Value,
+        chosen: Chosen,
+    },
     /// 1 with probability `density`, else 0; independent for each stream and element.
-    Random { density: f64, stream: u32 },
+    Random {
+        density: f64,
+        stream: u32,
+    },
 }
 
 pub(crate) enum ScalarNode {
@@ -91,9 +101,16 @@ pub(crate) enum ScalarNode {
     Reduction(Arc<Reduction>),
     /// The smallest of the kept values.
     Threshold(Arc<Selection>),
-    Computed { of: Arc<Computation>, index: usize },
+    Computed {
+        of: Arc<Computation>,
+        index: usize,
+    },
     /// The results of a row or column reduction: entry i is for row (column) `first` + i.
-    Vector { axis: Scope, first: u64, values: Arc<Vec<f64>> },
+    Vector {
+        axis: Scope,
+        first: u64,
+        values: Arc<Vec<f64>>,
+    },
 }
 
 /// A summary of values over a scope.

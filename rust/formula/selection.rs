@@ -73,8 +73,8 @@ impl Search {
             rank: count,
             elements,
             low: 0,
-            high: T::LARGEST_KEY,
-            largest_key: T::LARGEST_KEY,
+            high: T::NAN.key(),
+            largest_key: T::NAN.key(),
             bins: Vec::new(),
             above: 0,
             blocks: vec![0; blocks as usize],
@@ -196,5 +196,18 @@ impl Histogram {
                 _ => self.blocks.push((block, counts.inside as u32)),
             }
         }
+    }
+}
+
+/// The value whose order key is `key`, in a working type of `bits` bits.
+pub(crate) fn value_of_key(key: u64, double: bool) -> f64 {
+    if double {
+        let ordinal = key.wrapping_sub(1 << 63).cast_signed();
+        let magnitude = f64::from_bits(ordinal.unsigned_abs());
+        if ordinal < 0 { -magnitude } else { magnitude }
+    } else {
+        let ordinal = key.cast_signed() - (1 << 31);
+        let magnitude = f64::from(f32::from_bits(ordinal.unsigned_abs() as u32));
+        if ordinal < 0 { -magnitude } else { magnitude }
     }
 }

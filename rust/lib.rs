@@ -12,4 +12,5 @@ compile_error!("oxmerge needs a 64-bit machine: checkpoints are larger than 4 Gi
 
 pub mod dtype;
 pub mod error;
+pub mod kernels;
 pub mod plan;

@@ -1,0 +1,4 @@
+//! All Rust tests, as one binary: it links once.
+
+mod disassembly;
+mod kernels;

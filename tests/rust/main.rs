@@ -1,4 +1,6 @@
-//! The crate's tests, one binary.
+//! All Rust tests, as one binary: it links once.
 
 mod checkpoint;
+mod disassembly;
 mod io;
+mod kernels;

@@ -1,0 +1,139 @@
+"""Exceptions. One base, few classes; builtin ones where a builtin says it best.
+
+Files that do not exist are `FileNotFoundError`, an output that exists is `FileExistsError`, a full
+disk is an `OSError` with its number, and Ctrl-C is `KeyboardInterrupt`.
+"""
+
+from __future__ import annotations
+
+from oxmerge.problems import Problem
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "InputChangedError",
+    "MemoryBudgetError",
+    "OutputError",
+    "OxmergeError",
+    "PlanError",
+    "RecipeError",
+    "UnsupportedError",
+]
+
+
+class OxmergeError(Exception):
+    """Base of every error that is oxmerge's own.
+
+    Parameters
+    ----------
+    message : str
+        What went wrong; lower case, without place or advice.
+    file, tensor, expected, found, advice : str, optional
+        The parts of the story, kept apart as attributes of the same names.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        file: str | None = None,
+        tensor: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = file
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        self.advice = advice
+
+    def as_problem(self, kind: str = "checkpoint") -> Problem:
+        """Return the same story as an entry of a report."""
+        return Problem(
+            kind,
+            self.message,
+            file=self.file,
+            tensor=self.tensor,
+            expected=self.expected,
+            found=self.found,
+            advice=self.advice,
+        )
+
+    def __str__(self) -> str:
+        """Return the message with its place, comparison and hint."""
+        return str(self.as_problem())
+
+
+class ProblemsError(OxmergeError, ValueError):
+    """Base of the errors that report several problems together.
+
+    Parameters
+    ----------
+    message : str
+        The headline.
+    problems : iterable of Problem
+        Every problem found. Without any, the error itself is the only one.
+    file, tensor, expected, found, advice : str, optional
+        As for `OxmergeError`.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        problems: Iterable[Problem] = (),
+        file: str | None = None,
+        tensor: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        super().__init__(
+            message, file=file, tensor=tensor, expected=expected, found=found, advice=advice
+        )
+        self.problems: tuple[Problem, ...] = tuple(problems)
+
+    def __str__(self) -> str:
+        """Return the headline and one entry for each problem."""
+        if not self.problems:
+            return super().__str__()
+        if len(self.problems) == 1:
+            return f"{self.message}: {self.problems[0]}"
+        entries = (str(problem).replace("\n", "\n  ") for problem in self.problems)
+        return "\n".join(
+            [f"{self.message}: {len(self.problems)} problems", *map("- {}".format, entries)]
+        )
+
+
+class RecipeError(ProblemsError):
+    """A recipe that cannot be read: `problems` has every fault in it."""
+
+
+class PlanError(ProblemsError):
+    """A recipe that does not fit its checkpoints: `problems` has every fault that headers show."""
+
+
+class CheckpointError(OxmergeError):
+    """A checkpoint that is broken: its header, its index or its sizes."""
+
+
+class UnsupportedError(CheckpointError):
+    """A checkpoint that is sound, but of a kind that cannot be merged yet."""
+
+
+class MemoryBudgetError(OxmergeError):
+    """The memory budget cannot hold the smallest step of the work."""
+
+
+class InputChangedError(OxmergeError):
+    """An input file changed while the merge was reading it."""
+
+
+class OutputError(OxmergeError):
+    """The output cannot be written where it was asked to go."""

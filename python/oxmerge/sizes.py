@@ -1,0 +1,96 @@
+"""Sizes as people write them: ``256MiB``, ``5GB``, ``5B``."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_size", "parse_size"]
+
+_BINARY = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+#: One letter counts in powers of 1000; `b` is a billion bytes, as in mergekit's ``5B``.
+_LETTERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_UNITS = _BINARY | _DECIMAL | _LETTERS
+_SIZE = re.compile(r"(?a:\s*(\d+)(?:\.(\d+))?\s*([a-z]*)\s*)", re.IGNORECASE)
+
+
+def parse_size(value: str | int) -> int:
+    """Return the number of bytes that `value` says.
+
+    Parameters
+    ----------
+    value : str or int
+        Bytes, or a number with a unit in any case: ``KiB MiB GiB TiB`` (powers of 1024), ``kB MB
+        GB TB`` or ``k m g t`` (powers of 1000), and mergekit's ``b``, a billion bytes.
+
+    Returns
+    -------
+    int
+        Bytes, rounded down.
+
+    Raises
+    ------
+    ValueError
+        If it is no size, or negative.
+
+    Examples
+    --------
+    >>> parse_size("256MiB"), parse_size("5B"), parse_size("1.5GB")
+    (268435456, 5000000000, 1500000000)
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _not_negative(value)
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise _no_size(value)
+    whole, fraction, unit = match[1], match[2] or "", match[3].lower()
+    if unit not in _UNITS:
+        raise _no_size(value)
+    return int(whole + fraction) * _UNITS[unit] // 10 ** len(fraction)
+
+
+def _not_negative(value: int) -> int:
+    if value < 0:
+        raise _no_size(value)
+    return value
+
+
+def _no_size(value: object) -> ValueError:
+    return ValueError(
+        f"not a size: {value!r}; write a number of bytes or a unit, such as 256MiB, 2GiB or 5GB"
+    )
+
+
+def format_size(size: int, *, binary: bool = False) -> str:
+    """Return `size` bytes with three significant digits and a unit.
+
+    Parameters
+    ----------
+    size : int
+        Bytes.
+    binary : bool
+        Count in powers of 1024 (``MiB``), as for memory; else of 1000 (``MB``), as for files.
+
+    Examples
+    --------
+    >>> format_size(4_983_000_000), format_size(1 << 28, binary=True), format_size(17)
+    ('4.98 GB', '256 MiB', '17 B')
+    """
+    step, names = (1024, _names("iB")) if binary else (1000, _names("B"))
+    power = 0
+    scaled = float(size)
+    while scaled >= step - 0.5 and power < len(names) - 1:
+        scaled /= step
+        power += 1
+    return f"{size} B" if power == 0 else f"{_three_digits(scaled)} {names[power]}"
+
+
+def _names(ending: str) -> tuple[str, ...]:
+    kilo = "K" if ending == "iB" else "k"
+    return ("B", *(letter + ending for letter in (kilo, "M", "G", "T")))
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0  # noqa: PLR2004 - three digits
+    text = f"{value:.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

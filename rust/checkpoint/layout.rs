@@ -96,23 +96,23 @@ fn check_names(tensors: &[Tensor]) -> Result<()> {
 /// Which tensors go into which shard.
 fn fill(sizes: &[u64], shard_size: u64) -> Result<Vec<Vec<usize>>> {
     let limit = if shard_size == 0 { u64::MAX } else { shard_size };
-    // Room for a header above every offset, so that no later sum overflows.
+    // Leaves room for a header before every offset, so that no later sum overflows.
     let most = u64::MAX - 2 * MAX_HEADER;
-    let mut shards = vec![Vec::new()];
+    let mut shards = Vec::new();
+    let mut shard = Vec::new();
     let mut bytes = 0_u64;
     for (tensor, &size) in sizes.iter().enumerate() {
-        let sum = bytes.checked_add(size);
-        if !shards[shards.len() - 1].is_empty() && sum.is_none_or(|sum| sum > limit) {
-            shards.push(Vec::new());
+        if !shard.is_empty() && bytes.saturating_add(size) > limit {
+            shards.push(std::mem::take(&mut shard));
             bytes = 0;
         }
-        bytes = bytes
-            .checked_add(size)
-            .filter(|&sum| sum <= most)
-            .ok_or_else(|| Error::plan("the output's size overflows"))?;
-        let last = shards.len() - 1;
-        shards[last].push(tensor);
+        shard.push(tensor);
+        bytes = bytes.saturating_add(size);
+        if bytes > most {
+            return Err(Error::plan("the output's size overflows"));
+        }
     }
+    shards.push(shard);
     Ok(shards)
 }
 

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
-use super::{AlignedBuffer, PAGE, free_space};
+use super::{AlignedBuffer, PAGE, volume};
 use crate::error::{Error, Result};
 
 /// A file that is written directly where that works.
@@ -47,6 +47,12 @@ impl OutputFile {
 
     /// Gives the file its size, with blocks behind it where the file system can reserve them.
     pub(super) fn reserve(&self, size: u64) -> Result<()> {
+        // Asked first, for a file system may take every free block before it finds them too few,
+        // and everybody else on that disk would fail meanwhile.
+        if self.free_space().is_some_and(|free| free < size) {
+            let error = Errno::NOSPC.into();
+            return Err(self.failed("reserve space for the shard", error, size));
+        }
         let reserved = match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, size) {
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => self.file.set_len(size),
             other => other.map_err(io::Error::from),
@@ -112,18 +118,20 @@ impl OutputFile {
             .is_ok()
     }
 
+    /// Bytes free on the disk, if that can be asked.
+    fn free_space(&self) -> Option<u64> {
+        volume::free_space_of(&self.file).ok()
+    }
+
     /// An error of the operating system, with what a user can do about the usual ones.
     fn failed(&self, doing: &str, error: io::Error, needed: u64) -> Error {
         let kind = error.kind();
         let failure = Error::io(doing, error).file(&self.path);
         match kind {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                let free = self.path.parent().and_then(|directory| free_space(directory).ok());
-                failure
-                    .expected(format_args!("room for {needed} bytes"))
-                    .found(format_args!("{} bytes free", free.unwrap_or(0)))
-                    .advice("free some space or write to another disk")
-            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => failure
+                .expected(format_args!("room for {needed} bytes"))
+                .found(format_args!("{} bytes free", self.free_space().unwrap_or(0)))
+                .advice("free some space or write to another disk"),
             io::ErrorKind::FileTooLarge => failure
                 .expected(format_args!("room for {needed} bytes in one file"))
                 .advice("choose a smaller shard size"),

@@ -6,11 +6,12 @@
 //! 1. *Page faults are slow, one at a time.* [`MappedFile::populate`] maps a whole piece with one
 //!    `MADV_POPULATE_READ`, which also waits for the disk.
 //! 2. *The resident set grows to the size of the file.* [`MappedFile::release`] drops the pages
-//!    behind the cursor. It rounds outwards to 64 KiB, for when the kernel maps a page that is
-//!    cached it also maps its neighbours in that window; rounding inwards would leave some of
-//!    them mapped at every seam between pieces, a gigabyte by the end of a 70B model. A piece next
-//!    door that another thread is using loses a few pages by this and gets them back from the page
-//!    cache at its next touch: dropping a page of a shared file map never drops data.
+//!    behind the cursor, and the ones around them: when the kernel maps a page it may also map
+//!    the cached pages beside it, up to the 2 MiB that one page table covers. A release that
+//!    stopped at the piece's own ends would leave some of them behind at every seam between
+//!    pieces; for files with large folios that was a sixth of all that was read. A piece next door
+//!    that another thread is using loses pages by this and gets them back from the page cache at
+//!    its next touch, 64 KiB or more at a time: dropping pages of a shared file map drops no data.
 //! 3. *A failure of the file is a signal, not an error.* Populating reports it as an error
 //!    instead, and a positioned read of the same piece then says what it was.
 //!
@@ -26,8 +27,9 @@ use std::fs::File;
 
 use memmap2::{Advice, Mmap, MmapOptions, UncheckedAdvice};
 
-/// What the kernel maps around one page fault.
-const FAULT_AROUND: usize = 64 << 10;
+/// A mapped piece may make so many bytes on either side of it resident: what one page table
+/// covers.
+pub const MAP_MARGIN: usize = 2 << 20;
 
 /// A read-only map of a whole file.
 #[derive(Debug)]
@@ -63,8 +65,11 @@ impl MappedFile {
 
     /// Unmaps the pages of `start..start + len`.
     pub(super) fn release(&self, start: u64, len: usize) {
-        let first = start as usize / FAULT_AROUND * FAULT_AROUND;
-        let end = (start as usize + len).next_multiple_of(FAULT_AROUND).min(self.map.len());
+        // Page tables are aligned in memory, not in the file.
+        let base = self.map.as_ptr().addr();
+        let begin = base + start as usize;
+        let first = (begin / MAP_MARGIN * MAP_MARGIN).max(base) - base;
+        let end = (begin + len).next_multiple_of(MAP_MARGIN).min(base + self.map.len()) - base;
         // SAFETY: the map is shared and has a file behind it, so that a dropped page is read again
         // from that file with the same bytes; no memory is lost or changed.
         let released = unsafe {

@@ -41,6 +41,7 @@ pub(crate) use positioned::read_exact_at;
 pub use volume::free_space;
 pub use writer::{DirectMode, ShardWriter};
 
+pub use mapped::MAP_MARGIN;
 use mapped::MappedFile;
 
 /// The unit of direct writes and of [`AlignedBuffer`]'s alignment.
@@ -87,8 +88,9 @@ impl InputReader {
     /// The bytes `start..start + len`, in place where that is possible, else in `scratch`, which
     /// grows to `len` when it is smaller.
     ///
-    /// A piece of a mapped file that is shorter than [`MAPPED_FROM`] takes `scratch` too, so a
-    /// caller that bounds its memory counts min(`len`, [`MAPPED_FROM`]) for it.
+    /// For a caller that bounds its memory: a piece that is used in place makes at most `len` and
+    /// a [`MAP_MARGIN`] on either side resident, until it is released. One that is shorter than
+    /// [`MAPPED_FROM`] takes `len` bytes of `scratch` even when the file is mapped.
     pub fn read<'a>(
         &'a self,
         start: u64,

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use rustix::fs::StatVfs;
+
 use crate::error::{Error, Result};
 
 /// Magic numbers of file systems whose bytes come from elsewhere, as `statfs` gives them. A map of
@@ -31,8 +33,16 @@ pub(super) fn is_remote(file: &File) -> bool {
 
 /// Bytes that an ordinary user can still write below `directory`.
 pub fn free_space(directory: &Path) -> Result<u64> {
-    let volume = rustix::fs::statvfs(directory).map_err(|errno| {
+    rustix::fs::statvfs(directory).map(|volume| available(&volume)).map_err(|errno| {
         Error::io("ask for the free space", io::Error::from(errno)).file(directory)
-    })?;
-    Ok(volume.f_bavail.saturating_mul(volume.f_frsize))
+    })
+}
+
+/// The same for the disk that `file` is on.
+pub(super) fn free_space_of(file: &File) -> io::Result<u64> {
+    Ok(available(&rustix::fs::fstatvfs(file)?))
+}
+
+fn available(volume: &StatVfs) -> u64 {
+    volume.f_bavail.saturating_mul(volume.f_frsize)
 }

@@ -2,5 +2,7 @@
 
 mod checkpoint;
 mod disassembly;
+mod hostile;
 mod io;
 mod kernels;
+mod layout;

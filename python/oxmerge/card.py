@@ -52,7 +52,7 @@ def model_card(
     method_title: str | None = None,
     paper: str | None = None,
 ) -> str:
-    """The text of the card.
+    """Write the text of the card.
 
     Parameters
     ----------

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import IO, TYPE_CHECKING, Any
 from oxmerge.sizes import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -137,7 +138,7 @@ def make_demo(directory: str | os.PathLike[str], size: str = "tiny", seed: int =
 
 
 def describe(demo: Demo) -> str:
-    """One sentence on what was made."""
+    """Return a phrase on what was made."""
     kind = "sparse files of zeros, " if demo.sparse else ""
     return f"made two checkpoints of {format_size(demo.model_bytes)} each ({kind}bfloat16)"
 
@@ -160,7 +161,7 @@ def _has_space(folder: Path, needed: int) -> bool:
 
 
 def _tensors(shape: Shape) -> Iterator[_Tensor]:
-    """The tensors of the model, in the order of its computation."""
+    """Yield the tensors of the model, in the order of its computation."""
     hidden, wide = shape.hidden, shape.intermediate
     keys = hidden // shape.heads * shape.key_heads
     yield _Tensor("model.embed_tokens.weight", (shape.vocabulary, hidden))
@@ -227,7 +228,7 @@ def _write_shard(
 
 
 def _header(shard: Iterable[_Tensor]) -> bytes:
-    """The header of a safetensors file: length, JSON, spaces up to a multiple of eight."""
+    """Return a safetensors header: length, JSON, spaces up to a multiple of eight."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in shard:
@@ -245,7 +246,7 @@ def _header(shard: Iterable[_Tensor]) -> bytes:
 
 def _write_tensor(files: Sequence[IO[bytes]], tensor: _Tensor, seed: tuple[int, int]) -> None:
     """Write a tensor of both models, a piece at a time."""
-    import numpy as np
+    import numpy as np  # noqa: PLC0415 - heavy
 
     random = np.random.Generator(np.random.SFC64(list(seed)))
     for start in range(0, tensor.elements, _CHUNK):
@@ -263,7 +264,7 @@ def _write_tensor(files: Sequence[IO[bytes]], tensor: _Tensor, seed: tuple[int, 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Finite values, rounded to nearest even, as the bits of bfloat16."""
-    import numpy as np
+    import numpy as np  # noqa: PLC0415 - heavy
 
     bits = values.view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
@@ -315,7 +316,7 @@ def _config(shape: Shape) -> dict[str, Any]:
 
 
 def _tokenizer() -> dict[str, Any]:
-    """A tokenizer of single bytes, with a beginning and an end."""
+    """Return a tokenizer of single bytes, with a beginning and an end."""
     vocabulary = {letter: number for number, letter in enumerate(_byte_letters())}
     special = {"<s>": 256, "</s>": 257}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -346,7 +347,7 @@ def _tokenizer() -> dict[str, Any]:
 
 
 def _byte_letters() -> Iterator[str]:
-    """The letter that byte-level tokenizers write for each byte.
+    """Yield the letter that byte-level tokenizers write for each byte.
 
     A byte that is a visible Latin-1 character stands for itself; the others, in order, take the
     code points from 256 on.

@@ -55,6 +55,7 @@ _NEVER_PER_LAYER = frozenset(
         "id2label",
         "label2id",
         "pruned_heads",
+        "vision_feature_layer",
     }
 )
 # Strings with one letter a layer.
@@ -62,7 +63,7 @@ _PER_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
 # Lists that hold flags even where they could be read as layer numbers.
 _FLAG_LISTS = frozenset({"no_rope_layers"})
 _LAYER_NUMBER_KEY = re.compile(
-    r"(^|_)(layers?|idx|idxs|index|indexes|indices|blocks?|layer_ids)(_|$)"
+    r"(^|_)(layers?|idxs?|index|indexes|indices|blocks?)(_|$)"
 )
 _LANGUAGE_CONFIG = re.compile(r"(^|_)(text|language|llm|decoder|thinker)(_|$)")
 _NOT_OF_THE_MODEL = re.compile(r"quantization|compression|generation")
@@ -77,7 +78,7 @@ def edit_config(
     scope: str | None = None,
     writes_head: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The output's config, and a note on each change.
+    """Return the output's config, and a note on each change.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def edit_config(
 
 
 def config_text(config: Config) -> str:
-    """`config` as it is written to disk: two spaces, letters of all alphabets, a last newline."""
+    """Return `config` as it is written to disk: indented, in UTF-8, a last newline."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     try:
         text.encode()
@@ -173,7 +174,7 @@ def _short(value: object) -> str:
 
 
 def _dig(config: Config, path: Path) -> Any:  # noqa: ANN401
-    """The value at `path`, or None."""
+    """Return the value at `path`, or None."""
     value: Any = config
     for key in path:
         if not isinstance(value, Mapping):
@@ -183,7 +184,7 @@ def _dig(config: Config, path: Path) -> Any:  # noqa: ANN401
 
 
 def _nested_configs(config: Config, path: Path = ()) -> Iterator[tuple[Path, Config]]:
-    """`config` and the model configs inside it, outermost first."""
+    """Yield `config` and the model configs inside it, outermost first."""
     yield path, config
     for key, value in config.items():
         is_config = key.endswith("_config") and not _NOT_OF_THE_MODEL.search(key)
@@ -226,7 +227,7 @@ def _edit_layers(
 
 
 def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
-    """Where the config describes the stack: the nested configs with its layer count."""
+    """Find where the config describes the stack: the nested configs with its layer count."""
     if scope is not None:
         return [tuple(part for part in scope.split(".") if part)]
     found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, depth)]
@@ -272,7 +273,7 @@ class _Restack:
             self._collect(path)
 
     def _source_depth(self, config: Config) -> int | None:
-        """The layer count of a source, under the keys that hold the donor's."""
+        """Return the layer count of a source, under the keys that hold the donor's."""
         for key in _depth_keys(_dig(self.donor, self.scope), self.depth):
             count = _dig(config, (*self.scope, key))
             if isinstance(count, int):
@@ -368,7 +369,7 @@ class _Restack:
 
 
 def _values(config: Config, path: Path = ()) -> Iterator[tuple[Path, object]]:
-    """Every list and string in `config`, without other model configs nested in it."""
+    """Yield every list and string in `config`, without other model configs nested in it."""
     for key, value in config.items():
         if isinstance(value, Mapping) and not key.endswith("_config"):
             yield from _values(value, (*path, key))

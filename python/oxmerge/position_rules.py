@@ -57,14 +57,14 @@ class Rule:
     evaluate: Callable[[Config, int], str]
 
     def stands_in(self, config: Config) -> bool:
-        """Whether `config` has the rule and nothing replaces it."""
+        """Tell whether `config` has the rule and nothing replaces it."""
         config = _with_defaults(config)
         if self.replaced_by is not None and isinstance(config.get(self.replaced_by), list):
             return False
         return any(config.get(key) is not None for key in self.keys)
 
     def kind(self, config: Config, layer: int) -> str:
-        """What a reader takes `layer` for."""
+        """Return what a reader takes `layer` for."""
         if not self.stands_in(config):
             return "unknown (the config does not say)"
         try:
@@ -208,7 +208,7 @@ _LOOKS_LIKE_A_RULE = re.compile(
 
 
 def unknown_rules(config: Config) -> Iterator[tuple[str, int | str]]:
-    """Keys of `config` that seem to be rules over positions and are not known ones.
+    """Yield keys of `config` that seem to be rules over positions and are not known ones.
 
     A step of 1 (or an empty pattern) treats all layers alike, so it is no rule.
     """

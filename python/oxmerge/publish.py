@@ -22,14 +22,16 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oxmerge.errors import OutputError
 from oxmerge.side_files import SideFile, copy_bytes, is_index, is_loadable_weight
 from oxmerge.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 PARTIAL_SUFFIX = ".oxmerge-partial"
 CONFIG_NAME = "config.json"
@@ -63,7 +65,7 @@ class OutputDirectory:
     lock: int | None = None
 
     def partial(self, name: str) -> Path:
-        """Where the file that will be called `name` is written first."""
+        """Return where the file that will be called `name` is written first."""
         return self.path / partial_name(name)
 
     def release(self) -> None:
@@ -99,7 +101,7 @@ class Contents:
 
 
 def partial_name(name: str) -> str:
-    """The temporary name of the file `name`; unlike any name that a loader looks for.
+    """Return the temporary name of the file `name`; unlike any name that a loader looks for.
 
     Examples
     --------
@@ -110,7 +112,7 @@ def partial_name(name: str) -> str:
 
 
 def index_text(weight_map: Mapping[str, str], total_size: int) -> str:
-    """The index of a sharded checkpoint, as transformers writes it."""
+    """Return the index of a sharded checkpoint, as transformers writes it."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
     return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
@@ -245,7 +247,7 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
 
 
 def _identity(entry: os.DirEntry[str]) -> set[tuple[int, int]]:
-    """Device and inode of the entry, and of what it links to."""
+    """Return device and inode of the entry, and of what it links to."""
     found = set()
     for follow in (False, True):
         with contextlib.suppress(OSError):
@@ -264,7 +266,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def _partial_bytes(path: Path) -> int:
-    """Space that partial files of a crashed run will give back."""
+    """Return the space that partial files of a crashed run will give back."""
     if not path.is_dir():
         return 0
     partials = (entry for entry in _entries(path) if _is_partial(entry))
@@ -280,7 +282,7 @@ def _create(output: OutputDirectory) -> None:
 
 def _lock(output: OutputDirectory) -> None:
     """Keep other runs out: they would take this one's partial files for those of a crash."""
-    import fcntl
+    import fcntl  # noqa: PLC0415 - not on every system
 
     descriptor = os.open(output.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -352,7 +354,7 @@ def _switch(output: OutputDirectory, contents: Contents, names: Iterable[str]) -
 
 
 def _last_names(contents: Contents) -> list[str]:
-    """What makes a directory a model: the index and the config, else the one shard itself."""
+    """Return what makes a directory a model: index and config, else the one shard itself."""
     last = [INDEX_NAME] if contents.index is not None else []
     last += [CONFIG_NAME] if contents.config is not None else []
     return last or list(contents.shards)

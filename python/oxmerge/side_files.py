@@ -36,6 +36,15 @@ _TRAINING = (
 _ADAPTER = ("adapter_config.json", "adapter_model*")
 _WRITTEN_ANEW = ("readme.md", "config.json")
 _RECIPES = ("mergekit_config.y*ml", "oxmerge_*")
+# The first that matches is the reason given.
+_REASONS = (
+    ("hidden", (".*",)),
+    ("of an earlier merge", _RECIPES),
+    ("training state", _TRAINING),
+    ("an adapter", _ADAPTER),
+    ("an index of weights", _INDEXES),
+    ("weights", _WEIGHTS),
+)
 # Weights that a loader may pick up from a model directory by itself.
 _LOADED_BY_NAME = (
     "*.safetensors", "pytorch_model*.bin", "model*.bin", "consolidated*", "tf_model*.h5",
@@ -70,7 +79,7 @@ class SideFiles:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that copying takes."""
+        """Return the bytes that copying takes."""
         return sum(file.size for file in self.copied)
 
 
@@ -91,12 +100,12 @@ def find_side_files(donor: Path) -> SideFiles:
 
 
 def is_loadable_weight(name: str) -> bool:
-    """Whether a loader may take a file of that name in a model directory for (part of) a model."""
+    """Tell whether a loader may take a file of that name for (part of) a model."""
     return _matches(name, _LOADED_BY_NAME) or is_index(name)
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of that name says where weights are."""
+    """Tell whether a file of that name says where weights are."""
     return _matches(name, _INDEXES)
 
 
@@ -139,26 +148,14 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _reason_to_leave(name: str, *, top: bool) -> str | None:
-    """Why a file of that name is not copied, or None."""
-    if name.startswith("."):
-        return "hidden"
+    """Return why a file of that name is not copied, or None."""
     if top and _matches(name, _WRITTEN_ANEW):
         return "written anew"
-    if _matches(name, _RECIPES):
-        return "of an earlier merge"
-    if _matches(name, _TRAINING):
-        return "training state"
-    if _matches(name, _ADAPTER):
-        return "an adapter"
-    if _matches(name, _INDEXES):
-        return "an index of weights"
-    if _matches(name, _WEIGHTS):
-        return "weights"
-    return None
+    return next((reason for reason, patterns in _REASONS if _matches(name, patterns)), None)
 
 
 def _pipeline_folders(donor: Path) -> frozenset[str]:
-    """Top-level folders that `modules.json` names."""
+    """Return the top-level folders that `modules.json` names."""
     try:
         modules = json.loads((donor / "modules.json").read_bytes())
     except (OSError, ValueError):

@@ -255,6 +255,7 @@ const A: &str = r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#;
 
 #[test]
 fn broken_indexes() {
+    let endless = format!(r#"{{"x":{}"#, "[".repeat(100_000));
     let rows = [
         ("{", "the index is not valid JSON: EOF while parsing an object at line 1 column 1"),
         (
@@ -266,6 +267,7 @@ fn broken_indexes() {
         (r#"{"weight_map":["a"]}"#, "`weight_map` in the index is not an object of file names"),
         (r#"{"weight_map":{"a":3}}"#, "`weight_map` in the index is not an object of file names"),
         (r#"{"weight_map":{}}"#, "the index names no tensor"),
+        (&endless, "the index is not valid JSON: recursion limit exceeded at line 1 column 132"),
         (
             r#"{"weight_map":{"a":"1.safetensors"},"weight_map":{"a":"1.safetensors"}}"#,
             "the index has two keys `weight_map`",
@@ -461,6 +463,8 @@ fn parse(text: &[u8], size: u64) -> Result<Header, Error> {
 
 const SOUND: &str = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},"b":{"dtype":"F32","shape":[],"data_offsets":[12,16]},"c":{"dtype":"I64","shape":[0],"data_offsets":[16,16]}}"#;
 
+const INDEX: &str = r#"{"metadata":{"total_size":2},"weight_map":{"a":"1.safetensors"}}"#;
+
 /// Fragments from which wild but often well-formed headers are made.
 fn fragment() -> impl Strategy<Value = String> {
     let numbers = prop_oneof![0..20_u64, Just(u64::MAX), Just(1 << 32), any::<u64>()];
@@ -496,6 +500,27 @@ proptest! {
         }
         let _ = parse(&text, 8 + text.len() as u64 + data);
         let _ = parse(&text[..cut], 8 + cut as u64 + data);
+    }
+
+    #[test]
+    fn mutated_indexes_never_panic(
+        changes in prop::collection::vec((0..INDEX.len(), any::<u8>()), 0..3),
+        cut in 0..=INDEX.len(),
+    ) {
+        let mut text = INDEX.as_bytes().to_vec();
+        for (at, byte) in changes {
+            text[at] = byte;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("1.safetensors"), file_of(A, 2)).unwrap();
+        let path = directory.path().join("model.safetensors.index.json");
+        for text in [&text[..], &text[..cut]] {
+            fs::write(&path, text).unwrap();
+            if let Ok(checkpoint) = Checkpoint::open(&path) {
+                assert_eq!(checkpoint.files.len(), 1);
+                assert_eq!(checkpoint.tensors.len(), 1);
+            }
+        }
     }
 
     #[test]

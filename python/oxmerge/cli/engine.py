@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from importlib import import_module
 from typing import Any, Protocol, cast
+
+from oxmerge.errors import OxmergeError
 
 
 class Snapshot(Protocol):
@@ -50,6 +52,26 @@ class MergeReport(Protocol):
         """Return everything as data."""
 
 
+class ModelAccount(Protocol):
+    """What becomes of the tensors of one model."""
+
+    @property
+    def model(self) -> str:
+        """The model, as the recipe writes it."""
+
+    @property
+    def merged(self) -> Sized:
+        """Tensors that take part in arithmetic."""
+
+    @property
+    def copied(self) -> Sized:
+        """Tensors that are copied bit for bit."""
+
+    @property
+    def dropped(self) -> Mapping[str, Sized]:
+        """Tensors that do not get into the output, by reason."""
+
+
 class PlanSummary(Protocol):
     """What a merge would do."""
 
@@ -61,7 +83,7 @@ class PlanSummary(Protocol):
     disk: int
     memory: int
     warnings: Sequence[object]
-    accounting: Mapping[str, int]
+    accounts: Sequence[ModelAccount]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""
@@ -70,19 +92,41 @@ class PlanSummary(Protocol):
 class TensorEntry(Protocol):
     """A tensor of an open checkpoint."""
 
-    name: str
-    dtype: str
-    shape: Sequence[int]
-    file: Any
-    start: int
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its element type, by its safetensors name."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its shape."""
+
+    @property
+    def file(self) -> int:
+        """Index into the checkpoint's files."""
+
+    @property
+    def start(self) -> int:
+        """First byte in that file."""
 
 
 class OpenCheckpoint(Protocol):
     """A checkpoint, opened from its headers."""
 
-    tensors: Sequence[TensorEntry]
-    files: Sequence[Any]
-    warnings: Sequence[object]
+    @property
+    def tensors(self) -> Sequence[TensorEntry]:
+        """Its tensors, in file order."""
+
+    @property
+    def files(self) -> Sequence[Mapping[str, Any]]:
+        """Its files, each with a `path` at least."""
+
+    @property
+    def warnings(self) -> Sequence[object]:
+        """What is odd about it, but harmless."""
 
 
 Progress = Callable[[Snapshot], None]
@@ -125,4 +169,10 @@ class InstalledEngine:
 
 
 def _package(name: str) -> Any:  # noqa: ANN401
-    return import_module(name)
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise OxmergeError(
+            f"the compiled part of oxmerge cannot be loaded: {error}",
+            advice="install the package anew: `pip install --force-reinstall oxmerge`",
+        ) from error

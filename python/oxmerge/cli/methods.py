@@ -55,10 +55,10 @@ def _table(methods: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _page(method: Mapping[str, Any]) -> Iterator[str]:
     yield f"{method['name']}: {method.get('title') or method.get('summary', '')}"
     yield ""
-    for label in ("formula", "inputs", "class", "cost", "paper"):
-        value = method.get(label)
-        if value:
-            yield from _entry(label, str(value))
+    facts = {**method, **_contract(method.get("contract", {}))}
+    for label in ("formula", "base", "inputs", "class", "cost", "paper"):
+        if facts.get(label):
+            yield from _entry(label, str(facts[label]))
     parameters = method.get("parameters", ())
     if not parameters:
         return
@@ -68,6 +68,24 @@ def _page(method: Mapping[str, Any]) -> Iterator[str]:
         yield from _parameter(parameter)
 
 
+def _contract(contract: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a method takes, in words."""
+    words = {"base": str(contract["base"])} if "base" in contract else {}
+    counts = [
+        _count(contract[key]) + ending
+        for key, ending in (("inputs", ""), ("others", " besides the base"))
+        if key in contract and tuple(contract[key]) != (0, None)
+    ]
+    return {**words, "inputs": ", ".join(counts)} if counts else words
+
+
+def _count(bounds: Sequence[int | None]) -> str:
+    least, most = bounds
+    if most is None:
+        return f"at least {least}"
+    return f"exactly {least}" if least == most else f"{least} to {most}"
+
+
 def _entry(label: str, value: str) -> Iterator[str]:
     """Yield a labelled value; its own line breaks are kept, as formulas have them."""
     for number, line in enumerate(value.splitlines()):
@@ -75,7 +93,7 @@ def _entry(label: str, value: str) -> Iterator[str]:
 
 
 def _parameter(parameter: Mapping[str, Any]) -> Iterator[str]:
-    facts = [str(parameter[key]) for key in ("kind", "scope") if parameter.get(key)]
+    facts = [str(parameter[key]) for key in ("kind", "per") if parameter.get(key)]
     default = parameter.get("default")
     facts.append("required" if parameter.get("required") else f"default {_plain(default)}")
     yield f"  {parameter['name']} ({', '.join(facts)})"

@@ -46,7 +46,8 @@ def parse_size(value: str | int) -> int:
     whole, fraction, unit = match[1], match[2] or "", match[3].lower()
     if unit not in _UNITS:
         raise _no_size(value)
-    return int(whole + fraction) * _UNITS[unit] // 10 ** len(fraction)
+    scale: int = 10 ** len(fraction)
+    return int(whole + fraction) * _UNITS[unit] // scale
 
 
 def _not_negative(value: int) -> int:

@@ -1,0 +1,125 @@
+"""Accounting: what became of every tensor of every model.
+
+A tensor of an input is *merged* (it takes part in arithmetic), *copied* (its bytes go to the output
+as they are), or *dropped*, which always has a reason.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Accounting", "ModelAccount", "compact_names"]
+
+_NUMBER_PART = re.compile(r"[0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAccount:
+    """What became of one model's tensors, by name and in file order.
+
+    Attributes
+    ----------
+    model : str
+        The model, as the recipe writes it.
+    merged : tuple of str
+        Those that take part in arithmetic.
+    copied : tuple of str
+        Those that are copied bit for bit.
+    dropped : dict of str to tuple of str
+        Those that do not get into the output, by reason.
+    """
+
+    model: str
+    merged: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """How many tensors the model has."""
+        return len(self.merged) + len(self.copied) + self.dropped_count
+
+    @property
+    def dropped_count(self) -> int:
+        """How many of them are dropped."""
+        return sum(map(len, self.dropped.values()))
+
+    def groups(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield what became of tensors (``dropped: reason``), and which, leaving out nothing."""
+        fates = {"merged": self.merged, "copied": self.copied}
+        fates |= {f"dropped: {reason}": names for reason, names in self.dropped.items()}
+        return ((fate, names) for fate, names in fates.items() if names)
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """What became of every tensor.
+
+    Attributes
+    ----------
+    models : tuple of ModelAccount
+        One for each model, in order of first mention.
+    """
+
+    models: tuple[ModelAccount, ...]
+
+    def render(self) -> str:
+        """Return it as text, with runs of layers on one line."""
+        return "\n".join(line for account in self.models for line in _render(account))
+
+    __str__ = render
+
+
+def _render(account: ModelAccount) -> Iterator[str]:
+    yield f"{account.model}: {account.total} tensors"
+    for fate, names in account.groups():
+        yield f"  {fate} ({len(names)})"
+        for name in compact_names(names):
+            yield f"    {name}"
+
+
+def compact_names(names: Iterable[str]) -> list[str]:
+    """Return names with runs of numbers folded: ``layers.{0..31}.mlp.weight``.
+
+    Examples
+    --------
+    >>> compact_names(["h.0.w", "h.0.b", "h.1.w", "h.1.b", "head"])
+    ['h.{0..1}.w', 'h.{0..1}.b', 'head']
+    """
+    rows = list(dict.fromkeys(tuple(name.split(".")) for name in names))
+    deepest = max((len(row) for row in rows), default=0)
+    for column in reversed(range(deepest)):
+        rows = _fold_column(rows, column)
+    return [".".join(row) for row in rows]
+
+
+def _fold_column(rows: list[tuple[str, ...]], column: int) -> list[tuple[str, ...]]:
+    """Fold rows that differ only in a number in that column into one, where the first stood."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        if len(row) > column and _NUMBER_PART.fullmatch(row[column]):
+            key = (*row[:column], "", *row[column + 1 :])
+            groups.setdefault(key, []).append(int(row[column]))
+        else:
+            groups.setdefault(row, [])
+    return [
+        (*key[:column], _ranges(numbers), *key[column + 1 :]) if numbers else key
+        for key, numbers in groups.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"

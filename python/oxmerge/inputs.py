@@ -1,0 +1,171 @@
+"""The models of a recipe, opened: their headers, configs and layers."""
+
+from __future__ import annotations
+
+import json
+import os.path
+from dataclasses import dataclass
+
+from oxmerge.errors import OxmergeError
+from oxmerge.names import find_layer_counts, find_layout
+from oxmerge.problems import Problem
+from oxmerge.references import resolve_reference
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oxmerge.engine_api import Checkpoint, Engine, TensorInfo
+    from oxmerge.names import Layout, Stack
+
+__all__ = ["InputModel", "Inputs"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputModel:
+    """A model that takes part in a merge.
+
+    Attributes
+    ----------
+    index : int
+        Its position in the order of first mention.
+    reference : str
+        As the recipe writes it.
+    path : str
+        Where it lies.
+    config : dict
+        Its config.json; empty if it has none.
+    checkpoint : Checkpoint
+        Its headers.
+    tensors : dict of str to TensorInfo
+        Its tensors by name, in file order.
+    layout : Layout
+        Its stacks.
+    """
+
+    index: int
+    reference: str
+    path: str
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+    tensors: dict[str, TensorInfo]
+    layout: Layout
+
+    def file_of(self, tensor: TensorInfo) -> str:
+        """Return the path of the file that a tensor lies in."""
+        return str(self.checkpoint.files[tensor.file]["path"])
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its config ties the head to the embedding."""
+        return _find_key(self.config, "tie_word_embeddings") is True
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its config says that its weights are quantised."""
+        return bool(_find_key(self.config, "quantization_config"))
+
+    @property
+    def stack(self) -> Stack | None:
+        """Its stack, if it has exactly one."""
+        return self.layout.only_stack
+
+
+def _find_key(config: dict[str, Any], key: str) -> object:
+    """Return the value of a key at the top of a config, or in its text part."""
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        if isinstance(part, dict) and key in part:
+            return part[key]
+    return None
+
+
+class Inputs:
+    """Finds and opens models, each once, and collects what goes wrong.
+
+    Parameters
+    ----------
+    engine : Engine
+        Reads the headers.
+    folders : tuple of str
+        Where relative paths may start.
+
+    Attributes
+    ----------
+    problems, warnings : list of Problem
+        Models that are not there or broken, and what is odd about the others.
+    models : list of InputModel
+        Those that could be opened, in order of first mention.
+    """
+
+    def __init__(self, engine: Engine, folders: tuple[str, ...]) -> None:
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self.models: list[InputModel] = []
+        self._engine = engine
+        self._folders = folders
+        self._paths: dict[str, str | None] = {}
+        self._by_path: dict[str, InputModel | None] = {}
+
+    def path_of(self, reference: str) -> str:
+        """Return what identifies a model: its real path, or its reference if it is not found."""
+        path = self._resolve(reference)
+        return reference if path is None else os.path.realpath(path)
+
+    def open(self, reference: str) -> InputModel | None:
+        """Return the model, or None after reporting that it cannot be opened."""
+        path = self._resolve(reference)
+        if path is None:
+            return None
+        key = os.path.realpath(path)
+        if key not in self._by_path:
+            self._by_path[key] = self._open(reference, path)
+        return self._by_path[key]
+
+    def _resolve(self, reference: str) -> str | None:
+        if reference not in self._paths:
+            found = resolve_reference(reference, self._folders)
+            if isinstance(found, Problem):
+                self.problems.append(found)
+            self._paths[reference] = found if isinstance(found, str) else None
+        return self._paths[reference]
+
+    def _open(self, reference: str, path: str) -> InputModel | None:
+        try:
+            checkpoint = self._engine.open_checkpoint(path)
+        except OxmergeError as error:
+            self.problems.append(error.as_problem())
+            return None
+        except OSError as error:
+            self.problems.append(Problem("checkpoint", _os_message(error), file=path))
+            return None
+        model = self._model(reference, path, checkpoint)
+        self.models.append(model)
+        self.warnings += [Problem("checkpoint", text, file=path) for text in checkpoint.warnings]
+        return model
+
+    def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
+        tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+        config = self._read_config(path)
+        counts = find_layer_counts(config)
+        if not config and self.models:
+            counts = find_layer_counts(self.models[0].config)  # its siblings' config will do
+        layout = find_layout(tensors, counts)
+        return InputModel(len(self.models), reference, path, config, checkpoint, tensors, layout)
+
+    def _read_config(self, path: str) -> dict[str, Any]:
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        file_name = os.path.join(folder, "config.json")
+        try:
+            with open(file_name, encoding="utf-8") as file:
+                config = json.load(file)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            self.problems.append(Problem("config", f"cannot be read: {error}", file=file_name))
+            return {}
+        return config if isinstance(config, dict) else {}
+
+
+def _os_message(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return f"cannot be opened: {text.lower()}"

@@ -1,0 +1,157 @@
+"""The table of merge methods as the engine describes it, read into typed rows.
+
+The engine is the only place that knows a method. What stands here besides is the list of names
+that the dialect has and this release does not, so that a message can tell a name that is not there
+yet from a typing error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oxmerge.problems import Problem, did_you_mean
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
+
+__all__ = ["Count", "Method", "Parameter", "find_method", "read_methods"]
+
+#: Every method of the dialect.
+DIALECT_METHODS = frozenset((
+    "linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "model_stock",
+    "arcee_fusion", "nearswap", "sce", "ram", "ramplus_tl", "task_arithmetic", "ties",
+    "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
+))  # fmt: skip
+#: Parameters of the dialect's methods, so that those of a later one are known for what they are.
+DIALECT_PARAMETERS = frozenset((
+    "weight", "normalize", "t", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps",
+    "max_iter", "tol", "density", "gamma", "epsilon", "int8_mask", "rescale", "lambda",
+    "filter_wise", "select_topk", "r", "alpha", "scale",
+))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a method.
+
+    Attributes
+    ----------
+    name : str
+        As recipes write it.
+    kind : str
+        ``float``, ``int`` or ``bool``.
+    default : bool, int, float or None
+        What it is when no one says; None for nothing.
+    required : bool
+        Whether someone has to say.
+    per : str
+        ``shared`` by a tensor's inputs, one for each ``input``, or one for each ``other`` input
+        than the base.
+    """
+
+    name: str
+    kind: str
+    default: float | None
+    required: bool
+    per: str
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many of something a method takes.
+
+    Attributes
+    ----------
+    least : int
+        At least so many.
+    most : int, optional
+        At most so many; None for no limit.
+    """
+
+    least: int = 0
+    most: int | None = None
+
+    def allows(self, count: int) -> bool:
+        """Tell whether `count` is within the bounds."""
+        return count >= self.least and (self.most is None or count <= self.most)
+
+    def __str__(self) -> str:
+        if self.most is None:
+            return f"at least {self.least}"
+        return (
+            f"exactly {self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What planning needs to know of a merge method.
+
+    Attributes
+    ----------
+    name : str
+        As recipes write it.
+    base : str
+        Whether a base is ``required``, ``optional``, or ``ignored`` (an input like any other).
+    inputs : Count
+        How many inputs it takes, the base included.
+    others : Count
+        How many it takes besides the base.
+    parameters : tuple of Parameter
+        Everything it can be told.
+    """
+
+    name: str
+    base: str = "optional"
+    inputs: Count = Count()
+    others: Count = Count()
+    parameters: tuple[Parameter, ...] = ()
+
+    def parameters_of(self, *, base: bool) -> tuple[Parameter, ...]:
+        """Return the parameters that an input has, be it the base or another."""
+        per = ("input",) if base else ("input", "other")
+        return tuple(parameter for parameter in self.parameters if parameter.per in per)
+
+    def shared_parameters(self) -> tuple[Parameter, ...]:
+        """Return the parameters that the inputs of a tensor share."""
+        return tuple(parameter for parameter in self.parameters if parameter.per == "shared")
+
+
+def read_methods(table: Iterable[Mapping[str, Any]]) -> dict[str, Method]:
+    """Return the engine's table of methods by name."""
+    return {row["name"]: _read_method(row) for row in table}
+
+
+def _read_method(row: Mapping[str, Any]) -> Method:
+    contract = row["contract"]
+    return Method(
+        name=row["name"],
+        base=contract["base"],
+        inputs=_read_count(contract["inputs"]),
+        others=_read_count(contract["others"]),
+        parameters=tuple(_read_parameter(parameter) for parameter in row["parameters"]),
+    )
+
+
+def _read_count(bounds: Sequence[int | None]) -> Count:
+    least, most = bounds
+    return Count(least or 0, most)
+
+
+def _read_parameter(row: Mapping[str, Any]) -> Parameter:
+    return Parameter(row["name"], row["kind"], row["default"], row["required"], row["per"])
+
+
+def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
+    """Return the method called `name`, or why there is none."""
+    if name in methods:
+        return methods[name]
+    if name in DIALECT_METHODS:
+        known = ", ".join(f"`{each}`" for each in methods)
+        message = f"method `{name}` is not in this release"
+        return Problem("method", message, "merge_method", advice=f"there are: {known}")
+    message = f"there is no merge method `{name}`"
+    advice = did_you_mean(name, methods.keys() | DIALECT_METHODS)
+    return Problem("method", message, "merge_method", advice=advice)

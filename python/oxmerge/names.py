@@ -1,0 +1,216 @@
+"""Names: the structure of a model, read off its tensor names and its config's layer counts.
+
+No list of architectures decides anything. A *stack* is a prefix that is numbered 0 to n-1 without
+gaps (``model.layers``), where n is a layer count that stands in the config. Only the first number
+of a name counts: further ones, as of experts, belong to the rest of the name. Some models have a
+few layers more than their config counts, for predicting further tokens; those, and every tensor
+without a number, are *loose*.
+
+Loose tensors lie on the input side of the stack (embeddings) or on its output side (final norm,
+head). A short table of words decides which.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = [
+    "Layout",
+    "Place",
+    "Stack",
+    "find_layer_counts",
+    "find_layout",
+    "is_head",
+    "is_vocabulary",
+    "join",
+    "position",
+    "side_of",
+]
+
+#: A model may have so many layers more than its config counts.
+MOST_EXTRA_LAYERS = 8
+
+_NUMBER = re.compile(r"(?:^|\.)(0|[1-9][0-9]*)(?:\.|$)")
+#: Config keys that count layers: `num_hidden_layers`, `n_layer`, `depth`, `encoder_layers`, ...
+_COUNT_KEY = re.compile(r"(?:^|_)(?:n_?)?(?:layers?|depth|blocks?)(?:$|_)")
+#: Keys with those words that count something else, or number a layer rather than count them.
+_OTHER_KEY = re.compile(
+    r"nextn|mtp|window|drop|freq|norm|size|type|shared|idx|index|start|offset|period|interval"
+    r"|select|feature|dense|skip|replace|dim|hidden_groups"
+)
+
+_INPUT_WORDS = re.compile(
+    r"^(?:.*embed.*|.*embeddings?|emb|wte|wpe|.*_emb|.*position.*|pos_.*|token_type.*|shared|patch.*"
+    r"|pre_la?yer_?norm|pre_layrnorm|ln_pre|stem|conv1|conv_in|class_token|cls_token|mask_token)$"
+)
+_OUTPUT_WORDS = re.compile(
+    r"^(?:lm_head|.*_head|head|heads|embed_out|score|classifier|pooler|ln_f|ln_out|ln_post|norm_f"
+    r"|final_.*norm.*|.*final_norm|norm|norm_?out|post_layer_?norm|layer_?norm|embedding_norm|output"
+    r"|output_.*|out_norm|cls|qa_outputs|generator|.*predictions|vocab_transform"
+    r"|vocab_layer_norm|vocab_projector|mtp.*|rotary_emb_out)$",
+    re.IGNORECASE,
+)
+#: Words of the output side that must win over those of the input side.
+_SURE_OUTPUT_WORDS = re.compile(r"^(?:lm_head|embed_out|embedding_norm|.*predictions|cls|mtp.*)$")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|output_layer|decoder)\.(?:weight|bias)$")
+_VOCABULARY = re.compile(
+    r"(?:^|\.)(?:embed_tokens|word_embeddings?|wte|tok_embeddings|embeddings?|shared|embed_in"
+    r"|lm_head|embed_out|output_layer|output|decoder)\.(?:weight|bias)$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A run of numbered layers.
+
+    Attributes
+    ----------
+    prefix : str
+        What stands before the number, without the dot.
+    depth : int
+        How many layers there are.
+    """
+
+    prefix: str
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor is in a stack.
+
+    Attributes
+    ----------
+    stack : Stack
+        The stack.
+    layer : int
+        The layer's number; at or above the depth for an extra layer.
+    rest : str
+        What follows the number, without the dot.
+    """
+
+    stack: Stack
+    layer: int
+    rest: str
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it is in an extra layer, which is loose."""
+        return self.layer >= self.stack.depth
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The stacks of a model.
+
+    Attributes
+    ----------
+    stacks : dict of str to Stack
+        By prefix, in order of appearance.
+    numbered : dict of str to int
+        How many numbers each numbered prefix has, stack or not; for messages.
+    """
+
+    stacks: dict[str, Stack]
+    numbered: dict[str, int]
+
+    def place(self, name: str) -> Place | None:
+        """Return where a tensor is; None for a tensor that is in no stack."""
+        match = _NUMBER.search(name)
+        stack = None if match is None else self.stacks.get(name[: match.start()])
+        if match is None or stack is None:
+            return None
+        return Place(stack, int(match[1]), name[match.end() :])
+
+    @property
+    def only_stack(self) -> Stack | None:
+        """The stack, if there is exactly one."""
+        return next(iter(self.stacks.values())) if len(self.stacks) == 1 else None
+
+
+def join(prefix: str, layer: int, rest: str) -> str:
+    """Return the name of a tensor in a layer."""
+    return ".".join(part for part in (prefix, str(layer), rest) if part)
+
+
+def position(layer: int, depth: int) -> float:
+    """Return where a layer is in a run of them, from 0 to 1; 1 for the only one."""
+    return layer / (depth - 1) if depth > 1 else 1.0
+
+
+def find_layer_counts(config: Mapping[str, object]) -> frozenset[int]:
+    """Return every layer count that stands in a model's config, nested ones included."""
+    counts: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            counts |= find_layer_counts(value)
+        elif type(value) is int and value > 0 and _counts_layers(key):
+            counts.add(value)
+    return frozenset(counts)
+
+
+def _counts_layers(key: object) -> bool:
+    text = str(key).lower()
+    return _COUNT_KEY.search(text) is not None and _OTHER_KEY.search(text) is None
+
+
+def find_layout(names: Iterable[str], counts: frozenset[int]) -> Layout:
+    """Return the stacks among tensor names.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The names, in file order.
+    counts : frozenset of int
+        The layer counts in the config.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        match = _NUMBER.search(name)
+        if match is not None:
+            numbers.setdefault(name[: match.start()], set()).add(int(match[1]))
+    depths = ((prefix, _depth(found, counts)) for prefix, found in numbers.items())
+    return Layout(
+        stacks={prefix: Stack(prefix, depth) for prefix, depth in depths if depth},
+        numbered={prefix: len(found) for prefix, found in numbers.items()},
+    )
+
+
+def _depth(numbers: set[int], counts: frozenset[int]) -> int:
+    """Return the layer count that fits a set of numbers, or 0."""
+    length = len(numbers)
+    if max(numbers) != length - 1:
+        return 0
+    fitting = [count for count in counts if 0 <= length - count <= MOST_EXTRA_LAYERS]
+    return max(fitting, default=0)
+
+
+def side_of(name: str) -> str | None:
+    """Return the side of a loose tensor: ``input``, ``output``, or None when it does not say.
+
+    Examples
+    --------
+    >>> side_of("model.embed_tokens.weight"), side_of("lm_head.weight"), side_of("gate.weight")
+    ('input', 'output', None)
+    """
+    words = name.split(".")
+    if any(map(_SURE_OUTPUT_WORDS.match, words)):
+        return "output"
+    if any(map(_INPUT_WORDS.match, words)):
+        return "input"
+    return "output" if any(map(_OUTPUT_WORDS.match, words)) else None
+
+
+def is_head(name: str) -> bool:
+    """Tell whether a tensor is the head that turns states into tokens."""
+    return _HEAD.search(name) is not None
+
+
+def is_vocabulary(name: str) -> bool:
+    """Tell whether a tensor probably has a row for each token."""
+    return _VOCABULARY.search(name) is not None

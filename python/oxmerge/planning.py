@@ -1,0 +1,287 @@
+"""Planning: from a recipe and its checkpoints' headers to a plan that the engine can run.
+
+Everything that headers can show is checked here, before a byte of tensor data is read. Planning
+goes on after each problem as far as it can, so that one report has them all.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from oxmerge.assembly import Assembler
+from oxmerge.errors import PlanError
+from oxmerge.inputs import InputModel, Inputs
+from oxmerge.ledger import Ledger
+from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.parameters import SettingReader
+from oxmerge.problems import Problem, group_problems
+from oxmerge.schema import OutputTensor, Plan, is_float
+from oxmerge.sections import Section, SectionBuilder
+from oxmerge.targets import SlicedTargets, Target, whole_targets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from oxmerge.accounting import Accounting
+    from oxmerge.engine_api import Engine
+    from oxmerge.recipe import Recipe
+
+__all__ = ["DEFAULT_SHARD_SIZE", "MergePlan", "build_plan"]
+
+#: Bytes in an output shard at most, as in mergekit.
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+_MOST_SEED = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """A plan, and what finishing the output needs besides.
+
+    Attributes
+    ----------
+    plan : Plan
+        What the engine runs.
+    recipe : Recipe
+        What the user asked for.
+    models : tuple of InputModel
+        The models, opened, in order of first mention.
+    donor : int
+        Which of them gives names, config and tokenizer.
+    base : int, optional
+        Which of them is the recipe's base.
+    layer_map : tuple of (int, int), optional
+        With slices: the model and its layer that each output layer takes its names from.
+    depth, donor_depth : int, optional
+        With slices: how many layers the output has, and the donor.
+    dtype : str, optional
+        The float type that most of the output's bytes have; None if there is no float tensor.
+    accounting : Accounting
+        What becomes of every tensor of every model.
+    warnings : tuple of Problem
+        What has no effect, and what is left out.
+    """
+
+    plan: Plan
+    recipe: Recipe
+    models: tuple[InputModel, ...]
+    donor: int
+    base: int | None
+    layer_map: tuple[tuple[int, int], ...] | None
+    depth: int | None
+    donor_depth: int | None
+    dtype: str | None
+    accounting: Accounting
+    warnings: tuple[Problem, ...]
+
+    def to_json(self) -> str:
+        """Return the plan as the engine reads it."""
+        return self.plan.to_json()
+
+    def render_accounting(self) -> str:
+        """Return what becomes of every tensor, as text."""
+        return self.accounting.render()
+
+
+def build_plan(
+    recipe: Recipe,
+    *,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    seed: int = 0,
+    strict: bool = False,
+    folder: str | None = None,
+    core: Engine | None = None,
+) -> MergePlan:
+    """Return the plan of a merge. Reads headers and configs only.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What to merge.
+    shard_size : int
+        Bytes in an output shard at most.
+    seed : int
+        Of random masks, from 0 to 2**64 - 1.
+    strict : bool
+        Whether warnings count as problems.
+    folder : str, optional
+        Where relative paths may start, before the recipe's own folder; the working directory
+        unless given.
+    core : Engine, optional
+        The engine's functions; `oxmerge._core` unless given.
+
+    Raises
+    ------
+    PlanError
+        With every problem that the headers show.
+    ValueError
+        If `seed` or `shard_size` is out of range.
+    """
+    if not 0 <= seed <= _MOST_SEED:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
+    if shard_size < 1:
+        raise ValueError(f"shard size must be at least one byte, not {shard_size}")
+    return _Planner(recipe, core or _compiled_core(), folder).plan(shard_size, seed, strict=strict)
+
+
+def _compiled_core() -> Engine:
+    from oxmerge import _core  # noqa: PLC0415 - so that planning can be used without the binary
+
+    return _core
+
+
+class _Planner:
+    """Goes through the steps of one plan, and gathers their problems and warnings."""
+
+    def __init__(self, recipe: Recipe, core: Engine, folder: str | None) -> None:
+        self.recipe = recipe
+        self.core = core
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = list(recipe.warnings)
+        start = os.getcwd() if folder is None else folder
+        self.inputs = Inputs(core, (start,) if recipe.folder is None else (start, recipe.folder))
+        self.reader = SettingReader()
+        self.sliced: SlicedTargets | None = None
+
+    def plan(self, shard_size: int, seed: int, *, strict: bool) -> MergePlan:
+        method, is_known = self.method()
+        sections = self.sections(method)
+        donor = self.donor(sections)
+        targets = [] if donor is None else list(self.targets(sections, donor))
+        ledger = Ledger(self.inputs.models)
+        tensors = [] if donor is None else self.assemble(targets, donor, ledger)
+        plan = self.lay_out(tensors, shard_size, seed)
+        if is_known and tensors:
+            self.check_with_engine(plan)
+        self.gather(sections)
+        if donor is None and not self.problems:
+            self.problems.append(Problem("plan", "there is no model to take the names from"))
+        if donor is None or self.problems:
+            raise self.failure(self.problems + (self.warnings if strict else []))
+        accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
+        self.warnings += ledger.warnings
+        if strict and self.warnings:
+            raise self.failure(self.warnings)
+        return self.result(plan, donor, accounting)
+
+    def method(self) -> tuple[Method, bool]:
+        """Return the recipe's method, or one that takes anything after reporting that."""
+        methods = read_methods(self.core.methods())
+        found = find_method(self.recipe.method, methods)
+        if isinstance(found, Problem):
+            self.problems.append(found)
+            return Method(self.recipe.method), False
+        return found, True
+
+    def sections(self, method: Method) -> list[Section]:
+        methods = read_methods(self.core.methods())
+        builder = SectionBuilder(self.recipe, method, methods, self.inputs, self.reader)
+        sections = builder.build()
+        self.problems += builder.problems
+        self.warnings += builder.warnings
+        return sections
+
+    def donor(self, sections: list[Section]) -> InputModel | None:
+        """Return the model that names and config come from: the base, else the first listed."""
+        if self.recipe.base_model is not None:
+            return self.inputs.open(self.recipe.base_model)
+        return sections[0].donor.model if sections else None
+
+    def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Target]:
+        if not sections:
+            return []
+        if not self.recipe.slices:
+            return whole_targets(sections[0], donor)
+        self.sliced = SlicedTargets(sections)
+        return self.sliced
+
+    def assemble(
+        self, targets: list[Target], donor: InputModel, ledger: Ledger
+    ) -> list[OutputTensor]:
+        assembler = Assembler(self.recipe, donor, self.inputs.models, ledger)
+        if not self.recipe.slices and targets:
+            assembler.compare_depths(targets[0].section)
+        assembled = (assembler.assemble(target) for target in targets)
+        tensors = [tensor for tensor in assembled if tensor is not None]
+        self.problems += assembler.problems
+        return tensors
+
+    def lay_out(self, tensors: list[OutputTensor], shard_size: int, seed: int) -> Plan:
+        wanted = [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in tensors]
+        shards, places = self.core.lay_out(wanted, shard_size) if wanted else ((), ())
+        placed = [
+            tensor.placed(shard, start)
+            for tensor, (shard, start) in zip(tensors, places, strict=True)
+        ]
+        placed.sort(key=lambda tensor: (tensor.shard, tensor.start))
+        files: list[dict[str, Any]] = []
+        for model in self.inputs.models:
+            files += model.checkpoint.files
+        return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards))
+
+    def check_with_engine(self, plan: Plan) -> None:
+        for found in self.core.check_plan(plan.to_json()):
+            self.problems.append(
+                Problem(
+                    "method",
+                    found["message"],
+                    tensor=found.get("tensor"),
+                    expected=found.get("expected"),
+                    found=found.get("found"),
+                    advice=found.get("advice"),
+                )
+            )
+
+    def gather(self, sections: list[Section]) -> None:
+        """Take over what the steps have collected on the way."""
+        self.problems = self.inputs.problems + self.problems + self.reader.problems
+        self.warnings += self.inputs.warnings
+        if self.sliced is not None:
+            self.problems += self.sliced.problems
+        if not self.problems:  # else a filter may have had no chance
+            self.warnings += self.reader.unused_filters()
+        self.warnings += self.gradient_warnings(sections)
+
+    def gradient_warnings(self, sections: list[Section]) -> list[Problem]:
+        stackless = [
+            each.model
+            for section in sections
+            for each in section.sources
+            if not each.model.layout.stacks
+        ]
+        if self.recipe.slices or not stackless or not self.reader.has_gradients():
+            return []
+        message = "gradients have no effect beyond their first value: no layers are known"
+        advice = "layers are told by a config.json that counts them"
+        return [Problem("layers", message, file=stackless[0].path, advice=advice)]
+
+    def failure(self, problems: list[Problem]) -> PlanError:
+        return PlanError("cannot merge", problems=group_problems(problems))
+
+    def result(self, plan: Plan, donor: InputModel, accounting: Accounting) -> MergePlan:
+        base = self.recipe.base_model
+        stack = donor.stack if self.sliced is not None else None
+        return MergePlan(
+            plan=plan,
+            recipe=self.recipe,
+            models=tuple(self.inputs.models),
+            donor=donor.index,
+            base=None if base is None else donor.index,
+            layer_map=None if self.sliced is None else self.sliced.layer_map,
+            depth=None if self.sliced is None else self.sliced.depth,
+            donor_depth=None if stack is None else stack.depth,
+            dtype=_main_dtype(plan.tensors),
+            accounting=accounting,
+            warnings=group_problems(self.warnings),
+        )
+
+
+def _main_dtype(tensors: Iterable[OutputTensor]) -> str | None:
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        if is_float(tensor.dtype):
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=None)

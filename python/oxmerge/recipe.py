@@ -1,0 +1,184 @@
+"""Recipes: what the user asked for. Pure data, which knows no model files.
+
+The YAML dialect is mergekit's. `dialect` reads it and collects every fault; this file holds what
+comes out of that.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from oxmerge.problems import Problem
+
+    Scalar = bool | int | float | str
+    Settings = Mapping[str, "Setting"]
+
+__all__ = ["Choice", "Recipe", "Setting", "Slice", "Source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One alternative of a setting.
+
+    Attributes
+    ----------
+    values : tuple of bool, int, float or str
+        One value, or the points of a gradient over the layers. Empty: no value at all.
+    filter : str, optional
+        Only tensors whose name contains it are meant; None means every tensor.
+    """
+
+    values: tuple[Scalar, ...]
+    filter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a recipe says of one parameter in one place: the first choice that matches counts.
+
+    Attributes
+    ----------
+    where : str
+        The place in the recipe, for messages.
+    choices : tuple of Choice
+        In the order they are written.
+    """
+
+    where: str
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An entry of `models`, or of a slice's `sources`.
+
+    Attributes
+    ----------
+    model : str
+        The model reference, as written.
+    where : str
+        The place in the recipe, for messages.
+    layer_range : tuple of int, optional
+        The source's first layer and the one after its last. None in `models`.
+    parameters : mapping of str to Setting
+        Settings for this model only.
+    """
+
+    model: str
+    where: str
+    layer_range: tuple[int, int] | None = None
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of output layers, and where they come from.
+
+    Attributes
+    ----------
+    where : str
+        The place in the recipe, for messages.
+    sources : tuple of Source
+        In listed order.
+    base_model : str, optional
+        The base for this slice, instead of the recipe's.
+    parameters : mapping of str to Setting
+        Settings for this slice.
+    """
+
+    where: str
+    sources: tuple[Source, ...]
+    base_model: str | None = None
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge as asked for. Exactly one of `models` and `slices` is not empty.
+
+    Attributes
+    ----------
+    method : str
+        The merge method's name.
+    models : tuple of Source
+        Whole models, in listed order.
+    slices : tuple of Slice
+        Output slices, in order.
+    base_model : str, optional
+        The base, and the donor of names and config.
+    parameters : mapping of str to Setting
+        Settings for everything.
+    dtype, out_dtype : str, optional
+        Element types by their safetensors names (``BF16``).
+    text : str, optional
+        The recipe as it was written, when it came as text.
+    folder : str, optional
+        The folder of the recipe's file, where relative paths may start.
+    warnings : tuple of Problem
+        What has no effect where it stands.
+    """
+
+    method: str
+    models: tuple[Source, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    base_model: str | None = None
+    parameters: Settings = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    text: str | None = None
+    folder: str | None = None
+    warnings: tuple[Problem, ...] = ()
+
+    @classmethod
+    def from_mapping(
+        cls, mapping: Mapping[str, object], *, text: str | None = None, folder: str | None = None
+    ) -> Recipe:
+        """Return the recipe that a mapping, as parsed from YAML or JSON, describes.
+
+        Parameters
+        ----------
+        mapping : mapping
+            The recipe's keys and values.
+        text : str, optional
+            The text it was parsed from.
+        folder : str, optional
+            Where relative paths may start, after the working directory.
+
+        Raises
+        ------
+        RecipeError
+            With every fault in the recipe.
+        """
+        from oxmerge.dialect import read_recipe  # noqa: PLC0415 - it needs this module
+
+        return read_recipe(mapping, text=text, folder=folder)
+
+    @classmethod
+    def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
+        """Return the recipe in a YAML file or text.
+
+        Parameters
+        ----------
+        source : str or path
+            A path; or text, which is told by a line break or a colon and a space in it.
+
+        Raises
+        ------
+        RecipeError
+            With every fault in the recipe.
+        FileNotFoundError
+            If `source` is a path and there is no such file.
+        """
+        from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        if isinstance(source, str) and ("\n" in source or ": " in source):
+            return cls.from_mapping(parse_yaml(source), text=source)
+        path = os.path.abspath(source)
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+        return cls.from_mapping(parse_yaml(text, path), text=text, folder=os.path.dirname(path))

@@ -1,0 +1,73 @@
+"""Model references: how a recipe names a model, and where that model lies."""
+
+from __future__ import annotations
+
+import os.path
+import re
+
+from oxmerge.problems import Problem
+
+__all__ = ["looks_like_hub_name", "parse_reference", "resolve_reference"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def parse_reference(text: str) -> str | Problem:
+    """Return the path that a reference is, or why it cannot be used.
+
+    Parameters
+    ----------
+    text : str
+        A path. A LoRA (``model+lora``) or a revision (``model@revision``) is refused by name.
+    """
+    if not text.strip():
+        return Problem("recipe", "an empty model reference")
+    if "+" in text:
+        return Problem(
+            "unsupported",
+            f"not supported yet: a LoRA on a model (`{text}`)",
+            advice="merge the adapter into its model first, and name the result",
+        )
+    if "@" in text:
+        return Problem(
+            "unsupported",
+            f"not supported yet: a revision of a model (`{text}`)",
+            advice="download that revision, and name its directory",
+        )
+    return text
+
+
+def looks_like_hub_name(reference: str) -> bool:
+    """Tell whether it reads like ``organisation/model`` rather than a path."""
+    return _HUB_NAME.fullmatch(reference) is not None
+
+
+def resolve_reference(reference: str, folders: tuple[str, ...]) -> str | Problem:
+    """Find the file or directory that a reference names.
+
+    Parameters
+    ----------
+    reference : str
+        As the recipe writes it; ``~`` is the home directory.
+    folders : tuple of str
+        Where a relative path may start, in order: the working directory, the recipe's folder.
+
+    Returns
+    -------
+    str or Problem
+        An absolute path, or a problem that names every place tried.
+    """
+    path = os.path.expanduser(reference)
+    places = list(dict.fromkeys(os.path.abspath(os.path.join(folder, path)) for folder in folders))
+    for place in places:
+        if os.path.exists(place):
+            return place
+    return _not_found(reference, places)
+
+
+def _not_found(reference: str, places: list[str]) -> Problem:
+    tried = " or ".join(f"`{place}`" for place in places)
+    advice = None
+    if looks_like_hub_name(reference):
+        advice = "models are not fetched from the Hub yet: download it, and name its directory"
+    return Problem("model", f"no model `{reference}`: there is no {tried}", advice=advice)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -52,26 +52,6 @@ class MergeReport(Protocol):
         """Return everything as data."""
 
 
-class ModelAccount(Protocol):
-    """What becomes of the tensors of one model."""
-
-    @property
-    def model(self) -> str:
-        """The model, as the recipe writes it."""
-
-    @property
-    def merged(self) -> Sized:
-        """Tensors that take part in arithmetic."""
-
-    @property
-    def copied(self) -> Sized:
-        """Tensors that are copied bit for bit."""
-
-    @property
-    def dropped(self) -> Mapping[str, Sized]:
-        """Tensors that do not get into the output, by reason."""
-
-
 class PlanSummary(Protocol):
     """What a merge would do."""
 
@@ -83,7 +63,8 @@ class PlanSummary(Protocol):
     disk: int
     memory: int
     warnings: Sequence[object]
-    accounts: Sequence[ModelAccount]
+    accounting: Mapping[str, int]
+    threads: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 _WIDTH = 79
 _INDENT = 12
+_PER = {
+    "shared": "one for all models",
+    "input": "for each model",
+    "other": "for each model but the base",
+}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -49,7 +54,8 @@ def _find(methods: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
 def _table(methods: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     widest = max((len(str(method["name"])) for method in methods), default=0) + 2
     for method in methods:
-        yield from _hanging(str(method["name"]).ljust(widest), str(method.get("summary", "")))
+        about = method.get("summary") or method.get("formula") or ""
+        yield from _hanging(str(method["name"]).ljust(widest), " ".join(str(about).split()))
 
 
 def _page(method: Mapping[str, Any]) -> Iterator[str]:
@@ -93,7 +99,9 @@ def _entry(label: str, value: str) -> Iterator[str]:
 
 
 def _parameter(parameter: Mapping[str, Any]) -> Iterator[str]:
-    facts = [str(parameter[key]) for key in ("kind", "per") if parameter.get(key)]
+    per = parameter.get("per")
+    facts = [str(parameter[key]) for key in ("kind",) if parameter.get(key)]
+    facts += [_PER.get(str(per), str(per))] if per else []
     default = parameter.get("default")
     facts.append("required" if parameter.get("required") else f"default {_plain(default)}")
     yield f"  {parameter['name']} ({', '.join(facts)})"

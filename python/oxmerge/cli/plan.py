@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterator
 
-    from oxmerge.cli.engine import Engine, ModelAccount, PlanSummary
+    from oxmerge.cli.engine import Engine, PlanSummary
     from oxmerge.cli.printer import Printer
 
 
@@ -37,14 +37,7 @@ def _lines(plan: PlanSummary) -> Iterator[str]:
     yield f"reads     {format_size(plan.bytes_read)}"
     yield f"writes    {format_size(plan.bytes_written)}"
     yield f"memory    {format_size(plan.memory, binary=True)} at the peak"
+    yield f"threads   {plan.threads}"
     yield f"disk      {format_size(plan.disk)} needed"
-    for account in plan.accounts:
-        yield f"input     {account.model}: {', '.join(_fates(account)) or 'nothing'}"
-
-
-def _fates(account: ModelAccount) -> Iterator[str]:
-    for fate, names in (("merged", account.merged), ("copied", account.copied)):
-        if len(names):
-            yield f"{len(names)} {fate}"
-    for reason, names in account.dropped.items():
-        yield f"{len(names)} dropped ({reason})"
+    entries = [f"{count} {fate}" for fate, count in plan.accounting.items() if count]
+    yield f"inputs    {', '.join(entries) or 'no tensors'}"

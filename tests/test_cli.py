@@ -436,6 +436,14 @@ ERRORS: list[tuple[BaseException, int, str]] = [
             "hint: name a new directory, or replace the model that is there with `--overwrite`\n"
         ),
     ),
+    (
+        OSError(errno.ENOSPC, "not enough space: 141 GB needed, 2 GB free", "out"),
+        1,
+        (
+            "error: `out`: not enough space: 141 GB needed, 2 GB free\n"
+            "hint: free some space, or name a directory on another disk\n"
+        ),
+    ),
     (OSError("odd"), 1, "error: odd\n"),
     (MemoryError(), 1, "error: out of memory\n"),
     (KeyboardInterrupt(), 130, "error: interrupted\n"),
@@ -467,6 +475,12 @@ def test_usage_errors_as_data(run: Any) -> None:  # noqa: ANN401
 def test_a_defect_is_not_dressed_up() -> None:
     with pytest.raises(ZeroDivisionError):
         main(["plan", "r.yml"], engine=FakeEngine(ZeroDivisionError()))
+
+
+def test_the_numbers_of_system_errors_are_not_for_people(run: Any) -> None:  # noqa: ANN401
+    error = OSError(errno.EIO, "failed to read: Input/output error (os error 5)", "m")
+    _, _, err = run("plan", "r", engine=FakeEngine(error))
+    assert err == "error: `m`: failed to read: Input/output error\n"
 
 
 def test_a_missing_engine_is_told(

@@ -30,7 +30,7 @@ fn all_equal_and_all_zero() {
 
 #[test]
 fn all_different() {
-    check_counts(&(0..300_000).map(|at| (at * 7919 % 300_000) as f32).collect::<Vec<_>>());
+    check_counts(&(0..300_000_u64).map(|at| (at * 7919 % 300_000) as f32).collect::<Vec<_>>());
 }
 
 #[test]

@@ -53,6 +53,10 @@ pub(crate) enum Operation {
     WeightedSum {
         terms: Vec<(f64, Slot)>,
     },
+    Elect {
+        terms: Vec<(f64, Slot)>,
+        average: bool,
+    },
     Kept {
         a: Slot,
         chosen: Chosen,
@@ -138,6 +142,10 @@ impl Emitter {
                 Operation::Select { mask, yes, no }
             }
             ValueNode::WeightedSum(terms) => self.weighted_sum(terms),
+            ValueNode::Elect { terms, average } => {
+                let terms = terms.iter().map(|(w, value)| (*w, self.slot(value))).collect();
+                Operation::Elect { terms, average: *average }
+            }
             ValueNode::Keep(_) => unreachable!("code was asked for before a selection was known"),
             ValueNode::Kept { value, chosen } => {
                 Operation::Kept { a: self.slot(value), chosen: *chosen }
@@ -244,7 +252,9 @@ impl Operation {
                 argument(no);
                 visit(mask);
             }
-            Self::WeightedSum { terms } => terms.iter_mut().for_each(|(_, slot)| visit(slot)),
+            Self::WeightedSum { terms } | Self::Elect { terms, .. } => {
+                terms.iter_mut().for_each(|(_, slot)| visit(slot))
+            }
         }
     }
 }

@@ -163,9 +163,10 @@ impl<'a, T: Real> Machine<'a, T> {
                 kernels::select(self.level, self.slot(*mask), yes, no, out);
             }
             Operation::WeightedSum { terms } => {
-                let terms: Vec<(T, &[T])> =
-                    terms.iter().map(|&(c, slot)| (T::from_f64(c), self.slot(slot))).collect();
-                kernels::weighted_sum(self.level, &terms, out);
+                kernels::weighted_sum(self.level, &self.terms(terms), out);
+            }
+            Operation::Elect { terms, average } => {
+                kernels::elect(self.level, &self.terms(terms), *average, out);
             }
             Operation::Kept { a, chosen } => self.kept(*chosen, range.start, self.slot(*a), out),
             Operation::Random { keep_below, .. } => {
@@ -173,6 +174,10 @@ impl<'a, T: Real> Machine<'a, T> {
                 kernels::random_mask(self.level, key, range.start, *keep_below, out);
             }
         }
+    }
+
+    fn terms(&self, terms: &[(f64, Slot)]) -> Vec<(T, &[T])> {
+        terms.iter().map(|&(c, slot)| (T::from_f64(c), self.slot(slot))).collect()
     }
 
     fn slot(&self, slot: Slot) -> &[T] {

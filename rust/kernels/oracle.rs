@@ -151,6 +151,22 @@ pub fn weighted_difference_sum<T: Real>(base: T, terms: &[(T, T)], scale: T) -> 
     base + if scale == T::ONE { sum } else { sum * scale }
 }
 
+/// The sum of those `weight · value` that have the sign of the sum of them all (zero counts as
+/// positive), divided by the sum of their weights if an average is asked for and that is not zero.
+pub fn elect<T: Real>(terms: &[(T, T)], average: bool) -> T {
+    let weighted: Vec<T> = terms.iter().map(|&(weight, value)| weight * value).collect();
+    let vote = weighted.iter().copied().reduce(|sum, value| sum + value).expect("a voter");
+    let winner = if vote >= T::ZERO { T::ONE } else { -T::ONE };
+    let (mut sum, mut share) = (T::ZERO, T::ZERO);
+    for (&(weight, _), value) in terms.iter().zip(weighted) {
+        if unary(UnaryOp::Sign, value) == winner {
+            sum += value;
+            share += weight;
+        }
+    }
+    if average && share != T::ZERO { sum / share } else { sum }
+}
+
 /// The order key: zero is in the middle, its neighbours beside it, NaN at the top.
 pub fn key<T: Real>(value: T) -> u64 {
     let width = 8 * size_of::<T>() as u32;

@@ -45,7 +45,9 @@ def write_checkpoint(
     for name, shard in zip(names, shards, strict=True):
         write_file(folder / name, shard)
     if len(shards) > 1:
-        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        where = {
+            tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
         index = {"metadata": {}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     if config is not None:
@@ -101,7 +103,9 @@ class FakeCore:
         names = [path]
         if os.path.isdir(path):
             names = sorted(
-                os.path.join(path, name) for name in os.listdir(path) if name.endswith(".safetensors")
+                os.path.join(path, name)
+                for name in os.listdir(path)
+                if name.endswith(".safetensors")
             )
         if not names:
             raise CheckpointError("no weights here", file=path, advice="it needs safetensors files")
@@ -178,7 +182,7 @@ def _read(path: str, index: int) -> list[FakeTensor]:
 # The table of methods.
 
 
-def _parameter(name: str, kind: str, default: Any, per: str) -> dict[str, Any]:  # noqa: ANN401
+def _parameter(name: str, kind: str, default: object, per: str) -> dict[str, Any]:
     required = default is ...
     return {
         "name": name,
@@ -246,9 +250,7 @@ METHODS = [
     _task_arithmetic("ties", normalize=True, rescale=False),
     _task_arithmetic("dare_linear", normalize=False, rescale=True),
     _task_arithmetic("dare_ties", normalize=False, rescale=True),
-    _method(
-        "passthrough", "ignored", (1, 1), (1, 1), _parameter("scale", "float", None, "input")
-    ),
+    _method("passthrough", "ignored", (1, 1), (1, 1), _parameter("scale", "float", None, "input")),
 ]
 
 
@@ -378,13 +380,9 @@ def t5(encoder: int = 2, decoder: int = 3) -> Specimen:
     bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     tensors = _all("F32", {"shared.weight": (40, width)})
     tensors |= _layers("encoder.block", encoder, encoder_table, "F32")
-    tensors |= _all(
-        "F32", {f"encoder.{bias}": (8, 2), "encoder.final_layer_norm.weight": (width,)}
-    )
+    tensors |= _all("F32", {f"encoder.{bias}": (8, 2), "encoder.final_layer_norm.weight": (width,)})
     tensors |= _layers("decoder.block", decoder, decoder_table, "F32")
-    tensors |= _all(
-        "F32", {f"decoder.{bias}": (8, 2), "decoder.final_layer_norm.weight": (width,)}
-    )
+    tensors |= _all("F32", {f"decoder.{bias}": (8, 2), "decoder.final_layer_norm.weight": (width,)})
     config = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -418,7 +416,12 @@ def _llama_mlp(width: int, inner: int) -> dict[str, tuple[int, ...]]:
 
 
 def llama(
-    depth: int = 4, *, width: int = 16, vocabulary: int = 40, dtype: str = "BF16", tied: bool = False
+    depth: int = 4,
+    *,
+    width: int = 16,
+    vocabulary: int = 40,
+    dtype: str = "BF16",
+    tied: bool = False,
 ) -> Specimen:
     tensors = _all(dtype, {"model.embed_tokens.weight": (vocabulary, width)})
     table = _llama_attention(width) | _llama_mlp(width, 2 * width)
@@ -501,7 +504,9 @@ def deepseek(depth: int = 3, dense: int = 1, experts: int = 3) -> Specimen:
     for layer in range(depth + 1):
         table = attention | _llama_mlp(width, 32) if layer < dense else sparse
         table = predicting if layer == depth else table
-        tensors |= _all("BF16", {f"model.layers.{layer}.{rest}": row for rest, row in table.items()})
+        tensors |= _all(
+            "BF16", {f"model.layers.{layer}.{rest}": row for rest, row in table.items()}
+        )
     tensors |= _all("BF16", {"model.norm.weight": (width,), "lm_head.weight": (40, width)})
     config = {
         "architectures": ["DeepseekV3ForCausalLM"],

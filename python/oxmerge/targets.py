@@ -117,9 +117,7 @@ class SlicedTargets:
         if side is None and not self._ends_agree():
             message = "cannot tell whether it comes before the layers or after them"
             advice = "make the first and the last slice list the same models and parameters"
-            problem = Problem("names", message, tensor=name, advice=advice)
-            if problem not in self.problems:
-                self.problems.append(problem)
+            self.problems.append(Problem("names", message, tensor=name, advice=advice))
         return side or "input"
 
     def _ends_agree(self) -> bool:

@@ -58,8 +58,8 @@ _INPUT_PARTS = ("embed", "position", "token_type", "patch", "_emb", "emb_")
 _OUTPUT_WORDS = frozenset((
     "head", "heads", "score", "classifier", "pooler", "ln_f", "ln_out", "ln_post", "norm", "norm_f",
     "norm_out", "out_norm", "layernorm", "layer_norm", "post_layernorm", "post_layer_norm",
-    "output", "output_layer", "output_norm", "qa_outputs", "generator", "vocab_transform", "vocab_projector",
-    "vocab_layer_norm",
+    "output", "output_layer", "output_norm", "qa_outputs", "generator", "vocab_transform",
+    "vocab_projector", "vocab_layer_norm",
 ))  # fmt: skip
 _OUTPUT_ENDS = ("_head", "final_norm", "final_layernorm", "final_layer_norm")
 

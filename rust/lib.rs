@@ -5,11 +5,20 @@
 //! loaded whole: not a model, not a shard, not a tensor. `ARCHITECTURE.md` beside this file tells
 //! how it is built and why; `kernels/NUMERICS.md` is the numeric contract.
 //!
-//! A module uses only those above it in this list. Only `python` knows Python.
+//! A module uses only those before it in this list: `error`, `dtype`, `plan` (data only), `io`,
+//! `checkpoint`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows Python.
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("oxmerge needs a 64-bit machine: checkpoints are larger than 4 GiB");
 
+pub mod checkpoint;
 pub mod dtype;
+pub mod engine;
 pub mod error;
+pub mod formula;
+pub mod io;
+pub mod kernels;
+pub mod methods;
 pub mod plan;
+#[cfg(feature = "python")]
+mod python;

@@ -1,0 +1,220 @@
+"""The three that run: the floor, oxmerge and mergekit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+HERE = Path(__file__).resolve().parent
+FLOOR_MANIFEST = HERE / "floor" / "Cargo.toml"
+FLOOR_PROGRAM = HERE / "floor" / "target" / "release" / "floor"
+
+# The keys of oxmerge's JSON report that the bench reads.
+SECONDS, BYTES_READ, BYTES_WRITTEN, PEAK = "seconds", "bytes_read", "bytes_written", "peak_memory"
+
+THREADS = (2, 3, 4, 6, 8)
+PIECES = (4 << 20, 8 << 20, 16 << 20)
+READS = {"warm": ("mmap", "pread"), "cold": ("mmap", "pread", "direct")}
+WRITES = ("direct", "buffered")
+PATHS_KEPT = 2  # paths whose whole grid is tried
+FINALISTS = 4
+FINAL_ROUNDS = 3
+
+
+class BenchError(Exception):
+    """A contender failed, or said something that the bench does not understand."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended well, as seen from outside."""
+
+    stdout: str
+    seconds: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a contender. `seconds` is its own figure where it has one, else the process's."""
+
+    seconds: float
+    process_seconds: float
+    peak: int
+    bytes_read: int
+    bytes_written: int
+
+
+def run_process(
+    command: list[str], cwd: Path, environment: dict[str, str] | None = None
+) -> Finished:
+    """Runs a command and takes wall time and peak resident set from outside.
+
+    The kernel counts the image before exec too, so the figure is never below the harness's own
+    resident set (about 20 MB). That is why the harness imports nothing large.
+    """
+    machine.forget_own_memory()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=cwd, env={**os.environ, **(environment or {})}, stdout=out, stderr=err
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode != 0:
+            tail = err.read()[-2000:]
+            raise BenchError(f"{command[0]} exited with {process.returncode}:\n{tail}")
+        return Finished(out.read(), seconds, usage.ru_maxrss << 10)
+
+
+@dataclass(frozen=True)
+class FloorSettings:
+    """How the floor runs."""
+
+    read: str = "mmap"
+    write: str = "direct"
+    threads: int = 4
+    piece: int = 8 << 20
+
+
+def build_floor() -> None:
+    """Builds the floor program."""
+    command = ["cargo", "build", "--release", "--quiet", "--manifest-path", str(FLOOR_MANIFEST)]
+    target = {"CARGO_TARGET_DIR": str(HERE / "floor" / "target")}
+    subprocess.run(command, check=True, env={**os.environ, **target})
+
+
+def floor(settings: FloorSettings, models: list[Path], out: Path) -> Run:
+    """Runs the floor once. The clock is its own: from opening the output to the last fsync."""
+    options = {key: str(value) for key, value in asdict(settings).items()}
+    flags = [part for key, value in options.items() for part in (f"--{key}", value)]
+    command = [str(FLOOR_PROGRAM), *flags, str(out), *map(str, models)]
+    done = run_process(command, out.parent)
+    report: dict[str, Any] = json.loads(done.stdout)
+    seconds, peak = report["seconds"], report["peak_rss"]  # its own: see run_process
+    return Run(seconds, done.seconds, peak, report["bytes_read"], report["bytes_written"])
+
+
+def calibrate(state: str, time_one: Callable[[FloorSettings], float]) -> FloorSettings:
+    """Finds the floor's best settings: paths, then threads and pieces, then the best few again."""
+
+    def best(candidates: Iterable[FloorSettings], keep: int, rounds: int) -> list[FloorSettings]:
+        pool = list(candidates)
+        times: dict[FloorSettings, float] = {}
+        for _ in range(rounds):  # interleaved, so that a slow moment falls on all
+            for one in pool:
+                times[one] = min(time_one(one), times.get(one, float("inf")))
+        return sorted(pool, key=times.__getitem__)[:keep]
+
+    paths = (FloorSettings(read, write) for read in READS[state] for write in WRITES)
+    kept = best(paths, PATHS_KEPT, rounds=2)
+    grid = [
+        replace(path, threads=threads, piece=piece)
+        for path in kept
+        for threads in THREADS
+        for piece in PIECES
+    ]
+    return best(best(grid, FINALISTS, rounds=1), 1, FINAL_ROUNDS)[0]
+
+
+@dataclass(frozen=True)
+class Oxmerge:
+    """An interpreter that has oxmerge."""
+
+    python: Path
+    version: str
+
+    @classmethod
+    def find(cls, python: Path, cwd: Path) -> Oxmerge | None:
+        """Looks from `cwd`, so that a source tree is not mistaken for an installed package."""
+        version = installed_version(python, "oxmerge", cwd)
+        return cls(python, version) if version else None
+
+    def run(self, recipe: Path, out: Path) -> Run:
+        """Merges once. `seconds` is the engine's: from the first read to the last fsync."""
+        command = [str(self.python), "-m", "oxmerge", "merge", str(recipe), str(out)]
+        done = run_process([*command, "--json", "--quiet"], out.parent)
+        try:
+            report = json.loads(done.stdout)
+            seconds, read, written = (report[k] for k in (SECONDS, BYTES_READ, BYTES_WRITTEN))
+            peak = max(done.peak, report[PEAK])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BenchError(f"oxmerge's report lacks what the bench reads: {error!r}") from error
+        return Run(seconds, done.seconds, peak, read, written)
+
+
+@dataclass(frozen=True)
+class Mergekit:
+    """mergekit's own environment, and the version in it."""
+
+    program: Path
+    version: str
+
+    @classmethod
+    def find(cls, python: Path | None, cwd: Path) -> Mergekit | None:
+        """None where there is no mergekit beside the interpreter."""
+        if python is None:
+            return None
+        python = python.absolute()  # not resolved: a virtual environment's python is a link
+        program = python.parent / "mergekit-yaml"
+        version = installed_version(python, "mergekit", cwd)
+        return cls(program, version) if version and program.exists() else None
+
+    def prepare(self, cwd: Path) -> None:
+        """Imports everything once, so that no round pays for reading torch from the disk."""
+        run_process([str(self.program), "--help"], cwd)
+
+    def run(self, recipe: Path, out: Path, bytes_read: int) -> Run:
+        """Merges once with default flags. It does not flush its files: that is added here."""
+        command = [str(self.program), str(recipe), str(out)]
+        done = run_process(command, out.parent, {"HF_HUB_OFFLINE": "1"})
+        start = time.perf_counter()
+        machine.sync_tree(out)
+        seconds = done.seconds + time.perf_counter() - start
+        return Run(seconds, seconds, done.peak, bytes_read, weight_bytes(out))
+
+
+def installed_version(python: Path, package: str, cwd: Path) -> str | None:
+    """The version of an importable package, or None. Does not import it: mergekit takes seconds."""
+    code = (
+        "import sys, importlib.util as u, importlib.metadata as m\n"
+        "name = sys.argv[1]\n"
+        "print(m.version(name) if u.find_spec(name) else '')"
+    )
+    command = [str(python), "-c", code, package]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def this_python() -> Path:
+    return Path(sys.executable)
+
+
+def shard_files(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))
+
+
+def weight_bytes(model: Path) -> int:
+    return sum(path.stat().st_size for path in shard_files(model))
+
+
+def remove(directory: Path) -> None:
+    """Removes an output and waits for the disk, so that no run pays for the one before it."""
+    shutil.rmtree(directory, ignore_errors=True)
+    os.sync()

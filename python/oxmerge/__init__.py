@@ -1,0 +1,91 @@
+"""Merge language models of any size on one machine, in the memory you set.
+
+>>> import oxmerge
+>>> report = oxmerge.merge("recipe.yml", "out/", memory="2GiB")  # doctest: +SKIP
+
+Importing the package loads neither numpy nor rich nor PyYAML nor torch.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oxmerge.checkpoints import OpenCheckpoint as OpenCheckpoint
+    from oxmerge.checkpoints import open_checkpoint as open  # noqa: A004
+    from oxmerge.merging import MergeReport as MergeReport
+    from oxmerge.merging import Outlook as Outlook
+    from oxmerge.merging import merge as merge
+    from oxmerge.merging import plan as plan
+    from oxmerge.recipe import Recipe as Recipe
+
+from oxmerge._core import build_info
+from oxmerge.errors import (
+    CheckpointError,
+    InputChangedError,
+    MemoryBudgetError,
+    OutputError,
+    OxmergeError,
+    PlanError,
+    RecipeError,
+    UnsupportedError,
+)
+
+__all__ = [
+    "CheckpointError",
+    "InputChangedError",
+    "MemoryBudgetError",
+    "MergeReport",
+    "OpenCheckpoint",
+    "Outlook",
+    "OutputError",
+    "OxmergeError",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "UnsupportedError",
+    "__version__",
+    "build_info",
+    "merge",
+    "open",
+    "plan",
+]
+
+__version__: str = build_info()["version"]
+
+#: Where the names come from that are loaded when they are first used.
+_LAZY = {
+    "MergeReport": ("oxmerge.merging", "MergeReport"),
+    "OpenCheckpoint": ("oxmerge.checkpoints", "OpenCheckpoint"),
+    "Outlook": ("oxmerge.merging", "Outlook"),
+    "Recipe": ("oxmerge.recipe", "Recipe"),
+    "merge": ("oxmerge.merging", "merge"),
+    "open": ("oxmerge.checkpoints", "open_checkpoint"),
+    "plan": ("oxmerge.merging", "plan"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name when it is first used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415
+
+    module, attribute = _LAZY[name]
+    value: object = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(set(globals()) | set(__all__))
+
+
+if build_info()["profile"] == "debug":
+    from warnings import warn
+
+    warn(
+        "oxmerge was built without optimisation and is very slow; build it with --release",
+        RuntimeWarning,
+        stacklevel=2,
+    )

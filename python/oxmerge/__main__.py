@@ -1,0 +1,5 @@
+"""`python -m oxmerge`: the command line."""
+
+from oxmerge.cli import main
+
+raise SystemExit(main())

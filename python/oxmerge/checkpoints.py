@@ -1,0 +1,136 @@
+"""Open a checkpoint and look at its tensors as arrays, without loading it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+
+from oxmerge import _core
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+    import numpy as np
+
+__all__ = ["OpenCheckpoint", "open_checkpoint"]
+
+_NUMPY_NAMES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2",
+    "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
+}  # fmt: skip
+
+
+class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
+    """The tensors of a checkpoint by name, in file order, as arrays that read when touched.
+
+    Arrays are read-only views of the mapped files, and keep their mapping alive: they can be used
+    after the checkpoint is closed. BF16 is ``ml_dtypes.bfloat16`` if that package is installed,
+    else raw ``uint16``. A file must not be truncated while arrays of it are in use.
+
+    Attributes
+    ----------
+    path : str
+        What was opened.
+    warnings : list of str
+        What is odd about it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._checkpoint = _core.open_checkpoint(os.fspath(path))
+        self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
+        self._files: list[dict[str, Any]] = self._checkpoint.files
+        self._maps: dict[int, mmap.mmap] = {}
+        self._closed = False
+        self.path: str = self._checkpoint.path
+        self.warnings: list[str] = self._checkpoint.warnings
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        """Return a tensor as a read-only array of its shape."""
+        import numpy as np  # noqa: PLC0415
+
+        tensor = self._tensors[name]
+        dtype = numpy_dtype(tensor.dtype)
+        count = 1
+        for length in tensor.shape:
+            count *= length
+        if count == 0:
+            return np.empty(tensor.shape, dtype)
+        flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
+        return flat.reshape(tensor.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in file order."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._tensors)
+
+    def tensor_info(self, name: str) -> _core.TensorInfo:
+        """Return name, dtype, shape and place of a tensor, without reading it."""
+        return self._tensors[name]
+
+    def close(self) -> None:
+        """Let go of the files; arrays that are still in use keep theirs."""
+        self._maps.clear()
+        self._closed = True
+
+    def __enter__(self) -> OpenCheckpoint:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _map(self, file: int) -> mmap.mmap:
+        if self._closed:
+            raise ValueError(f"the checkpoint `{self.path}` is closed")
+        if file not in self._maps:
+            with open(self._files[file]["path"], "rb") as stream:
+                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy type for a safetensors type name."""
+    import numpy as np  # noqa: PLC0415
+
+    if name != "BF16":
+        return np.dtype(_NUMPY_NAMES[name])
+    try:
+        import ml_dtypes  # noqa: PLC0415
+    except ImportError:
+        return np.dtype("<u2")
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:
+    """Open a checkpoint: a safetensors file, or a directory with one or with shards.
+
+    Parameters
+    ----------
+    path : path
+        The file or directory.
+
+    Returns
+    -------
+    OpenCheckpoint
+        A mapping from tensor names to arrays; a context manager.
+
+    Raises
+    ------
+    CheckpointError
+        If a header or the index is broken.
+    UnsupportedError
+        If the weights are quantised.
+    """
+    return OpenCheckpoint(path)

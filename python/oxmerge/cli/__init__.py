@@ -1,0 +1,124 @@
+"""The command line: `oxmerge VERB ...`.
+
+Standard output carries data, standard error speaks to people, and the exit code says how it went:
+0 done, 1 failed, 2 usage or recipe error, 3 could not check, 130 interrupted. Each verb is a
+module with `add_arguments` and `run`; only the one asked for is imported. This module is the one
+place where an exception becomes text.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from oxmerge.cli.arguments import Parser, UsageError
+from oxmerge.cli.failures import exit_code, report
+from oxmerge.cli.printer import Printer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from oxmerge.cli.engine import Engine
+
+__all__ = ["main"]
+
+VERBS = {
+    "merge": "merge checkpoints by a recipe",
+    "plan": "show what a merge would do, without doing it",
+    "inspect": "show what is in a checkpoint",
+    "methods": "list the merge methods, or explain one",
+    "demo": "make two small checkpoints and merge them",
+}
+"""The verbs, and what each does."""
+
+
+def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        The arguments; those of the process when None.
+    engine
+        What does the work; the installed engine when None.
+
+    Returns
+    -------
+    int
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    printer = Printer(
+        quiet="--quiet" in arguments or "-q" in arguments, as_json="--json" in arguments
+    )
+    try:
+        return _dispatch(arguments, printer, engine)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        printer.close_output()
+        return 0
+    except KeyboardInterrupt as interrupt:
+        report(interrupt, printer)
+        return exit_code(interrupt)
+    except Exception as error:
+        if not report(error, printer):
+            raise
+        return exit_code(error)
+
+
+def _dispatch(arguments: list[str], printer: Printer, engine: Engine | None) -> int:
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        printer.data(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in {"-V", "--version"}:
+        printer.data(f"oxmerge {_version()}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise UsageError.unknown("command", verb, VERBS)
+    module = import_module(f"oxmerge.cli.{verb}")
+    parser = Parser(prog=f"oxmerge {verb}", description=module.__doc__)
+    module.add_arguments(parser)
+    options = parser.parse(rest, printer)
+    if options is None:
+        return 0
+    code = module.run(options, printer, engine or _installed_engine())
+    printer.flush()
+    return int(code)
+
+
+def _overview() -> str:
+    lines = [f"  {verb:<10}{purpose}" for verb, purpose in VERBS.items()]
+    return "\n".join(
+        [
+            "Merge model checkpoints out of core: any size, in a few hundred MB of memory.",
+            "",
+            "usage: oxmerge COMMAND ...",
+            "",
+            *lines,
+            "",
+            "`oxmerge COMMAND --help` explains a command; `oxmerge --version` tells the version.",
+            "Start with `oxmerge demo`.",
+        ]
+    )
+
+
+def _version() -> str:
+    import oxmerge  # noqa: PLC0415 - only to tell
+
+    version = getattr(oxmerge, "__version__", None)
+    if isinstance(version, str):
+        return version
+    from importlib import metadata  # noqa: PLC0415 - slow
+
+    try:
+        return metadata.version("oxmerge")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _installed_engine() -> Engine:
+    from oxmerge.cli.engine import InstalledEngine  # noqa: PLC0415 - only to work
+
+    return InstalledEngine()

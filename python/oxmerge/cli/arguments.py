@@ -1,0 +1,143 @@
+"""Arguments: a parser that suggests what was meant, and the types of values."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+
+from oxmerge.problems import did_you_mean
+from oxmerge.sizes import parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, NoReturn
+
+    from oxmerge.cli.printer import Printer
+
+_WIDEST = 80
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+    def __init__(self, message: str, advice: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.advice = advice
+
+    @classmethod
+    def unknown(cls, kind: str, word: str, known: Iterable[str]) -> UsageError:
+        """Build the error for a word that is not among the known ones."""
+        names = list(known)
+        advice = did_you_mean(word, names) or f"known are: {', '.join(names)}"
+        return cls(f"unknown {kind} `{word}`", advice)
+
+
+class Parser(argparse.ArgumentParser):
+    """`ArgumentParser` that raises `UsageError` and knows its own options."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401
+        self.options: list[str] = []
+        super().__init__(
+            **settings,
+            allow_abbrev=False,
+            formatter_class=_formatter,
+        )
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:  # noqa: ANN401
+        """Add an argument, remembering the names of options."""
+        self.options += [name for name in names if name.startswith("-")]
+        return super().add_argument(*names, **settings)
+
+    def parse(self, arguments: list[str], printer: Printer) -> argparse.Namespace | None:
+        """Parse, or print the help and return None when that is asked for."""
+        self._refuse_unknown(arguments)
+        if "-h" in arguments or "--help" in arguments:
+            printer.data(self.format_help().rstrip())
+            return None
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing and leaving."""
+        raise UsageError(message, f"see `{self.prog} --help`")
+
+    def _refuse_unknown(self, arguments: list[str]) -> None:
+        before_end = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        for word in before_end:
+            name = word.split("=", 1)[0]
+            if re.match(r"--?[A-Za-z]", name) and name not in self.options:
+                raise UsageError.unknown("option", name, [o for o in self.options if o[1] == "-"])
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    columns = min(shutil.get_terminal_size().columns, _WIDEST)
+    return argparse.HelpFormatter(prog, max_help_position=26, width=columns)
+
+
+def size(text: str) -> int:
+    """Parse a size such as `256MiB`, for an argument."""
+    try:
+        value = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be more than nothing")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1, for an argument."""
+    return _whole(text, 1)
+
+
+def natural(text: str) -> int:
+    """Parse a whole number from 0, for an argument."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if re.fullmatch(r"[0-9]{1,20}", text) is None or int(text) < least:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from {least}")
+    return int(text)
+
+
+def add_plan_options(parser: Parser) -> None:
+    """Add the options that `plan` and `merge` share."""
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe file")
+    parser.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="memory that the whole process may use (256MiB)",
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="number of workers (one a core)"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=size,
+        metavar="SIZE",
+        help="largest size of an output file (5GB)",
+    )
+    parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
+    add_json_option(parser)
+
+
+def add_json_option(parser: Parser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the shared options as keyword arguments, without those not given."""
+    given = {
+        "memory": options.memory,
+        "threads": options.threads,
+        "shard_size": options.shard_size,
+    }
+    return {
+        "strict": options.strict,
+        **{name: value for name, value in given.items() if value is not None},
+    }

@@ -1,0 +1,104 @@
+"""How an exception is told: plain text for people, data with `--json`."""
+
+from __future__ import annotations
+
+import errno
+
+from oxmerge.cli.arguments import UsageError
+from oxmerge.errors import OxmergeError, RecipeError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oxmerge.cli.printer import Printer
+    from oxmerge.problems import Problem
+
+DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_PARTS = ("file", "tensor", "expected", "found", "advice")
+_HINTS = {
+    errno.EEXIST: "name a new directory, or replace the model that is there with `--overwrite`",
+    errno.ENOSPC: "free some space, or name a directory on another disk",
+    errno.EACCES: "check the permissions of the file and of its folders",
+    errno.EROFS: "the file system is read-only: name a directory on another one",
+}
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that an exception ends the program with."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return USAGE if isinstance(error, UsageError | RecipeError) else FAILED
+
+
+def report(error: BaseException, printer: Printer) -> bool:
+    """Tell about an exception; False for one that is a defect of the program."""
+    if not isinstance(error, OxmergeError | OSError | UsageError | KeyboardInterrupt | MemoryError):
+        return False
+    if printer.as_json:
+        printer.json({"error": as_data(error)})
+    else:
+        message, entries, hints = _story(error)
+        printer.error(message, entries, hints)
+    return True
+
+
+def as_data(error: BaseException) -> dict[str, Any]:
+    """Return an exception as data, its parts kept apart and empty ones left out."""
+    if isinstance(error, OxmergeError):
+        parts = {name: getattr(error, name, None) for name in _PARTS}
+        problems = [_problem_data(problem) for problem in getattr(error, "problems", ())]
+        story = {"message": error.message, **parts, "problems": problems}
+    elif isinstance(error, OSError):
+        story = {
+            "message": error.strerror or str(error),
+            "file": _text(error.filename),
+            "errno": error.errno,
+            "advice": _HINTS.get(error.errno or 0),
+        }
+    else:
+        story = {"message": _headline(error), "advice": getattr(error, "advice", None)}
+    return {"kind": type(error).__name__, **{k: v for k, v in story.items() if v}}
+
+
+def _problem_data(problem: Problem) -> dict[str, Any]:
+    names = ("kind", "message", "where", *_PARTS, "tensors", "count")
+    values = {name: getattr(problem, name, None) for name in names}
+    return {name: value for name, value in values.items() if value}
+
+
+def _story(error: BaseException) -> tuple[str, list[str], list[str]]:
+    """Split an exception into its headline, its entries and its hints."""
+    problems = list(getattr(error, "problems", ()))
+    if problems:
+        entries = [_without_hint(problem) for problem in problems]
+        hints = list(dict.fromkeys(p.advice for p in problems if getattr(p, "advice", None)))
+        if getattr(error, "advice", None):
+            hints.append(error.advice)  # type: ignore[attr-defined]
+        return str(getattr(error, "message", "")), entries, hints
+    advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
+    advice = getattr(error, "advice", None) or advice
+    return _headline(error), [], [advice] if advice else []
+
+
+def _headline(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return reason if error.filename is None else f"`{_text(error.filename)}`: {reason.lower()}"
+    return _without_hint(error) if isinstance(error, OxmergeError) else str(error)
+
+
+def _without_hint(story: object) -> str:
+    """Return the text of an error or a problem; its hint has a place of its own."""
+    return str(story).split("\n  hint: ", 1)[0]
+
+
+def _text(name: object) -> str | None:
+    if isinstance(name, bytes):
+        return name.decode(errors="replace")
+    return None if name is None else str(name)

@@ -1,0 +1,233 @@
+"""Show what is in a checkpoint: tensors by stack, dtypes, shapes, layers, tied pairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from oxmerge.cli.arguments import Parser, add_json_option
+from oxmerge.sizes import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from oxmerge.cli.engine import Engine, OpenCheckpoint, TensorEntry
+    from oxmerge.cli.printer import Printer
+
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+_BITS = re.compile(r"\d+")
+_LEAST_STACK = 2
+_NAME_WIDTH = 46
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors of one name (but for numbers), dtype and shape."""
+
+    pattern: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Stack:
+    """Tensors that repeat over layers."""
+
+    prefix: str
+    layers: int
+    rows: dict[Row, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass
+class Contents:
+    """What a checkpoint holds, sorted."""
+
+    loose: list[Row]
+    stacks: list[Stack]
+    tied: list[str]
+    dtypes: dict[str, tuple[int, int]]
+    parameters: int
+    total_bytes: int
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument("model", metavar="MODEL", help="a model directory or a weight file")
+    add_json_option(parser)
+
+
+def run(options: Namespace, printer: Printer, engine: Engine) -> int:
+    """Open the checkpoint and print what it holds."""
+    checkpoint = engine.open_checkpoint(options.model)
+    contents = sort_tensors(checkpoint, _read_config(options.model))
+    printer.warnings(checkpoint.warnings)
+    if printer.as_json:
+        printer.json(_as_data(options.model, checkpoint, contents))
+    else:
+        printer.data("\n".join(_lines(options.model, checkpoint, contents)))
+    return 0
+
+
+def sort_tensors(checkpoint: OpenCheckpoint, config: dict[str, Any]) -> Contents:
+    """Sort the tensors of a checkpoint into stacks and loose ones, and find tied pairs."""
+    tensors = list(checkpoint.tensors)
+    depths = _stack_depths(tensor.name for tensor in tensors)
+    stacks = {prefix: Stack(prefix, depth) for prefix, depth in depths.items()}
+    loose = []
+    for tensor in tensors:
+        place = _place(tensor.name, depths)
+        shape = tuple(tensor.shape)
+        if place is None:
+            loose.append(Row(tensor.name, tensor.dtype, shape))
+            continue
+        prefix, layer, rest = place
+        row = Row(_NUMBER.sub("#", rest), tensor.dtype, shape)
+        stacks[prefix].rows[row].append(layer)
+    return Contents(
+        loose,
+        list(stacks.values()),
+        _tied(tensors, config),
+        _by_dtype(tensors),
+        sum(prod(tensor.shape) for tensor in tensors),
+        sum(_bytes(tensor) for tensor in tensors),
+    )
+
+
+def _read_config(model: str) -> dict[str, Any]:
+    try:
+        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _stack_depths(names: Iterable[str]) -> dict[str, int]:
+    """Prefixes that are numbered from 0 without gaps, and their counts, in order of appearance."""
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        match = _NUMBER.search(name)
+        if match is not None and match.start() > 0:
+            numbers[name[: match.start() - 1]].add(int(match[0]))
+    return {
+        prefix: len(found)
+        for prefix, found in numbers.items()
+        if len(found) >= _LEAST_STACK and max(found) == len(found) - 1
+    }
+
+
+def _place(name: str, depths: dict[str, int]) -> tuple[str, int, str] | None:
+    match = _NUMBER.search(name)
+    if match is None or name[: max(match.start() - 1, 0)] not in depths:
+        return None
+    return name[: match.start() - 1], int(match[0]), name[match.end() + 1 :]
+
+
+def _bytes(tensor: TensorEntry) -> int:
+    """Bytes of a tensor, from the number of bits that its type's name tells."""
+    bits = _BITS.search(tensor.dtype)
+    return prod(tensor.shape) * (int(bits[0]) if bits else 8) // 8
+
+
+def _by_dtype(tensors: Iterable[TensorEntry]) -> dict[str, tuple[int, int]]:
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += 1
+        sizes[tensor.dtype] += _bytes(tensor)
+    return {dtype: (counts[dtype], sizes[dtype]) for dtype in sorted(counts)}
+
+
+def _tied(tensors: Sequence[TensorEntry], config: dict[str, Any]) -> list[str]:
+    """Find what is tied to what: by the same bytes, or because the config says so."""
+    by_range: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for tensor in tensors:
+        if _bytes(tensor):
+            by_range[(str(tensor.file), tensor.start, _bytes(tensor))].append(tensor.name)
+    found = [" = ".join(names) for names in by_range.values() if len(names) > 1]
+    nested = [config, *(value for value in config.values() if isinstance(value, dict))]
+    if any(inner.get("tie_word_embeddings") is True for inner in nested):
+        has_head = any(re.search(r"(^|\.)lm_head\.weight$", tensor.name) for tensor in tensors)
+        stored = ", though a head is stored" if has_head else ""
+        found.append(f"output head = input embedding, says the config{stored}")
+    return found
+
+
+def _lines(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> Iterator[str]:
+    count, files = len(checkpoint.tensors), len(checkpoint.files)
+    yield f"model       {model}"
+    yield f"files       {files}, {format_size(contents.total_bytes)} of weights"
+    yield f"tensors     {count}"
+    yield f"parameters  {contents.parameters:,} ({_human(contents.parameters)})"
+    for dtype, (number, size) in contents.dtypes.items():
+        yield f"dtype       {dtype}: {number} tensors, {format_size(size)}"
+    for pair in contents.tied:
+        yield f"tied        {pair}"
+    for stack in contents.stacks:
+        yield ""
+        yield f"{stack.prefix}: {stack.layers} layers"
+        for row, layers in stack.rows.items():
+            yield _row(row) + _where(layers, stack.layers)
+    if contents.loose:
+        yield ""
+        yield "outside of layers"
+        yield from (_row(row) for row in contents.loose)
+
+
+def _row(row: Row) -> str:
+    shape = " x ".join(str(length) for length in row.shape) or "scalar"
+    return f"  {row.pattern:<{_NAME_WIDTH}} {row.dtype:<5} {shape}"
+
+
+def _where(layers: Sequence[int], depth: int) -> str:
+    """Say in which layers a row is, unless it is in each once."""
+    distinct = sorted(set(layers))
+    times = f", {len(layers) // len(distinct)} each" if len(layers) > len(distinct) else ""
+    if len(distinct) == depth:
+        return times
+    return f", layers {_ranges(distinct)}{times}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers with runs folded: `0-3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _human(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return str(count)
+
+
+def _as_data(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> dict[str, Any]:
+    return {
+        "model": model,
+        "files": [str(file) for file in checkpoint.files],
+        "parameters": contents.parameters,
+        "bytes": contents.total_bytes,
+        "dtypes": {
+            dtype: {"tensors": count, "bytes": size}
+            for dtype, (count, size) in contents.dtypes.items()
+        },
+        "stacks": {stack.prefix: stack.layers for stack in contents.stacks},
+        "tied": contents.tied,
+        "tensors": [
+            {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for tensor in checkpoint.tensors
+        ],
+        "warnings": [str(warning) for warning in checkpoint.warnings],
+    }

@@ -1,0 +1,64 @@
+"""Merge checkpoints by a recipe, into a new model directory."""
+
+from __future__ import annotations
+
+from oxmerge.cli.arguments import Parser, add_plan_options, natural, plan_options
+from oxmerge.cli.progress import format_duration, format_rate, show_progress
+from oxmerge.sizes import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from oxmerge.cli.engine import Engine, MergeReport
+    from oxmerge.cli.printer import Printer
+
+READ_PATHS = ("auto", "mapped", "positioned")
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the options of this verb."""
+    add_plan_options(parser)
+    parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
+    parser.add_argument(
+        "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that is in OUT")
+    parser.add_argument(
+        "--read-path", choices=READ_PATHS, default="auto", help="how input files are read (auto)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def run(options: Namespace, printer: Printer, engine: Engine) -> int:
+    """Merge and tell how it went."""
+    settings = plan_options(options)
+    settings.update(overwrite=options.overwrite, read_path=options.read_path)
+    if options.seed is not None:
+        settings["seed"] = options.seed
+    with show_progress(printer) as progress:
+        report = engine.merge(options.recipe, options.directory, **settings, progress=progress)
+    tell(report, printer)
+    return 0
+
+
+def tell(report: MergeReport, printer: Printer) -> None:
+    """Print the warnings and the summary of a merge, and the report if it is asked for."""
+    printer.warnings(report.warnings)
+    for line in summary(report):
+        printer.say(line)
+    if printer.as_json:
+        printer.json(report.as_dict())
+
+
+def summary(report: MergeReport) -> tuple[str, str]:
+    """Return the two lines that end a merge."""
+    moved = report.bytes_read + report.bytes_written
+    files = "1 file" if report.files == 1 else f"{report.files} files"
+    peak = format_size(report.peak_memory, binary=True)
+    where = f"wrote `{report.directory}`: {report.tensors} tensors in {files}, "
+    how = f"{format_rate(moved, report.seconds)} read and written, peak memory {peak} of "
+    return (
+        where + f"{format_size(report.bytes_written)} in {format_duration(report.seconds)}",
+        how + f"{format_size(report.memory, binary=True)}, {report.threads} threads, {report.simd}",
+    )

@@ -1,0 +1,42 @@
+"""Show what a merge would do: tensors, bytes, memory, disk. Only headers are read."""
+
+from __future__ import annotations
+
+from oxmerge.cli.arguments import Parser, add_plan_options, plan_options
+from oxmerge.sizes import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Iterator
+
+    from oxmerge.cli.engine import Engine, PlanSummary
+    from oxmerge.cli.printer import Printer
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the options of this verb."""
+    add_plan_options(parser)
+
+
+def run(options: Namespace, printer: Printer, engine: Engine) -> int:
+    """Plan and print the plan."""
+    plan = engine.plan(options.recipe, **plan_options(options))
+    printer.warnings(plan.warnings)
+    if printer.as_json:
+        printer.json(plan.as_dict())
+    else:
+        printer.data("\n".join(_lines(plan)))
+    return 0
+
+
+def _lines(plan: PlanSummary) -> Iterator[str]:
+    files = "1 file" if plan.files == 1 else f"{plan.files} files"
+    yield f"method    {plan.method}"
+    yield f"tensors   {plan.tensors} in {files}"
+    yield f"reads     {format_size(plan.bytes_read)}"
+    yield f"writes    {format_size(plan.bytes_written)}"
+    yield f"memory    {format_size(plan.memory, binary=True)} at the peak"
+    yield f"disk      {format_size(plan.disk)} needed"
+    entries = [f"{count} {fate}" for fate, count in plan.accounting.items() if count]
+    yield f"inputs    {', '.join(entries) or 'none'}"

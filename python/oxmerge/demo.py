@@ -1,0 +1,366 @@
+"""Two small checkpoints and a recipe, made on the spot, to try a merge without a download.
+
+The checkpoints have the shapes of Llama models, are sharded, and come with what a model directory
+has: index, config, generation config, tokenizer. The second is the first plus a little noise, as
+a fine-tuned model is. For the sizes that would take minutes to fill, the files are sparse: all
+zeros, no space on disk, but read and merged like any others.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from oxmerge.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+RECIPE_NAME = "recipe.yml"
+MODEL_NAMES = ("demo-base", "demo-tuned")
+_CHUNK = 1 << 20
+_BASE_SPREAD = 0.02
+_TUNING_SPREAD = 0.001
+_ALIGNMENT = 8
+_RECIPE = """\
+# More of the fine-tuned model from the first layer to the last.
+merge_method: slerp
+base_model: {base}
+models:
+  - model: {base}
+  - model: {tuned}
+parameters:
+  t: [0.2, 0.8]
+dtype: bfloat16
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The numbers that make a Llama model's shapes."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    tied: bool
+    shards: int
+    filled: bool = False
+
+
+SIZES = {
+    "tiny": Shape(512, 8, 1408, 8, 2, 4096, tied=False, shards=2, filled=True),
+    "1b": Shape(2048, 16, 8192, 32, 8, 128256, tied=True, shards=2, filled=True),
+    "7b": Shape(4096, 32, 11008, 32, 32, 32000, tied=False, shards=3),
+    "70b": Shape(8192, 80, 28672, 64, 8, 128256, tied=False, shards=30),
+}
+"""The sizes there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What `make_demo` made.
+
+    Attributes
+    ----------
+    recipe
+        The recipe file.
+    models
+        The two model directories.
+    model_bytes
+        Bytes of weights in each.
+    sparse
+        Whether the weights are zeros that take no space.
+    """
+
+    recipe: Path
+    models: tuple[Path, ...]
+    model_bytes: int
+    sparse: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    is_norm: bool = False
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+
+def make_demo(directory: str | os.PathLike[str], size: str = "tiny", seed: int = 0) -> Demo:
+    """Write two checkpoints and a recipe into `directory`.
+
+    Parameters
+    ----------
+    directory
+        New, empty, or of an earlier demo, whose files are replaced.
+    size
+        One of `SIZES`.
+    seed
+        Of the random weights; the same seed gives the same files.
+
+    Raises
+    ------
+    FileExistsError
+        If the directory holds something else.
+    """
+    folder = Path(directory)
+    shape = SIZES[size]
+    _claim(folder)
+    tensors = list(_tensors(shape))
+    model_bytes = sum(2 * tensor.elements for tensor in tensors)
+    filled = shape.filled and _has_space(folder, 3 * model_bytes)
+    models = tuple(folder / name for name in MODEL_NAMES)
+    for model in models:
+        model.mkdir(exist_ok=True)
+        _write_side_files(model, shape)
+    _write_weights(models, _split(tensors, shape.shards), seed if filled else None)
+    recipe = folder / RECIPE_NAME
+    recipe.write_text(_RECIPE.format(base=MODEL_NAMES[0], tuned=MODEL_NAMES[1]), encoding="utf-8")
+    return Demo(recipe, models, model_bytes, sparse=not filled)
+
+
+def describe(demo: Demo) -> str:
+    """Return a phrase on what was made."""
+    kind = "sparse files of zeros, " if demo.sparse else ""
+    return f"made two checkpoints of {format_size(demo.model_bytes)} each ({kind}bfloat16)"
+
+
+def _claim(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = {*MODEL_NAMES, RECIPE_NAME}
+    names = set(os.listdir(folder))
+    if names and not names & ours:
+        raise FileExistsError(errno.EEXIST, "the directory holds something else", str(folder))
+    for name in MODEL_NAMES:
+        # Files of another size would be taken for part of the model.
+        for old in (folder / name).glob("model*.safetensors*"):
+            old.unlink()
+
+
+def _has_space(folder: Path, needed: int) -> bool:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize > needed
+
+
+def _tensors(shape: Shape) -> Iterator[_Tensor]:
+    """Yield the tensors of the model, in the order of its computation."""
+    hidden, wide = shape.hidden, shape.intermediate
+    keys = hidden // shape.heads * shape.key_heads
+    yield _Tensor("model.embed_tokens.weight", (shape.vocabulary, hidden))
+    for number in range(shape.layers):
+        layer = f"model.layers.{number}"
+        yield _Tensor(f"{layer}.input_layernorm.weight", (hidden,), is_norm=True)
+        yield _Tensor(f"{layer}.self_attn.q_proj.weight", (hidden, hidden))
+        yield _Tensor(f"{layer}.self_attn.k_proj.weight", (keys, hidden))
+        yield _Tensor(f"{layer}.self_attn.v_proj.weight", (keys, hidden))
+        yield _Tensor(f"{layer}.self_attn.o_proj.weight", (hidden, hidden))
+        yield _Tensor(f"{layer}.post_attention_layernorm.weight", (hidden,), is_norm=True)
+        yield _Tensor(f"{layer}.mlp.gate_proj.weight", (wide, hidden))
+        yield _Tensor(f"{layer}.mlp.up_proj.weight", (wide, hidden))
+        yield _Tensor(f"{layer}.mlp.down_proj.weight", (hidden, wide))
+    yield _Tensor("model.norm.weight", (hidden,), is_norm=True)
+    if not shape.tied:
+        yield _Tensor("lm_head.weight", (shape.vocabulary, hidden))
+
+
+def _split(tensors: Sequence[_Tensor], count: int) -> list[list[_Tensor]]:
+    """Cut into shards of about the same size, in order."""
+    total = sum(tensor.elements for tensor in tensors)
+    shards: list[list[_Tensor]] = [[] for _ in range(count)]
+    before = 0
+    for tensor in tensors:
+        shards[before * count // total].append(tensor)
+        before += tensor.elements
+    return [shard for shard in shards if shard]
+
+
+def _write_weights(
+    models: Sequence[Path], shards: Sequence[Sequence[_Tensor]], seed: int | None
+) -> None:
+    names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    first = 0
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard([model / name for model in models], shard, seed, first)
+        first += len(shard)
+    weight_map = {
+        tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+    }
+    total = sum(2 * tensor.elements for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for model in models:
+        _write_json(model / "model.safetensors.index.json", index)
+
+
+def _write_shard(
+    paths: Sequence[Path], shard: Sequence[_Tensor], seed: int | None, first: int
+) -> None:
+    """Write one shard of both models; zeros without a seed."""
+    header = _header(shard)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "wb")) for path in paths]
+        for file in files:
+            file.write(header)
+        if seed is None:
+            size = len(header) + sum(2 * tensor.elements for tensor in shard)
+            for file in files:
+                file.truncate(size)
+            return
+        for number, tensor in enumerate(shard, start=first):
+            _write_tensor(files, tensor, (seed, number))
+
+
+def _header(shard: Iterable[_Tensor]) -> bytes:
+    """Return a safetensors header: length, JSON, spaces up to a multiple of eight."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in shard:
+        end = start + 2 * tensor.elements
+        entries[tensor.name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_tensor(files: Sequence[IO[bytes]], tensor: _Tensor, seed: tuple[int, int]) -> None:
+    """Write a tensor of both models, a piece at a time."""
+    import numpy as np  # noqa: PLC0415 - heavy
+
+    random = np.random.Generator(np.random.SFC64(list(seed)))
+    for start in range(0, tensor.elements, _CHUNK):
+        count = min(_CHUNK, tensor.elements - start)
+        values = random.standard_normal(count, dtype=np.float32)
+        values *= np.float32(_BASE_SPREAD)
+        if tensor.is_norm:
+            values += np.float32(1)
+        files[0].write(_bfloat16(values).data)
+        noise = random.standard_normal(count, dtype=np.float32)
+        noise *= np.float32(_TUNING_SPREAD)
+        values += noise
+        files[1].write(_bfloat16(values).data)
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Finite values, rounded to nearest even, as the bits of bfloat16."""
+    import numpy as np  # noqa: PLC0415 - heavy
+
+    bits = values.view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    odd += bits
+    odd += np.uint32(0x7FFF)
+    odd >>= np.uint32(16)
+    return odd.astype(np.uint16)
+
+
+def _write_side_files(model: Path, shape: Shape) -> None:
+    _write_json(model / "config.json", _config(shape))
+    generation = {"_from_model_config": True, "bos_token_id": 256, "eos_token_id": 257}
+    _write_json(model / "generation_config.json", generation)
+    _write_json(model / "tokenizer.json", _tokenizer())
+    _write_json(
+        model / "tokenizer_config.json",
+        {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "model_max_length": 2048,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
+
+
+def _config(shape: Shape) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "head_dim": shape.hidden // shape.heads,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": 2048,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.key_heads,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": shape.tied,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": shape.vocabulary,
+    }
+
+
+def _tokenizer() -> dict[str, Any]:
+    """Return a tokenizer of single bytes, with a beginning and an end."""
+    vocabulary = {letter: number for number, letter in enumerate(_byte_letters())}
+    special = {"<s>": 256, "</s>": 257}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": number, "content": text, **flags, "special": True}
+            for text, number in special.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "post_processor": None,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {"type": "BPE", "vocab": {**vocabulary, **special}, "merges": []},
+    }
+
+
+def _byte_letters() -> Iterator[str]:
+    """Yield the letter that byte-level tokenizers write for each byte.
+
+    A byte that is a visible Latin-1 character stands for itself; the others, in order, take the
+    code points from 256 on.
+    """
+    stand_in = 0x100
+    for byte in range(0x100):
+        letter = chr(byte)
+        if letter.isprintable() and not letter.isspace():
+            yield letter
+        else:
+            yield chr(stand_in)
+            stand_in += 1
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

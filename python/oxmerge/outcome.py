@@ -1,0 +1,140 @@
+"""What the output directory will hold besides its weights: decided before any tensor is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from oxmerge import _core
+from oxmerge.card import RECIPE_NAME, CardModel, model_card
+from oxmerge.output_config import config_text, edit_config
+from oxmerge.publish import Contents
+from oxmerge.side_files import SideFiles, find_side_files
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from oxmerge.planning import MergePlan
+
+__all__ = ["Outcome"]
+
+REPORT_NAME = "oxmerge_report.json"
+CARD_NAME = "README.md"
+#: Room for the run report, whose exact size is known only afterwards.
+_REPORT_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything around the weights.
+
+    Attributes
+    ----------
+    merge_plan : MergePlan
+        The plan it belongs to.
+    config : str, optional
+        Text of ``config.json``.
+    index : str, optional
+        Text of the index, if there are several weight files.
+    card : str
+        The model card.
+    recipe : str
+        The recipe, as given.
+    side_files : SideFiles
+        The donor's other files.
+    notes : tuple of str
+        What was changed in the config, what was left out, for people to read.
+    """
+
+    merge_plan: MergePlan
+    config: str | None
+    index: str | None
+    card: str
+    recipe: str
+    side_files: SideFiles
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, merge_plan: MergePlan) -> Outcome:
+        """Return what belongs to `merge_plan`.
+
+        Raises
+        ------
+        PlanError
+            If the donor's config cannot describe the output.
+        """
+        side_files = find_side_files(Path(merge_plan.models[merge_plan.donor].path))
+        config, notes = _config(merge_plan)
+        recipe = merge_plan.recipe.text
+        card = _card(merge_plan, recipe)
+        return cls(merge_plan, config, _index(merge_plan), card, recipe, side_files, notes)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The donor's files that are not copied, with the reason."""
+        return tuple(f"{entry.name}: {entry.reason}" for entry in self.side_files.left_out)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the output directory takes."""
+        weights = sum(int(shard["size"]) for shard in self.merge_plan.plan.shards)
+        texts = (self.config, self.index, self.card, self.recipe)
+        text_bytes = sum(len(text.encode()) for text in texts if text is not None)
+        return weights + text_bytes + self.side_files.total_bytes + _REPORT_BYTES
+
+    def contents(self, report: dict[str, Any]) -> Contents:
+        """Return what `publish.commit` puts in place; `report` tells of the run."""
+        story = {**report, "left_out": list(self.left_out)}
+        texts = {
+            CARD_NAME: self.card,
+            RECIPE_NAME: self.recipe,
+            REPORT_NAME: json.dumps(story, indent=2, ensure_ascii=False) + "\n",
+        }
+        return Contents(
+            shards=[shard["file_name"] for shard in self.merge_plan.plan.shards],
+            index=self.index,
+            config=self.config,
+            side_files=self.side_files.copied,
+            texts=texts,
+        )
+
+
+def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
+    donor = merge_plan.models[merge_plan.donor]
+    if not donor.config:
+        return None, ()
+    layer_map = merge_plan.layer_map
+    edited, notes = edit_config(
+        donor.config,
+        dtype=merge_plan.dtype,
+        layer_map=None
+        if layer_map is None
+        else [(merge_plan.models[model].config, layer) for model, layer in layer_map],
+        donor_depth=merge_plan.donor_depth,
+        writes_head=any(tensor.name.endswith("lm_head.weight") for tensor in merge_plan.plan.tensors),
+    )
+    return config_text(edited), tuple(notes)
+
+
+def _index(merge_plan: MergePlan) -> str | None:
+    plan = merge_plan.plan
+    if len(plan.shards) == 1:
+        return None
+    names = [shard["file_name"] for shard in plan.shards]
+    return _core.index_json([(t.name, names[t.shard], t.bytes) for t in plan.tensors])
+
+
+def _card(merge_plan: MergePlan, recipe: str) -> str:
+    method = merge_plan.plan.method
+    about = next(each for each in _core.methods() if each["name"] == method)
+    cards = [CardModel(model.reference, is_local=True) for model in merge_plan.models]
+    return model_card(
+        method=method,
+        models=cards,
+        base=None if merge_plan.base is None else cards[merge_plan.base],
+        recipe_text=recipe,
+        method_title=about["title"],
+        paper=about["paper"],
+    )

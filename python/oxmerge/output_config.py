@@ -1,0 +1,394 @@
+"""The `config.json` of a merged model: the donor's, with the few values that the merge changes.
+
+Three things can change: the element type, the number of layers, and what the config says about
+each layer. Only the keys that say so are edited, where the donor has them and as it spells them;
+all others, known or not, keep their values and their order.
+
+What a config says about each layer comes in three forms:
+
+- a *list with one entry a layer* (`layer_types`), rebuilt from the layers' own configs;
+- a *list of layer numbers* (`mlp_only_layers`), renumbered;
+- a *rule over positions* (`first_k_dense_replace`), which cannot follow a layer that moves. Each
+  known rule is evaluated for every output layer and compared with what it said of the layer at
+  its old place; an unknown one is accepted when all layers keep their place in its period. What
+  does not fit is an error: the output would load and compute something else.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from oxmerge.errors import PlanError
+from oxmerge.position_rules import RULES, unknown_rules
+from oxmerge.problems import Problem
+
+Config = Mapping[str, Any]
+Path = tuple[str, ...]
+
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+_DTYPE_NAMES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+# Lists that have nothing to do with layers, whatever their length.
+_NEVER_PER_LAYER = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "begin_suppress_tokens",
+        "suppress_tokens",
+        "bad_words_ids",
+        "long_factor",
+        "short_factor",
+        "mrope_section",
+        "id2label",
+        "label2id",
+        "pruned_heads",
+        "vision_feature_layer",
+    }
+)
+# Strings with one letter a layer.
+_PER_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
+# Lists that hold flags even where they could be read as layer numbers.
+_FLAG_LISTS = frozenset({"no_rope_layers"})
+_LAYER_NUMBER_KEY = re.compile(
+    r"(^|_)(layers?|idxs?|index|indexes|indices|blocks?)(_|$)"
+)
+_LANGUAGE_CONFIG = re.compile(r"(^|_)(text|language|llm|decoder|thinker)(_|$)")
+_NOT_OF_THE_MODEL = re.compile(r"quantization|compression|generation")
+
+
+def edit_config(
+    donor_config: Config,
+    *,
+    dtype: str | None = None,
+    layer_map: Sequence[tuple[Config, int]] | None = None,
+    donor_depth: int | None = None,
+    scope: str | None = None,
+    writes_head: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the output's config, and a note on each change.
+
+    Parameters
+    ----------
+    donor_config
+        The parsed `config.json` of the model whose names and side files the output takes.
+    dtype
+        The element type of the output's float tensors (`bfloat16` or `BF16`), or None to leave
+        the donor's word. Written to every `torch_dtype` or `dtype` that the donor has, in nested
+        model configs too; if it has none, `torch_dtype` is appended, which all versions read.
+    layer_map
+        For each output layer, the config of the model it comes from and its number there. None
+        when the recipe has no slices.
+    donor_depth
+        The donor's number of layers; needed with `layer_map`.
+    scope
+        Dotted path of the nested config that describes the stack (`text_config`). None: found
+        by the layer count, language configs before others.
+    writes_head
+        Whether the output has an output head tensor of its own.
+
+    Returns
+    -------
+    tuple
+        The config as a new dictionary, and the notes.
+
+    Raises
+    ------
+    PlanError
+        With every layer list that cannot be rebuilt and every position rule that no longer fits.
+    """
+    edit = _Edit(copy.deepcopy(dict(donor_config)))
+    if dtype is not None:
+        _edit_dtype(edit, _DTYPE_NAMES.get(dtype, dtype))
+    if layer_map is not None:
+        if donor_depth is None:
+            raise _misfit([Problem("config", "the donor's number of layers is not known")])
+        _edit_layers(edit, donor_config, list(layer_map), donor_depth, scope)
+    if writes_head and _says_tied(edit.config):
+        edit.notes.append(
+            "the donor's config says `tie_word_embeddings: true`: readers that tie will use the "
+            "input embedding and ignore the output head that is written"
+        )
+    if edit.problems:
+        raise _misfit(edit.problems)
+    return edit.config, edit.notes
+
+
+def config_text(config: Config) -> str:
+    """Return `config` as it is written to disk: indented, in UTF-8, a last newline."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # A lone surrogate, legal in JSON as an escape and in no other form.
+        return json.dumps(config, indent=2) + "\n"
+    return text
+
+
+def _misfit(problems: Sequence[Problem]) -> PlanError:
+    return PlanError("the config cannot follow the layers", problems=problems)
+
+
+@dataclass
+class _Edit:
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(self, message: str, advice: str | None = None) -> None:
+        """Record a reason why there can be no config."""
+        self.problems.append(Problem("config", message, file="config.json", advice=advice))
+
+    def set(self, path: Path, value: Any) -> None:  # noqa: ANN401
+        """Put `value` at `path`, noting the change if it is one."""
+        parent = _dig(self.config, path[:-1])
+        old = parent.get(path[-1])
+        if old == value and type(old) is type(value):
+            return
+        parent[path[-1]] = value
+        self.notes.append(_describe_change(path, old, value))
+
+
+def _describe_change(path: Path, old: object, new: object) -> str:
+    name = ".".join(path)
+    if isinstance(old, list) and isinstance(new, list):
+        return f"`{name}` follows the layers: {len(old)} entries became {len(new)}"
+    return f"`{name}`: {_short(old)} became {_short(new)}"
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."  # noqa: PLR2004
+
+
+def _dig(config: Config, path: Path) -> Any:  # noqa: ANN401
+    """Return the value at `path`, or None."""
+    value: Any = config
+    for key in path:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _nested_configs(config: Config, path: Path = ()) -> Iterator[tuple[Path, Config]]:
+    """Yield `config` and the model configs inside it, outermost first."""
+    yield path, config
+    for key, value in config.items():
+        is_config = key.endswith("_config") and not _NOT_OF_THE_MODEL.search(key)
+        if is_config and isinstance(value, Mapping):
+            yield from _nested_configs(value, (*path, key))
+
+
+def _says_tied(config: Config) -> bool:
+    return any(inner.get("tie_word_embeddings") is True for _, inner in _nested_configs(config))
+
+
+def _edit_dtype(edit: _Edit, dtype: str) -> None:
+    found = [
+        (*path, key)
+        for path, inner in _nested_configs(edit.config)
+        for key in _DTYPE_KEYS
+        if key in inner
+    ]
+    for path in found or [("torch_dtype",)]:
+        edit.set(path, dtype)
+
+
+def _edit_layers(
+    edit: _Edit, donor: Config, layer_map: list[tuple[Config, int]], depth: int, scope: str | None
+) -> None:
+    unchanged = len(layer_map) == depth and all(
+        layer == position and config == donor for position, (config, layer) in enumerate(layer_map)
+    )
+    if unchanged:
+        return
+    scopes = _scopes(donor, depth, scope)
+    if not scopes:
+        edit.problem(
+            f"the donor's config names no layer count of {depth} "
+            f"({', '.join(_DEPTH_KEYS)}), so its depth cannot be changed"
+        )
+        return
+    for path in scopes:
+        _Restack(edit, donor, layer_map, depth, path).run()
+
+
+def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
+    """Find where the config describes the stack: the nested configs with its layer count."""
+    if scope is not None:
+        return [tuple(part for part in scope.split(".") if part)]
+    found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, depth)]
+    language = [path for path in found if all(_LANGUAGE_CONFIG.search(key) for key in path)]
+    if language or len(found) <= 1:
+        return language or found
+    names = ", ".join(f"`{'.'.join(path)}`" for path in found)
+    message = f"several nested configs have {depth} layers, and it is not clear which is meant"
+    raise _misfit([Problem("config", message, file="config.json", found=names)])
+
+
+def _depth_keys(config: Config, depth: int) -> list[str]:
+    return [
+        key
+        for key in _DEPTH_KEYS
+        if isinstance(config.get(key), int) and config[key] == depth and config[key] is not True
+    ]
+
+
+@dataclass
+class _Restack:
+    """Rebuilds one (nested) config for new layers."""
+
+    edit: _Edit
+    donor: Config
+    layer_map: list[tuple[Config, int]]
+    depth: int
+    scope: Path
+
+    def run(self) -> None:
+        inner = _dig(self.donor, self.scope)
+        for key in _depth_keys(inner, self.depth):
+            self.edit.set((*self.scope, key), len(self.layer_map))
+        for path, value in _values(inner):
+            self._rebuild((*self.scope, *path), value)
+        self._note_lists_of_others()
+        self._check_rules()
+
+    def _rebuild(self, path: Path, value: object) -> None:
+        if _is_layer_numbers(path[-1], value, self.depth):
+            self._renumber(path)
+        elif _is_per_layer(path[-1], value, self.depth):
+            self._collect(path)
+
+    def _source_depth(self, config: Config) -> int | None:
+        """Return the layer count of a source, under the keys that hold the donor's."""
+        for key in _depth_keys(_dig(self.donor, self.scope), self.depth):
+            count = _dig(config, (*self.scope, key))
+            if isinstance(count, int):
+                return count
+        return None
+
+    def _renumber(self, path: Path) -> None:
+        numbers = []
+        for position, (config, layer) in enumerate(self.layer_map):
+            listed = _dig(config, path)
+            if not isinstance(listed, list):
+                self._cannot_follow(path, position, layer)
+                return
+            if layer in listed:
+                numbers.append(position)
+        self.edit.set(path, numbers)
+
+    def _collect(self, path: Path) -> None:
+        entries = []
+        for position, (config, layer) in enumerate(self.layer_map):
+            listed = _dig(config, path)
+            fits = isinstance(listed, list | str) and len(listed) == self._source_depth(config)
+            if not fits or layer >= len(listed):
+                self._cannot_follow(path, position, layer)
+                return
+            entries.append(copy.deepcopy(listed[layer]))
+        is_text = isinstance(_dig(self.donor, path), str)
+        self.edit.set(path, "".join(entries) if is_text else entries)
+
+    def _cannot_follow(self, path: Path, position: int, layer: int) -> None:
+        self.edit.problem(
+            f"`{'.'.join(path)}` speaks of each layer, but the config of the model that output "
+            f"layer {position} comes from does not speak so of its layer {layer}"
+        )
+
+    def _note_lists_of_others(self) -> None:
+        """Point at per-layer lists that sources have and the donor lacks."""
+        seen: set[Path] = set()
+        for config in {id(config): config for config, _ in self.layer_map}.values():
+            inner, depth = _dig(config, self.scope), self._source_depth(config)
+            if not isinstance(inner, Mapping) or depth is None:
+                continue
+            seen.update(p for p, value in _values(inner) if _is_per_layer(p[-1], value, depth))
+        missing = sorted(p for p in seen if _dig(self.donor, (*self.scope, *p)) is None)
+        self.edit.notes.extend(
+            f"`{'.'.join((*self.scope, *path))}` of a source is left out: "
+            "the donor's config does not have it"
+            for path in missing
+        )
+
+    def _check_rules(self) -> None:
+        output = _dig(self.edit.config, self.scope)
+        sources = [(_dig(config, self.scope) or {}, layer) for config, layer in self.layer_map]
+        for rule in RULES:
+            inners = [output, *(inner for inner, _ in sources)]
+            if not any(rule.stands_in(inner) for inner in inners):
+                continue
+            moved = [
+                (position, layer, rule.kind(output, position), rule.kind(inner, layer))
+                for position, (inner, layer) in enumerate(sources)
+            ]
+            self._report(rule.keys, [entry for entry in moved if entry[2] != entry[3]])
+        for key, value in unknown_rules(output):
+            self._check_unknown(key, value, sources)
+
+    def _report(self, keys: Sequence[str], misfits: list[tuple[int, int, object, object]]) -> None:
+        if not misfits:
+            return
+        position, layer, there, here = misfits[0]
+        names = ", ".join(f"`{key}`" for key in keys)
+        more = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
+        self.edit.problem(
+            f"by {names} output layer {position} would be read as {there}, but it was {here} as "
+            f"layer {layer} of its model{more}",
+            advice="choose slices in which every layer keeps its kind",
+        )
+
+    def _check_unknown(
+        self, key: str, value: int | str, sources: Sequence[tuple[Config, int]]
+    ) -> None:
+        period = len(value) if isinstance(value, str) else value
+        fits = all(
+            inner.get(key) == value and layer % period == position % period
+            for position, (inner, layer) in enumerate(sources)
+        )
+        if not fits:
+            self.edit.problem(
+                f"`{key}: {_short(value)}` seems to tie a layer's kind to its position, and "
+                "oxmerge does not know how",
+                advice=f"use slices that move layers by multiples of {period} only, or take the "
+                "key out of the donor's config if it has no effect",
+            )
+
+
+def _values(config: Config, path: Path = ()) -> Iterator[tuple[Path, object]]:
+    """Yield every list and string in `config`, without other model configs nested in it."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and not key.endswith("_config"):
+            yield from _values(value, (*path, key))
+        elif isinstance(value, list | str):
+            yield (*path, key), value
+
+
+def _is_per_layer(key: str, value: object, depth: int) -> bool:
+    if isinstance(value, str):
+        return key in _PER_LAYER_STRINGS and len(value) == depth
+    return isinstance(value, list) and len(value) == depth and key not in _NEVER_PER_LAYER
+
+
+def _is_layer_numbers(key: str, value: object, depth: int) -> bool:
+    if not isinstance(value, list) or key in _NEVER_PER_LAYER or key in _FLAG_LISTS:
+        return False
+    if not _LAYER_NUMBER_KEY.search(key):
+        return False
+    if not all(type(number) is int and 0 <= number < depth for number in value):
+        return False
+    # As long as the stack, it is one entry a layer, unless it plainly counts the layers.
+    return len(set(value)) == len(value) and (len(value) != depth or value == list(range(depth)))

@@ -1,0 +1,146 @@
+//! Which files are the weights.
+//!
+//! The usual names come first: `model.safetensors.index.json`, then `model.safetensors`. Without
+//! them the only index or the only file of another name will do (diffusers has its own names).
+//! With several nothing is guessed. What is passed over is told in a warning, since an extra file
+//! of weights beside the ones in use is often the one that was meant.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::index::{Index, list};
+use super::quantised;
+use crate::error::{Error, ErrorKind, Result};
+
+const INDEX: &str = ".safetensors.index.json";
+const WEIGHTS: &str = ".safetensors";
+
+/// Endings of weights in other formats.
+const OTHER_FORMATS: [&str; 8] =
+    [".bin", ".gguf", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx"];
+
+/// Where the tensor table is.
+#[derive(Debug)]
+pub(super) enum Weights {
+    File(PathBuf),
+    Index(PathBuf, Index),
+}
+
+/// The weights at `path`, and warnings on what was passed over.
+pub(super) fn locate(path: &Path) -> Result<(Weights, Vec<String>)> {
+    let metadata =
+        fs::metadata(path).map_err(|error| Error::io("open the checkpoint", error).file(path))?;
+    if metadata.is_dir() {
+        quantised::refuse_config(path)?;
+        return locate_in(path).map_err(|error| error.file(path));
+    }
+    let is_index = path.file_name().and_then(OsStr::to_str).is_some_and(|n| n.ends_with(INDEX));
+    let path = path.to_owned();
+    let weights = if is_index {
+        Weights::Index(path.clone(), Index::read(&path)?)
+    } else {
+        Weights::File(path)
+    };
+    Ok((weights, Vec::new()))
+}
+
+fn locate_in(directory: &Path) -> Result<(Weights, Vec<String>)> {
+    let names = file_names(directory)?;
+    let indexes = ending_with(&names, INDEX);
+    let files = ending_with(&names, WEIGHTS);
+    if let Some(used) = pick("model.safetensors.index.json", &indexes)? {
+        let path = directory.join(used);
+        let index = Index::read(&path)?;
+        let strangers = files.into_iter().filter(|name| !index.names(name));
+        let warnings = passed_over(used, indexes.into_iter().chain(strangers));
+        return Ok((Weights::Index(path, index), warnings));
+    }
+    let file = pick("model.safetensors", &files)?.ok_or_else(|| no_weights(&names))?;
+    refuse_part(file)?;
+    Ok((Weights::File(directory.join(file)), passed_over(file, files.iter().copied())))
+}
+
+/// The preferred candidate, or the only one.
+fn pick<'a>(preferred: &str, candidates: &[&'a str]) -> Result<Option<&'a str>> {
+    let preferred = candidates.iter().find(|&&name| name == preferred);
+    match (preferred, candidates) {
+        (None, []) => Ok(None),
+        (Some(name), _) | (None, [name]) => Ok(Some(name)),
+        (None, [first, ..]) if is_shard(first) => Err(no_index(candidates)),
+        (None, _) => Err(Error::checkpoint("it is not clear which file holds the weights")
+            .found(list(candidates))
+            .advice("give the path of the file instead of the directory")),
+    }
+}
+
+/// Refuses a file that is only a part of a model.
+fn refuse_part(file_name: &str) -> Result<()> {
+    if is_shard(file_name) {
+        return Err(no_index(&[file_name]));
+    }
+    if file_name == "adapter_model.safetensors" {
+        return Err(Error::new(ErrorKind::Unsupported, "this is an adapter (LoRA), not a model")
+            .found(format_args!("`{file_name}`"))
+            .advice("merge it into its base model first (peft's `merge_and_unload`)"));
+    }
+    Ok(())
+}
+
+/// Whether a name looks like `model-00001-of-00002.safetensors`.
+fn is_shard(file_name: &str) -> bool {
+    let numbered = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let stem = file_name.strip_suffix(WEIGHTS).unwrap_or(file_name);
+    stem.rsplit_once("-of-").is_some_and(|(front, total)| {
+        numbered(total) && front.rsplit_once('-').is_some_and(|(_, number)| numbered(number))
+    })
+}
+
+#[cold]
+fn no_index(shards: &[&str]) -> Error {
+    Error::checkpoint("the checkpoint has shards but no index")
+        .expected("`model.safetensors.index.json`")
+        .found(list(shards))
+        .advice("download the index too")
+}
+
+#[cold]
+fn no_weights(names: &[String]) -> Error {
+    let others: Vec<_> = names
+        .iter()
+        .map(String::as_str)
+        .filter(|name| OTHER_FORMATS.iter().any(|ending| name.ends_with(ending)))
+        .collect();
+    if others.is_empty() {
+        return Error::checkpoint("the directory holds no weights")
+            .expected("`model.safetensors` or `model.safetensors.index.json`");
+    }
+    Error::new(ErrorKind::Unsupported, "the weights are not in safetensors format")
+        .found(list(&others))
+        .advice("convert them to safetensors first")
+}
+
+/// A warning on the weights beside the ones in use.
+fn passed_over<'a>(used: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let names: Vec<_> = names.filter(|&name| name != used).collect();
+    if names.is_empty() {
+        return Vec::new();
+    }
+    vec![format!("`{used}` is used; other weights beside it are left out: {}", list(&names))]
+}
+
+fn ending_with<'a>(names: &'a [String], ending: &str) -> Vec<&'a str> {
+    names.iter().map(String::as_str).filter(|name| name.ends_with(ending)).collect()
+}
+
+/// The names in a directory, sorted; hidden ones (such as macOS's `._` twins) left out.
+fn file_names(directory: &Path) -> Result<Vec<String>> {
+    let read = |error| Error::io("list the directory", error);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(read)? {
+        let name = entry.map_err(read)?.file_name();
+        names.extend(name.into_string().ok().filter(|name| !name.starts_with('.')));
+    }
+    names.sort_unstable();
+    Ok(names)
+}

@@ -1,0 +1,165 @@
+//! Checkpoints on disk: safetensors files, alone or in shards behind an index.
+//!
+//! A checkpoint comes from the network, often from a stranger, sometimes from a download that
+//! broke off. The engine will map these files and compute addresses from their headers, and a
+//! merge of a wrong table gives a model that looks sound. So everything that the headers can show
+//! is checked when a checkpoint is opened, and not one byte of tensor data is read for it: an open
+//! costs a few reads a shard, for a model of any size.
+//!
+//! - `locate`: which files of a directory are the weights;
+//! - `index`: the shard index;
+//! - `header`: one file's header, its tensors checked against each other and the file's size;
+//! - `json`: the JSON visitors of both;
+//! - `quantised`: checkpoints that hold packed numbers, recognised and refused by name;
+//! - `layout`: the way out, from tensors to shards with all offsets known.
+
+mod header;
+mod index;
+mod json;
+mod layout;
+mod locate;
+mod quantised;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::io;
+use crate::plan::InputFile;
+
+pub use header::{Header, MAX_HEADER};
+pub use layout::{Layout, index_json, lay_out};
+
+use index::Index;
+use locate::Weights;
+
+/// A checkpoint of which only the headers were read.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    /// The file or directory that was opened.
+    pub path: PathBuf,
+    /// The files, in the order of their names.
+    pub files: Vec<InputFile>,
+    /// The tensors, in file order: by shard, then by offset.
+    pub tensors: Vec<TensorInfo>,
+    /// The first file's `__metadata__`.
+    pub metadata: BTreeMap<String, String>,
+    /// What was passed over, for people to read.
+    pub warnings: Vec<String>,
+    by_name: HashMap<String, usize>,
+}
+
+/// One tensor of a [`Checkpoint`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: DType,
+    /// Its shape; empty for a single number.
+    pub shape: Vec<u64>,
+    /// Index into [`Checkpoint::files`].
+    pub file: usize,
+    /// First byte in that file.
+    pub start: u64,
+}
+
+impl TensorInfo {
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// Bytes in the file.
+    pub fn bytes(&self) -> u64 {
+        self.elements() * self.dtype.size() as u64
+    }
+}
+
+impl Checkpoint {
+    /// Opens a `.safetensors` file, an index, or a directory that holds weights.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let (weights, warnings) = locate::locate(path)?;
+        let mut checkpoint = Self {
+            path: path.to_owned(),
+            files: Vec::new(),
+            tensors: Vec::new(),
+            metadata: BTreeMap::new(),
+            warnings,
+            by_name: HashMap::new(),
+        };
+        match weights {
+            Weights::File(file) => checkpoint.add_file(&file)?,
+            Weights::Index(file, index) => checkpoint.add_shards(&file, &index)?,
+        }
+        quantised::refuse_tensors(&checkpoint)?;
+        Ok(checkpoint)
+    }
+
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.by_name.get(name).map(|&tensor| &self.tensors[tensor])
+    }
+
+    /// The bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(TensorInfo::bytes).sum()
+    }
+
+    fn add_file(&mut self, path: &Path) -> Result<()> {
+        let header = self.read_header(path)?;
+        self.add_tensors(header.tensors);
+        Ok(())
+    }
+
+    fn add_shards(&mut self, index_path: &Path, index: &Index) -> Result<()> {
+        let directory = index_path.parent().unwrap_or(Path::new(""));
+        index.check_present(directory).map_err(|error| error.file(index_path))?;
+        for (file_name, wanted) in index.shards() {
+            let path = directory.join(file_name);
+            let header = self.read_header(&path)?;
+            let (tensors, left_out) = wanted.select(header.tensors).map_err(|e| e.file(&path))?;
+            self.add_tensors(tensors);
+            self.warnings.extend(left_out.map(|names| format!("`{file_name}`: {names}")));
+        }
+        Ok(())
+    }
+
+    /// Opens a file, adds it to the list, and reads its header.
+    fn read_header(&mut self, path: &Path) -> Result<Header> {
+        let file = io::open_read_only(path)?;
+        let input = InputFile::of(&file, path)?;
+        let mut header =
+            Header::read(&file, input.size, self.files.len()).map_err(|error| error.file(path))?;
+        if self.files.is_empty() {
+            self.metadata = std::mem::take(&mut header.metadata);
+        }
+        self.files.push(input);
+        Ok(header)
+    }
+
+    fn add_tensors(&mut self, tensors: Vec<TensorInfo>) {
+        for tensor in tensors {
+            self.by_name.insert(tensor.name.clone(), self.tensors.len());
+            self.tensors.push(tensor);
+        }
+    }
+}
+
+/// A small text file of a checkpoint, read whole.
+fn read_text(path: &Path) -> Result<String> {
+    let file = io::open_read_only(path)?;
+    let size = InputFile::of(&file, path)?.size;
+    if size > MAX_HEADER {
+        return Err(Error::checkpoint("the file is too long for what it should be")
+            .file(path)
+            .expected(format_args!("at most {MAX_HEADER} bytes"))
+            .found(size));
+    }
+    let mut bytes = vec![0; size as usize];
+    io::read_exact_at(&file, 0, &mut bytes).map_err(|error| error.file(path))?;
+    String::from_utf8(bytes)
+        .map_err(|_| Error::checkpoint("the file is not valid UTF-8").file(path))
+}

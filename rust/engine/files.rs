@@ -1,0 +1,177 @@
+//! Sources and sinks that are byte ranges of files, and the tasks of a plan over them.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::memory::Need;
+use super::source::{Sink, Source};
+use super::task::{Task, Work};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::formula::machine::TensorFrame;
+use crate::io::{AlignedBuffer, DirectMode, InputReader, ReadPath, ShardWriter};
+use crate::methods;
+use crate::plan::{OutputTensor, Plan, SourceTensor};
+
+/// A tensor in an input file.
+#[derive(Debug)]
+struct FileSource {
+    reader: Arc<InputReader>,
+    dtype: DType,
+    start: u64,
+}
+
+impl FileSource {
+    fn bytes(&self, elements: &Range<u64>) -> (u64, usize) {
+        let size = self.dtype.size() as u64;
+        let start = self.start + elements.start * size;
+        (start, ((elements.end - elements.start) * size) as usize)
+    }
+}
+
+impl Source for FileSource {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn prefetch(&self, elements: Range<u64>) {
+        let (start, length) = self.bytes(&elements);
+        self.reader.prefetch(start, length);
+    }
+
+    fn read<'a>(
+        &'a self,
+        elements: Range<u64>,
+        scratch: &'a mut AlignedBuffer,
+    ) -> Result<&'a [u8]> {
+        let (start, length) = self.bytes(&elements);
+        self.reader.read(start, length, scratch)
+    }
+
+    fn release(&self, elements: Range<u64>) {
+        let (start, length) = self.bytes(&elements);
+        self.reader.release(start, length);
+    }
+}
+
+/// An output shard; it is flushed when its last tensor is finished.
+#[derive(Debug)]
+struct Shard {
+    writer: ShardWriter,
+    unfinished: AtomicUsize,
+}
+
+/// A tensor in an output shard.
+#[derive(Debug)]
+struct FileSink {
+    shard: Arc<Shard>,
+    dtype: DType,
+    start: u64,
+}
+
+impl FileSink {
+    fn place(&self, first: u64) -> u64 {
+        self.start + first * self.dtype.size() as u64
+    }
+}
+
+impl Sink for FileSink {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn buffer_offset(&self, first: u64) -> usize {
+        self.shard.writer.buffer_offset(self.place(first))
+    }
+
+    fn write(&self, first: u64, buffer: &AlignedBuffer, bytes: Range<usize>) -> Result<()> {
+        self.shard.writer.write(self.place(first), buffer, bytes)
+    }
+
+    fn finish(&self) -> Result<()> {
+        if self.shard.unfinished.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.shard.writer.finish()?;
+        }
+        Ok(())
+    }
+}
+
+/// How the files of a plan are read and written.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileModes {
+    /// How inputs are read.
+    pub read: ReadPath,
+    /// Whether outputs bypass the page cache.
+    pub write: DirectMode,
+}
+
+/// The name that an output file has until it is complete.
+pub fn partial_name(file_name: &str) -> String {
+    format!(".{file_name}.oxmerge-partial")
+}
+
+/// The tasks of `plan`; creates the shards, under partial names, in `directory`.
+pub fn tasks(plan: &Plan, directory: &Path, modes: FileModes) -> Result<Vec<Task>> {
+    let work: Vec<Work> =
+        plan.tensors.iter().map(|tensor| work(plan, tensor)).collect::<Result<_>>()?;
+    let readers: Vec<Arc<InputReader>> = plan
+        .files
+        .iter()
+        .map(|file| InputReader::open(file, modes.read).map(Arc::new))
+        .collect::<Result<_>>()?;
+    let shards = create_shards(plan, directory, modes.write)?;
+    let task = |(tensor, work): (&OutputTensor, Work)| {
+        let source = |source: &SourceTensor| -> Arc<dyn Source> {
+            let reader = Arc::clone(&readers[source.file]);
+            Arc::new(FileSource { reader, dtype: source.dtype, start: source.start })
+        };
+        let shard = Arc::clone(&shards[tensor.shard]);
+        let sink = FileSink { shard, dtype: tensor.dtype, start: tensor.start };
+        Task::new(
+            &tensor.name,
+            plan.seed,
+            &tensor.shape,
+            tensor.sources.iter().map(source).collect(),
+            tensor.sources.iter().map(|source| source.model.clone()).collect(),
+            Arc::new(sink),
+            work,
+        )
+    };
+    Ok(plan.tensors.iter().zip(work).map(task).collect())
+}
+
+/// What each tensor of `plan` is made by; the first problem as an error.
+pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
+    if !tensor.dtype.is_float() {
+        return Ok(Work::Identical);
+    }
+    let method = methods::find(&plan.method)
+        .ok_or_else(|| Error::plan(format!("there is no merge method `{}`", plan.method)))?;
+    let formula = method.formula(tensor).map_err(|error| error.tensor(&tensor.name))?;
+    Ok(Work::Formula(formula))
+}
+
+/// What each tensor of `plan` needs in memory.
+pub fn needs(plan: &Plan) -> Result<Vec<Need>> {
+    let need = |tensor: &OutputTensor| {
+        let frame = TensorFrame::new(&tensor.name, plan.seed, &tensor.shape);
+        let sources = tensor.sources.iter().map(|source| source.dtype);
+        Ok(Need::new(&frame, &work(plan, tensor)?, sources, tensor.dtype))
+    };
+    plan.tensors.iter().map(need).collect()
+}
+
+fn create_shards(plan: &Plan, directory: &Path, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
+    let mut unfinished = vec![0; plan.shards.len()];
+    for tensor in &plan.tensors {
+        unfinished[tensor.shard] += 1;
+    }
+    let create = |(shard, unfinished): (&crate::plan::OutputShard, usize)| {
+        let path = directory.join(partial_name(&shard.file_name));
+        let writer = ShardWriter::create(&path, &shard.header, shard.size, mode)?;
+        Ok(Arc::new(Shard { writer, unfinished: AtomicUsize::new(unfinished) }))
+    };
+    plan.shards.iter().zip(unfinished).map(create).collect()
+}

@@ -1,0 +1,287 @@
+//! Runs tasks: takes pieces to workers, passes in order, memory within the budget.
+//!
+//! Every output tensor is a [`Task`]. A task goes through passes (a sample, reductions, one combine)
+//! and a pass is cut into units of whole 64 Ki-element blocks. Workers take the next unit of the
+//! oldest task that has one, so the passes over one tensor follow each other while it is in the page
+//! cache, and begin the next task when the oldest ones only wait. A few more workers than cores
+//! hide the latency of reads and writes. Threads live as long as a run: nothing is left to a fork.
+
+pub mod control;
+pub mod files;
+mod fused;
+pub mod memory;
+pub mod source;
+pub mod task;
+mod work;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Instant;
+
+use control::Control;
+use memory::{MemoryPlan, Need};
+use task::{Active, Found, Pass, Task, bind_model_sums};
+use work::Worker;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::Level;
+
+/// How a run is to be done. None of it changes a byte of the output.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The instruction set.
+    pub level: Level,
+    /// Threads; fewer are used when the memory is small.
+    pub workers: usize,
+    /// Bytes that the whole process may have resident.
+    pub memory: u64,
+    /// Blocks a piece has at the most; for tests.
+    pub largest_piece: Option<u64>,
+}
+
+/// What a run did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// From the first read to the last flush.
+    pub seconds: f64,
+    /// Bytes of inputs read, re-reads included.
+    pub bytes_read: u64,
+    /// Bytes of tensors written.
+    pub bytes_written: u64,
+    /// How the memory was shared out.
+    pub memory: MemoryPlan,
+    /// The high-water mark of the process's resident set afterwards.
+    pub peak_memory: u64,
+    /// The instruction set used.
+    pub level: Level,
+}
+
+/// How many tasks may be under way at once.
+pub(crate) fn tasks_under_way(workers: usize) -> usize {
+    workers + 2
+}
+
+/// Runs all `tasks`. On an error or a cancellation the workers stop after the piece in hand.
+pub fn run(mut tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<Report> {
+    let started = Instant::now();
+    let baseline = memory::resident();
+    let needs: Vec<Need> = tasks.iter().map(Task::need).collect();
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
+    let sums = run_all(&mut tasks, settings, &memory, control, true)?;
+    bind_model_sums(&mut tasks, &sums)?;
+    run_all(&mut tasks, settings, &memory, control, false)?;
+    let counted = control.snapshot();
+    Ok(Report {
+        seconds: started.elapsed().as_secs_f64(),
+        bytes_read: counted.bytes_read,
+        bytes_written: counted.bytes_written,
+        memory,
+        peak_memory: memory::peak_resident(),
+        level: settings.level,
+    })
+}
+
+/// One sweep over all tasks; what each found about the model.
+fn run_all(
+    tasks: &mut Vec<Task>,
+    settings: &Settings,
+    memory: &MemoryPlan,
+    control: &Control,
+    sweep: bool,
+) -> Result<Vec<Vec<f64>>> {
+    let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
+    let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
+    let schedule = Schedule {
+        state: Mutex::new(State::new(shared.len())),
+        changed: Condvar::new(),
+        tasks: &shared,
+        piece_blocks: shared
+            .iter()
+            .map(|task| task.need().piece_blocks(memory.worker_bytes).min(most))
+            .collect(),
+        under_way: tasks_under_way(memory.workers),
+        control,
+        sweep,
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..memory.workers {
+            scope.spawn(|| schedule.work(settings.level, memory.worker_bytes as usize));
+        }
+    });
+    let State { failure, sums, .. } =
+        schedule.state.into_inner().unwrap_or_else(|e| e.into_inner());
+    let unshared = shared.into_iter().filter_map(|task| Arc::try_unwrap(task).ok());
+    tasks.extend(unshared);
+    failure.map_or(Ok(sums), Err)
+}
+
+/// What the workers share.
+struct Schedule<'a> {
+    state: Mutex<State>,
+    changed: Condvar,
+    tasks: &'a [Arc<Task>],
+    piece_blocks: Vec<u64>,
+    under_way: usize,
+    control: &'a Control,
+    sweep: bool,
+}
+
+struct State {
+    next_task: usize,
+    active: VecDeque<(usize, Active)>,
+    sums: Vec<Vec<f64>>,
+    failure: Option<Error>,
+}
+
+impl State {
+    fn new(tasks: usize) -> Self {
+        Self { next_task: 0, active: VecDeque::new(), sums: vec![Vec::new(); tasks], failure: None }
+    }
+}
+
+/// One unit for one worker.
+struct Unit {
+    index: usize,
+    task: Arc<Task>,
+    pass: Arc<Pass>,
+    unit: u64,
+    blocks_a_unit: u64,
+}
+
+enum Next {
+    Do(Unit),
+    /// A tensor without elements, or without anything to do in this sweep.
+    Skip(usize),
+    Wait,
+    Over,
+}
+
+impl Schedule<'_> {
+    fn work(&self, level: Level, step_bytes: usize) {
+        let mut worker = Worker::new(level, self.control, step_bytes);
+        let mut state = self.lock();
+        loop {
+            match self.next(&mut state) {
+                Next::Over => break,
+                Next::Wait => {
+                    state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+                }
+                Next::Skip(index) => {
+                    drop(state);
+                    let outcome = self.finish(index);
+                    state = self.lock();
+                    self.note(&mut state, outcome);
+                }
+                Next::Do(unit) => {
+                    drop(state);
+                    let found = self.run(&mut worker, &unit);
+                    state = self.lock();
+                    if let Some(done) = self.take(&mut state, &unit, found) {
+                        drop(state);
+                        let outcome = self.finish(done);
+                        state = self.lock();
+                        self.note(&mut state, outcome);
+                    }
+                }
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn run(&self, worker: &mut Worker<'_>, unit: &Unit) -> Result<Found> {
+        let Unit { task, pass, unit, blocks_a_unit, .. } = unit;
+        // A panic in a worker must not leave the others waiting for its unit.
+        let run = std::panic::AssertUnwindSafe(|| {
+            if task.double {
+                worker.run::<f64>(task, pass, *unit, *blocks_a_unit)
+            } else {
+                worker.run::<f32>(task, pass, *unit, *blocks_a_unit)
+            }
+        });
+        std::panic::catch_unwind(run).unwrap_or_else(|_| {
+            Err(Error::plan("a worker of the engine panicked; this is a bug in oxmerge")
+                .tensor(&task.frame.name))
+        })
+    }
+
+    fn next(&self, state: &mut State) -> Next {
+        if state.failure.is_none() && self.control.is_cancelled() {
+            state.failure = Some(Error::new(ErrorKind::Interrupted, "interrupted"));
+            self.changed.notify_all();
+        }
+        if state.failure.is_some() {
+            return Next::Over;
+        }
+        for (index, active) in &mut state.active {
+            if active.issued < active.units {
+                active.issued += 1;
+                return Next::Do(Unit {
+                    index: *index,
+                    task: Arc::clone(&active.task),
+                    pass: Arc::clone(&active.pass),
+                    unit: active.issued - 1,
+                    blocks_a_unit: active.blocks_a_unit,
+                });
+            }
+        }
+        if state.next_task < self.tasks.len() && state.active.len() < self.under_way {
+            return self.begin(state);
+        }
+        if state.active.is_empty() { Next::Over } else { Next::Wait }
+    }
+
+    fn begin(&self, state: &mut State) -> Next {
+        let index = state.next_task;
+        state.next_task += 1;
+        let task = Arc::clone(&self.tasks[index]);
+        self.control.begin_tensor(&task.frame.name);
+        if task.frame.elements == 0 {
+            return Next::Skip(index);
+        }
+        match Active::begin(task, self.piece_blocks[index], self.sweep) {
+            Some(active) => {
+                state.active.push_back((index, active));
+                self.next(state)
+            }
+            None => Next::Skip(index),
+        }
+    }
+
+    /// Puts a result where it belongs; the index of the task if that was its last.
+    fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<usize> {
+        let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
+        let taken = found.and_then(|found| state.active[at].1.take(unit.unit, found));
+        self.changed.notify_all();
+        match taken {
+            Ok(true) => None,
+            Ok(false) => {
+                let (index, active) = state.active.remove(at)?;
+                state.sums[index] = active.model_sums;
+                Some(index)
+            }
+            Err(error) => {
+                state.failure.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    fn finish(&self, index: usize) -> Result<()> {
+        if self.sweep {
+            return Ok(());
+        }
+        self.control.finish_tensor();
+        let task = &self.tasks[index];
+        task.sink.finish().map_err(|error| error.tensor(&task.frame.name))
+    }
+
+    fn note(&self, state: &mut State, outcome: Result<()>) {
+        if let Err(error) = outcome {
+            state.failure.get_or_insert(error);
+            self.changed.notify_all();
+        }
+    }
+}

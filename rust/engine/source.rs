@@ -1,0 +1,56 @@
+//! Where elements come from and go to. Nothing else in the engine knows files or offsets.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::io::AlignedBuffer;
+
+/// A tensor that can be read by ranges of flat indices.
+///
+/// A byte range of a file is one kind; an array in memory, a decoded format, a permutation of rows
+/// are others.
+pub trait Source: Debug + Send + Sync {
+    /// The element type of what [`read`](Self::read) gives.
+    fn dtype(&self) -> DType;
+
+    /// Ranges must begin and end at multiples of this many elements, or at the end.
+    fn granule(&self) -> u64 {
+        1
+    }
+
+    /// A hint that `elements` will be read soon. Never fails, never waits.
+    fn prefetch(&self, elements: Range<u64>) {
+        let _ = elements;
+    }
+
+    /// The little-endian bytes of `elements`, in place or in `scratch`.
+    fn read<'a>(&'a self, elements: Range<u64>, scratch: &'a mut AlignedBuffer)
+    -> Result<&'a [u8]>;
+
+    /// A hint that `elements` will not be read again soon.
+    fn release(&self, elements: Range<u64>) {
+        let _ = elements;
+    }
+}
+
+/// A tensor that is written by ranges of flat indices, each element once, in any order.
+pub trait Sink: Debug + Send + Sync {
+    /// The element type it takes.
+    fn dtype(&self) -> DType;
+
+    /// Where in an aligned buffer the bytes of element `first` have to begin.
+    fn buffer_offset(&self, first: u64) -> usize {
+        let _ = first;
+        0
+    }
+
+    /// Takes the elements from `first` on: `bytes` of `buffer`.
+    fn write(&self, first: u64, buffer: &AlignedBuffer, bytes: Range<usize>) -> Result<()>;
+
+    /// Called once, when every element was written.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,458 @@
+//! One output tensor on its way: which pass it is in, what the finished passes found.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::memory::Need;
+use super::source::{Sink, Source};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::formula::bind::Bindings;
+use crate::formula::machine::TensorFrame;
+use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
+use crate::formula::stage::{self, Stage};
+use crate::formula::{
+    Chosen, Reduction, ReductionKind, Scalar, Scope, Selection, Value, ValueNode,
+};
+use crate::kernels::{BLOCK, Real, fold_halves};
+
+/// What an output tensor is made by.
+#[derive(Clone, Debug)]
+pub enum Work {
+    /// Arithmetic.
+    Formula(Value),
+    /// Every source must have the same bytes, which are the output.
+    Identical,
+}
+
+/// One output tensor: a formula over sources into a sink.
+#[derive(Debug)]
+pub struct Task {
+    pub(crate) frame: TensorFrame,
+    pub(crate) sources: Vec<Arc<dyn Source>>,
+    /// What to call each source in a message.
+    pub(crate) labels: Vec<String>,
+    pub(crate) sink: Arc<dyn Sink>,
+    pub(crate) work: Work,
+    /// Whether the working type is f64.
+    pub(crate) double: bool,
+}
+
+impl Task {
+    /// A tensor of `shape` called `name`; `seed` and `name` choose its random masks.
+    pub fn new(
+        name: &str,
+        seed: u64,
+        shape: &[u64],
+        sources: Vec<Arc<dyn Source>>,
+        labels: Vec<String>,
+        sink: Arc<dyn Sink>,
+        work: Work,
+    ) -> Self {
+        let frame = TensorFrame::new(name, seed, shape);
+        let double =
+            sink.dtype() == DType::F64 || sources.iter().any(|source| source.dtype() == DType::F64);
+        Self { frame, sources, labels, sink, work, double }
+    }
+
+    pub(crate) fn need(&self) -> Need {
+        let sources = self.sources.iter().map(|source| source.dtype());
+        Need::new(&self.frame, &self.work, sources, self.sink.dtype())
+    }
+
+    pub(crate) fn blocks(&self) -> u64 {
+        self.frame.blocks()
+    }
+
+    /// The elements of the blocks `blocks`.
+    pub(crate) fn elements_of(&self, blocks: Range<u64>) -> Range<u64> {
+        let block = BLOCK as u64;
+        blocks.start * block..(blocks.end * block).min(self.frame.elements)
+    }
+}
+
+/// What the workers do with each unit of a pass.
+pub(crate) enum Pass {
+    /// Look at a few elements, to guess where the thresholds lie.
+    Sample(Vec<Arc<Selection>>),
+    /// Reduce blocks, and count for selections.
+    Reduce { reductions: Vec<Arc<Reduction>>, searches: Vec<SearchView> },
+    /// Find the flat index of one element in one block.
+    Locate { selection: Arc<Selection>, key: u64, cut: Cut },
+    /// Reduce whole rows, one a unit.
+    Rows(Vec<Arc<Reduction>>),
+    /// Reduce columns over some rows, one column block a unit.
+    Columns(Vec<Arc<Reduction>>),
+    /// Compute the output.
+    Combine(Value),
+    /// Compare the sources and copy the first.
+    Identical,
+}
+
+/// The part of a [`Search`] that a worker needs.
+pub(crate) struct SearchView {
+    /// Which of the task's searches.
+    pub(crate) index: usize,
+    pub(crate) value: Value,
+    pub(crate) low: u64,
+    pub(crate) high: u64,
+    pub(crate) shift: u32,
+    pub(crate) bins: usize,
+}
+
+/// What a worker brings back from a unit.
+pub(crate) enum Found {
+    Nothing,
+    /// For each selection: keys of sampled elements.
+    Keys(Vec<Vec<u64>>),
+    /// For each reduction: a result a block, from block `first` on; for each search: counts.
+    Blocks {
+        first: u64,
+        sums: Vec<Vec<f64>>,
+        counts: Vec<Histogram>,
+    },
+    Index(u64),
+    /// For each reduction: the result of the row.
+    Row(Vec<f64>),
+    /// For each reduction: a result a column.
+    Columns(Vec<Vec<f64>>),
+}
+
+struct Searching {
+    selection: Arc<Selection>,
+    search: Search,
+    chosen: Option<Chosen>,
+    cut: Option<Cut>,
+}
+
+/// A task that has begun.
+pub(crate) struct Active {
+    pub(crate) task: Arc<Task>,
+    /// The formula with everything put in that finished passes found.
+    formula: Option<Value>,
+    /// Where to stop: before the merge itself, when only model-wide sums are wanted.
+    sweep: bool,
+    pub(crate) pass: Arc<Pass>,
+    pub(crate) units: u64,
+    pub(crate) issued: u64,
+    pub(crate) finished: u64,
+    /// Blocks a unit of a pass over the tensor has.
+    pub(crate) blocks_a_unit: u64,
+    /// The reductions of the stage it is in, and whether a pass has summed them.
+    reductions: Vec<Arc<Reduction>>,
+    summed: bool,
+    results: Vec<Vec<f64>>,
+    columns: Vec<Vec<Vec<f64>>>,
+    searching: Vec<Searching>,
+    /// What a sweep found, in the order of the formula's model-wide reductions.
+    pub(crate) model_sums: Vec<f64>,
+}
+
+impl Active {
+    /// Begins `task`; with `sweep`, only its model-wide reductions.
+    pub(crate) fn begin(task: Arc<Task>, blocks_a_unit: u64, sweep: bool) -> Option<Self> {
+        let formula = match &task.work {
+            Work::Formula(value) => Some(value.clone()),
+            Work::Identical => None,
+        };
+        let mut active = Self {
+            task,
+            formula,
+            sweep,
+            pass: Arc::new(Pass::Identical),
+            units: 0,
+            issued: 0,
+            finished: 0,
+            blocks_a_unit,
+            reductions: Vec::new(),
+            summed: false,
+            results: Vec::new(),
+            columns: Vec::new(),
+            searching: Vec::new(),
+            model_sums: Vec::new(),
+        };
+        active.next_pass().then_some(active)
+    }
+
+    fn enter(&mut self, pass: Pass, units: u64) -> bool {
+        self.pass = Arc::new(pass);
+        (self.units, self.issued, self.finished) = (units, 0, 0);
+        true
+    }
+
+    fn units_of_blocks(&self) -> u64 {
+        self.task.blocks().div_ceil(self.blocks_a_unit)
+    }
+
+    /// Enters the pass that comes next; false if there is none.
+    fn next_pass(&mut self) -> bool {
+        let Some(formula) = self.formula.clone() else {
+            return !self.sweep && self.enter(Pass::Identical, self.units_of_blocks());
+        };
+        if self.sweep {
+            let stage = stage::next_stage(&formula, Scope::Model, false);
+            return !stage.is_empty() && self.begin_stage(stage);
+        }
+        let stored = self.task.frame.stores_rows();
+        for scope in [Scope::Tensor, Scope::Column, Scope::Row] {
+            if scope == Scope::Row && !stored {
+                continue;
+            }
+            let stage = stage::next_stage(&formula, scope, stored);
+            if !stage.is_empty() {
+                return self.begin_stage(stage);
+            }
+        }
+        self.enter(Pass::Combine(formula), self.units_of_blocks())
+    }
+
+    fn begin_stage(&mut self, stage: Stage) -> bool {
+        let Stage { reductions, selections } = stage;
+        let scope = reductions.first().map(|reduction| reduction.scope);
+        self.results = vec![Vec::new(); reductions.len()];
+        self.reductions.clone_from(&reductions);
+        self.summed = false;
+        match scope {
+            Some(Scope::Row) => {
+                let rows = self.task.frame.rows();
+                self.results.iter_mut().for_each(|rows_of| rows_of.resize(rows as usize, 0.0));
+                self.enter(Pass::Rows(reductions), rows)
+            }
+            Some(Scope::Column) => {
+                let blocks = self.task.frame.column_blocks();
+                self.columns = vec![Vec::new(); blocks as usize];
+                self.enter(Pass::Columns(reductions), blocks)
+            }
+            _ => {
+                let blocks = self.task.blocks() as usize;
+                self.results.iter_mut().for_each(|sums| sums.resize(blocks, 0.0));
+                self.begin_searches(selections)
+            }
+        }
+    }
+
+    fn begin_searches(&mut self, selections: Vec<Arc<Selection>>) -> bool {
+        let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
+        self.searching = selections.iter().map(|selection| begin(selection, &self.task)).collect();
+        let open: Vec<_> = self
+            .searching
+            .iter()
+            .filter(|s| s.chosen.is_none())
+            .map(|s| Arc::clone(&s.selection))
+            .collect();
+        if open.is_empty() || self.task.blocks() < 4 {
+            return self.enter_reduce();
+        }
+        self.enter(Pass::Sample(open), 1)
+    }
+
+    fn enter_reduce(&mut self) -> bool {
+        let searches: Vec<SearchView> = self
+            .searching
+            .iter()
+            .enumerate()
+            .filter(|(_, searching)| searching.chosen.is_none() && searching.cut.is_none())
+            .map(|(index, Searching { selection, search, .. })| SearchView {
+                index,
+                value: selection.value.clone(),
+                low: search.low,
+                high: search.high,
+                shift: search.shift(),
+                bins: search.bins(),
+            })
+            .collect();
+        // Sums are taken in the stage's first pass; later ones only narrow the searches.
+        let reductions = if self.summed { Vec::new() } else { self.reductions.clone() };
+        self.summed = true;
+        if searches.is_empty() && reductions.is_empty() {
+            return self.locate_or_bind();
+        }
+        self.enter(Pass::Reduce { reductions, searches }, self.units_of_blocks())
+    }
+
+    fn locate_or_bind(&mut self) -> bool {
+        if let Some(waiting) = self.searching.iter().find(|s| s.chosen.is_none()) {
+            let cut = waiting.cut.expect("a search that is not over waits for an index");
+            let selection = Arc::clone(&waiting.selection);
+            return self.enter(Pass::Locate { selection, key: waiting.search.low, cut }, 1);
+        }
+        self.bind()
+    }
+
+    /// Takes what a unit found. True if the task goes on, false if it is over.
+    pub(crate) fn take(&mut self, unit: u64, found: Found) -> Result<bool> {
+        match found {
+            Found::Nothing => {}
+            Found::Keys(keys) => self.guess(keys),
+            Found::Blocks { first, sums, counts } => self.add(first, &sums, &counts),
+            Found::Index(index) => self.located(index),
+            Found::Row(results) => {
+                for (rows, result) in self.results.iter_mut().zip(results) {
+                    rows[unit as usize] = result;
+                }
+            }
+            Found::Columns(sums) => self.columns[unit as usize] = sums,
+        }
+        self.finished += 1;
+        if self.finished < self.units { Ok(true) } else { Ok(self.advance()) }
+    }
+
+    fn guess(&mut self, keys: Vec<Vec<u64>>) {
+        let open = self.searching.iter_mut().filter(|searching| searching.chosen.is_none());
+        for (searching, keys) in open.zip(keys) {
+            searching.search.guess(keys);
+        }
+    }
+
+    fn add(&mut self, first: u64, sums: &[Vec<f64>], counts: &[Histogram]) {
+        for (all, part) in self.results.iter_mut().zip(sums) {
+            all[first as usize..first as usize + part.len()].copy_from_slice(part);
+        }
+        let Pass::Reduce { searches, .. } = &*self.pass else { return };
+        for (view, counted) in searches.iter().zip(counts) {
+            self.searching[view.index].search.add(counted);
+        }
+    }
+
+    fn located(&mut self, index: u64) {
+        let Pass::Locate { selection, .. } = &*self.pass else { return };
+        for searching in &mut self.searching {
+            if Arc::ptr_eq(&searching.selection, selection) {
+                searching.chosen = Some(searching.search.located(index));
+            }
+        }
+    }
+
+    /// Every unit of the pass is done.
+    fn advance(&mut self) -> bool {
+        let pass = Arc::clone(&self.pass);
+        match &*pass {
+            Pass::Combine(_) | Pass::Identical => false,
+            Pass::Sample(_) => self.enter_reduce(),
+            Pass::Locate { .. } => self.locate_or_bind(),
+            Pass::Rows(_) | Pass::Columns(_) => self.bind(),
+            Pass::Reduce { reductions, searches } => {
+                self.fold_blocks(reductions);
+                for view in searches {
+                    self.searching[view.index].advance();
+                }
+                self.enter_reduce()
+            }
+        }
+    }
+
+    /// Block results become one number a reduction.
+    fn fold_blocks(&mut self, reductions: &[Arc<Reduction>]) {
+        for (reduction, blocks) in reductions.iter().zip(&mut self.results) {
+            let folded = match reduction.kind {
+                ReductionKind::Max => blocks.iter().copied().fold(f64::NEG_INFINITY, max),
+                _ => fold_halves(blocks),
+            };
+            *blocks = vec![folded];
+        }
+    }
+
+    /// Puts the stage's results into the formula and goes on to the next pass.
+    fn bind(&mut self) -> bool {
+        let reductions = std::mem::take(&mut self.reductions);
+        let results = std::mem::take(&mut self.results);
+        if self.sweep {
+            self.model_sums = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
+            return false;
+        }
+        let mut bindings = Bindings::default();
+        for (reduction, values) in reductions.iter().zip(results) {
+            bindings.reduction(reduction, self.bound(reduction, values));
+        }
+        self.bind_columns(&reductions, &mut bindings);
+        for searching in std::mem::take(&mut self.searching) {
+            let chosen = searching.chosen.expect("a bound search is over");
+            let value = value_of_key(chosen.threshold, self.task.double);
+            bindings.selection(&searching.selection, chosen, value);
+        }
+        self.formula = self.formula.as_ref().map(|formula| bindings.bind(formula));
+        self.next_pass()
+    }
+
+    fn bound(&self, reduction: &Reduction, mut values: Vec<f64>) -> Scalar {
+        match reduction.scope {
+            Scope::Row => Scalar::vector(Scope::Row, 0, values),
+            // Replaced by `bind_columns`.
+            Scope::Column => Scalar::constant(0.0),
+            Scope::Tensor | Scope::Model => Scalar::constant(values.remove(0)),
+        }
+    }
+
+    fn bind_columns(&mut self, reductions: &[Arc<Reduction>], bindings: &mut Bindings) {
+        if self.columns.is_empty() {
+            return;
+        }
+        let columns = std::mem::take(&mut self.columns);
+        for (at, reduction) in reductions.iter().enumerate() {
+            let width = columns[0][at].len();
+            let fold = |column: usize| {
+                fold_halves(&mut columns.iter().map(|block| block[at][column]).collect())
+            };
+            let values = (0..width).map(fold).collect();
+            bindings.reduction(reduction, Scalar::vector(Scope::Column, 0, values));
+        }
+    }
+}
+
+impl Searching {
+    fn advance(&mut self) {
+        match self.search.advance() {
+            Progress::Again => {}
+            Progress::Locate(cut) => self.cut = Some(cut),
+            Progress::Done(chosen) => self.chosen = Some(chosen),
+        }
+    }
+}
+
+fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task) -> Searching {
+    let elements = task.frame.elements;
+    let count = selection.count.as_constant().unwrap_or(0.0).max(0.0) as u64;
+    let nothing = Chosen { threshold: u64::MAX, equals_end: 0 };
+    let search = Search::new::<T>(count.clamp(1, elements.max(1)), elements.max(1), task.blocks());
+    let chosen = (count == 0 || elements == 0).then_some(nothing);
+    Searching { selection: Arc::clone(selection), search, chosen, cut: None }
+}
+
+/// The larger of two; a NaN wins.
+pub(crate) fn max(a: f64, b: f64) -> f64 {
+    if a.is_nan() || a > b { a } else { b }
+}
+
+/// The formulas with the sums over the whole model put in.
+///
+/// `sums` has, for each task, what the sweep found. Sums are folded over the tasks in order.
+pub(crate) fn bind_model_sums(tasks: &mut [Task], sums: &[Vec<f64>]) -> Result<()> {
+    let merged: Vec<usize> = (0..tasks.len()).filter(|&task| !sums[task].is_empty()).collect();
+    let Some(&first) = merged.first() else { return Ok(()) };
+    let reductions = sums[first].len();
+    if let Some(&odd) = merged.iter().find(|&&task| sums[task].len() != reductions) {
+        return Err(Error::plan("a model-wide sum is not defined for every tensor")
+            .tensor(&tasks[odd].frame.name));
+    }
+    let total = |at: usize| fold_halves(&mut merged.iter().map(|&task| sums[task][at]).collect());
+    let totals: Vec<f64> = (0..reductions).map(total).collect();
+    for &at in &merged {
+        let Work::Formula(formula) = &tasks[at].work else { continue };
+        let stage = stage::next_stage(formula, Scope::Model, false);
+        let mut bindings = Bindings::default();
+        for (reduction, total) in stage.reductions.iter().zip(&totals) {
+            bindings.reduction(reduction, Scalar::constant(*total));
+        }
+        let bound = bindings.bind(formula);
+        tasks[at].work = Work::Formula(bound);
+    }
+    Ok(())
+}
+
+/// Whether the output is an unchanged input.
+pub(crate) fn copied_input(formula: &Value) -> Option<usize> {
+    match &*formula.0 {
+        ValueNode::Input(index) => Some(*index),
+        _ => None,
+    }
+}

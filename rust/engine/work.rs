@@ -1,0 +1,495 @@
+//! What a worker does with one unit of a pass.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::control::Control;
+use super::task::{Found, Pass, SearchView, Task, copied_input, max};
+use crate::error::{Error, Result};
+use crate::formula::bind::Bindings;
+use crate::formula::code::Code;
+use crate::formula::machine::{CHUNK, COLUMN_BLOCK, InputBytes, Machine};
+use crate::formula::selection::{Cut, Histogram};
+use crate::formula::stage::{inputs_of, operands, row_reductions, unknown};
+use crate::formula::{Reduction, ReductionKind, Scalar, Scope, Selection, Value};
+use crate::io::AlignedBuffer;
+use crate::kernels::{self, BLOCK, LANES, Lanes, Level, Real, fold_halves};
+
+/// Chunks that a sample for a selection looks at.
+const SAMPLED_CHUNKS: u64 = 48;
+
+/// One thread's buffers.
+#[derive(Debug)]
+pub(crate) struct Worker<'a> {
+    pub(crate) level: Level,
+    pub(crate) control: &'a Control,
+    scratch: Vec<AlignedBuffer>,
+    out: AlignedBuffer,
+    /// Bytes of input that a step of a long row or column reads at once.
+    pub(crate) step_bytes: usize,
+}
+
+impl<'a> Worker<'a> {
+    pub(crate) fn new(level: Level, control: &'a Control, step_bytes: usize) -> Self {
+        Self { level, control, scratch: Vec::new(), out: AlignedBuffer::default(), step_bytes }
+    }
+
+    /// Does unit `unit` of `pass`.
+    pub(crate) fn run<T: Real>(
+        &mut self,
+        task: &Task,
+        pass: &Pass,
+        unit: u64,
+        blocks_a_unit: u64,
+    ) -> Result<Found> {
+        let first = unit * blocks_a_unit;
+        let blocks = first..(first + blocks_a_unit).min(task.blocks());
+        let found = match pass {
+            Pass::Sample(selections) => self.sample::<T>(task, selections),
+            Pass::Reduce { reductions, searches } => {
+                self.reduce::<T>(task, blocks, reductions, searches)
+            }
+            Pass::Locate { selection, key, cut } => self.locate::<T>(task, selection, *key, *cut),
+            Pass::Rows(reductions) => self.row::<T>(task, unit, reductions),
+            Pass::Columns(reductions) => self.columns::<T>(task, unit, reductions),
+            Pass::Combine(value) => self.combine::<T>(task, blocks, value),
+            Pass::Identical => self.identical(task, blocks),
+        };
+        found.map_err(|error| error.tensor(&task.frame.name))
+    }
+
+    /// Reads `elements` of the inputs that `values` need, hands them to `then`, releases them.
+    ///
+    /// Where `values` need rows to be reduced, whole rows are read, and `then` gets the values
+    /// with the results put in.
+    fn with_inputs<T: Real, R>(
+        &mut self,
+        task: &Task,
+        elements: Range<u64>,
+        values: &[Value],
+        then: impl FnOnce(&mut AlignedBuffer, Level, &[Option<InputBytes<'_>>], Vec<Value>) -> Result<R>,
+    ) -> Result<R> {
+        let needs_rows = !row_reductions(values).is_empty();
+        let read = if needs_rows { whole_rows(task, &elements) } else { elements };
+        let inputs = inputs_of(values);
+        self.scratch.resize_with(task.sources.len().max(self.scratch.len()), Default::default);
+        let mut bytes: Vec<Option<InputBytes<'_>>> = vec![None; task.sources.len()];
+        for (index, scratch) in self.scratch.iter_mut().enumerate().take(task.sources.len()) {
+            if inputs.contains(&index) {
+                let source = &task.sources[index];
+                let part = source.read(read.clone(), scratch)?;
+                self.control.add_read(part.len() as u64);
+                bytes[index] =
+                    Some(InputBytes { dtype: source.dtype(), first: read.start, bytes: part });
+            }
+        }
+        let values = if needs_rows {
+            reduce_rows::<T>(self.level, task, &read, &bytes, values)
+        } else {
+            values.to_vec()
+        };
+        let result = then(&mut self.out, self.level, &bytes, values);
+        for index in inputs {
+            task.sources[index].release(read.clone());
+        }
+        result
+    }
+
+    /// Keys of some elements spread evenly over the tensor.
+    fn sample<T: Real>(&mut self, task: &Task, selections: &[Arc<Selection>]) -> Result<Found> {
+        let values: Vec<Value> = selections.iter().map(|s| s.value.clone()).collect();
+        let mut keys: Vec<Vec<u64>> = vec![Vec::new(); values.len()];
+        let chunk = CHUNK as u64;
+        let stride = task.frame.elements / SAMPLED_CHUNKS;
+        for at in 0..SAMPLED_CHUNKS {
+            let start = at * stride;
+            let range = start..(start + chunk).min(task.frame.elements);
+            self.with_inputs::<T, ()>(task, range.clone(), &values, |_, level, inputs, values| {
+                let code = Code::compile(&values);
+                let mut machine = Machine::<T>::new(level, &task.frame, &code);
+                machine.run(&range, inputs);
+                for (index, keys) in keys.iter_mut().enumerate() {
+                    keys.extend(machine.chunk(index).iter().map(|value| value.key()));
+                }
+                Ok(())
+            })?;
+        }
+        Ok(Found::Keys(keys))
+    }
+
+    fn reduce<T: Real>(
+        &mut self,
+        task: &Task,
+        blocks: Range<u64>,
+        reductions: &[Arc<Reduction>],
+        searches: &[SearchView],
+    ) -> Result<Found> {
+        let (layout, mut values) = Layout::of(reductions);
+        values.extend(searches.iter().map(|search| search.value.clone()));
+        let range = task.elements_of(blocks.clone());
+        self.with_inputs::<T, Found>(task, range, &values, |_, level, inputs, values| {
+            let code = Code::compile(&values);
+            let mut machine = Machine::<T>::new(level, &task.frame, &code);
+            let mut sums = vec![Vec::new(); reductions.len()];
+            let mut counts: Vec<Histogram> =
+                searches.iter().map(|search| Histogram::new(search.bins)).collect();
+            for block in blocks.clone() {
+                let mut lanes = layout.lanes();
+                for range in chunks(task.elements_of(block..block + 1)) {
+                    machine.run(&range, inputs);
+                    layout.accumulate(level, &machine, &mut lanes);
+                    for (at, (view, histogram)) in searches.iter().zip(&mut counts).enumerate() {
+                        let values = machine.chunk(layout.operands + at);
+                        count(level, view, &values, block, histogram);
+                    }
+                }
+                for (sums, lanes) in sums.iter_mut().zip(layout.fold(lanes)) {
+                    sums.push(lanes);
+                }
+            }
+            Ok(Found::Blocks { first: blocks.start, sums, counts })
+        })
+    }
+
+    fn locate<T: Real>(
+        &mut self,
+        task: &Task,
+        selection: &Selection,
+        key: u64,
+        cut: Cut,
+    ) -> Result<Found> {
+        let elements = task.elements_of(cut.block..cut.block + 1);
+        let value = std::slice::from_ref(&selection.value);
+        self.with_inputs::<T, Found>(task, elements.clone(), value, |_, level, inputs, values| {
+            let code = Code::compile(&values);
+            let mut machine = Machine::<T>::new(level, &task.frame, &code);
+            let mut nth = cut.nth;
+            for range in chunks(elements) {
+                machine.run(&range, inputs);
+                let values = machine.chunk(0);
+                for (offset, _) in values.iter().enumerate().filter(|(_, v)| v.key() == key) {
+                    nth -= 1;
+                    if nth == 0 {
+                        return Ok(Found::Index(range.start + offset as u64));
+                    }
+                }
+            }
+            Err(Error::new(
+                crate::error::ErrorKind::Changed,
+                "an input changed while it was read: a value counted before is not there any more",
+            ))
+        })
+    }
+
+    /// One long row, read in steps.
+    fn row<T: Real>(
+        &mut self,
+        task: &Task,
+        row: u64,
+        reductions: &[Arc<Reduction>],
+    ) -> Result<Found> {
+        let (layout, values) = Layout::of(reductions);
+        let start = row * task.frame.row;
+        let step = self.step_blocks(task) * BLOCK as u64;
+        let mut blocks: Vec<Vec<f64>> = vec![Vec::new(); reductions.len()];
+        let mut at = 0;
+        while at < task.frame.row {
+            let until = task.frame.row.min(at + step);
+            let elements = start + at..start + until;
+            self.with_inputs::<T, ()>(
+                task,
+                elements.clone(),
+                &values,
+                |_, level, inputs, values| {
+                    let code = Code::compile(&values);
+                    let mut machine = Machine::<T>::new(level, &task.frame, &code);
+                    for block in steps(elements, BLOCK as u64) {
+                        for (sums, sum) in
+                            blocks.iter_mut().zip(layout.block(level, &mut machine, block, inputs))
+                        {
+                            sums.push(sum);
+                        }
+                    }
+                    Ok(())
+                },
+            )?;
+            at = until;
+        }
+        let folded = reductions.iter().zip(&mut blocks).map(|(r, sums)| fold(r.kind, sums));
+        Ok(Found::Row(folded.collect()))
+    }
+
+    fn step_blocks(&self, task: &Task) -> u64 {
+        let bytes: usize = task.sources.iter().map(|source| source.dtype().size() * BLOCK).sum();
+        (self.step_bytes / bytes.max(1)).max(1) as u64
+    }
+
+    /// Sums a column over the rows of column block `unit`, in row order.
+    fn columns<T: Real>(
+        &mut self,
+        task: &Task,
+        unit: u64,
+        reductions: &[Arc<Reduction>],
+    ) -> Result<Found> {
+        let (layout, values) = Layout::of(reductions);
+        let line = task.frame.line;
+        let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
+        let mut sums = vec![vec![0.0; line as usize]; reductions.len()];
+        let step = self.step_blocks(task) * BLOCK as u64;
+        for elements in steps(unit * COLUMN_BLOCK * line..end, step) {
+            self.with_inputs::<T, ()>(
+                task,
+                elements.clone(),
+                &values,
+                |_, level, inputs, values| {
+                    let code = Code::compile(&values);
+                    let mut machine = Machine::<T>::new(level, &task.frame, &code);
+                    for range in chunks(elements) {
+                        machine.run(&range, inputs);
+                        layout.add_to_columns(&machine, &range, line, &mut sums);
+                    }
+                    Ok(())
+                },
+            )?;
+        }
+        Ok(Found::Columns(sums))
+    }
+
+    fn combine<T: Real>(
+        &mut self,
+        task: &Task,
+        blocks: Range<u64>,
+        value: &Value,
+    ) -> Result<Found> {
+        let range = task.elements_of(blocks);
+        let dtype = task.sink.dtype();
+        let values = std::slice::from_ref(value);
+        self.with_inputs::<T, ()>(task, range.clone(), values, |out, level, inputs, values| {
+            let place = place(task, out, &range);
+            let bytes = &mut out.as_mut_slice()[place.clone()];
+            let copied = copied_input(&values[0]).and_then(|index| inputs[index]);
+            match copied.filter(|input| input.dtype == dtype) {
+                Some(input) => bytes.copy_from_slice(input.part(&range)),
+                None if super::fused::run(level, &values[0], dtype, inputs, &range, bytes) => {}
+                None => interpret::<T>(level, task, &values, inputs, &range, bytes),
+            }
+            task.sink.write(range.start, out, place)
+        })?;
+        self.control.add_written((range.end - range.start) * dtype.size() as u64);
+        Ok(Found::Nothing)
+    }
+
+    /// Copies what all sources agree on.
+    fn identical(&mut self, task: &Task, blocks: Range<u64>) -> Result<Found> {
+        let range = task.elements_of(blocks);
+        self.scratch.resize_with(self.scratch.len().max(2), Default::default);
+        let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
+        let first = task.sources[0].read(range.clone(), scratch)?;
+        for (source, label) in task.sources.iter().zip(&task.labels).skip(1) {
+            let other = source.read(range.clone(), other_scratch)?;
+            if first != other {
+                return Err(differs(task, label));
+            }
+            source.release(range.clone());
+        }
+        self.control.add_read(first.len() as u64 * task.sources.len() as u64);
+        let place = place(task, &mut self.out, &range);
+        self.out.as_mut_slice()[place.clone()].copy_from_slice(first);
+        task.sink.write(range.start, &self.out, place.clone())?;
+        task.sources[0].release(range);
+        self.control.add_written(place.len() as u64);
+        Ok(Found::Nothing)
+    }
+}
+
+#[cold]
+fn differs(task: &Task, label: &str) -> Error {
+    Error::plan("integer and bool tensors are copied, and so must be the same in every model")
+        .expected(format!("the bytes of {}", task.labels[0]))
+        .found(format!("others in {label}"))
+        .advice("leave one of the models out, or make the tensors equal first")
+}
+
+/// Makes room in `out` for the output of `elements`; where the bytes go.
+fn place(task: &Task, out: &mut AlignedBuffer, elements: &Range<u64>) -> Range<usize> {
+    let start = task.sink.buffer_offset(elements.start);
+    let end = start + (elements.end - elements.start) as usize * task.sink.dtype().size();
+    out.grow(end);
+    start..end
+}
+
+/// The general way to compute the output: chunk by chunk, in slots.
+fn interpret<T: Real>(
+    level: Level,
+    task: &Task,
+    values: &[Value],
+    inputs: &[Option<InputBytes<'_>>],
+    range: &Range<u64>,
+    bytes: &mut [u8],
+) {
+    let (dtype, code) = (task.sink.dtype(), Code::compile(values));
+    let mut machine = Machine::<T>::new(level, &task.frame, &code);
+    for chunk in chunks(range.clone()) {
+        machine.run(&chunk, inputs);
+        let at = |index: u64| (index - range.start) as usize * dtype.size();
+        let out = &mut bytes[at(chunk.start)..at(chunk.end)];
+        kernels::narrow(level, &machine.chunk(0), dtype, out);
+    }
+}
+
+/// Reductions laid out as operands: which results of the machine each of them uses.
+struct Layout {
+    kinds: Vec<(ReductionKind, usize, Option<usize>)>,
+    operands: usize,
+}
+
+impl Layout {
+    fn of(reductions: &[Arc<Reduction>]) -> (Self, Vec<Value>) {
+        let (mut kinds, mut values) = (Vec::new(), Vec::new());
+        for reduction in reductions {
+            let left = values.len();
+            values.extend(operands(reduction));
+            kinds.push((reduction.kind, left, reduction.right.as_ref().map(|_| left + 1)));
+        }
+        (Self { kinds, operands: values.len() }, values)
+    }
+
+    fn lanes(&self) -> Vec<Lanes> {
+        self.kinds
+            .iter()
+            .map(|(kind, ..)| match kind {
+                ReductionKind::Max => [f64::NEG_INFINITY; LANES],
+                _ => [0.0; LANES],
+            })
+            .collect()
+    }
+
+    fn accumulate<T: Real>(&self, level: Level, machine: &Machine<'_, T>, lanes: &mut [Lanes]) {
+        for (&(kind, left, right), lanes) in self.kinds.iter().zip(lanes) {
+            let a = machine.chunk(left);
+            match kind {
+                ReductionKind::Sum => kernels::sum_into(level, &a, lanes),
+                ReductionKind::AbsoluteSum => kernels::absolute_sum_into(level, &a, lanes),
+                ReductionKind::Max => kernels::max_into(level, &a, lanes),
+                ReductionKind::Dot => {
+                    let b = machine.chunk(right.unwrap_or(left));
+                    kernels::dot_into(level, &a, &b, lanes);
+                }
+            }
+        }
+    }
+
+    fn fold(&self, lanes: Vec<Lanes>) -> Vec<f64> {
+        let folded = self.kinds.iter().zip(lanes);
+        folded.map(|(&(kind, ..), lanes)| fold(kind, &mut lanes.to_vec())).collect()
+    }
+
+    /// Reduces one block, which begins at element `block.start`.
+    fn block<T: Real>(
+        &self,
+        level: Level,
+        machine: &mut Machine<'_, T>,
+        block: Range<u64>,
+        inputs: &[Option<InputBytes<'_>>],
+    ) -> Vec<f64> {
+        let mut lanes = self.lanes();
+        for range in chunks(block) {
+            machine.run(&range, inputs);
+            self.accumulate(level, machine, &mut lanes);
+        }
+        self.fold(lanes)
+    }
+
+    fn add_to_columns<T: Real>(
+        &self,
+        machine: &Machine<'_, T>,
+        range: &Range<u64>,
+        line: u64,
+        sums: &mut [Vec<f64>],
+    ) {
+        for (&(kind, left, right), sums) in self.kinds.iter().zip(sums) {
+            let (a, b) = (machine.chunk(left), machine.chunk(right.unwrap_or(left)));
+            for (offset, (a, b)) in a.iter().zip(b.iter()).enumerate() {
+                let sum = &mut sums[((range.start + offset as u64) % line) as usize];
+                *sum = match kind {
+                    ReductionKind::Sum => *sum + a.to_f64(),
+                    ReductionKind::AbsoluteSum => *sum + a.to_f64().abs(),
+                    ReductionKind::Dot => *sum + a.to_f64() * b.to_f64(),
+                    ReductionKind::Max => max(*sum, a.to_f64()),
+                };
+            }
+        }
+    }
+}
+
+fn fold(kind: ReductionKind, values: &mut Vec<f64>) -> f64 {
+    match kind {
+        ReductionKind::Max => values.iter().copied().fold(f64::NEG_INFINITY, max),
+        _ => fold_halves(values),
+    }
+}
+
+fn count<T: Real>(
+    level: Level,
+    view: &SearchView,
+    values: &[T],
+    block: u64,
+    histogram: &mut Histogram,
+) {
+    let counts = if view.low == view.high {
+        let counts = kernels::count(level, values, view.low, view.high);
+        histogram.bins[0] += counts.inside as u32;
+        counts
+    } else {
+        kernels::histogram(level, values, view.low, view.high, view.shift, &mut histogram.bins)
+    };
+    histogram.count(block, counts);
+}
+
+/// The rows that `elements` touch, whole.
+fn whole_rows(task: &Task, elements: &Range<u64>) -> Range<u64> {
+    let row = task.frame.row;
+    elements.start / row * row..(elements.end.div_ceil(row) * row).min(task.frame.elements)
+}
+
+/// `values` with the reductions over the rows of `read` put in.
+fn reduce_rows<T: Real>(
+    level: Level,
+    task: &Task,
+    read: &Range<u64>,
+    inputs: &[Option<InputBytes<'_>>],
+    values: &[Value],
+) -> Vec<Value> {
+    let mut values = values.to_vec();
+    loop {
+        let mut ready = row_reductions(&values);
+        ready.retain(|reduction| unknown(&operands(reduction)).is_empty());
+        if ready.is_empty() {
+            return values;
+        }
+        let (layout, operands) = Layout::of(&ready);
+        let code = Code::compile(&operands);
+        let mut machine = Machine::<T>::new(level, &task.frame, &code);
+        let mut results: Vec<Vec<f64>> = vec![Vec::new(); ready.len()];
+        for row in steps(read.clone(), task.frame.row) {
+            let row = layout.block(level, &mut machine, row, inputs);
+            results.iter_mut().zip(row).for_each(|(results, result)| results.push(result));
+        }
+        let mut bindings = Bindings::default();
+        for (reduction, results) in ready.iter().zip(results) {
+            let first = read.start / task.frame.row;
+            bindings.reduction(reduction, Scalar::vector(Scope::Row, first, results));
+        }
+        values = bindings.bind_all(&values);
+    }
+}
+
+/// `range` cut into parts of `length`; the last may be shorter.
+fn steps(range: Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
+    let end = range.end;
+    range.step_by(length as usize).map(move |start| start..end.min(start + length))
+}
+
+fn chunks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    steps(range, CHUNK as u64)
+}

@@ -1,0 +1,250 @@
+//! Compiles expressions whose scalars are all known to a list of vector instructions.
+//!
+//! One instruction does one operation on a chunk of elements. Values live in slots, each a buffer
+//! of one chunk; a slot is used again as soon as its value was used for the last time, so that the
+//! whole working set stays in the first-level cache.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{BinaryOp, Chosen, Scalar, ScalarNode, Scope, UnaryOp, Value, ValueNode};
+
+/// The index of a buffer of one chunk.
+pub(crate) type Slot = usize;
+
+/// An operand: a chunk, or the same number for every element.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Argument {
+    Slot(Slot),
+    Number(f64),
+}
+
+/// One step of the computation of a chunk.
+#[derive(Clone, Debug)]
+pub(crate) enum Operation {
+    /// Widens a chunk of an input.
+    Load {
+        input: usize,
+    },
+    /// The same number everywhere.
+    Fill {
+        number: f64,
+    },
+    /// Repeats a number a row (column) over its elements.
+    Spread {
+        axis: Scope,
+        first: u64,
+        values: Arc<Vec<f64>>,
+    },
+    Unary {
+        op: UnaryOp,
+        a: Slot,
+    },
+    Binary {
+        op: BinaryOp,
+        a: Argument,
+        b: Argument,
+    },
+    Select {
+        mask: Slot,
+        yes: Argument,
+        no: Argument,
+    },
+    WeightedSum {
+        terms: Vec<(f64, Slot)>,
+    },
+    Kept {
+        a: Slot,
+        chosen: Chosen,
+    },
+    Random {
+        keep_below: u64,
+        stream: u32,
+    },
+}
+
+/// An operation and the slot its result goes to.
+#[derive(Clone, Debug)]
+pub(crate) struct Instruction {
+    pub(crate) operation: Operation,
+    pub(crate) out: Slot,
+}
+
+/// A compiled list of expressions.
+#[derive(Clone, Debug)]
+pub(crate) struct Code {
+    pub(crate) instructions: Vec<Instruction>,
+    /// Where each expression's value is, when all instructions have run.
+    pub(crate) results: Vec<Argument>,
+    pub(crate) slots: usize,
+}
+
+impl Code {
+    /// Compiles `values`; every scalar in them must be known.
+    pub(crate) fn compile(values: &[Value]) -> Self {
+        let mut emitter = Emitter::default();
+        let results: Vec<Argument> = values.iter().map(|value| emitter.value(value)).collect();
+        emitter.allocate(results)
+    }
+}
+
+/// Emits instructions in single-assignment form: each result has a number of its own.
+#[derive(Default)]
+struct Emitter {
+    instructions: Vec<Instruction>,
+    done: HashMap<*const ValueNode, Argument>,
+}
+
+impl Emitter {
+    fn value(&mut self, value: &Value) -> Argument {
+        let key = Arc::as_ptr(&value.0);
+        if let Some(&done) = self.done.get(&key) {
+            return done;
+        }
+        let argument = match &*value.0 {
+            ValueNode::Scalar(scalar) => self.scalar(scalar),
+            node => {
+                let operation = self.operation(node);
+                Argument::Slot(self.emit(operation))
+            }
+        };
+        self.done.insert(key, argument);
+        argument
+    }
+
+    fn scalar(&mut self, scalar: &Scalar) -> Argument {
+        match &*scalar.0 {
+            ScalarNode::Constant(number) => Argument::Number(*number),
+            ScalarNode::Vector { axis, first, values } => {
+                let (axis, first, values) = (*axis, *first, Arc::clone(values));
+                Argument::Slot(self.emit(Operation::Spread { axis, first, values }))
+            }
+            _ => unreachable!("code was asked for before {scalar:?} was known"),
+        }
+    }
+
+    fn operation(&mut self, node: &ValueNode) -> Operation {
+        match node {
+            ValueNode::Input(index) => Operation::Load { input: *index },
+            ValueNode::Scalar(_) => unreachable!("scalars are arguments"),
+            ValueNode::Unary(op, a) => Operation::Unary { op: *op, a: self.slot(a) },
+            ValueNode::Binary(op, a, b) => {
+                let (a, b) = (self.value(a), self.value(b));
+                Operation::Binary { op: *op, a, b }
+            }
+            ValueNode::Select { mask, yes, no } => {
+                let mask = self.slot(mask);
+                let (yes, no) = (self.value(yes), self.value(no));
+                Operation::Select { mask, yes, no }
+            }
+            ValueNode::WeightedSum(terms) => self.weighted_sum(terms),
+            ValueNode::Keep(_) => unreachable!("code was asked for before a selection was known"),
+            ValueNode::Kept { value, chosen } => {
+                Operation::Kept { a: self.slot(value), chosen: *chosen }
+            }
+            ValueNode::Random { density, stream } => {
+                let keep_below = (density * 4_294_967_296.0).round() as u64;
+                Operation::Random { keep_below, stream: *stream }
+            }
+        }
+    }
+
+    /// One fused instruction, or products and sums where a coefficient differs by row or column.
+    fn weighted_sum(&mut self, terms: &[(Scalar, Value)]) -> Operation {
+        let numbers: Option<Vec<f64>> = terms.iter().map(|(c, _)| c.as_constant()).collect();
+        if let Some(numbers) = numbers {
+            let slots: Vec<Slot> = terms.iter().map(|(_, value)| self.slot(value)).collect();
+            return Operation::WeightedSum { terms: numbers.into_iter().zip(slots).collect() };
+        }
+        let mut sum: Option<Slot> = None;
+        for (coefficient, value) in terms {
+            let (a, b) = (self.scalar(coefficient), self.value(value));
+            let product = self.emit(Operation::Binary { op: BinaryOp::Mul, a, b });
+            sum = Some(match sum {
+                None => product,
+                Some(sum) => {
+                    let (a, b) = (Argument::Slot(sum), Argument::Slot(product));
+                    self.emit(Operation::Binary { op: BinaryOp::Add, a, b })
+                }
+            });
+        }
+        // The last addition is emitted again by the caller as its own result.
+        self.instructions.pop().map_or(Operation::Fill { number: 0.0 }, |last| last.operation)
+    }
+
+    fn slot(&mut self, value: &Value) -> Slot {
+        match self.value(value) {
+            Argument::Slot(slot) => slot,
+            Argument::Number(number) => self.emit(Operation::Fill { number }),
+        }
+    }
+
+    fn emit(&mut self, operation: Operation) -> Slot {
+        let out = self.instructions.len();
+        self.instructions.push(Instruction { operation, out });
+        out
+    }
+
+    /// Maps single-assignment numbers to as few slots as the uses allow.
+    fn allocate(mut self, mut results: Vec<Argument>) -> Code {
+        let mut last_use: Vec<usize> = (0..self.instructions.len()).collect();
+        for (at, instruction) in self.instructions.iter_mut().enumerate() {
+            instruction.operation.each_slot(|slot| last_use[*slot] = at);
+        }
+        for result in &results {
+            if let Argument::Slot(slot) = result {
+                last_use[*slot] = usize::MAX;
+            }
+        }
+        let (mut place, mut free, mut slots) = (vec![0; last_use.len()], Vec::new(), 0);
+        for (at, instruction) in self.instructions.iter_mut().enumerate() {
+            // The result never shares a slot with an operand: kernels do not work in place.
+            place[at] = free.pop().unwrap_or_else(|| {
+                slots += 1;
+                slots - 1
+            });
+            let mut freed = Vec::new();
+            instruction.operation.each_slot(|slot| {
+                if last_use[*slot] == at && !freed.contains(&place[*slot]) {
+                    freed.push(place[*slot]);
+                }
+                *slot = place[*slot];
+            });
+            if last_use[at] == at {
+                freed.push(place[at]);
+            }
+            instruction.out = place[at];
+            free.append(&mut freed);
+        }
+        for result in &mut results {
+            if let Argument::Slot(slot) = result {
+                *slot = place[*slot];
+            }
+        }
+        Code { instructions: self.instructions, results, slots }
+    }
+}
+
+impl Operation {
+    fn each_slot(&mut self, mut visit: impl FnMut(&mut Slot)) {
+        let mut argument = |argument: &mut Argument| {
+            if let Argument::Slot(slot) = argument {
+                visit(slot);
+            }
+        };
+        match self {
+            Self::Load { .. } | Self::Fill { .. } | Self::Spread { .. } | Self::Random { .. } => {}
+            Self::Unary { a, .. } | Self::Kept { a, .. } => visit(a),
+            Self::Binary { a, b, .. } => {
+                argument(a);
+                argument(b);
+            }
+            Self::Select { mask, yes, no } => {
+                argument(yes);
+                argument(no);
+                visit(mask);
+            }
+            Self::WeightedSum { terms } => terms.iter_mut().for_each(|(_, slot)| visit(slot)),
+        }
+    }
+}

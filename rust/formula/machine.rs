@@ -1,0 +1,206 @@
+//! Runs compiled code over a piece of a tensor, chunk by chunk.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use super::code::{Argument, Code, Operation, Slot};
+use super::{Chosen, Scope};
+use crate::dtype::DType;
+use crate::kernels::{self, BLOCK, Level, MaskKey, Operand, Real};
+
+/// Elements a chunk: a few slots of it fit the first-level cache. Divides a block.
+pub(crate) const CHUNK: usize = 2048;
+
+/// Rows a block of a column reduction has; part of the fixed shape of the numeric contract.
+pub(crate) const COLUMN_BLOCK: u64 = 1024;
+
+/// What a tensor's elements are called when random masks are drawn, and how they lie in rows.
+#[derive(Clone, Debug)]
+pub(crate) struct TensorFrame {
+    pub(crate) name: String,
+    pub(crate) seed: u64,
+    /// Elements.
+    pub(crate) elements: u64,
+    /// Length of a row: the last dimension.
+    pub(crate) row: u64,
+    /// Length of a line across the first dimension: elements / first dimension.
+    pub(crate) line: u64,
+}
+
+impl TensorFrame {
+    pub(crate) fn new(name: &str, seed: u64, shape: &[u64]) -> Self {
+        let elements: u64 = shape.iter().product();
+        let row = shape.last().copied().unwrap_or(1).max(1);
+        let line = elements / shape.first().copied().unwrap_or(1).max(1);
+        Self { name: name.to_owned(), seed, elements, row, line: line.max(1) }
+    }
+
+    /// Blocks of the fixed reduction shape.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.elements.div_ceil(BLOCK as u64)
+    }
+
+    pub(crate) fn rows(&self) -> u64 {
+        self.elements / self.row
+    }
+
+    /// Rows that are longer than a block are reduced once, in a pass of their own.
+    pub(crate) fn stores_rows(&self) -> bool {
+        self.row > BLOCK as u64
+    }
+
+    /// Blocks of the fixed shape of a column reduction.
+    pub(crate) fn column_blocks(&self) -> u64 {
+        (self.elements / self.line).div_ceil(COLUMN_BLOCK)
+    }
+
+    /// Which entry of a row or column vector element `index` uses.
+    fn entry(&self, axis: Scope, index: u64) -> u64 {
+        match axis {
+            Scope::Column => index % self.line,
+            _ => index / self.row,
+        }
+    }
+
+    /// How many elements from `index` on use the same entry.
+    fn run_length(&self, axis: Scope, index: u64) -> u64 {
+        match axis {
+            Scope::Column => 1,
+            _ => self.row - index % self.row,
+        }
+    }
+}
+
+/// The bytes of one input around a piece.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InputBytes<'a> {
+    pub(crate) dtype: DType,
+    /// Flat index of the first element in `bytes`.
+    pub(crate) first: u64,
+    pub(crate) bytes: &'a [u8],
+}
+
+impl<'a> InputBytes<'a> {
+    pub(crate) fn part(&self, range: &Range<u64>) -> &'a [u8] {
+        let size = self.dtype.size();
+        let start = (range.start - self.first) as usize * size;
+        &self.bytes[start..start + (range.end - range.start) as usize * size]
+    }
+}
+
+/// Slots, and what is needed to fill them.
+#[derive(Debug)]
+pub(crate) struct Machine<'a, T> {
+    level: Level,
+    frame: &'a TensorFrame,
+    code: &'a Code,
+    keys: Vec<Option<MaskKey>>,
+    slots: Vec<Vec<T>>,
+    length: usize,
+}
+
+impl<'a, T: Real> Machine<'a, T> {
+    pub(crate) fn new(level: Level, frame: &'a TensorFrame, code: &'a Code) -> Self {
+        let key = |operation: &Operation| match operation {
+            Operation::Random { stream, .. } => {
+                Some(MaskKey::new(frame.seed, &frame.name, *stream))
+            }
+            _ => None,
+        };
+        let keys = code.instructions.iter().map(|i| key(&i.operation)).collect();
+        let slots = vec![vec![T::ZERO; CHUNK]; code.slots];
+        Self { level, frame, code, keys, slots, length: 0 }
+    }
+
+    /// Computes elements `range` (at most a chunk) from `inputs`, which are indexed as the
+    /// formula's are; inputs that the code does not load may be absent.
+    pub(crate) fn run(&mut self, range: &Range<u64>, inputs: &[Option<InputBytes<'_>>]) {
+        self.length = (range.end - range.start) as usize;
+        let code = self.code;
+        for (at, instruction) in code.instructions.iter().enumerate() {
+            let mut out = std::mem::take(&mut self.slots[instruction.out]);
+            self.step(at, &instruction.operation, range, inputs, &mut out[..self.length]);
+            self.slots[instruction.out] = out;
+        }
+    }
+
+    /// The value of expression `index` over the chunk that was run last.
+    pub(crate) fn result(&self, index: usize) -> Operand<'_, T> {
+        self.operand(self.code.results[index])
+    }
+
+    /// The same as a slice, also where it is one number everywhere.
+    pub(crate) fn chunk(&self, index: usize) -> Cow<'_, [T]> {
+        match self.result(index) {
+            Operand::Slice(values) => values.into(),
+            Operand::Scalar(value) => vec![value; self.length].into(),
+        }
+    }
+
+    fn step(
+        &self,
+        at: usize,
+        operation: &Operation,
+        range: &Range<u64>,
+        inputs: &[Option<InputBytes<'_>>],
+        out: &mut [T],
+    ) {
+        match operation {
+            Operation::Load { input } => {
+                let input = inputs[*input].expect("an input that the code loads was read");
+                kernels::widen(self.level, input.dtype, input.part(range), out);
+            }
+            Operation::Fill { number } => out.fill(T::from_f64(*number)),
+            Operation::Spread { axis, first, values } => {
+                self.spread(*axis, *first, values, range.start, out);
+            }
+            Operation::Unary { op, a } => kernels::unary(self.level, *op, self.slot(*a), out),
+            Operation::Binary { op, a, b } => {
+                kernels::binary(self.level, *op, self.operand(*a), self.operand(*b), out);
+            }
+            Operation::Select { mask, yes, no } => {
+                let (yes, no) = (self.operand(*yes), self.operand(*no));
+                kernels::select(self.level, self.slot(*mask), yes, no, out);
+            }
+            Operation::WeightedSum { terms } => {
+                let terms: Vec<(T, &[T])> =
+                    terms.iter().map(|&(c, slot)| (T::from_f64(c), self.slot(slot))).collect();
+                kernels::weighted_sum(self.level, &terms, out);
+            }
+            Operation::Kept { a, chosen } => self.kept(*chosen, range.start, self.slot(*a), out),
+            Operation::Random { keep_below, .. } => {
+                let key = self.keys[at].as_ref().expect("every random instruction has a key");
+                kernels::random_mask(self.level, key, range.start, *keep_below, out);
+            }
+        }
+    }
+
+    fn slot(&self, slot: Slot) -> &[T] {
+        &self.slots[slot][..self.length]
+    }
+
+    fn operand(&self, argument: Argument) -> Operand<'_, T> {
+        match argument {
+            Argument::Slot(slot) => Operand::Slice(self.slot(slot)),
+            Argument::Number(number) => Operand::Scalar(T::from_f64(number)),
+        }
+    }
+
+    /// Equal elements are kept up to a flat index, which may lie inside this chunk.
+    fn kept(&self, chosen: Chosen, first: u64, values: &[T], out: &mut [T]) {
+        let cut = chosen.equals_end.saturating_sub(first).min(values.len() as u64) as usize;
+        let (before, after) = out.split_at_mut(cut);
+        kernels::keep(self.level, &values[..cut], chosen.threshold, u64::MAX, before);
+        kernels::keep(self.level, &values[cut..], chosen.threshold, 0, after);
+    }
+
+    fn spread(&self, axis: Scope, first: u64, values: &[f64], start: u64, out: &mut [T]) {
+        let (mut at, end) = (start, start + out.len() as u64);
+        while at < end {
+            let until = end.min(at + self.frame.run_length(axis, at));
+            let value = T::from_f64(values[(self.frame.entry(axis, at) - first) as usize]);
+            out[(at - start) as usize..(until - start) as usize].fill(value);
+            at = until;
+        }
+    }
+}

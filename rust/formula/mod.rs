@@ -1,0 +1,431 @@
+//! A merge method, written as a formula.
+//!
+//! A method says what an output element is, in terms of the input elements and of numbers that
+//! summarise a whole tensor (or row, or column, or model). It says so once, as an expression:
+//!
+//! ```
+//! use oxmerge::formula::{Value, Scope, compute};
+//! // a · cos + b · sin, with an angle that depends on the whole tensor
+//! let (a, b) = (Value::input(0), Value::input(1));
+//! let norms = [a.dot(&a, Scope::Tensor), b.dot(&b, Scope::Tensor)];
+//! let weights = compute(&norms, 2, |n| vec![n[0] / (n[0] + n[1]), n[1] / (n[0] + n[1])]);
+//! let output = Value::weighted_sum([(weights[0].clone(), a), (weights[1].clone(), b)]);
+//! # let _ = output;
+//! ```
+//!
+//! The expression is data. The engine finds in it which reductions are needed and in which order
+//! ([`stage`]), binds their results ([`bind`]), compiles what is left to a short list of vector
+//! instructions ([`code`]) and runs those over cache-sized chunks ([`machine`]). So a method does
+//! not know about blocks, threads, files or devices, and another backend walks the same data.
+//!
+//! Three rules give the numbers their meaning (`kernels/NUMERICS.md` has the rest):
+//!
+//! 1. A [`Value`] is computed in the working type, one rounding an operation, in written order.
+//! 2. A [`Scalar`] is an f64. Where it meets values it is rounded once to the working type.
+//! 3. In a weighted sum a coefficient of zero skips its term, and a lone coefficient of exactly
+//!    one is the term itself. Both hold for coefficients that are known only after a reduction.
+
+pub mod bind;
+pub mod code;
+pub mod machine;
+pub mod selection;
+pub mod stage;
+
+use std::fmt;
+use std::ops;
+use std::sync::Arc;
+
+pub use crate::kernels::{BinaryOp, UnaryOp};
+
+/// What a reduction runs over, and so what a [`Scalar`] may differ by. Ordered from wide to narrow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Scope {
+    /// All tensors of the merge: needs a sweep over the model before the merge.
+    Model,
+    /// The whole tensor.
+    Tensor,
+    /// Vectors along the last dimension; a tensor of one dimension is one row.
+    Row,
+    /// Vectors along the first dimension.
+    Column,
+}
+
+/// How a reduction summarises its values. All are f64 with the fixed shape of the contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReductionKind {
+    /// The sum of the values.
+    Sum,
+    /// The sum of the magnitudes.
+    AbsoluteSum,
+    /// The sum of products of two values, multiplied in f64.
+    Dot,
+    /// The largest value.
+    Max,
+}
+
+/// One number for each element of the tensor.
+#[derive(Clone)]
+pub struct Value(pub(crate) Arc<ValueNode>);
+
+/// One number for a scope.
+#[derive(Clone)]
+pub struct Scalar(pub(crate) Arc<ScalarNode>);
+
+pub(crate) enum ValueNode {
+    Input(usize),
+    Scalar(Scalar),
+    Unary(UnaryOp, Value),
+    Binary(BinaryOp, Value, Value),
+    Select {
+        mask: Value,
+        yes: Value,
+        no: Value,
+    },
+    WeightedSum(Vec<(Scalar, Value)>),
+    /// 1 where the element is among the kept, else 0.
+    Keep(Arc<Selection>),
+    /// The same, after the selection was found.
+    Kept {
+        value: Value,
+        chosen: Chosen,
+    },
+    /// 1 with probability `density`, else 0; independent for each stream and element.
+    Random {
+        density: f64,
+        stream: u32,
+    },
+}
+
+pub(crate) enum ScalarNode {
+    Constant(f64),
+    Reduction(Arc<Reduction>),
+    /// The smallest of the kept values.
+    Threshold(Arc<Selection>),
+    Computed {
+        of: Arc<Computation>,
+        index: usize,
+    },
+    /// The results of a row or column reduction: entry i is for row (column) `first` + i.
+    Vector {
+        axis: Scope,
+        first: u64,
+        values: Arc<Vec<f64>>,
+    },
+}
+
+/// A summary of values over a scope.
+pub(crate) struct Reduction {
+    pub(crate) kind: ReductionKind,
+    pub(crate) left: Value,
+    /// The second factor of a dot product.
+    pub(crate) right: Option<Value>,
+    pub(crate) scope: Scope,
+}
+
+/// The `count` largest values of a tensor; of equal values the lowest flat indices.
+pub(crate) struct Selection {
+    pub(crate) value: Value,
+    pub(crate) count: Scalar,
+}
+
+/// A found [`Selection`]: keep keys above `threshold`, and equal ones up to index `last_equal`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// Order key of the smallest kept value.
+    pub threshold: u64,
+    /// Flat index just past the last kept element whose key equals the threshold.
+    pub equals_end: u64,
+}
+
+type HostFunction = dyn Fn(&[f64]) -> Vec<f64> + Send + Sync;
+
+/// A function of scalars with several results, run on the host.
+pub(crate) struct Computation {
+    pub(crate) arguments: Vec<Scalar>,
+    pub(crate) results: usize,
+    pub(crate) function: Arc<HostFunction>,
+}
+
+impl Scalar {
+    /// A number known when the plan is made.
+    pub fn constant(value: f64) -> Self {
+        Self(Arc::new(ScalarNode::Constant(value)))
+    }
+
+    /// The number, if it needs no reduction.
+    pub fn as_constant(&self) -> Option<f64> {
+        match &*self.0 {
+            ScalarNode::Constant(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// One number for each row or column, from `first` on.
+    pub(crate) fn vector(axis: Scope, first: u64, values: Vec<f64>) -> Self {
+        Self(Arc::new(ScalarNode::Vector { axis, first, values: Arc::new(values) }))
+    }
+
+    /// The number for entry `index` of a vector, or the constant.
+    fn entry(&self, index: usize) -> f64 {
+        match &*self.0 {
+            ScalarNode::Constant(value) => *value,
+            ScalarNode::Vector { values, .. } => values[index],
+            _ => unreachable!("an argument of a computation is not known yet"),
+        }
+    }
+
+    /// The narrowest scope it depends on; `None` for a constant.
+    pub fn scope(&self) -> Option<Scope> {
+        match &*self.0 {
+            ScalarNode::Constant(_) => None,
+            ScalarNode::Reduction(reduction) => Some(reduction.scope),
+            ScalarNode::Threshold(_) => Some(Scope::Tensor),
+            ScalarNode::Computed { of, .. } => of.arguments.iter().filter_map(Self::scope).max(),
+            ScalarNode::Vector { axis, .. } => Some(*axis),
+        }
+    }
+}
+
+/// `function` of some scalars, giving `results` scalars. Runs once a scope, in f64, on the host.
+///
+/// A function of constants is run at once.
+pub fn compute(
+    arguments: &[Scalar],
+    results: usize,
+    function: impl Fn(&[f64]) -> Vec<f64> + Send + Sync + 'static,
+) -> Vec<Scalar> {
+    let of = Computation { arguments: arguments.to_vec(), results, function: Arc::new(function) };
+    of.simplified()
+}
+
+impl Computation {
+    /// Its results: constants if the arguments are, else references to it.
+    pub(crate) fn simplified(self) -> Vec<Scalar> {
+        let known: Option<Vec<f64>> = self.arguments.iter().map(Scalar::as_constant).collect();
+        if let Some(known) = known {
+            return self.run(&known).into_iter().map(Scalar::constant).collect();
+        }
+        if let Some(vectors) = self.over_vectors() {
+            return vectors;
+        }
+        let of = Arc::new(self);
+        (0..of.results)
+            .map(|index| Scalar(Arc::new(ScalarNode::Computed { of: Arc::clone(&of), index })))
+            .collect()
+    }
+
+    /// Its results entry by entry, if every argument is a constant or a vector.
+    fn over_vectors(&self) -> Option<Vec<Scalar>> {
+        let known = |argument: &Scalar| {
+            matches!(&*argument.0, ScalarNode::Constant(_) | ScalarNode::Vector { .. })
+        };
+        if !self.arguments.iter().all(known) {
+            return None;
+        }
+        let (axis, first, length) =
+            self.arguments.iter().find_map(|argument| match &*argument.0 {
+                ScalarNode::Vector { axis, first, values } => Some((*axis, *first, values.len())),
+                _ => None,
+            })?;
+        let mut results = vec![Vec::with_capacity(length); self.results];
+        for entry in 0..length {
+            let arguments: Vec<f64> =
+                self.arguments.iter().map(|argument| argument.entry(entry)).collect();
+            for (result, value) in results.iter_mut().zip(self.run(&arguments)) {
+                result.push(value);
+            }
+        }
+        let vector = |values| Scalar::vector(axis, first, values);
+        Some(results.into_iter().map(vector).collect())
+    }
+
+    pub(crate) fn run(&self, arguments: &[f64]) -> Vec<f64> {
+        let results = (self.function)(arguments);
+        assert_eq!(results.len(), self.results, "a computation gave another number of results");
+        results
+    }
+}
+
+impl From<f64> for Scalar {
+    fn from(value: f64) -> Self {
+        Self::constant(value)
+    }
+}
+
+impl Value {
+    pub(crate) fn new(node: ValueNode) -> Self {
+        Self(Arc::new(node))
+    }
+
+    /// The elements of input `index`, in listed order, widened to the working type.
+    pub fn input(index: usize) -> Self {
+        Self::new(ValueNode::Input(index))
+    }
+
+    /// The same number for every element (of the scalar's scope).
+    pub fn scalar(scalar: impl Into<Scalar>) -> Self {
+        Self::new(ValueNode::Scalar(scalar.into()))
+    }
+
+    /// Σ coefficient · value: separate multiply and add, in the given order.
+    pub fn weighted_sum<S: Into<Scalar>>(terms: impl IntoIterator<Item = (S, Self)>) -> Self {
+        simplify_weighted_sum(terms.into_iter().map(|(c, v)| (c.into(), v)).collect())
+    }
+
+    /// `coefficient · self`, with the skipping rules of a weighted sum.
+    pub fn scaled(&self, coefficient: impl Into<Scalar>) -> Self {
+        Self::weighted_sum([(coefficient.into(), self.clone())])
+    }
+
+    /// A function of one value.
+    pub fn unary(&self, op: UnaryOp) -> Self {
+        Self::new(ValueNode::Unary(op, self.clone()))
+    }
+
+    /// A function of two values; comparisons give 1 or 0.
+    pub fn binary(&self, op: BinaryOp, other: &Self) -> Self {
+        Self::new(ValueNode::Binary(op, self.clone(), other.clone()))
+    }
+
+    /// The magnitude.
+    pub fn abs(&self) -> Self {
+        self.unary(UnaryOp::Abs)
+    }
+
+    /// −1, 0 or 1.
+    pub fn sign(&self) -> Self {
+        self.unary(UnaryOp::Sign)
+    }
+
+    /// `yes` where `self` is not 0, else `no`.
+    pub fn select(&self, yes: &Self, no: &Self) -> Self {
+        Self::new(ValueNode::Select { mask: self.clone(), yes: yes.clone(), no: no.clone() })
+    }
+
+    /// 1 where equal, else 0.
+    pub fn equals(&self, other: &Self) -> Self {
+        self.binary(BinaryOp::Equal, other)
+    }
+
+    /// 1 where `self` ≥ `other`, else 0.
+    pub fn at_least(&self, other: &Self) -> Self {
+        self.binary(BinaryOp::GreaterEqual, other)
+    }
+
+    /// `self` where `mask` is not 0, else 0.
+    pub fn masked(&self, mask: &Self) -> Self {
+        mask.select(self, &Self::scalar(0.0))
+    }
+
+    /// 1 with probability `density`, else 0. Streams are independent of each other.
+    pub fn random_mask(density: f64, stream: u32) -> Self {
+        Self::new(ValueNode::Random { density, stream })
+    }
+
+    /// 1 for the `count` largest values of the tensor, else 0.
+    ///
+    /// Of equal values the lowest flat indices are kept. Exact, without sorting.
+    pub fn largest(&self, count: impl Into<Scalar>) -> Self {
+        Self::new(ValueNode::Keep(self.selection(count)))
+    }
+
+    /// The value of rank `count`, counted from the largest (1 is the maximum).
+    pub fn order_statistic(&self, count: impl Into<Scalar>) -> Scalar {
+        Scalar(Arc::new(ScalarNode::Threshold(self.selection(count))))
+    }
+
+    fn selection(&self, count: impl Into<Scalar>) -> Arc<Selection> {
+        Arc::new(Selection { value: self.clone(), count: count.into() })
+    }
+
+    fn reduce(&self, kind: ReductionKind, right: Option<&Self>, scope: Scope) -> Scalar {
+        let (left, right) = (self.clone(), right.cloned());
+        Scalar(Arc::new(ScalarNode::Reduction(Arc::new(Reduction { kind, left, right, scope }))))
+    }
+
+    /// The sum over the scope.
+    pub fn sum(&self, scope: Scope) -> Scalar {
+        self.reduce(ReductionKind::Sum, None, scope)
+    }
+
+    /// The sum of magnitudes over the scope.
+    pub fn absolute_sum(&self, scope: Scope) -> Scalar {
+        self.reduce(ReductionKind::AbsoluteSum, None, scope)
+    }
+
+    /// The inner product over the scope.
+    pub fn dot(&self, other: &Self, scope: Scope) -> Scalar {
+        self.reduce(ReductionKind::Dot, Some(other), scope)
+    }
+
+    /// The largest value over the scope.
+    pub fn max(&self, scope: Scope) -> Scalar {
+        self.reduce(ReductionKind::Max, None, scope)
+    }
+}
+
+/// Rule 3: zero coefficients drop their term; a lone one is the term itself.
+pub(crate) fn simplify_weighted_sum(mut terms: Vec<(Scalar, Value)>) -> Value {
+    terms.retain(|(coefficient, _)| coefficient.as_constant() != Some(0.0));
+    match terms.as_slice() {
+        [] => Value::scalar(0.0),
+        [(coefficient, value)] if coefficient.as_constant() == Some(1.0) => value.clone(),
+        _ => Value::new(ValueNode::WeightedSum(terms)),
+    }
+}
+
+macro_rules! operator {
+    ($trait:ident, $method:ident, $op:ident) => {
+        impl ops::$trait for Value {
+            type Output = Self;
+            fn $method(self, other: Self) -> Self {
+                self.binary(BinaryOp::$op, &other)
+            }
+        }
+        impl ops::$trait for &Value {
+            type Output = Value;
+            fn $method(self, other: Self) -> Value {
+                self.binary(BinaryOp::$op, other)
+            }
+        }
+    };
+}
+operator!(Add, add, Add);
+operator!(Sub, sub, Sub);
+operator!(Mul, mul, Mul);
+operator!(Div, div, Div);
+
+impl fmt::Debug for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            ValueNode::Input(index) => write!(f, "x{index}"),
+            ValueNode::Scalar(scalar) => write!(f, "{scalar:?}"),
+            ValueNode::Unary(op, a) => write!(f, "{op:?}({a:?})"),
+            ValueNode::Binary(op, a, b) => write!(f, "{op:?}({a:?}, {b:?})"),
+            ValueNode::Select { mask, yes, no } => write!(f, "Select({mask:?}, {yes:?}, {no:?})"),
+            ValueNode::WeightedSum(terms) => f.debug_map().entries(terms.iter().cloned()).finish(),
+            ValueNode::Keep(selection) => {
+                write!(f, "Largest({:?} of {:?})", selection.count, selection.value)
+            }
+            ValueNode::Kept { value, chosen } => write!(f, "Kept({value:?}, {chosen:?})"),
+            ValueNode::Random { density, stream } => write!(f, "Random({density}, {stream})"),
+        }
+    }
+}
+
+impl fmt::Debug for Scalar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.0 {
+            ScalarNode::Constant(value) => write!(f, "{value}"),
+            ScalarNode::Reduction(r) => match &r.right {
+                None => write!(f, "{:?}[{:?}]({:?})", r.kind, r.scope, r.left),
+                Some(right) => write!(f, "{:?}[{:?}]({:?}, {right:?})", r.kind, r.scope, r.left),
+            },
+            ScalarNode::Threshold(selection) => {
+                write!(f, "Threshold({:?} of {:?})", selection.count, selection.value)
+            }
+            ScalarNode::Computed { of, index } => write!(f, "f{index}({:?})", of.arguments),
+            ScalarNode::Vector { axis, values, .. } => write!(f, "{axis:?}[{}]", values.len()),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Finds what has to be reduced before an expression can be computed, and in which order.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::{Reduction, Scalar, ScalarNode, Scope, Selection, Value, ValueNode};
+
+/// Reductions and selections that can run in the same pass over the tensor.
+#[derive(Default, Clone)]
+pub(crate) struct Stage {
+    pub(crate) reductions: Vec<Arc<Reduction>>,
+    pub(crate) selections: Vec<Arc<Selection>>,
+}
+
+impl Stage {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.reductions.is_empty() && self.selections.is_empty()
+    }
+}
+
+/// Everything an expression depends on, dependencies first.
+#[derive(Default)]
+struct Dependencies {
+    stage: Stage,
+    inputs: Vec<usize>,
+    seen: HashSet<*const ()>,
+}
+
+impl Dependencies {
+    fn of(values: &[Value]) -> Self {
+        let mut dependencies = Self::default();
+        values.iter().for_each(|value| dependencies.value(value));
+        dependencies
+    }
+
+    fn is_new<N>(&mut self, node: &Arc<N>) -> bool {
+        self.seen.insert(Arc::as_ptr(node).cast())
+    }
+
+    fn value(&mut self, value: &Value) {
+        if !self.is_new(&value.0) {
+            return;
+        }
+        match &*value.0 {
+            ValueNode::Input(index) => {
+                if !self.inputs.contains(index) {
+                    self.inputs.push(*index);
+                }
+            }
+            ValueNode::Random { .. } => {}
+            ValueNode::Scalar(scalar) => self.scalar(scalar),
+            ValueNode::Unary(_, a) | ValueNode::Kept { value: a, .. } => self.value(a),
+            ValueNode::Binary(_, a, b) => {
+                self.value(a);
+                self.value(b);
+            }
+            ValueNode::Select { mask, yes, no } => {
+                self.value(mask);
+                self.value(yes);
+                self.value(no);
+            }
+            ValueNode::WeightedSum(terms) => {
+                for (coefficient, term) in terms {
+                    self.scalar(coefficient);
+                    self.value(term);
+                }
+            }
+            ValueNode::Keep(selection) => self.selection(selection),
+        }
+    }
+
+    fn scalar(&mut self, scalar: &Scalar) {
+        match &*scalar.0 {
+            ScalarNode::Constant(_) | ScalarNode::Vector { .. } => {}
+            ScalarNode::Reduction(reduction) => self.reduction(reduction),
+            ScalarNode::Threshold(selection) => self.selection(selection),
+            ScalarNode::Computed { of, .. } => {
+                if self.is_new(of) {
+                    of.arguments.iter().for_each(|argument| self.scalar(argument));
+                }
+            }
+        }
+    }
+
+    fn reduction(&mut self, reduction: &Arc<Reduction>) {
+        if self.is_new(reduction) {
+            self.value(&reduction.left);
+            reduction.right.iter().for_each(|right| self.value(right));
+            self.stage.reductions.push(Arc::clone(reduction));
+        }
+    }
+
+    fn selection(&mut self, selection: &Arc<Selection>) {
+        if self.is_new(selection) {
+            self.value(&selection.value);
+            self.scalar(&selection.count);
+            self.stage.selections.push(Arc::clone(selection));
+        }
+    }
+}
+
+/// The inputs that computing `values` reads, in listed order.
+pub(crate) fn inputs_of(values: &[Value]) -> Vec<usize> {
+    let mut inputs = Dependencies::of(values).inputs;
+    inputs.sort_unstable();
+    inputs
+}
+
+/// Everything `values` still wait for, dependencies first.
+pub(crate) fn unknown(values: &[Value]) -> Stage {
+    Dependencies::of(values).stage
+}
+
+/// What a reduction reads.
+pub(crate) fn operands(reduction: &Reduction) -> Vec<Value> {
+    std::iter::once(&reduction.left).chain(&reduction.right).cloned().collect()
+}
+
+/// The next pass: reductions over `scope` whose operands wait for nothing that a pass has to give.
+///
+/// Rows are no such thing: short rows are reduced again wherever they are needed. `stored_rows`
+/// says that rows are long, and are reduced once, in a pass of their own.
+pub(crate) fn next_stage(value: &Value, scope: Scope, stored_rows: bool) -> Stage {
+    let needs_pass = |scope: Scope| scope != Scope::Row || stored_rows;
+    let is_ready = |values: &[Value]| {
+        let waits = unknown(values);
+        waits.selections.is_empty() && !waits.reductions.iter().any(|r| needs_pass(r.scope))
+    };
+    let all = unknown(std::slice::from_ref(value));
+    let mut stage = Stage::default();
+    for reduction in all.reductions {
+        if reduction.scope == scope && is_ready(&operands(&reduction)) {
+            stage.reductions.push(reduction);
+        }
+    }
+    if scope == Scope::Tensor {
+        for selection in all.selections {
+            let counted = selection.count.as_constant().is_some();
+            if counted && is_ready(std::slice::from_ref(&selection.value)) {
+                stage.selections.push(selection);
+            }
+        }
+    }
+    stage
+}
+
+/// The row reductions that `values` wait for, level by level: each level needs only earlier ones.
+///
+/// Call it when nothing of a wider scope is left.
+pub(crate) fn row_reductions(values: &[Value]) -> Vec<Arc<Reduction>> {
+    let mut reductions = unknown(values).reductions;
+    reductions.retain(|reduction| reduction.scope == Scope::Row);
+    reductions
+}

@@ -1,0 +1,155 @@
+//! Moving bytes: reads from input shards and writes to output shards.
+//!
+//! A merge is bound by the disk, so this layer decides how fast it is; and it meets everything
+//! that can go wrong outside the program: files that shrink while they are read, disks that fill
+//! up, file systems that refuse what others allow.
+//!
+//! **Reading.** [`InputReader`] has two ways to the same bytes.
+//!
+//! - *Mapped*: the page range of a piece is populated with one system call and then used in
+//!   place, without a copy; behind the cursor the pages are given back, so that the resident set
+//!   stays flat. This is the fastest way on a local disk, warm or cold.
+//! - *Positioned*: `pread` into the caller's buffer. It wins for small pieces, where the system
+//!   calls around a map cost more than the copy, and it turns every failure of the medium into an
+//!   error, where a map would raise a signal. So it serves network mounts too.
+//!
+//! **Writing.** [`ShardWriter`] takes the pieces of one output file from any thread, in any order,
+//! past the page cache where the file system allows it. Nothing is buffered but the 4 KiB pages
+//! in which two pieces meet.
+
+mod buffer;
+mod direct;
+mod identity;
+mod mapped;
+mod positioned;
+mod seams;
+mod volume;
+mod writer;
+
+use std::fs::File;
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Advice;
+
+use crate::error::{Error, Result};
+use crate::plan::InputFile;
+
+pub use buffer::AlignedBuffer;
+pub use identity::{check_unchanged, same_file};
+pub(crate) use positioned::read_exact_at;
+pub use volume::free_space;
+pub use writer::{DirectMode, ShardWriter};
+
+pub use mapped::MAP_MARGIN;
+use mapped::MappedFile;
+
+/// The unit of direct writes and of [`AlignedBuffer`]'s alignment.
+pub const PAGE: usize = 4096;
+
+/// Pieces shorter than this are read with `pread` even from a mapped file.
+pub const MAPPED_FROM: usize = 1 << 20;
+
+/// How input bytes are read. The bytes are the same either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadPath {
+    /// Mapped on local file systems, positioned on network and FUSE mounts.
+    #[default]
+    Auto,
+    /// Mapped wherever the kernel can populate a map.
+    Mapped,
+    /// Positioned always.
+    Positioned,
+}
+
+/// One open input file, read from by all workers at once.
+#[derive(Debug)]
+pub struct InputReader {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    map: Option<MappedFile>,
+}
+
+impl InputReader {
+    /// Opens `input`, which must still be the file whose header was read.
+    pub fn open(input: &InputFile, path: ReadPath) -> Result<Self> {
+        let file = open_read_only(&input.path)?;
+        input.check_same(&InputFile::of(&file, &input.path)?)?;
+        let map = if wants_map(&file, path) { MappedFile::new(&file, input.size) } else { None };
+        Ok(Self { file, path: input.path.clone(), size: input.size, map })
+    }
+
+    /// Whether long pieces are used in place instead of being copied.
+    pub fn is_mapped(&self) -> bool {
+        self.map.is_some()
+    }
+
+    /// The bytes `start..start + len`, in place where that is possible, else in `scratch`, which
+    /// grows to `len` when it is smaller.
+    ///
+    /// For a caller that bounds its memory: a piece that is used in place makes at most `len` and
+    /// a [`MAP_MARGIN`] on either side resident, until it is released. One that is shorter than
+    /// [`MAPPED_FROM`] takes `len` bytes of `scratch` even when the file is mapped.
+    pub fn read<'a>(
+        &'a self,
+        start: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuffer,
+    ) -> Result<&'a [u8]> {
+        self.check_range(start, len)?;
+        if len >= MAPPED_FROM
+            && let Some(map) = &self.map
+            && map.populate(start, len)
+        {
+            return Ok(map.slice(start, len));
+        }
+        // Here too when a populate failed: that says nothing about the reason, and a positioned
+        // read of the same bytes either gives the true error or succeeds.
+        scratch.grow(len);
+        let piece = &mut scratch.as_mut_slice()[..len];
+        read_exact_at(&self.file, start, piece).map_err(|error| error.file(&self.path))?;
+        Ok(piece)
+    }
+
+    /// Asks the kernel to start reading `start..start + len`. A hint; never fails.
+    pub fn prefetch(&self, start: u64, len: usize) {
+        if let Some(length) = NonZeroU64::new(len as u64) {
+            // The same page cache serves both read paths, so one call does for both.
+            let _ = rustix::fs::fadvise(&self.file, start, Some(length), Advice::WillNeed);
+        }
+    }
+
+    /// Gives back the memory of a piece that is done with. Must not be called while this thread
+    /// still uses the piece, for speed only: the bytes stay valid and would be mapped again.
+    pub fn release(&self, start: u64, len: usize) {
+        if let Some(map) = &self.map
+            && len >= MAPPED_FROM
+        {
+            map.release(start, len);
+        }
+    }
+
+    fn check_range(&self, start: u64, len: usize) -> Result<()> {
+        match start.checked_add(len as u64) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(Error::plan("a source lies past the end of its file")
+                .file(&self.path)
+                .expected(format_args!("at most {} bytes", self.size))
+                .found(format_args!("{len} bytes from byte {start}"))),
+        }
+    }
+}
+
+/// Opens an input. Inputs are never opened for writing.
+pub(crate) fn open_read_only(path: &Path) -> Result<File> {
+    File::open(path).map_err(|error| Error::io("open the file", error).file(path))
+}
+
+fn wants_map(file: &File, path: ReadPath) -> bool {
+    match path {
+        ReadPath::Auto => !volume::is_remote(file),
+        ReadPath::Mapped => true,
+        ReadPath::Positioned => false,
+    }
+}

@@ -1,0 +1,48 @@
+//! What the file system under a path is like: remote or local, and how much room it has.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use rustix::fs::StatVfs;
+
+use crate::error::{Error, Result};
+
+/// Magic numbers of file systems whose bytes come from elsewhere, as `statfs` gives them. A map of
+/// such a file turns a lost connection into a signal, and reads ahead by guesswork.
+const REMOTE: [u32; 12] = [
+    0x6969,      // NFS
+    0x517b,      // SMB
+    0xff53_4d42, // CIFS
+    0xfe53_4d42, // SMB2
+    0x6573_5546, // FUSE, virtiofs
+    0x0102_1997, // 9P
+    0x00c3_6400, // Ceph
+    0x0bd0_0bd0, // Lustre
+    0x4750_4653, // GPFS
+    0x1983_0326, // BeeGFS
+    0x5346_414f, // AFS
+    0x6b41_4653, // AFS in the kernel
+];
+
+/// Whether `file` lies on a network or FUSE mount. One that cannot be asked counts as remote,
+/// for the positioned path works everywhere.
+pub(super) fn is_remote(file: &File) -> bool {
+    rustix::fs::fstatfs(file).map_or(true, |volume| REMOTE.contains(&(volume.f_type as u32)))
+}
+
+/// Bytes that an ordinary user can still write below `directory`.
+pub fn free_space(directory: &Path) -> Result<u64> {
+    rustix::fs::statvfs(directory).map(|volume| available(&volume)).map_err(|errno| {
+        Error::io("ask for the free space", io::Error::from(errno)).file(directory)
+    })
+}
+
+/// The same for the disk that `file` is on.
+pub(super) fn free_space_of(file: &File) -> io::Result<u64> {
+    Ok(available(&rustix::fs::fstatvfs(file)?))
+}
+
+fn available(volume: &StatVfs) -> u64 {
+    volume.f_bavail.saturating_mul(volume.f_frsize)
+}

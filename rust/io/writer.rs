@@ -1,0 +1,164 @@
+//! Writing one output shard, from all workers at once.
+//!
+//! Every byte's place is known before the first is computed, so pieces are written the moment
+//! they are done, wherever they go. With direct writes the disk takes whole pages at page-aligned
+//! places from page-aligned memory. Hence three rules:
+//!
+//! 1. The header is padded so that the data begin on a page boundary.
+//! 2. The caller lays a piece into its buffer at [`ShardWriter::buffer_offset`], so that the whole
+//!    pages inside it are aligned in memory as they are in the file and go out without a copy.
+//! 3. The broken pages at a piece's ends wait in `Seams` for the neighbours that complete them.
+//!    The file's last page is written padded, and the padding is cut off at the end.
+//!
+//! Where direct writes are refused, pieces are written as they are, through the page cache.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::direct::OutputFile;
+use super::seams::Seams;
+use super::{AlignedBuffer, PAGE};
+use crate::error::{Error, Result};
+
+const PAGE_BYTES: u64 = PAGE as u64;
+
+/// Whether to bypass the page cache. The bytes are the same either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DirectMode {
+    /// Where the file system takes it.
+    #[default]
+    Auto,
+    /// Through the page cache.
+    Never,
+}
+
+/// One output file that is being written.
+///
+/// Dropped before [`ShardWriter::finish`] it leaves the file as it is, under its temporary name.
+#[derive(Debug)]
+pub struct ShardWriter {
+    output: OutputFile,
+    size: u64,
+    seams: Seams,
+    /// Bytes that have arrived, the header's among them.
+    arrived: AtomicU64,
+}
+
+impl ShardWriter {
+    /// Creates the file at `path`, which must not exist, reserves `size` bytes for it and writes
+    /// the length and text of the header. On failure no new file is left.
+    pub fn create(path: &Path, header: &str, size: u64, mode: DirectMode) -> Result<Self> {
+        let header = prologue(header, size).map_err(|error| error.file(path))?;
+        let mut output = OutputFile::create(path)?;
+        begin(&mut output, &header, size, mode).inspect_err(|_| output.remove())?;
+        let arrived = AtomicU64::new(header.capacity() as u64);
+        Ok(Self { output, size, seams: Seams::default(), arrived })
+    }
+
+    /// Whether the page cache is bypassed.
+    pub fn is_direct(&self) -> bool {
+        self.output.is_direct()
+    }
+
+    /// Where in an [`AlignedBuffer`] the piece must begin that goes to `start` in the file. The
+    /// buffer needs up to a page more than the piece.
+    pub fn buffer_offset(&self, start: u64) -> usize {
+        (start % PAGE_BYTES) as usize
+    }
+
+    /// Writes `buffer[range]` to `start` in the file. From any thread, in any order, each byte of
+    /// the file once.
+    ///
+    /// # Panics
+    ///
+    /// When `range` does not begin at [`ShardWriter::buffer_offset`] or whole pages after it.
+    pub fn write(&self, start: u64, buffer: &AlignedBuffer, range: Range<usize>) -> Result<()> {
+        let place = self.buffer_offset(start);
+        assert_eq!(range.start % PAGE, place, "a piece lies askew in its buffer");
+        let piece = &buffer.as_slice()[range];
+        self.check_range(start, piece.len())?;
+        if self.is_direct() {
+            self.write_in_pages(start, piece)?;
+        } else {
+            self.output.write(piece, start)?;
+        }
+        self.arrived.fetch_add(piece.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Cuts the file to its size and flushes it to the disk. Every byte must have been written.
+    pub fn finish(&self) -> Result<()> {
+        let arrived = self.arrived.load(Ordering::Relaxed);
+        if arrived != self.size {
+            return Err(Error::plan("the shard's bytes were not each written once")
+                .file(self.output.path())
+                .expected(format_args!("{} bytes", self.size))
+                .found(arrived));
+        }
+        self.output.finish(self.size)
+    }
+
+    /// The broken page at the front, the whole pages, and the broken page at the back.
+    fn write_in_pages(&self, start: u64, piece: &[u8]) -> Result<()> {
+        let to_boundary = (start.next_multiple_of(PAGE_BYTES) - start) as usize;
+        let (front, rest) = piece.split_at(to_boundary.min(piece.len()));
+        let (pages, back) = rest.split_at(rest.len() / PAGE * PAGE);
+        let pages_start = start + front.len() as u64;
+        self.write_seam(start, front)?;
+        self.output.write(pages, pages_start)?;
+        self.write_seam(pages_start + pages.len() as u64, back)
+    }
+
+    fn write_seam(&self, start: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let page = start / PAGE_BYTES;
+        let page_start = page * PAGE_BYTES;
+        let full = (self.size - page_start).min(PAGE_BYTES) as usize;
+        let Some(bytes) = self.seams.put(page, (start - page_start) as usize, bytes, full) else {
+            return Ok(());
+        };
+        let mut aligned = AlignedBuffer::new(PAGE);
+        aligned.as_mut_slice().copy_from_slice(&bytes);
+        self.output.write(aligned.as_slice(), page_start)
+    }
+
+    fn check_range(&self, start: u64, len: usize) -> Result<()> {
+        match start.checked_add(len as u64) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(Error::plan("a piece lies past the end of its shard")
+                .file(self.output.path())
+                .expected(format_args!("at most {} bytes", self.size))
+                .found(format_args!("{len} bytes from byte {start}"))),
+        }
+    }
+}
+
+fn begin(
+    output: &mut OutputFile,
+    header: &AlignedBuffer,
+    size: u64,
+    mode: DirectMode,
+) -> Result<()> {
+    output.reserve(size)?;
+    if mode == DirectMode::Auto {
+        output.probe_direct(header);
+    }
+    output.write(header.as_slice(), 0)
+}
+
+/// The header's length and text, which must fill whole pages and fit `size`.
+fn prologue(header: &str, size: u64) -> Result<AlignedBuffer> {
+    let len = size_of::<u64>() + header.len();
+    if !len.is_multiple_of(PAGE) || len as u64 > size {
+        return Err(Error::plan("the shard's header does not end on a page boundary in its file")
+            .found(format_args!("{len} of {size} bytes")));
+    }
+    let mut buffer = AlignedBuffer::new(len);
+    let (length, text) = buffer.as_mut_slice().split_at_mut(size_of::<u64>());
+    length.copy_from_slice(&(header.len() as u64).to_le_bytes());
+    text.copy_from_slice(header.as_bytes());
+    Ok(buffer)
+}

@@ -1,0 +1,247 @@
+//! Exact order statistics without sorting: counting, histograms, and keeping the largest.
+//!
+//! The k-th largest of a billion numbers needs no sort, only their bits: a float's magnitude orders
+//! as an unsigned integer does, so with the sign applied every value has an integer key
+//! ([`Real::key`]) that orders as the value. A histogram of the keys' high bits finds the bin that
+//! holds the k-th; histograms of that bin, ever finer, find the key itself. Or an interval is
+//! guessed from a sample, and one count proves that it holds the k-th.
+//!
+//! A histogram's increments cannot be vectorised, but all around them can:
+//!
+//! 1. Distances, tests and bin indices of [`STEP`] elements are computed first, into arrays.
+//! 2. Where none of them lies inside the interval, which is the rule once it is narrow, the rest
+//!    is skipped.
+//! 3. There is no branch per element. One outside the interval adds 0 to a bin that its position
+//!    chooses, so that neighbours do not wait for each other's store.
+//! 4. Zeros are counted apart. Differences of bf16 weights are zero in up to a third of the
+//!    places, and adding to the same bin over and over would wait for the previous store.
+
+use super::level::{Kernel, Level};
+use super::real::{Ordinal, Real};
+
+/// Elements whose keys are computed together.
+const STEP: usize = 64;
+
+/// Elements after which narrow counters are emptied into wide ones.
+const FLUSH: usize = 1 << 20;
+
+/// How many keys lie inside an interval and above it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Keys greater than the interval's high end.
+    pub above: u64,
+    /// Keys in the interval, both ends included.
+    pub inside: u64,
+}
+
+/// A closed interval of ordinals.
+#[derive(Clone, Copy)]
+struct Interval<O: Ordinal> {
+    low: O,
+    high: O,
+}
+
+impl<O: Ordinal> Interval<O> {
+    fn new(low: u64, high: u64) -> Self {
+        let high = high.min(O::MAX_KEY);
+        assert!(low <= high, "the interval {low}..={high} of keys is empty");
+        Self { low: O::from_key(low), high: O::from_key(high) }
+    }
+
+    #[inline(always)]
+    fn span(self) -> O::Distance {
+        self.high.above(self.low)
+    }
+}
+
+struct Count<'a, T: Real> {
+    values: &'a [T],
+    interval: Interval<T::Ordinal>,
+}
+
+impl<T: Real> Kernel for Count<'_, T> {
+    type Output = Counts;
+
+    #[inline(always)]
+    fn run(self) -> Counts {
+        type Counter<T> = <<T as Real>::Ordinal as Ordinal>::Counter;
+        let Interval { low, high } = self.interval;
+        let mut counts = Counts::default();
+        for values in self.values.chunks(FLUSH) {
+            let mut above = Counter::<T>::default();
+            let mut reaching = Counter::<T>::default();
+            for value in values {
+                let ordinal = value.ordinal();
+                above += Counter::<T>::from(ordinal > high);
+                reaching += Counter::<T>::from(ordinal >= low);
+            }
+            counts.above += above.into();
+            counts.inside += reaching.into() - above.into();
+        }
+        counts
+    }
+}
+
+struct Histogram<'a, T: Real> {
+    values: &'a [T],
+    interval: Interval<T::Ordinal>,
+    shift: u32,
+    bins: &'a mut [u32],
+}
+
+impl<T: Real> Histogram<'_, T> {
+    /// Adds [`STEP`] elements.
+    #[inline(always)]
+    fn step(&mut self, values: &[T; STEP], counts: &mut Counts) {
+        let Interval { low, high } = self.interval;
+        let (span, zero) = (self.interval.span(), T::ZERO.ordinal());
+        let harmless = (1_u32 << self.bins.len().min(STEP).ilog2()) - 1;
+        let (mut above, mut inside, mut zeros) = (0_u32, 0_u32, 0_u32);
+        let mut weights = [0_u32; STEP];
+        let mut indices = [0_u32; STEP];
+        for position in 0..STEP {
+            let ordinal = values[position].ordinal();
+            let distance = ordinal.above(low);
+            let (is_inside, is_zero) = (distance <= span, ordinal == zero);
+            above += u32::from(ordinal > high);
+            inside += u32::from(is_inside);
+            zeros += u32::from(is_inside && is_zero);
+            let is_counted = is_inside && !is_zero;
+            weights[position] = u32::from(is_counted);
+            let index = <T::Ordinal as Ordinal>::shifted(distance, self.shift);
+            indices[position] = if is_counted { index } else { position as u32 & harmless };
+        }
+        counts.above += u64::from(above);
+        counts.inside += u64::from(inside);
+        if zeros > 0 {
+            let distance = zero.above(low);
+            self.bins[<T::Ordinal as Ordinal>::shifted(distance, self.shift) as usize] += zeros;
+        }
+        if inside > zeros {
+            for (&index, &weight) in indices.iter().zip(&weights) {
+                self.bins[index as usize] += weight;
+            }
+        }
+    }
+
+    /// Adds one element.
+    #[inline(always)]
+    fn one(&mut self, value: T, counts: &mut Counts) {
+        let ordinal = value.ordinal();
+        let distance = ordinal.above(self.interval.low);
+        counts.above += u64::from(ordinal > self.interval.high);
+        if distance <= self.interval.span() {
+            counts.inside += 1;
+            self.bins[<T::Ordinal as Ordinal>::shifted(distance, self.shift) as usize] += 1;
+        }
+    }
+}
+
+impl<T: Real> Kernel for Histogram<'_, T> {
+    type Output = Counts;
+
+    #[inline(always)]
+    fn run(mut self) -> Counts {
+        let mut counts = Counts::default();
+        let (steps, rest) = self.values.as_chunks();
+        for values in steps {
+            self.step(values, &mut counts);
+        }
+        for &value in rest {
+            self.one(value, &mut counts);
+        }
+        counts
+    }
+}
+
+struct Keep<'a, T: Real> {
+    values: &'a [T],
+    threshold: T::Ordinal,
+    /// Whether those equal to the threshold are kept too.
+    inclusive: bool,
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel for Keep<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let threshold = self.threshold;
+        if self.inclusive {
+            for (kept, value) in self.out.iter_mut().zip(self.values) {
+                *kept = T::truth(value.ordinal() >= threshold);
+            }
+        } else {
+            for (kept, value) in self.out.iter_mut().zip(self.values) {
+                *kept = T::truth(value.ordinal() > threshold);
+            }
+        }
+    }
+}
+
+/// Counts the keys inside `low..=high` and above it.
+///
+/// # Panics
+///
+/// If the interval is empty.
+pub fn count<T: Real>(level: Level, values: &[T], low: u64, high: u64) -> Counts {
+    level.run(Count { values, interval: Interval::new(low, high) })
+}
+
+/// Adds each key inside `low..=high` to `bins[(key − low) >> shift]`, and counts as [`count`] does.
+///
+/// # Panics
+///
+/// If the interval is empty, `shift` is not less than the key's width, or the interval has more
+/// bins than `bins`. In debug builds, if a bin overflows.
+pub fn histogram<T: Real>(
+    level: Level,
+    values: &[T],
+    low: u64,
+    high: u64,
+    shift: u32,
+    bins: &mut [u32],
+) -> Counts {
+    let interval = Interval::<T::Ordinal>::new(low, high);
+    assert!(shift < 8 * size_of::<T>() as u32, "the shift {shift} exceeds the key's width");
+    let span: u64 = interval.span().into();
+    let last = span >> shift;
+    assert!(last < bins.len() as u64, "bin {last} is missing: there are {}", bins.len());
+    level.run(Histogram { values, interval, shift, bins })
+}
+
+/// Marks what a cut keeps: `out[i]` is 1 if the key of `values[i]` is above the threshold, or equal
+/// to it with fewer than `equal_before` equal ones earlier in this slice; else 0. Returns how many
+/// equal ones the slice has.
+///
+/// # Panics
+///
+/// If `out` is not as long as `values`, or the threshold is no key.
+pub fn keep<T: Real>(
+    level: Level,
+    values: &[T],
+    threshold: u64,
+    equal_before: u64,
+    out: &mut [T],
+) -> u64 {
+    assert_eq!(values.len(), out.len(), "the values and the mask must have the same length");
+    assert!(threshold <= T::Ordinal::MAX_KEY, "the threshold {threshold} is no key");
+    let equals = count(level, values, threshold, threshold).inside;
+    let threshold = T::Ordinal::from_key(threshold);
+    let inclusive = equals <= equal_before;
+    level.run(Keep { values, threshold, inclusive, out: &mut *out });
+    if !inclusive {
+        keep_first_equals(values, threshold, equal_before, out);
+    }
+    equals
+}
+
+/// Marks the first `most` elements that equal the threshold. Happens in one slice per cut, so it
+/// need not be fast.
+fn keep_first_equals<T: Real>(values: &[T], threshold: T::Ordinal, most: u64, out: &mut [T]) {
+    let equals = values.iter().zip(out).filter(|(value, _)| value.ordinal() == threshold);
+    for (_, kept) in equals.take(most as usize) {
+        *kept = T::ONE;
+    }
+}

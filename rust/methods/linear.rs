@@ -1,0 +1,63 @@
+//! Weighted average: Σ wᵢ·xᵢ / Σ wᵢ.
+
+use super::{Contract, Description, Inputs, Method, Parameter, Preset};
+use crate::error::{Error, Result};
+use crate::formula::Value;
+use crate::plan::OutputTensor;
+
+/// Weighted average.
+#[derive(Debug)]
+pub(crate) struct Linear;
+
+impl Method for Linear {
+    fn description(&self) -> Description {
+        Description {
+            name: "linear",
+            title: "Linear",
+            formula: "sum of w_i * x_i, divided by the sum of w_i if normalize",
+            class: "elementwise",
+            cost: "one read of every input",
+            paper: "https://arxiv.org/abs/2203.05482",
+            contract: Contract { base: "ignored", inputs: (1, None), others: (0, None) },
+            parameters: const {
+                &[
+                    Parameter::new(
+                        "input",
+                        "weight",
+                        "float",
+                        Preset::Nothing,
+                        "how much of this model",
+                    ),
+                    Parameter::new(
+                        "shared",
+                        "normalize",
+                        "bool",
+                        Preset::Bool(true),
+                        "divide by the sum of the weights",
+                    ),
+                ]
+            },
+        }
+    }
+
+    fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
+        let inputs = Inputs::of(tensor);
+        let all = inputs.all();
+        let weights = all.iter().map(|input| input.number("weight")).collect::<Result<Vec<_>>>()?;
+        let divisor = if inputs.flag("normalize")? { sum_of_weights(&weights)? } else { 1.0 };
+        let coefficients = weights.iter().map(|weight| weight / divisor);
+        Ok(Value::weighted_sum(coefficients.zip(all.into_iter().map(|input| input.value))))
+    }
+}
+
+/// The sum in listed order; zero is an error, since something is to be divided by it.
+pub(super) fn sum_of_weights(weights: &[f64]) -> Result<f64> {
+    let sum: f64 = weights.iter().sum();
+    if sum == 0.0 {
+        return Err(Error::plan("the weights sum to zero, and the result is to be divided by it")
+            .expected("a sum that is not zero")
+            .found(format!("weights {weights:?}"))
+            .advice("change a weight, or set `normalize: false`"));
+    }
+    Ok(sum)
+}

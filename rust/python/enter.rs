@@ -1,0 +1,76 @@
+//! The only door from Python into long work.
+//!
+//! The work runs on a thread of its own; the calling thread waits without the GIL and wakes up a
+//! few times a second to look at signals and to report progress. So Ctrl-C works, other Python
+//! threads go on, and no worker ever touches Python.
+
+use std::sync::Mutex;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+use pyo3::prelude::*;
+
+use super::error::raise;
+use crate::engine::control::Control;
+use crate::error::{Error, Result};
+
+/// How long a signal may wait.
+const TICK: Duration = Duration::from_millis(25);
+/// How often progress is reported.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// Runs `work`; calls `progress` with (bytes read, bytes written, tensors, current tensor).
+///
+/// An exception of a signal handler or of `progress` cancels the work, and is raised when the
+/// workers have stopped.
+pub(super) fn enter<R: Send>(
+    py: Python<'_>,
+    progress: Option<&Bound<'_, PyAny>>,
+    work: impl FnOnce(&Control) -> Result<R> + Send,
+) -> PyResult<R> {
+    let control = Control::default();
+    std::thread::scope(|scope| {
+        let (done, wait) = sync_channel::<()>(1);
+        // Only so that the closure that waits without the GIL may take it along.
+        let wait = Mutex::new(wait);
+        let wait_a_tick = || match wait.lock() {
+            Ok(wait) => wait.recv_timeout(TICK),
+            Err(_) => Err(RecvTimeoutError::Disconnected),
+        };
+        let control = &control;
+        let worker = scope.spawn(move || {
+            // Dropped when the work ends, also by a panic: that is what the caller waits for.
+            let _done = done;
+            work(control)
+        });
+        let mut reported = Instant::now();
+        let mut raised = None;
+        while let Err(RecvTimeoutError::Timeout) = py.detach(wait_a_tick) {
+            let outcome = py.check_signals().and_then(|()| match progress {
+                Some(progress) if reported.elapsed() >= PROGRESS_EVERY => {
+                    reported = Instant::now();
+                    report(progress, control)
+                }
+                _ => Ok(()),
+            });
+            if let Err(exception) = outcome {
+                control.cancel();
+                raised.get_or_insert(exception);
+            }
+        }
+        let result = py.detach(|| worker.join());
+        if let Some(exception) = raised {
+            return Err(exception);
+        }
+        let result = result
+            .unwrap_or_else(|_| Err(Error::plan("the engine panicked; this is a bug in oxmerge")));
+        result.map_err(|error| raise(py, &error))
+    })
+}
+
+fn report(progress: &Bound<'_, PyAny>, control: &Control) -> PyResult<()> {
+    let now = control.snapshot();
+    let peak = crate::engine::memory::peak_resident();
+    progress.call1((now.bytes_read, now.bytes_written, now.tensors, now.current, peak))?;
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! Plans in, merges out.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+
+use super::enter::enter;
+use super::error::raise;
+use super::to_python;
+use crate::engine::files::{self, FileModes};
+use crate::engine::memory::{self, MemoryPlan};
+use crate::engine::{self, Settings};
+use crate::error::{Error, Result};
+use crate::io::{self, DirectMode, ReadPath};
+use crate::kernels::Level;
+use crate::methods::METHODS;
+use crate::plan::{InputFile, PLAN_VERSION, Plan};
+
+fn parse(plan: &str) -> Result<Plan> {
+    let plan: Plan = serde_json::from_str(plan)
+        .map_err(|error| Error::plan(format!("the plan cannot be read: {error}")))?;
+    if plan.version != PLAN_VERSION {
+        return Err(Error::plan("the plan was made by another version of oxmerge")
+            .expected(format!("plan version {PLAN_VERSION}"))
+            .found(plan.version));
+    }
+    Ok(plan)
+}
+
+/// Every merge method: name, formula, inputs, parameters.
+#[pyfunction]
+pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    let descriptions: Vec<_> = METHODS.iter().map(|method| method.description()).collect();
+    to_python(py, &descriptions)
+}
+
+/// What the merge method finds wrong with the tensors of a plan.
+#[pyfunction]
+pub(super) fn check_plan<'py>(py: Python<'py>, plan: &str) -> PyResult<Bound<'py, PyAny>> {
+    let plan = parse(plan).map_err(|error| raise(py, &error))?;
+    let problems = plan.tensors.iter().filter_map(|tensor| files::work(&plan, tensor).err());
+    let described: Vec<_> = problems
+        .map(|error| {
+            let parts = error.parts();
+            serde_json::json!({
+                "message": error.message(),
+                "tensor": parts.tensor,
+                "expected": parts.expected,
+                "found": parts.found,
+                "advice": parts.advice,
+            })
+        })
+        .collect();
+    to_python(py, &described)
+}
+
+/// Raises `InputChangedError` if one of the files is not what it was.
+#[pyfunction]
+pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
+    let files: Vec<InputFile> = serde_json::from_str(files)
+        .map_err(|error| pyo3::exceptions::PyValueError::new_err(error.to_string()))?;
+    io::check_unchanged(&files).map_err(|error| raise(py, &error))
+}
+
+/// How `memory` bytes would be shared out: predicted peak, workers, bytes a worker.
+#[pyfunction]
+pub(super) fn predict<'py>(
+    py: Python<'py>,
+    plan: &str,
+    memory: u64,
+    threads: Option<usize>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let planned = parse(plan).and_then(|plan| {
+        let needs = files::needs(&plan)?;
+        MemoryPlan::new(&needs, memory, worker_count(threads), memory::resident())
+    });
+    let planned = planned.map_err(|error| raise(py, &error))?;
+    to_python(py, &describe_memory(&planned))
+}
+
+/// Executes a plan: writes its shards, under partial names, into `directory`.
+///
+/// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
+#[pyfunction]
+#[pyo3(signature = (plan, directory, *, memory, threads=None, read_path="auto", direct=true,
+                    largest_piece=None, progress=None))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
+pub(super) fn execute<'py>(
+    py: Python<'py>,
+    plan: &str,
+    directory: PathBuf,
+    memory: u64,
+    threads: Option<usize>,
+    read_path: &str,
+    direct: bool,
+    largest_piece: Option<u64>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let read = match read_path {
+        "auto" => ReadPath::Auto,
+        "mapped" => ReadPath::Mapped,
+        "positioned" => ReadPath::Positioned,
+        other => {
+            let message = format!("`{other}` is no read path: use auto, mapped or positioned");
+            return Err(pyo3::exceptions::PyValueError::new_err(message));
+        }
+    };
+    let write = if direct { DirectMode::Auto } else { DirectMode::Never };
+    let report = enter(py, progress.as_ref(), |control| {
+        let plan = parse(plan)?;
+        let level = Level::from_environment()?;
+        let workers = worker_count(threads);
+        let settings = Settings { level, workers, memory, largest_piece };
+        let tasks = files::tasks(&plan, &directory, FileModes { read, write })?;
+        let report = engine::run(tasks, &settings, control)?;
+        io::check_unchanged(&plan.files)?;
+        Ok(report)
+    })?;
+    let described = serde_json::json!({
+        "seconds": report.seconds,
+        "bytes_read": report.bytes_read,
+        "bytes_written": report.bytes_written,
+        "peak_memory": report.peak_memory,
+        "simd": report.level.name(),
+        "memory": describe_memory(&report.memory),
+    });
+    to_python(py, &described)
+}
+
+/// Two more than cores unless asked otherwise: they hide the latency of reads and writes.
+fn worker_count(threads: Option<usize>) -> usize {
+    threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from) + 2)
+}
+
+fn describe_memory(plan: &MemoryPlan) -> serde_json::Value {
+    serde_json::json!({
+        "budget": plan.budget,
+        "baseline": plan.baseline,
+        "predicted": plan.predicted,
+        "workers": plan.workers,
+        "worker_bytes": plan.worker_bytes,
+    })
+}

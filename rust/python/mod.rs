@@ -1,0 +1,44 @@
+//! The bindings: each is extract, call, wrap. Nothing here decides anything.
+
+mod checkpoint;
+mod enter;
+mod error;
+mod merge;
+
+use pyo3::prelude::*;
+
+/// The compiled half of oxmerge.
+#[pymodule(gil_used = false)]
+mod _core {
+    use super::*;
+
+    #[pymodule_export]
+    use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
+    #[pymodule_export]
+    use super::merge::{check_plan, check_unchanged, execute, methods, predict};
+
+    /// Version, build profile, SIMD level in use and levels of this CPU.
+    #[pyfunction]
+    fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+        let level = crate::kernels::Level::from_environment().map_err(|e| error::raise(py, &e))?;
+        let available = crate::kernels::Level::available();
+        let info = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "profile": if cfg!(debug_assertions) { "debug" } else { "release" },
+            "simd": level.name(),
+            "simd_available": available.iter().map(|level| level.name()).collect::<Vec<_>>(),
+            "target": concat!(env!("CARGO_PKG_NAME"), "-", "abi3"),
+            "plan_version": crate::plan::PLAN_VERSION,
+            "generator_version": crate::kernels::GENERATOR_VERSION,
+            "reduction_version": crate::kernels::REDUCTION_VERSION,
+        });
+        to_python(py, &info)
+    }
+}
+
+/// Plain data as Python objects, by way of JSON.
+fn to_python<'py>(py: Python<'py>, value: &impl serde::Serialize) -> PyResult<Bound<'py, PyAny>> {
+    let text = serde_json::to_string(value)
+        .map_err(|error| pyo3::exceptions::PyValueError::new_err(error.to_string()))?;
+    py.import("json")?.call_method1("loads", (text,))
+}

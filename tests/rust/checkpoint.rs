@@ -1,0 +1,176 @@
+//! Sound checkpoints, in every arrangement that is accepted.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use oxmerge::checkpoint::Checkpoint;
+use oxmerge::dtype::DType;
+use oxmerge::plan::InputFile;
+use tempfile::TempDir;
+
+use crate::hostile::file_of;
+
+/// A file whose tensors are single bytes of those names, in that order.
+fn file_with(names: &[&str]) -> Vec<u8> {
+    let entries: Vec<_> = names
+        .iter()
+        .enumerate()
+        .map(|(at, name)| {
+            format!(r#""{name}":{{"dtype":"U8","shape":[1],"data_offsets":[{at},{}]}}"#, at + 1)
+        })
+        .collect();
+    file_of(&format!("{{{}}}", entries.join(",")), names.len())
+}
+
+fn directory_of(files: &[(&str, &[u8])]) -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for (name, bytes) in files {
+        fs::write(directory.path().join(name), bytes).unwrap();
+    }
+    directory
+}
+
+fn names(checkpoint: &Checkpoint) -> Vec<&str> {
+    checkpoint.tensors.iter().map(|tensor| tensor.name.as_str()).collect()
+}
+
+fn file_names(checkpoint: &Checkpoint) -> Vec<&str> {
+    checkpoint.files.iter().map(|file| file.path.file_name().unwrap().to_str().unwrap()).collect()
+}
+
+#[test]
+fn tensors_come_in_file_order_whatever_the_headers_order() {
+    let header = concat!(
+        r#"{"z":{"shape":[],"data_offsets":[12,16],"dtype":"F32"},"#,
+        r#""empty":{"dtype":"I64","shape":[3,0],"data_offsets":[12,12]},"#,
+        r#""__metadata__":{"format":"pt","by":"test"},"#,
+        r#""b":{"dtype":"BF16","data_offsets":[0,12],"shape":[2,3]},"#,
+        r#""last":{"dtype":"F64","shape":[0],"data_offsets":[16,16]}}   "#
+    );
+    let directory = directory_of(&[("model.safetensors", &file_of(header, 16))]);
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    assert_eq!(names(&checkpoint), ["b", "empty", "z", "last"]);
+    let data = 8 + header.len() as u64;
+    let starts: Vec<_> = checkpoint.tensors.iter().map(|tensor| tensor.start - data).collect();
+    assert_eq!(starts, [0, 12, 12, 16]);
+    let b = checkpoint.get("b").unwrap();
+    assert_eq!((b.dtype, &*b.shape, b.elements(), b.bytes()), (DType::Bf16, &[2, 3][..], 6, 12));
+    assert_eq!(checkpoint.get("z").unwrap().bytes(), 4);
+    assert_eq!(checkpoint.get("last").unwrap().bytes(), 0);
+    assert!(checkpoint.get("nothing").is_none());
+    assert_eq!(checkpoint.bytes(), 16);
+    assert_eq!(checkpoint.metadata["by"], "test");
+    assert!(checkpoint.warnings.is_empty());
+    let file = directory.path().join("model.safetensors");
+    assert_eq!(checkpoint.files, [InputFile::stat(&file).unwrap()]);
+}
+
+#[test]
+fn every_type_is_read() {
+    for dtype in DType::ALL {
+        let header = format!(
+            r#"{{"a":{{"dtype":"{dtype}","shape":[3],"data_offsets":[0,{}]}}}}"#,
+            3 * dtype.size()
+        );
+        let directory = directory_of(&[("model.safetensors", &file_of(&header, 3 * dtype.size()))]);
+        assert_eq!(Checkpoint::open(directory.path()).unwrap().tensors[0].dtype, dtype);
+    }
+}
+
+#[test]
+fn null_metadata_and_no_tensors_are_accepted() {
+    let directory = directory_of(&[("model.safetensors", &file_of(r#"{"__metadata__":null}"#, 0))]);
+    assert!(Checkpoint::open(directory.path()).unwrap().tensors.is_empty());
+}
+
+/// Shards in the order of their names and not of the index; symbolic links are followed.
+#[test]
+fn shards_come_in_the_order_of_their_names() {
+    let index = r#"{"metadata":{"total_size":4},"weight_map":{"d":"m-2.safetensors","a":"m-1.safetensors","c":"m-2.safetensors","b":"m-1.safetensors"}}"#;
+    let blobs = directory_of(&[("0badcafe", &file_with(&["b", "a"]))]);
+    let directory = directory_of(&[
+        ("m-2.safetensors", &file_with(&["d", "c"])),
+        ("model.safetensors.index.json", index.as_bytes()),
+    ]);
+    symlink(blobs.path().join("0badcafe"), directory.path().join("m-1.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    assert_eq!(names(&checkpoint), ["b", "a", "d", "c"]);
+    assert_eq!(file_names(&checkpoint), ["m-1.safetensors", "m-2.safetensors"]);
+    let files: Vec<_> = checkpoint.tensors.iter().map(|tensor| tensor.file).collect();
+    assert_eq!(files, [0, 0, 1, 1]);
+    let blob = InputFile::stat(&blobs.path().join("0badcafe")).unwrap();
+    assert_eq!(checkpoint.files[0].inode, blob.inode);
+    assert!(checkpoint.warnings.is_empty());
+}
+
+#[test]
+fn the_index_decides_and_says_what_it_passes_over() {
+    let index = r#"{"weight_map":{"a":"1.safetensors","b":"2.safetensors"}}"#;
+    let directory = directory_of(&[
+        ("1.safetensors", &file_with(&["a", "b", "x", "y", "z"])),
+        ("2.safetensors", &file_with(&["a", "b"])),
+        ("3.safetensors", &file_with(&["q"])),
+        ("model.safetensors", &file_with(&["a", "b"])),
+        ("model.fp16.safetensors.index.json", b"{}"),
+        ("model.safetensors.index.json", index.as_bytes()),
+    ]);
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    assert_eq!(names(&checkpoint), ["a", "b"]);
+    assert_eq!(checkpoint.get("b").unwrap().file, 1);
+    assert_eq!(
+        checkpoint.warnings,
+        [
+            "`model.safetensors.index.json` is used; other weights beside it are left out: `model.fp16.safetensors.index.json`, `3.safetensors`, `model.safetensors`",
+            "`1.safetensors`: tensors that the index does not place here are left out: `b`, `x`, `y` and 1 more",
+            "`2.safetensors`: tensors that the index does not place here are left out: `a`",
+        ]
+    );
+}
+
+/// File names of a directory, the path opened in it, and the files that are read.
+#[test]
+fn where_the_weights_are() {
+    let index = br#"{"weight_map":{"a":"1.safetensors"}}"#;
+    let rows: [(&[&str], &str, &str, usize); 9] = [
+        (&["model.safetensors"], "", "model.safetensors", 0),
+        (&["model.safetensors", "pytorch_model.bin"], "", "model.safetensors", 0),
+        (&["model.safetensors", "other.safetensors"], "", "model.safetensors", 1),
+        (&["diffusion_pytorch_model.safetensors"], "", "diffusion_pytorch_model.safetensors", 0),
+        (&["1.safetensors", "x.safetensors.index.json"], "", "1.safetensors", 0),
+        (&["a.safetensors", "b.safetensors"], "b.safetensors", "b.safetensors", 0),
+        (
+            &["model-00001-of-00002.safetensors"],
+            "model-00001-of-00002.safetensors",
+            "model-00001-of-00002.safetensors",
+            0,
+        ),
+        (
+            &["1.safetensors", "x.safetensors.index.json", "y.safetensors.index.json"],
+            "y.safetensors.index.json",
+            "1.safetensors",
+            0,
+        ),
+        (&["0badcafe"], "0badcafe", "0badcafe", 0),
+    ];
+    for (files, opened, read, warnings) in rows {
+        let weights = file_with(&["a"]);
+        let content = |name: &str| if name.ends_with("json") { &index[..] } else { &weights[..] };
+        let files: Vec<_> = files.iter().map(|&name| (name, content(name))).collect();
+        let directory = directory_of(&files);
+        let checkpoint = Checkpoint::open(directory.path().join(opened)).unwrap();
+        assert_eq!(file_names(&checkpoint), [read]);
+        assert_eq!(checkpoint.warnings.len(), warnings, "{:?}", checkpoint.warnings);
+    }
+}
+
+/// A sparse file of a terabyte opens at once, for nothing but its header is read.
+#[test]
+fn only_the_header_is_read() {
+    let header = r#"{"a":{"dtype":"U8","shape":[1099511627776],"data_offsets":[0,1099511627776]}}"#;
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("model.safetensors");
+    fs::write(&path, file_of(header, 0)).unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(8 + header.len() as u64 + (1 << 40)).unwrap();
+    assert_eq!(Checkpoint::open(&path).unwrap().bytes(), 1 << 40);
+}

@@ -1,0 +1,96 @@
+//! That the kernels are what they claim to be: vectorised as wide as their level allows, and free
+//! of fused multiply-adds.
+//!
+//! Read from the disassembly of this very binary. An optimised build is needed:
+//! `cargo test --release --test rust disassembly`.
+
+#![cfg(target_arch = "x86_64")]
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use oxmerge::dtype::DType;
+use oxmerge::kernels::{
+    LANES, Level, count, dot_into, narrow, weighted_sum, weighted_sum_bytes, widen,
+};
+
+/// What to look for in the demangled name of a shell: its kernel and types.
+const KERNELS: [&str; 6] = [
+    "Widen<f32, oxmerge::kernels::convert::Bf16>",
+    "Narrow<f32, oxmerge::kernels::convert::Bf16>",
+    "WeightedSum<f32, 2",
+    "SumBytes<oxmerge::kernels::convert::Bf16, 2",
+    "Count<f32>",
+    "Dot<f32>",
+];
+
+/// Makes the compiler keep every kernel of [`KERNELS`].
+fn use_kernels(level: Level) {
+    let (mut wide, mut stored) = ([0.0_f32; 64], [0; 128]);
+    widen(level, DType::Bf16, &[0; 128], &mut wide);
+    narrow(level, &wide, DType::Bf16, &mut stored);
+    weighted_sum(level, &[(1.0, &[0.5; 64]), (2.0, &[0.5; 64])], &mut wide);
+    let term = (1.0, DType::Bf16, &[0; 128][..]);
+    weighted_sum_bytes(level, &[term, term], DType::Bf16, &mut stored);
+    count(level, &wide, 0, 1);
+    dot_into(level, &wide, &wide, &mut [0.0; LANES]);
+}
+
+/// The instructions of every function of this binary that is a shell of a level.
+fn shells() -> BTreeMap<String, String> {
+    let binary = std::env::current_exe().expect("the path of this binary");
+    let output = Command::new("objdump")
+        .args(["--disassemble", "--demangle", "--no-show-raw-insn"])
+        .arg(binary)
+        .output()
+        .expect("objdump, of binutils");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let functions = text.split("\n\n").filter_map(|function| {
+        let (head, body) = function.trim_start().split_once(">:\n")?;
+        head.contains("oxmerge::kernels::level::").then(|| (head.to_owned(), body.to_owned()))
+    });
+    functions.collect()
+}
+
+fn shell<'a>(shells: &'a BTreeMap<String, String>, level: &str, kernel: &str) -> &'a str {
+    let name = format!("level::{level}::<");
+    let mut found = shells.iter().filter(|(head, _)| head.contains(&name) && head.contains(kernel));
+    let (_, body) = found.next().unwrap_or_else(|| {
+        panic!(
+            "no shell {name}…{kernel}…>; symbols must be mangled with \
+             -Csymbol-mangling-version=v0, which RUSTFLAGS may have overridden"
+        )
+    });
+    body
+}
+
+/// How many packed arithmetic, comparison or conversion instructions use registers of that name.
+fn packed(body: &str, register: &str) -> usize {
+    let is_packed = |line: &&str| {
+        let mnemonic = line.split_whitespace().nth(1).unwrap_or_default();
+        let is_scalar = ["ss", "sd"].iter().any(|suffix| mnemonic.ends_with(suffix));
+        !is_scalar && !mnemonic.contains("mov") && !mnemonic.contains("xor")
+    };
+    body.lines().filter(is_packed).filter(|line| line.contains(register)).count()
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "needs an optimised build")]
+fn disassembly_is_as_wide_as_the_level_and_never_fused() {
+    Level::available().into_iter().for_each(use_kernels);
+    let shells = shells();
+    for kernel in KERNELS {
+        for (level, register) in [("portable", "%xmm"), ("avx2", "%ymm"), ("avx512", "%zmm")] {
+            let body = shell(&shells, level, kernel);
+            let found = packed(body, register);
+            assert!(
+                found >= 2,
+                "{kernel} at {level}: only {found} packed instructions on {register}"
+            );
+        }
+    }
+    for (name, body) in &shells {
+        let fused = body.lines().find(|line| line.contains("vfm") || line.contains("vfnm"));
+        assert!(fused.is_none(), "{name} has a fused multiply-add: {fused:?}");
+    }
+}

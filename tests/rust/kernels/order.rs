@@ -1,0 +1,143 @@
+use super::{TestReal, config, each_level};
+use oxmerge::kernels::{Counts, Level, Real, count, histogram, keep, oracle};
+use proptest::prelude::*;
+
+/// A generator for whole arrays, where proptest would be slow.
+fn values<T: TestReal>(count: usize, seed: u64) -> Vec<T> {
+    let mut state = seed;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state >> 33
+    };
+    let specials = T::specials();
+    (0..count)
+        .map(|_| match random() % 4 {
+            0 => T::ZERO,
+            1 => specials[random() as usize % specials.len()],
+            _ => T::from_f64((random() % 4096) as f64 / 1024.0 - 2.0),
+        })
+        .collect()
+}
+
+/// Intervals whose ends are keys of values, shifted a little.
+fn interval<T: TestReal>() -> impl Strategy<Value = (u64, u64)> {
+    let end = (T::interesting(), 0..4_u64).prop_map(|(value, shift)| {
+        let most = u64::MAX >> (64 - 8 * size_of::<T>());
+        oracle::key(value).saturating_add(1).saturating_sub(shift).min(most)
+    });
+    (end.clone(), end).prop_map(|(a, b)| (a.min(b), a.max(b)))
+}
+
+fn assert_histogram<T: TestReal>(
+    level: Level,
+    values: &[T],
+    (low, high): (u64, u64),
+    resolution: u32,
+) {
+    let width = 64 - (high - low).leading_zeros();
+    let shift = width.saturating_sub(resolution);
+    let bins = ((high - low) >> shift) as usize + 1;
+    let (mut fast, mut slow) = (vec![3; bins], vec![3; bins]);
+    let counts = histogram(level, values, low, high, shift, &mut fast);
+    let expected = oracle::histogram(values, low, high, shift, &mut slow);
+    assert_eq!(counts, expected, "counts at {} in {low:#x}..={high:#x}", level.name());
+    assert_eq!(fast, slow, "bins at {} in {low:#x}..={high:#x}", level.name());
+    assert_eq!(count(level, values, low, high), expected, "count at {}", level.name());
+}
+
+each_level! {
+    fn keys_order_as_values<T>(_level) {
+        let mut specials = T::specials();
+        specials.sort_by_key(|value| value.key());
+        for pair in specials.windows(2) {
+            let ordered = pair[0] <= pair[1] || pair[1].is_nan();
+            assert!(ordered, "the keys put {:?} before {:?}", pair[0], pair[1]);
+            let equal = pair[0] == pair[1] || (pair[0].is_nan() && pair[1].is_nan());
+            assert_eq!(pair[0].key() == pair[1].key(), equal, "{:?} and {:?}", pair[0], pair[1]);
+        }
+        proptest!(config(256), |(value in T::interesting())| {
+            prop_assert_eq!(value.key(), oracle::key(value), "the key of {:?}", value);
+        });
+    }
+
+    fn histograms_are_like_the_oracle<T>(level) {
+        proptest!(config(64), |(values in T::slice(), interval in interval::<T>(), bits in 1..17_u32)| {
+            assert_histogram(level, &values, interval, bits);
+        });
+    }
+
+    fn histograms_of_everything_are_like_the_oracle<T>(level) {
+        let most = u64::MAX >> (64 - 8 * size_of::<T>());
+        for bits in [1, 3, 6, 11, 16] {
+            assert_histogram(level, &values::<T>(4095, 7), (0, most), bits);
+            assert_histogram(level, &values::<T>(4095, 8), (most / 2, most), bits);
+            assert_histogram(level, &values::<T>(640, 9), (most / 2 + 1, most / 2 + 1), bits);
+        }
+    }
+
+    fn an_end_beyond_all_keys_is_the_last_key<T>(level) {
+        let values: Vec<T> = values(500, 1);
+        let counts = count(level, &values, 0, u64::MAX);
+        assert_eq!(counts, Counts { above: 0, inside: 500 }, "at {}", level.name());
+    }
+
+    fn keep_is_like_the_oracle<T>(level) {
+        let case = (T::slice(), any::<prop::sample::Index>(), 0..12_u64, any::<bool>());
+        proptest!(config(96), |((values, pick, before, all) in case)| {
+            prop_assume!(!values.is_empty());
+            let threshold = oracle::key(*pick.get(&values));
+            let before = if all { u64::MAX } else { before };
+            let (mut fast, mut slow) = (vec![T::NAN; values.len()], vec![T::NAN; values.len()]);
+            let equals = keep(level, &values, threshold, before, &mut fast);
+            prop_assert_eq!(equals, oracle::keep(&values, threshold, before, &mut slow), "equals at {}", level.name());
+            prop_assert_eq!(fast, slow, "at {}", level.name());
+        });
+    }
+
+    /// What the kernels are for: the k largest, of equal ones those with the lowest index.
+    fn histogram_and_keep_find_the_largest<T>(level) {
+        let values: Vec<T> = values(1000, 42);
+        let mut sorted: Vec<usize> = (0..values.len()).collect();
+        sorted.sort_by_key(|&index| std::cmp::Reverse(oracle::key(values[index])));
+        for k in [1, 2, 10, 250, 500, 999, 1000] {
+            let (threshold, above) = kth_key(level, &values, k as u64);
+            let mut mask = vec![T::NAN; values.len()];
+            // In two slices, as the engine would.
+            let (first, second) = values.split_at(333);
+            let (mask_first, mask_second) = mask.split_at_mut(333);
+            let budget = k as u64 - above;
+            let seen = keep(level, first, threshold, budget, mask_first);
+            keep(level, second, threshold, budget.saturating_sub(seen), mask_second);
+            let mut expected = vec![T::ZERO; values.len()];
+            sorted[..k].iter().for_each(|&index| expected[index] = T::ONE);
+            assert_eq!(mask, expected, "the {k} largest at {}", level.name());
+        }
+    }
+}
+
+/// The k-th greatest key and how many are above it, by histograms of ever finer bins.
+fn kth_key<T: Real>(level: Level, values: &[T], k: u64) -> (u64, u64) {
+    let (mut low, mut high) = (0, u64::MAX >> (64 - 8 * size_of::<T>()));
+    let mut bins = vec![0; 256];
+    loop {
+        let shift = (64 - (high - low).leading_zeros()).saturating_sub(8);
+        bins.fill(0);
+        let mut above = histogram(level, values, low, high, shift, &mut bins).above;
+        let bin = (0..256).rev().find(|&bin| {
+            let reached = above + u64::from(bins[bin]) >= k;
+            above += if reached { 0 } else { u64::from(bins[bin]) };
+            reached
+        });
+        low += (bin.expect("k values") as u64) << shift;
+        if shift == 0 {
+            return (low, above);
+        }
+        high = high.min(low.saturating_add((1 << shift) - 1));
+    }
+}
+
+#[test]
+#[should_panic(expected = "bin 15 is missing")]
+fn bins_must_cover_the_interval() {
+    histogram(Level::portable(), &[1.0_f32], 0, 255, 4, &mut [0; 15]);
+}

@@ -1,0 +1,9 @@
+//! All Rust tests, as one binary: it links once.
+#![expect(clippy::unwrap_used, reason = "a test that fails may panic")]
+
+mod checkpoint;
+mod disassembly;
+mod hostile;
+mod io;
+mod kernels;
+mod layout;

@@ -1,0 +1,179 @@
+"""Side files: which go along, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from oxmerge.side_files import copy_bytes, find_side_files, is_index, is_loadable_weight
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COPIED = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "modeling_custom.py",
+    "LICENSE",
+    "something_new.xyz",
+    "1_Pooling/config.json",
+    "additional_chat_templates/tool.jinja",
+    "deep/er/file.txt",
+]
+LEFT_OUT = {
+    "model-00001-of-00002.safetensors": "weights",
+    "MODEL.SAFETENSORS": "weights",
+    "pytorch_model.bin": "weights",
+    "model.safetensors.index.json": "an index of weights",
+    "pytorch_model.bin.index.json": "an index of weights",
+    "consolidated.00.pth": "weights",
+    "model.gguf": "weights",
+    "model.onnx": "weights",
+    "tf_model.h5": "weights",
+    "flax_model.msgpack": "weights",
+    "optimizer.pt": "training state",
+    "scheduler.pt": "training state",
+    "rng_state_0.pth": "training state",
+    "trainer_state.json": "training state",
+    "training_args.bin": "training state",
+    "events.out.tfevents.1.host": "training state",
+    "adapter_config.json": "an adapter",
+    ".gitattributes": "hidden",
+    "README.md": "written anew",
+    "config.json": "written anew",
+    "mergekit_config.yml": "of an earlier merge",
+    "oxmerge_recipe.yml": "of an earlier merge",
+}
+FOLDERS = {
+    "original/": ("original/params.json", "original/consolidated.00.pth"),
+    "onnx/": ("onnx/config.json", "onnx/sub/model.onnx"),
+    ".cache/": (".cache/x.json",),
+    "checkpoint-500/": ("checkpoint-500/notes.txt",),
+}
+
+
+def put(root: Path, name: str, data: bytes = b"x") -> None:
+    """Write a file, with its folders."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def test_every_file_has_a_fate(tmp_path: Path) -> None:
+    for name in [*COPIED, *LEFT_OUT, *(name for names in FOLDERS.values() for name in names)]:
+        put(tmp_path, name, name.encode())
+    found = find_side_files(tmp_path)
+    assert [file.name for file in found.copied] == sorted(COPIED)
+    assert found.total_bytes == sum(len(name) for name in COPIED)
+    reasons = {entry.name: entry.reason for entry in found.left_out}
+    assert {name: reasons[name] for name in LEFT_OUT} == LEFT_OUT
+    assert set(reasons) == {*LEFT_OUT, *FOLDERS}
+    assert reasons["original/"] == "a folder with weights"
+
+
+def test_a_config_in_a_folder_is_not_ours(tmp_path: Path) -> None:
+    put(tmp_path, "1_Pooling/config.json")
+    put(tmp_path, "1_Pooling/README.md")
+    names = [file.name for file in find_side_files(tmp_path).copied]
+    assert names == ["1_Pooling/README.md", "1_Pooling/config.json"]
+
+
+def test_parts_of_a_pipeline_come_whole(tmp_path: Path) -> None:
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../x"}]
+    put(tmp_path, "modules.json", json.dumps(modules).encode())
+    put(tmp_path, "2_Dense/model.safetensors")
+    put(tmp_path, "2_Dense/config.json")
+    put(tmp_path, "2_Dense/optimizer.pt")
+    put(tmp_path, "3_Other/model.safetensors")
+    names = [file.name for file in find_side_files(tmp_path).copied]
+    assert names == ["2_Dense/config.json", "2_Dense/model.safetensors", "modules.json"]
+
+
+@pytest.mark.parametrize("text", [b"{", b"{}", b"[1]", b'[{"path": 3}]', b"\xff"])
+def test_odd_modules_files_do_no_harm(tmp_path: Path, text: bytes) -> None:
+    put(tmp_path, "modules.json", text)
+    assert [file.name for file in find_side_files(tmp_path).copied] == ["modules.json"]
+
+
+def test_links(tmp_path: Path) -> None:
+    donor, blobs = tmp_path / "donor", tmp_path / "blobs"
+    donor.mkdir()
+    put(blobs, "abc", b"content")
+    (donor / "tokenizer.json").symlink_to(blobs / "abc")
+    (donor / "broken.json").symlink_to(blobs / "none")
+    (donor / "folder").symlink_to(blobs)
+    os.mkfifo(donor / "pipe")
+    found = find_side_files(donor)
+    assert [(file.name, file.size) for file in found.copied] == [("tokenizer.json", 7)]
+    assert {entry.name: entry.reason for entry in found.left_out} == {
+        "broken.json": "a link to nowhere",
+        "folder/": "a link to a folder",
+        "pipe": "not a regular file",
+    }
+
+
+def test_a_single_file_has_none(tmp_path: Path) -> None:
+    put(tmp_path, "model.safetensors")
+    put(tmp_path, "tokenizer.json")
+    assert find_side_files(tmp_path / "model.safetensors").copied == ()
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 5000])
+def test_copies_are_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, *, in_kernel: bool
+) -> None:
+    if not in_kernel:
+
+        def refuse(*_: object) -> int:
+            raise OSError
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    put(tmp_path, "source", data)
+    (tmp_path / "source").chmod(0o755)
+    (tmp_path / "link").symlink_to("source")
+    copy_bytes(tmp_path / "link", tmp_path / "copy")
+    status = (tmp_path / "copy").lstat()
+    assert (tmp_path / "copy").read_bytes() == data
+    assert stat.S_ISREG(status.st_mode)
+    assert not status.st_mode & stat.S_IXUSR
+
+
+def test_a_copy_replaces_nothing(tmp_path: Path) -> None:
+    put(tmp_path, "source")
+    put(tmp_path, "there", b"mine")
+    with pytest.raises(FileExistsError):
+        copy_bytes(tmp_path / "source", tmp_path / "there")
+    assert (tmp_path / "there").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "loadable"),
+    [
+        ("model-00001-of-00009.safetensors", True),
+        ("pytorch_model.bin", True),
+        ("model.safetensors.index.json", True),
+        ("adapter_model.safetensors", True),
+        ("my-notes.bin", False),
+        ("model-q4.gguf", False),
+        ("tokenizer.json", False),
+    ],
+)
+def test_what_a_loader_may_pick_up(name: str, *, loadable: bool) -> None:
+    assert is_loadable_weight(name) is loadable
+    assert is_index(name) is name.endswith(".index.json")

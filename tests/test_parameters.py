@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge.methods import Parameter
 from oxmerge.parameters import Resolver, SettingReader, convert, interpolate
-from oxmerge.recipe import Recipe, Scalar, Settings
+from oxmerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from oxmerge.recipe import Scalar, Settings
 
 GRADIENTS: list[tuple[tuple[Scalar, ...], float, Scalar]] = [
     ((3.0,), 0.7, 3.0),

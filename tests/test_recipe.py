@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oxmerge.errors import RecipeError
 from oxmerge.recipe import Choice, Recipe
@@ -329,6 +329,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(["merge_method", "models", "slices", "parameters"]), VALUES))
 def test_nothing_but_a_recipe_error_comes_of_odd_values(mapping: dict[str, Any]) -> None:
     try:

@@ -166,15 +166,17 @@ class SectionBuilder:
 
     def _check_counts(self, part: Slice, *, has_base: bool) -> None:
         method, count = self._method, len(part.sources)
+        if not has_base and method.base == "required":
+            return  # the missing base is reported, and how many others it needs can be seen then
         if not method.inputs.allows(count):
             words = " (the base included)" if has_base else ""
-            self._contract(part, f"takes {method.inputs} models{words}", count)
+            self._contract(part, method.inputs.of("model") + words, count)
         elif not method.others.allows(count - has_base):
             words = " besides the base" if has_base else ""
-            self._contract(part, f"takes {method.others} models{words}", count - has_base)
+            self._contract(part, method.others.of("model") + words, count - has_base)
 
-    def _contract(self, part: Slice, rule: str, found: int) -> None:
-        message = f"method `{self._method.name}` {rule}"
+    def _contract(self, part: Slice, counts: str, found: int) -> None:
+        message = f"method `{self._method.name}` takes {counts}"
         self.problems.append(Problem("contract", message, part.where, found=str(found)))
 
     def _check_duplicates(self, part: Slice) -> None:

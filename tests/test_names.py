@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from oxmerge.names import (
     find_layer_counts,
     find_layout,
@@ -42,7 +43,11 @@ STACKS: list[tuple[list[str], set[int], dict[str, int]]] = [
     (numbered("model.layers", [0, 1, 3]), {3, 4}, {}),
     (numbered("h", range(2)) + numbered("v.blocks", range(3)), {2, 3}, {"h": 2, "v.blocks": 3}),
     (numbered("", range(2)), {2}, {"": 2}),
-    (numbered("l", range(2), "experts.0.w") + numbered("l", range(2), "experts.1.w"), {2}, {"l": 2}),
+    (
+        numbered("l", range(2), "experts.0.w") + numbered("l", range(2), "experts.1.w"),
+        {2},
+        {"l": 2},
+    ),
     (numbered("l", range(3)), {2, 3}, {"l": 3}),
     (numbered("l", range(3)), set(), {}),
     (["layers.00.w", "layers.01.w"], {2}, {}),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oxmerge.methods import Parameter
 from oxmerge.parameters import Resolver, SettingReader, convert, interpolate
 from oxmerge.recipe import Recipe
@@ -133,8 +134,10 @@ def test_a_missing_parameter_is_reported() -> None:
     value, problems = resolve(WEIGHT, name="lm_head.weight")
     assert value is None
     assert problems == [
-        "tensor `lm_head.weight`: `weight` is required for model `a`\n"
-        "  hint: give it there, or for all under `parameters` at the top level"
+        (
+            "tensor `lm_head.weight`: `weight` is required for model `a`\n"
+            "  hint: give it there, or for all under `parameters` at the top level"
+        )
     ]
 
 
@@ -166,6 +169,8 @@ def test_filters_without_effect_are_found() -> None:
     level = settings(weight=[{"filter": "mpl", "value": 1}, {"value": 2}])
     Resolver((WEIGHT,), (level,), reader, "").resolve("a.mlp", 0.5)
     assert [str(warning) for warning in reader.unused_filters()] == [
-        "parameters.weight: filter `mpl` has no effect\n"
-        "  hint: no tensor that gets this far has it in its name"
+        (
+            "parameters.weight: filter `mpl` has no effect\n"
+            "  hint: no tensor that gets this far has it in its name"
+        )
     ]

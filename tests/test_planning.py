@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import zoo
+
 from oxmerge.accounting import compact_names
 from oxmerge.errors import PlanError
 from oxmerge.planning import MergePlan, build_plan
@@ -24,7 +25,7 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.core = zoo.FakeCore()
+        self.core: Any = zoo.FakeCore()
 
     def put(self, **specimens: zoo.Specimen) -> Shelf:
         for name, specimen in specimens.items():
@@ -32,8 +33,8 @@ class Shelf:
         return self
 
     def plan(self, recipe: str | dict[str, Any], **options: Any) -> MergePlan:  # noqa: ANN401
-        read = Recipe.from_yaml if isinstance(recipe, str) else Recipe.from_mapping
-        return build_plan(read(recipe), folder=str(self.folder), core=self.core, **options)
+        make: Any = Recipe.from_yaml if isinstance(recipe, str) else Recipe.from_mapping
+        return build_plan(make(recipe), folder=str(self.folder), core=self.core, **options)
 
     def problems(self, recipe: str | dict[str, Any], **options: Any) -> list[str]:  # noqa: ANN401
         with pytest.raises(PlanError) as caught:
@@ -76,7 +77,9 @@ def test_the_plan_is_what_the_engine_reads(shelf: Shelf) -> None:
     assert plan.keys() == {"version", "method", "seed", "files", "tensors", "shards"}
     assert (plan["version"], plan["method"], plan["seed"]) == (1, "linear", 7)
     assert [Path(file["path"]).parent.name for file in plan["files"]] == ["a", "b"]
-    assert all(file.keys() == {"path", "size", "modified_ns", "device", "inode"} for file in plan["files"])
+    assert all(
+        file.keys() == {"path", "size", "modified_ns", "device", "inode"} for file in plan["files"]
+    )
     tensor = plan["tensors"][0]
     assert tensor["name"] == "model.embed_tokens.weight"
     assert (tensor["shape"], tensor["dtype"], tensor["base"]) == ([40, 16], "BF16", None)
@@ -143,8 +146,10 @@ def test_linear_does_not_take_the_base_in(shelf: Shelf) -> None:
     assert sources(merge, "lm_head.weight") == [("a", "lm_head.weight")]
     assert merge.models[merge.donor].reference == "base"
     assert [str(warning) for warning in merge.warnings] == [
-        "base_model: `base_model` is no input of method `linear`\n"
-        "  hint: it gives the names, the config and the tokenizer; to merge it, list it"
+        (
+            "base_model: `base_model` is no input of method `linear`\n"
+            "  hint: it gives the names, the config and the tokenizer; to merge it, list it"
+        )
     ]
     base = merge.accounting.models[1]
     assert list(base.dropped) == ["the model is no input, it gives names and config"]
@@ -312,8 +317,11 @@ def test_the_base_of_a_slice_gives_its_tensors(shelf: Shelf) -> None:
     merge = shelf.plan({"merge_method": "ties", "slices": slices})
     assert {tensor.base for tensor in merge.plan.tensors} == {1}
     assert [str(warning).partition("`: ")[2] for warning in merge.warnings] == [
-        "tensor `model.layers.0.mlp.up_proj.bias`: a tensor of `b` is dropped: the slice's donor "
-        "does not have it"
+        (
+            "tensor `model.layers.0.mlp.up_proj.bias`: a tensor of `b` is dropped: the slice's "
+            "donor "
+            "does not have it"
+        )
     ]
 
 
@@ -322,8 +330,11 @@ def test_a_loose_tensor_of_no_known_side_is_asked_about(shelf: Shelf) -> None:
     odd.tensors["model.gate.weight"] = ("BF16", (16,))
     shelf.put(a=odd, b=odd)
     assert shelf.problems(STACKED) == [
-        "tensor `model.gate.weight`: cannot tell whether it comes before the layers or after them\n"
-        "  hint: make the first and the last slice list the same models and parameters"
+        (
+            "tensor `model.gate.weight`: cannot tell whether it comes before the layers or after "
+            "them\n"
+            "  hint: make the first and the last slice list the same models and parameters"
+        )
     ]
     same = STACKED.replace("model: b", "model: a")
     assert sources(shelf.plan(same), "model.gate.weight") == [("a", "model.gate.weight")]
@@ -334,10 +345,15 @@ def test_slices_need_one_stack(shelf: Shelf) -> None:
     shelf.put(a=zoo.qwen2_vl(), b=replace(plain, config={}))
     slices = [{"sources": [{"model": name, "layer_range": [0, 1]}]} for name in ("b", "a")]
     assert shelf.problems({"merge_method": "passthrough", "slices": slices}) == [
-        "`slices` needs a model with exactly one stack of layers: `b`: found 1 numbered prefixes, "
-        "none of which the config counts (`model.layers`)",
-        "`slices` needs a model with exactly one stack of layers: `a`: found 2 stacks "
-        "(`model.layers`, `visual.blocks`)",
+        (
+            "`slices` needs a model with exactly one stack of layers: `b`: found 1 numbered "
+            "prefixes, "
+            "none of which the config counts (`model.layers`)"
+        ),
+        (
+            "`slices` needs a model with exactly one stack of layers: `a`: found 2 stacks "
+            "(`model.layers`, `visual.blocks`)"
+        ),
     ]
 
 
@@ -354,8 +370,10 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]},
         [
-            "method `slerp` needs a `base_model`\n"
-            "  hint: name the model that the others were made from",
+            (
+                "method `slerp` needs a `base_model`\n"
+                "  hint: name the model that the others were made from"
+            ),
             "`t` is required by method `slerp` (39 tensors: ...)",
         ],
     ),
@@ -390,15 +408,21 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
             "parameters": {"weight": 1},
         },
         [
-            "slices[0]: the base model `a` is not among the sources of this slice\n"
-            "  hint: list it there, with its own `layer_range`"
+            (
+                "slices[0]: the base model `a` is not among the sources of this slice\n"
+                "  hint: list it there, with its own `layer_range`"
+            )
         ],
     ),
     (
         {"merge_method": "karcher", "models": [{"model": "a"}]},
         [
-            "merge_method: method `karcher` is not in this release\n  hint: there are: `linear`, "
-            "`slerp`, `nuslerp`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, `passthrough`"
+            (
+                "merge_method: method `karcher` is not in this release\n  hint: there are: "
+                "`linear`, "
+                "`slerp`, `nuslerp`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, "
+                "`passthrough`"
+            )
         ],
     ),
     (
@@ -408,8 +432,10 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
     (
         linear("a", parameters={"normalise": True, "desnity": 1}),
         [
-            "parameters.normalise: unknown parameter `normalise`\n"
-            "  hint: did you mean `normalize`?",
+            (
+                "parameters.normalise: unknown parameter `normalise`\n"
+                "  hint: did you mean `normalize`?"
+            ),
             "parameters.desnity: unknown parameter `desnity`\n  hint: did you mean `density`?",
         ],
     ),
@@ -436,8 +462,10 @@ def test_missing_models_name_the_places_tried(shelf: Shelf, tmp_path: Path) -> N
         build_plan(recipe, folder=str(tmp_path), core=shelf.core)
     assert [str(problem).replace(str(tmp_path), "") for problem in caught.value.problems] == [
         "no model `x`: there is no `/x` or `/recipes/x`",
-        "no model `org/name`: there is no `/org/name` or `/recipes/org/name`\n"
-        "  hint: models are not fetched from the Hub yet: download it, and name its directory",
+        (
+            "no model `org/name`: there is no `/org/name` or `/recipes/org/name`\n"
+            "  hint: models are not fetched from the Hub yet: download it, and name its directory"
+        ),
     ]
 
 
@@ -484,10 +512,12 @@ def test_tensors_of_others_are_dropped_and_listed(shelf: Shelf) -> None:
 def test_tied_heads_are_named(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1), b=zoo.llama(1, tied=True))
     assert shelf.problems(linear("a", "b")) == [
-        "`b`: tensor `lm_head.weight`: `b` has no head of its own, the donor `a` has one "
-        "(`tie_word_embeddings` is true)\n"
-        "  hint: write the head of `b` out as a copy of its embedding, or make it the base, so "
-        "that the output is tied as well"
+        (
+            "`b`: tensor `lm_head.weight`: `b` has no head of its own, the donor `a` has one "
+            "(`tie_word_embeddings` is true)\n"
+            "  hint: write the head of `b` out as a copy of its embedding, or make it the base, so "
+            "that the output is tied as well"
+        )
     ]
     merge = shelf.plan(linear("b", "a"))
     reason = "the donor `b` ties its head to its embedding"
@@ -498,20 +528,26 @@ def test_vocabularies_that_differ_are_named(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1), b=zoo.llama(1, vocabulary=41))
     problems = shelf.problems(linear("a", "b"))
     assert problems == [
-        "`b/model.safetensors`: `b` has a tensor of another shape than the donor `a`: expected "
-        "[40, 16], found [41, 16] (2 tensors: `model.embed_tokens.weight`, `lm_head.weight`)\n"
-        "  hint: the vocabularies differ; matching tokens by their text (`tokenizer`) is not "
-        "supported yet, so the models must have the same tokenizer"
+        (
+            "`b/model.safetensors`: `b` has a tensor of another shape than the donor `a`: expected "
+            "[40, 16], found [41, 16] (2 tensors: `model.embed_tokens.weight`, `lm_head.weight`)\n"
+            "  hint: the vocabularies differ; matching tokens by their text (`tokenizer`) is not "
+            "supported yet, so the models must have the same tokenizer"
+        )
     ]
 
 
 def test_depths_that_differ_are_one_problem(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(4), b=zoo.llama(3), c=zoo.llama(6))
     assert shelf.problems(linear("a", "b", "c")) == [
-        "layer counts differ: `model.layers` of `b`: expected 4, as in `a`, found 3\n"
-        "  hint: choose layers with `slices`",
-        "layer counts differ: `model.layers` of `c`: expected 4, as in `a`, found 6\n"
-        "  hint: choose layers with `slices`",
+        (
+            "layer counts differ: `model.layers` of `b`: expected 4, as in `a`, found 3\n"
+            "  hint: choose layers with `slices`"
+        ),
+        (
+            "layer counts differ: `model.layers` of `c`: expected 4, as in `a`, found 6\n"
+            "  hint: choose layers with `slices`"
+        ),
     ]
 
 
@@ -549,33 +585,46 @@ TIES = {"merge_method": "ties", "base_model": "a", "models": [{"model": "a"}, *w
 WARNED: list[tuple[dict[str, Any], str]] = [
     (
         linear("b") | {"models": [{"model": "b", "parameters": {"weight": 1, "normalize": False}}]},
-        "models[0].parameters.normalize: parameter `normalize` has no effect under a model\n"
-        "  hint: it acts under `parameters` of a slice or at the top level",
+        (
+            "models[0].parameters.normalize: parameter `normalize` has no effect under a model\n"
+            "  hint: it acts under `parameters` of a slice or at the top level"
+        ),
     ),
     (
         linear("b", parameters={"density": 0.5}),
-        "parameters.density: parameter `density` has no effect with method `linear`\n"
-        "  hint: its parameters: `weight`, `normalize`",
+        (
+            "parameters.density: parameter `density` has no effect with method `linear`\n"
+            "  hint: its parameters: `weight`, `normalize`"
+        ),
     ),
     (
         linear("b", parameters={"select_topk": 0.5}),
-        "parameters.select_topk: parameter `select_topk` has no effect with method `linear`\n"
-        "  hint: its parameters: `weight`, `normalize`",
+        (
+            "parameters.select_topk: parameter `select_topk` has no effect with method `linear`\n"
+            "  hint: its parameters: `weight`, `normalize`"
+        ),
     ),
     (
         TIES | {"models": weighted("a", "b")},
-        "models[0].parameters.weight: parameter `weight` has no effect on the base model\n"
-        "  hint: it acts on the other models",
+        (
+            "models[0].parameters.weight: parameter `weight` has no effect on the base model\n"
+            "  hint: it acts on the other models"
+        ),
     ),
     (
         TIES | {"parameters": {"int8_mask": True}},
-        "parameters.int8_mask: parameter `int8_mask` has no effect on the result\n"
-        "  hint: it may be left out",
+        (
+            "parameters.int8_mask: parameter `int8_mask` has no effect on the result\n"
+            "  hint: it may be left out"
+        ),
     ),
     (
-        linear("b") | {"models": weighted("b", weight=[{"filter": "mpl", "value": 1}, {"value": 2}])},
-        "models[0].parameters.weight: filter `mpl` has no effect\n"
-        "  hint: no tensor that gets this far has it in its name",
+        linear("b")
+        | {"models": weighted("b", weight=[{"filter": "mpl", "value": 1}, {"value": 2}])},
+        (
+            "models[0].parameters.weight: filter `mpl` has no effect\n"
+            "  hint: no tensor that gets this far has it in its name"
+        ),
     ),
 ]
 
@@ -693,3 +742,49 @@ def test_names_are_compacted() -> None:
         "l.9.w",
         "z",
     ]
+
+
+# The engine itself, where it is built.
+
+
+def by_name(table: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what planning reads of a table of methods."""
+    kept = ("name", "kind", "default", "required", "per")
+    return {
+        row["name"]: (
+            row["contract"]["base"],
+            row["contract"]["inputs"],
+            sorted([parameter[key] for key in kept] for parameter in row["parameters"]),
+        )
+        for row in table
+    }
+
+
+def test_the_double_has_the_engines_methods() -> None:
+    core = pytest.importorskip("oxmerge._core")
+    engine = by_name(core.methods())
+    double = by_name(zoo.METHODS)
+    assert {name: engine[name] for name in double} == double
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_engine_gives_the_same_plan_as_its_double(shelf: Shelf, name: str) -> None:
+    core = pytest.importorskip("oxmerge._core")
+    shelf.put(a=zoo.ZOO[name](), b=zoo.ZOO[name]())
+    double = shelf.plan(linear("a", "b")).plan.to_dict()
+    shelf.core = core
+    engine = shelf.plan(linear("a", "b")).plan.to_dict()
+    for plan in (double, engine):
+        plan["shards"] = []
+        plan["tensors"].sort(key=lambda tensor: tensor["name"])
+        for tensor in plan["tensors"]:
+            del tensor["shard"], tensor["start"]
+    assert engine == double
+
+
+def test_the_engine_finds_weights_that_add_up_to_zero(shelf: Shelf) -> None:
+    shelf.core = pytest.importorskip("oxmerge._core")
+    shelf.put(a=zoo.llama(1), b=zoo.llama(1))
+    models = [*weighted("a"), *weighted("b", weight=-0.5)]
+    (problem,) = shelf.problems({"merge_method": "linear", "models": models})
+    assert "(12 tensors: " in problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+
 from oxmerge import errors
 from oxmerge.problems import Problem, did_you_mean, group_problems
 from oxmerge.sizes import format_size, parse_size

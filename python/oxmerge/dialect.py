@@ -23,7 +23,7 @@ _SOURCE_KEYS = frozenset(("model", "layer_range", "parameters"))
 
 
 def read_recipe(
-    mapping: Mapping[str, object], *, text: str | None = None, folder: str | None = None
+    mapping: Mapping[str, object], *, text: str = "", folder: str | None = None
 ) -> Recipe:
     """Return the recipe in `mapping`; raise `RecipeError` with every fault in it."""
     reader = _RecipeReader()
@@ -36,7 +36,7 @@ def read_recipe(
 class _RecipeReader(ValueReader):
     """Reads the levels of a recipe, from the top down."""
 
-    def recipe(self, raw: object, text: str | None, folder: str | None) -> Recipe:
+    def recipe(self, raw: object, text: str, folder: str | None) -> Recipe:
         place = Place()
         if not is_mapping(raw):
             self.problems.append(

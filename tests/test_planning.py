@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from oxmerge.accounting import compact_names
 from oxmerge.errors import PlanError
@@ -362,6 +364,51 @@ def test_slices_of_models_of_other_widths_do_not_fit(shelf: Shelf) -> None:
     problems = shelf.problems(STACKED)
     assert len(problems) == 6
     assert all("`b` does not fit the donor `a`" in problem for problem in problems)
+
+
+def test_stacks_of_another_name_do_not_fit(shelf: Shelf) -> None:
+    shelf.put(a=zoo.gpt2(depth=4), b=zoo.gpt2("transformer.", depth=4))
+    assert shelf.problems(STACKED)[:1] == [
+        (
+            "slices[1] (line 5): the layers of `b` have another name: "
+            "expected `h`, as in `a`, found `transformer.h`"
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    return Shelf(tmp_path_factory.mktemp("two")).put(a=zoo.deepseek(5, 2), b=zoo.deepseek(5, 2))
+
+
+RANGES = st.tuples(st.sampled_from("ab"), st.integers(0, 4), st.integers(1, 5)).map(
+    lambda row: {"model": row[0], "layer_range": [row[1], min(5, row[1] + row[2])]}
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(chosen=st.lists(RANGES, min_size=1, max_size=5))
+def test_whatever_is_sliced_adds_up(two: Shelf, chosen: list[dict[str, Any]]) -> None:
+    slices = [{"sources": [source]} for source in chosen]
+    merge = two.plan({"merge_method": "passthrough", "slices": slices})
+    wanted = [
+        (source["model"], layer) for source in chosen for layer in range(*source["layer_range"])
+    ]
+    assert merge.depth == len(wanted)
+    assert merge.layer_map is not None
+    assert [(merge.models[i].reference, layer) for i, layer in merge.layer_map] == wanted
+    names = [tensor.name for tensor in merge.plan.tensors]
+    assert len(set(names)) == len(names)
+    layout = merge.models[0].layout
+    stack_names = {f"model.layers.{number}." for number in range(len(wanted) + 1)}
+    assert {name[: name.index(".", 13) + 1] for name in names if layout.place(name)} == stack_names
+    used = {
+        (source.model, source.name) for tensor in merge.plan.tensors for source in tensor.sources
+    }
+    for account in merge.accounting.models:
+        kept = {(account.model, name) for name in account.merged + account.copied}
+        assert kept == {row for row in used if row[0] == account.model}
+        assert account.total == len(zoo.deepseek(5, 2).tensors)
 
 
 # Contracts.

@@ -111,10 +111,11 @@ FAULTS: list[tuple[str, list[str]]] = [
     ),
     (
         START + "models: [{model: a, weight: 1}]\n",
-        [
-            "models[0].weight (line 2): unknown key `weight`\n  hint: known here: `model`, "
-            "`parameters`"
-        ],
+        ["models[0].weight (line 2): unknown key `weight`\n  hint: put it under `parameters`"],
+    ),
+    (
+        START + "models: [{model: a, zzz: 1}]\n",
+        [("models[0].zzz (line 2): unknown key `zzz`\n  hint: known here: `model`, `parameters`")],
     ),
     (
         START + MODELS + "tokenizer_source: union\n",

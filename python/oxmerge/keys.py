@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from oxmerge.methods import DIALECT_PARAMETERS
 from oxmerge.problems import Problem, did_you_mean
 
 TYPE_CHECKING = False
@@ -123,13 +124,18 @@ class KeyReader:
         elif key in _ACTS_IN:
             self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
         else:
-            advice = did_you_mean(str(key), known)
-            keys = ", ".join(f"`{name}`" for name in sorted(known - set(NOT_YET)))
-            self.fault(place, f"unknown key `{key}`", advice=advice or f"known here: {keys}")
+            self.fault(place, f"unknown key `{key}`", advice=_key_advice(str(key), known))
 
     def no_effect(self, place: Place, message: str, advice: str) -> None:
         """Take down that something at a place has no effect."""
         self.warnings.append(Problem("recipe", message, str(place), advice=advice))
+
+
+def _key_advice(key: str, known: frozenset[str]) -> str:
+    if key in DIALECT_PARAMETERS and "parameters" in known:
+        return "put it under `parameters`"
+    keys = ", ".join(f"`{name}`" for name in sorted(known - set(NOT_YET)))
+    return did_you_mean(key, known) or f"known here: {keys}"
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:

@@ -194,7 +194,7 @@ class _Planner:
             return []
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
-        self.sliced = SlicedTargets(sections)
+        self.sliced = SlicedTargets(sections, donor)
         return self.sliced
 
     def assemble(

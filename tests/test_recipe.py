@@ -274,6 +274,7 @@ SYNTAX: list[tuple[str, str]] = [
         "merge_method: linear\n---\nmerge_method: ties\n",
         "line 2, column 1: not supported yet: several merges in one file",
     ),
+    ("a: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
     ("a: !!python/object:os.system x\n", "line 1, column 4: could not determine a constructor"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -36,6 +37,11 @@ FINAL_ROUNDS = 3
 
 class BenchError(Exception):
     """A contender failed, or said something that the bench does not understand."""
+
+    @property
+    def summary(self) -> str:
+        """The first line: what a record keeps, since the rest may hold paths."""
+        return str(self).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def run_process(
         err.seek(0)
         if process.returncode != 0:
             tail = err.read()[-2000:]
-            raise BenchError(f"{command[0]} exited with {process.returncode}:\n{tail}")
+            raise BenchError(f"{Path(command[0]).name} exited with {process.returncode}:\n{tail}")
         return Finished(out.read(), seconds, usage.ru_maxrss << 10)
 
 
@@ -135,7 +141,11 @@ def calibrate(state: str, time_one: Callable[[FloorSettings], float]) -> FloorSe
 
 @dataclass(frozen=True)
 class Oxmerge:
-    """An interpreter that has oxmerge."""
+    """An interpreter that has oxmerge.
+
+    The version does not tell one build from the next, so it carries the start of the SHA-256 of
+    the compiled module.
+    """
 
     python: Path
     version: str
@@ -144,7 +154,7 @@ class Oxmerge:
     def find(cls, python: Path, cwd: Path) -> Oxmerge | None:
         """Looks from `cwd`, so that a source tree is not mistaken for an installed package."""
         version = installed_version(python, "oxmerge", cwd)
-        return cls(python, version) if version else None
+        return cls(python, f"{version}, build {build_id(python, cwd)}") if version else None
 
     def run(self, recipe: Path, out: Path) -> Run:
         """Merges once. `seconds` is the engine's: from the first read to the last fsync."""
@@ -200,6 +210,22 @@ def installed_version(python: Path, package: str, cwd: Path) -> str | None:
     command = [str(python), "-c", code, package]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def build_id(python: Path, cwd: Path) -> str:
+    """Names the compiled module of oxmerge by its content."""
+    code = (
+        "import importlib.util as u\n"
+        "print(*u.find_spec('oxmerge').submodule_search_locations, sep='\\n')"
+    )
+    done = subprocess.run(
+        [str(python), "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    found = sorted(p for line in done.stdout.splitlines() for p in Path(line).glob("*.so"))
+    digest = hashlib.sha256()
+    for path in found:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12] if found else "unknown"
 
 
 def this_python() -> Path:

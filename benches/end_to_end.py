@@ -8,13 +8,14 @@ What the numbers mean is in benches/README.md.
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import machine
 from cases import CASES, Case
@@ -23,7 +24,6 @@ from contenders import (
     FloorSettings,
     Mergekit,
     Oxmerge,
-    Run,
     build_floor,
     calibrate,
     floor,
@@ -33,6 +33,11 @@ from contenders import (
     weight_bytes,
 )
 from table import Record, Row, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from contenders import Run
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "record"
@@ -71,23 +76,36 @@ class Bench:
 
     def round(self, row: Row, case: Case, recipe: Path, number: int) -> None:
         """Everyone once."""
-        if row.settings is not None:
-            self.prepare("floor", case, row.state, row)
+        settings, oxmerge, mergekit = row.settings, self.oxmerge, self.mergekit
+        if settings is not None:
             models = [self.root / model for model in case.models]
-            self.note(row, "floor", floor(row.settings, models, self.out("floor")))
-        if self.oxmerge:
-            self.prepare("oxmerge", case, row.state, row)
-            self.note(row, "oxmerge", self.oxmerge.run(recipe, self.out("oxmerge")))
-        if self.mergekit and number < self.mergekit_rounds:
-            self.prepare("mergekit", case, row.state, row)
+            self.attempt(row, case, "floor", lambda out: floor(settings, models, out))
+        if oxmerge:
+            self.attempt(row, case, "oxmerge", lambda out: oxmerge.run(recipe, out))
+        if mergekit and number < self.mergekit_rounds:
             read = sum(path.stat().st_size for path in self.inputs(case))
-            self.note(row, "mergekit", self.mergekit.run(recipe, self.out("mergekit"), read))
-            if self.oxmerge and case.deterministic and row.agreement is None:
-                row.agreement = agreement(self.out("oxmerge"), self.out("mergekit"))
+            self.attempt(row, case, "mergekit", lambda out: mergekit.run(recipe, out, read))
+            self.compare(row, case)
 
-    def note(self, row: Row, who: str, run: Run) -> None:
-        row.runs.setdefault(who, []).append(run)
-        say(f"{row.case} {row.state}: {who} {run.seconds:.2f} s, peak {run.peak >> 20} MiB")
+    def attempt(self, row: Row, case: Case, who: str, run: Callable[[Path], Run]) -> None:
+        """Runs a contender once. One that fails is out for the rest of the row, not of the go."""
+        if who in row.failed:
+            return
+        self.prepare(who, case, row.state, row)
+        try:
+            done = run(self.out(who))
+        except BenchError as error:
+            say(f"{row.case} {row.state}: {error}")
+            row.failed[who] = error.summary
+            return
+        row.runs.setdefault(who, []).append(done)
+        say(f"{row.case} {row.state}: {who} {done.seconds:.2f} s, peak {done.peak >> 20} MiB")
+
+    def compare(self, row: Row, case: Case) -> None:
+        """Holds the outputs against each other, once a row."""
+        both = {"oxmerge", "mergekit"} <= row.runs.keys() and not row.failed
+        if both and case.deterministic and row.agreement is None:
+            row.agreement = agreement(self.out("oxmerge"), self.out("mergekit"))
 
     def prepare(self, who: str, case: Case, state: str, row: Row | None = None) -> None:
         """Removes the contender's last output and brings the page cache into the state."""
@@ -161,9 +179,10 @@ def ensure_models(root: Path, size: str) -> None:
     )
 
 
-def check_disk(root: Path) -> None:
-    """Three outputs may lie side by side."""
-    need = 3 * weight_bytes(root / "tune_a") + SPARE_BYTES
+def check_disk(root: Path, size: str) -> None:
+    """The contenders' outputs may lie side by side."""
+    outputs = 1 if size == SPARSE else 3
+    need = outputs * weight_bytes(root / "tune_a") + SPARE_BYTES
     free = shutil.disk_usage(root).free
     if free < need:
         raise BenchError(f"{need / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free")
@@ -186,10 +205,14 @@ def find_contenders(
 
 def start_record(options: argparse.Namespace, bench: Bench) -> Record:
     notes = [
-        f"best of {options.rounds} rounds, interleaved, with the median in brackets; "
-        f"mergekit {options.mergekit_rounds}",
-        "floor and oxmerge seconds: from the first open or read to the last fsync; process "
-        "seconds: from start to exit; mergekit seconds: the process and an fsync of its files",
+        (
+            f"best of {options.rounds} rounds, interleaved, with the median in brackets; "
+            f"mergekit: {options.mergekit_rounds}"
+        ),
+        (
+            "floor and oxmerge seconds: from the first open or read to the last fsync; process "
+            "seconds: from start to exit; mergekit seconds: the process and an fsync of its files"
+        ),
         "GB/s: every input byte once and every output byte once, by the seconds",
         f"load average at the start: {machine.load_average():.2f}",
     ]
@@ -200,7 +223,7 @@ def start_record(options: argparse.Namespace, bench: Bench) -> Record:
         versions["oxmerge"] = bench.oxmerge.version
     if bench.mergekit:
         versions["mergekit"] = f"{bench.mergekit.version}, default flags"
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d")
     return Record(now, machine.describe(bench.root), versions, options.size, notes)
 
 
@@ -250,7 +273,7 @@ def run(options: argparse.Namespace) -> Record:
     root = options.data.resolve() / options.size
     root.mkdir(parents=True, exist_ok=True)
     ensure_models(root, options.size)
-    check_disk(root)
+    check_disk(root, options.size)
     build_floor()
     oxmerge, mergekit = find_contenders(options, root)
     bench = Bench(
@@ -280,7 +303,7 @@ def main() -> int:
     if options.record:
         suffix = "" if options.size == "1b" else f"-{options.size}"
         record.save(RECORDS, f"{record.date}-{machine.label()}{suffix}")
-    return 0
+    return 1 if any(row.failed for row in record.rows) else 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cases import CASES, PEAK_LIMIT, REST_LIMIT
-from contenders import FloorSettings, Run
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from contenders import FloorSettings, Run
 
 HEAD = (
     "case",
@@ -41,6 +42,7 @@ class Row:
     settings: FloorSettings | None = None
     runs: dict[str, list[Run]] = field(default_factory=dict)
     agreement: dict[str, float] | None = None
+    failed: dict[str, str] = field(default_factory=dict)  # who, and what it said
     notes: list[str] = field(default_factory=list)
 
     def seconds(self, who: str) -> float | None:
@@ -63,6 +65,8 @@ class Row:
 
     def misses(self, *, only_memory: bool) -> list[str] | None:
         """The targets that oxmerge missed; None where it did not run."""
+        if "oxmerge" in self.failed:
+            return ["oxmerge failed"]
         peak, rest = self.peak("oxmerge"), self.rest()
         if peak is None or rest is None:
             return None
@@ -122,7 +126,9 @@ class Record:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def cells(self, row: Row) -> tuple[str, ...]:
-        misses = row.misses(only_memory=self.size != "1b")
+        only_memory = self.size != "1b"
+        misses = row.misses(only_memory=only_memory)
+        met = "met (peak only)" if only_memory else "met"
         return (
             row.case,
             row.state,
@@ -135,7 +141,7 @@ class Record:
             rate(row.moved_bytes, row.seconds("floor")),
             rate(row.moved_bytes, row.seconds("oxmerge")),
             " / ".join(mebibytes(row.peak(who)) for who in ("floor", "oxmerge", "mergekit")),
-            NONE if misses is None else "; ".join(misses) or "met",
+            NONE if misses is None else "; ".join(misses) or met,
         )
 
     def all_notes(self) -> list[str]:
@@ -143,6 +149,7 @@ class Record:
         for row in self.rows:
             here = f"{row.case} {row.state}"
             notes += [f"{here}: {note}" for note in row.notes]
+            notes += [f"{here}: {who} failed: {why}" for who, why in row.failed.items()]
             if row.settings is not None:
                 notes.append(f"{here}: floor at {describe(row.settings)}")
             if row.agreement is not None:

@@ -25,7 +25,9 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def merged(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     case = request.param
     output = tmp_path_factory.mktemp("golden") / case
     with pytest.MonkeyPatch.context() as patch:

@@ -50,9 +50,7 @@ def test_nothing_to_change_changes_nothing() -> None:
 
 def test_the_donor_config_is_left_alone() -> None:
     before = copy.deepcopy(LLAMA)
-    config, _ = edit_config(
-        LLAMA, dtype="BF16", layer_map=layers((LLAMA, range(3))), donor_depth=4
-    )
+    config, _ = edit_config(LLAMA, dtype="BF16", layer_map=layers((LLAMA, range(3))), donor_depth=4)
     config["rope_scaling"]["factor"] = 1.0
     assert before == LLAMA
 
@@ -93,7 +91,7 @@ def test_depth_changes_only_the_layer_count() -> None:
     assert notes == ["`num_hidden_layers`: 4 became 6"]
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_layers", "n_layers"])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth"])
 def test_the_donors_key_for_depth(key: str) -> None:
     donor = {key: 2, "heads": 2}
     config, _ = edit_config(donor, layer_map=layers((donor, range(1))), donor_depth=2)
@@ -102,7 +100,12 @@ def test_the_donors_key_for_depth(key: str) -> None:
 
 def test_no_key_for_depth_is_an_error() -> None:
     with pytest.raises(PlanError, match="no layer count of 4"):
-        edit_config({"depth": 4}, layer_map=layers((LLAMA, range(3))), donor_depth=4)
+        edit_config({"floors": 4}, layer_map=layers((LLAMA, range(3))), donor_depth=4)
+
+
+def test_a_scope_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(PlanError, match="no layer count"):
+        edit_config(LLAMA, layer_map=[(LLAMA, 0)], donor_depth=4, scope="text_config")
 
 
 def test_layer_types_come_from_the_sources() -> None:
@@ -214,6 +217,9 @@ RULES = [
     ({"block_types": ["recurrent", "attention"]}, [1, 2], False),
     ({"model_type": "gemma2"}, [0, 1, 2, 3, 2, 3], True),
     ({"model_type": "gemma2"}, [0, 1, 1, 2], False),
+    ({"model_type": "gemma2", "sliding_window": None}, [0, 1, 1, 2], True),
+    ({"first_k_dense_replace": 1, "n_routed_experts": None}, [1, 2], True),
+    ({"decoder_sparse_step": 2, "num_experts": 0}, [1, 2], True),
     ({"new_layer_period": 2}, [2, 3], True),
     ({"new_layer_period": 2}, [1, 2], False),
     ({"new_layer_period": 1}, [1, 2], True),

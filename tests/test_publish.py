@@ -6,7 +6,6 @@ import errno
 import itertools
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +25,7 @@ from oxmerge.side_files import SideFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 OLD = {
@@ -215,9 +215,7 @@ def _folder_of_hard_links(model: Path) -> Path:
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-@pytest.mark.parametrize(
-    "alias", [_same, _linked_folder, _folder_of_links, _folder_of_hard_links]
-)
+@pytest.mark.parametrize("alias", [_same, _linked_folder, _folder_of_links, _folder_of_hard_links])
 def test_an_input_is_never_replaced_under_any_name(
     tmp_path: Path, alias: Callable[[Path], Path], *, overwrite: bool
 ) -> None:
@@ -277,6 +275,26 @@ def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path: Path) -> No
     output = prepare(out, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["keep.oxmerge-partial"]
     discard(output)
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_what_stands_in_the_way_is_found_before_the_switch(tmp_path: Path, kind: str) -> None:
+    contents, _ = new_contents(tmp_path)
+    out = tmp_path / "out"
+    write_all(out, {name: text for name, text in OLD.items() if name != "tokenizer.json"})
+    if kind == "link":
+        (out / "1_Pooling").symlink_to(tmp_path / "donor" / "1_Pooling")
+    elif kind == "file":
+        (out / "1_Pooling").write_text("mine")
+    else:
+        (out / "tokenizer.json").mkdir()
+    before = read_all(out)
+    output = prepare(out, overwrite=True)
+    write_shards(output, contents)
+    with pytest.raises(OutputError, match="something else is in its place"):
+        commit(output, contents)
+    discard(output)
+    assert read_all(out) == before
 
 
 def test_discard_removes_only_its_own(tmp_path: Path) -> None:
@@ -385,9 +403,7 @@ def test_a_new_directory_is_gone_after_a_failure(
     assert not (tmp_path / "a").exists()
 
 
-def test_a_crash_in_the_switch_can_be_repeated(
-    tmp_path: Path, crash_points: Iterator[int]
-) -> None:
+def test_a_crash_in_the_switch_can_be_repeated(tmp_path: Path, crash_points: Iterator[int]) -> None:
     for point in crash_points:
         folder = tmp_path / str(point)
         folder.mkdir()

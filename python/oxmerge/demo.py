@@ -14,6 +14,7 @@ import os
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Shape:
 
 SIZES = {
     "tiny": Shape(512, 8, 1408, 8, 2, 4096, tied=False, shards=2, filled=True),
-    "1b": Shape(2048, 16, 8192, 32, 8, 128256, tied=True, shards=2, filled=True),
+    "1b": Shape(2048, 16, 8192, 32, 8, 128256, tied=True, shards=4, filled=True),
     "7b": Shape(4096, 32, 11008, 32, 32, 32000, tied=False, shards=3),
     "70b": Shape(8192, 80, 28672, 64, 8, 128256, tied=False, shards=30),
 }
@@ -195,11 +196,18 @@ def _split(tensors: Sequence[_Tensor], count: int) -> list[list[_Tensor]]:
 def _write_weights(
     models: Sequence[Path], shards: Sequence[Sequence[_Tensor]], seed: int | None
 ) -> None:
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - not for --help
+
     names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
-    first = 0
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard([model / name for model in models], shard, seed, first)
-        first += len(shard)
+    firsts = list(accumulate((len(shard) for shard in shards), initial=0))
+    # Every tensor has a seed of its own, so the order in which they are written is free.
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(_write_shard, [model / name for model in models], shard, seed, first)
+            for name, shard, first in zip(names, shards, firsts, strict=False)
+        ]
+        for job in jobs:
+            job.result()
     weight_map = {
         tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
     }

@@ -113,7 +113,9 @@ def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
         if layer_map is None
         else [(merge_plan.models[model].config, layer) for model, layer in layer_map],
         donor_depth=merge_plan.donor_depth,
-        writes_head=any(tensor.name.endswith("lm_head.weight") for tensor in merge_plan.plan.tensors),
+        writes_head=any(
+            tensor.name.endswith("lm_head.weight") for tensor in merge_plan.plan.tensors
+        ),
     )
     return config_text(edited), tuple(notes)
 

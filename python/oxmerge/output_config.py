@@ -31,6 +31,11 @@ Config = Mapping[str, Any]
 Path = tuple[str, ...]
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+# Looked at where none of those fits.
+_RARE_DEPTH_KEYS = (
+    "num_decoder_layers", "decoder_layers", "num_encoder_layers", "encoder_layers", "num_layer",
+    "num_blocks", "n_blocks", "num_hidden_blocks", "depth",
+)  # fmt: skip
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 _DTYPE_NAMES = {
     "BF16": "bfloat16",
@@ -62,9 +67,7 @@ _NEVER_PER_LAYER = frozenset(
 _PER_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
 # Lists that hold flags even where they could be read as layer numbers.
 _FLAG_LISTS = frozenset({"no_rope_layers"})
-_LAYER_NUMBER_KEY = re.compile(
-    r"(^|_)(layers?|idxs?|index|indexes|indices|blocks?)(_|$)"
-)
+_LAYER_NUMBER_KEY = re.compile(r"(^|_)(layers?|idxs?|index|indexes|indices|blocks?)(_|$)")
 _LANGUAGE_CONFIG = re.compile(r"(^|_)(text|language|llm|decoder|thinker)(_|$)")
 _NOT_OF_THE_MODEL = re.compile(r"quantization|compression|generation")
 
@@ -229,7 +232,9 @@ def _edit_layers(
 def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
     """Find where the config describes the stack: the nested configs with its layer count."""
     if scope is not None:
-        return [tuple(part for part in scope.split(".") if part)]
+        path = tuple(part for part in scope.split(".") if part)
+        inner = _dig(config, path)
+        return [path] if isinstance(inner, Mapping) and _depth_keys(inner, depth) else []
     found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, depth)]
     language = [path for path in found if all(_LANGUAGE_CONFIG.search(key) for key in path)]
     if language or len(found) <= 1:
@@ -240,11 +245,11 @@ def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
 
 
 def _depth_keys(config: Config, depth: int) -> list[str]:
-    return [
-        key
-        for key in _DEPTH_KEYS
-        if isinstance(config.get(key), int) and config[key] == depth and config[key] is not True
-    ]
+    for keys in (_DEPTH_KEYS, _RARE_DEPTH_KEYS):
+        found = [key for key in keys if type(config.get(key)) is int and config[key] == depth]
+        if found:
+            return found
+    return []
 
 
 @dataclass

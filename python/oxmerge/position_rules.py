@@ -75,7 +75,8 @@ class Rule:
 
 def _with_defaults(config: Config) -> Config:
     defaults = _DEFAULTS.get(str(config.get("model_type")), {})
-    return {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    silent = {key: value for key, value in defaults.items() if config.get(key) is None}
+    return {**config, **silent}
 
 
 def _count(config: Config, key: str, default: int) -> int:
@@ -89,6 +90,8 @@ def _depth(config: Config) -> int:
 
 def _sliding_pattern(config: Config, layer: int) -> str:
     pattern = config["sliding_window_pattern"]
+    if config.get("sliding_window", True) is None:
+        return "full attention"
     if isinstance(pattern, str):
         return "sliding attention" if pattern[layer % len(pattern)] == "L" else "full attention"
     return "full attention" if (layer + 1) % pattern == 0 else "sliding attention"
@@ -124,6 +127,8 @@ def _expert_period(config: Config, layer: int) -> str:
 
 
 def _first_dense(config: Config, layer: int) -> str:
+    if not config.get("n_routed_experts", True):
+        return _experts(has_experts=False)
     frequency = config.get("moe_layer_freq")
     if isinstance(frequency, list):
         return _experts(bool(frequency[layer]))
@@ -132,6 +137,8 @@ def _first_dense(config: Config, layer: int) -> str:
 
 
 def _sparse_step(config: Config, layer: int) -> str:
+    if not config.get("num_experts", True):
+        return _experts(has_experts=False)
     listed_dense = layer in (config.get("mlp_only_layers") or ())
     return _experts(not listed_dense and (layer + 1) % config["decoder_sparse_step"] == 0)
 

@@ -317,10 +317,12 @@ def _probe(output: OutputDirectory) -> None:
 
 def _stage(output: OutputDirectory, contents: Contents) -> list[str]:
     """Bring everything to disk under partial names; the final names besides the shards."""
-    for name in contents.shards:
-        _flush(output.partial(name))
     texts = dict(contents.texts)
     names = [file.name for file in contents.side_files if file.name not in texts]
+    for name in (*contents.shards, *names, *texts, INDEX_NAME, CONFIG_NAME):
+        _check_place(output, name)
+    for name in contents.shards:
+        _flush(output.partial(name))
     for file in contents.side_files:
         if file.name in names:
             copy_bytes(file.source, output.partial(file.name))
@@ -332,6 +334,23 @@ def _stage(output: OutputDirectory, contents: Contents) -> list[str]:
         _write(output.partial(name), text.encode())
     _flush(output.path)
     return [*names, *texts]
+
+
+def _check_place(output: OutputDirectory, name: str) -> None:
+    """Find out now what would make a rename fail, or lead out of the directory, later on."""
+    target = output.path / name
+    folders = [output.path / part for part in target.relative_to(output.path).parents if part.name]
+    blocked = [
+        path for path in folders if path.is_symlink() or (path.exists() and not path.is_dir())
+    ]
+    if target.is_dir() and not target.is_symlink():
+        blocked.append(target)
+    if blocked:
+        raise OutputError(
+            f"`{name}` has to be written here, and something else is in its place",
+            file=str(blocked[0]),
+            advice="move it away, or name another directory",
+        )
 
 
 def _switch(output: OutputDirectory, contents: Contents, names: Iterable[str]) -> None:
@@ -413,8 +432,12 @@ def _flush(path: Path) -> None:
 
 def _leftovers(output: OutputDirectory) -> list[str]:
     ours = {path.relative_to(output.path).parts[0] for path in output.placed}
+    try:
+        entries = _entries(output.path)
+    except OSError:
+        return []  # The model is complete; that is what counts.
     return [
         f"`{entry.name}` was in the output directory before and is still there"
-        for entry in _entries(output.path)
+        for entry in entries
         if entry.name not in ours and not entry.is_dir(follow_symlinks=False)
     ]

@@ -412,7 +412,7 @@ impl Searching {
 fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task) -> Searching {
     let elements = task.frame.elements;
     let count = selection.count.as_constant().unwrap_or(0.0).max(0.0) as u64;
-    let nothing = Chosen { threshold: u64::MAX, equals_end: 0 };
+    let nothing = Chosen { threshold: T::NAN.key(), equals_end: 0 };
     let search = Search::new::<T>(count.clamp(1, elements.max(1)), elements.max(1), task.blocks());
     let chosen = (count == 0 || elements == 0).then_some(nothing);
     Searching { selection: Arc::clone(selection), search, chosen, cut: None }

@@ -28,6 +28,7 @@
 pub mod bind;
 pub mod code;
 pub mod machine;
+pub mod oracle;
 pub mod selection;
 pub mod stage;
 

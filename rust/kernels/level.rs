@@ -9,7 +9,10 @@
 //! kernel, so the loop is compiled anew inside it. They are never inlined, so that the dispatch
 //! costs one call per slice, and so that the disassembly test finds them by name.
 
-#![expect(unsafe_code, reason = "calls functions that need the CPU features a level stands for")]
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "calls functions that need the CPU features a level stands for")
+)]
 
 use std::sync::OnceLock;
 

@@ -8,7 +8,7 @@
 //!
 //! A histogram's increments cannot be vectorised, but all around them can:
 //!
-//! 1. Distances, tests and bin indices of [`STEP`] elements are computed first, into arrays.
+//! 1. Tests and bin indices of [`STEP`] elements are computed together, into arrays.
 //! 2. Where none of them lies inside the interval, which is the rule once it is narrow, the rest
 //!    is skipped.
 //! 3. There is no branch per element. One outside the interval adds 0 to a bin that its position
@@ -49,6 +49,10 @@ impl<O: Ordinal> Interval<O> {
     }
 
     #[inline(always)]
+    fn contains(self, ordinal: O) -> bool {
+        self.low <= ordinal && ordinal <= self.high
+    }
+
     fn span(self) -> O::Distance {
         self.high.above(self.low)
     }
@@ -90,32 +94,38 @@ struct Histogram<'a, T: Real> {
 }
 
 impl<T: Real> Histogram<'_, T> {
+    /// The bin of an ordinal inside the interval.
+    #[inline(always)]
+    fn index(&self, ordinal: T::Ordinal) -> u32 {
+        T::Ordinal::shifted(ordinal.above(self.interval.low), self.shift)
+    }
+
     /// Adds [`STEP`] elements.
     #[inline(always)]
+    #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
     fn step(&mut self, values: &[T; STEP], counts: &mut Counts) {
         let Interval { low, high } = self.interval;
-        let (span, zero) = (self.interval.span(), T::ZERO.ordinal());
+        let zero = T::ZERO.ordinal();
         let harmless = (1_u32 << self.bins.len().min(STEP).ilog2()) - 1;
         let (mut above, mut inside, mut zeros) = (0_u32, 0_u32, 0_u32);
-        let mut weights = [0_u32; STEP];
-        let mut indices = [0_u32; STEP];
+        let (mut weights, mut indices) = ([0_u32; STEP], [0_u32; STEP]);
         for position in 0..STEP {
             let ordinal = values[position].ordinal();
-            let distance = ordinal.above(low);
-            let (is_inside, is_zero) = (distance <= span, ordinal == zero);
-            above += u32::from(ordinal > high);
+            let is_above = ordinal > high;
+            let is_inside = (ordinal >= low) & !is_above;
+            let is_counted = is_inside & (ordinal != zero);
+            let (index, elsewhere) = (self.index(ordinal), position as u32 & harmless);
+            above += u32::from(is_above);
             inside += u32::from(is_inside);
-            zeros += u32::from(is_inside && is_zero);
-            let is_counted = is_inside && !is_zero;
+            zeros += u32::from(is_inside & (ordinal == zero));
             weights[position] = u32::from(is_counted);
-            let index = <T::Ordinal as Ordinal>::shifted(distance, self.shift);
-            indices[position] = if is_counted { index } else { position as u32 & harmless };
+            indices[position] = if is_counted { index } else { elsewhere };
         }
         counts.above += u64::from(above);
         counts.inside += u64::from(inside);
         if zeros > 0 {
-            let distance = zero.above(low);
-            self.bins[<T::Ordinal as Ordinal>::shifted(distance, self.shift) as usize] += zeros;
+            let index = self.index(zero);
+            self.bins[index as usize] += zeros;
         }
         if inside > zeros {
             for (&index, &weight) in indices.iter().zip(&weights) {
@@ -128,11 +138,11 @@ impl<T: Real> Histogram<'_, T> {
     #[inline(always)]
     fn one(&mut self, value: T, counts: &mut Counts) {
         let ordinal = value.ordinal();
-        let distance = ordinal.above(self.interval.low);
         counts.above += u64::from(ordinal > self.interval.high);
-        if distance <= self.interval.span() {
+        if self.interval.contains(ordinal) {
             counts.inside += 1;
-            self.bins[<T::Ordinal as Ordinal>::shifted(distance, self.shift) as usize] += 1;
+            let index = self.index(ordinal);
+            self.bins[index as usize] += 1;
         }
     }
 }

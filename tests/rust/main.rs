@@ -3,7 +3,9 @@
 
 mod checkpoint;
 mod disassembly;
+mod engine;
 mod hostile;
 mod io;
 mod kernels;
 mod layout;
+mod methods;

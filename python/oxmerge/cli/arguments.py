@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from oxmerge.cli.printer import Printer
 
 _WIDEST = 80
+_MOST = (1 << 64) - 1
 
 
 class UsageError(Exception):
@@ -98,8 +99,10 @@ def natural(text: str) -> int:
 
 
 def _whole(text: str, least: int) -> int:
-    if re.fullmatch(r"[0-9]{1,20}", text) is None or int(text) < least:
-        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from {least}")
+    if re.fullmatch(r"[0-9]{1,20}", text) is None or not least <= int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is not a whole number from {least} (and below 2**64)"
+        )
     return int(text)
 
 

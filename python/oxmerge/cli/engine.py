@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+from oxmerge.errors import OxmergeError
+
 
 class Snapshot(Protocol):
     """How far a merge has come."""
@@ -62,6 +64,7 @@ class PlanSummary(Protocol):
     memory: int
     warnings: Sequence[object]
     accounting: Mapping[str, int]
+    threads: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""
@@ -70,19 +73,41 @@ class PlanSummary(Protocol):
 class TensorEntry(Protocol):
     """A tensor of an open checkpoint."""
 
-    name: str
-    dtype: str
-    shape: Sequence[int]
-    file: Any
-    start: int
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its element type, by its safetensors name."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its shape."""
+
+    @property
+    def file(self) -> int:
+        """Index into the checkpoint's files."""
+
+    @property
+    def start(self) -> int:
+        """First byte in that file."""
 
 
 class OpenCheckpoint(Protocol):
     """A checkpoint, opened from its headers."""
 
-    tensors: Sequence[TensorEntry]
-    files: Sequence[Any]
-    warnings: Sequence[object]
+    @property
+    def tensors(self) -> Sequence[TensorEntry]:
+        """Its tensors, in file order."""
+
+    @property
+    def files(self) -> Sequence[Mapping[str, Any]]:
+        """Its files, each with a `path` at least."""
+
+    @property
+    def warnings(self) -> Sequence[object]:
+        """What is odd about it, but harmless."""
 
 
 Progress = Callable[[Snapshot], None]
@@ -125,4 +150,10 @@ class InstalledEngine:
 
 
 def _package(name: str) -> Any:  # noqa: ANN401
-    return import_module(name)
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise OxmergeError(
+            f"the compiled part of oxmerge cannot be loaded: {error}",
+            advice="install the package anew: `pip install --force-reinstall oxmerge`",
+        ) from error

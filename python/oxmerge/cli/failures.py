@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 from oxmerge.cli.arguments import UsageError
 from oxmerge.errors import OxmergeError, RecipeError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
 
+# The number that Rust appends to the system's own words.
+_RUST_NUMBER = re.compile(r" \(os error \d+\)$")
 _PARTS = ("file", "tensor", "expected", "found", "advice")
 _HINTS = {
     errno.EEXIST: "name a new directory, or replace the model that is there with `--overwrite`",
@@ -88,8 +91,9 @@ def _headline(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError):
-        reason = error.strerror or str(error)
-        return reason if error.filename is None else f"`{_text(error.filename)}`: {reason.lower()}"
+        reason = _RUST_NUMBER.sub("", error.strerror or str(error))
+        reason = reason[:1].lower() + reason[1:]
+        return reason if error.filename is None else f"`{_text(error.filename)}`: {reason}"
     return _without_hint(error) if isinstance(error, OxmergeError) else str(error)
 
 

@@ -147,10 +147,10 @@ def _by_dtype(tensors: Iterable[TensorEntry]) -> dict[str, tuple[int, int]]:
 
 def _tied(tensors: Sequence[TensorEntry], config: dict[str, Any]) -> list[str]:
     """Find what is tied to what: by the same bytes, or because the config says so."""
-    by_range: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    by_range: dict[tuple[int, int, int], list[str]] = defaultdict(list)
     for tensor in tensors:
         if _bytes(tensor):
-            by_range[(str(tensor.file), tensor.start, _bytes(tensor))].append(tensor.name)
+            by_range[(tensor.file, tensor.start, _bytes(tensor))].append(tensor.name)
     found = [" = ".join(names) for names in by_range.values() if len(names) > 1]
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
     if any(inner.get("tie_word_embeddings") is True for inner in nested):
@@ -216,7 +216,7 @@ def _human(count: int) -> str:
 def _as_data(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> dict[str, Any]:
     return {
         "model": model,
-        "files": [str(file) for file in checkpoint.files],
+        "files": [str(file["path"]) for file in checkpoint.files],
         "parameters": contents.parameters,
         "bytes": contents.total_bytes,
         "dtypes": {

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 _WIDTH = 79
 _INDENT = 12
+_PER = {
+    "shared": "one for all models",
+    "input": "for each model",
+    "other": "for each model but the base",
+}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -49,16 +54,17 @@ def _find(methods: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
 def _table(methods: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     widest = max((len(str(method["name"])) for method in methods), default=0) + 2
     for method in methods:
-        yield from _hanging(str(method["name"]).ljust(widest), str(method.get("summary", "")))
+        about = method.get("summary") or method.get("formula") or ""
+        yield from _hanging(str(method["name"]).ljust(widest), " ".join(str(about).split()))
 
 
 def _page(method: Mapping[str, Any]) -> Iterator[str]:
     yield f"{method['name']}: {method.get('title') or method.get('summary', '')}"
     yield ""
-    for label in ("formula", "inputs", "class", "cost", "paper"):
-        value = method.get(label)
-        if value:
-            yield from _entry(label, str(value))
+    facts = {**method, **_contract(method.get("contract", {}))}
+    for label in ("formula", "base", "inputs", "class", "cost", "paper"):
+        if facts.get(label):
+            yield from _entry(label, str(facts[label]))
     parameters = method.get("parameters", ())
     if not parameters:
         return
@@ -68,6 +74,24 @@ def _page(method: Mapping[str, Any]) -> Iterator[str]:
         yield from _parameter(parameter)
 
 
+def _contract(contract: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a method takes, in words."""
+    words = {"base": str(contract["base"])} if "base" in contract else {}
+    counts = [
+        _count(contract[key]) + ending
+        for key, ending in (("inputs", ""), ("others", " besides the base"))
+        if key in contract and tuple(contract[key]) != (0, None)
+    ]
+    return {**words, "inputs": ", ".join(counts)} if counts else words
+
+
+def _count(bounds: Sequence[int | None]) -> str:
+    least, most = bounds
+    if most is None:
+        return f"at least {least}"
+    return f"exactly {least}" if least == most else f"{least} to {most}"
+
+
 def _entry(label: str, value: str) -> Iterator[str]:
     """Yield a labelled value; its own line breaks are kept, as formulas have them."""
     for number, line in enumerate(value.splitlines()):
@@ -75,7 +99,9 @@ def _entry(label: str, value: str) -> Iterator[str]:
 
 
 def _parameter(parameter: Mapping[str, Any]) -> Iterator[str]:
-    facts = [str(parameter[key]) for key in ("kind", "scope") if parameter.get(key)]
+    per = parameter.get("per")
+    facts = [str(parameter[key]) for key in ("kind",) if parameter.get(key)]
+    facts += [_PER.get(str(per), str(per))] if per else []
     default = parameter.get("default")
     facts.append("required" if parameter.get("required") else f"default {_plain(default)}")
     yield f"  {parameter['name']} ({', '.join(facts)})"

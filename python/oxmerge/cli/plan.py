@@ -37,6 +37,7 @@ def _lines(plan: PlanSummary) -> Iterator[str]:
     yield f"reads     {format_size(plan.bytes_read)}"
     yield f"writes    {format_size(plan.bytes_written)}"
     yield f"memory    {format_size(plan.memory, binary=True)} at the peak"
+    yield f"threads   {plan.threads}"
     yield f"disk      {format_size(plan.disk)} needed"
     entries = [f"{count} {fate}" for fate, count in plan.accounting.items() if count]
-    yield f"inputs    {', '.join(entries) or 'none'}"
+    yield f"inputs    {', '.join(entries) or 'no tensors'}"

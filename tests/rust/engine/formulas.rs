@@ -1,0 +1,114 @@
+//! Formulas of every class and scope, on shapes that cut blocks and rows in odd places.
+
+use oxmerge::dtype::DType;
+use oxmerge::formula::{Scope, Value, compute};
+
+use super::{check, inputs};
+
+/// A slerp-like combination: coefficients from inner products over `scope`.
+fn gram(scope: Scope) -> Value {
+    let (a, b) = (Value::input(0), Value::input(1));
+    let sums = [a.dot(&a, scope), a.dot(&b, scope), b.dot(&b, scope)];
+    let weights = compute(&sums, 2, |g| {
+        let total = g[0] + g[2] + 1.0;
+        vec![(g[0] - g[1]) / total, (g[2] + g[1]) / total]
+    });
+    Value::weighted_sum(weights.into_iter().zip([a, b]))
+}
+
+/// Softmax-like: two row reductions, the second of which needs the first.
+fn rows_of_rows() -> Value {
+    let a = Value::input(0);
+    let largest = Value::scalar(a.max(Scope::Row));
+    let shifted = &(&a - &largest) / &Value::scalar(1000.0);
+    let exponential = shifted.unary(oxmerge::formula::UnaryOp::Exp);
+    &exponential / &Value::scalar(exponential.sum(Scope::Row))
+}
+
+const SHAPES: &[&[u64]] = &[
+    &[1],
+    &[3],
+    &[65_536],
+    &[65_537],
+    &[131_073],
+    &[7, 5],
+    &[1, 40_000],
+    &[40_000, 1],
+    &[300, 501],
+    &[2, 70_001],
+    &[2500, 33],
+    &[5, 3, 4001],
+];
+
+#[test]
+fn inner_products_of_every_scope() {
+    for shape in SHAPES {
+        let inputs = inputs(2, shape.iter().product(), DType::Bf16);
+        for scope in [Scope::Tensor, Scope::Row, Scope::Column] {
+            check::<f32>(&gram(scope), shape, &inputs, DType::Bf16);
+        }
+    }
+}
+
+#[test]
+fn row_reductions_of_row_reductions() {
+    for shape in [&[7_u64, 5][..], &[300, 501], &[2, 70_001]] {
+        let inputs = inputs(1, shape.iter().product(), DType::F32);
+        check::<f32>(&rows_of_rows(), shape, &inputs, DType::F32);
+    }
+}
+
+#[test]
+fn every_type_of_input_and_output() {
+    let shape = &[3_u64, 30_001];
+    for dtype in [DType::F16, DType::Bf16, DType::F32] {
+        let inputs = inputs(2, shape.iter().product(), dtype);
+        check::<f32>(&gram(Scope::Tensor), shape, &inputs, dtype);
+        check::<f64>(&gram(Scope::Tensor), shape, &inputs, DType::F64);
+    }
+    let inputs = inputs(2, shape.iter().product(), DType::F64);
+    check::<f64>(&gram(Scope::Row), shape, &inputs, DType::Bf16);
+}
+
+/// The fused paths give what the general one gives.
+#[test]
+fn weighted_sums_and_shifted_sums() {
+    let shape = &[70_001_u64];
+    for models in 1..=6 {
+        let inputs = inputs(models + 1, 70_001, DType::Bf16);
+        let base = Value::input(models as usize);
+        let terms = |of: &dyn Fn(usize) -> Value| {
+            let weight = |at: u64| 0.3 + 0.2 * at as f64;
+            Value::weighted_sum((0..models).map(|at| (weight(at), of(at as usize))))
+        };
+        let plain = terms(&Value::input);
+        let shifted = &base + &terms(&|at| &Value::input(at) - &base);
+        let scaled = &base + &terms(&|at| &Value::input(at) - &base).scaled(0.7);
+        for formula in [plain, shifted, scaled] {
+            for output in [DType::Bf16, DType::F16, DType::F32] {
+                check::<f32>(&formula, shape, &inputs, output);
+            }
+        }
+    }
+}
+
+/// Rule 3: zero coefficients skip, also when they are known only after a reduction.
+#[test]
+fn a_zero_coefficient_skips_its_term() {
+    let (a, b) = (Value::input(0), Value::input(1));
+    let coefficients = compute(&[a.dot(&a, Scope::Tensor)], 2, |_| vec![1.0, 0.0]);
+    let formula = Value::weighted_sum(coefficients.into_iter().zip([a, b]));
+    let finite = super::ArraySource::new::<f32>(&[1.0, -0.0, 3.0], DType::F32);
+    let infinite = super::ArraySource::new::<f32>(&[f32::INFINITY; 3], DType::F32);
+    let inputs = [finite, infinite];
+    check::<f32>(&formula, &[3], &inputs, DType::F32);
+    for settings in super::settings() {
+        let merged = super::merged(&formula, &[3], &inputs, DType::F32, &settings);
+        let values: &[f32] = bytemuck::cast_slice(&merged);
+        assert_eq!(values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), [
+            1.0_f32.to_bits(),
+            (-0.0_f32).to_bits(),
+            3.0_f32.to_bits()
+        ]);
+    }
+}

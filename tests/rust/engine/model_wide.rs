@@ -1,0 +1,97 @@
+//! Sums over the whole model, and the test-only methods under all settings.
+
+use std::sync::Arc;
+
+use oxmerge::dtype::DType;
+use oxmerge::engine::control::Control;
+use oxmerge::engine::source::Sink;
+use oxmerge::engine::task::{Task, Work};
+use oxmerge::engine::{Settings, run};
+use oxmerge::formula::Value;
+use oxmerge::kernels::{Level, narrow};
+
+use super::{ArraySink, ArraySource, check, inputs, settings, sources, weights};
+use crate::methods::{arcee_fusion, metagpt};
+
+#[test]
+fn arcee_fusion_is_the_same_everywhere() {
+    for shape in [&[64_u64, 96][..], &[500, 401], &[3, 70_001], &[70_001]] {
+        let elements = shape.iter().product();
+        let inputs = inputs(2, elements, DType::Bf16);
+        let formula = arcee_fusion::formula(&Value::input(0), &Value::input(1), elements);
+        check::<f32>(&formula, shape, &inputs, DType::Bf16);
+    }
+}
+
+/// A model of three tensors: base and two others.
+fn model() -> Vec<Vec<Arc<ArraySource>>> {
+    let sizes = [70_001_u64, 5, 131_072];
+    sizes.iter().enumerate().map(|(at, &size)| tensor(size, at as u64)).collect()
+}
+
+fn tensor(elements: u64, at: u64) -> Vec<Arc<ArraySource>> {
+    let base = weights(elements, 10 + at);
+    let near = |seed: u64, scale: f64| -> Vec<f64> {
+        base.iter().zip(weights(elements, seed + at)).map(|(b, n)| b + scale * n).collect()
+    };
+    let models = [base.clone(), near(20, 0.01), near(30, 0.03)];
+    models.iter().map(|values| ArraySource::new::<f64>(values, DType::F32)).collect()
+}
+
+fn merge(model: &[Vec<Arc<ArraySource>>], settings: &Settings) -> Vec<Vec<u8>> {
+    let formula = metagpt::formula(&Value::input(0), &[Value::input(1), Value::input(2)]);
+    let sinks: Vec<Arc<ArraySink>> =
+        model.iter().map(|t| ArraySink::new(t[0].widened::<f32>().len(), DType::F32)).collect();
+    let task = |(inputs, sink): (&Vec<Arc<ArraySource>>, &Arc<ArraySink>)| {
+        let elements = inputs[0].widened::<f32>().len() as u64;
+        let (labels, sink) = (vec![String::new(); 3], Arc::clone(sink) as Arc<dyn Sink>);
+        let work = Work::Formula(formula.clone());
+        Task::new("t", 0, &[elements], sources(inputs), labels, sink, work)
+    };
+    let tasks = model.iter().zip(&sinks).map(task).collect();
+    run(tasks, settings, &Control::default()).unwrap();
+    sinks.iter().map(|sink| sink.bytes()).collect()
+}
+
+#[test]
+fn metagpt_weighs_by_norms_over_all_tensors() {
+    let model = model();
+    let merged = merge(&model, &settings()[0]);
+    let values = |t: usize, m: usize| model[t][m].widened::<f32>();
+    let norm = |m: usize| -> f64 {
+        let squares = |t: usize| -> f64 {
+            let pairs = values(t, 0).into_iter().zip(values(t, m));
+            pairs.map(|(b, x)| f64::from(x - b).powi(2)).sum()
+        };
+        (0..model.len()).map(squares).sum()
+    };
+    let share = norm(1) / (norm(1) + norm(2));
+    for (t, merged) in merged.iter().enumerate() {
+        let merged: &[f32] = bytemuck::cast_slice(merged);
+        let all = values(t, 0).into_iter().zip(values(t, 1)).zip(values(t, 2)).zip(merged);
+        for (((b, x), y), &z) in all {
+            let expected = f64::from(b) + share * f64::from(x - b) + (1.0 - share) * f64::from(y - b);
+            let error = (f64::from(z) - expected).abs();
+            assert!(error <= 1e-8 + 1e-6 * expected.abs(), "{z} is not {expected}");
+        }
+    }
+}
+
+#[test]
+fn metagpt_is_the_same_everywhere() {
+    let model = model();
+    let expected = merge(&model, &settings()[0]);
+    for settings in settings() {
+        assert_eq!(merge(&model, &settings), expected, "bytes differ: {settings:?}");
+    }
+}
+
+/// Tensors of no elements and of one pass through everything.
+#[test]
+fn empty_tensors_are_finished() {
+    let empty = [ArraySource::new::<f32>(&[], DType::F32)];
+    let formula = &Value::input(0) + &Value::input(0);
+    check::<f32>(&formula, &[0, 4], &empty, DType::F32);
+    let mut bytes = vec![0; 0];
+    narrow::<f32>(Level::portable(), &[], DType::F32, &mut bytes);
+}

@@ -1,0 +1,614 @@
+"""The command line, with an engine that only pretends."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oxmerge.cli import VERBS, main
+from oxmerge.cli.printer import Printer
+from oxmerge.cli.progress import PlainProgress, format_duration, progress_line, show_progress
+from oxmerge.errors import (
+    CheckpointError,
+    MemoryBudgetError,
+    OutputError,
+    OxmergeError,
+    PlanError,
+    RecipeError,
+)
+from oxmerge.problems import Problem
+
+METHODS: list[dict[str, Any]] = [
+    {"name": "linear", "summary": "weighted average of the models, element by element"},
+    {
+        "name": "slerp",
+        "title": "Spherical interpolation",
+        "summary": "interpolation along the great circle between two models " * 2,
+        "formula": "a·sin((1-t)θ)/sin θ\n+ b·sin(tθ)/sin θ",
+        "contract": {"base": "required", "inputs": [2, 2], "others": [0, None]},
+        "class": "gram",
+        "cost": "2 reads of each input, 1 write",
+        "paper": "https://example.org/slerp",
+        "parameters": [
+            {
+                "name": "t",
+                "kind": "number",
+                "per": "shared",
+                "required": True,
+                "description": "0 gives the base, 1 the other model; " * 4,
+            },
+            {"name": "flatten", "kind": "boolean", "per": "shared", "default": True},
+        ],
+    },
+]
+
+
+@dataclass
+class Report:
+    """A merge that did not happen."""
+
+    directory: str = "out"
+    tensors: int = 75
+    files: int = 2
+    bytes_read: int = 2_000_000_000
+    bytes_written: int = 1_000_000_000
+    seconds: float = 1.5
+    peak_memory: int = 180 << 20
+    memory: int = 256 << 20
+    threads: int = 4
+    simd: str = "avx512"
+    warnings: tuple[object, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"tensors": self.tensors, "seconds": self.seconds}
+
+
+@dataclass
+class Plan:
+    """A plan of nothing."""
+
+    method: str = "slerp"
+    tensors: int = 75
+    files: int = 1
+    bytes_read: int = 106_000_000
+    bytes_written: int = 53_000_000
+    disk: int = 53_100_000
+    memory: int = 200 << 20
+    warnings: tuple[object, ...] = ()
+    threads: int = 4
+    accounting: dict[str, int] = field(
+        default_factory=lambda: {"merged": 150, "copied": 0, "dropped": 2}
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"tensors": self.tensors}
+
+
+@dataclass
+class Tensor:
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    dtype: str = "BF16"
+    file: int = 0
+
+
+@dataclass
+class Checkpoint:
+    tensors: list[Tensor]
+    files: tuple[dict[str, Any], ...] = ({"path": "model.safetensors"},)
+    warnings: tuple[object, ...] = ()
+
+
+@dataclass
+class Snapshot:
+    bytes_done: int = 500_000_000
+    bytes_total: int = 1_000_000_000
+    bytes_read: int = 1_000_000_000
+    tensor: str = "model.layers.3.mlp.up_proj.weight"
+    peak_memory: int = 180 << 20
+
+
+class FakeEngine:
+    """Records what it is asked, and raises what it is told to."""
+
+    def __init__(self, error: BaseException | None = None, **results: Any) -> None:  # noqa: ANN401
+        self.error = error
+        self.results = results
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def _answer(self, name: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+        progress = options.pop("progress", None)
+        self.calls.append((name, args, options))
+        if progress is not None:
+            progress(Snapshot())
+        if self.error is not None:
+            raise self.error
+        return self.results.get(name)
+
+    def merge(self, recipe: str, directory: str, **options: Any) -> Any:  # noqa: ANN401
+        return self._answer("merge", recipe, directory, **options) or Report(directory)
+
+    def plan(self, recipe: str, **options: Any) -> Any:  # noqa: ANN401
+        return self._answer("plan", recipe, **options) or Plan()
+
+    def methods(self) -> Any:  # noqa: ANN401
+        return self._answer("methods") or METHODS
+
+    def open_checkpoint(self, path: str) -> Any:  # noqa: ANN401
+        return self._answer("open_checkpoint", path)
+
+
+Output = tuple[int, str, str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:  # noqa: ANN401
+    """Run the command line: exit code, standard output, standard error."""
+
+    def call(*arguments: str, engine: FakeEngine | None = None) -> Output:
+        code = main(arguments, engine=engine or FakeEngine())
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+# Arguments.
+
+
+def test_merge_passes_on_only_what_was_given(run: Any) -> None:  # noqa: ANN401
+    engine = FakeEngine()
+    assert run("merge", "r.yml", "out", engine=engine)[0] == 0
+    options = {"strict": False, "overwrite": False, "read_path": "auto"}
+    assert engine.calls == [("merge", ("r.yml", "out"), options)]
+
+
+def test_merge_passes_on_everything(run: Any) -> None:  # noqa: ANN401
+    engine = FakeEngine()
+    line = "merge r.yml out --memory 2GiB --threads 3 --seed 7 --shard-size 5B --overwrite"
+    run(*line.split(), "--strict", "--read-path=mapped", engine=engine)
+    assert engine.calls[0][2] == {
+        "memory": 2 << 30,
+        "threads": 3,
+        "seed": 7,
+        "shard_size": 5_000_000_000,
+        "overwrite": True,
+        "strict": True,
+        "read_path": "mapped",
+    }
+
+
+def test_plan_passes_on_its_options(run: Any) -> None:  # noqa: ANN401
+    engine = FakeEngine()
+    run("plan", "r.yml", "--memory", "1GB", "--strict", engine=engine)
+    assert engine.calls == [("plan", ("r.yml",), {"strict": True, "memory": 1_000_000_000})]
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("mrege r.yml out", "unknown command `mrege`", "did you mean `merge`?"),
+        (
+            "xyz",
+            "unknown command `xyz`",
+            "known are: merge, plan, inspect, methods, demo",
+        ),
+        ("merge r out --memroy 1GB", "unknown option `--memroy`", "did you mean `--memory`?"),
+        ("merge r out --mem=1GB", "unknown option `--mem`", "did you mean `--memory`?"),
+        ("merge r out --device cuda", "unknown option `--device`", "known are:"),
+        ("plan r --overwrite", "unknown option `--overwrite`", "known are:"),
+        ("merge r.yml", "the following arguments are required: OUT", "see `oxmerge merge --help`"),
+        ("plan a b", "unrecognized arguments: b", "see `oxmerge plan --help`"),
+        ("merge r out --memory lots", "not a size: 'lots'", "see"),
+        ("merge r out --memory 0", "must be more than nothing", "see"),
+        ("merge r out --threads 0", "`0` is not a whole number from 1", "see"),
+        ("merge r out --seed 18446744073709551616", "is not a whole number", "see"),
+        ("merge r out --seed 1.5", "`1.5` is not a whole number from 0", "see"),
+        ("merge r out --read-path fast", "invalid choice: 'fast'", "see"),
+        ("methods slurp", "unknown method `slurp`", "did you mean `slerp`?"),
+    ],
+)
+def test_usage_errors(run: Any, line: str, message: str, hint: str) -> None:  # noqa: ANN401
+    code, out, err = run(*line.split())
+    assert code == 2
+    assert out == ""
+    first, second = err.splitlines()
+    assert first.startswith("error: ")
+    assert message in first
+    assert second.startswith(f"hint: {hint}")
+
+
+def test_nothing_asked_shows_the_overview(run: Any) -> None:  # noqa: ANN401
+    code, out, err = run()
+    assert (code, err) == (2, "")
+    assert all(f"  {verb} " in out for verb in VERBS)
+    assert run("--help") == (0, out, "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb_fits_a_terminal(run: Any, verb: str) -> None:  # noqa: ANN401
+    code, out, err = run(verb, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: oxmerge {verb}")
+    assert "--json" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_options_that_do_not_work_yet_do_not_exist(run: Any) -> None:  # noqa: ANN401
+    _, out, _ = run("merge", "--help")
+    assert "--device" not in out
+    assert "--resume" not in out
+
+
+# What is printed.
+
+
+def test_merge_ends_with_two_lines(run: Any) -> None:  # noqa: ANN401
+    code, out, err = run("merge", "r.yml", "out")
+    assert (code, out) == (0, "")
+    assert err == (
+        "wrote `out`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
+        "2.00 GB/s read and written, peak memory 180 MiB of 256 MiB, 4 threads, avx512\n"
+    )
+
+
+def test_merge_quiet_says_nothing(run: Any) -> None:  # noqa: ANN401
+    engine = FakeEngine(merge=Report(warnings=("beware",)))
+    assert run("merge", "r.yml", "out", "--quiet", engine=engine) == (0, "", "")
+
+
+def test_merge_json_is_data_alone(run: Any) -> None:  # noqa: ANN401
+    _, out, err = run("merge", "r.yml", "out", "--json")
+    assert json.loads(out) == {"tensors": 75, "seconds": 1.5}
+    assert err.startswith("wrote")
+
+
+def test_warnings_and_their_hints(run: Any) -> None:  # noqa: ANN401
+    problem = Problem("parameter", "`weight` has no effect", advice="put it under `models`")
+    _, _, err = run("plan", "r.yml", engine=FakeEngine(plan=Plan(warnings=(problem,))))
+    assert err == "warning: `weight` has no effect\nhint: put it under `models`\n"
+
+
+def test_plan(run: Any) -> None:  # noqa: ANN401
+    code, out, err = run("plan", "r.yml")
+    assert (code, err) == (0, "")
+    assert out == (
+        "method    slerp\n"
+        "tensors   75 in 1 file\n"
+        "reads     106 MB\n"
+        "writes    53 MB\n"
+        "memory    200 MiB at the peak\n"
+        "threads   4\n"
+        "disk      53.1 MB needed\n"
+        "inputs    150 merged, 2 dropped\n"
+    )
+    assert json.loads(run("plan", "r.yml", "--json")[1]) == {"tensors": 75}
+
+
+def test_methods(run: Any) -> None:  # noqa: ANN401
+    code, out, err = run("methods")
+    assert (code, err) == (0, "")
+    assert out.startswith("linear  weighted average")
+    assert max(len(line) for line in out.splitlines()) < 80
+    assert json.loads(run("methods", "--json")[1]) == {"methods": METHODS}
+
+
+def test_one_method(run: Any) -> None:  # noqa: ANN401
+    code, out, err = run("methods", "slerp")
+    assert (code, err) == (0, "")
+    assert out == (
+        "slerp: Spherical interpolation\n"
+        "\n"
+        "formula     a·sin((1-t)θ)/sin θ\n"
+        "            + b·sin(tθ)/sin θ\n"
+        "base        required\n"
+        "inputs      exactly 2\n"
+        "class       gram\n"
+        "cost        2 reads of each input, 1 write\n"
+        "paper       https://example.org/slerp\n"
+        "\n"
+        "parameters\n"
+        "  t (number, one for all models, required)\n"
+        "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
+        "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
+        "  flatten (boolean, one for all models, default true)\n"
+    )
+    assert json.loads(run("methods", "slerp", "--json")[1]) == METHODS[1]
+
+
+def checkpoint() -> Checkpoint:
+    """Build a small model with experts in some layers and a tied head."""
+    tensors = [Tensor("model.embed_tokens.weight", (100, 8), 0)]
+    start = 1600
+    for layer in range(4):
+        tensors.append(Tensor(f"model.layers.{layer}.norm.weight", (8,), start, "F32"))
+        start += 32
+        for expert in range(2 if layer != 2 else 0):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.up.weight"
+            tensors.append(Tensor(name, (16, 8), start))
+            start += 256
+    tensors.append(Tensor("lm_head.weight", (100, 8), 0))
+    tensors.append(Tensor("scale", (), start, "F8_E4M3"))
+    return Checkpoint(tensors)
+
+
+def test_inspect(run: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    (tmp_path / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
+    code, out, err = run("inspect", str(tmp_path), engine=FakeEngine(open_checkpoint=checkpoint()))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1:] == [
+        "files       1, 4.87 kB of weights",
+        "tensors     13",
+        "parameters  2,401 (2.40k)",
+        "dtype       BF16: 8 tensors, 4.74 kB",
+        "dtype       F32: 4 tensors, 128 B",
+        "dtype       F8_E4M3: 1 tensors, 1 B",
+        "tied        model.embed_tokens.weight = lm_head.weight",
+        "tied        output head = input embedding, says the config, though a head is stored",
+        "",
+        "model.layers: 4 layers",
+        "  norm.weight                                    F32   8",
+        "  mlp.experts.#.up.weight                        BF16  16 x 8, layers 0-1, 3, 2 each",
+        "",
+        "outside of layers",
+        "  model.embed_tokens.weight                      BF16  100 x 8",
+        "  lm_head.weight                                 BF16  100 x 8",
+        "  scale                                          F8_E4M3 scalar",
+    ]
+
+
+def test_inspect_json(run: Any) -> None:  # noqa: ANN401
+    engine = FakeEngine(open_checkpoint=checkpoint())
+    data = json.loads(run("inspect", "nowhere", "--json", engine=engine)[1])
+    assert data["parameters"] == 2401
+    assert data["stacks"] == {"model.layers": 4}
+    assert len(data["tensors"]) == 13
+    assert data["files"] == ["model.safetensors"]
+
+
+def test_demo_makes_and_merges(run: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    engine = FakeEngine()
+    folder = tmp_path / "demo"
+    code, out, err = run("demo", "--directory", str(folder), engine=engine)
+    assert (code, out) == (0, "")
+    assert engine.calls == [
+        ("merge", (str(folder / "recipe.yml"), str(folder / "merged")), {"overwrite": True})
+    ]
+    assert "made two checkpoints of 53.5 MB each" in err
+    assert err.splitlines()[-2].startswith("wrote `")
+
+
+# Failure.
+
+ERRORS: list[tuple[BaseException, int, str]] = [
+    (
+        RecipeError("this recipe cannot be read", problems=[Problem("recipe", "a", advice="b")]),
+        2,
+        "error: this recipe cannot be read\n  - a\nhint: b\n",
+    ),
+    (
+        PlanError(
+            "the models do not fit",
+            problems=[
+                Problem("shape", "shapes differ", tensor="x", expected="[1]", found="[2]"),
+                Problem("missing", "not there", advice="same"),
+                Problem("missing", "nor this", advice="same"),
+            ],
+        ),
+        1,
+        (
+            "error: the models do not fit\n"
+            "  - tensor `x`: shapes differ: expected [1], found [2]\n"
+            "  - not there\n  - nor this\nhint: same\n"
+        ),
+    ),
+    (
+        CheckpointError("cut short", file="m.safetensors", expected="10 bytes", found="9"),
+        1,
+        "error: `m.safetensors`: cut short: expected 10 bytes, found 9\n",
+    ),
+    (
+        MemoryBudgetError("too little", advice="give 300 MiB"),
+        1,
+        "error: too little\nhint: give 300 MiB\n",
+    ),
+    (OutputError("in use", file="out"), 1, "error: `out`: in use\n"),
+    (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "r.yml"),
+        1,
+        "error: `r.yml`: no such file or directory\n",
+    ),
+    (
+        FileExistsError(errno.EEXIST, "the output directory is not empty", "out"),
+        1,
+        (
+            "error: `out`: the output directory is not empty\n"
+            "hint: name a new directory, or replace the model that is there with `--overwrite`\n"
+        ),
+    ),
+    (
+        OSError(errno.ENOSPC, "not enough space: 141 GB needed, 2 GB free", "out"),
+        1,
+        (
+            "error: `out`: not enough space: 141 GB needed, 2 GB free\n"
+            "hint: free some space, or name a directory on another disk\n"
+        ),
+    ),
+    (OSError("odd"), 1, "error: odd\n"),
+    (MemoryError(), 1, "error: out of memory\n"),
+    (KeyboardInterrupt(), 130, "error: interrupted\n"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ERRORS)
+def test_errors_in_plain_text(run: Any, error: BaseException, code: int, text: str) -> None:  # noqa: ANN401
+    found = run("merge", "r.yml", "out", "-q", engine=FakeEngine(error))
+    assert found == (code, "", text)
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ERRORS)
+def test_errors_as_data(run: Any, error: BaseException, code: int, text: str) -> None:  # noqa: ANN401
+    found_code, out, err = run("plan", "r.yml", "--json", engine=FakeEngine(error))
+    assert (found_code, err) == (code, "")
+    data = json.loads(out)["error"]
+    assert data["kind"] == type(error).__name__
+    assert data["message"] in text or data["message"].lower() in text
+    assert len(data.get("problems", [])) == text.count("\n  - ")
+
+
+def test_usage_errors_as_data(run: Any) -> None:  # noqa: ANN401
+    code, out, err = run("plan", "--json", "--strct", "r.yml")
+    assert (code, err) == (2, "")
+    assert json.loads(out)["error"]["advice"] == "did you mean `--strict`?"
+
+
+def test_a_defect_is_not_dressed_up() -> None:
+    with pytest.raises(ZeroDivisionError):
+        main(["plan", "r.yml"], engine=FakeEngine(ZeroDivisionError()))
+
+
+def test_the_numbers_of_system_errors_are_not_for_people(run: Any) -> None:  # noqa: ANN401
+    error = OSError(errno.EIO, "failed to read: Input/output error (os error 5)", "m")
+    _, _, err = run("plan", "r", engine=FakeEngine(error))
+    assert err == "error: `m`: failed to read: Input/output error\n"
+
+
+def test_a_missing_engine_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "oxmerge._core", None)
+    assert main(["methods"]) == 1
+    assert capsys.readouterr().err.startswith("error: the compiled part of oxmerge cannot be")
+
+
+def test_every_error_of_the_package_is_told(run: Any) -> None:  # noqa: ANN401
+    for kind in OxmergeError.__subclasses__():
+        assert run("plan", "r", engine=FakeEngine(kind("what", advice="how")))[2] == (
+            "error: what\nhint: how\n"
+        )
+
+
+# Progress and streams.
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_progress_speaks_every_few_seconds() -> None:
+    lines: list[str] = []
+    times = iter([0.0, 1.0, 6.0, 7.0, 12.0])
+    progress = PlainProgress(lines.append, lambda: next(times))
+    for _ in range(4):
+        progress(Snapshot())
+    assert lines[0] == (
+        " 50%  500 MB of 1 GB  0.25 GB/s  6.0 s left  peak 180 MiB  "
+        "model.layers.3.mlp.up_proj.weight"
+    )
+    assert len(lines) == 2
+
+
+def test_progress_before_the_first_byte() -> None:
+    assert "? left" in progress_line(Snapshot(bytes_done=0, bytes_total=0), 0.0)
+
+
+def test_a_bar_where_someone_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = Terminal()
+    with show_progress(Printer(messages=stream)) as progress:
+        assert progress is not None
+        progress(Snapshot(tensor="odd[/name]"))
+    assert "500 MB of 1 GB" in stream.getvalue()
+    assert "odd[/name]" in stream.getvalue()
+
+
+def test_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    with show_progress(Printer(quiet=True)) as progress:
+        assert progress is None
+    monkeypatch.setenv("OXMERGE_NO_PROGRESS", "1")
+    with show_progress(Printer()) as progress:
+        assert progress is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.25, "0.2 s"), (59.0, "59.0 s"), (61.0, "1 min 1 s"), (3700.0, "1 h 1 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_colour_only_where_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for variable, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", variable)
+        stream = Terminal()
+        Printer(messages=stream).error("bad")
+        assert ("\x1b[" in stream.getvalue()) is coloured
+    plain = io.StringIO()
+    Printer(messages=plain).error("bad")
+    assert plain.getvalue() == "error: bad\n"
+
+
+def test_a_poor_encoding_does_not_break_the_output() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    Printer(output=stream).data("θ")
+    stream.flush()
+    assert raw.getvalue() == b"\\u03b8\n"
+
+
+# As a process.
+
+
+def process(code: str, **settings: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401
+    """Run Python with the package on its path."""
+    folder = Path(sys.modules["oxmerge.cli"].__file__ or "").parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=False,
+        **settings,
+    )
+
+
+def test_the_version_imports_nothing_heavy() -> None:
+    done = process(
+        "import sys; from oxmerge.cli import main; code = main(['--version']); "
+        "print({'rich', 'yaml', 'numpy', 'torch', 'safetensors', 'oxmerge.planning'} "
+        "& set(sys.modules), code)"
+    )
+    assert done.stderr == ""
+    version, loaded = done.stdout.splitlines()
+    assert version.startswith("oxmerge ")
+    assert loaded == "set() 0"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = process(
+        "import os, sys\n"
+        "from oxmerge.cli import main\n"
+        "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)\n"
+        "class Engine:\n"
+        "    def methods(self): return [{'name': 'x' * 100000, 'summary': ''}]\n"
+        "sys.stderr.write(str(main(['methods'], engine=Engine())))\n"
+    )
+    assert done.stderr == "0"
+    assert done.returncode == 0

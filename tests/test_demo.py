@@ -1,0 +1,140 @@
+"""The demo checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import time
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from safetensors import safe_open
+
+from oxmerge import demo as demo_module
+from oxmerge.demo import SIZES, Demo, describe, make_demo
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+SMALL = demo_module.Shape(64, 2, 96, 4, 2, 300, tied=True, shards=3, filled=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """Make a tiny demo once."""
+    return make_demo(tmp_path_factory.mktemp("demo") / "new" / "folder")
+
+
+def tensor(model: Path, name: str) -> np.ndarray[Any, Any]:
+    """Read a bfloat16 tensor by hand."""
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    data = (model / index["weight_map"][name]).read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    entry = json.loads(data[8 : 8 + length])[name]
+    start, end = (8 + length + offset for offset in entry["data_offsets"])
+    bits = np.frombuffer(data[start:end], dtype=ml_dtypes.bfloat16)
+    return bits.astype(np.float32).reshape(entry["shape"])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """Hash every file under a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_each_model_is_complete(tiny: Demo) -> None:
+    assert not tiny.sparse
+    assert 30_000_000 < tiny.model_bytes < 60_000_000
+    for model in tiny.models:
+        index = json.loads((model / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == tiny.model_bytes
+        files = sorted(set(index["weight_map"].values()))
+        assert len(files) == 2
+        for file in files:
+            with safe_open(model / file, "np") as opened:
+                assert opened.metadata() == {"format": "pt"}
+                assert {n for n, f in index["weight_map"].items() if f == file} == set(
+                    opened.keys()
+                )
+        assert sum((model / file).stat().st_size for file in files) > tiny.model_bytes
+        config = json.loads((model / "config.json").read_text())
+        assert config["num_hidden_layers"] == 8
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            json.loads((model / name).read_text())
+
+
+def test_the_tokenizer_knows_every_byte(tiny: Demo) -> None:
+    tokenizer = json.loads((tiny.models[0] / "tokenizer.json").read_text())
+    assert sorted(tokenizer["model"]["vocab"].values()) == list(range(258))
+
+
+def test_the_second_model_is_the_first_with_noise(tiny: Demo) -> None:
+    name = "model.layers.3.mlp.down_proj.weight"
+    base, tuned = (tensor(model, name) for model in tiny.models)
+    assert base.shape == (512, 1408)
+    assert np.std(base) == pytest.approx(0.02, rel=0.02)
+    assert np.std(tuned - base) == pytest.approx(0.001, rel=0.02)
+    norm = tensor(tiny.models[0], "model.norm.weight")
+    assert np.mean(norm) == pytest.approx(1, abs=0.01)
+
+
+def test_rounding_to_bfloat16_is_to_nearest_even() -> None:
+    bits = np.arange(0x3F7F_0000, 0x3F84_0000, 7, dtype=np.uint32)
+    values = bits.view(np.float32)
+    expected = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert np.array_equal(demo_module._bfloat16(values), expected)
+
+
+def test_the_recipe_names_its_neighbours(tiny: Demo) -> None:
+    recipe = yaml.safe_load(tiny.recipe.read_text())
+    assert recipe["merge_method"] == "slerp"
+    names = [entry["model"] for entry in recipe["models"]]
+    assert [tiny.recipe.parent / name for name in names] == list(tiny.models)
+
+
+def test_the_seed_decides_every_byte(tiny: Demo, tmp_path: Path) -> None:
+    started = time.monotonic()
+    same = make_demo(tmp_path / "same")
+    assert time.monotonic() - started < 10
+    other = make_demo(tmp_path / "other", seed=1)
+    assert digest(same.recipe.parent) == digest(tiny.recipe.parent)
+    assert digest(other.recipe.parent) != digest(tiny.recipe.parent)
+
+
+def test_another_size_replaces_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "small", SMALL)
+    make_demo(tmp_path)
+    made = make_demo(tmp_path, "small")
+    assert len(list(made.models[0].glob("*.safetensors"))) == 3
+    index = json.loads((made.models[0] / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in index["weight_map"]
+
+
+def test_big_models_are_sparse(tmp_path: Path) -> None:
+    made = make_demo(tmp_path, "70b")
+    assert made.sparse
+    assert made.model_bytes == 2 * 70_553_706_496
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 60
+    assert sum(file.stat().st_size for file in files) > 2 * made.model_bytes
+    assert sum(file.stat().st_blocks * 512 for file in files) < 10_000_000
+    assert describe(made).startswith("made two checkpoints of 141 GB each (sparse files of zeros")
+
+
+def test_a_short_disk_makes_sparse_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_module, "_has_space", lambda *_: False)
+    assert make_demo(tmp_path).sparse
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        make_demo(tmp_path)

@@ -39,11 +39,11 @@ pub mod reduce;
 pub mod weighted;
 
 pub use consensus::elect;
-pub use convert::{narrow, widen};
+pub use convert::{narrow, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use fused::{weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use level::Level;
-pub use order::{Counts, count, histogram, keep};
+pub use order::{Counts, count, histogram, keep, trim};
 pub use random::{GENERATOR_VERSION, MaskKey, random_mask};
 pub use real::Real;
 pub use reduce::{

@@ -199,15 +199,9 @@ pub fn histogram<T: Real>(
     counts
 }
 
-/// Marks the keys above the threshold and the first equal ones; returns how many are equal.
-pub fn keep<T: Real>(values: &[T], threshold: u64, equal_before: u64, out: &mut [T]) -> u64 {
-    let mut equals = 0;
-    for (value, kept) in values.iter().zip(out) {
-        let key = key(*value);
-        *kept = T::truth(key > threshold || (key == threshold && equals < equal_before));
-        equals += u64::from(key == threshold);
-    }
-    equals
+/// Whether a cut keeps a value: its key is above the threshold, or equal to it where that will do.
+pub fn is_kept<T: Real>(value: T, threshold: u64, equals: bool) -> bool {
+    key(value) > threshold || (equals && key(value) == threshold)
 }
 
 /// Folds term after term into the lanes in turn.

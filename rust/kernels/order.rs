@@ -164,11 +164,34 @@ impl<T: Real> Kernel for Histogram<'_, T> {
     }
 }
 
+/// Where a cut lies: keys above `least` are kept, and those equal to it if `equals` says so.
+#[derive(Clone, Copy)]
+struct Cut<O> {
+    least: O,
+    equals: bool,
+}
+
+impl<O: Ordinal> Cut<O> {
+    fn new(threshold: u64, equals: bool) -> Self {
+        assert!(threshold <= O::MAX_KEY, "the threshold {threshold} is no key");
+        Self { least: O::from_key(threshold), equals }
+    }
+
+    /// Calls `each` with every index and whether the ordinal there is kept. The test for equals is
+    /// made once, outside the loop.
+    #[inline(always)]
+    fn each(self, count: usize, ordinal: impl Fn(usize) -> O, mut each: impl FnMut(usize, bool)) {
+        if self.equals {
+            (0..count).for_each(|index| each(index, ordinal(index) >= self.least));
+        } else {
+            (0..count).for_each(|index| each(index, ordinal(index) > self.least));
+        }
+    }
+}
+
 struct Keep<'a, T: Real> {
     values: &'a [T],
-    threshold: T::Ordinal,
-    /// Whether those equal to the threshold are kept too.
-    inclusive: bool,
+    cut: Cut<T::Ordinal>,
     out: &'a mut [T],
 }
 
@@ -177,16 +200,30 @@ impl<T: Real> Kernel for Keep<'_, T> {
 
     #[inline(always)]
     fn run(self) {
-        let threshold = self.threshold;
-        if self.inclusive {
-            for (kept, value) in self.out.iter_mut().zip(self.values) {
-                *kept = T::truth(value.ordinal() >= threshold);
-            }
-        } else {
-            for (kept, value) in self.out.iter_mut().zip(self.values) {
-                *kept = T::truth(value.ordinal() > threshold);
-            }
-        }
+        let Self { values, cut, out } = self;
+        let values = &values[..out.len()];
+        let ordinal = |index: usize| values[index].ordinal();
+        cut.each(values.len(), ordinal, |index, kept| out[index] = T::truth(kept));
+    }
+}
+
+struct Trim<'a, T: Real> {
+    values: &'a [T],
+    cut: Cut<T::Ordinal>,
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel for Trim<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { values, cut, out } = self;
+        let values = &values[..out.len()];
+        let ordinal = |index: usize| values[index].abs().ordinal();
+        cut.each(values.len(), ordinal, |index, kept| {
+            out[index] = if kept { values[index] } else { T::ZERO };
+        });
     }
 }
 
@@ -222,36 +259,23 @@ pub fn histogram<T: Real>(
 }
 
 /// Marks what a cut keeps: `out[i]` is 1 if the key of `values[i]` is above the threshold, or equal
-/// to it with fewer than `equal_before` equal ones earlier in this slice; else 0. Returns how many
-/// equal ones the slice has.
+/// to it with `equals`; else 0.
 ///
 /// # Panics
 ///
 /// If `out` is not as long as `values`, or the threshold is no key.
-pub fn keep<T: Real>(
-    level: Level,
-    values: &[T],
-    threshold: u64,
-    equal_before: u64,
-    out: &mut [T],
-) -> u64 {
+pub fn keep<T: Real>(level: Level, values: &[T], threshold: u64, equals: bool, out: &mut [T]) {
     assert_eq!(values.len(), out.len(), "the values and the mask must have the same length");
-    assert!(threshold <= T::Ordinal::MAX_KEY, "the threshold {threshold} is no key");
-    let equals = count(level, values, threshold, threshold).inside;
-    let threshold = T::Ordinal::from_key(threshold);
-    let inclusive = equals <= equal_before;
-    level.run(Keep { values, threshold, inclusive, out: &mut *out });
-    if !inclusive {
-        keep_first_equals(values, threshold, equal_before, out);
-    }
-    equals
+    level.run(Keep { values, cut: Cut::new(threshold, equals), out });
 }
 
-/// Marks the first `most` elements that equal the threshold. Happens in one slice per cut, so it
-/// need not be fast.
-fn keep_first_equals<T: Real>(values: &[T], threshold: T::Ordinal, most: u64, out: &mut [T]) {
-    let equals = values.iter().zip(out).filter(|(value, _)| value.ordinal() == threshold);
-    for (_, kept) in equals.take(most as usize) {
-        *kept = T::ONE;
-    }
+/// Keeps what a cut of the magnitudes keeps: `out[i]` is `values[i]` if the key of its magnitude is
+/// above the threshold, or equal to it with `equals`; else 0.
+///
+/// # Panics
+///
+/// If `out` is not as long as `values`, or the threshold is no key.
+pub fn trim<T: Real>(level: Level, values: &[T], threshold: u64, equals: bool, out: &mut [T]) {
+    assert_eq!(values.len(), out.len(), "the values and the output must have the same length");
+    level.run(Trim { values, cut: Cut::new(threshold, equals), out });
 }

@@ -4,7 +4,7 @@
 //! prove that it has them. Here a value does: a [`Level`] can only be made by detection, hence
 //! holding one proves the capability, and every kernel that takes one is a safe function.
 //!
-//! A kernel is a struct of its arguments with a [`Kernel::run`] that is always inlined. The shells
+//! A kernel is a struct of its arguments with a `Kernel::run` that is always inlined. The shells
 //! at the end of this file are the only functions with `target_feature`; each is generic over the
 //! kernel, so the loop is compiled anew inside it. They are never inlined, so that the dispatch
 //! costs one call per slice, and so that the disassembly test finds them by name.

@@ -8,7 +8,7 @@
 //!
 //! A histogram's increments cannot be vectorised, but all around them can:
 //!
-//! 1. Tests and bin indices of [`STEP`] elements are computed together, into arrays.
+//! 1. Tests and bin indices of 64 elements are computed together, into arrays.
 //! 2. Where none of them lies inside the interval, which is the rule once it is narrow, the rest
 //!    is skipped.
 //! 3. There is no branch per element. One outside the interval adds 0 to a bin that its position

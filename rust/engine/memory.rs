@@ -16,7 +16,7 @@ use crate::formula::{Scope, Value};
 use crate::kernels::BLOCK;
 
 /// Input bytes of one source that a piece has at the most: more gains nothing.
-const LARGEST_PIECE: u64 = 8 << 20;
+const LARGEST_PIECE: u64 = 4 << 20;
 /// Stacks, allocator and scheduler, a worker and in all. Measured, rounded up.
 const WORKER_OVERHEAD: u64 = 192 << 10;
 const ENGINE_OVERHEAD: u64 = 2 << 20;

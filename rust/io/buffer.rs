@@ -1,32 +1,47 @@
 //! A reusable byte buffer that begins on a page boundary.
 //!
-//! Direct writes need memory that is aligned like the file. An aligned allocation would need
-//! unsafe code; a vector that is one page longer than asked for, used from its first page boundary
-//! on, needs none and costs at most 4 KiB. The memory comes zeroed from the kernel, so that what
-//! is never touched never becomes resident.
+//! Direct writes need memory that is aligned like the file, and are a third faster from huge pages:
+//! the kernel pins each page that a write comes from, and the device takes each contiguous stretch
+//! as one request. So the memory is an anonymous map with a wish for huge pages. It comes zeroed,
+//! and what is never touched never becomes resident.
 
 use std::fmt;
 
-use super::PAGE;
+use memmap2::{Advice, MmapMut};
+
+/// From this size on a buffer is made of huge pages, where the system has them.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// A page-aligned buffer of a fixed capacity that only [`AlignedBuffer::grow`] changes.
 #[derive(Default)]
 pub struct AlignedBuffer {
-    storage: Vec<u8>,
-    /// Where the first page boundary is in `storage`, whose memory never moves.
-    offset: usize,
+    memory: Option<MmapMut>,
     capacity: usize,
 }
 
 impl AlignedBuffer {
     /// A buffer of `capacity` zero bytes.
+    ///
+    /// # Panics
+    ///
+    /// If there is no memory for it.
     pub fn new(capacity: usize) -> Self {
         if capacity == 0 {
             return Self::default();
         }
-        let storage = vec![0; capacity + PAGE];
-        let offset = storage.as_ptr().addr().wrapping_neg() % PAGE;
-        Self { storage, offset, capacity }
+        let memory = MmapMut::map_anon(Self::resident(capacity));
+        let memory = memory.unwrap_or_else(|error| panic!("no {capacity} bytes of memory: {error}"));
+        if capacity >= HUGE_PAGE {
+            // A wish: a system without huge pages is only slower.
+            let _ = memory.advise(Advice::HugePage);
+        }
+        Self { memory: Some(memory), capacity }
+    }
+
+    /// Bytes that a buffer of `capacity` bytes may have resident.
+    pub fn resident(capacity: usize) -> usize {
+        let page = if capacity >= HUGE_PAGE { HUGE_PAGE } else { super::PAGE };
+        capacity.next_multiple_of(page)
     }
 
     /// Bytes it holds.
@@ -45,12 +60,13 @@ impl AlignedBuffer {
 
     /// All of it.
     pub fn as_slice(&self) -> &[u8] {
-        &self.storage[self.offset..self.offset + self.capacity]
+        self.memory.as_ref().map_or(&[], |memory| &memory[..self.capacity])
     }
 
     /// All of it, to write to.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.storage[self.offset..self.offset + self.capacity]
+        let capacity = self.capacity;
+        self.memory.as_mut().map_or(&mut [], |memory| &mut memory[..capacity])
     }
 }
 

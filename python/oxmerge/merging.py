@@ -222,7 +222,7 @@ def plan(
     )
 
 
-def merge(
+def merge(  # noqa: PLR0913 - the options of the command, keyword only
     recipe: PathLike | Recipe,
     directory: PathLike,
     *,

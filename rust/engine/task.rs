@@ -226,12 +226,12 @@ impl Active {
             _ => {
                 let blocks = self.task.blocks() as usize;
                 self.results.iter_mut().for_each(|sums| sums.resize(blocks, 0.0));
-                self.begin_searches(selections)
+                self.begin_searches(&selections)
             }
         }
     }
 
-    fn begin_searches(&mut self, selections: Vec<Arc<Selection>>) -> bool {
+    fn begin_searches(&mut self, selections: &[Arc<Selection>]) -> bool {
         let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
         self.searching = selections.iter().map(|selection| begin(selection, &self.task)).collect();
         let open: Vec<_> = self
@@ -280,7 +280,7 @@ impl Active {
     }
 
     /// Takes what a unit found. True if the task goes on, false if it is over.
-    pub(crate) fn take(&mut self, unit: u64, found: Found) -> Result<bool> {
+    pub(crate) fn take(&mut self, unit: u64, found: Found) -> bool {
         match found {
             Found::Nothing => {}
             Found::Keys(keys) => self.guess(keys),
@@ -294,7 +294,7 @@ impl Active {
             Found::Columns(sums) => self.columns[unit as usize] = sums,
         }
         self.finished += 1;
-        if self.finished < self.units { Ok(true) } else { Ok(self.advance()) }
+        if self.finished < self.units { true } else { self.advance() }
     }
 
     fn guess(&mut self, keys: Vec<Vec<u64>>) {
@@ -362,7 +362,7 @@ impl Active {
         }
         let mut bindings = Bindings::default();
         for (reduction, values) in reductions.iter().zip(results) {
-            bindings.reduction(reduction, self.bound(reduction, values));
+            bindings.reduction(reduction, Self::bound(reduction, values));
         }
         self.bind_columns(&reductions, &mut bindings);
         for searching in std::mem::take(&mut self.searching) {
@@ -374,7 +374,7 @@ impl Active {
         self.next_pass()
     }
 
-    fn bound(&self, reduction: &Reduction, mut values: Vec<f64>) -> Scalar {
+    fn bound(reduction: &Reduction, mut values: Vec<f64>) -> Scalar {
         match reduction.scope {
             Scope::Row => Scalar::vector(Scope::Row, 0, values),
             // Replaced by `bind_columns`.

@@ -30,7 +30,8 @@ impl AlignedBuffer {
             return Self::default();
         }
         let memory = MmapMut::map_anon(Self::resident(capacity));
-        let memory = memory.unwrap_or_else(|error| panic!("no {capacity} bytes of memory: {error}"));
+        let memory =
+            memory.unwrap_or_else(|error| panic!("no {capacity} bytes of memory: {error}"));
         if capacity >= HUGE_PAGE {
             // A wish: a system without huge pages is only slower.
             let _ = memory.advise(Advice::HugePage);

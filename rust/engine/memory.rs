@@ -15,8 +15,9 @@ use crate::formula::stage::unknown;
 use crate::formula::{Scope, Value};
 use crate::kernels::BLOCK;
 
-/// Input bytes of one source that a piece has at the most: more gains nothing.
-const LARGEST_PIECE: u64 = 4 << 20;
+/// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
+/// two huge pages, so that an output buffer with its odd start fills no third.
+const LARGEST_PIECE: u64 = (4 << 20) - 4096;
 /// Stacks, allocator and scheduler, a worker and in all. Measured, rounded up.
 const WORKER_OVERHEAD: u64 = 192 << 10;
 const ENGINE_OVERHEAD: u64 = 2 << 20;

@@ -182,7 +182,7 @@ def _read(path: str, index: int) -> list[FakeTensor]:
 # The table of methods.
 
 
-def _parameter(name: str, kind: str, default: Any, per: str) -> dict[str, Any]:  # noqa: ANN401
+def _parameter(name: str, kind: str, default: object, per: str) -> dict[str, Any]:
     required = default is ...
     return {
         "name": name,

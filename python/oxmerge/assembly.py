@@ -227,7 +227,7 @@ class Assembler:
             own = [
                 source.resolver.resolve(tensor.name, target.position) for source, tensor in found
             ]
-        if shared is None:
+        if shared is None or not target.section.is_sound:
             return None
         sources = [
             self._source(source, tensor, values)

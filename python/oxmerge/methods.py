@@ -77,12 +77,14 @@ class Count:
         """Tell whether `count` is within the bounds."""
         return count >= self.least and (self.most is None or count <= self.most)
 
-    def __str__(self) -> str:
+    def of(self, noun: str) -> str:
+        """Return the bounds in words: ``exactly 2 models``."""
+        words = f"{self.least} to {self.most}"
         if self.most is None:
-            return f"at least {self.least}"
-        return (
-            f"exactly {self.least}" if self.least == self.most else f"{self.least} to {self.most}"
-        )
+            words = f"at least {self.least}"
+        elif self.most == self.least:
+            words = f"exactly {self.least}"
+        return f"{words} {noun}" if words.endswith(" 1") else f"{words} {noun}s"
 
 
 @dataclass(frozen=True, slots=True)

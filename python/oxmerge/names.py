@@ -36,32 +36,39 @@ __all__ = [
 MOST_EXTRA_LAYERS = 8
 
 _NUMBER = re.compile(r"(?:^|\.)(0|[1-9][0-9]*)(?:\.|$)")
-#: Config keys that count layers: `num_hidden_layers`, `n_layer`, `depth`, `encoder_layers`, ...
-_COUNT_KEY = re.compile(r"(?:^|_)(?:n_?)?(?:layers?|depth|blocks?)(?:$|_)")
-#: Keys with those words that count something else, or number a layer rather than count them.
-_OTHER_KEY = re.compile(
-    r"nextn|mtp|window|drop|freq|norm|size|type|shared|idx|index|start|offset|period|interval"
-    r"|select|feature|dense|skip|replace|dim|hidden_groups"
-)
 
-_INPUT_WORDS = re.compile(
-    r"^(?:.*embed.*|.*embeddings?|emb|wte|wpe|.*_emb|.*position.*|pos_.*|token_type.*|shared|patch.*"
-    r"|pre_la?yer_?norm|pre_layrnorm|ln_pre|stem|conv1|conv_in|class_token|cls_token|mask_token)$"
-)
-_OUTPUT_WORDS = re.compile(
-    r"^(?:lm_head|.*_head|head|heads|embed_out|score|classifier|pooler|ln_f|ln_out|ln_post|norm_f"
-    r"|final_.*norm.*|.*final_norm|norm|norm_?out|post_layer_?norm|layer_?norm|embedding_norm|output"
-    r"|output_.*|out_norm|cls|qa_outputs|generator|.*predictions|vocab_transform"
-    r"|vocab_layer_norm|vocab_projector|mtp.*|rotary_emb_out)$",
-    re.IGNORECASE,
-)
-#: Words of the output side that must win over those of the input side.
-_SURE_OUTPUT_WORDS = re.compile(r"^(?:lm_head|embed_out|embedding_norm|.*predictions|cls|mtp.*)$")
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|output_layer|decoder)\.(?:weight|bias)$")
-_VOCABULARY = re.compile(
-    r"(?:^|\.)(?:embed_tokens|word_embeddings?|wte|tok_embeddings|embeddings?|shared|embed_in"
-    r"|lm_head|embed_out|output_layer|output|decoder)\.(?:weight|bias)$"
-)
+#: Words of config keys that count layers: `num_hidden_layers`, `n_layer`, `depth`, ...
+_COUNT_WORDS = frozenset(("layer", "layers", "depth", "block", "blocks"))
+#: Words of keys that count something else, or that number a layer rather than count them.
+_OTHER_WORDS = frozenset((
+    "nextn", "mtp", "window", "dropout", "freq", "norm", "size", "type", "types", "shared", "idx",
+    "index", "start", "offset", "period", "interval", "select", "feature", "dense", "skip",
+    "replace", "dim",
+))  # fmt: skip
+
+#: Words between the dots of a loose tensor's name that put it on the output side, whatever else.
+_HEAD_WORDS = frozenset(("lm_head", "embed_out", "embedding_norm", "predictions", "cls", "mtp"))
+#: Words that put it on the input side, and parts of words.
+_INPUT_WORDS = frozenset((
+    "emb", "wte", "wpe", "shared", "stem", "conv1", "conv_in", "ln_pre", "pre_layernorm",
+    "pre_layer_norm", "pre_layrnorm", "class_token", "cls_token", "mask_token", "pos_drop",
+))  # fmt: skip
+_INPUT_PARTS = ("embed", "position", "token_type", "patch", "_emb", "emb_")
+#: Words that put it on the output side, and their endings.
+_OUTPUT_WORDS = frozenset((
+    "head", "heads", "score", "classifier", "pooler", "ln_f", "ln_out", "ln_post", "norm", "norm_f",
+    "norm_out", "out_norm", "layernorm", "layer_norm", "post_layernorm", "post_layer_norm",
+    "output", "output_layer", "output_norm", "qa_outputs", "generator", "vocab_transform",
+    "vocab_projector", "vocab_layer_norm",
+))  # fmt: skip
+_OUTPUT_ENDS = ("_head", "final_norm", "final_layernorm", "final_layer_norm")
+
+#: Last module of the name of a head, and of any tensor with a row for each token.
+_HEAD_MODULES = frozenset(("lm_head", "embed_out", "output", "output_layer", "decoder"))
+_VOCABULARY_MODULES = _HEAD_MODULES | frozenset((
+    "embed_tokens", "word_embedding", "word_embeddings", "wte", "tok_embeddings", "embedding",
+    "embeddings", "shared", "embed_in",
+))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +162,8 @@ def find_layer_counts(config: Mapping[str, object]) -> frozenset[int]:
 
 
 def _counts_layers(key: object) -> bool:
-    text = str(key).lower()
-    return _COUNT_KEY.search(text) is not None and _OTHER_KEY.search(text) is None
+    words = str(key).lower().split("_")
+    return not _COUNT_WORDS.isdisjoint(words) and _OTHER_WORDS.isdisjoint(words)
 
 
 def find_layout(names: Iterable[str], counts: frozenset[int]) -> Layout:
@@ -198,19 +205,26 @@ def side_of(name: str) -> str | None:
     >>> side_of("model.embed_tokens.weight"), side_of("lm_head.weight"), side_of("gate.weight")
     ('input', 'output', None)
     """
-    words = name.split(".")
-    if any(map(_SURE_OUTPUT_WORDS.match, words)):
+    words = name.lower().split(".")
+    if not _HEAD_WORDS.isdisjoint(words):
         return "output"
-    if any(map(_INPUT_WORDS.match, words)):
+    if not _INPUT_WORDS.isdisjoint(words) or any(part in name.lower() for part in _INPUT_PARTS):
         return "input"
-    return "output" if any(map(_OUTPUT_WORDS.match, words)) else None
+    at_the_end = any(word.endswith(_OUTPUT_ENDS) for word in words)
+    return "output" if at_the_end or not _OUTPUT_WORDS.isdisjoint(words) else None
 
 
 def is_head(name: str) -> bool:
     """Tell whether a tensor is the head that turns states into tokens."""
-    return _HEAD.search(name) is not None
+    return _last_module(name) in _HEAD_MODULES
 
 
 def is_vocabulary(name: str) -> bool:
     """Tell whether a tensor probably has a row for each token."""
-    return _VOCABULARY.search(name) is not None
+    return _last_module(name) in _VOCABULARY_MODULES
+
+
+def _last_module(name: str) -> str:
+    """Return the module that a weight or bias belongs to."""
+    module, _, kind = name.rpartition(".")
+    return module.rpartition(".")[2] if kind in ("weight", "bias") else ""

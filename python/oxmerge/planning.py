@@ -145,6 +145,7 @@ class _Planner:
         self.inputs = Inputs(core, (start,) if recipe.folder is None else (start, recipe.folder))
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
+        self.methods = read_methods(core.methods())
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> MergePlan:
         method, is_known = self.method()
@@ -169,16 +170,14 @@ class _Planner:
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
-        methods = read_methods(self.core.methods())
-        found = find_method(self.recipe.method, methods)
+        found = find_method(self.recipe.method, self.methods)
         if isinstance(found, Problem):
             self.problems.append(found)
             return Method(self.recipe.method), False
         return found, True
 
     def sections(self, method: Method) -> list[Section]:
-        methods = read_methods(self.core.methods())
-        builder = SectionBuilder(self.recipe, method, methods, self.inputs, self.reader)
+        builder = SectionBuilder(self.recipe, method, self.methods, self.inputs, self.reader)
         sections = builder.build()
         self.problems += builder.problems
         self.warnings += builder.warnings
@@ -195,7 +194,7 @@ class _Planner:
             return []
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
-        self.sliced = SlicedTargets(sections)
+        self.sliced = SlicedTargets(sections, donor)
         return self.sliced
 
     def assemble(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from oxmerge.errors import RecipeError
+from oxmerge.problems import Problem
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from oxmerge.problems import Problem
 
     Scalar = bool | int | float | str
     Settings = Mapping[str, "Setting"]
@@ -115,8 +116,8 @@ class Recipe:
         Settings for everything.
     dtype, out_dtype : str, optional
         Element types by their safetensors names (``BF16``).
-    text : str, optional
-        The recipe as it was written, when it came as text.
+    text : str
+        The recipe as it was written; as JSON, which is YAML too, if it came as a mapping.
     folder : str, optional
         The folder of the recipe's file, where relative paths may start.
     warnings : tuple of Problem
@@ -130,7 +131,7 @@ class Recipe:
     parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    text: str | None = None
+    text: str = ""
     folder: str | None = None
     warnings: tuple[Problem, ...] = ()
 
@@ -145,7 +146,7 @@ class Recipe:
         mapping : mapping
             The recipe's keys and values.
         text : str, optional
-            The text it was parsed from.
+            The text it was parsed from; the mapping as JSON unless given.
         folder : str, optional
             Where relative paths may start, after the working directory.
 
@@ -156,7 +157,7 @@ class Recipe:
         """
         from oxmerge.dialect import read_recipe  # noqa: PLC0415 - it needs this module
 
-        return read_recipe(mapping, text=text, folder=folder)
+        return read_recipe(mapping, text=_as_json(mapping) if text is None else text, folder=folder)
 
     @classmethod
     def from_yaml(cls, source: str | os.PathLike[str]) -> Recipe:
@@ -179,6 +180,20 @@ class Recipe:
         if isinstance(source, str) and ("\n" in source or ": " in source):
             return cls.from_mapping(parse_yaml(source), text=source)
         path = os.path.abspath(source)
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        text = _read_text(path)
         return cls.from_mapping(parse_yaml(text, path), text=text, folder=os.path.dirname(path))
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        problem = Problem("recipe", "not a text file", file=path, found=str(error))
+        raise RecipeError("cannot read the recipe", problems=[problem]) from error
+
+
+def _as_json(mapping: Mapping[str, object]) -> str:
+    import json  # noqa: PLC0415 - a recipe from a file does not need it
+
+    return json.dumps(mapping, indent=2, default=str, skipkeys=True) + "\n"

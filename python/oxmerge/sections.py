@@ -6,7 +6,7 @@ here, and planning goes on with what is left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oxmerge.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import Problem
@@ -62,6 +62,8 @@ class Section:
         How many layers it has; 0 in a recipe of whole models.
     settings : tuple
         What the recipe says here; two sections that agree in it treat a loose tensor alike.
+    is_sound : bool
+        Whether nothing about it was reported. What an unsound one makes is checked, not planned.
     """
 
     where: str
@@ -71,6 +73,7 @@ class Section:
     shared: Resolver
     length: int
     settings: tuple[object, ...]
+    is_sound: bool = True
 
 
 class SectionBuilder:
@@ -163,14 +166,17 @@ class SectionBuilder:
 
     def _check_counts(self, part: Slice, *, has_base: bool) -> None:
         method, count = self._method, len(part.sources)
+        if not has_base and method.base == "required":
+            return  # the missing base is reported, and how many others it needs can be seen then
         if not method.inputs.allows(count):
             words = " (the base included)" if has_base else ""
-            self._contract(part, f"takes {method.inputs} models{words}", count)
+            self._contract(part, method.inputs.of("model") + words, count)
         elif not method.others.allows(count - has_base):
-            self._contract(part, f"takes {method.others} models besides the base", count - has_base)
+            words = " besides the base" if has_base else ""
+            self._contract(part, method.others.of("model") + words, count - has_base)
 
-    def _contract(self, part: Slice, rule: str, found: int) -> None:
-        message = f"method `{self._method.name}` {rule}"
+    def _contract(self, part: Slice, counts: str, found: int) -> None:
+        message = f"method `{self._method.name}` takes {counts}"
         self.problems.append(Problem("contract", message, part.where, found=str(found)))
 
     def _check_duplicates(self, part: Slice) -> None:
@@ -185,6 +191,7 @@ class SectionBuilder:
     # Making.
 
     def _section(self, part: Slice) -> Section | None:
+        before = len(self.problems)
         base = self._base_reference(part)
         has_base = base is not None and self._lists(part.sources, base)
         self._check_names(part.parameters, "all")
@@ -195,7 +202,13 @@ class SectionBuilder:
             advice = "list it there, with its own `layer_range`"
             self.problems.append(Problem("contract", message, part.where, advice=advice))
         base_path = self._inputs.path_of(base) if base is not None and has_base else None
-        return self._open_section(part, base_path)
+        section = self._open_section(part, base_path)
+        found = any(problem.kind != "parameter" for problem in self.problems[before:])
+        is_sound = not found and not self._lacks_base(base)
+        return section if section is None or is_sound else replace(section, is_sound=False)
+
+    def _lacks_base(self, base: str | None) -> bool:
+        return base is None and self._method.base == "required"
 
     def _open_section(self, part: Slice, base_path: str | None) -> Section | None:
         opened = [(source, self._inputs.open(source.model)) for source in part.sources]
@@ -208,9 +221,10 @@ class SectionBuilder:
             if model is not None:
                 base = len(sources) if is_base else base
                 sources.append(self._source(part, source, model, is_base=is_base))
-        donor = sources[base or 0] if sources else None
-        if donor is None or (base is None and opened[0][1] is None):
+        lacks_donor = opened[0][1] is None if base_path is None else base is None
+        if lacks_donor or not sources:
             return None
+        donor = sources[base or 0]
         shared = self._shared(part)
         return Section(part.where, tuple(sources), base, donor, shared, length, _settings(part))
 

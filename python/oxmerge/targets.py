@@ -73,18 +73,20 @@ class SlicedTargets:
     ----------
     sections : list of Section
         The slices, in order; at least one.
+    donor : InputModel
+        The model that gives the config.
 
     Attributes
     ----------
     problems : list of Problem
-        Loose tensors that could be on either side.
+        Loose tensors that could be on either side, stacks that are called differently.
     depth : int
         How many layers the output has.
     layer_map : tuple of (int, int)
         The donor's index and its layer, for each layer of the output.
     """
 
-    def __init__(self, sections: list[Section]) -> None:
+    def __init__(self, sections: list[Section], donor: InputModel) -> None:
         self.problems: list[Problem] = []
         self.depth = sum(section.length for section in sections)
         self.layer_map = tuple(
@@ -93,19 +95,33 @@ class SlicedTargets:
             for offset in range(section.length)
         )
         self._sections = sections
+        self._donor = donor
+        self._rests: dict[int, dict[int, list[str]]] = {}
 
     def __iter__(self) -> Iterator[Target]:
         first, last = self._sections[0], self._sections[-1]
-        stack = first.donor.model.stack
+        stack = self._donor.stack
         if stack is None:
             return
+        self._check_prefixes(stack)
         yield from self._loose(first, "input", stack)
         yield from self._layers(stack)
         yield from self._loose(last, "output", stack)
 
+    def _check_prefixes(self, stack: Stack) -> None:
+        """Check that the output's layers have one name, whichever slice they come from."""
+        for section in self._sections:
+            other = section.donor.model.stack
+            if other is not None and other.prefix != stack.prefix:
+                message = f"the layers of `{section.donor.model.reference}` have another name"
+                expected = f"`{stack.prefix}`, as in `{self._donor.reference}`"
+                found = f"`{other.prefix}`"
+                self.problems.append(
+                    Problem("layers", message, section.where, expected=expected, found=found)
+                )
+
     def _loose(self, section: Section, side: str, stack: Stack) -> Iterator[Target]:
-        names = (name for name in section.donor.model.tensors)
-        for name in names:
+        for name in section.donor.model.tensors:
             place = section.donor.model.layout.place(name)
             if (place is None or place.is_extra) and self._side(name, place) == side:
                 output = name if place is None else self._extra_name(place, stack)
@@ -117,9 +133,7 @@ class SlicedTargets:
         if side is None and not self._ends_agree():
             message = "cannot tell whether it comes before the layers or after them"
             advice = "make the first and the last slice list the same models and parameters"
-            problem = Problem("names", message, tensor=name, advice=advice)
-            if problem not in self.problems:
-                self.problems.append(problem)
+            self.problems.append(Problem("names", message, tensor=name, advice=advice))
         return side or "input"
 
     def _ends_agree(self) -> bool:
@@ -132,8 +146,7 @@ class SlicedTargets:
     def _layers(self, stack: Stack) -> Iterator[Target]:
         number = 0
         for section in self._sections:
-            model = section.donor.model
-            rests = _rests_by_layer(model)
+            rests = self._rests_of(section.donor.model)
             for offset in range(section.length):
                 where = position(offset, section.length)
                 for rest in rests.get(section.donor.start + offset, ()):
@@ -141,6 +154,11 @@ class SlicedTargets:
                         section, offset, rest, where, join(stack.prefix, number, rest)
                     )
                 number += 1
+
+    def _rests_of(self, model: InputModel) -> dict[int, list[str]]:
+        if model.index not in self._rests:
+            self._rests[model.index] = _rests_by_layer(model)
+        return self._rests[model.index]
 
 
 def _layer_target(section: Section, offset: int, rest: str, where: float, name: str) -> Target:

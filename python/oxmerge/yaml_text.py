@@ -86,6 +86,8 @@ def _syntax_problem(error: Exception) -> Problem:
     mark = getattr(error, "problem_mark", None)
     where = None if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
     what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    if isinstance(error, RecursionError):
+        what = "nested too deeply"
     if "another document" in what:
         what = "not supported yet: several merges in one file"
     return Problem("recipe", what, where=where)

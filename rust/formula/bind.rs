@@ -88,6 +88,10 @@ impl<'a> Binder<'a> {
             ValueNode::WeightedSum(terms) => simplify_weighted_sum(
                 terms.iter().map(|(c, v)| (self.scalar(c), self.value(v))).collect(),
             ),
+            ValueNode::Elect { terms, average } => {
+                let terms = terms.iter().map(|(w, v)| (*w, self.value(v))).collect();
+                Value::new(ValueNode::Elect { terms, average: *average })
+            }
             ValueNode::Keep(selection) => {
                 match self.known.selections.get(&Arc::as_ptr(selection)) {
                     Some(&(chosen, _)) => {

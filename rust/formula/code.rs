@@ -26,6 +26,11 @@ pub(crate) enum Operation {
     Load {
         input: usize,
     },
+    /// Widens a chunk of an input and subtracts a base: a task vector.
+    LoadDifference {
+        input: usize,
+        base: Slot,
+    },
     /// The same number everywhere.
     Fill {
         number: f64,
@@ -53,7 +58,16 @@ pub(crate) enum Operation {
     WeightedSum {
         terms: Vec<(f64, Slot)>,
     },
+    Elect {
+        terms: Vec<(f64, Slot)>,
+        average: bool,
+    },
     Kept {
+        a: Slot,
+        chosen: Chosen,
+    },
+    /// What a cut of the magnitudes keeps, else 0.
+    Trim {
         a: Slot,
         chosen: Chosen,
     },
@@ -93,6 +107,7 @@ impl Code {
 struct Emitter {
     instructions: Vec<Instruction>,
     done: HashMap<*const ValueNode, Argument>,
+    loads: HashMap<usize, Slot>,
 }
 
 impl Emitter {
@@ -103,8 +118,10 @@ impl Emitter {
         }
         let argument = match &*value.0 {
             ValueNode::Scalar(scalar) => self.scalar(scalar),
+            ValueNode::Input(index) => Argument::Slot(self.load(*index)),
             node => {
-                let operation = self.operation(node);
+                let fused = self.fused(node);
+                let operation = fused.unwrap_or_else(|| self.operation(node));
                 Argument::Slot(self.emit(operation))
             }
         };
@@ -123,10 +140,38 @@ impl Emitter {
         }
     }
 
+    fn load(&mut self, input: usize) -> Slot {
+        match self.loads.get(&input) {
+            Some(&slot) => slot,
+            None => {
+                let slot = self.emit(Operation::Load { input });
+                self.loads.insert(input, slot);
+                slot
+            }
+        }
+    }
+
+    /// The operations that stand for two or three: what a bench showed to be worth it.
+    fn fused(&mut self, node: &ValueNode) -> Option<Operation> {
+        match node {
+            ValueNode::Binary(BinaryOp::Sub, x, base) => match &*x.0 {
+                ValueNode::Input(input) if !self.loads.contains_key(input) => {
+                    let base = self.slot(base);
+                    Some(Operation::LoadDifference { input: *input, base })
+                }
+                _ => None,
+            },
+            ValueNode::Select { mask, yes, no } => {
+                let chosen = magnitudes_kept(mask, yes, no)?;
+                Some(Operation::Trim { a: self.slot(yes), chosen })
+            }
+            _ => None,
+        }
+    }
+
     fn operation(&mut self, node: &ValueNode) -> Operation {
         match node {
-            ValueNode::Input(index) => Operation::Load { input: *index },
-            ValueNode::Scalar(_) => unreachable!("scalars are arguments"),
+            ValueNode::Input(_) | ValueNode::Scalar(_) => unreachable!("these are arguments"),
             ValueNode::Unary(op, a) => Operation::Unary { op: *op, a: self.slot(a) },
             ValueNode::Binary(op, a, b) => {
                 let (a, b) = (self.value(a), self.value(b));
@@ -138,6 +183,10 @@ impl Emitter {
                 Operation::Select { mask, yes, no }
             }
             ValueNode::WeightedSum(terms) => self.weighted_sum(terms),
+            ValueNode::Elect { terms, average } => {
+                let terms = terms.iter().map(|(w, value)| (*w, self.slot(value))).collect();
+                Operation::Elect { terms, average: *average }
+            }
             ValueNode::Keep(_) => unreachable!("code was asked for before a selection was known"),
             ValueNode::Kept { value, chosen } => {
                 Operation::Kept { a: self.slot(value), chosen: *chosen }
@@ -234,7 +283,8 @@ impl Operation {
         };
         match self {
             Self::Load { .. } | Self::Fill { .. } | Self::Spread { .. } | Self::Random { .. } => {}
-            Self::Unary { a, .. } | Self::Kept { a, .. } => visit(a),
+            Self::Unary { a, .. } | Self::Kept { a, .. } | Self::Trim { a, .. } => visit(a),
+            Self::LoadDifference { base, .. } => visit(base),
             Self::Binary { a, b, .. } => {
                 argument(a);
                 argument(b);
@@ -244,7 +294,18 @@ impl Operation {
                 argument(no);
                 visit(mask);
             }
-            Self::WeightedSum { terms } => terms.iter_mut().for_each(|(_, slot)| visit(slot)),
+            Self::WeightedSum { terms } | Self::Elect { terms, .. } => {
+                terms.iter_mut().for_each(|(_, slot)| visit(slot))
+            }
         }
     }
+}
+
+/// Whether `mask ? yes : no` is `yes` where a cut of its magnitudes keeps it, else 0.
+fn magnitudes_kept(mask: &Value, yes: &Value, no: &Value) -> Option<Chosen> {
+    let ValueNode::Kept { value, chosen } = &*mask.0 else { return None };
+    let ValueNode::Unary(UnaryOp::Abs, magnitude_of) = &*value.0 else { return None };
+    let ValueNode::Scalar(zero) = &*no.0 else { return None };
+    let is_zero = zero.as_constant().is_some_and(|zero| zero == 0.0 && zero.is_sign_positive());
+    (is_zero && Arc::ptr_eq(&magnitude_of.0, &yes.0)).then_some(*chosen)
 }

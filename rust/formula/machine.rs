@@ -150,6 +150,11 @@ impl<'a, T: Real> Machine<'a, T> {
                 let input = inputs[*input].expect("an input that the code loads was read");
                 kernels::widen(self.level, input.dtype, input.part(range), out);
             }
+            Operation::LoadDifference { input, base } => {
+                let input = inputs[*input].expect("an input that the code loads was read");
+                let (bytes, base) = (input.part(range), self.slot(*base));
+                kernels::widen_difference(self.level, input.dtype, bytes, base, out);
+            }
             Operation::Fill { number } => out.fill(T::from_f64(*number)),
             Operation::Spread { axis, first, values } => {
                 self.spread(*axis, *first, values, range.start, out);
@@ -163,16 +168,26 @@ impl<'a, T: Real> Machine<'a, T> {
                 kernels::select(self.level, self.slot(*mask), yes, no, out);
             }
             Operation::WeightedSum { terms } => {
-                let terms: Vec<(T, &[T])> =
-                    terms.iter().map(|&(c, slot)| (T::from_f64(c), self.slot(slot))).collect();
-                kernels::weighted_sum(self.level, &terms, out);
+                kernels::weighted_sum(self.level, &self.terms(terms), out);
             }
-            Operation::Kept { a, chosen } => self.kept(*chosen, range.start, self.slot(*a), out),
+            Operation::Elect { terms, average } => {
+                kernels::elect(self.level, &self.terms(terms), *average, out);
+            }
+            Operation::Kept { a, chosen } => {
+                self.cut(kernels::keep, *chosen, range.start, self.slot(*a), out);
+            }
+            Operation::Trim { a, chosen } => {
+                self.cut(kernels::trim, *chosen, range.start, self.slot(*a), out);
+            }
             Operation::Random { keep_below, .. } => {
                 let key = self.keys[at].as_ref().expect("every random instruction has a key");
                 kernels::random_mask(self.level, key, range.start, *keep_below, out);
             }
         }
+    }
+
+    fn terms(&self, terms: &[(f64, Slot)]) -> Vec<(T, &[T])> {
+        terms.iter().map(|&(c, slot)| (T::from_f64(c), self.slot(slot))).collect()
     }
 
     fn slot(&self, slot: Slot) -> &[T] {
@@ -186,12 +201,20 @@ impl<'a, T: Real> Machine<'a, T> {
         }
     }
 
-    /// Equal elements are kept up to a flat index, which may lie inside this chunk.
-    fn kept(&self, chosen: Chosen, first: u64, values: &[T], out: &mut [T]) {
-        let cut = chosen.equals_end.saturating_sub(first).min(values.len() as u64) as usize;
-        let (before, after) = out.split_at_mut(cut);
-        kernels::keep(self.level, &values[..cut], chosen.threshold, u64::MAX, before);
-        kernels::keep(self.level, &values[cut..], chosen.threshold, 0, after);
+    /// Runs `cut` on the elements up to the last equal one that is kept, with equals, and on those
+    /// behind it, without: the index may lie inside this chunk.
+    fn cut(
+        &self,
+        cut: impl Fn(Level, &[T], u64, bool, &mut [T]),
+        chosen: Chosen,
+        first: u64,
+        values: &[T],
+        out: &mut [T],
+    ) {
+        let end = chosen.equals_end.saturating_sub(first).min(values.len() as u64) as usize;
+        let (before, after) = out.split_at_mut(end);
+        cut(self.level, &values[..end], chosen.threshold, true, before);
+        cut(self.level, &values[end..], chosen.threshold, false, after);
     }
 
     fn spread(&self, axis: Scope, first: u64, values: &[f64], start: u64, out: &mut [T]) {

@@ -83,6 +83,11 @@ pub(crate) enum ValueNode {
         no: Value,
     },
     WeightedSum(Vec<(Scalar, Value)>),
+    /// The terms of the sign that their sum has, summed; with `average`, by their weights.
+    Elect {
+        terms: Vec<(f64, Value)>,
+        average: bool,
+    },
     /// 1 where the element is among the kept, else 0.
     Keep(Arc<Selection>),
     /// The same, after the selection was found.
@@ -318,6 +323,16 @@ impl Value {
         mask.select(self, &Self::scalar(0.0))
     }
 
+    /// The sign vote of TIES: the sum of those `weight · value` that have the sign of the sum of them
+    /// all, zero counting as positive; with `average`, divided by the sum of their weights.
+    pub fn elect(terms: impl IntoIterator<Item = (f64, Self)>, average: bool) -> Self {
+        let terms: Vec<_> = terms.into_iter().filter(|(weight, _)| *weight != 0.0).collect();
+        if terms.is_empty() {
+            return Self::scalar(0.0);
+        }
+        Self::new(ValueNode::Elect { terms, average })
+    }
+
     /// 1 with probability `density`, else 0. Streams are independent of each other.
     pub fn random_mask(density: f64, stream: u32) -> Self {
         Self::new(ValueNode::Random { density, stream })
@@ -405,6 +420,7 @@ impl fmt::Debug for Value {
             ValueNode::Binary(op, a, b) => write!(f, "{op:?}({a:?}, {b:?})"),
             ValueNode::Select { mask, yes, no } => write!(f, "Select({mask:?}, {yes:?}, {no:?})"),
             ValueNode::WeightedSum(terms) => f.debug_map().entries(terms.iter().cloned()).finish(),
+            ValueNode::Elect { terms, average } => write!(f, "Elect({terms:?}, {average})"),
             ValueNode::Keep(selection) => {
                 write!(f, "Largest({:?} of {:?})", selection.count, selection.value)
             }

@@ -38,6 +38,15 @@ impl<T: Real> Oracle<T> {
                 choices.map(|(mask, (yes, no))| oracle::select(mask, yes, no)).collect()
             }
             ValueNode::WeightedSum(terms) => self.weighted_sum(terms),
+            ValueNode::Elect { terms, average } => {
+                let terms: Vec<(T, Vec<T>)> =
+                    terms.iter().map(|(w, v)| (T::from_f64(*w), self.evaluate(v))).collect();
+                let element = |at: usize| {
+                    let terms: Vec<(T, T)> = terms.iter().map(|(w, v)| (*w, v[at])).collect();
+                    oracle::elect(&terms, *average)
+                };
+                (0..self.frame.elements as usize).map(element).collect()
+            }
             ValueNode::Keep(selection) => self.kept(selection),
             ValueNode::Kept { .. } => unreachable!("only the engine binds selections"),
             ValueNode::Random { density, stream } => self.random(*density, *stream),

@@ -65,6 +65,7 @@ impl Dependencies {
                     self.value(term);
                 }
             }
+            ValueNode::Elect { terms, .. } => terms.iter().for_each(|(_, term)| self.value(term)),
             ValueNode::Keep(selection) => self.selection(selection),
         }
     }

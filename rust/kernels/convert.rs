@@ -145,6 +145,23 @@ impl<T: Real, F: Format> Kernel for Widen<'_, T, F> {
     }
 }
 
+struct WidenDifference<'a, T, F: Format> {
+    src: &'a [F::Bytes],
+    base: &'a [T],
+    dst: &'a mut [T],
+}
+
+impl<T: Real, F: Format> Kernel for WidenDifference<'_, T, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for ((difference, &bytes), &base) in self.dst.iter_mut().zip(self.src).zip(self.base) {
+            *difference = F::widen::<T>(bytes) - base;
+        }
+    }
+}
+
 struct Narrow<'a, T, F: Format> {
     src: &'a [T],
     dst: &'a mut [F::Bytes],
@@ -186,6 +203,32 @@ pub fn widen<T: Real>(level: Level, dtype: DType, src: &[u8], dst: &mut [T]) {
         DType::F16 => go::<T, F16>(level, src, dst),
         DType::F32 => go::<T, F32>(level, src, dst),
         DType::F64 if size_of::<T>() == 8 => go::<T, F64>(level, src, dst),
+        _ => unreachable!("{dtype} does not widen to {}", std::any::type_name::<T>()),
+    }
+}
+
+/// Widens stored elements and subtracts a base: `dst[i] = src[i] − base[i]`, rounded once.
+///
+/// # Panics
+///
+/// As [`widen`] does, or if `base` is not as long as `dst`.
+pub fn widen_difference<T: Real>(
+    level: Level,
+    dtype: DType,
+    src: &[u8],
+    base: &[T],
+    dst: &mut [T],
+) {
+    fn go<T: Real, F: Format>(level: Level, src: &[u8], base: &[T], dst: &mut [T]) {
+        level.run(WidenDifference::<T, F> { src: F::elements(src), base, dst });
+    }
+    check_bytes("the source", dtype, src, dst.len());
+    assert_eq!(base.len(), dst.len(), "the base and the output must have the same length");
+    match dtype {
+        DType::Bf16 => go::<T, Bf16>(level, src, base, dst),
+        DType::F16 => go::<T, F16>(level, src, base, dst),
+        DType::F32 => go::<T, F32>(level, src, base, dst),
+        DType::F64 if size_of::<T>() == 8 => go::<T, F64>(level, src, base, dst),
         _ => unreachable!("{dtype} does not widen to {}", std::any::type_name::<T>()),
     }
 }

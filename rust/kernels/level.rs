@@ -4,12 +4,15 @@
 //! prove that it has them. Here a value does: a [`Level`] can only be made by detection, hence
 //! holding one proves the capability, and every kernel that takes one is a safe function.
 //!
-//! A kernel is a struct of its arguments with a [`Kernel::run`] that is always inlined. The shells
+//! A kernel is a struct of its arguments with a `Kernel::run` that is always inlined. The shells
 //! at the end of this file are the only functions with `target_feature`; each is generic over the
 //! kernel, so the loop is compiled anew inside it. They are never inlined, so that the dispatch
 //! costs one call per slice, and so that the disassembly test finds them by name.
 
-#![expect(unsafe_code, reason = "calls functions that need the CPU features a level stands for")]
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "calls functions that need the CPU features a level stands for")
+)]
 
 use std::sync::OnceLock;
 

@@ -26,6 +26,7 @@
     reason = "a loop that is not inlined into its shell is compiled without the shell's features"
 )]
 
+pub mod consensus;
 pub mod convert;
 pub mod elementwise;
 pub mod fused;
@@ -37,11 +38,12 @@ pub mod real;
 pub mod reduce;
 pub mod weighted;
 
-pub use convert::{narrow, widen};
+pub use consensus::elect;
+pub use convert::{narrow, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use fused::{weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use level::Level;
-pub use order::{Counts, count, histogram, keep};
+pub use order::{Counts, count, histogram, keep, trim};
 pub use random::{GENERATOR_VERSION, MaskKey, random_mask};
 pub use real::Real;
 pub use reduce::{

@@ -151,6 +151,22 @@ pub fn weighted_difference_sum<T: Real>(base: T, terms: &[(T, T)], scale: T) -> 
     base + if scale == T::ONE { sum } else { sum * scale }
 }
 
+/// The sum of those `weight · value` that have the sign of the sum of them all (zero counts as
+/// positive), divided by the sum of their weights if an average is asked for and that is not zero.
+pub fn elect<T: Real>(terms: &[(T, T)], average: bool) -> T {
+    let weighted: Vec<T> = terms.iter().map(|&(weight, value)| weight * value).collect();
+    let vote = weighted.iter().copied().reduce(|sum, value| sum + value).expect("a voter");
+    let winner = if vote >= T::ZERO { T::ONE } else { -T::ONE };
+    let (mut sum, mut share) = (T::ZERO, T::ZERO);
+    for (&(weight, _), value) in terms.iter().zip(weighted) {
+        if unary(UnaryOp::Sign, value) == winner {
+            sum += value;
+            share += weight;
+        }
+    }
+    if average && share != T::ZERO { sum / share } else { sum }
+}
+
 /// The order key: zero is in the middle, its neighbours beside it, NaN at the top.
 pub fn key<T: Real>(value: T) -> u64 {
     let width = 8 * size_of::<T>() as u32;
@@ -183,15 +199,9 @@ pub fn histogram<T: Real>(
     counts
 }
 
-/// Marks the keys above the threshold and the first equal ones; returns how many are equal.
-pub fn keep<T: Real>(values: &[T], threshold: u64, equal_before: u64, out: &mut [T]) -> u64 {
-    let mut equals = 0;
-    for (value, kept) in values.iter().zip(out) {
-        let key = key(*value);
-        *kept = T::truth(key > threshold || (key == threshold && equals < equal_before));
-        equals += u64::from(key == threshold);
-    }
-    equals
+/// Whether a cut keeps a value: its key is above the threshold, or equal to it where that will do.
+pub fn is_kept<T: Real>(value: T, threshold: u64, equals: bool) -> bool {
+    key(value) > threshold || (equals && key(value) == threshold)
 }
 
 /// Folds term after term into the lanes in turn.

@@ -8,7 +8,7 @@
 //!
 //! A histogram's increments cannot be vectorised, but all around them can:
 //!
-//! 1. Distances, tests and bin indices of [`STEP`] elements are computed first, into arrays.
+//! 1. Tests and bin indices of 64 elements are computed together, into arrays.
 //! 2. Where none of them lies inside the interval, which is the rule once it is narrow, the rest
 //!    is skipped.
 //! 3. There is no branch per element. One outside the interval adds 0 to a bin that its position
@@ -49,6 +49,10 @@ impl<O: Ordinal> Interval<O> {
     }
 
     #[inline(always)]
+    fn contains(self, ordinal: O) -> bool {
+        self.low <= ordinal && ordinal <= self.high
+    }
+
     fn span(self) -> O::Distance {
         self.high.above(self.low)
     }
@@ -90,32 +94,38 @@ struct Histogram<'a, T: Real> {
 }
 
 impl<T: Real> Histogram<'_, T> {
+    /// The bin of an ordinal inside the interval.
+    #[inline(always)]
+    fn index(&self, ordinal: T::Ordinal) -> u32 {
+        T::Ordinal::shifted(ordinal.above(self.interval.low), self.shift)
+    }
+
     /// Adds [`STEP`] elements.
     #[inline(always)]
+    #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
     fn step(&mut self, values: &[T; STEP], counts: &mut Counts) {
         let Interval { low, high } = self.interval;
-        let (span, zero) = (self.interval.span(), T::ZERO.ordinal());
+        let zero = T::ZERO.ordinal();
         let harmless = (1_u32 << self.bins.len().min(STEP).ilog2()) - 1;
         let (mut above, mut inside, mut zeros) = (0_u32, 0_u32, 0_u32);
-        let mut weights = [0_u32; STEP];
-        let mut indices = [0_u32; STEP];
+        let (mut weights, mut indices) = ([0_u32; STEP], [0_u32; STEP]);
         for position in 0..STEP {
             let ordinal = values[position].ordinal();
-            let distance = ordinal.above(low);
-            let (is_inside, is_zero) = (distance <= span, ordinal == zero);
-            above += u32::from(ordinal > high);
+            let is_above = ordinal > high;
+            let is_inside = (ordinal >= low) & !is_above;
+            let is_counted = is_inside & (ordinal != zero);
+            let (index, elsewhere) = (self.index(ordinal), position as u32 & harmless);
+            above += u32::from(is_above);
             inside += u32::from(is_inside);
-            zeros += u32::from(is_inside && is_zero);
-            let is_counted = is_inside && !is_zero;
+            zeros += u32::from(is_inside & (ordinal == zero));
             weights[position] = u32::from(is_counted);
-            let index = <T::Ordinal as Ordinal>::shifted(distance, self.shift);
-            indices[position] = if is_counted { index } else { position as u32 & harmless };
+            indices[position] = if is_counted { index } else { elsewhere };
         }
         counts.above += u64::from(above);
         counts.inside += u64::from(inside);
         if zeros > 0 {
-            let distance = zero.above(low);
-            self.bins[<T::Ordinal as Ordinal>::shifted(distance, self.shift) as usize] += zeros;
+            let index = self.index(zero);
+            self.bins[index as usize] += zeros;
         }
         if inside > zeros {
             for (&index, &weight) in indices.iter().zip(&weights) {
@@ -128,11 +138,11 @@ impl<T: Real> Histogram<'_, T> {
     #[inline(always)]
     fn one(&mut self, value: T, counts: &mut Counts) {
         let ordinal = value.ordinal();
-        let distance = ordinal.above(self.interval.low);
         counts.above += u64::from(ordinal > self.interval.high);
-        if distance <= self.interval.span() {
+        if self.interval.contains(ordinal) {
             counts.inside += 1;
-            self.bins[<T::Ordinal as Ordinal>::shifted(distance, self.shift) as usize] += 1;
+            let index = self.index(ordinal);
+            self.bins[index as usize] += 1;
         }
     }
 }
@@ -154,11 +164,34 @@ impl<T: Real> Kernel for Histogram<'_, T> {
     }
 }
 
+/// Where a cut lies: keys above `least` are kept, and those equal to it if `equals` says so.
+#[derive(Clone, Copy)]
+struct Cut<O> {
+    least: O,
+    equals: bool,
+}
+
+impl<O: Ordinal> Cut<O> {
+    fn new(threshold: u64, equals: bool) -> Self {
+        assert!(threshold <= O::MAX_KEY, "the threshold {threshold} is no key");
+        Self { least: O::from_key(threshold), equals }
+    }
+
+    /// Calls `each` with every index and whether the ordinal there is kept. The test for equals is
+    /// made once, outside the loop.
+    #[inline(always)]
+    fn each(self, count: usize, ordinal: impl Fn(usize) -> O, mut each: impl FnMut(usize, bool)) {
+        if self.equals {
+            (0..count).for_each(|index| each(index, ordinal(index) >= self.least));
+        } else {
+            (0..count).for_each(|index| each(index, ordinal(index) > self.least));
+        }
+    }
+}
+
 struct Keep<'a, T: Real> {
     values: &'a [T],
-    threshold: T::Ordinal,
-    /// Whether those equal to the threshold are kept too.
-    inclusive: bool,
+    cut: Cut<T::Ordinal>,
     out: &'a mut [T],
 }
 
@@ -167,16 +200,30 @@ impl<T: Real> Kernel for Keep<'_, T> {
 
     #[inline(always)]
     fn run(self) {
-        let threshold = self.threshold;
-        if self.inclusive {
-            for (kept, value) in self.out.iter_mut().zip(self.values) {
-                *kept = T::truth(value.ordinal() >= threshold);
-            }
-        } else {
-            for (kept, value) in self.out.iter_mut().zip(self.values) {
-                *kept = T::truth(value.ordinal() > threshold);
-            }
-        }
+        let Self { values, cut, out } = self;
+        let values = &values[..out.len()];
+        let ordinal = |index: usize| values[index].ordinal();
+        cut.each(values.len(), ordinal, |index, kept| out[index] = T::truth(kept));
+    }
+}
+
+struct Trim<'a, T: Real> {
+    values: &'a [T],
+    cut: Cut<T::Ordinal>,
+    out: &'a mut [T],
+}
+
+impl<T: Real> Kernel for Trim<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { values, cut, out } = self;
+        let values = &values[..out.len()];
+        let ordinal = |index: usize| values[index].abs().ordinal();
+        cut.each(values.len(), ordinal, |index, kept| {
+            out[index] = if kept { values[index] } else { T::ZERO };
+        });
     }
 }
 
@@ -212,36 +259,23 @@ pub fn histogram<T: Real>(
 }
 
 /// Marks what a cut keeps: `out[i]` is 1 if the key of `values[i]` is above the threshold, or equal
-/// to it with fewer than `equal_before` equal ones earlier in this slice; else 0. Returns how many
-/// equal ones the slice has.
+/// to it with `equals`; else 0.
 ///
 /// # Panics
 ///
 /// If `out` is not as long as `values`, or the threshold is no key.
-pub fn keep<T: Real>(
-    level: Level,
-    values: &[T],
-    threshold: u64,
-    equal_before: u64,
-    out: &mut [T],
-) -> u64 {
+pub fn keep<T: Real>(level: Level, values: &[T], threshold: u64, equals: bool, out: &mut [T]) {
     assert_eq!(values.len(), out.len(), "the values and the mask must have the same length");
-    assert!(threshold <= T::Ordinal::MAX_KEY, "the threshold {threshold} is no key");
-    let equals = count(level, values, threshold, threshold).inside;
-    let threshold = T::Ordinal::from_key(threshold);
-    let inclusive = equals <= equal_before;
-    level.run(Keep { values, threshold, inclusive, out: &mut *out });
-    if !inclusive {
-        keep_first_equals(values, threshold, equal_before, out);
-    }
-    equals
+    level.run(Keep { values, cut: Cut::new(threshold, equals), out });
 }
 
-/// Marks the first `most` elements that equal the threshold. Happens in one slice per cut, so it
-/// need not be fast.
-fn keep_first_equals<T: Real>(values: &[T], threshold: T::Ordinal, most: u64, out: &mut [T]) {
-    let equals = values.iter().zip(out).filter(|(value, _)| value.ordinal() == threshold);
-    for (_, kept) in equals.take(most as usize) {
-        *kept = T::ONE;
-    }
+/// Keeps what a cut of the magnitudes keeps: `out[i]` is `values[i]` if the key of its magnitude is
+/// above the threshold, or equal to it with `equals`; else 0.
+///
+/// # Panics
+///
+/// If `out` is not as long as `values`, or the threshold is no key.
+pub fn trim<T: Real>(level: Level, values: &[T], threshold: u64, equals: bool, out: &mut [T]) {
+    assert_eq!(values.len(), out.len(), "the values and the output must have the same length");
+    level.run(Trim { values, cut: Cut::new(threshold, equals), out });
 }

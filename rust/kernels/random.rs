@@ -12,9 +12,9 @@
 //! Element i takes word i mod 4 of its counter, and is kept if that word is below
 //! round(density·2³²).
 //!
-//! Sixteen counters are computed side by side, one array per word, so that the rounds vectorise.
-
-use std::array::from_fn;
+//! The loop is over counters, with the rounds unrolled inside, so that it vectorises across
+//! counters. A word is the low half of 64 bits, where a product with a multiplier needs no
+//! unpacking; whatever the rounds leave in the high half is ignored.
 
 use super::level::{Kernel, Level};
 use super::real::Real;
@@ -22,15 +22,10 @@ use super::real::Real;
 /// Changes when a mask would.
 pub const GENERATOR_VERSION: u32 = 1;
 
-/// Counters computed side by side.
-const WIDE: usize = 16;
-
-const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
-
-/// Four words for each of `N` counters: `words[word][counter]`.
-type Words<const N: usize> = [[u32; N]; 4];
+const LOW_HALF: u64 = 0xFFFF_FFFF;
 
 /// Which mask: of one tensor and one input, under one seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,34 +63,27 @@ fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
     })
 }
 
-/// Philox4x32 with ten rounds, of `N` counters under one key.
+/// Philox4x32 with ten rounds, on words in low halves.
 #[inline(always)]
-fn philox<const N: usize>(mut key: [u32; 2], counters: Words<N>) -> Words<N> {
-    let mut words = counters;
+fn philox(mut key: [u32; 2], counter: [u64; 4]) -> [u32; 4] {
+    let mut words = counter;
     for _ in 0..ROUNDS {
-        words = round(key, &words);
+        let first = MULTIPLIERS[0] * (words[0] & LOW_HALF);
+        let second = MULTIPLIERS[1] * (words[2] & LOW_HALF);
+        words = [
+            (second >> 32) ^ words[1] ^ u64::from(key[0]),
+            second,
+            (first >> 32) ^ words[3] ^ u64::from(key[1]),
+            first,
+        ];
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
-    words
-}
-
-#[inline(always)]
-fn round<const N: usize>(key: [u32; 2], words: &Words<N>) -> Words<N> {
-    let mut next = [[0; N]; 4];
-    for counter in 0..N {
-        let product = u64::from(MULTIPLIERS[0]) * u64::from(words[0][counter]);
-        let other = u64::from(MULTIPLIERS[1]) * u64::from(words[2][counter]);
-        next[0][counter] = (other >> 32) as u32 ^ words[1][counter] ^ key[0];
-        next[1][counter] = other as u32;
-        next[2][counter] = (product >> 32) as u32 ^ words[3][counter] ^ key[1];
-        next[3][counter] = product as u32;
-    }
-    next
+    words.map(|word| word as u32)
 }
 
 /// The four words of one counter: the generator itself.
 pub fn philox4x32(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
-    philox::<1>(key, counter.map(|word| [word])).map(|[word]| word)
+    philox(key, counter.map(u64::from))
 }
 
 struct Mask<'a, T> {
@@ -112,23 +100,11 @@ impl<T: Real> Kernel for Mask<'_, T> {
 
     #[inline(always)]
     fn run(self) {
-        let [_, _, stream_low, stream_high] = self.key.counter(0);
-        let first = self.first_index / 4;
-        for (position, out) in self.out.chunks_mut(WIDE).enumerate() {
-            let start = first + (position * WIDE) as u64;
-            let index = |lane: usize| words(start + lane as u64);
-            let counters = [
-                from_fn(|lane| index(lane)[0]),
-                from_fn(|lane| index(lane)[1]),
-                [stream_low; WIDE],
-                [stream_high; WIDE],
-            ];
-            let drawn = philox(self.key.key, counters);
-            for (lane, out) in out.iter_mut().enumerate() {
-                for word in 0..4 {
-                    out[word] = T::truth(drawn[word][lane] <= self.greatest);
-                }
-            }
+        let MaskKey { key, stream } = self.key;
+        let stream = stream.map(u64::from);
+        for (index, out) in (self.first_index / 4..).zip(self.out) {
+            let words = philox(key, [index, index >> 32, stream[0], stream[1]]);
+            *out = words.map(|word| T::truth(word <= self.greatest));
         }
     }
 }

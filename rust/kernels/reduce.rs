@@ -65,7 +65,10 @@ macro_rules! reduction {
 
 reduction!(Sum, lanes, [values], |lane: f64, value: f64| lane + value);
 reduction!(AbsoluteSum, lanes, [values], |lane: f64, value: f64| lane + value.abs());
-reduction!(Maximum, lanes, [values], |lane: f64, value: f64| lane.greater_of(value));
+// NaN is taken, and then kept, since nothing compares greater.
+reduction!(Maximum, lanes, [values], |lane: f64, value: f64| {
+    if value > lane || value.is_nan() { value } else { lane }
+});
 reduction!(Dot, lanes, [a, b], |lane: f64, a: f64, b: f64| lane + a * b);
 
 /// `lanes[i % 16] += values[i]`. The slice starts at a multiple of 16 in its block.
@@ -78,10 +81,14 @@ pub fn absolute_sum_into<T: Real>(level: Level, values: &[T], lanes: &mut Lanes)
     level.run(AbsoluteSum { values, lanes });
 }
 
-/// `lanes[i % 16] = max(lanes[i % 16], values[i])`; NaN where any value is. The lanes start at
-/// minus infinity.
+/// `lanes[i % 16] = max(lanes[i % 16], values[i])`; the canonical NaN where any value is NaN, and
+/// never −0. The lanes start at minus infinity.
 pub fn max_into<T: Real>(level: Level, values: &[T], lanes: &mut Lanes) {
     level.run(Maximum { values, lanes });
+    for lane in lanes {
+        // Adding +0 turns −0 into +0 and changes nothing else.
+        *lane = if lane.is_nan() { <f64 as Real>::NAN } else { *lane + 0.0 };
+    }
 }
 
 /// `lanes[i % 16] += a[i]·b[i]`, multiplied in f64. The slices start at a multiple of 16 in their

@@ -117,7 +117,7 @@ pub(super) fn merge_task_vectors(
     let normalize = inputs.flag("normalize")?;
     let sum = match votes {
         Votes::None => plain_sum(&weights, vectors, normalize)?,
-        Votes::Sum => elected_sum(&weights, vectors, normalize),
+        Votes::Sum => Value::elect(weights.into_iter().zip(vectors), normalize),
     };
     Ok(&base + &sum.scaled(inputs.number("lambda")?))
 }
@@ -125,28 +125,6 @@ pub(super) fn merge_task_vectors(
 fn plain_sum(weights: &[f64], vectors: Vec<Value>, normalize: bool) -> Result<Value> {
     let divisor = if normalize { sum_of_weights(weights)? } else { 1.0 };
     Ok(Value::weighted_sum(weights.iter().map(|weight| weight / divisor).zip(vectors)))
-}
-
-/// The sum over the models whose weighted element has the sign of the weighted sum.
-fn elected_sum(weights: &[f64], vectors: Vec<Value>, normalize: bool) -> Value {
-    let weighted: Vec<Value> =
-        weights.iter().zip(&vectors).map(|(&weight, vector)| vector.scaled(weight)).collect();
-    let zero = Value::scalar(0.0);
-    let positive = add_up(weighted.iter().cloned()).at_least(&zero);
-    let winner = positive.select(&Value::scalar(1.0), &Value::scalar(-1.0));
-    let agrees: Vec<Value> = weighted.iter().map(|value| value.sign().equals(&winner)).collect();
-    let sum = add_up(weighted.iter().zip(&agrees).map(|(value, agrees)| value.masked(agrees)));
-    if !normalize {
-        return sum;
-    }
-    let shares = weights.iter().zip(&agrees);
-    let total = add_up(shares.map(|(&weight, agrees)| Value::scalar(weight).masked(agrees)));
-    let divisor = total.equals(&zero).select(&Value::scalar(1.0), &total);
-    &sum / &divisor
-}
-
-fn add_up(values: impl Iterator<Item = Value>) -> Value {
-    values.reduce(|sum, value| &sum + &value).unwrap_or_else(|| Value::scalar(0.0))
 }
 
 impl Thinning<'_> {

@@ -105,10 +105,9 @@ fn a_zero_coefficient_skips_its_term() {
     for settings in super::settings() {
         let merged = super::merged(&formula, &[3], &inputs, DType::F32, &settings);
         let values: &[f32] = bytemuck::cast_slice(&merged);
-        assert_eq!(values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), [
-            1.0_f32.to_bits(),
-            (-0.0_f32).to_bits(),
-            3.0_f32.to_bits()
-        ]);
+        assert_eq!(
+            values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+            [1.0_f32.to_bits(), (-0.0_f32).to_bits(), 3.0_f32.to_bits()]
+        );
     }
 }

@@ -70,7 +70,8 @@ fn metagpt_weighs_by_norms_over_all_tensors() {
         let merged: &[f32] = bytemuck::cast_slice(merged);
         let all = values(t, 0).into_iter().zip(values(t, 1)).zip(values(t, 2)).zip(merged);
         for (((b, x), y), &z) in all {
-            let expected = f64::from(b) + share * f64::from(x - b) + (1.0 - share) * f64::from(y - b);
+            let expected =
+                f64::from(b) + share * f64::from(x - b) + (1.0 - share) * f64::from(y - b);
             let error = (f64::from(z) - expected).abs();
             assert!(error <= 1e-8 + 1e-6 * expected.abs(), "{z} is not {expected}");
         }

@@ -1,5 +1,5 @@
-use super::{TestReal, config, each_level};
-use oxmerge::kernels::{Counts, Level, Real, count, histogram, keep, oracle};
+use super::{TestReal, assert_same, config, each_level};
+use oxmerge::kernels::{Counts, Level, Real, count, histogram, keep, oracle, trim};
 use proptest::prelude::*;
 
 /// A generator for whole arrays, where proptest would be slow.
@@ -81,16 +81,21 @@ each_level! {
         assert_eq!(counts, Counts { above: 0, inside: 500 }, "at {}", level.name());
     }
 
-    fn keep_is_like_the_oracle<T>(level) {
-        let case = (T::slice(), any::<prop::sample::Index>(), 0..12_u64, any::<bool>());
-        proptest!(config(96), |((values, pick, before, all) in case)| {
+    fn keep_and_trim_are_like_the_oracle<T>(level) {
+        let case = (T::slice(), any::<prop::sample::Index>(), any::<bool>());
+        proptest!(config(96), |((values, pick, equals) in case)| {
             prop_assume!(!values.is_empty());
             let threshold = oracle::key(*pick.get(&values));
-            let before = if all { u64::MAX } else { before };
-            let (mut fast, mut slow) = (vec![T::NAN; values.len()], vec![T::NAN; values.len()]);
-            let equals = keep(level, &values, threshold, before, &mut fast);
-            prop_assert_eq!(equals, oracle::keep(&values, threshold, before, &mut slow), "equals at {}", level.name());
+            let mut fast = vec![T::NAN; values.len()];
+            keep(level, &values, threshold, equals, &mut fast);
+            let kept = |value: T| oracle::is_kept(value, threshold, equals);
+            let slow: Vec<T> = values.iter().map(|&value| T::truth(kept(value))).collect();
             prop_assert_eq!(fast, slow, "at {}", level.name());
+            let mut fast = vec![T::NAN; values.len()];
+            trim(level, &values, threshold, equals, &mut fast);
+            let slow: Vec<T> =
+                values.iter().map(|&v| if kept(v.abs()) { v } else { T::ZERO }).collect();
+            assert_same(level, &fast, &slow);
         });
     }
 
@@ -101,13 +106,13 @@ each_level! {
         sorted.sort_by_key(|&index| std::cmp::Reverse(oracle::key(values[index])));
         for k in [1, 2, 10, 250, 500, 999, 1000] {
             let (threshold, above) = kth_key(level, &values, k as u64);
+            // Equal elements are kept up to an index: two slices, as the engine would.
+            let equals = (0..values.len()).filter(|&at| oracle::key(values[at]) == threshold);
+            let last = equals.take(k - above as usize).last().unwrap();
             let mut mask = vec![T::NAN; values.len()];
-            // In two slices, as the engine would.
-            let (first, second) = values.split_at(333);
-            let (mask_first, mask_second) = mask.split_at_mut(333);
-            let budget = k as u64 - above;
-            let seen = keep(level, first, threshold, budget, mask_first);
-            keep(level, second, threshold, budget.saturating_sub(seen), mask_second);
+            let (mask_first, mask_second) = mask.split_at_mut(last + 1);
+            keep(level, &values[..=last], threshold, true, mask_first);
+            keep(level, &values[last + 1..], threshold, false, mask_second);
             let mut expected = vec![T::ZERO; values.len()];
             sorted[..k].iter().for_each(|&index| expected[index] = T::ONE);
             assert_eq!(mask, expected, "the {k} largest at {}", level.name());

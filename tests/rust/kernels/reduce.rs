@@ -30,7 +30,7 @@ each_level! {
             let magnitudes: Vec<f64> = wide.iter().map(|a| a.abs()).collect();
             let products: Vec<f64> = wide.iter().zip(&b).map(|(a, b)| a * b.to_f64()).collect();
             let add = |lane, term| lane + term;
-            let max = |lane, term| oracle::binary(BinaryOp::Max, lane, term);
+            let max = |lane, term| oracle::binary(BinaryOp::Max, lane, term) + 0.0;
             assert_lanes(level, 0.5, |lanes| sum_into(level, &a, lanes), &wide, add);
             assert_lanes(level, 0.5, |lanes| absolute_sum_into(level, &a, lanes), &magnitudes, add);
             assert_lanes(level, 0.5, |lanes| dot_into(level, &a, &b, lanes), &products, add);

@@ -1,4 +1,4 @@
-use super::{LENGTHS, TestReal, assert_same, config, each_level, misaligned};
+use super::{LENGTHS, TestReal, assert_bits, assert_same, config, each_level, misaligned};
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
     BinaryOp, Level, Operand, binary, narrow, oracle, weighted_difference_sum_bytes, weighted_sum,
@@ -34,6 +34,16 @@ each_level! {
         let mut out = vec![T::ONE; 40];
         weighted_sum(level, &[(minus_square, &ones), (above_one, &values)], &mut out);
         assert_same(level, &out, &[T::ZERO; 40]);
+    }
+
+    /// The sum starts from the first product: starting from +0 would lose the sign.
+    fn negative_zeros_sum_to_negative_zero<T>(level) {
+        let zeros = vec![-T::ZERO; 40];
+        for count in 1..10 {
+            let mut out = vec![T::ONE; 40];
+            weighted_sum(level, &vec![(T::ONE, &zeros[..]); count], &mut out);
+            assert_bits(level, &out, &zeros);
+        }
     }
 }
 

@@ -43,6 +43,11 @@ fn arcee_fusion_agrees_with_mergekit() {
         assert_eq!(ours, oracle, "{}", tensor.name);
         let differing = ours.iter().zip(&expected).filter(|(a, b)| (*a - *b).abs() > 1e-6).count();
         // Elements whose importance rounds to the other side of the threshold.
-        assert!(differing <= 1 + ours.len() / 500, "{}: {differing} of {}", tensor.name, ours.len());
+        assert!(
+            differing <= 1 + ours.len() / 500,
+            "{}: {differing} of {}",
+            tensor.name,
+            ours.len()
+        );
     }
 }

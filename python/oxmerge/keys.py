@@ -1,0 +1,151 @@
+"""Keys of a recipe: each is read, refused by name, without effect, or unknown.
+
+A key that the dialect does not know is a problem with a suggestion. One that it knows, but that has
+no effect where it stands, is a warning that says where it would act. One that oxmerge does not do
+yet is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from oxmerge.methods import DIALECT_PARAMETERS
+from oxmerge.problems import Problem, did_you_mean
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+__all__ = ["KeyReader", "Place", "is_mapping", "show"]
+
+#: Every key of the dialect, and where it acts.
+_ACTS_IN = {
+    "merge_method": "at the top level",
+    "models": "at the top level",
+    "slices": "at the top level",
+    "base_model": "at the top level or in a slice",
+    "dtype": "at the top level",
+    "out_dtype": "at the top level",
+    "parameters": "at the top level, in a slice, a model or a source",
+    "sources": "in a slice",
+    "model": "in an entry of `models` or `sources`",
+    "layer_range": "in a source of a slice",
+    "filter": "in a conditional value",
+    "value": "in a conditional value",
+}
+_NEVER_ACTS = {
+    "residual_weight": "it is part of the dialect, but nothing ever used it",
+    "name": "it names one merge of several in one file",
+    "override_architecture": "names and shapes come from the files, not from an architecture",
+}
+NOT_YET = {
+    "modules": "merging the modules of a model apart",
+    "tokenizer": "building a tokenizer",
+    "tokenizer_source": "building a tokenizer",
+    "chat_template": "setting a chat template",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in the recipe: its path, and its line where that is known."""
+
+    path: str = ""
+    line: int | None = None
+
+    def key(self, mapping: object, key: object) -> Place:
+        """Return the place of a key of the mapping that stands here."""
+        line = getattr(mapping, "lines", {}).get(key, self.line)
+        return Place(f"{self.path}.{key}" if self.path else str(key), line)
+
+    def item(self, index: int) -> Place:
+        """Return the place of an item of the list that stands here."""
+        return Place(f"{self.path}[{index}]", self.line)
+
+    def __str__(self) -> str:
+        return self.path if self.line is None else f"{self.path} (line {self.line})"
+
+
+class KeyReader:
+    """Checks the keys of mappings, and collects what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+
+    def fault(
+        self,
+        place: Place,
+        message: str,
+        *,
+        kind: str = "recipe",
+        found: object = None,
+        advice: str | None = None,
+    ) -> None:
+        """Take down that something at a place is wrong."""
+        text = None if found is None else show(found)
+        self.problems.append(Problem(kind, message, str(place), found=text, advice=advice))
+
+    def check_mapping(
+        self, raw: object, place: Place, known: frozenset[str]
+    ) -> TypeGuard[Mapping[str, object]]:
+        """Tell whether `raw` is a mapping, and check its keys if it is."""
+        if not is_mapping(raw):
+            self.fault(place, "a mapping of keys to values is needed here", found=raw)
+            return False
+        self.check_keys(raw, place, known)
+        return True
+
+    def check_keys(
+        self,
+        raw: Mapping[str, object],
+        place: Place,
+        known: frozenset[str],
+        *,
+        later: bool = False,
+    ) -> None:
+        """Check each key that is not read; those refused by name only where `later` says."""
+        for key, value in raw.items():
+            if key not in known:
+                self.check_key(
+                    key, value, place.key(raw, key), known | (set(NOT_YET) if later else set())
+                )
+
+    def check_key(self, key: object, value: object, place: Place, known: frozenset[str]) -> None:
+        """Sort a key that is not read here: refused, without effect, or unknown."""
+        if key in known:
+            if value is not None:
+                self.fault(
+                    place, f"not supported yet: {NOT_YET[str(key)]} (`{key}`)", kind="unsupported"
+                )
+        elif key in _NEVER_ACTS:
+            self.no_effect(place, f"`{key}` has no effect", _NEVER_ACTS[str(key)])
+        elif key in _ACTS_IN:
+            self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
+        else:
+            self.fault(place, f"unknown key `{key}`", advice=_key_advice(str(key), known))
+
+    def no_effect(self, place: Place, message: str, advice: str) -> None:
+        """Take down that something at a place has no effect."""
+        self.warnings.append(Problem("recipe", message, str(place), advice=advice))
+
+
+def _key_advice(key: str, known: frozenset[str]) -> str:
+    if key in DIALECT_PARAMETERS and "parameters" in known:
+        return "put it under `parameters`"
+    keys = ", ".join(f"`{name}`" for name in sorted(known - set(NOT_YET)))
+    return did_you_mean(key, known) or f"known here: {keys}"
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Tell whether a value is a mapping."""
+    return isinstance(value, Mapping)
+
+
+def show(value: object) -> str:
+    """Return a value as messages show it, cut to a line's worth."""
+    if isinstance(value, str):
+        return value if value in ("nothing", "neither") else repr(value)
+    text = repr(value) if not isinstance(value, Mapping) else "a mapping"
+    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - a line's worth

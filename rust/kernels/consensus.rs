@@ -1,0 +1,100 @@
+//! The sign vote of TIES: models that pull an element the other way are left out.
+//!
+//! For each element: the weighted values are summed, in order; the sign of the sum wins, zero
+//! counting as positive; the weighted values of that sign are summed, in order, and divided by the
+//! sum of their weights where that is wanted (and not zero). A value of zero has no sign and joins
+//! neither side. Written out with the elementwise kernels this takes some twenty passes over
+//! chunks; here it takes one, a group of elements at a time in registers, for any number of models.
+
+use super::level::{Kernel, Level};
+use super::real::Real;
+
+/// Elements that are voted on together: two AVX-512 registers of f32.
+const GROUP: usize = 32;
+
+struct Elect<'a, T> {
+    terms: &'a [(T, &'a [T])],
+    average: bool,
+    out: &'a mut [T],
+}
+
+impl<T: Real> Elect<'_, T> {
+    /// Elements from `start` on, as many as `out` has.
+    #[inline(always)]
+    fn group(&self, start: usize, out: &mut [T; GROUP]) {
+        let weighted = |&(weight, values): &(T, &[T])| {
+            let values: &[T; GROUP] =
+                values[start..start + GROUP].try_into().expect("a slice of that length");
+            values.map(|value| weight * value)
+        };
+        let mut vote = [T::ZERO; GROUP];
+        for (at, term) in self.terms.iter().enumerate() {
+            let values = weighted(term);
+            for (vote, value) in vote.iter_mut().zip(values) {
+                *vote = if at == 0 { value } else { *vote + value };
+            }
+        }
+        let (mut sum, mut share) = ([T::ZERO; GROUP], [T::ZERO; GROUP]);
+        for term in self.terms {
+            let values = weighted(term);
+            for at in 0..GROUP {
+                let agrees =
+                    if vote[at] >= T::ZERO { values[at] > T::ZERO } else { values[at] < T::ZERO };
+                sum[at] += if agrees { values[at] } else { T::ZERO };
+                share[at] += if agrees { term.0 } else { T::ZERO };
+            }
+        }
+        for at in 0..GROUP {
+            let divisor = if share[at] == T::ZERO { T::ONE } else { share[at] };
+            out[at] = if self.average { sum[at] / divisor } else { sum[at] };
+        }
+    }
+}
+
+impl<T: Real> Kernel for Elect<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        let out = std::mem::take(&mut self.out);
+        let (groups, rest) = out.as_chunks_mut::<GROUP>();
+        let done = groups.len() * GROUP;
+        for (at, group) in groups.iter_mut().enumerate() {
+            self.group(at * GROUP, group);
+        }
+        for (at, value) in rest.iter_mut().enumerate() {
+            let terms = self.terms.iter().map(|&(weight, values)| (weight, values[done + at]));
+            *value = elect_one(terms, self.average);
+        }
+    }
+}
+
+/// The vote on one element.
+#[inline(always)]
+pub(crate) fn elect_one<T: Real>(terms: impl Iterator<Item = (T, T)> + Clone, average: bool) -> T {
+    let weighted = terms.map(|(weight, value)| (weight, weight * value));
+    let vote = weighted.clone().map(|(_, value)| value).reduce(|sum, value| sum + value);
+    let positive = vote.is_none_or(|vote| vote >= T::ZERO);
+    let (mut sum, mut share) = (T::ZERO, T::ZERO);
+    for (weight, value) in weighted {
+        if if positive { value > T::ZERO } else { value < T::ZERO } {
+            sum += value;
+            share += weight;
+        }
+    }
+    if average && share != T::ZERO { sum / share } else { sum }
+}
+
+/// `out[i]` is the sum of the `weight · value` that have the sign of the sum of them all; with
+/// `average`, divided by the sum of their weights.
+///
+/// # Panics
+///
+/// If there is no term, or one is not as long as `out`.
+pub fn elect<T: Real>(level: Level, terms: &[(T, &[T])], average: bool, out: &mut [T]) {
+    assert!(!terms.is_empty(), "a vote needs a voter");
+    for (_, values) in terms {
+        assert_eq!(values.len(), out.len(), "a term and the output must have the same length");
+    }
+    level.run(Elect { terms, average, out });
+}

@@ -1,0 +1,129 @@
+"""Problems, errors and sizes."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from oxmerge import errors
+from oxmerge.problems import Problem, did_you_mean, group_problems
+from oxmerge.sizes import format_size, parse_size
+
+
+def test_a_problem_reads_as_one_or_two_lines() -> None:
+    problem = Problem(
+        "shape", "shapes differ", "models[1]", "b.safetensors", "x", "[1]", "[2]", "look"
+    )
+    assert str(problem) == (
+        "models[1]: `b.safetensors`: tensor `x`: shapes differ: expected [1], found [2]\n"
+        "  hint: look"
+    )
+
+
+def test_equal_problems_are_one_entry() -> None:
+    many = [Problem("missing", "gone", file="f", tensor=f"x.{i}") for i in range(200)]
+    other = Problem("missing", "gone too", tensor="y")
+    grouped = group_problems([*many[:100], other, *many[100:]])
+    assert [str(problem) for problem in grouped] == [
+        "`f`: gone (200 tensors: `x.0`, `x.1`, `x.2`, ...)",
+        "tensor `y`: gone too",
+    ]
+
+
+def test_files_are_left_out_where_they_differ() -> None:
+    pair = [Problem("missing", "gone", file=f"f{i}", tensor=f"x{i}") for i in range(2)]
+    assert str(*group_problems(pair)) == "gone (2 tensors: `x0`, `x1`)"
+
+
+def test_the_same_problem_twice_is_one() -> None:
+    problem = Problem("missing", "gone", tensor="x")
+    assert group_problems([problem, problem]) == (problem,)
+
+
+def test_suggestions() -> None:
+    assert did_you_mean("dare-ties", ["dare_ties", "ties"]) == "did you mean `dare_ties`?"
+    assert did_you_mean("xyz", ["dare_ties", "ties"]) is None
+
+
+SINGLE = [
+    errors.CheckpointError,
+    errors.UnsupportedError,
+    errors.MemoryBudgetError,
+    errors.InputChangedError,
+    errors.OutputError,
+    errors.PlanError,
+    errors.RecipeError,
+]
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_errors_keep_their_parts_and_can_be_pickled(kind: type[errors.OxmergeError]) -> None:
+    error = kind("bad header", file="f", tensor="x", expected="1", found="2", advice="look")
+    assert str(error) == "`f`: tensor `x`: bad header: expected 1, found 2\n  hint: look"
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert type(copy) is kind
+    assert str(copy) == str(error)
+    assert (copy.file, copy.advice) == ("f", "look")
+
+
+def test_errors_with_problems() -> None:
+    problems = (Problem("a", "one", advice="do"), Problem("b", "two"))
+    error = errors.PlanError("cannot merge", problems=problems)
+    assert str(error) == "cannot merge: 2 problems\n- one\n    hint: do\n- two"
+    assert pickle.loads(pickle.dumps(error)).problems == problems  # noqa: S301 - our own bytes
+    assert str(errors.PlanError("cannot merge", problems=problems[1:])) == "cannot merge: two"
+    assert isinstance(error, ValueError)
+    assert isinstance(error, errors.OxmergeError)
+
+
+SIZES: list[tuple[str | int, int]] = [
+    (0, 0),
+    (123, 123),
+    ("123", 123),
+    ("256MiB", 1 << 28),
+    ("2GiB", 2 << 30),
+    ("1.5GiB", 3 << 29),
+    ("1KiB", 1024),
+    ("1TiB", 1 << 40),
+    ("5GB", 5 * 10**9),
+    ("5gb", 5 * 10**9),
+    ("1.5GB", 1_500_000_000),
+    ("0.1GB", 100_000_000),
+    ("3 kB", 3000),
+    ("2TB", 2 * 10**12),
+    ("5B", 5 * 10**9),
+    ("5b", 5 * 10**9),
+    ("200M", 200 * 10**6),
+    ("7k", 7000),
+]
+
+
+@pytest.mark.parametrize(("text", "size"), SIZES)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5XB", "-5GB", -1, "1e9", "5 G B", "1.GB", "٣GB", True])
+def test_no_sizes(text: str | int) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+SHOWN: list[tuple[int, bool, str]] = [
+    (0, False, "0 B"),
+    (999, False, "999 B"),
+    (1000, False, "1 kB"),
+    (4_983_000_000, False, "4.98 GB"),
+    (999_999_999, False, "1 GB"),
+    (13_500_000_000, False, "13.5 GB"),
+    (141_000_000_000, False, "141 GB"),
+    (1_410_000_000_000_000, False, "1410 TB"),
+    (1 << 28, True, "256 MiB"),
+    (1536, True, "1.5 KiB"),
+]
+
+
+@pytest.mark.parametrize(("size", "binary", "text"), SHOWN)
+def test_shown_sizes(size: int, binary: bool, text: str) -> None:  # noqa: FBT001 - a table's row
+    assert format_size(size, binary=binary) == text

@@ -1,0 +1,386 @@
+"""Recipes: what is read, what is refused, what is warned of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from oxmerge.errors import RecipeError
+from oxmerge.recipe import Choice, Recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MODELS = "models: [{model: a}, {model: b}]\n"
+START = "merge_method: linear\n"
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_yaml(text)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_the_whole_of_a_recipe_is_read() -> None:
+    recipe = Recipe.from_yaml(
+        """
+        merge_method: slerp
+        base_model: a
+        slices:
+          - sources:
+              - {model: a, layer_range: [0, 4]}
+              - {model: {model: {path: b}}, layer_range: [2, 6], parameters: {weight: 0.5}}
+            parameters: {normalize: yes}
+          - base_model: c
+            sources:
+              - {model: c, layer_range: [0, 1]}
+        parameters:
+          t:
+            - {filter: mlp, value: [0, 1]}
+            - {filter: "*", value: 0.5}
+        dtype: torch.bfloat16
+        out_dtype: float32
+        """
+    )
+    assert recipe.method == "slerp"
+    assert recipe.base_model == "a"
+    assert (recipe.dtype, recipe.out_dtype) == ("BF16", "F32")
+    assert recipe.models == ()
+    first, second = recipe.slices
+    assert [source.model for source in first.sources] == ["a", "b"]
+    assert first.sources[1].layer_range == (2, 6)
+    assert first.sources[1].parameters["weight"].choices == (Choice((0.5,)),)
+    assert first.parameters["normalize"].choices == (Choice((True,)),)
+    assert second.base_model == "c"
+    assert recipe.parameters["t"].choices == (Choice((0, 1), "mlp"), Choice((0.5,)))
+    assert recipe.warnings == ()
+
+
+def test_places_have_lines() -> None:
+    recipe = Recipe.from_yaml(START + "models:\n- model: a\n  parameters:\n    weight: 1\n")
+    assert recipe.models[0].where == "models[0] (line 3)"
+    assert recipe.models[0].parameters["weight"].where == "models[0].parameters.weight (line 5)"
+
+
+SETTINGS: list[tuple[str, tuple[Choice, ...]]] = [
+    ("1", (Choice((1,)),)),
+    ("1e-5", (Choice((1e-5,)),)),
+    ("-1E+3", (Choice((-1000.0,)),)),
+    ("[0, 0.5, 1]", (Choice((0, 0.5, 1)),)),
+    ("[]", ()),
+    ("{value: 1}", (Choice((1,)),)),
+    ("{filter: mlp, value: [1, 2]}", (Choice((1, 2), "mlp"),)),
+    ("[{filter: '*', value: 1}]", (Choice((1,)),)),
+    ("[{filter: a, value: []}, {value: 2}]", (Choice((), "a"), Choice((2,)))),
+    ("on", (Choice((True,)),)),
+    ("'0.5'", (Choice(("0.5",)),)),
+    ("2024-01-02", (Choice(("2024-01-02",)),)),
+    ("1:30", (Choice(("1:30",)),)),
+    (".5", (Choice((0.5,)),)),
+    ("0x10", (Choice((16,)),)),
+]
+
+
+@pytest.mark.parametrize(("text", "choices"), SETTINGS)
+def test_settings(text: str, choices: tuple[Choice, ...]) -> None:
+    recipe = Recipe.from_yaml(f"{START}{MODELS}parameters: {{weight: {text}}}\n")
+    assert recipe.parameters["weight"].choices == choices
+
+
+FAULTS: list[tuple[str, list[str]]] = [
+    (MODELS, ["merge_method: the name of a merge method is needed here: found nothing"]),
+    (START, ["a recipe has exactly one of `models` and `slices`: found neither"]),
+    (START + "models: []\n", ["a recipe has exactly one of `models` and `slices`: found neither"]),
+    (
+        START + MODELS + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
+        ["a recipe has exactly one of `models` and `slices`: found `models` and `slices`"],
+    ),
+    (
+        START + MODELS + "paramters: {}\n",
+        ["paramters (line 3): unknown key `paramters`\n  hint: did you mean `parameters`?"],
+    ),
+    (
+        START + "models: [{modle: a}]\n",
+        [
+            "models[0].modle (line 2): unknown key `modle`\n  hint: did you mean `model`?",
+            "models[0] (line 2): `model` is needed here",
+        ],
+    ),
+    (
+        START + "models: [{model: a, weight: 1}]\n",
+        ["models[0].weight (line 2): unknown key `weight`\n  hint: put it under `parameters`"],
+    ),
+    (
+        START + "models: [{model: a, zzz: 1}]\n",
+        [("models[0].zzz (line 2): unknown key `zzz`\n  hint: known here: `model`, `parameters`")],
+    ),
+    (
+        START + MODELS + "tokenizer_source: union\n",
+        [
+            (
+                "tokenizer_source (line 3): not supported yet: building a tokenizer "
+                "(`tokenizer_source`)"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "chat_template: auto\n",
+        ["chat_template (line 3): not supported yet: setting a chat template (`chat_template`)"],
+    ),
+    (
+        START + "modules: {default: {}}\n",
+        ["modules (line 2): not supported yet: merging the modules of a model apart (`modules`)"],
+    ),
+    (
+        START + "models: [{model: a+b}, {model: a@main}]\n",
+        [
+            (
+                "models[0].model (line 2): not supported yet: a LoRA on a model (`a+b`)\n"
+                "  hint: merge the adapter into its model first, and name the result"
+            ),
+            (
+                "models[1].model (line 2): not supported yet: a revision of a model (`a@main`)\n"
+                "  hint: download that revision, and name its directory"
+            ),
+        ],
+    ),
+    (
+        START + "models: [{model: {model: a, lora: b}}]\n",
+        ["models[0].model.lora (line 2): not supported yet: a LoRA on a model (`lora`)"],
+    ),
+    (
+        START + "models: [{model: 7}]\n",
+        [
+            (
+                "models[0].model (line 2): a model reference is text: found 7\n"
+                "  hint: put it in quotes"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "dtype: int64\n",
+        [
+            (
+                "dtype (line 3): cannot write weights as `int64`\n  hint: whole numbers cannot "
+                "hold "
+                "weights; integer tensors keep their type anyway"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "dtype: bf16\n",
+        ["dtype (line 3): cannot write weights as `bf16`\n  hint: write `bfloat16`"],
+    ),
+    (
+        START + MODELS + "out_dtype: bfloat\n",
+        ["out_dtype (line 3): cannot write weights as `bfloat`\n  hint: did you mean `bfloat16`?"],
+    ),
+    (
+        START + MODELS + "parameters: {weight: [1, {value: 2}]}\n",
+        [
+            (
+                "parameters.weight (line 3): values and conditional values cannot stand in one "
+                "list\n"
+                "  hint: write a value for all as `- value: ...`"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "parameters: {weight: }\n",
+        [
+            (
+                "parameters.weight (line 3): a number, a truth value or text is needed here: "
+                "found nothing"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "parameters: {weight: {filtre: mlp, value: 1}}\n",
+        [
+            (
+                "parameters.weight[0].filtre (line 3): unknown key `filtre`\n"
+                "  hint: did you mean `filter`?"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "parameters: {weight: {filter: mlp}}\n",
+        ["parameters.weight[0] (line 3): `value` is needed here"],
+    ),
+    (
+        START + "slices: [{sources: [{model: a}]}]\n",
+        [
+            (
+                "slices[0].sources[0].layer_range (line 2): two whole numbers are needed here: the "
+                "first layer, and the one after the last: found nothing"
+            )
+        ],
+    ),
+    (
+        START + "slices: [{sources: [{model: a, layer_range: [4, 4]}]}]\n",
+        [
+            (
+                "slices[0].sources[0].layer_range (line 2): a range from a lower to a higher "
+                "layer is "
+                "needed here: found [4, 4]\n  hint: the end is the layer after the last"
+            )
+        ],
+    ),
+    (
+        START + "slices: [{sources: [{model: a, layer_range: [-2, 4]}]}]\n",
+        [
+            (
+                "slices[0].sources[0].layer_range (line 2): a range from a lower to a higher "
+                "layer is "
+                "needed here: found [-2, 4]\n  hint: layers count from 0"
+            )
+        ],
+    ),
+    (START + "slices: [{sources: []}]\n", ["slices[0] (line 2): a slice needs `sources`"]),
+    (START + "models: {a: 1}\n", ["models (line 2): a list is needed here: found a mapping"]),
+    (
+        START + "models: [a]\n",
+        ["models[0] (line 2): a mapping of keys to values is needed here: found 'a'"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), FAULTS)
+def test_faults(text: str, expected: list[str]) -> None:
+    assert problems_of(text) == expected
+
+
+def test_all_faults_are_reported_together() -> None:
+    text = "merge_metod: linear\nmodels: [{modle: a}]\ndtype: bf16\nparameters: [1]\n"
+    assert len(problems_of(text)) == 6
+
+
+SYNTAX: list[tuple[str, str]] = [
+    (
+        "merge_method: linear\nmerge_method: ties\n",
+        "line 2: `merge_method` is written twice, first on line 1",
+    ),
+    (
+        "merge_method: linear\nmodels:\n- model: a\n  model: b\n",
+        "line 4: `model` is written twice, first on line 3",
+    ),
+    ("a: [1\n", "line 2, column 1: expected ',' or ']', but got '<stream end>'"),
+    ("- 1\n- 2\n", "a recipe is a mapping of keys to values: found list"),
+    ("# nothing\n", "a recipe is a mapping of keys to values: found nothing"),
+    (
+        "merge_method: linear\n---\nmerge_method: ties\n",
+        "line 2, column 1: not supported yet: several merges in one file",
+    ),
+    ("a: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
+    ("a: !!python/object:os.system x\n", "line 1, column 4: could not determine a constructor"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SYNTAX)
+def test_syntax(text: str, expected: str) -> None:
+    (problem,) = problems_of(text)
+    assert problem.startswith(expected)
+
+
+WARNINGS: list[tuple[str, str]] = [
+    (
+        START + "models: [{model: a, layer_range: [0, 1]}]\n",
+        (
+            "models[0].layer_range (line 2): `layer_range` has no effect here\n"
+            "  hint: it acts in a source of a slice"
+        ),
+    ),
+    (
+        START + "slices: [{residual_weight: 1, sources: [{model: a, layer_range: [0, 1]}]}]\n",
+        (
+            "slices[0].residual_weight (line 2): `residual_weight` has no effect\n"
+            "  hint: it is part of the dialect, but nothing ever used it"
+        ),
+    ),
+    (
+        START + MODELS + "name: x\n",
+        "name (line 3): `name` has no effect\n  hint: it names one merge of several in one file",
+    ),
+    (
+        START + "models: [{model: {model: a, override_architecture: X}}]\n",
+        (
+            "models[0].model.override_architecture (line 2): `override_architecture` has no "
+            "effect\n"
+            "  hint: names and shapes come from the files, not from an architecture"
+        ),
+    ),
+    (
+        START + "models: [{model: a, base_model: b}]\n",
+        (
+            "models[0].base_model (line 2): `base_model` has no effect here\n"
+            "  hint: it acts at the top level or in a slice"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), WARNINGS)
+def test_keys_without_effect_are_warned_of(text: str, expected: str) -> None:
+    assert [str(warning) for warning in Recipe.from_yaml(text).warnings] == [expected]
+
+
+def test_merge_keys_and_anchors_work() -> None:
+    text = START + "models:\n- &a {model: a, parameters: {weight: 1}}\n- {<<: *a, model: b}\n"
+    first, second = Recipe.from_yaml(text).models
+    assert (first.model, second.model) == ("a", "b")
+    assert first.parameters.keys() == second.parameters.keys()
+
+
+def test_null_is_absent() -> None:
+    text = START + MODELS + "slices:\ntokenizer:\nparameters:\nbase_model:\ndtype:\n"
+    recipe = Recipe.from_yaml(text)
+    assert recipe.warnings == ()
+    assert recipe.base_model is None
+
+
+def test_a_path_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yml"
+    path.write_text(START + MODELS)
+    for source in (path, str(path)):
+        recipe = Recipe.from_yaml(source)
+        assert recipe.folder == str(tmp_path)
+        assert recipe.text == START + MODELS
+    assert Recipe.from_yaml(START + MODELS).folder is None
+    with pytest.raises(FileNotFoundError):
+        Recipe.from_yaml("nowhere.yml")
+
+
+def test_a_mapping_needs_no_yaml() -> None:
+    recipe = Recipe.from_mapping({"merge_method": "linear", "models": [{"model": "a"}]})
+    assert recipe.models[0].where == "models[0]"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["model", "models", "slices", "sources", "parameters", "value", "filter", "x"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.dictionaries(st.sampled_from(["merge_method", "models", "slices", "parameters"]), VALUES))
+def test_nothing_but_a_recipe_error_comes_of_odd_values(mapping: dict[str, Any]) -> None:
+    try:
+        Recipe.from_mapping(mapping)
+    except RecipeError as error:
+        text = str(error)
+    else:
+        text = "a recipe"
+    assert text

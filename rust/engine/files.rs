@@ -36,6 +36,10 @@ impl Source for FileSource {
         self.dtype
     }
 
+    fn is_mapped(&self) -> bool {
+        self.reader.is_mapped()
+    }
+
     fn prefetch(&self, elements: Range<u64>) {
         let (start, length) = self.bytes(&elements);
         self.reader.prefetch(start, length);
@@ -153,11 +157,11 @@ pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
     Ok(Work::Formula(formula))
 }
 
-/// What each tensor of `plan` needs in memory.
+/// What each tensor of `plan` needs in memory, when its files are mapped.
 pub fn needs(plan: &Plan) -> Result<Vec<Need>> {
     let need = |tensor: &OutputTensor| {
         let frame = TensorFrame::new(&tensor.name, plan.seed, &tensor.shape);
-        let sources = tensor.sources.iter().map(|source| source.dtype);
+        let sources = tensor.sources.iter().map(|source| (source.dtype, true));
         Ok(Need::new(&frame, &work(plan, tensor)?, sources, tensor.dtype))
     };
     plan.tensors.iter().map(need).collect()

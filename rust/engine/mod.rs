@@ -157,8 +157,8 @@ enum Next {
 }
 
 impl Schedule<'_> {
-    fn work(&self, level: Level, step_bytes: usize) {
-        let mut worker = Worker::new(level, self.control, step_bytes);
+    fn work(&self, level: Level, share: usize) {
+        let mut worker = Worker::new(level, self.control, share);
         let mut state = self.lock();
         loop {
             match self.next(&mut state) {

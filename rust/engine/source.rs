@@ -20,6 +20,12 @@ pub trait Source: Debug + Send + Sync {
         1
     }
 
+    /// Whether long reads are used in place, in a map of the file: then they make memory resident
+    /// around the piece as well.
+    fn is_mapped(&self) -> bool {
+        false
+    }
+
     /// A hint that `elements` will be read soon. Never fails, never waits.
     fn prefetch(&self, elements: Range<u64>) {
         let _ = elements;

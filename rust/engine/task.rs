@@ -56,7 +56,7 @@ impl Task {
     }
 
     pub(crate) fn need(&self) -> Need {
-        let sources = self.sources.iter().map(|source| source.dtype());
+        let sources = self.sources.iter().map(|source| (source.dtype(), source.is_mapped()));
         Need::new(&self.frame, &self.work, sources, self.sink.dtype())
     }
 

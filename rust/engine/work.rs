@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::control::Control;
 use super::task::{Found, Pass, SearchView, Task, copied_input, max};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::code::Code;
@@ -25,13 +26,13 @@ pub(crate) struct Worker<'a> {
     pub(crate) control: &'a Control,
     scratch: Vec<AlignedBuffer>,
     out: AlignedBuffer,
-    /// Bytes of input that a step of a long row or column reads at once.
-    pub(crate) step_bytes: usize,
+    /// Bytes that the buffers may have together.
+    share: usize,
 }
 
 impl<'a> Worker<'a> {
-    pub(crate) fn new(level: Level, control: &'a Control, step_bytes: usize) -> Self {
-        Self { level, control, scratch: Vec::new(), out: AlignedBuffer::default(), step_bytes }
+    pub(crate) fn new(level: Level, control: &'a Control, share: usize) -> Self {
+        Self { level, control, scratch: Vec::new(), out: AlignedBuffer::default(), share }
     }
 
     /// Does unit `unit` of `pass`.
@@ -50,8 +51,8 @@ impl<'a> Worker<'a> {
                 self.reduce::<T>(task, blocks, reductions, searches)
             }
             Pass::Locate { selection, key, cut } => self.locate::<T>(task, selection, *key, *cut),
-            Pass::Rows(reductions) => self.row::<T>(task, unit, reductions),
-            Pass::Columns(reductions) => self.columns::<T>(task, unit, reductions),
+            Pass::Rows(reductions) => self.row::<T>(task, unit, blocks_a_unit, reductions),
+            Pass::Columns(reductions) => self.columns::<T>(task, unit, blocks_a_unit, reductions),
             Pass::Combine(value) => self.combine::<T>(task, blocks, value),
             Pass::Identical => self.identical(task, blocks),
         };
@@ -72,7 +73,7 @@ impl<'a> Worker<'a> {
         let needs_rows = !row_reductions(values).is_empty();
         let read = if needs_rows { whole_rows(task, &elements) } else { elements };
         let inputs = inputs_of(values);
-        self.scratch.resize_with(task.sources.len().max(self.scratch.len()), Default::default);
+        self.make_room(task, &inputs, read.end - read.start);
         let mut bytes: Vec<Option<InputBytes<'_>>> = vec![None; task.sources.len()];
         for (index, scratch) in self.scratch.iter_mut().enumerate().take(task.sources.len()) {
             if inputs.contains(&index) {
@@ -93,6 +94,25 @@ impl<'a> Worker<'a> {
             task.sources[index].release(read.clone());
         }
         result
+    }
+
+    /// Lets go of buffers that earlier tensors needed, where with those that `elements` of this one
+    /// need they would be too many.
+    fn make_room(&mut self, task: &Task, inputs: &[usize], elements: u64) {
+        self.scratch.resize_with(task.sources.len().max(self.scratch.len()), Default::default);
+        let bytes = |dtype: DType| elements as usize * dtype.size();
+        let wanted = |(index, scratch): (usize, &AlignedBuffer)| match task.sources.get(index) {
+            Some(source) if inputs.contains(&index) => {
+                scratch.capacity().max(bytes(source.dtype()))
+            }
+            _ => scratch.capacity(),
+        };
+        let scratch: usize = self.scratch.iter().enumerate().map(wanted).sum();
+        let out = self.out.capacity().max(bytes(task.sink.dtype()));
+        if scratch + out > self.share {
+            self.scratch.fill_with(Default::default);
+            self.out = AlignedBuffer::default();
+        }
     }
 
     /// Keys of some elements spread evenly over the tensor.
@@ -186,11 +206,12 @@ impl<'a> Worker<'a> {
         &mut self,
         task: &Task,
         row: u64,
+        blocks_a_step: u64,
         reductions: &[Arc<Reduction>],
     ) -> Result<Found> {
         let (layout, values) = Layout::of(reductions);
         let start = row * task.frame.row;
-        let step = self.step_blocks(task) * BLOCK as u64;
+        let step = blocks_a_step * BLOCK as u64;
         let mut blocks: Vec<Vec<f64>> = vec![Vec::new(); reductions.len()];
         let mut at = 0;
         while at < task.frame.row {
@@ -219,23 +240,19 @@ impl<'a> Worker<'a> {
         Ok(Found::Row(folded.collect()))
     }
 
-    fn step_blocks(&self, task: &Task) -> u64 {
-        let bytes: usize = task.sources.iter().map(|source| source.dtype().size() * BLOCK).sum();
-        (self.step_bytes / bytes.max(1)).max(1) as u64
-    }
-
     /// Sums a column over the rows of column block `unit`, in row order.
     fn columns<T: Real>(
         &mut self,
         task: &Task,
         unit: u64,
+        blocks_a_step: u64,
         reductions: &[Arc<Reduction>],
     ) -> Result<Found> {
         let (layout, values) = Layout::of(reductions);
         let line = task.frame.line;
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
         let mut sums = vec![vec![0.0; line as usize]; reductions.len()];
-        let step = self.step_blocks(task) * BLOCK as u64;
+        let step = blocks_a_step * BLOCK as u64;
         for elements in steps(unit * COLUMN_BLOCK * line..end, step) {
             self.with_inputs::<T, ()>(
                 task,
@@ -282,6 +299,7 @@ impl<'a> Worker<'a> {
     /// Copies what all sources agree on.
     fn identical(&mut self, task: &Task, blocks: Range<u64>) -> Result<Found> {
         let range = task.elements_of(blocks);
+        self.make_room(task, &[0, 1], range.end - range.start);
         self.scratch.resize_with(self.scratch.len().max(2), Default::default);
         let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
         let first = task.sources[0].read(range.clone(), scratch)?;

@@ -5,7 +5,7 @@
 //!
 //! 1. Start with an interval: all keys, or a guess bracketed from a sample.
 //! 2. In one pass over the tensor, count the keys above the interval, and put those inside into
-//!    at most 2^16 bins of equal width.
+//!    at most 2^14 bins of equal width.
 //! 3. The bin that holds rank k becomes the interval. If rank k lies outside (a bad guess), start
 //!    again with all keys.
 //! 4. A single key is the threshold. If all its elements are kept, done. Else find the flat index
@@ -18,8 +18,12 @@
 use super::Chosen;
 use crate::kernels::{Counts, Real};
 
-/// Bins a histogram has at the most.
-const BINS_LOG2: u32 = 16;
+/// Bins a histogram has at the most. A bracket from a sample holds some 2^18 keys of f32 values,
+/// so that two passes are enough, and each worker's histogram stays in the cache.
+const BINS_LOG2: u32 = 14;
+/// Bytes of the histograms of one selection: of a worker, and of the search.
+pub(crate) const HISTOGRAM_BYTES: u64 = size_of::<u32>() as u64 * (1 << BINS_LOG2);
+pub(crate) const SEARCH_BYTES: u64 = size_of::<u64>() as u64 * (1 << BINS_LOG2);
 
 /// A closed interval of order keys that is being narrowed to the key of rank `rank`.
 #[derive(Clone, Debug)]

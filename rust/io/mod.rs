@@ -89,8 +89,9 @@ impl InputReader {
     /// grows to `len` when it is smaller.
     ///
     /// For a caller that bounds its memory: a piece that is used in place makes at most `len` and
-    /// a [`MAP_MARGIN`] on either side resident, until it is released. One that is shorter than
-    /// [`MAPPED_FROM`] takes `len` bytes of `scratch` even when the file is mapped.
+    /// a [`MAP_MARGIN`] on either side resident, until it is released, and empties `scratch`. One
+    /// that is shorter than [`MAPPED_FROM`] takes `len` bytes of `scratch` even when the file is
+    /// mapped.
     pub fn read<'a>(
         &'a self,
         start: u64,
@@ -102,6 +103,7 @@ impl InputReader {
             && let Some(map) = &self.map
             && map.populate(start, len)
         {
+            *scratch = AlignedBuffer::default();
             return Ok(map.slice(start, len));
         }
         // Here too when a populate failed: that says nothing about the reason, and a positioned

@@ -25,7 +25,7 @@ use crate::kernels::BLOCK;
 const BLOCK_ELEMENTS: u64 = BLOCK as u64;
 /// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
 /// two huge pages, so that an output buffer with its odd start fills no third.
-const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
+pub(crate) const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
 /// Below this, a piece that is used in place makes too much memory around it resident.
 const SMALLEST_MAPPED_PIECE: u64 = 2 * MAP_MARGIN as u64;
 /// Stack, allocator and scheduler, a worker and in all. Measured, rounded up.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::Need;
+use super::memory::{LARGEST_PIECE, Need};
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -15,6 +15,9 @@ use crate::formula::{
     Chosen, Reduction, ReductionKind, Scalar, Scope, Selection, Value, ValueNode,
 };
 use crate::kernels::{BLOCK, Real, fold_halves};
+
+/// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
+const STEP_BYTES: usize = 768 << 10;
 
 /// What an output tensor is made by.
 #[derive(Clone, Debug)]
@@ -56,12 +59,24 @@ impl Task {
     }
 
     pub(crate) fn need(&self) -> Need {
-        let sources = self.sources.iter().map(|source| (source.dtype(), source.is_mapped()));
+        let sources = self.sources.iter().map(|source| (source.dtype(), source.is_in_place()));
         Need::new(&self.frame, &self.work, sources, self.sink.dtype())
     }
 
     pub(crate) fn blocks(&self) -> u64 {
         self.frame.blocks()
+    }
+
+    /// How many elements of the sources `inputs` a worker reads at once: whole blocks.
+    ///
+    /// Bytes that are copied into a buffer are used from the second-level cache if they are few.
+    /// Bytes that are used in place are best mapped in one go.
+    pub(crate) fn step_elements(&self, inputs: &[usize]) -> u64 {
+        let copied = inputs.iter().map(|&index| &self.sources[index]).filter(|s| !s.is_in_place());
+        let bytes: usize = copied.map(|source| source.dtype().size() * BLOCK).sum();
+        let most = LARGEST_PIECE / BLOCK as u64;
+        let blocks = (STEP_BYTES as u64).checked_div(bytes as u64).unwrap_or(most).clamp(1, most);
+        blocks * BLOCK as u64
     }
 
     /// The elements of the blocks `blocks`.

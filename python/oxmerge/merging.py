@@ -259,7 +259,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     strict : bool
         Whether warnings count as problems.
     read_path : str
-        ``auto``, ``mapped`` or ``positioned``.
+        ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable, optional
         Called with a `Snapshot` ten times a second.
 

@@ -40,6 +40,20 @@ impl Source for FileSource {
         self.reader.is_mapped()
     }
 
+    fn is_far(&self, elements: Range<u64>) -> bool {
+        let (start, length) = self.bytes(&elements);
+        self.reader.is_best_direct(start, length)
+    }
+
+    fn read_once<'a>(
+        &'a self,
+        elements: Range<u64>,
+        scratch: &'a mut AlignedBuffer,
+    ) -> Result<&'a [u8]> {
+        let (start, length) = self.bytes(&elements);
+        self.reader.read_direct(start, length, scratch)
+    }
+
     fn prefetch(&self, elements: Range<u64>) {
         let (start, length) = self.bytes(&elements);
         self.reader.prefetch(start, length);
@@ -157,7 +171,7 @@ pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
     Ok(Work::Formula(formula))
 }
 
-/// What each tensor of `plan` needs in memory, when its files are mapped.
+/// What each tensor of `plan` needs in memory, when its files are read as `read` says.
 pub fn needs(plan: &Plan) -> Result<Vec<Need>> {
     let need = |tensor: &OutputTensor| {
         let frame = TensorFrame::new(&tensor.name, plan.seed, &tensor.shape);

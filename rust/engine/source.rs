@@ -26,6 +26,21 @@ pub trait Source: Debug + Send + Sync {
         false
     }
 
+    /// Whether `elements` are best fetched by [`read_once`](Self::read_once) if they are read once.
+    fn is_far(&self, elements: Range<u64>) -> bool {
+        let _ = elements;
+        false
+    }
+
+    /// As [`read`](Self::read), for elements that will not be read again: keeps no copy behind.
+    fn read_once<'a>(
+        &'a self,
+        elements: Range<u64>,
+        scratch: &'a mut AlignedBuffer,
+    ) -> Result<&'a [u8]> {
+        self.read(elements, scratch)
+    }
+
     /// A hint that `elements` will be read soon. Never fails, never waits.
     fn prefetch(&self, elements: Range<u64>) {
         let _ = elements;

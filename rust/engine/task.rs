@@ -39,6 +39,8 @@ pub struct Task {
     pub(crate) work: Work,
     /// Whether the working type is f64.
     pub(crate) double: bool,
+    /// Whether nothing has to be reduced before the output is computed.
+    pub(crate) reads_once: bool,
 }
 
 impl Task {
@@ -55,7 +57,11 @@ impl Task {
         let frame = TensorFrame::new(name, seed, shape);
         let double =
             sink.dtype() == DType::F64 || sources.iter().any(|source| source.dtype() == DType::F64);
-        Self { frame, sources, labels, sink, work, double }
+        let reads_once = match &work {
+            Work::Formula(formula) => stage::unknown(std::slice::from_ref(formula)).is_empty(),
+            Work::Identical => true,
+        };
+        Self { frame, sources, labels, sink, work, double, reads_once }
     }
 
     pub(crate) fn need(&self) -> Need {

@@ -85,14 +85,16 @@ impl<'a> Worker<'a> {
         let code = (!needs_rows).then(|| Code::compile(values));
         let mut machine =
             code.as_ref().map(|code| Machine::<T>::new(self.level, &task.frame, code));
-        let step = task.step_elements(&inputs);
+        let is_far = |&index: &usize| task.sources[index].is_far(elements.clone());
+        let once = task.reads_once && inputs.iter().any(is_far);
+        let step = if once { u64::MAX } else { task.step_elements(&inputs) };
         if elements.end - elements.start > step {
             inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
         }
         for elements in steps(elements, step) {
             let read = if needs_rows { whole_rows(task, &elements) } else { elements.clone() };
             self.make_room(task, &inputs, read.end - read.start);
-            let bytes = read_inputs(task, &inputs, &read, &mut self.scratch)?;
+            let bytes = read_inputs(task, &inputs, &read, &mut self.scratch, once)?;
             let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
             self.control.add_read(bytes.iter().flatten().map(count).sum());
             if let Some(machine) = &mut machine {
@@ -348,13 +350,19 @@ fn read_inputs<'a>(
     inputs: &[usize],
     elements: &Range<u64>,
     scratch: &'a mut [AlignedBuffer],
+    once: bool,
 ) -> Result<Vec<Option<InputBytes<'a>>>> {
     let mut all = Vec::with_capacity(task.sources.len());
     for (index, (source, scratch)) in task.sources.iter().zip(scratch).enumerate() {
         all.push(match inputs.contains(&index) {
             false => None,
             true => {
-                let bytes = source.read(elements.clone(), scratch)?;
+                let read = if once {
+                    source.read_once(elements.clone(), scratch)
+                } else {
+                    source.read(elements.clone(), scratch)
+                };
+                let bytes = read?;
                 Some(InputBytes { dtype: source.dtype(), first: elements.start, bytes })
             }
         });
@@ -512,7 +520,7 @@ fn reduce_rows<T: Real>(
 /// `range` cut into parts of `length`; the last may be shorter.
 fn steps(range: Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
     let end = range.end;
-    range.step_by(length as usize).map(move |start| start..end.min(start + length))
+    range.step_by(length as usize).map(move |start| start..end.min(start.saturating_add(length)))
 }
 
 fn chunks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {

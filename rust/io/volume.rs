@@ -8,8 +8,8 @@ use rustix::fs::StatVfs;
 
 use crate::error::{Error, Result};
 
-/// Magic numbers of file systems whose bytes come from elsewhere, as `statfs` gives them. A map of
-/// such a file turns a lost connection into a signal, and reads ahead by guesswork.
+/// Magic numbers of file systems whose bytes come from elsewhere, as `statfs` gives them. What is
+/// known of local disks, such as when to read past the page cache, need not hold there.
 const REMOTE: [u32; 12] = [
     0x6969,      // NFS
     0x517b,      // SMB

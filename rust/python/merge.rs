@@ -100,8 +100,10 @@ pub(super) fn execute<'py>(
         "auto" => ReadPath::Auto,
         "mapped" => ReadPath::Mapped,
         "positioned" => ReadPath::Positioned,
+        "direct" => ReadPath::Direct,
         other => {
-            let message = format!("`{other}` is no read path: use auto, mapped or positioned");
+            let message =
+                format!("`{other}` is no read path: use auto, mapped, positioned or direct");
             return Err(pyo3::exceptions::PyValueError::new_err(message));
         }
     };

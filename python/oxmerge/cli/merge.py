@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from oxmerge.cli.engine import Engine, MergeReport
     from oxmerge.cli.printer import Printer
 
-READ_PATHS = ("auto", "mapped", "positioned")
+READ_PATHS = ("auto", "mapped", "positioned", "direct")
 
 
 def add_arguments(parser: Parser) -> None:

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::memory::Need;
+use super::memory::{Need, Way};
 use super::source::{Sink, Source};
 use super::task::{Task, Work};
 use crate::dtype::DType;
@@ -134,17 +134,10 @@ pub fn partial_name(file_name: &str) -> String {
 pub fn tasks(plan: &Plan, directory: &Path, modes: FileModes) -> Result<Vec<Task>> {
     let work: Vec<Work> =
         plan.tensors.iter().map(|tensor| work(plan, tensor)).collect::<Result<_>>()?;
-    let readers: Vec<Arc<InputReader>> = plan
-        .files
-        .iter()
-        .map(|file| InputReader::open(file, modes.read).map(Arc::new))
-        .collect::<Result<_>>()?;
+    let readers = open_inputs(plan, modes.read)?;
     let shards = create_shards(plan, directory, modes.write)?;
     let task = |(tensor, work): (&OutputTensor, Work)| {
-        let source = |source: &SourceTensor| -> Arc<dyn Source> {
-            let reader = Arc::clone(&readers[source.file]);
-            Arc::new(FileSource { reader, dtype: source.dtype, start: source.start })
-        };
+        let source = |source| -> Arc<dyn Source> { Arc::new(file_source(&readers, source)) };
         let shard = Arc::clone(&shards[tensor.shard]);
         let sink = FileSink { shard, dtype: tensor.dtype, start: tensor.start };
         Task::new(
@@ -172,13 +165,28 @@ pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
 }
 
 /// What each tensor of `plan` needs in memory, when its files are read as `read` says.
-pub fn needs(plan: &Plan) -> Result<Vec<Need>> {
+pub fn needs(plan: &Plan, read: ReadPath) -> Result<Vec<Need>> {
+    let readers = open_inputs(plan, read)?;
     let need = |tensor: &OutputTensor| {
         let frame = TensorFrame::new(&tensor.name, plan.seed, &tensor.shape);
-        let sources = tensor.sources.iter().map(|source| (source.dtype, true));
-        Ok(Need::new(&frame, &work(plan, tensor)?, sources, tensor.dtype))
+        let work = work(plan, tensor)?;
+        let once = work.reads_once();
+        let sources = tensor.sources.iter().map(|source| {
+            let source = file_source(&readers, source);
+            (source.dtype(), Way::of(&source, frame.elements, once))
+        });
+        Ok(Need::new(&frame, &work, sources, tensor.dtype))
     };
     plan.tensors.iter().map(need).collect()
+}
+
+fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Arc<InputReader>>> {
+    plan.files.iter().map(|file| InputReader::open(file, read).map(Arc::new)).collect()
+}
+
+fn file_source(readers: &[Arc<InputReader>], source: &SourceTensor) -> FileSource {
+    let reader = Arc::clone(&readers[source.file]);
+    FileSource { reader, dtype: source.dtype, start: source.start }
 }
 
 fn create_shards(plan: &Plan, directory: &Path, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {

@@ -12,6 +12,7 @@
 
 use std::fs;
 
+use super::source::Source;
 use super::task::Work;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
@@ -19,13 +20,15 @@ use crate::formula::machine::{CHUNK, TensorFrame};
 use crate::formula::selection::{HISTOGRAM_BYTES, SEARCH_BYTES};
 use crate::formula::stage::unknown;
 use crate::formula::{Scope, Value};
-use crate::io::{MAP_MARGIN, MAPPED_FROM, PAGE};
+use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
 use crate::kernels::BLOCK;
 
 const BLOCK_ELEMENTS: u64 = BLOCK as u64;
 /// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
 /// two huge pages, so that an output buffer with its odd start fills no third.
-pub(crate) const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
+const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
+/// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
+const STEP_BYTES: u64 = 768 << 10;
 /// Below this, a piece that is used in place makes too much memory around it resident.
 const SMALLEST_MAPPED_PIECE: u64 = 2 * MAP_MARGIN as u64;
 /// Stack, allocator and scheduler, a worker and in all. Measured, rounded up.
@@ -53,29 +56,59 @@ pub struct MemoryPlan {
     pub worker_bytes: u64,
 }
 
-/// An amount of memory of which a part is used only when it has to be: pages around a mapped
-/// piece, histograms of values that a sample does not narrow down.
+/// An amount of memory: what to expect, and what it is at the most. They differ where memory is
+/// used only when it has to be: pages around a mapped piece, histograms of values that a sample
+/// does not narrow down, buffers for inputs that turn out not to be in the page cache.
 ///
-/// The budget is kept with all of it; half of the uncertain part is what to expect.
+/// The budget is kept with the most; the prediction is what to expect.
 #[derive(Clone, Copy, Debug, Default)]
 struct Amount {
-    certain: u64,
-    uncertain: u64,
+    expected: u64,
+    most: u64,
 }
 
 impl Amount {
-    fn most(self) -> u64 {
-        self.certain + self.uncertain
+    fn certain(bytes: u64) -> Self {
+        Self { expected: bytes, most: bytes }
     }
 
-    fn expected(self) -> u64 {
-        self.certain + self.uncertain / 2
+    /// As likely as not.
+    fn uncertain(bytes: u64) -> Self {
+        Self { expected: bytes / 2, most: bytes }
     }
 
     fn plus(self, other: Self, times: u64) -> Self {
         Self {
-            certain: self.certain + times * other.certain,
-            uncertain: self.uncertain + times * other.uncertain,
+            expected: self.expected + times * other.expected,
+            most: self.most + times * other.most,
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        *self = self.plus(other, 1);
+    }
+}
+
+/// How a source's bytes get to a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Used where they are, in a map.
+    InPlace,
+    /// Copied from the page cache, a step at a time.
+    Copied,
+    /// Read past the page cache, a piece at a time.
+    Direct,
+}
+
+impl Way {
+    /// How the `elements` of `source` will come, as things are now.
+    pub(crate) fn of(source: &dyn Source, elements: u64, once: bool) -> Self {
+        if source.is_in_place() {
+            Self::InPlace
+        } else if once && source.is_far(0..elements) {
+            Self::Direct
+        } else {
+            Self::Copied
         }
     }
 }
@@ -84,9 +117,10 @@ impl Amount {
 #[derive(Clone, Debug, Default)]
 pub struct Need {
     elements: u64,
-    /// Bytes an element, and whether long pieces are used in place, of each source that is read
-    /// at the same time as the others.
-    sources: Vec<(u64, bool)>,
+    /// Bytes an element of each source that is read at the same time as the others, and how.
+    sources: Vec<(u64, Way)>,
+    /// Whether a source that is copied may turn out to be read past the page cache.
+    reads_once: bool,
     output: u64,
     /// Elements around a piece that are read as well, to have whole rows.
     edge: u64,
@@ -98,17 +132,17 @@ pub struct Need {
 }
 
 impl Need {
-    /// The need of a tensor made by `work` from sources of these types; true for a source that is
-    /// mapped.
+    /// The need of a tensor made by `work` from sources of these types that come this way.
     pub(crate) fn new(
         frame: &TensorFrame,
         work: &Work,
-        sources: impl Iterator<Item = (DType, bool)>,
+        sources: impl Iterator<Item = (DType, Way)>,
         output: DType,
     ) -> Self {
         let mut need = Self {
             elements: frame.elements,
-            sources: sources.map(|(dtype, mapped)| (dtype.size() as u64, mapped)).collect(),
+            sources: sources.map(|(dtype, way)| (dtype.size() as u64, way)).collect(),
+            reads_once: work.reads_once(),
             output: output.size() as u64,
             row: frame.row,
             ..Self::default()
@@ -125,26 +159,30 @@ impl Need {
         let waits = unknown(std::slice::from_ref(formula));
         let searches = waits.selections.len() as u64;
         // The machine's slots: a few for each source.
-        self.worker_state.certain += (2 * self.sources.len() as u64 + 4) * 4 * CHUNK as u64;
-        self.worker_state.uncertain += searches * HISTOGRAM_BYTES;
-        self.shared_state.uncertain += searches * SEARCH_BYTES;
-        self.shared_state.certain += searches * 4 * frame.blocks();
+        let slots = 2 * self.sources.len() as u64 + 4;
+        self.worker_state.add(Amount::certain(slots * 4 * CHUNK as u64));
+        self.worker_state.add(Amount::uncertain(searches * HISTOGRAM_BYTES));
+        self.shared_state.add(Amount::uncertain(searches * SEARCH_BYTES));
+        self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {
-                    self.shared_state.certain += 8 * frame.rows();
+                    self.shared_state.add(Amount::certain(8 * frame.rows()));
                 }
                 Scope::Row => {
                     self.edge = 2 * frame.row;
                     self.row_reductions += 1;
                 }
                 Scope::Column => {
-                    self.worker_state.certain += 8 * frame.line;
-                    self.shared_state.certain += 8 * frame.line;
+                    self.worker_state.add(Amount::certain(8 * frame.line));
+                    self.shared_state.add(Amount::certain(8 * frame.line));
                     // Summed up before there is output; the allocator may keep it until later.
-                    self.shared_state.uncertain += 8 * frame.line * frame.column_blocks();
+                    let blocks = 8 * frame.line * frame.column_blocks();
+                    self.shared_state.add(Amount::uncertain(blocks));
                 }
-                Scope::Tensor | Scope::Model => self.shared_state.certain += 8 * frame.blocks(),
+                Scope::Tensor | Scope::Model => {
+                    self.shared_state.add(Amount::certain(8 * frame.blocks()));
+                }
             }
         }
     }
@@ -152,29 +190,44 @@ impl Need {
     /// What a worker holds of a piece of `blocks` blocks.
     fn piece(&self, blocks: u64) -> Amount {
         let elements = (blocks * BLOCK_ELEMENTS).min(self.elements);
-        let read = (elements + self.edge).min(self.elements);
-        let whole_pages = |bytes: u64| bytes.next_multiple_of(PAGE as u64);
-        let mut amount = Amount {
-            certain: whole_pages(elements * self.output) + PAGE as u64,
-            uncertain: self.row_reductions * ROW_BYTES * (read / self.row.max(1)),
-        };
-        for &(size, mapped) in &self.sources {
-            let bytes = whole_pages(read * size);
-            amount.certain += bytes;
-            if mapped && bytes >= MAPPED_FROM as u64 {
-                // Wherever it begins, it touches so many windows at the most.
-                let margin = MAP_MARGIN as u64;
-                amount.uncertain += bytes.next_multiple_of(margin) + margin - bytes;
-            }
+        let output = AlignedBuffer::resident(elements as usize * self.output as usize + PAGE);
+        let mut amount = Amount::certain(output as u64);
+        let widths = self.sources.iter().filter(|(_, way)| *way != Way::InPlace);
+        let step = step_elements(widths.map(|(size, _)| *size)).min(elements);
+        let rows = (step + self.edge).min(self.elements) / self.row.max(1);
+        amount.add(Amount::uncertain(self.row_reductions * ROW_BYTES * rows));
+        for &(size, way) in &self.sources {
+            amount.add(self.input(size, way, step, elements));
         }
         amount
     }
 
-    /// Whether all of a piece of `blocks` blocks is read by position, or enough of it in place to
-    /// be worth what becomes resident around it.
+    /// What a worker holds of one input.
+    fn input(&self, size: u64, way: Way, step: u64, elements: u64) -> Amount {
+        let bytes = |elements: u64| (elements + self.edge).min(self.elements) * size;
+        let buffer = |bytes: u64| AlignedBuffer::resident(bytes as usize) as u64;
+        let direct = buffer(bytes(elements) + 2 * PAGE as u64);
+        match way {
+            Way::InPlace if bytes(elements) >= MAPPED_FROM as u64 => {
+                // Wherever it begins, it touches so many windows at the most.
+                let (bytes, margin) = (bytes(elements), MAP_MARGIN as u64);
+                let around = bytes.next_multiple_of(margin) + margin - bytes;
+                Amount::certain(bytes).plus(Amount::uncertain(around), 1)
+            }
+            Way::InPlace => Amount::certain(buffer(bytes(elements))),
+            Way::Direct => Amount::certain(direct),
+            Way::Copied => {
+                let copied = buffer(bytes(step));
+                Amount { expected: copied, most: if self.reads_once { direct } else { copied } }
+            }
+        }
+    }
+
+    /// Whether a piece of `blocks` blocks that is used in place, if any is, is large enough to be
+    /// worth what becomes resident around it.
     fn is_sensible(&self, blocks: u64) -> bool {
         let elements = (blocks * BLOCK_ELEMENTS + self.edge).min(self.elements);
-        let mapped = self.sources.iter().filter(|(_, mapped)| *mapped);
+        let mapped = self.sources.iter().filter(|(_, way)| *way == Way::InPlace);
         let widest = mapped.map(|(size, _)| elements * size).max().unwrap_or(0);
         elements == self.elements || !(MAPPED_FROM as u64..SMALLEST_MAPPED_PIECE).contains(&widest)
     }
@@ -185,7 +238,7 @@ impl Need {
         let most = LARGEST_PIECE / (widest.max(1) * BLOCK_ELEMENTS);
         (1..=most.min(self.elements.div_ceil(BLOCK_ELEMENTS)).max(1))
             .rev()
-            .find(|&blocks| self.is_sensible(blocks) && self.piece(blocks).most() <= bytes)
+            .find(|&blocks| self.is_sensible(blocks) && self.piece(blocks).most <= bytes)
             .unwrap_or(1)
     }
 }
@@ -196,40 +249,47 @@ impl MemoryPlan {
     /// Uses fewer threads before it refuses; refuses with the number that would do.
     pub fn new(needs: &[Need], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
         let most = |of: fn(&Need) -> Amount| {
-            needs.iter().map(of).max_by_key(|amount| amount.most()).unwrap_or_default()
+            needs.iter().map(of).max_by_key(|amount| amount.most).unwrap_or_default()
         };
-        let worker = Amount { certain: WORKER_OVERHEAD, uncertain: 0 }
-            .plus(most(|need| need.worker_state), 1);
-        let shared = Amount { certain: baseline + ENGINE_OVERHEAD, uncertain: 0 };
+        let worker = Amount::certain(WORKER_OVERHEAD).plus(most(|need| need.worker_state), 1);
+        let shared = Amount::certain(baseline + ENGINE_OVERHEAD);
         let fixed = |workers: u64| {
             let states = largest_states(needs, workers as usize);
             shared.plus(states, 1).plus(worker, workers)
         };
-        let block = most(|need| need.piece(1)).most();
-        let fits = |workers: &u64| fixed(*workers).most() + workers * block <= budget;
+        let block = most(|need| need.piece(1)).most;
+        let fits = |workers: &u64| fixed(*workers).most + workers * block <= budget;
         let Some(workers) = (1..=workers.max(1) as u64).rev().find(fits) else {
-            return Err(refused(budget, fixed(1).most() + block));
+            return Err(refused(budget, fixed(1).most + block));
         };
-        let worker_bytes = (budget - fixed(workers).most()) / workers;
-        let piece = needs
-            .iter()
-            .map(|need| need.piece(need.piece_blocks(worker_bytes)))
-            .max_by_key(|piece| piece.most())
-            .unwrap_or_default();
+        let worker_bytes = (budget - fixed(workers).most) / workers;
+        let pieces = needs.iter().map(|need| need.piece(need.piece_blocks(worker_bytes)));
+        let largest = pieces.clone().map(|piece| piece.most).max().unwrap_or(0);
+        let expected = pieces.map(|piece| piece.expected).max().unwrap_or(0);
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).plus(piece, workers).expected(),
+            predicted: fixed(workers).expected + workers * expected,
             workers: workers as usize,
-            worker_bytes: piece.most(),
+            worker_bytes: largest,
         })
     }
+}
+
+/// Elements of the sources of these widths that a worker reads at once: whole blocks.
+///
+/// Bytes that are copied into a buffer are used from the second-level cache if they are few. Bytes
+/// that are used in place are best mapped in one go.
+pub(crate) fn step_elements(copied_widths: impl Iterator<Item = u64>) -> u64 {
+    let block: u64 = copied_widths.map(|width| width * BLOCK_ELEMENTS).sum();
+    let most = LARGEST_PIECE / BLOCK_ELEMENTS;
+    STEP_BYTES.checked_div(block).unwrap_or(most).clamp(1, most) * BLOCK_ELEMENTS
 }
 
 /// The states of the tasks that may be under way at once.
 fn largest_states(needs: &[Need], workers: usize) -> Amount {
     let mut states: Vec<Amount> = needs.iter().map(|need| need.shared_state).collect();
-    states.sort_unstable_by_key(|state| std::cmp::Reverse(state.most()));
+    states.sort_unstable_by_key(|state| std::cmp::Reverse(state.most));
     let under_way = states.into_iter().take(super::tasks_under_way(workers));
     under_way.fold(Amount::default(), |sum, state| sum.plus(state, 1))
 }

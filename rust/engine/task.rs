@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::{LARGEST_PIECE, Need};
+use super::memory::{Need, Way, step_elements};
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -16,9 +16,6 @@ use crate::formula::{
 };
 use crate::kernels::{BLOCK, Real, fold_halves};
 
-/// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
-const STEP_BYTES: usize = 768 << 10;
-
 /// What an output tensor is made by.
 #[derive(Clone, Debug)]
 pub enum Work {
@@ -26,6 +23,16 @@ pub enum Work {
     Formula(Value),
     /// Every source must have the same bytes, which are the output.
     Identical,
+}
+
+impl Work {
+    /// Whether nothing has to be reduced before the output is computed.
+    pub(crate) fn reads_once(&self) -> bool {
+        match self {
+            Self::Formula(formula) => stage::unknown(std::slice::from_ref(formula)).is_empty(),
+            Self::Identical => true,
+        }
+    }
 }
 
 /// One output tensor: a formula over sources into a sink.
@@ -39,7 +46,7 @@ pub struct Task {
     pub(crate) work: Work,
     /// Whether the working type is f64.
     pub(crate) double: bool,
-    /// Whether nothing has to be reduced before the output is computed.
+    /// See [`Work::reads_once`].
     pub(crate) reads_once: bool,
 }
 
@@ -57,15 +64,14 @@ impl Task {
         let frame = TensorFrame::new(name, seed, shape);
         let double =
             sink.dtype() == DType::F64 || sources.iter().any(|source| source.dtype() == DType::F64);
-        let reads_once = match &work {
-            Work::Formula(formula) => stage::unknown(std::slice::from_ref(formula)).is_empty(),
-            Work::Identical => true,
-        };
+        let reads_once = work.reads_once();
         Self { frame, sources, labels, sink, work, double, reads_once }
     }
 
     pub(crate) fn need(&self) -> Need {
-        let sources = self.sources.iter().map(|source| (source.dtype(), source.is_in_place()));
+        let sources = self.sources.iter().map(|source| {
+            (source.dtype(), Way::of(&**source, self.frame.elements, self.reads_once))
+        });
         Need::new(&self.frame, &self.work, sources, self.sink.dtype())
     }
 
@@ -73,16 +79,10 @@ impl Task {
         self.frame.blocks()
     }
 
-    /// How many elements of the sources `inputs` a worker reads at once: whole blocks.
-    ///
-    /// Bytes that are copied into a buffer are used from the second-level cache if they are few.
-    /// Bytes that are used in place are best mapped in one go.
+    /// How many elements of the sources `inputs` a worker reads at once.
     pub(crate) fn step_elements(&self, inputs: &[usize]) -> u64 {
         let copied = inputs.iter().map(|&index| &self.sources[index]).filter(|s| !s.is_in_place());
-        let bytes: usize = copied.map(|source| source.dtype().size() * BLOCK).sum();
-        let most = LARGEST_PIECE / BLOCK as u64;
-        let blocks = (STEP_BYTES as u64).checked_div(bytes as u64).unwrap_or(most).clamp(1, most);
-        blocks * BLOCK as u64
+        step_elements(copied.map(|source| source.dtype().size() as u64))
     }
 
     /// The elements of the blocks `blocks`.

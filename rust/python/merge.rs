@@ -71,7 +71,7 @@ pub(super) fn predict<'py>(
     threads: Option<usize>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let planned = parse(plan).and_then(|plan| {
-        let needs = files::needs(&plan)?;
+        let needs = files::needs(&plan, ReadPath::Auto)?;
         MemoryPlan::new(&needs, memory, worker_count(threads), memory::resident())
     });
     let planned = planned.map_err(|error| raise(py, &error))?;

@@ -13,6 +13,7 @@
 use std::fs;
 
 use super::task::Work;
+use super::work::SAMPLE_BYTES;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::machine::{CHUNK, TensorFrame};
@@ -92,6 +93,8 @@ pub struct Need {
     /// Reductions over the rows of a piece, and the length of a row.
     row_reductions: u64,
     row: u64,
+    /// Keys that a worker takes as a sample, at a time when it has no piece.
+    sample: u64,
     worker_state: Amount,
     shared_state: Amount,
 }
@@ -126,6 +129,7 @@ impl Need {
         // The machine's slots: a few for each source.
         self.worker_state.certain += (2 * self.sources.len() as u64 + 4) * 4 * CHUNK as u64;
         self.worker_state.uncertain += searches * HISTOGRAM_BYTES;
+        self.sample = searches * SAMPLE_BYTES;
         self.shared_state.uncertain += searches * SEARCH_BYTES;
         self.shared_state.certain += searches * 4 * frame.blocks();
         for reduction in &waits.reductions {
@@ -166,6 +170,7 @@ impl Need {
                 amount.uncertain += bytes.next_multiple_of(margin) + margin - bytes;
             }
         }
+        amount.uncertain += self.sample.saturating_sub(amount.most());
         amount
     }
 

@@ -82,6 +82,7 @@ impl DType {
     }
 
     /// The smallest float type that holds both exactly (BF16 with F16 gives F32).
+    #[must_use]
     pub fn promote(self, other: Self) -> Self {
         if self == other {
             self

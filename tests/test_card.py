@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-
 from oxmerge.card import CardModel, model_card
 
 RECIPE = "merge_method: slerp\nbase_model: org/base\n"
 
 
-def card(**changes: Any) -> str:  # noqa: ANN401
+def card(**changes: Any) -> str:
     """Write a card with few words."""
     settings: dict[str, Any] = {
         "method": "slerp",

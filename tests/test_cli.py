@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from oxmerge.cli import VERBS, main
 from oxmerge.cli.printer import Printer
 from oxmerge.cli.progress import PlainProgress, format_duration, progress_line, show_progress
@@ -121,12 +120,12 @@ class Snapshot:
 class FakeEngine:
     """Records what it is asked, and raises what it is told to."""
 
-    def __init__(self, error: BaseException | None = None, **results: Any) -> None:  # noqa: ANN401
+    def __init__(self, error: BaseException | None = None, **results: Any) -> None:
         self.error = error
         self.results = results
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
-    def _answer(self, name: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+    def _answer(self, name: str, *args: Any, **options: Any) -> Any:
         progress = options.pop("progress", None)
         self.calls.append((name, args, options))
         if progress is not None:
@@ -135,16 +134,16 @@ class FakeEngine:
             raise self.error
         return self.results.get(name)
 
-    def merge(self, recipe: str, directory: str, **options: Any) -> Any:  # noqa: ANN401
+    def merge(self, recipe: str, directory: str, **options: Any) -> Any:
         return self._answer("merge", recipe, directory, **options) or Report(directory)
 
-    def plan(self, recipe: str, **options: Any) -> Any:  # noqa: ANN401
+    def plan(self, recipe: str, **options: Any) -> Any:
         return self._answer("plan", recipe, **options) or Plan()
 
-    def methods(self) -> Any:  # noqa: ANN401
+    def methods(self) -> Any:
         return self._answer("methods") or METHODS
 
-    def open_checkpoint(self, path: str) -> Any:  # noqa: ANN401
+    def open_checkpoint(self, path: str) -> Any:
         return self._answer("open_checkpoint", path)
 
 
@@ -152,7 +151,7 @@ Output = tuple[int, str, str]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:  # noqa: ANN401
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
     """Run the command line: exit code, standard output, standard error."""
 
     def call(*arguments: str, engine: FakeEngine | None = None) -> Output:
@@ -166,14 +165,14 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:  # noqa: ANN401
 # Arguments.
 
 
-def test_merge_passes_on_only_what_was_given(run: Any) -> None:  # noqa: ANN401
+def test_merge_passes_on_only_what_was_given(run: Any) -> None:
     engine = FakeEngine()
     assert run("merge", "r.yml", "out", engine=engine)[0] == 0
     options = {"strict": False, "overwrite": False, "read_path": "auto"}
     assert engine.calls == [("merge", ("r.yml", "out"), options)]
 
 
-def test_merge_passes_on_everything(run: Any) -> None:  # noqa: ANN401
+def test_merge_passes_on_everything(run: Any) -> None:
     engine = FakeEngine()
     line = "merge r.yml out --memory 2GiB --threads 3 --seed 7 --shard-size 5B --overwrite"
     run(*line.split(), "--strict", "--read-path=mapped", engine=engine)
@@ -188,7 +187,7 @@ def test_merge_passes_on_everything(run: Any) -> None:  # noqa: ANN401
     }
 
 
-def test_plan_passes_on_its_options(run: Any) -> None:  # noqa: ANN401
+def test_plan_passes_on_its_options(run: Any) -> None:
     engine = FakeEngine()
     run("plan", "r.yml", "--memory", "1GB", "--strict", engine=engine)
     assert engine.calls == [("plan", ("r.yml",), {"strict": True, "memory": 1_000_000_000})]
@@ -218,7 +217,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:  # noqa: ANN401
         ("methods slurp", "unknown method `slurp`", "did you mean `slerp`?"),
     ],
 )
-def test_usage_errors(run: Any, line: str, message: str, hint: str) -> None:  # noqa: ANN401
+def test_usage_errors(run: Any, line: str, message: str, hint: str) -> None:
     code, out, err = run(*line.split())
     assert code == 2
     assert out == ""
@@ -228,7 +227,7 @@ def test_usage_errors(run: Any, line: str, message: str, hint: str) -> None:  # 
     assert second.startswith(f"hint: {hint}")
 
 
-def test_nothing_asked_shows_the_overview(run: Any) -> None:  # noqa: ANN401
+def test_nothing_asked_shows_the_overview(run: Any) -> None:
     code, out, err = run()
     assert (code, err) == (2, "")
     assert all(f"  {verb} " in out for verb in VERBS)
@@ -236,7 +235,7 @@ def test_nothing_asked_shows_the_overview(run: Any) -> None:  # noqa: ANN401
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_each_verb_fits_a_terminal(run: Any, verb: str) -> None:  # noqa: ANN401
+def test_help_of_each_verb_fits_a_terminal(run: Any, verb: str) -> None:
     code, out, err = run(verb, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: oxmerge {verb}")
@@ -244,7 +243,7 @@ def test_help_of_each_verb_fits_a_terminal(run: Any, verb: str) -> None:  # noqa
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
-def test_options_that_do_not_work_yet_do_not_exist(run: Any) -> None:  # noqa: ANN401
+def test_options_that_do_not_work_yet_do_not_exist(run: Any) -> None:
     _, out, _ = run("merge", "--help")
     assert "--device" not in out
     assert "--resume" not in out
@@ -253,7 +252,7 @@ def test_options_that_do_not_work_yet_do_not_exist(run: Any) -> None:  # noqa: A
 # What is printed.
 
 
-def test_merge_ends_with_two_lines(run: Any) -> None:  # noqa: ANN401
+def test_merge_ends_with_two_lines(run: Any) -> None:
     code, out, err = run("merge", "r.yml", "out")
     assert (code, out) == (0, "")
     assert err == (
@@ -262,24 +261,24 @@ def test_merge_ends_with_two_lines(run: Any) -> None:  # noqa: ANN401
     )
 
 
-def test_merge_quiet_says_nothing(run: Any) -> None:  # noqa: ANN401
+def test_merge_quiet_says_nothing(run: Any) -> None:
     engine = FakeEngine(merge=Report(warnings=("beware",)))
     assert run("merge", "r.yml", "out", "--quiet", engine=engine) == (0, "", "")
 
 
-def test_merge_json_is_data_alone(run: Any) -> None:  # noqa: ANN401
+def test_merge_json_is_data_alone(run: Any) -> None:
     _, out, err = run("merge", "r.yml", "out", "--json")
     assert json.loads(out) == {"tensors": 75, "seconds": 1.5}
     assert err.startswith("wrote")
 
 
-def test_warnings_and_their_hints(run: Any) -> None:  # noqa: ANN401
+def test_warnings_and_their_hints(run: Any) -> None:
     problem = Problem("parameter", "`weight` has no effect", advice="put it under `models`")
     _, _, err = run("plan", "r.yml", engine=FakeEngine(plan=Plan(warnings=(problem,))))
     assert err == "warning: `weight` has no effect\nhint: put it under `models`\n"
 
 
-def test_plan(run: Any) -> None:  # noqa: ANN401
+def test_plan(run: Any) -> None:
     code, out, err = run("plan", "r.yml")
     assert (code, err) == (0, "")
     assert out == (
@@ -295,7 +294,7 @@ def test_plan(run: Any) -> None:  # noqa: ANN401
     assert json.loads(run("plan", "r.yml", "--json")[1]) == {"tensors": 75}
 
 
-def test_methods(run: Any) -> None:  # noqa: ANN401
+def test_methods(run: Any) -> None:
     code, out, err = run("methods")
     assert (code, err) == (0, "")
     assert out.startswith("linear  weighted average")
@@ -303,7 +302,7 @@ def test_methods(run: Any) -> None:  # noqa: ANN401
     assert json.loads(run("methods", "--json")[1]) == {"methods": METHODS}
 
 
-def test_one_method(run: Any) -> None:  # noqa: ANN401
+def test_one_method(run: Any) -> None:
     code, out, err = run("methods", "slerp")
     assert (code, err) == (0, "")
     assert out == (
@@ -342,7 +341,7 @@ def checkpoint() -> Checkpoint:
     return Checkpoint(tensors)
 
 
-def test_inspect(run: Any, tmp_path: Path) -> None:  # noqa: ANN401
+def test_inspect(run: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
     code, out, err = run("inspect", str(tmp_path), engine=FakeEngine(open_checkpoint=checkpoint()))
     assert (code, err) == (0, "")
@@ -367,7 +366,7 @@ def test_inspect(run: Any, tmp_path: Path) -> None:  # noqa: ANN401
     ]
 
 
-def test_inspect_json(run: Any) -> None:  # noqa: ANN401
+def test_inspect_json(run: Any) -> None:
     engine = FakeEngine(open_checkpoint=checkpoint())
     data = json.loads(run("inspect", "nowhere", "--json", engine=engine)[1])
     assert data["parameters"] == 2401
@@ -376,7 +375,7 @@ def test_inspect_json(run: Any) -> None:  # noqa: ANN401
     assert data["files"] == ["model.safetensors"]
 
 
-def test_demo_makes_and_merges(run: Any, tmp_path: Path) -> None:  # noqa: ANN401
+def test_demo_makes_and_merges(run: Any, tmp_path: Path) -> None:
     engine = FakeEngine()
     folder = tmp_path / "demo"
     code, out, err = run("demo", "--directory", str(folder), engine=engine)
@@ -451,13 +450,13 @@ ERRORS: list[tuple[BaseException, int, str]] = [
 
 
 @pytest.mark.parametrize(("error", "code", "text"), ERRORS)
-def test_errors_in_plain_text(run: Any, error: BaseException, code: int, text: str) -> None:  # noqa: ANN401
+def test_errors_in_plain_text(run: Any, error: BaseException, code: int, text: str) -> None:
     found = run("merge", "r.yml", "out", "-q", engine=FakeEngine(error))
     assert found == (code, "", text)
 
 
 @pytest.mark.parametrize(("error", "code", "text"), ERRORS)
-def test_errors_as_data(run: Any, error: BaseException, code: int, text: str) -> None:  # noqa: ANN401
+def test_errors_as_data(run: Any, error: BaseException, code: int, text: str) -> None:
     found_code, out, err = run("plan", "r.yml", "--json", engine=FakeEngine(error))
     assert (found_code, err) == (code, "")
     data = json.loads(out)["error"]
@@ -466,7 +465,7 @@ def test_errors_as_data(run: Any, error: BaseException, code: int, text: str) ->
     assert len(data.get("problems", [])) == text.count("\n  - ")
 
 
-def test_usage_errors_as_data(run: Any) -> None:  # noqa: ANN401
+def test_usage_errors_as_data(run: Any) -> None:
     code, out, err = run("plan", "--json", "--strct", "r.yml")
     assert (code, err) == (2, "")
     assert json.loads(out)["error"]["advice"] == "did you mean `--strict`?"
@@ -477,7 +476,7 @@ def test_a_defect_is_not_dressed_up() -> None:
         main(["plan", "r.yml"], engine=FakeEngine(ZeroDivisionError()))
 
 
-def test_the_numbers_of_system_errors_are_not_for_people(run: Any) -> None:  # noqa: ANN401
+def test_the_numbers_of_system_errors_are_not_for_people(run: Any) -> None:
     error = OSError(errno.EIO, "failed to read: Input/output error (os error 5)", "m")
     _, _, err = run("plan", "r", engine=FakeEngine(error))
     assert err == "error: `m`: failed to read: Input/output error\n"
@@ -491,7 +490,7 @@ def test_a_missing_engine_is_told(
     assert capsys.readouterr().err.startswith("error: the compiled part of oxmerge cannot be")
 
 
-def test_every_error_of_the_package_is_told(run: Any) -> None:  # noqa: ANN401
+def test_every_error_of_the_package_is_told(run: Any) -> None:
     for kind in OxmergeError.__subclasses__():
         assert run("plan", "r", engine=FakeEngine(kind("what", advice="how")))[2] == (
             "error: what\nhint: how\n"
@@ -575,11 +574,11 @@ def test_a_poor_encoding_does_not_break_the_output() -> None:
 # As a process.
 
 
-def process(code: str, **settings: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401
+def process(code: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with the package on its path."""
     folder = Path(sys.modules["oxmerge.cli"].__file__ or "").parents[2]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
         text=True,

@@ -12,10 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
-from safetensors import safe_open
-
 from oxmerge import demo as demo_module
 from oxmerge.demo import SIZES, Demo, describe, make_demo
+from safetensors import safe_open
 
 if TYPE_CHECKING:
     from pathlib import Path

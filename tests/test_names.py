@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from oxmerge.names import (
     find_layer_counts,
     find_layout,

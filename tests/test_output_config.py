@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import pytest
-
 from oxmerge.errors import PlanError
 from oxmerge.output_config import config_text, edit_config
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from oxmerge.methods import Parameter
 from oxmerge.parameters import Resolver, SettingReader, convert, interpolate
 from oxmerge.recipe import Recipe

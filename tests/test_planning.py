@@ -13,7 +13,6 @@ import pytest
 import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from oxmerge.accounting import compact_names
 from oxmerge.errors import PlanError
 from oxmerge.planning import MergePlan, build_plan
@@ -34,11 +33,11 @@ class Shelf:
             zoo.write(self.folder / name, specimen)
         return self
 
-    def plan(self, recipe: str | dict[str, Any], **options: Any) -> MergePlan:  # noqa: ANN401
+    def plan(self, recipe: str | dict[str, Any], **options: Any) -> MergePlan:
         make: Any = Recipe.from_yaml if isinstance(recipe, str) else Recipe.from_mapping
         return build_plan(make(recipe), folder=str(self.folder), core=self.core, **options)
 
-    def problems(self, recipe: str | dict[str, Any], **options: Any) -> list[str]:  # noqa: ANN401
+    def problems(self, recipe: str | dict[str, Any], **options: Any) -> list[str]:
         with pytest.raises(PlanError) as caught:
             self.plan(recipe, **options)
         text = [str(problem) for problem in caught.value.problems]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 
 import pytest
-
 from oxmerge import errors
 from oxmerge.problems import Problem, did_you_mean, group_problems
 from oxmerge.sizes import format_size, parse_size
@@ -61,7 +60,7 @@ SINGLE = [
 def test_errors_keep_their_parts_and_can_be_pickled(kind: type[errors.OxmergeError]) -> None:
     error = kind("bad header", file="f", tensor="x", expected="1", found="2", advice="look")
     assert str(error) == "`f`: tensor `x`: bad header: expected 1, found 2\n  hint: look"
-    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
     assert str(copy) == str(error)
     assert (copy.file, copy.advice) == ("f", "look")
@@ -71,7 +70,7 @@ def test_errors_with_problems() -> None:
     problems = (Problem("a", "one", advice="do"), Problem("b", "two"))
     error = errors.PlanError("cannot merge", problems=problems)
     assert str(error) == "cannot merge: 2 problems\n- one\n    hint: do\n- two"
-    assert pickle.loads(pickle.dumps(error)).problems == problems  # noqa: S301 - our own bytes
+    assert pickle.loads(pickle.dumps(error)).problems == problems
     assert str(errors.PlanError("cannot merge", problems=problems[1:])) == "cannot merge: two"
     assert isinstance(error, ValueError)
     assert isinstance(error, errors.OxmergeError)
@@ -125,5 +124,5 @@ SHOWN: list[tuple[int, bool, str]] = [
 
 
 @pytest.mark.parametrize(("size", "binary", "text"), SHOWN)
-def test_shown_sizes(size: int, binary: bool, text: str) -> None:  # noqa: FBT001 - a table's row
+def test_shown_sizes(size: int, binary: bool, text: str) -> None:
     assert format_size(size, binary=binary) == text

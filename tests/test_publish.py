@@ -9,7 +9,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
 from oxmerge.errors import OutputError
 from oxmerge.publish import (
     INDEX_NAME,
@@ -247,7 +246,7 @@ def test_a_directory_that_cannot_be_written_to(
 ) -> None:
     real = os.open
 
-    def refuse(path: Any, flags: int, *rest: int) -> int:  # noqa: ANN401
+    def refuse(path: Any, flags: int, *rest: int) -> int:
         if flags & os.O_WRONLY:
             raise PermissionError(errno.EACCES, "no", str(path))
         return real(path, flags, *rest)
@@ -321,7 +320,7 @@ class Fault:
             patch.setattr(os, name, self._wrap(getattr(os, name)))
 
     def _wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def guarded(*args: Any, **kwargs: Any) -> Any:
             if self.left == 0 and (self.lasting or not self.struck):
                 self.struck = True
                 raise OSError(errno.EIO, "injected")

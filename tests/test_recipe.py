@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from oxmerge.errors import RecipeError
 from oxmerge.recipe import Choice, Recipe
 

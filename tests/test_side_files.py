@@ -8,7 +8,6 @@ import stat
 from typing import TYPE_CHECKING
 
 import pytest
-
 from oxmerge.side_files import copy_bytes, find_side_files, is_index, is_loadable_weight
 
 if TYPE_CHECKING:

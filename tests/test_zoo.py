@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import zoo
-
 from oxmerge.planning import MergePlan, build_plan
 from oxmerge.recipe import Recipe
 

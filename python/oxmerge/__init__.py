@@ -8,16 +8,6 @@ Importing the package loads neither numpy nor rich nor PyYAML nor torch.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from oxmerge.checkpoints import OpenCheckpoint as OpenCheckpoint
-    from oxmerge.checkpoints import open_checkpoint as open  # noqa: A004
-    from oxmerge.merging import MergeReport as MergeReport
-    from oxmerge.merging import Outlook as Outlook
-    from oxmerge.merging import merge as merge
-    from oxmerge.merging import plan as plan
-    from oxmerge.recipe import Recipe as Recipe
-
 from oxmerge._core import build_info
 from oxmerge.errors import (
     CheckpointError,
@@ -29,6 +19,16 @@ from oxmerge.errors import (
     RecipeError,
     UnsupportedError,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oxmerge.checkpoints import OpenCheckpoint as OpenCheckpoint
+    from oxmerge.checkpoints import open_checkpoint as open  # noqa: A004
+    from oxmerge.merging import MergeReport as MergeReport
+    from oxmerge.merging import Outlook as Outlook
+    from oxmerge.merging import merge as merge
+    from oxmerge.merging import plan as plan
+    from oxmerge.recipe import Recipe as Recipe
 
 __all__ = [
     "CheckpointError",

@@ -2,6 +2,20 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "build_info",
+    "check_plan",
+    "check_unchanged",
+    "execute",
+    "index_json",
+    "lay_out",
+    "methods",
+    "open_checkpoint",
+    "predict",
+]
+
 @final
 class TensorInfo:
     @property

@@ -11,7 +11,7 @@ from oxmerge import _core
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Any
+    from typing import Any, Self
 
     import numpy as np
 
@@ -78,7 +78,7 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         self._maps.clear()
         self._closed = True
 
-    def __enter__(self) -> OpenCheckpoint:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 
@@ -110,7 +110,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         import ml_dtypes  # noqa: PLC0415
     except ImportError:
         return np.dtype("<u2")
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:

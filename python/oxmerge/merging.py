@@ -196,7 +196,7 @@ def plan(
     memory : int or str
         Bytes that the whole process may have resident, such as ``"2GiB"``.
     threads : int, optional
-        Two more than cores, unless given.
+        Six more than cores, unless given.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str
@@ -222,7 +222,7 @@ def plan(
     )
 
 
-def merge(
+def merge(  # noqa: PLR0913 - the options of the command, keyword only
     recipe: PathLike | Recipe,
     directory: PathLike,
     *,
@@ -249,7 +249,7 @@ def merge(
     memory : int or str
         Bytes that the whole process may have resident, such as ``"2GiB"``.
     threads : int, optional
-        Two more than cores, unless given.
+        Six more than cores, unless given.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str

@@ -36,7 +36,7 @@ impl Source for FileSource {
         self.dtype
     }
 
-    fn is_mapped(&self) -> bool {
+    fn is_in_place(&self) -> bool {
         self.reader.is_mapped()
     }
 

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::work::Step;
 use crate::dtype::DType;
 use crate::formula::machine::InputBytes;
 use crate::formula::{BinaryOp, Scalar, Value, ValueNode};
@@ -12,30 +13,23 @@ use crate::kernels::{self, Level, Real};
 
 type Inputs<'a> = [Option<InputBytes<'a>>];
 
-/// Computes `range` into `bytes` if `value` has such a shape and the working type is f32.
-pub(crate) fn run(
-    level: Level,
-    value: &Value,
-    dtype: DType,
-    inputs: &Inputs<'_>,
-    range: &Range<u64>,
-    bytes: &mut [u8],
-) -> bool {
+/// Computes `step` into `bytes` if its value has such a shape and the working type is f32.
+pub(crate) fn run(level: Level, step: &Step<'_>, dtype: DType, bytes: &mut [u8]) -> bool {
     let double = |input: &InputBytes<'_>| input.dtype == DType::F64;
-    if dtype == DType::F64 || inputs.iter().flatten().any(double) {
+    if dtype == DType::F64 || step.inputs.iter().flatten().any(double) {
         return false;
     }
-    if let Some(terms) = weighted_inputs(value) {
-        let terms: Vec<_> = terms.iter().map(|&(c, input)| term(c, input, inputs, range)).collect();
-        kernels::weighted_sum_bytes(level, &terms, dtype, bytes);
+    let terms = |terms: &[(f64, usize)]| -> Vec<_> {
+        terms.iter().map(|&(c, input)| term(c, input, step.inputs, &step.elements)).collect()
+    };
+    if let Some(sum) = weighted_inputs(&step.values[0]) {
+        kernels::weighted_sum_bytes(level, &terms(&sum), dtype, bytes);
         return true;
     }
-    if let Some(Shifted { base, terms, scale }) = shifted(value) {
-        let (_, base_dtype, base_bytes) = term(1.0, base, inputs, range);
-        let terms: Vec<_> = terms.iter().map(|&(c, input)| term(c, input, inputs, range)).collect();
-        let base = (base_dtype, base_bytes);
-        let scale = f32::from_f64(scale);
-        kernels::weighted_difference_sum_bytes(level, base, &terms, scale, dtype, bytes);
+    if let Some(Shifted { base, terms: sum, scale }) = shifted(&step.values[0]) {
+        let (_, base_dtype, base_bytes) = term(1.0, base, step.inputs, &step.elements);
+        let (base, scale) = ((base_dtype, base_bytes), f32::from_f64(scale));
+        kernels::weighted_difference_sum_bytes(level, base, &terms(&sum), scale, dtype, bytes);
         return true;
     }
     false

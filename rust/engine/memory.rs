@@ -24,8 +24,9 @@ use crate::io::{MAP_MARGIN, MAPPED_FROM, PAGE};
 use crate::kernels::BLOCK;
 
 const BLOCK_ELEMENTS: u64 = BLOCK as u64;
-/// Input bytes of one source that a piece has at the most: more gains nothing.
-const LARGEST_PIECE: u64 = 8 << 20;
+/// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
+/// two huge pages, so that an output buffer with its odd start fills no third.
+pub(crate) const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
 /// Below this, a piece that is used in place makes too much memory around it resident.
 const SMALLEST_MAPPED_PIECE: u64 = 2 * MAP_MARGIN as u64;
 /// Stack, allocator and scheduler, a worker and in all. Measured, rounded up.

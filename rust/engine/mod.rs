@@ -15,7 +15,7 @@ pub mod task;
 mod work;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use control::Control;
@@ -109,7 +109,7 @@ fn run_all(
         }
     });
     let State { failure, sums, .. } =
-        schedule.state.into_inner().unwrap_or_else(|e| e.into_inner());
+        schedule.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     let unshared = shared.into_iter().filter_map(|task| Arc::try_unwrap(task).ok());
     tasks.extend(unshared);
     failure.map_or(Ok(sums), Err)
@@ -144,8 +144,8 @@ struct Unit {
     index: usize,
     task: Arc<Task>,
     pass: Arc<Pass>,
-    unit: u64,
-    blocks_a_unit: u64,
+    number: u64,
+    blocks: u64,
 }
 
 enum Next {
@@ -164,7 +164,7 @@ impl Schedule<'_> {
             match self.next(&mut state) {
                 Next::Over => break,
                 Next::Wait => {
-                    state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
                 Next::Skip(index) => {
                     drop(state);
@@ -174,7 +174,7 @@ impl Schedule<'_> {
                 }
                 Next::Do(unit) => {
                     drop(state);
-                    let found = self.run(&mut worker, &unit);
+                    let found = Self::run(&mut worker, &unit);
                     state = self.lock();
                     if let Some(done) = self.take(&mut state, &unit, found) {
                         drop(state);
@@ -188,17 +188,17 @@ impl Schedule<'_> {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self, worker: &mut Worker<'_>, unit: &Unit) -> Result<Found> {
-        let Unit { task, pass, unit, blocks_a_unit, .. } = unit;
+    fn run(worker: &mut Worker<'_>, unit: &Unit) -> Result<Found> {
+        let Unit { task, pass, number, blocks, .. } = unit;
         // A panic in a worker must not leave the others waiting for its unit.
         let run = std::panic::AssertUnwindSafe(|| {
             if task.double {
-                worker.run::<f64>(task, pass, *unit, *blocks_a_unit)
+                worker.run::<f64>(task, pass, *number, *blocks)
             } else {
-                worker.run::<f32>(task, pass, *unit, *blocks_a_unit)
+                worker.run::<f32>(task, pass, *number, *blocks)
             }
         });
         std::panic::catch_unwind(run).unwrap_or_else(|_| {
@@ -222,8 +222,8 @@ impl Schedule<'_> {
                     index: *index,
                     task: Arc::clone(&active.task),
                     pass: Arc::clone(&active.pass),
-                    unit: active.issued - 1,
-                    blocks_a_unit: active.blocks_a_unit,
+                    number: active.issued - 1,
+                    blocks: active.blocks_a_unit,
                 });
             }
         }
@@ -253,7 +253,7 @@ impl Schedule<'_> {
     /// Puts a result where it belongs; the index of the task if that was its last.
     fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<usize> {
         let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
-        let taken = found.and_then(|found| state.active[at].1.take(unit.unit, found));
+        let taken = found.map(|found| state.active[at].1.take(unit.number, found));
         self.changed.notify_all();
         match taken {
             Ok(true) => None,

@@ -22,7 +22,7 @@ pub trait Source: Debug + Send + Sync {
 
     /// Whether long reads are used in place, in a map of the file: then they make memory resident
     /// around the piece as well.
-    fn is_mapped(&self) -> bool {
+    fn is_in_place(&self) -> bool {
         false
     }
 

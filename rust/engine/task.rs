@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::Need;
+use super::memory::{LARGEST_PIECE, Need};
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -15,6 +15,9 @@ use crate::formula::{
     Chosen, Reduction, ReductionKind, Scalar, Scope, Selection, Value, ValueNode,
 };
 use crate::kernels::{BLOCK, Real, fold_halves};
+
+/// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
+const STEP_BYTES: usize = 768 << 10;
 
 /// What an output tensor is made by.
 #[derive(Clone, Debug)]
@@ -56,12 +59,24 @@ impl Task {
     }
 
     pub(crate) fn need(&self) -> Need {
-        let sources = self.sources.iter().map(|source| (source.dtype(), source.is_mapped()));
+        let sources = self.sources.iter().map(|source| (source.dtype(), source.is_in_place()));
         Need::new(&self.frame, &self.work, sources, self.sink.dtype())
     }
 
     pub(crate) fn blocks(&self) -> u64 {
         self.frame.blocks()
+    }
+
+    /// How many elements of the sources `inputs` a worker reads at once: whole blocks.
+    ///
+    /// Bytes that are copied into a buffer are used from the second-level cache if they are few.
+    /// Bytes that are used in place are best mapped in one go.
+    pub(crate) fn step_elements(&self, inputs: &[usize]) -> u64 {
+        let copied = inputs.iter().map(|&index| &self.sources[index]).filter(|s| !s.is_in_place());
+        let bytes: usize = copied.map(|source| source.dtype().size() * BLOCK).sum();
+        let most = LARGEST_PIECE / BLOCK as u64;
+        let blocks = (STEP_BYTES as u64).checked_div(bytes as u64).unwrap_or(most).clamp(1, most);
+        blocks * BLOCK as u64
     }
 
     /// The elements of the blocks `blocks`.
@@ -226,12 +241,12 @@ impl Active {
             _ => {
                 let blocks = self.task.blocks() as usize;
                 self.results.iter_mut().for_each(|sums| sums.resize(blocks, 0.0));
-                self.begin_searches(selections)
+                self.begin_searches(&selections)
             }
         }
     }
 
-    fn begin_searches(&mut self, selections: Vec<Arc<Selection>>) -> bool {
+    fn begin_searches(&mut self, selections: &[Arc<Selection>]) -> bool {
         let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
         self.searching = selections.iter().map(|selection| begin(selection, &self.task)).collect();
         let open: Vec<_> = self
@@ -280,7 +295,7 @@ impl Active {
     }
 
     /// Takes what a unit found. True if the task goes on, false if it is over.
-    pub(crate) fn take(&mut self, unit: u64, found: Found) -> Result<bool> {
+    pub(crate) fn take(&mut self, unit: u64, found: Found) -> bool {
         match found {
             Found::Nothing => {}
             Found::Keys(keys) => self.guess(keys),
@@ -294,7 +309,7 @@ impl Active {
             Found::Columns(sums) => self.columns[unit as usize] = sums,
         }
         self.finished += 1;
-        if self.finished < self.units { Ok(true) } else { Ok(self.advance()) }
+        if self.finished < self.units { true } else { self.advance() }
     }
 
     fn guess(&mut self, keys: Vec<Vec<u64>>) {
@@ -362,7 +377,7 @@ impl Active {
         }
         let mut bindings = Bindings::default();
         for (reduction, values) in reductions.iter().zip(results) {
-            bindings.reduction(reduction, self.bound(reduction, values));
+            bindings.reduction(reduction, Self::bound(reduction, values));
         }
         self.bind_columns(&reductions, &mut bindings);
         for searching in std::mem::take(&mut self.searching) {
@@ -374,7 +389,7 @@ impl Active {
         self.next_pass()
     }
 
-    fn bound(&self, reduction: &Reduction, mut values: Vec<f64>) -> Scalar {
+    fn bound(reduction: &Reduction, mut values: Vec<f64>) -> Scalar {
         match reduction.scope {
             Scope::Row => Scalar::vector(Scope::Row, 0, values),
             // Replaced by `bind_columns`.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::control::Control;
 use super::task::{Found, Pass, SearchView, Task, copied_input, max};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::code::Code;
 use crate::formula::machine::{CHUNK, COLUMN_BLOCK, InputBytes, Machine};
@@ -19,6 +19,16 @@ use crate::kernels::{self, BLOCK, LANES, Lanes, Level, Real, fold_halves};
 /// Chunks that a sample for a selection looks at, and the bytes of their keys.
 const SAMPLED_CHUNKS: u64 = 48;
 pub(crate) const SAMPLE_BYTES: u64 = SAMPLED_CHUNKS * CHUNK as u64 * size_of::<u64>() as u64;
+
+/// A part of a unit whose inputs are at hand.
+pub(crate) struct Step<'a> {
+    /// The elements to compute.
+    pub(crate) elements: Range<u64>,
+    /// The bytes of the inputs that are used.
+    pub(crate) inputs: &'a [Option<InputBytes<'a>>],
+    /// What the machine computes, with the results of row reductions put in.
+    pub(crate) values: &'a [Value],
+}
 
 /// One thread's buffers.
 #[derive(Debug)]
@@ -52,49 +62,53 @@ impl<'a> Worker<'a> {
                 self.reduce::<T>(task, blocks, reductions, searches)
             }
             Pass::Locate { selection, key, cut } => self.locate::<T>(task, selection, *key, *cut),
-            Pass::Rows(reductions) => self.row::<T>(task, unit, blocks_a_unit, reductions),
-            Pass::Columns(reductions) => self.columns::<T>(task, unit, blocks_a_unit, reductions),
+            Pass::Rows(reductions) => self.row::<T>(task, unit, reductions),
+            Pass::Columns(reductions) => self.columns::<T>(task, unit, reductions),
             Pass::Combine(value) => self.combine::<T>(task, blocks, value),
             Pass::Identical => self.identical(task, blocks),
         };
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
-    /// Reads `elements` of the inputs that `values` need, hands them to `then`, releases them.
+    /// Computes `values` over `elements` in steps: reads the inputs of a step, hands a machine that
+    /// can run any chunk of it to `then`, and releases the inputs.
     ///
-    /// Where `values` need rows to be reduced, whole rows are read, and `then` gets the values
-    /// with the results put in.
-    fn with_inputs<T: Real, R>(
+    /// Where `values` need rows to be reduced, whole rows are read and reduced first.
+    fn in_steps<T: Real>(
         &mut self,
         task: &Task,
         elements: Range<u64>,
         values: &[Value],
-        then: impl FnOnce(&mut AlignedBuffer, Level, &[Option<InputBytes<'_>>], Vec<Value>) -> Result<R>,
-    ) -> Result<R> {
-        let needs_rows = !row_reductions(values).is_empty();
-        let read = if needs_rows { whole_rows(task, &elements) } else { elements };
+        mut then: impl FnMut(&mut Machine<'_, T>, &Step<'_>) -> Result<()>,
+    ) -> Result<()> {
         let inputs = inputs_of(values);
-        self.make_room(task, &inputs, read.end - read.start);
-        let mut bytes: Vec<Option<InputBytes<'_>>> = vec![None; task.sources.len()];
-        for (index, scratch) in self.scratch.iter_mut().enumerate().take(task.sources.len()) {
-            if inputs.contains(&index) {
-                let source = &task.sources[index];
-                let part = source.read(read.clone(), scratch)?;
-                self.control.add_read(part.len() as u64);
-                bytes[index] =
-                    Some(InputBytes { dtype: source.dtype(), first: read.start, bytes: part });
+        let needs_rows = !row_reductions(values).is_empty();
+        let code = (!needs_rows).then(|| Code::compile(values));
+        let mut machine =
+            code.as_ref().map(|code| Machine::<T>::new(self.level, &task.frame, code));
+        let step = task.step_elements(&inputs);
+        if elements.end - elements.start > step {
+            inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
+        }
+        for elements in steps(elements, step) {
+            let read = if needs_rows { whole_rows(task, &elements) } else { elements.clone() };
+            self.make_room(task, &inputs, read.end - read.start);
+            let bytes = read_inputs(task, &inputs, &read, &mut self.scratch)?;
+            let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
+            self.control.add_read(bytes.iter().flatten().map(count).sum());
+            if let Some(machine) = &mut machine {
+                then(machine, &Step { elements, inputs: &bytes, values })?;
+            } else {
+                let values = reduce_rows::<T>(self.level, task, &read, &bytes, values);
+                let code = Code::compile(&values);
+                let mut machine = Machine::<T>::new(self.level, &task.frame, &code);
+                then(&mut machine, &Step { elements, inputs: &bytes, values: &values })?;
+            }
+            for &index in &inputs {
+                task.sources[index].release(read.clone());
             }
         }
-        let values = if needs_rows {
-            reduce_rows::<T>(self.level, task, &read, &bytes, values)
-        } else {
-            values.to_vec()
-        };
-        let result = then(&mut self.out, self.level, &bytes, values);
-        for index in inputs {
-            task.sources[index].release(read.clone());
-        }
-        result
+        Ok(())
     }
 
     /// Lets go of buffers that earlier tensors needed, where with those that `elements` of this one
@@ -126,10 +140,8 @@ impl<'a> Worker<'a> {
         for at in 0..SAMPLED_CHUNKS {
             let start = at * stride;
             let range = start..(start + chunk).min(task.frame.elements);
-            self.with_inputs::<T, ()>(task, range.clone(), &values, |_, level, inputs, values| {
-                let code = Code::compile(&values);
-                let mut machine = Machine::<T>::new(level, &task.frame, &code);
-                machine.run(&range, inputs);
+            self.in_steps::<T>(task, range, &values, |machine, step| {
+                machine.run(&step.elements, step.inputs);
                 for (index, keys) in keys.iter_mut().enumerate() {
                     keys.extend(machine.chunk(index).iter().map(|value| value.key()));
                 }
@@ -148,29 +160,29 @@ impl<'a> Worker<'a> {
     ) -> Result<Found> {
         let (layout, mut values) = Layout::of(reductions);
         values.extend(searches.iter().map(|search| search.value.clone()));
-        let range = task.elements_of(blocks.clone());
-        self.with_inputs::<T, Found>(task, range, &values, |_, level, inputs, values| {
-            let code = Code::compile(&values);
-            let mut machine = Machine::<T>::new(level, &task.frame, &code);
-            let mut sums = vec![Vec::new(); reductions.len()];
-            let mut counts: Vec<Histogram> =
-                searches.iter().map(|search| Histogram::new(search.bins)).collect();
-            for block in blocks.clone() {
+        let mut sums = vec![Vec::new(); reductions.len()];
+        let mut counts: Vec<Histogram> =
+            searches.iter().map(|search| Histogram::new(search.bins)).collect();
+        let level = self.level;
+        let elements = task.elements_of(blocks.clone());
+        self.in_steps::<T>(task, elements, &values, |machine, step| {
+            for block in steps(step.elements.clone(), BLOCK as u64) {
                 let mut lanes = layout.lanes();
-                for range in chunks(task.elements_of(block..block + 1)) {
-                    machine.run(&range, inputs);
-                    layout.accumulate(level, &machine, &mut lanes);
+                for range in chunks(block.clone()) {
+                    machine.run(&range, step.inputs);
+                    layout.accumulate(level, machine, &mut lanes);
                     for (at, (view, histogram)) in searches.iter().zip(&mut counts).enumerate() {
                         let values = machine.chunk(layout.operands + at);
-                        count(level, view, &values, block, histogram);
+                        count(level, view, &values, block.start / BLOCK as u64, histogram);
                     }
                 }
-                for (sums, lanes) in sums.iter_mut().zip(layout.fold(lanes)) {
-                    sums.push(lanes);
+                for (sums, sum) in sums.iter_mut().zip(layout.fold(lanes)) {
+                    sums.push(sum);
                 }
             }
-            Ok(Found::Blocks { first: blocks.start, sums, counts })
-        })
+            Ok(())
+        })?;
+        Ok(Found::Blocks { first: blocks.start, sums, counts })
     }
 
     fn locate<T: Real>(
@@ -182,24 +194,24 @@ impl<'a> Worker<'a> {
     ) -> Result<Found> {
         let elements = task.elements_of(cut.block..cut.block + 1);
         let value = std::slice::from_ref(&selection.value);
-        self.with_inputs::<T, Found>(task, elements.clone(), value, |_, level, inputs, values| {
-            let code = Code::compile(&values);
-            let mut machine = Machine::<T>::new(level, &task.frame, &code);
-            let mut nth = cut.nth;
-            for range in chunks(elements) {
-                machine.run(&range, inputs);
+        let (mut nth, mut found) = (cut.nth, None);
+        self.in_steps::<T>(task, elements, value, |machine, step| {
+            for range in chunks(step.elements.clone()) {
+                machine.run(&range, step.inputs);
                 let values = machine.chunk(0);
                 for (offset, _) in values.iter().enumerate().filter(|(_, v)| v.key() == key) {
                     nth -= 1;
                     if nth == 0 {
-                        return Ok(Found::Index(range.start + offset as u64));
+                        found = Some(range.start + offset as u64);
+                        return Ok(());
                     }
                 }
             }
-            Err(Error::new(
-                crate::error::ErrorKind::Changed,
-                "an input changed while it was read: a value counted before is not there any more",
-            ))
+            Ok(())
+        })?;
+        found.map(Found::Index).ok_or_else(|| {
+            let message = "an input changed while it was read: a value seen before is not there";
+            Error::new(ErrorKind::Changed, message)
         })
     }
 
@@ -208,36 +220,19 @@ impl<'a> Worker<'a> {
         &mut self,
         task: &Task,
         row: u64,
-        blocks_a_step: u64,
         reductions: &[Arc<Reduction>],
     ) -> Result<Found> {
         let (layout, values) = Layout::of(reductions);
         let start = row * task.frame.row;
-        let step = blocks_a_step * BLOCK as u64;
         let mut blocks: Vec<Vec<f64>> = vec![Vec::new(); reductions.len()];
-        let mut at = 0;
-        while at < task.frame.row {
-            let until = task.frame.row.min(at + step);
-            let elements = start + at..start + until;
-            self.with_inputs::<T, ()>(
-                task,
-                elements.clone(),
-                &values,
-                |_, level, inputs, values| {
-                    let code = Code::compile(&values);
-                    let mut machine = Machine::<T>::new(level, &task.frame, &code);
-                    for block in steps(elements, BLOCK as u64) {
-                        for (sums, sum) in
-                            blocks.iter_mut().zip(layout.block(level, &mut machine, block, inputs))
-                        {
-                            sums.push(sum);
-                        }
-                    }
-                    Ok(())
-                },
-            )?;
-            at = until;
-        }
+        let level = self.level;
+        self.in_steps::<T>(task, start..start + task.frame.row, &values, |machine, step| {
+            for block in steps(step.elements.clone(), BLOCK as u64) {
+                let results = layout.block(level, machine, block, step.inputs);
+                blocks.iter_mut().zip(results).for_each(|(sums, sum)| sums.push(sum));
+            }
+            Ok(())
+        })?;
         let folded = reductions.iter().zip(&mut blocks).map(|(r, sums)| fold(r.kind, sums));
         Ok(Found::Row(folded.collect()))
     }
@@ -247,30 +242,19 @@ impl<'a> Worker<'a> {
         &mut self,
         task: &Task,
         unit: u64,
-        blocks_a_step: u64,
         reductions: &[Arc<Reduction>],
     ) -> Result<Found> {
         let (layout, values) = Layout::of(reductions);
         let line = task.frame.line;
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
         let mut sums = vec![vec![0.0; line as usize]; reductions.len()];
-        let step = blocks_a_step * BLOCK as u64;
-        for elements in steps(unit * COLUMN_BLOCK * line..end, step) {
-            self.with_inputs::<T, ()>(
-                task,
-                elements.clone(),
-                &values,
-                |_, level, inputs, values| {
-                    let code = Code::compile(&values);
-                    let mut machine = Machine::<T>::new(level, &task.frame, &code);
-                    for range in chunks(elements) {
-                        machine.run(&range, inputs);
-                        layout.add_to_columns(&machine, &range, line, &mut sums);
-                    }
-                    Ok(())
-                },
-            )?;
-        }
+        self.in_steps::<T>(task, unit * COLUMN_BLOCK * line..end, &values, |machine, step| {
+            for range in chunks(step.elements.clone()) {
+                machine.run(&range, step.inputs);
+                layout.add_to_columns(machine, &range, line, &mut sums);
+            }
+            Ok(())
+        })?;
         Ok(Found::Columns(sums))
     }
 
@@ -280,21 +264,27 @@ impl<'a> Worker<'a> {
         blocks: Range<u64>,
         value: &Value,
     ) -> Result<Found> {
-        let range = task.elements_of(blocks);
-        let dtype = task.sink.dtype();
-        let values = std::slice::from_ref(value);
-        self.with_inputs::<T, ()>(task, range.clone(), values, |out, level, inputs, values| {
-            let place = place(task, out, &range);
-            let bytes = &mut out.as_mut_slice()[place.clone()];
-            let copied = copied_input(&values[0]).and_then(|index| inputs[index]);
+        let unit = task.elements_of(blocks);
+        let (dtype, level) = (task.sink.dtype(), self.level);
+        let mut out = std::mem::take(&mut self.out);
+        let place = place(task, &mut out, &unit);
+        let bytes = &mut out.as_mut_slice()[place.clone()];
+        let value = std::slice::from_ref(value);
+        let computed = self.in_steps::<T>(task, unit.clone(), value, |machine, step| {
+            let at = |index: u64| (index - unit.start) as usize * dtype.size();
+            let bytes = &mut bytes[at(step.elements.start)..at(step.elements.end)];
+            let copied = copied_input(&step.values[0]).and_then(|index| step.inputs[index]);
             match copied.filter(|input| input.dtype == dtype) {
-                Some(input) => bytes.copy_from_slice(input.part(&range)),
-                None if super::fused::run(level, &values[0], dtype, inputs, &range, bytes) => {}
-                None => interpret::<T>(level, task, &values, inputs, &range, bytes),
+                Some(input) => bytes.copy_from_slice(input.part(&step.elements)),
+                None if super::fused::run(level, step, dtype, bytes) => {}
+                None => interpret(level, machine, step, dtype, bytes),
             }
-            task.sink.write(range.start, out, place)
-        })?;
-        self.control.add_written((range.end - range.start) * dtype.size() as u64);
+            Ok(())
+        });
+        let written = computed.and_then(|()| task.sink.write(unit.start, &out, place.clone()));
+        self.out = out;
+        written?;
+        self.control.add_written(place.len() as u64);
         Ok(Found::Nothing)
     }
 
@@ -341,20 +331,37 @@ fn place(task: &Task, out: &mut AlignedBuffer, elements: &Range<u64>) -> Range<u
 /// The general way to compute the output: chunk by chunk, in slots.
 fn interpret<T: Real>(
     level: Level,
-    task: &Task,
-    values: &[Value],
-    inputs: &[Option<InputBytes<'_>>],
-    range: &Range<u64>,
+    machine: &mut Machine<'_, T>,
+    step: &Step<'_>,
+    dtype: DType,
     bytes: &mut [u8],
 ) {
-    let (dtype, code) = (task.sink.dtype(), Code::compile(values));
-    let mut machine = Machine::<T>::new(level, &task.frame, &code);
-    for chunk in chunks(range.clone()) {
-        machine.run(&chunk, inputs);
-        let at = |index: u64| (index - range.start) as usize * dtype.size();
+    let at = |index: u64| (index - step.elements.start) as usize * dtype.size();
+    for chunk in chunks(step.elements.clone()) {
+        machine.run(&chunk, step.inputs);
         let out = &mut bytes[at(chunk.start)..at(chunk.end)];
         kernels::narrow(level, &machine.chunk(0), dtype, out);
     }
+}
+
+/// Reads `elements` of the sources `inputs`; the others stay absent.
+fn read_inputs<'a>(
+    task: &'a Task,
+    inputs: &[usize],
+    elements: &Range<u64>,
+    scratch: &'a mut [AlignedBuffer],
+) -> Result<Vec<Option<InputBytes<'a>>>> {
+    let mut all = Vec::with_capacity(task.sources.len());
+    for (index, (source, scratch)) in task.sources.iter().zip(scratch).enumerate() {
+        all.push(match inputs.contains(&index) {
+            false => None,
+            true => {
+                let bytes = source.read(elements.clone(), scratch)?;
+                Some(InputBytes { dtype: source.dtype(), first: elements.start, bytes })
+            }
+        });
+    }
+    Ok(all)
 }
 
 /// Reductions laid out as operands: which results of the machine each of them uses.

@@ -141,14 +141,12 @@ impl Emitter {
     }
 
     fn load(&mut self, input: usize) -> Slot {
-        match self.loads.get(&input) {
-            Some(&slot) => slot,
-            None => {
-                let slot = self.emit(Operation::Load { input });
-                self.loads.insert(input, slot);
-                slot
-            }
+        if let Some(&slot) = self.loads.get(&input) {
+            return slot;
         }
+        let slot = self.emit(Operation::Load { input });
+        self.loads.insert(input, slot);
+        slot
     }
 
     /// The operations that stand for two or three: what a bench showed to be worth it.
@@ -295,7 +293,7 @@ impl Operation {
                 visit(mask);
             }
             Self::WeightedSum { terms } | Self::Elect { terms, .. } => {
-                terms.iter_mut().for_each(|(_, slot)| visit(slot))
+                terms.iter_mut().for_each(|(_, slot)| visit(slot));
             }
         }
     }

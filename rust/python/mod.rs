@@ -1,5 +1,7 @@
 //! The bindings: each is extract, call, wrap. Nothing here decides anything.
 
+#![expect(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
+
 mod checkpoint;
 mod enter;
 mod error;
@@ -10,7 +12,9 @@ use pyo3::prelude::*;
 /// The compiled half of oxmerge.
 #[pymodule(gil_used = false)]
 mod _core {
-    use super::*;
+    use pyo3::prelude::*;
+
+    use super::{error, to_python};
 
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};

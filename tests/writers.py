@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 #: Shapes by name.
-Shapes = dict[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 _NAMES = {
     "bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I64",
@@ -125,7 +126,7 @@ def write_recipe(
     base: Path | str | None = None,
     each: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
     shared: Mapping[str, Any] | None = None,
-    **more: Any,  # noqa: ANN401
+    **more: Any,
 ) -> Path:
     """Write a recipe: the parameters of each model, or the same for all, and those of all."""
     per_model = [each] * len(models) if each is None or not isinstance(each, list) else each
@@ -133,7 +134,7 @@ def write_recipe(
     for model, parameters in zip(models, per_model, strict=True):
         entry: dict[str, Any] = {"model": str(model)}
         if parameters:
-            entry["parameters"] = dict(parameters)  # type: ignore[call-overload]
+            entry["parameters"] = dict(parameters)
         entries.append(entry)
     recipe: dict[str, Any] = {"merge_method": method, "models": entries, **more}
     if base is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os.path
+import os
 from dataclasses import dataclass
 
 from oxmerge.errors import OxmergeError
@@ -136,7 +136,8 @@ class Inputs:
             self.problems.append(error.as_problem())
             return None
         except OSError as error:
-            self.problems.append(Problem("checkpoint", _os_message(error), file=path))
+            file = path if error.filename is None else os.fspath(error.filename)
+            self.problems.append(Problem("checkpoint", _os_message(error), file=file))
             return None
         model = self._model(reference, path, checkpoint)
         self.models.append(model)
@@ -167,5 +168,5 @@ class Inputs:
 
 
 def _os_message(error: OSError) -> str:
-    text = error.strerror or str(error)
+    text = os.strerror(error.errno) if error.errno else str(error)
     return f"cannot be opened: {text.lower()}"

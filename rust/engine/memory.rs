@@ -14,6 +14,7 @@ use std::fs;
 
 use super::source::Source;
 use super::task::Work;
+use super::work::SAMPLE_BYTES;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::machine::{CHUNK, TensorFrame};
@@ -127,6 +128,8 @@ pub struct Need {
     /// Reductions over the rows of a piece, and the length of a row.
     row_reductions: u64,
     row: u64,
+    /// Keys that a worker takes as a sample, at a time when it has no piece.
+    sample: u64,
     worker_state: Amount,
     shared_state: Amount,
 }
@@ -164,6 +167,7 @@ impl Need {
         self.worker_state.add(Amount::uncertain(searches * HISTOGRAM_BYTES));
         self.shared_state.add(Amount::uncertain(searches * SEARCH_BYTES));
         self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
+        self.sample = searches * SAMPLE_BYTES;
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {
@@ -199,6 +203,7 @@ impl Need {
         for &(size, way) in &self.sources {
             amount.add(self.input(size, way, step, elements));
         }
+        amount.most = amount.most.max(self.sample);
         amount
     }
 

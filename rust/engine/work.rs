@@ -16,8 +16,9 @@ use crate::formula::{Reduction, ReductionKind, Scalar, Scope, Selection, Value};
 use crate::io::AlignedBuffer;
 use crate::kernels::{self, BLOCK, LANES, Lanes, Level, Real, fold_halves};
 
-/// Chunks that a sample for a selection looks at.
+/// Chunks that a sample for a selection looks at, and the bytes of their keys.
 const SAMPLED_CHUNKS: u64 = 48;
+pub(crate) const SAMPLE_BYTES: u64 = SAMPLED_CHUNKS * CHUNK as u64 * size_of::<u64>() as u64;
 
 /// A part of a unit whose inputs are at hand.
 pub(crate) struct Step<'a> {
@@ -134,7 +135,8 @@ impl<'a> Worker<'a> {
     /// Keys of some elements spread evenly over the tensor.
     fn sample<T: Real>(&mut self, task: &Task, selections: &[Arc<Selection>]) -> Result<Found> {
         let values: Vec<Value> = selections.iter().map(|s| s.value.clone()).collect();
-        let mut keys: Vec<Vec<u64>> = vec![Vec::new(); values.len()];
+        let sampled = SAMPLED_CHUNKS as usize * CHUNK;
+        let mut keys: Vec<Vec<u64>> = values.iter().map(|_| Vec::with_capacity(sampled)).collect();
         let chunk = CHUNK as u64;
         let stride = task.frame.elements / SAMPLED_CHUNKS;
         for at in 0..SAMPLED_CHUNKS {
@@ -354,18 +356,16 @@ fn read_inputs<'a>(
 ) -> Result<Vec<Option<InputBytes<'a>>>> {
     let mut all = Vec::with_capacity(task.sources.len());
     for (index, (source, scratch)) in task.sources.iter().zip(scratch).enumerate() {
-        all.push(match inputs.contains(&index) {
-            false => None,
-            true => {
-                let read = if once {
-                    source.read_once(elements.clone(), scratch)
-                } else {
-                    source.read(elements.clone(), scratch)
-                };
-                let bytes = read?;
-                Some(InputBytes { dtype: source.dtype(), first: elements.start, bytes })
-            }
-        });
+        if !inputs.contains(&index) {
+            all.push(None);
+            continue;
+        }
+        let bytes = if once {
+            source.read_once(elements.clone(), scratch)?
+        } else {
+            source.read(elements.clone(), scratch)?
+        };
+        all.push(Some(InputBytes { dtype: source.dtype(), first: elements.start, bytes }));
     }
     Ok(all)
 }

@@ -49,8 +49,11 @@ impl MappedFile {
         // make two reads differ, which no code here relies on; see above for truncation.
         let map = unsafe { MmapOptions::new().len(size as usize).map(file) }.ok()?;
         let mapped = Self { map };
-        // The header was just read, so that its page costs nothing.
-        mapped.populate(0, 1).then_some(mapped)
+        // The header was just read, so that its page costs nothing. But the kernel may map the
+        // 2 MiB around it, which a model of many files must not have resident from the start.
+        let populates = mapped.populate(0, 1);
+        mapped.release(0, 1);
+        populates.then_some(mapped)
     }
 
     /// Maps and reads the pages of `start..start + len`; false when that fails.

@@ -1,0 +1,45 @@
+"""Checkpoints that several test modules merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from writers import random_arrays, tuned, write_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+#: More than one piece of several blocks, odd lengths, less than a block, one element.
+SHAPES = {
+    "embed.weight": (1531, 1709),
+    "layers.0.weight": (257, 255),
+    "layers.0.bias": (65537,),
+    "layers.1.weight": (3, 11, 7),
+    "scale": (1,),
+}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and three fine-tunes of it: bf16, bf16, f32 and f16."""
+    folder = tmp_path_factory.mktemp("family")
+    base = random_arrays(SHAPES, seed=0)
+    ids = {"position_ids": np.arange(77, dtype=np.int64)}
+    write_model(folder / "base", {**base, **ids}, "BF16")
+    for seed, (name, dtype) in enumerate({"a": "BF16", "b": "F32", "c": "F16"}.items(), start=1):
+        write_model(folder / name, {**tuned(base, seed), **ids}, dtype)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two small models `a` and `b`, and a recipe `linear.yml` for them."""
+    folder = tmp_path_factory.mktemp("twins")
+    shapes = {"x": (300, 401), "y": (17,)}
+    for seed, name in enumerate("ab"):
+        write_model(folder / name, random_arrays(shapes, seed), "BF16")
+    models = "".join(f"- {{model: {n}, parameters: {{weight: 1}}}}\n" for n in "ab")
+    (folder / "linear.yml").write_text(f"merge_method: linear\nmodels:\n{models}")
+    return folder

@@ -1,0 +1,295 @@
+"""Broken inputs as Python meets them: the class, its attributes, the exact words.
+
+The table of all headers is in the Rust tests; these rows show that they arrive.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+import oxmerge
+import pytest
+from oxmerge.cli import main
+from oxmerge.errors import CheckpointError, OxmergeError, UnsupportedError
+from writers import random_arrays, write_file, write_model, write_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def raw(header: object, data: int = 8) -> bytes:
+    """Return a safetensors file of this header, with so many bytes of data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+#: File contents, the class, and the parts of the error.
+FILES: dict[str, tuple[bytes, type[OxmergeError], dict[str, str]]] = {
+    "empty": (
+        b"",
+        CheckpointError,
+        {
+            "message": "the file is too short to be a safetensors file",
+            "expected": "at least 8 bytes",
+            "found": "0",
+        },
+    ),
+    "web page": (
+        b"<!DOCTYPE html>",
+        CheckpointError,
+        {
+            "message": "not a safetensors file",
+            "found": "a web page, not the weights",
+            "advice": "download it again",
+        },
+    ),
+    "git lfs": (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        CheckpointError,
+        {
+            "message": "not a safetensors file",
+            "found": "a Git LFS pointer, not the weights",
+            "advice": "fetch the weights with `git lfs pull`",
+        },
+    ),
+    "truncated header": (
+        b"\x00\x01\x00\x00\x00\x00\x00\x00{}",
+        CheckpointError,
+        {
+            "message": "the file ends inside its header",
+            "expected": "at least 264 bytes",
+            "found": "10 bytes",
+            "advice": "it looks like a truncated download: download it again",
+        },
+    ),
+    "no json": (
+        raw(b"{", 0),
+        CheckpointError,
+        {"message": "the header is not valid JSON: EOF while parsing an object at line 1 column 1"},
+    ),
+    "no utf-8": (
+        raw(b"\xff\xfe", 0),
+        CheckpointError,
+        {"message": "the header is not valid UTF-8"},
+    ),
+    "too long": (
+        raw({"a": ENTRY}, 9),
+        CheckpointError,
+        {
+            "message": "the file is longer than its header says",
+            "expected": "77 bytes",
+            "found": "78 bytes",
+        },
+    ),
+    "too short": (
+        raw({"a": ENTRY}, 3),
+        CheckpointError,
+        {
+            "message": "the file is shorter than its header says",
+            "expected": "77 bytes",
+            "found": "72 bytes",
+            "advice": "it looks like a truncated download: download it again",
+        },
+    ),
+    "fp8": (
+        raw({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}),
+        UnsupportedError,
+        {
+            "message": "8-bit float weights (FP8) cannot be merged",
+            "tensor": "a",
+            "found": "`F8_E4M3`",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_file(tmp_path: Path, name: str) -> None:
+    data, kind, parts = FILES[name]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(OxmergeError) as caught:
+        oxmerge.open(path)
+    error = caught.value
+    assert type(error) is kind
+    found = {part: getattr(error, part) for part in parts}
+    assert found == parts
+    assert error.file == str(path)
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path])
+    with pytest.raises(oxmerge.PlanError) as planned:
+        oxmerge.plan(recipe)
+    (problem,) = planned.value.problems
+    assert {part: getattr(problem, part) for part in parts} == parts
+
+
+def _nothing(folder: Path) -> None:
+    folder.mkdir()
+
+
+def _no_weights(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+
+
+def _missing_shard(folder: Path) -> None:
+    folder.mkdir()
+    write_file(folder / "1.safetensors", random_arrays({"a": (2,)}, 0))
+    names = {"a": "1.safetensors", "b": "2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _missing_tensor(folder: Path) -> None:
+    folder.mkdir()
+    write_file(folder / "1.safetensors", random_arrays({"a": (2,)}, 0))
+    names = {"a": "1.safetensors", "b": "1.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _escaping_index(folder: Path) -> None:
+    folder.mkdir()
+    names = {"a": "../secret.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _quantised(folder: Path) -> None:
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    write_model(folder, random_arrays({"a": (2,)}, 0), config=config)
+
+
+def _dangling_link(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to("gone")
+
+
+def _broken_config(folder: Path) -> None:
+    write_model(folder, random_arrays({"a": (2,)}, 0))
+    (folder / "config.json").write_text("{")
+
+
+#: How the folder is made, and the text of the one problem; `DIR` stands for the folder.
+FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "empty": (
+        _nothing,
+        (
+            "`DIR`: the directory holds no weights: expected `model.safetensors` or "
+            "`model.safetensors.index.json`"
+        ),
+    ),
+    "no safetensors": (
+        _no_weights,
+        (
+            "`DIR`: the weights are not in safetensors format: found `pytorch_model.bin`"
+            "\n  hint: convert them to safetensors first"
+        ),
+    ),
+    "missing shard": (
+        _missing_shard,
+        (
+            "`DIR/model.safetensors.index.json`: shards that the index names are "
+            "missing: found no `2.safetensors`"
+            "\n  hint: download the checkpoint again, whole"
+        ),
+    ),
+    "missing tensor": (
+        _missing_tensor,
+        (
+            "`DIR/1.safetensors`: the shard lacks tensors that the index places in it: "
+            "found no `b`"
+            "\n  hint: index and shards are not of one checkpoint: download it again"
+        ),
+    ),
+    "escaping index": (
+        _escaping_index,
+        (
+            "`DIR/model.safetensors.index.json`: tensor `a`: the index names a file "
+            "that is not a plain name in its directory: found `../secret.safetensors`"
+        ),
+    ),
+    "quantised": (
+        _quantised,
+        (
+            "`DIR/config.json`: the checkpoint is quantised (gptq)"
+            "\n  hint: dequantise it to BF16 first; if it is, remove "
+            "`quantization_config` from config.json"
+        ),
+    ),
+    "dangling link": (
+        _dangling_link,
+        "`DIR/model.safetensors`: cannot be opened: no such file or directory",
+    ),
+    "broken config": (
+        _broken_config,
+        (
+            "`DIR/config.json`: the file is not valid JSON: EOF while parsing an object "
+            "at line 1 column 1"
+        ),
+    ),
+}
+
+
+def text_of(error: oxmerge.PlanError, folder: Path) -> str:
+    (problem,) = error.problems
+    return str(problem).replace(str(folder), "DIR")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_broken_folder(tmp_path: Path, name: str) -> None:
+    make, expected = FOLDERS[name]
+    make(tmp_path / "model")
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "model"])
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(recipe)
+    assert text_of(caught.value, tmp_path / "model") == expected
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "none"])
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(recipe)
+    assert text_of(caught.value, tmp_path / "none") == "no model `DIR`: there is no `DIR`"
+    with pytest.raises(FileNotFoundError):
+        oxmerge.open(tmp_path / "none")
+
+
+def test_all_broken_inputs_are_reported_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = list(FILES)
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(FILES[name][0])
+    write_model(tmp_path / "sound", random_arrays({"a": (2,)}, 0))
+    _missing_shard(tmp_path / "shards")
+    models = [tmp_path / name for name in ("sound", *names, "shards")]
+    recipe = write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1})
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(recipe)
+    problems = caught.value.problems
+    assert [problem.message for problem in problems[:-1]] == [
+        FILES[name][2]["message"] for name in names
+    ]
+    assert problems[-1].file is not None
+    assert "shards" in problems[-1].file
+    assert main(["merge", str(recipe), str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr().err
+    for name in names:
+        assert FILES[name][2]["message"] in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_do_not_fit_are_reported_together(tmp_path: Path) -> None:
+    one = {**random_arrays({"x": (2, 3), "y": (4,), "z": (5,)}, 0), "n": np.arange(3)}
+    other = {**random_arrays({"x": (3, 2), "y": (4,)}, 0), "n": np.arange(4)}
+    write_model(tmp_path / "one", one)
+    write_model(tmp_path / "other", other)
+    models = [tmp_path / "one", tmp_path / "other"]
+    recipe = write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1})
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(recipe)
+    assert {problem.tensor for problem in caught.value.problems} == {"x", "z", "n"}

@@ -1,0 +1,338 @@
+"""The Python interface and the program, as others use them."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import oxmerge
+import pytest
+from oxmerge import errors
+from oxmerge.problems import Problem
+from writers import directory_bytes, random_arrays, to_bf16, write_file, write_recipe, write_sparse
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the interpreter."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def program(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m oxmerge`."""
+    return python("-m", "oxmerge", *arguments, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that takes one thread some tenths of a second."""
+    folder = tmp_path_factory.mktemp("long")
+    for name in ("base", "a"):
+        write_sparse(folder / name / "model.safetensors", {"x": (32 << 10, 4096)})
+    each = {"weight": 0.5, "density": 0.5}
+    return write_recipe(folder / "r.yml", "ties", [folder / "a"], base=folder / "base", each=each)
+
+
+# Threads, forks, signals.
+
+
+def test_other_threads_run_while_it_merges(tmp_path: Path, long: Path) -> None:
+    counted, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal counted
+        while not done.wait(0.001):
+            counted += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = counted
+    oxmerge.merge(long, tmp_path / "out", threads=1, memory="4GiB")
+    during = counted - before
+    done.set()
+    thread.join()
+    # Each round needs the GIL. Had the merge held it, there would be none but at its ends.
+    assert during > 20
+
+
+def test_merges_in_several_threads(tmp_path: Path, family: Path) -> None:
+    recipes = []
+    for index in range(6):
+        each = {"weight": 0.3, "density": 0.1 + 0.1 * index}
+        models = [family / "a", family / "b"]
+        path = tmp_path / f"{index}.yml"
+        recipes.append(write_recipe(path, "ties", models, base=family / "base", each=each))
+
+    def merge(job: tuple[str, Path]) -> dict[str, bytes]:
+        name, recipe = job
+        oxmerge.merge(recipe, tmp_path / name, memory="4GiB")
+        return directory_bytes(tmp_path / name)
+
+    alone = [merge((f"alone{recipe.stem}", recipe)) for recipe in recipes]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(merge, [(f"both{recipe.stem}", recipe) for recipe in recipes]))
+    assert together == alone
+    assert len({files["model.safetensors"] for files in alone}) == 6
+
+
+def test_one_failure_beside_others(tmp_path: Path, long: Path, twins: Path) -> None:
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    with ThreadPoolExecutor(2) as pool:
+        failing = pool.submit(
+            oxmerge.merge, long, tmp_path / "a", threads=1, memory="4GiB", progress=fail
+        )
+        report = oxmerge.merge(twins / "linear.yml", tmp_path / "b", memory="4GiB")
+        assert isinstance(failing.exception(), ZeroDivisionError)
+    assert report.tensors == 2
+    assert not (tmp_path / "a").exists()
+
+
+FORK = """
+import os, sys
+import oxmerge
+recipe, out = sys.argv[1:]
+oxmerge.merge(recipe, out + "/parent")
+child = os.fork()
+if child == 0:
+    oxmerge.merge(recipe, out + "/child")
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+oxmerge.merge(recipe, out + "/again")
+"""
+
+
+def test_a_fork_can_merge_again(tmp_path: Path, twins: Path) -> None:
+    done = python("-W", "error", "-c", FORK, twins / "linear.yml", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = [directory_bytes(tmp_path / name) for name in ("parent", "child", "again")]
+    assert results[0] == results[1] == results[2]
+
+
+# Progress.
+
+
+def test_progress_goes_up_to_the_end(tmp_path: Path, long: Path) -> None:
+    seen: list[oxmerge.merging.Snapshot] = []
+    report = oxmerge.merge(long, tmp_path / "out", threads=1, memory="4GiB", progress=seen.append)
+    assert seen
+    assert {snapshot.bytes_total for snapshot in seen} == {report.bytes_written}
+    assert {snapshot.tensor for snapshot in seen} == {"x"}
+    read = [snapshot.bytes_read for snapshot in seen]
+    assert read == sorted(read)
+    assert 0 < read[-1] <= report.bytes_read
+    assert seen[-1].peak_memory <= report.peak_memory
+
+
+def test_an_exception_of_progress_ends_the_merge(tmp_path: Path, long: Path) -> None:
+    class Enough(Exception):  # noqa: N818
+        pass
+
+    calls = []
+
+    def stop(snapshot: object) -> None:
+        calls.append(snapshot)
+        raise Enough("of it")
+
+    with pytest.raises(Enough, match="of it"):
+        oxmerge.merge(long, tmp_path / "new" / "out", threads=1, memory="4GiB", progress=stop)
+    assert len(calls) == 1
+    assert not (tmp_path / "new").exists()
+
+
+# Arrays.
+
+
+def test_arrays_outlive_the_checkpoint(tmp_path: Path) -> None:
+    arrays = random_arrays({"x": (100, 33), "empty": (0, 3)}, 0)
+    path = write_file(tmp_path / "m.safetensors", {**arrays, "n": np.arange(5)})
+    with oxmerge.open(path) as checkpoint:
+        views = dict(checkpoint)
+        assert list(checkpoint) == ["x", "empty", "n"]
+        assert len(checkpoint) == 3
+        assert "y" not in checkpoint
+    path.unlink()
+    del checkpoint
+    np.testing.assert_array_equal(views["x"], arrays["x"])
+    np.testing.assert_array_equal(views["n"], np.arange(5))
+    assert views["empty"].shape == (0, 3)
+    with pytest.raises(ValueError, match="read-only"):
+        views["x"][0] = 1
+
+
+def test_a_closed_checkpoint_gives_no_more_arrays(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
+    checkpoint = oxmerge.open(path)
+    checkpoint.close()
+    with pytest.raises(ValueError, match="closed"):
+        checkpoint["x"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_bfloat16_with_and_without_ml_dtypes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, installed: bool
+) -> None:
+    arrays = random_arrays({"x": (7, 3)}, 0)
+    path = write_file(tmp_path / "m.safetensors", arrays, "BF16")
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "ml_dtypes":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    if not installed:
+        monkeypatch.setattr(builtins, "__import__", without)
+    with oxmerge.open(path) as checkpoint:
+        array = checkpoint["x"]
+    assert array.dtype == (ml_dtypes.bfloat16 if installed else np.uint16)
+    np.testing.assert_array_equal(array.view(np.uint16), to_bf16(arrays["x"]))
+
+
+# Imports and exceptions.
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    heavy = ("numpy", "rich", "yaml", "torch", "safetensors", "huggingface_hub", "tokenizers")
+    code = f"import oxmerge, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = python("-W", "error", "-c", code)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_public_names_are_there() -> None:
+    for name in oxmerge.__all__:
+        assert getattr(oxmerge, name) is not None
+    assert set(oxmerge.__all__) <= set(dir(oxmerge))
+    with pytest.raises(AttributeError, match="no attribute 'mrege'"):
+        oxmerge.mrege  # noqa: B018
+
+
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "OxmergeError"])
+def test_exceptions_survive_pickling(name: str) -> None:
+    error = getattr(errors, name)(
+        "it broke", file="f", tensor="t", expected="1", found="2", advice="mend it"
+    )
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    parts = ("message", "file", "tensor", "expected", "found", "advice")
+    assert [getattr(copy, p) for p in parts] == ["it broke", "f", "t", "1", "2", "mend it"]
+
+
+@pytest.mark.parametrize("name", ["RecipeError", "PlanError"])
+def test_several_problems_survive_pickling(name: str) -> None:
+    problems = [Problem("plan", "one", file="f"), Problem("plan", "two", tensor="t")]
+    error = getattr(errors, name)("cannot merge", problems=problems)
+    copy = pickle.loads(pickle.dumps(error))
+    assert copy.problems == error.problems
+    assert str(copy) == str(error)
+    assert "2 problems" in str(copy)
+
+
+def test_an_exception_from_the_engine_survives_pickling(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"1234567")
+    with pytest.raises(errors.CheckpointError) as caught:
+        oxmerge.open(tmp_path / "m.safetensors")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.file) == (str(caught.value), str(tmp_path / "m.safetensors"))
+
+
+# The program.
+
+
+def test_exit_codes(tmp_path: Path, twins: Path) -> None:
+    (tmp_path / "typo.yml").write_text("merge_metod: linear\n")
+    assert program("merge", twins / "linear.yml", tmp_path / "out", "--quiet").returncode == 0
+    again = program("merge", twins / "linear.yml", tmp_path / "out")
+    assert again.returncode == 1
+    assert "not empty" in again.stderr
+    wrong = program("merge", tmp_path / "typo.yml", tmp_path / "other")
+    assert wrong.returncode == 2
+    assert "did you mean `merge_method`?" in wrong.stderr
+    assert program("merge", "none.yml", tmp_path / "other").returncode in {1, 2}
+    assert program("merge").returncode == 2
+    assert program("merge", twins / "linear.yml", tmp_path / "x", "--resume").returncode == 2
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "x").exists()
+
+
+JSON = {
+    "merge": (["merge", "linear.yml", "OUT"], {"directory", "peak_memory", "seconds", "simd"}),
+    "plan": (["plan", "linear.yml"], {"method", "tensors", "memory", "disk"}),
+    "inspect": (["inspect", "a"], {"parameters", "tensors", "dtypes"}),
+    "demo": (["demo", "--directory", "OUT"], {"directory", "peak_memory", "tensors"}),
+}
+
+
+@pytest.mark.parametrize("verb", JSON)
+def test_json_parses(tmp_path: Path, twins: Path, verb: str) -> None:
+    arguments, keys = JSON[verb]
+    given = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    done = program(*given, "--json", cwd=twins)
+    assert done.returncode == 0, done.stderr
+    assert keys <= json.loads(done.stdout).keys()
+
+
+def test_json_of_the_methods_parses() -> None:
+    methods = json.loads(program("methods", "--json").stdout)["methods"]
+    assert {"linear", "slerp", "ties"} <= {method["name"] for method in methods}
+    one = json.loads(program("methods", "ties", "--json").stdout)
+    assert one == next(method for method in methods if method["name"] == "ties")
+
+
+@pytest.mark.parametrize("verb", ["merge", "plan", "inspect"])
+def test_json_of_failures_parses(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path])
+    target = tmp_path if verb == "inspect" else tmp_path / "r.yml"
+    more = [tmp_path / "out"] if verb == "merge" else []
+    done = program(verb, target, *more, "--json")
+    assert done.returncode == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == ("CheckpointError" if verb == "inspect" else "PlanError")
+    assert "too short to be a safetensors file" in done.stdout
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    done = program("demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    merged = tmp_path / "oxmerge-demo" / "merged"
+    lines = done.stderr.splitlines()
+    assert lines[-2].startswith("wrote `oxmerge-demo/merged`: 75 tensors in 1 file, 53.5 MB in ")
+    assert "peak memory" in lines[-1]
+    assert lines[-1].endswith(f"threads, {oxmerge.build_info()['simd']}")
+    names = {path.name for path in merged.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= names
+    with oxmerge.open(merged) as checkpoint:
+        assert len(checkpoint) == 75
+        assert all(np.isfinite(a.astype(np.float32)).all() for a in checkpoint.values())
+    report = json.loads((merged / "oxmerge_report.json").read_text())
+    assert report["peak_memory"] <= report["memory"]
+
+
+def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:
+    times: list[float] = []
+    oxmerge.merge(
+        long,
+        tmp_path / "out",
+        threads=1,
+        memory="4GiB",
+        progress=lambda _: times.append(time.monotonic()),
+    )
+    assert all(later - earlier >= 0.09 for earlier, later in pairwise(times))
+    assert os.path.isdir(tmp_path / "out")

@@ -1,0 +1,221 @@
+"""The budget holds, and the peak is what was predicted: measured by the process itself.
+
+Inputs are holes in sparse files, but for the places where a selection takes its sample: random
+numbers there make it use whole histograms.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from writers import random_arrays, to_bf16, write_model, write_recipe, write_sparse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MIB = 1 << 20
+BUDGET = 48 * MIB
+ROW = 4096
+#: Eight times the budget in bf16.
+SHAPE = (8 * BUDGET // 2 // ROW, ROW)
+
+CHILD = """
+import json, sys
+import oxmerge
+recipe, directory, memory, read_path, threads = sys.argv[1:]
+report = oxmerge.merge(
+    recipe, directory, memory=int(memory), read_path=read_path, threads=int(threads) or None
+)
+with open("/proc/self/status") as status:
+    peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+print(json.dumps({**report.as_dict(), "measured": peak}))
+"""
+
+#: Arguments of `write_recipe`, and how many models.
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "linear, 2": (2, {"method": "linear", "each": {"weight": 1}}),
+    "linear, 10": (10, {"method": "linear", "each": {"weight": 1}}),
+    "slerp": (1, {"method": "slerp", "base": True, "shared": {"t": 0.3}}),
+    "ties, 2": (2, {"method": "ties", "base": True, "each": {"weight": 1, "density": 0.5}}),
+    "ties, 10": (10, {"method": "ties", "base": True, "each": {"weight": 1, "density": 0.5}}),
+    "rows": (
+        2,
+        {"method": "nuslerp", "each": {"weight": 1}, "shared": {"nuslerp_flatten": False}},
+    ),
+    "columns": (
+        2,
+        {
+            "method": "nuslerp",
+            "each": {"weight": 1},
+            "shared": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        },
+    ),
+}
+
+
+def merge(
+    recipe: Path, *, memory: int = BUDGET, read_path: str = "auto", threads: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Merge in a process of its own, which prints the report and its peak."""
+    arguments = (recipe, recipe.parent / "out", memory, read_path, threads)
+    command = [sys.executable, "-c", CHILD, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def check(report: dict[str, Any]) -> None:
+    """Check the peak against budget and prediction."""
+    peak, predicted = report["measured"], report["predicted_memory"]
+    assert peak <= report["memory"]
+    assert abs(peak - predicted) <= 0.15 * predicted, f"{peak / MIB:.1f} of {predicted / MIB:.1f}"
+    assert report["peak_memory"] <= peak
+
+
+def write_sampled(path: Path, seed: int) -> None:
+    """Write a sparse model with numbers where the engine's sample looks: 48 places."""
+    write_sparse(path, {"x": SHAPE})
+    generator = np.random.default_rng(seed)
+    elements = SHAPE[0] * SHAPE[1]
+    start = path.stat().st_size - 2 * elements
+    with path.open("r+b") as file:
+        for place in range(48):
+            file.seek(start + 2 * (place * (elements // 48)))
+            file.write(to_bf16(generator.standard_normal(2048, np.float32)).tobytes())
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Eleven models of one tensor of eight times the budget."""
+    folder = tmp_path_factory.mktemp("large")
+    for index in range(11):
+        write_sampled(folder / str(index) / "model.safetensors", index)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is removed, with what was merged into it."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("read_path", ["mapped", "positioned"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_tensor_of_eight_budgets(work: Path, large: Path, name: str, read_path: str) -> None:
+    count, options = CASES[name]
+    models = [large / str(index) for index in range(1, count + 1)]
+    base = large / "0" if "base" in options else None
+    recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": base})
+    # With few models, so few threads that each has room for mapped pieces.
+    threads = 1 if count <= 2 else 0
+    report = report_of(merge(recipe, read_path=read_path, threads=threads))
+    assert report["bytes_written"] == 8 * BUDGET
+    check(report)
+
+
+@pytest.mark.parametrize("read_path", ["mapped", "positioned"])
+def test_many_threads_share_the_budget(work: Path, large: Path, read_path: str) -> None:
+    recipe = write_recipe(work / "r.yml", "linear", [large / "0", large / "1"], each={"weight": 1})
+    report = report_of(merge(recipe, read_path=read_path, threads=16))
+    assert report["threads"] == 16
+    check(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("rows", (2, 48 * MIB)),
+        ("rows", (16 * MIB, 1)),
+        ("rows", (96 * MIB,)),
+        ("columns", (48 * MIB, 2)),
+        ("columns", (96 * MIB,)),
+    ],
+)
+def test_long_and_short_rows(work: Path, name: str, shape: tuple[int, ...]) -> None:
+    for model in "ab":
+        write_sparse(work / model / "model.safetensors", {"x": shape})
+    options = CASES[name][1]
+    recipe = write_recipe(work / "r.yml", models=[work / "a", work / "b"], **options)
+    report = report_of(merge(recipe, threads=2))
+    assert report["measured"] <= BUDGET
+
+
+def test_tensors_of_all_kinds_one_after_the_other(work: Path) -> None:
+    """Buffers that one tensor needed do not add up with those of the next."""
+    for model, dtypes in {"a": ("F32", "BF16"), "b": ("BF16", "F32")}.items():
+        for part, dtype in enumerate(dtypes):
+            shapes = {f"{part}.{i}": (11 * MIB + 12345 * i + i,) for i in range(4)}
+            write_sparse(work / model / f"{part}.safetensors", shapes, dtype)
+        names = {f"{part}.{i}": f"{part}.safetensors" for part in range(2) for i in range(4)}
+        index = {"metadata": {}, "weight_map": names}
+        (work / model / "model.safetensors.index.json").write_text(json.dumps(index))
+    recipe = write_recipe(
+        work / "r.yml", "linear", [work / "a", work / "b"], each={"weight": 1}, dtype="bfloat16"
+    )
+    for threads in (1, 4):
+        report = report_of(merge(recipe, threads=threads))
+        check(report)
+        shutil.rmtree(work / "out")
+
+
+def test_many_files_are_not_resident_from_the_start(work: Path) -> None:
+    for model in "ab":
+        names = {}
+        for part in range(30):
+            write_sparse(work / model / f"{part}.safetensors", {f"x.{part}": (3 * MIB,)})
+            names[f"x.{part}"] = f"{part}.safetensors"
+            (work / model / f"{part}.safetensors").read_bytes()  # Into large pages of the cache.
+        index = {"metadata": {}, "weight_map": names}
+        (work / model / "model.safetensors.index.json").write_text(json.dumps(index))
+    recipe = write_recipe(work / "r.yml", "linear", [work / "a", work / "b"], each={"weight": 1})
+    check(report_of(merge(recipe, read_path="mapped", threads=1)))
+
+
+def test_merging_again_takes_no_more(work: Path, large: Path) -> None:
+    recipe = write_recipe(work / "r.yml", "linear", [large / "0", large / "1"], each={"weight": 1})
+    again = "oxmerge.merge(recipe, directory + '2', memory=int(memory))\nwith open"
+    twice = CHILD.replace("with open", again)
+    command = [
+        sys.executable,
+        "-c",
+        twice,
+        str(recipe),
+        str(work / "out"),
+        str(BUDGET),
+        "auto",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert report_of(done)["measured"] <= BUDGET
+
+
+@pytest.mark.parametrize("name", ["linear, 2", "ties, 10", "columns"])
+def test_too_little_memory_is_refused_with_what_would_do(work: Path, name: str) -> None:
+    count, options = CASES[name]
+    tensors = random_arrays({"x": (3000, 1001), "y": (5,)}, 0)
+    models = [write_model(work / str(index), tensors, "BF16") for index in range(count)]
+    base = models[0] if "base" in options else None
+    recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": base})
+    refused = merge(recipe, memory=MIB)
+    assert refused.returncode == 1
+    assert not (work / "out").exists()
+    error = refused.stderr.splitlines()[-2:]
+    needed = re.search(r"expected at least (\d+) MiB, found 1 MiB", error[0])
+    assert needed is not None
+    assert error[1] == f"  hint: use --memory {needed[1]}MiB or more"
+    report = report_of(merge(recipe, memory=int(needed[1]) * MIB))
+    assert report["measured"] <= report["memory"]

@@ -1,0 +1,183 @@
+"""The output depends on the recipe, the inputs, the seed and the shard size, on nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import oxmerge
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oxmerge import _core
+from oxmerge.errors import MemoryBudgetError
+from oxmerge.planning import build_plan
+from oxmerge.recipe import Recipe
+from writers import directory_bytes, write_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LEVELS = oxmerge.build_info()["simd_available"]
+
+#: Arguments of `write_recipe`, the models being a, b and c.
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear", "models": "abc", "each": {"weight": 0.3}},
+    "linear_in_f64": {
+        "method": "linear",
+        "models": "ab",
+        "each": {"weight": 0.7},
+        "dtype": "float64",
+    },
+    "passthrough": {"method": "passthrough", "models": "a"},
+    "task_arithmetic": {"method": "task_arithmetic", "models": "ab", "base": True},
+    "slerp": {"method": "slerp", "models": "a", "base": True, "shared": {"t": 0.3}},
+    "ties_0.05": {"method": "ties", "models": "abc", "base": True, "each": {"density": 0.05}},
+    "ties_0.5": {"method": "ties", "models": "abc", "base": True, "each": {"density": 0.5}},
+    "ties_0.99": {"method": "ties", "models": "ac", "base": True, "each": {"density": 0.99}},
+    "dare_linear": {
+        "method": "dare_linear",
+        "models": "ab",
+        "base": True,
+        "each": {"density": 0.4},
+    },
+    "dare_ties": {"method": "dare_ties", "models": "abc", "base": True, "each": {"density": 0.3}},
+    "nuslerp": {"method": "nuslerp", "models": "ab", "base": True},
+    "nuslerp_rows": {"method": "nuslerp", "models": "ab", "shared": {"nuslerp_flatten": False}},
+    "nuslerp_columns": {
+        "method": "nuslerp",
+        "models": "ab",
+        "shared": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "1 thread": {"threads": 1},
+    "2 threads, mapped": {"threads": 2, "read_path": "mapped"},
+    "5 threads, positioned": {"threads": 5, "read_path": "positioned"},
+    "least memory, mapped": {"memory": None, "read_path": "mapped"},
+    "least memory, positioned": {"memory": None, "read_path": "positioned"},
+    "1 block": {"largest_piece": 1, "threads": 5},
+    "2 blocks, no direct writes": {"largest_piece": 2, "direct": False},
+    "9 blocks, mapped": {"largest_piece": 9, "read_path": "mapped", "threads": 2},
+    "no direct writes": {"direct": False},
+    **{f"{level} instructions": {"level": level} for level in LEVELS},
+}
+
+
+def recipe_of(folder: Path, family: Path, name: str) -> Path:
+    options = dict(METHODS[name])
+    models = [family / model for model in options.pop("models")]
+    base = family / "base" if options.pop("base", False) else None
+    each = {"weight": 0.4, **options.pop("each", {})}
+    if options["method"] in {"slerp", "passthrough"}:
+        each = {}
+    return write_recipe(folder / f"{name}.yml", models=models, base=base, each=each, **options)
+
+
+def least_memory(plan: str) -> int:
+    """Return the least budget that will do, in this process as it is now."""
+    with pytest.raises(MemoryBudgetError) as caught:
+        _core.predict(plan, 1, 1)
+    found = re.fullmatch(r"at least (\d+) MiB", caught.value.expected or "")
+    assert found is not None
+    return int(found[1]) << 20
+
+
+def shards_of(plan: str, directory: Path, *, level: str | None = None, **options: Any) -> Any:
+    """Execute a plan; the bytes of the shards, and what the engine reports."""
+    directory.mkdir()
+    if options.get("memory", ...) is None:
+        options["memory"] = least_memory(plan)
+    with pytest.MonkeyPatch.context() as patch:
+        if level is not None:
+            patch.setenv("OXMERGE_SIMD", level)
+        report = _core.execute(plan, directory, **{"memory": 4 << 30, **options})
+    if level is not None:
+        assert report["simd"] == level
+    return directory_bytes(directory), report
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def case(
+    request: pytest.FixtureRequest, family: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, bytes]]:
+    """A plan, and the shards that it gives with the default settings."""
+    folder = tmp_path_factory.mktemp("case")
+    recipe = Recipe.from_yaml(recipe_of(folder, family, request.param))
+    plan = build_plan(recipe, seed=7, shard_size=12_000_000).to_json()
+    shards, _ = shards_of(plan, folder / "reference")
+    assert shards
+    return plan, shards
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_change_no_byte(
+    tmp_path: Path, case: tuple[str, dict[str, bytes]], name: str
+) -> None:
+    plan, expected = case
+    shards, report = shards_of(plan, tmp_path / "out", **SETTINGS[name])
+    assert shards == expected
+    if SETTINGS[name].get("memory", ...) is None:
+        assert report["memory"]["worker_bytes"] < 6 << 20
+
+
+@pytest.mark.parametrize("name", ["linear", "ties_0.5", "dare_ties", "nuslerp_columns"])
+def test_the_whole_directory_is_the_same(tmp_path: Path, family: Path, name: str) -> None:
+    recipe = recipe_of(tmp_path, family, name)
+    plan = build_plan(Recipe.from_yaml(recipe)).to_json()
+    one, other = tmp_path / "one", tmp_path / "other"
+    common: dict[str, Any] = {"seed": 3, "shard_size": "10MB"}
+    oxmerge.merge(recipe, one, threads=5, memory="4GiB", read_path="positioned", **common)
+    # What has been used since is resident as well.
+    memory = least_memory(plan) + (8 << 20)
+    report = oxmerge.merge(recipe, other, threads=1, memory=memory, read_path="mapped", **common)
+    assert report.files == 2
+    assert directory_bytes(one) == directory_bytes(other)
+    expected = {"config.json", "model.safetensors.index.json", "README.md"}
+    assert expected <= directory_bytes(one).keys()
+
+
+def test_what_counts_does_change_bytes(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "dare_ties")
+    changes: dict[str, Any] = {"0": {}, "1": {"seed": 1}, "2": {"shard_size": "1MB"}}
+    for name, options in changes.items():
+        oxmerge.merge(recipe, tmp_path / name, memory="4GiB", **options)
+    first, other_seed, other_size = (directory_bytes(tmp_path / name) for name in "012")
+    assert first.keys() == other_seed.keys() != other_size.keys()
+    assert first["model.safetensors"] != other_seed["model.safetensors"]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    options=st.fixed_dictionaries(
+        {
+            "threads": st.integers(1, 9),
+            "read_path": st.sampled_from(["auto", "mapped", "positioned"]),
+            "largest_piece": st.none() | st.integers(1, 70),
+            "direct": st.booleans(),
+            "extra": st.integers(0, 64 << 20),
+            "level": st.sampled_from([None, *LEVELS]),
+        }
+    )
+)
+def test_random_settings_change_no_byte(
+    tmp_path_factory: pytest.TempPathFactory, family: Path, options: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("random")
+    plan = build_plan(Recipe.from_yaml(recipe_of(folder, family, "ties_0.5"))).to_json()
+    expected, _ = shards_of(plan, folder / "reference")
+    memory = least_memory(plan) + (8 << 20) + options.pop("extra")
+    shards, _ = shards_of(plan, folder / "out", memory=memory, **options)
+    assert shards == expected
+
+
+def test_a_level_that_the_machine_lacks_is_refused(
+    tmp_path: Path, case: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OXMERGE_SIMD", "mmx")
+    with pytest.raises(oxmerge.OxmergeError, match="mmx"):
+        _core.execute(case[0], tmp_path, memory=4 << 30)
+    assert not list(tmp_path.iterdir())

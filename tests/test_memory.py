@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from writers import random_arrays, to_bf16, write_model, write_recipe, write_sparse
+from writers import evict, random_arrays, to_bf16, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,6 +125,16 @@ def test_a_tensor_of_eight_budgets(work: Path, large: Path, name: str, read_path
     report = report_of(merge(recipe, read_path=read_path, threads=threads))
     assert report["bytes_written"] == 8 * BUDGET
     check(report)
+
+
+@pytest.mark.parametrize("name", ["linear, 2", "linear, 10"])
+def test_inputs_on_the_disk(work: Path, large: Path, name: str) -> None:
+    count, options = CASES[name]
+    models = [large / str(index) for index in range(count)]
+    recipe = write_recipe(work / "r.yml", models=models, **options)
+    evict(large)
+    report = report_of(merge(recipe))
+    assert report["measured"] <= BUDGET
 
 
 @pytest.mark.parametrize("read_path", ["mapped", "positioned"])

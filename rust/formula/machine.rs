@@ -88,15 +88,6 @@ impl<'a> InputBytes<'a> {
     }
 }
 
-impl<'a> InputBytes<'a> {
-    /// The chunk after `range`, or what there is of it.
-    fn after(&self, range: &Range<u64>) -> &'a [u8] {
-        let size = self.dtype.size();
-        let start = (range.end - self.first) as usize * size;
-        &self.bytes[start..(start + CHUNK * size).min(self.bytes.len())]
-    }
-}
-
 /// Slots, and what is needed to fill them.
 #[derive(Debug)]
 pub(crate) struct Machine<'a, T> {
@@ -125,9 +116,6 @@ impl<'a, T: Real> Machine<'a, T> {
     /// formula's are; inputs that the code does not load may be absent.
     pub(crate) fn run(&mut self, range: &Range<u64>, inputs: &[Option<InputBytes<'_>>]) {
         self.length = (range.end - range.start) as usize;
-        for input in inputs.iter().flatten() {
-            kernels::prefetch(input.after(range));
-        }
         let code = self.code;
         for (at, instruction) in code.instructions.iter().enumerate() {
             let mut out = std::mem::take(&mut self.slots[instruction.out]);

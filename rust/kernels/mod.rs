@@ -33,7 +33,6 @@ pub mod fused;
 pub mod level;
 pub mod oracle;
 pub mod order;
-pub mod prefetch;
 pub mod random;
 pub mod real;
 pub mod reduce;
@@ -45,7 +44,6 @@ pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use fused::{weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use level::Level;
 pub use order::{Counts, count, histogram, keep, trim};
-pub use prefetch::prefetch;
 pub use random::{GENERATOR_VERSION, MaskKey, random_mask};
 pub use real::Real;
 pub use reduce::{

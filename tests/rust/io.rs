@@ -223,7 +223,7 @@ fn every_read_path_gives_the_same_bytes() {
         let (input, data) = input(&directory, 5 * MAPPED_FROM + 123);
         for path in READ_PATHS {
             let reader = InputReader::open(&input, path).unwrap();
-            assert_eq!(reader.is_mapped(), path != ReadPath::Positioned);
+            assert_eq!(reader.is_mapped(), path == ReadPath::Mapped);
             let mut scratch = AlignedBuffer::default();
             for (start, len) in [
                 (0, 0),
@@ -239,6 +239,8 @@ fn every_read_path_gives_the_same_bytes() {
                 reader.prefetch(start as u64, len);
                 let bytes = reader.read(start as u64, len, &mut scratch).unwrap();
                 assert!(bytes == &data[start..start + len], "{path:?} {start}+{len}");
+                let bytes = reader.read_direct(start as u64, len, &mut scratch).unwrap();
+                assert!(bytes == &data[start..start + len], "direct {path:?} {start}+{len}");
                 reader.release(start as u64, len);
             }
         }

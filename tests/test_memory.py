@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from writers import random_arrays, to_bf16, write_model, write_recipe, write_sparse
+from writers import evict, random_arrays, to_bf16, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,12 +31,19 @@ CHILD = """
 import json, sys
 import oxmerge
 recipe, directory, memory, read_path, threads = sys.argv[1:]
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+mapped = []
 report = oxmerge.merge(
-    recipe, directory, memory=int(memory), read_path=read_path, threads=int(threads) or None
+    recipe,
+    directory,
+    memory=int(memory),
+    read_path=read_path,
+    threads=int(threads) or None,
+    progress=lambda _: mapped.append(status("RssFile")),
 )
-with open("/proc/self/status") as status:
-    peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
-print(json.dumps({**report.as_dict(), "measured": peak}))
+print(json.dumps({**report.as_dict(), "measured": status("VmHWM"), "mapped": mapped}))
 """
 
 #: Arguments of `write_recipe`, and how many models.
@@ -127,6 +134,16 @@ def test_a_tensor_of_eight_budgets(work: Path, large: Path, name: str, read_path
     check(report)
 
 
+@pytest.mark.parametrize("name", ["linear, 2", "linear, 10"])
+def test_inputs_on_the_disk(work: Path, large: Path, name: str) -> None:
+    count, options = CASES[name]
+    models = [large / str(index) for index in range(count)]
+    recipe = write_recipe(work / "r.yml", models=models, **options)
+    evict(large)
+    report = report_of(merge(recipe))
+    assert report["measured"] <= BUDGET
+
+
 @pytest.mark.parametrize("read_path", ["mapped", "positioned"])
 def test_many_threads_share_the_budget(work: Path, large: Path, read_path: str) -> None:
     recipe = write_recipe(work / "r.yml", "linear", [large / "0", large / "1"], each={"weight": 1})
@@ -172,6 +189,18 @@ def test_tensors_of_all_kinds_one_after_the_other(work: Path) -> None:
         shutil.rmtree(work / "out")
 
 
+def test_the_mapped_path_does_map(work: Path, large: Path) -> None:
+    count, options = CASES["ties, 2"]
+    models = [large / str(index) for index in range(count)]
+    recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": large / "3"})
+    most = {}
+    for read_path in ("mapped", "positioned"):
+        report = report_of(merge(recipe, read_path=read_path, threads=1))
+        most[read_path] = max(report["mapped"])
+        shutil.rmtree(work / "out")
+    assert most["mapped"] > most["positioned"] + 6 * MIB
+
+
 def test_many_files_are_not_resident_from_the_start(work: Path) -> None:
     for model in "ab":
         names = {}
@@ -187,8 +216,8 @@ def test_many_files_are_not_resident_from_the_start(work: Path) -> None:
 
 def test_merging_again_takes_no_more(work: Path, large: Path) -> None:
     recipe = write_recipe(work / "r.yml", "linear", [large / "0", large / "1"], each={"weight": 1})
-    again = "oxmerge.merge(recipe, directory + '2', memory=int(memory))\nwith open"
-    twice = CHILD.replace("with open", again)
+    again = "oxmerge.merge(recipe, directory + '2', memory=int(memory))\nprint("
+    twice = CHILD.replace("print(", again)
     command = [
         sys.executable,
         "-c",

@@ -13,7 +13,7 @@ from oxmerge import _core
 from oxmerge.errors import MemoryBudgetError
 from oxmerge.planning import build_plan
 from oxmerge.recipe import Recipe
-from writers import directory_bytes, write_recipe
+from writers import directory_bytes, evict, write_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,6 +120,14 @@ def test_settings_change_no_byte(
     assert shards == expected
     if SETTINGS[name].get("memory", ...) is None:
         assert report["memory"]["worker_bytes"] < 6 << 20
+
+
+def test_inputs_on_the_disk_give_the_same(
+    tmp_path: Path, case: tuple[str, dict[str, bytes]], family: Path
+) -> None:
+    plan, expected = case
+    evict(family)
+    assert shards_of(plan, tmp_path / "out")[0] == expected
 
 
 @pytest.mark.parametrize("name", ["linear", "ties_0.5", "dare_ties", "nuslerp_columns"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,14 @@ def write_recipe(
         recipe["parameters"] = dict(shared)
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+def evict(folder: Path) -> None:
+    """Write the files of a folder to the disk, and drop them from the page cache."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def directory_bytes(folder: Path) -> dict[str, bytes]:

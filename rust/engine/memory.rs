@@ -31,7 +31,7 @@ const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
 /// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
 const STEP_BYTES: u64 = 768 << 10;
 /// Below this, a piece that is used in place makes too much memory around it resident.
-const SMALLEST_MAPPED_PIECE: u64 = 2 * MAP_MARGIN as u64;
+const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Stack, allocator and scheduler, a worker and in all. Measured, rounded up.
 const WORKER_OVERHEAD: u64 = 64 << 10;
 const ENGINE_OVERHEAD: u64 = 1 << 20;

@@ -39,13 +39,13 @@ pub(crate) struct Worker<'a> {
     out: AlignedBuffer,
     /// Bytes that the buffers may have together.
     share: usize,
-    /// Elements that may be read at once of the task in hand.
-    piece: u64,
+    /// Elements that may be read at once: a long row or a column block has more than a unit.
+    most: u64,
 }
 
 impl<'a> Worker<'a> {
     pub(crate) fn new(level: Level, control: &'a Control, share: usize) -> Self {
-        Self { level, control, scratch: Vec::new(), out: AlignedBuffer::default(), share, piece: 0 }
+        Self { level, control, scratch: Vec::new(), out: AlignedBuffer::default(), share, most: 0 }
     }
 
     /// Does unit `unit` of `pass`.
@@ -56,7 +56,7 @@ impl<'a> Worker<'a> {
         unit: u64,
         blocks_a_unit: u64,
     ) -> Result<Found> {
-        self.piece = blocks_a_unit * BLOCK as u64;
+        self.most = blocks_a_unit * BLOCK as u64;
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
@@ -91,7 +91,7 @@ impl<'a> Worker<'a> {
             code.as_ref().map(|code| Machine::<T>::new(self.level, &task.frame, code));
         let is_far = |&index: &usize| task.sources[index].is_far(elements.clone());
         let once = task.reads_once && inputs.iter().any(is_far);
-        let step = if once { u64::MAX } else { task.step_elements(&inputs) }.min(self.piece);
+        let step = if once { self.most } else { task.step_elements(&inputs).min(self.most) };
         if elements.end - elements.start > step {
             inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
         }

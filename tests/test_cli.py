@@ -43,7 +43,7 @@ METHODS: list[dict[str, Any]] = [
                 "kind": "number",
                 "per": "shared",
                 "required": True,
-                "description": "0 gives the base, 1 the other model; " * 4,
+                "help": "0 gives the base, 1 the other model; " * 4,
             },
             {"name": "flatten", "kind": "boolean", "per": "shared", "default": True},
         ],
@@ -66,6 +66,7 @@ class Report:
     threads: int = 4
     simd: str = "avx512"
     warnings: tuple[object, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {"tensors": self.tensors, "seconds": self.seconds}
@@ -83,6 +84,8 @@ class Plan:
     disk: int = 53_100_000
     memory: int = 200 << 20
     warnings: tuple[object, ...] = ()
+    cost: str = "one read of every input"
+    left_out: tuple[str, ...] = ("notes.txt: no",)
     threads: int = 4
     accounting: dict[str, int] = field(
         default_factory=lambda: {"merged": 150, "copied": 0, "dropped": 2}
@@ -284,11 +287,12 @@ def test_plan(run: Any) -> None:
     assert out == (
         "method    slerp\n"
         "tensors   75 in 1 file\n"
-        "reads     106 MB\n"
+        "reads     106 MB: one read of every input\n"
         "writes    53 MB\n"
         "memory    200 MiB at the peak\n"
         "threads   4\n"
         "disk      53.1 MB needed\n"
+        "not copied  notes.txt: no\n"
         "inputs    150 merged, 2 dropped\n"
     )
     assert json.loads(run("plan", "r.yml", "--json")[1]) == {"tensors": 75}

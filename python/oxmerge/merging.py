@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oxmerge import _core
-from oxmerge.outcome import Outcome
+from oxmerge.outcome import Outcome, method_description
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
 from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
 from oxmerge.recipe import Recipe
@@ -70,6 +70,8 @@ class Outlook:
         Threads that will work.
     left_out : tuple of str
         The donor's files that are not copied, with the reason.
+    rereads_from_cache : bool, optional
+        Whether what is read several times fits the free memory; None if nothing is.
     """
 
     merge_plan: MergePlan
@@ -77,6 +79,16 @@ class Outlook:
     memory: int
     threads: int
     left_out: tuple[str, ...]
+    rereads_from_cache: bool | None
+
+    @property
+    def cost(self) -> str:
+        """How often the inputs are read, and from where again."""
+        cost: str = method_description(self.method)["cost"]
+        if self.rereads_from_cache is None:
+            return cost
+        again = "the page cache" if self.rereads_from_cache else "the disk: memory is short"
+        return f"{cost}, again from {again}"
 
     @property
     def method(self) -> str:
@@ -120,7 +132,16 @@ class Outlook:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the numbers as data."""
-        names = ("method", "tensors", "files", "bytes_read", "bytes_written", "disk", "memory")
+        names = (
+            "method",
+            "cost",
+            "tensors",
+            "files",
+            "bytes_read",
+            "bytes_written",
+            "disk",
+            "memory",
+        )
         return {
             **{name: getattr(self, name) for name in names},
             "threads": self.threads,
@@ -155,7 +176,9 @@ class MergeReport:
     simd : str
         The instruction set used.
     warnings : tuple of str
-        What had no effect, what was left out, what was changed.
+        What had no effect, and what was dropped.
+    notes : tuple of str
+        What was changed in the config, which files were not copied, which were left as they were.
     """
 
     directory: str
@@ -171,11 +194,12 @@ class MergeReport:
     threads: int
     simd: str
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**data, "warnings": list(self.warnings)}
+        return {**data, "warnings": list(self.warnings), "notes": list(self.notes)}
 
 
 def plan(
@@ -219,6 +243,7 @@ def plan(
         memory=predicted["predicted"],
         threads=predicted["workers"],
         left_out=outcome.left_out,
+        rereads_from_cache=_rereads_from_cache(merge_plan),
     )
 
 
@@ -328,10 +353,24 @@ def _finish(
         memory=done["memory"]["budget"],
         threads=done["memory"]["workers"],
         simd=done["simd"],
-        warnings=(*map(str, merge_plan.warnings), *outcome.notes),
+        warnings=tuple(map(str, merge_plan.warnings)),
+        notes=outcome.notes,
     )
-    commit(output, outcome.contents(report.as_dict()))
-    return report
+    leftovers = commit(output, outcome.contents(report.as_dict()))
+    return replace(report, notes=(*report.notes, *leftovers))
+
+
+def _rereads_from_cache(merge_plan: MergePlan) -> bool | None:
+    """Return whether the tensor with the most input fits the memory that is free."""
+    if method_description(merge_plan.plan.method)["class"] == "elementwise":
+        return None
+    largest = max((tensor.source_bytes for tensor in merge_plan.plan.tensors), default=0)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(line for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    return largest < int(available.split()[1]) * 1024
 
 
 def _reporter(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oxmerge import _core
-from oxmerge.card import RECIPE_NAME, CardModel, model_card
+from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, CardModel, model_card
 from oxmerge.output_config import config_text, edit_config
 from oxmerge.publish import Contents
 from oxmerge.side_files import SideFiles, find_side_files
@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
     from oxmerge.planning import MergePlan
 
-__all__ = ["Outcome"]
+__all__ = ["Outcome", "method_description"]
 
-REPORT_NAME = "oxmerge_report.json"
-CARD_NAME = "README.md"
 #: Room for the run report, whose exact size is known only afterwards.
 _REPORT_BYTES = 64 << 10
 
@@ -69,6 +67,8 @@ class Outcome:
         config, notes = _config(merge_plan)
         recipe = merge_plan.recipe.text
         card = _card(merge_plan, recipe)
+        names = ", ".join(f"`{entry.name}`" for entry in side_files.left_out)
+        notes = (*notes, f"not copied from the donor: {names}") if names else notes
         return cls(merge_plan, config, _index(merge_plan), card, recipe, side_files, notes)
 
     @property
@@ -103,7 +103,7 @@ class Outcome:
 
 def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
     donor = merge_plan.models[merge_plan.donor]
-    if not donor.config:
+    if not donor.config and not _has_config(donor.path):
         return None, ()
     layer_map = merge_plan.layer_map
     edited, notes = edit_config(
@@ -120,6 +120,15 @@ def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
     return config_text(edited), tuple(notes)
 
 
+def _has_config(path: str) -> bool:
+    return (Path(path) / "config.json").is_file()
+
+
+def method_description(name: str) -> dict[str, Any]:
+    """Return what the engine says of a merge method."""
+    return next(each for each in _core.methods() if each["name"] == name)
+
+
 def _index(merge_plan: MergePlan) -> str | None:
     plan = merge_plan.plan
     if len(plan.shards) == 1:
@@ -130,7 +139,7 @@ def _index(merge_plan: MergePlan) -> str | None:
 
 def _card(merge_plan: MergePlan, recipe: str) -> str:
     method = merge_plan.plan.method
-    about = next(each for each in _core.methods() if each["name"] == method)
+    about = method_description(method)
     cards = [CardModel(model.reference, is_local=True) for model in merge_plan.models]
     return model_card(
         method=method,

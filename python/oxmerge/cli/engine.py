@@ -47,6 +47,7 @@ class MergeReport(Protocol):
     threads: int
     simd: str
     warnings: Sequence[object]
+    notes: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""
@@ -60,9 +61,11 @@ class PlanSummary(Protocol):
     files: int
     bytes_read: int
     bytes_written: int
+    cost: str
     disk: int
     memory: int
     warnings: Sequence[object]
+    left_out: Sequence[str]
     accounting: Mapping[str, int]
     threads: int
 

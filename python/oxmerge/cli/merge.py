@@ -45,6 +45,8 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
 def tell(report: MergeReport, printer: Printer) -> None:
     """Print the warnings and the summary of a merge, and the report if it is asked for."""
     printer.warnings(report.warnings)
+    for note in report.notes:
+        printer.say(f"note: {note}")
     for line in summary(report):
         printer.say(line)
     if printer.as_json:

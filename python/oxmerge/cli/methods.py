@@ -105,7 +105,7 @@ def _parameter(parameter: Mapping[str, Any]) -> Iterator[str]:
     default = parameter.get("default")
     facts.append("required" if parameter.get("required") else f"default {_plain(default)}")
     yield f"  {parameter['name']} ({', '.join(facts)})"
-    text = parameter.get("description") or parameter.get("summary")
+    text = parameter.get("help")
     if text:
         yield from textwrap.wrap(
             str(text), _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6

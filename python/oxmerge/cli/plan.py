@@ -34,10 +34,12 @@ def _lines(plan: PlanSummary) -> Iterator[str]:
     files = "1 file" if plan.files == 1 else f"{plan.files} files"
     yield f"method    {plan.method}"
     yield f"tensors   {plan.tensors} in {files}"
-    yield f"reads     {format_size(plan.bytes_read)}"
+    yield f"reads     {format_size(plan.bytes_read)}: {plan.cost}"
     yield f"writes    {format_size(plan.bytes_written)}"
     yield f"memory    {format_size(plan.memory, binary=True)} at the peak"
     yield f"threads   {plan.threads}"
     yield f"disk      {format_size(plan.disk)} needed"
     entries = [f"{count} {fate}" for fate, count in plan.accounting.items() if count]
+    for name in plan.left_out:
+        yield f"not copied  {name}"
     yield f"inputs    {', '.join(entries) or 'no tensors'}"

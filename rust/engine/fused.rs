@@ -4,12 +4,14 @@
 //! as fast again. Only what a bench showed to need it is here.
 
 use std::ops::Range;
+use std::sync::Arc;
 
+use super::task::Task;
 use super::work::Step;
 use crate::dtype::DType;
 use crate::formula::machine::InputBytes;
-use crate::formula::{BinaryOp, Scalar, Value, ValueNode};
-use crate::kernels::{self, Level, Real};
+use crate::formula::{BinaryOp, Reduction, ReductionKind, Scalar, Value, ValueNode};
+use crate::kernels::{self, LANES, Lanes, Level, Real};
 
 type Inputs<'a> = [Option<InputBytes<'a>>];
 
@@ -33,6 +35,34 @@ pub(crate) fn run(level: Level, step: &Step<'_>, dtype: DType, bytes: &mut [u8])
         return true;
     }
     false
+}
+
+/// The two inputs, if the reductions are all inner products of two inputs of one type in f32.
+pub(crate) fn pair(task: &Task, reductions: &[Arc<Reduction>]) -> Option<[usize; 2]> {
+    let factors = |reduction: &Arc<Reduction>| {
+        let right = reduction.right.as_ref()?;
+        (reduction.kind == ReductionKind::Dot).then_some([input(&reduction.left)?, input(right)?])
+    };
+    let [aa, ab, bb] = reductions else { return None };
+    let [a, b] = factors(ab)?;
+    let dtype = task.sources[a].dtype();
+    let is_gram = factors(aa)? == [a, a] && factors(bb)? == [b, b];
+    let is_uniform = dtype == task.sources[b].dtype() && !task.double;
+    (is_gram && is_uniform).then_some([a, b])
+}
+
+/// The inner products of [`pair`] over one block.
+pub(crate) fn products(
+    level: Level,
+    inputs: &Inputs<'_>,
+    [a, b]: [usize; 2],
+    block: &Range<u64>,
+) -> Vec<Lanes> {
+    let (_, dtype, a) = term(1.0, a, inputs, block);
+    let (_, _, b) = term(1.0, b, inputs, block);
+    let mut lanes = [[0.0; LANES]; 3];
+    kernels::products_into(level, dtype, a, b, &mut lanes);
+    lanes.to_vec()
 }
 
 fn term<'a>(

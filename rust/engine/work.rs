@@ -169,16 +169,22 @@ impl<'a> Worker<'a> {
         let mut counts: Vec<Histogram> =
             searches.iter().map(|search| Histogram::new(search.bins)).collect();
         let level = self.level;
+        let pair = super::fused::pair(task, reductions).filter(|_| searches.is_empty());
         let elements = task.elements_of(blocks.clone());
         self.in_steps::<T>(task, elements, &values, |machine, step| {
             for block in steps(step.elements.clone(), BLOCK as u64) {
                 let mut lanes = layout.lanes();
-                for range in chunks(block.clone()) {
-                    machine.run(&range, step.inputs);
-                    layout.accumulate(level, machine, &mut lanes);
-                    for (at, (view, histogram)) in searches.iter().zip(&mut counts).enumerate() {
-                        let values = machine.chunk(layout.operands + at);
-                        count(level, view, &values, block.start / BLOCK as u64, histogram);
+                if let Some(pair) = pair {
+                    lanes = super::fused::products(level, step.inputs, pair, &block);
+                } else {
+                    for range in chunks(block.clone()) {
+                        machine.run(&range, step.inputs);
+                        layout.accumulate(level, machine, &mut lanes);
+                        let searches = searches.iter().zip(&mut counts);
+                        for (at, (view, histogram)) in searches.enumerate() {
+                            let values = machine.chunk(layout.operands + at);
+                            count(level, view, &values, block.start / BLOCK as u64, histogram);
+                        }
                     }
                 }
                 for (sums, sum) in sums.iter_mut().zip(layout.fold(lanes)) {

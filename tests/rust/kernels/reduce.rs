@@ -1,7 +1,8 @@
 use super::{TestReal, assert_same, config, each_level};
+use oxmerge::dtype::DType;
 use oxmerge::kernels::{
     BinaryOp, LANES, Lanes, Level, absolute_sum_into, dot_into, fold_halves, max_into, oracle,
-    sum_into,
+    products_into, sum_into, widen,
 };
 use proptest::prelude::*;
 
@@ -20,6 +21,26 @@ fn assert_lanes(
 }
 
 each_level! {
+    fn products_are_three_dots<T>(level) {
+        let dtype = prop::sample::select(&[DType::Bf16, DType::F16, DType::F32][..]);
+        let case = (dtype, prop::sample::select(&super::LENGTHS[..]), any::<u64>());
+        proptest!(config(48), |((dtype, length, seed) in case)| {
+            let byte = |at: usize| (seed.wrapping_mul(at as u64 | 1) >> 9) as u8;
+            let stored = |from: usize| (from..from + length * dtype.size()).map(byte).collect();
+            let [a, b]: [Vec<u8>; 2] = [stored(0), stored(7)];
+            let [mut x, mut y] = [vec![0.0_f32; length], vec![0.0_f32; length]];
+            widen(level, dtype, &a, &mut x);
+            widen(level, dtype, &b, &mut y);
+            let (mut fast, mut slow) = ([[0.5; LANES]; 3], [[0.5; LANES]; 3]);
+            products_into(level, dtype, &a, &b, &mut fast);
+            dot_into(level, &x, &x, &mut slow[0]);
+            dot_into(level, &x, &y, &mut slow[1]);
+            dot_into(level, &y, &y, &mut slow[2]);
+            assert_same(level, &fast.concat(), &slow.concat());
+        });
+    }
+
+
     fn reductions_are_like_the_oracle<T>(level) {
         let case = T::slice().prop_flat_map(|a| {
             let b = prop::collection::vec(T::interesting(), a.len());

@@ -16,7 +16,6 @@ from oxmerge.publish import (
     OutputDirectory,
     commit,
     discard,
-    index_text,
     partial_name,
     prepare_output,
 )
@@ -427,9 +426,3 @@ def test_a_crash_in_the_switch_can_be_repeated(tmp_path: Path, crash_points: Ite
 def crash_points() -> Iterator[int]:
     """Numbers of system calls that lie before, in and after the switch."""
     return iter(range(0, 60, 3))
-
-
-def test_index_text() -> None:
-    text = index_text({"b": "one", "a": "two"}, 12)
-    assert text.startswith('{\n  "metadata": {\n    "total_size": 12\n  },\n  "weight_map": {\n')
-    assert list(json.loads(text)["weight_map"]) == ["b", "a"]

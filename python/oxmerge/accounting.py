@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Accounting", "ModelAccount", "compact_names"]
 
-_NUMBER_PART = re.compile(r"[0-9]+")
+_NUMBER_PART = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_MEMORY", "MergeReport", "Outlook", "Snapshot", "merge", "plan"]
 
+#: How inputs can be read.
+READ_PATHS = ("auto", "mapped", "positioned", "direct")
 #: Bytes that the whole process may have resident.
 DEFAULT_MEMORY = 256 << 20
 
@@ -235,6 +237,7 @@ def plan(
     MemoryBudgetError
         If the budget cannot hold one block of every input.
     """
+    _check_options(threads, "auto")
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
     predicted = _core.predict(merge_plan.to_json(), parse_size(memory), threads)
     return Outlook(
@@ -243,7 +246,7 @@ def plan(
         memory=predicted["predicted"],
         threads=predicted["workers"],
         left_out=outcome.left_out,
-        rereads_from_cache=_rereads_from_cache(merge_plan),
+        rereads_from_cache=_fits_free_memory(merge_plan) if predicted["rereads"] else None,
     )
 
 
@@ -302,6 +305,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         If a file cannot be read or written, or the disk is full; no output is left.
     """
     started = time.perf_counter()
+    budget = parse_size(memory)
+    _check_options(threads, read_path)
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
     output = prepare_output(
         directory,
@@ -313,7 +318,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         done = _core.execute(
             merge_plan.to_json(),
             output.path,
-            memory=parse_size(memory),
+            memory=budget,
             threads=threads,
             read_path=read_path,
             progress=_reporter(merge_plan, progress),
@@ -357,13 +362,19 @@ def _finish(
         notes=outcome.notes,
     )
     leftovers = commit(output, outcome.contents(report.as_dict()))
-    return replace(report, notes=(*report.notes, *leftovers))
+    seconds = time.perf_counter() - started
+    return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 
 
-def _rereads_from_cache(merge_plan: MergePlan) -> bool | None:
+def _check_options(threads: int | None, read_path: str) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    if read_path not in READ_PATHS:
+        raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
+
+
+def _fits_free_memory(merge_plan: MergePlan) -> bool | None:
     """Return whether the tensor with the most input fits the memory that is free."""
-    if method_description(merge_plan.plan.method)["class"] == "elementwise":
-        return None
     largest = max((tensor.source_bytes for tensor in merge_plan.plan.tensors), default=0)
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

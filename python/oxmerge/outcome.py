@@ -10,7 +10,7 @@ from oxmerge import _core
 from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, CardModel, model_card
 from oxmerge.output_config import config_text, edit_config
 from oxmerge.publish import Contents
-from oxmerge.side_files import SideFiles, find_side_files
+from oxmerge.side_files import SideFiles, find_side_files, is_index
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Outcome:
         PlanError
             If the donor's config cannot describe the output.
         """
-        side_files = find_side_files(Path(merge_plan.models[merge_plan.donor].path))
+        side_files = find_side_files(_folder(merge_plan.models[merge_plan.donor].path))
         config, notes = _config(merge_plan)
         recipe = merge_plan.recipe.text
         card = _card(merge_plan, recipe)
@@ -120,8 +120,14 @@ def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
     return config_text(edited), tuple(notes)
 
 
+def _folder(model: str) -> Path:
+    """Return the directory of a model that is named by its index file, else the model itself."""
+    path = Path(model)
+    return path.parent if path.is_file() and is_index(path.name) else path
+
+
 def _has_config(path: str) -> bool:
-    return (Path(path) / "config.json").is_file()
+    return (_folder(path) / "config.json").is_file()
 
 
 def method_description(name: str) -> dict[str, Any]:

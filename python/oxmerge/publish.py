@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
+import signal
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from oxmerge.side_files import SideFile, copy_bytes, is_index, is_loadable_weigh
 from oxmerge.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 PARTIAL_SUFFIX = ".oxmerge-partial"
 CONFIG_NAME = "config.json"
@@ -111,12 +112,6 @@ def partial_name(name: str) -> str:
     return f".{name.replace('/', '%')}{PARTIAL_SUFFIX}"
 
 
-def index_text(weight_map: Mapping[str, str], total_size: int) -> str:
-    """Return the index of a sharded checkpoint, as transformers writes it."""
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
-    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-
-
 def prepare_output(
     directory: str | os.PathLike[str],
     *,
@@ -150,6 +145,7 @@ def prepare_output(
         If it cannot be written to, or (ENOSPC) does not have the space.
     """
     output = OutputDirectory(Path(directory), overwrite)
+    input_files = tuple(input_files)
     if output.path.is_symlink() and not output.path.exists():
         raise OutputError("a link to nowhere", file=str(output.path))
     if output.path.exists():
@@ -158,6 +154,8 @@ def prepare_output(
     try:
         _create(output)
         _lock(output)
+        # Again: another run may have finished here before this one got the lock.
+        _check_existing(output, {(file["device"], file["inode"]) for file in input_files})
         _remove_partials(output.path)
         _probe(output)
     except BaseException:
@@ -182,7 +180,8 @@ def commit(output: OutputDirectory, contents: Contents) -> list[str]:
         A note for each file that was in the directory before and still is.
     """
     names = _stage(output, contents)
-    _switch(output, contents, names)
+    with _undisturbed():
+        _switch(output, contents, names)
     output.release()
     return _leftovers(output)
 
@@ -233,7 +232,9 @@ def _check_existing(output: OutputDirectory, inputs: set[tuple[int, int]]) -> No
     if not output.overwrite:
         raise FileExistsError(errno.EEXIST, "the output directory is not empty", str(path))
     names = {entry.name for entry in _entries(path)}
-    if not names & set(_SIGNS_OF_A_MODEL) and len(entries) == len(names):
+    # With partial files beside them, entries are what a crashed run of ours had already put there.
+    is_ours = bool(names & set(_SIGNS_OF_A_MODEL)) or len(entries) < len(names)
+    if not is_ours:
         raise OutputError(
             "the directory holds something, but no model that could be replaced",
             file=str(path),
@@ -351,6 +352,22 @@ def _check_place(output: OutputDirectory, name: str) -> None:
             file=str(blocked[0]),
             advice="move it away, or name another directory",
         )
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off Ctrl-C: between the old model and the new there is nothing to go back to."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _switch(output: OutputDirectory, contents: Contents, names: Iterable[str]) -> None:

@@ -22,6 +22,8 @@ def parse_reference(text: str) -> str | Problem:
     """
     if not text.strip():
         return Problem("recipe", "an empty model reference")
+    if os.path.exists(os.path.expanduser(text)):
+        return text  # whatever letters it has
     if "+" in text:
         return Problem(
             "unsupported",

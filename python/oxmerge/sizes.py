@@ -6,6 +6,9 @@ import re
 
 __all__ = ["format_size", "parse_size"]
 
+#: More than that is a slip of the keyboard.
+MOST_BYTES = (1 << 63) - 1
+
 _BINARY = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 #: One letter counts in powers of 1000; `b` is a billion bytes, as in mergekit's ``5B``.
@@ -31,7 +34,7 @@ def parse_size(value: str | int) -> int:
     Raises
     ------
     ValueError
-        If it is no size, or negative.
+        If it is no size, negative, or more than any machine has.
 
     Examples
     --------
@@ -39,7 +42,7 @@ def parse_size(value: str | int) -> int:
     (268435456, 5000000000, 1500000000)
     """
     if isinstance(value, int) and not isinstance(value, bool):
-        return _not_negative(value)
+        return _in_range(value)
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise _no_size(value)
@@ -47,11 +50,11 @@ def parse_size(value: str | int) -> int:
     if unit not in _UNITS:
         raise _no_size(value)
     scale: int = 10 ** len(fraction)
-    return int(whole + fraction) * _UNITS[unit] // scale
+    return _in_range(int(whole + fraction) * _UNITS[unit] // scale)
 
 
-def _not_negative(value: int) -> int:
-    if value < 0:
+def _in_range(value: int) -> int:
+    if not 0 <= value <= MOST_BYTES:
         raise _no_size(value)
     return value
 

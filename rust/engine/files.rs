@@ -11,9 +11,9 @@ use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
-use crate::io::{AlignedBuffer, DirectMode, InputReader, ReadPath, ShardWriter};
+use crate::io::{self, AlignedBuffer, DirectMode, InputReader, ReadPath, ShardWriter};
 use crate::methods;
-use crate::plan::{OutputTensor, Plan, SourceTensor};
+use crate::plan::{InputFile, OutputTensor, Plan, SourceTensor};
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Source for FileSource {
 
     fn is_far(&self, elements: Range<u64>) -> bool {
         let (start, length) = self.bytes(&elements);
-        self.reader.is_best_direct(start, length)
+        !self.reader.is_cached(start, length)
     }
 
     fn read_once<'a>(
@@ -180,12 +180,21 @@ pub fn needs(plan: &Plan, read: ReadPath) -> Result<Vec<Need>> {
     plan.tensors.iter().map(need).collect()
 }
 
-fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Arc<InputReader>>> {
-    plan.files.iter().map(|file| InputReader::open(file, read).map(Arc::new)).collect()
+/// The files that some source lies in, opened.
+fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader>>>> {
+    io::raise_open_file_limit();
+    let mut used = vec![false; plan.files.len()];
+    for source in plan.tensors.iter().flat_map(|tensor| &tensor.sources) {
+        used[source.file] = true;
+    }
+    let open = |(file, used): (&InputFile, bool)| {
+        used.then(|| InputReader::open(file, read).map(Arc::new)).transpose()
+    };
+    plan.files.iter().zip(used).map(open).collect()
 }
 
-fn file_source(readers: &[Arc<InputReader>], source: &SourceTensor) -> FileSource {
-    let reader = Arc::clone(&readers[source.file]);
+fn file_source(readers: &[Option<Arc<InputReader>>], source: &SourceTensor) -> FileSource {
+    let reader = readers[source.file].clone().expect("every file with a source is opened");
     FileSource { reader, dtype: source.dtype, start: source.start }
 }
 

@@ -163,7 +163,7 @@ impl Need {
         let searches = waits.selections.len() as u64;
         // The machine's slots: a few for each source.
         let slots = 2 * self.sources.len() as u64 + 4;
-        self.worker_state.add(Amount::certain(slots * 4 * CHUNK as u64));
+        self.worker_state.add(Amount::certain(slots * size_of::<f64>() as u64 * CHUNK as u64));
         self.worker_state.add(Amount::uncertain(searches * HISTOGRAM_BYTES));
         self.shared_state.add(Amount::uncertain(searches * SEARCH_BYTES));
         self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
@@ -235,6 +235,11 @@ impl Need {
         let mapped = self.sources.iter().filter(|(_, way)| *way == Way::InPlace);
         let widest = mapped.map(|(size, _)| elements * size).max().unwrap_or(0);
         elements == self.elements || !(MAPPED_FROM as u64..SMALLEST_MAPPED_PIECE).contains(&widest)
+    }
+
+    /// Whether its inputs are read only once.
+    pub fn reads_once(&self) -> bool {
+        self.reads_once
     }
 
     /// Blocks in a piece when a worker may hold `bytes`.

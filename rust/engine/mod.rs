@@ -16,6 +16,7 @@ mod work;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use control::Control;
@@ -103,10 +104,15 @@ fn run_all(
         control,
         sweep,
     };
-    std::thread::scope(|scope| {
-        for _ in 0..memory.workers {
-            scope.spawn(|| schedule.work(settings.level, memory.worker_bytes as usize));
+    let work = || schedule.work(settings.level, memory.worker_bytes as usize);
+    thread::scope(|scope| {
+        // This thread works too, so a system that refuses threads only makes it slower.
+        for _ in 1..memory.workers {
+            if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                break;
+            }
         }
+        work();
     });
     let State { failure, sums, .. } =
         schedule.state.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -156,8 +162,22 @@ enum Next {
     Over,
 }
 
+/// Stops the others when a worker panics outside of a unit: they would wait for it for ever.
+struct Alarm<'a>(&'a Schedule<'a>);
+
+impl Drop for Alarm<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let error = Error::plan("the scheduler panicked; this is a bug in oxmerge");
+            self.0.lock().failure.get_or_insert(error);
+            self.0.changed.notify_all();
+        }
+    }
+}
+
 impl Schedule<'_> {
     fn work(&self, level: Level, share: usize) {
+        let _alarm = Alarm(self);
         let mut worker = Worker::new(level, self.control, share);
         let mut state = self.lock();
         loop {

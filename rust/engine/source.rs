@@ -15,18 +15,13 @@ pub trait Source: Debug + Send + Sync {
     /// The element type of what [`read`](Self::read) gives.
     fn dtype(&self) -> DType;
 
-    /// Ranges must begin and end at multiples of this many elements, or at the end.
-    fn granule(&self) -> u64 {
-        1
-    }
-
     /// Whether long reads are used in place, in a map of the file: then they make memory resident
     /// around the piece as well.
     fn is_in_place(&self) -> bool {
         false
     }
 
-    /// Whether `elements` are best fetched by [`read_once`](Self::read_once) if they are read once.
+    /// Whether reading `elements` would wait for a device, since they are in no cache.
     fn is_far(&self, elements: Range<u64>) -> bool {
         let _ = elements;
         false

@@ -5,15 +5,14 @@ use std::sync::Arc;
 
 use super::memory::{Need, Way, step_elements};
 use super::source::{Sink, Source};
+use super::work::fold;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::machine::TensorFrame;
 use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{
-    Chosen, Reduction, ReductionKind, Scalar, Scope, Selection, Value, ValueNode,
-};
+use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
 use crate::kernels::{BLOCK, Real, fold_halves};
 
 /// What an output tensor is made by.
@@ -365,11 +364,7 @@ impl Active {
     /// Block results become one number a reduction.
     fn fold_blocks(&mut self, reductions: &[Arc<Reduction>]) {
         for (reduction, blocks) in reductions.iter().zip(&mut self.results) {
-            let folded = match reduction.kind {
-                ReductionKind::Max => blocks.iter().copied().fold(f64::NEG_INFINITY, max),
-                _ => fold_halves(blocks),
-            };
-            *blocks = vec![folded];
+            *blocks = vec![fold(reduction.kind, blocks)];
         }
     }
 
@@ -412,7 +407,8 @@ impl Active {
         for (at, reduction) in reductions.iter().enumerate() {
             let width = columns[0][at].len();
             let fold = |column: usize| {
-                fold_halves(&mut columns.iter().map(|block| block[at][column]).collect())
+                let mut blocks = columns.iter().map(|block| block[at][column]).collect();
+                fold(reduction.kind, &mut blocks)
             };
             let values = (0..width).map(fold).collect();
             bindings.reduction(reduction, Scalar::vector(Scope::Column, 0, values));

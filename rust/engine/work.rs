@@ -37,6 +37,8 @@ pub(crate) struct Worker<'a> {
     pub(crate) control: &'a Control,
     scratch: Vec<AlignedBuffer>,
     out: AlignedBuffer,
+    /// Bytes of an output buffer that is in use while inputs are read.
+    held: usize,
     /// Bytes that the buffers may have together.
     share: usize,
     /// Elements that may be read at once: a long row or a column block has more than a unit.
@@ -45,7 +47,15 @@ pub(crate) struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     pub(crate) fn new(level: Level, control: &'a Control, share: usize) -> Self {
-        Self { level, control, scratch: Vec::new(), out: AlignedBuffer::default(), share, most: 0 }
+        Self {
+            level,
+            control,
+            scratch: Vec::new(),
+            out: AlignedBuffer::default(),
+            held: 0,
+            share,
+            most: 0,
+        }
     }
 
     /// Does unit `unit` of `pass`.
@@ -89,13 +99,16 @@ impl<'a> Worker<'a> {
         let code = (!needs_rows).then(|| Code::compile(values));
         let mut machine =
             code.as_ref().map(|code| Machine::<T>::new(self.level, &task.frame, code));
-        let is_far = |&index: &usize| task.sources[index].is_far(elements.clone());
-        let once = task.reads_once && inputs.iter().any(is_far);
+        let far = inputs.iter().any(|&index| task.sources[index].is_far(elements.clone()));
+        let once = far && task.reads_once;
         let step = if once { self.most } else { task.step_elements(&inputs).min(self.most) };
-        if elements.end - elements.start > step {
+        if far && !once {
             inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
         }
         for elements in steps(elements, step) {
+            if self.control.is_cancelled() {
+                return Err(Error::new(ErrorKind::Interrupted, "interrupted"));
+            }
             let read = if needs_rows { whole_rows(task, &elements) } else { elements.clone() };
             self.make_room(task, &inputs, read.end - read.start);
             let bytes = read_inputs(task, &inputs, &read, &mut self.scratch, once)?;
@@ -128,8 +141,7 @@ impl<'a> Worker<'a> {
             _ => scratch.capacity(),
         };
         let scratch: usize = self.scratch.iter().enumerate().map(wanted).sum();
-        let out = self.out.capacity().max(bytes(task.sink.dtype()));
-        if scratch + out > self.share {
+        if scratch + self.out.capacity() + self.held > self.share {
             self.scratch.fill_with(Default::default);
             self.out = AlignedBuffer::default();
         }
@@ -258,7 +270,8 @@ impl<'a> Worker<'a> {
         let (layout, values) = Layout::of(reductions);
         let line = task.frame.line;
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
-        let mut sums = vec![vec![0.0; line as usize]; reductions.len()];
+        let columns = |reduction: &Arc<Reduction>| vec![start_of(reduction.kind); line as usize];
+        let mut sums: Vec<Vec<f64>> = reductions.iter().map(columns).collect();
         self.in_steps::<T>(task, unit * COLUMN_BLOCK * line..end, &values, |machine, step| {
             for range in chunks(step.elements.clone()) {
                 machine.run(&range, step.inputs);
@@ -279,6 +292,7 @@ impl<'a> Worker<'a> {
         let (dtype, level) = (task.sink.dtype(), self.level);
         let mut out = std::mem::take(&mut self.out);
         let place = place(task, &mut out, &unit);
+        self.held = out.capacity();
         let bytes = &mut out.as_mut_slice()[place.clone()];
         let value = std::slice::from_ref(value);
         let computed = self.in_steps::<T>(task, unit.clone(), value, |machine, step| {
@@ -293,7 +307,7 @@ impl<'a> Worker<'a> {
             Ok(())
         });
         let written = computed.and_then(|()| task.sink.write(unit.start, &out, place.clone()));
-        self.out = out;
+        (self.out, self.held) = (out, 0);
         written?;
         self.control.add_written(place.len() as u64);
         Ok(Found::Nothing)
@@ -397,13 +411,7 @@ impl Layout {
     }
 
     fn lanes(&self) -> Vec<Lanes> {
-        self.kinds
-            .iter()
-            .map(|(kind, ..)| match kind {
-                ReductionKind::Max => [f64::NEG_INFINITY; LANES],
-                _ => [0.0; LANES],
-            })
-            .collect()
+        self.kinds.iter().map(|&(kind, ..)| [start_of(kind); LANES]).collect()
     }
 
     fn accumulate<T: Real>(&self, level: Level, machine: &Machine<'_, T>, lanes: &mut [Lanes]) {
@@ -464,7 +472,12 @@ impl Layout {
     }
 }
 
-fn fold(kind: ReductionKind, values: &mut Vec<f64>) -> f64 {
+/// What a reduction of nothing gives.
+fn start_of(kind: ReductionKind) -> f64 {
+    if kind == ReductionKind::Max { f64::NEG_INFINITY } else { 0.0 }
+}
+
+pub(crate) fn fold(kind: ReductionKind, values: &mut Vec<f64>) -> f64 {
     match kind {
         ReductionKind::Max => values.iter().copied().fold(f64::NEG_INFINITY, max),
         _ => fold_halves(values),

@@ -215,6 +215,7 @@ impl Emitter {
                 }
             });
         }
+        assert!(sum.is_some(), "a weighted sum has a term");
         // The last addition is emitted again by the caller as its own result.
         self.instructions.pop().map_or(Operation::Fill { number: 0.0 }, |last| last.operation)
     }

@@ -134,7 +134,7 @@ pub(crate) struct Selection {
     pub(crate) count: Scalar,
 }
 
-/// A found [`Selection`]: keep keys above `threshold`, and equal ones up to index `last_equal`.
+/// A found [`Selection`]: keep keys above `threshold`, and equal ones before index `equals_end`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chosen {
     /// Order key of the smallest kept value.

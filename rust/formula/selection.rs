@@ -203,7 +203,7 @@ impl Histogram {
     }
 }
 
-/// The value whose order key is `key`, in a working type of `bits` bits.
+/// The value whose order key is `key`, in f64 if `double`, else in f32.
 pub(crate) fn value_of_key(key: u64, double: bool) -> f64 {
     if double {
         let ordinal = key.wrapping_sub(1 << 63).cast_signed();

@@ -32,6 +32,7 @@ mod writer;
 use std::fs::File;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::fs::{Advice, Mode, OFlags};
 
@@ -41,7 +42,7 @@ use crate::plan::InputFile;
 pub use buffer::AlignedBuffer;
 pub use identity::{check_unchanged, same_file};
 pub(crate) use positioned::read_exact_at;
-pub use volume::free_space;
+pub use volume::{free_space, raise_open_file_limit};
 pub use writer::{DirectMode, ShardWriter};
 
 pub use mapped::MAP_MARGIN;
@@ -64,7 +65,7 @@ pub enum ReadPath {
     Mapped,
     /// Positioned always.
     Positioned,
-    /// Direct wherever the file system allows it.
+    /// Direct for all that is read once, wherever the file system allows it.
     Direct,
 }
 
@@ -76,8 +77,8 @@ pub struct InputReader {
     size: u64,
     read_path: ReadPath,
     map: Option<MappedFile>,
-    /// The same file, opened to be read past the page cache.
-    direct: Option<File>,
+    /// The same file, opened to be read past the page cache when that is first wanted.
+    direct: OnceLock<Option<File>>,
 }
 
 impl InputReader {
@@ -87,25 +88,28 @@ impl InputReader {
         input.check_same(&InputFile::of(&file, &input.path)?)?;
         let map =
             if read_path == ReadPath::Mapped { MappedFile::new(&file, input.size) } else { None };
-        let wants_direct = match read_path {
-            ReadPath::Auto => !volume::is_remote(&file),
-            ReadPath::Direct => true,
-            ReadPath::Mapped | ReadPath::Positioned => false,
-        };
-        let direct = if wants_direct { open_direct(&input.path) } else { None };
         let (path, size) = (input.path.clone(), input.size);
-        Ok(Self { file, path, size, read_path, map, direct })
+        Ok(Self { file, path, size, read_path, map, direct: OnceLock::new() })
     }
 
-    /// Whether `start..start + len` is best read past the page cache if it is read only once.
-    pub fn is_best_direct(&self, start: u64, len: usize) -> bool {
-        if self.direct.is_none() {
-            return false;
-        }
+    fn direct(&self) -> Option<&File> {
+        let open = || {
+            let wanted = match self.read_path {
+                ReadPath::Auto => !volume::is_remote(&self.file),
+                ReadPath::Direct => true,
+                ReadPath::Mapped | ReadPath::Positioned => false,
+            };
+            wanted.then(|| open_direct(&self.path)).flatten()
+        };
+        self.direct.get_or_init(open).as_ref()
+    }
+
+    /// Whether most of `start..start + len` is in the page cache, as far as the kernel can say.
+    pub fn is_cached(&self, start: u64, len: usize) -> bool {
         let pages = (len / PAGE) as u64;
-        self.read_path == ReadPath::Direct
-            || residency::cached_pages(&self.file, start, len as u64)
-                .is_some_and(|cached| cached < pages / 2)
+        self.read_path != ReadPath::Direct
+            && residency::cached_pages(&self.file, start, len as u64)
+                .is_none_or(|cached| cached >= pages / 2)
     }
 
     /// The bytes `start..start + len` in `scratch`, read past the page cache where that is possible.
@@ -116,7 +120,7 @@ impl InputReader {
         scratch: &'a mut AlignedBuffer,
     ) -> Result<&'a [u8]> {
         self.check_range(start, len)?;
-        let Some(direct) = &self.direct else { return self.read(start, len, scratch) };
+        let Some(direct) = self.direct() else { return self.read(start, len, scratch) };
         // Whole pages around the piece; the last one may reach past the end of the file.
         let skip = (start % PAGE as u64) as usize;
         let window = (skip + len).next_multiple_of(PAGE);
@@ -124,8 +128,11 @@ impl InputReader {
         let first = start - skip as u64;
         let pages = &mut scratch.as_mut_slice()[..window];
         let wanted = window.min((self.size - first) as usize);
-        positioned::read_pages_at(direct, first, pages, wanted)
-            .map_err(|error| error.file(&self.path))?;
+        if positioned::read_pages_at(direct, first, pages, wanted).is_err() {
+            // A file system may open a file so and then refuse to read it, or the file shrank: a
+            // positioned read of the same bytes succeeds, or says what is wrong.
+            return self.read(start, len, scratch);
+        }
         Ok(&scratch.as_slice()[skip..skip + len])
     }
 

@@ -46,3 +46,15 @@ pub(super) fn free_space_of(file: &File) -> io::Result<u64> {
 fn available(volume: &StatVfs) -> u64 {
     volume.f_bavail.saturating_mul(volume.f_frsize)
 }
+
+/// Lets the process open as many files as the system allows it: a merge of sharded models holds
+/// hundreds open at once, and the usual soft limit is for programs that use `select`.
+pub fn raise_open_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        limit.current = limit.maximum;
+        // A wish: without it, opening says what is wrong.
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
+}

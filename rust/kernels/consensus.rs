@@ -3,7 +3,7 @@
 //! For each element: the weighted values are summed, in order; the sign of the sum wins, zero
 //! counting as positive; the weighted values of that sign are summed, in order, and divided by the
 //! sum of their weights where that is wanted (and not zero). A value of zero has no sign and joins
-//! neither side. Written out with the elementwise kernels this takes some twenty passes over
+//! neither side; a NaN makes the result NaN. Written out with the elementwise kernels this takes some twenty passes over
 //! chunks; here it takes one, a group of elements at a time in registers, for any number of models.
 
 use super::level::{Kernel, Level};
@@ -46,7 +46,8 @@ impl<T: Real> Elect<'_, T> {
         }
         for at in 0..GROUP {
             let divisor = if share[at] == T::ZERO { T::ONE } else { share[at] };
-            out[at] = if self.average { sum[at] / divisor } else { sum[at] };
+            let elected = if self.average { sum[at] / divisor } else { sum[at] };
+            out[at] = if vote[at].is_nan() { T::NAN } else { elected };
         }
     }
 }
@@ -74,6 +75,9 @@ impl<T: Real> Kernel for Elect<'_, T> {
 pub(crate) fn elect_one<T: Real>(terms: impl Iterator<Item = (T, T)> + Clone, average: bool) -> T {
     let weighted = terms.map(|(weight, value)| (weight, weight * value));
     let vote = weighted.clone().map(|(_, value)| value).reduce(|sum, value| sum + value);
+    if vote.is_some_and(T::is_nan) {
+        return T::NAN;
+    }
     let positive = vote.is_none_or(|vote| vote >= T::ZERO);
     let (mut sum, mut share) = (T::ZERO, T::ZERO);
     for (weight, value) in weighted {

@@ -156,6 +156,9 @@ pub fn weighted_difference_sum<T: Real>(base: T, terms: &[(T, T)], scale: T) -> 
 pub fn elect<T: Real>(terms: &[(T, T)], average: bool) -> T {
     let weighted: Vec<T> = terms.iter().map(|&(weight, value)| weight * value).collect();
     let vote = weighted.iter().copied().reduce(|sum, value| sum + value).expect("a voter");
+    if vote.is_nan() {
+        return T::NAN;
+    }
     let winner = if vote >= T::ZERO { T::ONE } else { -T::ONE };
     let (mut sum, mut share) = (T::ZERO, T::ZERO);
     for (&(weight, _), value) in terms.iter().zip(weighted) {

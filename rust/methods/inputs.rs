@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::formula::Value;
 use crate::plan::{OutputTensor, Parameters, SourceTensor};
 
-/// One input that is not the base: its elements, its parameters.
+/// The sources and parameters of one output tensor.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
     tensor: &'a OutputTensor,

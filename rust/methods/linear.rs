@@ -53,9 +53,11 @@ impl Method for Linear {
 /// The sum in listed order; zero is an error, since something is to be divided by it.
 pub(super) fn sum_of_weights(weights: &[f64]) -> Result<f64> {
     let sum: f64 = weights.iter().sum();
-    if sum == 0.0 {
-        return Err(Error::plan("the weights sum to zero, and the result is to be divided by it")
-            .expected("a sum that is not zero")
+    if sum == 0.0 || !sum.is_finite() {
+        let what = if sum == 0.0 { "zero" } else { "no finite number" };
+        let message = format!("the weights sum to {what}, and the result is to be divided by it");
+        return Err(Error::plan(message)
+            .expected("a finite sum that is not zero")
             .found(format!("weights {weights:?}"))
             .advice("change a weight, or set `normalize: false`"));
     }

@@ -13,8 +13,9 @@ use crate::plan::OutputTensor;
 const SMALLEST_SUM: f64 = 1e-6;
 /// A shorter vector has no direction.
 const SHORTEST: f64 = 1e-7;
-/// 1 − cos² below this means parallel; on the opposite side the larger bound applies.
-const PARALLEL: f64 = 1e-16;
+/// A squared sine below this means parallel, and the coefficients are those of a straight line to
+/// within as much; on the opposite side the larger bound applies.
+const PARALLEL: f64 = 1e-12;
 const OPPOSITE: f64 = 1e-6;
 
 /// Spherical interpolation by weights.
@@ -100,16 +101,50 @@ fn interpolate(t: f64, a: &Value, b: &Value, scope: Scope) -> Value {
     Value::weighted_sum(coefficients.into_iter().zip([a.clone(), b.clone()]))
 }
 
+/// The coefficients of the two vectors, from their inner products.
+///
+/// The sine comes from the Gram determinant, which keeps its digits where 1 − cos² has none; a
+/// vector without direction is at a right angle to every other.
 fn coefficients(t: f64, aa: f64, ab: f64, bb: f64) -> [f64; 2] {
-    let norm = |square: f64| square.sqrt().max(SHORTEST);
-    let cosine = (ab / (norm(aa) * norm(bb))).clamp(-1.0, 1.0);
-    // The squared sine from the Gram determinant: it keeps its digits where 1 − cos² has none.
-    let sine_squared = ((aa * bb - ab * ab) / (aa * bb).max(f64::MIN_POSITIVE)).max(0.0);
+    let (norm_a, norm_b) = (aa.sqrt(), bb.sqrt());
+    let cosine = (ab / (norm_a.max(SHORTEST) * norm_b.max(SHORTEST))).clamp(-1.0, 1.0);
+    let sine_squared = if norm_a < SHORTEST || norm_b < SHORTEST {
+        1.0 - cosine * cosine
+    } else {
+        ((aa * bb - ab * ab) / (aa * bb)).max(0.0)
+    };
     let parallel = if cosine < 0.0 { OPPOSITE } else { PARALLEL };
     if sine_squared <= parallel {
         return [1.0 - t, t];
     }
-    let angle = libm::acos(cosine);
+    let angle = libm::atan2(sine_squared.sqrt(), cosine);
     let sine = libm::sin(angle);
     [libm::sin((1.0 - t) * angle) / sine, libm::sin(t * angle) / sine]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::coefficients;
+
+    #[test]
+    fn nearly_parallel_vectors_are_interpolated() {
+        for exponent in 1..20 {
+            let scale = 1.0 + 10_f64.powi(-exponent);
+            for noise in [0.0, 1e-17, -1e-17, 1e-13, 1e-9] {
+                let [a, b] = coefficients(0.3, 1.0, scale * (1.0 - noise), scale * scale);
+                assert!(
+                    (a - 0.7).abs() < 1e-6 && (b - 0.3).abs() < 1e-6,
+                    "{a} {b} {scale} {noise}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn opposite_and_missing_vectors_do_not_blow_up() {
+        let [a, b] = coefficients(0.3, 4.0, -2.0 + 1e-12, 1.0);
+        assert!((a - 0.7).abs() < 1e-12 && (b - 0.3).abs() < 1e-12, "{a} {b}");
+        let [a, b] = coefficients(0.5, 0.0, 0.0, 1.0);
+        assert!((a - b).abs() < 1e-12 && (b - 0.5_f64.sqrt()).abs() < 1e-12, "{a} {b}");
+    }
 }

@@ -62,7 +62,8 @@ pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
     io::check_unchanged(&files).map_err(|error| raise(py, &error))
 }
 
-/// How `memory` bytes would be shared out: predicted peak, workers, bytes a worker.
+/// How `memory` bytes would be shared out: predicted peak, workers, bytes a worker; and whether an
+/// input is read more than once.
 #[pyfunction]
 pub(super) fn predict<'py>(
     py: Python<'py>,
@@ -72,10 +73,14 @@ pub(super) fn predict<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let planned = parse(plan).and_then(|plan| {
         let needs = files::needs(&plan, ReadPath::Auto)?;
-        MemoryPlan::new(&needs, memory, worker_count(threads), memory::resident())
+        let resident = memory::resident();
+        let memory = MemoryPlan::new(&needs, memory, worker_count(threads), resident)?;
+        Ok((memory, needs.iter().any(|need| !need.reads_once())))
     });
-    let planned = planned.map_err(|error| raise(py, &error))?;
-    to_python(py, &describe_memory(&planned))
+    let (planned, rereads) = planned.map_err(|error| raise(py, &error))?;
+    let mut described = describe_memory(&planned);
+    described["rereads"] = rereads.into();
+    to_python(py, &described)
 }
 
 /// Executes a plan: writes its shards, under partial names, into `directory`.
@@ -113,6 +118,8 @@ pub(super) fn execute<'py>(
         let level = Level::from_environment()?;
         let workers = worker_count(threads);
         let settings = Settings { level, workers, memory, largest_piece };
+        // Before any space is taken: what cannot fit is refused.
+        MemoryPlan::new(&files::needs(&plan, read)?, memory, workers, memory::resident())?;
         let tasks = files::tasks(&plan, &directory, FileModes { read, write })?;
         let report = engine::run(tasks, &settings, control)?;
         io::check_unchanged(&plan.files)?;

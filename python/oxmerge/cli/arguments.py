@@ -116,7 +116,7 @@ def add_plan_options(parser: Parser) -> None:
         help="memory that the whole process may use (256MiB)",
     )
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="number of workers (one a core)"
+        "--threads", type=positive, metavar="N", help="number of workers (six more than cores)"
     )
     parser.add_argument(
         "--shard-size",

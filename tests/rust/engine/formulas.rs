@@ -51,6 +51,19 @@ fn inner_products_of_every_scope() {
 }
 
 #[test]
+fn the_largest_of_every_scope() {
+    let x = Value::input(0);
+    let negative = &Value::scalar(-600.0) - &x;
+    for shape in [&[3_u64, 5][..], &[2500, 33], &[2, 70_001]] {
+        let inputs = inputs(1, shape.iter().product(), DType::F32);
+        for scope in [Scope::Tensor, Scope::Row, Scope::Column] {
+            let formula = &x + &Value::scalar(negative.max(scope));
+            check::<f32>(&formula, shape, &inputs, DType::F32);
+        }
+    }
+}
+
+#[test]
 fn row_reductions_of_row_reductions() {
     for shape in [&[7_u64, 5][..], &[300, 501], &[2, 70_001]] {
         let inputs = inputs(1, shape.iter().product(), DType::F32);

@@ -1,0 +1,48 @@
+"""What the documents say is run: docstring examples, and the code blocks of the README."""
+
+from __future__ import annotations
+
+import doctest
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
+
+import oxmerge
+import pytest
+from writers import random_arrays, write_model
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(oxmerge.__path__, "oxmerge.")
+    if module.name not in {"oxmerge._core", "oxmerge.__main__"}
+)
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    assert found is not None, f"the README has a block of {language}"
+    return found[1]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    failed, _ = doctest.testmod(import_module(name))
+    assert failed == 0
+
+
+def test_some_module_has_examples() -> None:
+    finder = doctest.DocTestFinder()
+    examples = (finder.find(import_module(name)) for name in MODULES)
+    assert sum(len(test.examples) for tests in examples for test in tests) > 0
+
+
+def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
+    for seed, name in enumerate(("base", "code", "chat")):
+        write_model(tmp_path / "models" / name, random_arrays(shapes, seed), "BF16")
+    (tmp_path / "recipe.yml").write_text(block("yaml"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block("python"), "README.md", "exec"), {})
+    assert (tmp_path / "merged" / "config.json").is_file()

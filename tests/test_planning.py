@@ -388,11 +388,19 @@ RANGES = st.tuples(st.sampled_from("ab"), st.integers(0, 4), st.integers(1, 5)).
 @settings(deadline=None, max_examples=40)
 @given(chosen=st.lists(RANGES, min_size=1, max_size=5))
 def test_whatever_is_sliced_adds_up(two: Shelf, chosen: list[dict[str, Any]]) -> None:
-    slices = [{"sources": [source]} for source in chosen]
-    merge = two.plan({"merge_method": "passthrough", "slices": slices})
+    recipe = {
+        "merge_method": "passthrough",
+        "slices": [{"sources": [source]} for source in chosen],
+    }
     wanted = [
         (source["model"], layer) for source in chosen for layer in range(*source["layer_range"])
     ]
+    # By a rule of the config the first two layers are dense, and the others are not.
+    if any((at < 2) != (layer < 2) for at, (_, layer) in enumerate(wanted)):
+        with pytest.raises(PlanError, match="first_k_dense_replace"):
+            two.plan(recipe)
+        return
+    merge = two.plan(recipe)
     assert merge.depth == len(wanted)
     assert merge.layer_map is not None
     assert [(merge.models[i].reference, layer) for i, layer in merge.layer_map] == wanted

@@ -14,6 +14,7 @@ from oxmerge.errors import PlanError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
 from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
 from oxmerge.problems import Problem, group_problems
 from oxmerge.schema import OutputTensor, Plan, is_float
@@ -157,6 +158,7 @@ class _Planner:
         plan = self.lay_out(tensors, shard_size, seed)
         if is_known and tensors:
             self.check_with_engine(plan)
+        self.check_config(donor)
         self.gather(sections)
         if donor is None and not self.problems:
             self.problems.append(Problem("plan", "there is no model to take the names from"))
@@ -233,6 +235,17 @@ class _Planner:
                     advice=found.get("advice"),
                 )
             )
+
+    def check_config(self, donor: InputModel | None) -> None:
+        """Find the layer lists and position rules of the config that the new depth breaks."""
+        if self.sliced is None or donor is None or donor.stack is None or not donor.config:
+            return
+        models = self.inputs.models
+        layers = [(models[model].config, layer) for model, layer in self.sliced.layer_map]
+        try:
+            edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
+        except PlanError as error:
+            self.problems += error.problems
 
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""

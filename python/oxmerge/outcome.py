@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "method_description"]
 
+#: Why files are left out that the output has anew.
+_EXPECTED = frozenset({"weights", "an index of weights", "written anew"})
 #: Room for the run report, whose exact size is known only afterwards.
 _REPORT_BYTES = 64 << 10
 
@@ -67,14 +69,16 @@ class Outcome:
         config, notes = _config(merge_plan)
         recipe = merge_plan.recipe.text
         card = _card(merge_plan, recipe)
-        names = ", ".join(f"`{entry.name}`" for entry in side_files.left_out)
+        left_out = [entry for entry in side_files.left_out if entry.reason not in _EXPECTED]
+        names = ", ".join(f"`{entry.name}`" for entry in left_out)
         notes = (*notes, f"not copied from the donor: {names}") if names else notes
         return cls(merge_plan, config, _index(merge_plan), card, recipe, side_files, notes)
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The donor's files that are not copied, with the reason."""
-        return tuple(f"{entry.name}: {entry.reason}" for entry in self.side_files.left_out)
+        """The donor's files that are not in the output in any form, with the reason."""
+        left_out = (entry for entry in self.side_files.left_out if entry.reason not in _EXPECTED)
+        return tuple(f"{entry.name}: {entry.reason}" for entry in left_out)
 
     @property
     def bytes(self) -> int:

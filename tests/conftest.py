@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from writers import random_arrays, tuned, write_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 #: More than one piece of several blocks, odd lengths, less than a block, one element.
@@ -19,6 +21,17 @@ SHAPES = {
     "layers.1.weight": (3, 11, 7),
     "scale": (1,),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C act here and in the processes that tests start.
+
+    A job in the background of a script has it switched off, and hands that on.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def test_a_merge_is_what_torch_computes(pair: Path, weights: tuple[float, float]
     models = [pair / "first", pair / "second"]
     recipe = write_recipe(pair / "r.yml", "linear", models, each=each)
     report = oxmerge.merge(recipe, pair / "merged", memory="4GiB")
-    assert [warning.partition(":")[0] for warning in report.warnings] == ["`torch_dtype`"]
+    assert [note.partition(":")[0] for note in report.notes] == ["`torch_dtype`"]
 
     coefficients = [str(weight / sum(weights)) for weight in weights]
     program = Path(__file__).with_name("torch_side.py")

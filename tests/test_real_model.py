@@ -61,7 +61,8 @@ def test_a_merge_is_what_torch_computes(pair: Path, weights: tuple[float, float]
     models = [pair / "first", pair / "second"]
     recipe = write_recipe(pair / "r.yml", "linear", models, each=each)
     report = oxmerge.merge(recipe, pair / "merged", memory="4GiB")
-    assert [note.partition(":")[0] for note in report.notes] == ["`torch_dtype`"]
+    kinds = [note.partition(":")[0] for note in report.notes]
+    assert kinds == ["`torch_dtype`", "not copied from the donor"]
 
     coefficients = [str(weight / sum(weights)) for weight in weights]
     program = Path(__file__).with_name("torch_side.py")

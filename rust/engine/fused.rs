@@ -1,7 +1,7 @@
 //! Shapes of formula that have a kernel from bytes to bytes, with the same bits.
 //!
-//! The general way goes through slots; for two bf16 inputs a weighted sum made in one go is half
-//! as fast again. Only what a bench showed to need it is here.
+//! The general way goes through slots; a weighted sum made in one go is faster, as
+//! `benches/kernels.rs` shows. Only what a bench showed to need it is here.
 
 use std::ops::Range;
 use std::sync::Arc;

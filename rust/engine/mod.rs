@@ -68,8 +68,10 @@ pub fn run(mut tasks: Vec<Task>, settings: &Settings, control: &Control) -> Resu
     let baseline = memory::resident();
     let needs: Vec<Need> = tasks.iter().map(Task::need).collect();
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
-    let sums = run_all(&mut tasks, settings, &memory, control, true)?;
-    bind_model_sums(&mut tasks, &sums)?;
+    if tasks.iter().any(Task::needs_sweep) {
+        let sums = run_all(&mut tasks, settings, &memory, control, true)?;
+        bind_model_sums(&mut tasks, &sums)?;
+    }
     run_all(&mut tasks, settings, &memory, control, false)?;
     let counted = control.snapshot();
     Ok(Report {

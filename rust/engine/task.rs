@@ -67,6 +67,12 @@ impl Task {
         Self { frame, sources, labels, sink, work, double, reads_once }
     }
 
+    /// Whether something has to be summed over the whole model first.
+    pub(crate) fn needs_sweep(&self) -> bool {
+        let Work::Formula(formula) = &self.work else { return false };
+        !stage::next_stage(formula, Scope::Model, false).is_empty()
+    }
+
     pub(crate) fn need(&self) -> Need {
         let sources = self.sources.iter().map(|source| {
             (source.dtype(), Way::of(&**source, self.frame.elements, self.reads_once))

@@ -38,8 +38,6 @@ pub(crate) struct Search {
     above: u64,
     /// Elements inside the interval, for each block of the tensor.
     blocks: Vec<u32>,
-    /// Set when the threshold is known but the index of the last kept equal element is not.
-    cut: Option<Cut>,
 }
 
 /// Where the last kept equal element lies: the `nth` equal element (from 1) of block `block`.
@@ -82,7 +80,6 @@ impl Search {
             bins: Vec::new(),
             above: 0,
             blocks: vec![0; blocks as usize],
-            cut: None,
         };
         search.reset();
         search
@@ -164,16 +161,14 @@ impl Search {
         unreachable!("the rank was checked to lie inside the interval")
     }
 
-    fn cut_equals(&mut self, wanted: u64) -> Progress {
+    fn cut_equals(&self, wanted: u64) -> Progress {
         let mut nth = wanted;
         for (block, &count) in self.blocks.iter().enumerate() {
             if nth <= u64::from(count) {
                 if wanted == self.bins[0] {
                     break;
                 }
-                let cut = Cut { block: block as u64, nth };
-                self.cut = Some(cut);
-                return Progress::Locate(cut);
+                return Progress::Locate(Cut { block: block as u64, nth });
             }
             nth -= u64::from(count);
         }
@@ -182,7 +177,6 @@ impl Search {
 
     /// The end: `index` is the flat index of the element that [`Progress::Locate`] asked for.
     pub(crate) fn located(&self, index: u64) -> Chosen {
-        debug_assert!(self.cut.is_some(), "nothing was to be located");
         Chosen { threshold: self.low, equals_end: index + 1 }
     }
 }

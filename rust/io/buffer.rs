@@ -1,6 +1,6 @@
 //! A reusable byte buffer that begins on a page boundary.
 //!
-//! Direct writes need memory that is aligned like the file, and are a third faster from huge pages:
+//! Direct writes need memory that is aligned like the file, and are faster from huge pages:
 //! the kernel pins each page that a write comes from, and the device takes each contiguous stretch
 //! as one request. So the memory is an anonymous map with a wish for huge pages. It comes zeroed,
 //! and what is never touched never becomes resident.

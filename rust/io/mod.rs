@@ -11,7 +11,7 @@
 //!   medium is an error, and memory is bounded by the buffers. So this is the way unless told
 //!   otherwise.
 //! - *Direct*: past the page cache, for bytes that are not in it and are read only once. On a
-//!   virtual disk this reads cold files in two thirds of the time.
+//!   virtual disk this reads cold files much faster.
 //! - *Mapped*: the page range of a piece is populated with one system call and then used in place,
 //!   without a copy; behind the cursor the pages are given back. It has to be asked for.
 //!

@@ -1,7 +1,7 @@
 """The command line: `oxmerge VERB ...`.
 
 Standard output carries data, standard error speaks to people, and the exit code says how it went:
-0 done, 1 failed, 2 usage or recipe error, 3 could not check, 130 interrupted. Each verb is a
+0 done, 1 failed, 2 usage or recipe error, 130 interrupted. Each verb is a
 module with `add_arguments` and `run`; only the one asked for is imported. This module is the one
 place where an exception becomes text.
 """

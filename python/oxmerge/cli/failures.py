@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from oxmerge.cli.printer import Printer
     from oxmerge.problems import Problem
 
-DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # The number that Rust appends to the system's own words.
 _RUST_NUMBER = re.compile(r" \(os error \d+\)$")

@@ -18,6 +18,7 @@ use super::work::SAMPLE_BYTES;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::machine::{CHUNK, TensorFrame};
+use crate::formula::masks;
 use crate::formula::selection::{HISTOGRAM_BYTES, SEARCH_BYTES};
 use crate::formula::stage::unknown;
 use crate::formula::{Scope, Value};
@@ -55,6 +56,8 @@ pub struct MemoryPlan {
     pub workers: usize,
     /// Bytes a worker may hold of pieces.
     pub worker_bytes: u64,
+    /// Bytes left over, for random masks that are kept between passes.
+    pub mask_room: u64,
 }
 
 /// An amount of memory: what to expect, and what it is at the most. They differ where memory is
@@ -132,6 +135,8 @@ pub struct Need {
     sample: u64,
     worker_state: Amount,
     shared_state: Amount,
+    /// Random masks, if there is room to keep them.
+    masks: u64,
 }
 
 impl Need {
@@ -168,6 +173,7 @@ impl Need {
         self.shared_state.add(Amount::uncertain(searches * SEARCH_BYTES));
         self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
         self.sample = searches * SAMPLE_BYTES;
+        self.masks = masks::bytes(formula, frame.elements);
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {
@@ -276,12 +282,15 @@ impl MemoryPlan {
         let pieces = needs.iter().map(|need| need.piece(need.piece_blocks(worker_bytes)));
         let largest = pieces.clone().map(|piece| piece.most).max().unwrap_or(0);
         let expected = pieces.map(|piece| piece.expected).max().unwrap_or(0);
+        let mask_room = budget - fixed(workers).most - workers * largest;
+        let masks = needs.iter().map(|need| need.masks).filter(|masks| *masks <= mask_room);
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).expected + workers * expected,
+            predicted: fixed(workers).expected + workers * expected + masks.max().unwrap_or(0),
             workers: workers as usize,
             worker_bytes: largest,
+            mask_room,
         })
     }
 }

@@ -25,6 +25,7 @@ use task::{Active, Found, Pass, Task, bind_model_sums};
 use work::Worker;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::formula::masks::KeptMasks;
 use crate::kernels::Level;
 
 /// How a run is to be done. None of it changes a byte of the output.
@@ -95,7 +96,7 @@ fn run_all(
     let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
     let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
     let schedule = Schedule {
-        state: Mutex::new(State::new(shared.len())),
+        state: Mutex::new(State::new(shared.len(), memory.mask_room)),
         changed: Condvar::new(),
         tasks: &shared,
         piece_blocks: shared
@@ -139,11 +140,14 @@ struct State {
     active: VecDeque<(usize, Active)>,
     sums: Vec<Vec<f64>>,
     failure: Option<Error>,
+    /// Bytes that the random masks of further tasks may take.
+    mask_room: u64,
 }
 
 impl State {
-    fn new(tasks: usize) -> Self {
-        Self { next_task: 0, active: VecDeque::new(), sums: vec![Vec::new(); tasks], failure: None }
+    fn new(tasks: usize, mask_room: u64) -> Self {
+        let sums = vec![Vec::new(); tasks];
+        Self { next_task: 0, active: VecDeque::new(), sums, failure: None, mask_room }
     }
 }
 
@@ -152,6 +156,7 @@ struct Unit {
     index: usize,
     task: Arc<Task>,
     pass: Arc<Pass>,
+    masks: Option<Arc<KeptMasks>>,
     number: u64,
     blocks: u64,
 }
@@ -214,13 +219,13 @@ impl Schedule<'_> {
     }
 
     fn run(worker: &mut Worker<'_>, unit: &Unit) -> Result<Found> {
-        let Unit { task, pass, number, blocks, .. } = unit;
+        let Unit { task, pass, masks, number, blocks, .. } = unit;
         // A panic in a worker must not leave the others waiting for its unit.
         let run = std::panic::AssertUnwindSafe(|| {
             if task.double {
-                worker.run::<f64>(task, pass, *number, *blocks)
+                worker.run::<f64>(task, pass, *number, *blocks, masks.as_ref())
             } else {
-                worker.run::<f32>(task, pass, *number, *blocks)
+                worker.run::<f32>(task, pass, *number, *blocks, masks.as_ref())
             }
         });
         std::panic::catch_unwind(run).unwrap_or_else(|_| {
@@ -244,6 +249,7 @@ impl Schedule<'_> {
                     index: *index,
                     task: Arc::clone(&active.task),
                     pass: Arc::clone(&active.pass),
+                    masks: active.masks.clone(),
                     number: active.issued - 1,
                     blocks: active.blocks_a_unit,
                 });
@@ -263,8 +269,9 @@ impl Schedule<'_> {
         if task.frame.elements == 0 {
             return Next::Skip(index);
         }
-        match Active::begin(task, self.piece_blocks[index], self.sweep) {
+        match Active::begin(task, self.piece_blocks[index], self.sweep, state.mask_room) {
             Some(active) => {
+                state.mask_room -= active.mask_bytes;
                 state.active.push_back((index, active));
                 self.next(state)
             }
@@ -281,6 +288,7 @@ impl Schedule<'_> {
             Ok(true) => None,
             Ok(false) => {
                 let (index, active) = state.active.remove(at)?;
+                state.mask_room += active.mask_bytes;
                 state.sums[index] = active.model_sums;
                 Some(index)
             }

@@ -10,6 +10,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::machine::TensorFrame;
+use crate::formula::masks::{self, KeptMasks};
 use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
 use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
@@ -170,17 +171,31 @@ pub(crate) struct Active {
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
+    /// The random masks that are kept between its passes, and the bytes that they may take.
+    pub(crate) masks: Option<Arc<KeptMasks>>,
+    pub(crate) mask_bytes: u64,
     /// What a sweep found, in the order of the formula's model-wide reductions.
     pub(crate) model_sums: Vec<f64>,
 }
 
 impl Active {
-    /// Begins `task`; with `sweep`, only its model-wide reductions.
-    pub(crate) fn begin(task: Arc<Task>, blocks_a_unit: u64, sweep: bool) -> Option<Self> {
+    /// Begins `task`; with `sweep`, only its model-wide reductions. Keeps its random masks if they
+    /// are wanted more than once and take no more than `mask_room` bytes.
+    pub(crate) fn begin(
+        task: Arc<Task>,
+        blocks_a_unit: u64,
+        sweep: bool,
+        mask_room: u64,
+    ) -> Option<Self> {
         let formula = match &task.work {
             Work::Formula(value) => Some(value.clone()),
             Work::Identical => None,
         };
+        let elements = task.frame.elements;
+        let bytes = formula.as_ref().map_or(0, |formula| masks::bytes(formula, elements));
+        let mask_bytes = if bytes <= mask_room { bytes } else { 0 };
+        let kept = formula.as_ref().filter(|_| mask_bytes > 0);
+        let masks = kept.map(|formula| Arc::new(KeptMasks::new(formula, elements)));
         let mut active = Self {
             task,
             formula,
@@ -195,6 +210,8 @@ impl Active {
             results: Vec::new(),
             columns: Vec::new(),
             searching: Vec::new(),
+            masks,
+            mask_bytes,
             model_sums: Vec::new(),
         };
         active.next_pass().then_some(active)

@@ -10,6 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::code::Code;
 use crate::formula::machine::{CHUNK, COLUMN_BLOCK, InputBytes, Machine};
+use crate::formula::masks::KeptMasks;
 use crate::formula::selection::{Cut, Histogram};
 use crate::formula::stage::{inputs_of, operands, row_reductions, unknown};
 use crate::formula::{Reduction, ReductionKind, Scalar, Scope, Selection, Value};
@@ -43,6 +44,8 @@ pub(crate) struct Worker<'a> {
     share: usize,
     /// Elements that may be read at once: a long row or a column block has more than a unit.
     most: u64,
+    /// The random masks that the task in hand keeps.
+    masks: Option<Arc<KeptMasks>>,
 }
 
 impl<'a> Worker<'a> {
@@ -55,6 +58,7 @@ impl<'a> Worker<'a> {
             held: 0,
             share,
             most: 0,
+            masks: None,
         }
     }
 
@@ -65,7 +69,9 @@ impl<'a> Worker<'a> {
         pass: &Pass,
         unit: u64,
         blocks_a_unit: u64,
+        masks: Option<&Arc<KeptMasks>>,
     ) -> Result<Found> {
+        self.masks = masks.cloned();
         self.most = blocks_a_unit * BLOCK as u64;
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
@@ -80,6 +86,7 @@ impl<'a> Worker<'a> {
             Pass::Combine(value) => self.combine::<T>(task, blocks, value),
             Pass::Identical => self.identical(task, blocks),
         };
+        self.masks = None;
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
@@ -97,8 +104,10 @@ impl<'a> Worker<'a> {
         let inputs = inputs_of(values);
         let needs_rows = !row_reductions(values).is_empty();
         let code = (!needs_rows).then(|| Code::compile(values));
-        let mut machine =
-            code.as_ref().map(|code| Machine::<T>::new(self.level, &task.frame, code));
+        let masks = self.masks.clone();
+        let masks = masks.as_deref();
+        let machine = |code| Machine::<T>::new(self.level, &task.frame, code, masks);
+        let mut machine = code.as_ref().map(machine);
         let far = inputs.iter().any(|&index| task.sources[index].is_far(elements.clone()));
         let once = far && task.reads_once;
         let step = if once { self.most } else { task.step_elements(&inputs).min(self.most) };
@@ -119,7 +128,7 @@ impl<'a> Worker<'a> {
             } else {
                 let values = reduce_rows::<T>(self.level, task, &read, &bytes, values);
                 let code = Code::compile(&values);
-                let mut machine = Machine::<T>::new(self.level, &task.frame, &code);
+                let mut machine = Machine::<T>::new(self.level, &task.frame, &code, masks);
                 then(&mut machine, &Step { elements, inputs: &bytes, values: &values })?;
             }
             for &index in &inputs {
@@ -524,7 +533,8 @@ fn reduce_rows<T: Real>(
         }
         let (layout, operands) = Layout::of(&ready);
         let code = Code::compile(&operands);
-        let mut machine = Machine::<T>::new(level, &task.frame, &code);
+        // Rows begin anywhere, so kept masks are of no use.
+        let mut machine = Machine::<T>::new(level, &task.frame, &code, None);
         let mut results: Vec<Vec<f64>> = vec![Vec::new(); ready.len()];
         for row in steps(read.clone(), task.frame.row) {
             let row = layout.block(level, &mut machine, row, inputs);

@@ -189,9 +189,8 @@ impl Emitter {
             ValueNode::Kept { value, chosen } => {
                 Operation::Kept { a: self.slot(value), chosen: *chosen }
             }
-            ValueNode::Random { density, stream } => {
-                let keep_below = (density * 4_294_967_296.0).round() as u64;
-                Operation::Random { keep_below, stream: *stream }
+            ValueNode::Random { keep_below, stream } => {
+                Operation::Random { keep_below: *keep_below, stream: *stream }
             }
         }
     }

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::code::{Argument, Code, Operation, Slot};
+use super::masks::KeptMasks;
 use super::{Chosen, Scope};
 use crate::dtype::DType;
 use crate::kernels::{self, BLOCK, Level, MaskKey, Operand, Real};
@@ -95,12 +96,18 @@ pub(crate) struct Machine<'a, T> {
     frame: &'a TensorFrame,
     code: &'a Code,
     keys: Vec<Option<MaskKey>>,
+    masks: Option<&'a KeptMasks>,
     slots: Vec<Vec<T>>,
     length: usize,
 }
 
 impl<'a, T: Real> Machine<'a, T> {
-    pub(crate) fn new(level: Level, frame: &'a TensorFrame, code: &'a Code) -> Self {
+    pub(crate) fn new(
+        level: Level,
+        frame: &'a TensorFrame,
+        code: &'a Code,
+        masks: Option<&'a KeptMasks>,
+    ) -> Self {
         let key = |operation: &Operation| match operation {
             Operation::Random { stream, .. } => {
                 Some(MaskKey::new(frame.seed, &frame.name, *stream))
@@ -109,7 +116,7 @@ impl<'a, T: Real> Machine<'a, T> {
         };
         let keys = code.instructions.iter().map(|i| key(&i.operation)).collect();
         let slots = vec![vec![T::ZERO; CHUNK]; code.slots];
-        Self { level, frame, code, keys, slots, length: 0 }
+        Self { level, frame, code, keys, masks, slots, length: 0 }
     }
 
     /// Computes elements `range` (at most a chunk) from `inputs`, which are indexed as the
@@ -179,9 +186,17 @@ impl<'a, T: Real> Machine<'a, T> {
             Operation::Trim { a, chosen } => {
                 self.cut(kernels::trim, *chosen, range.start, self.slot(*a), out);
             }
-            Operation::Random { keep_below, .. } => {
+            Operation::Random { keep_below, stream } => {
                 let key = self.keys[at].as_ref().expect("every random instruction has a key");
-                kernels::random_mask(self.level, key, range.start, *keep_below, out);
+                let draw = |out: &mut [T]| {
+                    kernels::random_mask(self.level, key, range.start, *keep_below, out);
+                };
+                match self.masks {
+                    Some(masks) => {
+                        masks.fill(self.level, (*stream, *keep_below), range.start, out, draw);
+                    }
+                    None => draw(out),
+                }
             }
         }
     }

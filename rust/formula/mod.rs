@@ -28,6 +28,7 @@
 pub mod bind;
 pub mod code;
 pub mod machine;
+pub(crate) mod masks;
 pub mod oracle;
 pub mod selection;
 pub mod stage;
@@ -95,9 +96,9 @@ pub(crate) enum ValueNode {
         value: Value,
         chosen: Chosen,
     },
-    /// 1 with probability `density`, else 0; independent for each stream and element.
+    /// 1 where a draw of 32 bits is below the bound, else 0; independent for each stream and element.
     Random {
-        density: f64,
+        keep_below: u64,
         stream: u32,
     },
 }
@@ -335,7 +336,8 @@ impl Value {
 
     /// 1 with probability `density`, else 0. Streams are independent of each other.
     pub fn random_mask(density: f64, stream: u32) -> Self {
-        Self::new(ValueNode::Random { density, stream })
+        let keep_below = (density * 4_294_967_296.0).round() as u64;
+        Self::new(ValueNode::Random { keep_below, stream })
     }
 
     /// 1 for the `count` largest values of the tensor, else 0.
@@ -425,7 +427,9 @@ impl fmt::Debug for Value {
                 write!(f, "Largest({:?} of {:?})", selection.count, selection.value)
             }
             ValueNode::Kept { value, chosen } => write!(f, "Kept({value:?}, {chosen:?})"),
-            ValueNode::Random { density, stream } => write!(f, "Random({density}, {stream})"),
+            ValueNode::Random { keep_below, stream } => {
+                write!(f, "Random({keep_below}, {stream})")
+            }
         }
     }
 }

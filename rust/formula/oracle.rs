@@ -49,7 +49,7 @@ impl<T: Real> Oracle<T> {
             }
             ValueNode::Keep(selection) => self.kept(selection),
             ValueNode::Kept { .. } => unreachable!("only the engine binds selections"),
-            ValueNode::Random { density, stream } => self.random(*density, *stream),
+            ValueNode::Random { keep_below, stream } => self.random(*keep_below, *stream),
         }
     }
 
@@ -101,9 +101,8 @@ impl<T: Real> Oracle<T> {
         (0..self.frame.elements as usize).map(element).collect()
     }
 
-    fn random(&self, density: f64, stream: u32) -> Vec<T> {
+    fn random(&self, keep_below: u64, stream: u32) -> Vec<T> {
         let key = MaskKey::new(self.frame.seed, &self.frame.name, stream);
-        let keep_below = (density * 4_294_967_296.0).round() as u64;
         let draw = |index: u64| {
             let words = oracle::philox4x32(key.key(), key.counter(index));
             let word = words[(index % 4) as usize];

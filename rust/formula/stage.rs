@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use super::masks::MaskName;
 use super::{Reduction, Scalar, ScalarNode, Scope, Selection, Value, ValueNode};
 
 /// Reductions and selections that can run in the same pass over the tensor.
@@ -23,6 +24,7 @@ impl Stage {
 struct Dependencies {
     stage: Stage,
     inputs: Vec<usize>,
+    masks: Vec<MaskName>,
     seen: HashSet<*const ()>,
 }
 
@@ -47,7 +49,12 @@ impl Dependencies {
                     self.inputs.push(*index);
                 }
             }
-            ValueNode::Random { .. } => {}
+            ValueNode::Random { keep_below, stream } => {
+                let name = (*stream, *keep_below);
+                if !self.masks.contains(&name) {
+                    self.masks.push(name);
+                }
+            }
             ValueNode::Scalar(scalar) => self.scalar(scalar),
             ValueNode::Unary(_, a) | ValueNode::Kept { value: a, .. } => self.value(a),
             ValueNode::Binary(_, a, b) => {
@@ -105,6 +112,11 @@ pub(crate) fn inputs_of(values: &[Value]) -> Vec<usize> {
     let mut inputs = Dependencies::of(values).inputs;
     inputs.sort_unstable();
     inputs
+}
+
+/// The random masks that computing `values` draws.
+pub(crate) fn masks_of(values: &[Value]) -> Vec<MaskName> {
+    Dependencies::of(values).masks
 }
 
 /// Everything `values` still wait for, dependencies first.

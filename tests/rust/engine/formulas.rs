@@ -3,7 +3,7 @@
 use oxmerge::dtype::DType;
 use oxmerge::formula::{Scope, Value, compute};
 
-use super::{check, inputs};
+use super::{check, inputs, run_in_least_memory, settings, try_merged};
 
 /// A slerp-like combination: coefficients from inner products over `scope`.
 fn gram(scope: Scope) -> Value {
@@ -115,7 +115,7 @@ fn a_zero_coefficient_skips_its_term() {
     let infinite = super::ArraySource::new::<f32>(&[f32::INFINITY; 3], DType::F32);
     let inputs = [finite, infinite];
     check::<f32>(&formula, &[3], &inputs, DType::F32);
-    for settings in super::settings() {
+    for settings in settings() {
         let merged = super::merged(&formula, &[3], &inputs, DType::F32, &settings);
         let values: &[f32] = bytemuck::cast_slice(&merged);
         assert_eq!(
@@ -123,4 +123,25 @@ fn a_zero_coefficient_skips_its_term() {
             [1.0_f32.to_bits(), (-0.0_f32).to_bits(), 3.0_f32.to_bits()]
         );
     }
+}
+
+/// Masks that are kept between passes are those that are drawn anew: with room for them, and in the
+/// least memory, where there is none.
+#[test]
+fn random_masks_are_kept_where_there_is_room() {
+    let x = Value::input(0);
+    let rescaled = |stream: u32| {
+        let thinned = x.masked(&Value::random_mask(0.3, stream));
+        (thinned.absolute_sum(Scope::Tensor), thinned)
+    };
+    let sum = Value::weighted_sum((0..12).map(rescaled));
+    let shape = [(1 << 21) + 5];
+    let inputs = inputs(1, shape[0], DType::Bf16);
+    let run = |settings: &_| try_merged(&sum, &shape, &inputs, DType::F32, settings);
+    let room_for_all = 12 * shape[0] / 8;
+    let (kept, report) = run(&settings()[0]).unwrap();
+    assert!(report.memory.mask_room > room_for_all);
+    let (drawn, report) = run_in_least_memory(run);
+    assert!(report.memory.mask_room < room_for_all, "{}", report.memory.mask_room);
+    assert!(kept == drawn, "bytes differ");
 }

@@ -11,9 +11,11 @@ use std::sync::Arc;
 
 use oxmerge::dtype::DType;
 use oxmerge::engine::control::Control;
+use oxmerge::engine::memory::resident;
 use oxmerge::engine::source::{Sink, Source};
 use oxmerge::engine::task::{Task, Work};
-use oxmerge::engine::{Settings, run};
+use oxmerge::engine::{Report, Settings, run};
+use oxmerge::error::{ErrorKind, Result};
 use oxmerge::formula::Value;
 use oxmerge::formula::oracle::Oracle;
 use oxmerge::kernels::{Level, Real, narrow};
@@ -32,6 +34,19 @@ pub(crate) fn settings() -> Vec<Settings> {
     all
 }
 
+/// Runs with the least budget that is not refused, within 256 KiB.
+pub(crate) fn run_in_least_memory<R>(mut run: impl FnMut(&Settings) -> Result<R>) -> R {
+    for spare in (0..).map(|step| step * (256 << 10)) {
+        let memory = resident() + spare;
+        let level = Level::detect();
+        match run(&Settings { level, workers: 3, memory, largest_piece: None }) {
+            Err(error) if error.kind() == ErrorKind::Memory => {}
+            outcome => return outcome.unwrap(),
+        }
+    }
+    unreachable!("some budget is enough")
+}
+
 pub(crate) fn sources(inputs: &[Arc<ArraySource>]) -> Vec<Arc<dyn Source>> {
     inputs.iter().map(|input| Arc::clone(input) as Arc<dyn Source>).collect()
 }
@@ -44,6 +59,17 @@ pub(crate) fn merged(
     dtype: DType,
     settings: &Settings,
 ) -> Vec<u8> {
+    try_merged(formula, shape, inputs, dtype, settings).unwrap().0
+}
+
+/// The same, with the report, or why it does not run.
+pub(crate) fn try_merged(
+    formula: &Value,
+    shape: &[u64],
+    inputs: &[Arc<ArraySource>],
+    dtype: DType,
+    settings: &Settings,
+) -> Result<(Vec<u8>, Report)> {
     let elements: u64 = shape.iter().product();
     let sink = ArraySink::new(elements as usize, dtype);
     let task = Task::new(
@@ -55,8 +81,8 @@ pub(crate) fn merged(
         Arc::clone(&sink) as Arc<dyn Sink>,
         Work::Formula(formula.clone()),
     );
-    run(vec![task], settings, &Control::default()).unwrap();
-    sink.bytes()
+    let report = run(vec![task], settings, &Control::default())?;
+    Ok((sink.bytes(), report))
 }
 
 /// What it should be.
@@ -73,7 +99,7 @@ pub(crate) fn expected<T: Real>(
     bytes
 }
 
-/// Checks `formula` under all settings.
+/// Checks `formula` under all settings, and in the least memory.
 pub(crate) fn check<T: Real>(
     formula: &Value,
     shape: &[u64],
@@ -86,6 +112,9 @@ pub(crate) fn check<T: Real>(
         let first = merged.iter().zip(&expected).position(|(a, b)| a != b);
         assert_eq!(first, None, "byte {first:?} differs: {shape:?} {settings:?} {formula:?}");
     }
+    let (merged, _) =
+        run_in_least_memory(|settings| try_merged(formula, shape, inputs, dtype, settings));
+    assert!(merged == expected, "bytes differ in the least memory: {shape:?} {formula:?}");
 }
 
 /// Numbers like weights: mostly small, with zeros of both signs, repeats and a few large ones.

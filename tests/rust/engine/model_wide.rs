@@ -7,9 +7,12 @@ use oxmerge::engine::control::Control;
 use oxmerge::engine::source::Sink;
 use oxmerge::engine::task::{Task, Work};
 use oxmerge::engine::{Settings, run};
+use oxmerge::error::Result;
 use oxmerge::formula::Value;
 
-use super::{ArraySink, ArraySource, check, inputs, settings, sources, weights};
+use super::{
+    ArraySink, ArraySource, check, inputs, run_in_least_memory, settings, sources, weights,
+};
 use crate::methods::{arcee_fusion, metagpt};
 
 #[test]
@@ -37,7 +40,7 @@ fn tensor(elements: u64, at: u64) -> Vec<Arc<ArraySource>> {
     models.iter().map(|values| ArraySource::new::<f64>(values, DType::F32)).collect()
 }
 
-fn merge(model: &[Vec<Arc<ArraySource>>], settings: &Settings) -> Vec<Vec<u8>> {
+fn merge(model: &[Vec<Arc<ArraySource>>], settings: &Settings) -> Result<Vec<Vec<u8>>> {
     let formula = metagpt::formula(&Value::input(0), &[Value::input(1), Value::input(2)]);
     let sinks: Vec<Arc<ArraySink>> =
         model.iter().map(|t| ArraySink::new(t[0].widened::<f32>().len(), DType::F32)).collect();
@@ -48,14 +51,14 @@ fn merge(model: &[Vec<Arc<ArraySource>>], settings: &Settings) -> Vec<Vec<u8>> {
         Task::new("t", 0, &[elements], sources(inputs), labels, sink, work)
     };
     let tasks = model.iter().zip(&sinks).map(task).collect();
-    run(tasks, settings, &Control::default()).unwrap();
-    sinks.iter().map(|sink| sink.bytes()).collect()
+    run(tasks, settings, &Control::default())?;
+    Ok(sinks.iter().map(|sink| sink.bytes()).collect())
 }
 
 #[test]
 fn metagpt_weighs_by_norms_over_all_tensors() {
     let model = model();
-    let merged = merge(&model, &settings()[0]);
+    let merged = merge(&model, &settings()[0]).unwrap();
     let values = |t: usize, m: usize| model[t][m].widened::<f32>();
     let norm = |m: usize| -> f64 {
         let squares = |t: usize| -> f64 {
@@ -80,10 +83,11 @@ fn metagpt_weighs_by_norms_over_all_tensors() {
 #[test]
 fn metagpt_is_the_same_everywhere() {
     let model = model();
-    let expected = merge(&model, &settings()[0]);
+    let expected = merge(&model, &settings()[0]).unwrap();
     for settings in settings() {
-        assert_eq!(merge(&model, &settings), expected, "bytes differ: {settings:?}");
+        assert_eq!(merge(&model, &settings).unwrap(), expected, "bytes differ: {settings:?}");
     }
+    assert_eq!(run_in_least_memory(|settings| merge(&model, settings)), expected);
 }
 
 #[test]

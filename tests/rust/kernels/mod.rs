@@ -4,6 +4,7 @@ mod consensus;
 mod convert;
 mod elementwise;
 mod level;
+mod mask_bits;
 mod order;
 mod random;
 mod reduce;

@@ -292,6 +292,7 @@ def test_plan(run: Any) -> None:
         "memory    200 MiB at the peak\n"
         "threads   4\n"
         "disk      53.1 MB needed\n"
+        "time      0.2 s where the disk moves 1 GB/s, 0.1 s at 3 GB/s\n"
         "not copied  notes.txt: no\n"
         "inputs    150 merged, 2 dropped\n"
     )

@@ -1,8 +1,9 @@
-"""Show what a merge would do: tensors, bytes, memory, disk. Only headers are read."""
+"""Show what a merge would do: tensors, bytes, memory, disk, time. Only headers are read."""
 
 from __future__ import annotations
 
 from oxmerge.cli.arguments import Parser, add_plan_options, plan_options
+from oxmerge.cli.progress import format_duration
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -30,6 +31,13 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     return 0
 
 
+def _time(plan: PlanSummary) -> str:
+    """Say how long the bytes take, on a common disk and on a fast one."""
+    moved = plan.bytes_read + plan.bytes_written
+    slow, fast = (format_duration(moved / rate) for rate in (1e9, 3e9))
+    return f"{slow} where the disk moves 1 GB/s, {fast} at 3 GB/s"
+
+
 def _lines(plan: PlanSummary) -> Iterator[str]:
     files = "1 file" if plan.files == 1 else f"{plan.files} files"
     yield f"method    {plan.method}"
@@ -39,6 +47,7 @@ def _lines(plan: PlanSummary) -> Iterator[str]:
     yield f"memory    {format_size(plan.memory, binary=True)} at the peak"
     yield f"threads   {plan.threads}"
     yield f"disk      {format_size(plan.disk)} needed"
+    yield f"time      {_time(plan)}"
     entries = [f"{count} {fate}" for fate, count in plan.accounting.items() if count]
     for name in plan.left_out:
         yield f"not copied  {name}"

@@ -78,7 +78,7 @@ def recipe_of(folder: Path, family: Path, name: str) -> Path:
 def least_memory(plan: str) -> int:
     """Return the least budget that will do, in this process as it is now."""
     with pytest.raises(MemoryBudgetError) as caught:
-        _core.predict(plan, 1, 1)
+        _core.predict([plan], 1, 1)
     found = re.fullmatch(r"at least (\d+) MiB", caught.value.expected or "")
     assert found is not None
     return int(found[1]) << 20
@@ -92,7 +92,7 @@ def shards_of(plan: str, directory: Path, *, level: str | None = None, **options
     with pytest.MonkeyPatch.context() as patch:
         if level is not None:
             patch.setenv("OXMERGE_SIMD", level)
-        report = _core.execute(plan, directory, **{"memory": 4 << 30, **options})
+        report = _core.execute([(plan, directory)], **{"memory": 4 << 30, **options})
     if level is not None:
         assert report["simd"] == level
     return directory_bytes(directory), report
@@ -187,5 +187,5 @@ def test_a_level_that_the_machine_lacks_is_refused(
 ) -> None:
     monkeypatch.setenv("OXMERGE_SIMD", "mmx")
     with pytest.raises(oxmerge.OxmergeError, match="mmx"):
-        _core.execute(case[0], tmp_path, memory=4 << 30)
+        _core.execute([(case[0], tmp_path)], memory=4 << 30)
     assert not list(tmp_path.iterdir())

@@ -239,7 +239,7 @@ def plan(
     """
     _check_options(threads, "auto")
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
-    predicted = _core.predict(merge_plan.to_json(), parse_size(memory), threads)
+    predicted = _core.predict([merge_plan.to_json()], parse_size(memory), threads)
     return Outlook(
         merge_plan,
         disk=outcome.bytes,
@@ -316,8 +316,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     )
     try:
         done = _core.execute(
-            merge_plan.to_json(),
-            output.path,
+            [(merge_plan.to_json(), output.path)],
             memory=budget,
             threads=threads,
             read_path=read_path,

@@ -130,30 +130,78 @@ pub fn partial_name(file_name: &str) -> String {
     format!(".{file_name}.oxmerge-partial")
 }
 
-/// The tasks of `plan`; creates the shards, under partial names, in `directory`.
-pub fn tasks(plan: &Plan, directory: &Path, modes: FileModes) -> Result<Vec<Task>> {
-    let work: Vec<Work> =
-        plan.tensors.iter().map(|tensor| work(plan, tensor)).collect::<Result<_>>()?;
+/// The tasks of merges of the same tensors, each read once for all of them; creates the shards of
+/// each plan, under partial names, in its directory.
+pub fn tasks(merges: &[(Plan, &Path)], modes: FileModes) -> Result<Vec<Task>> {
+    let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
+    let work = works(&plans)?;
+    let plan = plans[0];
     let readers = open_inputs(plan, modes.read)?;
-    let shards = create_shards(plan, directory, modes.write)?;
-    let task = |(tensor, work): (&OutputTensor, Work)| {
+    let create = |(plan, directory): &(Plan, &Path)| create_shards(plan, directory, modes.write);
+    let shards = merges.iter().map(create).collect::<Result<Vec<_>>>()?;
+    let task = |(index, work): (usize, Work)| {
+        let tensor = &plan.tensors[index];
         let source = |source| -> Arc<dyn Source> { Arc::new(file_source(&readers, source)) };
-        let shard = Arc::clone(&shards[tensor.shard]);
-        let sink = FileSink { shard, dtype: tensor.dtype, start: tensor.start };
+        let sink = |(plan, shards): (&&Plan, &Vec<Arc<Shard>>)| -> Arc<dyn Sink> {
+            let OutputTensor { shard, dtype, start, .. } = plan.tensors[index];
+            Arc::new(FileSink { shard: Arc::clone(&shards[shard]), dtype, start })
+        };
         Task::new(
             &tensor.name,
             plan.seed,
             &tensor.shape,
             tensor.sources.iter().map(source).collect(),
             tensor.sources.iter().map(|source| source.model.clone()).collect(),
-            Arc::new(sink),
+            plans.iter().zip(&shards).map(sink).collect(),
             work,
         )
     };
-    Ok(plan.tensors.iter().zip(work).map(task).collect())
+    Ok(work.into_iter().enumerate().map(task).collect())
 }
 
-/// What each tensor of `plan` is made by; the first problem as an error.
+/// What each tensor is made by in all of `plans`, which must be merges of the same tensors.
+fn works(plans: &[&Plan]) -> Result<Vec<Work>> {
+    let Some((first, others)) = plans.split_first() else {
+        return Err(Error::plan("there is no merge to run"));
+    };
+    for other in others {
+        check_same_tensors(first, other)?;
+    }
+    let together = |index: usize| {
+        let mut all = plans.iter().map(|plan| work(plan, &plan.tensors[index]));
+        all.try_fold(Work::Formulas(Vec::new()), |all, work| Ok(all.and(work?)))
+    };
+    (0..first.tensors.len()).map(together).collect()
+}
+
+/// Whether two plans make the same tensors, in the same order, of the same bytes.
+fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
+    let differs = |what: &str| {
+        Error::plan(format!("merges that are made together must have the same {what}"))
+            .advice("run them one by one")
+    };
+    if plan.files != other.files {
+        return Err(differs("input files"));
+    }
+    if plan.seed != other.seed {
+        return Err(differs("seed"));
+    }
+    if plan.tensors.len() != other.tensors.len() {
+        return Err(differs("tensors"));
+    }
+    let place = |source: &SourceTensor| (source.file, source.start, source.dtype);
+    for (tensor, other) in plan.tensors.iter().zip(&other.tensors) {
+        let is_same = tensor.name == other.name
+            && tensor.shape == other.shape
+            && tensor.sources.iter().map(place).eq(other.sources.iter().map(place));
+        if !is_same {
+            return Err(differs("tensors, made of the same inputs").tensor(&tensor.name));
+        }
+    }
+    Ok(())
+}
+
+/// What a tensor of `plan` is made by; the first problem as an error.
 pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
     if !tensor.dtype.is_float() {
         return Ok(Work::Identical);
@@ -161,23 +209,28 @@ pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
     let method = methods::find(&plan.method)
         .ok_or_else(|| Error::plan(format!("there is no merge method `{}`", plan.method)))?;
     let formula = method.formula(tensor).map_err(|error| error.tensor(&tensor.name))?;
-    Ok(Work::Formula(formula))
+    Ok(Work::Formulas(vec![formula]))
 }
 
-/// What each tensor of `plan` needs in memory, when its files are read as `read` says.
-pub fn needs(plan: &Plan, read: ReadPath) -> Result<Vec<Need>> {
+/// What each tensor of merges that are made together needs in memory, when their files are read as
+/// `read` says.
+pub fn needs(plans: &[&Plan], read: ReadPath) -> Result<Vec<Need>> {
+    let works = works(plans)?;
+    let plan = plans[0];
     let readers = open_inputs(plan, read)?;
-    let need = |tensor: &OutputTensor| {
+    let need = |(index, work): (usize, Work)| {
+        let tensor = &plan.tensors[index];
         let frame = TensorFrame::new(&tensor.name, plan.seed, &tensor.shape);
-        let work = work(plan, tensor)?;
+        let work = work.shared();
         let once = work.reads_once();
         let sources = tensor.sources.iter().map(|source| {
             let source = file_source(&readers, source);
             (source.dtype(), Way::of(&source, frame.elements, once))
         });
-        Ok(Need::new(&frame, &work, sources, tensor.dtype))
+        let outputs = plans.iter().map(|plan| plan.tensors[index].dtype);
+        Need::new(&frame, &work, sources, outputs)
     };
-    plan.tensors.iter().map(need).collect()
+    Ok(works.into_iter().enumerate().map(need).collect())
 }
 
 /// The files that some source lies in, opened.

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::task::Task;
-use super::work::Step;
+use super::work::{Output, Step};
 use crate::dtype::DType;
 use crate::formula::machine::InputBytes;
 use crate::formula::{BinaryOp, Reduction, ReductionKind, Scalar, Value, ValueNode};
@@ -15,26 +15,61 @@ use crate::kernels::{self, LANES, Lanes, Level, Real};
 
 type Inputs<'a> = [Option<InputBytes<'a>>];
 
-/// Computes `step` into `bytes` if its value has such a shape and the working type is f32.
-pub(crate) fn run(level: Level, step: &Step<'_>, dtype: DType, bytes: &mut [u8]) -> bool {
-    let double = |input: &InputBytes<'_>| input.dtype == DType::F64;
-    if dtype == DType::F64 || step.inputs.iter().flatten().any(double) {
-        return false;
+/// Computes `step` into `outputs` if each of its values has such a shape and the working type is
+/// f32.
+pub(crate) fn run(level: Level, step: &Step<'_>, outputs: &mut [Output<'_>]) -> bool {
+    let types = step.inputs.iter().flatten().map(|input| input.dtype);
+    let double = types.chain(outputs.iter().map(|out| out.dtype)).any(|t| t == DType::F64);
+    let shapes = step.values.iter().zip(&*outputs);
+    let shapes = shapes.map(|(value, output)| Shape::of(value, step.inputs, output.dtype, double));
+    let Some(shapes) = shapes.collect::<Option<Vec<_>>>() else { return false };
+    for (shape, output) in shapes.iter().zip(outputs) {
+        shape.run(level, step, output);
     }
-    let terms = |terms: &[(f64, usize)]| -> Vec<_> {
-        terms.iter().map(|&(c, input)| term(c, input, step.inputs, &step.elements)).collect()
-    };
-    if let Some(sum) = weighted_inputs(&step.values[0]) {
-        kernels::weighted_sum_bytes(level, &terms(&sum), dtype, bytes);
-        return true;
+    true
+}
+
+/// A shape of formula that has a kernel.
+enum Shape {
+    /// An unchanged input.
+    Copied(usize),
+    /// Σ c·x of plain inputs.
+    Weighted(Vec<(f64, usize)>),
+    Shifted(Shifted),
+}
+
+impl Shape {
+    fn of(value: &Value, inputs: &Inputs<'_>, dtype: DType, double: bool) -> Option<Self> {
+        let unchanged = |index: &usize| inputs[*index].is_some_and(|input| input.dtype == dtype);
+        if let Some(index) = input(value).filter(unchanged) {
+            return Some(Self::Copied(index));
+        }
+        if double {
+            return None;
+        }
+        weighted_inputs(value).map(Self::Weighted).or_else(|| shifted(value).map(Self::Shifted))
     }
-    if let Some(Shifted { base, terms: sum, scale }) = shifted(&step.values[0]) {
-        let (_, base_dtype, base_bytes) = term(1.0, base, step.inputs, &step.elements);
-        let (base, scale) = ((base_dtype, base_bytes), f32::from_f64(scale));
-        kernels::weighted_difference_sum_bytes(level, base, &terms(&sum), scale, dtype, bytes);
-        return true;
+
+    fn run(&self, level: Level, step: &Step<'_>, output: &mut Output<'_>) {
+        let term = |&(c, input): &(f64, usize)| term(c, input, step.inputs, &step.elements);
+        match self {
+            Self::Copied(index) => {
+                let (_, _, bytes) = term(&(1.0, *index));
+                output.bytes.copy_from_slice(bytes);
+            }
+            Self::Weighted(terms) => {
+                let terms: Vec<_> = terms.iter().map(term).collect();
+                kernels::weighted_sum_bytes(level, &terms, output.dtype, output.bytes);
+            }
+            Self::Shifted(Shifted { base, terms, scale }) => {
+                let (_, dtype, bytes) = term(&(1.0, *base));
+                let terms: Vec<_> = terms.iter().map(term).collect();
+                let (base, scale) = ((dtype, bytes), f32::from_f64(*scale));
+                let (dtype, bytes) = (output.dtype, &mut *output.bytes);
+                kernels::weighted_difference_sum_bytes(level, base, &terms, scale, dtype, bytes);
+            }
+        }
     }
-    false
 }
 
 /// The two inputs, if the reductions are all inner products of two inputs of one type in f32.

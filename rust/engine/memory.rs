@@ -125,7 +125,8 @@ pub struct Need {
     sources: Vec<(u64, Way)>,
     /// Whether a source that is copied may turn out to be read past the page cache.
     reads_once: bool,
-    output: u64,
+    /// Bytes an element of each output.
+    outputs: Vec<u64>,
     /// Elements around a piece that are read as well, to have whole rows.
     edge: u64,
     /// Reductions over the rows of a piece, and the length of a row.
@@ -145,35 +146,35 @@ impl Need {
         frame: &TensorFrame,
         work: &Work,
         sources: impl Iterator<Item = (DType, Way)>,
-        output: DType,
+        outputs: impl Iterator<Item = DType>,
     ) -> Self {
         let mut need = Self {
             elements: frame.elements,
             sources: sources.map(|(dtype, way)| (dtype.size() as u64, way)).collect(),
             reads_once: work.reads_once(),
-            output: output.size() as u64,
+            outputs: outputs.map(|dtype| dtype.size() as u64).collect(),
             row: frame.row,
             ..Self::default()
         };
         match work {
-            Work::Formula(formula) => need.add_passes(frame, formula),
+            Work::Formulas(formulas) => need.add_passes(frame, formulas),
             // The first is kept while the others are compared with it, one by one.
             Work::Identical => need.sources.truncate(2),
         }
         need
     }
 
-    fn add_passes(&mut self, frame: &TensorFrame, formula: &Value) {
-        let waits = unknown(std::slice::from_ref(formula));
+    fn add_passes(&mut self, frame: &TensorFrame, formulas: &[Value]) {
+        let waits = unknown(formulas);
         let searches = waits.selections.len() as u64;
-        // The machine's slots: a few for each source.
-        let slots = 2 * self.sources.len() as u64 + 4;
+        // The machine's slots: a few for each source, one for each further output.
+        let slots = (2 * self.sources.len() + formulas.len() + 3) as u64;
         self.worker_state.add(Amount::certain(slots * size_of::<f64>() as u64 * CHUNK as u64));
         self.worker_state.add(Amount::uncertain(searches * HISTOGRAM_BYTES));
         self.shared_state.add(Amount::uncertain(searches * SEARCH_BYTES));
         self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
         self.sample = searches * SAMPLE_BYTES;
-        self.masks = masks::bytes(formula, frame.elements);
+        self.masks = masks::bytes(formulas, frame.elements);
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {
@@ -200,8 +201,9 @@ impl Need {
     /// What a worker holds of a piece of `blocks` blocks.
     fn piece(&self, blocks: u64) -> Amount {
         let elements = (blocks * BLOCK_ELEMENTS).min(self.elements);
-        let output = AlignedBuffer::resident(elements as usize * self.output as usize + PAGE);
-        let mut amount = Amount::certain(output as u64);
+        let output =
+            |size: &u64| AlignedBuffer::resident(elements as usize * *size as usize + PAGE) as u64;
+        let mut amount = Amount::certain(self.outputs.iter().map(output).sum());
         let widths = self.sources.iter().filter(|(_, way)| *way != Way::InPlace);
         let step = step_elements(widths.map(|(size, _)| *size)).min(elements);
         let rows = (step + self.edge).min(self.elements) / self.row.max(1);

@@ -21,6 +21,7 @@ use std::time::Instant;
 
 use control::Control;
 use memory::{MemoryPlan, Need};
+use source::Sink;
 use task::{Active, Found, Pass, Task, bind_model_sums};
 use work::Worker;
 
@@ -305,7 +306,8 @@ impl Schedule<'_> {
         }
         self.control.finish_tensor();
         let task = &self.tasks[index];
-        task.sink.finish().map_err(|error| error.tensor(&task.frame.name))
+        let finish = |sink: &Arc<dyn Sink>| sink.finish();
+        task.sinks.iter().try_for_each(finish).map_err(|error| error.tensor(&task.frame.name))
     }
 
     fn note(&self, state: &mut State, outcome: Result<()>) {

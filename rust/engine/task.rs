@@ -13,36 +13,54 @@ use crate::formula::machine::TensorFrame;
 use crate::formula::masks::{self, KeptMasks};
 use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
+use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value};
 use crate::kernels::{BLOCK, Real, fold_halves};
 
-/// What an output tensor is made by.
+/// What the outputs of a task are made by.
 #[derive(Clone, Debug)]
 pub enum Work {
-    /// Arithmetic.
-    Formula(Value),
-    /// Every source must have the same bytes, which are the output.
+    /// Arithmetic: a formula for each output.
+    Formulas(Vec<Value>),
+    /// Every source must have the same bytes, which are each output.
     Identical,
 }
 
 impl Work {
+    /// This and `other`, over the same sources.
+    pub(crate) fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Formulas(formulas), Self::Formulas(others)) => {
+                Self::Formulas([formulas, others].concat())
+            }
+            (_, _) => Self::Identical,
+        }
+    }
+
+    /// The same, with everything that formulas have in common computed once.
+    pub(crate) fn shared(self) -> Self {
+        match self {
+            Self::Formulas(formulas) => Self::Formulas(Bindings::default().bind_all(&formulas)),
+            Self::Identical => Self::Identical,
+        }
+    }
+
     /// Whether nothing has to be reduced before the output is computed.
     pub(crate) fn reads_once(&self) -> bool {
         match self {
-            Self::Formula(formula) => stage::unknown(std::slice::from_ref(formula)).is_empty(),
+            Self::Formulas(formulas) => stage::unknown(formulas).is_empty(),
             Self::Identical => true,
         }
     }
 }
 
-/// One output tensor: a formula over sources into a sink.
+/// One output tensor, or the same tensor of several merges: formulas over sources into sinks.
 #[derive(Debug)]
 pub struct Task {
     pub(crate) frame: TensorFrame,
     pub(crate) sources: Vec<Arc<dyn Source>>,
     /// What to call each source in a message.
     pub(crate) labels: Vec<String>,
-    pub(crate) sink: Arc<dyn Sink>,
+    pub(crate) sinks: Vec<Arc<dyn Sink>>,
     pub(crate) work: Work,
     /// Whether the working type is f64.
     pub(crate) double: bool,
@@ -58,27 +76,29 @@ impl Task {
         shape: &[u64],
         sources: Vec<Arc<dyn Source>>,
         labels: Vec<String>,
-        sink: Arc<dyn Sink>,
+        sinks: Vec<Arc<dyn Sink>>,
         work: Work,
     ) -> Self {
         let frame = TensorFrame::new(name, seed, shape);
-        let double =
-            sink.dtype() == DType::F64 || sources.iter().any(|source| source.dtype() == DType::F64);
+        let types = sources.iter().map(|source| source.dtype());
+        let double = types.chain(sinks.iter().map(|sink| sink.dtype())).any(|t| t == DType::F64);
+        let work = work.shared();
         let reads_once = work.reads_once();
-        Self { frame, sources, labels, sink, work, double, reads_once }
+        Self { frame, sources, labels, sinks, work, double, reads_once }
     }
 
     /// Whether something has to be summed over the whole model first.
     pub(crate) fn needs_sweep(&self) -> bool {
-        let Work::Formula(formula) = &self.work else { return false };
-        !stage::next_stage(formula, Scope::Model, false).is_empty()
+        let Work::Formulas(formulas) = &self.work else { return false };
+        !stage::next_stage(formulas, Scope::Model, false).is_empty()
     }
 
     pub(crate) fn need(&self) -> Need {
         let sources = self.sources.iter().map(|source| {
             (source.dtype(), Way::of(&**source, self.frame.elements, self.reads_once))
         });
-        Need::new(&self.frame, &self.work, sources, self.sink.dtype())
+        let outputs = self.sinks.iter().map(|sink| sink.dtype());
+        Need::new(&self.frame, &self.work, sources, outputs)
     }
 
     pub(crate) fn blocks(&self) -> u64 {
@@ -110,8 +130,8 @@ pub(crate) enum Pass {
     Rows(Vec<Arc<Reduction>>),
     /// Reduce columns over some rows, one column block a unit.
     Columns(Vec<Arc<Reduction>>),
-    /// Compute the output.
-    Combine(Value),
+    /// Compute the outputs.
+    Combine(Vec<Value>),
     /// Compare the sources and copy the first.
     Identical,
 }
@@ -155,8 +175,8 @@ struct Searching {
 /// A task that has begun.
 pub(crate) struct Active {
     pub(crate) task: Arc<Task>,
-    /// The formula with everything put in that finished passes found.
-    formula: Option<Value>,
+    /// The formulas with everything put in that finished passes found.
+    formulas: Option<Vec<Value>>,
     /// Where to stop: before the merge itself, when only model-wide sums are wanted.
     sweep: bool,
     pub(crate) pass: Arc<Pass>,
@@ -187,18 +207,18 @@ impl Active {
         sweep: bool,
         mask_room: u64,
     ) -> Option<Self> {
-        let formula = match &task.work {
-            Work::Formula(value) => Some(value.clone()),
+        let formulas = match &task.work {
+            Work::Formulas(values) => Some(values.clone()),
             Work::Identical => None,
         };
         let elements = task.frame.elements;
-        let bytes = formula.as_ref().map_or(0, |formula| masks::bytes(formula, elements));
+        let bytes = formulas.as_ref().map_or(0, |formulas| masks::bytes(formulas, elements));
         let mask_bytes = if bytes <= mask_room { bytes } else { 0 };
-        let kept = formula.as_ref().filter(|_| mask_bytes > 0);
-        let masks = kept.map(|formula| Arc::new(KeptMasks::new(formula, elements)));
+        let kept = formulas.as_ref().filter(|_| mask_bytes > 0);
+        let masks = kept.map(|formulas| Arc::new(KeptMasks::new(formulas, elements)));
         let mut active = Self {
             task,
-            formula,
+            formulas,
             sweep,
             pass: Arc::new(Pass::Identical),
             units: 0,
@@ -229,11 +249,11 @@ impl Active {
 
     /// Enters the pass that comes next; false if there is none.
     fn next_pass(&mut self) -> bool {
-        let Some(formula) = self.formula.clone() else {
+        let Some(formulas) = self.formulas.clone() else {
             return !self.sweep && self.enter(Pass::Identical, self.units_of_blocks());
         };
         if self.sweep {
-            let stage = stage::next_stage(&formula, Scope::Model, false);
+            let stage = stage::next_stage(&formulas, Scope::Model, false);
             return !stage.is_empty() && self.begin_stage(stage);
         }
         let stored = self.task.frame.stores_rows();
@@ -241,12 +261,12 @@ impl Active {
             if scope == Scope::Row && !stored {
                 continue;
             }
-            let stage = stage::next_stage(&formula, scope, stored);
+            let stage = stage::next_stage(&formulas, scope, stored);
             if !stage.is_empty() {
                 return self.begin_stage(stage);
             }
         }
-        self.enter(Pass::Combine(formula), self.units_of_blocks())
+        self.enter(Pass::Combine(formulas), self.units_of_blocks())
     }
 
     fn begin_stage(&mut self, stage: Stage) -> bool {
@@ -409,7 +429,7 @@ impl Active {
             let value = value_of_key(chosen.threshold, self.task.double);
             bindings.selection(&searching.selection, chosen, value);
         }
-        self.formula = self.formula.as_ref().map(|formula| bindings.bind(formula));
+        self.formulas = self.formulas.as_ref().map(|formulas| bindings.bind_all(formulas));
         self.next_pass()
     }
 
@@ -477,22 +497,14 @@ pub(crate) fn bind_model_sums(tasks: &mut [Task], sums: &[Vec<f64>]) -> Result<(
     let total = |at: usize| fold_halves(&mut merged.iter().map(|&task| sums[task][at]).collect());
     let totals: Vec<f64> = (0..reductions).map(total).collect();
     for &at in &merged {
-        let Work::Formula(formula) = &tasks[at].work else { continue };
-        let stage = stage::next_stage(formula, Scope::Model, false);
+        let Work::Formulas(formulas) = &tasks[at].work else { continue };
+        let stage = stage::next_stage(formulas, Scope::Model, false);
         let mut bindings = Bindings::default();
         for (reduction, total) in stage.reductions.iter().zip(&totals) {
             bindings.reduction(reduction, Scalar::constant(*total));
         }
-        let bound = bindings.bind(formula);
-        tasks[at].work = Work::Formula(bound);
+        let bound = bindings.bind_all(formulas);
+        tasks[at].work = Work::Formulas(bound);
     }
     Ok(())
-}
-
-/// Whether the output is an unchanged input.
-pub(crate) fn copied_input(formula: &Value) -> Option<usize> {
-    match &*formula.0 {
-        ValueNode::Input(index) => Some(*index),
-        _ => None,
-    }
 }

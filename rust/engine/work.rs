@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::control::Control;
-use super::task::{Found, Pass, SearchView, Task, copied_input, max};
+use super::source::Sink;
+use super::task::{Found, Pass, SearchView, Task, max};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::bind::Bindings;
@@ -31,14 +32,20 @@ pub(crate) struct Step<'a> {
     pub(crate) values: &'a [Value],
 }
 
+/// Where the elements of a step go in one of the outputs.
+pub(crate) struct Output<'a> {
+    pub(crate) dtype: DType,
+    pub(crate) bytes: &'a mut [u8],
+}
+
 /// One thread's buffers.
 #[derive(Debug)]
 pub(crate) struct Worker<'a> {
     pub(crate) level: Level,
     pub(crate) control: &'a Control,
     scratch: Vec<AlignedBuffer>,
-    out: AlignedBuffer,
-    /// Bytes of an output buffer that is in use while inputs are read.
+    outs: Vec<AlignedBuffer>,
+    /// Bytes of output buffers that are in use while inputs are read.
     held: usize,
     /// Bytes that the buffers may have together.
     share: usize,
@@ -54,7 +61,7 @@ impl<'a> Worker<'a> {
             level,
             control,
             scratch: Vec::new(),
-            out: AlignedBuffer::default(),
+            outs: Vec::new(),
             held: 0,
             share,
             most: 0,
@@ -83,7 +90,7 @@ impl<'a> Worker<'a> {
             Pass::Locate { selection, key, cut } => self.locate::<T>(task, selection, *key, *cut),
             Pass::Rows(reductions) => self.row::<T>(task, unit, reductions),
             Pass::Columns(reductions) => self.columns::<T>(task, unit, reductions),
-            Pass::Combine(value) => self.combine::<T>(task, blocks, value),
+            Pass::Combine(values) => self.combine::<T>(task, blocks, values),
             Pass::Identical => self.identical(task, blocks),
         };
         self.masks = None;
@@ -150,9 +157,10 @@ impl<'a> Worker<'a> {
             _ => scratch.capacity(),
         };
         let scratch: usize = self.scratch.iter().enumerate().map(wanted).sum();
-        if scratch + self.out.capacity() + self.held > self.share {
+        let outs: usize = self.outs.iter().map(AlignedBuffer::capacity).sum();
+        if scratch + outs + self.held > self.share {
             self.scratch.fill_with(Default::default);
-            self.out = AlignedBuffer::default();
+            self.outs.fill_with(Default::default);
         }
     }
 
@@ -295,31 +303,47 @@ impl<'a> Worker<'a> {
         &mut self,
         task: &Task,
         blocks: Range<u64>,
-        value: &Value,
+        values: &[Value],
     ) -> Result<Found> {
         let unit = task.elements_of(blocks);
-        let (dtype, level) = (task.sink.dtype(), self.level);
-        let mut out = std::mem::take(&mut self.out);
-        let place = place(task, &mut out, &unit);
-        self.held = out.capacity();
-        let bytes = &mut out.as_mut_slice()[place.clone()];
-        let value = std::slice::from_ref(value);
-        let computed = self.in_steps::<T>(task, unit.clone(), value, |machine, step| {
-            let at = |index: u64| (index - unit.start) as usize * dtype.size();
-            let bytes = &mut bytes[at(step.elements.start)..at(step.elements.end)];
-            let copied = copied_input(&step.values[0]).and_then(|index| step.inputs[index]);
-            match copied.filter(|input| input.dtype == dtype) {
-                Some(input) => bytes.copy_from_slice(input.part(&step.elements)),
-                None if super::fused::run(level, step, dtype, bytes) => {}
-                None => interpret(level, machine, step, dtype, bytes),
+        let level = self.level;
+        let mut outs = std::mem::take(&mut self.outs);
+        let places = places(task, &mut outs, &unit);
+        self.held = outs.iter().map(AlignedBuffer::capacity).sum();
+        let computed = self.in_steps::<T>(task, unit.clone(), values, |machine, step| {
+            let outputs = task.sinks.iter().zip(outs.iter_mut().zip(&places));
+            let mut outputs: Vec<Output<'_>> = outputs
+                .map(|(sink, (out, place))| {
+                    let dtype = sink.dtype();
+                    let at =
+                        |index: u64| place.start + (index - unit.start) as usize * dtype.size();
+                    let range = at(step.elements.start)..at(step.elements.end);
+                    Output { dtype, bytes: &mut out.as_mut_slice()[range] }
+                })
+                .collect();
+            if !super::fused::run(level, step, &mut outputs) {
+                interpret(level, machine, step, &mut outputs);
             }
             Ok(())
         });
-        let written = computed.and_then(|()| task.sink.write(unit.start, &out, place.clone()));
-        (self.out, self.held) = (out, 0);
-        written?;
-        self.control.add_written(place.len() as u64);
-        Ok(Found::Nothing)
+        let written = computed.and_then(|()| self.write(task, &unit, &outs, &places));
+        (self.outs, self.held) = (outs, 0);
+        written.map(|()| Found::Nothing)
+    }
+
+    /// Hands the elements of `unit` to each sink.
+    fn write(
+        &self,
+        task: &Task,
+        unit: &Range<u64>,
+        outs: &[AlignedBuffer],
+        places: &[Range<usize>],
+    ) -> Result<()> {
+        for (sink, (out, place)) in task.sinks.iter().zip(outs.iter().zip(places)) {
+            sink.write(unit.start, out, place.clone())?;
+            self.control.add_written(place.len() as u64);
+        }
+        Ok(())
     }
 
     /// Copies what all sources agree on.
@@ -337,11 +361,12 @@ impl<'a> Worker<'a> {
             source.release(range.clone());
         }
         self.control.add_read(first.len() as u64 * task.sources.len() as u64);
-        let place = place(task, &mut self.out, &range);
-        self.out.as_mut_slice()[place.clone()].copy_from_slice(first);
-        task.sink.write(range.start, &self.out, place.clone())?;
+        let places = places(task, &mut self.outs, &range);
+        for (out, place) in self.outs.iter_mut().zip(&places) {
+            out.as_mut_slice()[place.clone()].copy_from_slice(first);
+        }
+        self.write(task, &range, &self.outs, &places)?;
         task.sources[0].release(range);
-        self.control.add_written(place.len() as u64);
         Ok(Found::Nothing)
     }
 }
@@ -354,27 +379,33 @@ fn differs(task: &Task, label: &str) -> Error {
         .advice("leave one of the models out, or make the tensors equal first")
 }
 
-/// Makes room in `out` for the output of `elements`; where the bytes go.
-fn place(task: &Task, out: &mut AlignedBuffer, elements: &Range<u64>) -> Range<usize> {
-    let start = task.sink.buffer_offset(elements.start);
-    let end = start + (elements.end - elements.start) as usize * task.sink.dtype().size();
-    out.grow(end);
-    start..end
+/// Makes room in `outs` for the outputs of `elements`; where the bytes of each go.
+fn places(task: &Task, outs: &mut Vec<AlignedBuffer>, elements: &Range<u64>) -> Vec<Range<usize>> {
+    outs.resize_with(task.sinks.len().max(outs.len()), Default::default);
+    let place = |(sink, out): (&Arc<dyn Sink>, &mut AlignedBuffer)| {
+        let start = sink.buffer_offset(elements.start);
+        let end = start + (elements.end - elements.start) as usize * sink.dtype().size();
+        out.grow(end);
+        start..end
+    };
+    task.sinks.iter().zip(outs).map(place).collect()
 }
 
-/// The general way to compute the output: chunk by chunk, in slots.
+/// The general way to compute the outputs: chunk by chunk, in slots.
 fn interpret<T: Real>(
     level: Level,
     machine: &mut Machine<'_, T>,
     step: &Step<'_>,
-    dtype: DType,
-    bytes: &mut [u8],
+    outputs: &mut [Output<'_>],
 ) {
-    let at = |index: u64| (index - step.elements.start) as usize * dtype.size();
     for chunk in chunks(step.elements.clone()) {
         machine.run(&chunk, step.inputs);
-        let out = &mut bytes[at(chunk.start)..at(chunk.end)];
-        kernels::narrow(level, &machine.chunk(0), dtype, out);
+        for (index, output) in outputs.iter_mut().enumerate() {
+            let (dtype, first) = (output.dtype, step.elements.start);
+            let at = |index: u64| (index - first) as usize * dtype.size();
+            let bytes = &mut output.bytes[at(chunk.start)..at(chunk.end)];
+            kernels::narrow(level, &machine.chunk(index), dtype, bytes);
+        }
     }
 }
 

@@ -3,11 +3,13 @@
 //! Binding rebuilds the expression bottom-up, so the rules of the constructors act again: a
 //! computation whose arguments became known runs, a coefficient that became zero drops its term
 //! (and with it, maybe, the last use of an input), a lone coefficient of one leaves a plain copy.
-//! Shared nodes stay shared: everything is remembered by address.
+//! Shared nodes stay shared, since everything is remembered by address, and equal ones become shared
+//! ([`share`](super::share)).
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::share::Shared;
 use super::{
     Chosen, Computation, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode,
     simplify_weighted_sum,
@@ -29,11 +31,6 @@ impl Bindings {
         self.selections.insert(Arc::as_ptr(selection), (chosen, value));
     }
 
-    /// `value` with everything known put in.
-    pub fn bind(&self, value: &Value) -> Value {
-        Binder::new(self).value(value)
-    }
-
     /// Several values with everything known put in; what they share stays shared.
     pub fn bind_all(&self, values: &[Value]) -> Vec<Value> {
         let mut binder = Binder::new(self);
@@ -43,6 +40,7 @@ impl Bindings {
 
 struct Binder<'a> {
     known: &'a Bindings,
+    shared: Shared,
     values: HashMap<*const ValueNode, Value>,
     scalars: HashMap<*const ScalarNode, Scalar>,
     reductions: HashMap<*const Reduction, Arc<Reduction>>,
@@ -54,6 +52,7 @@ impl<'a> Binder<'a> {
     fn new(known: &'a Bindings) -> Self {
         Self {
             known,
+            shared: Shared::default(),
             values: HashMap::new(),
             scalars: HashMap::new(),
             reductions: HashMap::new(),
@@ -68,6 +67,7 @@ impl<'a> Binder<'a> {
             return done.clone();
         }
         let bound = self.rebuild(value);
+        let bound = self.shared.value(bound);
         self.values.insert(key, bound.clone());
         bound
     }
@@ -127,6 +127,7 @@ impl<'a> Binder<'a> {
             }
             ScalarNode::Computed { of, index } => self.computation(of)[*index].clone(),
         };
+        let bound = self.shared.scalar(bound);
         self.scalars.insert(key, bound.clone());
         bound
     }
@@ -149,7 +150,7 @@ impl<'a> Binder<'a> {
         let left = self.value(&reduction.left);
         let right = reduction.right.as_ref().map(|right| self.value(right));
         let (kind, scope) = (reduction.kind, reduction.scope);
-        let bound = Arc::new(Reduction { kind, left, right, scope });
+        let bound = self.shared.reduction(Reduction { kind, left, right, scope });
         self.reductions.insert(Arc::as_ptr(reduction), Arc::clone(&bound));
         bound
     }
@@ -160,7 +161,7 @@ impl<'a> Binder<'a> {
         }
         let value = self.value(&selection.value);
         let count = self.scalar(&selection.count);
-        let bound = Arc::new(Selection { value, count });
+        let bound = self.shared.selection(Selection { value, count });
         self.selections.insert(Arc::as_ptr(selection), Arc::clone(&bound));
         bound
     }

@@ -29,23 +29,23 @@ pub(crate) struct KeptMasks {
 /// Bytes that keeping one chunk of a mask takes: the bits, their cell, the allocator's part.
 const CHUNK_BYTES: u64 = (size_of::<Bits>() + size_of::<OnceLock<Box<Bits>>>() + 16) as u64;
 
-/// Bytes that the masks of `value` take over a tensor of `elements`; 0 if each is drawn only once.
-pub(crate) fn bytes(value: &Value, elements: u64) -> u64 {
-    names(value).len() as u64 * elements.div_ceil(CHUNK as u64) * CHUNK_BYTES
+/// Bytes that the masks of `values` take over a tensor of `elements`; 0 if each is drawn only once.
+pub(crate) fn bytes(values: &[Value], elements: u64) -> u64 {
+    names(values).len() as u64 * elements.div_ceil(CHUNK as u64) * CHUNK_BYTES
 }
 
 /// The masks that more than one pass over the tensor needs: those in what is reduced first.
-fn names(value: &Value) -> Vec<MaskName> {
-    let waits = stage::unknown(std::slice::from_ref(value));
+fn names(values: &[Value]) -> Vec<MaskName> {
+    let waits = stage::unknown(values);
     let reduced = waits.reductions.iter().flat_map(|reduction| stage::operands(reduction));
     let ranked = waits.selections.iter().map(|selection| selection.value.clone());
     stage::masks_of(&reduced.chain(ranked).collect::<Vec<_>>())
 }
 
 impl KeptMasks {
-    /// Room for the masks that `value` needs more than once.
-    pub(crate) fn new(value: &Value, elements: u64) -> Self {
-        let names = names(value);
+    /// Room for the masks that `values` need more than once.
+    pub(crate) fn new(values: &[Value], elements: u64) -> Self {
+        let names = names(values);
         let count = elements.div_ceil(CHUNK as u64) as usize;
         let empty = |_: &MaskName| std::iter::repeat_with(OnceLock::new).take(count).collect();
         Self { chunks: names.iter().map(empty).collect(), names }

@@ -31,6 +31,7 @@ pub mod machine;
 pub(crate) mod masks;
 pub mod oracle;
 pub mod selection;
+mod share;
 pub mod stage;
 
 use std::fmt;

@@ -133,13 +133,13 @@ pub(crate) fn operands(reduction: &Reduction) -> Vec<Value> {
 ///
 /// Rows are no such thing: short rows are reduced again wherever they are needed. `stored_rows`
 /// says that rows are long, and are reduced once, in a pass of their own.
-pub(crate) fn next_stage(value: &Value, scope: Scope, stored_rows: bool) -> Stage {
+pub(crate) fn next_stage(values: &[Value], scope: Scope, stored_rows: bool) -> Stage {
     let needs_pass = |scope: Scope| scope != Scope::Row || stored_rows;
     let is_ready = |values: &[Value]| {
         let waits = unknown(values);
         waits.selections.is_empty() && !waits.reductions.iter().any(|r| needs_pass(r.scope))
     };
-    let all = unknown(std::slice::from_ref(value));
+    let all = unknown(values);
     let mut stage = Stage::default();
     for reduction in all.reductions {
         if reduction.scope == scope && is_ready(&operands(&reduction)) {

@@ -1,6 +1,6 @@
 //! Plans in, merges out.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pyo3::prelude::*;
 
@@ -62,17 +62,18 @@ pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
     io::check_unchanged(&files).map_err(|error| raise(py, &error))
 }
 
-/// How `memory` bytes would be shared out: predicted peak, workers, bytes a worker; and whether an
-/// input is read more than once.
+/// How `memory` bytes would be shared out by merges that are made together: predicted peak, workers,
+/// bytes a worker; and whether an input is read more than once.
 #[pyfunction]
-pub(super) fn predict<'py>(
-    py: Python<'py>,
-    plan: &str,
+pub(super) fn predict(
+    py: Python<'_>,
+    plans: Vec<String>,
     memory: u64,
     threads: Option<usize>,
-) -> PyResult<Bound<'py, PyAny>> {
-    let planned = parse(plan).and_then(|plan| {
-        let needs = files::needs(&plan, ReadPath::Auto)?;
+) -> PyResult<Bound<'_, PyAny>> {
+    let plans: Result<Vec<Plan>> = plans.iter().map(|plan| parse(plan)).collect();
+    let planned = plans.and_then(|plans| {
+        let needs = files::needs(&plans.iter().collect::<Vec<_>>(), ReadPath::Auto)?;
         let resident = memory::resident();
         let memory = MemoryPlan::new(&needs, memory, worker_count(threads), resident)?;
         Ok((memory, needs.iter().any(|need| !need.reads_once())))
@@ -83,17 +84,17 @@ pub(super) fn predict<'py>(
     to_python(py, &described)
 }
 
-/// Executes a plan: writes its shards, under partial names, into `directory`.
+/// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
+/// and writes the shards of each, under partial names, into its directory.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
-#[pyo3(signature = (plan, directory, *, memory, threads=None, read_path="auto", direct=true,
+#[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
                     largest_piece=None, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
-    plan: &str,
-    directory: PathBuf,
+    merges: Vec<(String, PathBuf)>,
     memory: u64,
     threads: Option<usize>,
     read_path: &str,
@@ -114,15 +115,20 @@ pub(super) fn execute<'py>(
     };
     let write = if direct { DirectMode::Auto } else { DirectMode::Never };
     let report = enter(py, progress.as_ref(), |control| {
-        let plan = parse(plan)?;
+        let parse = |(plan, directory)| Ok((parse(plan)?, Path::new(directory)));
+        let merges: Vec<(Plan, &Path)> = merges
+            .iter()
+            .map(|(plan, directory)| parse((plan, directory)))
+            .collect::<Result<_>>()?;
+        let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
         let level = Level::from_environment()?;
         let workers = worker_count(threads);
         let settings = Settings { level, workers, memory, largest_piece };
         // Before any space is taken: what cannot fit is refused.
-        MemoryPlan::new(&files::needs(&plan, read)?, memory, workers, memory::resident())?;
-        let tasks = files::tasks(&plan, &directory, FileModes { read, write })?;
+        MemoryPlan::new(&files::needs(&plans, read)?, memory, workers, memory::resident())?;
+        let tasks = files::tasks(&merges, FileModes { read, write })?;
         let report = engine::run(tasks, &settings, control)?;
-        io::check_unchanged(&plan.files)?;
+        io::check_unchanged(&plans[0].files)?;
         Ok(report)
     })?;
     let described = serde_json::json!({

@@ -3,7 +3,7 @@
 use oxmerge::dtype::DType;
 use oxmerge::formula::{Scope, Value, compute};
 
-use super::{check, inputs, run_in_least_memory, settings, try_merged};
+use super::{all_merged, check, inputs, merged, run_in_least_memory, settings, try_merged};
 
 /// A slerp-like combination: coefficients from inner products over `scope`.
 fn gram(scope: Scope) -> Value {
@@ -144,4 +144,31 @@ fn random_masks_are_kept_where_there_is_room() {
     let (drawn, report) = run_in_least_memory(run);
     assert!(report.memory.mask_room < room_for_all, "{}", report.memory.mask_room);
     assert!(kept == drawn, "bytes differ");
+}
+
+/// Formulas over the same inputs made in one go are those made one by one, whatever they share.
+#[test]
+fn several_outputs_at_once() {
+    let (a, b) = (Value::input(0), Value::input(1));
+    let difference = || &b - &a;
+    let largest = || difference().masked(&difference().abs().largest(30_000.0));
+    let formulas = [
+        a.clone(),
+        gram(Scope::Tensor),
+        Value::weighted_sum([(0.25, a.clone()), (0.75, b.clone())]),
+        &a + &largest().scaled(0.5),
+        &a + &largest().scaled(0.75),
+        &a + &difference().masked(&Value::random_mask(0.5, 1)),
+        gram(Scope::Row),
+    ];
+    for shape in [&[300_u64, 501][..], &[2, 70_001]] {
+        let inputs = inputs(2, shape.iter().product(), DType::Bf16);
+        for dtype in [DType::Bf16, DType::F64] {
+            for settings in settings() {
+                let one = |formula| merged(formula, shape, &inputs, dtype, &settings);
+                let expected: Vec<_> = formulas.iter().map(one).collect();
+                assert!(all_merged(&formulas, shape, &inputs, dtype, &settings) == expected);
+            }
+        }
+    }
 }

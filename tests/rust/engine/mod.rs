@@ -62,7 +62,18 @@ pub(crate) fn merged(
     try_merged(formula, shape, inputs, dtype, settings).unwrap().0
 }
 
-/// The same, with the report, or why it does not run.
+/// What the engine makes of several formulas in one go.
+pub(crate) fn all_merged(
+    formulas: &[Value],
+    shape: &[u64],
+    inputs: &[Arc<ArraySource>],
+    dtype: DType,
+    settings: &Settings,
+) -> Vec<Vec<u8>> {
+    run_formulas(formulas, shape, inputs, dtype, settings).unwrap().0
+}
+
+/// The same of one, with the report, or why it does not run.
 pub(crate) fn try_merged(
     formula: &Value,
     shape: &[u64],
@@ -70,19 +81,31 @@ pub(crate) fn try_merged(
     dtype: DType,
     settings: &Settings,
 ) -> Result<(Vec<u8>, Report)> {
+    let formulas = std::slice::from_ref(formula);
+    let (mut outputs, report) = run_formulas(formulas, shape, inputs, dtype, settings)?;
+    Ok((outputs.remove(0), report))
+}
+
+fn run_formulas(
+    formulas: &[Value],
+    shape: &[u64],
+    inputs: &[Arc<ArraySource>],
+    dtype: DType,
+    settings: &Settings,
+) -> Result<(Vec<Vec<u8>>, Report)> {
     let elements: u64 = shape.iter().product();
-    let sink = ArraySink::new(elements as usize, dtype);
+    let sinks: Vec<_> = formulas.iter().map(|_| ArraySink::new(elements as usize, dtype)).collect();
     let task = Task::new(
         NAME,
         SEED,
         shape,
         sources(inputs),
         vec!["a".to_owned(); inputs.len()],
-        Arc::clone(&sink) as Arc<dyn Sink>,
-        Work::Formula(formula.clone()),
+        sinks.iter().map(|sink| Arc::clone(sink) as Arc<dyn Sink>).collect(),
+        Work::Formulas(formulas.to_vec()),
     );
     let report = run(vec![task], settings, &Control::default())?;
-    Ok((sink.bytes(), report))
+    Ok((sinks.iter().map(|sink| sink.bytes()).collect(), report))
 }
 
 /// What it should be.

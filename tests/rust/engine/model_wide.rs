@@ -46,9 +46,9 @@ fn merge(model: &[Vec<Arc<ArraySource>>], settings: &Settings) -> Result<Vec<Vec
         model.iter().map(|t| ArraySink::new(t[0].widened::<f32>().len(), DType::F32)).collect();
     let task = |(inputs, sink): (&Vec<Arc<ArraySource>>, &Arc<ArraySink>)| {
         let elements = inputs[0].widened::<f32>().len() as u64;
-        let (labels, sink) = (vec![String::new(); 3], Arc::clone(sink) as Arc<dyn Sink>);
-        let work = Work::Formula(formula.clone());
-        Task::new("t", 0, &[elements], sources(inputs), labels, sink, work)
+        let (labels, sinks) = (vec![String::new(); 3], vec![Arc::clone(sink) as Arc<dyn Sink>]);
+        let work = Work::Formulas(vec![formula.clone()]);
+        Task::new("t", 0, &[elements], sources(inputs), labels, sinks, work)
     };
     let tasks = model.iter().zip(&sinks).map(task).collect();
     run(tasks, settings, &Control::default())?;

@@ -140,6 +140,10 @@ class FakeEngine:
     def merge(self, recipe: str, directory: str, **options: Any) -> Any:
         return self._answer("merge", recipe, directory, **options) or Report(directory)
 
+    def sweep(self, recipe: str, pattern: str, axes: Any, **options: Any) -> Any:
+        reports = [Report("out/0.1"), Report("out/0.9", warnings=("odd",))]
+        return self._answer("sweep", recipe, pattern, axes, **options) or reports
+
     def plan(self, recipe: str, **options: Any) -> Any:
         return self._answer("plan", recipe, **options) or Plan()
 
@@ -190,6 +194,30 @@ def test_merge_passes_on_everything(run: Any) -> None:
     }
 
 
+def test_sweep_passes_on_its_axes(run: Any) -> None:
+    engine = FakeEngine()
+    places = ["--set", "parameters.t=0.1,0.9", "--set", "models[0].parameters.weight=1:2:2"]
+    code, _, err = run("sweep", "r.yml", "out/{t}", *places, "--together", engine=engine)
+    assert code == 0
+    axes = {"parameters.t": "0.1,0.9", "models[0].parameters.weight": "1:2:2"}
+    options = {"together": True, "strict": False, "overwrite": False}
+    assert engine.calls == [("sweep", ("r.yml", "out/{t}", axes), options)]
+    assert err == (
+        "warning: odd\n"
+        "wrote `out/0.1`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
+        "wrote `out/0.9`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
+        "2 merges in one pass: 2.00 GB/s read and written, peak memory 180 MiB of 256 MiB, "
+        "4 threads, avx512\n"
+    )
+
+
+@pytest.mark.parametrize("axis", ["parameters.t", "=1", "parameters.t="])
+def test_sweep_refuses_an_axis_without_place_or_values(run: Any, axis: str) -> None:
+    code, _, err = run("sweep", "r.yml", "out/{t}", "--set", axis)
+    assert code == 2
+    assert err.startswith(f"error: `--set {axis}` sets nothing\nhint: write --set PLACE=VALUES")
+
+
 def test_plan_passes_on_its_options(run: Any) -> None:
     engine = FakeEngine()
     run("plan", "r.yml", "--memory", "1GB", "--strict", engine=engine)
@@ -203,7 +231,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         (
             "xyz",
             "unknown command `xyz`",
-            "known are: merge, plan, inspect, methods, demo",
+            "known are: merge, sweep, plan",
         ),
         ("merge r out --memroy 1GB", "unknown option `--memroy`", "did you mean `--memory`?"),
         ("merge r out --mem=1GB", "unknown option `--mem`", "did you mean `--memory`?"),

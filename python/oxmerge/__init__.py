@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
     from oxmerge.recipe import Recipe as Recipe
+    from oxmerge.sweeping import sweep as sweep
 
 __all__ = [
     "CheckpointError",
@@ -48,6 +49,7 @@ __all__ = [
     "merge",
     "open",
     "plan",
+    "sweep",
 ]
 
 __version__: str = build_info()["version"]
@@ -61,6 +63,7 @@ _LAZY = {
     "merge": ("oxmerge.merging", "merge"),
     "open": ("oxmerge.checkpoints", "open_checkpoint"),
     "plan": ("oxmerge.merging", "plan"),
+    "sweep": ("oxmerge.sweeping", "sweep"),
 }
 
 

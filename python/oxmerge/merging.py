@@ -15,7 +15,7 @@ from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from oxmerge.problems import Problem
@@ -304,27 +304,70 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     OSError
         If a file cannot be read or written, or the disk is full; no output is left.
     """
+    reports = merge_together(
+        [(recipe, directory)],
+        memory=memory,
+        threads=threads,
+        seed=seed,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        strict=strict,
+        read_path=read_path,
+        progress=progress,
+    )
+    return reports[0]
+
+
+def merge_together(  # noqa: PLR0913 - the options of `merge`
+    merges: Sequence[tuple[PathLike | Recipe, PathLike]],
+    *,
+    memory: int | str,
+    threads: int | None,
+    seed: int,
+    shard_size: int | str,
+    overwrite: bool,
+    strict: bool,
+    read_path: str = "auto",
+    progress: Callable[[Snapshot], None] | None = None,
+) -> list[MergeReport]:
+    """Merge by several recipes that read the same tensors, in one pass over them.
+
+    Parameters and errors are those of `merge`, for pairs of a recipe and a directory. Outputs that
+    are finished when something fails are kept, the others leave nothing.
+    """
     started = time.perf_counter()
     budget = parse_size(memory)
     _check_options(threads, read_path)
-    merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
-    output = prepare_output(
-        directory,
-        overwrite=overwrite,
-        input_files=merge_plan.plan.files,
-        needed_bytes=outcome.bytes,
-    )
+    prepared = [
+        _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict) for recipe, _ in merges
+    ]
+    needed = sum(outcome.bytes for _, outcome in prepared)
+    outputs: list[OutputDirectory] = []
     try:
+        for (merge_plan, _), (_, directory) in zip(prepared, merges, strict=True):
+            files = merge_plan.plan.files
+            output = prepare_output(
+                directory, overwrite=overwrite, input_files=files, needed_bytes=needed
+            )
+            outputs.append(output)
         done = _core.execute(
-            [(merge_plan.to_json(), output.path)],
+            [
+                (merge_plan.to_json(), output.path)
+                for (merge_plan, _), output in zip(prepared, outputs, strict=True)
+            ],
             memory=budget,
             threads=threads,
             read_path=read_path,
-            progress=_reporter(merge_plan, progress),
+            progress=_reporter([merge_plan for merge_plan, _ in prepared], progress),
         )
-        return _finish(merge_plan, outcome, output, done, started)
+        return [
+            _finish(merge_plan, outcome, output, done, started)
+            for (merge_plan, outcome), output in zip(prepared, outputs, strict=True)
+        ]
     except BaseException:
-        discard(output)
+        # Backwards: the first made the folders that they have in common.
+        for output in reversed(outputs):
+            discard(output)
         raise
 
 
@@ -349,7 +392,7 @@ def _finish(
         tensors=len(merge_plan.plan.tensors),
         files=len(merge_plan.plan.shards),
         bytes_read=done["bytes_read"],
-        bytes_written=done["bytes_written"],
+        bytes_written=_bytes_written(merge_plan),
         seconds=done["seconds"],
         total_seconds=time.perf_counter() - started,
         peak_memory=done["peak_memory"],
@@ -383,12 +426,16 @@ def _fits_free_memory(merge_plan: MergePlan) -> bool | None:
     return largest < int(available.split()[1]) * 1024
 
 
+def _bytes_written(merge_plan: MergePlan) -> int:
+    return sum(tensor.bytes for tensor in merge_plan.plan.tensors)
+
+
 def _reporter(
-    merge_plan: MergePlan, progress: Callable[[Snapshot], None] | None
+    merge_plans: Sequence[MergePlan], progress: Callable[[Snapshot], None] | None
 ) -> Callable[[int, int, int, str, int], None] | None:
     if progress is None:
         return None
-    total = sum(tensor.bytes for tensor in merge_plan.plan.tensors)
+    total = sum(map(_bytes_written, merge_plans))
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
         progress(Snapshot(written, total, read, tensors, current, peak))

@@ -175,13 +175,28 @@ class Recipe:
         FileNotFoundError
             If `source` is a path and there is no such file.
         """
-        from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+        mapping, text, folder = _parsed(source)
+        return cls.from_mapping(mapping, text=text, folder=folder)
 
-        if isinstance(source, str) and ("\n" in source or ": " in source):
-            return cls.from_mapping(parse_yaml(source), text=source)
-        path = os.path.abspath(source)
-        text = _read_text(path)
-        return cls.from_mapping(parse_yaml(text, path), text=text, folder=os.path.dirname(path))
+    @staticmethod
+    def mapping_of(source: str | os.PathLike[str]) -> tuple[dict[str, object], str | None]:
+        """Return what a YAML file or text says, as plain data, and the folder of the file.
+
+        Parameters and errors are those of `from_yaml`, but only the YAML is checked.
+        """
+        mapping, _, folder = _parsed(source)
+        return dict(mapping), folder
+
+
+def _parsed(source: str | os.PathLike[str]) -> tuple[dict[str, object], str, str | None]:
+    """Return a recipe's mapping, its text, and the folder of its file."""
+    from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+    if isinstance(source, str) and ("\n" in source or ": " in source):
+        return parse_yaml(source), source, None
+    path = os.path.abspath(source)
+    text = _read_text(path)
+    return parse_yaml(text, path), text, os.path.dirname(path)
 
 
 def _read_text(path: str) -> str:

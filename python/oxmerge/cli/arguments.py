@@ -128,6 +128,24 @@ def add_plan_options(parser: Parser) -> None:
     add_json_option(parser)
 
 
+def add_run_options(parser: Parser) -> None:
+    """Add the options that `merge` and `sweep` share."""
+    add_plan_options(parser)
+    parser.add_argument(
+        "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that is in the output directory"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def run_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that `merge` and `sweep` share, without those not given."""
+    settings = {**plan_options(options), "overwrite": options.overwrite}
+    return settings if options.seed is None else {**settings, "seed": options.seed}
+
+
 def add_json_option(parser: Parser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -122,6 +122,15 @@ class Engine(Protocol):
     def merge(self, recipe: str, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
         """Merge, calling `options["progress"]` now and then."""
 
+    def sweep(
+        self,
+        recipe: str,
+        pattern: str,
+        axes: Mapping[str, str],
+        **options: Any,  # noqa: ANN401
+    ) -> Sequence[MergeReport]:
+        """Merge several times in one pass, calling `options["progress"]` now and then."""
+
     def plan(self, recipe: str, **options: Any) -> PlanSummary:  # noqa: ANN401
         """Plan without merging."""
 
@@ -138,6 +147,17 @@ class InstalledEngine:
     def merge(self, recipe: str, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
         """Merge, calling `options["progress"]` now and then."""
         return cast("MergeReport", _package("oxmerge").merge(recipe, directory, **options))
+
+    def sweep(
+        self,
+        recipe: str,
+        pattern: str,
+        axes: Mapping[str, str],
+        **options: Any,  # noqa: ANN401
+    ) -> Sequence[MergeReport]:
+        """Merge several times in one pass, calling `options["progress"]` now and then."""
+        reports = _package("oxmerge").sweep(recipe, pattern, axes, **options)
+        return cast("Sequence[MergeReport]", reports)
 
     def plan(self, recipe: str, **options: Any) -> PlanSummary:  # noqa: ANN401
         """Plan without merging."""

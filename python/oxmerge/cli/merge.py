@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oxmerge.cli.arguments import Parser, add_plan_options, natural, plan_options
+from oxmerge.cli.arguments import Parser, add_run_options, run_options
 from oxmerge.cli.progress import format_duration, format_rate, show_progress
 from oxmerge.sizes import format_size
 
@@ -18,24 +18,16 @@ READ_PATHS = ("auto", "mapped", "positioned", "direct")
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
-    add_plan_options(parser)
+    add_run_options(parser)
     parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
-    parser.add_argument(
-        "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the model that is in OUT")
     parser.add_argument(
         "--read-path", choices=READ_PATHS, default="auto", help="how input files are read (auto)"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Merge and tell how it went."""
-    settings = plan_options(options)
-    settings.update(overwrite=options.overwrite, read_path=options.read_path)
-    if options.seed is not None:
-        settings["seed"] = options.seed
+    settings = {**run_options(options), "read_path": options.read_path}
     with show_progress(printer) as progress:
         report = engine.merge(options.recipe, options.directory, **settings, progress=progress)
     tell(report, printer)

@@ -116,7 +116,7 @@ fn a_zero_coefficient_skips_its_term() {
     let inputs = [finite, infinite];
     check::<f32>(&formula, &[3], &inputs, DType::F32);
     for settings in settings() {
-        let merged = super::merged(&formula, &[3], &inputs, DType::F32, &settings);
+        let merged = merged(&formula, &[3], &inputs, DType::F32, &settings);
         let values: &[f32] = bytemuck::cast_slice(&merged);
         assert_eq!(
             values.iter().map(|v| v.to_bits()).collect::<Vec<_>>(),

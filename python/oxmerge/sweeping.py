@@ -1,0 +1,288 @@
+"""Sweeps: the same merge with other parameters, several times in one pass over the inputs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import string
+from dataclasses import dataclass
+
+from oxmerge.errors import RecipeError
+from oxmerge.merging import DEFAULT_MEMORY, merge_together
+from oxmerge.planning import DEFAULT_SHARD_SIZE
+from oxmerge.recipe import Recipe
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Any
+
+    from oxmerge.merging import MergeReport, Snapshot
+
+    Scalar = bool | int | float | str
+    Axes = Mapping[str, str | Sequence[Scalar]]
+
+__all__ = ["Variant", "parse_values", "sweep", "variants"]
+
+#: More outputs than that are a slip of the keyboard.
+MOST_VARIANTS = 256
+#: Decimals that a value of a range keeps: 0.3, not 0.30000000000000004.
+_DECIMALS = 12
+_STEP = re.compile(r"([^\[\].]+)|\[(\d+)\]")
+_RANGE = re.compile(r"([^:,]+):([^:,]+):(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One merge of a sweep.
+
+    Attributes
+    ----------
+    settings : dict
+        What it sets, by the place in the recipe.
+    directory : str
+        Where it goes.
+    recipe : Recipe
+        The recipe with everything set.
+    """
+
+    settings: dict[str, Scalar]
+    directory: str
+    recipe: Recipe
+
+
+def parse_values(text: str) -> list[Scalar]:
+    """Return the values that `text` lists.
+
+    Parameters
+    ----------
+    text : str
+        Values with commas between them, ``0.1,0.5,0.9``; or the first, the last and how many,
+        evenly spaced, ``0.1:0.9:9``.
+
+    Raises
+    ------
+    RecipeError
+        If it is neither.
+
+    Examples
+    --------
+    >>> parse_values("0.1:0.4:4"), parse_values("true,false"), parse_values("1")
+    ([0.1, 0.2, 0.3, 0.4], [True, False], [1])
+    """
+    spaced = _RANGE.fullmatch(text)
+    if spaced is None:
+        return [_scalar(value, text) for value in text.split(",")]
+    try:
+        first, last, count = float(spaced[1]), float(spaced[2]), int(spaced[3])
+    except ValueError:
+        raise _no_values(text) from None
+    if count == 0 or count > MOST_VARIANTS:
+        raise RecipeError(
+            f"`{text}` has {count} values", advice=f"ask for 1 to {MOST_VARIANTS} of them"
+        )
+    step = (last - first) / max(count - 1, 1)
+    return [round(first + step * at, _DECIMALS) for at in range(count)]
+
+
+def _scalar(value: str, text: str) -> Scalar:
+    from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+    if not value.strip():
+        raise _no_values(text)
+    parsed = parse_yaml(f"value: {value}")["value"]
+    if not isinstance(parsed, bool | int | float | str):
+        raise _no_values(text)
+    return parsed
+
+
+def _no_values(text: str) -> RecipeError:
+    advice = "write 0.1,0.5,0.9, or 0.1:0.9:9 for nine values from 0.1 to 0.9"
+    return RecipeError(f"`{text}` lists no values", advice=advice)
+
+
+def _no_place(place: str, step: object) -> RecipeError:
+    return RecipeError(
+        f"there is no `{place}` in the recipe",
+        found=f"nothing at `{step}` that it could stand in",
+        advice="write the keys with dots between them: models[0].parameters.weight",
+    )
+
+
+def variants(
+    recipe: str | os.PathLike[str], pattern: str, axes: Axes, *, together: bool = False
+) -> list[Variant]:
+    """Return the merges of a sweep: every combination of the values of `axes`.
+
+    Parameters
+    ----------
+    recipe, pattern, axes, together
+        As in `sweep`.
+
+    Raises
+    ------
+    RecipeError
+        If a place is not in the recipe, or two merges would go to the same directory.
+    """
+    values = {
+        place: parse_values(listed) if isinstance(listed, str) else list(listed)
+        for place, listed in axes.items()
+    }
+    if not values or not all(values.values()):
+        raise RecipeError(
+            "a sweep needs something to vary",
+            advice="name a place and its values: models[0].parameters.weight=0.1:0.9:9",
+        )
+    mapping, folder = Recipe.mapping_of(recipe)
+    made = [
+        _variant(mapping, folder, pattern, number, settings)
+        for number, settings in enumerate(_combinations(values, together=together))
+    ]
+    _check_directories(made, pattern)
+    return made
+
+
+def _combinations(
+    values: Mapping[str, Sequence[Scalar]], *, together: bool
+) -> Iterator[dict[str, Scalar]]:
+    counts = [len(listed) for listed in values.values()]
+    if together and len(set(counts)) > 1:
+        raise RecipeError(
+            "places that vary together need as many values each", found=f"{counts} values"
+        )
+    combined = (
+        zip(*values.values(), strict=True) if together else itertools.product(*values.values())
+    )
+    for number, combination in enumerate(combined):
+        if number == MOST_VARIANTS:
+            raise RecipeError(
+                f"the values make more than {MOST_VARIANTS} merges", advice="sweep in parts"
+            )
+        yield dict(zip(values, combination, strict=True))
+
+
+def _variant(
+    mapping: Mapping[str, object],
+    folder: str | None,
+    pattern: str,
+    number: int,
+    settings: dict[str, Scalar],
+) -> Variant:
+    changed = copy.deepcopy(mapping)
+    for place, value in settings.items():
+        _put(changed, place, value)
+    return Variant(
+        settings, _directory(pattern, number, settings), Recipe.from_mapping(changed, folder=folder)
+    )
+
+
+def _put(mapping: Any, place: str, value: Scalar) -> None:  # noqa: ANN401 - parsed YAML
+    """Set what stands at `place`, such as ``models[0].parameters.weight``."""
+    steps = [name or int(index) for name, index in _STEP.findall(place)]
+    written = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    if not steps or written.lstrip(".") != place:
+        raise _no_place(place, place)
+    at = mapping
+    for step in steps[:-1]:
+        if isinstance(step, str) and isinstance(at, dict):
+            at = at.setdefault(step, {})
+        elif isinstance(step, int) and isinstance(at, list) and step < len(at):
+            at = at[step]
+        else:
+            raise _no_place(place, step)
+    last = steps[-1]
+    fits = (
+        isinstance(at, dict) if isinstance(last, str) else isinstance(at, list) and last < len(at)
+    )
+    if not fits:
+        raise _no_place(place, last)
+    at[last] = value
+
+
+def _directory(pattern: str, number: int, settings: Mapping[str, Scalar]) -> str:
+    texts = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in settings.values()]
+    names = [re.split(r"[.\]]", place)[-1] for place in settings]
+    fields = dict(zip(names, texts, strict=True)) | {"n": str(number)}
+    try:
+        return string.Formatter().vformat(pattern, texts, fields)
+    except (IndexError, KeyError, ValueError):
+        known = ", ".join(f"{{{name}}}" for name in [*range(len(texts)), *fields])
+        raise RecipeError(f"cannot fill in `{pattern}`", advice=f"it may hold {known}") from None
+
+
+def _check_directories(made: Sequence[Variant], pattern: str) -> None:
+    if len({variant.directory for variant in made}) < len(made):
+        places = ", ".join(f"{{{at}}} ({place})" for at, place in enumerate(made[0].settings))
+        raise RecipeError(
+            f"`{pattern}` gives several merges the same directory",
+            advice=f"put {places} or {{n}} into it",
+        )
+
+
+def sweep(  # noqa: PLR0913 - the options of the command, keyword only
+    recipe: str | os.PathLike[str],
+    pattern: str,
+    axes: Axes,
+    *,
+    together: bool = False,
+    memory: int | str = DEFAULT_MEMORY,
+    threads: int | None = None,
+    seed: int = 0,
+    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    strict: bool = False,
+    progress: Callable[[Snapshot], None] | None = None,
+) -> list[MergeReport]:
+    """Merge several times with other parameters, in one pass over the inputs.
+
+    Each output is byte for byte what `merge` would write. The inputs are read once for all of them,
+    and statistics that they have in common are computed once.
+
+    Parameters
+    ----------
+    recipe : path or str
+        What to merge: a file, or YAML text.
+    pattern : str
+        Where the outputs go. ``{0}``, ``{1}``… stand for the values in the order of `axes`,
+        ``{weight}`` for that of a place that ends so, ``{n}`` for a running number from 0.
+    axes : mapping of str to str or sequence
+        What to vary: a place in the recipe, such as ``models[0].parameters.weight``, and its
+        values, as a sequence or as `parse_values` reads them.
+    together : bool
+        Vary all places in step instead of in every combination.
+    memory, threads, seed, shard_size, overwrite, strict, progress
+        As in `merge`; for all outputs together.
+
+    Returns
+    -------
+    list of MergeReport
+        One for each output. Times, memory and bytes read are those of the whole sweep.
+
+    Raises
+    ------
+    RecipeError
+        If a place is not in the recipe, or two merges would go to the same directory.
+    PlanError
+        If the merges do not read the same tensors.
+    OSError, OxmergeError
+        As `merge`. Outputs that are complete by then are kept, the others leave nothing.
+
+    Examples
+    --------
+    >>> reports = oxmerge.sweep(
+    ...     "recipe.yml", "out/w{weight}", {"models[0].parameters.weight": "0.1:0.9:9"}
+    ... )  # doctest: +SKIP
+    """
+    made = variants(recipe, pattern, axes, together=together)
+    return merge_together(
+        [(variant.recipe, variant.directory) for variant in made],
+        memory=memory,
+        threads=threads,
+        seed=seed,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        strict=strict,
+        progress=progress,
+    )

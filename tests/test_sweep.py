@@ -1,0 +1,164 @@
+"""A sweep writes what single merges would, in one pass, and nothing where it fails."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import oxmerge
+import pytest
+from oxmerge.errors import PlanError, RecipeError
+from oxmerge.sweeping import parse_values, variants
+from writers import directory_bytes, write_recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WEIGHT, DENSITY = "models[0].parameters.weight", "models[1].parameters.density"
+ROOM: dict[str, Any] = {"memory": "4GiB", "seed": 5}
+
+
+def recipe_of(folder: Path, family: Path, method: str, **more: Any) -> Path:
+    models = [family / "a"] if method == "slerp" else [family / "a", family / "b"]
+    each = {} if method == "slerp" else {"weight": 0.4, "density": 0.5}
+    if method in {"linear", "nuslerp"}:
+        each = {"weight": 0.4}
+    base = None if method == "linear" else family / "base"
+    return write_recipe(folder / "r.yml", method, models, base=base, each=each, **more)
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    names = ("model", "config.json")
+    return {name: b for name, b in directory_bytes(folder).items() if name.startswith(names)}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {WEIGHT: [0.0, 0.25, 1]},
+    "slerp": {"parameters.t": "0:1:5"},
+    "nuslerp": {WEIGHT: "0.1,0.9"},
+    "task_arithmetic": {"parameters.lambda": "0.5,1"},
+    "ties": {WEIGHT: "0.1:0.9:3", DENSITY: "0.2,1"},
+    "dare_ties": {"parameters.lambda": "0.5,1,1.5"},
+    "dare_linear": {DENSITY: "0,0.5,1"},
+}
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_outputs_are_those_of_single_merges(tmp_path: Path, family: Path, method: str) -> None:
+    shared = {"t": 0.5} if method == "slerp" else {"lambda": 1.0} if "_" in method else {}
+    recipe = recipe_of(tmp_path, family, method, shared=shared, dtype="bfloat16")
+    made = variants(recipe, str(tmp_path / "all" / "{n}"), CASES[method])
+    reports = oxmerge.sweep(recipe, str(tmp_path / "all" / "{n}"), CASES[method], **ROOM)
+    assert [report.directory for report in reports] == [variant.directory for variant in made]
+    seen = set()
+    for at, variant in enumerate(made):
+        single = oxmerge.merge(variant.recipe, tmp_path / "single" / str(at), **ROOM)
+        weights = weights_of(tmp_path / "all" / str(at))
+        assert weights == weights_of(tmp_path / "single" / str(at))
+        assert reports[at].bytes_written == single.bytes_written
+        seen.add(weights["model.safetensors"])
+    assert len(seen) == len(made)
+
+
+def test_inputs_are_read_once_for_all(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "ties")
+    single = oxmerge.merge(recipe, tmp_path / "single", **ROOM)
+    reports = oxmerge.sweep(recipe, str(tmp_path / "w{weight}"), {WEIGHT: "0.1:0.9:9"}, **ROOM)
+    assert len(reports) == 9
+    # The threshold is found once: only the sample may differ.
+    assert reports[0].bytes_read == pytest.approx(single.bytes_read, rel=0.01)
+    assert (tmp_path / "w0.3" / "model.safetensors").exists()
+
+
+def test_the_recipe_beside_an_output_makes_it_again(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    oxmerge.sweep(recipe, str(tmp_path / "w{0}"), {WEIGHT: [0.2, 0.7]}, **ROOM)
+    [written] = (tmp_path / "w0.7").glob("*.y*ml")
+    oxmerge.merge(written, tmp_path / "again", **ROOM)
+    assert weights_of(tmp_path / "again") == weights_of(tmp_path / "w0.7")
+
+
+def test_every_combination_or_in_step(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "ties")
+    axes = {WEIGHT: [0.1, 0.9], "models[1].parameters.weight": [0.9, 0.1]}
+    grid = variants(recipe, "out/{0}-{1}", axes)
+    assert [v.directory for v in grid] == [
+        "out/0.1-0.9",
+        "out/0.1-0.1",
+        "out/0.9-0.9",
+        "out/0.9-0.1",
+    ]
+    step = variants(recipe, "out/{n}", axes, together=True)
+    assert [list(v.settings.values()) for v in step] == [[0.1, 0.9], [0.9, 0.1]]
+    assert [v.directory for v in step] == ["out/0", "out/1"]
+
+
+def test_values() -> None:
+    assert parse_values("0.1:0.9:9") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert parse_values("1e-3") == [0.001]
+    assert parse_values("5:5:1") == [5.0]
+    assert parse_values("bfloat16,float32") == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "axes", "message"),
+    [
+        ("out", {WEIGHT: "1,2"}, "`out` gives several merges the same directory"),
+        ("out/{x}", {WEIGHT: "1,2"}, "cannot fill in `out/{x}`"),
+        ("out/{1}", {WEIGHT: "1,2"}, "cannot fill in `out/{1}`"),
+        ("out/{", {WEIGHT: "1,2"}, "cannot fill in `out/{`"),
+        ("out/{n}", {}, "a sweep needs something to vary"),
+        ("out/{n}", {WEIGHT: ""}, "`` lists no values"),
+        ("out/{n}", {WEIGHT: "1,,2"}, "`1,,2` lists no values"),
+        ("out/{n}", {WEIGHT: "a:b:3"}, "`a:b:3` lists no values"),
+        ("out/{n}", {WEIGHT: "0:1:1000"}, "`0:1:1000` has 1000 values"),
+        (
+            "out/{n}",
+            {"models[7].parameters.weight": "1"},
+            "there is no `models[7].parameters.weight`",
+        ),
+        ("out/{n}", {"merge_method.x": "1"}, "there is no `merge_method.x`"),
+        ("out/{n}", {"models[0": "1"}, "there is no `models[0`"),
+        ("out/{n}", {"": "1"}, "there is no ``"),
+        ("out/{n}", {"parameters.t": "0:1:256", WEIGHT: "1,2"}, "the values make more than 256"),
+    ],
+)
+def test_what_makes_no_sense(
+    tmp_path: Path, family: Path, pattern: str, axes: dict[str, str], message: str
+) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    with pytest.raises(RecipeError) as caught:
+        variants(recipe, pattern, axes)
+    assert str(caught.value).startswith(message)
+
+
+def test_places_in_step_need_as_many_values(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    axes = {WEIGHT: "1,2", "models[1].parameters.weight": "1,2,3"}
+    with pytest.raises(RecipeError, match="as many values each"):
+        variants(recipe, "out/{n}", axes, together=True)
+
+
+def test_a_parameter_that_the_dialect_does_not_know(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    with pytest.raises(RecipeError, match="did you mean `parameters`"):
+        oxmerge.sweep(recipe, str(tmp_path / "{n}"), {"models[0].parameter.weight": "1,2"})
+
+
+def test_merges_of_other_tensors_are_refused_and_leave_nothing(
+    tmp_path: Path, family: Path
+) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    models = [str(family / "a"), str(family / "c")]
+    with pytest.raises(PlanError, match="must have the same input files"):
+        oxmerge.sweep(recipe, str(tmp_path / "out" / "{n}"), {"models[0].model": models}, **ROOM)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_in_the_way_stops_all(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    (tmp_path / "w2").mkdir()
+    (tmp_path / "w2" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        oxmerge.sweep(recipe, str(tmp_path / "w{weight}"), {WEIGHT: [1, 2]}, **ROOM)
+    assert not (tmp_path / "w1").exists()
+    assert [path.name for path in (tmp_path / "w2").iterdir()] == ["notes.txt"]

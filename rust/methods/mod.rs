@@ -83,7 +83,8 @@ pub enum Preset {
 }
 
 impl Parameter {
-    const fn new(
+    /// A parameter; required if `default` is [`Preset::Nothing`].
+    pub const fn new(
         per: &'static str,
         name: &'static str,
         kind: &'static str,

@@ -3,3 +3,65 @@
 pub(crate) mod arcee_fusion;
 mod golden;
 pub(crate) mod metagpt;
+mod norm_average;
+
+use oxmerge::dtype::DType;
+use oxmerge::formula::Value;
+use oxmerge::formula::oracle::Oracle;
+use oxmerge::methods::Method;
+use oxmerge::plan::{OutputTensor, SourceTensor};
+use serde_json::json;
+
+use crate::engine::{check, inputs};
+
+/// The norm-preserving average by these weights.
+fn norm_average(shape: &[u64], weights: &[f64]) -> Value {
+    let source = |weight: &f64| SourceTensor {
+        model: "m".to_owned(),
+        name: "t".to_owned(),
+        dtype: DType::F32,
+        file: 0,
+        start: 0,
+        parameters: json!({ "weight": weight }).as_object().unwrap().clone(),
+    };
+    let tensor = OutputTensor {
+        name: "t".to_owned(),
+        shape: shape.to_vec(),
+        dtype: DType::F32,
+        shard: 0,
+        start: 0,
+        sources: weights.iter().map(source).collect(),
+        base: None,
+        parameters: serde_json::Map::new(),
+    };
+    norm_average::NormAverage.formula(&tensor).unwrap()
+}
+
+#[test]
+fn the_norm_is_preserved() {
+    let evaluate = |inputs: Vec<Vec<f32>>, weights: &[f64]| {
+        Oracle::new("t", 0, &[2], inputs).evaluate(&norm_average(&[2], weights))
+    };
+    // Average (2, 1.5) of length 2.5; the inputs have lengths 4 and 3, so the scale is 3.5 / 2.5.
+    let orthogonal = vec![vec![4.0, 0.0], vec![0.0, 3.0]];
+    assert_eq!(evaluate(orthogonal.clone(), &[1.0, 1.0]), [2.0 * 1.4, 1.5 * 1.4]);
+    // A weight of zero leaves the other as it is.
+    assert_eq!(evaluate(orthogonal, &[0.0, 5.0]), [0.0, 3.0]);
+    // What cancels out has no direction.
+    assert_eq!(evaluate(vec![vec![1.0, -2.0], vec![-1.0, 2.0]], &[1.0, 1.0]), [0.0, 0.0]);
+}
+
+#[test]
+fn norm_average_is_the_same_everywhere() {
+    for shape in [&[300_u64, 501][..], &[131_073], &[1]] {
+        let inputs = inputs(3, shape.iter().product(), DType::Bf16);
+        check::<f32>(&norm_average(shape, &[0.2, 0.5, 0.3]), shape, &inputs, DType::Bf16);
+    }
+}
+
+#[test]
+fn the_document_shows_this_method() {
+    let document = include_str!("../../../rust/methods/ADDING.md");
+    let shown = document.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next());
+    assert_eq!(shown, Some(include_str!("norm_average.rs")));
+}

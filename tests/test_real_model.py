@@ -80,6 +80,7 @@ def test_a_merge_is_what_torch_computes(pair: Path, weights: tuple[float, float]
     assert found["shape"] == [2, 384]
     assert found["finite"]
     assert found["difference"] <= 1e-6
+    assert found["from_recipe"] <= 1e-6
     assert found["change"] > 1e-3
     shutil.rmtree(pair)
 

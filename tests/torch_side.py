@@ -13,6 +13,7 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")
 
+import oxmerge  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoTokenizer  # noqa: E402
@@ -58,12 +59,19 @@ def main() -> None:
     weights = {name: value for name, value in merged.items() if name in same_class.state_dict()}
     lacking, _ = same_class.load_state_dict(weights, strict=False)
     ours, theirs = (embeddings(model, folder / "merged") for model in (loaded, same_class))
+    lazy = oxmerge.lazy(folder / "r.yml", kind="torch")
+    straight = type(loaded)(AutoConfig.from_pretrained(folder / "first"))
+    known = straight.state_dict()
+    wanted = {name: lazy[name] for name in lazy if name in known}
+    absent, _ = straight.load_state_dict(wanted, strict=False, assign=True)
+    from_recipe = embeddings(straight, folder / "first")
     original = embeddings(AutoModel.from_pretrained(folder / "first"), folder / "first")
     found = {
-        "lacking": sorted({*lacking, *notes["missing_keys"]}),
+        "lacking": sorted({*lacking, *absent, *notes["missing_keys"]}),
         "mismatched": sorted(map(str, notes["mismatched_keys"])),
         "shape": list(ours.shape),
         "difference": float((ours - theirs).abs().max()),
+        "from_recipe": float((from_recipe - theirs).abs().max()),
         "change": float((ours - original).abs().max()),
         "finite": bool(ours.isfinite().all()),
     }

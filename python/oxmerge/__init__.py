@@ -22,8 +22,13 @@ from oxmerge.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oxmerge import kernels as kernels
     from oxmerge.checkpoints import OpenCheckpoint as OpenCheckpoint
     from oxmerge.checkpoints import open_checkpoint as open  # noqa: A004
+    from oxmerge.in_memory import merge_state_dicts as merge_state_dicts
+    from oxmerge.in_memory import merge_tensors as merge_tensors
+    from oxmerge.lazily import LazyMerge as LazyMerge
+    from oxmerge.lazily import lazy as lazy
     from oxmerge.merging import MergeReport as MergeReport
     from oxmerge.merging import Outlook as Outlook
     from oxmerge.merging import merge as merge
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "InputChangedError",
+    "LazyMerge",
     "MemoryBudgetError",
     "MergeReport",
     "OpenCheckpoint",
@@ -46,7 +52,11 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "build_info",
+    "kernels",
+    "lazy",
     "merge",
+    "merge_state_dicts",
+    "merge_tensors",
     "open",
     "plan",
     "sweep",
@@ -56,22 +66,32 @@ __version__: str = build_info()["version"]
 
 #: Where the names come from that are loaded when they are first used.
 _LAZY = {
+    "LazyMerge": ("oxmerge.lazily", "LazyMerge"),
     "MergeReport": ("oxmerge.merging", "MergeReport"),
     "OpenCheckpoint": ("oxmerge.checkpoints", "OpenCheckpoint"),
     "Outlook": ("oxmerge.merging", "Outlook"),
     "Recipe": ("oxmerge.recipe", "Recipe"),
+    "lazy": ("oxmerge.lazily", "lazy"),
     "merge": ("oxmerge.merging", "merge"),
+    "merge_state_dicts": ("oxmerge.in_memory", "merge_state_dicts"),
+    "merge_tensors": ("oxmerge.in_memory", "merge_tensors"),
     "open": ("oxmerge.checkpoints", "open_checkpoint"),
     "plan": ("oxmerge.merging", "plan"),
     "sweep": ("oxmerge.sweeping", "sweep"),
 }
 
+#: Modules that are part of the interface.
+_MODULES = frozenset(("kernels",))
+
 
 def __getattr__(name: str) -> object:
     """Load a public name when it is first used."""
+    from importlib import import_module  # noqa: PLC0415
+
+    if name in _MODULES:
+        return import_module(f"oxmerge.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module  # noqa: PLC0415
 
     module, attribute = _LAZY[name]
     value: object = getattr(import_module(module), attribute)

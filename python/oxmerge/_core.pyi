@@ -1,20 +1,28 @@
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 __all__ = [
     "Checkpoint",
+    "OnDemand",
     "TensorInfo",
     "build_info",
     "check_plan",
     "check_unchanged",
     "execute",
+    "fill_array",
     "index_json",
     "lay_out",
+    "merge_arrays",
     "methods",
+    "numbers_of_arrays",
     "open_checkpoint",
     "predict",
+    "ulp_distance",
 ]
+
+# Address, bytes, element type by its safetensors name.
+_Array: TypeAlias = tuple[int, int, str]
 
 @final
 class TensorInfo:
@@ -60,3 +68,38 @@ def execute(
     largest_piece: int | None = None,
     progress: Callable[[int, int, int, str, int], None] | None = None,
 ) -> dict[str, Any]: ...
+def merge_arrays(
+    method: str,
+    inputs: Sequence[_Array],
+    base: int | None,
+    out: _Array,
+    shape: Sequence[int],
+    shared: dict[str, Any],
+    own: Sequence[dict[str, Any]],
+    name: str,
+    seed: int,
+    threads: int | None,
+) -> None: ...
+def fill_array(
+    piece: str,
+    inputs: Sequence[_Array],
+    out: _Array,
+    shape: Sequence[int],
+    numbers: Sequence[float],
+    name: str,
+    seed: int,
+    threads: int | None,
+) -> None: ...
+def numbers_of_arrays(
+    piece: str,
+    inputs: Sequence[_Array],
+    elements: int,
+    count: int,
+    threads: int | None,
+) -> list[float]: ...
+def ulp_distance(a: _Array, b: _Array, threads: int | None) -> tuple[int, int]: ...
+
+@final
+class OnDemand:
+    def __new__(cls, plan: str) -> OnDemand: ...
+    def compute(self, index: int, out: _Array, threads: int | None) -> None: ...

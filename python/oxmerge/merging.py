@@ -374,10 +374,21 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
 def _prepare(
     recipe: PathLike | Recipe, *, shard_size: int | str, seed: int, strict: bool
 ) -> tuple[MergePlan, Outcome]:
+    merge_plan = prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
+    return merge_plan, Outcome.of(merge_plan)
+
+
+def prepare(
+    recipe: PathLike | Recipe,
+    *,
+    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    seed: int = 0,
+    strict: bool = False,
+) -> MergePlan:
+    """Return the plan of a recipe, or of the recipe in a file."""
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
-    merge_plan = build_plan(recipe, shard_size=parse_size(shard_size), seed=seed, strict=strict)
-    return merge_plan, Outcome.of(merge_plan)
+    return build_plan(recipe, shard_size=parse_size(shard_size), seed=seed, strict=strict)
 
 
 def _finish(

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from oxmerge.methods import Method, Parameter
     from oxmerge.recipe import Choice, Scalar, Setting, Settings
 
-__all__ = ["Resolver", "SettingReader", "check_settings", "convert", "interpolate"]
+__all__ = ["KINDS", "Resolver", "SettingReader", "check_settings", "convert", "interpolate"]
 
 _TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))
 _FALSE = frozenset(("0", "off", "f", "false", "n", "no"))
-_KINDS = {
+#: What a parameter of a kind is, in words.
+KINDS = {
     "float": "a finite number",
     "int": "a whole number",
     "bool": "true or false",
@@ -167,7 +168,7 @@ class SettingReader:
             values = tuple(convert(value, parameter.kind) for value in choice.values)
         except ValueError as error:
             found = repr(error.args[0]) if error.args else None
-            message = f"`{parameter.name}` is {_KINDS[parameter.kind]}"
+            message = f"`{parameter.name}` is {KINDS[parameter.kind]}"
             self.problems.append(Problem("parameter", message, setting.where, found=_plain(found)))
             values = (_NEUTRAL[parameter.kind],)
         return ReadChoice(values, choice.filter, setting.where)

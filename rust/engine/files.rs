@@ -12,7 +12,6 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
 use crate::io::{self, AlignedBuffer, DirectMode, InputReader, ReadPath, ShardWriter};
-use crate::methods;
 use crate::plan::{InputFile, OutputTensor, Plan, SourceTensor};
 
 /// A tensor in an input file.
@@ -140,21 +139,12 @@ pub fn tasks(merges: &[(Plan, &Path)], modes: FileModes) -> Result<Vec<Task>> {
     let create = |(plan, directory): &(Plan, &Path)| create_shards(plan, directory, modes.write);
     let shards = merges.iter().map(create).collect::<Result<Vec<_>>>()?;
     let task = |(index, work): (usize, Work)| {
-        let tensor = &plan.tensors[index];
-        let source = |source| -> Arc<dyn Source> { Arc::new(file_source(&readers, source)) };
         let sink = |(plan, shards): (&&Plan, &Vec<Arc<Shard>>)| -> Arc<dyn Sink> {
             let OutputTensor { shard, dtype, start, .. } = plan.tensors[index];
             Arc::new(FileSink { shard: Arc::clone(&shards[shard]), dtype, start })
         };
-        Task::new(
-            &tensor.name,
-            plan.seed,
-            &tensor.shape,
-            tensor.sources.iter().map(source).collect(),
-            tensor.sources.iter().map(|source| source.model.clone()).collect(),
-            plans.iter().zip(&shards).map(sink).collect(),
-            work,
-        )
+        let sinks = plans.iter().zip(&shards).map(sink).collect();
+        task(plan, &plan.tensors[index], &readers, sinks, work)
     };
     Ok(work.into_iter().enumerate().map(task).collect())
 }
@@ -203,13 +193,62 @@ fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
 
 /// What a tensor of `plan` is made by; the first problem as an error.
 pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
-    if !tensor.dtype.is_float() {
-        return Ok(Work::Identical);
+    Work::of(&plan.method, tensor).map_err(|error| error.tensor(&tensor.name))
+}
+
+/// The task that makes `tensor` of `plan`.
+fn task(
+    plan: &Plan,
+    tensor: &OutputTensor,
+    readers: &[Option<Arc<InputReader>>],
+    sinks: Vec<Arc<dyn Sink>>,
+    work: Work,
+) -> Task {
+    let source = |source| -> Arc<dyn Source> { Arc::new(file_source(readers, source)) };
+    Task::new(
+        &tensor.name,
+        plan.seed,
+        &tensor.shape,
+        tensor.sources.iter().map(source).collect(),
+        tensor.sources.iter().map(|source| source.model.clone()).collect(),
+        sinks,
+        work,
+    )
+}
+
+/// A plan whose tensors are computed one by one, when they are asked for, and go elsewhere than into
+/// its shards.
+#[derive(Debug)]
+pub struct OnDemand {
+    plan: Plan,
+    readers: Vec<Option<Arc<InputReader>>>,
+}
+
+impl OnDemand {
+    /// Opens the inputs of `plan`.
+    pub fn open(plan: Plan, read: ReadPath) -> Result<Self> {
+        let readers = open_inputs(&plan, read)?;
+        Ok(Self { plan, readers })
     }
-    let method = methods::find(&plan.method)
-        .ok_or_else(|| Error::plan(format!("there is no merge method `{}`", plan.method)))?;
-    let formula = method.formula(tensor).map_err(|error| error.tensor(&tensor.name))?;
-    Ok(Work::Formulas(vec![formula]))
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The task that makes tensor `index` of the plan, into `sink`.
+    pub fn task(&self, index: usize, sink: Arc<dyn Sink>) -> Result<Task> {
+        let tensor = &self.plan.tensors[index];
+        let work = work(&self.plan, tensor)?;
+        Ok(task(&self.plan, tensor, &self.readers, vec![sink], work))
+    }
+
+    /// Fails if a file that tensor `index` is made of is not what it was.
+    pub fn check_unchanged(&self, index: usize) -> Result<()> {
+        let sources = &self.plan.tensors[index].sources;
+        let files = sources.iter().map(|source| self.plan.files[source.file].clone());
+        io::check_unchanged(&files.collect::<Vec<_>>())
+    }
 }
 
 /// What each tensor of merges that are made together needs in memory, when their files are read as

@@ -44,7 +44,7 @@ impl Shape {
         if let Some(index) = input(value).filter(unchanged) {
             return Some(Self::Copied(index));
         }
-        if double {
+        if double || !dtype.is_float() {
             return None;
         }
         weighted_inputs(value).map(Self::Weighted).or_else(|| shifted(value).map(Self::Shifted))

@@ -157,7 +157,7 @@ impl Need {
             ..Self::default()
         };
         match work {
-            Work::Formulas(formulas) => need.add_passes(frame, formulas),
+            Work::Formulas(_) | Work::Numbers(_) => need.add_passes(frame, work.values()),
             // The first is kept while the others are compared with it, one by one.
             Work::Identical => need.sources.truncate(2),
         }
@@ -262,6 +262,12 @@ impl Need {
 }
 
 impl MemoryPlan {
+    /// For tensors that are in memory already: nothing to divide.
+    pub(crate) fn unbounded(workers: usize) -> Self {
+        let all = u64::MAX;
+        Self { budget: all, baseline: 0, predicted: 0, workers, worker_bytes: all, mask_room: all }
+    }
+
     /// Divides `budget` among at most `workers` threads; `baseline` is resident already.
     ///
     /// Uses fewer threads before it refuses; refuses with the number that would do.

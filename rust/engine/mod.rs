@@ -6,6 +6,7 @@
 //! cache, and begin the next task when the oldest ones only wait. A few more workers than cores
 //! hide the latency of reads and writes. Threads live as long as a run: nothing is left to a fork.
 
+pub mod arrays;
 pub mod control;
 pub mod files;
 mod fused;
@@ -86,7 +87,7 @@ pub fn run(mut tasks: Vec<Task>, settings: &Settings, control: &Control) -> Resu
     })
 }
 
-/// One sweep over all tasks; what each found about the model.
+/// Goes over all tasks; the numbers that each found. A sweep looks for those of the model only.
 fn run_all(
     tasks: &mut Vec<Task>,
     settings: &Settings,
@@ -118,11 +119,11 @@ fn run_all(
         }
         work();
     });
-    let State { failure, sums, .. } =
+    let State { failure, numbers, .. } =
         schedule.state.into_inner().unwrap_or_else(PoisonError::into_inner);
     let unshared = shared.into_iter().filter_map(|task| Arc::try_unwrap(task).ok());
     tasks.extend(unshared);
-    failure.map_or(Ok(sums), Err)
+    failure.map_or(Ok(numbers), Err)
 }
 
 /// What the workers share.
@@ -139,7 +140,8 @@ struct Schedule<'a> {
 struct State {
     next_task: usize,
     active: VecDeque<(usize, Active)>,
-    sums: Vec<Vec<f64>>,
+    /// What each task found, if it looks for numbers.
+    numbers: Vec<Vec<f64>>,
     failure: Option<Error>,
     /// Bytes that the random masks of further tasks may take.
     mask_room: u64,
@@ -147,8 +149,8 @@ struct State {
 
 impl State {
     fn new(tasks: usize, mask_room: u64) -> Self {
-        let sums = vec![Vec::new(); tasks];
-        Self { next_task: 0, active: VecDeque::new(), sums, failure: None, mask_room }
+        let numbers = vec![Vec::new(); tasks];
+        Self { next_task: 0, active: VecDeque::new(), numbers, failure: None, mask_room }
     }
 }
 
@@ -290,7 +292,7 @@ impl Schedule<'_> {
             Ok(false) => {
                 let (index, active) = state.active.remove(at)?;
                 state.mask_room += active.mask_bytes;
-                state.sums[index] = active.model_sums;
+                state.numbers[index] = active.numbers;
                 Some(index)
             }
             Err(error) => {

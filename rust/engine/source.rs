@@ -51,6 +51,10 @@ pub trait Source: Debug + Send + Sync {
     }
 }
 
+/// The bytes of a part of an output, to be computed where they belong.
+#[derive(Debug)]
+pub struct Place<'a>(pub &'a mut [u8]);
+
 /// A tensor that is written by ranges of flat indices, each element once, in any order.
 pub trait Sink: Debug + Send + Sync {
     /// The element type it takes.
@@ -60,6 +64,13 @@ pub trait Sink: Debug + Send + Sync {
     fn buffer_offset(&self, first: u64) -> usize {
         let _ = first;
         0
+    }
+
+    /// The memory of `elements` itself, whole blocks but for the tensor's end, where the output lies
+    /// in memory and may be written as it is computed. Each element is handed out once.
+    fn place(&self, elements: &Range<u64>) -> Option<Place<'_>> {
+        let _ = elements;
+        None
     }
 
     /// Takes the elements from `first` on: `bytes` of `buffer`.

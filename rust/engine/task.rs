@@ -13,19 +13,46 @@ use crate::formula::machine::TensorFrame;
 use crate::formula::masks::{self, KeptMasks};
 use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value};
+use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
 use crate::kernels::{BLOCK, Real, fold_halves};
+use crate::methods;
+use crate::plan::OutputTensor;
 
 /// What the outputs of a task are made by.
 #[derive(Clone, Debug)]
 pub enum Work {
     /// Arithmetic: a formula for each output.
     Formulas(Vec<Value>),
+    /// Numbers of the whole tensor, each as a value; there is no output.
+    Numbers(Vec<Value>),
     /// Every source must have the same bytes, which are each output.
     Identical,
 }
 
 impl Work {
+    /// What `method` does to make `tensor`.
+    pub(crate) fn of(method: &str, tensor: &OutputTensor) -> Result<Self> {
+        if !tensor.dtype.is_float() {
+            return Ok(Self::Identical);
+        }
+        let method = methods::find(method)
+            .ok_or_else(|| Error::plan(format!("there is no merge method `{method}`")))?;
+        Ok(Self::Formulas(vec![method.formula(tensor)?]))
+    }
+
+    /// Looking for `scalars`, which are of the whole tensor.
+    pub fn numbers(scalars: Vec<Scalar>) -> Self {
+        Self::Numbers(scalars.into_iter().map(Value::scalar).collect())
+    }
+
+    /// What it is to compute; nothing for a copy.
+    pub(crate) fn values(&self) -> &[Value] {
+        match self {
+            Self::Formulas(values) | Self::Numbers(values) => values,
+            Self::Identical => &[],
+        }
+    }
+
     /// This and `other`, over the same sources.
     pub(crate) fn and(self, other: Self) -> Self {
         match (self, other) {
@@ -40,16 +67,20 @@ impl Work {
     pub(crate) fn shared(self) -> Self {
         match self {
             Self::Formulas(formulas) => Self::Formulas(Bindings::default().bind_all(&formulas)),
+            Self::Numbers(numbers) => Self::Numbers(Bindings::default().bind_all(&numbers)),
             Self::Identical => Self::Identical,
         }
     }
 
+    /// Whether a piece of the output depends on more of the inputs than that piece, when the passes
+    /// before it are done: on the rest of the rows that it touches.
+    pub(crate) fn reads_around(&self) -> bool {
+        !stage::row_reductions(self.values()).is_empty()
+    }
+
     /// Whether nothing has to be reduced before the output is computed.
     pub(crate) fn reads_once(&self) -> bool {
-        match self {
-            Self::Formulas(formulas) => stage::unknown(formulas).is_empty(),
-            Self::Identical => true,
-        }
+        stage::unknown(self.values()).is_empty()
     }
 }
 
@@ -89,8 +120,7 @@ impl Task {
 
     /// Whether something has to be summed over the whole model first.
     pub(crate) fn needs_sweep(&self) -> bool {
-        let Work::Formulas(formulas) = &self.work else { return false };
-        !stage::next_stage(formulas, Scope::Model, false).is_empty()
+        !stage::next_stage(self.work.values(), Scope::Model, false).is_empty()
     }
 
     pub(crate) fn need(&self) -> Need {
@@ -99,6 +129,13 @@ impl Task {
         });
         let outputs = self.sinks.iter().map(|sink| sink.dtype());
         Need::new(&self.frame, &self.work, sources, outputs)
+    }
+
+    /// Bytes of the sources and the outputs.
+    pub(crate) fn bytes(&self) -> u64 {
+        let types = self.sources.iter().map(|source| source.dtype());
+        let types = types.chain(self.sinks.iter().map(|sink| sink.dtype()));
+        self.frame.elements * types.map(|dtype| dtype.size() as u64).sum::<u64>()
     }
 
     pub(crate) fn blocks(&self) -> u64 {
@@ -175,8 +212,8 @@ struct Searching {
 /// A task that has begun.
 pub(crate) struct Active {
     pub(crate) task: Arc<Task>,
-    /// The formulas with everything put in that finished passes found.
-    formulas: Option<Vec<Value>>,
+    /// What to compute, with everything put in that finished passes found; nothing for a copy.
+    values: Vec<Value>,
     /// Where to stop: before the merge itself, when only model-wide sums are wanted.
     sweep: bool,
     pub(crate) pass: Arc<Pass>,
@@ -194,8 +231,8 @@ pub(crate) struct Active {
     /// The random masks that are kept between its passes, and the bytes that they may take.
     pub(crate) masks: Option<Arc<KeptMasks>>,
     pub(crate) mask_bytes: u64,
-    /// What a sweep found, in the order of the formula's model-wide reductions.
-    pub(crate) model_sums: Vec<f64>,
+    /// The numbers it looked for: of a sweep, in the order of the formula's model-wide reductions.
+    pub(crate) numbers: Vec<f64>,
 }
 
 impl Active {
@@ -207,18 +244,14 @@ impl Active {
         sweep: bool,
         mask_room: u64,
     ) -> Option<Self> {
-        let formulas = match &task.work {
-            Work::Formulas(values) => Some(values.clone()),
-            Work::Identical => None,
-        };
+        let values = task.work.values().to_vec();
         let elements = task.frame.elements;
-        let bytes = formulas.as_ref().map_or(0, |formulas| masks::bytes(formulas, elements));
+        let bytes = masks::bytes(&values, elements);
         let mask_bytes = if bytes <= mask_room { bytes } else { 0 };
-        let kept = formulas.as_ref().filter(|_| mask_bytes > 0);
-        let masks = kept.map(|formulas| Arc::new(KeptMasks::new(formulas, elements)));
+        let masks = (mask_bytes > 0).then(|| Arc::new(KeptMasks::new(&values, elements)));
         let mut active = Self {
             task,
-            formulas,
+            values,
             sweep,
             pass: Arc::new(Pass::Identical),
             units: 0,
@@ -232,7 +265,7 @@ impl Active {
             searching: Vec::new(),
             masks,
             mask_bytes,
-            model_sums: Vec::new(),
+            numbers: Vec::new(),
         };
         active.next_pass().then_some(active)
     }
@@ -249,11 +282,11 @@ impl Active {
 
     /// Enters the pass that comes next; false if there is none.
     fn next_pass(&mut self) -> bool {
-        let Some(formulas) = self.formulas.clone() else {
+        if matches!(self.task.work, Work::Identical) {
             return !self.sweep && self.enter(Pass::Identical, self.units_of_blocks());
-        };
+        }
         if self.sweep {
-            let stage = stage::next_stage(&formulas, Scope::Model, false);
+            let stage = stage::next_stage(&self.values, Scope::Model, false);
             return !stage.is_empty() && self.begin_stage(stage);
         }
         let stored = self.task.frame.stores_rows();
@@ -261,12 +294,16 @@ impl Active {
             if scope == Scope::Row && !stored {
                 continue;
             }
-            let stage = stage::next_stage(&formulas, scope, stored);
+            let stage = stage::next_stage(&self.values, scope, stored);
             if !stage.is_empty() {
                 return self.begin_stage(stage);
             }
         }
-        self.enter(Pass::Combine(formulas), self.units_of_blocks())
+        if matches!(self.task.work, Work::Numbers(_)) {
+            self.numbers = self.values.iter().map(number).collect();
+            return false;
+        }
+        self.enter(Pass::Combine(self.values.clone()), self.units_of_blocks())
     }
 
     fn begin_stage(&mut self, stage: Stage) -> bool {
@@ -416,7 +453,7 @@ impl Active {
         let reductions = std::mem::take(&mut self.reductions);
         let results = std::mem::take(&mut self.results);
         if self.sweep {
-            self.model_sums = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
+            self.numbers = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
             return false;
         }
         let mut bindings = Bindings::default();
@@ -429,7 +466,7 @@ impl Active {
             let value = value_of_key(chosen.threshold, self.task.double);
             bindings.selection(&searching.selection, chosen, value);
         }
-        self.formulas = self.formulas.as_ref().map(|formulas| bindings.bind_all(formulas));
+        self.values = bindings.bind_all(&self.values);
         self.next_pass()
     }
 
@@ -507,4 +544,12 @@ pub(crate) fn bind_model_sums(tasks: &mut [Task], sums: &[Vec<f64>]) -> Result<(
         tasks[at].work = Work::Formulas(bound);
     }
     Ok(())
+}
+
+/// The number that a value became when everything was put in.
+fn number(value: &Value) -> f64 {
+    match &*value.0 {
+        ValueNode::Scalar(scalar) => scalar.as_constant().unwrap_or(f64::NAN),
+        _ => unreachable!("a number was wanted, not elements"),
+    }
 }

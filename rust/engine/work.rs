@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::control::Control;
-use super::source::Sink;
+use super::source::{Place, Sink};
 use super::task::{Found, Pass, SearchView, Task, max};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
@@ -308,17 +308,17 @@ impl<'a> Worker<'a> {
         let unit = task.elements_of(blocks);
         let level = self.level;
         let mut outs = std::mem::take(&mut self.outs);
-        let places = places(task, &mut outs, &unit);
+        let mut places = Places::of(task, &mut outs, &unit);
         self.held = outs.iter().map(AlignedBuffer::capacity).sum();
+        let mut bytes = places.bytes(&mut outs);
         let computed = self.in_steps::<T>(task, unit.clone(), values, |machine, step| {
-            let outputs = task.sinks.iter().zip(outs.iter_mut().zip(&places));
+            let outputs = task.sinks.iter().zip(&mut bytes);
             let mut outputs: Vec<Output<'_>> = outputs
-                .map(|(sink, (out, place))| {
+                .map(|(sink, bytes)| {
                     let dtype = sink.dtype();
-                    let at =
-                        |index: u64| place.start + (index - unit.start) as usize * dtype.size();
+                    let at = |index: u64| (index - unit.start) as usize * dtype.size();
                     let range = at(step.elements.start)..at(step.elements.end);
-                    Output { dtype, bytes: &mut out.as_mut_slice()[range] }
+                    Output { dtype, bytes: &mut bytes[range] }
                 })
                 .collect();
             if !super::fused::run(level, step, &mut outputs) {
@@ -326,24 +326,9 @@ impl<'a> Worker<'a> {
             }
             Ok(())
         });
-        let written = computed.and_then(|()| self.write(task, &unit, &outs, &places));
+        let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
         written.map(|()| Found::Nothing)
-    }
-
-    /// Hands the elements of `unit` to each sink.
-    fn write(
-        &self,
-        task: &Task,
-        unit: &Range<u64>,
-        outs: &[AlignedBuffer],
-        places: &[Range<usize>],
-    ) -> Result<()> {
-        for (sink, (out, place)) in task.sinks.iter().zip(outs.iter().zip(places)) {
-            sink.write(unit.start, out, place.clone())?;
-            self.control.add_written(place.len() as u64);
-        }
-        Ok(())
     }
 
     /// Copies what all sources agree on.
@@ -361,11 +346,11 @@ impl<'a> Worker<'a> {
             source.release(range.clone());
         }
         self.control.add_read(first.len() as u64 * task.sources.len() as u64);
-        let places = places(task, &mut self.outs, &range);
-        for (out, place) in self.outs.iter_mut().zip(&places) {
-            out.as_mut_slice()[place.clone()].copy_from_slice(first);
+        let mut places = Places::of(task, &mut self.outs, &range);
+        for bytes in places.bytes(&mut self.outs) {
+            bytes.copy_from_slice(first);
         }
-        self.write(task, &range, &self.outs, &places)?;
+        places.write(task, &self.outs, self.control)?;
         task.sources[0].release(range);
         Ok(Found::Nothing)
     }
@@ -379,16 +364,52 @@ fn differs(task: &Task, label: &str) -> Error {
         .advice("leave one of the models out, or make the tensors equal first")
 }
 
-/// Makes room in `outs` for the outputs of `elements`; where the bytes of each go.
-fn places(task: &Task, outs: &mut Vec<AlignedBuffer>, elements: &Range<u64>) -> Vec<Range<usize>> {
-    outs.resize_with(task.sinks.len().max(outs.len()), Default::default);
-    let place = |(sink, out): (&Arc<dyn Sink>, &mut AlignedBuffer)| {
-        let start = sink.buffer_offset(elements.start);
-        let end = start + (elements.end - elements.start) as usize * sink.dtype().size();
-        out.grow(end);
-        start..end
-    };
-    task.sinks.iter().zip(outs).map(place).collect()
+/// Where the bytes of some elements go in each output: into memory of the sink's own, or into a part
+/// of a buffer that is then handed to the sink.
+struct Places<'a> {
+    first: u64,
+    own: Vec<Option<Place<'a>>>,
+    buffered: Vec<Range<usize>>,
+}
+
+impl<'a> Places<'a> {
+    /// Makes room for `elements` in `outs`, a buffer for each sink that has no memory of its own.
+    fn of(task: &'a Task, outs: &mut Vec<AlignedBuffer>, elements: &Range<u64>) -> Self {
+        outs.resize_with(task.sinks.len().max(outs.len()), Default::default);
+        let own: Vec<_> = task.sinks.iter().map(|sink| sink.place(elements)).collect();
+        let buffered = |(sink, (own, out)): (&Arc<dyn Sink>, (&Option<_>, &mut AlignedBuffer))| {
+            let bytes = (elements.end - elements.start) as usize * sink.dtype().size();
+            if own.is_some() {
+                return 0..bytes;
+            }
+            let start = sink.buffer_offset(elements.start);
+            out.grow(start + bytes);
+            start..start + bytes
+        };
+        let buffered = task.sinks.iter().zip(own.iter().zip(outs)).map(buffered).collect();
+        Self { first: elements.start, own, buffered }
+    }
+
+    fn bytes<'b>(&'b mut self, outs: &'b mut [AlignedBuffer]) -> Vec<&'b mut [u8]> {
+        let each = self.own.iter_mut().zip(self.buffered.iter().zip(outs));
+        each.map(|(own, (buffered, out))| match own {
+            Some(Place(bytes)) => &mut **bytes,
+            None => &mut out.as_mut_slice()[buffered.clone()],
+        })
+        .collect()
+    }
+
+    /// Hands what is in buffers to the sinks.
+    fn write(&self, task: &Task, outs: &[AlignedBuffer], control: &Control) -> Result<()> {
+        let each = self.own.iter().zip(self.buffered.iter().zip(outs));
+        for (sink, (own, (buffered, out))) in task.sinks.iter().zip(each) {
+            if own.is_none() {
+                sink.write(self.first, out, buffered.clone())?;
+            }
+            control.add_written(buffered.len() as u64);
+        }
+        Ok(())
+    }
 }
 
 /// The general way to compute the outputs: chunk by chunk, in slots.
@@ -404,7 +425,11 @@ fn interpret<T: Real>(
             let (dtype, first) = (output.dtype, step.elements.start);
             let at = |index: u64| (index - first) as usize * dtype.size();
             let bytes = &mut output.bytes[at(chunk.start)..at(chunk.end)];
-            kernels::narrow(level, &machine.chunk(index), dtype, bytes);
+            if dtype == DType::Bool {
+                kernels::narrow_to_bool(level, &machine.chunk(index), bytes);
+            } else {
+                kernels::narrow(level, &machine.chunk(index), dtype, bytes);
+            }
         }
     }
 }

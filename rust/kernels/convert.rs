@@ -233,6 +233,32 @@ pub fn widen_difference<T: Real>(
     }
 }
 
+struct NarrowToBool<'a, T> {
+    src: &'a [T],
+    dst: &'a mut [u8],
+}
+
+impl<T: Real> Kernel for NarrowToBool<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (byte, &value) in self.dst.iter_mut().zip(self.src) {
+            *byte = u8::from(value != T::ZERO);
+        }
+    }
+}
+
+/// 1 where a value is not 0, NaN included, else 0: the bytes of a BOOL.
+///
+/// # Panics
+///
+/// If `dst` is not as long as `src`.
+pub fn narrow_to_bool<T: Real>(level: Level, src: &[T], dst: &mut [u8]) {
+    assert_eq!(src.len(), dst.len(), "the destination must have a byte for each value");
+    level.run(NarrowToBool { src, dst });
+}
+
 /// Narrows the working type to stored elements, rounding once, to nearest even.
 ///
 /// # Panics

@@ -38,10 +38,11 @@ pub mod order;
 pub mod random;
 pub mod real;
 pub mod reduce;
+pub mod ulp;
 pub mod weighted;
 
 pub use consensus::elect;
-pub use convert::{narrow, widen, widen_difference};
+pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use fused::{weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use gram::products_into;
@@ -54,4 +55,5 @@ pub use reduce::{
     BLOCK, LANES, Lanes, REDUCTION_VERSION, absolute_sum_into, dot_into, fold_halves, max_into,
     sum_into,
 };
+pub use ulp::ulp_distance;
 pub use weighted::weighted_sum;

@@ -9,6 +9,7 @@ mod inputs;
 mod linear;
 mod nuslerp;
 mod passthrough;
+pub mod pieces;
 mod slerp;
 mod task_arithmetic;
 mod ties;

@@ -16,7 +16,7 @@ use crate::kernels::Level;
 use crate::methods::METHODS;
 use crate::plan::{InputFile, PLAN_VERSION, Plan};
 
-fn parse(plan: &str) -> Result<Plan> {
+pub(super) fn parse(plan: &str) -> Result<Plan> {
     let plan: Plan = serde_json::from_str(plan)
         .map_err(|error| Error::plan(format!("the plan cannot be read: {error}")))?;
     if plan.version != PLAN_VERSION {

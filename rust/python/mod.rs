@@ -2,6 +2,7 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
+mod arrays;
 mod checkpoint;
 mod enter;
 mod error;
@@ -16,6 +17,8 @@ mod _core {
 
     use super::{error, to_python};
 
+    #[pymodule_export]
+    use super::arrays::{OnDemand, fill_array, merge_arrays, numbers_of_arrays, ulp_distance};
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
     #[pymodule_export]

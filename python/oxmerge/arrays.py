@@ -1,0 +1,272 @@
+"""Arrays of other packages: what counts as one, where its elements lie, what a result looks like.
+
+- NumPy arrays of bool, integers, float16, float32 and float64, and of ``ml_dtypes.bfloat16``. Raw
+  ``uint16`` is taken for bfloat16 where ``dtype="bfloat16"`` is asked for.
+- torch tensors on the CPU, of the same types; those that require a gradient too, past autograd.
+- Anything else with the buffer protocol or DLPack; results for it are NumPy arrays.
+
+Contiguous arrays (in C order, as both packages make them) are used where they are. Others are
+copied first, but an ``out`` is refused: the result would go to the copy.
+
+Neither numpy nor torch is imported before an array shows that it is needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+from oxmerge.problems import did_you_mean
+from oxmerge.schema import promote
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, Literal
+
+    Kind = Literal["numpy", "torch"]
+    #: Address, bytes, element type: what the engine needs to know.
+    Place = tuple[int, int, str]
+
+__all__ = ["View", "check_same_shape", "element_type", "empty", "output", "promoted", "view"]
+
+#: Element types by the names that NumPy and torch give them.
+_NAMES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
+    "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int32": "I32", "float32": "F32",
+    "uint64": "U64", "int64": "I64", "float64": "F64",
+}  # fmt: skip
+#: The other way round.
+NAMES = {code: name for name, code in _NAMES.items()}
+_CPU = 1  # of DLPack
+
+
+class View:
+    """An array, and where its elements lie.
+
+    Attributes
+    ----------
+    array : object
+        The array itself, or the contiguous copy of it; holds on to the memory.
+    place : tuple
+        Address, bytes and element type (by its safetensors name).
+    shape : tuple of int
+        Its shape.
+    kind : str
+        ``numpy`` or ``torch``: what a result for it is.
+    """
+
+    __slots__ = ("array", "kind", "place", "shape")
+
+    def __init__(self, array: Any, place: Place, shape: tuple[int, ...], kind: Kind) -> None:
+        self.array = array
+        self.place = place
+        self.shape = shape
+        self.kind: Kind = kind
+
+
+def view(array: object, what: str, dtype: str | None = None) -> View:
+    """Return where the elements of an input lie.
+
+    Parameters
+    ----------
+    array : array
+        Of any of the kinds above.
+    what : str
+        What to call it in a message, such as ``tensors[0]``.
+    dtype : str, optional
+        The element type that was asked for, by its safetensors name: BF16 makes raw ``uint16``
+        bfloat16.
+
+    Raises
+    ------
+    TypeError
+        If it is no array, or of a type that has no arithmetic here.
+    ValueError
+        If it is on another device than the CPU.
+    """
+    return _view(array, what, dtype, is_out=False)
+
+
+def output(array: object, dtype: str | None = None) -> View:
+    """Return where the elements of an `out` lie, which must be writable and contiguous.
+
+    Raises
+    ------
+    TypeError
+        If it is no array.
+    ValueError
+        If it cannot be written to, or its elements do not follow each other.
+    """
+    return _view(array, "out", dtype, is_out=True)
+
+
+def _view(array: Any, what: str, dtype: str | None, *, is_out: bool) -> View:
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(array, numpy.ndarray):
+        return _numpy_view(array, what, dtype, is_out)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return _torch_view(array, what, dtype, is_out)
+    return _numpy_view(_imported(array, what), what, dtype, is_out)
+
+
+def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
+    code = _numpy_codes().get(array.dtype)
+    if code is None:
+        name = array.dtype.name if array.dtype.isnative else array.dtype.str
+        raise TypeError(_unknown_type(what, name))
+    if code == "U16" and dtype == "BF16":
+        code = "BF16"
+    flags = array.flags
+    if not flags.c_contiguous:
+        if is_out:
+            raise ValueError(_not_contiguous("numpy.ascontiguousarray(out)"))
+        array = array.copy("C")
+    if is_out and not flags.writeable:
+        raise ValueError("out is read-only; pass an array that may be written to")
+    address = array.__array_interface__["data"][0]
+    return View(array, (address, array.nbytes, code), array.shape, "numpy")
+
+
+def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
+    code = _torch_codes().get(array.dtype)
+    if array.device.type != "cpu":
+        advice = "copy it to the CPU first (`.cpu()`), or merge files with `oxmerge merge`"
+        raise ValueError(f"{what} is on the device `{array.device}`; {advice}")
+    if code is None:
+        raise TypeError(_unknown_type(what, str(array.dtype).removeprefix("torch.")))
+    if array.layout is not sys.modules["torch"].strided:
+        raise TypeError(f"{what} is sparse; make it dense first (`.to_dense()`)")
+    if code == "U16" and dtype == "BF16":
+        code = "BF16"
+    if not array.is_contiguous():
+        if is_out:
+            raise ValueError(_not_contiguous("out.contiguous()"))
+        array = array.contiguous()
+    return View(array, (array.data_ptr(), array.nbytes, code), tuple(array.shape), "torch")
+
+
+def _imported(array: Any, what: str) -> Any:
+    """Return an array of another package as NumPy's, without a copy."""
+    import numpy as np  # noqa: PLC0415 - a buffer is looked at with it
+
+    if hasattr(array, "__dlpack__"):
+        device = array.__dlpack_device__()
+        if device[0] != _CPU:
+            raise ValueError(f"{what} is not on the CPU; copy it there first")
+        return np.from_dlpack(array)
+    try:
+        return np.asarray(memoryview(array))
+    except (TypeError, ValueError):
+        advice = "pass a NumPy array, a torch tensor, or something with a buffer or DLPack"
+        raise TypeError(f"{what} is no array but a {type(array).__name__}; {advice}") from None
+
+
+def _unknown_type(what: str, name: str) -> str:
+    return f"{what} is of {name}, which is not supported; convert it to float32 or bfloat16"
+
+
+def _not_contiguous(call: str) -> str:
+    advice = f"write into a contiguous one, such as `{call}`, and copy from there"
+    return f"the elements of out do not follow each other in memory; {advice}"
+
+
+@cache
+def _numpy_codes() -> dict[Any, str]:
+    import numpy as np  # noqa: PLC0415
+
+    codes = {np.dtype(name): code for name, code in _NAMES.items() if name != "bfloat16"}
+    try:
+        import ml_dtypes  # noqa: PLC0415
+    except ImportError:
+        return codes
+    return {**codes, np.dtype(ml_dtypes.bfloat16): "BF16"}
+
+
+@cache
+def _torch_codes() -> dict[Any, str]:
+    torch = sys.modules["torch"]
+    # Older ones lack uint16 and the like.
+    types = ((getattr(torch, name, None), code) for name, code in _NAMES.items())
+    return {dtype: code for dtype, code in types if dtype is not None}
+
+
+def element_type(dtype: Any, allowed: Sequence[str] = ("F16", "BF16", "F32", "F64")) -> str | None:
+    """Return the safetensors name of an element type that is asked for; None for None.
+
+    Parameters
+    ----------
+    dtype : str or dtype, optional
+        A name (``bfloat16``), or a type of NumPy, ml_dtypes or torch.
+    allowed : sequence of str
+        What it may be, by safetensors names.
+
+    Raises
+    ------
+    TypeError
+        If it is no element type, or none of those.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> element_type("bfloat16"), element_type(np.float32)
+    ('BF16', 'F32')
+    """
+    if dtype is None:
+        return None
+    if not isinstance(dtype, str):
+        name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+        dtype = name.removeprefix("torch.")
+    code = _NAMES.get(dtype)
+    if code in allowed:
+        return code
+    names = [NAMES[each] for each in allowed]
+    advice = did_you_mean(dtype, names) or f"use one of {', '.join(names)}"
+    raise TypeError(f"dtype cannot be {dtype!r}; {advice}")
+
+
+def promoted(views: Sequence[View]) -> str:
+    """Return the smallest type that holds the elements of all; of integers, the first one's."""
+    code = views[0].place[2]
+    for each in views:
+        if each.place[2] != code:
+            code = promote(code, each.place[2])
+    return code
+
+
+def check_same_shape(views: Sequence[View], names: Sequence[str]) -> None:
+    """Raise ValueError unless all arrays have the shape of the first."""
+    shape = views[0].shape
+    for each, name in zip(views, names, strict=True):
+        if each.shape != shape:
+            raise ValueError(
+                f"{name} has the shape {each.shape}, and {names[0]} {shape}; all must be equal"
+            )
+
+
+def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) -> View:
+    """Return a new array: of torch, or of NumPy, where bfloat16 looks as it does in `like`."""
+    if kind == "torch":
+        import torch  # noqa: PLC0415
+
+        is_raw = code == "BF16" and getattr(like, "dtype", None) == getattr(torch, "uint16", ...)
+        tensor = torch.empty(shape, dtype=getattr(torch, "uint16" if is_raw else NAMES[code]))
+        return View(tensor, (tensor.data_ptr(), tensor.nbytes, code), shape, "torch")
+    import numpy as np  # noqa: PLC0415
+
+    array: Any = np.empty(shape, _numpy_type(code, like))
+    place = (array.__array_interface__["data"][0], array.nbytes, code)
+    return View(array, place, shape, "numpy")
+
+
+def _numpy_type(code: str, like: Any) -> Any:
+    if code != "BF16":
+        return NAMES[code]
+    if like is not None and like.dtype.name in ("bfloat16", "uint16"):
+        return like.dtype
+    try:
+        import ml_dtypes  # noqa: PLC0415
+    except ImportError:
+        return "uint16"
+    return ml_dtypes.bfloat16

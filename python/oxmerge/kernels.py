@@ -1,0 +1,591 @@
+"""The merge methods and what they are made of, on arrays: NumPy, torch and others.
+
+Every method is a function of its name (``kernels.ties(tensors, base, weight=..., density=...)``);
+beside them stand the pieces, for analysis and for methods of one's own. All run on the engine that
+merges files: multithreaded, the GIL released, exact to the bit.
+
+What counts as an array is told in `oxmerge.arrays`. A result is an array of the kind of the first
+input, or `out`, which may be one of the inputs. Common arguments:
+
+out : array, optional
+    Where the result goes: contiguous, of the result's shape and type.
+dtype : str or dtype, optional
+    The result's type: float16, bfloat16, float32 or float64; unless given, that of `out`, or the
+    smallest that holds all inputs. With bfloat16, ``uint16`` arrays are taken for raw bfloat16.
+threads : int, optional
+    As many as there are cores, unless given. Never changes a bit of the result.
+
+Arithmetic is in float32, in float64 if an input or the result is, and is rounded once to the
+result's type. All functions raise TypeError for what is no array or of no fitting type, and
+ValueError for shapes that differ, arrays that are not on the CPU, and an `out` that cannot take the
+result.
+
+>>> import numpy as np
+>>> from oxmerge import kernels
+>>> base, tuned = np.float32([0, 1, 2]), np.float32([3, 1, 1])
+>>> kernels.ties([tuned], base, weight=1, density=0.5)
+array([3., 1., 2.], dtype=float32)
+"""
+
+from __future__ import annotations
+
+import math
+
+from oxmerge import _core, method_functions
+from oxmerge.arrays import View, check_same_shape, element_type, empty, output, promoted, view
+from oxmerge.in_memory import check_options, check_out
+from oxmerge.method_functions import *  # noqa: F403 - every merge method
+from oxmerge.schema import is_float
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, TypeVar
+
+    Array = TypeVar("Array")
+
+__all__ = [
+    "convert",
+    "dot",
+    "gram",
+    "kth_magnitude",
+    "norm",
+    "random_mask",
+    "sign_consensus",
+    "task_vector",
+    "top_k_mask",
+    "ulp_distance",
+    "weighted_sum",
+]
+__all__ += method_functions.__all__
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_MASKS = ("BOOL", *_FLOATS)
+
+
+def weighted_sum(
+    tensors: Sequence[Array],
+    weights: Sequence[float],
+    *,
+    out: Array | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Array:
+    """Return the sum of ``weights[i] * tensors[i]``.
+
+    Parameters
+    ----------
+    tensors : sequence of array
+        Of one shape.
+    weights : sequence of float
+        One for each. A tensor with weight 0 is not read.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`.
+
+    Returns
+    -------
+    array
+        Of the shape of the tensors.
+
+    Notes
+    -----
+    One read of each tensor and one write, at the speed of the memory. Products and sums are
+    rounded one by one, in the order given.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weighted_sum([np.float32([1, 2]), np.float32([3, 5])], [0.5, 0.5])
+    array([2. , 3.5], dtype=float32)
+    """
+    numbers = [float(weight) for weight in weights]
+    if len(numbers) != len(tensors):
+        raise ValueError(f"there are {len(numbers)} weights for {len(tensors)} tensors")
+    return _fill("weighted_sum", tensors, numbers, out=out, dtype=dtype, threads=threads)
+
+
+def task_vector(
+    tensor: Array,
+    base: Array,
+    *,
+    out: Array | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Array:
+    """Return ``tensor - base``: what fine-tuning has changed.
+
+    Parameters
+    ----------
+    tensor, base : array
+        Of one shape.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`. The difference of bfloat16 arrays is exact in
+        float32, but is rounded in bfloat16.
+
+    Returns
+    -------
+    array
+        Of the same shape.
+
+    Notes
+    -----
+    From "Editing Models with Task Arithmetic", https://arxiv.org/abs/2212.04089.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> task_vector(np.float32([1, 2]), np.float32([1, 5]))
+    array([ 0., -3.], dtype=float32)
+    """
+    names = ("tensor", "base")
+    return _fill(
+        "task_vector", [tensor, base], [], out=out, dtype=dtype, threads=threads, names=names
+    )
+
+
+def top_k_mask(
+    tensor: Array,
+    k: int,
+    *,
+    out: Array | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Array:
+    """Return where the `k` elements of largest magnitude are, exactly.
+
+    Of equal magnitudes those of lowest index are taken. NaN counts as the largest.
+
+    Parameters
+    ----------
+    tensor : array
+        Of floats.
+    k : int
+        From 0 to the number of elements.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`; but the mask is of bool unless asked otherwise.
+
+    Returns
+    -------
+    array
+        True (1) for `k` elements, False (0) for the others.
+
+    Notes
+    -----
+    Two to four reads, no sort, and no memory but for a few histograms. What TIES trims with:
+    https://arxiv.org/abs/2306.01708.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> top_k_mask(np.float32([0.5, -3, 2, -0.5]), 3)
+    array([ True,  True,  True, False])
+    """
+    source = _float_view(tensor, "tensor", dtype)
+    if not 0 <= k <= _count(source):
+        raise ValueError(f"k must be from 0 to {_count(source)}, the number of elements, not {k}")
+    mask: Array = _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
+    return mask
+
+
+def sign_consensus(
+    tensors: Sequence[Array],
+    weights: Sequence[float] | None = None,
+    *,
+    out: Array | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Array:
+    """Return the sign that the tensors elect, element by element.
+
+    Parameters
+    ----------
+    tensors : sequence of array
+        Of one shape; task vectors, as a rule.
+    weights : sequence of float, optional
+        One for each; 1 unless given.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`.
+
+    Returns
+    -------
+    array
+        1 or -1: the sign of the weighted sum, zero counting as positive. NaN where the sum is.
+
+    Notes
+    -----
+    One read of each tensor. The vote of TIES: https://arxiv.org/abs/2306.01708.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> sign_consensus([np.float32([1, -2, 0]), np.float32([1, 1, 0])])
+    array([ 1., -1.,  1.], dtype=float32)
+    """
+    numbers = [1.0] * len(tensors) if weights is None else [float(weight) for weight in weights]
+    if len(numbers) != len(tensors):
+        raise ValueError(f"there are {len(numbers)} weights for {len(tensors)} tensors")
+    return _fill("sign_consensus", tensors, numbers, out=out, dtype=dtype, threads=threads)
+
+
+def random_mask(
+    shape: int | Sequence[int],
+    density: float,
+    *,
+    seed: int = 0,
+    name: str = "",
+    position: int = 0,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Return a mask that keeps each element with probability `density`.
+
+    The same arguments give the same mask on every machine: the one that DARE draws in a merge with
+    this seed, for the tensor of this name and the model at this position.
+
+    Parameters
+    ----------
+    shape : int or sequence of int
+        Of the mask.
+    density : float
+        From 0 to 1.
+    seed : int
+        From 0 to 2**64 - 1.
+    name : str
+        The tensor's name.
+    position : int
+        The model's position among those that are not the base, from 0.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`; but the mask is of bool unless asked otherwise,
+        and a NumPy array unless `out` is another.
+
+    Returns
+    -------
+    array
+        True (1) where an element is kept, else False (0).
+
+    Notes
+    -----
+    Philox4x32-10, a counter-based generator; "Language Models are Super Mario",
+    https://arxiv.org/abs/2311.03099.
+
+    Examples
+    --------
+    >>> random_mask(8, 0.5, seed=1, name="w")
+    array([False,  True,  True,  True, False, False, False, False])
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must be from 0 to 1, not {density}")
+    if not 0 <= position < 1 << 32:
+        raise ValueError(f"position must be from 0 to 2**32 - 1, not {position}")
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    check_options(seed, threads)
+    code = element_type(dtype, _MASKS)
+    target = None if out is None else output(out)
+    if target is None:
+        target = empty(shape, code or "BOOL", "numpy")
+    check_out(target, shape, code or _mask_type(target))
+    numbers = [float(density), float(position)]
+    _core.fill_array("random_mask", [], target.place, shape, numbers, name, seed, threads)
+    return target.array
+
+
+def convert(
+    tensor: Array, dtype: Any, *, out: Array | None = None, threads: int | None = None
+) -> Array:
+    """Return the array in another float type, rounded to nearest even.
+
+    Parameters
+    ----------
+    tensor : array
+        Of floats.
+    dtype : str or dtype
+        float16, bfloat16, float32 or float64.
+    out, threads
+        As for all kernels, see `oxmerge.kernels`.
+
+    Returns
+    -------
+    array
+        Of the same shape. NaN becomes the canonical NaN, unless the type stays the same.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> convert(np.float32([1, 65520]), "float16")
+    array([ 1., inf], dtype=float16)
+    """
+    code = element_type(dtype)
+    if code is None:
+        raise TypeError("dtype must be given")
+    inputs = [_checked_float(view(tensor, "tensor"), "tensor")]
+    target = None if out is None else output(out, code)
+    converted: Array = _run("convert", inputs, [], target, code, threads)
+    return converted
+
+
+def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None = None) -> float:
+    """Return the `k`-th largest magnitude, exactly.
+
+    Parameters
+    ----------
+    tensor : array
+        Of floats.
+    k : int
+        From 1, the largest, to the number of elements.
+    dtype, threads
+        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+
+    Returns
+    -------
+    float
+        The magnitude. NaN counts as the largest.
+
+    Notes
+    -----
+    One to three reads, no sort.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> kth_magnitude(np.float32([0.5, -3, 2]), 2)
+    2.0
+    """
+    source = _float_view(tensor, "tensor", dtype)
+    if not 1 <= k <= _count(source):
+        raise ValueError(f"k must be from 1 to {_count(source)}, the number of elements, not {k}")
+    return _numbers("kth_magnitude", [source], threads, k)[0]
+
+
+def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | None = None) -> float:
+    """Return a norm of the whole array, in float64.
+
+    Parameters
+    ----------
+    tensor : array
+        Of floats.
+    order : {1, 2, inf}
+        The sum of magnitudes, the Euclidean norm, or the largest magnitude.
+    dtype, threads
+        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+
+    Returns
+    -------
+    float
+        The norm; of no elements 0, and NaN if any element is.
+
+    Notes
+    -----
+    One read. Sums are taken in a fixed order, so the result does not depend on `threads`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.float32([3, -4])
+    >>> norm(x), norm(x, 1), norm(x, float("inf"))
+    (5.0, 7.0, 4.0)
+    """
+    source = _float_view(tensor, "tensor", dtype)
+    if order not in (1, 2, math.inf):
+        raise ValueError(f"order must be 1, 2 or inf, not {order}")
+    if order == 1:
+        return _numbers("absolute_sum", [source], threads)[0]
+    if order == math.inf:
+        return _numbers("largest_magnitude", [source], threads)[0]
+    return math.sqrt(_numbers("gram", [source], threads)[0])
+
+
+def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> float:
+    """Return the inner product of two arrays, in float64.
+
+    Parameters
+    ----------
+    a, b : array
+        Of floats, of one shape.
+    dtype, threads
+        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+
+    Returns
+    -------
+    float
+        The sum of products, each taken in float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> dot(np.float32([1, 2]), np.float32([3, 4]))
+    11.0
+    """
+    views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
+    check_same_shape(views, ("a", "b"))
+    return _numbers("dot", views, threads)[0]
+
+
+def gram(
+    tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
+) -> Any:
+    """Return the inner products of every two of the tensors: their Gram matrix.
+
+    Parameters
+    ----------
+    tensors : sequence of array
+        Of floats, of one shape.
+    base : array, optional
+        Is subtracted from each first: the products are those of task vectors.
+    dtype, threads
+        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+
+    Returns
+    -------
+    array of float64
+        Symmetric, of shape (n, n) for n tensors; of NumPy, or of torch for torch tensors.
+
+    Notes
+    -----
+    One read of each tensor, and no task vector is ever stored.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> gram([np.float32([2, 1]), np.float32([1, 3])], base=np.float32([1, 1]))
+    array([[1., 0.],
+           [0., 4.]])
+    """
+    views = [_float_view(each, f"tensors[{at}]", dtype) for at, each in enumerate(tensors)]
+    if not views:
+        raise ValueError("there is no tensor")
+    count, names = len(views), [f"tensors[{at}]" for at in range(len(views))]
+    if base is not None:
+        views.append(_float_view(base, "base", dtype))
+        names.append("base")
+    check_same_shape(views, names)
+    piece = "gram" if base is None else "gram_of_differences"
+    products = iter(_numbers(piece, views, threads))
+    matrix = empty((count, count), "F64", views[0].kind).array
+    for row in range(count):
+        for column in range(row, count):
+            matrix[row, column] = matrix[column, row] = next(products)
+    return matrix
+
+
+def ulp_distance(
+    a: Any, b: Any, *, dtype: Any = None, threads: int | None = None
+) -> tuple[int, int]:
+    """Return how far apart two arrays are, in steps between neighbouring floats of their type.
+
+    Parameters
+    ----------
+    a, b : array
+        Of the same float type and shape.
+    dtype, threads
+        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+
+    Returns
+    -------
+    tuple of int
+        The largest distance of two elements, and how many elements differ. Both zeros are the same
+        number, any two NaNs are, and a NaN is one step beyond infinity.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.float32([1, 2, 0])
+    >>> ulp_distance(x, np.float32([np.nextafter(x[0], x[1]), 2, -0.0]))
+    (1, 1)
+    """
+    views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
+    check_same_shape(views, ("a", "b"))
+    check_options(0, threads)
+    one, other = views[0].place[2], views[1].place[2]
+    if one != other:
+        raise TypeError(f"a is of {one} and b of {other}; convert one of them first")
+    return _core.ulp_distance(views[0].place, views[1].place, threads)
+
+
+def _fill(
+    piece: str,
+    tensors: Sequence[Array],
+    numbers: list[float],
+    *,
+    out: Array | None,
+    dtype: Any,
+    threads: int | None,
+    names: Sequence[str] = (),
+) -> Array:
+    if not tensors:
+        raise ValueError("there is no tensor")
+    code = element_type(dtype)
+    names = names or [f"tensors[{at}]" for at in range(len(tensors))]
+    pairs = zip(tensors, names, strict=True)
+    inputs = [_checked_float(view(each, name, code), name) for each, name in pairs]
+    check_same_shape(inputs, names)
+    target = None if out is None else output(out, code)
+    if code is None:
+        code = promoted(inputs) if target is None else target.place[2]
+        if not is_float(code):
+            raise TypeError(f"out is of {code}; pass one of floats")
+    filled: Array = _run(piece, inputs, numbers, target, code, threads)
+    return filled
+
+
+def _mask(
+    piece: str,
+    inputs: list[View],
+    numbers: list[float],
+    *,
+    out: Any,
+    dtype: Any,
+    threads: int | None,
+) -> Any:
+    code = element_type(dtype, _MASKS)
+    target = None if out is None else output(out, code)
+    if code is None:
+        code = "BOOL" if target is None else _mask_type(target)
+    return _run(piece, inputs, numbers, target, code, threads)
+
+
+def _mask_type(target: View) -> str:
+    if target.place[2] not in _MASKS:
+        raise TypeError(f"out is of {target.place[2]}; pass one of bool or floats")
+    return target.place[2]
+
+
+def _run(
+    piece: str,
+    inputs: list[View],
+    numbers: list[float],
+    target: View | None,
+    code: str,
+    threads: int | None,
+) -> Any:
+    check_options(0, threads)
+    first = inputs[0]
+    if target is None:
+        target = empty(first.shape, code, first.kind, first.array)
+    check_out(target, first.shape, code)
+    places = [each.place for each in inputs]
+    _core.fill_array(piece, places, target.place, first.shape, numbers, "", 0, threads)
+    return target.array
+
+
+def _numbers(piece: str, inputs: list[View], threads: int | None, k: int = 0) -> list[float]:
+    check_options(0, threads)
+    places = [each.place for each in inputs]
+    return _core.numbers_of_arrays(piece, places, _count(inputs[0]), k, threads)
+
+
+def _float_view(array: Any, what: str, dtype: Any) -> View:
+    return _checked_float(view(array, what, element_type(dtype, _MASKS)), what)
+
+
+def _checked_float(each: View, what: str) -> View:
+    code = each.place[2]
+    if not is_float(code):
+        advice = 'convert it, or pass dtype="bfloat16" if it holds the bits of bfloat16'
+        advice = advice if code == "U16" else "convert it to floats first"
+        raise TypeError(f"{what} is of {code}; {advice}")
+    return each
+
+
+def _count(each: View) -> int:
+    return math.prod(each.shape)

@@ -1,0 +1,127 @@
+"""A merge as a mapping: tensors are computed when they are asked for, and no file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from oxmerge import _core
+from oxmerge.arrays import empty
+from oxmerge.in_memory import check_options
+from oxmerge.merging import prepare
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+
+    from oxmerge.arrays import Kind
+    from oxmerge.planning import MergePlan
+    from oxmerge.problems import Problem
+    from oxmerge.recipe import Recipe
+
+    PathLike = str | os.PathLike[str]
+
+__all__ = ["LazyMerge", "lazy"]
+
+_KINDS = ("numpy", "torch")
+
+
+class LazyMerge(Mapping[str, Any]):
+    """The tensors of a merge by name, in file order; each is computed when it is looked up.
+
+    Nothing is kept: a tensor that is looked up twice is computed twice. The inputs must stay where
+    they are.
+
+    Attributes
+    ----------
+    warnings : tuple of Problem
+        What has no effect in the recipe, and what of the inputs is left out.
+    """
+
+    def __init__(self, plan: MergePlan, kind: Kind, threads: int | None) -> None:
+        self._tensors = {tensor.name: at for at, tensor in enumerate(plan.plan.tensors)}
+        self._plan = plan.plan
+        self._engine = _core.OnDemand(plan.to_json())
+        self._kind: Kind = kind
+        self._threads = threads
+        self.warnings: tuple[Problem, ...] = plan.warnings
+
+    def __getitem__(self, name: str) -> Any:
+        """Compute a tensor."""
+        at = self._tensors[name]
+        tensor = self._plan.tensors[at]
+        merged = empty(tensor.shape, tensor.dtype, self._kind)
+        self._engine.compute(at, merged.place, self._threads)
+        return merged.array
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in file order."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._tensors)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without computing it."""
+        return self._plan.tensors[self._tensors[name]].shape
+
+    def dtype_of(self, name: str) -> str:
+        """Return the element type of a tensor by its safetensors name, without computing it."""
+        return self._plan.tensors[self._tensors[name]].dtype
+
+
+def lazy(
+    recipe: PathLike | Recipe,
+    *,
+    kind: Kind = "numpy",
+    seed: int = 0,
+    threads: int | None = None,
+    strict: bool = False,
+) -> LazyMerge:
+    """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
+
+    The bits are those that `oxmerge.merge` writes. So a model can be loaded straight from a recipe:
+    ``model.load_state_dict(oxmerge.lazy(recipe, kind="torch"), assign=True)``.
+
+    Parameters
+    ----------
+    recipe : path or Recipe
+        What to merge.
+    kind : {"numpy", "torch"}
+        What the tensors are. BF16 in NumPy is ``ml_dtypes.bfloat16`` if that package is installed,
+        else raw ``uint16``.
+    seed : int
+        Of the random masks that some methods draw.
+    threads : int, optional
+        As many as there are cores, unless given.
+    strict : bool
+        Whether warnings count as problems.
+
+    Returns
+    -------
+    LazyMerge
+        A mapping from names to arrays. Looking one up reads the inputs of that tensor only, and
+        raises InputChangedError if a file is not what it was.
+
+    Raises
+    ------
+    RecipeError, PlanError
+        With every problem that the recipe and the headers show.
+    ImportError
+        If torch is asked for and not installed.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}")
+    check_options(seed, threads)
+    if kind == "torch":
+        _need_torch()
+    return LazyMerge(prepare(recipe, seed=seed, strict=strict), kind, threads)
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401, PLC0415
+    except ImportError as error:
+        message = 'kind="torch" needs torch, which is not installed: pip install "oxmerge[torch]"'
+        raise ImportError(message) from error

@@ -1,0 +1,177 @@
+"""Merging in memory gives the bits that merging files gives, for every method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import oxmerge
+import pytest
+from test_same_bytes import METHODS, recipe_of
+from writers import random_arrays, read_tensors, tuned, write_file, write_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    Stored = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+SEED = 7
+STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
+
+
+def stored(arrays: Mapping[str, Any]) -> Stored:
+    """Return arrays as `read_tensors` returns a file."""
+    found = {}
+    for name, array in arrays.items():
+        found[name] = (STORED[array.dtype.name], array.shape, array.tobytes())
+    return found
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def case(
+    request: pytest.FixtureRequest, family: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Stored]:
+    """A method's name here, its recipe, and what merging files makes of it."""
+    folder = tmp_path_factory.mktemp("files")
+    recipe = recipe_of(folder, family, request.param)
+    oxmerge.merge(recipe, folder / "out", seed=SEED, memory="4GiB")
+    return request.param, recipe, read_tensors(folder / "out" / "model.safetensors")
+
+
+def call_of(name: str) -> tuple[str, str, bool, dict[str, Any]]:
+    """Return the method, the models, whether there is a base, and the keyword arguments."""
+    options = dict(METHODS[name])
+    each = {"weight": 0.4, **options.get("each", {})}
+    each = {} if options["method"] in {"slerp", "passthrough"} else each
+    keywords = {**each, **options.get("shared", {}), "dtype": options.get("dtype")}
+    return options["method"], options["models"], options.get("base", False), keywords
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, None])
+def test_state_dicts_give_the_bits_of_files(
+    case: tuple[str, Path, Stored], family: Path, threads: int | None
+) -> None:
+    name, _, expected = case
+    method, models, has_base, keywords = call_of(name)
+    opened = [oxmerge.open(family / model) for model in models]
+    base = oxmerge.open(family / "base") if has_base else None
+    merged = oxmerge.merge_state_dicts(method, opened, base, seed=SEED, threads=threads, **keywords)
+    assert stored(merged) == expected
+
+
+def test_lazy_tensors_have_the_bits_of_files(case: tuple[str, Path, Stored]) -> None:
+    _, recipe, expected = case
+    lazy = oxmerge.lazy(recipe, seed=SEED)
+    assert list(lazy) == list(expected)
+    assert len(lazy) == len(expected)
+    assert stored(lazy) == expected
+    for name, (dtype, shape, _) in expected.items():
+        assert (lazy.dtype_of(name), lazy.shape_of(name)) == (dtype, shape)
+
+
+def test_tensors_and_functions_give_the_bits_of_files(
+    case: tuple[str, Path, Stored], family: Path
+) -> None:
+    name, _, expected = case
+    method, models, has_base, keywords = call_of(name)
+    opened = [oxmerge.open(family / model) for model in models]
+    base = oxmerge.open(family / "base")
+    for tensor in expected:
+        inputs = [checkpoint[tensor] for checkpoint in opened]
+        arguments = (inputs, base[tensor]) if has_base else (inputs,)
+        options = {**keywords, "seed": SEED, "name": tensor}
+        merged = oxmerge.merge_tensors(method, *arguments, **options)
+        again = getattr(oxmerge.kernels, method)(*arguments, **options)
+        assert stored({tensor: merged})[tensor] == expected[tensor]
+        assert stored({tensor: again})[tensor] == expected[tensor]
+
+
+@pytest.fixture(scope="module")
+def uniform() -> dict[str, dict[str, Any]]:
+    """Models of one type, so that each of them can take the result."""
+    shapes = {"w": (700, 311), "long": (2, 70_001), "b": (9,)}
+    base = random_arrays(shapes, 0)
+    models = {"base": base, "a": tuned(base, 1), "b": tuned(base, 2), "c": tuned(base, 3)}
+    as_bf16 = {
+        name: {key: array.astype(ml_dtypes.bfloat16) for key, array in arrays.items()}
+        for name, arrays in models.items()
+    }
+    steps = {"steps": np.arange(5)}
+    return {name: {**arrays, **steps} for name, arrays in as_bf16.items()}
+
+
+def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "linear_in_f64"])
+def test_any_input_may_take_the_result(
+    uniform: dict[str, dict[str, Any]], name: str, threads: int
+) -> None:
+    method, models, has_base, keywords = call_of(name)
+    keywords["dtype"] = None
+    options = {**keywords, "seed": SEED, "threads": threads}
+    dicts = [uniform[model] for model in models]
+    base = uniform["base"] if has_base else None
+    expected = stored(oxmerge.merge_state_dicts(method, dicts, base, **options))
+    for index in range(len(dicts) + has_base):
+        inputs = [copies(each) for each in [*dicts, *([base] if base else [])]]
+        target = inputs[index]
+        arrays = dict(target)
+        result = oxmerge.merge_state_dicts(
+            method,
+            inputs[: len(dicts)],
+            inputs[-1] if has_base else None,
+            out=target,
+            **options,
+        )
+        assert result is target
+        assert all(target[key] is arrays[key] for key in arrays)
+        assert stored(target) == expected
+        others = [each for at, each in enumerate(inputs) if at != index]
+        before = [each for at, each in enumerate([*dicts, base]) if at != index and each]
+        assert [stored(each) for each in others] == [stored(each) for each in before]
+
+
+def test_raw_bfloat16_of_an_opened_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"x": np.array([[1, 2], [3, 4]], np.float32)}
+    for name in "ab":
+        write_model(tmp_path / name, values, "BF16")
+    monkeypatch.setattr("oxmerge.checkpoints.numpy_dtype", lambda _: np.dtype("<u2"))
+    opened = [oxmerge.open(tmp_path / name) for name in "ab"]
+    assert opened[0]["x"].dtype == np.uint16
+    merged = oxmerge.merge_state_dicts("linear", opened, weight=[1, 2], normalize=False)
+    assert merged["x"].dtype == np.uint16
+    np.testing.assert_array_equal(merged["x"].view(ml_dtypes.bfloat16), 3 * values["x"])
+
+
+def test_lazy_reads_only_what_is_asked_for(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        write_model(tmp_path / name, random_arrays({"x": (4,), "y": (5,)}, seed), "F32")
+    recipe = tmp_path / "r.yml"
+    models = "".join(f"- {{model: {n}, parameters: {{weight: 1}}}}\n" for n in "ab")
+    recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
+    lazy = oxmerge.lazy(recipe)
+    assert "x" in lazy
+    assert "z" not in lazy
+    with pytest.raises(KeyError):
+        lazy["z"]
+    assert lazy["x"].shape == (4,)
+    file = tmp_path / "a" / "model.safetensors"
+    write_file(file, {"x": np.zeros(4, np.float32), "y": np.ones(5, np.float32)})
+    with pytest.raises(oxmerge.InputChangedError):
+        lazy["y"]
+
+
+def test_lazy_checks_what_it_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^kind must be one of numpy, torch, not 'jax'$"):
+        oxmerge.lazy(tmp_path / "r.yml", kind="jax")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^threads must be at least 1, not 0$"):
+        oxmerge.lazy(tmp_path / "r.yml", threads=0)
+    with pytest.raises(FileNotFoundError):
+        oxmerge.lazy(tmp_path / "r.yml")

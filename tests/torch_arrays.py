@@ -1,0 +1,183 @@
+"""Arrays of torch. Run by `test_with_torch.py` in a process of its own, which torch makes large."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import oxmerge
+import pytest
+import torch
+from oxmerge import kernels
+from test_in_memory import SEED, STORED, call_of, case, uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from test_in_memory import Stored
+
+__all__ = ["case", "uniform"]  # fixtures
+
+BF16 = ml_dtypes.bfloat16
+
+
+def stored(tensors: Mapping[str, torch.Tensor]) -> Stored:
+    """Return tensors as `read_tensors` returns a file."""
+    found = {}
+    for name, tensor in tensors.items():
+        dtype = STORED[str(tensor.dtype).removeprefix("torch.")]
+        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        found[name] = (dtype, tuple(tensor.shape), data)
+    return found
+
+
+def as_torch(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return copies of a checkpoint's tensors."""
+    found = {}
+    for name, array in checkpoint.items():
+        if array.dtype == ml_dtypes.bfloat16:
+            found[name] = torch.tensor(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            found[name] = torch.tensor(array)
+    return found
+
+
+def test_torch_tensors_give_the_bits_of_files(case: tuple[str, Path, Stored], family: Path) -> None:
+    name, _, expected = case
+    method, models, has_base, keywords = call_of(name)
+    dicts = [as_torch(oxmerge.open(family / model)) for model in models]
+    base = as_torch(oxmerge.open(family / "base")) if has_base else None
+    merged = oxmerge.merge_state_dicts(method, dicts, base, seed=SEED, **keywords)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in merged.values())
+    assert stored(merged) == expected
+
+
+def test_lazy_tensors_have_the_bits_of_files(case: tuple[str, Path, Stored]) -> None:
+    _, recipe, expected = case
+    lazy = oxmerge.lazy(recipe, kind="torch", seed=SEED)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in lazy.values())
+    assert stored(lazy) == expected
+
+
+def test_an_average_in_training(uniform: dict[str, dict[str, Any]]) -> None:
+    average = as_torch(uniform["a"])
+    addresses = {name: tensor.data_ptr() for name, tensor in average.items()}
+    for step, model in enumerate("bc", start=2):
+        latest = as_torch(uniform[model])
+        oxmerge.merge_state_dicts("linear", [average, latest], weight=[step - 1, 1], out=average)
+    assert addresses == {name: tensor.data_ptr() for name, tensor in average.items()}
+    mean = sum(uniform[model]["w"].astype(np.float32) for model in "abc") / 3
+    np.testing.assert_allclose(average["w"].float().numpy(), mean, rtol=2**-7, atol=1e-6)
+
+
+def test_parameters_of_a_model_can_be_merged_in_place() -> None:
+    ours, theirs = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = (0.5 * ours.weight + 0.5 * theirs.weight).detach()
+    dicts = [dict(ours.named_parameters()), dict(theirs.named_parameters())]
+    oxmerge.merge_state_dicts("linear", dicts, weight=0.5, out=dicts[0])
+    assert torch.equal(ours.weight, expected)
+    assert ours.weight.requires_grad
+
+
+def test_tensors_that_share_memory_are_merged_once() -> None:
+    def tied(value: float) -> dict[str, torch.Tensor]:
+        weight = torch.full((4, 3), value)
+        return {"embed": weight, "head": weight}
+
+    one, other = tied(1.0), tied(5.0)
+    oxmerge.merge_state_dicts("linear", [one, other], weight=[0.75, 0.25], out=one)
+    assert one["embed"].unique().tolist() == one["head"].unique().tolist() == [2.0]
+    other["head"] = other["head"].clone()
+    message = (
+        "tensor `head`: in out it shares its memory with `embed`, but the inputs do not; "
+        "leave one of the names out, or give out an array for each"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        oxmerge.merge_state_dicts("linear", [one, other], weight=0.5, out=one)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_torch_and_numpy_give_the_same(name: str) -> None:
+    values = np.random.default_rng(1).standard_normal((3, 1001))
+    arrays = [(values + at).astype(BF16 if name == "bfloat16" else name) for at in range(2)]
+    as_torch = [torch.tensor(x.astype(np.float64)).to(getattr(torch, name)) for x in arrays]
+    expected = kernels.weighted_sum(arrays, [0.3, 0.6])
+    found = kernels.weighted_sum(as_torch, [0.3, 0.6])
+    assert isinstance(found, torch.Tensor)
+    assert found.dtype == as_torch[0].dtype
+    assert found.shape == (3, 1001)
+    assert np.array_equal(found.double().numpy(), expected.astype(np.float64))
+    assert kernels.norm(as_torch[0]) == kernels.norm(arrays[0])
+    assert isinstance(kernels.top_k_mask(as_torch[0], 5), torch.Tensor)
+    assert kernels.gram(as_torch).dtype == torch.float64
+
+
+def test_raw_bfloat16() -> None:
+    raw = np.arange(8).astype(BF16).view(np.uint16)
+    tensor = torch.tensor(raw.astype(np.int32)).to(torch.uint16)
+    merged = oxmerge.merge_tensors("linear", [tensor, tensor], weight=1, dtype="bfloat16")
+    assert merged.dtype == torch.uint16
+    assert merged.tolist() == raw.tolist()
+
+
+def test_results_go_to_out() -> None:
+    values = np.array([1, 2, 3], np.float32)
+    tensor = torch.empty(3)
+    assert kernels.task_vector(torch.tensor(values), torch.ones(3), out=tensor) is tensor
+    assert tensor.tolist() == [0, 1, 2]
+    mask = torch.empty(7, dtype=torch.bool)
+    assert kernels.random_mask(7, 1, out=mask) is mask
+    assert mask.all()
+    odd = torch.arange(12.0).reshape(3, 4).T
+    assert torch.equal(kernels.weighted_sum([odd], [2]), 2 * odd)
+    same = kernels.task_arithmetic([tensor], mask.float()[:3].clone(), weight=torch.tensor(0.5))
+    assert same.tolist() == [0.5, 1, 1.5]
+
+
+def call(*arguments: Any, **options: Any) -> Any:
+    return lambda: oxmerge.merge_tensors("linear", *arguments, weight=1, **options)
+
+
+X = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "message"),
+    [
+        (
+            call([torch.empty(3, dtype=torch.float8_e5m2)]),
+            TypeError,
+            (
+                "tensors[0] is of float8_e5m2, which is not supported; convert it to float32 or "
+                "bfloat16"
+            ),
+        ),
+        (
+            call([torch.empty(3, device="meta")]),
+            ValueError,
+            (
+                "tensors[0] is on the device `meta`; copy it to the CPU first (`.cpu()`), or merge "
+                "files with `oxmerge merge`"
+            ),
+        ),
+        (
+            call([torch.eye(3).to_sparse()]),
+            TypeError,
+            "tensors[0] is sparse; make it dense first (`.to_dense()`)",
+        ),
+        (
+            call([X], out=torch.empty(6)[::2]),
+            ValueError,
+            (
+                "the elements of out do not follow each other in memory; write into a contiguous "
+                "one, such as `out.contiguous()`, and copy from there"
+            ),
+        ),
+    ],
+)
+def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        act()

@@ -12,6 +12,7 @@ use std::thread;
 
 use super::control::Control;
 use super::memory::MemoryPlan;
+use super::simd::Simd;
 use super::source::{Place, Sink, Source};
 use super::task::{Task, Work};
 use super::{Settings, run_all};
@@ -179,7 +180,7 @@ pub fn run(
             .advice("merge files with `oxmerge merge` or `oxmerge.merge`"));
     }
     let mut tasks = vec![task];
-    let numbers = run_all(&mut tasks, &settings, &memory, control, false)?.remove(0);
+    let numbers = run_all(&Simd(level), &mut tasks, &settings, &memory, control, false)?.remove(0);
     if numbers.len() == wanted {
         Ok(numbers)
     } else {

@@ -6,8 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::task::Task;
-use super::work::{Output, Step};
+use super::backend::{Layout, Output, Step};
 use crate::dtype::DType;
 use crate::formula::machine::InputBytes;
 use crate::formula::{BinaryOp, Reduction, ReductionKind, Scalar, Value, ValueNode};
@@ -15,48 +14,45 @@ use crate::kernels::{self, LANES, Lanes, Level, Real};
 
 type Inputs<'a> = [Option<InputBytes<'a>>];
 
-/// Computes `step` into `outputs` if each of its values has such a shape and the working type is
+/// Computes `step` into `outputs` if each of their values has such a shape and the working type is
 /// f32.
-pub(crate) fn run(level: Level, step: &Step<'_>, outputs: &mut [Output<'_>]) -> bool {
-    let types = step.inputs.iter().flatten().map(|input| input.dtype);
-    let double = types.chain(outputs.iter().map(|out| out.dtype)).any(|t| t == DType::F64);
-    let shapes = step.values.iter().zip(&*outputs);
-    let shapes = shapes.map(|(value, output)| Shape::of(value, step.inputs, output.dtype, double));
-    let Some(shapes) = shapes.collect::<Option<Vec<_>>>() else { return false };
+pub(crate) fn run<T: Real>(level: Level, step: &Step<'_>, outputs: &mut [Output<'_>]) -> bool {
+    let is_float = |output: &Output<'_>| output.dtype.is_float();
+    if size_of::<T>() > size_of::<f32>() || !outputs.iter().all(is_float) {
+        return false;
+    }
+    let shape = |output: &Output<'_>| Shape::of(&step.values[output.result]);
+    let Some(shapes) = outputs.iter().map(shape).collect::<Option<Vec<_>>>() else { return false };
     for (shape, output) in shapes.iter().zip(outputs) {
         shape.run(level, step, output);
     }
     true
 }
 
+/// The input that `value` is, if it is one of that type.
+pub(crate) fn unchanged<'a>(
+    value: &Value,
+    inputs: &Inputs<'a>,
+    dtype: DType,
+) -> Option<InputBytes<'a>> {
+    inputs[input(value)?].filter(|input| input.dtype == dtype)
+}
+
 /// A shape of formula that has a kernel.
 enum Shape {
-    /// An unchanged input.
-    Copied(usize),
     /// Σ c·x of plain inputs.
     Weighted(Vec<(f64, usize)>),
     Shifted(Shifted),
 }
 
 impl Shape {
-    fn of(value: &Value, inputs: &Inputs<'_>, dtype: DType, double: bool) -> Option<Self> {
-        let unchanged = |index: &usize| inputs[*index].is_some_and(|input| input.dtype == dtype);
-        if let Some(index) = input(value).filter(unchanged) {
-            return Some(Self::Copied(index));
-        }
-        if double || !dtype.is_float() {
-            return None;
-        }
+    fn of(value: &Value) -> Option<Self> {
         weighted_inputs(value).map(Self::Weighted).or_else(|| shifted(value).map(Self::Shifted))
     }
 
     fn run(&self, level: Level, step: &Step<'_>, output: &mut Output<'_>) {
         let term = |&(c, input): &(f64, usize)| term(c, input, step.inputs, &step.elements);
         match self {
-            Self::Copied(index) => {
-                let (_, _, bytes) = term(&(1.0, *index));
-                output.bytes.copy_from_slice(bytes);
-            }
             Self::Weighted(terms) => {
                 let terms: Vec<_> = terms.iter().map(term).collect();
                 kernels::weighted_sum_bytes(level, &terms, output.dtype, output.bytes);
@@ -73,16 +69,16 @@ impl Shape {
 }
 
 /// The two inputs, if the reductions are all inner products of two inputs of one type in f32.
-pub(crate) fn pair(task: &Task, reductions: &[Arc<Reduction>]) -> Option<[usize; 2]> {
+pub(crate) fn pair<T: Real>(step: &Step<'_>, layout: &Layout) -> Option<[usize; 2]> {
     let factors = |reduction: &Arc<Reduction>| {
         let right = reduction.right.as_ref()?;
         (reduction.kind == ReductionKind::Dot).then_some([input(&reduction.left)?, input(right)?])
     };
-    let [aa, ab, bb] = reductions else { return None };
+    let [aa, ab, bb] = layout.reductions.as_slice() else { return None };
     let [a, b] = factors(ab)?;
-    let dtype = task.sources[a].dtype();
+    let dtype = |index: usize| step.inputs[index].as_ref().map(|input| input.dtype);
     let is_gram = factors(aa)? == [a, a] && factors(bb)? == [b, b];
-    let is_uniform = dtype == task.sources[b].dtype() && !task.double;
+    let is_uniform = dtype(a) == dtype(b) && size_of::<T>() == size_of::<f32>();
     (is_gram && is_uniform).then_some([a, b])
 }
 

@@ -39,6 +39,15 @@ const ENGINE_OVERHEAD: u64 = 1 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
+/// What a piece has on a device, an element: values of the working type beside one an input;
+/// temporaries (terms of a sum and their running sums, keys and bins, words of a generator); and
+/// copies of a vector of rows or columns. `tests/test_torch_backend.py` measures them.
+const VALUES_ON_DEVICE: u64 = 4;
+const TEMPORARIES_ON_DEVICE: u64 = 48;
+const VECTOR_COPIES: u64 = 4;
+/// What does not grow with the piece; on a device of its own, what torch's allocator takes at once.
+const HOST_TENSORS: u64 = 1 << 20;
+const DEVICE_SEGMENTS: u64 = 64 << 20;
 /// What a budget that is refused is told to be larger than needed: what a process has resident
 /// before the engine starts is not quite the same each time.
 const REFUSAL_SLACK: u64 = 1 << 20;
@@ -58,6 +67,28 @@ pub struct MemoryPlan {
     pub worker_bytes: u64,
     /// Bytes left over, for random masks that are kept between passes.
     pub mask_room: u64,
+    /// The same with what computing elsewhere takes beside it.
+    pub(crate) with_offload: u64,
+    /// Bytes a worker may hold on its device.
+    pub(crate) device_bytes: u64,
+}
+
+/// What arithmetic that is done elsewhere needs: whole pieces at once, and memory for them.
+#[derive(Clone, Copy, Debug)]
+pub struct Offload {
+    /// Bytes that the tensors on one device may take.
+    pub vram: u64,
+    /// Devices that share the work.
+    pub devices: usize,
+    /// Whether the device's memory is that of this process.
+    pub is_host: bool,
+}
+
+impl Offload {
+    /// What each of `workers` may hold on its device.
+    fn share(self, workers: u64) -> u64 {
+        self.vram / workers.div_ceil(self.devices as u64)
+    }
 }
 
 /// An amount of memory: what to expect, and what it is at the most. They differ where memory is
@@ -138,6 +169,11 @@ pub struct Need {
     shared_state: Amount,
     /// Random masks, if there is room to keep them.
     masks: u64,
+    /// Bytes of an element of the working type.
+    working: u64,
+    /// Bytes of results by row or column, all rows or columns together.
+    vectors: u64,
+    offload: Option<Offload>,
 }
 
 impl Need {
@@ -156,6 +192,9 @@ impl Need {
             row: frame.row,
             ..Self::default()
         };
+        let mut sizes = need.outputs.iter().chain(need.sources.iter().map(|(size, _)| size));
+        let is_double = sizes.any(|&size| size == 8);
+        need.working = if is_double { 8 } else { 4 };
         match work {
             Work::Formulas(_) | Work::Numbers(_) => need.add_passes(frame, work.values()),
             // The first is kept while the others are compared with it, one by one.
@@ -178,6 +217,7 @@ impl Need {
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {
+                    self.vectors += 8 * frame.rows();
                     self.shared_state.add(Amount::certain(8 * frame.rows()));
                 }
                 Scope::Row => {
@@ -185,6 +225,7 @@ impl Need {
                     self.row_reductions += 1;
                 }
                 Scope::Column => {
+                    self.vectors += 8 * frame.line;
                     self.worker_state.add(Amount::certain(8 * frame.line));
                     self.shared_state.add(Amount::certain(8 * frame.line));
                     // Summed up before there is output; the allocator may keep it until later.
@@ -198,6 +239,39 @@ impl Need {
         }
     }
 
+    /// The same where the arithmetic is done elsewhere.
+    pub(crate) fn on(self, offload: Option<Offload>) -> Self {
+        Self { offload, ..self }
+    }
+
+    /// Bytes that a piece of `blocks` blocks takes on the device: its inputs and output, a few
+    /// values of the working type, temporaries of eight bytes, vectors.
+    fn device(&self, blocks: u64) -> u64 {
+        let Some(Offload { is_host, .. }) = self.offload else { return 0 };
+        let elements =
+            ((blocks * BLOCK_ELEMENTS).min(self.elements) + self.edge).min(self.elements);
+        let inputs: u64 = self.sources.iter().map(|(size, _)| size).sum();
+        let outputs: u64 = self.outputs.iter().sum();
+        let held = (self.sources.len() + self.outputs.len()) as u64 + VALUES_ON_DEVICE;
+        let values = held * self.working;
+        let fixed = if is_host { HOST_TENSORS } else { DEVICE_SEGMENTS };
+        let each = inputs + outputs + values + TEMPORARIES_ON_DEVICE;
+        elements * each + VECTOR_COPIES * self.vectors + fixed
+    }
+
+    /// What computing elsewhere takes of this process's memory: the tensors themselves, or buffers
+    /// from which a device copies.
+    fn beside(&self, blocks: u64) -> Amount {
+        let elements =
+            ((blocks * BLOCK_ELEMENTS).min(self.elements) + self.edge).min(self.elements);
+        let inputs: u64 = self.sources.iter().map(|(size, _)| size).sum();
+        match self.offload {
+            None => Amount::default(),
+            Some(Offload { is_host: true, .. }) => Amount::uncertain(self.device(blocks)),
+            Some(_) => Amount::certain(elements * (inputs + self.outputs.iter().sum::<u64>())),
+        }
+    }
+
     /// What a worker holds of a piece of `blocks` blocks.
     fn piece(&self, blocks: u64) -> Amount {
         let elements = (blocks * BLOCK_ELEMENTS).min(self.elements);
@@ -205,7 +279,10 @@ impl Need {
             |size: &u64| AlignedBuffer::resident(elements as usize * *size as usize + PAGE) as u64;
         let mut amount = Amount::certain(self.outputs.iter().map(output).sum());
         let widths = self.sources.iter().filter(|(_, way)| *way != Way::InPlace);
-        let step = step_elements(widths.map(|(size, _)| *size)).min(elements);
+        let step = match self.offload {
+            None => step_elements(widths.map(|(size, _)| *size)).min(elements),
+            Some(_) => elements,
+        };
         let rows = (step + self.edge).min(self.elements) / self.row.max(1);
         amount.add(Amount::uncertain(self.row_reductions * ROW_BYTES * rows));
         for &(size, way) in &self.sources {
@@ -250,13 +327,22 @@ impl Need {
         self.reads_once
     }
 
-    /// Blocks in a piece when a worker may hold `bytes`.
-    pub(crate) fn piece_blocks(&self, bytes: u64) -> u64 {
+    /// Blocks in a piece when the memory is shared out as in `plan`.
+    pub(crate) fn piece_blocks(&self, plan: &MemoryPlan) -> u64 {
+        self.blocks_within(plan.with_offload, plan.device_bytes)
+    }
+
+    /// Blocks in a piece when a worker may hold `bytes`, and `device_bytes` on its device.
+    fn blocks_within(&self, bytes: u64, device_bytes: u64) -> u64 {
         let widest = self.sources.iter().map(|(size, _)| *size).max().unwrap_or(0);
         let most = LARGEST_PIECE / (widest.max(1) * BLOCK_ELEMENTS);
+        let fits = |&blocks: &u64| {
+            let held = self.piece(blocks).most + self.beside(blocks).most;
+            held <= bytes && self.device(blocks) <= device_bytes
+        };
         (1..=most.min(self.elements.div_ceil(BLOCK_ELEMENTS)).max(1))
             .rev()
-            .find(|&blocks| self.is_sensible(blocks) && self.piece(blocks).most <= bytes)
+            .find(|blocks| self.is_sensible(*blocks) && fits(blocks))
             .unwrap_or(1)
     }
 }
@@ -265,7 +351,16 @@ impl MemoryPlan {
     /// For tensors that are in memory already: nothing to divide.
     pub(crate) fn unbounded(workers: usize) -> Self {
         let all = u64::MAX;
-        Self { budget: all, baseline: 0, predicted: 0, workers, worker_bytes: all, mask_room: all }
+        Self {
+            budget: all,
+            baseline: 0,
+            predicted: 0,
+            workers,
+            worker_bytes: all,
+            mask_room: all,
+            with_offload: all,
+            device_bytes: all,
+        }
     }
 
     /// Divides `budget` among at most `workers` threads; `baseline` is resident already.
@@ -281,23 +376,44 @@ impl MemoryPlan {
             let states = largest_states(needs, workers as usize);
             shared.plus(states, 1).plus(worker, workers)
         };
-        let block = most(|need| need.piece(1)).most;
-        let fits = |workers: &u64| fixed(*workers).most + workers * block <= budget;
-        let Some(workers) = (1..=workers.max(1) as u64).rev().find(fits) else {
-            return Err(refused(budget, fixed(1).most + block));
+        let offload = needs.iter().find_map(|need| need.offload);
+        let device_share = |workers| offload.map_or(u64::MAX, |offload| offload.share(workers));
+        let block = most(|need| need.piece(1).plus(need.beside(1), 1)).most;
+        let device_block = needs.iter().map(|need| need.device(1)).max().unwrap_or(0);
+        let fits = |workers: &u64| {
+            let in_memory = fixed(*workers).most + workers * block <= budget;
+            in_memory && device_block <= device_share(*workers)
         };
-        let worker_bytes = (budget - fixed(workers).most) / workers;
-        let pieces = needs.iter().map(|need| need.piece(need.piece_blocks(worker_bytes)));
-        let largest = pieces.clone().map(|piece| piece.most).max().unwrap_or(0);
-        let expected = pieces.map(|piece| piece.expected).max().unwrap_or(0);
-        let mask_room = budget - fixed(workers).most - workers * largest;
+        let Some(workers) = (1..=workers.max(1) as u64).rev().find(fits) else {
+            return Err(match offload {
+                Some(Offload { vram, .. }) if vram < device_block => {
+                    refused_device(vram, device_block)
+                }
+                _ => refused(budget, fixed(1).most + block),
+            });
+        };
+        let share = (budget - fixed(workers).most) / workers;
+        let device_bytes = device_share(workers);
+        let pieces = needs.iter().map(|need| {
+            let blocks = need.blocks_within(share, device_bytes);
+            (need.piece(blocks), need.beside(blocks))
+        });
+        let largest = |of: fn((Amount, Amount)) -> u64| pieces.clone().map(of).max().unwrap_or(0);
+        let expected = largest(|(piece, beside)| piece.expected + beside.expected);
+        let mask_room = match offload {
+            None => budget - fixed(workers).most - workers * largest(|(piece, _)| piece.most),
+            // Masks are drawn again there.
+            Some(_) => 0,
+        };
         let masks = needs.iter().map(|need| need.masks).filter(|masks| *masks <= mask_room);
         Ok(Self {
             budget,
             baseline,
             predicted: fixed(workers).expected + workers * expected + masks.max().unwrap_or(0),
             workers: workers as usize,
-            worker_bytes: largest,
+            worker_bytes: largest(|(piece, _)| piece.most),
+            with_offload: largest(|(piece, beside)| piece.most + beside.most),
+            device_bytes,
             mask_room,
         })
     }
@@ -329,6 +445,15 @@ fn refused(budget: u64, needed: u64) -> Error {
         .expected(format!("at least {} MiB", mebibytes(needed)))
         .found(format!("{} MiB", mebibytes(budget)))
         .advice(format!("use --memory {}MiB or more", mebibytes(needed)))
+}
+
+#[cold]
+fn refused_device(vram: u64, needed: u64) -> Error {
+    let mebibytes = |bytes: u64| bytes.div_ceil(1 << 20);
+    Error::new(ErrorKind::Memory, "the device memory is too small for one block of every input")
+        .expected(format!("at least {} MiB", mebibytes(needed)))
+        .found(format!("{} MiB", mebibytes(vram)))
+        .advice(format!("use --vram {}MiB or more", mebibytes(needed)))
 }
 
 /// A number of KiB that the kernel reports about this process, in bytes.

@@ -7,10 +7,14 @@
 //! hide the latency of reads and writes. Threads live as long as a run: nothing is left to a fork.
 
 pub mod arrays;
+pub(crate) mod backend;
 pub mod control;
 pub mod files;
 mod fused;
 pub mod memory;
+#[cfg(feature = "python")]
+pub(crate) mod rehearsal;
+pub(crate) mod simd;
 pub mod source;
 pub mod task;
 mod work;
@@ -20,8 +24,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
+use backend::Backend;
 use control::Control;
 use memory::{MemoryPlan, Need};
+use simd::Simd;
 use source::Sink;
 use task::{Active, Found, Pass, Task, bind_model_sums};
 use work::Worker;
@@ -66,16 +72,27 @@ pub(crate) fn tasks_under_way(workers: usize) -> usize {
 }
 
 /// Runs all `tasks`. On an error or a cancellation the workers stop after the piece in hand.
-pub fn run(mut tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<Report> {
+pub fn run(tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<Report> {
+    run_on(&Simd(settings.level), tasks, settings, control)
+}
+
+/// The same, with the arithmetic of `backend`.
+pub(crate) fn run_on(
+    backend: &dyn Backend,
+    mut tasks: Vec<Task>,
+    settings: &Settings,
+    control: &Control,
+) -> Result<Report> {
     let started = Instant::now();
     let baseline = memory::resident();
-    let needs: Vec<Need> = tasks.iter().map(Task::need).collect();
+    let offload = backend.offload();
+    let needs: Vec<Need> = tasks.iter().map(|task| task.need().on(offload)).collect();
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
     if tasks.iter().any(Task::needs_sweep) {
-        let sums = run_all(&mut tasks, settings, &memory, control, true)?;
+        let sums = run_all(backend, &mut tasks, settings, &memory, control, true)?;
         bind_model_sums(&mut tasks, &sums)?;
     }
-    run_all(&mut tasks, settings, &memory, control, false)?;
+    run_all(backend, &mut tasks, settings, &memory, control, false)?;
     let counted = control.snapshot();
     Ok(Report {
         seconds: started.elapsed().as_secs_f64(),
@@ -89,6 +106,7 @@ pub fn run(mut tasks: Vec<Task>, settings: &Settings, control: &Control) -> Resu
 
 /// Goes over all tasks; the numbers that each found. A sweep looks for those of the model only.
 fn run_all(
+    backend: &dyn Backend,
     tasks: &mut Vec<Task>,
     settings: &Settings,
     memory: &MemoryPlan,
@@ -100,16 +118,17 @@ fn run_all(
     let schedule = Schedule {
         state: Mutex::new(State::new(shared.len(), memory.mask_room)),
         changed: Condvar::new(),
+        backend,
         tasks: &shared,
         piece_blocks: shared
             .iter()
-            .map(|task| task.need().piece_blocks(memory.worker_bytes).min(most))
+            .map(|task| task.need().on(backend.offload()).piece_blocks(memory).min(most))
             .collect(),
         under_way: tasks_under_way(memory.workers),
         control,
         sweep,
     };
-    let work = || schedule.work(settings.level, memory.worker_bytes as usize);
+    let work = || schedule.work(memory.worker_bytes as usize);
     thread::scope(|scope| {
         // This thread works too, so a system that refuses threads only makes it slower.
         for _ in 1..memory.workers {
@@ -130,6 +149,7 @@ fn run_all(
 struct Schedule<'a> {
     state: Mutex<State>,
     changed: Condvar,
+    backend: &'a dyn Backend,
     tasks: &'a [Arc<Task>],
     piece_blocks: Vec<u64>,
     under_way: usize,
@@ -186,9 +206,14 @@ impl Drop for Alarm<'_> {
 }
 
 impl Schedule<'_> {
-    fn work(&self, level: Level, share: usize) {
+    fn work(&self, share: usize) {
         let _alarm = Alarm(self);
-        let mut worker = Worker::new(level, self.control, share);
+        let arithmetic = match self.backend.worker() {
+            Ok(arithmetic) => arithmetic,
+            Err(error) => return self.note(&mut self.lock(), Err(error)),
+        };
+        let whole = self.backend.offload().is_some();
+        let mut worker = Worker::new(arithmetic, self.control, share, whole);
         let mut state = self.lock();
         loop {
             match self.next(&mut state) {
@@ -225,11 +250,7 @@ impl Schedule<'_> {
         let Unit { task, pass, masks, number, blocks, .. } = unit;
         // A panic in a worker must not leave the others waiting for its unit.
         let run = std::panic::AssertUnwindSafe(|| {
-            if task.double {
-                worker.run::<f64>(task, pass, *number, *blocks, masks.as_ref())
-            } else {
-                worker.run::<f32>(task, pass, *number, *blocks, masks.as_ref())
-            }
+            worker.run(task, pass, *number, *blocks, masks.as_ref())
         });
         std::panic::catch_unwind(run).unwrap_or_else(|_| {
             Err(Error::plan("a worker of the engine panicked; this is a bug in oxmerge")

@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::backend::fold;
 use super::memory::{Need, Way, step_elements};
 use super::source::{Sink, Source};
-use super::work::fold;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;

@@ -3,46 +3,31 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::backend::{Arithmetic, Layout, Output, Program, Step, Tally, fold, start_of, steps};
 use super::control::Control;
+use super::fused::unchanged;
 use super::source::{Place, Sink};
-use super::task::{Found, Pass, SearchView, Task, max};
+use super::task::{Found, Pass, SearchView, Task};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::code::Code;
-use crate::formula::machine::{CHUNK, COLUMN_BLOCK, InputBytes, Machine};
+use crate::formula::machine::{CHUNK, COLUMN_BLOCK, InputBytes};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::{Cut, Histogram};
+use crate::formula::selection::Cut;
 use crate::formula::stage::{inputs_of, operands, row_reductions, unknown};
-use crate::formula::{Reduction, ReductionKind, Scalar, Scope, Selection, Value};
+use crate::formula::{Reduction, Scalar, Scope, Selection, Value};
 use crate::io::AlignedBuffer;
-use crate::kernels::{self, BLOCK, LANES, Lanes, Level, Real, fold_halves};
+use crate::kernels::BLOCK;
 
 /// Chunks that a sample for a selection looks at, and the bytes of their keys.
 const SAMPLED_CHUNKS: u64 = 48;
 pub(crate) const SAMPLE_BYTES: u64 = SAMPLED_CHUNKS * CHUNK as u64 * size_of::<u64>() as u64;
 
-/// A part of a unit whose inputs are at hand.
-pub(crate) struct Step<'a> {
-    /// The elements to compute.
-    pub(crate) elements: Range<u64>,
-    /// The bytes of the inputs that are used.
-    pub(crate) inputs: &'a [Option<InputBytes<'a>>],
-    /// What the machine computes, with the results of row reductions put in.
-    pub(crate) values: &'a [Value],
-}
-
-/// Where the elements of a step go in one of the outputs.
-pub(crate) struct Output<'a> {
-    pub(crate) dtype: DType,
-    pub(crate) bytes: &'a mut [u8],
-}
-
 /// One thread's buffers.
-#[derive(Debug)]
 pub(crate) struct Worker<'a> {
-    pub(crate) level: Level,
-    pub(crate) control: &'a Control,
+    arithmetic: Box<dyn Arithmetic + 'a>,
+    control: &'a Control,
     scratch: Vec<AlignedBuffer>,
     outs: Vec<AlignedBuffer>,
     /// Bytes of output buffers that are in use while inputs are read.
@@ -51,26 +36,34 @@ pub(crate) struct Worker<'a> {
     share: usize,
     /// Elements that may be read at once: a long row or a column block has more than a unit.
     most: u64,
+    /// Whether the arithmetic wants as many at once.
+    whole: bool,
     /// The random masks that the task in hand keeps.
     masks: Option<Arc<KeptMasks>>,
 }
 
 impl<'a> Worker<'a> {
-    pub(crate) fn new(level: Level, control: &'a Control, share: usize) -> Self {
+    pub(crate) fn new(
+        arithmetic: Box<dyn Arithmetic + 'a>,
+        control: &'a Control,
+        share: usize,
+        whole: bool,
+    ) -> Self {
         Self {
-            level,
+            arithmetic,
             control,
             scratch: Vec::new(),
             outs: Vec::new(),
             held: 0,
             share,
             most: 0,
+            whole,
             masks: None,
         }
     }
 
     /// Does unit `unit` of `pass`.
-    pub(crate) fn run<T: Real>(
+    pub(crate) fn run(
         &mut self,
         task: &Task,
         pass: &Pass,
@@ -83,41 +76,42 @@ impl<'a> Worker<'a> {
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
-            Pass::Sample(selections) => self.sample::<T>(task, selections),
+            Pass::Sample(selections) => self.sample(task, selections),
             Pass::Reduce { reductions, searches } => {
-                self.reduce::<T>(task, blocks, reductions, searches)
+                self.reduce(task, blocks, reductions, searches)
             }
-            Pass::Locate { selection, key, cut } => self.locate::<T>(task, selection, *key, *cut),
-            Pass::Rows(reductions) => self.row::<T>(task, unit, reductions),
-            Pass::Columns(reductions) => self.columns::<T>(task, unit, reductions),
-            Pass::Combine(values) => self.combine::<T>(task, blocks, values),
+            Pass::Locate { selection, key, cut } => self.locate(task, selection, *key, *cut),
+            Pass::Rows(reductions) => self.row(task, unit, reductions),
+            Pass::Columns(reductions) => self.columns(task, unit, reductions),
+            Pass::Combine(values) => self.combine(task, blocks, values),
             Pass::Identical => self.identical(task, blocks),
         };
         self.masks = None;
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
-    /// Computes `values` over `elements` in steps: reads the inputs of a step, hands a machine that
-    /// can run any chunk of it to `then`, and releases the inputs.
+    /// Computes `values` over `elements` in steps: reads the inputs of a step, hands a program that
+    /// can run it to `then`, and releases the inputs.
     ///
     /// Where `values` need rows to be reduced, whole rows are read and reduced first.
-    fn in_steps<T: Real>(
+    fn in_steps(
         &mut self,
         task: &Task,
         elements: Range<u64>,
         values: &[Value],
-        mut then: impl FnMut(&mut Machine<'_, T>, &Step<'_>) -> Result<()>,
+        mut then: impl FnMut(&mut dyn Program, &Step<'_>) -> Result<()>,
     ) -> Result<()> {
         let inputs = inputs_of(values);
         let needs_rows = !row_reductions(values).is_empty();
         let code = (!needs_rows).then(|| Code::compile(values));
         let masks = self.masks.clone();
         let masks = masks.as_deref();
-        let machine = |code| Machine::<T>::new(self.level, &task.frame, code, masks);
-        let mut machine = code.as_ref().map(machine);
+        let program = |code| self.arithmetic.program(&task.frame, code, task.double, masks);
+        let mut program = code.as_ref().map(program).transpose()?;
         let far = inputs.iter().any(|&index| task.sources[index].is_far(elements.clone()));
         let once = far && task.reads_once;
-        let step = if once { self.most } else { task.step_elements(&inputs).min(self.most) };
+        let step =
+            if once || self.whole { self.most } else { task.step_elements(&inputs).min(self.most) };
         if far && !once {
             inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
         }
@@ -130,13 +124,14 @@ impl<'a> Worker<'a> {
             let bytes = read_inputs(task, &inputs, &read, &mut self.scratch, once)?;
             let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
             self.control.add_read(bytes.iter().flatten().map(count).sum());
-            if let Some(machine) = &mut machine {
-                then(machine, &Step { elements, inputs: &bytes, values })?;
+            if let Some(program) = &mut program {
+                then(&mut **program, &Step { elements, inputs: &bytes, values })?;
             } else {
-                let values = reduce_rows::<T>(self.level, task, &read, &bytes, values);
+                let values = reduce_rows(&*self.arithmetic, task, &read, &bytes, values)?;
                 let code = Code::compile(&values);
-                let mut machine = Machine::<T>::new(self.level, &task.frame, &code, masks);
-                then(&mut machine, &Step { elements, inputs: &bytes, values: &values })?;
+                let (frame, double) = (&task.frame, task.double);
+                let mut program = self.arithmetic.program(frame, &code, double, masks)?;
+                then(&mut *program, &Step { elements, inputs: &bytes, values: &values })?;
             }
             for &index in &inputs {
                 task.sources[index].release(read.clone());
@@ -149,15 +144,15 @@ impl<'a> Worker<'a> {
     /// need they would be too many.
     fn make_room(&mut self, task: &Task, inputs: &[usize], elements: u64) {
         self.scratch.resize_with(task.sources.len().max(self.scratch.len()), Default::default);
-        let bytes = |dtype: DType| elements as usize * dtype.size();
+        // As they are resident: large ones in huge pages, which they do not fill.
+        let held = |buffer: &AlignedBuffer| AlignedBuffer::resident(buffer.capacity());
+        let bytes = |dtype: DType| AlignedBuffer::resident(elements as usize * dtype.size());
         let wanted = |(index, scratch): (usize, &AlignedBuffer)| match task.sources.get(index) {
-            Some(source) if inputs.contains(&index) => {
-                scratch.capacity().max(bytes(source.dtype()))
-            }
-            _ => scratch.capacity(),
+            Some(source) if inputs.contains(&index) => held(scratch).max(bytes(source.dtype())),
+            _ => held(scratch),
         };
         let scratch: usize = self.scratch.iter().enumerate().map(wanted).sum();
-        let outs: usize = self.outs.iter().map(AlignedBuffer::capacity).sum();
+        let outs: usize = self.outs.iter().map(held).sum();
         if scratch + outs + self.held > self.share {
             self.scratch.fill_with(Default::default);
             self.outs.fill_with(Default::default);
@@ -165,7 +160,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Keys of some elements spread evenly over the tensor.
-    fn sample<T: Real>(&mut self, task: &Task, selections: &[Arc<Selection>]) -> Result<Found> {
+    fn sample(&mut self, task: &Task, selections: &[Arc<Selection>]) -> Result<Found> {
         let values: Vec<Value> = selections.iter().map(|s| s.value.clone()).collect();
         let sampled = SAMPLED_CHUNKS as usize * CHUNK;
         let mut keys: Vec<Vec<u64>> = values.iter().map(|_| Vec::with_capacity(sampled)).collect();
@@ -174,18 +169,16 @@ impl<'a> Worker<'a> {
         for at in 0..SAMPLED_CHUNKS {
             let start = at * stride;
             let range = start..(start + chunk).min(task.frame.elements);
-            self.in_steps::<T>(task, range, &values, |machine, step| {
-                machine.run(&step.elements, step.inputs);
-                for (index, keys) in keys.iter_mut().enumerate() {
-                    keys.extend(machine.chunk(index).iter().map(|value| value.key()));
-                }
+            self.in_steps(task, range, &values, |program, step| {
+                let found = program.keys(step)?;
+                keys.iter_mut().zip(found).for_each(|(keys, found)| keys.extend(found));
                 Ok(())
             })?;
         }
         Ok(Found::Keys(keys))
     }
 
-    fn reduce<T: Real>(
+    fn reduce(
         &mut self,
         task: &Task,
         blocks: Range<u64>,
@@ -194,57 +187,25 @@ impl<'a> Worker<'a> {
     ) -> Result<Found> {
         let (layout, mut values) = Layout::of(reductions);
         values.extend(searches.iter().map(|search| search.value.clone()));
-        let mut sums = vec![Vec::new(); reductions.len()];
-        let mut counts: Vec<Histogram> =
-            searches.iter().map(|search| Histogram::new(search.bins)).collect();
-        let level = self.level;
-        let pair = super::fused::pair(task, reductions).filter(|_| searches.is_empty());
+        let mut tally = Tally::new(&layout, searches);
         let elements = task.elements_of(blocks.clone());
-        self.in_steps::<T>(task, elements, &values, |machine, step| {
-            for block in steps(step.elements.clone(), BLOCK as u64) {
-                let mut lanes = layout.lanes();
-                if let Some(pair) = pair {
-                    lanes = super::fused::products(level, step.inputs, pair, &block);
-                } else {
-                    for range in chunks(block.clone()) {
-                        machine.run(&range, step.inputs);
-                        layout.accumulate(level, machine, &mut lanes);
-                        let searches = searches.iter().zip(&mut counts);
-                        for (at, (view, histogram)) in searches.enumerate() {
-                            let values = machine.chunk(layout.operands + at);
-                            count(level, view, &values, block.start / BLOCK as u64, histogram);
-                        }
-                    }
-                }
-                for (sums, sum) in sums.iter_mut().zip(layout.fold(lanes)) {
-                    sums.push(sum);
-                }
-            }
-            Ok(())
+        self.in_steps(task, elements, &values, |program, step| {
+            program.reduce(step, BLOCK as u64, &layout, searches, &mut tally)
         })?;
+        let Tally { sums, counts } = tally;
         Ok(Found::Blocks { first: blocks.start, sums, counts })
     }
 
-    fn locate<T: Real>(
-        &mut self,
-        task: &Task,
-        selection: &Selection,
-        key: u64,
-        cut: Cut,
-    ) -> Result<Found> {
+    fn locate(&mut self, task: &Task, selection: &Selection, key: u64, cut: Cut) -> Result<Found> {
         let elements = task.elements_of(cut.block..cut.block + 1);
         let value = std::slice::from_ref(&selection.value);
-        let (mut nth, mut found) = (cut.nth, None);
-        self.in_steps::<T>(task, elements, value, |machine, step| {
-            for range in chunks(step.elements.clone()) {
-                machine.run(&range, step.inputs);
-                let values = machine.chunk(0);
-                for (offset, _) in values.iter().enumerate().filter(|(_, v)| v.key() == key) {
-                    nth -= 1;
-                    if nth == 0 {
-                        found = Some(range.start + offset as u64);
-                        return Ok(());
-                    }
+        let (mut seen, mut found) = (0, None);
+        self.in_steps(task, elements, value, |program, step| {
+            for (index, &found_key) in (step.elements.start..).zip(&program.keys(step)?[0]) {
+                seen += u64::from(found_key == key);
+                if seen == cut.nth {
+                    found = found.or(Some(index));
+                    break;
                 }
             }
             Ok(())
@@ -256,75 +217,49 @@ impl<'a> Worker<'a> {
     }
 
     /// One long row, read in steps.
-    fn row<T: Real>(
-        &mut self,
-        task: &Task,
-        row: u64,
-        reductions: &[Arc<Reduction>],
-    ) -> Result<Found> {
+    fn row(&mut self, task: &Task, row: u64, reductions: &[Arc<Reduction>]) -> Result<Found> {
         let (layout, values) = Layout::of(reductions);
         let start = row * task.frame.row;
-        let mut blocks: Vec<Vec<f64>> = vec![Vec::new(); reductions.len()];
-        let level = self.level;
-        self.in_steps::<T>(task, start..start + task.frame.row, &values, |machine, step| {
-            for block in steps(step.elements.clone(), BLOCK as u64) {
-                let results = layout.block(level, machine, block, step.inputs);
-                blocks.iter_mut().zip(results).for_each(|(sums, sum)| sums.push(sum));
-            }
-            Ok(())
+        let mut tally = Tally::new(&layout, &[]);
+        self.in_steps(task, start..start + task.frame.row, &values, |program, step| {
+            program.reduce(step, BLOCK as u64, &layout, &[], &mut tally)
         })?;
-        let folded = reductions.iter().zip(&mut blocks).map(|(r, sums)| fold(r.kind, sums));
-        Ok(Found::Row(folded.collect()))
+        let blocks = reductions.iter().zip(&mut tally.sums);
+        Ok(Found::Row(blocks.map(|(r, sums)| fold(r.kind, sums)).collect()))
     }
 
     /// Sums a column over the rows of column block `unit`, in row order.
-    fn columns<T: Real>(
-        &mut self,
-        task: &Task,
-        unit: u64,
-        reductions: &[Arc<Reduction>],
-    ) -> Result<Found> {
+    fn columns(&mut self, task: &Task, unit: u64, reductions: &[Arc<Reduction>]) -> Result<Found> {
         let (layout, values) = Layout::of(reductions);
         let line = task.frame.line;
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
         let columns = |reduction: &Arc<Reduction>| vec![start_of(reduction.kind); line as usize];
         let mut sums: Vec<Vec<f64>> = reductions.iter().map(columns).collect();
-        self.in_steps::<T>(task, unit * COLUMN_BLOCK * line..end, &values, |machine, step| {
-            for range in chunks(step.elements.clone()) {
-                machine.run(&range, step.inputs);
-                layout.add_to_columns(machine, &range, line, &mut sums);
-            }
-            Ok(())
+        self.in_steps(task, unit * COLUMN_BLOCK * line..end, &values, |program, step| {
+            program.columns(step, line, &layout, &mut sums)
         })?;
         Ok(Found::Columns(sums))
     }
 
-    fn combine<T: Real>(
-        &mut self,
-        task: &Task,
-        blocks: Range<u64>,
-        values: &[Value],
-    ) -> Result<Found> {
+    fn combine(&mut self, task: &Task, blocks: Range<u64>, values: &[Value]) -> Result<Found> {
         let unit = task.elements_of(blocks);
-        let level = self.level;
         let mut outs = std::mem::take(&mut self.outs);
         let mut places = Places::of(task, &mut outs, &unit);
-        self.held = outs.iter().map(AlignedBuffer::capacity).sum();
+        let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
+        self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
-        let computed = self.in_steps::<T>(task, unit.clone(), values, |machine, step| {
-            let outputs = task.sinks.iter().zip(&mut bytes);
-            let mut outputs: Vec<Output<'_>> = outputs
-                .map(|(sink, bytes)| {
-                    let dtype = sink.dtype();
-                    let at = |index: u64| (index - unit.start) as usize * dtype.size();
-                    let range = at(step.elements.start)..at(step.elements.end);
-                    Output { dtype, bytes: &mut bytes[range] }
-                })
-                .collect();
-            if !super::fused::run(level, step, &mut outputs) {
-                interpret(level, machine, step, &mut outputs);
+        let computed = self.in_steps(task, unit.clone(), values, |program, step| {
+            let mut computed = Vec::with_capacity(bytes.len());
+            for (result, (sink, bytes)) in task.sinks.iter().zip(&mut bytes).enumerate() {
+                let dtype = sink.dtype();
+                let at = |index: u64| (index - unit.start) as usize * dtype.size();
+                let bytes = &mut bytes[at(step.elements.start)..at(step.elements.end)];
+                match unchanged(&step.values[result], step.inputs, dtype) {
+                    Some(input) => bytes.copy_from_slice(input.part(&step.elements)),
+                    None => computed.push(Output { result, dtype, bytes }),
+                }
             }
-            Ok(())
+            if computed.is_empty() { Ok(()) } else { program.combine(step, &mut computed) }
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
@@ -412,28 +347,6 @@ impl<'a> Places<'a> {
     }
 }
 
-/// The general way to compute the outputs: chunk by chunk, in slots.
-fn interpret<T: Real>(
-    level: Level,
-    machine: &mut Machine<'_, T>,
-    step: &Step<'_>,
-    outputs: &mut [Output<'_>],
-) {
-    for chunk in chunks(step.elements.clone()) {
-        machine.run(&chunk, step.inputs);
-        for (index, output) in outputs.iter_mut().enumerate() {
-            let (dtype, first) = (output.dtype, step.elements.start);
-            let at = |index: u64| (index - first) as usize * dtype.size();
-            let bytes = &mut output.bytes[at(chunk.start)..at(chunk.end)];
-            if dtype == DType::Bool {
-                kernels::narrow_to_bool(level, &machine.chunk(index), bytes);
-            } else {
-                kernels::narrow(level, &machine.chunk(index), dtype, bytes);
-            }
-        }
-    }
-}
-
 /// Reads `elements` of the sources `inputs`; the others stay absent.
 fn read_inputs<'a>(
     task: &'a Task,
@@ -458,114 +371,6 @@ fn read_inputs<'a>(
     Ok(all)
 }
 
-/// Reductions laid out as operands: which results of the machine each of them uses.
-struct Layout {
-    kinds: Vec<(ReductionKind, usize, Option<usize>)>,
-    operands: usize,
-}
-
-impl Layout {
-    fn of(reductions: &[Arc<Reduction>]) -> (Self, Vec<Value>) {
-        let (mut kinds, mut values) = (Vec::new(), Vec::new());
-        for reduction in reductions {
-            let left = values.len();
-            values.extend(operands(reduction));
-            kinds.push((reduction.kind, left, reduction.right.as_ref().map(|_| left + 1)));
-        }
-        (Self { kinds, operands: values.len() }, values)
-    }
-
-    fn lanes(&self) -> Vec<Lanes> {
-        self.kinds.iter().map(|&(kind, ..)| [start_of(kind); LANES]).collect()
-    }
-
-    fn accumulate<T: Real>(&self, level: Level, machine: &Machine<'_, T>, lanes: &mut [Lanes]) {
-        for (&(kind, left, right), lanes) in self.kinds.iter().zip(lanes) {
-            let a = machine.chunk(left);
-            match kind {
-                ReductionKind::Sum => kernels::sum_into(level, &a, lanes),
-                ReductionKind::AbsoluteSum => kernels::absolute_sum_into(level, &a, lanes),
-                ReductionKind::Max => kernels::max_into(level, &a, lanes),
-                ReductionKind::Dot => {
-                    let b = machine.chunk(right.unwrap_or(left));
-                    kernels::dot_into(level, &a, &b, lanes);
-                }
-            }
-        }
-    }
-
-    fn fold(&self, lanes: Vec<Lanes>) -> Vec<f64> {
-        let folded = self.kinds.iter().zip(lanes);
-        folded.map(|(&(kind, ..), lanes)| fold(kind, &mut lanes.to_vec())).collect()
-    }
-
-    /// Reduces one block, which begins at element `block.start`.
-    fn block<T: Real>(
-        &self,
-        level: Level,
-        machine: &mut Machine<'_, T>,
-        block: Range<u64>,
-        inputs: &[Option<InputBytes<'_>>],
-    ) -> Vec<f64> {
-        let mut lanes = self.lanes();
-        for range in chunks(block) {
-            machine.run(&range, inputs);
-            self.accumulate(level, machine, &mut lanes);
-        }
-        self.fold(lanes)
-    }
-
-    fn add_to_columns<T: Real>(
-        &self,
-        machine: &Machine<'_, T>,
-        range: &Range<u64>,
-        line: u64,
-        sums: &mut [Vec<f64>],
-    ) {
-        for (&(kind, left, right), sums) in self.kinds.iter().zip(sums) {
-            let (a, b) = (machine.chunk(left), machine.chunk(right.unwrap_or(left)));
-            for (offset, (a, b)) in a.iter().zip(b.iter()).enumerate() {
-                let sum = &mut sums[((range.start + offset as u64) % line) as usize];
-                *sum = match kind {
-                    ReductionKind::Sum => *sum + a.to_f64(),
-                    ReductionKind::AbsoluteSum => *sum + a.to_f64().abs(),
-                    ReductionKind::Dot => *sum + a.to_f64() * b.to_f64(),
-                    ReductionKind::Max => max(*sum, a.to_f64()),
-                };
-            }
-        }
-    }
-}
-
-/// What a reduction of nothing gives.
-fn start_of(kind: ReductionKind) -> f64 {
-    if kind == ReductionKind::Max { f64::NEG_INFINITY } else { 0.0 }
-}
-
-pub(crate) fn fold(kind: ReductionKind, values: &mut Vec<f64>) -> f64 {
-    match kind {
-        ReductionKind::Max => values.iter().copied().fold(f64::NEG_INFINITY, max),
-        _ => fold_halves(values),
-    }
-}
-
-fn count<T: Real>(
-    level: Level,
-    view: &SearchView,
-    values: &[T],
-    block: u64,
-    histogram: &mut Histogram,
-) {
-    let counts = if view.low == view.high {
-        let counts = kernels::count(level, values, view.low, view.high);
-        histogram.bins[0] += counts.inside as u32;
-        counts
-    } else {
-        kernels::histogram(level, values, view.low, view.high, view.shift, &mut histogram.bins)
-    };
-    histogram.count(block, counts);
-}
-
 /// The rows that `elements` touch, whole.
 fn whole_rows(task: &Task, elements: &Range<u64>) -> Range<u64> {
     let row = task.frame.row;
@@ -573,44 +378,32 @@ fn whole_rows(task: &Task, elements: &Range<u64>) -> Range<u64> {
 }
 
 /// `values` with the reductions over the rows of `read` put in.
-fn reduce_rows<T: Real>(
-    level: Level,
+fn reduce_rows(
+    arithmetic: &dyn Arithmetic,
     task: &Task,
     read: &Range<u64>,
     inputs: &[Option<InputBytes<'_>>],
     values: &[Value],
-) -> Vec<Value> {
+) -> Result<Vec<Value>> {
     let mut values = values.to_vec();
     loop {
         let mut ready = row_reductions(&values);
         ready.retain(|reduction| unknown(&operands(reduction)).is_empty());
         if ready.is_empty() {
-            return values;
+            return Ok(values);
         }
         let (layout, operands) = Layout::of(&ready);
         let code = Code::compile(&operands);
         // Rows begin anywhere, so kept masks are of no use.
-        let mut machine = Machine::<T>::new(level, &task.frame, &code, None);
-        let mut results: Vec<Vec<f64>> = vec![Vec::new(); ready.len()];
-        for row in steps(read.clone(), task.frame.row) {
-            let row = layout.block(level, &mut machine, row, inputs);
-            results.iter_mut().zip(row).for_each(|(results, result)| results.push(result));
-        }
+        let mut program = arithmetic.program(&task.frame, &code, task.double, None)?;
+        let step = Step { elements: read.clone(), inputs, values: &operands };
+        let mut tally = Tally::new(&layout, &[]);
+        program.reduce(&step, task.frame.row, &layout, &[], &mut tally)?;
         let mut bindings = Bindings::default();
-        for (reduction, results) in ready.iter().zip(results) {
+        for (reduction, results) in ready.iter().zip(tally.sums) {
             let first = read.start / task.frame.row;
             bindings.reduction(reduction, Scalar::vector(Scope::Row, first, results));
         }
         values = bindings.bind_all(&values);
     }
-}
-
-/// `range` cut into parts of `length`; the last may be shorter.
-fn steps(range: Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
-    let end = range.end;
-    range.step_by(length as usize).map(move |start| start..end.min(start.saturating_add(length)))
-}
-
-fn chunks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    steps(range, CHUNK as u64)
 }

@@ -131,6 +131,16 @@ impl<'a, T: Real> Machine<'a, T> {
         }
     }
 
+    /// The instruction set it runs with.
+    pub(crate) fn level(&self) -> Level {
+        self.level
+    }
+
+    /// How many expressions it computes.
+    pub(crate) fn results(&self) -> usize {
+        self.code.results.len()
+    }
+
     /// The value of expression `index` over the chunk that was run last.
     pub(crate) fn result(&self, index: usize) -> Operand<'_, T> {
         self.operand(self.code.results[index])

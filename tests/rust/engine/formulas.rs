@@ -3,7 +3,9 @@
 use oxmerge::dtype::DType;
 use oxmerge::formula::{Scope, Value, compute};
 
-use super::{all_merged, check, inputs, merged, run_in_least_memory, settings, try_merged};
+use super::{
+    ArraySource, all_merged, check, inputs, merged, run_in_least_memory, settings, try_merged,
+};
 
 /// A slerp-like combination: coefficients from inner products over `scope`.
 fn gram(scope: Scope) -> Value {
@@ -111,8 +113,8 @@ fn a_zero_coefficient_skips_its_term() {
     let (a, b) = (Value::input(0), Value::input(1));
     let coefficients = compute(&[a.dot(&a, Scope::Tensor)], 2, |_| vec![1.0, 0.0]);
     let formula = Value::weighted_sum(coefficients.into_iter().zip([a, b]));
-    let finite = super::ArraySource::new::<f32>(&[1.0, -0.0, 3.0], DType::F32);
-    let infinite = super::ArraySource::new::<f32>(&[f32::INFINITY; 3], DType::F32);
+    let finite = ArraySource::new::<f32>(&[1.0, -0.0, 3.0], DType::F32);
+    let infinite = ArraySource::new::<f32>(&[f32::INFINITY; 3], DType::F32);
     let inputs = [finite, infinite];
     check::<f32>(&formula, &[3], &inputs, DType::F32);
     for settings in settings() {
@@ -171,4 +173,16 @@ fn several_outputs_at_once() {
             }
         }
     }
+}
+
+/// A copied output keeps the bits of a NaN, also where another output is computed beside it.
+#[test]
+fn a_copy_beside_other_outputs_keeps_its_bits() {
+    let pattern = [0x7F81_u16, 0xFFC1, 0x3F80, 0x8000];
+    let bytes: Vec<u8> = pattern.iter().cycle().take(5000).flat_map(|b| b.to_le_bytes()).collect();
+    let inputs = [ArraySource::from_bytes(bytes.clone(), DType::Bf16)];
+    let formulas = [Value::input(0).abs(), Value::input(0)];
+    let outputs = all_merged(&formulas, &[5000], &inputs, DType::Bf16, &settings()[0]);
+    assert!(outputs[1] == bytes);
+    assert_eq!(&outputs[0][..2], &[0xC0, 0x7F]);
 }

@@ -23,6 +23,11 @@ impl ArraySource {
         Arc::new(Self { dtype, bytes })
     }
 
+    /// A tensor of these bytes.
+    pub(crate) fn from_bytes(bytes: Vec<u8>, dtype: DType) -> Arc<Self> {
+        Arc::new(Self { dtype, bytes })
+    }
+
     pub(crate) fn widened<T: Real>(&self) -> Vec<T> {
         let mut values = vec![T::ZERO; self.bytes.len() / self.dtype.size()];
         widen(Level::portable(), self.dtype, &self.bytes, &mut values);

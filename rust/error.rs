@@ -24,6 +24,8 @@ pub enum ErrorKind {
     Plan,
     /// The memory budget cannot hold the smallest step of the work.
     Memory,
+    /// A device that computes failed.
+    Device,
     /// An input changed while the run was reading it.
     Changed,
     /// The caller asked to stop.

@@ -65,11 +65,18 @@ class Report:
     memory: int = 256 << 20
     threads: int = 4
     simd: str = "avx512"
+    device: str = "cpu"
     warnings: tuple[object, ...] = ()
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {"tensors": self.tensors, "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Choice:
+    device: str = "cpu"
+    reason: str = "there is no GPU here"
 
 
 @dataclass
@@ -87,6 +94,8 @@ class Plan:
     cost: str = "one read of every input"
     left_out: tuple[str, ...] = ("notes.txt: no",)
     threads: int = 4
+    device: str = "cpu"
+    fastest: Choice = Choice()
     accounting: dict[str, int] = field(
         default_factory=lambda: {"merged": 150, "copied": 0, "dropped": 2}
     )
@@ -182,10 +191,13 @@ def test_merge_passes_on_only_what_was_given(run: Any) -> None:
 def test_merge_passes_on_everything(run: Any) -> None:
     engine = FakeEngine()
     line = "merge r.yml out --memory 2GiB --threads 3 --seed 7 --shard-size 5B --overwrite"
-    run(*line.split(), "--strict", "--read-path=mapped", engine=engine)
+    more = ("--strict", "--read-path=mapped", "--device", "cuda:1", "--vram=3GiB")
+    run(*line.split(), *more, engine=engine)
     assert engine.calls[0][2] == {
         "memory": 2 << 30,
         "threads": 3,
+        "device": "cuda:1",
+        "vram": 3 << 30,
         "seed": 7,
         "shard_size": 5_000_000_000,
         "overwrite": True,
@@ -235,7 +247,8 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ),
         ("merge r out --memroy 1GB", "unknown option `--memroy`", "did you mean `--memory`?"),
         ("merge r out --mem=1GB", "unknown option `--mem`", "did you mean `--memory`?"),
-        ("merge r out --device cuda", "unknown option `--device`", "known are:"),
+        ("merge r out --device gpu", "device must be cpu, torch, cuda, cuda:N or auto", "see"),
+        ("merge r out --vram lots", "not a size: 'lots'", "see"),
         ("plan r --overwrite", "unknown option `--overwrite`", "known are:"),
         ("merge r.yml", "the following arguments are required: OUT", "see `oxmerge merge --help`"),
         ("plan a b", "unrecognized arguments: b", "see `oxmerge plan --help`"),
@@ -276,7 +289,6 @@ def test_help_of_each_verb_fits_a_terminal(run: Any, verb: str) -> None:
 
 def test_options_that_do_not_work_yet_do_not_exist(run: Any) -> None:
     _, out, _ = run("merge", "--help")
-    assert "--device" not in out
     assert "--resume" not in out
 
 
@@ -319,6 +331,7 @@ def test_plan(run: Any) -> None:
         "writes    53 MB\n"
         "memory    200 MiB at the peak\n"
         "threads   4\n"
+        "device    cpu; the fastest should be cpu: there is no GPU here\n"
         "disk      53.1 MB needed\n"
         "time      0.2 s where the disk moves 1 GB/s, 0.1 s at 3 GB/s\n"
         "not copied  notes.txt: no\n"

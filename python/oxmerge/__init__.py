@@ -11,6 +11,7 @@ from __future__ import annotations
 from oxmerge._core import build_info
 from oxmerge.errors import (
     CheckpointError,
+    DeviceError,
     InputChangedError,
     MemoryBudgetError,
     OutputError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "DeviceError",
     "InputChangedError",
     "LazyMerge",
     "MemoryBudgetError",

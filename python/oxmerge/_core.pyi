@@ -2,6 +2,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
 
+from oxmerge.torch_backend import Backend
+
 __all__ = [
     "Checkpoint",
     "OnDemand",
@@ -18,6 +20,7 @@ __all__ = [
     "numbers_of_arrays",
     "open_checkpoint",
     "predict",
+    "rehearse",
     "ulp_distance",
 ]
 
@@ -57,7 +60,10 @@ def lay_out(
 def index_json(tensors: Sequence[tuple[str, str, int]]) -> str: ...
 def check_plan(plan: str) -> list[dict[str, Any]]: ...
 def check_unchanged(files: str) -> None: ...
-def predict(plans: Sequence[str], memory: int, threads: int | None) -> dict[str, Any]: ...
+def predict(
+    plans: Sequence[str], memory: int, threads: int | None, device: Backend | None = None
+) -> dict[str, Any]: ...
+def rehearse(plan: str, threads: int | None, device: Backend | None) -> float: ...
 def execute(
     merges: Sequence[tuple[str, str | os.PathLike[str]]],
     *,
@@ -67,6 +73,7 @@ def execute(
     direct: bool = True,
     largest_piece: int | None = None,
     progress: Callable[[int, int, int, str, int], None] | None = None,
+    device: Backend | None = None,
 ) -> dict[str, Any]: ...
 def merge_arrays(
     method: str,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "DeviceError",
     "InputChangedError",
     "MemoryBudgetError",
     "OutputError",
@@ -129,6 +130,10 @@ class UnsupportedError(CheckpointError):
 
 class MemoryBudgetError(OxmergeError):
     """The memory budget cannot hold the smallest step of the work."""
+
+
+class DeviceError(OxmergeError):
+    """A device cannot be used, or failed while it computed; `__cause__` has what torch said."""
 
 
 class InputChangedError(OxmergeError):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
+from oxmerge.device_names import check_device
+from oxmerge.devices import UNTRIED, Choice, choose, open_backend
 from oxmerge.outcome import Outcome, method_description
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
 from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge.problems import Problem
+    from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
 
@@ -26,8 +30,10 @@ __all__ = ["DEFAULT_MEMORY", "MergeReport", "Outlook", "Snapshot", "merge", "pla
 
 #: How inputs can be read.
 READ_PATHS = ("auto", "mapped", "positioned", "direct")
-#: Bytes that the whole process may have resident.
+#: Bytes that the whole process may have resident; or so many more than it has, in a process that
+#: has loaded torch, say.
 DEFAULT_MEMORY = 256 << 20
+DEFAULT_ROOM = 192 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,10 @@ class Outlook:
         The donor's files that are not copied, with the reason.
     rereads_from_cache : bool, optional
         Whether what is read several times fits the free memory; None if nothing is.
+    device : str
+        Where it would compute.
+    fastest : Choice
+        The device that is expected to be the fastest, and why.
     """
 
     merge_plan: MergePlan
@@ -82,6 +92,8 @@ class Outlook:
     threads: int
     left_out: tuple[str, ...]
     rereads_from_cache: bool | None
+    device: str
+    fastest: Choice
 
     @property
     def cost(self) -> str:
@@ -147,6 +159,8 @@ class Outlook:
         return {
             **{name: getattr(self, name) for name in names},
             "threads": self.threads,
+            "device": self.device,
+            "fastest": {"device": self.fastest.device, "reason": self.fastest.reason},
             "accounting": self.accounting,
             "left_out": list(self.left_out),
             "warnings": [str(warning) for warning in self.warnings],
@@ -177,6 +191,8 @@ class MergeReport:
         Threads that worked.
     simd : str
         The instruction set used.
+    device : str
+        What computed.
     warnings : tuple of str
         What had no effect, and what was dropped.
     notes : tuple of str
@@ -195,6 +211,7 @@ class MergeReport:
     memory: int
     threads: int
     simd: str
+    device: str
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -207,8 +224,10 @@ class MergeReport:
 def plan(
     recipe: PathLike | Recipe,
     *,
-    memory: int | str = DEFAULT_MEMORY,
+    memory: int | str | None = None,
     threads: int | None = None,
+    device: str = "cpu",
+    vram: int | str | None = None,
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
@@ -219,10 +238,17 @@ def plan(
     ----------
     recipe : path or Recipe
         What to merge.
-    memory : int or str
-        Bytes that the whole process may have resident, such as ``"2GiB"``.
+    memory : int or str, optional
+        Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
+        or 192 MiB more than are resident already, if that is more: torch alone takes several 100.
     threads : int, optional
         Six more than cores, unless given.
+    device : str
+        What computes: ``cpu``; ``cuda`` (every visible GPU) or ``cuda:0`` and so on; ``torch``, the
+        same way on torch's CPU; or ``auto``, the one that measures the fastest. The bytes of the
+        output are the same. `cuda` is not yet run on a GPU.
+    vram : int or str, optional
+        Bytes that the tensors on each device may take; 4 GiB unless given.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str
@@ -235,11 +261,16 @@ def plan(
     RecipeError, PlanError
         With every problem that the recipe and the headers show.
     MemoryBudgetError
-        If the budget cannot hold one block of every input.
+        If the budget, or `vram`, cannot hold one block of every input.
+    DeviceError
+        If there is no such device, or torch is not installed.
     """
-    _check_options(threads, "auto")
+    _check_options(threads, "auto", device)
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
-    predicted = _core.predict([merge_plan.to_json()], parse_size(memory), threads)
+    vram = None if vram is None else parse_size(vram)
+    fastest = choose(merge_plan, threads, vram, load=device == "auto")
+    backend = open_backend(fastest.device if device == "auto" else device, vram)
+    predicted = _core.predict([merge_plan.to_json()], _budget(memory), threads, backend)
     return Outlook(
         merge_plan,
         disk=outcome.bytes,
@@ -247,6 +278,8 @@ def plan(
         threads=predicted["workers"],
         left_out=outcome.left_out,
         rereads_from_cache=_fits_free_memory(merge_plan) if predicted["rereads"] else None,
+        device=_name(backend),
+        fastest=fastest,
     )
 
 
@@ -254,8 +287,10 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     recipe: PathLike | Recipe,
     directory: PathLike,
     *,
-    memory: int | str = DEFAULT_MEMORY,
+    memory: int | str | None = None,
     threads: int | None = None,
+    device: str = "cpu",
+    vram: int | str | None = None,
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -266,7 +301,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     """Merge checkpoints by a recipe, into a new model directory.
 
     The output depends on the recipe, the inputs, the seed and the shard size only: not on memory,
-    threads or the read path.
+    threads, the device or the read path.
 
     Parameters
     ----------
@@ -274,10 +309,17 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         What to merge; the dialect is mergekit's.
     directory : path
         The output: new or empty, unless `overwrite`.
-    memory : int or str
-        Bytes that the whole process may have resident, such as ``"2GiB"``.
+    memory : int or str, optional
+        Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
+        or 192 MiB more than are resident already, if that is more: torch alone takes several 100.
     threads : int, optional
         Six more than cores, unless given.
+    device : str
+        What computes: ``cpu``; ``cuda`` (every visible GPU) or ``cuda:0`` and so on; ``torch``, the
+        same way on torch's CPU; or ``auto``, the one that measures the fastest. The bytes of the
+        output are the same. `cuda` is not yet run on a GPU.
+    vram : int or str, optional
+        Bytes that the tensors on each device may take; 4 GiB unless given.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str
@@ -298,7 +340,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     OutputError, FileExistsError
         If the output cannot go to `directory`.
     MemoryBudgetError
-        If the budget cannot hold one block of every input.
+        If the budget, or `vram`, cannot hold one block of every input.
+    DeviceError
+        If there is no such device, or torch is not installed.
     InputChangedError
         If an input changed while it was read; no output is left.
     OSError
@@ -308,6 +352,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         [(recipe, directory)],
         memory=memory,
         threads=threads,
+        device=device,
+        vram=vram,
         seed=seed,
         shard_size=shard_size,
         overwrite=overwrite,
@@ -321,8 +367,10 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
 def merge_together(  # noqa: PLR0913 - the options of `merge`
     merges: Sequence[tuple[PathLike | Recipe, PathLike]],
     *,
-    memory: int | str,
+    memory: int | str | None,
     threads: int | None,
+    device: str,
+    vram: int | str | None,
     seed: int,
     shard_size: int | str,
     overwrite: bool,
@@ -336,11 +384,15 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     are finished when something fails are kept, the others leave nothing.
     """
     started = time.perf_counter()
-    budget = parse_size(memory)
-    _check_options(threads, read_path)
+    _check_options(threads, read_path, device)
+    memory = None if memory is None else parse_size(memory)
+    vram = None if vram is None else parse_size(vram)
     prepared = [
         _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict) for recipe, _ in merges
     ]
+    if device == "auto":
+        device = choose(prepared[0][0], threads, vram, load=True).device
+    backend = open_backend(device, vram)
     needed = sum(outcome.bytes for _, outcome in prepared)
     outputs: list[OutputDirectory] = []
     try:
@@ -350,16 +402,19 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                 directory, overwrite=overwrite, input_files=files, needed_bytes=needed
             )
             outputs.append(output)
-        done = _core.execute(
-            [
-                (merge_plan.to_json(), output.path)
-                for (merge_plan, _), output in zip(prepared, outputs, strict=True)
-            ],
-            memory=budget,
-            threads=threads,
-            read_path=read_path,
-            progress=_reporter([merge_plan for merge_plan, _ in prepared], progress),
-        )
+        with backend or nullcontext():
+            done = _core.execute(
+                [
+                    (merge_plan.to_json(), output.path)
+                    for (merge_plan, _), output in zip(prepared, outputs, strict=True)
+                ],
+                memory=_budget(memory),
+                threads=threads,
+                read_path=read_path,
+                progress=_reporter([merge_plan for merge_plan, _ in prepared], progress),
+                device=backend,
+            )
+        done |= {"device": _name(backend), "notes": _notes(backend)}
         return [
             _finish(merge_plan, outcome, output, done, started)
             for (merge_plan, outcome), output in zip(prepared, outputs, strict=True)
@@ -411,17 +466,39 @@ def _finish(
         memory=done["memory"]["budget"],
         threads=done["memory"]["workers"],
         simd=done["simd"],
+        device=done["device"],
         warnings=tuple(map(str, merge_plan.warnings)),
-        notes=outcome.notes,
+        notes=(*outcome.notes, *done["notes"]),
     )
     leftovers = commit(output, outcome.contents(report.as_dict()))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 
 
-def _check_options(threads: int | None, read_path: str) -> None:
+def _budget(memory: int | str | None) -> int:
+    """Return the budget: unless asked otherwise the usual one, or some room in a large process."""
+    if memory is not None:
+        return parse_size(memory)
+    return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM)
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _name(backend: Backend | None) -> str:
+    return "cpu" if backend is None else backend.name
+
+
+def _notes(backend: Backend | None) -> tuple[str, ...]:
+    return () if backend is None or backend.is_host else (UNTRIED,)
+
+
+def _check_options(threads: int | None, read_path: str, device: str) -> None:
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
+    check_device(device)
     if read_path not in READ_PATHS:
         raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
 

@@ -9,7 +9,7 @@ import string
 from dataclasses import dataclass
 
 from oxmerge.errors import RecipeError
-from oxmerge.merging import DEFAULT_MEMORY, merge_together
+from oxmerge.merging import merge_together
 from oxmerge.planning import DEFAULT_SHARD_SIZE
 from oxmerge.recipe import Recipe
 
@@ -227,8 +227,10 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     axes: Axes,
     *,
     together: bool = False,
-    memory: int | str = DEFAULT_MEMORY,
+    memory: int | str | None = None,
     threads: int | None = None,
+    device: str = "cpu",
+    vram: int | str | None = None,
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -252,7 +254,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         values, as a sequence or as `parse_values` reads them.
     together : bool
         Vary all places in step instead of in every combination.
-    memory, threads, seed, shard_size, overwrite, strict, progress
+    memory, threads, device, vram, seed, shard_size, overwrite, strict, progress
         As in `merge`; for all outputs together.
 
     Returns
@@ -280,6 +282,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         [(variant.recipe, variant.directory) for variant in made],
         memory=memory,
         threads=threads,
+        device=device,
+        vram=vram,
         seed=seed,
         shard_size=shard_size,
         overwrite=overwrite,

@@ -1,8 +1,8 @@
 //! The only door from Python into long work.
 //!
 //! The work runs on a thread of its own; the calling thread waits without the GIL and wakes up a
-//! few times a second to look at signals and to report progress. So Ctrl-C works, other Python
-//! threads go on, and no worker ever touches Python.
+//! few times a second to look at signals and to report progress. So Ctrl-C works, and other Python
+//! threads go on. A worker touches Python only to compute with torch (`torch.rs`).
 
 use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};

@@ -16,6 +16,7 @@ pub(super) fn raise(py: Python<'_>, error: &Error) -> PyErr {
         ErrorKind::Unsupported => "UnsupportedError",
         ErrorKind::Plan => "PlanError",
         ErrorKind::Memory => "MemoryBudgetError",
+        ErrorKind::Device => "DeviceError",
         ErrorKind::Changed => "InputChangedError",
     };
     own(py, class, error).unwrap_or_else(|failure| failure)

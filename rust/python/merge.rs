@@ -7,9 +7,12 @@ use pyo3::prelude::*;
 use super::enter::enter;
 use super::error::raise;
 use super::to_python;
+use super::torch::Device;
+use crate::engine::backend::Backend;
 use crate::engine::files::{self, FileModes};
-use crate::engine::memory::{self, MemoryPlan};
-use crate::engine::{self, Settings};
+use crate::engine::memory::{self, MemoryPlan, Need, Offload};
+use crate::engine::simd::Simd;
+use crate::engine::{self, Settings, rehearsal};
 use crate::error::{Error, Result};
 use crate::io::{self, DirectMode, ReadPath};
 use crate::kernels::Level;
@@ -65,15 +68,18 @@ pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
 /// How `memory` bytes would be shared out by merges that are made together: predicted peak, workers,
 /// bytes a worker; and whether an input is read more than once.
 #[pyfunction]
-pub(super) fn predict(
-    py: Python<'_>,
+#[pyo3(signature = (plans, memory, threads, device=None))]
+pub(super) fn predict<'py>(
+    py: Python<'py>,
     plans: Vec<String>,
     memory: u64,
     threads: Option<usize>,
-) -> PyResult<Bound<'_, PyAny>> {
+    device: Option<Device<'py>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let offload = device.as_ref().map(Device::offload).transpose()?;
     let plans: Result<Vec<Plan>> = plans.iter().map(|plan| parse(plan)).collect();
     let planned = plans.and_then(|plans| {
-        let needs = files::needs(&plans.iter().collect::<Vec<_>>(), ReadPath::Auto)?;
+        let needs = needs(&plans.iter().collect::<Vec<_>>(), ReadPath::Auto, offload)?;
         let resident = memory::resident();
         let memory = MemoryPlan::new(&needs, memory, worker_count(threads), resident)?;
         Ok((memory, needs.iter().any(|need| !need.reads_once())))
@@ -84,13 +90,47 @@ pub(super) fn predict(
     to_python(py, &described)
 }
 
+/// Bytes a second, in and out, that a device computes of the largest tensor of a plan, from memory.
+#[pyfunction]
+pub(super) fn rehearse(
+    py: Python<'_>,
+    plan: &str,
+    threads: Option<usize>,
+    device: Option<Device<'_>>,
+) -> PyResult<f64> {
+    let level = Level::from_environment().map_err(|error| raise(py, &error))?;
+    with_backend(py, device, level, |backend| {
+        enter(py, None, |control| {
+            let workers = worker_count(threads);
+            rehearsal::rate(backend, &parse(plan)?, level, workers, control)
+        })
+    })
+}
+
+/// Calls `run` with what computes on `device`, or with the engine's own kernels. An exception of
+/// torch becomes the cause of the one that `run` raises.
+fn with_backend<R>(
+    py: Python<'_>,
+    device: Option<Device<'_>>,
+    level: Level,
+    run: impl FnOnce(&dyn Backend) -> PyResult<R>,
+) -> PyResult<R> {
+    let Some(device) = device else { return run(&Simd(level)) };
+    let torch = device.open(level)?;
+    run(&torch).inspect_err(|error| {
+        if let Some(cause) = torch.take_failure() {
+            error.set_cause(py, Some(cause));
+        }
+    })
+}
+
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
 /// and writes the shards of each, under partial names, into its directory.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
-                    largest_piece=None, progress=None))]
+                    largest_piece=None, progress=None, device=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -101,6 +141,7 @@ pub(super) fn execute<'py>(
     direct: bool,
     largest_piece: Option<u64>,
     progress: Option<Bound<'py, PyAny>>,
+    device: Option<Device<'py>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let read = match read_path {
         "auto" => ReadPath::Auto,
@@ -114,22 +155,25 @@ pub(super) fn execute<'py>(
         }
     };
     let write = if direct { DirectMode::Auto } else { DirectMode::Never };
-    let report = enter(py, progress.as_ref(), |control| {
-        let parse = |(plan, directory)| Ok((parse(plan)?, Path::new(directory)));
-        let merges: Vec<(Plan, &Path)> = merges
-            .iter()
-            .map(|(plan, directory)| parse((plan, directory)))
-            .collect::<Result<_>>()?;
-        let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
-        let level = Level::from_environment()?;
-        let workers = worker_count(threads);
-        let settings = Settings { level, workers, memory, largest_piece };
-        // Before any space is taken: what cannot fit is refused.
-        MemoryPlan::new(&files::needs(&plans, read)?, memory, workers, memory::resident())?;
-        let tasks = files::tasks(&merges, FileModes { read, write })?;
-        let report = engine::run(tasks, &settings, control)?;
-        io::check_unchanged(&plans[0].files)?;
-        Ok(report)
+    let level = Level::from_environment().map_err(|error| raise(py, &error))?;
+    let report = with_backend(py, device, level, |backend| {
+        enter(py, progress.as_ref(), |control| {
+            let parse = |(plan, directory)| Ok((parse(plan)?, Path::new(directory)));
+            let merges: Vec<(Plan, &Path)> = merges
+                .iter()
+                .map(|(plan, directory)| parse((plan, directory)))
+                .collect::<Result<_>>()?;
+            let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
+            let workers = worker_count(threads);
+            let settings = Settings { level, workers, memory, largest_piece };
+            // Before any space is taken: what cannot fit is refused.
+            let needs = needs(&plans, read, backend.offload())?;
+            MemoryPlan::new(&needs, memory, workers, memory::resident())?;
+            let tasks = files::tasks(&merges, FileModes { read, write })?;
+            let report = engine::run_on(backend, tasks, &settings, control)?;
+            io::check_unchanged(&plans[0].files)?;
+            Ok(report)
+        })
     })?;
     let described = serde_json::json!({
         "seconds": report.seconds,
@@ -140,6 +184,12 @@ pub(super) fn execute<'py>(
         "memory": describe_memory(&report.memory),
     });
     to_python(py, &described)
+}
+
+/// What each tensor of `plans` needs, with what `offload` adds.
+fn needs(plans: &[&Plan], read: ReadPath, offload: Option<Offload>) -> Result<Vec<Need>> {
+    let needs = files::needs(plans, read)?;
+    Ok(needs.into_iter().map(|need| need.on(offload)).collect())
 }
 
 /// Unless asked otherwise, six more than cores: they wait for the disk while others compute.

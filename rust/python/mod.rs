@@ -6,7 +6,9 @@ mod arrays;
 mod checkpoint;
 mod enter;
 mod error;
+mod lend;
 mod merge;
+mod torch;
 
 use pyo3::prelude::*;
 
@@ -22,7 +24,7 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
     #[pymodule_export]
-    use super::merge::{check_plan, check_unchanged, execute, methods, predict};
+    use super::merge::{check_plan, check_unchanged, execute, methods, predict, rehearse};
 
     /// Version, build profile, SIMD level in use and levels of this CPU.
     #[pyfunction]

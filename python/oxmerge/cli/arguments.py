@@ -6,6 +6,7 @@ import argparse
 import re
 import shutil
 
+from oxmerge.device_names import check_device
 from oxmerge.problems import did_you_mean
 from oxmerge.sizes import parse_size
 
@@ -88,6 +89,15 @@ def size(text: str) -> int:
     return value
 
 
+def device(text: str) -> str:
+    """Check the name of a device, for an argument."""
+    try:
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def positive(text: str) -> int:
     """Parse a whole number from 1, for an argument."""
     return _whole(text, 1)
@@ -117,6 +127,16 @@ def add_plan_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="number of workers (six more than cores)"
+    )
+    parser.add_argument(
+        "--device",
+        type=device,
+        metavar="DEVICE",
+        help="where to compute: cpu, cuda or cuda:N (not yet run on a GPU), auto, "
+        "or torch, which is cuda's way on torch's CPU (cpu)",
+    )
+    parser.add_argument(
+        "--vram", type=size, metavar="SIZE", help="memory to use on each device (4GiB)"
     )
     parser.add_argument(
         "--shard-size",
@@ -156,6 +176,8 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {
         "memory": options.memory,
         "threads": options.threads,
+        "device": options.device,
+        "vram": options.vram,
         "shard_size": options.shard_size,
     }
     return {

@@ -46,11 +46,24 @@ class MergeReport(Protocol):
     memory: int
     threads: int
     simd: str
+    device: str
     warnings: Sequence[object]
     notes: Sequence[str]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""
+
+
+class Fastest(Protocol):
+    """A device that is expected to be the fastest."""
+
+    @property
+    def device(self) -> str:
+        """Its name."""
+
+    @property
+    def reason(self) -> str:
+        """What speaks for it."""
 
 
 class PlanSummary(Protocol):
@@ -68,6 +81,11 @@ class PlanSummary(Protocol):
     left_out: Sequence[str]
     accounting: Mapping[str, int]
     threads: int
+    device: str
+
+    @property
+    def fastest(self) -> Fastest:
+        """The device that is expected to be the fastest."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""

@@ -52,7 +52,8 @@ def summary(report: MergeReport) -> tuple[str, str]:
     peak = format_size(report.peak_memory, binary=True)
     where = f"wrote `{report.directory}`: {report.tensors} tensors in {files}, "
     how = f"{format_rate(moved, report.seconds)} read and written, peak memory {peak} of "
+    arithmetic = report.simd if report.device == "cpu" else report.device
     return (
         where + f"{format_size(report.bytes_written)} in {format_duration(report.seconds)}",
-        how + f"{format_size(report.memory, binary=True)}, {report.threads} threads, {report.simd}",
+        how + f"{format_size(report.memory, binary=True)}, {report.threads} threads, {arithmetic}",
     )

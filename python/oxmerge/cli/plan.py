@@ -38,6 +38,10 @@ def _time(plan: PlanSummary) -> str:
     return f"{slow} where the disk moves 1 GB/s, {fast} at 3 GB/s"
 
 
+def _fastest(plan: PlanSummary) -> str:
+    return f"{plan.fastest.device}: {plan.fastest.reason}"
+
+
 def _lines(plan: PlanSummary) -> Iterator[str]:
     files = "1 file" if plan.files == 1 else f"{plan.files} files"
     yield f"method    {plan.method}"
@@ -46,6 +50,7 @@ def _lines(plan: PlanSummary) -> Iterator[str]:
     yield f"writes    {format_size(plan.bytes_written)}"
     yield f"memory    {format_size(plan.memory, binary=True)} at the peak"
     yield f"threads   {plan.threads}"
+    yield f"device    {plan.device}; the fastest should be {_fastest(plan)}"
     yield f"disk      {format_size(plan.disk)} needed"
     yield f"time      {_time(plan)}"
     entries = [f"{count} {fate}" for fate, count in plan.accounting.items() if count]

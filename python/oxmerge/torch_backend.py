@@ -1,0 +1,409 @@
+"""The arithmetic of a merge in torch operations, with the bits of the SIMD engine.
+
+The engine plans, reads, schedules and writes as ever; where it would run compiled code on a piece
+of a tensor, it calls a `Program` here. That walks the very same instructions, one torch operation
+for each (a few for the composite ones), over the whole piece instead of chunks of it. So a method
+does not know where it runs, and what runs on a GPU is tested on torch's CPU, but for the device.
+
+Copies and streams are here, and the walk; `torch_kernels` has the operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from oxmerge import torch_kernels as kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Self
+
+    Inputs = Sequence[tuple[str, memoryview] | None]
+    Instruction = tuple[Any, ...]
+
+__all__ = ["Backend", "Program", "Worker", "explain"]
+
+#: How elements are stored: the torch type, and the integers of its width.
+STORED = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class Backend:
+    """The devices of a run.
+
+    Parameters
+    ----------
+    devices : sequence of str
+        Torch's names of them: ``cpu``, or ``cuda:0`` and so on. Workers take turns.
+    vram : int
+        Bytes that the tensors on one device may take; a GPU's allocator is held to it.
+    """
+
+    def __init__(self, devices: Sequence[str], vram: int) -> None:
+        self.devices = [torch.device(device) for device in devices]
+        self.vram = vram
+        self.is_host = all(device.type == "cpu" for device in self.devices)
+        self._running_sums = {device: kernels.running_sum_on(device) for device in self.devices}
+        self._next = itertools.cycle(self.devices)
+        self._threads = torch.get_num_threads()
+        for device in self.devices:
+            if device.type == "cuda":
+                total = torch.cuda.get_device_properties(device).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, vram / total), device)
+
+    def __enter__(self) -> Self:
+        """Leave each worker one thread: there are more of them than cores."""
+        torch.set_num_threads(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put everything back, and let go of the devices' memory."""
+        torch.set_num_threads(self._threads)
+        for device in self.devices:
+            if device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1.0, device)
+                with torch.cuda.device(device):
+                    torch.cuda.empty_cache()
+
+    @property
+    def name(self) -> str:
+        """What to call the devices in a report."""
+        if self.is_host:
+            return "torch on the CPU"
+        names = (f"{device} ({torch.cuda.get_device_name(device)})" for device in self.devices)
+        return ", ".join(names)
+
+    def worker(self) -> Worker:
+        """Return what one more thread computes with."""
+        device = next(self._next)
+        return Worker(device, self._running_sums[device])
+
+
+class Worker:
+    """One thread's stream and staging buffers.
+
+    Copies to a device, arithmetic and copies back follow each other in the stream, while the
+    streams of other workers do the same: so copies of one piece overlap with arithmetic of another.
+    """
+
+    def __init__(self, device: torch.device, running_sum: kernels.RunningSum) -> None:
+        self.device = device
+        self.running_sum = running_sum
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._staging: dict[int, torch.Tensor] = {}
+
+    def program(
+        self,
+        instructions: Sequence[Instruction],
+        results: Sequence[int | float],
+        row: int,
+        line: int,
+        double: bool,  # noqa: FBT001 - called from the engine
+    ) -> Program:
+        """Make code ready to run over elements of a tensor."""
+        return Program(self, instructions, results, row, line, double=double)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Enter the stream; leave it when all is done."""
+        with torch.inference_mode():
+            if self.stream is None:
+                yield
+            else:
+                with torch.cuda.stream(self.stream):
+                    yield
+                self.stream.synchronize()
+
+    def upload(self, buffer: memoryview, dtype: torch.dtype, place: int) -> torch.Tensor:
+        """Return the elements in `buffer`, on the device: where they are, or a copy."""
+        flat = torch.frombuffer(buffer, dtype=torch.uint8)
+        if self.stream is not None:
+            staged = self._pinned(place, len(flat)).copy_(flat)
+            flat = staged.to(self.device, non_blocking=True)
+        elif flat.data_ptr() % dtype.itemsize:
+            flat = flat.clone()
+        return flat.view(dtype)
+
+    def download(self, values: torch.Tensor, buffer: memoryview) -> None:
+        """Put the bytes of `values` into `buffer`."""
+        flat = values.contiguous().view(torch.uint8)
+        target = torch.frombuffer(buffer, dtype=torch.uint8)
+        if self.stream is None:
+            target.copy_(flat)
+        else:
+            staged = self._pinned(-1, len(flat)).copy_(flat, non_blocking=True)
+            self.stream.synchronize()
+            target.copy_(staged)
+
+    def _pinned(self, place: int, size: int) -> torch.Tensor:
+        """Return page-locked memory, which a device copies from and to by itself."""
+        buffer = self._staging.get(place)
+        if buffer is None or len(buffer) < size:
+            self._staging[place] = buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return buffer[:size]
+
+
+class Program:
+    """Compiled code, ready to run over elements of one tensor.
+
+    Buffers are lent for the time of a call: no tensor over one may outlive it.
+
+    Parameters
+    ----------
+    worker : Worker
+        Where it runs.
+    instructions : sequence of tuple
+        Name of the operation, slot of its result, operands: a slot is an int, a number a float.
+    results : sequence of int or float
+        Where the value of each expression is in the end.
+    row, line : int
+        Elements of a row (the last dimension), and of a line across the first.
+    double : bool
+        Whether the working type is f64 instead of f32.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        instructions: Sequence[Instruction],
+        results: Sequence[int | float],
+        row: int,
+        line: int,
+        *,
+        double: bool,
+    ) -> None:
+        self.worker = worker
+        self.device = worker.device
+        self.instructions = instructions
+        self.results = results
+        self.row = row
+        self.line = line
+        self.real = torch.float64 if double else torch.float32
+        self.dead = _last_uses(instructions, results)
+
+    # What the engine calls.
+
+    def combine(
+        self,
+        start: int,
+        count: int,
+        inputs: Inputs,
+        outputs: Sequence[tuple[int, str, memoryview]],
+    ) -> None:
+        """Compute elements from `start` on, and store some results as their outputs' types."""
+        with self.worker.at_work():
+            values = self._run(start, count, inputs)
+            for result, dtype, buffer in outputs:
+                self.worker.download(kernels.narrow(values[result], STORED[dtype]), buffer)
+
+    def reduce(
+        self,
+        start: int,
+        count: int,
+        inputs: Inputs,
+        segment: int,
+        reductions: Sequence[tuple[str, int, int | None, memoryview]],
+        searches: Sequence[tuple[int, int, int, int, memoryview]],
+    ) -> None:
+        """Reduce each `segment` elements, and count for searches.
+
+        A reduction is a kind, one or two operands, and where its f64 result for each segment goes.
+        A search is an interval of ordinals, a shift and a number of bins; its buffer of i64 takes
+        the elements above the interval, those inside for each segment, and the bins.
+        """
+        with self.worker.at_work():
+            values = self._run(start, count, inputs)
+            for kind, left, right, buffer in reductions:
+                terms = kernels.terms(kind, values[left], None if right is None else values[right])
+                sums = kernels.reduce_segments(kind, terms, segment, self.worker.running_sum)
+                self.worker.download(sums, buffer)
+                del terms
+            for value, (low, high, shift, bins, buffer) in zip(
+                values[len(values) - len(searches) :], searches, strict=True
+            ):
+                self.worker.download(kernels.count(value, low, high, shift, bins, segment), buffer)
+
+    def columns(
+        self,
+        start: int,
+        count: int,
+        inputs: Inputs,
+        reductions: Sequence[tuple[str, int, int | None, memoryview]],
+    ) -> None:
+        """Add rows, in order, to the f64 that each reduction has for each column."""
+        with self.worker.at_work():
+            values = self._run(start, count, inputs)
+            for place, (kind, left, right, buffer) in enumerate(reductions):
+                terms = kernels.terms(kind, values[left], None if right is None else values[right])
+                sums = self.worker.upload(buffer, torch.float64, -2 - place).clone()
+                kernels.add_rows(kind, terms, start % self.line, sums, self.worker.running_sum)
+                self.worker.download(sums, buffer)
+
+    # Instructions.
+
+    def _run(self, start: int, count: int, inputs: Inputs) -> list[torch.Tensor]:
+        stored = [
+            None if given is None else self.worker.upload(given[1], STORED[given[0]], place)
+            for place, given in enumerate(inputs)
+        ]
+        frame = _Frame(self, start, count, stored)
+        for (name, out, *operands), dead in zip(self.instructions, self.dead, strict=True):
+            value = getattr(frame, name)(*operands)
+            for slot in dead:
+                del frame.slots[slot]
+            frame.slots[out] = value
+        return [frame.whole(result) for result in self.results]
+
+
+class _Frame:
+    """The values of one piece, and a method for each operation of `formula/code.rs`."""
+
+    def __init__(
+        self, program: Program, start: int, count: int, inputs: list[torch.Tensor | None]
+    ) -> None:
+        self.start = start
+        self.count = count
+        self.inputs = inputs
+        self.row = program.row
+        self.line = program.line
+        self.real = program.real
+        self.device = program.device
+        self.slots: dict[int, torch.Tensor] = {}
+
+    def number(self, number: float) -> torch.Tensor:
+        """Return a number, which is of the working type already, as a tensor."""
+        return torch.full((), number, dtype=self.real, device=self.device)
+
+    def argument(self, argument: float) -> torch.Tensor:
+        """Return the values in a slot, or a number."""
+        return self.slots[argument] if isinstance(argument, int) else self.number(argument)
+
+    def whole(self, argument: float) -> torch.Tensor:
+        """Return an argument with one value an element."""
+        return self.argument(argument).expand(self.count)
+
+    def load(self, index: int) -> torch.Tensor:
+        stored = self.inputs[index]
+        assert stored is not None, "an input that the code loads was read"
+        return stored.to(self.real)
+
+    def load_difference(self, index: int, base: int) -> torch.Tensor:
+        return self.load(index) - self.slots[base]
+
+    def fill(self, number: float) -> torch.Tensor:
+        return self.number(number).expand(self.count)
+
+    def spread(self, axis: str, first: int, values: bytearray) -> torch.Tensor:
+        vector = torch.frombuffer(values, dtype=torch.float64).to(self.device).to(self.real)
+        entries = torch.arange(self.start, self.start + self.count, device=self.device)
+        if axis == "column":
+            entries %= self.line
+        else:
+            entries //= self.row
+        return vector[entries.sub_(first)]
+
+    def unary(self, op: str, a: int) -> torch.Tensor:
+        return kernels.UNARY[op](self.slots[a])
+
+    def binary(self, op: str, a: float, b: float) -> torch.Tensor:
+        return kernels.BINARY[op](self.argument(a), self.argument(b)).expand(self.count)
+
+    def select(self, mask: int, yes: float, no: float) -> torch.Tensor:
+        return torch.where(self.slots[mask] == 0, self.argument(no), self.argument(yes))
+
+    def weighted_sum(self, terms: Sequence[tuple[float, int]]) -> torch.Tensor:
+        products = (self.slots[slot] * self.number(weight) for weight, slot in terms)
+        total = next(products)
+        for product in products:
+            total += product
+        return total
+
+    def elect(self, terms: Sequence[tuple[float, int]], average: bool) -> torch.Tensor:  # noqa: FBT001
+        vote = self.weighted_sum(terms)
+        positive = vote >= 0
+        zero = self.number(0.0)
+        total = torch.zeros_like(vote)
+        share = torch.zeros_like(vote)
+        for weight, slot in terms:
+            number = self.number(weight)
+            value = self.slots[slot] * number
+            agrees = torch.where(positive, value > 0, value < 0)
+            total += torch.where(agrees, value, zero)
+            share += torch.where(agrees, number, zero)
+        if average:
+            total /= share.masked_fill_(share == 0, 1.0)
+        return total.masked_fill_(vote.isnan(), torch.nan)
+
+    def kept(self, a: int, threshold: int, equals_end: int) -> torch.Tensor:
+        return self._cut(self.slots[a], threshold, equals_end).to(self.real)
+
+    def trim(self, a: int, threshold: int, equals_end: int) -> torch.Tensor:
+        values = self.slots[a]
+        return torch.where(self._cut(values.abs(), threshold, equals_end), values, self.number(0.0))
+
+    def _cut(self, values: torch.Tensor, threshold: int, equals_end: int) -> torch.Tensor:
+        """Return what lies above the threshold, or on it before element `equals_end`."""
+        ranks = kernels.ordinals(values)
+        end = min(max(equals_end - self.start, 0), self.count)
+        kept = ranks > threshold
+        kept[:end] |= ranks[:end] == threshold
+        return kept
+
+    def random(
+        self, keep_below: int, key: tuple[int, int], stream: tuple[int, int]
+    ) -> torch.Tensor:
+        first, last = self.start // 4, (self.start + self.count + 3) // 4
+        counters = torch.arange(first, last, device=self.device)
+        words = torch.stack(kernels.philox(key, counters, stream), 1).view(-1)
+        skipped = self.start % 4
+        return (words[skipped : skipped + self.count] < keep_below).to(self.real)
+
+
+def _last_uses(
+    instructions: Sequence[Instruction], results: Sequence[int | float]
+) -> list[list[int]]:
+    """Return, for each instruction, the slots whose values nobody needs after it."""
+    wanted = {result for result in results if isinstance(result, int)}
+    dead: list[list[int]] = []
+    for name, out, *operands in reversed(instructions):
+        wanted.discard(out)
+        used = set(_slots(name, operands))
+        dead.append(sorted(used - wanted))
+        wanted |= used
+    return dead[::-1]
+
+
+def _slots(name: str, operands: Sequence[Any]) -> list[int]:
+    """Return the slots that an instruction uses."""
+    match name, operands:
+        case ("unary", [_, a]) | ("kept" | "trim", [a, *_]) | ("load_difference", [_, a]):
+            return [a]
+        case "binary", [_, *arguments]:
+            return [a for a in arguments if isinstance(a, int)]
+        case "select", arguments:
+            return [a for a in arguments if isinstance(a, int)]
+        case "weighted_sum" | "elect", [terms, *_]:
+            return [slot for _, slot in terms]
+    return []
+
+
+# Errors.
+
+
+def explain(error: BaseException) -> tuple[str, str | None]:
+    """Return what to tell about an exception of a device, and what to do."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the device has no memory left",
+            "use a smaller --vram, or end what else uses the device",
+        )
+    text = str(error).strip().splitlines()
+    return f"torch failed: {text[0] if text else type(error).__name__}", None

@@ -26,6 +26,8 @@ from oxmerge import kernels
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    Array = np.ndarray[Any, Any]
+
 #: Elements that a careful torch program widens at once.
 CHUNK = 1 << 20
 
@@ -94,15 +96,17 @@ def plain(tensors: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     return sum(terms, torch.zeros(())).to(tensors[0].dtype)
 
 
-def widened(tensor: torch.Tensor) -> Any:
+def widened(tensor: torch.Tensor) -> Array:
     """Return bfloat16 as float32, in NumPy."""
-    return (tensor.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view("f4")
+    bits: Array = tensor.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16
+    return bits.view(np.float32)
 
 
-def in_numpy(tensors: list[torch.Tensor], weights: list[float]) -> Any:
+def in_numpy(tensors: list[torch.Tensor], weights: list[float]) -> Array:
     """Sum in float32 in NumPy, and round to nearest even."""
-    pairs = zip(weights, tensors, strict=True)
-    total = np.add.reduce([np.float32(weight) * widened(tensor) for weight, tensor in pairs])
+    total = np.float32(weights[0]) * widened(tensors[0])
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total += np.float32(weight) * widened(tensor)
     bits = total.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -110,8 +114,8 @@ def in_numpy(tensors: list[torch.Tensor], weights: list[float]) -> Any:
 def cases(elements: int, threads: int) -> Iterable[Case]:
     """Yield every contender."""
     generator = torch.Generator().manual_seed(0)
-    make = lambda: torch.randn(elements, generator=generator).to(torch.bfloat16)  # noqa: E731
-    tensors = [make() for _ in range(4)]
+    draws = (torch.randn(elements, generator=generator) for _ in range(4))
+    tensors = [draw.to(torch.bfloat16) for draw in draws]
     out, mask = torch.empty_like(tensors[0]), torch.empty(elements, dtype=torch.bool)
     one, k, few = 2 * elements, elements // 2, 3
     raw = [tensor.view(torch.int16).numpy() for tensor in (tensors[0], out)]

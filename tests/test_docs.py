@@ -20,10 +20,11 @@ MODULES = sorted(
 )
 
 
-def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    assert found is not None, f"the README has a block of {language}"
-    return found[1]
+def blocks(language: str) -> str:
+    """Return the code of a language in the README."""
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    assert found, f"the README has a block of {language}"
+    return "\n".join(found)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -42,7 +43,7 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
     for seed, name in enumerate(("base", "code", "chat")):
         write_model(tmp_path / "models" / name, random_arrays(shapes, seed), "BF16")
-    (tmp_path / "recipe.yml").write_text(block("yaml"))
+    (tmp_path / "recipe.yml").write_text(blocks("yaml"))
     monkeypatch.chdir(tmp_path)
-    exec(compile(block("python"), "README.md", "exec"), {})
+    exec(compile(blocks("python"), "README.md", "exec"), {})
     assert (tmp_path / "merged" / "config.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -12,10 +13,10 @@ import pytest
 import torch
 from oxmerge import kernels
 from test_in_memory import SEED, STORED, call_of, case, uniform
+from writers import random_arrays, tuned, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from test_in_memory import Stored
 
@@ -181,3 +182,21 @@ X = torch.ones(3)
 def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         act()
+
+
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parent.parent
+    guide = (root / "python" / "SCRIPTS.md").read_text(encoding="utf-8")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
+    base = random_arrays(shapes, 0)
+    write_model(tmp_path / "models" / "base", base, "BF16")
+    for seed, name in enumerate(("code", "chat"), start=1):
+        write_model(tmp_path / "models" / name, tuned(base, seed, 1e-3), "BF16")
+    recipe = re.search(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    assert recipe is not None
+    (tmp_path / "recipe.yml").write_text(recipe[1])
+    monkeypatch.chdir(tmp_path)
+    script = "\n".join(re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL))
+    assert "oxmerge.lazy(" in script
+    exec(compile(script, "SCRIPTS.md", "exec"), {})

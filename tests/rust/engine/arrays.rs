@@ -1,0 +1,198 @@
+//! The engine on borrowed memory: the same bytes, also where the output is an input; and numbers.
+
+#![expect(unsafe_code, reason = "lends vectors to sources and sinks, as a caller of oxmerge does")]
+
+use std::sync::Arc;
+
+use oxmerge::dtype::DType;
+use oxmerge::engine::arrays::{ArraySink, ArraySource, Nowhere, run, ulp_distance};
+use oxmerge::engine::control::Control;
+use oxmerge::engine::source::{Sink, Source};
+use oxmerge::engine::task::{Task, Work};
+use oxmerge::error::Result;
+use oxmerge::formula::oracle::Oracle;
+use oxmerge::formula::{Scalar, Scope, Value, compute};
+use oxmerge::io::AlignedBuffer;
+use oxmerge::kernels::{Level, narrow, widen};
+use proptest::prelude::*;
+
+use super::{NAME, SEED, weights};
+
+/// The bytes of some tensors like weights.
+fn bytes(count: u64, elements: u64, dtype: DType) -> Vec<Vec<u8>> {
+    let tensor = |seed| {
+        let mut bytes = vec![0; elements as usize * dtype.size()];
+        narrow(Level::portable(), &weights(elements, seed), dtype, &mut bytes);
+        bytes
+    };
+    (1..=count).map(tensor).collect()
+}
+
+fn source(bytes: &[u8], dtype: DType) -> Arc<dyn Source> {
+    // SAFETY: the tests keep the vectors until the sources are gone.
+    Arc::new(unsafe { ArraySource::new(bytes.as_ptr(), bytes.len(), dtype) })
+}
+
+fn sink(bytes: &mut [u8], dtype: DType, is_apart: bool) -> Arc<dyn Sink> {
+    // SAFETY: the tests keep the vectors until the sinks are gone, and only use them afterwards.
+    Arc::new(unsafe { ArraySink::new(bytes.as_mut_ptr(), bytes.len(), dtype, is_apart) })
+}
+
+fn task(shape: &[u64], sources: Vec<Arc<dyn Source>>, sink: Arc<dyn Sink>, work: Work) -> Task {
+    let labels = vec!["a".to_owned(); sources.len()];
+    Task::new(NAME, SEED, shape, sources, labels, vec![sink], work)
+}
+
+fn oracle(shape: &[u64], inputs: &[Vec<u8>], dtype: DType) -> Oracle<f32> {
+    let wide = |bytes: &Vec<u8>| {
+        let mut values = vec![0.0_f32; bytes.len() / dtype.size()];
+        widen(Level::portable(), dtype, bytes, &mut values);
+        values
+    };
+    Oracle::new(NAME, SEED, shape, inputs.iter().map(wide).collect())
+}
+
+/// Formulas of each kind: elementwise, fused, with sums, with a selection, with a mask.
+fn formulas() -> Vec<Value> {
+    let [a, b] = [0, 1].map(Value::input);
+    let vector = &b - &a;
+    let product = compute(&[a.dot(&b, Scope::Tensor)], 1, |dot| vec![dot[0].abs().sqrt()]);
+    vec![
+        Value::weighted_sum([(0.3, a.clone()), (0.6, b.clone())]),
+        &a + &vector.scaled(0.4),
+        a.scaled(product[0].clone()),
+        &a + &vector.masked(&vector.abs().largest(500.0)),
+        vector.masked(&Value::random_mask(0.3, 1)),
+        b,
+    ]
+}
+
+#[test]
+fn borrowed_memory_gives_the_bytes_of_the_oracle() {
+    let shape = [3, 70_001];
+    for dtype in [DType::Bf16, DType::F32] {
+        let inputs = bytes(2, 210_003, dtype);
+        for formula in formulas() {
+            let values = oracle(&shape, &inputs, dtype).evaluate(&formula);
+            let mut expected = vec![0; inputs[0].len()];
+            narrow(Level::portable(), &values, dtype, &mut expected);
+            for threads in [1, 3] {
+                let run = |sources, sink| {
+                    let work = Work::Formulas(vec![formula.clone()]);
+                    let task = task(&shape, sources, sink, work);
+                    run(task, Level::detect(), Some(threads), &Control::default()).unwrap();
+                };
+                let mut out = vec![0xEE; expected.len()];
+                let sources = inputs.iter().map(|input| source(input, dtype)).collect();
+                run(sources, sink(&mut out, dtype, true));
+                assert!(out == expected, "{formula:?}");
+                for taken in [0, 1] {
+                    let mut inputs = inputs.clone();
+                    let out = sink(&mut inputs[taken], dtype, false);
+                    run(inputs.iter().map(|input| source(input, dtype)).collect(), out);
+                    assert!(inputs[taken] == expected, "{formula:?} over input {taken}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn masks_can_be_bytes() {
+    let inputs = bytes(1, 70_000, DType::Bf16);
+    let mask = Value::input(0).abs().largest(1234.0);
+    let mut out = vec![0xEE; 70_000];
+    let work = Work::Formulas(vec![mask.clone()]);
+    let sources = vec![source(&inputs[0], DType::Bf16)];
+    let task = task(&[70_000], sources, sink(&mut out, DType::Bool, true), work);
+    run(task, Level::detect(), None, &Control::default()).unwrap();
+    let expected = oracle(&[70_000], &inputs, DType::Bf16).evaluate(&mask);
+    assert!(out.iter().zip(expected).all(|(&byte, value)| f32::from(byte) == value));
+}
+
+#[test]
+fn numbers_are_those_of_the_oracle() {
+    let [a, b] = [0, 1].map(Value::input);
+    let dot = a.dot(&b, Scope::Tensor);
+    let scalars = vec![
+        dot.clone(),
+        a.absolute_sum(Scope::Tensor),
+        b.max(Scope::Tensor),
+        a.abs().order_statistic(300.0),
+        compute(&[dot, b.sum(Scope::Tensor)], 1, |sums| vec![sums[0] - sums[1]])[0].clone(),
+        Scalar::constant(7.0),
+    ];
+    for elements in [5000, 200_001] {
+        let inputs = bytes(2, elements, DType::F32);
+        let oracle = oracle(&[elements], &inputs, DType::F32);
+        for threads in [1, 4] {
+            let sources = inputs.iter().map(|input| source(input, DType::F32)).collect();
+            let work = Work::numbers(scalars.clone());
+            let task = task(&[elements], sources, Arc::new(Nowhere(DType::F32)), work);
+            let found = run(task, Level::detect(), Some(threads), &Control::default()).unwrap();
+            for (number, scalar) in found.iter().zip(&scalars) {
+                let expected = oracle.evaluate(&Value::scalar(scalar.clone()))[0];
+                assert_eq!(*number as f32, expected, "{scalar:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn numbers_that_need_no_pass_are_missed_with_a_reason() {
+    let task = task(&[0], Vec::new(), Arc::new(Nowhere(DType::F32)), {
+        Work::numbers(vec![Value::input(0).sum(Scope::Tensor)])
+    });
+    let error = run(task, Level::detect(), None, &Control::default()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "there is nothing to compute a number from: the array has no elements"
+    );
+}
+
+#[test]
+#[should_panic(expected = "block 1 is written twice")]
+fn a_sink_hands_out_each_block_once() {
+    let mut out = vec![0; 200_000];
+    let sink = sink(&mut out, DType::U8, true);
+    assert!(sink.place(&(0..65_536)).is_some());
+    assert!(sink.place(&(65_536..131_072)).is_some());
+    assert!(sink.place(&(131_072..200_000)).is_some());
+    let _ = sink.place(&(65_536..200_000));
+}
+
+#[test]
+fn a_sink_of_an_input_hands_out_nothing() -> Result<()> {
+    let mut out = vec![0; 4];
+    let taken = sink(&mut out, DType::U8, false);
+    assert!(taken.place(&(0..4)).is_none());
+    let mut buffer = AlignedBuffer::new(8);
+    buffer.as_mut_slice().copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
+    taken.write(0, &buffer, 2..6)?;
+    assert_eq!(out, [3, 4, 5, 6]);
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn distances_are_counted_in_steps(pairs in prop::collection::vec(any::<(u16, u16)>(), 1..300)) {
+        let (a, b): (Vec<u16>, Vec<u16>) = pairs.into_iter().unzip();
+        let bytes = |bits: &[u16]| bits.iter().flat_map(|b| b.to_le_bytes()).collect::<Vec<u8>>();
+        for (dtype, infinity) in [(DType::F16, 0x7C00_i64), (DType::Bf16, 0x7F80)] {
+            let ordinal = |bits: u16| match i64::from(bits & 0x7FFF) {
+                magnitude if magnitude > infinity => infinity + 1,
+                magnitude if bits & 0x8000 == 0 => magnitude,
+                magnitude => -magnitude,
+            };
+            let distances = a.iter().zip(&b).map(|(&a, &b)| ordinal(a).abs_diff(ordinal(b)));
+            let largest = distances.clone().max().unwrap_or(0);
+            let differing = distances.filter(|&distance| distance > 0).count() as u64;
+            let (left, right) = (bytes(&a), bytes(&b));
+            let sides = (source(&left, dtype), source(&right, dtype));
+            for level in Level::available() {
+                let found = ulp_distance(&*sides.0, &*sides.1, a.len() as u64, level, Some(2));
+                prop_assert_eq!(found.unwrap(), (largest, differing));
+            }
+        }
+    }
+}

@@ -1,8 +1,9 @@
 """How fast `oxmerge.kernels` are on arrays in memory, beside a copy, torch and NumPy.
 
 Everything runs in one process, in rounds: each round runs every contender once, so that a busy
-moment hits all alike, and the best round of each counts. Rates count every byte of every input and
-of the result once.
+moment hits all alike, and the best round of each counts. Before each there is a pause, in which the
+threads of the one before, which spin for a while, go to sleep. Rates count every byte of every
+input and of the result once.
 
     python benches/kernels_python.py [--elements 64Mi] [--rounds 15] [--threads 2] [--json FILE]
 """
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Elements that a careful torch program widens at once.
 CHUNK = 1 << 20
+#: Seconds before a contender runs: threads of OpenMP spin after their work.
+PAUSE = 0.03
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def measure(all_cases: list[Case], rounds: int) -> dict[str, dict[str, float]]:
     for each in range(rounds):
         for case in all_cases:
             if each < case.rounds:
+                time.sleep(PAUSE)
                 started = time.perf_counter()
                 case.call()
                 seconds = time.perf_counter() - started

@@ -22,7 +22,7 @@ use crate::io::AlignedBuffer;
 use crate::kernels::{self, BLOCK, Level};
 
 /// Below so many bytes of inputs and output, starting a thread costs more than it gains.
-const PARALLEL_FROM: u64 = 1 << 20;
+const PARALLEL_FROM: u64 = 8 << 20;
 /// Blocks that a worker takes at once at the most.
 const PIECE_BLOCKS: u64 = 16;
 

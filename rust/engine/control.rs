@@ -1,7 +1,10 @@
 //! What the caller and the workers tell each other while a merge runs. Atomics only.
 
+use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
 
 /// Progress out, cancellation in.
 #[derive(Debug, Default)]
@@ -11,6 +14,35 @@ pub struct Control {
     written: AtomicU64,
     tensors: AtomicU64,
     current: Mutex<String>,
+    question: Option<Question>,
+}
+
+/// Whether to stop, asked of the caller now and then, and on its own thread only.
+struct Question {
+    owner: ThreadId,
+    every: Duration,
+    asked: Mutex<Instant>,
+    ask: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+impl Question {
+    fn answer(&self) -> bool {
+        if thread::current().id() != self.owner {
+            return false;
+        }
+        let Ok(mut asked) = self.asked.lock() else { return false };
+        let is_due = asked.elapsed() >= self.every;
+        if is_due {
+            *asked = Instant::now();
+        }
+        is_due && (self.ask)()
+    }
+}
+
+impl fmt::Debug for Question {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Question").field("every", &self.every).finish_non_exhaustive()
+    }
 }
 
 /// Where a merge stands.
@@ -32,9 +64,25 @@ impl Control {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
+    /// For a caller that works itself: between two pieces it is asked, on the thread that calls this
+    /// and not more often than `every`, whether to stop.
+    pub fn asking(every: Duration, ask: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        let (owner, asked) = (thread::current().id(), Mutex::new(Instant::now()));
+        let question = Some(Question { owner, every, asked, ask: Box::new(ask) });
+        Self { question, ..Self::default() }
+    }
+
     /// Whether the caller asked to stop.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// The same; a caller that works itself is asked first. Call it without a lock.
+    pub(crate) fn must_stop(&self) -> bool {
+        if self.question.as_ref().is_some_and(Question::answer) {
+            self.cancel();
+        }
+        self.is_cancelled()
     }
 
     /// The counters now.

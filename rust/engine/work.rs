@@ -116,7 +116,7 @@ impl<'a> Worker<'a> {
             inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
         }
         for elements in steps(elements, step) {
-            if self.control.is_cancelled() {
+            if self.control.must_stop() {
                 return Err(Error::new(ErrorKind::Interrupted, "interrupted"));
             }
             let read = if needs_rows { whole_rows(task, &elements) } else { elements.clone() };

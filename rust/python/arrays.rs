@@ -11,7 +11,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict};
 
-use super::enter::enter;
+use super::enter::take_part;
 use super::error::raise;
 use super::merge::parse;
 use crate::dtype::DType;
@@ -27,8 +27,6 @@ use crate::kernels::Level;
 use crate::methods::pieces;
 use crate::plan::{OutputTensor, Parameters, SourceTensor};
 
-/// Work on fewer bytes is over before someone could interrupt it.
-const INTERRUPTIBLE_FROM: u64 = 64 << 20;
 /// Work on fewer bytes is over before another Python thread would have had its turn.
 const DETACHED_FROM: u64 = 64 << 10;
 
@@ -149,15 +147,10 @@ impl Call<'_> {
         let run = move |control: &Control| -> Result<Vec<f64>> {
             arrays::run(task, Level::from_environment()?, threads, control)
         };
-        if bytes >= INTERRUPTIBLE_FROM {
-            return enter(py, None, run);
+        if bytes >= DETACHED_FROM {
+            return take_part(py, run);
         }
-        let found = if bytes < DETACHED_FROM {
-            run(&Control::default())
-        } else {
-            py.detach(|| run(&Control::default()))
-        };
-        found.map_err(|error| raise(py, &error))
+        run(&Control::default()).map_err(|error| raise(py, &error))
     }
 }
 

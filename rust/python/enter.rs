@@ -1,11 +1,14 @@
-//! The only door from Python into long work.
+//! The only doors from Python into long work.
 //!
 //! The work runs on a thread of its own; the calling thread waits without the GIL and wakes up a
 //! few times a second to look at signals and to report progress. So Ctrl-C works, and other Python
 //! threads go on. A worker touches Python only to compute with torch (`torch.rs`).
+//!
+//! Work on arrays can be over in less time than that thread takes to start. There the calling thread
+//! takes part, and looks at signals between two pieces.
 
-use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -66,6 +69,34 @@ pub(super) fn enter<R: Send>(
             .unwrap_or_else(|_| Err(Error::plan("the engine panicked; this is a bug in oxmerge")));
         result.map_err(|error| raise(py, &error))
     })
+}
+
+/// Runs `work` on the calling thread, without the GIL; what it runs on other threads is its business.
+///
+/// An exception of a signal handler cancels the work, and is raised when it has stopped.
+pub(super) fn take_part<R: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&Control) -> Result<R> + Send,
+) -> PyResult<R> {
+    let raised = Arc::new(Mutex::new(None));
+    let noted = Arc::clone(&raised);
+    let control = Control::asking(TICK, move || {
+        #[expect(
+            clippy::redundant_closure_for_method_calls,
+            reason = "the method itself is not general enough over the lifetime"
+        )]
+        let outcome = Python::attach(|py| py.check_signals());
+        if let (Err(exception), Ok(mut noted)) = (outcome, noted.lock()) {
+            *noted = Some(exception);
+            return true;
+        }
+        false
+    });
+    let result = py.detach(|| work(&control));
+    if let Some(exception) = raised.lock().ok().and_then(|mut raised| raised.take()) {
+        return Err(exception);
+    }
+    result.map_err(|error| raise(py, &error))
 }
 
 fn report(progress: &Bound<'_, PyAny>, control: &Control) -> PyResult<()> {

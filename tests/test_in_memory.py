@@ -136,6 +136,27 @@ def test_any_input_may_take_the_result(
         assert [stored(each) for each in others] == [stored(each) for each in before]
 
 
+def test_memory_that_was_overwritten_is_not_read() -> None:
+    flat = np.arange(12, dtype=np.float32)
+    views = {"a": flat[:4], "b": flat[3:8], "c": flat[8:]}
+    apart = {name: array.copy() for name, array in views.items()}
+    message = (
+        "^tensor `b`: it shares memory with `a` of out, which is overwritten by then; "
+        "give out arrays of its own, or leave one of the names out$"
+    )
+    with pytest.raises(ValueError, match=message):
+        oxmerge.merge_state_dicts("linear", [views, apart], weight=0.5, out=views)
+    fits = {"a": apart["a"], "b": apart["b"]}
+    crossed = {"a": apart["b"][1:], "b": np.zeros(5, np.float32)}
+    oxmerge.merge_state_dicts("linear", [fits, crossed], weight=0.5, out=fits)
+    crossed = {"a": np.zeros(4, np.float32), "b": np.zeros(5, np.float32)}
+    other = {"a": np.zeros(4, np.float32), "b": crossed["b"]}
+    crossed["b"][1:] = 1
+    swapped = {"a": crossed["b"][1:], "b": crossed["b"].copy()}
+    with pytest.raises(ValueError, match=r"^tensor `b`: it shares memory with `a`"):
+        oxmerge.merge_state_dicts("linear", [other, crossed], weight=0.5, out=swapped)
+
+
 def test_raw_bfloat16_of_an_opened_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

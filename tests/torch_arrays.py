@@ -93,8 +93,8 @@ def test_tensors_that_share_memory_are_merged_once() -> None:
     assert one["embed"].unique().tolist() == one["head"].unique().tolist() == [2.0]
     other["head"] = other["head"].clone()
     message = (
-        "tensor `head`: in out it shares its memory with `embed`, but the inputs do not; "
-        "leave one of the names out, or give out an array for each"
+        "tensor `head`: it shares memory with `embed` of out, which is overwritten by then; "
+        "give out arrays of its own, or leave one of the names out"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         oxmerge.merge_state_dicts("linear", [one, other], weight=0.5, out=one)

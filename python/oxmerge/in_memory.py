@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from contextlib import contextmanager
 from functools import cache
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, MutableMapping, Sequence
     from typing import Any
 
+    from oxmerge.arrays import Place
     from oxmerge.methods import Method, Parameter
 
     Parameters = Mapping[str, Any]
@@ -373,24 +375,45 @@ def _naming(name: str) -> Iterator[None]:
 
 
 class Written:
-    """What was written in place, so that tensors that share their memory are merged once."""
+    """What was written in place: tensors that share their memory must not be merged twice."""
 
     def __init__(self) -> None:
-        self._inputs: dict[tuple[int, int, str], tuple[str, list[tuple[int, int, str]]]] = {}
+        self._done: dict[Place, tuple[str, list[Place]]] = {}
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._names: list[str] = []
 
-    def is_done(self, name: str, inputs: list[View], target: View) -> bool:
-        """Tell whether an earlier name had the same arrays."""
+    def is_done(self, name: str, inputs: Sequence[View], target: View) -> bool:
+        """Tell whether an earlier name had the same arrays; else note this one.
+
+        Raises
+        ------
+        ValueError
+            If the output or an input has memory that was overwritten.
+        """
         places = [each.place for each in inputs]
-        if target.place[1] == 0 or target.place not in self._inputs:
-            self._inputs[target.place] = (name, places)
-            return False
-        earlier, before = self._inputs[target.place]
-        if before != places:
-            advice = "leave one of the names out, or give out an array for each"
+        earlier = self._done.get(target.place)
+        if earlier is not None and earlier[1] == places:
+            return True
+        for place in (target.place, *places):
+            self._check(place)
+        start, length, _ = target.place
+        if length:
+            self._done[target.place] = (name, places)
+            at = bisect_left(self._starts, start)
+            self._starts.insert(at, start)
+            self._ends.insert(at, start + length)
+            self._names.insert(at, name)
+        return False
+
+    def _check(self, place: Place) -> None:
+        start, length, _ = place
+        at = bisect_left(self._starts, start + length)
+        if length and at and self._ends[at - 1] > start:
             raise ValueError(
-                f"in out it shares its memory with `{earlier}`, but the inputs do not; {advice}"
+                f"it shares memory with `{self._names[at - 1]}` of out, which is overwritten by "
+                "then; give out arrays of its own, or leave one of the names out"
             )
-        return True
 
 
 def _stored_type(source: Mapping[str, Any], name: str) -> str | None:

@@ -21,7 +21,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::AlignedBuffer;
 use crate::kernels::{self, BLOCK, Level};
 
-/// Below so many bytes of inputs and output, starting a thread costs more than it gains.
+/// Below so many bytes of inputs and output, starting a thread costs more than it gains; it is only
+/// done where it is asked for.
 const PARALLEL_FROM: u64 = 8 << 20;
 /// Blocks that a worker takes at once at the most.
 const PIECE_BLOCKS: u64 = 16;
@@ -231,9 +232,10 @@ pub fn ulp_distance(
 }
 
 fn workers(bytes: u64, blocks: u64, threads: Option<usize>) -> usize {
-    if bytes < PARALLEL_FROM {
-        return 1;
-    }
-    let cores = || thread::available_parallelism().map_or(1, usize::from);
-    threads.unwrap_or_else(cores).clamp(1, blocks.max(1) as usize)
+    let most = blocks.max(1) as usize;
+    let cores = || match bytes {
+        PARALLEL_FROM.. => thread::available_parallelism().map_or(1, usize::from),
+        _ => 1,
+    };
+    threads.unwrap_or_else(cores).clamp(1, most)
 }

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-#: More than one piece of several blocks, odd lengths, less than a block, one element.
+#: More than one piece of several blocks, odd lengths, less than a block, one element, bands.
 SHAPES = {
     "embed.weight": (1531, 1709),
     "layers.0.weight": (257, 255),
     "layers.0.bias": (65537,),
     "layers.1.weight": (3, 11, 7),
     "scale": (1,),
+    # Few rows of many columns.
+    "layers.1.experts": (2, 9, 8001),
 }
 
 

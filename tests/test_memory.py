@@ -160,6 +160,9 @@ def test_many_threads_share_the_budget(work: Path, large: Path, read_path: str) 
         ("rows", (96 * MIB,)),
         ("columns", (48 * MIB, 2)),
         ("columns", (96 * MIB,)),
+        ("columns", (2, 48 * MIB)),
+        ("columns", (8, 3000, 4096)),
+        ("columns", (700, 140_000)),
     ],
 )
 def test_long_and_short_rows(work: Path, name: str, shape: tuple[int, ...]) -> None:

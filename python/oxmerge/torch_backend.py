@@ -236,15 +236,16 @@ class Program:
         start: int,
         count: int,
         inputs: Inputs,
+        column: int,
         reductions: Sequence[tuple[str, int, int | None, memoryview]],
     ) -> None:
-        """Add rows, in order, to the f64 that each reduction has for each column."""
+        """Add elements, from `column` on, to the f64 that each reduction has for each column."""
         with self.worker.at_work():
             values = self._run(start, count, inputs)
             for place, (kind, left, right, buffer) in enumerate(reductions):
                 terms = kernels.terms(kind, values[left], None if right is None else values[right])
                 sums = self.worker.upload(buffer, torch.float64, -2 - place).clone()
-                kernels.add_rows(kind, terms, start % self.line, sums, self.worker.running_sum)
+                kernels.add_rows(kind, terms, column, sums, self.worker.running_sum)
                 self.worker.download(sums, buffer)
 
     # Instructions.

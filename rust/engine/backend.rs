@@ -59,11 +59,12 @@ pub(crate) trait Program {
         tally: &mut Tally,
     ) -> Result<()>;
 
-    /// Adds the step's rows, in order, to what each reduction has for each of the `line` columns.
+    /// Adds the step's elements, in order, to what each reduction has for each column. The first
+    /// element is of column `first`; a row has as many as there are sums.
     fn columns(
         &mut self,
         step: &Step<'_>,
-        line: u64,
+        first: u64,
         layout: &Layout,
         sums: &mut [Vec<f64>],
     ) -> Result<()>;

@@ -99,6 +99,10 @@ impl Sink for FileSink {
         self.dtype
     }
 
+    fn takes_any_piece(&self) -> bool {
+        true
+    }
+
     fn buffer_offset(&self, first: u64) -> usize {
         self.shard.writer.buffer_offset(self.place(first))
     }
@@ -267,7 +271,7 @@ pub fn needs(plans: &[&Plan], read: ReadPath) -> Result<Vec<Need>> {
             (source.dtype(), Way::of(&source, frame.elements, once))
         });
         let outputs = plans.iter().map(|plan| plan.tensors[index].dtype);
-        Need::new(&frame, &work, sources, outputs)
+        Need::new(&frame, &work, work.in_bands(&frame), sources, outputs)
     };
     Ok(works.into_iter().enumerate().map(need).collect())
 }

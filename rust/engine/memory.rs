@@ -17,7 +17,7 @@ use super::task::Work;
 use super::work::SAMPLE_BYTES;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::machine::{CHUNK, TensorFrame};
+use crate::formula::machine::{BAND, CHUNK, TensorFrame};
 use crate::formula::masks;
 use crate::formula::selection::{HISTOGRAM_BYTES, SEARCH_BYTES};
 use crate::formula::stage::unknown;
@@ -181,6 +181,7 @@ impl Need {
     pub(crate) fn new(
         frame: &TensorFrame,
         work: &Work,
+        in_bands: bool,
         sources: impl Iterator<Item = (DType, Way)>,
         outputs: impl Iterator<Item = DType>,
     ) -> Self {
@@ -196,14 +197,14 @@ impl Need {
         let is_double = sizes.any(|&size| size == 8);
         need.working = if is_double { 8 } else { 4 };
         match work {
-            Work::Formulas(_) | Work::Numbers(_) => need.add_passes(frame, work.values()),
+            Work::Formulas(_) | Work::Numbers(_) => need.add_passes(frame, work.values(), in_bands),
             // The first is kept while the others are compared with it, one by one.
             Work::Identical => need.sources.truncate(2),
         }
         need
     }
 
-    fn add_passes(&mut self, frame: &TensorFrame, formulas: &[Value]) {
+    fn add_passes(&mut self, frame: &TensorFrame, formulas: &[Value], in_bands: bool) {
         let waits = unknown(formulas);
         let searches = waits.selections.len() as u64;
         // The machine's slots: a few for each source, one for each further output.
@@ -214,6 +215,11 @@ impl Need {
         self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
         self.sample = searches * SAMPLE_BYTES;
         self.masks = masks::bytes(formulas, frame.elements);
+        if in_bands {
+            // Where two bands meet, in every row, pages are put together.
+            let seams = 2 * (frame.elements / frame.line) * PAGE as u64;
+            self.worker_state.add(Amount::uncertain(formulas.len() as u64 * seams));
+        }
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {
@@ -223,6 +229,11 @@ impl Need {
                 Scope::Row => {
                     self.edge = 2 * frame.row;
                     self.row_reductions += 1;
+                }
+                Scope::Column if in_bands => {
+                    // The sums, and what is computed from them.
+                    self.vectors += 8 * BAND;
+                    self.worker_state.add(Amount::certain(2 * 8 * BAND));
                 }
                 Scope::Column => {
                     self.vectors += 8 * frame.line;

@@ -83,13 +83,13 @@ impl<T: Real> Program for Machine<'_, T> {
     fn columns(
         &mut self,
         step: &Step<'_>,
-        line: u64,
+        first: u64,
         layout: &Layout,
         sums: &mut [Vec<f64>],
     ) -> Result<()> {
         for chunk in chunks(step.elements.clone()) {
             self.run(&chunk, step.inputs);
-            add_to_columns(self, layout, &chunk, line, sums);
+            add_to_columns(self, layout, first + chunk.start - step.elements.start, sums);
         }
         Ok(())
     }
@@ -149,14 +149,14 @@ fn accumulate<T: Real>(
 fn add_to_columns<T: Real>(
     machine: &Machine<'_, T>,
     layout: &Layout,
-    range: &Range<u64>,
-    line: u64,
+    first: u64,
     sums: &mut [Vec<f64>],
 ) {
     for (&(kind, left, right), sums) in layout.kinds.iter().zip(sums) {
         let (a, b) = (machine.chunk(left), machine.chunk(right.unwrap_or(left)));
         for (offset, (a, b)) in a.iter().zip(b.iter()).enumerate() {
-            let sum = &mut sums[((range.start + offset as u64) % line) as usize];
+            let line = sums.len();
+            let sum = &mut sums[(first as usize + offset) % line];
             *sum = match kind {
                 ReductionKind::Sum => *sum + a.to_f64(),
                 ReductionKind::AbsoluteSum => *sum + a.to_f64().abs(),

@@ -73,6 +73,11 @@ pub trait Sink: Debug + Send + Sync {
         None
     }
 
+    /// Whether pieces may begin anywhere, not only with a block.
+    fn takes_any_piece(&self) -> bool {
+        false
+    }
+
     /// Takes the elements from `first` on: `bytes` of `buffer`.
     fn write(&self, first: u64, buffer: &AlignedBuffer, bytes: Range<usize>) -> Result<()>;
 

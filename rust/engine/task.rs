@@ -9,7 +9,7 @@ use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
-use crate::formula::machine::TensorFrame;
+use crate::formula::machine::{BAND, TensorFrame};
 use crate::formula::masks::{self, KeptMasks};
 use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
@@ -78,6 +78,14 @@ impl Work {
         !stage::row_reductions(self.values()).is_empty()
     }
 
+    /// Whether columns are reduced and combined band by band.
+    pub(crate) fn in_bands(&self, frame: &TensorFrame) -> bool {
+        match self {
+            Self::Formulas(values) => frame.has_bands() && stage::columns_come_last(values),
+            Self::Numbers(_) | Self::Identical => false,
+        }
+    }
+
     /// Whether nothing has to be reduced before the output is computed.
     pub(crate) fn reads_once(&self) -> bool {
         stage::unknown(self.values()).is_empty()
@@ -97,6 +105,8 @@ pub struct Task {
     pub(crate) double: bool,
     /// See [`Work::reads_once`].
     pub(crate) reads_once: bool,
+    /// See [`Work::in_bands`].
+    pub(crate) in_bands: bool,
 }
 
 impl Task {
@@ -115,7 +125,8 @@ impl Task {
         let double = types.chain(sinks.iter().map(|sink| sink.dtype())).any(|t| t == DType::F64);
         let work = work.shared();
         let reads_once = work.reads_once();
-        Self { frame, sources, labels, sinks, work, double, reads_once }
+        let in_bands = work.in_bands(&frame) && sinks.iter().all(|sink| sink.takes_any_piece());
+        Self { frame, sources, labels, sinks, work, double, reads_once, in_bands }
     }
 
     /// Whether something has to be summed over the whole model first.
@@ -128,7 +139,7 @@ impl Task {
             (source.dtype(), Way::of(&**source, self.frame.elements, self.reads_once))
         });
         let outputs = self.sinks.iter().map(|sink| sink.dtype());
-        Need::new(&self.frame, &self.work, sources, outputs)
+        Need::new(&self.frame, &self.work, self.in_bands, sources, outputs)
     }
 
     /// Bytes of the sources and the outputs.
@@ -167,6 +178,8 @@ pub(crate) enum Pass {
     Rows(Vec<Arc<Reduction>>),
     /// Reduce columns over some rows, one column block a unit.
     Columns(Vec<Arc<Reduction>>),
+    /// Reduce columns and compute the outputs, one band of columns a unit.
+    Bands(Vec<Value>),
     /// Compute the outputs.
     Combine(Vec<Value>),
     /// Compare the sources and copy the first.
@@ -295,6 +308,10 @@ impl Active {
                 continue;
             }
             let stage = stage::next_stage(&self.values, scope, stored);
+            if scope == Scope::Column && self.task.in_bands && !stage.is_empty() {
+                let bands = self.task.frame.line.div_ceil(BAND);
+                return self.enter(Pass::Bands(self.values.clone()), bands);
+            }
             if !stage.is_empty() {
                 return self.begin_stage(stage);
             }
@@ -427,7 +444,7 @@ impl Active {
     fn advance(&mut self) -> bool {
         let pass = Arc::clone(&self.pass);
         match &*pass {
-            Pass::Combine(_) | Pass::Identical => false,
+            Pass::Combine(_) | Pass::Bands(_) | Pass::Identical => false,
             Pass::Sample(_) => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rows(_) | Pass::Columns(_) => self.bind(),

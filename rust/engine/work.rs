@@ -12,10 +12,10 @@ use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::code::Code;
-use crate::formula::machine::{CHUNK, COLUMN_BLOCK, InputBytes};
+use crate::formula::machine::{BAND, CHUNK, COLUMN_BLOCK, InputBytes};
 use crate::formula::masks::KeptMasks;
 use crate::formula::selection::Cut;
-use crate::formula::stage::{inputs_of, operands, row_reductions, unknown};
+use crate::formula::stage::{inputs_of, next_stage, operands, row_reductions, unknown};
 use crate::formula::{Reduction, Scalar, Scope, Selection, Value};
 use crate::io::AlignedBuffer;
 use crate::kernels::BLOCK;
@@ -83,7 +83,10 @@ impl<'a> Worker<'a> {
             Pass::Locate { selection, key, cut } => self.locate(task, selection, *key, *cut),
             Pass::Rows(reductions) => self.row(task, unit, reductions),
             Pass::Columns(reductions) => self.columns(task, unit, reductions),
-            Pass::Combine(values) => self.combine(task, blocks, values),
+            Pass::Bands(values) => self.band(task, unit, values),
+            Pass::Combine(values) => {
+                self.combine(task, task.elements_of(blocks), values).map(|()| Found::Nothing)
+            }
             Pass::Identical => self.identical(task, blocks),
         };
         self.masks = None;
@@ -236,13 +239,46 @@ impl<'a> Worker<'a> {
         let columns = |reduction: &Arc<Reduction>| vec![start_of(reduction.kind); line as usize];
         let mut sums: Vec<Vec<f64>> = reductions.iter().map(columns).collect();
         self.in_steps(task, unit * COLUMN_BLOCK * line..end, &values, |program, step| {
-            program.columns(step, line, &layout, &mut sums)
+            program.columns(step, step.elements.start % line, &layout, &mut sums)
         })?;
         Ok(Found::Columns(sums))
     }
 
-    fn combine(&mut self, task: &Task, blocks: Range<u64>, values: &[Value]) -> Result<Found> {
-        let unit = task.elements_of(blocks);
+    /// Reduces the columns of band `unit`, then computes them, both row by row.
+    fn band(&mut self, task: &Task, unit: u64, values: &[Value]) -> Result<Found> {
+        let line = task.frame.line;
+        let columns = unit * BAND..((unit + 1) * BAND).min(line);
+        let width = (columns.end - columns.start) as usize;
+        let rows = (0..task.frame.elements).step_by(line as usize);
+        let rows = rows.map(|row| row + columns.start..row + columns.end);
+        let mut values = values.to_vec();
+        loop {
+            let ready = next_stage(&values, Scope::Column, false).reductions;
+            if ready.is_empty() {
+                break;
+            }
+            let (layout, operands) = Layout::of(&ready);
+            let mut sums: Vec<Vec<f64>> =
+                ready.iter().map(|reduction| vec![start_of(reduction.kind); width]).collect();
+            for row in rows.clone() {
+                let start = row.start;
+                self.in_steps(task, row, &operands, |program, step| {
+                    program.columns(step, step.elements.start - start, &layout, &mut sums)
+                })?;
+            }
+            let mut bindings = Bindings::default();
+            for (reduction, sums) in ready.iter().zip(sums) {
+                bindings.reduction(reduction, Scalar::vector(Scope::Column, columns.start, sums));
+            }
+            values = bindings.bind_all(&values);
+        }
+        for row in rows {
+            self.combine(task, row, &values)?;
+        }
+        Ok(Found::Nothing)
+    }
+
+    fn combine(&mut self, task: &Task, unit: Range<u64>, values: &[Value]) -> Result<()> {
         let mut outs = std::mem::take(&mut self.outs);
         let mut places = Places::of(task, &mut outs, &unit);
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
@@ -263,7 +299,7 @@ impl<'a> Worker<'a> {
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
-        written.map(|()| Found::Nothing)
+        written
     }
 
     /// Copies what all sources agree on.

@@ -15,6 +15,9 @@ pub(crate) const CHUNK: usize = 2048;
 /// Rows a block of a column reduction has; part of the fixed shape of the numeric contract.
 pub(crate) const COLUMN_BLOCK: u64 = 1024;
 
+/// Columns of a band, in which they are reduced and combined together where there are many.
+pub(crate) const BAND: u64 = BLOCK as u64;
+
 /// What a tensor's elements are called when random masks are drawn, and how they lie in rows.
 #[derive(Clone, Debug)]
 pub(crate) struct TensorFrame {
@@ -48,6 +51,12 @@ impl TensorFrame {
     /// Rows that are longer than a block are reduced once, in a pass of their own.
     pub(crate) fn stores_rows(&self) -> bool {
         self.row > BLOCK as u64
+    }
+
+    /// Whether there are few rows of many columns: then a state for each column is too much, and
+    /// the columns are taken band by band, each through all rows.
+    pub(crate) fn has_bands(&self) -> bool {
+        self.line > BAND && self.column_blocks() == 1
     }
 
     /// Blocks of the fixed shape of a column reduction.

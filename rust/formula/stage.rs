@@ -157,6 +157,26 @@ pub(crate) fn next_stage(values: &[Value], scope: Scope, stored_rows: bool) -> S
     stage
 }
 
+/// Whether nothing but the values themselves, and columns, wait for a column to be reduced, and
+/// nothing for a row: then columns can be reduced and combined band by band.
+pub(crate) fn columns_come_last(values: &[Value]) -> bool {
+    let all = unknown(values);
+    let waits_for_a_column = |values: &[Value]| {
+        unknown(values).reductions.iter().any(|reduction| reduction.scope == Scope::Column)
+    };
+    let reductions = &all.reductions;
+    reductions.iter().any(|reduction| reduction.scope == Scope::Column)
+        && reductions.iter().all(|reduction| match reduction.scope {
+            Scope::Column => true,
+            Scope::Row => false,
+            Scope::Tensor | Scope::Model => !waits_for_a_column(&operands(reduction)),
+        })
+        && all.selections.iter().all(|selection| {
+            let count = Value::scalar(selection.count.clone());
+            !waits_for_a_column(&[selection.value.clone(), count])
+        })
+}
+
 /// The row reductions that `values` wait for, level by level: each level needs only earlier ones.
 ///
 /// Call it when nothing of a wider scope is left.

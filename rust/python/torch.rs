@@ -325,14 +325,15 @@ impl Program for TorchProgram<'_> {
     fn columns(
         &mut self,
         step: &Step<'_>,
-        _line: u64,
+        first: u64,
         layout: &Layout,
         sums: &mut [Vec<f64>],
     ) -> Result<()> {
         Python::attach(|py| {
             self.call(py, "columns", step, |lent| {
                 let sums = sums.iter_mut().map(Vec::as_mut_slice);
-                Ok([lend_results(py, lent, layout, sums)?])
+                let first = first.into_pyobject(py)?.into_any();
+                Ok([first, lend_results(py, lent, layout, sums)?])
             })
         })
     }

@@ -72,6 +72,10 @@ impl Sink for ArraySink {
         self.dtype
     }
 
+    fn takes_any_piece(&self) -> bool {
+        true
+    }
+
     fn write(&self, first: u64, buffer: &AlignedBuffer, bytes: Range<usize>) -> Result<()> {
         let start = first as usize * self.dtype.size();
         let mut all = self.bytes.lock().unwrap();

@@ -78,7 +78,7 @@ class Demo:
     recipe
         The recipe file.
     models
-        The two model directories.
+        The model directories: the base, then its fine-tunes.
     model_bytes
         Bytes of weights in each.
     sparse
@@ -105,8 +105,10 @@ class _Tensor:
         return count
 
 
-def make_demo(directory: str | os.PathLike[str], size: str = "tiny", seed: int = 0) -> Demo:
-    """Write two checkpoints and a recipe into `directory`.
+def make_demo(
+    directory: str | os.PathLike[str], size: str = "tiny", seed: int = 0, tuned: int = 1
+) -> Demo:
+    """Write a base, its fine-tunes and a recipe into `directory`.
 
     Parameters
     ----------
@@ -116,6 +118,8 @@ def make_demo(directory: str | os.PathLike[str], size: str = "tiny", seed: int =
         One of `SIZES`.
     seed
         Of the random weights; the same seed gives the same files.
+    tuned
+        How many fine-tunes there are. The recipe merges the first.
 
     Raises
     ------
@@ -126,16 +130,22 @@ def make_demo(directory: str | os.PathLike[str], size: str = "tiny", seed: int =
     shape = SIZES[size]
     _claim(folder)
     tensors = list(_tensors(shape))
-    model_bytes = sum(2 * tensor.elements for tensor in tensors)
-    filled = shape.filled and _has_space(folder, 3 * model_bytes)
-    models = tuple(folder / name for name in MODEL_NAMES)
+    size_of_each = model_bytes(size)
+    filled = shape.filled and _has_space(folder, (2 + tuned) * size_of_each)
+    names = (*MODEL_NAMES, *(f"{MODEL_NAMES[1]}-{number}" for number in range(2, tuned + 1)))
+    models = tuple(folder / name for name in names)
     for model in models:
         model.mkdir(exist_ok=True)
         _write_side_files(model, shape)
     _write_weights(models, _split(tensors, shape.shards), seed if filled else None)
     recipe = folder / RECIPE_NAME
     recipe.write_text(_RECIPE.format(base=MODEL_NAMES[0], tuned=MODEL_NAMES[1]), encoding="utf-8")
-    return Demo(recipe, models, model_bytes, sparse=not filled)
+    return Demo(recipe, models, size_of_each, sparse=not filled)
+
+
+def model_bytes(size: str) -> int:
+    """Return the bytes of weights that a model of a size has."""
+    return sum(2 * tensor.elements for tensor in _tensors(SIZES[size]))
 
 
 def describe(demo: Demo) -> str:
@@ -220,7 +230,7 @@ def _write_weights(
 def _write_shard(
     paths: Sequence[Path], shard: Sequence[_Tensor], seed: int | None, first: int
 ) -> None:
-    """Write one shard of both models; zeros without a seed."""
+    """Write one shard of every model; zeros without a seed."""
     header = _header(shard)
     with ExitStack() as stack:
         files = [stack.enter_context(open(path, "wb")) for path in paths]
@@ -253,21 +263,34 @@ def _header(shard: Iterable[_Tensor]) -> bytes:
 
 
 def _write_tensor(files: Sequence[IO[bytes]], tensor: _Tensor, seed: tuple[int, int]) -> None:
-    """Write a tensor of both models, a piece at a time."""
+    """Write a tensor of every model, a piece at a time."""
     import numpy as np  # noqa: PLC0415 - heavy
 
     random = np.random.Generator(np.random.SFC64(list(seed)))
     for start in range(0, tensor.elements, _CHUNK):
         count = min(_CHUNK, tensor.elements - start)
-        values = random.standard_normal(count, dtype=np.float32)
-        values *= np.float32(_BASE_SPREAD)
-        if tensor.is_norm:
-            values += np.float32(1)
-        files[0].write(_bfloat16(values).data)
+        weights = draw_weights(random, count, len(files), is_norm=tensor.is_norm)
+        for file, bits in zip(files, weights, strict=True):
+            file.write(bits.data)
+
+
+def draw_weights(
+    random: np.random.Generator, count: int, models: int, *, is_norm: bool = False
+) -> list[NDArray[np.uint16]]:
+    """Draw `count` weights of a base and of its fine-tunes, as the bits of bfloat16."""
+    import numpy as np  # noqa: PLC0415 - heavy
+
+    values = random.standard_normal(count, dtype=np.float32)
+    values *= np.float32(_BASE_SPREAD)
+    if is_norm:
+        values += np.float32(1)
+    weights = [_bfloat16(values)]
+    for _ in range(models - 1):
         noise = random.standard_normal(count, dtype=np.float32)
         noise *= np.float32(_TUNING_SPREAD)
-        values += noise
-        files[1].write(_bfloat16(values).data)
+        noise += values
+        weights.append(_bfloat16(noise))
+    return weights
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

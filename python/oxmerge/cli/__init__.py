@@ -29,6 +29,7 @@ VERBS = {
     "plan": "show what a merge would do, without doing it",
     "inspect": "show what is in a checkpoint",
     "methods": "list the merge methods, or explain one",
+    "bench": "measure this machine: memory, storage, kernels, merges",
     "demo": "make two small checkpoints and merge them",
 }
 """The verbs, and what each does."""

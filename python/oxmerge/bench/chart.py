@@ -1,0 +1,128 @@
+"""The bars as SVG, and a whole page of HTML: one file, nothing fetched, light and dark."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from oxmerge.bench.panels import panels
+from oxmerge.bench.table import heading, machine_lines, sections
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from oxmerge.bench.panels import Bar, Panel
+    from oxmerge.bench.record import Record
+
+_WIDTH, _LABELS, _VALUES = 860, 300, 90
+_BAR, _STEP, _TITLE, _GAP = 14, 21, 30, 18
+_TOP = 74
+_KINDS = {
+    "yardstick": "copy, storage, floor (none of the engine's code)",
+    "oxmerge": "oxmerge",
+    "mergekit": "mergekit",
+}
+_STYLE = """
+svg { --ink: #1c2330; --quiet: #5b6472; --back: #ffffff; --yardstick: #9aa5b4; --oxmerge: #2563eb;
+  --mergekit: #d97706; --whisker: #1c2330; }
+@media (prefers-color-scheme: dark) { svg { --ink: #e6e9ef; --quiet: #a0a9b8; --back: #14181f;
+  --yardstick: #657184; --oxmerge: #5b93ff; --mergekit: #f0a040; --whisker: #e6e9ef; } }
+.back { fill: var(--back); } text { fill: var(--ink); font: 13px system-ui, sans-serif; }
+.title { font-weight: 600; font-size: 14px; } .head { font-weight: 600; font-size: 17px; }
+.quiet { fill: var(--quiet); } .yardstick { fill: var(--yardstick); }
+.oxmerge { fill: var(--oxmerge); } .mergekit { fill: var(--mergekit); }
+.whisker { stroke: var(--whisker); stroke-width: 1.5; opacity: .65; }
+"""
+_PAGE_STYLE = """
+:root { color-scheme: light dark; }
+body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif;
+  color: #1c2330; background: #fff; }
+@media (prefers-color-scheme: dark) { body { color: #e6e9ef; background: #14181f; } }
+svg { max-width: 100%; height: auto; } table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
+.wide { overflow-x: auto; } h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; }
+th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #8884;
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+
+def svg(record: Record) -> str:
+    """Return the chart as an SVG document."""
+    title = escape(heading(record))
+    body = list(_legend())
+    top = _TOP
+    for panel in panels(record):
+        body += _panel(panel, top)
+        top += _TITLE + _STEP * len(panel.bars) + _GAP
+    return "\n".join(
+        [
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top}" '
+                f'width="{_WIDTH}" height="{top}" role="img" aria-label="{title}">'
+            ),
+            f"<style>{_STYLE}</style>",
+            f'<rect class="back" width="{_WIDTH}" height="{top}"/>',
+            f'<text class="head" x="16" y="30">{title}</text>',
+            *body,
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def page(record: Record) -> str:
+    """Return chart, tables and notes as one HTML page."""
+    title = escape(heading(record))
+    lines = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{_PAGE_STYLE}</style></head><body>",
+        f"<h1>{title}</h1>",
+        _list(machine_lines(record)),
+        svg(record),
+    ]
+    for section in sections(record):
+        lines += [f"<h2>{escape(section.title)}</h2>", '<div class="wide"><table>']
+        lines.append(_cells("th", section.head))
+        lines += [_cells("td", row) for row in section.rows]
+        lines.append("</table></div>")
+    return "\n".join([*lines, _list(record.notes), "</body></html>", ""])
+
+
+def _legend() -> Iterator[str]:
+    left = 16
+    for kind, text in _KINDS.items():
+        yield f'<rect class="{kind}" x="{left}" y="46" width="12" height="12" rx="2"/>'
+        yield f'<text class="quiet" x="{left + 18}" y="57">{escape(text)}</text>'
+        left += 42 + 7 * len(text)
+    yield f'<text class="quiet" x="{_WIDTH - 16}" y="57" text-anchor="end">longer is better</text>'
+
+
+def _panel(panel: Panel, top: int) -> Iterator[str]:
+    yield f'<text class="title" x="16" y="{top + 16}">{escape(panel.title)}</text>'
+    scale = (_WIDTH - _LABELS - _VALUES - 16) / panel.most
+    for number, bar in enumerate(panel.bars):
+        yield from _bar(bar, top + _TITLE + _STEP * number, scale)
+
+
+def _bar(bar: Bar, top: int, scale: float) -> Iterator[str]:
+    kind = bar.by if bar.by in _KINDS else "yardstick"
+    middle = top + _BAR / 2
+    low, high = (_LABELS + scale * each for each in (bar.low, bar.high))
+    yield f'<text x="{_LABELS - 8}" y="{top + 12}" text-anchor="end">{escape(bar.label)}</text>'
+    yield (
+        f'<rect class="{kind}" x="{_LABELS}" y="{top}" width="{max(scale * bar.value, 1):.1f}" '
+        f'height="{_BAR}" rx="2"/>'
+    )
+    yield f'<path class="whisker" d="M{low:.1f} {middle}H{high:.1f}"/>'
+    end = max(high, _LABELS + scale * bar.value)
+    yield f'<text class="quiet" x="{end + 8:.1f}" y="{top + 12}">{escape(bar.text)}</text>'
+
+
+def _list(items: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
+
+
+def _cells(tag: str, row: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>"

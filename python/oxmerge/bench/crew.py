@@ -1,0 +1,69 @@
+"""Python threads for the yardsticks: they call NumPy and the system, which release the GIL."""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Self, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from types import TracebackType
+
+Piece = TypeVar("Piece")
+
+
+class Crew:
+    """Threads that live as long as the crew, so that starting them is on nobody's clock.
+
+    Parameters
+    ----------
+    threads
+        How many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads)
+        list(self._pool.map(lambda _: None, range(threads)))
+
+    def run(self, work: Callable[[int], int]) -> int:
+        """Run `work` with the number of each thread; return the sum of what it returns."""
+        return sum(self._pool.map(work, range(self.threads)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown()
+
+
+def take(pieces: deque[Piece]) -> Iterator[Piece]:
+    """Yield pieces until none is left. Threads may take from the same ones."""
+    with suppress(IndexError):
+        while True:
+            yield pieces.popleft()
+
+
+def pieces_of(size: int, piece: int) -> deque[tuple[int, int]]:
+    """Return where each piece of `size` bytes begins, and how long it is."""
+    return deque((start, min(piece, size - start)) for start in range(0, size, piece))
+
+
+def aligned_buffers(count: int, size: int) -> list[memoryview]:
+    """Return buffers that begin at a page, as reads and writes past the page cache need."""
+    return [memoryview(mmap.mmap(-1, size)) for _ in range(count)]
+
+
+def touch(buffers: Iterable[memoryview]) -> None:
+    """Write to every page, so that no page is faulted in on the clock."""
+    for buffer in buffers:
+        for start in range(0, len(buffer), mmap.PAGESIZE):
+            buffer[start] = 1

@@ -1,0 +1,223 @@
+"""The record: what was measured, as data with a schema that stays.
+
+A record is a JSON object:
+
+- ``schema``: always ``"oxmerge-bench"``; ``version``: of the schema, 1. A change that breaks
+  readers makes it 2; keys may be added at any time.
+- ``created``: UTC, ISO 8601. ``machine``: see `oxmerge.bench.machine.describe`.
+- ``settings``: ``size`` of the merged models, ``elements`` of the arrays, ``storage_bytes`` of the
+  file, ``rounds``.
+- ``notes``: what could not be measured, and what else a reader should know.
+- ``rows``: one for each thing measured:
+
+  ``part`` (`PARTS`), ``name`` (what is done), ``by`` (who does it: ``numpy``, ``system``,
+  ``oxmerge``, ``floor``, ``mergekit``), ``state`` (where the bytes are: ``memory``, ``warm``,
+  ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody tells) say what it is. No
+  two rows of a record agree in all of these.
+  ``bytes_read`` and ``bytes_written`` are those of one run: every input byte once, every output
+  byte once. ``elements`` are those of the output, or null.
+  ``seconds`` has every run. ``process_seconds`` are those of whole processes, where they were some.
+  ``peak_memory`` is the largest resident set of those, in bytes, or null.
+  ``median_seconds``, ``quartile_seconds``, ``gb_per_s``, ``elements_per_s``, ``share_of_memcpy``,
+  ``times_floor`` follow from the others and are there for people; they are not read back.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import statistics
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from oxmerge.errors import OxmergeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCHEMA = "oxmerge-bench"
+VERSION = 1
+PARTS = ("memory", "storage", "kernels", "threads", "simd", "merge")
+
+_GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing that was measured. The module says what the fields mean."""
+
+    part: str
+    name: str
+    by: str
+    state: str
+    bytes_read: int
+    bytes_written: int
+    threads: int | None = None
+    simd: str | None = None
+    elements: int | None = None
+    seconds: tuple[float, ...] = ()
+    process_seconds: tuple[float, ...] = ()
+    peak_memory: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int | None, str | None]:
+        """What tells it from the other rows of a record.
+
+        A merge chooses its threads and instructions itself, so they are a result there.
+        """
+        asked = (None, None) if self.part == "merge" else (self.threads, self.simd)
+        return (self.part, self.name, self.by, self.state, *asked)
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}" if self.threads else ""
+        parts = (self.name, self.by, self.state, threads, self.simd)
+        return f"{self.part}: {', '.join(part for part in parts if part)}"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that one run moves."""
+        return self.bytes_read + self.bytes_written
+
+    @property
+    def median(self) -> float:
+        """Median of the seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the seconds, between which half of the runs lie."""
+        if len(self.seconds) == 1:
+            return self.seconds[0], self.seconds[0]
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second, by the median."""
+        return self.bytes / self.median
+
+    @property
+    def element_rate(self) -> float | None:
+        """Output elements a second, by the median."""
+        return None if self.elements is None else self.elements / self.median
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All that one go measured."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    created: str = field(
+        default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    )
+
+    def share_of_memcpy(self, row: Row) -> float | None:
+        """Return a row's rate by that of a copy in memory with as many threads."""
+        if row.state != "memory" or row.by == "numpy":
+            return None
+        copies = (each for each in self.rows if each.part == "memory" and each.by == "numpy")
+        return next((row.rate / each.rate for each in copies if each.threads == row.threads), None)
+
+    def beside(self, row: Row, by: str) -> Row | None:
+        """Return the row in which someone else does the same."""
+        mine = (row.part, row.name, row.state)
+        return next(
+            (
+                each
+                for each in self.rows
+                if (each.part, each.name, each.state) == mine and each.by == by
+            ),
+            None,
+        )
+
+    def times_floor(self, row: Row) -> float | None:
+        """Return how many times as long as the floor it took."""
+        floor = self.beside(row, "floor")
+        return None if floor is None or floor is row else row.median / floor.median
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as the module describes it."""
+        return {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "created": self.created,
+            "machine": self.machine,
+            "settings": self.settings,
+            "rows": [{**asdict(row), **self._derived(row)} for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def _derived(self, row: Row) -> dict[str, Any]:
+        return {
+            "median_seconds": row.median,
+            "quartile_seconds": row.quartiles,
+            "gb_per_s": row.rate / _GIGA,
+            "elements_per_s": row.element_rate,
+            "share_of_memcpy": self.share_of_memcpy(row),
+            "times_floor": self.times_floor(row),
+        }
+
+
+def write_record(record: Record) -> str:
+    """Return a record as JSON, as `read_record` reads it."""
+    return json.dumps(record.as_dict(), indent=2) + "\n"
+
+
+def read_record(path: str) -> Record:
+    """Read a record that was saved.
+
+    Raises
+    ------
+    OxmergeError
+        If the file is no record, or one of a later schema.
+    OSError
+        If it cannot be read.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    try:
+        data = json.loads(text)
+    except ValueError:
+        raise _no_record(path, "it is not JSON") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise _no_record(path, f'its `schema` is not "{SCHEMA}"')
+    if data.get("version") != VERSION:
+        raise OxmergeError(
+            f"the record has version {data.get('version')!r} of its schema; "
+            f"this oxmerge reads version {VERSION}",
+            file=path,
+            advice="make it anew, or use the version of oxmerge that made it",
+        )
+    try:
+        return _read(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _no_record(path, f"something in it is amiss: {error!r}") from None
+
+
+def _read(data: Mapping[str, Any]) -> Record:
+    rows = tuple(_read_row(row) for row in data["rows"])
+    return Record(
+        dict(data["machine"]), dict(data["settings"]), rows, tuple(data["notes"]), data["created"]
+    )
+
+
+def _read_row(data: Mapping[str, Any]) -> Row:
+    values = {each.name: data[each.name] for each in fields(Row) if each.name in data}
+    values["seconds"] = tuple(float(each) for each in data["seconds"])
+    values["process_seconds"] = tuple(float(each) for each in data["process_seconds"])
+    if not values["seconds"] or min(values["seconds"]) <= 0:
+        raise ValueError("a row has no run, or one that took no time")
+    return Row(**values)
+
+
+def _no_record(path: str, why: str) -> OxmergeError:
+    return OxmergeError(
+        f"this is no record of `oxmerge bench`: {why}",
+        file=path,
+        advice="name a file that `oxmerge bench --save FILE` wrote",
+    )

@@ -1,0 +1,193 @@
+"""Measure this machine and the engine on it: memory, storage, kernels, merges of files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from contextlib import contextmanager
+
+from oxmerge.cli.arguments import Parser, UsageError, add_json_option, positive
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Callable, Iterator
+
+    from oxmerge.bench.others import Mergekit
+    from oxmerge.bench.record import Record
+    from oxmerge.bench.run import Settings
+    from oxmerge.cli.engine import Engine
+    from oxmerge.cli.printer import Printer
+
+PARTS = ("memory", "storage", "kernels", "threads", "simd", "merge")
+_SIZES = ("tiny", "1b")
+_QUICK = {"rounds": 3, "elements": 16 << 20, "storage_bytes": 64 << 20}
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        nargs="?",
+        default=".",
+        help="whose disk is measured, in a new folder that is removed afterwards (.)",
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller arrays and files, 3 rounds")
+    parser.add_argument(
+        "--only",
+        type=_parts,
+        metavar="PARTS",
+        default=PARTS,
+        help=f"some of {','.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--size",
+        choices=_SIZES,
+        default="tiny",
+        help="of the models merged: 53 MB or 2.5 GB (tiny)",
+    )
+    parser.add_argument("--rounds", type=positive, metavar="N", help="runs of each thing (5)")
+    parser.add_argument(
+        "--against",
+        type=_other,
+        metavar="mergekit=PYTHON",
+        help="run the same merges there, once each: the Python that has mergekit",
+    )
+    parser.add_argument("--compare", metavar="OLD.json", help="say what changed since a record")
+    parser.add_argument(
+        "--show", metavar="FILE", help="measure nothing: take a record that was saved"
+    )
+    parser.add_argument("--save", metavar="FILE", help="write the record as JSON")
+    parser.add_argument("--svg", metavar="FILE", help="write the chart as SVG")
+    parser.add_argument("--html", metavar="FILE", help="write chart and tables as one HTML page")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no progress")
+    add_json_option(parser)
+
+
+def run(options: Namespace, printer: Printer, engine: Engine) -> int:
+    """Measure, and print, compare and write what is asked for."""
+    # What cannot work is told before the measuring begins.
+    _check_targets(options)
+    old = _read(options.compare)
+    record = _read(options.show) or _measure(options, printer, engine)
+    _tell(record, old, printer)
+    _write(record, options)
+    return 0
+
+
+def _measure(options: Namespace, printer: Printer, engine: Engine) -> Record:
+    from oxmerge.bench.run import run as measure  # noqa: PLC0415 - not for --help
+
+    if not os.path.isdir(options.directory):
+        raise UsageError(f"`{options.directory}` is no directory", "name one that exists")
+    mergekit = _mergekit(options)
+    with _progress(printer) as say:
+        return measure(_settings(options), engine.methods(), mergekit, say)
+
+
+def _settings(options: Namespace) -> Settings:
+    from oxmerge.bench.run import Settings  # noqa: PLC0415 - not for --help
+
+    given = dict(_QUICK) if options.quick else {}
+    if options.rounds is not None:
+        given["rounds"] = options.rounds
+    return Settings(options.directory, options.only, options.size, **given)
+
+
+def _mergekit(options: Namespace) -> Mergekit | None:
+    from oxmerge.bench.others import Mergekit  # noqa: PLC0415 - not for --help
+
+    if options.against is None:
+        return None
+    if "merge" not in options.only:
+        raise UsageError("`--against` compares merges, and `--only` leaves them out")
+    return Mergekit.find(options.against)
+
+
+def _read(path: str | None) -> Record | None:
+    from oxmerge.bench.record import read_record  # noqa: PLC0415 - not for --help
+
+    return None if path is None else read_record(path)
+
+
+def _tell(record: Record, old: Record | None, printer: Printer) -> None:
+    from oxmerge.bench import bars, compare, table  # noqa: PLC0415 - not for --help
+
+    if printer.as_json:
+        data = record.as_dict()
+        if old is not None:
+            data["comparison"] = [each.as_dict() for each in compare.compare(old, record)]
+            data["remarks"] = list(compare.remarks(old, record))
+        printer.json(data)
+        return
+    printer.data(table.text(record))
+    if old is not None:
+        printer.data("\n" + table.comparison_text(old, record))
+    if printer.output.isatty():
+        printer.data("")
+        bars.print_bars(record, printer.output)
+
+
+def _write(record: Record, options: Namespace) -> None:
+    from oxmerge.bench.chart import page, svg  # noqa: PLC0415 - not for --help
+    from oxmerge.bench.record import write_record  # noqa: PLC0415 - not for --help
+
+    for path, make in ((options.save, write_record), (options.svg, svg), (options.html, page)):
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(make(record))
+
+
+def _check_targets(options: Namespace) -> None:
+    """Refuse files that cannot be written, and two that are the same."""
+    given = [path for path in (options.save, options.svg, options.html) if path is not None]
+    if len(set(given)) < len(given):
+        raise UsageError("two of `--save`, `--svg` and `--html` name the same file")
+    for path in given:
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder):
+            raise UsageError(f"`{path}` cannot be written: `{folder}` is no directory")
+        if os.path.isdir(path):
+            raise UsageError(f"`{path}` is a directory", "name a file")
+
+
+@contextmanager
+def _progress(printer: Printer) -> Iterator[Callable[[str], None]]:
+    """Yield what shows one line that is overwritten, where a person watches.
+
+    A spinner would be a thread that wakes up while something is measured.
+    """
+    if printer.quiet or not printer.is_terminal:
+        yield lambda _: None
+        return
+
+    def say(text: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        printer.messages.write(f"\r\x1b[K{text[:width]}")
+        printer.messages.flush()
+
+    try:
+        yield say
+    finally:
+        say("")
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """Parse a list of parts, for an argument."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"`{name}` is not among {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in names)
+
+
+def _other(text: str) -> str:
+    """Parse who else runs, for an argument."""
+    name, equals, python = text.partition("=")
+    if name != "mergekit" or not equals or not python:
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is not understood; write `mergekit=PYTHON`, the Python that has mergekit"
+        )
+    return python

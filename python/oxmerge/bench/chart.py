@@ -22,16 +22,17 @@ _KINDS = {
     "oxmerge": "oxmerge",
     "mergekit": "mergekit",
 }
+# No CSS variables: not every program that draws SVG knows them.
 _STYLE = """
-svg { --ink: #1c2330; --quiet: #5b6472; --back: #ffffff; --yardstick: #9aa5b4; --oxmerge: #2563eb;
-  --mergekit: #d97706; --whisker: #1c2330; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e6e9ef; --quiet: #a0a9b8; --back: #14181f;
-  --yardstick: #657184; --oxmerge: #5b93ff; --mergekit: #f0a040; --whisker: #e6e9ef; } }
-.back { fill: var(--back); } text { fill: var(--ink); font: 13px system-ui, sans-serif; }
-.title { font-weight: 600; font-size: 14px; } .head { font-weight: 600; font-size: 17px; }
-.quiet { fill: var(--quiet); } .yardstick { fill: var(--yardstick); }
-.oxmerge { fill: var(--oxmerge); } .mergekit { fill: var(--mergekit); }
-.whisker { stroke: var(--whisker); stroke-width: 1.5; opacity: .65; }
+.back { fill: #ffffff; } text { fill: #1c2330; font: 13px system-ui, sans-serif; }
+.head { font-weight: 600; font-size: 17px; } .title { font-weight: 600; font-size: 14px; }
+.quiet { fill: #5b6472; } .whisker { stroke: #1c2330; stroke-width: 1.5; opacity: .65; }
+.yardstick { fill: #9aa5b4; } .oxmerge { fill: #2563eb; } .mergekit { fill: #d97706; }
+@media (prefers-color-scheme: dark) {
+  .back { fill: #14181f; } text { fill: #e6e9ef; } .quiet { fill: #a0a9b8; }
+  .whisker { stroke: #e6e9ef; }
+  .yardstick { fill: #657184; } .oxmerge { fill: #5b93ff; } .mergekit { fill: #f0a040; }
+}
 """
 _PAGE_STYLE = """
 :root { color-scheme: light dark; }
@@ -49,9 +50,10 @@ th:first-child, td:first-child { text-align: left; }
 def svg(record: Record) -> str:
     """Return the chart as an SVG document."""
     title = escape(heading(record))
-    body = list(_legend())
+    groups = list(panels(record))
+    body = list(_legend({_kind(bar) for panel in groups for bar in panel.bars}))
     top = _TOP
-    for panel in panels(record):
+    for panel in groups:
         body += _panel(panel, top)
         top += _TITLE + _STEP * len(panel.bars) + _GAP
     return "\n".join(
@@ -90,13 +92,15 @@ def page(record: Record) -> str:
     return "\n".join([*lines, _list(record.notes), "</body></html>", ""])
 
 
-def _legend() -> Iterator[str]:
+def _legend(shown: set[str]) -> Iterator[str]:
     left = 16
     for kind, text in _KINDS.items():
+        if kind not in shown:
+            continue
         yield f'<rect class="{kind}" x="{left}" y="46" width="12" height="12" rx="2"/>'
         yield f'<text class="quiet" x="{left + 18}" y="57">{escape(text)}</text>'
         left += 42 + 7 * len(text)
-    yield f'<text class="quiet" x="{_WIDTH - 16}" y="57" text-anchor="end">longer is better</text>'
+    yield f'<text class="quiet" x="{_WIDTH - 16}" y="57" text-anchor="end">longer is better; lines: quartiles</text>'
 
 
 def _panel(panel: Panel, top: int) -> Iterator[str]:
@@ -107,17 +111,20 @@ def _panel(panel: Panel, top: int) -> Iterator[str]:
 
 
 def _bar(bar: Bar, top: int, scale: float) -> Iterator[str]:
-    kind = bar.by if bar.by in _KINDS else "yardstick"
     middle = top + _BAR / 2
     low, high = (_LABELS + scale * each for each in (bar.low, bar.high))
     yield f'<text x="{_LABELS - 8}" y="{top + 12}" text-anchor="end">{escape(bar.label)}</text>'
     yield (
-        f'<rect class="{kind}" x="{_LABELS}" y="{top}" width="{max(scale * bar.value, 1):.1f}" '
+        f'<rect class="{_kind(bar)}" x="{_LABELS}" y="{top}" width="{max(scale * bar.value, 1):.1f}" '
         f'height="{_BAR}" rx="2"/>'
     )
     yield f'<path class="whisker" d="M{low:.1f} {middle}H{high:.1f}"/>'
     end = max(high, _LABELS + scale * bar.value)
     yield f'<text class="quiet" x="{end + 8:.1f}" y="{top + 12}">{escape(bar.text)}</text>'
+
+
+def _kind(bar: Bar) -> str:
+    return bar.by if bar.by in _KINDS else "yardstick"
 
 
 def _list(items: Sequence[str]) -> str:

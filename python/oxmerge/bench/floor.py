@@ -136,7 +136,10 @@ class Floor:
         """Read every input, write the output and flush it; return the bytes moved."""
         read_flags = os.O_RDONLY | (os.O_DIRECT if way.direct_reads else 0)
         sources = [[os.open(path, read_flags) for path in model] for model in self.models]
-        targets = [_Target(path, direct=way.direct_writes) for path in outputs]
+        targets = [
+            _Target(path, size, direct=way.direct_writes)
+            for path, size in zip(outputs, self.sizes, strict=True)
+        ]
         try:
             pieces = deque(
                 (file, start, length)
@@ -172,9 +175,12 @@ class Floor:
 class _Target:
     """A file of the output. Whole pages are written directly, what is left over is not."""
 
-    def __init__(self, path: Path, *, direct: bool) -> None:
+    def __init__(self, path: Path, size: int, *, direct: bool) -> None:
         self.plain = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         self.direct = os.open(path, os.O_WRONLY | os.O_DIRECT) if direct else self.plain
+        if direct:
+            # Writes that do not make the file longer go on at the same time.
+            os.posix_fallocate(self.plain, 0, size)
 
     def write(self, data: memoryview, start: int) -> int:
         whole = len(data) & -4096 if self.direct != self.plain else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,15 @@ TITLES = {
     "merge": "Merges of files",
 }
 _GIGA = 1e9
+_THREE_DIGITS = 100
+
+
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits, and never an exponent."""
+    if value >= _THREE_DIGITS or value == 0:
+        return f"{value:.0f}"
+    decimals = max(2 - math.floor(math.log10(value)), 0)
+    return f"{value:.{decimals}f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,7 @@ class Bar:
     @property
     def text(self) -> str:
         """The value, as it stands at the bar's end."""
-        return f"{self.value:.3g} GB/s"
+        return f"{three_digits(self.value)} GB/s"
 
 
 @dataclass(frozen=True, slots=True)

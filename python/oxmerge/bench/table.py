@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from oxmerge.bench.compare import compare, remarks
-from oxmerge.bench.panels import TITLES
+from oxmerge.bench.panels import TITLES, three_digits
 from oxmerge.bench.record import PARTS
 from oxmerge.sizes import format_size
 
@@ -176,10 +176,10 @@ def _merges(record: Record, rows: Sequence[Row]) -> Section:
             row.name,
             row.state,
             format_size(row.bytes),
-            _NONE if floor is None else f"{floor.median:.3g}",
+            _NONE if floor is None else f"{three_digits(floor.median)}",
             _plain_seconds(row),
             _NONE if times_floor is None else f"{times_floor:.2f}",
-            f"{statistics.median(row.process_seconds):.3g}",
+            f"{three_digits(statistics.median(row.process_seconds))}",
             _rate(row),
             _memory_size(row.peak_memory),
         ]
@@ -194,20 +194,28 @@ def _beside(row: Row, other: Row | None) -> list[str]:
     if other is None:
         return [_NONE] * 3
     ratio = other.median / statistics.median(row.process_seconds)
-    return [f"{other.median:.3g}", f"{ratio:.1f}", _memory_size(other.peak_memory)]
+    return [f"{three_digits(other.median)}", f"{ratio:.1f}", _memory_size(other.peak_memory)]
 
 
 def _markdown(section: Section) -> str:
     """Return a table whose columns are aligned."""
     lines = [section.head, *section.rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    # Words to the left, numbers to the right.
+    left = [not any(cell[:1].isdigit() for cell in column[1:]) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        padded = (
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(cells, widths, left, strict=True)
+        )
         return f"| {' | '.join(padded)} |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = [
+        "-" * width if is_left else "-" * (width - 1) + ":"
+        for width, is_left in zip(widths, left, strict=True)
+    ]
     return "\n".join([line(section.head), line(rule), *map(line, section.rows)])
 
 
@@ -216,7 +224,7 @@ def _bullets(items: Sequence[str]) -> str:
 
 
 def _rate(row: Row) -> str:
-    return f"{row.rate / _GIGA:.3g}"
+    return f"{three_digits(row.rate / _GIGA)}"
 
 
 def _cell(row: Row | None) -> str:
@@ -235,12 +243,12 @@ def _seconds(row: Row) -> str:
     """Return median and quartiles in a unit that fits."""
     scale, unit = (1, "s") if row.median >= 1 else (1e3, "ms")
     first, third = row.quartiles
-    return f"{scale * row.median:.3g} {unit} ({scale * first:.3g}–{scale * third:.3g})"
+    return f"{three_digits(scale * row.median)} {unit} ({three_digits(scale * first)}–{three_digits(scale * third)})"
 
 
 def _plain_seconds(row: Row) -> str:
     first, third = row.quartiles
-    return f"{row.median:.3g} ({first:.3g}–{third:.3g})"
+    return f"{three_digits(row.median)} ({three_digits(first)}–{three_digits(third)})"
 
 
 def _memory_size(size: int | None) -> str:

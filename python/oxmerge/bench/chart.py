@@ -100,7 +100,8 @@ def _legend(shown: set[str]) -> Iterator[str]:
         yield f'<rect class="{kind}" x="{left}" y="46" width="12" height="12" rx="2"/>'
         yield f'<text class="quiet" x="{left + 18}" y="57">{escape(text)}</text>'
         left += 42 + 7 * len(text)
-    yield f'<text class="quiet" x="{_WIDTH - 16}" y="57" text-anchor="end">longer is better; lines: quartiles</text>'
+    text = "longer is better; lines: quartiles"
+    yield f'<text class="quiet" x="{_WIDTH - 16}" y="57" text-anchor="end">{text}</text>'
 
 
 def _panel(panel: Panel, top: int) -> Iterator[str]:
@@ -114,12 +115,13 @@ def _bar(bar: Bar, top: int, scale: float) -> Iterator[str]:
     middle = top + _BAR / 2
     low, high = (_LABELS + scale * each for each in (bar.low, bar.high))
     yield f'<text x="{_LABELS - 8}" y="{top + 12}" text-anchor="end">{escape(bar.label)}</text>'
+    length = max(scale * bar.value, 1)
     yield (
-        f'<rect class="{_kind(bar)}" x="{_LABELS}" y="{top}" width="{max(scale * bar.value, 1):.1f}" '
+        f'<rect class="{_kind(bar)}" x="{_LABELS}" y="{top}" width="{length:.1f}" '
         f'height="{_BAR}" rx="2"/>'
     )
     yield f'<path class="whisker" d="M{low:.1f} {middle}H{high:.1f}"/>'
-    end = max(high, _LABELS + scale * bar.value)
+    end = max(high, _LABELS + length)
     yield f'<text class="quiet" x="{end + 8:.1f}" y="{top + 12}">{escape(bar.text)}</text>'
 
 

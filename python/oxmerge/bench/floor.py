@@ -108,14 +108,23 @@ class Floor:
     def best_way(
         self, prepare: Callable[[], None], cores: int, *, cold: bool, say: Callable[[str], None]
     ) -> Way:
-        """Return the fastest of a few ways: each once, then the best few again."""
+        """Return the fastest of a few ways: each once, then the best few again.
+
+        Raises
+        ------
+        UnavailableError
+            If there is none, because `prepare` cannot do its part or no way works.
+        """
         times: dict[Way, float] = {}
+        reason = UnavailableError("there is no way")
         for way in _ways(cores, cold=cold):
             say(f"merge: calibrating the floor: {way.words}")
             try:
                 times[way] = self._time(way, prepare)
-            except UnavailableError:
-                continue
+            except UnavailableError as error:
+                reason = error
+        if not times:
+            raise reason
         finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
         for way in finalists:
             times[way] = min(times[way], self._time(way, prepare))

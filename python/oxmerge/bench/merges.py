@@ -100,7 +100,6 @@ class Merges:
             recipe.name,
             "out",
             "--json",
-            "--quiet",
         ]
         done = run_process(command, self.folder)
         report = json.loads(done.output)

@@ -65,7 +65,8 @@ def run_process(
         found = json.loads(report.read_text(encoding="utf-8"))
     if found["code"] != 0:
         name = Path(command[0]).name
-        raise UnavailableError(f"{name} ended with {found['code']}: {_last_line(done.stderr)}")
+        said = _last_line(done.stderr or done.stdout)
+        raise UnavailableError(f"{name} ended with {found['code']}: {said}")
     return Finished(done.stdout, found["seconds"], found["peak_memory"])
 
 

@@ -104,7 +104,7 @@ def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Sa
     }
     if mergekit is not None:
         asked["mergekit"] = mergekit.version
-    return Record(machine, asked, tuple(rows), tuple(notes))
+    return Record(machine, asked, tuple(rows), tuple(dict.fromkeys(notes)))
 
 
 def _in_memory(settings: Settings, methods: Methods, say: Say) -> Found:
@@ -151,7 +151,9 @@ def thread_counts() -> list[int]:
 
 def _folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
     """Make a folder for files, to be removed on exit."""
-    return tempfile.TemporaryDirectory(prefix="oxmerge-bench-", dir=settings.directory)
+    return tempfile.TemporaryDirectory(
+        prefix="oxmerge-bench-", dir=os.path.abspath(settings.directory)
+    )
 
 
 def _check_disk(settings: Settings) -> None:

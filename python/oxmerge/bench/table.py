@@ -176,10 +176,10 @@ def _merges(record: Record, rows: Sequence[Row]) -> Section:
             row.name,
             row.state,
             format_size(row.bytes),
-            _NONE if floor is None else f"{three_digits(floor.median)}",
+            _NONE if floor is None else three_digits(floor.median),
             _plain_seconds(row),
             _NONE if times_floor is None else f"{times_floor:.2f}",
-            f"{three_digits(statistics.median(row.process_seconds))}",
+            three_digits(statistics.median(row.process_seconds)),
             _rate(row),
             _memory_size(row.peak_memory),
         ]
@@ -194,7 +194,7 @@ def _beside(row: Row, other: Row | None) -> list[str]:
     if other is None:
         return [_NONE] * 3
     ratio = other.median / statistics.median(row.process_seconds)
-    return [f"{three_digits(other.median)}", f"{ratio:.1f}", _memory_size(other.peak_memory)]
+    return [three_digits(other.median), f"{ratio:.1f}", _memory_size(other.peak_memory)]
 
 
 def _markdown(section: Section) -> str:
@@ -224,7 +224,7 @@ def _bullets(items: Sequence[str]) -> str:
 
 
 def _rate(row: Row) -> str:
-    return f"{three_digits(row.rate / _GIGA)}"
+    return three_digits(row.rate / _GIGA)
 
 
 def _cell(row: Row | None) -> str:
@@ -243,10 +243,15 @@ def _seconds(row: Row) -> str:
     """Return median and quartiles in a unit that fits."""
     scale, unit = (1, "s") if row.median >= 1 else (1e3, "ms")
     first, third = row.quartiles
-    return f"{three_digits(scale * row.median)} {unit} ({three_digits(scale * first)}–{three_digits(scale * third)})"
+    if len(row.seconds) == 1:
+        return f"{three_digits(scale * row.median)} {unit}"
+    around = f"{three_digits(scale * first)}–{three_digits(scale * third)}"
+    return f"{three_digits(scale * row.median)} {unit} ({around})"
 
 
 def _plain_seconds(row: Row) -> str:
+    if len(row.seconds) == 1:
+        return three_digits(row.median)
     first, third = row.quartiles
     return f"{three_digits(row.median)} ({three_digits(first)}–{three_digits(third)})"
 

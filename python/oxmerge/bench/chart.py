@@ -27,11 +27,11 @@ _STYLE = """
 .back { fill: #ffffff; } text { fill: #1c2330; font: 13px system-ui, sans-serif; }
 .head { font-weight: 600; font-size: 17px; } .title { font-weight: 600; font-size: 14px; }
 .quiet { fill: #5b6472; } .whisker { stroke: #1c2330; stroke-width: 1.5; opacity: .65; }
-.yardstick { fill: #9aa5b4; } .oxmerge { fill: #2563eb; } .mergekit { fill: #d97706; }
+.yardstick { fill: #7d8899; } .oxmerge { fill: #2563eb; } .mergekit { fill: #d97706; }
 @media (prefers-color-scheme: dark) {
   .back { fill: #14181f; } text { fill: #e6e9ef; } .quiet { fill: #a0a9b8; }
   .whisker { stroke: #e6e9ef; }
-  .yardstick { fill: #657184; } .oxmerge { fill: #5b93ff; } .mergekit { fill: #f0a040; }
+  .yardstick { fill: #7a879b; } .oxmerge { fill: #5b93ff; } .mergekit { fill: #f0a040; }
 }
 """
 _PAGE_STYLE = """

@@ -63,10 +63,12 @@ class Row:
     def key(self) -> tuple[str, str, str, str, int | None, str | None]:
         """What tells it from the other rows of a record.
 
-        A merge chooses its threads and instructions itself, so they are a result there.
+        A merge chooses its threads itself, and instruction sets are asked for in one part only;
+        elsewhere they are a result.
         """
-        asked = (None, None) if self.part == "merge" else (self.threads, self.simd)
-        return (self.part, self.name, self.by, self.state, *asked)
+        threads = None if self.part == "merge" else self.threads
+        simd = self.simd if self.part == "simd" else None
+        return (self.part, self.name, self.by, self.state, threads, simd)
 
     @property
     def title(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oxmerge.bench.crew import Crew
-from oxmerge.bench.kernels import Arrays
+from oxmerge.bench.kernels import Arrays, kernel_jobs, simd_jobs, thread_jobs
 from oxmerge.bench.machine import cores, describe
 from oxmerge.bench.measure import measure
 from oxmerge.bench.memory import copy_jobs
@@ -112,13 +112,18 @@ def _in_memory(settings: Settings, methods: Methods, say: Say) -> Found:
     if not wanted:
         return [], []
     say("making arrays")
-    arrays = Arrays.draw(settings.elements, cores())
+    arrays = Arrays.draw(settings.elements)
     counts = thread_counts() if "threads" in wanted else list(dict.fromkeys((1, cores())))
     with ExitStack() as stack:
         crews = [stack.enter_context(Crew(count)) for count in counts]
         # The copy is the yardstick of the others, so it is always there.
         jobs = list(copy_jobs(arrays.inputs[0], arrays.output, crews))
-        del methods
+        if "kernels" in wanted:
+            jobs += kernel_jobs(arrays, methods)
+        if "threads" in wanted:
+            jobs += thread_jobs(arrays, methods, thread_counts())
+        if "simd" in wanted:
+            jobs += simd_jobs(arrays, methods)
         return measure(jobs, settings.rounds, say)
 
 

@@ -1,0 +1,669 @@
+"""`oxmerge bench`: that it measures what it says, not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from oxmerge import _core, build_info, demo
+from oxmerge.bench import cache, chart, compare, kernels, storage, table
+from oxmerge.bench.cases import case_of, cases
+from oxmerge.bench.compare import FASTER, SAME, SLOWER, UNKNOWN, Comparison
+from oxmerge.bench.crew import Crew
+from oxmerge.bench.floor import Floor, Way
+from oxmerge.bench.machine import cores
+from oxmerge.bench.measure import Job, Taken, UnavailableError, measure
+from oxmerge.bench.others import Mergekit
+from oxmerge.bench.panels import panels, three_digits
+from oxmerge.bench.process import run_process
+from oxmerge.bench.record import PARTS, Record, Row, read_record, write_record
+from oxmerge.bench.run import Settings, run, thread_counts
+from oxmerge.cli import bench as verb
+from oxmerge.cli import main
+from oxmerge.errors import OxmergeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+METHODS = [method["name"] for method in _core.methods()]
+SMALL = demo.Shape(64, 2, 96, 4, 2, 300, tied=True, shards=2, filled=True)
+ELEMENTS = 1 << 14
+STORAGE = 8 << 20
+
+FAKE_MERGEKIT = f"""#!{sys.executable}
+import pathlib, sys
+if sys.argv[1:] != ["--help"]:
+    output = pathlib.Path(sys.argv[2])
+    output.mkdir()
+    (output / "model.safetensors").write_bytes(bytes(1000))
+"""
+FAKE_PYTHON = """#!/bin/sh
+echo '"9.9"'
+"""
+
+
+def quiet(_: str) -> None:
+    """Hear what is measured now, and forget it."""
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[None]:
+    """Make the models small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(demo.SIZES, "tiny", SMALL)
+        yield
+
+
+@pytest.fixture(scope="module")
+def mergekit(tmp_path_factory: pytest.TempPathFactory) -> Mergekit:
+    """Pretend that there is a mergekit."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name, text in (("python", FAKE_PYTHON), ("mergekit-yaml", FAKE_MERGEKIT)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(stat.S_IRWXU)
+    return Mergekit.find(str(folder / "python"))
+
+
+@pytest.fixture(scope="module")
+def record(small: None, mergekit: Mergekit, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """Measure everything once, as small as it gets."""
+    folder = tmp_path_factory.mktemp("bench")
+    settings = Settings(str(folder), rounds=1, elements=ELEMENTS, storage_bytes=STORAGE)
+    found = run(settings, _core.methods(), mergekit, quiet)
+    assert list(folder.iterdir()) == []  # the files are gone
+    return found
+
+
+def rows(record: Record, part: str, by: str | None = None) -> list[Row]:
+    return [row for row in record.rows if row.part == part and by in {None, row.by}]
+
+
+# What is measured.
+
+
+def test_every_part_is_measured(record: Record) -> None:
+    assert {row.part for row in record.rows} == set(PARTS)
+    assert verb.PARTS == PARTS
+    for row in record.rows:
+        assert len(row.seconds) == 1
+        assert row.seconds[0] > 0
+        assert row.bytes > 0
+
+
+def test_no_two_rows_are_of_the_same_thing(record: Record) -> None:
+    keys = [row.key for row in record.rows]
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_method_is_measured_in_memory_and_in_files(record: Record) -> None:
+    assert [row.name for row in rows(record, "kernels")][-len(METHODS) :] == METHODS
+    warm = [row for row in rows(record, "merge", "oxmerge") if row.state == "warm"]
+    assert [row.name for row in warm] == METHODS
+    failed = [note for note in record.notes if "not measured" in note and "page cache" not in note]
+    assert failed == []
+
+
+def test_threads_and_instruction_sets_are_side_by_side(record: Record) -> None:
+    for name in kernels.SCALED:
+        threads = [row.threads for row in rows(record, "threads") if row.name == name]
+        assert threads == thread_counts()
+        levels = [row.simd for row in rows(record, "simd") if row.name == name]
+        assert levels == build_info()["simd_available"]
+
+
+def test_bytes_are_those_that_a_run_moves(record: Record) -> None:
+    copy = rows(record, "memory")[0]
+    assert (copy.bytes_read, copy.bytes_written) == (2 * ELEMENTS, 2 * ELEMENTS)
+    by_name = {row.name: row for row in rows(record, "kernels")}
+    assert by_name["ties"].bytes_read == 3 * 2 * ELEMENTS
+    assert by_name["slerp"].bytes == 3 * 2 * ELEMENTS
+    for row in rows(record, "storage"):
+        assert row.bytes == STORAGE
+    one = rows(record, "merge", "oxmerge")
+    for row in one:
+        floor = record.beside(row, "floor")
+        assert floor is not None
+        assert (floor.bytes_read, floor.bytes_written) == (row.bytes_read, row.bytes_written)
+    # A header is all that a file has beside its tensors.
+    assert 0 < min(row.bytes_written for row in one) - demo.model_bytes("tiny") < 10_000
+
+
+def test_merges_tell_their_peak_memory_and_their_process(record: Record) -> None:
+    for row in rows(record, "merge", "oxmerge"):
+        assert row.peak_memory is not None
+        assert 10 << 20 < row.peak_memory < 256 << 20
+        assert row.process_seconds[0] > row.seconds[0]
+
+
+def test_another_program_runs_once_for_each_merge(record: Record) -> None:
+    others = rows(record, "merge", "mergekit")
+    assert [row.name for row in others] == METHODS
+    assert all(row.peak_memory for row in others)
+    assert record.settings["mergekit"] == "9.9"
+    assert "mergekit 9.9" in table.text(record)
+
+
+def test_the_yardsticks_are_none_of_the_engines_code() -> None:
+    for module in ("crew", "memory", "storage", "floor", "cache"):
+        text = (Path(kernels.__file__).parent / f"{module}.py").read_text()
+        assert not re.search(r"_core|oxmerge\.kernels|merge_tensors", text), module
+
+
+# Parts of it.
+
+
+def test_rounds_are_interleaved_and_warm_ups_do_not_count() -> None:
+    order: list[str] = []
+
+    def job(name: str, *, warm_up: bool, most: int | None = None) -> Job:
+        def work() -> Taken:
+            order.append(name)
+            return Taken(float(len(order)))
+
+        return Job(Row("memory", name, "x", "memory", 1, 1), work, None, warm_up, most)
+
+    jobs = [job("a", warm_up=True), job("b", warm_up=False), job("c", warm_up=False, most=1)]
+    found, notes = measure(jobs, 2, quiet)
+    assert order == ["a", "a", "b", "c", "a", "b"]
+    assert [row.seconds for row in found] == [(2.0, 5.0), (3.0, 6.0), (4.0,)]
+    assert notes == []
+
+
+def test_what_cannot_be_measured_is_a_note() -> None:
+    def fail() -> Taken:
+        raise UnavailableError("no such thing")
+
+    found, notes = measure([Job(Row("memory", "a", "x", "y", 1, 1), fail)], 3, quiet)
+    assert found == []
+    assert notes == ["memory: a, x, y: not measured: no such thing"]
+
+
+def test_a_short_read_is_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Crew(2) as crew:
+        jobs = [
+            job
+            for job in storage.storage_jobs(tmp_path, STORAGE, [crew])
+            if job.row.state == "warm"
+        ]
+        monkeypatch.setattr(os, "preadv", lambda *_: 17)
+        found, notes = measure(jobs, 1, quiet)
+    assert found == []
+    assert "only 34 of 8388608 bytes were moved" in notes[0]
+
+
+def test_every_write_is_flushed_on_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Crew(2) as crew:
+        jobs = list(storage.storage_jobs(tmp_path, STORAGE, [crew]))
+        flushed: list[int] = []
+        monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_size))
+        for job in jobs:
+            if job.row.name == "write":
+                assert job.prepare is not None
+                job.prepare()
+                flushed.clear()
+                job.run()
+                assert flushed == [STORAGE], job.row.state
+
+
+def test_the_page_cache_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    cache.drop([path])
+    if cache.cached_share([path]) != 0:
+        pytest.skip("this file system keeps its files in the page cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "warm", lambda _: None)
+        with pytest.raises(UnavailableError, match="only 0% of the bytes stay in the page cache"):
+            storage.check_state([path], cached=True)
+    storage.check_state([path], cached=True)
+    assert cache.cached_share([path]) == 1
+    storage.check_state([path], cached=False)
+    assert cache.cached_share([path]) == 0
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_floor_reads_all_and_writes_a_model(tmp_path: Path, *, direct: bool) -> None:
+    random = np.random.default_rng(0)
+    sizes = (3 << 20, (1 << 20) + 12345)
+    models = []
+    for model in range(3):
+        paths = [tmp_path / f"{model}-{number}" for number in range(len(sizes))]
+        for path, size in zip(paths, sizes, strict=True):
+            path.write_bytes(random.bytes(size))
+        models.append(paths)
+    floor = Floor(models, tmp_path / "out")
+    assert (floor.bytes_read, floor.bytes_written) == (3 * sum(sizes), sum(sizes))
+    floor.clear()
+    try:
+        floor.run(Way(3, 2 << 20, direct_reads=direct, direct_writes=direct))
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    written = [(tmp_path / "out" / path.name).read_bytes() for path in models[0]]
+    assert written == [path.read_bytes() for path in models[-1]]
+
+
+def test_a_process_has_its_own_peak_memory(tmp_path: Path) -> None:
+    large = np.ones(50_000_000)
+    done = run_process([sys.executable, "-I", "-S", "-c", "print('done')"], tmp_path)
+    assert done.output == "done\n"
+    assert done.peak_memory < large.nbytes / 4
+
+
+def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
+    code = "import sys; print('one\\ntwo', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(UnavailableError, match="ended with 3: two"):
+        run_process([sys.executable, "-c", code], tmp_path)
+    with pytest.raises(UnavailableError, match="cannot be started"):
+        run_process([str(tmp_path / "nothing")], tmp_path)
+
+
+def test_the_instruction_set_is_forced_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = kernels.Arrays.draw(ELEMENTS)
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        "oxmerge.kernels.weighted_sum",
+        lambda *_, **__: seen.append(os.environ.get("OXMERGE_SIMD")),
+    )
+    monkeypatch.setenv("OXMERGE_SIMD", "portable")
+    for job in kernels.simd_jobs(arrays, []):
+        if job.row.name.startswith("weighted_sum"):
+            job.run()
+    assert seen == build_info()["simd_available"]
+    assert os.environ["OXMERGE_SIMD"] == "portable"
+
+
+def test_cases_follow_from_the_description() -> None:
+    by_name = {case.method: case for case in cases(_core.methods())}
+    assert by_name["slerp"].shared == {"t": 0.4}
+    assert (by_name["slerp"].models, by_name["slerp"].has_base) == (2, True)
+    assert by_name["ties"].each == (
+        {"weight": 0.6, "density": 0.5},
+        {"weight": 0.4, "density": 0.5},
+    )
+    assert by_name["ties"].recipe(["b", 'c"', "d"]) == (
+        'merge_method: ties\nbase_model: "b"\nmodels:\n'
+        '  - model: "c\\""\n    parameters:\n      weight: 0.6\n      density: 0.5\n'
+        '  - model: "d"\n    parameters:\n      weight: 0.4\n      density: 0.5\n'
+        "dtype: bfloat16\n"
+    )
+
+
+def test_a_new_method_has_a_case() -> None:
+    def parameter(name: str, per: str, *, required: bool) -> dict[str, Any]:
+        return {"name": name, "per": per, "required": required}
+
+    new = {
+        "name": "new",
+        "class": "selection",
+        "contract": {"base": "required", "inputs": [2, None], "others": [1, None]},
+        "parameters": [
+            parameter("strength", "shared", required=True),
+            parameter("density", "other", required=False),
+            parameter("odd", "input", required=False),
+        ],
+    }
+    case = case_of(new)
+    assert (case.models, case.shared) == (3, {"strength": 0.5})
+    assert case.each == ({"density": 0.5}, {"density": 0.5})
+
+
+# The record.
+
+
+def made_up(*seconds: float, **changes: Any) -> Row:
+    row = Row("kernels", "linear", "oxmerge", "memory", 300, 100, 2, "avx2", 50, seconds)
+    return replace(row, **changes)
+
+
+MACHINE: dict[str, Any] = {
+    "cpu": "A <fast> & small one",
+    "cores": 2,
+    "virtual": False,
+    "caches": {"L2": 1 << 20},
+    "memory_bytes": 1 << 33,
+    "kernel": "Linux 6",
+    "file_system": "ext4 (rw)",
+    "load_average": 0.0,
+    "python": "3.12",
+    "numpy": "2.0",
+    "oxmerge": "0.1.0",
+    "simd": "avx2",
+    "simd_available": ["portable", "avx2"],
+}
+SETTINGS = {"size": "tiny", "rounds": 5, "elements": 50, "storage_bytes": 100}
+
+
+def record_of(*rows: Row, **machine: Any) -> Record:
+    return Record({**MACHINE, **machine}, SETTINGS, rows)
+
+
+def test_the_schema_stays(record: Record) -> None:
+    data = json.loads(write_record(record))
+    assert list(data) == ["schema", "version", "created", "machine", "settings", "rows", "notes"]
+    assert (data["schema"], data["version"]) == ("oxmerge-bench", 1)
+    assert set(data["machine"]) == set(MACHINE)
+    assert set(data["settings"]) == {*SETTINGS, "mergekit"}
+    assert {key for row in data["rows"] for key in row} == {
+        *("part", "name", "by", "state", "bytes_read", "bytes_written", "threads", "simd"),
+        *("elements", "seconds", "process_seconds", "peak_memory", "median_seconds"),
+        *("quartile_seconds", "gb_per_s", "elements_per_s", "share_of_memcpy", "times_floor"),
+    }
+
+
+def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(write_record(record))
+    assert read_record(str(path)) == record
+
+
+def test_keys_that_are_new_do_no_harm(tmp_path: Path) -> None:
+    data = json.loads(write_record(record_of(made_up(1, 2, 3))))
+    data["rows"][0]["colour"] = "green"
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(data))
+    assert read_record(str(path)).rows == (made_up(1, 2, 3),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not JSON", "it is not JSON"),
+        ("[]", 'its `schema` is not "oxmerge-bench"'),
+        ('{"schema": "oxmerge-bench", "version": 2}', "has version 2 of its schema"),
+        ('{"schema": "oxmerge-bench", "version": 1}', "something in it is amiss"),
+    ],
+)
+def test_what_is_no_record_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    with pytest.raises(OxmergeError) as caught:
+        read_record(str(path))
+    assert message in str(caught.value)
+
+
+def test_a_row_without_time_is_refused(tmp_path: Path) -> None:
+    data = json.loads(write_record(record_of(made_up(1))))
+    data["rows"][0]["seconds"] = [0]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(OxmergeError, match="took no time"):
+        read_record(str(path))
+
+
+def test_what_follows_from_a_row() -> None:
+    copy = Row("memory", "copy", "numpy", "memory", 100, 100, 2, seconds=(1.0,))
+    row = made_up(2.0, 4.0, 3.0, 10.0, 1.0)
+    record = record_of(copy, row)
+    assert row.median == 3
+    assert row.quartiles == (2, 4)
+    assert row.rate == pytest.approx(400 / 3)
+    assert row.element_rate == pytest.approx(50 / 3)
+    assert record.share_of_memcpy(row) == pytest.approx(400 / 3 / 200)
+    assert record.share_of_memcpy(copy) is None
+    assert record.share_of_memcpy(replace(row, threads=1)) is None
+    floor = Row("merge", "ties", "floor", "warm", 1, 1, seconds=(2.0,))
+    merge = replace(floor, by="oxmerge", seconds=(3.0,))
+    cold = replace(merge, state="cold")
+    assert record_of(floor, merge).times_floor(merge) == 1.5
+    assert record_of(floor, merge).times_floor(floor) is None
+    assert record_of(floor, cold).times_floor(cold) is None
+
+
+# Comparison.
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict", "ratio"),
+    [
+        ((1.0, 1.01, 0.99), (0.5, 0.51, 0.49), FASTER, 2),
+        ((0.5, 0.51, 0.49), (1.0, 1.01, 0.99), SLOWER, 0.5),
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), SAME, 1),
+        # Within the least difference, however steady both are.
+        ((1.0, 1.0, 1.0), (1.02, 1.02, 1.02), SAME, 1 / 1.02),
+        # Far apart, but so are the runs of each.
+        ((1.0, 0.6, 1.4), (0.8, 0.5, 1.2), SAME, 1.25),
+        # One bad run of five does not hide what the others say.
+        ((1.0, 1.0, 1.01, 0.99, 5.0), (0.8, 0.8, 0.81, 0.79, 0.8), FASTER, 1.25),
+        ((1.0, 1.0), (0.5, 0.5), UNKNOWN, 2),
+    ],
+)
+def test_verdicts(
+    old: tuple[float, ...], new: tuple[float, ...], verdict: str, ratio: float
+) -> None:
+    found = Comparison(made_up(*old), made_up(*new))
+    assert found.verdict == verdict
+    assert found.ratio == pytest.approx(ratio)
+
+
+def test_noise_alone_seldom_makes_a_verdict() -> None:
+    random = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(1000):
+        old, new = (made_up(*random.normal(1, 0.05, 5)) for _ in range(2))
+        wrong += Comparison(old, new).verdict != SAME
+    assert wrong < 30
+
+
+def test_only_the_same_work_is_compared() -> None:
+    same, other = made_up(1, 1, 1), made_up(1, 1, 1, name="ties")
+    larger = replace(other, bytes_read=600)
+    old, new = record_of(same, other), record_of(same, larger, cpu="B")
+    assert [each.new for each in compare.compare(old, new)] == [same]
+    remarks = list(compare.remarks(old, new))
+    assert remarks == [
+        "cpu differs: A <fast> & small one then, B now",
+        "1 of 2 rows of the old record are not in the other",
+        "1 of 2 rows of the new record are not in the other",
+    ]
+
+
+def test_a_merge_is_compared_whatever_threads_it_chose() -> None:
+    row = Row("merge", "ties", "floor", "warm", 1, 1, 2, seconds=(1.0,))
+    assert len(compare.compare(record_of(row), record_of(replace(row, threads=8)))) == 1
+
+
+# What people see.
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.01234, "0.0123"), (1.8, "1.80"), (12.34, "12.3"), (123.4, "123"), (1077, "1077")],
+)
+def test_three_digits(value: float, text: str) -> None:
+    assert three_digits(value) == text
+
+
+def test_tables_are_aligned_and_complete(record: Record) -> None:
+    text = table.text(record)
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        assert len({len(line) for line in block.splitlines()}) == 1
+    for name in METHODS:
+        assert len(re.findall(rf"^\| {name} ", text, re.MULTILINE)) >= 2
+    assert "not in the caches" in text
+
+
+def test_the_svg_is_valid_and_has_a_label_for_every_bar(record: Record) -> None:
+    root = ET.fromstring(chart.svg(record))
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [element.text for element in root.iter(f"{space}text")]
+    bars = [bar for panel in panels(record) for bar in panel.bars]
+    assert len(bars) == len(record.rows)
+    for bar in bars:
+        assert bar.label in texts
+        assert bar.text in texts
+    height = float(root.attrib["height"])
+    for element in root.iter():
+        assert float(element.attrib.get("y", 0)) <= height
+        assert float(element.attrib.get("x", 0)) <= 860
+
+
+def test_names_are_escaped() -> None:
+    record = record_of(made_up(1, 2, 3, name="a<b>&"))
+    assert "a<b>&" in {each.text for each in ET.fromstring(chart.svg(record)).iter()}
+    assert "a<b>" not in chart.page(record)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_chart_is_readable_in_light_and_dark() -> None:
+    style = re.search(r"<style>(.*?)</style>", chart.svg(record_of(made_up(1))), re.DOTALL)
+    assert style is not None
+    light, dark = style[1].split("@media (prefers-color-scheme: dark)")
+    for scheme in (light, dark):
+        colours = dict(re.findall(r"\.?(\w+) \{ fill: (#\w{6})", scheme))
+        for text in ("text", "quiet"):
+            assert contrast(colours[text], colours["back"]) >= 4.5
+        for bar in ("yardstick", "oxmerge", "mergekit"):
+            assert contrast(colours[bar], colours["back"]) >= 3
+
+
+class Tags(HTMLParser):
+    """Sees that tags are closed, and what is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in {"src", "href"}]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file(record: Record) -> None:
+    tags = Tags()
+    page = chart.page(record)
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.fetched == []
+    assert "<script" not in page
+    assert page.count("<table>") == len(PARTS)
+
+
+# The command.
+
+Output = tuple[int, str, str]
+
+
+@pytest.fixture
+def bench(
+    small: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Any:
+    """Run the command with small sizes, in a folder of its own."""
+    sizes = {"rounds": 1, "elements": ELEMENTS, "storage_bytes": STORAGE}
+    monkeypatch.setattr(verb, "_QUICK", sizes)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Output:
+        code = main(["bench", *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_it_prints_a_table_and_is_quiet_otherwise(bench: Any, tmp_path: Path) -> None:
+    code, out, err = bench("--quick", "--only", "memory,kernels")
+    assert (code, err) == (0, "")
+    assert out.startswith("# oxmerge ")
+    assert "## Copy in memory: 64 KiB read and written" in out
+    assert "## Storage" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_writes_and_shows_and_compares_records(bench: Any, tmp_path: Path) -> None:
+    files = ("--save", "r.json", "--svg", "c.svg", "--html", "p.html")
+    code, out, _ = bench("--quick", "--only=memory", "--rounds", "3", *files)
+    assert code == 0
+    ET.parse("c.svg")
+    assert (tmp_path / "p.html").read_text().startswith("<!DOCTYPE html>")
+    assert [len(row.seconds) for row in read_record("r.json").rows] == [3] * len(
+        dict.fromkeys((1, cores()))
+    )
+    assert bench("--show", "r.json")[1] == out
+    code, text, _ = bench("--show", "r.json", "--compare", "r.json")
+    assert code == 0
+    assert re.search(r"^\| memory: copy, numpy, .* 1\.00 × \| same +\|$", text, re.MULTILINE)
+    code, text, _ = bench("--show", "r.json", "--compare", "r.json", "--json")
+    data = json.loads(text)
+    assert {each["verdict"] for each in data["comparison"]} == {"same"}
+    assert data["schema"] == "oxmerge-bench"
+
+
+def test_bars_are_drawn_where_a_person_watches(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "r.json").write_text(write_record(record_of(made_up(1, 2, 3))))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    _, out, _ = bench("--show", "r.json")
+    assert "█" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("--only disks", 2, "`disks` is not among memory, storage,"),
+        ("--rounds 0", 2, "is not a whole number from 1"),
+        ("--size 7b", 2, "invalid choice"),
+        ("nowhere", 2, "`nowhere` is no directory"),
+        ("--against other=python", 2, "write `mergekit=PYTHON`"),
+        ("--against mergekit=nowhere", 1, "there is no such interpreter"),
+        ("--only memory --against mergekit=x", 2, "`--only` leaves them out"),
+        ("--svg a --html a", 2, "name the same file"),
+        ("--svg nowhere/a.svg", 2, "`nowhere` is no directory"),
+        ("--save .", 2, "is a directory"),
+        ("--compare nowhere.json", 1, "`nowhere.json`: no such file"),
+        ("--compre x", 2, "did you mean"),
+    ],
+)
+def test_errors_are_plain_and_come_first(
+    line: str, code: int, message: str, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("it measured")
+
+    monkeypatch.setattr("oxmerge.bench.run.run", never)
+    found, out, err = bench(*line.split())
+    assert (found, out) == (code, "")
+    assert message in err
+
+
+def test_an_interpreter_without_mergekit_is_refused(bench: Any) -> None:
+    code, _, err = bench("--against", f"mergekit={sys.executable}")
+    assert code == 1
+    assert "this interpreter has no mergekit" in err
+
+
+def test_a_disk_that_is_too_small_is_refused(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(demo.SIZES, "1b", replace(demo.SIZES["1b"], vocabulary=1 << 40))
+    code, _, err = bench("--size", "1b", "--only", "merge")
+    assert code == 1
+    assert "of disk are needed" in err

@@ -58,8 +58,17 @@ def pieces_of(size: int, piece: int) -> deque[tuple[int, int]]:
 
 
 def aligned_buffers(count: int, size: int) -> list[memoryview]:
-    """Return buffers that begin at a page, as reads and writes past the page cache need."""
-    return [memoryview(mmap.mmap(-1, size)) for _ in range(count)]
+    """Return buffers that begin at a page, as reads and writes past the page cache need.
+
+    They are of huge pages where there are some: a direct write has to look up every page.
+    """
+    buffers = []
+    for _ in range(count):
+        buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError, AttributeError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        buffers.append(memoryview(buffer))
+    return buffers
 
 
 def touch(buffers: Iterable[memoryview]) -> None:

@@ -4,8 +4,7 @@
 
 prints a line of JSON: over a few tensors, the share of elements whose bits are equal, the share
 more than two steps of bfloat16 apart, and the largest difference. It runs as a process of its
-own, because numpy would enlarge the harness, and a child's peak memory is never counted as less
-than its parent's.
+own, so that what it loads is given back.
 
 mergekit rounds within its formulas; oxmerge rounds once. So bits differ now and then, by a step.
 """

@@ -8,16 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import machine
+from oxmerge.bench import process
+from oxmerge.bench.measure import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from oxmerge.bench.process import Finished
 
 HERE = Path(__file__).resolve().parent
 FLOOR_MANIFEST = HERE / "floor" / "Cargo.toml"
@@ -45,15 +48,6 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A process that ended well, as seen from outside."""
-
-    stdout: str
-    seconds: float
-    peak: int
-
-
-@dataclass(frozen=True)
 class Run:
     """One run of a contender. `seconds` is its own figure where it has one, else the process's."""
 
@@ -67,26 +61,12 @@ class Run:
 def run_process(
     command: list[str], cwd: Path, environment: dict[str, str] | None = None
 ) -> Finished:
-    """Runs a command and takes wall time and peak resident set from outside.
-
-    The kernel counts the image before exec too, so the figure is never below the harness's own
-    resident set (about 20 MB). That is why the harness imports nothing large.
-    """
-    machine.forget_own_memory()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            command, cwd=cwd, env={**os.environ, **(environment or {})}, stdout=out, stderr=err
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        err.seek(0)
-        if process.returncode != 0:
-            tail = err.read()[-2000:]
-            raise BenchError(f"{Path(command[0]).name} exited with {process.returncode}:\n{tail}")
-        return Finished(out.read(), seconds, usage.ru_maxrss << 10)
+    """Runs a command and takes wall time and peak resident set from outside."""
+    try:
+        return process.run_process(command, cwd, environment)
+    except UnavailableError as error:
+        # What the program said goes to a line of its own: it may hold paths.
+        raise BenchError(str(error).replace(": ", ":\n", 1)) from error
 
 
 @dataclass(frozen=True)
@@ -112,8 +92,8 @@ def floor(settings: FloorSettings, models: list[Path], out: Path) -> Run:
     flags = [part for key, value in options.items() for part in (f"--{key}", value)]
     command = [str(FLOOR_PROGRAM), *flags, str(out), *map(str, models)]
     done = run_process(command, out.parent)
-    report: dict[str, Any] = json.loads(done.stdout)
-    seconds, peak = report["seconds"], report["peak_rss"]  # its own: see run_process
+    report: dict[str, Any] = json.loads(done.output)
+    seconds, peak = report["seconds"], report["peak_rss"]
     return Run(seconds, done.seconds, peak, report["bytes_read"], report["bytes_written"])
 
 
@@ -161,9 +141,9 @@ class Oxmerge:
         command = [str(self.python), "-m", "oxmerge", "merge", str(recipe), str(out)]
         done = run_process([*command, "--json", "--quiet"], out.parent)
         try:
-            report = json.loads(done.stdout)
+            report = json.loads(done.output)
             seconds, read, written = (report[k] for k in (SECONDS, BYTES_READ, BYTES_WRITTEN))
-            peak = max(done.peak, report[PEAK])
+            peak = max(done.peak_memory, report[PEAK])
         except (ValueError, KeyError, TypeError) as error:
             raise BenchError(f"oxmerge's report lacks what the bench reads: {error!r}") from error
         return Run(seconds, done.seconds, peak, read, written)
@@ -197,7 +177,7 @@ class Mergekit:
         start = time.perf_counter()
         machine.sync_tree(out)
         seconds = done.seconds + time.perf_counter() - start
-        return Run(seconds, seconds, done.peak, bytes_read, weight_bytes(out))
+        return Run(seconds, seconds, done.peak_memory, bytes_read, weight_bytes(out))
 
 
 def installed_version(python: Path, package: str, cwd: Path) -> str | None:

@@ -115,7 +115,7 @@ class Bench:
             machine.warm(files)
         else:
             machine.drop(files)
-        cached = machine.cached_fraction(files)
+        cached = machine.cached_share(files)
         wrong = state_fault(state, cached)
         if row is not None and wrong and wrong not in row.notes:
             row.notes.append(wrong)
@@ -151,7 +151,7 @@ class Bench:
 def state_fault(state: str, cached: float | None) -> str | None:
     """What is wrong with the state of the page cache, if anything."""
     if cached is None:
-        return "no fincore here: the state of the page cache was not verified"
+        return "the state of the page cache could not be verified"
     if state == "warm" and cached < WARM_ENOUGH:
         return f"only {cached:.0%} of the inputs were in the page cache"
     if state == "cold" and cached > COLD_ENOUGH:

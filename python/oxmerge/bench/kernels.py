@@ -1,7 +1,7 @@
 """The engine's kernels and methods on arrays in memory.
 
-The arrays are bfloat16, the output goes into one that is there, and nothing is in the caches when a
-run begins, because the run before went through arrays larger than those.
+The arrays are bfloat16, and the output goes into one that is there. They are larger than the caches
+unless the record says otherwise, so a run finds nothing of what the run before it left.
 """
 
 from __future__ import annotations

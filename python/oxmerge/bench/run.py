@@ -94,7 +94,10 @@ def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Sa
         _merges(settings, methods, mergekit, say),
     ]
     rows = [row for found, _ in results for row in found]
-    notes = [*_first_notes(settings), *(note for _, remarks in results for note in remarks)]
+    notes = [
+        *_first_notes(settings, max(machine["caches"].values(), default=0)),
+        *(note for _, remarks in results for note in remarks),
+    ]
     rows.sort(key=lambda row: PARTS.index(row.part))
     asked = {
         "size": settings.size,
@@ -180,12 +183,14 @@ def _check_disk(settings: Settings) -> None:
         )
 
 
-def _first_notes(settings: Settings) -> Iterator[str]:
+def _first_notes(settings: Settings, largest_cache: int) -> Iterator[str]:
     yield "GB/s: every input byte once and every output byte once, by the median; GB are 10^9 bytes"
     if _IN_MEMORY & set(settings.parts):
+        size = 2 * settings.elements
+        where = "larger than" if size > largest_cache else "not larger than all of"
         yield (
-            f"in memory: arrays of {format_size(2 * settings.elements, binary=True)} that are not "
-            "in the caches, output into an array that is there; the copy is NumPy's"
+            f"in memory: arrays of {format_size(size, binary=True)}, {where} the caches; output "
+            "into an array that is there; the copy is NumPy's"
         )
     if "storage" in settings.parts:
         yield (

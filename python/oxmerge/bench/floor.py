@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from oxmerge.bench.crew import Crew, aligned_buffers, pieces_of, take, touch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 _PIECES = (2 << 20, 8 << 20)
 _STEP = 1 << 20  # bytes of an input read at a time: they stay in the second-level cache
-_FINALISTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Floor:
     def best_way(
         self, prepare: Callable[[], None], cores: int, *, cold: bool, say: Callable[[str], None]
     ) -> Way:
-        """Return the fastest of a few ways: each once, then the best few again.
+        """Return a fast way: one choice after the other is tried, the better one kept.
 
         Raises
         ------
@@ -116,24 +116,27 @@ class Floor:
             If there is none, because `prepare` cannot do its part or no way works.
         """
         times: dict[Way, float] = {}
-        reason = UnavailableError("there is no way")
-        for way in _ways(cores, cold=cold):
-            say(f"merge: calibrating the floor: {way.words}")
-            try:
-                times[way] = self._time(way, prepare)
-            except UnavailableError as error:
-                reason = error
-        if not times:
-            raise reason
-        finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
-        for way in finalists:
-            times[way] = min(times[way], self._time(way, prepare))
-        return min(finalists, key=times.__getitem__)
+        way = Way(cores + 6, _PIECES[-1], direct_reads=False, direct_writes=False)
+        for choice in _choices(cores, cold=cold):
+            ways = choice(way)
+            for each in ways:
+                if each not in times:
+                    say(f"merge: calibrating the floor: {each.words}")
+                    times[each] = self._time(each, prepare)
+            way = min(ways, key=times.__getitem__)
+        if times[way] == math.inf:
+            prepare()  # it says why, if it is that
+            raise UnavailableError("no way to read and write works")
+        return way
 
     def _time(self, way: Way, prepare: Callable[[], None]) -> float:
-        prepare()
-        self.clear()
-        return self.run(way).seconds
+        """Return the seconds of a way; infinity if it does not work here."""
+        try:
+            prepare()
+            self.clear()
+            return self.run(way).seconds
+        except UnavailableError:
+            return math.inf
 
     def _move(
         self,
@@ -213,11 +216,10 @@ def _read(descriptor: int, buffer: memoryview, start: int, length: int, size: in
     return os.preadv(descriptor, [buffer[:asked]], start)
 
 
-def _ways(cores: int, *, cold: bool) -> Iterator[Way]:
-    """Yield the ways that are tried. Reads past the page cache help only where it is cold."""
-    for threads in (cores, 2 * cores, cores + 6):
-        for piece in _PIECES:
-            for direct_writes in (True, False):
-                yield Way(threads, piece, direct_reads=False, direct_writes=direct_writes)
-                if cold:
-                    yield Way(threads, piece, direct_reads=True, direct_writes=direct_writes)
+def _choices(cores: int, *, cold: bool) -> Iterator[Callable[[Way], list[Way]]]:
+    """Yield what is tried from a way. Reads past the page cache help only where that is cold."""
+    yield lambda way: [way, replace(way, direct_writes=True)]
+    if cold:
+        yield lambda way: [way, replace(way, direct_reads=True)]
+    yield lambda way: [replace(way, threads=count) for count in (way.threads, cores, 2 * cores)]
+    yield lambda way: [replace(way, piece=piece) for piece in _PIECES]

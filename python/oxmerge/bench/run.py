@@ -95,7 +95,7 @@ def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Sa
     ]
     rows = [row for found, _ in results for row in found]
     notes = [
-        *_first_notes(settings, max(machine["caches"].values(), default=0)),
+        *_first_notes(settings, max(machine["caches"].values(), default=None)),
         *(note for _, remarks in results for note in remarks),
     ]
     rows.sort(key=lambda row: PARTS.index(row.part))
@@ -107,6 +107,10 @@ def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Sa
     }
     if mergekit is not None:
         asked["mergekit"] = mergekit.version
+        notes.append(
+            "mergekit: once for each merge, with warm inputs and default flags; its seconds are "
+            "those of its process and of an fsync of its files, which it leaves out"
+        )
     return Record(machine, asked, tuple(rows), tuple(dict.fromkeys(notes)))
 
 
@@ -183,14 +187,17 @@ def _check_disk(settings: Settings) -> None:
         )
 
 
-def _first_notes(settings: Settings, largest_cache: int) -> Iterator[str]:
+def _first_notes(settings: Settings, largest_cache: int | None) -> Iterator[str]:
     yield "GB/s: every input byte once and every output byte once, by the median; GB are 10^9 bytes"
     if _IN_MEMORY & set(settings.parts):
         size = 2 * settings.elements
-        where = "larger than" if size > largest_cache else "not larger than all of"
+        if largest_cache is None:
+            beside = "with caches of unknown size"
+        else:
+            beside = f"{'larger' if size > largest_cache else 'not larger'} than the largest cache"
         yield (
-            f"in memory: arrays of {format_size(size, binary=True)}, {where} the caches; output "
-            "into an array that is there; the copy is NumPy's"
+            f"in memory: arrays of {format_size(size, binary=True)}, {beside}; output into an "
+            "array that is there; the copy is NumPy's"
         )
     if "storage" in settings.parts:
         yield (

@@ -352,6 +352,51 @@ def philox_by_hand(key: tuple[int, int], counter: tuple[int, ...]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
+@pytest.mark.parametrize("start", [0, 1, 6, 65_535])
+def test_a_mask_may_begin_anywhere(start: int) -> None:
+    key, stream, count = (17, 3), (0xDEAD_BEEF, 0x1234_5678), 23
+    instructions = [("random", 0, 1 << 31, key, stream)]
+    worker = torch_backend.Worker(torch.device("cpu"), torch_kernels.scan)
+    program = worker.program(instructions, [0], 1, 1, False)
+    out = bytearray(4 * count)
+    program.combine(start, count, [], [(0, "F32", memoryview(out))])
+    words = [philox_by_hand(key, (at // 4, 0, *stream))[at % 4] for at in range(start, start + 23)]
+    assert list(np.frombuffer(out, np.float32)) == [word < 1 << 31 for word in words]
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+def test_ranks_and_counts(real: Any) -> None:
+    generator = np.random.default_rng(0)
+    integer = np.int32 if real is np.float32 else np.int64
+    info = np.iinfo(integer)
+    patterns = generator.integers(info.min, info.max, 70_000, dtype=integer, endpoint=True)
+    values = np.concatenate([patterns.view(real), PAIRS.astype(real)])
+    stored: Any = values.view(integer)
+    magnitudes = stored & info.max
+    expected = np.where(np.signbit(values), -magnitudes, magnitudes)
+    expected[np.isnan(values)] = info.max
+    assert np.array_equal(torch_kernels.ordinals(torch.from_numpy(values)).numpy(), expected)
+    # The whole range, half of it, a few neighbours.
+    width = 8 * expected.itemsize
+    for low, high, shift in (
+        (int(info.min), int(info.max), width - 14),
+        (0, int(info.max), width - 15),
+        (int(expected[5]) - 3, int(expected[5]) + 3, 0),
+    ):
+        bins = (high - low >> shift) + 1
+        found = torch_kernels.count(
+            torch.from_numpy(values), int(low), int(high), shift, int(bins), 65_536
+        ).tolist()
+        ranks = [int(rank) for rank in expected]
+        inside = [low <= rank <= high for rank in ranks]
+        assert found[0] == sum(rank > high for rank in ranks)
+        assert found[1:3] == [sum(inside[:65_536]), sum(inside[65_536:])]
+        counted = [0] * bins
+        for rank in (rank for rank, kept in zip(ranks, inside, strict=True) if kept):
+            counted[(rank - int(low)) >> shift] += 1
+        assert found[3:] == counted
+
+
 # Nothing that fuses or reorders.
 
 FORBIDDEN = re.compile(

@@ -278,7 +278,8 @@ impl Need {
         let inputs: u64 = self.sources.iter().map(|(size, _)| size).sum();
         match self.offload {
             None => Amount::default(),
-            Some(Offload { is_host: true, .. }) => Amount::uncertain(self.device(blocks)),
+            // The C library's allocator, which torch uses there, keeps some of what is freed.
+            Some(Offload { is_host: true, .. }) => Amount::uncertain(self.device(blocks) * 3 / 2),
             Some(_) => Amount::certain(elements * (inputs + self.outputs.iter().sum::<u64>())),
         }
     }

@@ -174,6 +174,23 @@ def test_long_and_short_rows(work: Path, name: str, shape: tuple[int, ...]) -> N
     assert report["measured"] <= BUDGET
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_kept_masks_stay_within_the_budget(work: Path, method: str) -> None:
+    """Six tensors whose random masks have room in the budget only a few at a time."""
+    for model in ("base", "a", "b"):
+        shapes = {f"{number}": (30 * MIB + 777 * number,) for number in range(6)}
+        write_sparse(work / model / "model.safetensors", shapes)
+    recipe = write_recipe(
+        work / "r.yml",
+        method,
+        [work / "a", work / "b"],
+        base=work / "base",
+        each={"weight": 1, "density": 0.5},
+    )
+    report = report_of(merge(recipe, memory=80 * MIB))
+    assert report["measured"] <= report["memory"]
+
+
 def test_tensors_of_all_kinds_one_after_the_other(work: Path) -> None:
     """Buffers that one tensor needed do not add up with those of the next."""
     for model, dtypes in {"a": ("F32", "BF16"), "b": ("BF16", "F32")}.items():

@@ -154,6 +154,23 @@ def test_merges_of_other_tensors_are_refused_and_leave_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_float64_beside_others_is_refused(tmp_path: Path, family: Path) -> None:
+    """It would make the others be computed in float64 too, and so differ from single merges."""
+    recipe = recipe_of(tmp_path, family, "linear")
+    with pytest.raises(PlanError, match="the same working type"):
+        oxmerge.sweep(recipe, str(tmp_path / "{n}"), {"dtype": "bfloat16,float64"}, **ROOM)
+    oxmerge.sweep(recipe, str(tmp_path / "{n}"), {"dtype": "bfloat16,float32"}, **ROOM)
+    single = write_recipe(
+        tmp_path / "single.yml",
+        "linear",
+        [family / "a", family / "b"],
+        each={"weight": 0.4},
+        dtype="float32",
+    )
+    oxmerge.merge(single, tmp_path / "single", **ROOM)
+    assert weights_of(tmp_path / "1") == weights_of(tmp_path / "single")
+
+
 def test_an_output_in_the_way_stops_all(tmp_path: Path, family: Path) -> None:
     recipe = recipe_of(tmp_path, family, "linear")
     (tmp_path / "w2").mkdir()

@@ -159,11 +159,15 @@ def philox(
 def terms(kind: str, left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
     """Return what a reduction adds up, in f64."""
     double = left.double()
-    if kind == "AbsoluteSum":
-        return double.abs()
-    if kind == "Dot":
-        return double * (double if right is None or right is left else right.double())
-    return double
+    match kind:
+        case "Sum" | "Max":
+            return double
+        case "AbsoluteSum":
+            return double.abs()
+        case "Dot":
+            return double * (double if right is None or right is left else right.double())
+        case _:
+            raise ValueError(f"the torch backend does not know the reduction {kind}")
 
 
 def reduce_segments(
@@ -215,7 +219,9 @@ def add_rows(
 def _add(kind: str, sums: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
     """Take one term more, for each column."""
     if kind == "Max":
-        return torch.where(sums.isnan() | (sums > terms), sums, terms)
+        larger = torch.where(sums.isnan() | (sums > terms), sums, terms)
+        # The canonical NaN, and never −0.
+        return torch.where(larger.isnan(), torch.nan, larger + 0.0)
     return sums + terms
 
 

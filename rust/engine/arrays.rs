@@ -199,6 +199,7 @@ pub fn ulp_distance(
     elements: u64,
     level: Level,
     threads: Option<usize>,
+    control: &Control,
 ) -> Result<(u64, u64)> {
     let blocks = elements.div_ceil(BLOCK as u64);
     let bytes = elements * (a.dtype().size() + b.dtype().size()) as u64;
@@ -211,6 +212,9 @@ pub fn ulp_distance(
             if block >= blocks {
                 return Ok(found);
             }
+            if control.must_stop() {
+                return Err(Error::new(ErrorKind::Interrupted, "interrupted"));
+            }
             let start = block * BLOCK as u64;
             let part = start..(start + BLOCK as u64).min(elements);
             let (a_bytes, b_bytes) = (a.read(part.clone(), &mut left)?, b.read(part, &mut right)?);
@@ -222,7 +226,9 @@ pub fn ulp_distance(
         let others: Vec<_> =
             (1..workers(bytes, blocks, threads)).map(|_| scope.spawn(work)).collect();
         let own = work();
-        let joined = others.into_iter().map(|other| other.join().unwrap_or(Ok((0, 0))));
+        let joined = others
+            .into_iter()
+            .map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
         joined.chain([own]).collect()
     });
     results.into_iter().try_fold((0, 0), |found, part| {

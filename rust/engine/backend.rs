@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::memory::Offload;
-use super::task::{SearchView, max};
+use super::task::SearchView;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::formula::code::Code;
@@ -142,6 +142,13 @@ pub(crate) fn fold(kind: ReductionKind, values: &mut Vec<f64>) -> f64 {
         ReductionKind::Max => values.iter().copied().fold(f64::NEG_INFINITY, max),
         _ => fold_halves(values),
     }
+}
+
+/// The larger of two; the canonical NaN if either is NaN, and never −0.
+pub(crate) fn max(a: f64, b: f64) -> f64 {
+    let larger = if a.is_nan() || a > b { a } else { b };
+    // Adding +0 turns −0 into +0 and changes nothing else.
+    if larger.is_nan() { f64::NAN } else { larger + 0.0 }
 }
 
 /// `range` cut into parts of `length`; the last may be shorter.

@@ -1,4 +1,4 @@
-//! What the caller and the workers tell each other while a merge runs. Atomics only.
+//! What the caller and the workers tell each other while a merge runs. No worker waits for it.
 
 use std::fmt;
 use std::sync::Mutex;

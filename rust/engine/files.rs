@@ -163,7 +163,8 @@ fn works(plans: &[&Plan]) -> Result<Vec<Work>> {
     }
     let together = |index: usize| {
         let mut all = plans.iter().map(|plan| work(plan, &plan.tensors[index]));
-        all.try_fold(Work::Formulas(Vec::new()), |all, work| Ok(all.and(work?)))
+        let one = all.next().unwrap_or(Ok(Work::Identical))?;
+        all.try_fold(one, |all, work| all.and(work?))
     };
     (0..first.tensors.len()).map(together).collect()
 }
@@ -182,6 +183,11 @@ fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
     }
     if plan.tensors.len() != other.tensors.len() {
         return Err(differs("tensors"));
+    }
+    // In f64 all outputs would be computed in it, and others than alone.
+    let double = |tensor: &OutputTensor| tensor.dtype == DType::F64;
+    if plan.tensors.iter().map(double).ne(other.tensors.iter().map(double)) {
+        return Err(differs("working type: all of them float64, or none"));
     }
     let place = |source: &SourceTensor| (source.file, source.start, source.dtype);
     for (tensor, other) in plan.tensors.iter().zip(&other.tensors) {

@@ -65,10 +65,10 @@ pub struct MemoryPlan {
     pub workers: usize,
     /// Bytes a worker may hold of pieces.
     pub worker_bytes: u64,
+    /// `worker_bytes` with what computing elsewhere takes beside it.
+    pub(crate) with_offload: u64,
     /// Bytes left over, for random masks that are kept between passes.
     pub mask_room: u64,
-    /// The same with what computing elsewhere takes beside it.
-    pub(crate) with_offload: u64,
     /// Bytes a worker may hold on its device.
     pub(crate) device_bytes: u64,
 }

@@ -1,7 +1,7 @@
 //! Runs tasks: takes pieces to workers, passes in order, memory within the budget.
 //!
 //! Every output tensor is a [`Task`]. A task goes through passes (a sample, reductions, one combine)
-//! and a pass is cut into units of whole 64 Ki-element blocks. Workers take the next unit of the
+//! and a pass is cut into units, most of them of whole 64 Ki-element blocks. Workers take the next unit of the
 //! oldest task that has one, so the passes over one tensor follow each other while it is in the page
 //! cache, and begin the next task when the oldest ones only wait. A few more workers than cores
 //! hide the latency of reads and writes. Threads live as long as a run: nothing is left to a fork.
@@ -29,7 +29,7 @@ use control::Control;
 use memory::{MemoryPlan, Need};
 use simd::Simd;
 use source::Sink;
-use task::{Active, Found, Pass, Task, bind_model_sums};
+use task::{Active, Found, Pass, Task, bind_model_results};
 use work::Worker;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -90,7 +90,7 @@ pub(crate) fn run_on(
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
     if tasks.iter().any(Task::needs_sweep) {
         let sums = run_all(backend, &mut tasks, settings, &memory, control, true)?;
-        bind_model_sums(&mut tasks, &sums)?;
+        bind_model_results(&mut tasks, &sums)?;
     }
     run_all(backend, &mut tasks, settings, &memory, control, false)?;
     let counted = control.snapshot();
@@ -227,14 +227,19 @@ impl Schedule<'_> {
                     state = self.lock();
                     self.note(&mut state, outcome);
                 }
-                Next::Do(unit) => {
+                Next::Do(mut unit) => {
                     drop(state);
                     let found = Self::run(&mut worker, &unit);
+                    unit.masks = None;
                     state = self.lock();
                     if let Some(done) = self.take(&mut state, &unit, found) {
                         drop(state);
-                        let outcome = self.finish(done);
+                        // The masks are let go of before others get their room.
+                        let mask_bytes = done.mask_bytes;
+                        drop(done);
+                        let outcome = self.finish(unit.index);
                         state = self.lock();
+                        state.mask_room += mask_bytes;
                         self.note(&mut state, outcome);
                     }
                 }
@@ -267,14 +272,13 @@ impl Schedule<'_> {
             return Next::Over;
         }
         for (index, active) in &mut state.active {
-            if active.issued < active.units {
-                active.issued += 1;
+            if let Some(number) = active.issue() {
                 return Next::Do(Unit {
                     index: *index,
                     task: Arc::clone(&active.task),
                     pass: Arc::clone(&active.pass),
                     masks: active.masks.clone(),
-                    number: active.issued - 1,
+                    number,
                     blocks: active.blocks_a_unit,
                 });
             }
@@ -303,18 +307,17 @@ impl Schedule<'_> {
         }
     }
 
-    /// Puts a result where it belongs; the index of the task if that was its last.
-    fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<usize> {
+    /// Puts a result where it belongs; the task if that was its last.
+    fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<Active> {
         let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
         let taken = found.map(|found| state.active[at].1.take(unit.number, found));
         self.changed.notify_all();
         match taken {
             Ok(true) => None,
             Ok(false) => {
-                let (index, active) = state.active.remove(at)?;
-                state.mask_room += active.mask_bytes;
-                state.numbers[index] = active.numbers;
-                Some(index)
+                let (index, mut active) = state.active.remove(at)?;
+                state.numbers[index] = std::mem::take(&mut active.numbers);
+                Some(active)
             }
             Err(error) => {
                 state.failure.get_or_insert(error);

@@ -52,7 +52,7 @@ impl Source for Pattern {
         scratch: &'a mut AlignedBuffer,
     ) -> Result<&'a [u8]> {
         let length = (elements.end - elements.start) as usize * self.dtype.size();
-        scratch.grow(length);
+        scratch.grow(length)?;
         let out = &mut scratch.as_mut_slice()[..length];
         let mut place = elements.start as usize % BLOCK * self.dtype.size();
         let mut done = 0;

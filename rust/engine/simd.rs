@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use super::backend::{
-    Arithmetic, Backend, Layout, Output, Program, Step, Tally, fold, start_of, steps,
+    Arithmetic, Backend, Layout, Output, Program, Step, Tally, fold, max, start_of, steps,
 };
 use super::fused;
-use super::task::{SearchView, max};
+use super::task::SearchView;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::formula::ReductionKind;

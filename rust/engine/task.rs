@@ -13,8 +13,10 @@ use crate::formula::machine::{BAND, TensorFrame};
 use crate::formula::masks::{self, KeptMasks};
 use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
-use crate::kernels::{BLOCK, Real, fold_halves};
+use crate::formula::{
+    Chosen, Reduction, ReductionKind, Scalar, Scope, Selection, Value, ValueNode,
+};
+use crate::kernels::{BLOCK, Real};
 use crate::methods;
 use crate::plan::OutputTensor;
 
@@ -53,13 +55,14 @@ impl Work {
         }
     }
 
-    /// This and `other`, over the same sources.
-    pub(crate) fn and(self, other: Self) -> Self {
+    /// Both this and `other`, over the same sources.
+    pub(crate) fn and(self, other: Self) -> Result<Self> {
         match (self, other) {
             (Self::Formulas(formulas), Self::Formulas(others)) => {
-                Self::Formulas([formulas, others].concat())
+                Ok(Self::Formulas([formulas, others].concat()))
             }
-            (_, _) => Self::Identical,
+            (Self::Identical, Self::Identical) => Ok(Self::Identical),
+            (_, _) => Err(Error::plan("a tensor cannot be both merged and copied in one pass")),
         }
     }
 
@@ -74,7 +77,7 @@ impl Work {
 
     /// Whether a piece of the output depends on more of the inputs than that piece, when the passes
     /// before it are done: on the rest of the rows that it touches.
-    pub(crate) fn reads_around(&self) -> bool {
+    pub fn reads_around(&self) -> bool {
         !stage::row_reductions(self.values()).is_empty()
     }
 
@@ -123,15 +126,29 @@ impl Task {
         let frame = TensorFrame::new(name, seed, shape);
         let types = sources.iter().map(|source| source.dtype());
         let double = types.chain(sinks.iter().map(|sink| sink.dtype())).any(|t| t == DType::F64);
+        let (reads_once, in_bands) = (false, false);
         let work = work.shared();
-        let reads_once = work.reads_once();
-        let in_bands = work.in_bands(&frame) && sinks.iter().all(|sink| sink.takes_any_piece());
-        Self { frame, sources, labels, sinks, work, double, reads_once, in_bands }
+        let nothing = Work::Identical;
+        let mut task =
+            Self { frame, sources, labels, sinks, work: nothing, double, reads_once, in_bands };
+        task.set_work(work);
+        task
     }
 
-    /// Whether something has to be summed over the whole model first.
+    /// Whether something has to be reduced over the whole model first.
     pub(crate) fn needs_sweep(&self) -> bool {
-        !stage::next_stage(self.work.values(), Scope::Model, false).is_empty()
+        !self.model_reductions().is_empty()
+    }
+
+    fn model_reductions(&self) -> Vec<Arc<Reduction>> {
+        stage::next_stage(self.work.values(), Scope::Model, false).reductions
+    }
+
+    fn set_work(&mut self, work: Work) {
+        self.reads_once = work.reads_once();
+        self.in_bands =
+            work.in_bands(&self.frame) && self.sinks.iter().all(|sink| sink.takes_any_piece());
+        self.work = work;
     }
 
     pub(crate) fn need(&self) -> Need {
@@ -231,7 +248,7 @@ pub(crate) struct Active {
     sweep: bool,
     pub(crate) pass: Arc<Pass>,
     pub(crate) units: u64,
-    pub(crate) issued: u64,
+    issued: u64,
     pub(crate) finished: u64,
     /// Blocks a unit of a pass over the tensor has.
     pub(crate) blocks_a_unit: u64,
@@ -287,6 +304,17 @@ impl Active {
         self.pass = Arc::new(pass);
         (self.units, self.issued, self.finished) = (units, 0, 0);
         true
+    }
+
+    /// The next unit to hand out, if there is one.
+    ///
+    /// Reductions go backwards, so that the combine, which must write forwards, begins with what they
+    /// have left in the caches.
+    pub(crate) fn issue(&mut self) -> Option<u64> {
+        let unit = (self.issued < self.units).then_some(self.issued)?;
+        self.issued += 1;
+        let backwards = matches!(*self.pass, Pass::Reduce { .. });
+        Some(if backwards { self.units - 1 - unit } else { unit })
     }
 
     fn units_of_blocks(&self) -> u64 {
@@ -475,7 +503,9 @@ impl Active {
         }
         let mut bindings = Bindings::default();
         for (reduction, values) in reductions.iter().zip(results) {
-            bindings.reduction(reduction, Self::bound(reduction, values));
+            if let Some(result) = Self::bound(reduction, values) {
+                bindings.reduction(reduction, result);
+            }
         }
         self.bind_columns(&reductions, &mut bindings);
         for searching in std::mem::take(&mut self.searching) {
@@ -487,12 +517,12 @@ impl Active {
         self.next_pass()
     }
 
-    fn bound(reduction: &Reduction, mut values: Vec<f64>) -> Scalar {
+    /// What a reduction gave; of columns `bind_columns` knows.
+    fn bound(reduction: &Reduction, mut values: Vec<f64>) -> Option<Scalar> {
         match reduction.scope {
-            Scope::Row => Scalar::vector(Scope::Row, 0, values),
-            // Replaced by `bind_columns`.
-            Scope::Column => Scalar::constant(0.0),
-            Scope::Tensor | Scope::Model => Scalar::constant(values.remove(0)),
+            Scope::Row => Some(Scalar::vector(Scope::Row, 0, values)),
+            Scope::Column => None,
+            Scope::Tensor | Scope::Model => Some(Scalar::constant(values.remove(0))),
         }
     }
 
@@ -532,35 +562,40 @@ fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task) -> Searching {
     Searching { selection: Arc::clone(selection), search, chosen, cut: None }
 }
 
-/// The larger of two; a NaN wins.
-pub(crate) fn max(a: f64, b: f64) -> f64 {
-    if a.is_nan() || a > b { a } else { b }
-}
-
-/// The formulas with the sums over the whole model put in.
+/// Puts what was reduced over the whole model into the formulas.
 ///
-/// `sums` has, for each task, what the sweep found. Sums are folded over the tasks in order.
-pub(crate) fn bind_model_sums(tasks: &mut [Task], sums: &[Vec<f64>]) -> Result<()> {
-    let merged: Vec<usize> = (0..tasks.len()).filter(|&task| !sums[task].is_empty()).collect();
+/// `found` has, for each task, what the sweep found. Results are folded over the tasks in order.
+pub(crate) fn bind_model_results(tasks: &mut [Task], found: &[Vec<f64>]) -> Result<()> {
+    let merged: Vec<usize> = (0..tasks.len()).filter(|&task| !found[task].is_empty()).collect();
     let Some(&first) = merged.first() else { return Ok(()) };
-    let reductions = sums[first].len();
-    if let Some(&odd) = merged.iter().find(|&&task| sums[task].len() != reductions) {
-        return Err(Error::plan("a model-wide sum is not defined for every tensor")
-            .tensor(&tasks[odd].frame.name));
-    }
-    let total = |at: usize| fold_halves(&mut merged.iter().map(|&task| sums[task][at]).collect());
-    let totals: Vec<f64> = (0..reductions).map(total).collect();
+    let reductions = tasks[first].model_reductions();
     for &at in &merged {
-        let Work::Formulas(formulas) = &tasks[at].work else { continue };
-        let stage = stage::next_stage(formulas, Scope::Model, false);
-        let mut bindings = Bindings::default();
-        for (reduction, total) in stage.reductions.iter().zip(&totals) {
-            bindings.reduction(reduction, Scalar::constant(*total));
+        let own = tasks[at].model_reductions();
+        if !own.iter().map(identity).eq(reductions.iter().map(identity)) {
+            let message = "what is reduced over the whole model is not the same for every tensor";
+            return Err(Error::plan(message)
+                .tensor(&tasks[at].frame.name)
+                .advice("give every tensor the same weights: a weight of zero drops an input"));
         }
-        let bound = bindings.bind_all(formulas);
-        tasks[at].work = Work::Formulas(bound);
+    }
+    let fold_all = |(at, reduction): (usize, &Arc<Reduction>)| {
+        fold(reduction.kind, &mut merged.iter().map(|&task| found[task][at]).collect())
+    };
+    let results: Vec<f64> = reductions.iter().enumerate().map(fold_all).collect();
+    for &at in &merged {
+        let mut bindings = Bindings::default();
+        for (reduction, result) in tasks[at].model_reductions().iter().zip(&results) {
+            bindings.reduction(reduction, Scalar::constant(*result));
+        }
+        let bound = bindings.bind_all(tasks[at].work.values());
+        tasks[at].set_work(Work::Formulas(bound));
     }
     Ok(())
+}
+
+/// What tells the reductions of a formula apart: their kinds, and the inputs they read.
+fn identity(reduction: &Arc<Reduction>) -> (ReductionKind, Vec<usize>) {
+    (reduction.kind, stage::inputs_of(&stage::operands(reduction)))
 }
 
 /// The number that a value became when everything was put in.

@@ -17,7 +17,7 @@ use crate::formula::masks::KeptMasks;
 use crate::formula::selection::Cut;
 use crate::formula::stage::{inputs_of, next_stage, operands, row_reductions, unknown};
 use crate::formula::{Reduction, Scalar, Scope, Selection, Value};
-use crate::io::AlignedBuffer;
+use crate::io::{AlignedBuffer, PAGE};
 use crate::kernels::BLOCK;
 
 /// Chunks that a sample for a selection looks at, and the bytes of their keys.
@@ -106,7 +106,7 @@ impl<'a> Worker<'a> {
     ) -> Result<()> {
         let inputs = inputs_of(values);
         let needs_rows = !row_reductions(values).is_empty();
-        let code = (!needs_rows).then(|| Code::compile(values));
+        let code = (!needs_rows).then(|| Code::compile(values)).transpose()?;
         let masks = self.masks.clone();
         let masks = masks.as_deref();
         let program = |code| self.arithmetic.program(&task.frame, code, task.double, masks);
@@ -123,7 +123,7 @@ impl<'a> Worker<'a> {
                 return Err(Error::new(ErrorKind::Interrupted, "interrupted"));
             }
             let read = if needs_rows { whole_rows(task, &elements) } else { elements.clone() };
-            self.make_room(task, &inputs, read.end - read.start);
+            self.make_room(task, &inputs, read.end - read.start, once);
             let bytes = read_inputs(task, &inputs, &read, &mut self.scratch, once)?;
             let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
             self.control.add_read(bytes.iter().flatten().map(count).sum());
@@ -131,7 +131,7 @@ impl<'a> Worker<'a> {
                 then(&mut **program, &Step { elements, inputs: &bytes, values })?;
             } else {
                 let values = reduce_rows(&*self.arithmetic, task, &read, &bytes, values)?;
-                let code = Code::compile(&values);
+                let code = Code::compile(&values)?;
                 let (frame, double) = (&task.frame, task.double);
                 let mut program = self.arithmetic.program(frame, &code, double, masks)?;
                 then(&mut *program, &Step { elements, inputs: &bytes, values: &values })?;
@@ -145,11 +145,14 @@ impl<'a> Worker<'a> {
 
     /// Lets go of buffers that earlier tensors needed, where with those that `elements` of this one
     /// need they would be too many.
-    fn make_room(&mut self, task: &Task, inputs: &[usize], elements: u64) {
+    fn make_room(&mut self, task: &Task, inputs: &[usize], elements: u64, once: bool) {
         self.scratch.resize_with(task.sources.len().max(self.scratch.len()), Default::default);
         // As they are resident: large ones in huge pages, which they do not fill.
         let held = |buffer: &AlignedBuffer| AlignedBuffer::resident(buffer.capacity());
-        let bytes = |dtype: DType| AlignedBuffer::resident(elements as usize * dtype.size());
+        // Direct reads take whole pages around the elements.
+        let around = if once { 2 * PAGE } else { 0 };
+        let bytes =
+            |dtype: DType| AlignedBuffer::resident(elements as usize * dtype.size() + around);
         let wanted = |(index, scratch): (usize, &AlignedBuffer)| match task.sources.get(index) {
             Some(source) if inputs.contains(&index) => held(scratch).max(bytes(source.dtype())),
             _ => held(scratch),
@@ -280,7 +283,7 @@ impl<'a> Worker<'a> {
 
     fn combine(&mut self, task: &Task, unit: Range<u64>, values: &[Value]) -> Result<()> {
         let mut outs = std::mem::take(&mut self.outs);
-        let mut places = Places::of(task, &mut outs, &unit);
+        let mut places = Places::of(task, &mut outs, &unit)?;
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
@@ -305,7 +308,7 @@ impl<'a> Worker<'a> {
     /// Copies what all sources agree on.
     fn identical(&mut self, task: &Task, blocks: Range<u64>) -> Result<Found> {
         let range = task.elements_of(blocks);
-        self.make_room(task, &[0, 1], range.end - range.start);
+        self.make_room(task, &[0, 1], range.end - range.start, false);
         self.scratch.resize_with(self.scratch.len().max(2), Default::default);
         let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
         let first = task.sources[0].read(range.clone(), scratch)?;
@@ -317,7 +320,7 @@ impl<'a> Worker<'a> {
             source.release(range.clone());
         }
         self.control.add_read(first.len() as u64 * task.sources.len() as u64);
-        let mut places = Places::of(task, &mut self.outs, &range);
+        let mut places = Places::of(task, &mut self.outs, &range)?;
         for bytes in places.bytes(&mut self.outs) {
             bytes.copy_from_slice(first);
         }
@@ -345,20 +348,21 @@ struct Places<'a> {
 
 impl<'a> Places<'a> {
     /// Makes room for `elements` in `outs`, a buffer for each sink that has no memory of its own.
-    fn of(task: &'a Task, outs: &mut Vec<AlignedBuffer>, elements: &Range<u64>) -> Self {
+    fn of(task: &'a Task, outs: &mut Vec<AlignedBuffer>, elements: &Range<u64>) -> Result<Self> {
         outs.resize_with(task.sinks.len().max(outs.len()), Default::default);
         let own: Vec<_> = task.sinks.iter().map(|sink| sink.place(elements)).collect();
         let buffered = |(sink, (own, out)): (&Arc<dyn Sink>, (&Option<_>, &mut AlignedBuffer))| {
             let bytes = (elements.end - elements.start) as usize * sink.dtype().size();
             if own.is_some() {
-                return 0..bytes;
+                return Ok(0..bytes);
             }
             let start = sink.buffer_offset(elements.start);
-            out.grow(start + bytes);
-            start..start + bytes
+            out.grow(start + bytes)?;
+            Ok(start..start + bytes)
         };
-        let buffered = task.sinks.iter().zip(own.iter().zip(outs)).map(buffered).collect();
-        Self { first: elements.start, own, buffered }
+        let buffered = task.sinks.iter().zip(own.iter().zip(outs)).map(buffered);
+        let buffered = buffered.collect::<Result<_>>()?;
+        Ok(Self { first: elements.start, own, buffered })
     }
 
     fn bytes<'b>(&'b mut self, outs: &'b mut [AlignedBuffer]) -> Vec<&'b mut [u8]> {
@@ -429,7 +433,7 @@ fn reduce_rows(
             return Ok(values);
         }
         let (layout, operands) = Layout::of(&ready);
-        let code = Code::compile(&operands);
+        let code = Code::compile(&operands)?;
         // Rows begin anywhere, so kept masks are of no use.
         let mut program = arithmetic.program(&task.frame, &code, task.double, None)?;
         let step = Step { elements: read.clone(), inputs, values: &operands };

@@ -7,6 +7,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::error::{Error, Result};
+
 use super::{BinaryOp, Chosen, Scalar, ScalarNode, Scope, UnaryOp, Value, ValueNode};
 
 /// The index of a buffer of one chunk.
@@ -94,11 +96,16 @@ pub(crate) struct Code {
 }
 
 impl Code {
-    /// Compiles `values`; every scalar in them must be known.
-    pub(crate) fn compile(values: &[Value]) -> Self {
+    /// Compiles `values`; an error if a scalar in them is not known when all passes are over.
+    pub(crate) fn compile(values: &[Value]) -> Result<Self> {
         let mut emitter = Emitter::default();
         let results: Vec<Argument> = values.iter().map(|value| emitter.value(value)).collect();
-        emitter.allocate(results)
+        match emitter.unknown.take() {
+            Some(unknown) => Err(Error::plan("a formula needs a number that no pass can give")
+                .found(unknown)
+                .advice("see what a scalar may depend on, in rust/methods/ADDING.md")),
+            None => Ok(emitter.allocate(results)),
+        }
     }
 }
 
@@ -108,6 +115,8 @@ struct Emitter {
     instructions: Vec<Instruction>,
     done: HashMap<*const ValueNode, Argument>,
     loads: HashMap<usize, Slot>,
+    /// The first scalar or selection that is not known.
+    unknown: Option<String>,
 }
 
 impl Emitter {
@@ -136,7 +145,7 @@ impl Emitter {
                 let (axis, first, values) = (*axis, *first, Arc::clone(values));
                 Argument::Slot(self.emit(Operation::Spread { axis, first, values }))
             }
-            _ => unreachable!("code was asked for before {scalar:?} was known"),
+            _ => self.unknown(format!("{scalar:?}")),
         }
     }
 
@@ -185,7 +194,10 @@ impl Emitter {
                 let terms = terms.iter().map(|(w, value)| (*w, self.slot(value))).collect();
                 Operation::Elect { terms, average: *average }
             }
-            ValueNode::Keep(_) => unreachable!("code was asked for before a selection was known"),
+            ValueNode::Keep(_) => {
+                self.unknown("a selection".to_owned());
+                Operation::Fill { number: f64::NAN }
+            }
             ValueNode::Kept { value, chosen } => {
                 Operation::Kept { a: self.slot(value), chosen: *chosen }
             }
@@ -217,6 +229,11 @@ impl Emitter {
         assert!(sum.is_some(), "a weighted sum has a term");
         // The last addition is emitted again by the caller as its own result.
         self.instructions.pop().map_or(Operation::Fill { number: 0.0 }, |last| last.operation)
+    }
+
+    fn unknown(&mut self, what: String) -> Argument {
+        self.unknown.get_or_insert(what);
+        Argument::Number(f64::NAN)
     }
 
     fn slot(&mut self, value: &Value) -> Slot {

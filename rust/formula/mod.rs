@@ -230,11 +230,15 @@ impl Computation {
         if !self.arguments.iter().all(known) {
             return None;
         }
-        let (axis, first, length) =
-            self.arguments.iter().find_map(|argument| match &*argument.0 {
-                ScalarNode::Vector { axis, first, values } => Some((*axis, *first, values.len())),
-                _ => None,
-            })?;
+        let mut vectors = self.arguments.iter().filter_map(|argument| match &*argument.0 {
+            ScalarNode::Vector { axis, first, values } => Some((*axis, *first, values.len())),
+            _ => None,
+        });
+        let (axis, first, length) = vectors.next()?;
+        if vectors.any(|other| other != (axis, first, length)) {
+            // Of rows and of columns: there is no such vector.
+            return None;
+        }
         let mut results = vec![Vec::with_capacity(length); self.results];
         for entry in 0..length {
             let arguments: Vec<f64> =

@@ -134,7 +134,10 @@ impl<T: Real> Oracle<T> {
 
     fn threshold(&self, selection: &Selection) -> f64 {
         let (values, order) = self.ranking(selection);
-        let last = self.count(selection).clamp(1, values.len()) - 1;
+        // The smallest of none is no number.
+        let Some(last) = self.count(selection).min(values.len()).checked_sub(1) else {
+            return f64::NAN;
+        };
         // Both zeros rank alike; the positive one stands for them.
         values[order[last]].to_f64() + 0.0
     }
@@ -178,8 +181,12 @@ impl<T: Real> Oracle<T> {
 /// Blocks of terms, in each block lanes by index, both folded in halves.
 fn reduce_terms(kind: ReductionKind, terms: &[f64], block: usize, lanes: usize) -> f64 {
     if kind == ReductionKind::Max {
-        let larger = |a: f64, b: f64| if a.is_nan() || a > b { a } else { b };
-        return terms.iter().copied().fold(f64::NEG_INFINITY, larger);
+        if terms.iter().any(|term| term.is_nan()) {
+            return f64::NAN;
+        }
+        let larger = |a: f64, b: f64| if a > b { a } else { b };
+        // The positive zero stands for both.
+        return terms.iter().copied().fold(f64::NEG_INFINITY, larger) + 0.0;
     }
     let block_sum = |terms: &[f64]| {
         let mut sums = vec![0.0; lanes];

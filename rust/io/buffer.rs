@@ -9,6 +9,8 @@ use std::fmt;
 
 use memmap2::{Advice, MmapMut};
 
+use crate::error::{Error, Result};
+
 /// From this size on a buffer is made of huge pages, where the system has them.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -21,22 +23,17 @@ pub struct AlignedBuffer {
 
 impl AlignedBuffer {
     /// A buffer of `capacity` zero bytes.
-    ///
-    /// # Panics
-    ///
-    /// If there is no memory for it.
-    pub fn new(capacity: usize) -> Self {
+    pub fn new(capacity: usize) -> Result<Self> {
         if capacity == 0 {
-            return Self::default();
+            return Ok(Self::default());
         }
-        let memory = MmapMut::map_anon(Self::resident(capacity));
-        let memory =
-            memory.unwrap_or_else(|error| panic!("no {capacity} bytes of memory: {error}"));
+        let memory = MmapMut::map_anon(Self::resident(capacity))
+            .map_err(|error| Error::io("get memory for a buffer", error))?;
         if capacity >= HUGE_PAGE {
             // A wish: a system without huge pages is only slower.
             let _ = memory.advise(Advice::HugePage);
         }
-        Self { memory: Some(memory), capacity }
+        Ok(Self { memory: Some(memory), capacity })
     }
 
     /// Bytes that a buffer of `capacity` bytes may have resident.
@@ -52,11 +49,12 @@ impl AlignedBuffer {
 
     /// Makes it hold at least `capacity` bytes. When that needs new memory, the old content is
     /// gone, and the old memory is freed first.
-    pub fn grow(&mut self, capacity: usize) {
+    pub fn grow(&mut self, capacity: usize) -> Result<()> {
         if capacity > self.capacity {
             *self = Self::default();
-            *self = Self::new(capacity);
+            *self = Self::new(capacity)?;
         }
+        Ok(())
     }
 
     /// All of it.

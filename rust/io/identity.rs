@@ -87,14 +87,9 @@ pub fn check_unchanged(files: &[InputFile]) -> Result<()> {
 
 /// Whether both paths lead to one file, by device and inode: through links of both kinds and
 /// however the paths are spelled. A path that leads nowhere is the same as none.
-pub fn same_file(a: &Path, b: &Path) -> Result<bool> {
-    let identity = |path: &Path| match InputFile::stat(path) {
-        Ok(file) => Ok(Some((file.device, file.inode))),
-        Err(error) if error.kind() == ErrorKind::Io(io::ErrorKind::NotFound) => Ok(None),
-        Err(error) => Err(error),
-    };
-    let (a, b) = (identity(a)?, identity(b)?);
-    Ok(a.is_some() && a == b)
+pub(crate) fn same_file(a: &File, b: &File) -> bool {
+    let identity = |file: &File| file.metadata().map(|of| (of.dev(), of.ino())).ok();
+    identity(a).is_some_and(|a| Some(a) == identity(b))
 }
 
 fn changed(path: &Path, message: &str) -> Error {

@@ -40,7 +40,8 @@ use crate::error::{Error, Result};
 use crate::plan::InputFile;
 
 pub use buffer::AlignedBuffer;
-pub use identity::{check_unchanged, same_file};
+pub use identity::check_unchanged;
+use identity::same_file;
 pub(crate) use positioned::read_exact_at;
 pub use volume::{free_space, raise_open_file_limit};
 pub use writer::{DirectMode, ShardWriter};
@@ -103,7 +104,9 @@ impl InputReader {
                 ReadPath::Direct => true,
                 ReadPath::Mapped | ReadPath::Positioned => false,
             };
-            wanted.then(|| open_direct(&self.path)).flatten()
+            let direct = wanted.then(|| open_direct(&self.path)).flatten()?;
+            // Another file may have got the name since.
+            same_file(&direct, &self.file).then_some(direct)
         };
         self.direct.get_or_init(open).as_ref()
     }
@@ -141,7 +144,7 @@ impl InputReader {
         // Whole pages around the piece; the last one may reach past the end of the file.
         let skip = (start % PAGE as u64) as usize;
         let window = (skip + len).next_multiple_of(PAGE);
-        scratch.grow(window);
+        scratch.grow(window)?;
         let first = start - skip as u64;
         let pages = &mut scratch.as_mut_slice()[..window];
         let wanted = window.min((self.size - first) as usize);
@@ -181,7 +184,7 @@ impl InputReader {
         }
         // Here too when a populate failed: that says nothing about the reason, and a positioned
         // read of the same bytes either gives the true error or succeeds.
-        scratch.grow(len);
+        scratch.grow(len)?;
         let piece = &mut scratch.as_mut_slice()[..len];
         read_exact_at(&self.file, start, piece).map_err(|error| error.file(&self.path))?;
         Ok(piece)

@@ -120,7 +120,7 @@ impl ShardWriter {
         let Some(bytes) = self.seams.put(page, (start - page_start) as usize, bytes, full) else {
             return Ok(());
         };
-        let mut aligned = AlignedBuffer::new(PAGE);
+        let mut aligned = AlignedBuffer::new(PAGE)?;
         aligned.as_mut_slice().copy_from_slice(&bytes);
         self.output.write(aligned.as_slice(), page_start)
     }
@@ -156,7 +156,7 @@ fn prologue(header: &str, size: u64) -> Result<AlignedBuffer> {
         return Err(Error::plan("the shard's header does not end on a page boundary in its file")
             .found(format_args!("{len} of {size} bytes")));
     }
-    let mut buffer = AlignedBuffer::new(len);
+    let mut buffer = AlignedBuffer::new(len)?;
     let (length, text) = buffer.as_mut_slice().split_at_mut(size_of::<u64>());
     length.copy_from_slice(&(header.len() as u64).to_le_bytes());
     text.copy_from_slice(header.as_bytes());

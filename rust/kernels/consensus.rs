@@ -3,8 +3,9 @@
 //! For each element: the weighted values are summed, in order; the sign of the sum wins, zero
 //! counting as positive; the weighted values of that sign are summed, in order, and divided by the
 //! sum of their weights where that is wanted (and not zero). A value of zero has no sign and joins
-//! neither side; a NaN makes the result NaN. Written out with the elementwise kernels this takes some twenty passes over
-//! chunks; here it takes one, a group of elements at a time in registers, for any number of models.
+//! neither side; a NaN makes the result NaN. Written out with the elementwise kernels this takes
+//! some twenty passes over chunks; here it takes one, a group of elements at a time in registers,
+//! for any number of models.
 
 use super::level::{Kernel, Level};
 use super::real::Real;

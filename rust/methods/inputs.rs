@@ -17,7 +17,7 @@ pub struct Inputs<'a> {
 pub struct Input<'a> {
     /// Its elements.
     pub value: Value,
-    /// 0 for the first that is not the base.
+    /// Among those that are not the base: 0 for the first. The base has none of its own.
     pub position: u32,
     source: &'a SourceTensor,
 }
@@ -57,12 +57,13 @@ impl<'a> Inputs<'a> {
 
     fn numbered(&self, wanted: impl Fn(usize) -> bool) -> Vec<Input<'a>> {
         let sources = self.tensor.sources.iter().enumerate().filter(|(index, _)| wanted(*index));
-        let input = |(position, (index, source)): (usize, (usize, &'a SourceTensor))| Input {
+        let is_behind_base = |index: usize| self.tensor.base.is_some_and(|base| base < index);
+        let input = |(index, source): (usize, &'a SourceTensor)| Input {
             value: Value::input(index),
-            position: position as u32,
+            position: (index - usize::from(is_behind_base(index))) as u32,
             source,
         };
-        sources.enumerate().map(input).collect()
+        sources.map(input).collect()
     }
 
     /// A shared number.

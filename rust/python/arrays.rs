@@ -200,11 +200,10 @@ pub(super) fn ulp_distance(
     if a.dtype != b.dtype || a.bytes != b.bytes {
         return Err(PyValueError::new_err("both arrays must be of one type and length"));
     }
-    let compare = || {
+    take_part(py, |control| {
         let level = Level::from_environment()?;
-        arrays::ulp_distance(&*a.source(), &*b.source(), a.elements(), level, threads)
-    };
-    py.detach(compare).map_err(|error| raise(py, &error))
+        arrays::ulp_distance(&*a.source(), &*b.source(), a.elements(), level, threads, control)
+    })
 }
 
 /// Numbers and switches by name, as a plan has them.

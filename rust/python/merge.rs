@@ -19,6 +19,8 @@ use crate::kernels::Level;
 use crate::methods::METHODS;
 use crate::plan::{InputFile, PLAN_VERSION, Plan};
 
+const MOST_WORKERS: usize = 1024;
+
 pub(super) fn parse(plan: &str) -> Result<Plan> {
     let plan: Plan = serde_json::from_str(plan)
         .map_err(|error| Error::plan(format!("the plan cannot be read: {error}")))?;
@@ -192,9 +194,11 @@ fn needs(plans: &[&Plan], read: ReadPath, offload: Option<Offload>) -> Result<Ve
     Ok(needs.into_iter().map(|need| need.on(offload)).collect())
 }
 
-/// Unless asked otherwise, six more than cores: they wait for the disk while others compute.
+/// Unless asked otherwise, six more than cores: they wait for the disk while others compute. More
+/// than [`MOST_WORKERS`] gain nothing anywhere.
 fn worker_count(threads: Option<usize>) -> usize {
-    threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from) + 6)
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    threads.unwrap_or_else(|| cores() + 6).min(MOST_WORKERS)
 }
 
 fn describe_memory(plan: &MemoryPlan) -> serde_json::Value {

@@ -36,7 +36,6 @@ mod _core {
             "profile": if cfg!(debug_assertions) { "debug" } else { "release" },
             "simd": level.name(),
             "simd_available": available.iter().map(|level| level.name()).collect::<Vec<_>>(),
-            "target": concat!(env!("CARGO_PKG_NAME"), "-", "abi3"),
             "plan_version": crate::plan::PLAN_VERSION,
             "generator_version": crate::kernels::GENERATOR_VERSION,
             "reduction_version": crate::kernels::REDUCTION_VERSION,

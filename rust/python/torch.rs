@@ -254,9 +254,9 @@ impl TorchProgram<'_> {
             let arguments: Vec<_> = first.into_iter().chain(more(&mut lent)?).collect();
             self.program.call_method1(py, method, PyTuple::new(py, arguments)?)
         })();
-        called.map_err(|exception| self.failure.note(py, exception))?;
+        let called = called.map_err(|exception| self.failure.note(py, exception));
         if lent.is_back(py) {
-            Ok(())
+            called.map(drop)
         } else {
             let message = "the torch backend kept memory that was lent to it; a bug in oxmerge";
             Err(Error::new(ErrorKind::Device, message))

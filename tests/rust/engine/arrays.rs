@@ -166,7 +166,7 @@ fn a_sink_of_an_input_hands_out_nothing() -> Result<()> {
     let mut out = vec![0; 4];
     let taken = sink(&mut out, DType::U8, false);
     assert!(taken.place(&(0..4)).is_none());
-    let mut buffer = AlignedBuffer::new(8);
+    let mut buffer = AlignedBuffer::new(8).unwrap();
     buffer.as_mut_slice().copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
     taken.write(0, &buffer, 2..6)?;
     assert_eq!(out, [3, 4, 5, 6]);
@@ -190,7 +190,7 @@ proptest! {
             let (left, right) = (bytes(&a), bytes(&b));
             let sides = (source(&left, dtype), source(&right, dtype));
             for level in Level::available() {
-                let found = ulp_distance(&*sides.0, &*sides.1, a.len() as u64, level, Some(2));
+                let found = ulp_distance(&*sides.0, &*sides.1, a.len() as u64, level, Some(2), &Control::default());
                 prop_assert_eq!(found.unwrap(), (largest, differing));
             }
         }

@@ -1,6 +1,7 @@
 //! Formulas of every class and scope, on shapes that cut blocks and rows in odd places.
 
 use oxmerge::dtype::DType;
+use oxmerge::error::ErrorKind;
 use oxmerge::formula::{Scope, Value, compute};
 
 use super::{
@@ -186,4 +187,41 @@ fn a_copy_beside_other_outputs_keeps_its_bits() {
     let outputs = all_merged(&formulas, &[5000], &inputs, DType::Bf16, &settings()[0]);
     assert!(outputs[1] == bytes);
     assert_eq!(&outputs[0][..2], &[0xC0, 0x7F]);
+}
+
+/// Zeros of both signs and NaN have one maximum, whatever the scope.
+#[test]
+fn the_largest_of_zeros_and_of_nan() {
+    let x = Value::input(0);
+    let values = [0.0, -0.0, -1.0, -0.0, 0.0, -2.0, -0.0, -0.0, f64::NAN, 1.0, 2.0, -f64::NAN];
+    let inputs = [ArraySource::new::<f64>(&values, DType::F32)];
+    for scope in [Scope::Tensor, Scope::Row, Scope::Column] {
+        // 1 / +0 and 1 / −0 are far apart.
+        let inverse = &Value::scalar(1.0) / &Value::scalar(x.max(scope));
+        check::<f32>(&inverse, &[4, 3], &inputs, DType::F32);
+        check::<f32>(&Value::scalar(x.max(scope)), &[12], &inputs, DType::F32);
+    }
+}
+
+#[test]
+fn the_smallest_of_none_is_no_number() {
+    let x = Value::input(0);
+    let none = Value::scalar(x.order_statistic(0.0));
+    check::<f32>(&(&x + &none), &[300], &inputs(1, 300, DType::F32), DType::F32);
+}
+
+/// A number of a row and a column at once is told to be impossible, not computed wrongly.
+#[test]
+fn what_no_pass_can_give_is_an_error() {
+    let x = Value::input(0);
+    let sums = [x.sum(Scope::Row), x.sum(Scope::Column)];
+    let both = compute(&sums, 1, |sums| vec![sums[0] + sums[1]]);
+    let inputs = inputs(1, 9, DType::F32);
+    let formula = x.scaled(both[0].clone());
+    let error = try_merged(&formula, &[3, 3], &inputs, DType::F32, &settings()[0]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Plan);
+    assert_eq!(error.message(), "a formula needs a number that no pass can give");
+    // As a product there are two numbers, each with a scope of its own.
+    let product = x.scaled(sums[0].clone()).scaled(sums[1].clone());
+    check::<f32>(&product, &[3, 3], &inputs, DType::F32);
 }

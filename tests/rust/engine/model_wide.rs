@@ -8,7 +8,7 @@ use oxmerge::engine::source::Sink;
 use oxmerge::engine::task::{Task, Work};
 use oxmerge::engine::{Settings, run};
 use oxmerge::error::Result;
-use oxmerge::formula::Value;
+use oxmerge::formula::{Scope, Value};
 
 use super::{
     ArraySink, ArraySource, check, inputs, run_in_least_memory, settings, sources, weights,
@@ -95,4 +95,25 @@ fn empty_tensors_are_finished() {
     let empty = [ArraySource::new::<f32>(&[], DType::F32)];
     let formula = &Value::input(0) + &Value::input(0);
     check::<f32>(&formula, &[0, 4], &empty, DType::F32);
+}
+
+/// A maximum over the model is not a sum, and −0 and NaN are as in any other.
+#[test]
+fn the_largest_of_the_model() {
+    let x = Value::input(0);
+    let tensors = [vec![-3.0_f32, -0.5], vec![-2.0, -7.0, -1.0], vec![-0.25]];
+    let sinks: Vec<_> = tensors.iter().map(|t| ArraySink::new(t.len(), DType::F32)).collect();
+    let task = |(values, sink): (&Vec<f32>, &Arc<ArraySink>)| {
+        let source = ArraySource::new(values, DType::F32);
+        let work = Work::Formulas(vec![&x - &Value::scalar(x.max(Scope::Model))]);
+        let (labels, sinks) = (vec![String::new()], vec![Arc::clone(sink) as Arc<dyn Sink>]);
+        Task::new("t", 0, &[values.len() as u64], sources(&[source]), labels, sinks, work)
+    };
+    let tasks = tensors.iter().zip(&sinks).map(task).collect();
+    run(tasks, &settings()[0], &Control::default()).unwrap();
+    for (values, sink) in tensors.iter().zip(&sinks) {
+        let bytes = sink.bytes();
+        let expected: Vec<f32> = values.iter().map(|value| value + 0.25).collect();
+        assert_eq!(bytemuck::cast_slice::<u8, f32>(&bytes), expected);
+    }
 }

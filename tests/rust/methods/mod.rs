@@ -8,14 +8,14 @@ mod norm_average;
 use oxmerge::dtype::DType;
 use oxmerge::formula::Value;
 use oxmerge::formula::oracle::Oracle;
-use oxmerge::methods::Method;
+use oxmerge::methods::{Input, Inputs, Method};
 use oxmerge::plan::{OutputTensor, SourceTensor};
 use serde_json::json;
 
 use crate::engine::{check, inputs};
 
-/// The norm-preserving average by these weights.
-fn norm_average(shape: &[u64], weights: &[f64]) -> Value {
+/// A tensor of inputs with these weights.
+fn tensor_of(shape: &[u64], weights: &[f64]) -> OutputTensor {
     let source = |weight: &f64| SourceTensor {
         model: "m".to_owned(),
         name: "t".to_owned(),
@@ -24,7 +24,7 @@ fn norm_average(shape: &[u64], weights: &[f64]) -> Value {
         start: 0,
         parameters: json!({ "weight": weight }).as_object().unwrap().clone(),
     };
-    let tensor = OutputTensor {
+    OutputTensor {
         name: "t".to_owned(),
         shape: shape.to_vec(),
         dtype: DType::F32,
@@ -33,8 +33,25 @@ fn norm_average(shape: &[u64], weights: &[f64]) -> Value {
         sources: weights.iter().map(source).collect(),
         base: None,
         parameters: serde_json::Map::new(),
+    }
+}
+
+/// The norm-preserving average by these weights.
+fn norm_average(shape: &[u64], weights: &[f64]) -> Value {
+    norm_average::NormAverage.formula(&tensor_of(shape, weights)).unwrap()
+}
+
+/// Masks are drawn by the position among the others, however the inputs are listed.
+#[test]
+fn positions_leave_the_base_out() {
+    let mut tensor = tensor_of(&[4], &[1.0; 4]);
+    let positions = |inputs: Vec<Input<'_>>| -> Vec<u32> {
+        inputs.iter().map(|input| input.position).collect()
     };
-    norm_average::NormAverage.formula(&tensor).unwrap()
+    assert_eq!(positions(Inputs::of(&tensor).all()), [0, 1, 2, 3]);
+    tensor.base = Some(1);
+    assert_eq!(positions(Inputs::of(&tensor).others()), [0, 1, 2]);
+    assert_eq!(positions(Inputs::of(&tensor).all()), [0, 1, 1, 2]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! The average of vectors that point different ways is shorter than they are; a tensor of a merged
 //! model then acts more weakly than in any of its sources. This restores the length.
 
-use oxmerge::error::Result;
+use oxmerge::error::{Error, Result};
 use oxmerge::formula::{Scalar, Scope, Value, compute};
 use oxmerge::methods::{Contract, Description, Inputs, Method, Parameter, Preset};
 use oxmerge::plan::OutputTensor;
@@ -40,6 +40,9 @@ impl Method for NormAverage {
         let weights =
             inputs.iter().map(|input| input.number("weight")).collect::<Result<Vec<_>>>()?;
         let total: f64 = weights.iter().sum();
+        if total == 0.0 {
+            return Err(Error::plan("the weights sum to zero").advice("change a weight"));
+        }
         let shares: Vec<f64> = weights.iter().map(|weight| weight / total).collect();
         let average = Value::weighted_sum(
             shares.iter().copied().zip(inputs.iter().map(|input| input.value.clone())),

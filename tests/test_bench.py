@@ -159,6 +159,26 @@ def test_the_yardsticks_are_none_of_the_engines_code() -> None:
         assert not re.search(r"_core|oxmerge\.kernels|merge_tensors", text), module
 
 
+@pytest.mark.parametrize(
+    ("program", "count", "reason"),
+    [
+        ("echo no torch >&2; exit 3", 1, "mergekit 9.9: not measured: mergekit-yaml ended with 3"),
+        ("exit 0", len(METHODS), "mergekit-yaml ended well, but left no model"),
+    ],
+)
+def test_another_program_that_misbehaves_costs_only_its_own_rows(
+    small: None, mergekit: Mergekit, tmp_path: Path, program: str, count: int, reason: str
+) -> None:
+    broken = tmp_path / "mergekit-yaml"
+    broken.write_text(f"#!/bin/sh\n{program}\n")
+    broken.chmod(stat.S_IRWXU)
+    settings = Settings(str(tmp_path), ("merge",), rounds=1)
+    found = run(settings, _core.methods(), replace(mergekit, program=broken), quiet)
+    assert rows(found, "merge", "mergekit") == []
+    assert {row.name for row in rows(found, "merge", "oxmerge")} == set(METHODS)
+    assert len([note for note in found.notes if reason in note]) == count
+
+
 # Parts of it.
 
 

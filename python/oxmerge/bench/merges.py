@@ -68,8 +68,6 @@ class Merges:
 
     def jobs(self) -> Iterator[Job]:
         """Yield every merge with warm inputs, and some with cold ones."""
-        if self.mergekit is not None:
-            self.mergekit.prepare(self.folder)
         for state in ("warm", "cold"):
             floors: dict[int, list[Job]] = {}
             for case in self.cases:

@@ -60,12 +60,26 @@ class Mergekit:
         return cls(program, version)
 
     def prepare(self, folder: Path) -> None:
-        """Import everything once, so that no run pays for reading torch from the disk."""
+        """Import everything once, so that no run pays for reading torch from the disk.
+
+        Raises
+        ------
+        UnavailableError
+            If it cannot even say how it is used.
+        """
         run_process([str(self.program), "--help"], folder)
 
     def run(self, recipe: Path, output: Path) -> Taken:
-        """Merge once with default flags, and flush what it wrote: it does not."""
+        """Merge once with default flags, and flush what it wrote: it does not.
+
+        Raises
+        ------
+        UnavailableError
+            If it fails, or leaves no model.
+        """
         done = run_process([str(self.program), str(recipe), str(output)], recipe.parent, _OFFLINE)
+        if not any(output.glob("*.safetensors")):
+            raise UnavailableError("mergekit-yaml ended well, but left no model")
         started = time.perf_counter()
         for path in sorted(output.iterdir()):
             descriptor = os.open(path, os.O_RDONLY)

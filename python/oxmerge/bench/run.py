@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from oxmerge.bench.crew import Crew
 from oxmerge.bench.kernels import Arrays, kernel_jobs, simd_jobs, thread_jobs
 from oxmerge.bench.machine import cores, describe
-from oxmerge.bench.measure import measure
+from oxmerge.bench.measure import UnavailableError, measure
 from oxmerge.bench.memory import copy_jobs
 from oxmerge.bench.merges import Merges
 from oxmerge.bench.record import PARTS, Record, Row
@@ -88,7 +88,9 @@ def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Sa
     """
     _check_disk(settings)
     machine = describe(settings.directory)
-    results = [
+    mergekit, remarks = _ready(settings, mergekit, say)
+    results: list[Found] = [
+        ([], remarks),
         _in_memory(settings, methods, say),
         _storage(settings, say),
         _merges(settings, methods, mergekit, say),
@@ -112,6 +114,20 @@ def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Sa
             "those of its process and of an fsync of its files, which it leaves out"
         )
     return Record(machine, asked, tuple(rows), tuple(dict.fromkeys(notes)))
+
+
+def _ready(
+    settings: Settings, mergekit: Mergekit | None, say: Say
+) -> tuple[Mergekit | None, list[str]]:
+    """Return mergekit if it runs at all: seen before anything is measured, not minutes later."""
+    if mergekit is None:
+        return None, []
+    say("starting mergekit")
+    try:
+        mergekit.prepare(Path(settings.directory))
+    except UnavailableError as reason:
+        return None, [f"mergekit {mergekit.version}: not measured: {reason}"]
+    return mergekit, []
 
 
 def _in_memory(settings: Settings, methods: Methods, say: Say) -> Found:

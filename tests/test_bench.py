@@ -658,6 +658,8 @@ def test_bars_are_drawn_where_a_person_watches(
         ("--against mergekit=nowhere", 1, "there is no such interpreter"),
         ("--only memory --against mergekit=x", 2, "`--only` leaves them out"),
         ("--svg a --html a", 2, "name the same file"),
+        ("--save a --svg ./a", 2, "name the same file"),
+        ("--save= --quick", 2, "the name of a file is empty"),
         ("--svg nowhere/a.svg", 2, "`nowhere` is no directory"),
         ("--save .", 2, "is a directory"),
         ("--compare nowhere.json", 1, "`nowhere.json`: no such file"),

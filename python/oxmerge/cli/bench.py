@@ -143,7 +143,9 @@ def _write(record: Record, options: Namespace) -> None:
 def _check_targets(options: Namespace) -> None:
     """Refuse files that cannot be written, and two that are the same."""
     given = [path for path in (options.save, options.svg, options.html) if path is not None]
-    if len(set(given)) < len(given):
+    if "" in given:
+        raise UsageError("the name of a file is empty", "name a file to write")
+    if len({os.path.realpath(path) for path in given}) < len(given):
         raise UsageError("two of `--save`, `--svg` and `--html` name the same file")
     for path in given:
         folder = os.path.dirname(path) or "."

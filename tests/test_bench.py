@@ -422,6 +422,54 @@ def test_a_row_without_time_is_refused(tmp_path: Path) -> None:
         read_record(str(path))
 
 
+BROKEN: list[tuple[str, Any, str]] = [
+    ("machine", {}, "`machine` has no `cpu`"),
+    ("machine", {**MACHINE, "caches": {"L2": "1M"}}, "`caches` has '1M' for `L2`"),
+    ("machine", {**MACHINE, "simd_available": [1]}, "`simd_available` has 1 in it"),
+    ("settings", {}, "`settings` has no `size`"),
+    ("settings", "tiny", "the record has 'tiny' for `settings`"),
+    ("notes", "abc", "the record has 'abc' for `notes`"),
+    ("notes", [1], "`notes` has 1 in it"),
+    ("rows", {}, "the record has {} for `rows`"),
+    ("rows", [1], "a row is no object"),
+]
+BROKEN_ROWS: list[tuple[str, Any, str]] = [
+    ("part", "disks", "`disks` is not among the parts memory,"),
+    ("name", 7, "a row has 7 for `name`"),
+    ("bytes_read", "300", "a row has '300' for `bytes_read`"),
+    ("bytes_read", True, "a row has True for `bytes_read`"),
+    ("bytes_read", 10**400, "for `bytes_read`"),
+    ("threads", "two", "a row has 'two' for `threads`"),
+    ("seconds", [float("nan")], "`seconds` has nan in it"),
+    ("seconds", ["1"], "`seconds` has '1' in it"),
+    ("seconds", [], "a row has no run"),
+    ("process_seconds", None, "a row has None for `process_seconds`"),
+    ("part", "merge", "a merge has no `process_seconds`"),
+]
+
+
+@pytest.mark.parametrize("shown", [(), ("--json",), ("--html", "p.html")])
+@pytest.mark.parametrize(("key", "value", "message"), [*BROKEN, *BROKEN_ROWS])
+def test_what_is_amiss_in_a_record_is_named(
+    key: str, value: Any, message: str, shown: tuple[str, ...], bench: Any, tmp_path: Path
+) -> None:
+    data = json.loads(write_record(record_of(made_up(1, 2, 3))))
+    (data["rows"][0] if (key, value, message) in BROKEN_ROWS else data)[key] = value
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    code, out, err = bench("--show", "r.json", *shown)
+    assert code == 1
+    assert message in (json.loads(out)["error"]["message"] if "--json" in shown else err)
+
+
+def test_a_row_that_moves_nothing_is_refused(tmp_path: Path) -> None:
+    row = made_up(1, bytes_read=0, bytes_written=1)
+    data = json.loads(write_record(record_of(row)))
+    data["rows"][0]["bytes_written"] = 0
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    with pytest.raises(OxmergeError, match="a row moves no bytes"):
+        read_record(str(tmp_path / "r.json"))
+
+
 def test_what_follows_from_a_row() -> None:
     copy = Row("memory", "copy", "numpy", "memory", 100, 100, 2, seconds=(1.0,))
     row = made_up(2.0, 4.0, 3.0, 10.0, 1.0)

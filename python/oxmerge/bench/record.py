@@ -26,20 +26,52 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 import statistics
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from oxmerge.errors import OxmergeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 SCHEMA = "oxmerge-bench"
 VERSION = 1
 PARTS = ("memory", "storage", "kernels", "threads", "simd", "merge")
 
 _GIGA = 1e9
+_MOST = 1 << 63
+
+# What readers need, by type. More may be there.
+_RECORD = {"created": str, "machine": dict, "settings": dict, "notes": list, "rows": list}
+_MACHINE = {
+    "cpu": str,
+    "cores": int,
+    "virtual": bool,
+    "caches": dict,
+    "memory_bytes": int,
+    "kernel": str,
+    "file_system": str,
+    "load_average": float,
+    "python": str,
+    "numpy": str,
+    "oxmerge": str,
+    "simd": str,
+    "simd_available": list,
+}
+_SETTINGS = {"size": str, "rounds": int, "elements": int, "storage_bytes": int}
+_ROW = {
+    "part": str,
+    "name": str,
+    "by": str,
+    "state": str,
+    "bytes_read": int,
+    "bytes_written": int,
+    "seconds": list,
+    "process_seconds": list,
+}
+_ROW_OR_NULL = {"threads": int, "simd": str, "elements": int, "peak_memory": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,24 +229,66 @@ def read_record(path: str) -> Record:
         )
     try:
         return _read(data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _no_record(path, f"something in it is amiss: {error!r}") from None
+    except ValueError as error:
+        raise _no_record(path, f"something in it is amiss: {error}") from None
 
 
 def _read(data: Mapping[str, Any]) -> Record:
+    """Return the record; `ValueError` says what is amiss."""
+    _check(data, _RECORD, "the record")
+    machine, settings, notes = data["machine"], data["settings"], data["notes"]
+    _check(machine, _MACHINE, "`machine`")
+    _check(machine["caches"], dict.fromkeys(machine["caches"], int), "`caches`")
+    _check_all(machine["simd_available"], str, "`simd_available`")
+    _check(settings, _SETTINGS, "`settings`")
+    _check_all(notes, str, "`notes`")
     rows = tuple(_read_row(row) for row in data["rows"])
-    return Record(
-        dict(data["machine"]), dict(data["settings"]), rows, tuple(data["notes"]), data["created"]
-    )
+    return Record(dict(machine), dict(settings), rows, tuple(notes), data["created"])
 
 
-def _read_row(data: Mapping[str, Any]) -> Row:
-    values = {each.name: data[each.name] for each in fields(Row) if each.name in data}
-    values["seconds"] = tuple(float(each) for each in data["seconds"])
-    values["process_seconds"] = tuple(float(each) for each in data["process_seconds"])
-    if not values["seconds"] or min(values["seconds"]) <= 0:
+def _read_row(data: object) -> Row:
+    if not isinstance(data, dict):
+        raise ValueError("a row is no object")  # noqa: TRY004 - of a file, not of an argument
+    _check(data, _ROW, "a row")
+    given = {name: data[name] for name in _ROW_OR_NULL if data.get(name) is not None}
+    _check(given, {name: _ROW_OR_NULL[name] for name in given}, "a row")
+    if data["part"] not in PARTS:
+        raise ValueError(f"`{data['part']}` is not among the parts {', '.join(PARTS)}")
+    for name in ("seconds", "process_seconds"):
+        _check_all(data[name], float, f"`{name}`")
+        given[name] = tuple(float(each) for each in data[name])
+    if not given["seconds"] or min(given["seconds"]) <= 0:
         raise ValueError("a row has no run, or one that took no time")
-    return Row(**values)
+    if (data["part"], data["by"]) == ("merge", "oxmerge") and not given["process_seconds"]:
+        raise ValueError("a merge has no `process_seconds`")
+    row = Row(**{name: data[name] for name in _ROW if name not in given}, **given)
+    if row.bytes == 0:
+        raise ValueError("a row moves no bytes")
+    return row
+
+
+def _check(data: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
+    """Raise `ValueError` unless `data` has values of these types."""
+    for name, kind in kinds.items():
+        if name not in data:
+            raise ValueError(f"{where} has no `{name}`")
+        if not _is(data[name], kind):
+            raise ValueError(f"{where} has {data[name]!r} for `{name}`")
+
+
+def _check_all(values: Iterable[object], kind: type, where: str) -> None:
+    for value in values:
+        if not _is(value, kind):
+            raise ValueError(f"{where} has {value!r} in it")
+
+
+def _is(value: object, kind: type) -> bool:
+    """Return whether a value is of a type; numbers are finite, and not below zero."""
+    if kind is float or kind is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = whole or (kind is float and isinstance(value, float) and math.isfinite(value))
+        return fits and 0 <= value < _MOST  # type: ignore[operator]
+    return isinstance(value, kind)
 
 
 def _no_record(path: str, why: str) -> OxmergeError:

@@ -537,6 +537,14 @@ def test_only_the_same_work_is_compared() -> None:
     ]
 
 
+def test_another_instruction_set_is_told() -> None:
+    old, new = record_of(made_up(1)), record_of(made_up(2), simd="portable", python="3.13")
+    assert list(compare.remarks(old, new)) == [
+        "simd differs: avx2 then, portable now",
+        "python differs: 3.12 then, 3.13 now",
+    ]
+
+
 def test_a_merge_is_compared_whatever_threads_it_chose() -> None:
     row = Row("merge", "ties", "floor", "warm", 1, 1, 2, seconds=(1.0,))
     assert len(compare.compare(record_of(row), record_of(replace(row, threads=8)))) == 1

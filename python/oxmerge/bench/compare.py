@@ -70,7 +70,7 @@ def compare(old: Record, new: Record) -> list[Comparison]:
 
 def remarks(old: Record, new: Record) -> Iterator[str]:
     """Yield what to keep in mind: other machines, rows that could not be compared."""
-    for name in ("cpu", "cores", "kernel", "file_system", "numpy", "oxmerge"):
+    for name in ("cpu", "cores", "simd", "kernel", "file_system", "python", "numpy", "oxmerge"):
         then, now = old.machine.get(name), new.machine.get(name)
         if then != now:
             yield f"{name.replace('_', ' ')} differs: {then} then, {now} now"

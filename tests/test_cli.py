@@ -212,7 +212,7 @@ def test_sweep_passes_on_its_axes(run: Any) -> None:
     code, _, err = run("sweep", "r.yml", "out/{t}", *places, "--together", engine=engine)
     assert code == 0
     axes = {"parameters.t": "0.1,0.9", "models[0].parameters.weight": "1:2:2"}
-    options = {"together": True, "strict": False, "overwrite": False}
+    options = {"together": True, "strict": False, "overwrite": False, "read_path": "auto"}
     assert engine.calls == [("sweep", ("r.yml", "out/{t}", axes), options)]
     assert err == (
         "warning: odd\n"
@@ -221,6 +221,14 @@ def test_sweep_passes_on_its_axes(run: Any) -> None:
         "2 merges in one pass: 2.00 GB/s read and written, peak memory 180 MiB of 256 MiB, "
         "4 threads, avx512\n"
     )
+
+
+def test_sweep_takes_the_options_of_merge(run: Any) -> None:
+    engine = FakeEngine()
+    line = "sweep r.yml out/{n} --set a=1 --read-path direct --seed 3 --device torch --vram 1GB"
+    assert run(*line.split(), engine=engine)[0] == 0
+    options = engine.calls[0][2]
+    assert (options["read_path"], options["seed"], options["vram"]) == ("direct", 3, 10**9)
 
 
 @pytest.mark.parametrize("axis", ["parameters.t", "=1", "parameters.t="])
@@ -232,8 +240,9 @@ def test_sweep_refuses_an_axis_without_place_or_values(run: Any, axis: str) -> N
 
 def test_plan_passes_on_its_options(run: Any) -> None:
     engine = FakeEngine()
-    run("plan", "r.yml", "--memory", "1GB", "--strict", engine=engine)
-    assert engine.calls == [("plan", ("r.yml",), {"strict": True, "memory": 1_000_000_000})]
+    run("plan", "r.yml", "--memory", "1GB", "--strict", "--seed", "0", engine=engine)
+    options = {"strict": True, "memory": 1_000_000_000, "seed": 0}
+    assert engine.calls == [("plan", ("r.yml",), options)]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +258,8 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ("merge r out --mem=1GB", "unknown option `--mem`", "did you mean `--memory`?"),
         ("merge r out --device gpu", "device must be cpu, torch, cuda, cuda:N or auto", "see"),
         ("merge r out --vram lots", "not a size: 'lots'", "see"),
+        ("merge r out --vram 1GB", "`--vram` has no effect on the CPU", "add `--device cuda`"),
+        ("plan r --vram 1GB --device cpu", "`--vram` has no effect on the CPU", "add"),
         ("plan r --overwrite", "unknown option `--overwrite`", "known are:"),
         ("merge r.yml", "the following arguments are required: OUT", "see `oxmerge merge --help`"),
         ("plan a b", "unrecognized arguments: b", "see `oxmerge plan --help`"),

@@ -92,7 +92,58 @@ def test_every_combination_or_in_step(tmp_path: Path, family: Path) -> None:
     assert [v.directory for v in step] == ["out/0", "out/1"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "values", "directories"),
+    [
+        ("w{weight}", [0.3, 1, 1.5], ["w0.3", "w1", "w1.5"]),
+        ("w{weight}", "0:1:3", ["w0", "w0.5", "w1"]),
+        ("w{0}", [1 / 3, 2 / 3], ["w0.333333", "w0.666667"]),
+        ("w{0}", [0.12345671, 0.12345672], ["w0.12345671", "w0.12345672"]),
+        ("w{0}", [0.1 + 0.2, 0.3], ["w0.30000000000000004", "w0.3"]),
+        ("w{0}", [1, 1.0000001], ["w1", "w1.0000001"]),
+        ("{n:03}", [0.1, 0.2], ["000", "001"]),
+        ("{weight:.2f}", [0.1, 1], ["0.10", "1.00"]),
+        ("{}-{weight!s}", [0.1], ["0.1-0.1"]),
+        ("{weight}", 0.5, ["0.5"]),
+        ("{weight}", True, ["True"]),
+    ],
+)
+def test_directories(
+    tmp_path: Path, family: Path, pattern: str, values: Any, directories: list[str]
+) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    assert [v.directory for v in variants(recipe, pattern, {WEIGHT: values})] == directories
+
+
+def test_a_name_that_two_places_end_in_stands_for_neither(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    axes = {WEIGHT: [0.1, 0.2], "models[1].parameters.weight": [0.5]}
+    assert [v.directory for v in variants(recipe, "{0}-{1}", axes)] == ["0.1-0.5", "0.2-0.5"]
+    with pytest.raises(RecipeError, match=r"cannot fill in `w\{weight\}`") as caught:
+        variants(recipe, "w{weight}", axes)
+    assert caught.value.found == "several places that end in `weight`"
+    assert caught.value.advice == "it may hold {0}, {1}, {n}"
+
+
+def test_recipes_and_paths_as_merge_takes_them(tmp_path: Path, family: Path) -> None:
+    path = recipe_of(tmp_path, family, "linear")
+    recipe = oxmerge.Recipe.from_yaml(path)
+    pattern = tmp_path / "w{weight}"
+    reports = oxmerge.sweep(recipe, pattern, {WEIGHT: 0.7}, read_path="positioned", **ROOM)
+    assert [report.directory for report in reports] == [str(tmp_path / "w0.7")]
+    [variant] = variants(path, pattern, {WEIGHT: 0.7})
+    assert variants(recipe, pattern, {WEIGHT: 0.7}) == [variant]
+    assert variant.recipe.folder == str(tmp_path)
+    assert len(variants(variant.recipe, pattern, {WEIGHT: "0:1:4"})) == 4
+    with pytest.raises(ValueError, match="read_path must be one of"):
+        oxmerge.sweep(recipe, pattern, {WEIGHT: 0.7}, read_path="fast")
+
+
 def test_values() -> None:
+    assert parse_values("1e-13:9e-13:3") == [1e-13, 5e-13, 9e-13]
+    assert parse_values("-0.3:0.3:7") == [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]
+    assert parse_values("0:0:2") == [0.0, 0.0]
+    assert parse_values("-1.7e308:0:2") == [-1.7e308, 0.0]
     assert parse_values("0.1:0.9:9") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     assert parse_values("1e-3") == [0.001]
     assert parse_values("5:5:1") == [5.0]
@@ -106,6 +157,14 @@ def test_values() -> None:
         ("out/{x}", {WEIGHT: "1,2"}, "cannot fill in `out/{x}`"),
         ("out/{1}", {WEIGHT: "1,2"}, "cannot fill in `out/{1}`"),
         ("out/{", {WEIGHT: "1,2"}, "cannot fill in `out/{`"),
+        ("out/{0.x}", {WEIGHT: "1,2"}, "cannot fill in `out/{0.x}`"),
+        ("out/{0[a]}", {WEIGHT: "1,2"}, "cannot fill in `out/{0[a]}`"),
+        ("out/{n.real}", {WEIGHT: "1,2"}, "cannot fill in `out/{n.real}`"),
+        ("out/{n:s}", {WEIGHT: "1,2"}, "cannot fill in `out/{n:s}`"),
+        ("out/{0:.2f}", {WEIGHT: "0.001,0.002"}, "`out/{0:.2f}` gives several merges the same"),
+        ("out/{n}", {WEIGHT: "inf:1:3"}, "`inf:1.0:3` is not finite"),
+        ("out/{n}", {WEIGHT: "-1e308:1e308:3"}, "`-1e+308:1e+308:3` is not finite"),
+        ("out/{n}", {WEIGHT: "1,.nan"}, "`nan` is not finite"),
         ("out/{n}", {}, "a sweep needs something to vary"),
         ("out/{n}", {WEIGHT: ""}, "`` lists no values"),
         ("out/{n}", {WEIGHT: "1,,2"}, "`1,,2` lists no values"),

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
-from oxmerge.device_names import check_device
 from oxmerge.devices import UNTRIED, Choice, choose, open_backend
+from oxmerge.option_names import READ_PATHS, check_device
 from oxmerge.outcome import Outcome, method_description
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
 from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_MEMORY", "MergeReport", "Outlook", "Snapshot", "merge", "plan"]
 
-#: How inputs can be read.
-READ_PATHS = ("auto", "mapped", "positioned", "direct")
 #: Bytes that the whole process may have resident; or so many more than it has, in a process that
 #: has loaded torch, say.
 DEFAULT_MEMORY = 256 << 20
@@ -232,7 +230,10 @@ def plan(
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
 ) -> Outlook:
-    """Return what a merge would do. Reads headers and configs only.
+    """Return what a merge would do.
+
+    Reads headers and configs only. Where there is a GPU, measures the CPU and the disk for some
+    milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
 
     Parameters
     ----------

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import os
 import re
 import string
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from oxmerge.errors import RecipeError
@@ -15,21 +19,23 @@ from oxmerge.recipe import Recipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
     from oxmerge.merging import MergeReport, Snapshot
 
     Scalar = bool | int | float | str
-    Axes = Mapping[str, str | Sequence[Scalar]]
+    Axes = Mapping[str, Scalar | Sequence[Scalar]]
+    PathLike = str | os.PathLike[str]
 
 __all__ = ["Variant", "parse_values", "sweep", "variants"]
 
 #: More outputs than that are a slip of the keyboard.
 MOST_VARIANTS = 256
-#: Decimals that a value of a range keeps: 0.3, not 0.30000000000000004.
-_DECIMALS = 12
+#: Digits that a value of a range keeps, of its larger end: 0.3, not 0.30000000000000004.
+_DIGITS = 12
+#: Digits of a value in the name of a directory: the fewest that tell all values apart.
+_DIGITS_OF_NAMES = range(6, 17)
 _STEP = re.compile(r"([^\[\].]+)|\[(\d+)\]")
 _RANGE = re.compile(r"([^:,]+):([^:,]+):(\d+)")
 
@@ -83,8 +89,16 @@ def parse_values(text: str) -> list[Scalar]:
         raise RecipeError(
             f"`{text}` has {count} values", advice=f"ask for 1 to {MOST_VARIANTS} of them"
         )
+    return _spaced(first, last, count)
+
+
+def _spaced(first: float, last: float, count: int) -> list[Scalar]:
+    largest = max(abs(first), abs(last))
+    if not math.isfinite(largest) or not math.isfinite(last - first):
+        raise _not_finite(f"{first}:{last}:{count}")
+    decimals = max(_DIGITS - math.floor(math.log10(largest)), 0) if largest else 0
     step = (last - first) / max(count - 1, 1)
-    return [round(first + step * at, _DECIMALS) for at in range(count)]
+    return [round(first + step * at, decimals) for at in range(count)]
 
 
 def _scalar(value: str, text: str) -> Scalar:
@@ -103,6 +117,10 @@ def _no_values(text: str) -> RecipeError:
     return RecipeError(f"`{text}` lists no values", advice=advice)
 
 
+def _not_finite(text: object) -> RecipeError:
+    return RecipeError(f"`{text}` is not finite", advice="sweep over finite numbers")
+
+
 def _no_place(place: str, step: object) -> RecipeError:
     return RecipeError(
         f"there is no `{place}` in the recipe",
@@ -111,8 +129,20 @@ def _no_place(place: str, step: object) -> RecipeError:
     )
 
 
+def _listed(values: Scalar | Sequence[Scalar]) -> list[Scalar]:
+    """Return the values of an axis, which may be one, a sequence, or text that lists them."""
+    if isinstance(values, str):
+        listed = parse_values(values)
+    else:
+        listed = list(values) if isinstance(values, Iterable) else [values]
+    for value in listed:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _not_finite(value)
+    return listed
+
+
 def variants(
-    recipe: str | os.PathLike[str], pattern: str, axes: Axes, *, together: bool = False
+    recipe: PathLike | Recipe, pattern: PathLike, axes: Axes, *, together: bool = False
 ) -> list[Variant]:
     """Return the merges of a sweep: every combination of the values of `axes`.
 
@@ -126,18 +156,17 @@ def variants(
     RecipeError
         If a place is not in the recipe, or two merges would go to the same directory.
     """
-    values = {
-        place: parse_values(listed) if isinstance(listed, str) else list(listed)
-        for place, listed in axes.items()
-    }
+    values = {place: _listed(listed) for place, listed in axes.items()}
     if not values or not all(values.values()):
         raise RecipeError(
             "a sweep needs something to vary",
             advice="name a place and its values: models[0].parameters.weight=0.1:0.9:9",
         )
     mapping, folder = Recipe.mapping_of(recipe)
+    pattern = os.fspath(pattern)
+    names = _Names(values)
     made = [
-        _variant(mapping, folder, pattern, number, settings)
+        _variant(mapping, folder, names.fill(pattern, number, settings), settings)
         for number, settings in enumerate(_combinations(values, together=together))
     ]
     _check_directories(made, pattern)
@@ -166,16 +195,13 @@ def _combinations(
 def _variant(
     mapping: Mapping[str, object],
     folder: str | None,
-    pattern: str,
-    number: int,
+    directory: str,
     settings: dict[str, Scalar],
 ) -> Variant:
     changed = copy.deepcopy(mapping)
     for place, value in settings.items():
         _put(changed, place, value)
-    return Variant(
-        settings, _directory(pattern, number, settings), Recipe.from_mapping(changed, folder=folder)
-    )
+    return Variant(settings, directory, Recipe.from_mapping(changed, folder=folder))
 
 
 def _put(mapping: Any, place: str, value: Scalar) -> None:  # noqa: ANN401 - parsed YAML
@@ -201,15 +227,57 @@ def _put(mapping: Any, place: str, value: Scalar) -> None:  # noqa: ANN401 - par
     at[last] = value
 
 
-def _directory(pattern: str, number: int, settings: Mapping[str, Scalar]) -> str:
-    texts = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in settings.values()]
-    names = [re.split(r"[.\]]", place)[-1] for place in settings]
-    fields = dict(zip(names, texts, strict=True)) | {"n": str(number)}
-    try:
-        return string.Formatter().vformat(pattern, texts, fields)
-    except (IndexError, KeyError, ValueError):
-        known = ", ".join(f"{{{name}}}" for name in [*range(len(texts)), *fields])
-        raise RecipeError(f"cannot fill in `{pattern}`", advice=f"it may hold {known}") from None
+class _Names(string.Formatter):
+    """Fills in patterns of directories.
+
+    Parameters
+    ----------
+    values : mapping of str to sequence
+        All values of each place.
+    """
+
+    def __init__(self, values: Mapping[str, Sequence[Scalar]]) -> None:
+        self.names = [re.split(r"[.\]]", place)[-1] for place in values]
+        self.plain = _format(itertools.chain(*values.values()))
+
+    def fill(self, pattern: str, number: int, settings: Mapping[str, Scalar]) -> str:
+        """Return the directory of the merge with these settings."""
+        values = list(settings.values())
+        uses = Counter(self.names)
+        named = {n: v for n, v in zip(self.names, values, strict=True) if n and uses[n] == 1}
+        fields = {**named, "n": number}
+        try:
+            return self.vformat(pattern, values, fields)
+        except (LookupError, OverflowError, TypeError, ValueError) as error:
+            known = ", ".join(f"{{{name}}}" for name in [*range(len(values)), *fields])
+            name = error.args[0] if isinstance(error, KeyError) else None
+            found = f"several places that end in `{name}`" if uses[name] > 1 else None
+            raise RecipeError(
+                f"cannot fill in `{pattern}`", found=found, advice=f"it may hold {known}"
+            ) from None
+
+    def get_field(
+        self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, str]:
+        """Return a value: nothing is looked up in it."""
+        name = int(field_name) if field_name.isdecimal() else field_name
+        return self.get_value(name, args, kwargs), field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:  # noqa: ANN401
+        """Return a value as text: a float with as few digits as will do, unless asked otherwise."""
+        plain = isinstance(value, float) and not format_spec
+        return format(value, self.plain if plain else format_spec)
+
+
+def _format(values: Iterable[Scalar]) -> str:
+    """Return a format for floats that tells numbers apart: with few digits, or all there are."""
+    numbers = {value for value in values if isinstance(value, int | float)}
+    for digits in _DIGITS_OF_NAMES:
+        short = f".{digits}g"
+        texts = {f"{each:{short if isinstance(each, float) else ''}}" for each in numbers}
+        if len(texts) == len(numbers):
+            return short
+    return ""
 
 
 def _check_directories(made: Sequence[Variant], pattern: str) -> None:
@@ -222,8 +290,8 @@ def _check_directories(made: Sequence[Variant], pattern: str) -> None:
 
 
 def sweep(  # noqa: PLR0913 - the options of the command, keyword only
-    recipe: str | os.PathLike[str],
-    pattern: str,
+    recipe: PathLike | Recipe,
+    pattern: PathLike,
     axes: Axes,
     *,
     together: bool = False,
@@ -235,6 +303,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     strict: bool = False,
+    read_path: str = "auto",
     progress: Callable[[Snapshot], None] | None = None,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
@@ -244,17 +313,18 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
 
     Parameters
     ----------
-    recipe : path or str
-        What to merge: a file, or YAML text.
-    pattern : str
+    recipe : path, str or Recipe
+        What to merge: a file, YAML text, or a recipe.
+    pattern : path or str
         Where the outputs go. ``{0}``, ``{1}``… stand for the values in the order of `axes`,
-        ``{weight}`` for that of a place that ends so, ``{n}`` for a running number from 0.
-    axes : mapping of str to str or sequence
+        ``{weight}`` for that of the one place that ends so, ``{n}`` for a running number from 0.
+        Formats are Python's: ``{n:03}``, ``{weight:.2f}``.
+    axes : mapping of str to str, number or sequence
         What to vary: a place in the recipe, such as ``models[0].parameters.weight``, and its
-        values, as a sequence or as `parse_values` reads them.
+        value or values, as a sequence or as `parse_values` reads them.
     together : bool
         Vary all places in step instead of in every combination.
-    memory, threads, device, vram, seed, shard_size, overwrite, strict, progress
+    memory, threads, device, vram, seed, shard_size, overwrite, strict, read_path, progress
         As in `merge`; for all outputs together.
 
     Returns
@@ -288,5 +358,6 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         shard_size=shard_size,
         overwrite=overwrite,
         strict=strict,
+        read_path=read_path,
         progress=progress,
     )

@@ -6,7 +6,7 @@ import argparse
 import re
 import shutil
 
-from oxmerge.device_names import check_device
+from oxmerge.option_names import READ_PATHS, check_device
 from oxmerge.problems import did_you_mean
 from oxmerge.sizes import parse_size
 
@@ -139,6 +139,9 @@ def add_plan_options(parser: Parser) -> None:
         "--vram", type=size, metavar="SIZE", help="memory to use on each device (4GiB)"
     )
     parser.add_argument(
+        "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
+    )
+    parser.add_argument(
         "--shard-size",
         type=size,
         metavar="SIZE",
@@ -152,7 +155,7 @@ def add_run_options(parser: Parser) -> None:
     """Add the options that `merge` and `sweep` share."""
     add_plan_options(parser)
     parser.add_argument(
-        "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
+        "--read-path", choices=READ_PATHS, default="auto", help="how input files are read (auto)"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is in the output directory"
@@ -162,8 +165,11 @@ def add_run_options(parser: Parser) -> None:
 
 def run_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that `merge` and `sweep` share, without those not given."""
-    settings = {**plan_options(options), "overwrite": options.overwrite}
-    return settings if options.seed is None else {**settings, "seed": options.seed}
+    return {
+        **plan_options(options),
+        "overwrite": options.overwrite,
+        "read_path": options.read_path,
+    }
 
 
 def add_json_option(parser: Parser) -> None:
@@ -173,11 +179,16 @@ def add_json_option(parser: Parser) -> None:
 
 def plan_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the shared options as keyword arguments, without those not given."""
+    if options.vram is not None and options.device in {None, "cpu"}:
+        raise UsageError(
+            "`--vram` has no effect on the CPU", "add `--device cuda`, or leave `--vram` out"
+        )
     given = {
         "memory": options.memory,
         "threads": options.threads,
         "device": options.device,
         "vram": options.vram,
+        "seed": options.seed,
         "shard_size": options.shard_size,
     }
     return {

@@ -13,21 +13,16 @@ if TYPE_CHECKING:
     from oxmerge.cli.engine import Engine, MergeReport
     from oxmerge.cli.printer import Printer
 
-READ_PATHS = ("auto", "mapped", "positioned", "direct")
-
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     add_run_options(parser)
     parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
-    parser.add_argument(
-        "--read-path", choices=READ_PATHS, default="auto", help="how input files are read (auto)"
-    )
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Merge and tell how it went."""
-    settings = {**run_options(options), "read_path": options.read_path}
+    settings = run_options(options)
     with show_progress(printer) as progress:
         report = engine.merge(options.recipe, options.directory, **settings, progress=progress)
     tell(report, printer)

@@ -1,10 +1,13 @@
-"""Names of devices. Apart, so that the command line need not load what uses them."""
+"""What options may be called. Apart, so that the command line need not load what uses them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["check_device"]
+__all__ = ["READ_PATHS", "check_device"]
+
+#: How inputs can be read.
+READ_PATHS = ("auto", "mapped", "positioned", "direct")
 
 
 def check_device(device: str) -> None:

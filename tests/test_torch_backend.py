@@ -6,6 +6,7 @@ Tests that run on a GPU as well are marked `cuda`; the way there is the same but
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import re
 import signal
@@ -683,13 +684,59 @@ def test_auto_decides_by_rates(
         return (cpu if backend is None else gpu) / scale
 
     monkeypatch.setattr(devices, "_has_gpu", lambda: True)
-    monkeypatch.setattr(devices, "open_backend", lambda *_: backend_on.__name__)
+    monkeypatch.setattr(devices, "open_backend", lambda *_: contextlib.nullcontext("a GPU"))
     monkeypatch.setattr(devices, "disk_rate", lambda _: disk / scale)
     monkeypatch.setattr(_core, "rehearse", rehearse)
     plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "ties_0.5")))
-    choice = devices.choose(plan, None, None, load=True)
+    choice = devices.choose([plan], None, None, load=True)
     assert choice.device == device
     assert reason in choice.reason
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> None:
+    """Pretend that there is one; rates are those of a plan on the CPU. It takes no time there."""
+
+    def rehearse(plan: str, _threads: object, backend: object) -> float:
+        return rates[plan] if backend is None else float("inf")
+
+    monkeypatch.setattr(devices, "_has_gpu", lambda: True)
+    monkeypatch.setattr(devices, "disk_rate", lambda _: float("inf"))
+    monkeypatch.setattr(_core, "rehearse", rehearse)
+
+
+def test_auto_counts_every_merge_of_a_sweep(
+    tmp_path: Path, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("linear", "ties_0.5")
+    plans = [build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, name))) for name in names]
+    # The first is done at once, the second takes hours.
+    rates = dict(zip((plan.to_json() for plan in plans), (1e15, 1.0), strict=True))
+    pretend_a_gpu(monkeypatch, rates)
+    monkeypatch.setattr(devices, "open_backend", lambda *_: contextlib.nullcontext("a GPU"))
+    assert devices.choose(plans[:1], None, None, load=True).device == "cpu"
+    assert devices.choose(plans, None, None, load=True).device == "cuda"
+    seen: list[int] = []
+
+    def choose(given: Any, *_: object, **__: object) -> devices.Choice:
+        seen.append(len(given))
+        return devices.Choice("cpu", "")
+
+    monkeypatch.setattr(oxmerge.merging, "choose", choose)
+    axes = {"models[0].parameters.weight": "0.1,0.2,0.3"}
+    recipe = recipe_of(tmp_path, family, "linear")
+    oxmerge.sweep(recipe, tmp_path / "{n}", axes, device="auto", memory="4GiB")
+    assert seen == [3]
+
+
+def test_auto_takes_the_cpu_where_torch_cannot_use_the_gpu(
+    tmp_path: Path, family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "linear")))
+    pretend_a_gpu(monkeypatch, {plan.to_json(): 1.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choice = devices.choose([plan], None, None, load=True)
+    assert choice.device == "cpu"
+    assert "the GPU cannot be used: there is no GPU for the device `cuda`" in choice.reason
 
 
 def test_rates_are_measured(tmp_path: Path, family: Path) -> None:

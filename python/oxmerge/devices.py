@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,23 +53,6 @@ class Choice:
 
     device: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """What a merge moves, and the seconds that this takes at the rates of the CPU and the disk."""
-
-    moved: int
-    reading: float
-    computing: float
-
-    @property
-    def disk_is_slower(self) -> bool:
-        return self.computing < self.reading * (1 + _LEAST_GAIN)
-
-    @property
-    def is_short(self) -> bool:
-        return self.computing < _LEAST_SECONDS
 
 
 def open_backend(device: str, vram: int | None) -> Backend | None:
@@ -115,15 +99,18 @@ def _gpus(device: str) -> list[str]:
     return [device] if number else [f"cuda:{at}" for at in range(count)]
 
 
-def choose(merge_plan: MergePlan, threads: int | None, vram: int | None, *, load: bool) -> Choice:
-    """Return the device that is expected to be the fastest for a merge.
+def choose(
+    merge_plans: Sequence[MergePlan], threads: int | None, vram: int | None, *, load: bool
+) -> Choice:
+    """Return the device that is expected to be the fastest for merges of the same tensors.
 
-    Looks for a GPU; only if there is one, measures the CPU for some milliseconds, and the disk.
+    Looks for a GPU; only if there is one, measures the CPU for some milliseconds for each merge,
+    and the disk.
 
     Parameters
     ----------
-    merge_plan : MergePlan
-        What is to be done.
+    merge_plans : sequence of MergePlan
+        What is to be done, in one pass over the inputs.
     threads : int, optional
         Workers.
     vram : int, optional
@@ -135,33 +122,46 @@ def choose(merge_plan: MergePlan, threads: int | None, vram: int | None, *, load
         return Choice("cpu", "there is no GPU here")
     if not _has_torch():
         return Choice("cpu", "a GPU needs torch, which is not installed")
-    return _compare(merge_plan, threads, vram, load=load)
+    return _compare(merge_plans, threads, vram, load=load)
 
 
-def _compare(merge_plan: MergePlan, threads: int | None, vram: int | None, *, load: bool) -> Choice:
+def _compare(
+    merge_plans: Sequence[MergePlan], threads: int | None, vram: int | None, *, load: bool
+) -> Choice:
     """Compare a GPU, which is there, with the CPU and the disk."""
-    work = _measure(merge_plan, threads)
-    rates = f"reading takes {work.reading:.1f} s, computing {work.computing:.1f} s"
-    if work.disk_is_slower:
+    reading = _bytes_read(merge_plans[0]) / disk_rate(merge_plans[0].plan.files)
+    computing = _computing(merge_plans, threads, None)
+    rates = f"reading takes {reading:.1f} s, computing {computing:.1f} s"
+    if computing < reading * (1 + _LEAST_GAIN):
         return Choice("cpu", f"the disk is the limit: {rates}")
-    if work.is_short:
-        return Choice("cpu", f"the merge is too short to load torch for: {rates}")
+    if computing < _LEAST_SECONDS:
+        return Choice("cpu", f"the work is too short to load torch for: {rates}")
     if not load:
         return Choice("cuda", f"computing is the limit, {rates}; `--device auto` measures the GPU")
-    backend = open_backend("cuda", vram)
-    seconds = max(work.reading, work.moved / _core.rehearse(merge_plan.to_json(), threads, backend))
+    try:
+        with open_backend("cuda", vram) or nullcontext() as backend:
+            seconds = max(reading, _computing(merge_plans, threads, backend))
+    except DeviceError as error:
+        return Choice("cpu", f"the GPU cannot be used: {error.message}")
     with_gpu = f"{rates}, {seconds:.1f} s with the GPU"
-    if seconds > (1 - _LEAST_GAIN) * work.computing:
+    if seconds > (1 - _LEAST_GAIN) * computing:
         return Choice("cpu", f"the GPU would not be faster: {with_gpu}")
     return Choice("cuda", with_gpu)
 
 
-def _measure(merge_plan: MergePlan, threads: int | None) -> _Load:
-    tensors = merge_plan.plan.tensors
-    read = sum(tensor.source_bytes for tensor in tensors)
-    moved = read + sum(tensor.bytes for tensor in tensors)
-    computing = moved / _core.rehearse(merge_plan.to_json(), threads, None)
-    return _Load(moved, read / disk_rate(merge_plan.plan.files), computing)
+def _computing(
+    merge_plans: Sequence[MergePlan], threads: int | None, backend: Backend | None
+) -> float:
+    """Return the seconds that all merges take where nothing waits for the disk."""
+    seconds = 0.0
+    for merge_plan in merge_plans:
+        moved = _bytes_read(merge_plan) + sum(tensor.bytes for tensor in merge_plan.plan.tensors)
+        seconds += moved / _core.rehearse(merge_plan.to_json(), threads, backend)
+    return seconds
+
+
+def _bytes_read(merge_plan: MergePlan) -> int:
+    return sum(tensor.source_bytes for tensor in merge_plan.plan.tensors)
 
 
 def _has_gpu() -> bool:

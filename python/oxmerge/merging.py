@@ -269,7 +269,7 @@ def plan(
     _check_options(threads, "auto", device)
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
     vram = None if vram is None else parse_size(vram)
-    fastest = choose(merge_plan, threads, vram, load=device == "auto")
+    fastest = choose([merge_plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
     predicted = _core.predict([merge_plan.to_json()], _budget(memory), threads, backend)
     return Outlook(
@@ -392,7 +392,8 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict) for recipe, _ in merges
     ]
     if device == "auto":
-        device = choose(prepared[0][0], threads, vram, load=True).device
+        merge_plans = [merge_plan for merge_plan, _ in prepared]
+        device = choose(merge_plans, threads, vram, load=True).device
     backend = open_backend(device, vram)
     needed = sum(outcome.bytes for _, outcome in prepared)
     outputs: list[OutputDirectory] = []

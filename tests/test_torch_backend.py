@@ -8,11 +8,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -517,6 +521,127 @@ def test_without_torch_one_line_says_what_to_install(
         message = f"error: the device `{device}` needs torch: pip install 'oxmerge[torch]'\n"
         assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_torch_that_cannot_be_loaded_says_why(tmp_path: Path, twins: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so: no such file')")
+    command = [sys.executable, "-m", "oxmerge", "merge", twins / "linear.yml", tmp_path / "out"]
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*map(str, command), "--device", "torch"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: torch is installed, but cannot be loaded: libcudart.so: no such file\n"
+        "hint: install torch anew, or use --device cpu\n"
+    )
+
+
+# What torch has once for the whole process.
+
+
+def threads_in_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return int(pool.submit(torch.get_num_threads).result())
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_merges_that_overlap_leave_the_threads_as_they_were(
+    three_threads: None, first_out: int
+) -> None:
+    backends = [backend_on("torch") for _ in range(2)]
+    for backend in backends:
+        backend.__enter__()
+        assert torch.get_num_threads() == 1
+        assert threads_in_a_new_thread() == 1
+    for backend in (backends[first_out], backends[1 - first_out]):
+        backend.__exit__(None, None, None)
+    assert torch.get_num_threads() == 3
+    assert threads_in_a_new_thread() == 3
+
+
+def test_merges_in_two_threads_leave_the_threads_as_they_were(three_threads: None) -> None:
+    both_in = threading.Barrier(2)
+
+    def enter() -> int:
+        with backend_on("torch"):
+            both_in.wait(30)
+        return int(torch.get_num_threads())
+
+    with ThreadPoolExecutor(2) as pool:
+        after = [pool.submit(enter) for _ in range(2)]
+        assert [each.result() for each in after] == [3, 3]
+    assert threads_in_a_new_thread() == 3
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pretend a GPU of 100 bytes, of which the process has 10 and may have 90; its shares."""
+    found = [0.9]
+    properties = types.SimpleNamespace(total_memory=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda _: found[-1], raising=False
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, _: found.append(share)
+    )
+    return found
+
+
+def test_the_limit_of_a_gpu_counts_what_is_taken_and_is_put_back(shares: list[float]) -> None:
+    gpu = torch.device("cuda:0")
+    with torch_backend._limited(gpu, 20):
+        assert shares[-1] == 0.3
+        with torch_backend._limited(gpu, 30):
+            assert shares[-1] == 0.6
+        with torch_backend._limited(gpu, 1000):
+            assert shares[-1] == 0.9
+        assert shares[-1] == 0.3
+    assert shares[-1] == 0.9
+    assert torch_backend._SHARES == {}
+
+
+def test_a_backend_that_is_not_entered_changes_nothing(
+    shares: list[float], three_threads: None
+) -> None:
+    backend = torch_backend.Backend(["cpu"], 1)
+    backend.devices = [torch.device("cuda:0")]
+    assert (shares, torch.get_num_threads()) == ([0.9], 3)
+    with backend:
+        assert (shares[-1], torch.get_num_threads()) == (0.11, 1)
+    assert (shares[-1], torch.get_num_threads()) == (0.9, 3)
+
+
+def test_a_backend_that_cannot_be_entered_puts_back_what_it_changed(
+    shares: list[float], three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", fail)
+    backend = torch_backend.Backend(["cpu"], 1)
+    backend.devices = [torch.device("cuda:0")]
+    with pytest.raises(RuntimeError, match="no driver"):
+        backend.__enter__()
+    assert (shares, torch.get_num_threads()) == ([0.9], 3)
+    assert torch_backend._SHARES == {}
 
 
 @pytest.mark.skipif(GPUS > 0, reason="there is a GPU here")

@@ -69,13 +69,20 @@ def open_backend(device: str, vram: int | None) -> Backend | None:
     Raises
     ------
     DeviceError
-        If torch is not installed, or the device is not there.
+        If torch is not installed or cannot be loaded, or the device is not there.
     """
     if device == "cpu":
         return None
     if not _has_torch():
         raise DeviceError(f"the device `{device}` needs torch: pip install 'oxmerge[torch]'")
-    from oxmerge import torch_backend  # noqa: PLC0415 - loads torch, which takes seconds
+    try:
+        from oxmerge import torch_backend  # noqa: PLC0415 - loads torch, which takes seconds
+    except Exception as error:
+        # An installation that is broken fails in many ways.
+        raise DeviceError(
+            f"torch is installed, but cannot be loaded: {error}",
+            advice="install torch anew, or use --device cpu",
+        ) from error
 
     names = ["cpu"] if device == "torch" else _gpus(device)
     return torch_backend.Backend(names, DEFAULT_VRAM if vram is None else vram)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,65 @@ STORED = {
 }
 
 
+# What torch has once for the whole process. Merges may overlap.
+
+_LOCK = threading.Lock()
+#: For each merge under way, the threads that torch had before the first of them.
+_THREADS: list[int] = []
+#: For each GPU in use, its share before, the bytes that were taken, and what merges may take.
+_SHARES: dict[torch.device, tuple[float, int, list[int]]] = {}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Leave each worker one thread: there are more of them than cores."""
+    with _LOCK:
+        _THREADS.append(_THREADS[0] if _THREADS else torch.get_num_threads())
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            # Each thread has a number of its own too: all that enter put it back.
+            torch.set_num_threads(_THREADS.pop())
+
+
+@contextlib.contextmanager
+def _limited(device: torch.device, vram: int) -> Iterator[None]:
+    """Let the process take `vram` bytes of a GPU, beside what it has there."""
+    with _LOCK:
+        if device not in _SHARES:
+            _SHARES[device] = _share(device), torch.cuda.memory_reserved(device), []
+        merges = _SHARES[device][2]
+        merges.append(vram)
+    try:
+        with _LOCK:
+            _set_limit(device)
+        yield
+    finally:
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+        with _LOCK:
+            merges.remove(vram)
+            _set_limit(device)
+            if not merges:
+                del _SHARES[device]
+
+
+def _set_limit(device: torch.device) -> None:
+    share, taken, merges = _SHARES[device]
+    if merges:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min(share, (taken + sum(merges)) / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _share(device: torch.device) -> float:
+    """Return the share of a GPU that the process may take; torch before 2.8 does not tell it."""
+    tell = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return 1.0 if tell is None else tell(device)
+
+
 class Backend:
     """The devices of a run.
 
@@ -44,7 +104,8 @@ class Backend:
     devices : sequence of str
         Torch's names of them: ``cpu``, or ``cuda:0`` and so on. Workers take turns.
     vram : int
-        Bytes that the tensors on one device may take; a GPU's allocator is held to it.
+        Bytes that the tensors on one device may take; a GPU's allocator is held to it while the
+        backend is entered.
     """
 
     def __init__(self, devices: Sequence[str], vram: int) -> None:
@@ -53,25 +114,21 @@ class Backend:
         self.is_host = all(device.type == "cpu" for device in self.devices)
         self._running_sums = {device: kernels.running_sum_on(device) for device in self.devices}
         self._next = itertools.cycle(self.devices)
-        self._threads = torch.get_num_threads()
-        for device in self.devices:
-            if device.type == "cuda":
-                total = torch.cuda.get_device_properties(device).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, vram / total), device)
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Leave each worker one thread: there are more of them than cores."""
-        torch.set_num_threads(1)
+        """Limit torch's threads and what the allocators of GPUs take, for the whole process."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_one_thread())
+            for device in self.devices:
+                if device.type == "cuda":
+                    stack.enter_context(_limited(device, self.vram))
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Put everything back, and let go of the devices' memory."""
-        torch.set_num_threads(self._threads)
-        for device in self.devices:
-            if device.type == "cuda":
-                torch.cuda.set_per_process_memory_fraction(1.0, device)
-                with torch.cuda.device(device):
-                    torch.cuda.empty_cache()
+        self._held.close()
 
     @property
     def name(self) -> str:

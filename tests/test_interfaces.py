@@ -47,6 +47,37 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(folder / "r.yml", "ties", [folder / "a"], base=folder / "base", each=each)
 
 
+# An instruction set that this machine lacks.
+
+NO_LEVEL = "error: the SIMD level `foo` is not available: expected one that this CPU has ("
+
+
+@pytest.mark.parametrize(
+    "line", ["merge linear.yml {out}", "bench --quick --only memory", "bench {out} --only merge"]
+)
+def test_a_wrong_instruction_set_is_one_plain_line(
+    tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setenv("OXMERGE_SIMD", "foo")
+    done = program(*line.format(out=tmp_path).split(), cwd=twins)
+    assert (done.returncode, done.stdout) == (1, "")
+    error, hint = done.stderr.splitlines()
+    assert error.startswith(NO_LEVEL)
+    assert hint == "hint: unset OXMERGE_SIMD to use the best one"
+
+
+def test_what_needs_no_instruction_set_works_with_a_wrong_one(
+    twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OXMERGE_SIMD", "foo")
+    for line in ("--version", "methods", "plan linear.yml", "inspect a", "bench --help"):
+        done = program(*line.split(), cwd=twins)
+        assert (done.returncode, done.stderr) == (0, ""), line
+    done = python("-c", "import oxmerge; print(oxmerge.__version__)")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+
+
 # Threads, forks, signals.
 
 

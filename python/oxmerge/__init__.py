@@ -64,7 +64,22 @@ __all__ = [
     "sweep",
 ]
 
-__version__: str = build_info()["version"]
+
+def _build() -> dict[str, str]:
+    """Return version and profile; of a wrong `OXMERGE_SIMD`, the first merge tells."""
+    try:
+        return build_info()
+    except PlanError:
+        from importlib import metadata  # noqa: PLC0415 - slow
+
+        try:
+            version = metadata.version("oxmerge")
+        except metadata.PackageNotFoundError:
+            version = "unknown"
+        return {"version": version, "profile": "unknown"}
+
+
+__version__: str = _build()["version"]
 
 #: Where the names come from that are loaded when they are first used.
 _LAZY = {
@@ -106,7 +121,7 @@ def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
 
 
-if build_info()["profile"] == "debug":
+if _build()["profile"] == "debug":
     from warnings import warn
 
     warn(

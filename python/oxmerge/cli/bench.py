@@ -31,7 +31,6 @@ def add_arguments(parser: Parser) -> None:
         "directory",
         metavar="DIR",
         nargs="?",
-        default=".",
         help="whose disk is measured, in a new folder that is removed afterwards (.)",
     )
     parser.add_argument("--quick", action="store_true", help="smaller arrays and files, 3 rounds")
@@ -39,13 +38,11 @@ def add_arguments(parser: Parser) -> None:
         "--only",
         type=_parts,
         metavar="PARTS",
-        default=PARTS,
         help=f"some of {','.join(PARTS)}",
     )
     parser.add_argument(
         "--size",
         choices=_SIZES,
-        default="tiny",
         help="of the models merged: 53 MB or 2.5 GB (tiny)",
     )
     parser.add_argument("--rounds", type=positive, metavar="N", help="runs of each thing (5)")
@@ -70,6 +67,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Measure, and print, compare and write what is asked for."""
     # What cannot work is told before the measuring begins.
     _check_targets(options)
+    _check_show(options)
     old = _read(options.compare)
     record = _read(options.show) or _measure(options, printer, engine)
     _tell(record, old, printer)
@@ -80,7 +78,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
 def _measure(options: Namespace, printer: Printer, engine: Engine) -> Record:
     from oxmerge.bench.run import run as measure  # noqa: PLC0415 - not for --help
 
-    if not os.path.isdir(options.directory):
+    if options.directory is not None and not os.path.isdir(options.directory):
         raise UsageError(f"`{options.directory}` is no directory", "name one that exists")
     mergekit = _mergekit(options)
     with _progress(printer) as say:
@@ -90,10 +88,14 @@ def _measure(options: Namespace, printer: Printer, engine: Engine) -> Record:
 def _settings(options: Namespace) -> Settings:
     from oxmerge.bench.run import Settings  # noqa: PLC0415 - not for --help
 
-    given = dict(_QUICK) if options.quick else {}
-    if options.rounds is not None:
-        given["rounds"] = options.rounds
-    return Settings(options.directory, options.only, options.size, **given)
+    given = {
+        "directory": options.directory,
+        "parts": options.only,
+        "size": options.size,
+        "rounds": options.rounds,
+    }
+    asked = {name: value for name, value in given.items() if value is not None}
+    return Settings(**{**(_QUICK if options.quick else {}), **asked})
 
 
 def _mergekit(options: Namespace) -> Mergekit | None:
@@ -101,7 +103,7 @@ def _mergekit(options: Namespace) -> Mergekit | None:
 
     if options.against is None:
         return None
-    if "merge" not in options.only:
+    if options.only is not None and "merge" not in options.only:
         raise UsageError("`--against` compares merges, and `--only` leaves them out")
     return Mergekit.find(options.against)
 
@@ -153,6 +155,23 @@ def _check_targets(options: Namespace) -> None:
             raise UsageError(f"`{path}` cannot be written: `{folder}` is no directory")
         if os.path.isdir(path):
             raise UsageError(f"`{path}` is a directory", "name a file")
+
+
+def _check_show(options: Namespace) -> None:
+    """Refuse what says how to measure, where nothing is measured."""
+    if options.show is None:
+        return
+    given = {
+        "DIR": options.directory,
+        "--quick": options.quick or None,
+        "--only": options.only,
+        "--size": options.size,
+        "--rounds": options.rounds,
+        "--against": options.against,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"`--show` measures nothing: `{name}` has no effect", "leave it out")
 
 
 @contextmanager

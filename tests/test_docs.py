@@ -29,13 +29,17 @@ def blocks(language: str) -> str:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
+    if name.startswith("oxmerge.torch_"):
+        pytest.importorskip(
+            "torch", reason="not installed: torch (see the dependency group `test`)"
+        )
     failed, _ = doctest.testmod(import_module(name))
     assert failed == 0
 
 
 def test_some_module_has_examples() -> None:
     finder = doctest.DocTestFinder()
-    examples = (finder.find(import_module(name)) for name in MODULES)
+    examples = (finder.find(import_module(name)) for name in MODULES if "torch" not in name)
     assert sum(len(test.examples) for tests in examples for test in tests) > 0
 
 

@@ -24,16 +24,20 @@ import ml_dtypes
 import numpy as np
 import oxmerge
 import pytest
-import torch
-from oxmerge import _core, devices, torch_backend, torch_kernels
+from oxmerge import _core, devices
 from oxmerge.cli import main
 from oxmerge.errors import DeviceError, MemoryBudgetError
 from oxmerge.planning import build_plan
 from oxmerge.recipe import Recipe
 from test_same_bytes import METHODS, recipe_of, shards_of
+from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe
+
+pytest.importorskip("torch", reason="not installed: torch (see the dependency group `test`)")
+
+import torch
+from oxmerge import torch_backend, torch_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""Tests that need torch, in processes of their own: it would make this one too large for others."""
+"""Tests of arrays of torch, in a process that has used it for nothing else.
+
+`test_torch_backend.py` loads torch too, into the process of all other tests.
+"""
 
 from __future__ import annotations
 

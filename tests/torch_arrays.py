@@ -1,4 +1,4 @@
-"""Arrays of torch. Run by `test_with_torch.py` in a process of its own, which torch makes large."""
+"""Arrays of torch. Run by `test_with_torch.py` in a process of its own."""
 
 from __future__ import annotations
 

@@ -27,11 +27,10 @@ from oxmerge.errors import (
 from oxmerge.problems import Problem
 
 METHODS: list[dict[str, Any]] = [
-    {"name": "linear", "summary": "weighted average of the models, element by element"},
+    {"name": "linear", "title": "Linear", "formula": "weighted average of the models " * 4},
     {
         "name": "slerp",
         "title": "Spherical interpolation",
-        "summary": "interpolation along the great circle between two models " * 2,
         "formula": "a·sin((1-t)θ)/sin θ\n+ b·sin(tθ)/sin θ",
         "contract": {"base": "required", "inputs": [2, 2], "others": [0, None]},
         "class": "gram",
@@ -663,7 +662,7 @@ def test_a_closed_pipe_is_no_error() -> None:
         "from oxmerge.cli import main\n"
         "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)\n"
         "class Engine:\n"
-        "    def methods(self): return [{'name': 'x' * 100000, 'summary': ''}]\n"
+        "    def methods(self): return [{'name': 'x' * 100000, 'formula': ''}]\n"
         "sys.stderr.write(str(main(['methods'], engine=Engine())))\n"
     )
     assert done.stderr == "0"

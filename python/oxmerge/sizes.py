@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["format_size", "parse_size", "three_digits"]
 
 #: More than that is a slip of the keyboard.
 MOST_BYTES = (1 << 63) - 1
@@ -86,15 +87,30 @@ def format_size(size: int, *, binary: bool = False) -> str:
     while scaled >= step - 0.5 and power < len(names) - 1:
         scaled /= step
         power += 1
-    return f"{size} B" if power == 0 else f"{_three_digits(scaled)} {names[power]}"
+    if power == 0:
+        return f"{size} B"
+    text = three_digits(scaled)
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {names[power]}"
+
+
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits, and never an exponent.
+
+    Parameters
+    ----------
+    value : float
+        Not below zero. From 1000 on, all digits before the point are kept.
+
+    Examples
+    --------
+    >>> three_digits(0.01234), three_digits(9.996), three_digits(1077)
+    ('0.0123', '10.0', '1077')
+    """
+    rounded = float(f"{value:.3g}")
+    decimals = max(2 - math.floor(math.log10(rounded)), 0) if rounded else 0
+    return f"{value:.{decimals}f}"
 
 
 def _names(ending: str) -> tuple[str, ...]:
     kilo = "K" if ending == "iB" else "k"
     return ("B", *(letter + ending for letter in (kilo, "M", "G", "T")))
-
-
-def _three_digits(value: float) -> str:
-    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0  # noqa: PLR2004 - three digits
-    text = f"{value:.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text

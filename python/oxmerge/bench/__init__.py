@@ -8,3 +8,6 @@
 
 None of the yardsticks (the copy, storage, the floor) runs any of the engine's code.
 """
+
+PARTS = ("memory", "storage", "kernels", "threads", "simd", "merge")
+"""What is measured, in the order that people see."""

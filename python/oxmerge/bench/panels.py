@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from oxmerge.bench.record import PARTS
+from oxmerge.bench import PARTS
+from oxmerge.sizes import three_digits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,15 +22,6 @@ TITLES = {
     "merge": "Merges of files",
 }
 _GIGA = 1e9
-_THREE_DIGITS = 100
-
-
-def three_digits(value: float) -> str:
-    """Return a number with three significant digits, and never an exponent."""
-    if value >= _THREE_DIGITS or value == 0:
-        return f"{value:.0f}"
-    decimals = max(2 - math.floor(math.log10(value)), 0)
-    return f"{value:.{decimals}f}"
 
 
 @dataclass(frozen=True, slots=True)

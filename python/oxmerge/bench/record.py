@@ -10,9 +10,10 @@ A record is a JSON object:
 - ``notes``: what could not be measured, and what else a reader should know.
 - ``rows``: one for each thing measured:
 
-  ``part`` (`PARTS`), ``name`` (what is done), ``by`` (who does it: ``numpy``, ``system``,
-  ``oxmerge``, ``floor``, ``mergekit``), ``state`` (where the bytes are: ``memory``, ``warm``,
-  ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody tells) say what it is. No
+  ``part`` (`oxmerge.bench.PARTS`), ``name`` (what is done), ``by`` (who does it: ``numpy``,
+  ``system``, ``oxmerge``, ``floor``, ``mergekit``), ``state`` (where the bytes are: ``memory``,
+  ``warm``, ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody tells) say what
+  it is. No
   two rows of a record agree in all of these.
   ``bytes_read`` and ``bytes_written`` are those of one run: every input byte once, every output
   byte once. ``elements`` are those of the output, or null.
@@ -31,6 +32,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from oxmerge.bench import PARTS
 from oxmerge.errors import OxmergeError
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "oxmerge-bench"
 VERSION = 1
-PARTS = ("memory", "storage", "kernels", "threads", "simd", "merge")
 
 _GIGA = 1e9
 _MOST = 1 << 63

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oxmerge.bench import PARTS
 from oxmerge.bench.crew import Crew
 from oxmerge.bench.kernels import Arrays, kernel_jobs, simd_jobs, thread_jobs
 from oxmerge.bench.machine import cores, describe
 from oxmerge.bench.measure import UnavailableError, measure
 from oxmerge.bench.memory import copy_jobs
 from oxmerge.bench.merges import Merges
-from oxmerge.bench.record import PARTS, Record, Row
+from oxmerge.bench.record import Record, Row
 from oxmerge.bench.storage import storage_jobs
 from oxmerge.demo import make_demo, model_bytes
 from oxmerge.errors import OxmergeError

@@ -6,10 +6,10 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from oxmerge.bench import PARTS
 from oxmerge.bench.compare import compare, remarks
-from oxmerge.bench.panels import TITLES, three_digits
-from oxmerge.bench.record import PARTS
-from oxmerge.sizes import format_size
+from oxmerge.bench.panels import TITLES
+from oxmerge.sizes import format_size, three_digits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -7,6 +7,7 @@ import os
 import shutil
 from contextlib import contextmanager
 
+from oxmerge.bench import PARTS
 from oxmerge.cli.arguments import Parser, UsageError, add_json_option, positive
 
 TYPE_CHECKING = False
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
 
-PARTS = ("memory", "storage", "kernels", "threads", "simd", "merge")
 _SIZES = ("tiny", "1b")
 _QUICK = {"rounds": 3, "elements": 16 << 20, "storage_bytes": 64 << 20}
 

@@ -54,12 +54,12 @@ def _find(methods: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
 def _table(methods: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     widest = max((len(str(method["name"])) for method in methods), default=0) + 2
     for method in methods:
-        about = method.get("summary") or method.get("formula") or ""
+        about = method.get("formula", "")
         yield from _hanging(str(method["name"]).ljust(widest), " ".join(str(about).split()))
 
 
 def _page(method: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{method['name']}: {method.get('title') or method.get('summary', '')}"
+    yield f"{method['name']}: {method.get('title', '')}"
     yield ""
     facts = {**method, **_contract(method.get("contract", {}))}
     for label in ("formula", "base", "inputs", "class", "cost", "paper"):

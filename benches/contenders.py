@@ -8,17 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import machine
-from oxmerge.bench import process
+from oxmerge.bench import others, process
 from oxmerge.bench.measure import UnavailableError
+from oxmerge.errors import OxmergeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from oxmerge.bench.process import Finished
 
@@ -58,15 +58,20 @@ class Run:
     bytes_written: int
 
 
-def run_process(
-    command: list[str], cwd: Path, environment: dict[str, str] | None = None
-) -> Finished:
-    """Runs a command and takes wall time and peak resident set from outside."""
+@contextmanager
+def told() -> Iterator[None]:
+    """Tells of a program that failed as the bench does."""
     try:
-        return process.run_process(command, cwd, environment)
+        yield
     except UnavailableError as error:
         # What the program said goes to a line of its own: it may hold paths.
         raise BenchError(str(error).replace(": ", ":\n", 1)) from error
+
+
+def run_process(command: list[str], cwd: Path) -> Finished:
+    """Runs a command and takes wall time and peak resident set from outside."""
+    with told():
+        return process.run_process(command, cwd)
 
 
 @dataclass(frozen=True)
@@ -151,33 +156,35 @@ class Oxmerge:
 
 @dataclass(frozen=True)
 class Mergekit:
-    """mergekit's own environment, and the version in it."""
+    """The mergekit of `oxmerge bench`, with what the bench here wants to know beside."""
 
-    program: Path
-    version: str
+    other: others.Mergekit
+
+    @property
+    def version(self) -> str:
+        return self.other.version
 
     @classmethod
-    def find(cls, python: Path | None, cwd: Path) -> Mergekit | None:
+    def find(cls, python: Path | None) -> Mergekit | None:
         """None where there is no mergekit beside the interpreter."""
         if python is None:
             return None
-        python = python.absolute()  # not resolved: a virtual environment's python is a link
-        program = python.parent / "mergekit-yaml"
-        version = installed_version(python, "mergekit", cwd)
-        return cls(program, version) if version and program.exists() else None
+        try:
+            return cls(others.Mergekit.find(str(python)))
+        except OxmergeError:
+            return None
 
     def prepare(self, cwd: Path) -> None:
         """Imports everything once, so that no round pays for reading torch from the disk."""
-        run_process([str(self.program), "--help"], cwd)
+        with told():
+            self.other.prepare(cwd)
 
     def run(self, recipe: Path, out: Path, bytes_read: int) -> Run:
-        """Merges once with default flags. It does not flush its files: that is added here."""
-        command = [str(self.program), str(recipe), str(out)]
-        done = run_process(command, out.parent, {"HF_HUB_OFFLINE": "1"})
-        start = time.perf_counter()
-        machine.sync_tree(out)
-        seconds = done.seconds + time.perf_counter() - start
-        return Run(seconds, seconds, done.peak_memory, bytes_read, weight_bytes(out))
+        """Merges once with default flags, and flushes what it wrote."""
+        with told():
+            done = self.other.run(recipe, out)
+        peak = done.peak_memory or 0
+        return Run(done.seconds, done.seconds, peak, bytes_read, weight_bytes(out))
 
 
 def installed_version(python: Path, package: str, cwd: Path) -> str | None:

@@ -195,7 +195,7 @@ def find_contenders(
     oxmerge = Oxmerge.find(options.oxmerge, root)
     if oxmerge is None:
         say("oxmerge not installed: its columns stay empty")
-    mergekit = None if options.size == SPARSE else Mergekit.find(options.mergekit, root)
+    mergekit = None if options.size == SPARSE else Mergekit.find(options.mergekit)
     if mergekit is None:
         say("no mergekit (see --mergekit): its column stays empty")
     else:

@@ -13,7 +13,7 @@ from oxmerge.bench.machine import cores, cpu_model, file_system
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["cached_share", "describe", "drop", "label", "load_average", "sync_tree", "warm"]
+__all__ = ["cached_share", "describe", "drop", "label", "load_average", "warm"]
 
 
 def describe(data: Path) -> dict[str, str | int]:
@@ -36,11 +36,3 @@ def label() -> str:
 
 def load_average() -> float:
     return os.getloadavg()[0]
-
-
-def sync_tree(directory: Path) -> None:
-    """Flushes every file of an output: what a merge owes before it may call itself done."""
-    for path in sorted(directory.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

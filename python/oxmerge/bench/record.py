@@ -13,8 +13,7 @@ A record is a JSON object:
   ``part`` (`oxmerge.bench.PARTS`), ``name`` (what is done), ``by`` (who does it: ``numpy``,
   ``system``, ``oxmerge``, ``floor``, ``mergekit``), ``state`` (where the bytes are: ``memory``,
   ``warm``, ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody tells) say what
-  it is. No
-  two rows of a record agree in all of these.
+  it is. No two rows of a record agree in all of these.
   ``bytes_read`` and ``bytes_written`` are those of one run: every input byte once, every output
   byte once. ``elements`` are those of the output, or null.
   ``seconds`` has every run. ``process_seconds`` are those of whole processes, where they were some.

@@ -1,4 +1,4 @@
-"""Show what a merge would do: tensors, bytes, memory, disk, time. Only headers are read."""
+"""Show what a merge would do: tensors, bytes, memory, disk, time. No tensor is merged."""
 
 from __future__ import annotations
 

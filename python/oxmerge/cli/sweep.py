@@ -20,8 +20,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "pattern",
         metavar="OUT_PATTERN",
-        help="the output directories, with {0} for the first value, {weight} for that of a place "
-        "that ends so, {n} for a number",
+        help="the output directories, with {0} for the first value, {weight} for that of the one "
+        "place that ends so, {n} or {n:03} for a number",
     )
     parser.add_argument(
         "--set",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from oxmerge import kernels
 from test_in_memory import SEED, STORED, call_of, case, uniform
+from torch._subclasses.fake_tensor import FakeTensorMode
 from writers import random_arrays, tuned, write_model
 
 if TYPE_CHECKING:
@@ -182,6 +183,54 @@ X = torch.ones(3)
 def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         act()
+
+
+class Wrapper(torch.Tensor):
+    """Has a shape and no memory, as tensors of quantisers and of distributed packages may."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *call: Any) -> Any:
+        raise AssertionError(call)
+
+
+def resized(size: int, step: int = 1) -> torch.Tensor:
+    tensor = torch.ones(3)[::step]
+    tensor.untyped_storage().resize_(size)
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        resized(0),
+        resized(8),
+        resized(8, step=2),
+        torch.Tensor._make_wrapper_subclass(Wrapper, (3,)),
+        FakeTensorMode().from_tensor(torch.ones(3)),
+    ],
+)
+def test_tensors_without_memory_are_refused(tensor: torch.Tensor) -> None:
+    advice = "has no memory of its own for its elements; materialise it first"
+    with pytest.raises(ValueError, match=re.escape(f"tensors[0] {advice}")):
+        oxmerge.merge_tensors("linear", [tensor], weight=1)
+    with pytest.raises(ValueError, match=re.escape(f"out {advice}")):
+        kernels.weighted_sum([torch.ones(tensor.shape)], [2], out=tensor)
+
+
+@pytest.mark.parametrize("transform", [torch.func.functionalize, torch.func.vmap])
+def test_tensors_of_a_transform_are_refused(transform: Any) -> None:
+    with pytest.raises(ValueError, match=r"^tensor has no memory of its own for its elements;"):
+        transform(lambda x: x + kernels.norm(x))(torch.ones(3, 2))
+
+
+def test_negated_views_are_resolved() -> None:
+    conjugate = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    assert conjugate.is_neg()
+    negated = torch._neg_view(torch.ones(2))
+    assert kernels.weighted_sum([conjugate, negated], [1, 1]).tolist() == [-3, 3]
+    with pytest.raises(ValueError, match=r"^out is a negated view; pass a tensor of its own"):
+        kernels.weighted_sum([torch.ones(2)], [2], out=negated)
 
 
 def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

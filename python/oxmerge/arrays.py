@@ -140,11 +140,30 @@ def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
         raise TypeError(f"{what} is sparse; make it dense first (`.to_dense()`)")
     if code == "U16" and dtype == "BF16":
         code = "BF16"
-    if not array.is_contiguous():
-        if is_out:
-            raise ValueError(_not_contiguous("out.contiguous()"))
-        array = array.contiguous()
+    _check_memory(array, what)
+    if is_out and array.is_neg():
+        raise ValueError("out is a negated view; pass a tensor of its own (`out.resolve_neg()`)")
+    if is_out and not array.is_contiguous():
+        raise ValueError(_not_contiguous("out.contiguous()"))
+    array = array.resolve_neg().contiguous()
     return View(array, (array.data_ptr(), array.nbytes, code), tuple(array.shape), "torch")
+
+
+def _check_memory(tensor: Any, what: str) -> None:
+    """Raise ValueError unless every element lies in memory, which torch does not promise.
+
+    A tensor may be fake, a wrapper around others, or have lost its storage.
+    """
+    if not tensor.numel():
+        return
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((length - 1) * stride for length, stride in steps)
+    try:
+        held = tensor.untyped_storage().nbytes() if tensor.data_ptr() else 0
+    except (RuntimeError, Warning):  # fake tensors warn, and warnings may be errors
+        held = 0
+    if held < (last + 1) * tensor.itemsize:
+        raise ValueError(f"{what} has no memory of its own for its elements; materialise it first")
 
 
 def _imported(array: Any, what: str) -> Any:

@@ -157,6 +157,95 @@ def test_memory_that_was_overwritten_is_not_read() -> None:
         oxmerge.merge_state_dicts("linear", [other, crossed], weight=0.5, out=swapped)
 
 
+class Made(dict[str, Any]):
+    """A mapping whose arrays are made when they are looked up, and freed after their use."""
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name).copy()
+
+
+def test_arrays_that_are_freed_are_not_taken_for_each_other() -> None:
+    tied, middle = np.zeros(1000, np.float32), np.zeros(1000, np.float32)
+    out = {"embed": tied, "mid": middle, "head": tied}
+    made = Made({name: np.full(1000, at, np.float32) for at, name in enumerate(out)})
+    with pytest.raises(ValueError, match=r"^tensor `head`: it shares memory with `embed` of out"):
+        oxmerge.merge_state_dicts("linear", [made], weight=1, out=out)
+    assert not tied.any()
+    apart = {name: np.empty(1000, np.float32) for name in out}
+    oxmerge.merge_state_dicts("linear", [made], weight=1, out=apart)
+    assert [array[0] for array in apart.values()] == [0, 1, 2]
+
+
+FIRST = np.array([1, 2], np.float32)
+WRONG: dict[str, tuple[Any, Any, str]] = {
+    "shape": (np.ones(2, np.float32), np.ones(3, np.float32), "has the shape"),
+    "type": (np.ones(2, np.float32), np.ones(2, np.int32), "the types differ"),
+    "no array": (np.ones(2, np.float32), [1, 2], "is no array"),
+    "integers": (np.array([1, 2]), np.array([1, 3]), "must be the same in every model"),
+    "out": (np.ones(4, np.float32)[::2], np.ones(2, np.float32), "do not follow each other"),
+    "overlap": (np.ones(4, np.float32)[:2], None, "out overlaps an input"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_known_to_fail_fails_before_the_first_write(wrong: str) -> None:
+    one, other, message = WRONG[wrong]
+    other = one.base[1:3] if other is None else other
+    average = {"a": FIRST.copy(), "b": one}
+    with pytest.raises((ValueError, TypeError, oxmerge.PlanError), match=message) as caught:
+        oxmerge.merge_state_dicts(
+            "linear", [average, {"a": FIRST + 2, "b": other}], weight=0.5, out=average
+        )
+    assert "tensor `b`: " in str(caught.value)
+    assert average["a"].tolist() == [1, 2]
+
+
+def test_integers_of_the_first_may_be_taken() -> None:
+    average = {"w": np.ones(1, np.float32), "num_batches_tracked": np.array(7)}
+    latest = {"w": np.full(1, 3, np.float32), "num_batches_tracked": np.array(9)}
+    options: dict[str, Any] = {"weight": 0.5, "integers": "first"}
+    expected = {"w": [2], "num_batches_tracked": 9}
+    merged = oxmerge.merge_state_dicts("linear", [latest, average], **options)
+    assert {name: array.tolist() for name, array in merged.items()} == expected
+    oxmerge.merge_state_dicts("linear", [latest, average], out=average, **options)
+    assert {name: array.tolist() for name, array in average.items()} == expected
+    with pytest.raises(ValueError, match=r"^integers must be one of equal, first, not 'last'$"):
+        oxmerge.merge_state_dicts("linear", [average], weight=1, integers="last")
+
+
+def test_out_has_no_names_of_its_own() -> None:
+    out = {"a": FIRST.copy(), "b": FIRST.copy()}
+    with pytest.raises(ValueError, match=r"^the names differ: state_dicts\[0\] lacks `b`"):
+        oxmerge.merge_state_dicts("linear", [{"a": FIRST}], weight=1, out=out)
+
+
+def test_a_lazy_source_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = random_arrays({"x": (4,), "y": (5,)}, 0)
+    write_model(tmp_path / "a", arrays, "F32")
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    lazy = oxmerge.lazy(recipe)
+    computed = []
+    real = oxmerge.LazyMerge.__getitem__
+
+    def counted(self: oxmerge.LazyMerge, name: str) -> Any:
+        computed.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(oxmerge.LazyMerge, "__getitem__", counted)
+    assert "x" in lazy
+    assert "z" not in lazy
+    assert not computed
+    out = {name: np.zeros_like(array) for name, array in arrays.items()}
+    oxmerge.merge_state_dicts("linear", [lazy, out], weight=[1, 1], normalize=False, out=out)
+    assert computed == ["x", "y"]
+    assert stored(out) == stored(arrays)
+    bad = {"x": out["x"], "y": out["y"][:3]}
+    with pytest.raises(ValueError, match=r"^tensor `y`: state_dicts\[1\] has the shape"):
+        oxmerge.merge_state_dicts("linear", [lazy, bad], weight=1, out=bad)
+    assert computed == ["x", "y"]
+
+
 def test_raw_bfloat16_of_an_opened_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,14 @@ def test_arrays_outlive_the_checkpoint(tmp_path: Path) -> None:
         views["x"][0] = 1
 
 
+def test_looking_for_a_name_maps_no_file(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
+    with oxmerge.open(path) as checkpoint:
+        path.unlink()
+        assert "x" in checkpoint
+        assert "y" not in checkpoint
+
+
 def test_a_closed_checkpoint_gives_no_more_arrays(tmp_path: Path) -> None:
     path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
     checkpoint = oxmerge.open(path)

@@ -61,6 +61,10 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
         return flat.reshape(tensor.shape)
 
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a tensor of that name, without mapping its file."""
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in file order."""
         return iter(self._tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 
@@ -16,7 +17,7 @@ from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
     from typing import Any
 
     from oxmerge.arrays import Place
@@ -29,6 +30,7 @@ __all__ = ["merge_state_dicts", "merge_tensors"]
 _MOST_SEED = (1 << 64) - 1
 #: How Python writes a parameter whose name is a keyword.
 _ALIASES = {"lambda_": "lambda"}
+_INTEGERS = ("equal", "first")
 
 
 def merge_tensors(
@@ -289,6 +291,7 @@ def merge_state_dicts(
     *,
     out: MutableMapping[str, Any] | None = None,
     dtype: Any = None,
+    integers: str = "equal",
     seed: int = 0,
     threads: int | None = None,
     **parameters: Any,
@@ -307,7 +310,13 @@ def merge_state_dicts(
         The base model, for methods that have one.
     out : mutable mapping, optional
         Whose arrays take the result, in place: one of the inputs, say, to average into it. It has
-        the same names.
+        the same names. Before the first write all names, types, shapes, outputs and integers are
+        checked, and an error leaves `out` as it was. After that only what happens meanwhile can
+        stop the merge (Ctrl-C, a mapping that fails to give a tensor): then the tensor in work is
+        undefined, earlier ones are merged and later ones are not.
+    integers : {"equal", "first"}
+        What becomes of tensors of integers or bool: they must be equal, or those of
+        ``state_dicts[0]`` are taken, such as ``num_batches_tracked`` of batch norms.
     dtype, seed, threads, **parameters
         As for `merge_tensors`; `dtype` acts on floats only.
 
@@ -322,6 +331,12 @@ def merge_state_dicts(
         With the names that one of them lacks; and as `merge_tensors` does, with the tensor's name.
     TypeError, PlanError
         As `merge_tensors` does.
+
+    Notes
+    -----
+    With `out` each tensor is looked up twice, the first time for the check. Those of
+    `oxmerge.lazy` are computed once, except integers, since the check takes their shapes and types
+    from the headers; those of `oxmerge.open` are read once.
 
     Examples
     --------
@@ -340,27 +355,94 @@ def merge_state_dicts(
     if base is not None:
         sources.append(base)
         labels.append("base")
-    call = MethodCall(method, len(state_dicts), parameters, has_base=base is not None)
-    call.names = labels
-    code = element_type(dtype)
+    job = _Job(method, sources, labels, parameters, has_base=base is not None)
+    job.dtype = element_type(dtype)
+    job.options = {"seed": seed, "threads": threads}
     check_options(seed, threads)
+    if integers not in _INTEGERS:
+        raise ValueError(f"integers must be one of {', '.join(_INTEGERS)}, not {integers!r}")
+    job.takes_first = integers == "first"
     donor = sources[-1] if base is not None else sources[0]
     _check_names(donor, sources, labels, out)
-    merged: dict[str, Any] = {}
-    written = Written()
-    for name in donor:
+    if out is not None:
+        for name, target in job.checked(donor, out).items():
+            job.merge(name, target)
+        return out
+    return {name: job.merge(name) for name in donor}
+
+
+class _Job:
+    """Mappings that are merged, name by name."""
+
+    dtype: str | None
+    options: dict[str, Any]
+    takes_first: bool
+
+    def __init__(
+        self,
+        method: str,
+        sources: list[Mapping[str, Any]],
+        labels: list[str],
+        parameters: Parameters,
+        *,
+        has_base: bool,
+    ) -> None:
+        self._call = MethodCall(method, len(sources) - has_base, parameters, has_base=has_base)
+        self._call.names = labels
+        self._copy = MethodCall("passthrough", 1, {}, has_base=False)
+        self._sources = sources
+        self._labels = labels
+
+    def merge(self, name: str, target: View | None = None) -> Any:
+        """Merge the tensors of a name."""
         with _naming(name):
-            inputs = [
-                view(source[name], label, _stored_type(source, name) or code)
-                for source, label in zip(sources, labels, strict=True)
-            ]
-            target = None
-            if out is not None:
-                target = output(out[name], _stored_type(out, name) or code)
+            call, inputs = self._call, self._views(name)
+            if self.takes_first and not any(is_float(each.place[2]) for each in inputs):
+                check_same_shape(inputs, self._labels)
+                call, inputs = self._copy, inputs[:1]
+            return call.run(inputs, target, self.dtype, name=name, **self.options)
+
+    def checked(self, donor: Iterable[str], out: Mapping[str, Any]) -> dict[str, View]:
+        """Return where the results go, without the names that share all arrays with earlier ones.
+
+        Everything that is known before the first write is checked here.
+        """
+        targets: dict[str, View] = {}
+        for name in donor:
+            with _naming(name):
+                targets[name] = output(out[name], _stored_type(out, name) or self.dtype)
+        written = Written(targets.values())
+        found = {}
+        for name, target in targets.items():
+            with _naming(name):
+                inputs = self._views(name, only_headers=True)
+                check_same_shape(inputs, self._labels)
+                code = self._call.result_type(inputs, target, self.dtype)
+                check_out(target, inputs[0].shape, code)
                 if written.is_done(name, inputs, target):
                     continue
-            merged[name] = call.run(inputs, target, code, seed=seed, name=name, threads=threads)
-    return merged if out is None else out
+            if not is_float(code):
+                self.merge(name)  # raises where they differ
+            found[name] = target
+        return found
+
+    def _views(self, name: str, *, only_headers: bool = False) -> list[View]:
+        pairs = zip(self._sources, self._labels, strict=True)
+        if only_headers:
+            return [
+                _header(source, name) or self._view(source, name, label) for source, label in pairs
+            ]
+        return [self._view(source, name, label) for source, label in pairs]
+
+    def _view(self, source: Mapping[str, Any], name: str, label: str) -> View:
+        return view(source[name], label, _stored_type(source, name) or self.dtype)
+
+
+def _header(source: Any, name: str) -> View | None:
+    """Return the shape and type of a tensor that would have to be computed, else None."""
+    if not hasattr(source, "dtype_of"):
+        return None
+    return View(None, (0, 0, source.dtype_of(name)), source.shape_of(name), "numpy")
 
 
 @contextmanager
@@ -377,29 +459,34 @@ def _naming(name: str) -> Iterator[None]:
 class Written:
     """What was written in place: tensors that share their memory must not be merged twice."""
 
-    def __init__(self) -> None:
-        self._done: dict[Place, tuple[str, list[Place]]] = {}
+    def __init__(self, targets: Iterable[View]) -> None:
+        counts = Counter(target.place for target in targets)
+        self._shared = {place for place, count in counts.items() if count > 1}
+        # Holds the inputs: the memory of a temporary one would be handed out again.
+        self._done: dict[Place, list[View]] = {}
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._names: list[str] = []
 
-    def is_done(self, name: str, inputs: Sequence[View], target: View) -> bool:
+    def is_done(self, name: str, inputs: list[View], target: View) -> bool:
         """Tell whether an earlier name had the same arrays; else note this one.
 
         Raises
         ------
         ValueError
-            If the output or an input has memory that was overwritten.
+            If the output or an input has memory that was overwritten, or they overlap.
         """
-        places = [each.place for each in inputs]
         earlier = self._done.get(target.place)
-        if earlier is not None and earlier[1] == places:
+        if earlier is not None and all(map(_is_same, earlier, inputs)):
             return True
-        for place in (target.place, *places):
-            self._check(place)
+        for each in (target, *inputs):
+            self._check(each.place)
+        for each in inputs:
+            _check_overlap(each.place, target.place)
         start, length, _ = target.place
         if length:
-            self._done[target.place] = (name, places)
+            if target.place in self._shared:
+                self._done[target.place] = inputs
             at = bisect_left(self._starts, start)
             self._starts.insert(at, start)
             self._ends.insert(at, start + length)
@@ -416,9 +503,26 @@ class Written:
             )
 
 
+def _is_same(one: View, other: View) -> bool:
+    return one.array is not None and one.place == other.place
+
+
+def _check_overlap(one: Place, out: Place) -> None:
+    """Raise ValueError as the engine does, but before the first write."""
+    start, end = max(one[0], out[0]), min(one[0] + one[1], out[0] + out[1])
+    if start < end and one[:2] != out[:2]:
+        raise ValueError(
+            "out overlaps an input without being the same array; pass another out, or the input "
+            "itself to overwrite it"
+        )
+
+
 def _stored_type(source: Mapping[str, Any], name: str) -> str | None:
     """Return the element type of a file's tensor, which its array may not show."""
-    return source.tensor_info(name).dtype if isinstance(source, OpenCheckpoint) else None
+    if isinstance(source, OpenCheckpoint):
+        return source.tensor_info(name).dtype
+    header = _header(source, name)
+    return None if header is None else header.place[2]
 
 
 def _check_names(
@@ -427,7 +531,8 @@ def _check_names(
     labels: Sequence[str],
     out: Mapping[str, Any] | None,
 ) -> None:
-    everything = dict.fromkeys(name for source in [donor, *sources] for name in source)
+    mappings = [donor, *sources, *([] if out is None else [out])]
+    everything = dict.fromkeys(name for source in mappings for name in source)
     lacking = [
         f"{label} lacks {', '.join(f'`{name}`' for name in missing)}"
         for source, label in zip([*sources, out], [*labels, "out"], strict=True)

@@ -54,6 +54,10 @@ class LazyMerge(Mapping[str, Any]):
         self._engine.compute(at, merged.place, self._threads)
         return merged.array
 
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a tensor of that name, without computing it."""
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in file order."""
         return iter(self._tensors)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import oxmerge
 import pytest
+from oxmerge import kernels
 from test_same_bytes import METHODS, recipe_of
 from writers import random_arrays, read_tensors, tuned, write_file, write_model
 
@@ -252,12 +255,39 @@ def test_raw_bfloat16_of_an_opened_checkpoint(
     values = {"x": np.array([[1, 2], [3, 4]], np.float32)}
     for name in "ab":
         write_model(tmp_path / name, values, "BF16")
-    monkeypatch.setattr("oxmerge.checkpoints.numpy_dtype", lambda _: np.dtype("<u2"))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # as if it were not installed
     opened = [oxmerge.open(tmp_path / name) for name in "ab"]
     assert opened[0]["x"].dtype == np.uint16
-    merged = oxmerge.merge_state_dicts("linear", opened, weight=[1, 2], normalize=False)
-    assert merged["x"].dtype == np.uint16
-    np.testing.assert_array_equal(merged["x"].view(ml_dtypes.bfloat16), 3 * values["x"])
+    options: dict[str, Any] = {"weight": [1, 2], "normalize": False}
+    expected = (3 * values["x"]).astype(ml_dtypes.bfloat16).view(np.uint16)
+    merged = oxmerge.merge_state_dicts("linear", opened, **options)
+    held = oxmerge.merge_state_dicts("linear", [dict(each) for each in opened], **options)
+    x, y = (each["x"] for each in opened)
+    for found in (merged["x"], held["x"], oxmerge.merge_tensors("linear", [x, y], **options)):
+        assert found.dtype == np.uint16
+        np.testing.assert_array_equal(found, expected)
+        assert kernels.norm(found, math.inf) == 12
+    assert kernels.norm(x[1:].copy()) == 5
+    out = np.empty_like(x)
+    assert kernels.task_vector(x, y, out=out) is out
+    assert not out.any()
+    with pytest.raises(TypeError, match=r"is of U16; convert it, or pass dtype=.bfloat16."):
+        kernels.norm(x.view(np.uint16))
+
+
+def test_integers_of_a_file_are_not_taken_for_bfloat16(tmp_path: Path) -> None:
+    ids = np.arange(7, dtype=np.uint16)
+    file = write_file(tmp_path / "m.safetensors", {"ids": ids, "w": np.ones(3, np.float32)})
+    held: dict[str, Any] = {"ids": ids.copy(), "w": np.full(3, 3, np.float32)}
+    out: dict[str, Any] = {"ids": ids * 0, "w": np.zeros(3, ml_dtypes.bfloat16)}
+    options: dict[str, Any] = {"weight": 0.75, "normalize": False, "dtype": "bfloat16"}
+    opened = oxmerge.open(file)
+    for sources in ([opened, held], [held, dict(opened)]):
+        merged = oxmerge.merge_state_dicts("linear", sources, **options)
+        assert merged["ids"].tolist() == ids.tolist()
+        oxmerge.merge_state_dicts("linear", sources, out=out, **options)
+        assert out["ids"].tolist() == ids.tolist()
+        assert out["w"].tolist() == merged["w"].tolist() == [3, 3, 3]
 
 
 def test_lazy_reads_only_what_is_asked_for(tmp_path: Path) -> None:

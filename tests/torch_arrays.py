@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,7 @@ def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) ->
         act()
 
 
-class Wrapper(torch.Tensor):
+class Wrapper(torch.Tensor):  # type: ignore[misc] # mypy does not look into torch
     """Has a shape and no memory, as tensors of quantisers and of distributed packages may."""
 
     @classmethod
@@ -233,7 +234,12 @@ def test_negated_views_are_resolved() -> None:
         kernels.weighted_sum([torch.ones(2)], [2], out=negated)
 
 
-def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_guide_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, installed: bool
+) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     root = Path(__file__).parent.parent
     guide = (root / "python" / "SCRIPTS.md").read_text(encoding="utf-8")
     readme = (root / "README.md").read_text(encoding="utf-8")
@@ -246,6 +252,7 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert recipe is not None
     (tmp_path / "recipe.yml").write_text(recipe[1])
     monkeypatch.chdir(tmp_path)
-    script = "\n".join(re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL))
-    assert "oxmerge.lazy(" in script
-    exec(compile(script, "SCRIPTS.md", "exec"), {})
+    for name, text in {"README.md": readme, "SCRIPTS.md": guide}.items():
+        script = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+        assert "oxmerge.lazy(" in script
+        exec(compile(script, name, "exec"), {})

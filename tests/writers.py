@@ -20,7 +20,7 @@ Arrays = dict[str, Array]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _NAMES = {
-    "bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I64",
+    "bool": "BOOL", "uint8": "U8", "uint16": "U16", "int32": "I32", "int64": "I64",
     "float16": "F16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
 _SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}

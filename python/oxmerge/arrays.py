@@ -1,7 +1,8 @@
 """Arrays of other packages: what counts as one, where its elements lie, what a result looks like.
 
-- NumPy arrays of bool, integers, float16, float32 and float64, and of ``ml_dtypes.bfloat16``. Raw
-  ``uint16`` is taken for bfloat16 where ``dtype="bfloat16"`` is asked for.
+- NumPy arrays of bool, integers, float16, float32 and float64, and of ``ml_dtypes.bfloat16``.
+  ``uint16`` that oxmerge made says in its dtype's metadata whether it is raw bfloat16; other is
+  taken for it where ``dtype="bfloat16"`` is asked for.
 - torch tensors on the CPU, of the same types; those that require a gradient too, past autograd.
 - Anything else with the buffer protocol or DLPack; results for it are NumPy arrays.
 
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
     #: Address, bytes, element type: what the engine needs to know.
     Place = tuple[int, int, str]
 
-__all__ = ["View", "check_same_shape", "element_type", "empty", "output", "promoted", "view"]
+__all__ = [
+    "View",
+    "check_same_shape",
+    "element_type",
+    "empty",
+    "numpy_dtype",
+    "output",
+    "promoted",
+    "view",
+]
 
 #: Element types by the names that NumPy and torch give them.
 _NAMES = {
@@ -38,6 +48,8 @@ _NAMES = {
 }  # fmt: skip
 #: The other way round.
 NAMES = {code: name for name, code in _NAMES.items()}
+#: Where the dtype of a uint16 array of ours says what it holds, BF16 or U16.
+_STORED = "oxmerge"
 _CPU = 1  # of DLPack
 
 
@@ -112,12 +124,12 @@ def _view(array: Any, what: str, dtype: str | None, *, is_out: bool) -> View:
 
 
 def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
-    code = _numpy_codes().get(array.dtype)
+    name = array.dtype.name if array.dtype.isnative else array.dtype.str
+    code = _NAMES.get(name)  # ml_dtypes calls its type bfloat16 too
     if code is None:
-        name = array.dtype.name if array.dtype.isnative else array.dtype.str
         raise TypeError(_unknown_type(what, name))
-    if code == "U16" and dtype == "BF16":
-        code = "BF16"
+    if code == "U16":
+        code = (array.dtype.metadata or {}).get(_STORED, "BF16" if dtype == "BF16" else "U16")
     flags = array.flags
     if not flags.c_contiguous:
         if is_out:
@@ -192,18 +204,6 @@ def _not_contiguous(call: str) -> str:
 
 
 @cache
-def _numpy_codes() -> dict[Any, str]:
-    import numpy as np  # noqa: PLC0415
-
-    codes = {np.dtype(name): code for name, code in _NAMES.items() if name != "bfloat16"}
-    try:
-        import ml_dtypes  # noqa: PLC0415
-    except ImportError:
-        return codes
-    return {**codes, np.dtype(ml_dtypes.bfloat16): "BF16"}
-
-
-@cache
 def _torch_codes() -> dict[Any, str]:
     torch = sys.modules["torch"]
     # Older ones lack uint16 and the like.
@@ -274,18 +274,36 @@ def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) ->
         return View(tensor, (tensor.data_ptr(), tensor.nbytes, code), shape, "torch")
     import numpy as np  # noqa: PLC0415
 
-    array: Any = np.empty(shape, _numpy_type(code, like))
+    is_raw = code == "BF16" and getattr(like, "dtype", None) == np.uint16
+    array: Any = np.empty(shape, _uint16(code) if is_raw else numpy_dtype(code))
     place = (array.__array_interface__["data"][0], array.nbytes, code)
     return View(array, place, shape, "numpy")
 
 
-def _numpy_type(code: str, like: Any) -> Any:
-    if code != "BF16":
-        return NAMES[code]
-    if like is not None and like.dtype.name in ("bfloat16", "uint16"):
-        return like.dtype
-    try:
-        import ml_dtypes  # noqa: PLC0415
-    except ImportError:
-        return "uint16"
-    return ml_dtypes.bfloat16
+def numpy_dtype(code: str) -> Any:
+    """Return the NumPy type for a safetensors name; without ml_dtypes, bfloat16 is marked uint16.
+
+    Examples
+    --------
+    >>> numpy_dtype("U16"), dict(numpy_dtype("U16").metadata)
+    (dtype('uint16'), {'oxmerge': 'U16'})
+    """
+    import numpy as np  # noqa: PLC0415
+
+    if code == "BF16":
+        try:
+            import ml_dtypes  # noqa: PLC0415
+        except ImportError:
+            return _uint16(code)
+        return np.dtype(ml_dtypes.bfloat16)
+    return _uint16(code) if code == "U16" else np.dtype(NAMES[code])
+
+
+def _uint16(code: str) -> Any:
+    """Return the type of arrays that hold the bits of bfloat16, or integers, and say so.
+
+    Views, copies and ``empty_like`` keep the mark; ``view(numpy.uint16)`` takes it away.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    return np.dtype(np.uint16, metadata={_STORED: code})

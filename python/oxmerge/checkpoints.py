@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 from oxmerge import _core
+from oxmerge.arrays import numpy_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,18 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["OpenCheckpoint", "open_checkpoint"]
 
-_NUMPY_NAMES = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2",
-    "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
-}  # fmt: skip
-
 
 class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
     """The tensors of a checkpoint by name, in file order, as arrays that read when touched.
 
     Arrays are read-only views of the mapped files, and keep their mapping alive: they can be used
     after the checkpoint is closed. BF16 is ``ml_dtypes.bfloat16`` if that package is installed,
-    else raw ``uint16``. A file must not be truncated while arrays of it are in use.
+    else raw ``uint16``, whose dtype tells oxmerge's functions what it is. A file must not be
+    truncated while arrays of it are in use.
 
     Attributes
     ----------
@@ -102,20 +99,6 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
             with open(self._files[file]["path"], "rb") as stream:
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return the NumPy type for a safetensors type name."""
-    import numpy as np  # noqa: PLC0415
-
-    if name != "BF16":
-        return np.dtype(_NUMPY_NAMES[name])
-    try:
-        import ml_dtypes  # noqa: PLC0415
-    except ImportError:
-        return np.dtype("<u2")
-    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-    return bfloat16
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:

@@ -9,7 +9,6 @@ from functools import cache
 
 from oxmerge import _core
 from oxmerge.arrays import View, check_same_shape, element_type, empty, output, promoted, view
-from oxmerge.checkpoints import OpenCheckpoint
 from oxmerge.methods import find_method, read_methods
 from oxmerge.parameters import KINDS, convert
 from oxmerge.problems import Problem, did_you_mean
@@ -410,7 +409,7 @@ class _Job:
         targets: dict[str, View] = {}
         for name in donor:
             with _naming(name):
-                targets[name] = output(out[name], _stored_type(out, name) or self.dtype)
+                targets[name] = output(out[name], self.dtype)
         written = Written(targets.values())
         found = {}
         for name, target in targets.items():
@@ -418,6 +417,8 @@ class _Job:
                 inputs = self._views(name, only_headers=True)
                 check_same_shape(inputs, self._labels)
                 code = self._call.result_type(inputs, target, self.dtype)
+                if code == "U16":  # no raw bfloat16, whatever was asked for
+                    target = output(out[name])  # noqa: PLW2901
                 check_out(target, inputs[0].shape, code)
                 if written.is_done(name, inputs, target):
                     continue
@@ -427,15 +428,17 @@ class _Job:
         return found
 
     def _views(self, name: str, *, only_headers: bool = False) -> list[View]:
-        pairs = zip(self._sources, self._labels, strict=True)
-        if only_headers:
+        def views(dtype: str | None) -> list[View]:
             return [
-                _header(source, name) or self._view(source, name, label) for source, label in pairs
+                (_header(source, name) if only_headers else None)
+                or view(source[name], label, dtype)
+                for source, label in zip(self._sources, self._labels, strict=True)
             ]
-        return [self._view(source, name, label) for source, label in pairs]
 
-    def _view(self, source: Mapping[str, Any], name: str, label: str) -> View:
-        return view(source[name], label, _stored_type(source, name) or self.dtype)
+        found = views(self.dtype)
+        if any(each.place[2] == "U16" for each in found):  # one knows that they are integers
+            return views(None)
+        return found
 
 
 def _header(source: Any, name: str) -> View | None:
@@ -515,14 +518,6 @@ def _check_overlap(one: Place, out: Place) -> None:
             "out overlaps an input without being the same array; pass another out, or the input "
             "itself to overwrite it"
         )
-
-
-def _stored_type(source: Mapping[str, Any], name: str) -> str | None:
-    """Return the element type of a file's tensor, which its array may not show."""
-    if isinstance(source, OpenCheckpoint):
-        return source.tensor_info(name).dtype
-    header = _header(source, name)
-    return None if header is None else header.place[2]
 
 
 def _check_names(

@@ -94,7 +94,7 @@ def lazy(
         What to merge.
     kind : {"numpy", "torch"}
         What the tensors are. BF16 in NumPy is ``ml_dtypes.bfloat16`` if that package is installed,
-        else raw ``uint16``.
+        else raw ``uint16``, whose dtype tells oxmerge's functions what it is.
     seed : int
         Of the random masks that some methods draw.
     threads : int, optional

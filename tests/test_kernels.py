@@ -252,8 +252,40 @@ def test_other_arrays() -> None:
 
     assert kernels.weighted_sum([Capsule()], [3]).tolist() == [3, 6, 9]
     out = array.array("f", [0, 0, 0])
-    kernels.weighted_sum([buffer], [5], out=out)
+    assert kernels.weighted_sum([buffer], [5], out=out) is out
     assert out.tolist() == [5, 10, 15]
+    assert oxmerge.merge_tensors("linear", [buffer], weight=1, out=out) is out
+    assert out.tolist() == [1, 2, 3]
+
+
+def test_tensors_come_in_any_iterable() -> None:
+    stacked: Any = np.arange(6, dtype=np.float32).reshape(2, 3)
+    weights: Any = np.ones(2)
+    rows: Any = (row for row in stacked)
+    expected = [3, 5, 7]
+    assert kernels.weighted_sum(stacked, weights).tolist() == expected
+    assert kernels.weighted_sum(rows, (1, 1)).tolist() == expected
+    assert kernels.sign_consensus(stacked).tolist() == [1, 1, 1]
+    assert kernels.gram(stacked).tolist() == [[5, 14], [14, 50]]
+    options: dict[str, Any] = {"weight": 1, "normalize": False}
+    assert oxmerge.merge_tensors("linear", stacked, **options).tolist() == expected
+    dicts: Any = ({"x": row} for row in stacked)
+    merged = oxmerge.merge_state_dicts("linear", dicts, **options)
+    assert merged["x"].tolist() == expected
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    one: Any = np.int64(1)
+    shape: Any = np.array([2, 3])
+    assert kernels.random_mask(shape[0], 1, position=one).shape == (2,)
+    assert kernels.random_mask(shape, 1).shape == (2, 3)
+    assert kernels.top_k_mask(X, one, threads=one).tolist() == [0, 0, 1]
+
+
+def test_a_raw_mask_goes_to_out() -> None:
+    out = np.empty(5, np.uint16)
+    assert kernels.random_mask(5, 1, out=out, dtype="bfloat16") is out
+    assert out.view(BF16).tolist() == [1] * 5
 
 
 def test_results_go_to_out() -> None:
@@ -513,6 +545,65 @@ READ_ONLY.setflags(write=False)
             lambda: kernels.top_k_mask(X, 1, out=np.empty(3, np.int8)),
             TypeError,
             "out is of I8; pass one of bool or floats",
+        ),
+        (
+            lambda: kernels.top_k_mask(X, 2.7),  # type: ignore[arg-type]
+            TypeError,
+            "k must be a whole number, not 2.7",
+        ),
+        (
+            lambda: kernels.random_mask(3, 0.5, position=1.5),  # type: ignore[arg-type]
+            TypeError,
+            "position must be a whole number, not 1.5",
+        ),
+        (
+            lambda: kernels.random_mask(2.5, 0.5),  # type: ignore[arg-type]
+            TypeError,
+            "shape must be a sequence of whole numbers, not a float",
+        ),
+        (
+            sums([X, X], 0.5),
+            TypeError,
+            "weights must be a sequence of numbers, not a float",
+        ),
+        (
+            sums({"x": X}, [1]),
+            TypeError,
+            "tensors must be a sequence of arrays, not a dict",
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", {"x": X}, weight=1),  # type: ignore[arg-type]
+            TypeError,
+            "state_dicts must be a sequence of mappings, not a dict",
+        ),
+        (
+            sums([X], [1], threads=10**30),
+            ValueError,
+            f"threads must be at most 4294967295, not {10**30}",
+        ),
+        (
+            call("linear", [X], weight=1, seed=1.5),
+            TypeError,
+            "seed must be a whole number, not 1.5",
+        ),
+        (
+            call("task_arithmetic", [X], X, weight=1, lambda_=1, **{"lambda": 1}),
+            TypeError,
+            "`lambda` and `lambda_` are one parameter; give one of them",
+        ),
+        (
+            sums([np.ma.masked_array(X, X > 1)], [1]),
+            TypeError,
+            "tensors[0] is a masked array; fill it first (`.filled()`)",
+        ),
+        (
+            call("linear", [np.arange(2), np.arange(1, 3)], weight=1),
+            oxmerge.PlanError,
+            (
+                "integer and bool tensors are copied, and so must be the same in every model: "
+                "expected the bytes of input 0, found others in input 1\n"
+                "  hint: leave one of the models out, or make the tensors equal first"
+            ),
         ),
         (lambda: kernels.norm(X, 3), ValueError, "order must be 1, 2 or inf, not 3"),
         (

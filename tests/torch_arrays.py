@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["case", "uniform"]  # fixtures
 
 BF16 = ml_dtypes.bfloat16
+X = torch.ones(3)
 
 
 def stored(tensors: Mapping[str, torch.Tensor]) -> Stored:
@@ -140,11 +141,44 @@ def test_results_go_to_out() -> None:
     assert same.tolist() == [0.5, 1, 1.5]
 
 
+def test_autograd_knows_what_was_overwritten() -> None:
+    def loss(act: Any) -> torch.Tensor:
+        weight = torch.ones(3, requires_grad=True)
+        needed = 2 * weight.detach()
+        product = (weight * needed).sum()
+        act(needed)
+        return product
+
+    loss(lambda _: None).backward()
+    acts: list[Any] = [
+        lambda out: kernels.weighted_sum([X], [3], out=out),
+        lambda out: kernels.random_mask(3, 0.5, out=out),
+        lambda out: oxmerge.merge_tensors("linear", [out], weight=1, out=out),
+        lambda out: oxmerge.merge_state_dicts("linear", [{"x": X}], weight=1, out={"x": out}),
+    ]
+    for act in acts:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss(act).backward()
+    with torch.inference_mode():
+        assert kernels.weighted_sum([X], [3], out=torch.empty(3)).tolist() == [3, 3, 3]
+
+
+def test_bfloat16_over_dlpack_is_refused() -> None:
+    class Other:
+        tensor = torch.ones(3, dtype=torch.bfloat16)
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> Any:
+            return self.tensor.__dlpack_device__()
+
+    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .*as uint16$"):
+        kernels.norm(Other())
+
+
 def call(*arguments: Any, **options: Any) -> Any:
     return lambda: oxmerge.merge_tensors("linear", *arguments, weight=1, **options)
-
-
-X = torch.ones(3)
 
 
 @pytest.mark.parametrize(

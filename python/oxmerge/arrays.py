@@ -15,6 +15,7 @@ Neither numpy nor torch is imported before an array shows that it is needed.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from functools import cache
 
 from oxmerge.problems import did_you_mean
@@ -22,8 +23,10 @@ from oxmerge.schema import promote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any, Literal
+    from collections.abc import Iterable, Sequence
+    from typing import Any, Literal, TypeVar
+
+    T = TypeVar("T")
 
     Kind = Literal["numpy", "torch"]
     #: Address, bytes, element type: what the engine needs to know.
@@ -34,6 +37,8 @@ __all__ = [
     "check_same_shape",
     "element_type",
     "empty",
+    "listed",
+    "mark_overwritten",
     "numpy_dtype",
     "output",
     "promoted",
@@ -66,12 +71,14 @@ class View:
         Its shape.
     kind : str
         ``numpy`` or ``torch``: what a result for it is.
+    given : object
+        The array as the caller gave it: an `out` is handed back as it came.
     """
 
-    __slots__ = ("array", "kind", "place", "shape")
+    __slots__ = ("array", "given", "kind", "place", "shape")
 
     def __init__(self, array: Any, place: Place, shape: tuple[int, ...], kind: Kind) -> None:
-        self.array = array
+        self.array = self.given = array
         self.place = place
         self.shape = shape
         self.kind: Kind = kind
@@ -120,16 +127,22 @@ def _view(array: Any, what: str, dtype: str | None, *, is_out: bool) -> View:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return _torch_view(array, what, dtype, is_out)
-    return _numpy_view(_imported(array, what), what, dtype, is_out)
+    found = _numpy_view(_imported(array, what), what, dtype, is_out)
+    found.given = array
+    return found
 
 
 def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
+    import numpy as np  # noqa: PLC0415
+
     name = array.dtype.name if array.dtype.isnative else array.dtype.str
     code = _NAMES.get(name)  # ml_dtypes calls its type bfloat16 too
     if code is None:
         raise TypeError(_unknown_type(what, name))
     if code == "U16":
         code = (array.dtype.metadata or {}).get(_STORED, "BF16" if dtype == "BF16" else "U16")
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{what} is a masked array; fill it first (`.filled()`)")
     flags = array.flags
     if not flags.c_contiguous:
         if is_out:
@@ -178,6 +191,29 @@ def _check_memory(tensor: Any, what: str) -> None:
         raise ValueError(f"{what} has no memory of its own for its elements; materialise it first")
 
 
+def mark_overwritten(out: View) -> None:
+    """Tell torch that an `out` changes: its backward passes refuse what was overwritten."""
+    if out.kind == "torch":
+        sys.modules["torch"].autograd.graph.increment_version(out.array)
+
+
+def listed(tensors: Iterable[T], what: str = "tensors", item: str = "arrays") -> list[T]:
+    """Return a sequence, a generator or a stacked array as a list.
+
+    Raises
+    ------
+    TypeError
+        If it is none of them, or a mapping.
+    """
+    kind = type(tensors).__name__
+    if isinstance(tensors, Mapping):
+        raise TypeError(f"{what} must be a sequence of {item}, not a {kind}")
+    try:
+        return list(tensors)
+    except TypeError:
+        raise TypeError(f"{what} must be a sequence of {item}, not a {kind}") from None
+
+
 def _imported(array: Any, what: str) -> Any:
     """Return an array of another package as NumPy's, without a copy."""
     import numpy as np  # noqa: PLC0415 - a buffer is looked at with it
@@ -186,7 +222,11 @@ def _imported(array: Any, what: str) -> Any:
         device = array.__dlpack_device__()
         if device[0] != _CPU:
             raise ValueError(f"{what} is not on the CPU; copy it there first")
-        return np.from_dlpack(array)
+        try:
+            return np.from_dlpack(array)
+        except (BufferError, RuntimeError) as error:
+            advice = "NumPy knows no bfloat16 there: pass a torch tensor, or the bits as uint16"
+            raise TypeError(f"{what} cannot be taken over DLPack: {error} {advice}") from error
     try:
         return np.asarray(memoryview(array))
     except (TypeError, ValueError):

@@ -49,7 +49,7 @@ class OxmergeError(Exception):
         super().__init__(message)
         self.message = message
         self.file = file
-        self.tensor = tensor
+        self.tensor = tensor or None  # an array in memory need not have a name
         self.expected = expected
         self.found = found
         self.advice = advice

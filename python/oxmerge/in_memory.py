@@ -6,9 +6,20 @@ from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache
+from operator import index
 
 from oxmerge import _core
-from oxmerge.arrays import View, check_same_shape, element_type, empty, output, promoted, view
+from oxmerge.arrays import (
+    View,
+    check_same_shape,
+    element_type,
+    empty,
+    listed,
+    mark_overwritten,
+    output,
+    promoted,
+    view,
+)
 from oxmerge.methods import find_method, read_methods
 from oxmerge.parameters import KINDS, convert
 from oxmerge.problems import Problem, did_you_mean
@@ -27,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["merge_state_dicts", "merge_tensors"]
 
 _MOST_SEED = (1 << 64) - 1
+_MOST_THREADS = (1 << 32) - 1
 #: How Python writes a parameter whose name is a keyword.
 _ALIASES = {"lambda_": "lambda"}
 _INTEGERS = ("equal", "first")
@@ -66,7 +78,10 @@ def merge_tensors(
     seed : int
         Of the random masks that some methods draw, from 0 to 2**64 - 1.
     name : str
-        The tensor's name in its model, which chooses the random masks as well.
+        The tensor's name in its model. **It chooses the random masks, together with `seed`**: where
+        several tensors are merged with the same name, or with none, a method that draws at random
+        (``dare_*``) drops the same elements of each. Give every tensor its own, or use
+        `merge_state_dicts`, which does.
     threads : int, optional
         As many as there are cores, unless given; a small array takes one. Never changes a bit.
     **parameters
@@ -102,9 +117,10 @@ def merge_tensors(
     >>> oxmerge.merge_tensors("task_arithmetic", [a, b], np.float32([1, 1]), weight=0.5, out=a)
     array([2., 4.], dtype=float32)
     """
+    tensors = listed(tensors)
     plan = MethodCall(method, len(tensors), parameters, has_base=base is not None)
     code = element_type(dtype)
-    inputs = [view(each, f"tensors[{index}]", code) for index, each in enumerate(tensors)]
+    inputs = [view(each, f"tensors[{at}]", code) for at, each in enumerate(tensors)]
     if base is not None:
         inputs.append(view(base, "base", code))
     target = None if out is None else output(out, code)
@@ -136,7 +152,7 @@ class MethodCall:
         self._method = method
         self._base = others if has_base else None
         self._shared, self._own = _share_out(found, others, parameters, has_base=has_base)
-        self.names = [f"tensors[{index}]" for index in range(others)]
+        self.names = [f"tensors[{at}]" for at in range(others)]
         if has_base:
             self.names.append("base")
 
@@ -158,6 +174,7 @@ class MethodCall:
         if out is None:
             out = empty(first.shape, code, first.kind, first.array)
         check_out(out, first.shape, code)
+        mark_overwritten(out)
         _core.merge_arrays(
             self._method,
             [each.place for each in inputs],
@@ -170,7 +187,7 @@ class MethodCall:
             seed,
             threads,
         )
-        return out.array
+        return out.given
 
     def result_type(self, inputs: list[View], out: View | None, code: str | None) -> str:
         """Return the element type of the result."""
@@ -193,11 +210,21 @@ class MethodCall:
 
 
 def check_options(seed: int, threads: int | None) -> None:
-    """Raise ValueError if a seed or a number of threads is out of range."""
-    if not 0 <= seed <= _MOST_SEED:
+    """Raise TypeError or ValueError unless seed and threads are whole numbers in range."""
+    if not 0 <= whole(seed, "seed") <= _MOST_SEED:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
-    if threads is not None and threads < 1:
+    if threads is not None and whole(threads, "threads") < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
+    if threads is not None and threads > _MOST_THREADS:
+        raise ValueError(f"threads must be at most {_MOST_THREADS}, not {threads}")
+
+
+def whole(value: Any, what: str) -> int:
+    """Return a whole number of any package; raise TypeError for others."""
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number, not {value!r}") from None
 
 
 def check_out(out: View, shape: tuple[int, ...], code: str) -> None:
@@ -236,6 +263,9 @@ def _share_out(
     method: Method, others: int, parameters: Parameters, *, has_base: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the parameters that the inputs share, and those of each."""
+    for alias, key in _ALIASES.items():
+        if alias in parameters and key in parameters:
+            raise TypeError(f"`{key}` and `{alias}` are one parameter; give one of them")
     given = {_ALIASES.get(key, key): value for key, value in parameters.items()}
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in range(others + has_base)]
@@ -349,8 +379,8 @@ def merge_state_dicts(
     >>> average["w"]
     array([1.5, 3. ], dtype=float32)
     """
-    labels = [f"state_dicts[{index}]" for index in range(len(state_dicts))]
-    sources = list(state_dicts)
+    sources = listed(state_dicts, "state_dicts", "mappings")
+    labels = [f"state_dicts[{at}]" for at in range(len(sources))]
     if base is not None:
         sources.append(base)
         labels.append("base")

@@ -32,8 +32,18 @@ from __future__ import annotations
 import math
 
 from oxmerge import _core, method_functions
-from oxmerge.arrays import View, check_same_shape, element_type, empty, output, promoted, view
-from oxmerge.in_memory import check_options, check_out
+from oxmerge.arrays import (
+    View,
+    check_same_shape,
+    element_type,
+    empty,
+    listed,
+    mark_overwritten,
+    output,
+    promoted,
+    view,
+)
+from oxmerge.in_memory import check_options, check_out, whole
 from oxmerge.method_functions import *  # noqa: F403 - every merge method
 from oxmerge.schema import is_float
 
@@ -98,9 +108,8 @@ def weighted_sum(
     >>> weighted_sum([np.float32([1, 2]), np.float32([3, 5])], [0.5, 0.5])
     array([2. , 3.5], dtype=float32)
     """
-    numbers = [float(weight) for weight in weights]
-    if len(numbers) != len(tensors):
-        raise ValueError(f"there are {len(numbers)} weights for {len(tensors)} tensors")
+    tensors = listed(tensors)
+    numbers = _weights(weights, len(tensors))
     return _fill("weighted_sum", tensors, numbers, out=out, dtype=dtype, threads=threads)
 
 
@@ -181,7 +190,7 @@ def top_k_mask(
     array([ True,  True,  True, False])
     """
     source = _float_view(tensor, "tensor", dtype)
-    if not 0 <= k <= _count(source):
+    if not 0 <= (k := whole(k, "k")) <= _count(source):
         raise ValueError(f"k must be from 0 to {_count(source)}, the number of elements, not {k}")
     mask: Array = _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
     return mask
@@ -221,9 +230,8 @@ def sign_consensus(
     >>> sign_consensus([np.float32([1, -2, 0]), np.float32([1, 1, 0])])
     array([ 1., -1.,  1.], dtype=float32)
     """
-    numbers = [1.0] * len(tensors) if weights is None else [float(weight) for weight in weights]
-    if len(numbers) != len(tensors):
-        raise ValueError(f"there are {len(numbers)} weights for {len(tensors)} tensors")
+    tensors = listed(tensors)
+    numbers = _weights([1] * len(tensors) if weights is None else weights, len(tensors))
     return _fill("sign_consensus", tensors, numbers, out=out, dtype=dtype, threads=threads)
 
 
@@ -276,18 +284,19 @@ def random_mask(
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density must be from 0 to 1, not {density}")
-    if not 0 <= position < 1 << 32:
+    if not 0 <= (position := whole(position, "position")) < 1 << 32:
         raise ValueError(f"position must be from 0 to 2**32 - 1, not {position}")
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    shape = _shape(shape)
     check_options(seed, threads)
     code = element_type(dtype, _MASKS)
-    target = None if out is None else output(out)
+    target = None if out is None else output(out, code)
     if target is None:
         target = empty(shape, code or "BOOL", "numpy")
     check_out(target, shape, code or _mask_type(target))
     numbers = [float(density), float(position)]
+    mark_overwritten(target)
     _core.fill_array("random_mask", [], target.place, shape, numbers, name, seed, threads)
-    return target.array
+    return target.given
 
 
 def convert(
@@ -352,7 +361,7 @@ def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None
     2.0
     """
     source = _float_view(tensor, "tensor", dtype)
-    if not 1 <= k <= _count(source):
+    if not 1 <= (k := whole(k, "k")) <= _count(source):
         raise ValueError(f"k must be from 1 to {_count(source)}, the number of elements, not {k}")
     return _numbers("kth_magnitude", [source], threads, k)[0]
 
@@ -451,7 +460,7 @@ def gram(
     array([[1., 0.],
            [0., 4.]])
     """
-    views = [_float_view(each, f"tensors[{at}]", dtype) for at, each in enumerate(tensors)]
+    views = [_float_view(each, f"tensors[{at}]", dtype) for at, each in enumerate(listed(tensors))]
     if not views:
         raise ValueError("there is no tensor")
     count, names = len(views), [f"tensors[{at}]" for at in range(len(views))]
@@ -500,6 +509,18 @@ def ulp_distance(
     if one != other:
         raise TypeError(f"a is of {one} and b of {other}; convert one of them first")
     return _core.ulp_distance(views[0].place, views[1].place, threads)
+
+
+def _weights(weights: Sequence[float], count: int) -> list[float]:
+    numbers = [float(weight) for weight in listed(weights, "weights", "numbers")]
+    if len(numbers) != count:
+        raise ValueError(f"there are {len(numbers)} weights for {count} tensors")
+    return numbers
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    lengths = [shape] if hasattr(shape, "__index__") and not hasattr(shape, "__len__") else shape
+    return tuple(whole(length, "shape") for length in listed(lengths, "shape", "whole numbers"))
 
 
 def _fill(
@@ -564,8 +585,9 @@ def _run(
         target = empty(first.shape, code, first.kind, first.array)
     check_out(target, first.shape, code)
     places = [each.place for each in inputs]
+    mark_overwritten(target)
     _core.fill_array(piece, places, target.place, first.shape, numbers, "", 0, threads)
-    return target.array
+    return target.given
 
 
 def _numbers(piece: str, inputs: list[View], threads: int | None, k: int = 0) -> list[float]:

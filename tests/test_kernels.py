@@ -319,6 +319,10 @@ def test_integers_are_copied_where_equal() -> None:
 # The functions of methods.
 
 
+def test_only_public_names_are_listed() -> None:
+    assert dir(kernels) == sorted(kernels.__all__)
+
+
 def test_every_method_is_a_function() -> None:
     for row in _core.methods():
         function = getattr(kernels, row["name"])
@@ -552,12 +556,12 @@ READ_ONLY.setflags(write=False)
             "k must be a whole number, not 2.7",
         ),
         (
-            lambda: kernels.random_mask(3, 0.5, position=1.5),  # type: ignore[arg-type]
+            lambda: kernels.random_mask(3, 0.5, position=1.5),  # type: ignore[call-overload]
             TypeError,
             "position must be a whole number, not 1.5",
         ),
         (
-            lambda: kernels.random_mask(2.5, 0.5),  # type: ignore[arg-type]
+            lambda: kernels.random_mask(2.5, 0.5),  # type: ignore[call-overload]
             TypeError,
             "shape must be a sequence of whole numbers, not a float",
         ),

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from oxmerge.problems import did_you_mean
-from oxmerge.schema import promote
+from oxmerge.schema import FLOATS, promote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _torch_codes() -> dict[Any, str]:
     return {dtype: code for dtype, code in types if dtype is not None}
 
 
-def element_type(dtype: Any, allowed: Sequence[str] = ("F16", "BF16", "F32", "F64")) -> str | None:
+def element_type(dtype: Any, allowed: Sequence[str] = FLOATS) -> str | None:
     """Return the safetensors name of an element type that is asked for; None for None.
 
     Parameters

@@ -23,7 +23,7 @@ from oxmerge.arrays import (
 from oxmerge.methods import find_method, read_methods
 from oxmerge.parameters import KINDS, convert
 from oxmerge.problems import Problem, did_you_mean
-from oxmerge.schema import is_float
+from oxmerge.schema import MOST_SEED, is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_state_dicts", "merge_tensors"]
 
-_MOST_SEED = (1 << 64) - 1
 _MOST_THREADS = (1 << 32) - 1
 #: How Python writes a parameter whose name is a keyword.
 _ALIASES = {"lambda_": "lambda"}
@@ -211,7 +210,7 @@ class MethodCall:
 
 def check_options(seed: int, threads: int | None) -> None:
     """Raise TypeError or ValueError unless seed and threads are whole numbers in range."""
-    if not 0 <= whole(seed, "seed") <= _MOST_SEED:
+    if not 0 <= whole(seed, "seed") <= MOST_SEED:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
     if threads is not None and whole(threads, "threads") < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")

@@ -30,6 +30,7 @@ array([3., 1., 2.], dtype=float32)
 from __future__ import annotations
 
 import math
+from typing import overload
 
 from oxmerge import _core, method_functions
 from oxmerge.arrays import (
@@ -45,12 +46,15 @@ from oxmerge.arrays import (
 )
 from oxmerge.in_memory import check_options, check_out, whole
 from oxmerge.method_functions import *  # noqa: F403 - every merge method
-from oxmerge.schema import is_float
+from oxmerge.schema import FLOATS, is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, TypeVar
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     Array = TypeVar("Array")
 
@@ -69,8 +73,12 @@ __all__ = [
 ]
 __all__ += method_functions.__all__
 
-_FLOATS = ("F16", "BF16", "F32", "F64")
-_MASKS = ("BOOL", *_FLOATS)
+_MASKS = ("BOOL", *FLOATS)
+
+
+def __dir__() -> list[str]:
+    """List the public names alone."""
+    return sorted(__all__)
 
 
 def weighted_sum(
@@ -100,7 +108,8 @@ def weighted_sum(
     Notes
     -----
     One read of each tensor and one write, at the speed of the memory. Products and sums are
-    rounded one by one, in the order given.
+    rounded one by one, in the order given. With weights that sum to 1 it is the average of "Model
+    soups", https://arxiv.org/abs/2203.05482.
 
     Examples
     --------
@@ -235,6 +244,30 @@ def sign_consensus(
     return _fill("sign_consensus", tensors, numbers, out=out, dtype=dtype, threads=threads)
 
 
+@overload
+def random_mask(
+    shape: int | Sequence[int],
+    density: float,
+    *,
+    seed: int = 0,
+    name: str = "",
+    position: int = 0,
+    out: None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
+def random_mask(
+    shape: int | Sequence[int],
+    density: float,
+    *,
+    seed: int = 0,
+    name: str = "",
+    position: int = 0,
+    out: Array,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Array: ...
 def random_mask(
     shape: int | Sequence[int],
     density: float,
@@ -317,6 +350,10 @@ def convert(
     -------
     array
         Of the same shape. NaN becomes the canonical NaN, unless the type stays the same.
+
+    Notes
+    -----
+    One read and one write.
 
     Examples
     --------
@@ -419,6 +456,10 @@ def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> flo
     float
         The sum of products, each taken in float64.
 
+    Notes
+    -----
+    One read of each. Sums are taken in a fixed order, so the result does not depend on `threads`.
+
     Examples
     --------
     >>> import numpy as np
@@ -430,6 +471,22 @@ def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> flo
     return _numbers("dot", views, threads)[0]
 
 
+@overload
+def gram(
+    tensors: Sequence[NDArray[Any]],
+    base: NDArray[Any] | None = None,
+    *,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[np.float64]: ...
+@overload
+def gram(
+    tensors: Sequence[Array],
+    base: Array | None = None,
+    *,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Array: ...
 def gram(
     tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
 ) -> Any:
@@ -494,6 +551,10 @@ def ulp_distance(
     tuple of int
         The largest distance of two elements, and how many elements differ. Both zeros are the same
         number, any two NaNs are, and a NaN is one step beyond infinity.
+
+    Notes
+    -----
+    One read of each.
 
     Examples
     --------

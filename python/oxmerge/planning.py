@@ -17,7 +17,7 @@ from oxmerge.methods import Method, find_method, read_methods
 from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
 from oxmerge.problems import Problem, group_problems
-from oxmerge.schema import OutputTensor, Plan, is_float
+from oxmerge.schema import MOST_SEED, OutputTensor, Plan, is_float
 from oxmerge.sections import Section, SectionBuilder
 from oxmerge.targets import SlicedTargets, Target, whole_targets
 
@@ -34,8 +34,6 @@ __all__ = ["DEFAULT_SHARD_SIZE", "MergePlan", "build_plan"]
 
 #: Bytes in an output shard at most, as in mergekit.
 DEFAULT_SHARD_SIZE = 5_000_000_000
-
-_MOST_SEED = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,7 @@ def build_plan(
     ValueError
         If `seed` or `shard_size` is out of range.
     """
-    if not 0 <= seed <= _MOST_SEED:
+    if not 0 <= seed <= MOST_SEED:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
     from oxmerge.recipe import Scalar
 
-__all__ = ["DTYPE_SIZES", "PLAN_VERSION", "OutputTensor", "Plan", "SourceTensor", "is_float"]
+__all__ = [
+    "DTYPE_SIZES",
+    "FLOATS",
+    "MOST_SEED",
+    "PLAN_VERSION",
+    "OutputTensor",
+    "Plan",
+    "SourceTensor",
+    "is_float",
+]
 
 #: The version of the plan's schema.
 PLAN_VERSION = 1
@@ -24,12 +33,15 @@ DTYPE_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-_FLOATS = frozenset(("F16", "BF16", "F32", "F64"))
+#: Those on which arithmetic is done.
+FLOATS = ("F16", "BF16", "F32", "F64")
+#: The largest seed of random masks.
+MOST_SEED = (1 << 64) - 1
 
 
 def is_float(dtype: str) -> bool:
     """Tell whether arithmetic is done on an element type. Others are copied when identical."""
-    return dtype in _FLOATS
+    return dtype in FLOATS
 
 
 def promote(one: str, other: str) -> str:

@@ -212,6 +212,9 @@ def test_integers_of_the_first_may_be_taken() -> None:
     assert {name: array.tolist() for name, array in merged.items()} == expected
     oxmerge.merge_state_dicts("linear", [latest, average], out=average, **options)
     assert {name: array.tolist() for name, array in average.items()} == expected
+    odd: dict[str, Any] = {"w": latest["w"], "num_batches_tracked": np.array(2, np.int32)}
+    oxmerge.merge_state_dicts("linear", [latest, odd], out=average, **options)
+    assert average["num_batches_tracked"] == 9
     with pytest.raises(ValueError, match=r"^integers must be one of equal, first, not 'last'$"):
         oxmerge.merge_state_dicts("linear", [average], weight=1, integers="last")
 

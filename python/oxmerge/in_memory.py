@@ -383,52 +383,44 @@ def merge_state_dicts(
     if base is not None:
         sources.append(base)
         labels.append("base")
-    job = _Job(method, sources, labels, parameters, has_base=base is not None)
-    job.dtype = element_type(dtype)
-    job.options = {"seed": seed, "threads": threads}
-    check_options(seed, threads)
+    has_base = base is not None
+    call = MethodCall(method, len(sources) - has_base, parameters, has_base=has_base)
+    call.names = labels
     if integers not in _INTEGERS:
         raise ValueError(f"integers must be one of {', '.join(_INTEGERS)}, not {integers!r}")
-    job.takes_first = integers == "first"
-    donor = sources[-1] if base is not None else sources[0]
+    check_options(seed, threads)
+    donor = sources[-1] if has_base else sources[0]
     _check_names(donor, sources, labels, out)
-    if out is not None:
-        for name, target in job.checked(donor, out).items():
-            job.merge(name, target)
-        return out
-    return {name: job.merge(name) for name in donor}
+    dicts = _Dicts(call, sources, element_type(dtype), takes_first=integers == "first")
+    if out is None:
+        return {name: dicts.merge(name, None, seed, threads) for name in donor}
+    for name, target in dicts.checked(donor, out).items():
+        dicts.merge(name, target, seed, threads)
+    return out
 
 
-class _Job:
-    """Mappings that are merged, name by name."""
-
-    dtype: str | None
-    options: dict[str, Any]
-    takes_first: bool
+class _Dicts:
+    """Mappings that are merged name by name."""
 
     def __init__(
         self,
-        method: str,
-        sources: list[Mapping[str, Any]],
-        labels: list[str],
-        parameters: Parameters,
+        call: MethodCall,
+        sources: Sequence[Mapping[str, Any]],
+        dtype: str | None,
         *,
-        has_base: bool,
+        takes_first: bool,
     ) -> None:
-        self._call = MethodCall(method, len(sources) - has_base, parameters, has_base=has_base)
-        self._call.names = labels
+        self._call = call
         self._copy = MethodCall("passthrough", 1, {}, has_base=False)
         self._sources = sources
-        self._labels = labels
+        self._dtype = dtype
+        self._takes_first = takes_first
 
-    def merge(self, name: str, target: View | None = None) -> Any:
+    def merge(self, name: str, target: View | None, seed: int, threads: int | None) -> Any:
         """Merge the tensors of a name."""
         with _naming(name):
-            call, inputs = self._call, self._views(name)
-            if self.takes_first and not any(is_float(each.place[2]) for each in inputs):
-                check_same_shape(inputs, self._labels)
-                call, inputs = self._copy, inputs[:1]
-            return call.run(inputs, target, self.dtype, name=name, **self.options)
+            call, inputs = self._chosen(self._views(name))
+            return call.run(inputs, target, self._dtype, seed=seed, name=name, threads=threads)
 
     def checked(self, donor: Iterable[str], out: Mapping[str, Any]) -> dict[str, View]:
         """Return where the results go, without the names that share all arrays with earlier ones.
@@ -438,33 +430,40 @@ class _Job:
         targets: dict[str, View] = {}
         for name in donor:
             with _naming(name):
-                targets[name] = output(out[name], self.dtype)
+                targets[name] = output(out[name], self._dtype)
         written = Written(targets.values())
         found = {}
-        for name, target in targets.items():
+        for name, known in targets.items():
+            target = known
             with _naming(name):
-                inputs = self._views(name, only_headers=True)
-                check_same_shape(inputs, self._labels)
-                code = self._call.result_type(inputs, target, self.dtype)
+                call, inputs = self._chosen(self._views(name, only_headers=True))
+                code = call.result_type(inputs, target, self._dtype)
                 if code == "U16":  # no raw bfloat16, whatever was asked for
-                    target = output(out[name])  # noqa: PLW2901
+                    target = output(out[name])
                 check_out(target, inputs[0].shape, code)
                 if written.is_done(name, inputs, target):
                     continue
             if not is_float(code):
-                self.merge(name)  # raises where they differ
+                self.merge(name, None, 0, None)  # raises where they differ
             found[name] = target
         return found
+
+    def _chosen(self, inputs: list[View]) -> tuple[MethodCall, list[View]]:
+        """Return what merges these tensors, and which of them it takes."""
+        check_same_shape(inputs, self._call.names)
+        if self._takes_first and not any(is_float(each.place[2]) for each in inputs):
+            return self._copy, inputs[:1]
+        return self._call, inputs
 
     def _views(self, name: str, *, only_headers: bool = False) -> list[View]:
         def views(dtype: str | None) -> list[View]:
             return [
                 (_header(source, name) if only_headers else None)
                 or view(source[name], label, dtype)
-                for source, label in zip(self._sources, self._labels, strict=True)
+                for source, label in zip(self._sources, self._call.names, strict=True)
             ]
 
-        found = views(self.dtype)
+        found = views(self._dtype)
         if any(each.place[2] == "U16" for each in found):  # one knows that they are integers
             return views(None)
         return found

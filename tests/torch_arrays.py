@@ -264,7 +264,9 @@ def test_negated_views_are_resolved() -> None:
     assert conjugate.is_neg()
     negated = torch._neg_view(torch.ones(2))
     assert kernels.weighted_sum([conjugate, negated], [1, 1]).tolist() == [-3, 3]
-    with pytest.raises(ValueError, match=r"^out is a negated view; pass a tensor of its own"):
+    with pytest.raises(
+        ValueError, match=r"^out is a negated view; pass a tensor of its own, not negated$"
+    ):
         kernels.weighted_sum([torch.ones(2)], [2], out=negated)
 
 

@@ -166,11 +166,14 @@ def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
     if code == "U16" and dtype == "BF16":
         code = "BF16"
     _check_memory(array, what)
-    if is_out and array.is_neg():
-        raise ValueError("out is a negated view; pass a tensor of its own (`out.resolve_neg()`)")
-    if is_out and not array.is_contiguous():
-        raise ValueError(_not_contiguous("out.contiguous()"))
-    array = array.resolve_neg().contiguous()
+    if array.is_neg():
+        if is_out:
+            raise ValueError("out is a negated view; pass a tensor of its own, not negated")
+        array = array.resolve_neg()
+    if not array.is_contiguous():
+        if is_out:
+            raise ValueError(_not_contiguous("out.contiguous()"))
+        array = array.contiguous()
     return View(array, (array.data_ptr(), array.nbytes, code), tuple(array.shape), "torch")
 
 
@@ -179,15 +182,17 @@ def _check_memory(tensor: Any, what: str) -> None:
 
     A tensor may be fake, a wrapper around others, or have lost its storage.
     """
-    if not tensor.numel():
+    span = tensor.numel()
+    if not span:
         return
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = tensor.storage_offset() + sum((length - 1) * stride for length, stride in steps)
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((length - 1) * stride for length, stride in steps)
     try:
         held = tensor.untyped_storage().nbytes() if tensor.data_ptr() else 0
     except (RuntimeError, Warning):  # fake tensors warn, and warnings may be errors
         held = 0
-    if held < (last + 1) * tensor.itemsize:
+    if held < (tensor.storage_offset() + span) * tensor.itemsize:
         raise ValueError(f"{what} has no memory of its own for its elements; materialise it first")
 
 

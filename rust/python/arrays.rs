@@ -108,7 +108,9 @@ impl Call<'_> {
                            the input itself to overwrite it";
             return Err(PyValueError::new_err(message));
         }
-        if !shared.is_empty() && work.reads_around() {
+        // Of a small array a copy is cheaper than a buffer of a worker.
+        let is_small = (out.bytes as u64) < DETACHED_FROM;
+        if !shared.is_empty() && (is_small || work.reads_around()) {
             return self.fill_apart(py, inputs, out, work);
         }
         let start = std::ptr::with_exposed_provenance_mut(out.address);
@@ -118,7 +120,8 @@ impl Call<'_> {
         self.run(py, self.task(inputs, Arc::new(sink), work)).map(drop)
     }
 
-    /// The same into memory of its own first: the work reads inputs beyond the piece it writes.
+    /// The same into memory of its own first: where the work reads inputs beyond the piece it writes,
+    /// or the array is small.
     fn fill_apart(&self, py: Python<'_>, inputs: &[Array], out: Array, work: Work) -> PyResult<()> {
         let mut copy = vec![0_u8; out.bytes];
         // SAFETY: the vector lives until the task is dropped, and is not touched before.

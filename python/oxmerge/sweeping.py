@@ -325,7 +325,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     together : bool
         Vary all places in step instead of in every combination.
     memory, threads, device, vram, seed, shard_size, overwrite, strict, read_path, progress
-        As in `merge`; for all outputs together.
+        As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
+        to write.
 
     Returns
     -------

@@ -83,7 +83,7 @@ pub(super) fn predict<'py>(
     let planned = plans.and_then(|plans| {
         let needs = needs(&plans.iter().collect::<Vec<_>>(), ReadPath::Auto, offload)?;
         let resident = memory::resident();
-        let memory = MemoryPlan::new(&needs, memory, worker_count(threads), resident)?;
+        let memory = MemoryPlan::new(&needs, memory, worker_count(threads, plans.len()), resident)?;
         Ok((memory, needs.iter().any(|need| !need.reads_once())))
     });
     let (planned, rereads) = planned.map_err(|error| raise(py, &error))?;
@@ -103,7 +103,7 @@ pub(super) fn rehearse(
     let level = Level::from_environment().map_err(|error| raise(py, &error))?;
     with_backend(py, device, level, |backend| {
         enter(py, None, |control| {
-            let workers = worker_count(threads);
+            let workers = worker_count(threads, 1);
             rehearsal::rate(backend, &parse(plan)?, level, workers, control)
         })
     })
@@ -166,7 +166,7 @@ pub(super) fn execute<'py>(
                 .map(|(plan, directory)| parse((plan, directory)))
                 .collect::<Result<_>>()?;
             let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
-            let workers = worker_count(threads);
+            let workers = worker_count(threads, plans.len());
             let settings = Settings { level, workers, memory, largest_piece };
             // Before any space is taken: what cannot fit is refused.
             let needs = needs(&plans, read, backend.offload())?;
@@ -194,11 +194,12 @@ fn needs(plans: &[&Plan], read: ReadPath, offload: Option<Offload>) -> Result<Ve
     Ok(needs.into_iter().map(|need| need.on(offload)).collect())
 }
 
-/// Unless asked otherwise, six more than cores: they wait for the disk while others compute. More
+/// Unless asked otherwise, six more than cores: they wait for the disk while others compute. With
+/// several outputs each of them writes more at a time, and fewer leave room for larger pieces. More
 /// than [`MOST_WORKERS`] gain nothing anywhere.
-fn worker_count(threads: Option<usize>) -> usize {
+fn worker_count(threads: Option<usize>, outputs: usize) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    threads.unwrap_or_else(|| cores() + 6).min(MOST_WORKERS)
+    threads.unwrap_or_else(|| cores() + (6 / outputs.max(1)).max(1)).min(MOST_WORKERS)
 }
 
 fn describe_memory(plan: &MemoryPlan) -> serde_json::Value {

@@ -55,8 +55,8 @@ pub const PAGE: usize = 4096;
 /// Pieces shorter than this are read with `pread` even from a mapped file.
 pub const MAPPED_FROM: usize = 1 << 20;
 
-/// Places in a piece at which the page cache is probed, and the bytes of each.
-const PROBES: u64 = 4;
+/// How far the places lie apart at which the page cache is probed, and the bytes of each.
+const PROBED_EVERY: usize = 1 << 20;
 const PROBED_BYTES: u64 = 64 << 10;
 
 /// How input bytes are read. The bytes are the same in every case.
@@ -119,8 +119,7 @@ impl InputReader {
             return false;
         }
         let (len, probe) = (len as u64, PROBED_BYTES.min(len as u64));
-        let stride = ((len - probe) / (PROBES - 1)).max(1);
-        let places = (0..=len - probe).step_by(stride as usize);
+        let places = (0..=len - probe).step_by(PROBED_EVERY);
         let (mut cached, mut pages) = (0, 0);
         for place in places {
             let Some(found) = residency::cached_pages(&self.file, start + place, probe) else {

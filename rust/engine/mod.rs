@@ -1,10 +1,11 @@
 //! Runs tasks: takes pieces to workers, passes in order, memory within the budget.
 //!
 //! Every output tensor is a [`Task`]. A task goes through passes (a sample, reductions, one combine)
-//! and a pass is cut into units, most of them of whole 64 Ki-element blocks. Workers take the next unit of the
-//! oldest task that has one, so the passes over one tensor follow each other while it is in the page
-//! cache, and begin the next task when the oldest ones only wait. A few more workers than cores
-//! hide the latency of reads and writes. Threads live as long as a run: nothing is left to a fork.
+//! and a pass is cut into units, most of them of whole 64 Ki-element blocks. Workers take the next
+//! unit of the oldest task that has one, so the passes over one tensor follow each other while it is
+//! in the page cache, and begin the next task when the oldest ones only wait. A few more workers than
+//! cores hide the latency of reads and writes. Threads live as long as a run: nothing is left to a
+//! fork.
 
 pub mod arrays;
 pub(crate) mod backend;

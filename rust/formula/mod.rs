@@ -314,11 +314,6 @@ impl Value {
         Self::new(ValueNode::Select { mask: self.clone(), yes: yes.clone(), no: no.clone() })
     }
 
-    /// 1 where equal, else 0.
-    pub fn equals(&self, other: &Self) -> Self {
-        self.binary(BinaryOp::Equal, other)
-    }
-
     /// 1 where `self` ≥ `other`, else 0.
     pub fn at_least(&self, other: &Self) -> Self {
         self.binary(BinaryOp::GreaterEqual, other)

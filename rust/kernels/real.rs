@@ -39,8 +39,6 @@ pub trait Real:
     const ONE: Self;
     /// The canonical NaN: positive, quiet, no payload.
     const NAN: Self;
-    /// Minus infinity.
-    const NEG_INFINITY: Self;
 
     /// From f32, exactly.
     fn from_f32(value: f32) -> Self;
@@ -154,7 +152,6 @@ macro_rules! impl_real {
             const ONE: Self = 1.0;
             const NAN: Self =
                 Self::from_bits(Self::INFINITY.to_bits() | (1 << (Self::MANTISSA_DIGITS - 2)));
-            const NEG_INFINITY: Self = Self::NEG_INFINITY;
 
             #[inline(always)]
             fn from_f32(value: f32) -> Self {

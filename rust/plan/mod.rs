@@ -107,15 +107,4 @@ impl OutputTensor {
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()
     }
-
-    /// Bytes of the output.
-    pub fn bytes(&self) -> u64 {
-        self.elements() * self.dtype.size() as u64
-    }
-
-    /// Bytes of all sources.
-    pub fn source_bytes(&self) -> u64 {
-        let elements = self.elements();
-        self.sources.iter().map(|source| elements * source.dtype.size() as u64).sum()
-    }
 }

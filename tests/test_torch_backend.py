@@ -361,16 +361,30 @@ def philox_by_hand(key: tuple[int, int], counter: tuple[int, ...]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
-@pytest.mark.parametrize("start", [0, 1, 6, 65_535])
+def draw_by_hand(key: tuple[int, int], stream: tuple[int, int], element: int) -> int:
+    """Draw as `kernels/NUMERICS.md` says."""
+    counter, place = element // 512 * 64 + element % 64, element % 512 // 64
+    high, low = (
+        philox_by_hand(key, (counter & 0xFFFF_FFFF, counter >> 32 | top, *stream))[place % 4]
+        >> (16 if place >= 4 else 0)
+        & 0xFFFF
+        for top in (0, 1 << 31)
+    )
+    return high << 16 | low
+
+
+@pytest.mark.parametrize("start", [0, 1, 70, 65_535, 8 << 32])
 def test_a_mask_may_begin_anywhere(start: int) -> None:
-    key, stream, count = (17, 3), (0xDEAD_BEEF, 0x1234_5678), 23
-    instructions = [("random", 0, 1 << 31, key, stream)]
+    key, stream, count = (17, 3), (0xDEAD_BEEF, 0x1234_5678), 701
+    draws = [draw_by_hand(key, stream, at) for at in range(start, start + count)]
     worker = torch_backend.Worker(torch.device("cpu"), torch_kernels.scan)
-    program = worker.program(instructions, [0], 1, 1, False)
-    out = bytearray(4 * count)
-    program.combine(start, count, [], [(0, "F32", memoryview(out))])
-    words = [philox_by_hand(key, (at // 4, 0, *stream))[at % 4] for at in range(start, start + 23)]
-    assert list(np.frombuffer(out, np.float32)) == [word < 1 << 31 for word in words]
+    for bound in [1 << 31, 1 << 32, draws[5], draws[5] + 1]:
+        instructions = [("random", 0, bound, key, stream), ("drop", 1, 0, bound, key, stream)]
+        program = worker.program(instructions, [0, 1], 1, 1, False)
+        outs = [bytearray(4 * count), bytearray(4 * count)]
+        program.combine(start, count, [], [(at, "F32", memoryview(o)) for at, o in enumerate(outs)])
+        for out in outs:
+            assert list(np.frombuffer(out, np.float32)) == [draw < bound for draw in draws]
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])

@@ -418,11 +418,19 @@ class _Frame:
     def random(
         self, keep_below: int, key: tuple[int, int], stream: tuple[int, int]
     ) -> torch.Tensor:
-        first, last = self.start // 4, (self.start + self.count + 3) // 4
-        counters = torch.arange(first, last, device=self.device)
-        words = torch.stack(kernels.philox(key, counters, stream), 1).view(-1)
-        skipped = self.start % 4
-        return (words[skipped : skipped + self.count] < keep_below).to(self.real)
+        return self._drawn(keep_below, key, stream).to(self.real)
+
+    def drop(
+        self, a: int, keep_below: int, key: tuple[int, int], stream: tuple[int, int]
+    ) -> torch.Tensor:
+        kept = self._drawn(keep_below, key, stream)
+        return torch.where(kept, self.slots[a], self.number(0.0))
+
+    def _drawn(
+        self, keep_below: int, key: tuple[int, int], stream: tuple[int, int]
+    ) -> torch.Tensor:
+        elements = range(self.start, self.start + self.count)
+        return kernels.random_mask(key, stream, elements, keep_below, self.device)
 
 
 def _last_uses(
@@ -442,7 +450,7 @@ def _last_uses(
 def _slots(name: str, operands: Sequence[Any]) -> list[int]:
     """Return the slots that an instruction uses."""
     match name, operands:
-        case ("unary", [_, a]) | ("kept" | "trim", [a, *_]) | ("load_difference", [_, a]):
+        case ("unary" | "load_difference", [_, a]) | ("kept" | "trim" | "drop", [a, *_]):
             return [a]
         case "binary", [_, *arguments]:
             return [a for a in arguments if isinstance(a, int)]

@@ -30,6 +30,9 @@ _LOW_HALF = 0xFFFF_FFFF
 _PHILOX_MULTIPLIERS = (0xD251_1F53, 0xCD9E_8D57)
 _PHILOX_WEYL = (0x9E37_79B9, 0xBB67_AE85)
 _PHILOX_ROUNDS = 10
+_COUNTERS = 64  # counters that share out a group of elements among them
+_GROUP = 512  # elements of a group: a counter has eight halves
+_LOW_HALVES = -1 << 63  # sets the counters of the low halves of the draws apart
 
 
 # Elements.
@@ -151,6 +154,32 @@ def philox(
         ]
         keys = [(word + weyl) & _LOW_HALF for word, weyl in zip(keys, _PHILOX_WEYL, strict=True)]
     return words
+
+
+def random_mask(
+    key: tuple[int, int],
+    stream: tuple[int, int],
+    elements: range,
+    keep_below: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return which of some elements in a row a random mask keeps; see `kernels/random.rs`."""
+    first, last = elements.start // _GROUP, -(-elements.stop // _GROUP)
+    counters = torch.arange(first * _COUNTERS, last * _COUNTERS, device=device)
+    bound, low_bound = divmod(keep_below, 1 << 16)
+    high = _halves(philox(key, counters, stream))
+    kept = high < bound
+    if low_bound:
+        low = _halves(philox(key, counters | _LOW_HALVES, stream))
+        kept |= (high == bound) & (low < low_bound)
+    skipped = elements.start - first * _GROUP
+    return kept[skipped : skipped + len(elements)]
+
+
+def _halves(words: list[torch.Tensor]) -> torch.Tensor:
+    """Return the halves of the words of counters, in the order of the elements that take them."""
+    halves = [word & 0xFFFF for word in words] + [word >> 16 for word in words]
+    return torch.stack([half.view(-1, _COUNTERS) for half in halves], 1).view(-1)
 
 
 # Sums and counts.

@@ -77,6 +77,12 @@ pub(crate) enum Operation {
         keep_below: u64,
         stream: u32,
     },
+    /// What a random mask keeps, else 0.
+    Drop {
+        a: Slot,
+        keep_below: u64,
+        stream: u32,
+    },
 }
 
 /// An operation and the slot its result goes to.
@@ -169,6 +175,11 @@ impl Emitter {
                 _ => None,
             },
             ValueNode::Select { mask, yes, no } => {
+                if let ValueNode::Random { keep_below, stream } = *mask.0
+                    && is_zero(no)
+                {
+                    return Some(Operation::Drop { a: self.slot(yes), keep_below, stream });
+                }
                 let chosen = magnitudes_kept(mask, yes, no)?;
                 Some(Operation::Trim { a: self.slot(yes), chosen })
             }
@@ -298,7 +309,10 @@ impl Operation {
         };
         match self {
             Self::Load { .. } | Self::Fill { .. } | Self::Spread { .. } | Self::Random { .. } => {}
-            Self::Unary { a, .. } | Self::Kept { a, .. } | Self::Trim { a, .. } => visit(a),
+            Self::Unary { a, .. }
+            | Self::Kept { a, .. }
+            | Self::Trim { a, .. }
+            | Self::Drop { a, .. } => visit(a),
             Self::LoadDifference { base, .. } => visit(base),
             Self::Binary { a, b, .. } => {
                 argument(a);
@@ -320,7 +334,11 @@ impl Operation {
 fn magnitudes_kept(mask: &Value, yes: &Value, no: &Value) -> Option<Chosen> {
     let ValueNode::Kept { value, chosen } = &*mask.0 else { return None };
     let ValueNode::Unary(UnaryOp::Abs, magnitude_of) = &*value.0 else { return None };
-    let ValueNode::Scalar(zero) = &*no.0 else { return None };
-    let is_zero = zero.as_constant().is_some_and(|zero| zero == 0.0 && zero.is_sign_positive());
-    (is_zero && Arc::ptr_eq(&magnitude_of.0, &yes.0)).then_some(*chosen)
+    (is_zero(no) && Arc::ptr_eq(&magnitude_of.0, &yes.0)).then_some(*chosen)
+}
+
+/// Whether `value` is +0 everywhere.
+fn is_zero(value: &Value) -> bool {
+    let ValueNode::Scalar(scalar) = &*value.0 else { return false };
+    scalar.as_constant().is_some_and(|zero| zero == 0.0 && zero.is_sign_positive())
 }

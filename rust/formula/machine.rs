@@ -4,13 +4,13 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::code::{Argument, Code, Operation, Slot};
-use super::masks::KeptMasks;
+use super::masks::{KeptMasks, MaskName};
 use super::{Chosen, Scope};
 use crate::dtype::DType;
-use crate::kernels::{self, BLOCK, Level, MaskKey, Operand, Real};
+use crate::kernels::{self, BLOCK, Level, MaskBits, MaskKey, Operand, Real, SPAN};
 
 /// Elements a chunk: a few slots of it fit the first-level cache. Divides a block.
-pub(crate) const CHUNK: usize = 2048;
+pub(crate) const CHUNK: usize = SPAN;
 
 /// Rows a block of a column reduction has; part of the fixed shape of the numeric contract.
 pub(crate) const COLUMN_BLOCK: u64 = 1024;
@@ -118,7 +118,7 @@ impl<'a, T: Real> Machine<'a, T> {
         masks: Option<&'a KeptMasks>,
     ) -> Self {
         let key = |operation: &Operation| match operation {
-            Operation::Random { stream, .. } => {
+            Operation::Random { stream, .. } | Operation::Drop { stream, .. } => {
                 Some(MaskKey::new(frame.seed, &frame.name, *stream))
             }
             _ => None,
@@ -206,18 +206,41 @@ impl<'a, T: Real> Machine<'a, T> {
                 self.cut(kernels::trim, *chosen, range.start, self.slot(*a), out);
             }
             Operation::Random { keep_below, stream } => {
-                let key = self.keys[at].as_ref().expect("every random instruction has a key");
-                let draw = |out: &mut [T]| {
-                    kernels::random_mask(self.level, key, range.start, *keep_below, out);
-                };
-                match self.masks {
-                    Some(masks) => {
-                        masks.fill(self.level, (*stream, *keep_below), range.start, out, draw);
-                    }
-                    None => draw(out),
+                match self.random_bits(at, (*stream, *keep_below), range.start) {
+                    Some(bits) => kernels::unpack_mask(self.level, &bits, out),
+                    None => self.random_mask(at, *keep_below, range.start, out),
                 }
             }
+            Operation::Drop { a, keep_below, stream } => {
+                let values = self.slot(*a);
+                if let Some(bits) = self.random_bits(at, (*stream, *keep_below), range.start) {
+                    return kernels::masked(self.level, &bits, values, out);
+                }
+                let mut mask = [T::ZERO; CHUNK];
+                let mask = &mut mask[..out.len()];
+                self.random_mask(at, *keep_below, range.start, mask);
+                let (yes, no) = (Operand::Slice(values), Operand::Scalar(T::ZERO));
+                kernels::select(self.level, mask, yes, no, out);
+            }
         }
+    }
+
+    /// The random mask of a chunk, if it begins where a span does.
+    fn random_bits(&self, at: usize, name: MaskName, first: u64) -> Option<MaskBits> {
+        let draw = || kernels::random_bits(self.level, self.key(at), first, name.1);
+        first.is_multiple_of(SPAN as u64).then(|| match self.masks {
+            Some(masks) => masks.span(name, first, draw),
+            None => draw(),
+        })
+    }
+
+    /// The same of any range, as numbers.
+    fn random_mask(&self, at: usize, keep_below: u64, first: u64, out: &mut [T]) {
+        kernels::random_mask(self.level, self.key(at), first, keep_below, out);
+    }
+
+    fn key(&self, at: usize) -> &MaskKey {
+        self.keys[at].as_ref().expect("every random instruction has a key")
     }
 
     fn terms(&self, terms: &[(f64, Slot)]) -> Vec<(T, &[T])> {

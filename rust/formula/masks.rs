@@ -8,12 +8,8 @@
 
 use std::sync::OnceLock;
 
-use super::machine::CHUNK;
 use super::{Value, stage};
-use crate::kernels::{self, BITS, Level, Real};
-
-/// The bits of one chunk.
-type Bits = [u32; CHUNK / BITS];
+use crate::kernels::{MaskBits, SPAN};
 
 /// Which mask: its stream, and the bound of its draw.
 pub(crate) type MaskName = (u32, u64);
@@ -22,16 +18,16 @@ pub(crate) type MaskName = (u32, u64);
 #[derive(Debug)]
 pub(crate) struct KeptMasks {
     names: Vec<MaskName>,
-    /// For each mask, for each chunk of the tensor.
-    chunks: Vec<Vec<OnceLock<Box<Bits>>>>,
+    /// For each mask, for each span of the tensor.
+    spans: Vec<Box<[OnceLock<MaskBits>]>>,
 }
 
-/// Bytes that keeping one chunk of a mask takes: the bits, their cell, the allocator's part.
-const CHUNK_BYTES: u64 = (size_of::<Bits>() + size_of::<OnceLock<Box<Bits>>>() + 16) as u64;
+/// Bytes that keeping one span of a mask takes.
+const SPAN_BYTES: u64 = size_of::<OnceLock<MaskBits>>() as u64;
 
 /// Bytes that the masks of `values` take over a tensor of `elements`; 0 if each is drawn only once.
 pub(crate) fn bytes(values: &[Value], elements: u64) -> u64 {
-    names(values).len() as u64 * elements.div_ceil(CHUNK as u64) * CHUNK_BYTES
+    names(values).len() as u64 * elements.div_ceil(SPAN as u64) * SPAN_BYTES
 }
 
 /// The masks that more than one pass over the tensor needs: those in what is reduced first.
@@ -46,35 +42,21 @@ impl KeptMasks {
     /// Room for the masks that `values` need more than once.
     pub(crate) fn new(values: &[Value], elements: u64) -> Self {
         let names = names(values);
-        let count = elements.div_ceil(CHUNK as u64) as usize;
+        let count = elements.div_ceil(SPAN as u64) as usize;
         let empty = |_: &MaskName| std::iter::repeat_with(OnceLock::new).take(count).collect();
-        Self { chunks: names.iter().map(empty).collect(), names }
+        Self { spans: names.iter().map(empty).collect(), names }
     }
 
-    /// Fills `out` with the mask of the elements from `first` on, at most a chunk of them; `draw`
-    /// is called where it was not drawn before.
-    pub(crate) fn fill<T: Real>(
+    /// The mask of the span that begins at element `first`; `draw` is called where it was not drawn
+    /// before.
+    pub(crate) fn span(
         &self,
-        level: Level,
         name: MaskName,
         first: u64,
-        out: &mut [T],
-        draw: impl FnOnce(&mut [T]),
-    ) {
-        let chunk = CHUNK as u64;
+        draw: impl FnOnce() -> MaskBits,
+    ) -> MaskBits {
         let mask = self.names.iter().position(|&known| known == name);
-        let Some(mask) = mask.filter(|_| first.is_multiple_of(chunk)) else { return draw(out) };
-        let kept = &self.chunks[mask][(first / chunk) as usize];
-        if let Some(bits) = kept.get() {
-            return kernels::unpack_mask(level, &bits[..], out);
-        }
-        draw(out);
-        // A shorter range than the chunk, of a sample say, is not the whole chunk's mask.
-        if out.len() == CHUNK {
-            let mut bits = Box::new([0; CHUNK / BITS]);
-            kernels::pack_mask(level, out, &mut bits[..]);
-            // Somebody else may have been faster, with the same bits.
-            let _ = kept.set(bits);
-        }
+        let Some(mask) = mask else { return draw() };
+        *self.spans[mask][(first / SPAN as u64) as usize].get_or_init(draw)
     }
 }

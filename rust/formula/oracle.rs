@@ -103,12 +103,8 @@ impl<T: Real> Oracle<T> {
 
     fn random(&self, keep_below: u64, stream: u32) -> Vec<T> {
         let key = MaskKey::new(self.frame.seed, &self.frame.name, stream);
-        let draw = |index: u64| {
-            let words = oracle::philox4x32(key.key(), key.counter(index));
-            let word = words[(index % 4) as usize];
-            if u64::from(word) < keep_below { T::ONE } else { T::ZERO }
-        };
-        (0..self.frame.elements).map(draw).collect()
+        let keeps = |index: u64| u64::from(oracle::draw(&key, index)) < keep_below;
+        (0..self.frame.elements).map(|index| T::truth(keeps(index))).collect()
     }
 
     /// Indices of the elements, largest first; of equal ones the lowest index first.

@@ -1,35 +1,20 @@
-//! Masks as bits, to keep them in little memory.
+//! Masks as bits: what random masks are drawn as and kept as, in little memory.
 //!
-//! The bits lie so that packing needs no operation across lanes: of `n` words, word `w` has element
-//! `w + n·b` as its bit `b`. So one step of either loop is `n` elements by the same bit.
+//! The bits of a span lie so that no operation goes across lanes: word `w` of the `n` has element
+//! `w + n·b` as its bit `b`. So one step of a loop is `n` elements by the same bit.
 
 use super::level::{Kernel, Level};
 use super::real::Real;
 
 /// Elements that a word holds.
 pub const BITS: usize = u32::BITS as usize;
-
-struct Pack<'a, T> {
-    mask: &'a [T],
-    words: &'a mut [u32],
-}
-
-impl<T: Real> Kernel for Pack<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        self.words.fill(0);
-        for (bit, mask) in self.mask.chunks(self.words.len().max(1)).enumerate() {
-            for (word, &value) in self.words.iter_mut().zip(mask) {
-                *word |= if value == T::ZERO { 0 } else { 1 << bit };
-            }
-        }
-    }
-}
+/// Elements that are marked together.
+pub const SPAN: usize = 2048;
+/// The mask of a span.
+pub type MaskBits = [u32; SPAN / BITS];
 
 struct Unpack<'a, T> {
-    words: &'a [u32],
+    bits: &'a MaskBits,
     mask: &'a mut [T],
 }
 
@@ -38,30 +23,51 @@ impl<T: Real> Kernel for Unpack<'_, T> {
 
     #[inline(always)]
     fn run(self) {
-        for (bit, mask) in self.mask.chunks_mut(self.words.len().max(1)).enumerate() {
-            for (value, &word) in mask.iter_mut().zip(self.words) {
+        for (bit, mask) in self.mask.chunks_mut(self.bits.len()).enumerate() {
+            for (value, &word) in mask.iter_mut().zip(self.bits) {
                 *value = T::truth(word & (1 << bit) != 0);
             }
         }
     }
 }
 
-/// Packs a mask of ones and zeros: what is not zero gives a 1.
-///
-/// # Panics
-///
-/// If the words have no room for the mask.
-pub fn pack_mask<T: Real>(level: Level, mask: &[T], words: &mut [u32]) {
-    assert!(mask.len() <= BITS * words.len(), "the words must have room for the mask");
-    level.run(Pack { mask, words });
+struct Masked<'a, T> {
+    bits: &'a MaskBits,
+    values: &'a [T],
+    out: &'a mut [T],
 }
 
-/// The first elements of a mask that [`pack_mask`] packed into `words`, as ones and zeros.
+impl<T: Real> Kernel for Masked<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let each = self.out.chunks_mut(self.bits.len()).zip(self.values.chunks(self.bits.len()));
+        for (bit, (out, values)) in each.enumerate() {
+            for ((out, &value), &word) in out.iter_mut().zip(values).zip(self.bits) {
+                *out = if word & (1 << bit) == 0 { T::ZERO } else { value };
+            }
+        }
+    }
+}
+
+/// The first elements of a mask as ones and zeros.
 ///
 /// # Panics
 ///
-/// If the words hold fewer elements.
-pub fn unpack_mask<T: Real>(level: Level, words: &[u32], mask: &mut [T]) {
-    assert!(mask.len() <= BITS * words.len(), "the words must hold the mask");
-    level.run(Unpack { words, mask });
+/// If there are more than a span.
+pub fn unpack_mask<T: Real>(level: Level, bits: &MaskBits, mask: &mut [T]) {
+    assert!(mask.len() <= SPAN, "a mask has the bits of a span");
+    level.run(Unpack { bits, mask });
+}
+
+/// `out[i] = values[i]` where the mask has a one, else 0. Bits are kept.
+///
+/// # Panics
+///
+/// If there are more elements than a span has, or the lengths differ.
+pub fn masked<T: Real>(level: Level, bits: &MaskBits, values: &[T], out: &mut [T]) {
+    assert!(out.len() <= SPAN, "a mask has the bits of a span");
+    assert_eq!(values.len(), out.len(), "the values and the output must have the same length");
+    level.run(Masked { bits, values, out });
 }

@@ -47,9 +47,9 @@ pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use fused::{weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use gram::products_into;
 pub use level::Level;
-pub use mask_bits::{BITS, pack_mask, unpack_mask};
+pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};
 pub use order::{Counts, count, histogram, keep, trim};
-pub use random::{GENERATOR_VERSION, MaskKey, random_mask};
+pub use random::{GENERATOR_VERSION, MaskKey, random_bits, random_mask};
 pub use real::Real;
 pub use reduce::{
     BLOCK, LANES, Lanes, REDUCTION_VERSION, absolute_sum_into, dot_into, fold_halves, max_into,

@@ -6,6 +6,7 @@
 
 use super::elementwise::{BinaryOp, UnaryOp};
 use super::order::Counts;
+use super::random::MaskKey;
 use super::real::Real;
 use super::reduce::{LANES, Lanes};
 use crate::dtype::DType;
@@ -244,4 +245,16 @@ pub fn philox4x32(mut key: [u32; 2], mut counter: [u32; 4]) -> [u32; 4] {
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
     counter
+}
+
+/// The draw of element `index`, of 32 bits: the high half from one counter, the low half from the
+/// same place of another.
+pub fn draw(key: &MaskKey, index: u64) -> u32 {
+    let counter = index / 512 * 64 + index % 64;
+    let place = index % 512 / 64;
+    let half = |counter: u64| {
+        let word = philox4x32(key.key(), key.counter(counter))[(place % 4) as usize];
+        if place < 4 { word & 0xFFFF } else { word >> 16 }
+    };
+    half(counter) << 16 | half(1 << 63 | counter)
 }

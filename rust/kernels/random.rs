@@ -5,27 +5,40 @@
 //! inputs here, fixed by [`GENERATOR_VERSION`]:
 //!
 //! - key: the seed, low word first;
-//! - counter, low word first: two words of element index ÷ 4, then two words of the 64-bit FNV-1a
+//! - counter, low word first: two words of the counter's index, then two words of the 64-bit FNV-1a
 //!   hash of the output tensor's name, a byte 0xFF (which UTF-8 never contains), and the input's
 //!   position as four little-endian bytes.
 //!
-//! Element i takes word i mod 4 of its counter, and is kept if that word is below
-//! round(density·2³²).
+//! A draw has 32 bits and is kept if it is below round(density·2³²). Its high half nearly always
+//! decides that, so a counter gives eight high halves, and the low half, from a counter of its own,
+//! is only drawn where the high half equals the bound's. That is half the work of four draws a
+//! counter. Which element takes which half is chosen so that the loops need no shuffles: of 512
+//! elements in a row, counter `c` of 64 has elements `c`, `c + 64`, …
 //!
 //! The loop is over counters, with the rounds unrolled inside, so that it vectorises across
 //! counters. A word is the low half of 64 bits, where a product with a multiplier needs no
 //! unpacking; whatever the rounds leave in the high half is ignored.
 
 use super::level::{Kernel, Level};
+use super::mask_bits::{BITS, MaskBits, SPAN, unpack_mask};
 use super::real::Real;
 
 /// Changes when a mask would.
-pub const GENERATOR_VERSION: u32 = 1;
+pub const GENERATOR_VERSION: u32 = 2;
 
 const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 const ROUNDS: usize = 10;
 const LOW_HALF: u64 = 0xFFFF_FFFF;
+
+/// Counters that share out a group of elements among them, one for each word of a span's bits.
+const COUNTERS: usize = SPAN / BITS;
+/// Halves of a counter's words.
+const HALVES: usize = 8;
+/// Counters of a span.
+const SPAN_COUNTERS: usize = SPAN / HALVES;
+/// What sets the counters of the low halves apart: no element's index is so great.
+const LOW_HALVES: u64 = 1 << 63;
 
 /// Which mask: of one tensor and one input, under one seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,9 +59,9 @@ impl MaskKey {
         self.key
     }
 
-    /// The counter of the generator that element `index` draws from.
+    /// The counter of that index.
     pub const fn counter(&self, index: u64) -> [u32; 4] {
-        let [low, high] = words(index / 4);
+        let [low, high] = words(index);
         [low, high, self.stream[0], self.stream[1]]
     }
 }
@@ -86,31 +99,90 @@ pub fn philox4x32(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     philox(key, counter.map(u64::from))
 }
 
-struct Mask<'a, T> {
+/// The first words of some counters in a row, the second, and so on.
+type Words = [[u32; SPAN_COUNTERS]; 4];
+
+struct Draw<'a> {
     key: MaskKey,
-    /// Of the first element, which takes a counter's first word.
-    first_index: u64,
-    /// The greatest word that keeps.
-    greatest: u32,
-    out: &'a mut [[T; 4]],
+    /// Index of the first counter.
+    first: u64,
+    keep_below: u64,
+    bits: &'a mut MaskBits,
 }
 
-impl<T: Real> Kernel for Mask<'_, T> {
-    type Output = ();
-
+impl Draw<'_> {
     #[inline(always)]
-    fn run(self) {
+    fn words(&self, first: u64) -> Words {
         let MaskKey { key, stream } = self.key;
         let stream = stream.map(u64::from);
-        for (index, out) in (self.first_index / 4..).zip(self.out) {
-            let words = philox(key, [index, index >> 32, stream[0], stream[1]]);
-            *out = words.map(|word| T::truth(word <= self.greatest));
+        let mut words = [[0; SPAN_COUNTERS]; 4];
+        for at in 0..SPAN_COUNTERS {
+            let index = first + at as u64;
+            let drawn = philox(key, [index, index >> 32, stream[0], stream[1]]);
+            for (words, drawn) in words.iter_mut().zip(drawn) {
+                words[at] = drawn;
+            }
+        }
+        words
+    }
+
+    /// Sets the bit of each element whose draw is below `bound`. `draw` is given a word, a counter,
+    /// and how far the half is to be shifted.
+    #[inline(always)]
+    fn mark(&mut self, bound: u32, draw: impl Fn(usize, usize, u32) -> u32) {
+        *self.bits = [0; COUNTERS];
+        for bit in 0..BITS {
+            let (group, half) = (bit / HALVES, bit % HALVES);
+            let (word, shift) = (half % 4, 16 * (half / 4) as u32);
+            for (counter, bits) in self.bits.iter_mut().enumerate() {
+                let keeps = draw(word, group * COUNTERS + counter, shift) < bound;
+                *bits |= u32::from(keeps) << bit;
+            }
         }
     }
 }
 
-/// Marks at random what to keep: `out[i]` is 1 if the draw of element `first_index + i` is below
-/// `keep_below`, else 0. A density d asks for round(d·2³²); 2³² keeps all.
+impl Kernel for Draw<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        let high = self.words(self.first);
+        let bound = (self.keep_below >> 16) as u32;
+        self.mark(bound, |word, at, shift| half(high[word][at], shift));
+        let ties = |word: u32| half(word, 0) == bound || half(word, 16) == bound;
+        let any_tie = high.as_flattened().iter().fold(false, |any, &word| any | ties(word));
+        // No low half is below a bound of zero.
+        if any_tie && self.keep_below as u16 > 0 {
+            let low = self.words(self.first | LOW_HALVES);
+            self.mark(self.keep_below as u32, |word, at, shift| {
+                half(high[word][at], shift) << 16 | half(low[word][at], shift)
+            });
+        }
+    }
+}
+
+#[inline(always)]
+fn half(word: u32, shift: u32) -> u32 {
+    (word >> shift) & 0xFFFF
+}
+
+/// Marks at random what to keep of the [`SPAN`] elements from `first_index` on: those whose draw is
+/// below `keep_below`. A density d asks for round(d·2³²); 2³² keeps all.
+///
+/// # Panics
+///
+/// If `keep_below` exceeds 2³², or `first_index` is no multiple of a span.
+pub fn random_bits(level: Level, key: &MaskKey, first_index: u64, keep_below: u64) -> MaskBits {
+    assert!(keep_below <= 1 << 32, "a draw has 32 bits, so {keep_below} is no bound for it");
+    assert!(first_index.is_multiple_of(SPAN as u64), "masks are drawn in whole spans");
+    let mut bits = [0; COUNTERS];
+    let first = first_index / HALVES as u64;
+    level.run(Draw { key: *key, first, keep_below, bits: &mut bits });
+    bits
+}
+
+/// The same for any range, as numbers: `out[i]` is 1 if element `first_index + i` is kept, else 0.
 ///
 /// # Panics
 ///
@@ -122,23 +194,20 @@ pub fn random_mask<T: Real>(
     keep_below: u64,
     out: &mut [T],
 ) {
-    assert!(keep_below <= 1 << 32, "a draw has 32 bits, so {keep_below} is no bound for it");
-    let Some(greatest) = keep_below.checked_sub(1) else { return out.fill(T::ZERO) };
     assert!(first_index.checked_add(out.len() as u64).is_some(), "the indices must fit 64 bits");
-    let draw = |index: u64| philox4x32(key.key, key.counter(index))[(index % 4) as usize];
-    let keeps = |index: u64| T::truth(u64::from(draw(index)) <= greatest);
-    // Elements before the first whole counter, and after the last.
-    let before = (first_index.next_multiple_of(4) - first_index).min(out.len() as u64);
-    let (head, rest) = out.split_at_mut(before as usize);
-    let (whole, tail) = rest.as_chunks_mut();
-    let first_index_whole = first_index + before;
-    let first_index_tail = first_index_whole + 4 * whole.len() as u64;
-    for (index, value) in (first_index..).zip(head) {
-        *value = keeps(index);
+    let (mut index, mut rest) = (first_index, out);
+    while !rest.is_empty() {
+        let skipped = (index % SPAN as u64) as usize;
+        let bits = random_bits(level, key, index - skipped as u64, keep_below);
+        let (now, later) = rest.split_at_mut(rest.len().min(SPAN - skipped));
+        if skipped == 0 {
+            unpack_mask(level, &bits, now);
+        } else {
+            let mut span = [T::ZERO; SPAN];
+            unpack_mask(level, &bits, &mut span);
+            now.copy_from_slice(&span[skipped..skipped + now.len()]);
+        }
+        index += now.len() as u64;
+        rest = later;
     }
-    for (index, value) in (first_index_tail..).zip(tail) {
-        *value = keeps(index);
-    }
-    let greatest = greatest as u32;
-    level.run(Mask { key: *key, first_index: first_index_whole, greatest, out: whole });
 }

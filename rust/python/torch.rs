@@ -191,12 +191,22 @@ impl<'py> Encoder<'_, 'py> {
                 ("trim", out, *a, threshold, chosen.equals_end).into_pyobject(py)
             }
             Operation::Random { keep_below, stream } => {
-                let key = MaskKey::new(self.frame.seed, &self.frame.name, *stream);
-                let [_, _, low, high] = key.counter(0);
-                let [first, second] = key.key();
-                ("random", out, *keep_below, (first, second), (low, high)).into_pyobject(py)
+                let (key, stream) = self.mask_words(*stream);
+                ("random", out, *keep_below, key, stream).into_pyobject(py)
+            }
+            Operation::Drop { a, keep_below, stream } => {
+                let (key, stream) = self.mask_words(*stream);
+                ("drop", out, *a, *keep_below, key, stream).into_pyobject(py)
             }
         }
+    }
+
+    /// The key of a random mask, and the words of its counters that are the same for all.
+    fn mask_words(&self, stream: u32) -> ((u32, u32), (u32, u32)) {
+        let key = MaskKey::new(self.frame.seed, &self.frame.name, stream);
+        let [_, _, low, high] = key.counter(0);
+        let [first, second] = key.key();
+        ((first, second), (low, high))
     }
 
     fn terms(&self, terms: &[(f64, Slot)]) -> Vec<(f64, Slot)> {

@@ -1,25 +1,39 @@
 use super::{LENGTHS, each_level};
-use oxmerge::kernels::{BITS, pack_mask, unpack_mask};
+use oxmerge::kernels::{BITS, MaskBits, SPAN, masked, unpack_mask};
+
+/// Bits of which each element's can be told.
+fn bits() -> (MaskBits, impl Fn(usize) -> bool) {
+    let keeps = |element: usize| element * element % 7 < 3;
+    let mut bits: MaskBits = [0; SPAN / BITS];
+    for element in 0..SPAN {
+        bits[element % bits.len()] |= u32::from(keeps(element)) << (element / bits.len());
+    }
+    (bits, keeps)
+}
 
 each_level! {
-    /// Every element by itself, where the words have just enough room and where they have more.
-    fn masks_come_back<T>(level) {
-        for length in LENGTHS {
-            let mask: Vec<T> = (0..length).map(|at| T::truth(at * at % 7 < 3)).collect();
-            let least = length.div_ceil(BITS);
-            for count in [least, least + 1, 64.max(least)] {
-                let mut words = vec![u32::MAX; count];
-                pack_mask(level, &mask, &mut words);
-                for (at, &value) in mask.iter().enumerate() {
-                    let bit = words[at % count] >> (at / count) & 1;
-                    assert_eq!(bit == 1, value == T::ONE, "element {at} of {length}");
-                }
-                let mut again = vec![T::NAN; length];
-                unpack_mask(level, &words, &mut again);
-                assert_eq!(again, mask);
-                let part = length / 2;
-                unpack_mask(level, &words, &mut again[..part]);
-                assert_eq!(again[..part], mask[..part]);
+    /// Every element by itself, of a whole span and of less.
+    fn bits_become_numbers<T>(level) {
+        let (bits, keeps) = bits();
+        for length in LENGTHS.into_iter().filter(|&length| length <= SPAN).chain([SPAN]) {
+            let mut mask = vec![T::NAN; length];
+            unpack_mask(level, &bits, &mut mask);
+            let expected: Vec<T> = (0..length).map(|element| T::truth(keeps(element))).collect();
+            assert_eq!(mask, expected);
+        }
+    }
+
+    /// What is kept keeps its bits, NaN too; what is not is +0.
+    fn bits_choose_values<T>(level) {
+        let (bits, keeps) = bits();
+        for length in LENGTHS.into_iter().filter(|&length| length <= SPAN).chain([SPAN]) {
+            let value = |at: usize| if at % 5 == 0 { T::NAN } else { -T::from_f64(at as f64) };
+            let values: Vec<T> = (0..length).map(value).collect();
+            let mut out = vec![T::NAN; length];
+            masked(level, &bits, &values, &mut out);
+            for element in 0..length {
+                let expected = if keeps(element) { values[element] } else { T::ZERO };
+                assert_eq!(out[element].bits(), expected.bits(), "element {element} of {length}");
             }
         }
     }

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    BinaryOp, LANES, Level, MaskKey, Operand, Real, UnaryOp, absolute_sum_into, binary, count,
-    dot_into, histogram, keep, max_into, narrow, random_mask, select, sum_into, unary,
-    weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes, widen,
+    BinaryOp, LANES, Level, MaskKey, Operand, Real, SPAN, UnaryOp, absolute_sum_into, binary,
+    count, dot_into, histogram, keep, masked, max_into, narrow, norms_into, random_bits,
+    random_mask, select, sum_into, unary, weighted_difference_sum_bytes, weighted_sum,
+    weighted_sum_bytes, widen,
 };
 
 /// Elements of a cached piece.
@@ -197,6 +198,11 @@ fn order<T: Real>(bench: &Bench, level: Level, real: &str) {
     bench.case(&format!("cache random_mask {real}"), level, PIECE, size, || {
         random_mask(level, black_box(&key), 0, 1 << 31, &mut out);
     });
+    let mask = random_bits(level, &key, 0, 1 << 31);
+    let (values, kept) = (&a[..SPAN], &mut out[..SPAN]);
+    bench.case(&format!("cache masked {real}"), level, SPAN, 2 * SPAN * size_of::<T>(), || {
+        masked(level, black_box(&mask), values, kept);
+    });
 }
 
 /// Bins overflow in long runs; emptying them each time would be measured too.
@@ -237,6 +243,21 @@ fn fused(bench: &Bench, level: Level) {
     }
 }
 
+fn masks(bench: &Bench, level: Level) {
+    let key = MaskKey::new(1, "bench", 0);
+    bench.case("cache random_bits", level, SPAN, SPAN / 8, || {
+        black_box(random_bits(level, black_box(&key), 0, 1 << 31));
+    });
+    let bits = random_bits(level, &key, 0, 1 << 31);
+    for dtype in [DType::Bf16, DType::F16, DType::F32] {
+        let [x, base] = [stored(dtype, SPAN * dtype.size()), stored(dtype, SPAN * dtype.size())];
+        let mut lanes = [[0.0; LANES]; 2];
+        bench.case(&format!("cache norms {dtype}"), level, SPAN, x.len() + base.len(), || {
+            norms_into(level, dtype, black_box(&x), &base, &bits, &mut lanes);
+        });
+    }
+}
+
 fn main() {
     let bench = Bench::from_arguments();
     for level in Level::available() {
@@ -249,5 +270,6 @@ fn main() {
         order::<f32>(&bench, level, "f32");
         order::<f64>(&bench, level, "f64");
         fused(&bench, level);
+        masks(&bench, level);
     }
 }

@@ -6,11 +6,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::backend::{Layout, Output, Step};
+use super::backend::{Layout, Output, Step, steps};
 use crate::dtype::DType;
-use crate::formula::machine::InputBytes;
+use crate::formula::machine::{InputBytes, Machine};
+use crate::formula::masks::MaskName;
 use crate::formula::{BinaryOp, Reduction, ReductionKind, Scalar, Value, ValueNode};
-use crate::kernels::{self, LANES, Lanes, Level, Real};
+use crate::kernels::{self, LANES, Lanes, Level, Real, SPAN};
 
 type Inputs<'a> = [Option<InputBytes<'a>>];
 
@@ -94,6 +95,52 @@ pub(crate) fn products(
     let mut lanes = [[0.0; LANES]; 3];
     kernels::products_into(level, dtype, a, b, &mut lanes);
     lanes.to_vec()
+}
+
+/// A task vector, and a random mask of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Thinned {
+    x: usize,
+    base: usize,
+    mask: MaskName,
+}
+
+/// The task vectors, if the reductions are the L1 norms of each, and of what a random mask keeps of
+/// it, of inputs of one type in f32.
+pub(crate) fn thinned<T: Real>(step: &Step<'_>, layout: &Layout) -> Option<Vec<Thinned>> {
+    let (pairs, []) = layout.reductions.as_chunks::<2>() else { return None };
+    let is_norm = |reduction: &Arc<Reduction>| reduction.kind == ReductionKind::AbsoluteSum;
+    let dtype = |index: usize| step.inputs[index].as_ref().map(|input| input.dtype);
+    let thinned = |[whole, kept]: &[Arc<Reduction>; 2]| {
+        let ValueNode::Binary(BinaryOp::Sub, x, base) = &*whole.left.0 else { return None };
+        let (x, base) = (input(x)?, input(base)?);
+        let mask = kept.left.randomly_kept(&whole.left)?;
+        let is_uniform = dtype(x) == dtype(base) && size_of::<T>() == size_of::<f32>();
+        (is_norm(whole) && is_norm(kept) && is_uniform).then_some(Thinned { x, base, mask })
+    };
+    pairs.iter().map(thinned).collect()
+}
+
+/// The L1 norms of [`thinned`] over one block, if masks can be drawn from its first element on.
+pub(crate) fn norms<T: Real>(
+    machine: &Machine<'_, T>,
+    inputs: &Inputs<'_>,
+    thinned: &[Thinned],
+    block: &Range<u64>,
+) -> Option<Vec<Lanes>> {
+    let mut lanes = Vec::new();
+    for &Thinned { x, base, mask } in thinned {
+        let key = machine.mask_key(mask);
+        let mut norms = [[0.0; LANES]; 2];
+        for span in steps(block.clone(), SPAN as u64) {
+            let bits = machine.random_bits(&key, mask, span.start)?;
+            let (_, dtype, x) = term(1.0, x, inputs, &span);
+            let (_, _, base) = term(1.0, base, inputs, &span);
+            kernels::norms_into(machine.level(), dtype, x, base, &bits, &mut norms);
+        }
+        lanes.extend(norms);
+    }
+    Some(lanes)
 }
 
 fn term<'a>(

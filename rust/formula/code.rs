@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
+use super::masks::MaskName;
 use super::{BinaryOp, Chosen, Scalar, ScalarNode, Scope, UnaryOp, Value, ValueNode};
 
 /// The index of a buffer of one chunk.
@@ -335,6 +336,15 @@ fn magnitudes_kept(mask: &Value, yes: &Value, no: &Value) -> Option<Chosen> {
     let ValueNode::Kept { value, chosen } = &*mask.0 else { return None };
     let ValueNode::Unary(UnaryOp::Abs, magnitude_of) = &*value.0 else { return None };
     (is_zero(no) && Arc::ptr_eq(&magnitude_of.0, &yes.0)).then_some(*chosen)
+}
+
+impl Value {
+    /// The random mask, if this is what it keeps of `whole`, else 0.
+    pub(crate) fn randomly_kept(&self, whole: &Self) -> Option<MaskName> {
+        let ValueNode::Select { mask, yes, no } = &*self.0 else { return None };
+        let ValueNode::Random { keep_below, stream } = *mask.0 else { return None };
+        (Arc::ptr_eq(&yes.0, &whole.0) && is_zero(no)).then_some((stream, keep_below))
+    }
 }
 
 /// Whether `value` is +0 everywhere.

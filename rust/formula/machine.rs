@@ -140,6 +140,11 @@ impl<'a, T: Real> Machine<'a, T> {
         }
     }
 
+    /// What a random mask of the tensor is drawn from.
+    pub(crate) fn mask_key(&self, (stream, _): MaskName) -> MaskKey {
+        MaskKey::new(self.frame.seed, &self.frame.name, stream)
+    }
+
     /// The instruction set it runs with.
     pub(crate) fn level(&self) -> Level {
         self.level
@@ -206,14 +211,15 @@ impl<'a, T: Real> Machine<'a, T> {
                 self.cut(kernels::trim, *chosen, range.start, self.slot(*a), out);
             }
             Operation::Random { keep_below, stream } => {
-                match self.random_bits(at, (*stream, *keep_below), range.start) {
+                match self.random_bits(self.key(at), (*stream, *keep_below), range.start) {
                     Some(bits) => kernels::unpack_mask(self.level, &bits, out),
                     None => self.random_mask(at, *keep_below, range.start, out),
                 }
             }
             Operation::Drop { a, keep_below, stream } => {
                 let values = self.slot(*a);
-                if let Some(bits) = self.random_bits(at, (*stream, *keep_below), range.start) {
+                let name = (*stream, *keep_below);
+                if let Some(bits) = self.random_bits(self.key(at), name, range.start) {
                     return kernels::masked(self.level, &bits, values, out);
                 }
                 let mut mask = [T::ZERO; CHUNK];
@@ -226,8 +232,13 @@ impl<'a, T: Real> Machine<'a, T> {
     }
 
     /// The random mask of a chunk, if it begins where a span does.
-    fn random_bits(&self, at: usize, name: MaskName, first: u64) -> Option<MaskBits> {
-        let draw = || kernels::random_bits(self.level, self.key(at), first, name.1);
+    pub(crate) fn random_bits(
+        &self,
+        key: &MaskKey,
+        name: MaskName,
+        first: u64,
+    ) -> Option<MaskBits> {
+        let draw = || kernels::random_bits(self.level, key, first, name.1);
         first.is_multiple_of(SPAN as u64).then(|| match self.masks {
             Some(masks) => masks.span(name, first, draw),
             None => draw(),

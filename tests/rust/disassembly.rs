@@ -11,29 +11,56 @@ use std::process::Command;
 
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    LANES, Level, count, dot_into, narrow, weighted_sum, weighted_sum_bytes, widen,
+    BinaryOp, LANES, Level, MaskKey, Operand, SPAN, absolute_sum_into, binary, count, dot_into,
+    elect, masked, narrow, norms_into, products_into, random_bits, select, trim,
+    weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes, widen, widen_difference,
 };
 
 /// What to look for in the demangled name of a shell: its kernel and types.
-const KERNELS: [&str; 6] = [
+const KERNELS: [&str; 17] = [
     "Widen<f32, oxmerge::kernels::convert::Bf16>",
+    "WidenDifference<f32, oxmerge::kernels::convert::Bf16>",
     "Narrow<f32, oxmerge::kernels::convert::Bf16>",
+    "Binary<f32>",
+    "Select<f32>",
     "WeightedSum<f32, 2",
     "SumBytes<oxmerge::kernels::convert::Bf16, 2",
+    "DifferenceBytes<oxmerge::kernels::convert::Bf16, 2",
+    "Elect<f32>",
     "Count<f32>",
+    "Trim<f32>",
     "Dot<f32>",
+    "AbsoluteSum<f32>",
+    "Products<oxmerge::kernels::convert::Bf16>",
+    "Norms<oxmerge::kernels::convert::Bf16>",
+    "Masked<f32>",
+    "random::Draw>",
 ];
 
 /// Makes the compiler keep every kernel of [`KERNELS`].
 fn use_kernels(level: Level) {
     let (mut wide, mut stored) = ([0.0_f32; 64], [0; 128]);
-    widen(level, DType::Bf16, &[0; 128], &mut wide);
+    let (halves, bytes) = ([0.5_f32; 64], [0; 128]);
+    widen(level, DType::Bf16, &bytes, &mut wide);
+    widen_difference(level, DType::Bf16, &bytes, &halves, &mut wide);
     narrow(level, &wide, DType::Bf16, &mut stored);
-    weighted_sum(level, &[(1.0, &[0.5; 64]), (2.0, &[0.5; 64])], &mut wide);
-    let term = (1.0, DType::Bf16, &[0; 128][..]);
+    let (a, b) = (Operand::Slice(&halves[..]), Operand::Slice(&halves[..]));
+    binary(level, BinaryOp::Add, a, b, &mut wide);
+    select(level, &halves, a, b, &mut wide);
+    weighted_sum(level, &[(1.0, &halves), (2.0, &halves)], &mut wide);
+    let term = (1.0, DType::Bf16, &bytes[..]);
     weighted_sum_bytes(level, &[term, term], DType::Bf16, &mut stored);
+    let base = (DType::Bf16, &bytes[..]);
+    weighted_difference_sum_bytes(level, base, &[term, term], 0.5, DType::Bf16, &mut stored);
+    elect(level, &[(1.0, &halves), (2.0, &halves)], true, &mut wide);
     count(level, &wide, 0, 1);
+    trim(level, &halves, 1, true, &mut wide);
     dot_into(level, &wide, &wide, &mut [0.0; LANES]);
+    absolute_sum_into(level, &wide, &mut [0.0; LANES]);
+    products_into(level, DType::Bf16, &bytes, &bytes, &mut [[0.0; LANES]; 3]);
+    let bits = random_bits(level, &MaskKey::new(0, "x", 0), SPAN as u64, 1 << 31);
+    norms_into(level, DType::Bf16, &bytes, &bytes, &bits, &mut [[0.0; LANES]; 2]);
+    masked(level, &bits, &halves, &mut wide);
 }
 
 /// The instructions of every function of this binary that is a shell of a level.

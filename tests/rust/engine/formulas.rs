@@ -109,6 +109,33 @@ fn weighted_sums_and_shifted_sums() {
     }
 }
 
+/// The L1 norms of task vectors and of what random masks keep of them, of one type, which is fused,
+/// and of several.
+#[test]
+fn task_vectors_rescaled_to_their_norms() {
+    let shape = &[70_001_u64];
+    let rescaled = |at: usize| {
+        let vector = &Value::input(at) - &Value::input(2);
+        let kept = vector.masked(&Value::random_mask(0.3, at as u32));
+        let sums = [vector.absolute_sum(Scope::Tensor), kept.absolute_sum(Scope::Tensor)];
+        let ratio = compute(&sums, 1, |sums| vec![sums[0] / sums[1]]);
+        kept.scaled(ratio[0].clone())
+    };
+    let sum = Value::weighted_sum([(0.5, rescaled(0)), (0.25, rescaled(1))]);
+    for dtype in [DType::Bf16, DType::F16, DType::F32, DType::F64] {
+        let uniform = inputs(3, shape[0], dtype);
+        let mut mixed = uniform.clone();
+        mixed[2] = inputs(1, shape[0], DType::Bf16).remove(0);
+        for inputs in [uniform, mixed] {
+            if dtype == DType::F64 {
+                check::<f64>(&sum, shape, &inputs, DType::F32);
+            } else {
+                check::<f32>(&sum, shape, &inputs, DType::F32);
+            }
+        }
+    }
+}
+
 /// Rule 3: zero coefficients skip, also when they are known only after a reduction.
 #[test]
 fn a_zero_coefficient_skips_its_term() {

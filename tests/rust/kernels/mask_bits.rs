@@ -27,7 +27,7 @@ each_level! {
     fn bits_choose_values<T>(level) {
         let (bits, keeps) = bits();
         for length in LENGTHS.into_iter().filter(|&length| length <= SPAN).chain([SPAN]) {
-            let value = |at: usize| if at % 5 == 0 { T::NAN } else { -T::from_f64(at as f64) };
+            let value = |at: usize| if at.is_multiple_of(5) { T::NAN } else { -T::from_f64(at as f64) };
             let values: Vec<T> = (0..length).map(value).collect();
             let mut out = vec![T::NAN; length];
             masked(level, &bits, &values, &mut out);

@@ -1,8 +1,8 @@
 use super::{TestReal, assert_same, config, each_level};
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    BinaryOp, LANES, Lanes, Level, absolute_sum_into, dot_into, fold_halves, max_into, oracle,
-    products_into, sum_into, widen,
+    BinaryOp, LANES, Lanes, Level, MaskKey, SPAN, absolute_sum_into, dot_into, fold_halves, masked,
+    max_into, norms_into, oracle, products_into, random_bits, sum_into, widen, widen_difference,
 };
 use proptest::prelude::*;
 
@@ -40,6 +40,26 @@ each_level! {
         });
     }
 
+    fn norms_are_two_absolute_sums<T>(level) {
+        let dtype = prop::sample::select(&[DType::Bf16, DType::F16, DType::F32][..]);
+        let length = prop_oneof![prop::sample::select(&[0, 15, 16, 63, 64, 65, 1000][..]), Just(SPAN)];
+        proptest!(config(48), |(dtype in dtype, length in length, seed in any::<u64>())| {
+            let byte = |at: usize| (seed.wrapping_mul(at as u64 | 1) >> 9) as u8;
+            let stored = |from: usize| (from..from + length * dtype.size()).map(byte).collect();
+            let [x, base]: [Vec<u8>; 2] = [stored(0), stored(7)];
+            let bits = random_bits(level, &MaskKey::new(seed, "x", 0), 0, 1 << 31);
+            let [mut wide, mut vector, mut kept] =
+                std::array::from_fn(|_| vec![0.0_f32; length]);
+            widen(level, dtype, &base, &mut wide);
+            widen_difference(level, dtype, &x, &wide, &mut vector);
+            masked(level, &bits, &vector, &mut kept);
+            let (mut fast, mut slow) = ([[0.5; LANES]; 2], [[0.5; LANES]; 2]);
+            norms_into(level, dtype, &x, &base, &bits, &mut fast);
+            absolute_sum_into(level, &vector, &mut slow[0]);
+            absolute_sum_into(level, &kept, &mut slow[1]);
+            assert_same(level, &fast.concat(), &slow.concat());
+        });
+    }
 
     fn reductions_are_like_the_oracle<T>(level) {
         let case = T::slice().prop_flat_map(|a| {

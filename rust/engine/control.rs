@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
+use crate::error::{Error, ErrorKind, Result};
+
 /// Progress out, cancellation in.
 #[derive(Debug, Default)]
 pub struct Control {
@@ -45,6 +47,10 @@ impl fmt::Debug for Question {
     }
 }
 
+pub(crate) fn interrupted() -> Error {
+    Error::new(ErrorKind::Interrupted, "interrupted")
+}
+
 /// Where a merge stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -77,12 +83,13 @@ impl Control {
         self.cancelled.load(Ordering::Relaxed)
     }
 
-    /// The same; a caller that works itself is asked first. Call it without a lock.
-    pub(crate) fn must_stop(&self) -> bool {
+    /// An error if the caller asked to stop; one that works itself is asked first. Call it without
+    /// a lock.
+    pub(crate) fn check(&self) -> Result<()> {
         if self.question.as_ref().is_some_and(Question::answer) {
             self.cancel();
         }
-        self.is_cancelled()
+        if self.is_cancelled() { Err(interrupted()) } else { Ok(()) }
     }
 
     /// The counters now.

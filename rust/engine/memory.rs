@@ -14,7 +14,7 @@ use std::fs;
 
 use super::source::Source;
 use super::task::Work;
-use super::work::SAMPLE_BYTES;
+use super::worker::SAMPLE_BYTES;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::machine::{BAND, CHUNK, TensorFrame};

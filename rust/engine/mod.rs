@@ -18,7 +18,7 @@ pub(crate) mod rehearsal;
 pub(crate) mod simd;
 pub mod source;
 pub mod task;
-mod work;
+mod worker;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -31,9 +31,9 @@ use memory::{MemoryPlan, Need};
 use simd::Simd;
 use source::Sink;
 use task::{Active, Found, Pass, Task, bind_model_results};
-use work::Worker;
+use worker::Worker;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::formula::masks::KeptMasks;
 use crate::kernels::Level;
 
@@ -141,9 +141,12 @@ fn run_all(
     });
     let State { failure, numbers, .. } =
         schedule.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let unshared = shared.into_iter().filter_map(|task| Arc::try_unwrap(task).ok());
-    tasks.extend(unshared);
-    failure.map_or(Ok(numbers), Err)
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    let unshare = |task| Arc::try_unwrap(task).expect("what was under way is over");
+    tasks.extend(shared.into_iter().map(unshare));
+    Ok(numbers)
 }
 
 /// What the workers share.
@@ -266,7 +269,7 @@ impl Schedule<'_> {
 
     fn next(&self, state: &mut State) -> Next {
         if state.failure.is_none() && self.control.is_cancelled() {
-            state.failure = Some(Error::new(ErrorKind::Interrupted, "interrupted"));
+            state.failure = Some(control::interrupted());
             self.changed.notify_all();
         }
         if state.failure.is_some() {

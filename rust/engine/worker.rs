@@ -119,9 +119,7 @@ impl<'a> Worker<'a> {
             inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
         }
         for elements in steps(elements, step) {
-            if self.control.must_stop() {
-                return Err(Error::new(ErrorKind::Interrupted, "interrupted"));
-            }
+            self.control.check()?;
             let read = if needs_rows { whole_rows(task, &elements) } else { elements.clone() };
             self.make_room(task, &inputs, read.end - read.start, once);
             let bytes = read_inputs(task, &inputs, &read, &mut self.scratch, once)?;
@@ -313,6 +311,7 @@ impl<'a> Worker<'a> {
         let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
         let first = task.sources[0].read(range.clone(), scratch)?;
         for (source, label) in task.sources.iter().zip(&task.labels).skip(1) {
+            self.control.check()?;
             let other = source.read(range.clone(), other_scratch)?;
             if first != other {
                 return Err(differs(task, label));

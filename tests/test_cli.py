@@ -667,3 +667,64 @@ def test_a_closed_pipe_is_no_error() -> None:
     )
     assert done.stderr == "0"
     assert done.returncode == 0
+
+
+CLOSED_PIPE = (
+    "import os, sys\n"
+    "from oxmerge.cli import main\n"
+    "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, {stream})\n"
+)
+
+
+def test_a_merge_goes_on_when_nobody_reads_its_progress() -> None:
+    done = process(
+        CLOSED_PIPE.format(stream=2) + "from oxmerge.cli import progress\n"
+        "progress._SECONDS_BETWEEN_LINES = 0\n"
+        "class Snapshot:\n"
+        "    bytes_done = bytes_total = bytes_read = peak_memory = 1; tensor = 'x'\n"
+        "class Engine:\n"
+        "    def merge(self, recipe, directory, *, progress, **options):\n"
+        "        for _ in range(3): progress(Snapshot)\n"
+        "        print('merged', flush=True)\n"
+        "        raise MemoryError\n"
+        "sys.exit(main(['merge', 'r.yml', 'out'], engine=Engine()))\n"
+    )
+    assert (done.returncode, done.stdout) == (1, "merged\n")
+
+
+def test_a_closed_pipe_of_the_engine_is_an_error(run: Any) -> None:
+    error = BrokenPipeError(errno.EPIPE, "Broken pipe", "out/model.safetensors")
+    code, _, err = run("merge", "r.yml", "out", engine=FakeEngine(error))
+    assert (code, err) == (1, "error: `out/model.safetensors`: broken pipe\n")
+
+
+def test_a_failure_keeps_its_code_when_nobody_reads_the_data() -> None:
+    done = process(
+        CLOSED_PIPE.format(stream=1) + "sys.exit(main(['methods', 'slurp', '--json']))\n"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown method `slurp`\n")
+
+
+@pytest.mark.parametrize("line", ["--help", "methods --json"])
+def test_data_that_cannot_be_written_is_a_failure(line: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "oxmerge", *line.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no space left on device\nhint: ")
+
+
+def test_a_process_without_streams_has_an_exit_code() -> None:
+    done = process(
+        "import sys\n"
+        "from oxmerge.cli import main\n"
+        "sys.stdout = sys.stderr = None\n"
+        "sys.exit(main(['methods']) + main(['methods', 'slurp']))\n"
+    )
+    assert done.returncode == 2

@@ -6,6 +6,7 @@ import errno
 import re
 
 from oxmerge.cli.arguments import UsageError
+from oxmerge.cli.printer import DataUnwritten
 from oxmerge.errors import OxmergeError, RecipeError
 
 TYPE_CHECKING = False
@@ -39,12 +40,22 @@ def report(error: BaseException, printer: Printer) -> bool:
     """Tell about an exception; False for one that is a defect of the program."""
     if not isinstance(error, OxmergeError | OSError | UsageError | KeyboardInterrupt | MemoryError):
         return False
-    if printer.as_json:
+    if not printer.as_json:
+        tell(error, printer)
+        return True
+    try:
         printer.json({"error": as_data(error)})
-    else:
-        message, entries, hints = _story(error)
-        printer.error(message, entries, hints)
+        printer.flush()
+    except DataUnwritten:
+        printer.close_output()
+        tell(error, printer)
     return True
+
+
+def tell(error: BaseException, printer: Printer) -> None:
+    """Tell people about an exception."""
+    message, entries, hints = _story(error)
+    printer.error(message, entries, hints)
 
 
 def as_data(error: BaseException) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Where output goes: data to standard output, words for people to standard error."""
+"""Where output goes: data to standard output, words for people to standard error.
+
+Data that cannot be handed over is a failure. Words that nobody can read are not: the work goes on.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import cast
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,6 +16,55 @@ if TYPE_CHECKING:
     from typing import Any, TextIO
 
 _COLOURS = {"error": "31;1", "warning": "33;1", "hint": "36"}
+
+
+class DataUnwritten(Exception):  # noqa: N818 - where a pipe is closed, it is no error
+    """Data could not be handed over: whoever read it has seen enough, or the disk is full.
+
+    Parameters
+    ----------
+    reason
+        What the system said.
+    """
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class Messages(io.TextIOBase):
+    """A stream for people, each word of which is handed over at once. They may have gone.
+
+    Parameters
+    ----------
+    stream
+        Where the words go, as long as they can be written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """How it encodes text."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Tell whether a person watches."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the number of the file."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            _send_nowhere(self._stream)
+        return len(text)
 
 
 class Printer:
@@ -36,8 +90,9 @@ class Printer:
     ) -> None:
         self.quiet = quiet
         self.as_json = as_json
-        self.output = output or sys.stdout
-        self.messages = messages or sys.stderr
+        # A process may be started without them.
+        self.output = output or sys.stdout or io.StringIO()
+        self.messages = cast("TextIO", Messages(messages or sys.stderr or io.StringIO()))
 
     @property
     def is_terminal(self) -> bool:
@@ -51,7 +106,10 @@ class Printer:
 
     def data(self, text: str) -> None:
         """Print what was asked for."""
-        self.output.write(_encodable(text, self.output) + "\n")
+        try:
+            self.output.write(_encodable(text, self.output) + "\n")
+        except OSError as error:
+            raise DataUnwritten(error) from error
 
     def json(self, value: Mapping[str, Any]) -> None:
         """Print what was asked for, as JSON."""
@@ -82,20 +140,27 @@ class Printer:
 
     def flush(self) -> None:
         """Hand everything over, so that a failure to do so is seen."""
-        self.output.flush()
+        try:
+            self.output.flush()
+        except OSError as error:
+            raise DataUnwritten(error) from error
 
     def close_output(self) -> None:
         """Send the rest of the output nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.output.fileno())
-        os.close(nowhere)
+        _send_nowhere(self.output)
 
     def _message(self, text: str) -> None:
         self.messages.write(_encodable(text, self.messages) + "\n")
-        self.messages.flush()
 
     def _label(self, kind: str) -> str:
         return f"\x1b[{_COLOURS[kind]}m{kind}\x1b[0m" if self.has_colour else kind
+
+
+def _send_nowhere(stream: TextIO) -> None:
+    """Let a stream go nowhere, so that what it still holds does no harm when the program ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _encodable(text: str, stream: TextIO) -> str:

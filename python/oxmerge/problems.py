@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 #: How many tensor names a grouped problem shows.
 SHOWN_TENSORS = 3
+#: Kinds of problems that are mended in the recipe, also where they have no place in it.
+_KINDS_OF_RECIPES = frozenset(("recipe", "method", "parameter", "contract", "model"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class Problem:
     advice: str | None = None
     tensors: tuple[str, ...] = ()
     count: int = 1
+
+    @property
+    def is_in_recipe(self) -> bool:
+        """Whether it is the recipe that is wrong, rather than a checkpoint."""
+        return self.where is not None or self.kind in _KINDS_OF_RECIPES
 
     def __str__(self) -> str:
         """Return one line, and a second one with the hint if there is one."""

@@ -33,7 +33,10 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code that an exception ends the program with."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return USAGE if isinstance(error, UsageError | RecipeError) else FAILED
+    if isinstance(error, UsageError | RecipeError):
+        return USAGE
+    problems = getattr(error, "problems", ())
+    return USAGE if any(problem.is_in_recipe for problem in problems) else FAILED
 
 
 def report(error: BaseException, printer: Printer) -> bool:

@@ -221,7 +221,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "dangling link": (
         _dangling_link,
-        "`DIR/model.safetensors`: cannot be opened: no such file or directory",
+        (
+            "`DIR/model.safetensors`: cannot be opened: no such file or directory"
+            "\n  hint: download the model again, or check the permissions of its files"
+        ),
     ),
     "broken config": (
         _broken_config,
@@ -252,7 +255,10 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "none"])
     with pytest.raises(oxmerge.PlanError) as caught:
         oxmerge.plan(recipe)
-    assert text_of(caught.value, tmp_path / "none") == "no model `DIR`: there is no `DIR`"
+    assert text_of(caught.value, tmp_path / "none") == (
+        "no model `DIR`: there is no `DIR`"
+        "\n  hint: name the folder of a model, or a safetensors file"
+    )
     with pytest.raises(FileNotFoundError):
         oxmerge.open(tmp_path / "none")
 

@@ -117,7 +117,9 @@ def edit_config(
         _edit_dtype(edit, _DTYPE_NAMES.get(dtype, dtype))
     if layer_map is not None:
         if donor_depth is None:
-            raise _misfit([Problem("config", "the donor's number of layers is not known")])
+            message = "the donor's number of layers is not known"
+            advice = "put the config.json that counts them beside the donor's weights"
+            raise _misfit([Problem("config", message, advice=advice)])
         _edit_layers(edit, donor_config, list(layer_map), donor_depth, scope)
     if writes_head and _says_tied(edit.config):
         edit.notes.append(
@@ -222,7 +224,8 @@ def _edit_layers(
     if not scopes:
         edit.problem(
             f"the donor's config names no layer count of {depth} "
-            f"({', '.join(_DEPTH_KEYS)}), so its depth cannot be changed"
+            f"({', '.join(_DEPTH_KEYS)}), so its depth cannot be changed",
+            advice="give the donor a config that counts its layers",
         )
         return
     for path in scopes:
@@ -241,7 +244,8 @@ def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
         return language or found
     names = ", ".join(f"`{'.'.join(path)}`" for path in found)
     message = f"several nested configs have {depth} layers, and it is not clear which is meant"
-    raise _misfit([Problem("config", message, file="config.json", found=names)])
+    advice = "merge whole models with `models`"
+    raise _misfit([Problem("config", message, file="config.json", found=names, advice=advice)])
 
 
 def _depth_keys(config: Config, depth: int) -> list[str]:
@@ -311,7 +315,8 @@ class _Restack:
     def _cannot_follow(self, path: Path, position: int, layer: int) -> None:
         self.edit.problem(
             f"`{'.'.join(path)}` speaks of each layer, but the config of the model that output "
-            f"layer {position} comes from does not speak so of its layer {layer}"
+            f"layer {position} comes from does not speak so of its layer {layer}",
+            advice="stack models whose configs have the same lists",
         )
 
     def _note_lists_of_others(self) -> None:

@@ -159,7 +159,8 @@ class _Planner:
         self.check_config(donor)
         self.gather(sections)
         if donor is None and not self.problems:
-            self.problems.append(Problem("plan", "there is no model to take the names from"))
+            message = "there is no model to take the names from"
+            self.problems.append(Problem("recipe", message, advice="list a model"))
         if donor is None or self.problems:
             raise self.failure(self.problems + (self.warnings if strict else []))
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)

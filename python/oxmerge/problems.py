@@ -6,6 +6,7 @@ hundred tensors is one entry of that report, not two hundred.
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass, replace
 
 TYPE_CHECKING = False
@@ -115,13 +116,20 @@ def _fold(group: list[Problem]) -> Problem:
     tensors = tuple(dict.fromkeys(each.tensor for each in group if each.tensor is not None))
     if len(tensors) <= 1:
         return first
-    same_file = all(each.file == first.file for each in group)
     return replace(
         first,
-        file=first.file if same_file else None,
+        file=_common_file({each.file for each in group}),
         tensors=tensors[:SHOWN_TENSORS],
         count=len(tensors),
     )
+
+
+def _common_file(files: set[str | None]) -> str | None:
+    """Return the file if there is one, or the folder that all files lie in, such as a model's."""
+    if len(files) == 1:
+        return files.pop()
+    folders = {file and os.path.dirname(file) for file in files}
+    return (folders.pop() or None) if len(folders) == 1 else None
 
 
 def suggest(word: str, known: Iterable[str]) -> str | None:

@@ -449,22 +449,25 @@ ERRORS: list[tuple[BaseException, int, str]] = [
     (
         RecipeError("this recipe cannot be read", problems=[Problem("recipe", "a", advice="b")]),
         2,
-        "error: this recipe cannot be read\n  - a\nhint: b\n",
+        "error: this recipe cannot be read\n  - a\n    hint: b\n",
     ),
     (
         PlanError(
             "the models do not fit",
             problems=[
                 Problem("shape", "shapes differ", tensor="x", expected="[1]", found="[2]"),
-                Problem("missing", "not there", advice="same"),
-                Problem("missing", "nor this", advice="same"),
+                Problem("missing", "not there", advice="look"),
+                Problem("missing", "nor\nthis", advice="look"),
             ],
+            advice="or do without",
         ),
         1,
         (
             "error: the models do not fit\n"
             "  - tensor `x`: shapes differ: expected [1], found [2]\n"
-            "  - not there\n  - nor this\nhint: same\n"
+            "  - not there\n    hint: look\n"
+            "  - nor\n    this\n    hint: look\n"
+            "hint: or do without\n"
         ),
     ),
     (

@@ -57,8 +57,10 @@ def report(error: BaseException, printer: Printer) -> bool:
 
 def tell(error: BaseException, printer: Printer) -> None:
     """Tell people about an exception."""
-    message, entries, hints = _story(error)
-    printer.error(message, entries, hints)
+    problems = [(_without_hint(each), each.advice) for each in getattr(error, "problems", ())]
+    headline = getattr(error, "message", "") if problems else _headline(error)
+    advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
+    printer.error(headline, problems, getattr(error, "advice", None) or advice)
 
 
 def as_data(error: BaseException) -> dict[str, Any]:
@@ -83,20 +85,6 @@ def _problem_data(problem: Problem) -> dict[str, Any]:
     names = ("kind", "message", "where", *_PARTS, "tensors", "count")
     values = {name: getattr(problem, name, None) for name in names}
     return {name: value for name, value in values.items() if value}
-
-
-def _story(error: BaseException) -> tuple[str, list[str], list[str]]:
-    """Split an exception into its headline, its entries and its hints."""
-    problems = list(getattr(error, "problems", ()))
-    if problems:
-        entries = [_without_hint(problem) for problem in problems]
-        hints = list(dict.fromkeys(p.advice for p in problems if getattr(p, "advice", None)))
-        if getattr(error, "advice", None):
-            hints.append(error.advice)  # type: ignore[attr-defined]
-        return str(getattr(error, "message", "")), entries, hints
-    advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
-    advice = getattr(error, "advice", None) or advice
-    return _headline(error), [], [advice] if advice else []
 
 
 def _headline(error: BaseException) -> str:

@@ -130,13 +130,22 @@ class Printer:
             for hint in hints:
                 self.say(f"{self._label('hint')}: {hint}")
 
-    def error(self, message: str, entries: Iterable[str] = (), hints: Iterable[str] = ()) -> None:
-        """Tell people what went wrong, and what they can do."""
+    def error(
+        self,
+        message: str,
+        problems: Iterable[tuple[str, str | None]] = (),
+        advice: str | None = None,
+    ) -> None:
+        """Tell people what went wrong, and what they can do: about each problem, and in all."""
         self._message(f"{self._label('error')}: {message}")
-        for entry in entries:
-            self._message("  - " + entry.replace("\n", "\n    "))
-        for hint in hints:
-            self._message(f"{self._label('hint')}: {hint}")
+        for problem, hint in problems:
+            self._message("  - " + problem.replace("\n", "\n    "))
+            self._hint(hint, "    ")
+        self._hint(advice)
+
+    def _hint(self, advice: str | None, indent: str = "") -> None:
+        if advice:
+            self._message(f"{indent}{self._label('hint')}: {advice}")
 
     def flush(self) -> None:
         """Hand everything over, so that a failure to do so is seen."""

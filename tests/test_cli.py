@@ -265,6 +265,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ("merge r out --memory lots", "not a size: 'lots'", "see"),
         ("merge r out --memory 0", "must be more than nothing", "see"),
         ("merge r out --threads 0", "`0` is not a whole number from 1", "see"),
+        ("merge r out --threads 4294967296", "is not a whole number from 1 to 4294967295", "see"),
         ("merge r out --seed 18446744073709551616", "is not a whole number", "see"),
         ("merge r out --seed 1.5", "`1.5` is not a whole number from 0", "see"),
         ("merge r out --read-path fast", "invalid choice: 'fast'", "see"),
@@ -398,7 +399,8 @@ def checkpoint() -> Checkpoint:
 
 
 def test_inspect(run: Any, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
+    text_config = {"tie_word_embeddings": True, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text_config}))
     code, out, err = run("inspect", str(tmp_path), engine=FakeEngine(open_checkpoint=checkpoint()))
     assert (code, err) == (0, "")
     assert out.splitlines()[1:] == [
@@ -408,7 +410,6 @@ def test_inspect(run: Any, tmp_path: Path) -> None:
         "dtype       BF16: 8 tensors, 4.74 kB",
         "dtype       F32: 4 tensors, 128 B",
         "dtype       F8_E4M3: 1 tensors, 1 B",
-        "tied        model.embed_tokens.weight = lm_head.weight",
         "tied        output head = input embedding, says the config, though a head is stored",
         "",
         "model.layers: 4 layers",
@@ -420,6 +421,15 @@ def test_inspect(run: Any, tmp_path: Path) -> None:
         "  lm_head.weight                                 BF16  100 x 8",
         "  scale                                          F8_E4M3 scalar",
     ]
+
+
+def test_inspect_knows_the_layers_that_merging_knows(run: Any, tmp_path: Path) -> None:
+    engine = FakeEngine(open_checkpoint=checkpoint())
+    for count, stacks in ((3, {"model.layers": 3}), (7, {})):
+        (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": count}))
+        for model in (tmp_path, tmp_path / "model.safetensors"):
+            out = run("inspect", str(model), "--json", engine=engine)[1]
+            assert json.loads(out)["stacks"] == stacks
 
 
 def test_inspect_json(run: Any) -> None:
@@ -466,7 +476,7 @@ ERRORS: list[tuple[BaseException, int, str]] = [
             "error: the models do not fit\n"
             "  - tensor `x`: shapes differ: expected [1], found [2]\n"
             "  - not there\n    hint: look\n"
-            "  - nor\n    this\n    hint: look\n"
+            "  - nor\\nthis\n    hint: look\n"
             "hint: or do without\n"
         ),
     ),
@@ -536,9 +546,9 @@ def test_a_defect_is_not_dressed_up() -> None:
 
 
 def test_the_numbers_of_system_errors_are_not_for_people(run: Any) -> None:
-    error = OSError(errno.EIO, "failed to read: Input/output error (os error 5)", "m")
+    error = OSError(errno.EIO, "failed to read: Input/output error (os error 5); look", "m")
     _, _, err = run("plan", "r", engine=FakeEngine(error))
-    assert err == "error: `m`: failed to read: Input/output error\n"
+    assert err == "error: `m`: failed to read: Input/output error; look\n"
 
 
 def test_a_missing_engine_is_told(
@@ -628,6 +638,24 @@ def test_a_poor_encoding_does_not_break_the_output() -> None:
     Printer(output=stream).data("θ")
     stream.flush()
     assert raw.getvalue() == b"\\u03b8\n"
+
+
+def test_what_terminals_obey_is_shown_as_escapes() -> None:
+    stream = io.StringIO()
+    printer = Printer(output=stream, messages=stream)
+    printer.data("a\x1b[2Jb\nc\u202e")
+    printer.say("x\r\x07\x9b")
+    printer.warnings(["odd\nerror: forged"])
+    printer.error("bad\x1b[1m", [("one\x00", "two\x7f")])
+    assert stream.getvalue().splitlines() == [
+        r"a\x1b[2Jb",
+        r"c\u202e",
+        r"x\r\x07\x9b",
+        r"warning: odd\nerror: forged",
+        r"error: bad\x1b[1m",
+        r"  - one\x00",
+        r"    hint: two\x7f",
+    ]
 
 
 # As a process.

@@ -20,6 +20,11 @@ def test_a_problem_reads_as_one_or_two_lines() -> None:
     )
 
 
+def test_a_problem_is_one_line_whatever_is_in_its_names() -> None:
+    problem = Problem("shape", "differs", file="f\n", tensors=("x\x1b", "y"), count=2)
+    assert str(problem) == r"`f\n`: differs (2 tensors: `x\x1b`, `y`)"
+
+
 def test_equal_problems_are_one_entry() -> None:
     many = [Problem("missing", "gone", file="f", tensor=f"x.{i}") for i in range(200)]
     other = Problem("missing", "gone too", tensor="y")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from oxmerge import _core
 from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, CardModel, model_card
-from oxmerge.output_config import config_text, edit_config
+from oxmerge.output_config import edit_config, json_text
 from oxmerge.publish import Contents
 from oxmerge.side_files import SideFiles, find_side_files, is_index
 
@@ -94,7 +93,7 @@ class Outcome:
         texts = {
             CARD_NAME: self.card,
             RECIPE_NAME: self.recipe,
-            REPORT_NAME: json.dumps(story, indent=2, ensure_ascii=False) + "\n",
+            REPORT_NAME: json_text(story),
         }
         return Contents(
             shards=[shard["file_name"] for shard in self.merge_plan.plan.shards],
@@ -121,7 +120,7 @@ def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
             tensor.name.endswith("lm_head.weight") for tensor in merge_plan.plan.tensors
         ),
     )
-    return config_text(edited), tuple(notes)
+    return json_text(edited), tuple(notes)
 
 
 def _folder(model: str) -> Path:

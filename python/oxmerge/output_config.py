@@ -131,14 +131,14 @@ def edit_config(
     return edit.config, edit.notes
 
 
-def config_text(config: Config) -> str:
-    """Return `config` as it is written to disk: indented, in UTF-8, a last newline."""
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+def json_text(value: Config) -> str:
+    """Return a config or a report as it is written to disk: indented, in UTF-8, a last newline."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     try:
         text.encode()
     except UnicodeEncodeError:
-        # A lone surrogate, legal in JSON as an escape and in no other form.
-        return json.dumps(config, indent=2) + "\n"
+        # A lone surrogate, as of a path that is no UTF-8; legal in JSON as an escape only.
+        return json.dumps(value, indent=2) + "\n"
     return text
 
 

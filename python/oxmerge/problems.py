@@ -7,6 +7,7 @@ hundred tensors is one entry of that report, not two hundred.
 from __future__ import annotations
 
 import os.path
+import re
 from dataclasses import dataclass, replace
 
 TYPE_CHECKING = False
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 #: How many tensor names a grouped problem shows.
 SHOWN_TENSORS = 3
+#: Controls of terminals, ends of lines, and what turns the direction of writing around.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 #: Kinds of problems that are mended in the recipe, also where they have no place in it.
 _KINDS_OF_RECIPES = frozenset(("recipe", "method", "parameter", "contract", "model"))
 
@@ -63,7 +66,7 @@ class Problem:
 
     def __str__(self) -> str:
         """Return one line, and a second one with the hint if there is one."""
-        line = self._place() + self.message + self._comparison() + self._others()
+        line = printable(self._place() + self.message + self._comparison() + self._others())
         return line if self.advice is None else f"{line}\n  hint: {self.advice}"
 
     def _place(self) -> str:
@@ -122,6 +125,11 @@ def _fold(group: list[Problem]) -> Problem:
         tensors=tensors[:SHOWN_TENSORS],
         count=len(tensors),
     )
+
+
+def printable(text: str) -> str:
+    """Return text with what would act on a terminal, as in a stranger's names, as escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _common_file(files: set[str | None]) -> str | None:

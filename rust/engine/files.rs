@@ -156,7 +156,7 @@ pub fn tasks(merges: &[(Plan, &Path)], modes: FileModes) -> Result<Vec<Task>> {
 /// What each tensor is made by in all of `plans`, which must be merges of the same tensors.
 fn works(plans: &[&Plan]) -> Result<Vec<Work>> {
     let Some((first, others)) = plans.split_first() else {
-        return Err(Error::plan("there is no merge to run"));
+        return Err(Error::internal("there is no merge to run"));
     };
     for other in others {
         check_same_tensors(first, other)?;

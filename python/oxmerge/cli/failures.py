@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-# The number that Rust appends to the system's own words.
-_RUST_NUMBER = re.compile(r" \(os error \d+\)$")
+# The number that Rust puts behind the system's own words.
+_RUST_NUMBER = re.compile(r" \(os error \d+\)")
 _PARTS = ("file", "tensor", "expected", "found", "advice")
 _HINTS = {
     errno.EEXIST: "name a new directory, or replace the model that is there with `--overwrite`",

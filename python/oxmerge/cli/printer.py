@@ -10,6 +10,8 @@ import os
 import sys
 from typing import cast
 
+from oxmerge.problems import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -107,7 +109,7 @@ class Printer:
     def data(self, text: str) -> None:
         """Print what was asked for."""
         try:
-            self.output.write(_encodable(text, self.output) + "\n")
+            self.output.write(_shown(text, self.output) + "\n")
         except OSError as error:
             raise DataUnwritten(error) from error
 
@@ -124,11 +126,11 @@ class Printer:
 
     def warnings(self, warnings: Iterable[object]) -> None:
         """Warn people, unless they want quiet."""
-        for warning in warnings:
+        for warning in [] if self.quiet else warnings:
             text, *hints = str(warning).split("\n  hint: ", 1)
-            self.say(f"{self._label('warning')}: {text}")
+            self._message(printable(text), "warning")
             for hint in hints:
-                self.say(f"{self._label('hint')}: {hint}")
+                self._message(hint, "hint")
 
     def error(
         self,
@@ -137,15 +139,13 @@ class Printer:
         advice: str | None = None,
     ) -> None:
         """Tell people what went wrong, and what they can do: about each problem, and in all."""
-        self._message(f"{self._label('error')}: {message}")
+        self._message(message, "error")
         for problem, hint in problems:
-            self._message("  - " + problem.replace("\n", "\n    "))
-            self._hint(hint, "    ")
-        self._hint(advice)
-
-    def _hint(self, advice: str | None, indent: str = "") -> None:
+            self._message("  - " + problem)
+            if hint:
+                self._message(hint, "hint", indent="    ")
         if advice:
-            self._message(f"{indent}{self._label('hint')}: {advice}")
+            self._message(advice, "hint")
 
     def flush(self) -> None:
         """Hand everything over, so that a failure to do so is seen."""
@@ -158,10 +158,11 @@ class Printer:
         """Send the rest of the output nowhere."""
         _send_nowhere(self.output)
 
-    def _message(self, text: str) -> None:
-        self.messages.write(_encodable(text, self.messages) + "\n")
+    def _message(self, text: str, kind: str | None = None, *, indent: str = "") -> None:
+        label = "" if kind is None else f"{self._coloured(kind)}: "
+        self.messages.write(f"{indent}{label}{_shown(text, self.messages)}\n")
 
-    def _label(self, kind: str) -> str:
+    def _coloured(self, kind: str) -> str:
         return f"\x1b[{_COLOURS[kind]}m{kind}\x1b[0m" if self.has_colour else kind
 
 
@@ -172,7 +173,8 @@ def _send_nowhere(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def _encodable(text: str, stream: TextIO) -> str:
-    """Return `text` with what the stream cannot encode written as escapes."""
+def _shown(text: str, stream: TextIO) -> str:
+    """Return lines of text with what the stream cannot encode, or obeys, written as escapes."""
     encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    lines = "\n".join(map(printable, text.split("\n")))
+    return lines.encode(encoding, "backslashreplace").decode(encoding)

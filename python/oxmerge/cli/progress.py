@@ -10,6 +10,7 @@ import os
 import time
 from contextlib import contextmanager
 
+from oxmerge.problems import printable
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -70,7 +71,7 @@ def progress_line(snapshot: Snapshot, seconds: float) -> str:
     memory = format_size(snapshot.peak_memory, binary=True)
     return (
         f"{share:3d}%  {done} of {total}  {format_rate(_moved(snapshot), seconds)}  "
-        f"{_left(snapshot, seconds)} left  peak {memory}  {snapshot.tensor}"
+        f"{_left(snapshot, seconds)} left  peak {memory}  {printable(snapshot.tensor)}"
     )
 
 
@@ -135,7 +136,7 @@ def _bar(printer: Printer) -> Iterator[Progress]:
                 completed=snapshot.bytes_done,
                 total=snapshot.bytes_total,
                 figures=figures,
-                tensor=escape(snapshot.tensor[-_LONGEST_NAME:]),
+                tensor=escape(printable(snapshot.tensor)[-_LONGEST_NAME:]),
             )
 
         yield show

@@ -798,6 +798,13 @@ def test_seeds_out_of_range(shelf: Shelf, seed: int) -> None:
         shelf.plan(linear("a"), seed=seed)
 
 
+@pytest.mark.parametrize("seed", [1.0, "1", None])
+def test_seeds_that_are_no_whole_numbers(shelf: Shelf, seed: Any) -> None:
+    shelf.put(a=zoo.llama(1))
+    with pytest.raises(TypeError, match="seed must be a whole number"):
+        shelf.plan(linear("a"), seed=seed)
+
+
 def test_a_model_is_opened_once(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(2), b=zoo.llama(2))
     shelf.plan(STACKED.replace("[1, 4]", "[1, 2]").replace("[0, 3]", "[0, 2]"))

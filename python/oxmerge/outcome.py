@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oxmerge import _core
-from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, CardModel, model_card
+from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, model_card
 from oxmerge.output_config import edit_config, json_text
 from oxmerge.publish import Contents
 from oxmerge.side_files import SideFiles, find_side_files, is_index
@@ -149,11 +149,11 @@ def _index(merge_plan: MergePlan) -> str | None:
 def _card(merge_plan: MergePlan, recipe: str) -> str:
     method = merge_plan.plan.method
     about = method_description(method)
-    cards = [CardModel(model.reference, is_local=True) for model in merge_plan.models]
+    models = [model.reference for model in merge_plan.models]
     return model_card(
         method=method,
-        models=cards,
-        base=None if merge_plan.base is None else cards[merge_plan.base],
+        models=models,
+        base=None if merge_plan.base is None else models[merge_plan.base],
         recipe_text=recipe,
         method_title=about["title"],
         paper=about["paper"],

@@ -24,13 +24,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oxmerge.errors import PlanError
-from oxmerge.position_rules import RULES, unknown_rules
+from oxmerge.position_rules import DEPTH_KEYS, RULES, unknown_rules
 from oxmerge.problems import Problem
 
 Config = Mapping[str, Any]
 Path = tuple[str, ...]
 
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Looked at where none of those fits.
 _RARE_DEPTH_KEYS = (
     "num_decoder_layers", "decoder_layers", "num_encoder_layers", "encoder_layers", "num_layer",
@@ -224,7 +223,7 @@ def _edit_layers(
     if not scopes:
         edit.problem(
             f"the donor's config names no layer count of {depth} "
-            f"({', '.join(_DEPTH_KEYS)}), so its depth cannot be changed",
+            f"({', '.join(DEPTH_KEYS)}), so its depth cannot be changed",
             advice="give the donor a config that counts its layers",
         )
         return
@@ -249,7 +248,7 @@ def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
 
 
 def _depth_keys(config: Config, depth: int) -> list[str]:
-    for keys in (_DEPTH_KEYS, _RARE_DEPTH_KEYS):
+    for keys in (DEPTH_KEYS, _RARE_DEPTH_KEYS):
         found = [key for key in keys if type(config.get(key)) is int and config[key] == depth]
         if found:
             return found

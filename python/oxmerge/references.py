@@ -10,7 +10,6 @@ from oxmerge.problems import Problem
 __all__ = [
     "DOWNLOAD_REVISION",
     "MERGE_LORA",
-    "looks_like_hub_name",
     "parse_reference",
     "resolve_reference",
 ]
@@ -19,7 +18,7 @@ __all__ = [
 MERGE_LORA = "merge the adapter into its model first, and name the result"
 DOWNLOAD_REVISION = "download that revision, and name its directory"
 
-#: `gpt2`, `organisation/model`.
+#: What may be a model's name on the Hub: `gpt2`, `organisation/model`.
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
@@ -50,11 +49,6 @@ def parse_reference(text: str) -> str | Problem:
     return text
 
 
-def looks_like_hub_name(reference: str) -> bool:
-    """Tell whether it may be a model's name on the Hub, with or without an organisation."""
-    return _HUB_NAME.fullmatch(reference) is not None
-
-
 def resolve_reference(reference: str, folders: tuple[str, ...]) -> str | Problem:
     """Find the file or directory that a reference names.
 
@@ -82,7 +76,7 @@ def _not_found(reference: str, places: list[str]) -> Problem:
     tried = " or ".join(f"`{place}`" for place in places)
     message = f"no model `{reference}`: there is no {tried}"
     advice = "name the folder of a model, or a safetensors file"
-    if looks_like_hub_name(reference):
+    if _HUB_NAME.fullmatch(reference):
         message += ", and models are not fetched from the Hub yet"
         advice = f"download it, and name its folder: `hf download {reference} --local-dir FOLDER`"
     return Problem("model", message, advice=advice)

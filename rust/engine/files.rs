@@ -128,9 +128,9 @@ pub struct FileModes {
     pub write: DirectMode,
 }
 
-/// The name that an output file has until it is complete.
+/// The name that an output file has until it is complete; unlike any that a loader looks for.
 pub fn partial_name(file_name: &str) -> String {
-    format!(".{file_name}.oxmerge-partial")
+    format!(".{}.oxmerge-partial", file_name.replace('/', "%"))
 }
 
 /// The tasks of merges of the same tensors, each read once for all of them; creates the shards of

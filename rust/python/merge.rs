@@ -33,6 +33,12 @@ pub(super) fn parse(plan: &str) -> Result<Plan> {
     Ok(plan)
 }
 
+/// The name that an output file has until it is complete.
+#[pyfunction]
+pub(super) fn partial_name(file_name: &str) -> String {
+    files::partial_name(file_name)
+}
+
 /// Every merge method: name, formula, inputs, parameters.
 #[pyfunction]
 pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {

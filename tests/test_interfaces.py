@@ -341,6 +341,15 @@ def test_a_recipe_that_is_not_there_is_a_usage_error(tmp_path: Path, line: str) 
         assert done.stderr.startswith(f"error: cannot read the recipe `{recipe}`: ")
 
 
+def test_a_name_on_the_hub_is_told_for_what_it_is(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "r.yml", "passthrough", ["gpt2"])
+    for line in ("inspect gpt2", "plan r.yml"):
+        done = program(*line.split(), cwd=tmp_path)
+        assert done.returncode == 2
+        assert "models are not fetched from the Hub yet" in done.stderr
+        assert "hint: download it, and name its folder: `hf download gpt2 " in done.stderr
+
+
 def test_a_recipe_is_a_file_whatever_its_name(tmp_path: Path, twins: Path) -> None:
     (tmp_path / "a: b.yml").write_text((twins / "linear.yml").read_text())
     assert program("plan", tmp_path / "a: b.yml", cwd=twins).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Protocol, cast
 
 from oxmerge.cli.arguments import UsageError
 from oxmerge.errors import OxmergeError
+from oxmerge.problems import Problem
+from oxmerge.references import resolve_reference
 
 
 class Snapshot(Protocol):
@@ -189,6 +192,9 @@ class InstalledEngine:
 
     def open_checkpoint(self, path: str) -> OpenCheckpoint:
         """Open a checkpoint from its headers."""
+        found = resolve_reference(path, (os.curdir,))
+        if isinstance(found, Problem):
+            raise UsageError(found.message, found.advice)
         return cast("OpenCheckpoint", _package("oxmerge._core").open_checkpoint(path))
 
 

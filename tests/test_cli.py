@@ -644,13 +644,16 @@ def test_what_terminals_obey_is_shown_as_escapes() -> None:
     stream = io.StringIO()
     printer = Printer(output=stream, messages=stream)
     printer.data("a\x1b[2Jb\nc\u202e")
-    printer.say("x\r\x07\x9b")
+    printer.lines(["d\ne", "f"])
+    printer.say("x\r\x07\x9b\ny")
     printer.warnings(["odd\nerror: forged"])
     printer.error("bad\x1b[1m", [("one\x00", "two\x7f")])
     assert stream.getvalue().splitlines() == [
         r"a\x1b[2Jb",
         r"c\u202e",
-        r"x\r\x07\x9b",
+        r"d\ne",
+        "f",
+        r"x\r\x07\x9b\ny",
         r"warning: odd\nerror: forged",
         r"error: bad\x1b[1m",
         r"  - one\x00",

@@ -566,7 +566,8 @@ def test_missing_tensors_are_grouped(shelf: Shelf) -> None:
     shown = ", ".join(f"`{name.format(layer)}`" for layer in range(3))
     assert shelf.problems(linear("a", "b")) == [
         (
-            f"`b`: `b` lacks a tensor that the donor `a` has (4 tensors: {shown}, ...)\n"
+            f"`b`: `b` lacks a tensor: expected what the donor `a` has, found nothing "
+            f"(4 tensors: {shown}, ...)\n"
             "  hint: use models of one architecture; or download it again, if it is not complete"
         )
     ]

@@ -114,10 +114,19 @@ class Assembler:
         if is_head(name) and (model.is_tied or not any(map(is_head, model.tensors))):
             self._report_tied(target, model, name)
             return
-        message = f"`{model.reference}` lacks a tensor that the donor `{donor}` has"
+        message = f"`{model.reference}` lacks a tensor"
+        expected = f"what the donor `{donor}` has"
         advice = "use models of one architecture; or download it again, if it is not complete"
         self.problems.append(
-            Problem("missing", message, file=model.path, tensor=name, advice=advice)
+            Problem(
+                "missing",
+                message,
+                file=model.path,
+                tensor=name,
+                expected=expected,
+                found="nothing",
+                advice=advice,
+            )
         )
 
     def _is_beyond(self, model: InputModel, prefix: str, layer: int) -> bool:

@@ -74,7 +74,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     if printer.as_json:
         printer.json(_as_data(options.model, checkpoint, contents))
     else:
-        printer.data("\n".join(_lines(options.model, checkpoint, contents)))
+        printer.lines(_lines(options.model, checkpoint, contents))
     return 0
 
 
@@ -158,7 +158,7 @@ def _lines(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> Iterat
         yield f"tied        {pair}"
     for stack in contents.stacks:
         yield ""
-        yield f"{printable(stack.prefix)}: {stack.layers} layers"
+        yield f"{stack.prefix}: {stack.layers} layers"
         for row, layers in stack.rows.items():
             yield _row(row) + _where(layers, stack.layers)
     if contents.loose:

@@ -113,6 +113,10 @@ class Printer:
         except OSError as error:
             raise DataUnwritten(error) from error
 
+    def lines(self, lines: Iterable[str]) -> None:
+        """Print what was asked for, line by line, whatever names are in it."""
+        self.data("\n".join(map(printable, lines)))
+
     def json(self, value: Mapping[str, Any]) -> None:
         """Print what was asked for, as JSON."""
         import json  # noqa: PLC0415 - few need it
@@ -120,13 +124,15 @@ class Printer:
         self.data(json.dumps(value, indent=2, default=str))
 
     def say(self, text: str) -> None:
-        """Tell people something, unless they want quiet."""
+        """Tell people something in one line, unless they want quiet."""
         if not self.quiet:
-            self._message(text)
+            self._message(printable(text))
 
     def warnings(self, warnings: Iterable[object]) -> None:
         """Warn people, unless they want quiet."""
-        for warning in [] if self.quiet else warnings:
+        if self.quiet:
+            return
+        for warning in warnings:
             text, *hints = str(warning).split("\n  hint: ", 1)
             self._message(printable(text), "warning")
             for hint in hints:

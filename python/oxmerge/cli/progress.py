@@ -71,7 +71,7 @@ def progress_line(snapshot: Snapshot, seconds: float) -> str:
     memory = format_size(snapshot.peak_memory, binary=True)
     return (
         f"{share:3d}%  {done} of {total}  {format_rate(_moved(snapshot), seconds)}  "
-        f"{_left(snapshot, seconds)} left  peak {memory}  {printable(snapshot.tensor)}"
+        f"{_left(snapshot, seconds)} left  peak {memory}  {snapshot.tensor}"
     )
 
 

@@ -30,6 +30,8 @@ pub enum ErrorKind {
     Changed,
     /// The caller asked to stop.
     Interrupted,
+    /// The engine broke a promise of its own: a bug.
+    Internal,
 }
 
 #[derive(Debug)]
@@ -76,6 +78,13 @@ impl Error {
         Self::new(ErrorKind::Plan, message)
     }
 
+    /// A bug: what only the engine itself could have done wrong.
+    #[cold]
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Internal, message)
+            .advice("this is a bug in oxmerge: please report it, with the recipe and this message")
+    }
+
     /// An operating system error; `doing` completes "failed to …".
     #[cold]
     pub fn io(doing: &str, source: io::Error) -> Self {
@@ -119,6 +128,13 @@ impl Error {
         self
     }
 
+    /// What the user can do about a broken checkpoint, unless a callee said.
+    #[must_use]
+    pub(crate) fn or_else_advice(self, advice: &str) -> Self {
+        let is_told = self.0.advice.is_some() || self.0.kind != ErrorKind::Checkpoint;
+        if is_told { self } else { self.advice(advice) }
+    }
+
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
@@ -138,6 +154,11 @@ impl Error {
             found: self.0.found.as_deref(),
             advice: self.0.advice.as_deref(),
         }
+    }
+
+    /// Everything but the file.
+    pub fn without_file(&self) -> WithoutFile<'_> {
+        WithoutFile(self)
     }
 
     /// The operating system's error number, if there is one.
@@ -161,12 +182,13 @@ pub struct ErrorParts<'a> {
     pub advice: Option<&'a str>,
 }
 
-impl fmt::Display for Error {
+/// What an [`Error`] says but for the file, for a caller that shows that apart.
+#[derive(Clone, Copy, Debug)]
+pub struct WithoutFile<'a>(&'a Error);
+
+impl fmt::Display for WithoutFile<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let parts = &*self.0;
-        if let Some(file) = &parts.file {
-            write!(f, "`{}`: ", file.display())?;
-        }
+        let parts = &*self.0.0;
         if let Some(tensor) = &parts.tensor {
             write!(f, "tensor `{tensor}`: ")?;
         }
@@ -184,6 +206,15 @@ impl fmt::Display for Error {
             write!(f, "; {advice}")?;
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(file) = &self.0.file {
+            write!(f, "`{}`: ", file.display())?;
+        }
+        self.without_file().fmt(f)
     }
 }
 

@@ -265,6 +265,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ("merge r out --memory lots", "not a size: 'lots'", "see"),
         ("merge r out --memory 0", "must be more than nothing", "see"),
         ("merge r out --threads 0", "`0` is not a whole number from 1", "see"),
+        ("merge r out --threads 4294967296", "is not a whole number from 1 to 4294967295", "see"),
         ("merge r out --seed 18446744073709551616", "is not a whole number", "see"),
         ("merge r out --seed 1.5", "`1.5` is not a whole number from 0", "see"),
         ("merge r out --read-path fast", "invalid choice: 'fast'", "see"),
@@ -398,7 +399,8 @@ def checkpoint() -> Checkpoint:
 
 
 def test_inspect(run: Any, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
+    text_config = {"tie_word_embeddings": True, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text_config}))
     code, out, err = run("inspect", str(tmp_path), engine=FakeEngine(open_checkpoint=checkpoint()))
     assert (code, err) == (0, "")
     assert out.splitlines()[1:] == [
@@ -408,7 +410,6 @@ def test_inspect(run: Any, tmp_path: Path) -> None:
         "dtype       BF16: 8 tensors, 4.74 kB",
         "dtype       F32: 4 tensors, 128 B",
         "dtype       F8_E4M3: 1 tensors, 1 B",
-        "tied        model.embed_tokens.weight = lm_head.weight",
         "tied        output head = input embedding, says the config, though a head is stored",
         "",
         "model.layers: 4 layers",
@@ -420,6 +421,15 @@ def test_inspect(run: Any, tmp_path: Path) -> None:
         "  lm_head.weight                                 BF16  100 x 8",
         "  scale                                          F8_E4M3 scalar",
     ]
+
+
+def test_inspect_knows_the_layers_that_merging_knows(run: Any, tmp_path: Path) -> None:
+    engine = FakeEngine(open_checkpoint=checkpoint())
+    for count, stacks in ((3, {"model.layers": 3}), (7, {})):
+        (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": count}))
+        for model in (tmp_path, tmp_path / "model.safetensors"):
+            out = run("inspect", str(model), "--json", engine=engine)[1]
+            assert json.loads(out)["stacks"] == stacks
 
 
 def test_inspect_json(run: Any) -> None:
@@ -449,22 +459,25 @@ ERRORS: list[tuple[BaseException, int, str]] = [
     (
         RecipeError("this recipe cannot be read", problems=[Problem("recipe", "a", advice="b")]),
         2,
-        "error: this recipe cannot be read\n  - a\nhint: b\n",
+        "error: this recipe cannot be read\n  - a\n    hint: b\n",
     ),
     (
         PlanError(
             "the models do not fit",
             problems=[
                 Problem("shape", "shapes differ", tensor="x", expected="[1]", found="[2]"),
-                Problem("missing", "not there", advice="same"),
-                Problem("missing", "nor this", advice="same"),
+                Problem("missing", "not there", advice="look"),
+                Problem("missing", "nor\nthis", advice="look"),
             ],
+            advice="or do without",
         ),
         1,
         (
             "error: the models do not fit\n"
             "  - tensor `x`: shapes differ: expected [1], found [2]\n"
-            "  - not there\n  - nor this\nhint: same\n"
+            "  - not there\n    hint: look\n"
+            "  - nor\\nthis\n    hint: look\n"
+            "hint: or do without\n"
         ),
     ),
     (
@@ -533,9 +546,9 @@ def test_a_defect_is_not_dressed_up() -> None:
 
 
 def test_the_numbers_of_system_errors_are_not_for_people(run: Any) -> None:
-    error = OSError(errno.EIO, "failed to read: Input/output error (os error 5)", "m")
+    error = OSError(errno.EIO, "failed to read: Input/output error (os error 5); look", "m")
     _, _, err = run("plan", "r", engine=FakeEngine(error))
-    assert err == "error: `m`: failed to read: Input/output error\n"
+    assert err == "error: `m`: failed to read: Input/output error; look\n"
 
 
 def test_a_missing_engine_is_told(
@@ -627,6 +640,27 @@ def test_a_poor_encoding_does_not_break_the_output() -> None:
     assert raw.getvalue() == b"\\u03b8\n"
 
 
+def test_what_terminals_obey_is_shown_as_escapes() -> None:
+    stream = io.StringIO()
+    printer = Printer(output=stream, messages=stream)
+    printer.data("a\x1b[2Jb\nc\u202e")
+    printer.lines(["d\ne", "f"])
+    printer.say("x\r\x07\x9b\ny")
+    printer.warnings(["odd\nerror: forged"])
+    printer.error("bad\x1b[1m", [("one\x00", "two\x7f")])
+    assert stream.getvalue().splitlines() == [
+        r"a\x1b[2Jb",
+        r"c\u202e",
+        r"d\ne",
+        "f",
+        r"x\r\x07\x9b\ny",
+        r"warning: odd\nerror: forged",
+        r"error: bad\x1b[1m",
+        r"  - one\x00",
+        r"    hint: two\x7f",
+    ]
+
+
 # As a process.
 
 
@@ -667,3 +701,64 @@ def test_a_closed_pipe_is_no_error() -> None:
     )
     assert done.stderr == "0"
     assert done.returncode == 0
+
+
+CLOSED_PIPE = (
+    "import os, sys\n"
+    "from oxmerge.cli import main\n"
+    "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, {stream})\n"
+)
+
+
+def test_a_merge_goes_on_when_nobody_reads_its_progress() -> None:
+    done = process(
+        CLOSED_PIPE.format(stream=2) + "from oxmerge.cli import progress\n"
+        "progress._SECONDS_BETWEEN_LINES = 0\n"
+        "class Snapshot:\n"
+        "    bytes_done = bytes_total = bytes_read = peak_memory = 1; tensor = 'x'\n"
+        "class Engine:\n"
+        "    def merge(self, recipe, directory, *, progress, **options):\n"
+        "        for _ in range(3): progress(Snapshot)\n"
+        "        print('merged', flush=True)\n"
+        "        raise MemoryError\n"
+        "sys.exit(main(['merge', 'r.yml', 'out'], engine=Engine()))\n"
+    )
+    assert (done.returncode, done.stdout) == (1, "merged\n")
+
+
+def test_a_closed_pipe_of_the_engine_is_an_error(run: Any) -> None:
+    error = BrokenPipeError(errno.EPIPE, "Broken pipe", "out/model.safetensors")
+    code, _, err = run("merge", "r.yml", "out", engine=FakeEngine(error))
+    assert (code, err) == (1, "error: `out/model.safetensors`: broken pipe\n")
+
+
+def test_a_failure_keeps_its_code_when_nobody_reads_the_data() -> None:
+    done = process(
+        CLOSED_PIPE.format(stream=1) + "sys.exit(main(['methods', 'slurp', '--json']))\n"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown method `slurp`\n")
+
+
+@pytest.mark.parametrize("line", ["--help", "methods --json"])
+def test_data_that_cannot_be_written_is_a_failure(line: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "oxmerge", *line.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no space left on device\nhint: ")
+
+
+def test_a_process_without_streams_has_an_exit_code() -> None:
+    done = process(
+        "import sys\n"
+        "from oxmerge.cli import main\n"
+        "sys.stdout = sys.stderr = None\n"
+        "sys.exit(main(['methods']) + main(['methods', 'slurp']))\n"
+    )
+    assert done.returncode == 2

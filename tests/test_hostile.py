@@ -6,6 +6,7 @@ The table of all headers is in the Rust tests; these rows show that they arrive.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+DAMAGED = "the file is damaged: download it again, or save the model anew"
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
@@ -38,6 +40,7 @@ FILES: dict[str, tuple[bytes, type[OxmergeError], dict[str, str]]] = {
             "message": "the file is too short to be a safetensors file",
             "expected": "at least 8 bytes",
             "found": "0",
+            "advice": DAMAGED,
         },
     ),
     "web page": (
@@ -71,12 +74,17 @@ FILES: dict[str, tuple[bytes, type[OxmergeError], dict[str, str]]] = {
     "no json": (
         raw(b"{", 0),
         CheckpointError,
-        {"message": "the header is not valid JSON: EOF while parsing an object at line 1 column 1"},
+        {
+            "message": (
+                "the header is not valid JSON: EOF while parsing an object at line 1 column 1"
+            ),
+            "advice": DAMAGED,
+        },
     ),
     "no utf-8": (
         raw(b"\xff\xfe", 0),
         CheckpointError,
-        {"message": "the header is not valid UTF-8"},
+        {"message": "the header is not valid UTF-8", "advice": DAMAGED},
     ),
     "too long": (
         raw({"a": ENTRY}, 9),
@@ -85,6 +93,7 @@ FILES: dict[str, tuple[bytes, type[OxmergeError], dict[str, str]]] = {
             "message": "the file is longer than its header says",
             "expected": "77 bytes",
             "found": "78 bytes",
+            "advice": DAMAGED,
         },
     ),
     "too short": (
@@ -104,6 +113,7 @@ FILES: dict[str, tuple[bytes, type[OxmergeError], dict[str, str]]] = {
             "message": "8-bit float weights (FP8) cannot be merged",
             "tensor": "a",
             "found": "`F8_E4M3`",
+            "advice": "dequantise it to BF16 first",
         },
     ),
 }
@@ -120,6 +130,7 @@ def test_a_broken_file(tmp_path: Path, name: str) -> None:
     assert type(error) is kind
     found = {part: getattr(error, part) for part in parts}
     assert found == parts
+    assert "advice" in parts
     assert error.file == str(path)
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path])
     with pytest.raises(oxmerge.PlanError) as planned:
@@ -179,6 +190,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         (
             "`DIR`: the directory holds no weights: expected `model.safetensors` or "
             "`model.safetensors.index.json`"
+            "\n  hint: name the directory that they are in, or download them"
         ),
     ),
     "no safetensors": (
@@ -209,6 +221,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         (
             "`DIR/model.safetensors.index.json`: tensor `a`: the index names a file "
             "that is not a plain name in its directory: found `../secret.safetensors`"
+            "\n  hint: get the checkpoint from where it was first published"
         ),
     ),
     "quantised": (
@@ -221,13 +234,16 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "dangling link": (
         _dangling_link,
-        "`DIR/model.safetensors`: cannot be opened: no such file or directory",
+        (
+            "`DIR/model.safetensors`: cannot be opened: no such file or directory"
+            "\n  hint: download the model again, or check the permissions of its files"
+        ),
     ),
     "broken config": (
         _broken_config,
         (
             "`DIR/config.json`: the file is not valid JSON: EOF while parsing an object "
-            "at line 1 column 1"
+            f"at line 1 column 1\n  hint: {DAMAGED}"
         ),
     ),
 }
@@ -235,6 +251,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def text_of(error: oxmerge.PlanError, folder: Path) -> str:
     (problem,) = error.problems
+    assert problem.advice
     return str(problem).replace(str(folder), "DIR")
 
 
@@ -252,9 +269,59 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "none"])
     with pytest.raises(oxmerge.PlanError) as caught:
         oxmerge.plan(recipe)
-    assert text_of(caught.value, tmp_path / "none") == "no model `DIR`: there is no `DIR`"
+    assert text_of(caught.value, tmp_path / "none") == (
+        "no model `DIR`: there is no `DIR`"
+        "\n  hint: name the folder of a model, or a safetensors file"
+    )
     with pytest.raises(FileNotFoundError):
         oxmerge.open(tmp_path / "none")
+
+
+#: Names of tensors, and how they are shown.
+NAMES = {
+    f"layers.{'9' * 5000}.x": f"layers.{'9' * 5000}.x",
+    "a\x1b[2J\nerror: forged\u202e": r"a\x1b[2J\nerror: forged\u202e",
+}
+
+
+@pytest.mark.parametrize("name", NAMES, ids=["digits", "controls"])
+def test_names_of_tensors_do_no_harm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    write_model(tmp_path / "a", random_arrays({name: (2,)}, 0), config={"n_layer": 1})
+    write_model(tmp_path / "b", random_arrays({name: (3,)}, 0))
+    recipe = write_recipe(tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 1})
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    assert main(["plan", str(recipe)]) == 1
+    shown = capsys.readouterr()
+    assert f"  {NAMES[name]} " in shown.out
+    assert f"tensor `{NAMES[name]}`: `b` has a tensor of another shape" in shown.err
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(recipe)
+    assert caught.value.problems[0].tensor == name
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    write_model(folder / "model", random_arrays({"a": (2,)}, 0))
+    with pytest.raises(UnsupportedError, match="the path is not valid UTF-8") as caught:
+        oxmerge.open(folder / "model")
+    assert caught.value.file == str(folder / "model")
+    recipe = write_recipe(folder / "r.yml", "passthrough", ["model"])
+    assert main(["plan", str(recipe)]) == 1
+    assert main(["inspect", str(folder / "model")]) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\\udcff/model`: the path is not valid UTF-8") == 2
+    assert shown.count("hint: rename what it names") == 2
+
+
+def test_an_output_may_have_a_path_that_is_not_utf8(tmp_path: Path, twins: Path) -> None:
+    models = [twins / "a", twins / "b"]
+    recipe = write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1})
+    out = tmp_path / os.fsdecode(b"\xffout")
+    assert oxmerge.merge(recipe, out).directory == str(out)
+    report = json.loads((out / "oxmerge_report.json").read_text())
+    assert report["directory"] == str(out)
 
 
 def test_all_broken_inputs_are_reported_together(

@@ -303,11 +303,58 @@ def test_exit_codes(tmp_path: Path, twins: Path) -> None:
     wrong = program("merge", tmp_path / "typo.yml", tmp_path / "other")
     assert wrong.returncode == 2
     assert "did you mean `merge_method`?" in wrong.stderr
-    assert program("merge", "none.yml", tmp_path / "other").returncode in {1, 2}
     assert program("merge").returncode == 2
     assert program("merge", twins / "linear.yml", tmp_path / "x", "--resume").returncode == 2
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "x").exists()
+
+
+RECIPE = "{models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: %s}}], %s}"
+
+#: A recipe, and what is said of it.
+WRONG_RECIPES = {
+    "method typo": (RECIPE % (1, "merge_method: linaer"), "did you mean `linear`?"),
+    "method to come": (RECIPE % (1, "merge_method: karcher"), "`karcher` is not in this release"),
+    "unknown parameter": (
+        RECIPE % (1, "merge_method: linear, parameters: {wieght: 1}"),
+        "did you mean `weight`?",
+    ),
+    "zero weights": (RECIPE % (-1, "merge_method: linear"), "the weights sum to zero"),
+    "no base": (RECIPE % (1, "merge_method: ties"), "needs a `base_model`"),
+    "no such model": ("{models: [{model: c}], merge_method: linear}", "no model `c`"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RECIPES)
+def test_a_wrong_recipe_is_no_failure_of_the_merge(tmp_path: Path, twins: Path, name: str) -> None:
+    text, message = WRONG_RECIPES[name]
+    (tmp_path / "r.yml").write_text(text)
+    done = program("merge", tmp_path / "r.yml", tmp_path / "out", cwd=twins)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize("line", ["merge {} out", "plan {}", "sweep {} out{{n}} --set seed=1"])
+def test_a_recipe_that_is_not_there_is_a_usage_error(tmp_path: Path, line: str) -> None:
+    for recipe in ("none.yml", "."):
+        done = program(*line.format(recipe).split(), cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: cannot read the recipe `{recipe}`: ")
+
+
+def test_a_name_on_the_hub_is_told_for_what_it_is(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "r.yml", "passthrough", ["gpt2"])
+    for line in ("inspect gpt2", "plan r.yml"):
+        done = program(*line.split(), cwd=tmp_path)
+        assert done.returncode == 2
+        assert "models are not fetched from the Hub yet" in done.stderr
+        assert "hint: download it, and name its folder: `hf download gpt2 " in done.stderr
+
+
+def test_a_recipe_is_a_file_whatever_its_name(tmp_path: Path, twins: Path) -> None:
+    (tmp_path / "a: b.yml").write_text((twins / "linear.yml").read_text())
+    assert program("plan", tmp_path / "a: b.yml", cwd=twins).returncode == 0
+    missing = program("plan", "a: c.yml", cwd=twins)
+    assert (missing.returncode, "no such file" in missing.stderr) == (2, True)
 
 
 JSON = {

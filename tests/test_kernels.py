@@ -383,7 +383,7 @@ READ_ONLY.setflags(write=False)
         (
             call("sce", [X], X),
             ValueError,
-            "method `sce` is not in this release; there are: "
+            "method `sce` is not in this release; use one of "
             + ", ".join(f"`{row['name']}`" for row in _core.methods()),
         ),
         (

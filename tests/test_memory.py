@@ -265,6 +265,8 @@ def test_too_little_memory_is_refused_with_what_would_do(work: Path, name: str) 
     error = refused.stderr.splitlines()[-2:]
     needed = re.search(r"expected at least (\d+) MiB, found 1 MiB", error[0])
     assert needed is not None
-    assert error[1] == f"  hint: use --memory {needed[1]}MiB or more"
+    assert error[1] == (
+        f'  hint: allow more: `--memory {needed[1]}MiB`, or `memory="{needed[1]}MiB"` in Python'
+    )
     report = report_of(merge(recipe, memory=int(needed[1]) * MIB))
     assert report["measured"] <= report["memory"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from oxmerge.errors import PlanError
-from oxmerge.output_config import config_text, edit_config
+from oxmerge.output_config import edit_config, json_text
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -265,6 +265,6 @@ def test_a_head_beside_a_tied_config_is_noted() -> None:
 
 
 def test_text_is_what_transformers_writes() -> None:
-    text = config_text({"name": "Größe", "list": [1], "empty": {}})
+    text = json_text({"name": "Größe", "list": [1], "empty": {}})
     assert text == '{\n  "name": "Größe",\n  "list": [\n    1\n  ],\n  "empty": {}\n}\n'
-    assert json.loads(config_text({"odd": "\ud800"})) == {"odd": "\ud800"}
+    assert json.loads(json_text({"odd": "\ud800"})) == {"odd": "\ud800"}

@@ -146,14 +146,20 @@ def test_a_value_of_the_wrong_kind_is_reported_once() -> None:
     for _ in range(2):
         Resolver((WEIGHT,), (level,), reader, "").resolve("a", 0.5)
     assert [str(problem) for problem in reader.problems] == [
-        "parameters.weight: `weight` is a finite number: found 'x'"
+        (
+            "parameters.weight: `weight` is a finite number: found 'x'\n"
+            "  hint: write a finite number, or a list of such for a gradient"
+        )
     ]
 
 
 def test_a_whole_number_may_have_a_gradient_of_whole_numbers() -> None:
     assert resolve(STEPS, settings(steps=[0, 4]), position=0.5) == (2, [])
     assert resolve(STEPS, settings(steps=[0, 3]), position=0.5)[1] == [
-        "tensor `x.mlp.weight`: `steps` is a whole number, but its gradient is not"
+        (
+            "tensor `x.mlp.weight`: `steps` is a whole number, but its gradient is not\n"
+            "  hint: write one whole number, the same for every layer"
+        )
     ]
 
 

@@ -40,6 +40,8 @@ class Shelf:
     def problems(self, recipe: str | dict[str, Any], **options: Any) -> list[str]:
         with pytest.raises(PlanError) as caught:
             self.plan(recipe, **options)
+        # Warnings need not say what to do.
+        assert "strict" in options or all(problem.advice for problem in caught.value.problems)
         text = [str(problem) for problem in caught.value.problems]
         return [line.replace(f"{self.folder}/", "") for line in text]
 
@@ -347,13 +349,15 @@ def test_slices_need_one_stack(shelf: Shelf) -> None:
     slices = [{"sources": [{"model": name, "layer_range": [0, 1]}]} for name in ("b", "a")]
     assert shelf.problems({"merge_method": "passthrough", "slices": slices}) == [
         (
-            "`slices` needs a model with exactly one stack of layers: `b`: found 1 numbered "
+            "`b`: `slices` needs a model with exactly one stack of layers: found 1 numbered "
             "prefixes, "
-            "none of which the config counts (`model.layers`)"
+            "none of which the config counts (`model.layers`)\n"
+            "  hint: merge whole models with `models`, or put the config.json that counts the "
+            "layers beside the weights"
         ),
         (
-            "`slices` needs a model with exactly one stack of layers: `a`: found 2 stacks "
-            "(`model.layers`, `visual.blocks`)"
+            "`a`: `slices` needs a model with exactly one stack of layers: found 2 stacks "
+            "(`model.layers`, `visual.blocks`)\n  hint: merge whole models with `models`"
         ),
     ]
 
@@ -369,8 +373,9 @@ def test_stacks_of_another_name_do_not_fit(shelf: Shelf) -> None:
     shelf.put(a=zoo.gpt2(depth=4), b=zoo.gpt2("transformer.", depth=4))
     assert shelf.problems(STACKED)[:1] == [
         (
-            "slices[1] (line 5): the layers of `b` have another name: "
-            "expected `h`, as in `a`, found `transformer.h`"
+            "slices[1] (line 5): `b`: the layers of `b` have another name: "
+            "expected `h`, as in `a`, found `transformer.h`\n"
+            "  hint: stack models that were saved by the same class"
         )
     ]
 
@@ -420,6 +425,7 @@ def test_whatever_is_sliced_adds_up(two: Shelf, chosen: list[dict[str, Any]]) ->
 
 # Contracts.
 
+COUNTS = "\n  hint: list so many, or use another method: `oxmerge methods` shows what each takes"
 CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"merge_method": "slerp", "models": [{"model": "a"}, {"model": "b"}]},
@@ -438,21 +444,26 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
             "models": [{"model": "a"}, {"model": "b"}],
             "parameters": {"t": 0.5},
         },
-        ["models: method `slerp` takes exactly 2 models (the base included): found 3"],
+        ["models: method `slerp` takes exactly 2 models (the base included): found 3" + COUNTS],
     ),
     (
         {"merge_method": "nuslerp", "base_model": "a", "models": weighted("a", "b")},
         [
-            "models: method `nuslerp` takes exactly 2 models besides the base: found 1",
+            "models: method `nuslerp` takes exactly 2 models besides the base: found 1" + COUNTS,
         ],
     ),
     (
         {"merge_method": "passthrough", "models": [{"model": "a"}, {"model": "b"}]},
-        ["models: method `passthrough` takes exactly 1 model: found 2"],
+        ["models: method `passthrough` takes exactly 1 model: found 2" + COUNTS],
     ),
     (
         linear("a", "./a"),
-        ["models[1]: model `./a` is listed twice, first at models[0]"],
+        [
+            (
+                "models[1]: model `./a` is listed twice, first at models[0]\n"
+                "  hint: list it once, with the weight of both; or name the model that was meant"
+            )
+        ],
     ),
     (
         {
@@ -472,7 +483,7 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
         {"merge_method": "karcher", "models": [{"model": "a"}]},
         [
             (
-                "merge_method: method `karcher` is not in this release\n  hint: there are: "
+                "merge_method: method `karcher` is not in this release\n  hint: use one of "
                 "`linear`, "
                 "`slerp`, `nuslerp`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, "
                 "`passthrough`"
@@ -511,14 +522,20 @@ def test_missing_models_name_the_places_tried(shelf: Shelf, tmp_path: Path) -> N
     shelf.put(a=zoo.llama(1))
     elsewhere = tmp_path / "recipes"
     elsewhere.mkdir()
-    recipe = Recipe.from_mapping(linear("a", "x", "org/name"), folder=str(elsewhere))
+    names = ("a", "./x", "gpt2", "org/name")
+    recipe = Recipe.from_mapping(linear(*names), folder=str(elsewhere))
     with pytest.raises(PlanError) as caught:
         build_plan(recipe, folder=str(tmp_path), core=shelf.core)
     assert [str(problem).replace(str(tmp_path), "") for problem in caught.value.problems] == [
-        "no model `x`: there is no `/x` or `/recipes/x`",
         (
-            "no model `org/name`: there is no `/org/name` or `/recipes/org/name`\n"
-            "  hint: models are not fetched from the Hub yet: download it, and name its directory"
+            "no model `./x`: there is no `/x` or `/recipes/x`\n"
+            "  hint: name the folder of a model, or a safetensors file"
+        ),
+        *(
+            f"no model `{name}`: there is no `/{name}` or `/recipes/{name}`, and models are not "
+            "fetched from the Hub yet\n"
+            f"  hint: download it, and name its folder: `hf download {name} --local-dir FOLDER`"
+            for name in ("gpt2", "org/name")
         ),
     ]
 
@@ -548,7 +565,11 @@ def test_missing_tensors_are_grouped(shelf: Shelf) -> None:
     name = "model.layers.{}.self_attn.q_proj.bias"
     shown = ", ".join(f"`{name.format(layer)}`" for layer in range(3))
     assert shelf.problems(linear("a", "b")) == [
-        f"`b`: `b` lacks a tensor that the donor `a` has (4 tensors: {shown}, ...)"
+        (
+            f"`b`: `b` lacks a tensor: expected what the donor `a` has, found nothing "
+            f"(4 tensors: {shown}, ...)\n"
+            "  hint: use models of one architecture; or download it again, if it is not complete"
+        )
     ]
 
 
@@ -595,11 +616,11 @@ def test_depths_that_differ_are_one_problem(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(4), b=zoo.llama(3), c=zoo.llama(6))
     assert shelf.problems(linear("a", "b", "c")) == [
         (
-            "layer counts differ: `model.layers` of `b`: expected 4, as in `a`, found 3\n"
+            "`b`: layer counts differ: `model.layers` of `b`: expected 4, as in `a`, found 3\n"
             "  hint: choose layers with `slices`"
         ),
         (
-            "layer counts differ: `model.layers` of `c`: expected 4, as in `a`, found 6\n"
+            "`c`: layer counts differ: `model.layers` of `c`: expected 4, as in `a`, found 6\n"
             "  hint: choose layers with `slices`"
         ),
     ]
@@ -610,7 +631,10 @@ def test_integer_types_must_agree(shelf: Shelf) -> None:
     other.tensors["bert.embeddings.position_ids"] = ("F32", (1, 8))
     shelf.put(a=zoo.bert(1), b=other)
     (problem,) = shelf.problems(linear("a", "b"))
-    assert problem.endswith("and only floats can be converted: expected I64, found F32")
+    assert problem.endswith(
+        "and only floats can be converted: expected I64, found F32\n"
+        "  hint: use models that were saved in one way"
+    )
 
 
 def test_quantised_models_are_refused(shelf: Shelf) -> None:
@@ -759,6 +783,7 @@ def test_seven_faults_are_seven_entries_of_one_report(shelf: Shelf) -> None:
     del missing.tensors["model.layers.0.mlp.up_proj.weight"]
     other.tensors["model.layers.1.mlp.up_proj.weight"] = ("BF16", (30, 16))
     shelf.put(base=zoo.llama(4), good=zoo.llama(4), missing_tensor=missing, other_shape=other)
+    shelf.core = pytest.importorskip("oxmerge._core")
     problems = shelf.problems(SEVEN)
     assert len(problems) == 7
     zoo.check_snapshot(SNAPSHOTS / "seven_problems.txt", "\n".join(problems))
@@ -771,6 +796,13 @@ def test_seven_faults_are_seven_entries_of_one_report(shelf: Shelf) -> None:
 def test_seeds_out_of_range(shelf: Shelf, seed: int) -> None:
     shelf.put(a=zoo.llama(1))
     with pytest.raises(ValueError, match="seed must be"):
+        shelf.plan(linear("a"), seed=seed)
+
+
+@pytest.mark.parametrize("seed", [1.0, "1", None])
+def test_seeds_that_are_no_whole_numbers(shelf: Shelf, seed: Any) -> None:
+    shelf.put(a=zoo.llama(1))
+    with pytest.raises(TypeError, match="seed must be a whole number"):
         shelf.plan(linear("a"), seed=seed)
 
 

@@ -20,6 +20,11 @@ def test_a_problem_reads_as_one_or_two_lines() -> None:
     )
 
 
+def test_a_problem_is_one_line_whatever_is_in_its_names() -> None:
+    problem = Problem("shape", "differs", file="f\n", tensors=("x\x1b", "y"), count=2)
+    assert str(problem) == r"`f\n`: differs (2 tensors: `x\x1b`, `y`)"
+
+
 def test_equal_problems_are_one_entry() -> None:
     many = [Problem("missing", "gone", file="f", tensor=f"x.{i}") for i in range(200)]
     other = Problem("missing", "gone too", tensor="y")
@@ -30,9 +35,21 @@ def test_equal_problems_are_one_entry() -> None:
     ]
 
 
-def test_files_are_left_out_where_they_differ() -> None:
-    pair = [Problem("missing", "gone", file=f"f{i}", tensor=f"x{i}") for i in range(2)]
-    assert str(*group_problems(pair)) == "gone (2 tensors: `x0`, `x1`)"
+@pytest.mark.parametrize(
+    ("files", "place"),
+    [
+        (("m/f0", "m/f0"), "`m/f0`: "),
+        (("m/f0", "m/f1"), "`m`: "),
+        (("m/f0", "n/f1"), ""),
+        (("f0", "f1"), ""),
+        (("m/f0", None), ""),
+    ],
+)
+def test_files_that_differ_are_the_folder_they_lie_in(
+    files: tuple[str | None, str | None], place: str
+) -> None:
+    pair = [Problem("missing", "gone", file=file, tensor=f"x{i}") for i, file in enumerate(files)]
+    assert str(*group_problems(pair)) == f"{place}gone (2 tensors: `x0`, `x1`)"
 
 
 def test_the_same_problem_twice_is_one() -> None:

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.publish import (
     INDEX_NAME,
@@ -16,7 +17,6 @@ from oxmerge.publish import (
     OutputDirectory,
     commit,
     discard,
-    partial_name,
     prepare_output,
 )
 from oxmerge.side_files import SideFile

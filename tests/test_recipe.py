@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
 MODELS = "models: [{model: a}, {model: b}]\n"
 START = "merge_method: linear\n"
+NEITHER = (
+    "a recipe has exactly one of `models` and `slices`: found neither\n"
+    "  hint: list whole models under `models`, or runs of layers under `slices`"
+)
 
 
 def problems_of(text: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         Recipe.from_yaml(text)
+    assert all(problem.advice for problem in caught.value.problems)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -90,12 +95,20 @@ def test_settings(text: str, choices: tuple[Choice, ...]) -> None:
 
 
 FAULTS: list[tuple[str, list[str]]] = [
-    (MODELS, ["merge_method: the name of a merge method is needed here: found nothing"]),
-    (START, ["a recipe has exactly one of `models` and `slices`: found neither"]),
-    (START + "models: []\n", ["a recipe has exactly one of `models` and `slices`: found neither"]),
+    (
+        MODELS,
+        [
+            (
+                "merge_method: the name of a merge method is needed here: found nothing\n"
+                "  hint: write `merge_method: linear`, say; `oxmerge methods` lists them"
+            )
+        ],
+    ),
+    (START, [NEITHER]),
+    (START + "models: []\n", [NEITHER]),
     (
         START + MODELS + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
-        ["a recipe has exactly one of `models` and `slices`: found `models` and `slices`"],
+        [NEITHER.replace("neither", "`models` and `slices`")],
     ),
     (
         START + MODELS + "paramters: {}\n",
@@ -105,7 +118,7 @@ FAULTS: list[tuple[str, list[str]]] = [
         START + "models: [{modle: a}]\n",
         [
             "models[0].modle (line 2): unknown key `modle`\n  hint: did you mean `model`?",
-            "models[0] (line 2): `model` is needed here",
+            "models[0] (line 2): `model` is needed here\n  hint: write `model: path`",
         ],
     ),
     (
@@ -121,17 +134,27 @@ FAULTS: list[tuple[str, list[str]]] = [
         [
             (
                 "tokenizer_source (line 3): not supported yet: building a tokenizer "
-                "(`tokenizer_source`)"
+                "(`tokenizer_source`)\n  hint: leave it out: the output has the donor's"
             )
         ],
     ),
     (
         START + MODELS + "chat_template: auto\n",
-        ["chat_template (line 3): not supported yet: setting a chat template (`chat_template`)"],
+        [
+            (
+                "chat_template (line 3): not supported yet: setting a chat template "
+                "(`chat_template`)\n  hint: leave it out: the output has the donor's"
+            )
+        ],
     ),
     (
         START + "modules: {default: {}}\n",
-        ["modules (line 2): not supported yet: merging the modules of a model apart (`modules`)"],
+        [
+            (
+                "modules (line 2): not supported yet: merging the modules of a model apart "
+                "(`modules`)\n  hint: list whole models under `models`"
+            )
+        ],
     ),
     (
         START + "models: [{model: a+b}, {model: a@main}]\n",
@@ -148,7 +171,12 @@ FAULTS: list[tuple[str, list[str]]] = [
     ),
     (
         START + "models: [{model: {model: a, lora: b}}]\n",
-        ["models[0].model.lora (line 2): not supported yet: a LoRA on a model (`lora`)"],
+        [
+            (
+                "models[0].model.lora (line 2): not supported yet: a LoRA on a model (`lora`)\n"
+                "  hint: merge the adapter into its model first, and name the result"
+            )
+        ],
     ),
     (
         START + "models: [{model: 7}]\n",
@@ -192,7 +220,7 @@ FAULTS: list[tuple[str, list[str]]] = [
         [
             (
                 "parameters.weight (line 3): a number, a truth value or text is needed here: "
-                "found nothing"
+                "found nothing\n  hint: write one, or a list of them for a gradient over the layers"
             )
         ],
     ),
@@ -207,14 +235,20 @@ FAULTS: list[tuple[str, list[str]]] = [
     ),
     (
         START + MODELS + "parameters: {weight: {filter: mlp}}\n",
-        ["parameters.weight[0] (line 3): `value` is needed here"],
+        [
+            (
+                "parameters.weight[0] (line 3): `value` is needed here\n"
+                "  hint: write `value: 0.5`, say"
+            )
+        ],
     ),
     (
         START + "slices: [{sources: [{model: a}]}]\n",
         [
             (
                 "slices[0].sources[0].layer_range (line 2): two whole numbers are needed here: the "
-                "first layer, and the one after the last: found nothing"
+                "first layer, and the one after the last: found nothing\n"
+                "  hint: write `layer_range: [0, 8]` for the first eight layers"
             )
         ],
     ),
@@ -238,11 +272,32 @@ FAULTS: list[tuple[str, list[str]]] = [
             )
         ],
     ),
-    (START + "slices: [{sources: []}]\n", ["slices[0] (line 2): a slice needs `sources`"]),
-    (START + "models: {a: 1}\n", ["models (line 2): a list is needed here: found a mapping"]),
+    (
+        START + "slices: [{sources: []}]\n",
+        [
+            (
+                "slices[0] (line 2): a slice needs `sources`\n"
+                "  hint: list them: `sources: [{model: path, layer_range: [0, 8]}]`"
+            )
+        ],
+    ),
+    (
+        START + "models: {a: 1}\n",
+        [
+            (
+                "models (line 2): a list is needed here: found a mapping\n"
+                "  hint: put `- ` before each entry"
+            )
+        ],
+    ),
     (
         START + "models: [a]\n",
-        ["models[0] (line 2): a mapping of keys to values is needed here: found 'a'"],
+        [
+            (
+                "models[0] (line 2): a mapping of keys to values is needed here: found 'a'\n"
+                "  hint: write `key: value`"
+            )
+        ],
     ),
 ]
 

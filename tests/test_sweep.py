@@ -175,6 +175,7 @@ def test_values() -> None:
             {"models[7].parameters.weight": "1"},
             "there is no `models[7].parameters.weight`",
         ),
+        ("out/{n}", {f"models[{'9' * 5000}]": "1"}, "there is no `models[999"),
         ("out/{n}", {"merge_method.x": "1"}, "there is no `merge_method.x`"),
         ("out/{n}", {"models[0": "1"}, "there is no `models[0`"),
         ("out/{n}", {"": "1"}, "there is no ``"),

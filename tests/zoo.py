@@ -133,25 +133,8 @@ class FakeCore:
         return shards, places
 
     def check_plan(self, plan_json: str) -> list[dict[str, Any]]:
-        plan = json.loads(plan_json)
-        if plan["method"] != "linear":
-            return []
-        return [_zero_sum(tensor["name"]) for tensor in plan["tensors"] if _sums_to_zero(tensor)]
-
-
-def _sums_to_zero(tensor: dict[str, Any]) -> bool:
-    weights = [source["parameters"].get("weight") for source in tensor["sources"]]
-    return bool(tensor["parameters"].get("normalize")) and not sum(weights)
-
-
-def _zero_sum(name: str) -> dict[str, Any]:
-    return {
-        "tensor": name,
-        "message": "the weights add up to zero",
-        "expected": None,
-        "found": None,
-        "advice": "change a weight, or set `normalize: false`",
-    }
+        json.loads(plan_json)
+        return []
 
 
 def _stat(path: str) -> dict[str, Any]:

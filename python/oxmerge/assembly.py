@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Assembler"]
 
+_SAME_SIZE = "use models of one architecture and size"
+
 
 class Assembler:
     """Makes output tensors of targets, and collects what does not agree.
@@ -72,7 +74,14 @@ class Assembler:
         donor = f"{expected}, as in `{self._donor.reference}`"
         advice = "choose layers with `slices`"
         self.problems.append(
-            Problem("layers", message, expected=donor, found=str(found), advice=advice)
+            Problem(
+                "layers",
+                message,
+                file=model.path,
+                expected=donor,
+                found=str(found),
+                advice=advice,
+            )
         )
 
     def assemble(self, target: Target) -> OutputTensor | None:
@@ -105,8 +114,20 @@ class Assembler:
         if is_head(name) and (model.is_tied or not any(map(is_head, model.tensors))):
             self._report_tied(target, model, name)
             return
-        message = f"`{model.reference}` lacks a tensor that the donor `{donor}` has"
-        self.problems.append(Problem("missing", message, file=model.path, tensor=name))
+        message = f"`{model.reference}` lacks a tensor"
+        expected = f"what the donor `{donor}` has"
+        advice = "use models of one architecture; or download it again, if it is not complete"
+        self.problems.append(
+            Problem(
+                "missing",
+                message,
+                file=model.path,
+                tensor=name,
+                expected=expected,
+                found="nothing",
+                advice=advice,
+            )
+        )
 
     def _is_beyond(self, model: InputModel, prefix: str, layer: int) -> bool:
         least = self._unequal.get((model.index, prefix))
@@ -177,6 +198,7 @@ class Assembler:
                 tensor=tensor.name,
                 expected=like.dtype,
                 found=tensor.dtype,
+                advice="use models that were saved in one way",
             )
         )
 
@@ -206,13 +228,15 @@ class Assembler:
                     tensor=like.name,
                     expected=" or ".join(sorted(str(list(shape)) for shape in shapes)),
                     found=str(list(like.shape)),
+                    advice=_SAME_SIZE,
                 )
             )
 
     def _check_name(self, target: Target) -> None:
         if target.name in self._names:
             message = "two tensors of the output would have this name"
-            self.problems.append(Problem("names", message, tensor=target.name))
+            advice = "take the first and the last slice from models that name their tensors alike"
+            self.problems.append(Problem("names", message, tensor=target.name, advice=advice))
         self._names.add(target.name)
 
     # Making.
@@ -268,14 +292,14 @@ def _first_files(models: list[InputModel]) -> list[int]:
     return first_files
 
 
-def _shape_advice(tensor: TensorInfo, expected: tuple[int, ...]) -> str | None:
+def _shape_advice(tensor: TensorInfo, expected: tuple[int, ...]) -> str:
     same_rest = tuple(tensor.shape)[1:] == expected[1:] and len(tensor.shape) == len(expected)
     if same_rest and is_vocabulary(tensor.name):
         return (
             "the vocabularies differ; matching tokens by their text (`tokenizer`) is not supported "
             "yet, so the models must have the same tokenizer"
         )
-    return None
+    return _SAME_SIZE
 
 
 def _shape_key(target: Target) -> str:

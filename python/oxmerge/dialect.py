@@ -39,9 +39,8 @@ class _RecipeReader(ValueReader):
     def recipe(self, raw: object, text: str, folder: str | None) -> Recipe:
         place = Place()
         if not is_mapping(raw):
-            self.problems.append(
-                Problem("recipe", "a recipe is a mapping of keys to values", found=show(raw))
-            )
+            message, advice = "a recipe is a mapping of keys to values", "give it as a mapping"
+            self.problems.append(Problem("recipe", message, found=show(raw), advice=advice))
             return Recipe("")
         self.check_keys(raw, place, _TOP_KEYS, later=True)
         recipe = Recipe(
@@ -67,7 +66,8 @@ class _RecipeReader(ValueReader):
             return
         found = " and ".join(f"`{key}`" for key in given) or "neither"
         message = "a recipe has exactly one of `models` and `slices`"
-        self.problems.append(Problem("recipe", message, found=found))
+        advice = "list whole models under `models`, or runs of layers under `slices`"
+        self.problems.append(Problem("recipe", message, found=found, advice=advice))
 
     def method(self, raw: Mapping[str, object], place: Place) -> str:
         method = raw.get("merge_method")
@@ -77,6 +77,7 @@ class _RecipeReader(ValueReader):
             place.key(raw, "merge_method"),
             "the name of a merge method is needed here",
             found="nothing" if method is None else method,
+            advice="write `merge_method: linear`, say; `oxmerge methods` lists them",
         )
         return ""
 
@@ -88,7 +89,11 @@ class _RecipeReader(ValueReader):
             return None
         sources = self.items(raw, "sources", place, self.slice_source)
         if not raw.get("sources"):
-            self.fault(place, "a slice needs `sources`")
+            self.fault(
+                place,
+                "a slice needs `sources`",
+                advice="list them: `sources: [{model: path, layer_range: [0, 8]}]`",
+            )
         return Slice(
             where=str(place),
             sources=sources,
@@ -105,6 +110,6 @@ class _RecipeReader(ValueReader):
         layers = self.layer_range(raw, place) if "layer_range" in keys else None
         model = self.reference(raw, "model", place)
         if raw.get("model") is None:
-            self.fault(place, "`model` is needed here")
+            self.fault(place, "`model` is needed here", advice="write `model: path`")
         parameters = self.settings(raw, place)
         return None if model is None else Source(model, str(place), layers, parameters)

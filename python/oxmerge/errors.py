@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "DeviceError",
     "InputChangedError",
+    "InternalError",
     "MemoryBudgetError",
     "OutputError",
     "OxmergeError",
@@ -138,6 +139,10 @@ class DeviceError(OxmergeError):
 
 class InputChangedError(OxmergeError):
     """An input file changed while the merge was reading it."""
+
+
+class InternalError(OxmergeError):
+    """The engine broke a promise of its own: a bug in oxmerge."""
 
 
 class OutputError(OxmergeError):

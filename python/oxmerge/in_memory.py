@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache
-from operator import index
 
 from oxmerge import _core
 from oxmerge.arrays import (
@@ -21,9 +20,10 @@ from oxmerge.arrays import (
     view,
 )
 from oxmerge.methods import find_method, read_methods
+from oxmerge.option_names import check_seed, check_threads
 from oxmerge.parameters import KINDS, convert
 from oxmerge.problems import Problem, did_you_mean
-from oxmerge.schema import MOST_SEED, is_float
+from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_state_dicts", "merge_tensors"]
 
-_MOST_THREADS = (1 << 32) - 1
 #: How Python writes a parameter whose name is a keyword.
 _ALIASES = {"lambda_": "lambda"}
 _INTEGERS = ("equal", "first")
@@ -210,20 +209,8 @@ class MethodCall:
 
 def check_options(seed: int, threads: int | None) -> None:
     """Raise TypeError or ValueError unless seed and threads are whole numbers in range."""
-    if not 0 <= whole(seed, "seed") <= MOST_SEED:
-        raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
-    if threads is not None and whole(threads, "threads") < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
-    if threads is not None and threads > _MOST_THREADS:
-        raise ValueError(f"threads must be at most {_MOST_THREADS}, not {threads}")
-
-
-def whole(value: Any, what: str) -> int:
-    """Return a whole number of any package; raise TypeError for others."""
-    try:
-        return index(value)
-    except TypeError:
-        raise TypeError(f"{what} must be a whole number, not {value!r}") from None
+    check_seed(seed)
+    check_threads(threads)
 
 
 def check_out(out: View, shape: tuple[int, ...], code: str) -> None:

@@ -137,7 +137,10 @@ class Inputs:
             return None
         except OSError as error:
             file = path if error.filename is None else os.fspath(error.filename)
-            self.problems.append(Problem("checkpoint", _os_message(error), file=file))
+            advice = "download the model again, or check the permissions of its files"
+            self.problems.append(
+                Problem("checkpoint", _os_message(error), file=file, advice=advice)
+            )
             return None
         model = self._model(reference, path, checkpoint)
         self.models.append(model)
@@ -162,7 +165,8 @@ class Inputs:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
-            self.problems.append(Problem("config", f"cannot be read: {error}", file=file_name))
+            message, advice = f"cannot be read: {error}", "download it again, or mend it"
+            self.problems.append(Problem("config", message, file=file_name, advice=advice))
             return {}
         return config if isinstance(config, dict) else {}
 

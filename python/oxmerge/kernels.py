@@ -44,8 +44,9 @@ from oxmerge.arrays import (
     promoted,
     view,
 )
-from oxmerge.in_memory import check_options, check_out, whole
+from oxmerge.in_memory import check_options, check_out
 from oxmerge.method_functions import *  # noqa: F403 - every merge method
+from oxmerge.option_names import whole
 from oxmerge.schema import FLOATS, is_float
 
 TYPE_CHECKING = False

@@ -39,11 +39,12 @@ _NEVER_ACTS = {
     "name": "it names one merge of several in one file",
     "override_architecture": "names and shapes come from the files, not from an architecture",
 }
+#: What is not done yet, and what to do instead.
 NOT_YET = {
-    "modules": "merging the modules of a model apart",
-    "tokenizer": "building a tokenizer",
-    "tokenizer_source": "building a tokenizer",
-    "chat_template": "setting a chat template",
+    "modules": ("merging the modules of a model apart", "list whole models under `models`"),
+    "tokenizer": ("building a tokenizer", "leave it out: the output has the donor's"),
+    "tokenizer_source": ("building a tokenizer", "leave it out: the output has the donor's"),
+    "chat_template": ("setting a chat template", "leave it out: the output has the donor's"),
 }
 
 
@@ -81,7 +82,7 @@ class KeyReader:
         *,
         kind: str = "recipe",
         found: object = None,
-        advice: str | None = None,
+        advice: str | None,
     ) -> None:
         """Take down that something at a place is wrong."""
         text = None if found is None else show(found)
@@ -92,7 +93,8 @@ class KeyReader:
     ) -> TypeGuard[Mapping[str, object]]:
         """Tell whether `raw` is a mapping, and check its keys if it is."""
         if not is_mapping(raw):
-            self.fault(place, "a mapping of keys to values is needed here", found=raw)
+            message, advice = "a mapping of keys to values is needed here", "write `key: value`"
+            self.fault(place, message, found=raw, advice=advice)
             return False
         self.check_keys(raw, place, known)
         return True
@@ -116,9 +118,9 @@ class KeyReader:
         """Sort a key that is not read here: refused, without effect, or unknown."""
         if key in known:
             if value is not None:
-                self.fault(
-                    place, f"not supported yet: {NOT_YET[str(key)]} (`{key}`)", kind="unsupported"
-                )
+                what, advice = NOT_YET[str(key)]
+                message = f"not supported yet: {what} (`{key}`)"
+                self.fault(place, message, kind="unsupported", advice=advice)
         elif key in _NEVER_ACTS:
             self.no_effect(place, f"`{key}` has no effect", _NEVER_ACTS[str(key)])
         elif key in _ACTS_IN:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.devices import UNTRIED, Choice, choose, open_backend
-from oxmerge.option_names import READ_PATHS, check_device
+from oxmerge.option_names import READ_PATHS, check_device, check_threads
 from oxmerge.outcome import Outcome, method_description
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
 from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
@@ -498,8 +498,7 @@ def _notes(backend: Backend | None) -> tuple[str, ...]:
 
 
 def _check_options(threads: int | None, read_path: str, device: str) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    check_threads(threads)
     check_device(device)
     if read_path not in READ_PATHS:
         raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")

@@ -150,10 +150,10 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
     """Return the method called `name`, or why there is none."""
     if name in methods:
         return methods[name]
+    known = "use one of " + ", ".join(f"`{each}`" for each in methods)
     if name in DIALECT_METHODS:
-        known = ", ".join(f"`{each}`" for each in methods)
         message = f"method `{name}` is not in this release"
-        return Problem("method", message, "merge_method", advice=f"there are: {known}")
+        return Problem("method", message, "merge_method", advice=known)
     message = f"there is no merge method `{name}`"
-    advice = did_you_mean(name, methods.keys() | DIALECT_METHODS)
+    advice = did_you_mean(name, methods.keys() | DIALECT_METHODS) or known
     return Problem("method", message, "merge_method", advice=advice)

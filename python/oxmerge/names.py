@@ -35,7 +35,8 @@ __all__ = [
 #: A model may have so many layers more than its config counts.
 MOST_EXTRA_LAYERS = 8
 
-_NUMBER = re.compile(r"(?:^|\.)(0|[1-9][0-9]*)(?:\.|$)")
+#: No longer than any count of layers: a stranger's name may have thousands of digits.
+_NUMBER = re.compile(r"(?:^|\.)(0|[1-9][0-9]{0,8})(?:\.|$)")
 
 #: Words of config keys that count layers: `num_hidden_layers`, `n_layer`, `depth`, ...
 _COUNT_WORDS = frozenset(("layer", "layers", "depth", "block", "blocks"))

@@ -1,13 +1,55 @@
-"""What options may be called. Apart, so that the command line need not load what uses them."""
+"""What options may be. Apart, so that the command line need not load what uses them."""
 
 from __future__ import annotations
 
 import re
+from operator import index
 
-__all__ = ["READ_PATHS", "check_device"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = [
+    "MOST_SEED",
+    "MOST_THREADS",
+    "READ_PATHS",
+    "check_device",
+    "check_seed",
+    "check_threads",
+    "whole",
+]
+
+#: The largest seed of random masks.
+MOST_SEED = (1 << 64) - 1
+#: More threads than that are a slip of the keyboard.
+MOST_THREADS = (1 << 32) - 1
 
 #: How inputs can be read.
 READ_PATHS = ("auto", "mapped", "positioned", "direct")
+
+
+def whole(value: Any, what: str) -> int:  # noqa: ANN401 - it is what it is to find out
+    """Return a whole number of any package; raise `TypeError` for others."""
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number, not {value!r}") from None
+
+
+def check_seed(seed: Any) -> int:  # noqa: ANN401 - see `whole`
+    """Return a seed; raise `TypeError` or `ValueError` unless it is a whole number in range."""
+    number = whole(seed, "seed")
+    if not 0 <= number <= MOST_SEED:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, not {number}")
+    return number
+
+
+def check_threads(threads: Any) -> None:  # noqa: ANN401 - see `whole`
+    """Raise `TypeError` or `ValueError` unless `threads` is None, or a whole number in range."""
+    if threads is not None and whole(threads, "threads") < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    if threads is not None and threads > MOST_THREADS:
+        raise ValueError(f"threads must be at most {MOST_THREADS}, not {threads}")
 
 
 def check_device(device: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from oxmerge import _core
-from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, CardModel, model_card
-from oxmerge.output_config import config_text, edit_config
+from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, model_card
+from oxmerge.output_config import edit_config, json_text
 from oxmerge.publish import Contents
 from oxmerge.side_files import SideFiles, find_side_files, is_index
 
@@ -94,7 +93,7 @@ class Outcome:
         texts = {
             CARD_NAME: self.card,
             RECIPE_NAME: self.recipe,
-            REPORT_NAME: json.dumps(story, indent=2, ensure_ascii=False) + "\n",
+            REPORT_NAME: json_text(story),
         }
         return Contents(
             shards=[shard["file_name"] for shard in self.merge_plan.plan.shards],
@@ -121,7 +120,7 @@ def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
             tensor.name.endswith("lm_head.weight") for tensor in merge_plan.plan.tensors
         ),
     )
-    return config_text(edited), tuple(notes)
+    return json_text(edited), tuple(notes)
 
 
 def _folder(model: str) -> Path:
@@ -150,11 +149,11 @@ def _index(merge_plan: MergePlan) -> str | None:
 def _card(merge_plan: MergePlan, recipe: str) -> str:
     method = merge_plan.plan.method
     about = method_description(method)
-    cards = [CardModel(model.reference, is_local=True) for model in merge_plan.models]
+    models = [model.reference for model in merge_plan.models]
     return model_card(
         method=method,
-        models=cards,
-        base=None if merge_plan.base is None else cards[merge_plan.base],
+        models=models,
+        base=None if merge_plan.base is None else models[merge_plan.base],
         recipe_text=recipe,
         method_title=about["title"],
         paper=about["paper"],

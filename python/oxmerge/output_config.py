@@ -24,13 +24,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oxmerge.errors import PlanError
-from oxmerge.position_rules import RULES, unknown_rules
+from oxmerge.position_rules import DEPTH_KEYS, RULES, unknown_rules
 from oxmerge.problems import Problem
 
 Config = Mapping[str, Any]
 Path = tuple[str, ...]
 
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Looked at where none of those fits.
 _RARE_DEPTH_KEYS = (
     "num_decoder_layers", "decoder_layers", "num_encoder_layers", "encoder_layers", "num_layer",
@@ -117,7 +116,9 @@ def edit_config(
         _edit_dtype(edit, _DTYPE_NAMES.get(dtype, dtype))
     if layer_map is not None:
         if donor_depth is None:
-            raise _misfit([Problem("config", "the donor's number of layers is not known")])
+            message = "the donor's number of layers is not known"
+            advice = "put the config.json that counts them beside the donor's weights"
+            raise _misfit([Problem("config", message, advice=advice)])
         _edit_layers(edit, donor_config, list(layer_map), donor_depth, scope)
     if writes_head and _says_tied(edit.config):
         edit.notes.append(
@@ -129,14 +130,14 @@ def edit_config(
     return edit.config, edit.notes
 
 
-def config_text(config: Config) -> str:
-    """Return `config` as it is written to disk: indented, in UTF-8, a last newline."""
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+def json_text(value: Config) -> str:
+    """Return a config or a report as it is written to disk: indented, in UTF-8, a last newline."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     try:
         text.encode()
     except UnicodeEncodeError:
-        # A lone surrogate, legal in JSON as an escape and in no other form.
-        return json.dumps(config, indent=2) + "\n"
+        # A lone surrogate, as of a path that is no UTF-8; legal in JSON as an escape only.
+        return json.dumps(value, indent=2) + "\n"
     return text
 
 
@@ -222,7 +223,8 @@ def _edit_layers(
     if not scopes:
         edit.problem(
             f"the donor's config names no layer count of {depth} "
-            f"({', '.join(_DEPTH_KEYS)}), so its depth cannot be changed"
+            f"({', '.join(DEPTH_KEYS)}), so its depth cannot be changed",
+            advice="give the donor a config that counts its layers",
         )
         return
     for path in scopes:
@@ -241,11 +243,12 @@ def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
         return language or found
     names = ", ".join(f"`{'.'.join(path)}`" for path in found)
     message = f"several nested configs have {depth} layers, and it is not clear which is meant"
-    raise _misfit([Problem("config", message, file="config.json", found=names)])
+    advice = "merge whole models with `models`"
+    raise _misfit([Problem("config", message, file="config.json", found=names, advice=advice)])
 
 
 def _depth_keys(config: Config, depth: int) -> list[str]:
-    for keys in (_DEPTH_KEYS, _RARE_DEPTH_KEYS):
+    for keys in (DEPTH_KEYS, _RARE_DEPTH_KEYS):
         found = [key for key in keys if type(config.get(key)) is int and config[key] == depth]
         if found:
             return found
@@ -311,7 +314,8 @@ class _Restack:
     def _cannot_follow(self, path: Path, position: int, layer: int) -> None:
         self.edit.problem(
             f"`{'.'.join(path)}` speaks of each layer, but the config of the model that output "
-            f"layer {position} comes from does not speak so of its layer {layer}"
+            f"layer {position} comes from does not speak so of its layer {layer}",
+            advice="stack models whose configs have the same lists",
         )
 
     def _note_lists_of_others(self) -> None:

@@ -169,7 +169,10 @@ class SettingReader:
         except ValueError as error:
             found = repr(error.args[0]) if error.args else None
             message = f"`{parameter.name}` is {KINDS[parameter.kind]}"
-            self.problems.append(Problem("parameter", message, setting.where, found=_plain(found)))
+            advice = f"write {KINDS[parameter.kind]}, or a list of such for a gradient"
+            self.problems.append(
+                Problem("parameter", message, setting.where, found=_plain(found), advice=advice)
+            )
             values = (_NEUTRAL[parameter.kind],)
         return ReadChoice(values, choice.filter, setting.where)
 
@@ -271,7 +274,8 @@ class Resolver:
             return convert(value, "int")
         except ValueError:
             message = f"`{parameter.name}` is a whole number, but its gradient is not"
-            self._reader.problems.append(Problem("parameter", message, tensor=name))
+            advice = "write one whole number, the same for every layer"
+            self._reader.problems.append(Problem("parameter", message, tensor=name, advice=advice))
             return _NEUTRAL["int"]
 
 
@@ -323,7 +327,8 @@ def check_settings(
     problems, warnings = [], []
     for name, setting in settings.items():
         if name not in everything:
-            advice = did_you_mean(name, own) or did_you_mean(name, everything)
+            close = did_you_mean(name, own) or did_you_mean(name, everything)
+            advice = close or _parameters_of(own)
             message = f"unknown parameter `{name}`"
             problems.append(Problem("parameter", message, setting.where, advice=advice))
         else:
@@ -335,8 +340,7 @@ def _without_effect(
     name: str, setting: Setting, own: Mapping[str, Parameter], method: Method, level: str
 ) -> list[Problem]:
     if name not in own:
-        names = ", ".join(f"`{each}`" for each in own) or "none"
-        return [_idle(name, setting, f" with method `{method.name}`", f"its parameters: {names}")]
+        return [_idle(name, setting, f" with method `{method.name}`", _parameters_of(own))]
     if level != "all" and own[name].per == "shared":
         advice = "it acts under `parameters` of a slice or at the top level"
         return [_idle(name, setting, " under a model", advice)]
@@ -345,6 +349,10 @@ def _without_effect(
     if name in _NO_NUMERIC_EFFECT:
         return [_idle(name, setting, " on the result", "it may be left out")]
     return []
+
+
+def _parameters_of(own: Mapping[str, Parameter]) -> str:
+    return "its parameters: " + (", ".join(f"`{each}`" for each in own) or "none")
 
 
 def _idle(name: str, setting: Setting, where: str, advice: str) -> Problem:

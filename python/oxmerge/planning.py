@@ -14,10 +14,11 @@ from oxmerge.errors import PlanError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
 from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.option_names import check_seed
 from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
 from oxmerge.problems import Problem, group_problems
-from oxmerge.schema import MOST_SEED, OutputTensor, Plan, is_float
+from oxmerge.schema import OutputTensor, Plan, is_float
 from oxmerge.sections import Section, SectionBuilder
 from oxmerge.targets import SlicedTargets, Target, whole_targets
 
@@ -116,11 +117,10 @@ def build_plan(
     ------
     PlanError
         With every problem that the headers show.
-    ValueError
-        If `seed` or `shard_size` is out of range.
+    TypeError, ValueError
+        If `seed` is no whole number, or `seed` or `shard_size` is out of range.
     """
-    if not 0 <= seed <= MOST_SEED:
-        raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
+    seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
     return _Planner(recipe, core or _compiled_core(), folder).plan(shard_size, seed, strict=strict)
@@ -159,7 +159,8 @@ class _Planner:
         self.check_config(donor)
         self.gather(sections)
         if donor is None and not self.problems:
-            self.problems.append(Problem("plan", "there is no model to take the names from"))
+            message = "there is no model to take the names from"
+            self.problems.append(Problem("recipe", message, advice="list a model"))
         if donor is None or self.problems:
             raise self.failure(self.problems + (self.warnings if strict else []))
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)

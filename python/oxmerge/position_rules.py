@@ -13,7 +13,8 @@ from typing import Any
 
 Config = Mapping[str, Any]
 
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+#: What configs call their layer count.
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 # What readers assume where a config of that `model_type` is silent. Not a list of what can be
 # merged: a type that is missing here only loses the check of a rule that its config leaves out.
@@ -85,7 +86,7 @@ def _count(config: Config, key: str, default: int) -> int:
 
 
 def _depth(config: Config) -> int:
-    return next((int(config[key]) for key in _DEPTH_KEYS if config.get(key) is not None), 0)
+    return next((int(config[key]) for key in DEPTH_KEYS if config.get(key) is not None), 0)
 
 
 def _sliding_pattern(config: Config, layer: int) -> str:

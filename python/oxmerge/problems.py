@@ -6,6 +6,8 @@ hundred tensors is one entry of that report, not two hundred.
 
 from __future__ import annotations
 
+import os.path
+import re
 from dataclasses import dataclass, replace
 
 TYPE_CHECKING = False
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
 
 #: How many tensor names a grouped problem shows.
 SHOWN_TENSORS = 3
+#: Controls of terminals, ends of lines, and what turns the direction of writing around.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+#: Kinds of problems that are mended in the recipe, also where they have no place in it.
+_KINDS_OF_RECIPES = frozenset(("recipe", "method", "parameter", "contract", "model"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +59,14 @@ class Problem:
     tensors: tuple[str, ...] = ()
     count: int = 1
 
+    @property
+    def is_in_recipe(self) -> bool:
+        """Whether it is the recipe that is wrong, rather than a checkpoint."""
+        return self.where is not None or self.kind in _KINDS_OF_RECIPES
+
     def __str__(self) -> str:
         """Return one line, and a second one with the hint if there is one."""
-        line = self._place() + self.message + self._comparison() + self._others()
+        line = printable(self._place() + self.message + self._comparison() + self._others())
         return line if self.advice is None else f"{line}\n  hint: {self.advice}"
 
     def _place(self) -> str:
@@ -108,13 +119,25 @@ def _fold(group: list[Problem]) -> Problem:
     tensors = tuple(dict.fromkeys(each.tensor for each in group if each.tensor is not None))
     if len(tensors) <= 1:
         return first
-    same_file = all(each.file == first.file for each in group)
     return replace(
         first,
-        file=first.file if same_file else None,
+        file=_common_file({each.file for each in group}),
         tensors=tensors[:SHOWN_TENSORS],
         count=len(tensors),
     )
+
+
+def printable(text: str) -> str:
+    """Return text with what would act on a terminal, as in a stranger's names, as escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _common_file(files: set[str | None]) -> str | None:
+    """Return the file if there is one, or the folder that all files lie in, such as a model's."""
+    if len(files) == 1:
+        return files.pop()
+    folders = {file and os.path.dirname(file) for file in files}
+    return (folders.pop() or None) if len(folders) == 1 else None
 
 
 def suggest(word: str, known: Iterable[str]) -> str | None:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.side_files import SideFile, copy_bytes, is_index, is_loadable_weight
 from oxmerge.sizes import format_size
@@ -34,7 +35,7 @@ from oxmerge.sizes import format_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-PARTIAL_SUFFIX = ".oxmerge-partial"
+PARTIAL_SUFFIX = partial_name("").removeprefix(".")
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _SIGNS_OF_A_MODEL = (CONFIG_NAME, INDEX_NAME, "model.safetensors", "oxmerge_report.json")
@@ -99,17 +100,6 @@ class Contents:
     config: str | None = None
     side_files: Sequence[SideFile] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
-
-
-def partial_name(name: str) -> str:
-    """Return the temporary name of the file `name`; unlike any name that a loader looks for.
-
-    Examples
-    --------
-    >>> partial_name("1_Pooling/config.json")
-    '.1_Pooling%config.json.oxmerge-partial'
-    """
-    return f".{name.replace('/', '%')}{PARTIAL_SUFFIX}"
 
 
 def prepare_output(

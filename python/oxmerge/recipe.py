@@ -210,7 +210,8 @@ def _read_text(path: str) -> str:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError as error:
-        problem = Problem("recipe", "not a text file", file=path, found=str(error))
+        advice = "name a recipe in YAML, as UTF-8"
+        problem = Problem("recipe", "not a text file", file=path, found=str(error), advice=advice)
         raise RecipeError("cannot read the recipe", problems=[problem]) from error
 
 

@@ -7,9 +7,19 @@ import re
 
 from oxmerge.problems import Problem
 
-__all__ = ["looks_like_hub_name", "parse_reference", "resolve_reference"]
+__all__ = [
+    "DOWNLOAD_REVISION",
+    "MERGE_LORA",
+    "parse_reference",
+    "resolve_reference",
+]
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+#: What to do about references that are not supported yet.
+MERGE_LORA = "merge the adapter into its model first, and name the result"
+DOWNLOAD_REVISION = "download that revision, and name its directory"
+
+#: What may be a model's name on the Hub: `gpt2`, `organisation/model`.
+_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 def parse_reference(text: str) -> str | Problem:
@@ -21,27 +31,22 @@ def parse_reference(text: str) -> str | Problem:
         A path. A LoRA (``model+lora``) or a revision (``model@revision``) is refused by name.
     """
     if not text.strip():
-        return Problem("recipe", "an empty model reference")
+        return Problem("recipe", "an empty model reference", advice="name the model's folder")
     if os.path.exists(os.path.expanduser(text)):
         return text  # whatever letters it has
     if "+" in text:
         return Problem(
             "unsupported",
             f"not supported yet: a LoRA on a model (`{text}`)",
-            advice="merge the adapter into its model first, and name the result",
+            advice=MERGE_LORA,
         )
     if "@" in text:
         return Problem(
             "unsupported",
             f"not supported yet: a revision of a model (`{text}`)",
-            advice="download that revision, and name its directory",
+            advice=DOWNLOAD_REVISION,
         )
     return text
-
-
-def looks_like_hub_name(reference: str) -> bool:
-    """Tell whether it reads like ``organisation/model`` rather than a path."""
-    return _HUB_NAME.fullmatch(reference) is not None
 
 
 def resolve_reference(reference: str, folders: tuple[str, ...]) -> str | Problem:
@@ -69,7 +74,9 @@ def resolve_reference(reference: str, folders: tuple[str, ...]) -> str | Problem
 
 def _not_found(reference: str, places: list[str]) -> Problem:
     tried = " or ".join(f"`{place}`" for place in places)
-    advice = None
-    if looks_like_hub_name(reference):
-        advice = "models are not fetched from the Hub yet: download it, and name its directory"
-    return Problem("model", f"no model `{reference}`: there is no {tried}", advice=advice)
+    message = f"no model `{reference}`: there is no {tried}"
+    advice = "name the folder of a model, or a safetensors file"
+    if _HUB_NAME.fullmatch(reference):
+        message += ", and models are not fetched from the Hub yet"
+        advice = f"download it, and name its folder: `hf download {reference} --local-dir FOLDER`"
+    return Problem("model", message, advice=advice)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPE_SIZES",
     "FLOATS",
-    "MOST_SEED",
     "PLAN_VERSION",
     "OutputTensor",
     "Plan",
@@ -35,8 +34,6 @@ DTYPE_SIZES = {
 }  # fmt: skip
 #: Those on which arithmetic is done.
 FLOATS = ("F16", "BF16", "F32", "F64")
-#: The largest seed of random masks.
-MOST_SEED = (1 << 64) - 1
 
 
 def is_float(dtype: str) -> bool:

@@ -177,7 +177,10 @@ class SectionBuilder:
 
     def _contract(self, part: Slice, counts: str, found: int) -> None:
         message = f"method `{self._method.name}` takes {counts}"
-        self.problems.append(Problem("contract", message, part.where, found=str(found)))
+        advice = "list so many, or use another method: `oxmerge methods` shows what each takes"
+        self.problems.append(
+            Problem("contract", message, part.where, found=str(found), advice=advice)
+        )
 
     def _check_duplicates(self, part: Slice) -> None:
         seen: dict[str, str] = {}
@@ -185,7 +188,8 @@ class SectionBuilder:
             path = self._inputs.path_of(source.model)
             if path in seen:
                 message = f"model `{source.model}` is listed twice, first at {seen[path]}"
-                self.problems.append(Problem("contract", message, source.where))
+                advice = "list it once, with the weight of both; or name the model that was meant"
+                self.problems.append(Problem("contract", message, source.where, advice=advice))
             seen.setdefault(path, source.where)
 
     # Making.
@@ -256,7 +260,8 @@ class SectionBuilder:
                 for length, (source, _) in zip(lengths, ranges, strict=True)
             )
             message = "the sources of a slice must have equally many layers"
-            self.problems.append(Problem("layers", message, part.where, found=found))
+            advice = "give each a `layer_range` of the same length"
+            self.problems.append(Problem("layers", message, part.where, found=found, advice=advice))
         fitting = [self._fitting(source, model) for source, model in opened if model is not None]
         return max(0, min(lengths + fitting))
 
@@ -269,8 +274,17 @@ class SectionBuilder:
         if end > stack.depth:
             message = f"`layer_range` goes past the last layer of `{source.model}`"
             layers = f"at most {stack.depth}, the number of its layers"
+            advice = f"choose from `[0, {stack.depth}]`, which is all of them"
             self.problems.append(
-                Problem("layers", message, source.where, expected=layers, found=str(end))
+                Problem(
+                    "layers",
+                    message,
+                    source.where,
+                    file=model.path,
+                    expected=layers,
+                    found=str(end),
+                    advice=advice,
+                )
             )
         return stack.depth - start
 
@@ -279,8 +293,12 @@ class SectionBuilder:
         numbered = layout.stacks or layout.numbered
         names = ", ".join(f"`{name}`" for name in list(numbered)[:4]) or "none"
         which = "stacks" if layout.stacks else "numbered prefixes, none of which the config counts"
-        message = f"`slices` needs a model with exactly one stack of layers: `{model.reference}`"
-        problem = Problem("layers", message, found=f"{len(numbered)} {which} ({names})")
+        message = "`slices` needs a model with exactly one stack of layers"
+        advice = "merge whole models with `models`"
+        if not layout.stacks:
+            advice += ", or put the config.json that counts the layers beside the weights"
+        found = f"{len(numbered)} {which} ({names})"
+        problem = Problem("layers", message, file=model.path, found=found, advice=advice)
         if problem not in self.problems:
             self.problems.append(problem)
         return 0

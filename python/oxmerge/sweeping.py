@@ -36,7 +36,7 @@ MOST_VARIANTS = 256
 _DIGITS = 12
 #: Digits of a value in the name of a directory: the fewest that tell all values apart.
 _DIGITS_OF_NAMES = range(6, 17)
-_STEP = re.compile(r"([^\[\].]+)|\[(\d+)\]")
+_STEP = re.compile(r"([^\[\].]+)|\[(\d{1,9})\]")
 _RANGE = re.compile(r"([^:,]+):([^:,]+):(\d+)")
 
 

@@ -117,7 +117,15 @@ class SlicedTargets:
                 expected = f"`{stack.prefix}`, as in `{self._donor.reference}`"
                 found = f"`{other.prefix}`"
                 self.problems.append(
-                    Problem("layers", message, section.where, expected=expected, found=found)
+                    Problem(
+                        "layers",
+                        message,
+                        section.where,
+                        file=section.donor.model.path,
+                        expected=expected,
+                        found=found,
+                        advice="stack models that were saved by the same class",
+                    )
                 )
 
     def _loose(self, section: Section, side: str, stack: Stack) -> Iterator[Target]:

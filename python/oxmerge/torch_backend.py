@@ -469,7 +469,7 @@ def explain(error: BaseException) -> tuple[str, str | None]:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the device has no memory left",
-            "use a smaller --vram, or end what else uses the device",
+            "use less of it (`--vram`, or `vram=` in Python), or end what else uses the device",
         )
     text = str(error).strip().splitlines()
     return f"torch failed: {text[0] if text else type(error).__name__}", None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from oxmerge.keys import KeyReader, Place, is_mapping
 from oxmerge.problems import did_you_mean
 from oxmerge.recipe import Choice, Setting
-from oxmerge.references import parse_reference
+from oxmerge.references import DOWNLOAD_REVISION, MERGE_LORA, parse_reference
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ class ValueReader(KeyReader):
             return ()
         place = place.key(raw, key)
         if not isinstance(listed, list | tuple):
-            self.fault(place, "a list is needed here", found=listed)
+            self.fault(
+                place, "a list is needed here", found=listed, advice="put `- ` before each entry"
+            )
             return ()
         read_items = [
             read(item, _item_place(place, item, index)) for index, item in enumerate(listed)
@@ -69,7 +71,8 @@ class ValueReader(KeyReader):
         if is_mapping(value):
             return self.reference_mapping(value, place)
         if not isinstance(value, str):
-            advice = None if isinstance(value, list | tuple) else "put it in quotes"
+            listed = isinstance(value, list | tuple)
+            advice = "name one model" if listed else "put it in quotes"
             self.fault(place, "a model reference is text", found=value, advice=advice)
             return None
         parsed = parse_reference(value)
@@ -84,14 +87,20 @@ class ValueReader(KeyReader):
         self.check_keys(
             raw, place, frozenset(("model", "lora") if long_form else ("path", "revision"))
         )
-        for key, what in (("lora", "a LoRA on a model"), ("revision", "a revision of a model")):
+        for key, what, advice in (
+            ("lora", "a LoRA on a model", MERGE_LORA),
+            ("revision", "a revision of a model", DOWNLOAD_REVISION),
+        ):
             if raw.get(key) is not None:
                 self.fault(
-                    place.key(raw, key), f"not supported yet: {what} (`{key}`)", kind="unsupported"
+                    place.key(raw, key),
+                    f"not supported yet: {what} (`{key}`)",
+                    kind="unsupported",
+                    advice=advice,
                 )
         key = "model" if long_form else "path"
         if raw.get(key) is None:
-            self.fault(place, "`model` is needed here")
+            self.fault(place, "`model` is needed here", advice="write `model: path`")
         return self.reference(raw, key, place)
 
     def layer_range(self, raw: Mapping[str, object], place: Place) -> tuple[int, int] | None:
@@ -103,6 +112,7 @@ class ValueReader(KeyReader):
                 place,
                 "two whole numbers are needed here: the first layer, and the one after the last",
                 found="nothing" if value is None else value,
+                advice="write `layer_range: [0, 8]` for the first eight layers",
             )
             return None
         start, end = bounds
@@ -140,7 +150,8 @@ class ValueReader(KeyReader):
             return {}
         place = place.key(raw, "parameters")
         if not is_mapping(values):
-            self.fault(place, "a mapping of parameters to values is needed here", found=values)
+            message = "a mapping of parameters to values is needed here"
+            self.fault(place, message, found=values, advice="write `weight: 0.5`, say")
             return {}
         return {
             str(name): Setting(
@@ -182,11 +193,14 @@ class ValueReader(KeyReader):
         pattern = raw.get("filter")
         if pattern is not None and not isinstance(pattern, str):
             self.fault(
-                place.key(raw, "filter"), "a part of a tensor name is needed here", found=pattern
+                place.key(raw, "filter"),
+                "a part of a tensor name is needed here",
+                found=pattern,
+                advice="write `filter: mlp`, say",
             )
             return None
         if raw.get("value") is None:
-            self.fault(place, "`value` is needed here")
+            self.fault(place, "`value` is needed here", advice="write `value: 0.5`, say")
             return None
         values = self.values(raw["value"], place.key(raw, "value"))
         return Choice(values, None if pattern == "*" else pattern)
@@ -200,6 +214,7 @@ class ValueReader(KeyReader):
                     place,
                     "a number, a truth value or text is needed here",
                     found="nothing" if point is None else point,
+                    advice="write one, or a list of them for a gradient over the layers",
                 )
                 return ()
         return tuple(points)

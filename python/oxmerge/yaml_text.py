@@ -72,7 +72,10 @@ def parse_yaml(text: str, path: str | None = None) -> MarkedMapping:
         raise _unreadable(duplicates, path)
     if not isinstance(document, MarkedMapping):
         found = "nothing" if document is None else type(document).__name__
-        problem = Problem("recipe", "a recipe is a mapping of keys to values", found=found)
+        message = "a recipe is a mapping of keys to values"
+        problem = Problem(
+            "recipe", message, found=found, advice="write `merge_method: linear`, say"
+        )
         raise _unreadable([problem], path)
     return document
 
@@ -86,11 +89,13 @@ def _syntax_problem(error: Exception) -> Problem:
     mark = getattr(error, "problem_mark", None)
     where = None if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
     what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    advice = "mend the YAML there"
     if isinstance(error, RecursionError):
-        what = "nested too deeply"
+        what, advice = "nested too deeply", "write it flatter"
     if "another document" in what:
         what = "not supported yet: several merges in one file"
-    return Problem("recipe", what, where=where)
+        advice = "put each into a file of its own"
+    return Problem("recipe", what, where=where, advice=advice)
 
 
 def _loader_class(duplicates: list[Problem]) -> type[SafeLoader]:
@@ -126,7 +131,8 @@ def _duplicates(node: MappingNode) -> list[Problem]:
         key, line = str(getattr(key_node, "value", "")), key_node.start_mark.line + 1
         if key in first_lines and key != "<<":
             text = f"`{key}` is written twice, first on line {first_lines[key]}"
-            problems.append(Problem("recipe", text, where=f"line {line}"))
+            advice = "leave one of them out"
+            problems.append(Problem("recipe", text, where=f"line {line}", advice=advice))
         first_lines.setdefault(key, line)
     return problems
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 
 use super::json::{self, RawEntry};
-use super::{TensorInfo, quantised};
+use super::{DOWNLOAD_AGAIN, TensorInfo, quantised};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::read_exact_at;
@@ -41,6 +41,10 @@ pub struct Header {
 impl Header {
     /// Reads the header of `file`, which has `size` bytes and is number `index` of its checkpoint.
     pub fn read(file: &File, size: u64, index: usize) -> Result<Self> {
+        Self::read_checked(file, size, index).map_err(|error| error.or_else_advice(DOWNLOAD_AGAIN))
+    }
+
+    fn read_checked(file: &File, size: u64, index: usize) -> Result<Self> {
         if size < PREFIX {
             return Err(Error::checkpoint("the file is too short to be a safetensors file")
                 .expected("at least 8 bytes")

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use super::{TensorInfo, json, read_text};
+use super::{DOWNLOAD_AGAIN, TensorInfo, json, read_text};
 use crate::error::{Error, Result};
 
 /// How many names a warning or error spells out.
@@ -28,7 +28,7 @@ impl Index {
     /// Reads and checks the index at `path`.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let text = read_text(path)?;
-        Self::parse(&text).map_err(|error| error.file(path))
+        Self::parse(&text).map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))
     }
 
     fn parse(text: &str) -> Result<Self> {
@@ -121,5 +121,6 @@ fn check_file_name(file_name: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::checkpoint("the index names a file that is not a plain name in its directory")
-        .found(format_args!("`{}`", file_name.escape_debug())))
+        .found(format_args!("`{}`", file_name.escape_debug()))
+        .advice("get the checkpoint from where it was first published"))
 }

@@ -87,7 +87,9 @@ fn check_names(tensors: &[Tensor]) -> Result<()> {
     let mut seen = HashSet::with_capacity(tensors.len());
     match tensors.iter().find(|(name, ..)| name == "__metadata__" || !seen.insert(name)) {
         Some((name, ..)) => {
-            Err(Error::plan("the output cannot have this tensor name, or not twice").tensor(name))
+            Err(Error::plan("the output cannot have this tensor name, or not twice")
+                .tensor(name)
+                .advice("rename the tensor in the models"))
         }
         None => Ok(()),
     }
@@ -109,7 +111,7 @@ fn fill(sizes: &[u64], shard_size: u64) -> Result<Vec<Vec<usize>>> {
         shard.push(tensor);
         bytes = bytes.saturating_add(size);
         if bytes > most {
-            return Err(Error::plan("the output's size overflows"));
+            return Err(Error::plan("the output's size overflows").advice("merge fewer layers"));
         }
     }
     shards.push(shard);

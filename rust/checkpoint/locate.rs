@@ -113,7 +113,8 @@ fn no_weights(names: &[String]) -> Error {
         .collect();
     if others.is_empty() {
         return Error::checkpoint("the directory holds no weights")
-            .expected("`model.safetensors` or `model.safetensors.index.json`");
+            .expected("`model.safetensors` or `model.safetensors.index.json`")
+            .advice("name the directory that they are in, or download them");
     }
     Error::new(ErrorKind::Unsupported, "the weights are not in safetensors format")
         .found(list(&others))

@@ -24,7 +24,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io;
 use crate::plan::InputFile;
 
@@ -33,6 +33,9 @@ pub use layout::{Layout, index_json, lay_out};
 
 use index::Index;
 use locate::Weights;
+
+/// What to do about a file that is not as it should be.
+const DOWNLOAD_AGAIN: &str = "the file is damaged: download it again, or save the model anew";
 
 /// A checkpoint of which only the headers were read.
 #[derive(Clone, Debug)]
@@ -81,6 +84,11 @@ impl Checkpoint {
     /// Opens a `.safetensors` file, an index, or a directory that holds weights.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        if path.to_str().is_none() {
+            return Err(Error::new(ErrorKind::Unsupported, "the path is not valid UTF-8")
+                .file(path)
+                .advice("rename what it names, or make a link to it whose path is"));
+        }
         let (weights, warnings) = locate::locate(path)?;
         let mut checkpoint = Self {
             path: path.to_owned(),
@@ -156,10 +164,12 @@ fn read_text(path: &Path) -> Result<String> {
         return Err(Error::checkpoint("the file is too long for what it should be")
             .file(path)
             .expected(format_args!("at most {MAX_HEADER} bytes"))
-            .found(size));
+            .found(size)
+            .advice(DOWNLOAD_AGAIN));
     }
     let mut bytes = vec![0; size as usize];
     io::read_exact_at(&file, 0, &mut bytes).map_err(|error| error.file(path))?;
-    String::from_utf8(bytes)
-        .map_err(|_| Error::checkpoint("the file is not valid UTF-8").file(path))
+    String::from_utf8(bytes).map_err(|_| {
+        Error::checkpoint("the file is not valid UTF-8").file(path).advice(DOWNLOAD_AGAIN)
+    })
 }

@@ -8,11 +8,12 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Checkpoint, read_text};
+use super::{Checkpoint, DOWNLOAD_AGAIN, read_text};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 
 const ADVICE: &str = "dequantise it to BF16 first";
+const COMPLEX_ADVICE: &str = "leave the model out: only real numbers can be merged";
 
 /// Beginnings of the type names that safetensors knows and oxmerge does not carry.
 const DTYPES: [(&str, &str); 6] = [
@@ -43,10 +44,11 @@ pub(super) fn refuse_dtype(name: &str) -> Error {
         Some((_, what)) => {
             let error = Error::new(ErrorKind::Unsupported, format!("{what} cannot be merged"))
                 .found(format_args!("`{name}`"));
-            if name.starts_with('C') { error } else { error.advice(ADVICE) }
+            error.advice(if name.starts_with('C') { COMPLEX_ADVICE } else { ADVICE })
         }
         None => Error::checkpoint("the tensor's type is unknown")
-            .found(format_args!("`{}`", name.escape_debug())),
+            .found(format_args!("`{}`", name.escape_debug()))
+            .advice("save the model in a type that merges: BF16, F16, F32 or F64"),
     }
 }
 
@@ -57,7 +59,9 @@ pub(super) fn refuse_config(directory: &Path) -> Result<()> {
         return Ok(());
     }
     let config: Value = serde_json::from_str(&read_text(&path)?).map_err(|error| {
-        Error::checkpoint(format!("the file is not valid JSON: {error}")).file(&path)
+        Error::checkpoint(format!("the file is not valid JSON: {error}"))
+            .file(&path)
+            .advice(DOWNLOAD_AGAIN)
     })?;
     match declared(&config) {
         Some(method) => Err(refuse(&method)

@@ -128,9 +128,9 @@ pub struct FileModes {
     pub write: DirectMode,
 }
 
-/// The name that an output file has until it is complete.
+/// The name that an output file has until it is complete; unlike any that a loader looks for.
 pub fn partial_name(file_name: &str) -> String {
-    format!(".{file_name}.oxmerge-partial")
+    format!(".{}.oxmerge-partial", file_name.replace('/', "%"))
 }
 
 /// The tasks of merges of the same tensors, each read once for all of them; creates the shards of
@@ -156,7 +156,7 @@ pub fn tasks(merges: &[(Plan, &Path)], modes: FileModes) -> Result<Vec<Task>> {
 /// What each tensor is made by in all of `plans`, which must be merges of the same tensors.
 fn works(plans: &[&Plan]) -> Result<Vec<Work>> {
     let Some((first, others)) = plans.split_first() else {
-        return Err(Error::plan("there is no merge to run"));
+        return Err(Error::internal("there is no merge to run"));
     };
     for other in others {
         check_same_tensors(first, other)?;

@@ -456,7 +456,7 @@ fn refused(budget: u64, needed: u64) -> Error {
     Error::new(ErrorKind::Memory, "the memory budget is too small for one block of every input")
         .expected(format!("at least {} MiB", mebibytes(needed)))
         .found(format!("{} MiB", mebibytes(budget)))
-        .advice(format!("use --memory {}MiB or more", mebibytes(needed)))
+        .advice(allow("memory", mebibytes(needed)))
 }
 
 #[cold]
@@ -465,7 +465,12 @@ fn refused_device(vram: u64, needed: u64) -> Error {
     Error::new(ErrorKind::Memory, "the device memory is too small for one block of every input")
         .expected(format!("at least {} MiB", mebibytes(needed)))
         .found(format!("{} MiB", mebibytes(vram)))
-        .advice(format!("use --vram {}MiB or more", mebibytes(needed)))
+        .advice(allow("vram", mebibytes(needed)))
+}
+
+/// What to do, on the command line and in Python.
+fn allow(what: &str, mebibytes: u64) -> String {
+    format!("allow more: `--{what} {mebibytes}MiB`, or `{what}=\"{mebibytes}MiB\"` in Python")
 }
 
 /// A number of KiB that the kernel reports about this process, in bytes.

@@ -202,7 +202,7 @@ struct Alarm<'a>(&'a Schedule<'a>);
 impl Drop for Alarm<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            let error = Error::plan("the scheduler panicked; this is a bug in oxmerge");
+            let error = Error::internal("the scheduler panicked");
             self.0.lock().failure.get_or_insert(error);
             self.0.changed.notify_all();
         }
@@ -262,8 +262,7 @@ impl Schedule<'_> {
             worker.run(task, pass, *number, *blocks, masks.as_ref())
         });
         std::panic::catch_unwind(run).unwrap_or_else(|_| {
-            Err(Error::plan("a worker of the engine panicked; this is a bug in oxmerge")
-                .tensor(&task.frame.name))
+            Err(Error::internal("a worker of the engine panicked").tensor(&task.frame.name))
         })
     }
 

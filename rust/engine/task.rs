@@ -62,7 +62,8 @@ impl Work {
                 Ok(Self::Formulas([formulas, others].concat()))
             }
             (Self::Identical, Self::Identical) => Ok(Self::Identical),
-            (_, _) => Err(Error::plan("a tensor cannot be both merged and copied in one pass")),
+            (_, _) => Err(Error::plan("a tensor cannot be both merged and copied in one pass")
+                .advice("run the merges one by one")),
         }
     }
 

@@ -210,7 +210,7 @@ impl InputReader {
     fn check_range(&self, start: u64, len: usize) -> Result<()> {
         match start.checked_add(len as u64) {
             Some(end) if end <= self.size => Ok(()),
-            _ => Err(Error::plan("a source lies past the end of its file")
+            _ => Err(Error::internal("a source lies past the end of its file")
                 .file(&self.path)
                 .expected(format_args!("at most {} bytes", self.size))
                 .found(format_args!("{len} bytes from byte {start}"))),

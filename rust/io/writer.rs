@@ -91,7 +91,7 @@ impl ShardWriter {
     pub fn finish(&self) -> Result<()> {
         let arrived = self.arrived.load(Ordering::Relaxed);
         if arrived != self.size {
-            return Err(Error::plan("the shard's bytes were not each written once")
+            return Err(Error::internal("the shard's bytes were not each written once")
                 .file(self.output.path())
                 .expected(format_args!("{} bytes", self.size))
                 .found(arrived));
@@ -128,7 +128,7 @@ impl ShardWriter {
     fn check_range(&self, start: u64, len: usize) -> Result<()> {
         match start.checked_add(len as u64) {
             Some(end) if end <= self.size => Ok(()),
-            _ => Err(Error::plan("a piece lies past the end of its shard")
+            _ => Err(Error::internal("a piece lies past the end of its shard")
                 .file(self.output.path())
                 .expected(format_args!("at most {} bytes", self.size))
                 .found(format_args!("{len} bytes from byte {start}"))),
@@ -153,8 +153,10 @@ fn begin(
 fn prologue(header: &str, size: u64) -> Result<AlignedBuffer> {
     let len = size_of::<u64>() + header.len();
     if !len.is_multiple_of(PAGE) || len as u64 > size {
-        return Err(Error::plan("the shard's header does not end on a page boundary in its file")
-            .found(format_args!("{len} of {size} bytes")));
+        return Err(Error::internal(
+            "the shard's header does not end on a page boundary in its file",
+        )
+        .found(format_args!("{len} of {size} bytes")));
     }
     let mut buffer = AlignedBuffer::new(len)?;
     let (length, text) = buffer.as_mut_slice().split_at_mut(size_of::<u64>());

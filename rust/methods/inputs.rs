@@ -98,4 +98,5 @@ fn required_number(parameters: &Parameters, name: &str) -> Result<f64> {
 #[cold]
 fn missing(name: &str) -> Error {
     Error::plan(format!("the parameter `{name}` has no value"))
+        .advice(format!("give it: `parameters: {{{name}: ...}}`"))
 }

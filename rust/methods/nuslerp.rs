@@ -77,6 +77,7 @@ impl Method for Nuslerp {
 #[cold]
 fn two_models() -> Error {
     Error::plan("nuslerp interpolates between exactly two models besides the base")
+        .advice("list two models besides the base")
 }
 
 fn share_of_second(first: f64, second: f64) -> f64 {

@@ -55,6 +55,7 @@ impl Method for Slerp {
 #[cold]
 fn two_models() -> Error {
     Error::plan("slerp interpolates between the base and one other model")
+        .advice("list one model besides the base")
 }
 
 /// The coefficients of the base and the other, from their inner products.

@@ -154,7 +154,7 @@ fn rescale(before: f64, after: f64) -> f64 {
 /// Refuses a density that is not a number.
 pub(super) fn checked_density(density: f64) -> Result<f64> {
     if density.is_nan() {
-        return Err(Error::plan("`density` is not a number"));
+        return Err(Error::plan("`density` is not a number").advice("give one from 0 to 1"));
     }
     Ok(density)
 }

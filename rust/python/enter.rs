@@ -7,6 +7,7 @@
 //! Work on arrays can be over in less time than that thread takes to start. There the calling thread
 //! takes part, and looks at signals between two pieces.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -65,9 +66,7 @@ pub(super) fn enter<R: Send>(
         if let Some(exception) = raised {
             return Err(exception);
         }
-        let result = result
-            .unwrap_or_else(|_| Err(Error::plan("the engine panicked; this is a bug in oxmerge")));
-        result.map_err(|error| raise(py, &error))
+        result.unwrap_or_else(|_| Err(panicked())).map_err(|error| raise(py, &error))
     })
 }
 
@@ -92,11 +91,16 @@ pub(super) fn take_part<R: Send>(
         }
         false
     });
-    let result = py.detach(|| work(&control));
+    let result = py.detach(|| catch_unwind(AssertUnwindSafe(|| work(&control))));
     if let Some(exception) = raised.lock().ok().and_then(|mut raised| raised.take()) {
         return Err(exception);
     }
-    result.map_err(|error| raise(py, &error))
+    result.unwrap_or_else(|_| Err(panicked())).map_err(|error| raise(py, &error))
+}
+
+#[cold]
+fn panicked() -> Error {
+    Error::internal("the engine panicked")
 }
 
 fn report(progress: &Bound<'_, PyAny>, control: &Control) -> PyResult<()> {

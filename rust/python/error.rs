@@ -1,5 +1,7 @@
 //! The only place where an [`Error`] becomes a Python exception.
 
+use std::path::Path;
+
 use pyo3::exceptions::{PyKeyboardInterrupt, PyOSError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -18,43 +20,26 @@ pub(super) fn raise(py: Python<'_>, error: &Error) -> PyErr {
         ErrorKind::Memory => "MemoryBudgetError",
         ErrorKind::Device => "DeviceError",
         ErrorKind::Changed => "InputChangedError",
+        ErrorKind::Internal => "InternalError",
     };
     own(py, class, error).unwrap_or_else(|failure| failure)
 }
 
 /// With an errno, so that Python picks the subclass (`FileNotFoundError` and so on).
 fn os_error(error: &Error) -> PyErr {
-    let file = error.parts().file.map(|path| path.display().to_string());
+    let file = error.parts().file.map(|path| path.as_os_str().to_owned());
+    let text = error.without_file().to_string();
     match (error.raw_os_error(), file) {
-        (Some(number), Some(file)) => PyOSError::new_err((number, text(error), file)),
-        (Some(number), None) => PyOSError::new_err((number, text(error))),
+        (Some(number), Some(file)) => PyOSError::new_err((number, text, file)),
+        (Some(number), None) => PyOSError::new_err((number, text)),
         (None, _) => PyOSError::new_err(error.to_string()),
-    }
-}
-
-/// The message with the system's words and the advice, but without the file.
-fn text(error: &Error) -> String {
-    let mut text = error.message().to_owned();
-    if let Some(source) = std::error::Error::source(error) {
-        text = format!("{text}: {source}");
-    }
-    let parts = error.parts();
-    if let Some(expected) = parts.expected {
-        text = format!("{text}: expected {expected}");
-    }
-    if let Some(found) = parts.found {
-        text = format!("{text}, found {found}");
-    }
-    match parts.advice {
-        Some(advice) => format!("{text}; {advice}"),
-        None => text,
     }
 }
 
 fn own(py: Python<'_>, class: &str, error: &Error) -> PyResult<PyErr> {
     let parts = error.parts();
     let keywords = PyDict::new(py);
-    keywords.set_item("file", parts.file.map(|path| path.display().to_string()))?;
+    keywords.set_item("file", parts.file.map(Path::as_os_str))?;
     keywords.set_item("tensor", parts.tensor)?;
     keywords.set_item("expected", parts.expected)?;
     keywords.set_item("found", parts.found)?;

@@ -23,13 +23,20 @@ const MOST_WORKERS: usize = 1024;
 
 pub(super) fn parse(plan: &str) -> Result<Plan> {
     let plan: Plan = serde_json::from_str(plan)
-        .map_err(|error| Error::plan(format!("the plan cannot be read: {error}")))?;
+        .map_err(|error| Error::internal(format!("the plan cannot be read: {error}")))?;
     if plan.version != PLAN_VERSION {
         return Err(Error::plan("the plan was made by another version of oxmerge")
             .expected(format!("plan version {PLAN_VERSION}"))
-            .found(plan.version));
+            .found(plan.version)
+            .advice("install oxmerge anew, so that its two halves are of one version"));
     }
     Ok(plan)
+}
+
+/// The name that an output file has until it is complete.
+#[pyfunction]
+pub(super) fn partial_name(file_name: &str) -> String {
+    files::partial_name(file_name)
 }
 
 /// Every merge method: name, formula, inputs, parameters.

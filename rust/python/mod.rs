@@ -24,7 +24,9 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
     #[pymodule_export]
-    use super::merge::{check_plan, check_unchanged, execute, methods, predict, rehearse};
+    use super::merge::{
+        check_plan, check_unchanged, execute, methods, partial_name, predict, rehearse,
+    };
 
     /// Version, build profile, SIMD level in use and levels of this CPU.
     #[pyfunction]

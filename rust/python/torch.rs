@@ -268,8 +268,7 @@ impl TorchProgram<'_> {
         if lent.is_back(py) {
             called.map(drop)
         } else {
-            let message = "the torch backend kept memory that was lent to it; a bug in oxmerge";
-            Err(Error::new(ErrorKind::Device, message))
+            Err(Error::internal("the torch backend kept memory that was lent to it"))
         }
     }
 }

@@ -14,6 +14,15 @@ pub(crate) fn file_of(header: &str, data: usize) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &vec![0; data]].concat()
 }
 
+/// What is advised where nothing more precise is.
+const DAMAGED: &str = "; the file is damaged: download it again, or save the model anew";
+
+/// `expected` with that advice, unless it has one.
+fn advised(expected: &str) -> String {
+    let advice = if expected.contains("; ") { "" } else { DAMAGED };
+    format!("{expected}{advice}")
+}
+
 /// The text of the error that opening `path` gives, with `directory` taken out of it.
 fn message(path: &Path, directory: &Path) -> String {
     let text = Checkpoint::open(path).unwrap_err().to_string();
@@ -129,7 +138,7 @@ const HEADERS: &[(&str, usize, &str)] = &[
     (
         r#"{"a":{"dtype":"Q4_K","shape":[1],"data_offsets":[0,1]}}"#,
         1,
-        "tensor `a`: the tensor's type is unknown: found `Q4_K`",
+        "tensor `a`: the tensor's type is unknown: found `Q4_K`; save the model in a type that merges: BF16, F16, F32 or F64",
     ),
     (
         r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}"#,
@@ -225,7 +234,7 @@ fn check_file(bytes: &[u8], expected: &str) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("FILE");
     fs::write(&path, bytes).unwrap();
-    assert_eq!(message(&path, directory.path()), format!("`FILE`: {expected}"));
+    assert_eq!(message(&path, directory.path()), format!("`FILE`: {}", advised(expected)));
 }
 
 #[test]
@@ -239,7 +248,7 @@ fn types_that_are_recognised_and_refused() {
         ("F8_E4M3FNUZ", "8-bit float weights (FP8)", advice),
         ("F6_E2M3", "6-bit float weights (FP6)", advice),
         ("F4", "4-bit float weights (FP4)", advice),
-        ("C64", "complex numbers", ""),
+        ("C64", "complex numbers", "; leave the model out: only real numbers can be merged"),
     ] {
         let path = directory.path().join("FILE");
         let header = format!(r#"{{"a":{{"dtype":"{dtype}","shape":[1],"data_offsets":[0,1]}}}}"#);
@@ -278,27 +287,27 @@ fn broken_indexes() {
         ),
         (
             r#"{"weight_map":{"a":"../1.safetensors"}}"#,
-            "tensor `a`: the index names a file that is not a plain name in its directory: found `../1.safetensors`",
+            "tensor `a`: the index names a file that is not a plain name in its directory: found `../1.safetensors`; get the checkpoint from where it was first published",
         ),
         (
             r#"{"weight_map":{"a":"/etc/passwd"}}"#,
-            "tensor `a`: the index names a file that is not a plain name in its directory: found `/etc/passwd`",
+            "tensor `a`: the index names a file that is not a plain name in its directory: found `/etc/passwd`; get the checkpoint from where it was first published",
         ),
         (
             r#"{"weight_map":{"a":".."}}"#,
-            "tensor `a`: the index names a file that is not a plain name in its directory: found `..`",
+            "tensor `a`: the index names a file that is not a plain name in its directory: found `..`; get the checkpoint from where it was first published",
         ),
         (
             r#"{"weight_map":{"a":"x\\y"}}"#,
-            r"tensor `a`: the index names a file that is not a plain name in its directory: found `x\\y`",
+            r"tensor `a`: the index names a file that is not a plain name in its directory: found `x\\y`; get the checkpoint from where it was first published",
         ),
         (
             r#"{"weight_map":{"a":"\u0000"}}"#,
-            r"tensor `a`: the index names a file that is not a plain name in its directory: found `\0`",
+            r"tensor `a`: the index names a file that is not a plain name in its directory: found `\0`; get the checkpoint from where it was first published",
         ),
         (
             r#"{"weight_map":{"a":""}}"#,
-            "tensor `a`: the index names a file that is not a plain name in its directory: found ``",
+            "tensor `a`: the index names a file that is not a plain name in its directory: found ``; get the checkpoint from where it was first published",
         ),
         (
             r#"{"weight_map":{"a":"1.safetensors","b":"2.safetensors","c":"3.safetensors"}}"#,
@@ -310,7 +319,7 @@ fn broken_indexes() {
     let index = directory.path().join("model.safetensors.index.json");
     for (text, expected) in rows {
         fs::write(&index, text).unwrap();
-        let expected = format!("`model.safetensors.index.json`: {expected}");
+        let expected = format!("`model.safetensors.index.json`: {}", advised(expected));
         assert_eq!(message(directory.path(), directory.path()), expected);
         assert_eq!(message(&index, directory.path()), expected);
     }
@@ -327,11 +336,11 @@ fn directories_without_clear_weights() {
     let rows: [(&[&str], &str); 8] = [
         (
             &[],
-            "the directory holds no weights: expected `model.safetensors` or `model.safetensors.index.json`",
+            "the directory holds no weights: expected `model.safetensors` or `model.safetensors.index.json`; name the directory that they are in, or download them",
         ),
         (
             &["README.md", "._model.safetensors"],
-            "the directory holds no weights: expected `model.safetensors` or `model.safetensors.index.json`",
+            "the directory holds no weights: expected `model.safetensors` or `model.safetensors.index.json`; name the directory that they are in, or download them",
         ),
         (
             &["pytorch_model.bin"],
@@ -366,6 +375,21 @@ fn directories_without_clear_weights() {
         let expected = format!("`DIRECTORY`: {}", expected.replace("`: found", "`, found"));
         assert_eq!(message(directory.path(), directory.path()), expected);
     }
+}
+
+#[test]
+fn a_path_that_is_not_utf8() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(OsStr::from_bytes(b"\xffmodel"));
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("model.safetensors"), file_of(A, 2)).unwrap();
+    assert_eq!(
+        message(&path, directory.path()),
+        "`\u{fffd}model`: the path is not valid UTF-8; rename what it names, or make a link to it whose path is"
+    );
 }
 
 #[test]
@@ -441,7 +465,9 @@ fn a_broken_config_is_named() {
     fs::write(directory.path().join("config.json"), "{").unwrap();
     assert_eq!(
         message(directory.path(), directory.path()),
-        "`config.json`: the file is not valid JSON: EOF while parsing an object at line 1 column 1"
+        format!(
+            "`config.json`: the file is not valid JSON: EOF while parsing an object at line 1 column 1{DAMAGED}"
+        )
     );
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
 
-use oxmerge::error::ErrorKind;
+use oxmerge::error::{Error, ErrorKind};
 use oxmerge::io::{
     AlignedBuffer, DirectMode, InputReader, MAP_MARGIN, MAPPED_FROM, PAGE, ReadPath, ShardWriter,
     check_unchanged, free_space,
@@ -151,12 +151,25 @@ fn a_full_disk_shows_at_once_and_leaves_no_file() {
 }
 
 #[test]
+fn an_error_of_the_system_says_everything_that_is_known() {
+    let error = Error::io("read", io::Error::from_raw_os_error(5))
+        .file("model.safetensors")
+        .tensor("x")
+        .found("nothing")
+        .advice("look");
+    let without_file =
+        "tensor `x`: failed to read: Input/output error (os error 5): found nothing; look";
+    assert_eq!(error.without_file().to_string(), without_file);
+    assert_eq!(error.to_string(), format!("`model.safetensors`: {without_file}"));
+}
+
+#[test]
 fn a_header_that_ends_inside_a_page_is_refused() {
     let directory = disk();
     let path = directory.path().join("shard");
     for (header, size) in [("{}".to_owned(), 100), (header(2), PAGE as u64)] {
         let error = ShardWriter::create(&path, &header, size, DirectMode::Auto).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Plan);
+        assert_eq!(error.kind(), ErrorKind::Internal);
         assert!(!path.exists());
     }
 }

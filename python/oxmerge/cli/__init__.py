@@ -12,8 +12,8 @@ import sys
 from importlib import import_module
 
 from oxmerge.cli.arguments import Parser, UsageError
-from oxmerge.cli.failures import exit_code, report
-from oxmerge.cli.printer import Printer
+from oxmerge.cli.failures import exit_code, report, tell
+from oxmerge.cli.printer import DataUnwritten, Printer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,11 +55,14 @@ def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> 
         quiet="--quiet" in arguments or "-q" in arguments, as_json="--json" in arguments
     )
     try:
-        return _dispatch(arguments, printer, engine)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough.
+        code = _dispatch(arguments, printer, engine)
+        printer.flush()
+    except DataUnwritten as unwritten:
         printer.close_output()
-        return 0
+        if isinstance(unwritten.reason, BrokenPipeError):
+            return 0  # whoever read the data has seen enough
+        tell(unwritten.reason, printer)
+        return exit_code(unwritten.reason)
     except KeyboardInterrupt as interrupt:
         report(interrupt, printer)
         return exit_code(interrupt)
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> 
         if not report(error, printer):
             raise
         return exit_code(error)
+    return code
 
 
 def _dispatch(arguments: list[str], printer: Printer, engine: Engine | None) -> int:
@@ -85,9 +89,7 @@ def _dispatch(arguments: list[str], printer: Printer, engine: Engine | None) -> 
     options = parser.parse(rest, printer)
     if options is None:
         return 0
-    code = module.run(options, printer, engine or _installed_engine())
-    printer.flush()
-    return int(code)
+    return int(module.run(options, printer, engine or _installed_engine()))
 
 
 def _overview() -> str:

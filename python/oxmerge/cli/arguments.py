@@ -6,7 +6,7 @@ import argparse
 import re
 import shutil
 
-from oxmerge.option_names import READ_PATHS, check_device
+from oxmerge.option_names import MOST_SEED, MOST_THREADS, READ_PATHS, check_device
 from oxmerge.problems import did_you_mean
 from oxmerge.sizes import parse_size
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from oxmerge.cli.printer import Printer
 
 _WIDEST = 80
-_MOST = (1 << 64) - 1
 
 
 class UsageError(Exception):
@@ -100,19 +99,17 @@ def device(text: str) -> str:
 
 def positive(text: str) -> int:
     """Parse a whole number from 1, for an argument."""
-    return _whole(text, 1)
+    return _whole(text, 1, MOST_THREADS)
 
 
 def natural(text: str) -> int:
     """Parse a whole number from 0, for an argument."""
-    return _whole(text, 0)
+    return _whole(text, 0, MOST_SEED)
 
 
-def _whole(text: str, least: int) -> int:
-    if re.fullmatch(r"[0-9]{1,20}", text) is None or not least <= int(text) <= _MOST:
-        raise argparse.ArgumentTypeError(
-            f"`{text}` is not a whole number from {least} (and below 2**64)"
-        )
+def _whole(text: str, least: int, most: int) -> int:
+    if re.fullmatch(r"[0-9]{1,20}", text) is None or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number from {least} to {most}")
     return int(text)
 
 

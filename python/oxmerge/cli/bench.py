@@ -187,7 +187,6 @@ def _progress(printer: Printer) -> Iterator[Callable[[str], None]]:
     def say(text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
         printer.messages.write(f"\r\x1b[K{text[:width]}")
-        printer.messages.flush()
 
     try:
         yield say

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, cast
 
+from oxmerge.cli.arguments import UsageError
 from oxmerge.errors import OxmergeError
+from oxmerge.problems import Problem
+from oxmerge.references import resolve_reference
 
 
 class Snapshot(Protocol):
@@ -164,7 +169,7 @@ class InstalledEngine:
 
     def merge(self, recipe: str, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
         """Merge, calling `options["progress"]` now and then."""
-        return cast("MergeReport", _package("oxmerge").merge(recipe, directory, **options))
+        return cast("MergeReport", _package("oxmerge").merge(_file(recipe), directory, **options))
 
     def sweep(
         self,
@@ -174,12 +179,12 @@ class InstalledEngine:
         **options: Any,  # noqa: ANN401
     ) -> Sequence[MergeReport]:
         """Merge several times in one pass, calling `options["progress"]` now and then."""
-        reports = _package("oxmerge").sweep(recipe, pattern, axes, **options)
+        reports = _package("oxmerge").sweep(_file(recipe), pattern, axes, **options)
         return cast("Sequence[MergeReport]", reports)
 
     def plan(self, recipe: str, **options: Any) -> PlanSummary:  # noqa: ANN401
         """Plan without merging."""
-        return cast("PlanSummary", _package("oxmerge").plan(recipe, **options))
+        return cast("PlanSummary", _package("oxmerge").plan(_file(recipe), **options))
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
         """Describe every merge method."""
@@ -187,7 +192,20 @@ class InstalledEngine:
 
     def open_checkpoint(self, path: str) -> OpenCheckpoint:
         """Open a checkpoint from its headers."""
+        found = resolve_reference(path, (os.curdir,))
+        if isinstance(found, Problem):
+            raise UsageError(found.message, found.advice)
         return cast("OpenCheckpoint", _package("oxmerge._core").open_checkpoint(path))
+
+
+def _file(recipe: str) -> Path:
+    """Return the path of a recipe, which is no text here, whatever it looks like."""
+    path = Path(recipe)
+    if path.is_dir() or not path.exists():
+        what = "it is a directory" if path.is_dir() else "there is no such file"
+        advice = "name a recipe file; `oxmerge demo` makes one to start from"
+        raise UsageError(f"cannot read the recipe `{recipe}`: {what}", advice)
+    return path
 
 
 def _package(name: str) -> Any:  # noqa: ANN401

@@ -6,6 +6,7 @@ import errno
 import re
 
 from oxmerge.cli.arguments import UsageError
+from oxmerge.cli.printer import DataUnwritten
 from oxmerge.errors import OxmergeError, RecipeError
 
 TYPE_CHECKING = False
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-# The number that Rust appends to the system's own words.
-_RUST_NUMBER = re.compile(r" \(os error \d+\)$")
+# The number that Rust puts behind the system's own words.
+_RUST_NUMBER = re.compile(r" \(os error \d+\)")
 _PARTS = ("file", "tensor", "expected", "found", "advice")
 _HINTS = {
     errno.EEXIST: "name a new directory, or replace the model that is there with `--overwrite`",
@@ -32,19 +33,34 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code that an exception ends the program with."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return USAGE if isinstance(error, UsageError | RecipeError) else FAILED
+    if isinstance(error, UsageError | RecipeError):
+        return USAGE
+    problems = getattr(error, "problems", ())
+    return USAGE if any(problem.is_in_recipe for problem in problems) else FAILED
 
 
 def report(error: BaseException, printer: Printer) -> bool:
     """Tell about an exception; False for one that is a defect of the program."""
     if not isinstance(error, OxmergeError | OSError | UsageError | KeyboardInterrupt | MemoryError):
         return False
-    if printer.as_json:
+    if not printer.as_json:
+        tell(error, printer)
+        return True
+    try:
         printer.json({"error": as_data(error)})
-    else:
-        message, entries, hints = _story(error)
-        printer.error(message, entries, hints)
+        printer.flush()
+    except DataUnwritten:
+        printer.close_output()
+        tell(error, printer)
     return True
+
+
+def tell(error: BaseException, printer: Printer) -> None:
+    """Tell people about an exception."""
+    problems = [(_without_hint(each), each.advice) for each in getattr(error, "problems", ())]
+    headline = getattr(error, "message", "") if problems else _headline(error)
+    advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
+    printer.error(headline, problems, getattr(error, "advice", None) or advice)
 
 
 def as_data(error: BaseException) -> dict[str, Any]:
@@ -69,20 +85,6 @@ def _problem_data(problem: Problem) -> dict[str, Any]:
     names = ("kind", "message", "where", *_PARTS, "tensors", "count")
     values = {name: getattr(problem, name, None) for name in names}
     return {name: value for name, value in values.items() if value}
-
-
-def _story(error: BaseException) -> tuple[str, list[str], list[str]]:
-    """Split an exception into its headline, its entries and its hints."""
-    problems = list(getattr(error, "problems", ()))
-    if problems:
-        entries = [_without_hint(problem) for problem in problems]
-        hints = list(dict.fromkeys(p.advice for p in problems if getattr(p, "advice", None)))
-        if getattr(error, "advice", None):
-            hints.append(error.advice)  # type: ignore[attr-defined]
-        return str(getattr(error, "message", "")), entries, hints
-    advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
-    advice = getattr(error, "advice", None) or advice
-    return _headline(error), [], [advice] if advice else []
 
 
 def _headline(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from math import prod
 from typing import Any
 
 from oxmerge.cli.arguments import Parser, add_json_option
+from oxmerge.names import find_layer_counts, find_layout
+from oxmerge.problems import printable
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from oxmerge.cli.engine import Engine, OpenCheckpoint, TensorEntry
     from oxmerge.cli.printer import Printer
+    from oxmerge.names import Layout
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 _BITS = re.compile(r"\d+")
@@ -71,25 +74,24 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     if printer.as_json:
         printer.json(_as_data(options.model, checkpoint, contents))
     else:
-        printer.data("\n".join(_lines(options.model, checkpoint, contents)))
+        printer.lines(_lines(options.model, checkpoint, contents))
     return 0
 
 
 def sort_tensors(checkpoint: OpenCheckpoint, config: dict[str, Any]) -> Contents:
-    """Sort the tensors of a checkpoint into stacks and loose ones, and find tied pairs."""
+    """Sort the tensors of a checkpoint into stacks and loose ones, as merging does."""
     tensors = list(checkpoint.tensors)
-    depths = _stack_depths(tensor.name for tensor in tensors)
-    stacks = {prefix: Stack(prefix, depth) for prefix, depth in depths.items()}
+    layout = _layout([tensor.name for tensor in tensors], config)
+    stacks = {prefix: Stack(prefix, stack.depth) for prefix, stack in layout.stacks.items()}
     loose = []
     for tensor in tensors:
-        place = _place(tensor.name, depths)
+        place = layout.place(tensor.name)
         shape = tuple(tensor.shape)
-        if place is None:
+        if place is None or place.is_extra:
             loose.append(Row(tensor.name, tensor.dtype, shape))
             continue
-        prefix, layer, rest = place
-        row = Row(_NUMBER.sub("#", rest), tensor.dtype, shape)
-        stacks[prefix].rows[row].append(layer)
+        row = Row(_NUMBER.sub("#", place.rest), tensor.dtype, shape)
+        stacks[place.stack.prefix].rows[row].append(place.layer)
     return Contents(
         loose,
         list(stacks.values()),
@@ -100,34 +102,23 @@ def sort_tensors(checkpoint: OpenCheckpoint, config: dict[str, Any]) -> Contents
     )
 
 
+def _layout(names: list[str], config: dict[str, Any]) -> Layout:
+    """Find the stacks that the config counts; without a config, whatever is numbered."""
+    counts = find_layer_counts(config)
+    if not config:
+        numbered = find_layout(names, counts).numbered.values()
+        counts = frozenset(count for count in numbered if count >= _LEAST_STACK)
+    return find_layout(names, counts)
+
+
 def _read_config(model: str) -> dict[str, Any]:
+    folder = model if os.path.isdir(model) else os.path.dirname(model)
     try:
-        with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _stack_depths(names: Iterable[str]) -> dict[str, int]:
-    """Prefixes that are numbered from 0 without gaps, and their counts, in order of appearance."""
-    numbers: dict[str, set[int]] = defaultdict(set)
-    for name in names:
-        match = _NUMBER.search(name)
-        if match is not None and match.start() > 0:
-            numbers[name[: match.start() - 1]].add(int(match[0]))
-    return {
-        prefix: len(found)
-        for prefix, found in numbers.items()
-        if len(found) >= _LEAST_STACK and max(found) == len(found) - 1
-    }
-
-
-def _place(name: str, depths: dict[str, int]) -> tuple[str, int, str] | None:
-    match = _NUMBER.search(name)
-    if match is None or name[: max(match.start() - 1, 0)] not in depths:
-        return None
-    return name[: match.start() - 1], int(match[0]), name[match.end() + 1 :]
 
 
 def _bytes(tensor: TensorEntry) -> int:
@@ -145,19 +136,14 @@ def _by_dtype(tensors: Iterable[TensorEntry]) -> dict[str, tuple[int, int]]:
     return {dtype: (counts[dtype], sizes[dtype]) for dtype in sorted(counts)}
 
 
-def _tied(tensors: Sequence[TensorEntry], config: dict[str, Any]) -> list[str]:
-    """Find what is tied to what: by the same bytes, or because the config says so."""
-    by_range: dict[tuple[int, int, int], list[str]] = defaultdict(list)
-    for tensor in tensors:
-        if _bytes(tensor):
-            by_range[(tensor.file, tensor.start, _bytes(tensor))].append(tensor.name)
-    found = [" = ".join(names) for names in by_range.values() if len(names) > 1]
+def _tied(tensors: Iterable[TensorEntry], config: dict[str, Any]) -> list[str]:
+    """Say what is tied to what, as far as the config does."""
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
-    if any(inner.get("tie_word_embeddings") is True for inner in nested):
-        has_head = any(re.search(r"(^|\.)lm_head\.weight$", tensor.name) for tensor in tensors)
-        stored = ", though a head is stored" if has_head else ""
-        found.append(f"output head = input embedding, says the config{stored}")
-    return found
+    if not any(inner.get("tie_word_embeddings") is True for inner in nested):
+        return []
+    has_head = any(re.search(r"(^|\.)lm_head\.weight$", tensor.name) for tensor in tensors)
+    stored = ", though a head is stored" if has_head else ""
+    return [f"output head = input embedding, says the config{stored}"]
 
 
 def _lines(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> Iterator[str]:
@@ -183,7 +169,7 @@ def _lines(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> Iterat
 
 def _row(row: Row) -> str:
     shape = " x ".join(str(length) for length in row.shape) or "scalar"
-    return f"  {row.pattern:<{_NAME_WIDTH}} {row.dtype:<5} {shape}"
+    return f"  {printable(row.pattern):<{_NAME_WIDTH}} {row.dtype:<5} {shape}"
 
 
 def _where(layers: Sequence[int], depth: int) -> str:

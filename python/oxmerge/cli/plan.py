@@ -27,7 +27,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     if printer.as_json:
         printer.json(plan.as_dict())
     else:
-        printer.data("\n".join(_lines(plan)))
+        printer.lines(_lines(plan))
     return 0
 
 

@@ -1,9 +1,16 @@
-"""Where output goes: data to standard output, words for people to standard error."""
+"""Where output goes: data to standard output, words for people to standard error.
+
+Data that cannot be handed over is a failure. Words that nobody can read are not: the work goes on.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import cast
+
+from oxmerge.problems import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,6 +18,55 @@ if TYPE_CHECKING:
     from typing import Any, TextIO
 
 _COLOURS = {"error": "31;1", "warning": "33;1", "hint": "36"}
+
+
+class DataUnwritten(Exception):  # noqa: N818 - where a pipe is closed, it is no error
+    """Data could not be handed over: whoever read it has seen enough, or the disk is full.
+
+    Parameters
+    ----------
+    reason
+        What the system said.
+    """
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class Messages(io.TextIOBase):
+    """A stream for people, each word of which is handed over at once. They may have gone.
+
+    Parameters
+    ----------
+    stream
+        Where the words go, as long as they can be written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """How it encodes text."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Tell whether a person watches."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Return the number of the file."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            _send_nowhere(self._stream)
+        return len(text)
 
 
 class Printer:
@@ -36,8 +92,9 @@ class Printer:
     ) -> None:
         self.quiet = quiet
         self.as_json = as_json
-        self.output = output or sys.stdout
-        self.messages = messages or sys.stderr
+        # A process may be started without them.
+        self.output = output or sys.stdout or io.StringIO()
+        self.messages = cast("TextIO", Messages(messages or sys.stderr or io.StringIO()))
 
     @property
     def is_terminal(self) -> bool:
@@ -51,7 +108,14 @@ class Printer:
 
     def data(self, text: str) -> None:
         """Print what was asked for."""
-        self.output.write(_encodable(text, self.output) + "\n")
+        try:
+            self.output.write(_shown(text, self.output) + "\n")
+        except OSError as error:
+            raise DataUnwritten(error) from error
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Print what was asked for, line by line, whatever names are in it."""
+        self.data("\n".join(map(printable, lines)))
 
     def json(self, value: Mapping[str, Any]) -> None:
         """Print what was asked for, as JSON."""
@@ -60,45 +124,63 @@ class Printer:
         self.data(json.dumps(value, indent=2, default=str))
 
     def say(self, text: str) -> None:
-        """Tell people something, unless they want quiet."""
+        """Tell people something in one line, unless they want quiet."""
         if not self.quiet:
-            self._message(text)
+            self._message(printable(text))
 
     def warnings(self, warnings: Iterable[object]) -> None:
         """Warn people, unless they want quiet."""
+        if self.quiet:
+            return
         for warning in warnings:
             text, *hints = str(warning).split("\n  hint: ", 1)
-            self.say(f"{self._label('warning')}: {text}")
+            self._message(printable(text), "warning")
             for hint in hints:
-                self.say(f"{self._label('hint')}: {hint}")
+                self._message(hint, "hint")
 
-    def error(self, message: str, entries: Iterable[str] = (), hints: Iterable[str] = ()) -> None:
-        """Tell people what went wrong, and what they can do."""
-        self._message(f"{self._label('error')}: {message}")
-        for entry in entries:
-            self._message("  - " + entry.replace("\n", "\n    "))
-        for hint in hints:
-            self._message(f"{self._label('hint')}: {hint}")
+    def error(
+        self,
+        message: str,
+        problems: Iterable[tuple[str, str | None]] = (),
+        advice: str | None = None,
+    ) -> None:
+        """Tell people what went wrong, and what they can do: about each problem, and in all."""
+        self._message(message, "error")
+        for problem, hint in problems:
+            self._message("  - " + problem)
+            if hint:
+                self._message(hint, "hint", indent="    ")
+        if advice:
+            self._message(advice, "hint")
 
     def flush(self) -> None:
         """Hand everything over, so that a failure to do so is seen."""
-        self.output.flush()
+        try:
+            self.output.flush()
+        except OSError as error:
+            raise DataUnwritten(error) from error
 
     def close_output(self) -> None:
         """Send the rest of the output nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.output.fileno())
-        os.close(nowhere)
+        _send_nowhere(self.output)
 
-    def _message(self, text: str) -> None:
-        self.messages.write(_encodable(text, self.messages) + "\n")
-        self.messages.flush()
+    def _message(self, text: str, kind: str | None = None, *, indent: str = "") -> None:
+        label = "" if kind is None else f"{self._coloured(kind)}: "
+        self.messages.write(f"{indent}{label}{_shown(text, self.messages)}\n")
 
-    def _label(self, kind: str) -> str:
+    def _coloured(self, kind: str) -> str:
         return f"\x1b[{_COLOURS[kind]}m{kind}\x1b[0m" if self.has_colour else kind
 
 
-def _encodable(text: str, stream: TextIO) -> str:
-    """Return `text` with what the stream cannot encode written as escapes."""
+def _send_nowhere(stream: TextIO) -> None:
+    """Let a stream go nowhere, so that what it still holds does no harm when the program ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _shown(text: str, stream: TextIO) -> str:
+    """Return lines of text with what the stream cannot encode, or obeys, written as escapes."""
     encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    lines = "\n".join(map(printable, text.split("\n")))
+    return lines.encode(encoding, "backslashreplace").decode(encoding)

@@ -10,6 +10,7 @@ import os
 import time
 from contextlib import contextmanager
 
+from oxmerge.problems import printable
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -135,7 +136,7 @@ def _bar(printer: Printer) -> Iterator[Progress]:
                 completed=snapshot.bytes_done,
                 total=snapshot.bytes_total,
                 figures=figures,
-                tensor=escape(snapshot.tensor[-_LONGEST_NAME:]),
+                tensor=escape(printable(snapshot.tensor)[-_LONGEST_NAME:]),
             )
 
         yield show

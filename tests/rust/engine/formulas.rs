@@ -252,3 +252,17 @@ fn what_no_pass_can_give_is_an_error() {
     let product = x.scaled(sums[0].clone()).scaled(sums[1].clone());
     check::<f32>(&product, &[3, 3], &inputs, DType::F32);
 }
+
+/// A source with fewer bytes than its shape says makes the worker that reads it panic.
+#[test]
+fn a_panic_of_a_worker_is_told_as_a_bug() {
+    let short = [ArraySource::from_bytes(vec![0; 4], DType::F32)];
+    for settings in settings() {
+        let error =
+            try_merged(&Value::input(0), &[300], &short, DType::F32, &settings).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Internal);
+        assert_eq!(error.message(), "a worker of the engine panicked");
+        assert!(error.parts().tensor.is_some());
+        assert!(error.parts().advice.unwrap().starts_with("this is a bug in oxmerge"));
+    }
+}

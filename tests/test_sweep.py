@@ -139,6 +139,20 @@ def test_recipes_and_paths_as_merge_takes_them(tmp_path: Path, family: Path) -> 
         oxmerge.sweep(recipe, pattern, {WEIGHT: 0.7}, read_path="fast")
 
 
+def test_what_aliases_share_is_set_in_one_place() -> None:
+    recipe = (
+        "merge_method: ties\nbase_model: base\nmodels:\n"
+        "  - model: a\n    parameters: &same {weight: 0.5, density: 0.5}\n"
+        "  - model: b\n    parameters: *same\n"
+    )
+    made = variants(recipe, "out/{n}", {WEIGHT: [0.1, 0.9]})
+    weights = [
+        [source.parameters["weight"].choices[0].values for source in variant.recipe.models]
+        for variant in made
+    ]
+    assert weights == [[(0.1,), (0.5,)], [(0.9,), (0.5,)]]
+
+
 def test_values() -> None:
     assert parse_values("1e-13:9e-13:3") == [1e-13, 5e-13, 9e-13]
     assert parse_values("-0.3:0.3:7") == [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3]

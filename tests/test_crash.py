@@ -217,6 +217,21 @@ def test_an_output_over_an_input_is_refused(
     assert directory_bytes(tmp_path) == before
 
 
+def test_what_stands_in_the_way_is_found_before_any_work(
+    tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it worked for nothing")
+
+    monkeypatch.setattr(_core, "execute", work)
+    output = tmp_path / "out"
+    (output / "README.md").mkdir(parents=True)
+    (output / "config.json").write_text(CONFIG)
+    with pytest.raises(oxmerge.OutputError, match=r"`README\.md` has to be written here"):
+        oxmerge.merge(twins / "linear.yml", output, overwrite=True, memory="4GiB")
+    assert (output / "config.json").read_text() == CONFIG
+
+
 def _touch(path: Path) -> None:
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
 

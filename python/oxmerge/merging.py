@@ -398,10 +398,13 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     needed = sum(outcome.bytes for _, outcome in prepared)
     outputs: list[OutputDirectory] = []
     try:
-        for (merge_plan, _), (_, directory) in zip(prepared, merges, strict=True):
-            files = merge_plan.plan.files
+        for (merge_plan, outcome), (_, directory) in zip(prepared, merges, strict=True):
             output = prepare_output(
-                directory, overwrite=overwrite, input_files=files, needed_bytes=needed
+                directory,
+                overwrite=overwrite,
+                input_files=merge_plan.plan.files,
+                needed_bytes=needed,
+                names=outcome.file_names,
             )
             outputs.append(output)
         with backend or nullcontext():

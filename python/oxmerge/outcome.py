@@ -81,6 +81,11 @@ class Outcome:
         return tuple(f"{entry.name}: {entry.reason}" for entry in left_out)
 
     @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files that the output directory will hold."""
+        return self.contents({}).names
+
+    @property
     def bytes(self) -> int:
         """Bytes that the output directory takes."""
         weights = sum(int(shard["size"]) for shard in self.merge_plan.plan.shards)

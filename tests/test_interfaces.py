@@ -364,6 +364,20 @@ def test_the_demo(tmp_path: Path) -> None:
     assert report["peak_memory"] <= report["memory"]
 
 
+def test_the_report_beside_the_weights(tmp_path: Path, twins: Path) -> None:
+    report = oxmerge.merge(twins / "linear.yml", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "oxmerge_report.json").read_text())
+    until_commit = written.pop("seconds_before_commit")
+    assert 0 < report.seconds < until_commit < report.total_seconds
+    assert written.pop("left_out") == []
+    told = report.as_dict()
+    assert told.pop("total_seconds") == report.total_seconds
+    assert written == told
+    assert report.read_gb_per_second == report.bytes_read / report.seconds / 1e9
+    assert report.written_gb_per_second == report.bytes_written / report.seconds / 1e9
+    assert 0 < report.peak_memory <= report.memory
+
+
 def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:
     times: list[float] = []
     oxmerge.merge(

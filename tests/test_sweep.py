@@ -67,6 +67,8 @@ def test_inputs_are_read_once_for_all(tmp_path: Path, family: Path) -> None:
     # The threshold is found once: only the sample may differ.
     assert reports[0].bytes_read == pytest.approx(single.bytes_read, rel=0.01)
     assert (tmp_path / "w0.3" / "model.safetensors").exists()
+    seconds, written = reports[0].seconds, 9 * reports[0].bytes_written
+    assert reports[0].written_gb_per_second == written / seconds / 1e9
 
 
 def test_the_recipe_beside_an_output_makes_it_again(tmp_path: Path, family: Path) -> None:

@@ -169,6 +169,10 @@ class Outlook:
 class MergeReport:
     """What a merge did.
 
+    ``oxmerge_report.json``, beside the weights, says the same but for `total_seconds`: being one of
+    the files, it cannot know when all are in place. Instead it has ``seconds_before_commit``, from
+    reading the recipe to when the other files are copied and everything is renamed.
+
     Attributes
     ----------
     directory : str
@@ -179,6 +183,8 @@ class MergeReport:
         Bytes of tensors; re-reads are counted.
     seconds : float
         From the first read to the last flush of the weights.
+    read_gb_per_second, written_gb_per_second : float
+        Bytes of tensors (10**9) by `seconds`; of everything that was merged together.
     total_seconds : float
         From reading the recipe to the finished directory.
     peak_memory : int
@@ -203,6 +209,8 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     seconds: float
+    read_gb_per_second: float
+    written_gb_per_second: float
     total_seconds: float
     peak_memory: int
     predicted_memory: int
@@ -465,6 +473,8 @@ def _finish(
         bytes_read=done["bytes_read"],
         bytes_written=_bytes_written(merge_plan),
         seconds=done["seconds"],
+        read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
+        written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
         total_seconds=time.perf_counter() - started,
         peak_memory=done["peak_memory"],
         predicted_memory=done["memory"]["predicted"],
@@ -475,9 +485,15 @@ def _finish(
         warnings=tuple(map(str, merge_plan.warnings)),
         notes=(*outcome.notes, *done["notes"]),
     )
-    leftovers = commit(output, outcome.contents(report.as_dict()))
+    story = report.as_dict()
+    story["seconds_before_commit"] = story.pop("total_seconds")
+    leftovers = commit(output, outcome.contents(story))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
+
+
+def _gb_per_second(size: int, seconds: float) -> float:
+    return size / max(seconds, 1e-9) / 1e9
 
 
 def _budget(memory: int | str | None) -> int:

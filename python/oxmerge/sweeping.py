@@ -335,7 +335,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     Returns
     -------
     list of MergeReport
-        One for each output. Times, memory and bytes read are those of the whole sweep.
+        One for each output. Times, rates, memory and bytes read are those of the whole sweep.
 
     Raises
     ------

@@ -292,7 +292,7 @@ def test_slices_are_stacked_and_renumbered(shelf: Shelf) -> None:
     assert sources(merge, "model.embed_tokens.weight") == [("a", "model.embed_tokens.weight")]
     assert sources(merge, "lm_head.weight") == [("b", "lm_head.weight")]
     assert merge.warnings == ()
-    zoo.check_snapshot(SNAPSHOTS / "stacked.txt", merge.render_accounting())
+    zoo.check_snapshot(SNAPSHOTS / "stacked.txt", merge.accounting.render())
 
 
 def test_extra_layers_follow_the_last_layer_again(shelf: Shelf) -> None:

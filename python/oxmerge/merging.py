@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
-from oxmerge.devices import UNTRIED, Choice, choose, open_backend
+from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.option_names import READ_PATHS, check_device
-from oxmerge.outcome import Outcome, method_description
+from oxmerge.outcome import Outcome
+from oxmerge.outlook import Outlook
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
 from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
 from oxmerge.recipe import Recipe
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from oxmerge.problems import Problem
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
@@ -58,111 +58,6 @@ class Snapshot:
     tensors: int
     tensor: str
     peak_memory: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What a merge would do.
-
-    Attributes
-    ----------
-    merge_plan : MergePlan
-        The plan itself, with the accounting of every tensor.
-    disk : int
-        Bytes that the output needs on the disk.
-    memory : int
-        Predicted high-water mark of the process's resident set, bytes.
-    threads : int
-        Threads that will work.
-    left_out : tuple of str
-        The donor's files that are not copied, with the reason.
-    rereads_from_cache : bool, optional
-        Whether what is read several times fits the free memory; None if nothing is.
-    device : str
-        Where it would compute.
-    fastest : Choice
-        The device that is expected to be the fastest, and why.
-    """
-
-    merge_plan: MergePlan
-    disk: int
-    memory: int
-    threads: int
-    left_out: tuple[str, ...]
-    rereads_from_cache: bool | None
-    device: str
-    fastest: Choice
-
-    @property
-    def cost(self) -> str:
-        """How often the inputs are read, and from where again."""
-        cost: str = method_description(self.method)["cost"]
-        if self.rereads_from_cache is None:
-            return cost
-        again = "the page cache" if self.rereads_from_cache else "the disk: memory is short"
-        return f"{cost}, again from {again}"
-
-    @property
-    def method(self) -> str:
-        """The merge method."""
-        return self.merge_plan.plan.method
-
-    @property
-    def tensors(self) -> int:
-        """How many tensors the output has."""
-        return len(self.merge_plan.plan.tensors)
-
-    @property
-    def files(self) -> int:
-        """How many weight files the output has."""
-        return len(self.merge_plan.plan.shards)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of input tensors that are used."""
-        return sum(tensor.source_bytes for tensor in self.merge_plan.plan.tensors)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of output tensors."""
-        return sum(tensor.bytes for tensor in self.merge_plan.plan.tensors)
-
-    @property
-    def warnings(self) -> tuple[Problem, ...]:
-        """What has no effect, and what is left out."""
-        return self.merge_plan.warnings
-
-    @property
-    def accounting(self) -> dict[str, int]:
-        """How many input tensors are merged, copied, dropped."""
-        models = self.merge_plan.accounting.models
-        return {
-            "merged": sum(len(model.merged) for model in models),
-            "copied": sum(len(model.copied) for model in models),
-            "dropped": sum(model.dropped_count for model in models),
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers as data."""
-        names = (
-            "method",
-            "cost",
-            "tensors",
-            "files",
-            "bytes_read",
-            "bytes_written",
-            "disk",
-            "memory",
-        )
-        return {
-            **{name: getattr(self, name) for name in names},
-            "threads": self.threads,
-            "device": self.device,
-            "fastest": {"device": self.fastest.device, "reason": self.fastest.reason},
-            "accounting": self.accounting,
-            "left_out": list(self.left_out),
-            "warnings": [str(warning) for warning in self.warnings],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +181,7 @@ def plan(
         memory=predicted["predicted"],
         threads=predicted["workers"],
         left_out=outcome.left_out,
-        rereads_from_cache=_fits_free_memory(merge_plan) if predicted["rereads"] else None,
+        reread_bytes=_bytes_reread(merge_plan) if predicted["rereads"] else None,
         device=_name(backend),
         fastest=fastest,
     )
@@ -471,7 +366,7 @@ def _finish(
         tensors=len(merge_plan.plan.tensors),
         files=len(merge_plan.plan.shards),
         bytes_read=done["bytes_read"],
-        bytes_written=_bytes_written(merge_plan),
+        bytes_written=merge_plan.plan.bytes_written,
         seconds=done["seconds"],
         read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
         written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
@@ -524,19 +419,17 @@ def _check_options(threads: int | None, read_path: str, device: str) -> None:
         raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
 
 
-def _fits_free_memory(merge_plan: MergePlan) -> bool | None:
-    """Return whether the tensor with the most input fits the memory that is free."""
-    largest = max((tensor.source_bytes for tensor in merge_plan.plan.tensors), default=0)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(line for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return largest < int(available.split()[1]) * 1024
+def _bytes_reread(merge_plan: MergePlan) -> int:
+    """Return the bytes of tensors that the page cache cannot hold until they are read again."""
+    free = _free_memory()
+    sizes = (tensor.source_bytes for tensor in merge_plan.plan.tensors)
+    return sum(size for size in sizes if size > free)
 
 
-def _bytes_written(merge_plan: MergePlan) -> int:
-    return sum(tensor.bytes for tensor in merge_plan.plan.tensors)
+def _free_memory() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024
 
 
 def _reporter(
@@ -544,7 +437,7 @@ def _reporter(
 ) -> Callable[[int, int, int, str, int], None] | None:
     if progress is None:
         return None
-    total = sum(map(_bytes_written, merge_plans))
+    total = sum(merge_plan.plan.bytes_written for merge_plan in merge_plans)
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
         progress(Snapshot(written, total, read, tensors, current, peak))

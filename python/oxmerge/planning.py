@@ -80,10 +80,6 @@ class MergePlan:
         """Return the plan as the engine reads it."""
         return self.plan.to_json()
 
-    def render_accounting(self) -> str:
-        """Return what becomes of every tensor, as text."""
-        return self.accounting.render()
-
 
 def build_plan(
     recipe: Recipe,

@@ -187,6 +187,16 @@ class Plan:
     shards: tuple[dict[str, Any], ...]
     version: int = PLAN_VERSION
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all sources."""
+        return sum(tensor.source_bytes for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as it stands in the JSON."""
         return {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +22,6 @@ from writers import directory_bytes, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     Process = subprocess.Popen[str]
 
@@ -212,7 +213,7 @@ def test_an_output_over_an_input_is_refused(
     shutil.copy(twins / "linear.yml", tmp_path)
     output = alias(tmp_path / "b")
     before = directory_bytes(tmp_path)
-    with pytest.raises(oxmerge.OutputError, match=r"`model\.safetensors`, which is an input"):
+    with pytest.raises(oxmerge.OutputError, match=r"`.*`, which is an input of the merge"):
         oxmerge.merge(tmp_path / "linear.yml", output, overwrite=True, memory="4GiB")
     assert directory_bytes(tmp_path) == before
 
@@ -294,6 +295,31 @@ def test_an_input_that_changed_between_plan_and_run(
     monkeypatch.setattr(_core, "execute", change)
     with pytest.raises(oxmerge.InputChangedError):
         oxmerge.merge(tmp_path / "linear.yml", tmp_path / "out", memory="4GiB")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("change", [_touch, _append, _replace, Path.unlink])
+def test_a_config_or_an_index_that_changes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Path], None]
+) -> None:
+    models = [tmp_path / name for name in "ab"]
+    for model in models:
+        write_model(model, {"x": np.ones(9, np.float32)})
+        (model / "config.json").write_text(CONFIG)
+        index = {"metadata": {}, "weight_map": {"x": "model.safetensors"}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    recipe = write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1})
+    execute = _core.execute
+
+    def change_and_execute(*args: Any, **options: Any) -> dict[str, Any]:
+        change(models[1] / name)
+        return execute(*args, **options)
+
+    monkeypatch.setattr(_core, "execute", change_and_execute)
+    with pytest.raises(oxmerge.InputChangedError) as caught:
+        oxmerge.merge(recipe, tmp_path / "out", memory="4GiB")
+    assert caught.value.file == str(models[1] / name)
     assert not (tmp_path / "out").exists()
 
 

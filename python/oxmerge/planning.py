@@ -215,6 +215,8 @@ class _Planner:
         files: list[dict[str, Any]] = []
         for model in self.inputs.models:
             files += model.checkpoint.files
+        for model in self.inputs.models:
+            files += [file for file in (model.config_file, model.checkpoint.index) if file]
         return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards))
 
     def check_with_engine(self, plan: Plan) -> None:

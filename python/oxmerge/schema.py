@@ -171,7 +171,8 @@ class Plan:
     seed : int
         The seed of random masks.
     files : tuple of dict
-        Every input file, as it was when its header was read.
+        Every input file, as it was when it was first read: the weights of every model, and after
+        them the configs and indexes.
     tensors : tuple of OutputTensor
         In file order.
     shards : tuple of dict

@@ -59,6 +59,12 @@ class InputModel:
         return str(self.checkpoint.files[tensor.file]["path"])
 
     @property
+    def file_names(self) -> frozenset[str]:
+        """The names of the files that its tensors are in, and of their index."""
+        files = [*self.checkpoint.files, *filter(None, [self.checkpoint.index])]
+        return frozenset(os.path.basename(file["path"]) for file in files)
+
+    @property
     def is_tied(self) -> bool:
         """Whether its config ties the head to the embedding."""
         return _find_key(self.config, "tie_word_embeddings") is True

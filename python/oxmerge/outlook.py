@@ -152,8 +152,7 @@ class Outlook:
         yield f"device    {self.device}; the fastest should be {fastest}"
         yield f"disk      {format_size(self.disk)} needed"
         yield f"time      {self._time()}"
-        for name in self.left_out:
-            yield f"not copied  {name}"
+        yield from (f"not copied  {name}" for name in self.left_out)
         accounts = self.merge_plan.accounting.models
         lines = (line for account in accounts for line in account.summary())
         yield from (f"{' ' if at else 'inputs':<10}{line}" for at, line in enumerate(lines))

@@ -240,7 +240,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     Raises
     ------
     RecipeError, PlanError
-        With every problem that the recipe and the headers show, before any tensor is read.
+        With every problem that the recipe and the headers show, before any tensor is read. And when
+        integer tensors, which can only be copied, turn out to differ; no output is left.
     OutputError, FileExistsError
         If the output cannot go to `directory`.
     MemoryBudgetError
@@ -248,7 +249,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     DeviceError
         If there is no such device, or torch is not installed.
     InputChangedError
-        If an input changed while it was read; no output is left.
+        If an input, its config or index changed while the merge ran; no output is left.
     OSError
         If a file cannot be read or written, or the disk is full; no output is left.
     """

@@ -253,6 +253,20 @@ def test_importing_loads_nothing_heavy() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+@pytest.mark.parametrize(("profile", "warns"), [("debug", True), ("release", False)])
+def test_importing_an_unoptimised_build_warns(profile: str, *, warns: bool) -> None:
+    code = (
+        "import sys, types\n"
+        "core = sys.modules['oxmerge._core'] = types.ModuleType('oxmerge._core')\n"
+        f"core.build_info = lambda: {{'version': '0', 'profile': '{profile}'}}\n"
+        "import oxmerge\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0
+    warning = "RuntimeWarning: oxmerge was built without optimisation and is very slow"
+    assert (warning in done.stderr) is warns
+
+
 def test_public_names_are_there() -> None:
     for name in oxmerge.__all__:
         assert getattr(oxmerge, name) is not None

@@ -16,12 +16,11 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 from oxmerge import _core, build_info, demo
-from oxmerge.bench import PARTS, cache, chart, compare, kernels, storage, table
+from oxmerge.bench import PARTS, cache, chart, compare, kernels, machine, storage, table
 from oxmerge.bench.cases import case_of, cases
 from oxmerge.bench.compare import FASTER, SAME, SLOWER, UNKNOWN, Comparison
 from oxmerge.bench.crew import Crew
 from oxmerge.bench.floor import Floor, Way
-from oxmerge.bench.machine import cores
 from oxmerge.bench.measure import Job, Taken, UnavailableError, measure
 from oxmerge.bench.others import Mergekit
 from oxmerge.bench.panels import panels
@@ -365,8 +364,20 @@ MACHINE: dict[str, Any] = {
 SETTINGS = {"size": "tiny", "rounds": 5, "elements": 50, "storage_bytes": 100}
 
 
-def record_of(*rows: Row, **machine: Any) -> Record:
-    return Record({**MACHINE, **machine}, SETTINGS, rows)
+def test_only_mount_options_that_bear_on_speed_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = (
+        "/dev/a / ext4 rw,relatime,resuid=1000,data=ordered,lowerdir=/home/me 0 0\n"
+        f"server:/me {tmp_path} nfs4 rw,noatime,vers=4.2,rsize=1048576,addr=10.0.0.7,sec=sys 0 0\n"
+    )
+    monkeypatch.setattr(machine, "_text", lambda _: mounts)
+    assert machine.file_system(tmp_path.parent) == "ext4 (rw,relatime,data=ordered)"
+    assert machine.file_system(tmp_path) == "nfs4 (rw,noatime,vers=4.2,rsize=1048576)"
+
+
+def record_of(*rows: Row, **changed: Any) -> Record:
+    return Record({**MACHINE, **changed}, SETTINGS, rows)
 
 
 def test_the_schema_stays(record: Record) -> None:
@@ -691,7 +702,7 @@ def test_it_writes_and_shows_and_compares_records(bench: Any, tmp_path: Path) ->
     ET.parse("c.svg")
     assert (tmp_path / "p.html").read_text().startswith("<!DOCTYPE html>")
     assert [len(row.seconds) for row in read_record("r.json").rows] == [3] * len(
-        dict.fromkeys((1, cores()))
+        dict.fromkeys((1, machine.cores()))
     )
     assert bench("--show", "r.json")[1] == out
     code, text, _ = bench("--show", "r.json", "--compare", "r.json")

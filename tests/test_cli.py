@@ -8,14 +8,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from oxmerge.cli import VERBS, main
 from oxmerge.cli.printer import Printer
-from oxmerge.cli.progress import PlainProgress, format_duration, progress_line, show_progress
+from oxmerge.cli.progress import PlainProgress, progress_line, show_progress
 from oxmerge.errors import (
     CheckpointError,
     MemoryBudgetError,
@@ -25,6 +25,7 @@ from oxmerge.errors import (
     RecipeError,
 )
 from oxmerge.problems import Problem
+from oxmerge.sizes import format_duration
 
 METHODS: list[dict[str, Any]] = [
     {"name": "linear", "title": "Linear", "formula": "weighted average of the models " * 4},
@@ -72,32 +73,15 @@ class Report:
         return {"tensors": self.tensors, "seconds": self.seconds}
 
 
-@dataclass(frozen=True)
-class Choice:
-    device: str = "cpu"
-    reason: str = "there is no GPU here"
-
-
 @dataclass
 class Plan:
     """A plan of nothing."""
 
-    method: str = "slerp"
     tensors: int = 75
-    files: int = 1
-    bytes_read: int = 106_000_000
-    bytes_written: int = 53_000_000
-    disk: int = 53_100_000
-    memory: int = 200 << 20
     warnings: tuple[object, ...] = ()
-    cost: str = "one read of every input"
-    left_out: tuple[str, ...] = ("notes.txt: no",)
-    threads: int = 4
-    device: str = "cpu"
-    fastest: Choice = Choice()
-    accounting: dict[str, int] = field(
-        default_factory=lambda: {"merged": 150, "copied": 0, "dropped": 2}
-    )
+
+    def __str__(self) -> str:
+        return "method    slerp"
 
     def as_dict(self) -> dict[str, Any]:
         return {"tensors": self.tensors}
@@ -333,21 +317,7 @@ def test_warnings_and_their_hints(run: Any) -> None:
 
 
 def test_plan(run: Any) -> None:
-    code, out, err = run("plan", "r.yml")
-    assert (code, err) == (0, "")
-    assert out == (
-        "method    slerp\n"
-        "tensors   75 in 1 file\n"
-        "reads     106 MB: one read of every input\n"
-        "writes    53 MB\n"
-        "memory    200 MiB at the peak\n"
-        "threads   4\n"
-        "device    cpu; the fastest should be cpu: there is no GPU here\n"
-        "disk      53.1 MB needed\n"
-        "time      0.2 s where the disk moves 1 GB/s, 0.1 s at 3 GB/s\n"
-        "not copied  notes.txt: no\n"
-        "inputs    150 merged, 2 dropped\n"
-    )
+    assert run("plan", "r.yml") == (0, "method    slerp\n", "")
     assert json.loads(run("plan", "r.yml", "--json")[1]) == {"tensors": 75}
 
 

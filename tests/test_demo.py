@@ -14,6 +14,7 @@ import pytest
 import yaml
 from oxmerge import demo as demo_module
 from oxmerge.demo import SIZES, Demo, describe, make_demo
+from oxmerge.errors import OutputError
 from safetensors import safe_open
 
 if TYPE_CHECKING:
@@ -133,7 +134,55 @@ def test_a_short_disk_makes_sparse_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert make_demo(tmp_path).sparse
 
 
-def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError):
-        make_demo(tmp_path)
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name a size that takes no time to make."""
+    monkeypatch.setitem(SIZES, "small", SMALL)
+    return "small"
+
+
+def test_what_was_interrupted_is_made_again(
+    tmp_path: Path, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_module, "_write_weights", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make_demo(tmp_path, small)
+    (tmp_path / "merged").mkdir()
+    made = make_demo(tmp_path, small)
+    assert len(list(made.models[1].glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["thesis.txt"],
+        ["recipe.yml"],
+        ["merged/config.json"],
+        ["demo-base/thesis.txt"],
+        ["merged/config.json", "recipe.yml"],
+    ],
+)
+def test_a_folder_with_other_things_is_refused(
+    tmp_path: Path, small: str, names: list[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = digest(tmp_path)
+    with pytest.raises(OutputError, match="is not the demo's"):
+        make_demo(tmp_path, small)
+    assert digest(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "recipe.yml"])
+def test_a_demo_that_someone_works_in_is_refused(tmp_path: Path, small: str, name: str) -> None:
+    make_demo(tmp_path, small)
+    (tmp_path / name).write_text("mine")
+    before = digest(tmp_path)
+    with pytest.raises(OutputError, match=f"`{name}`.* is not the demo's"):
+        make_demo(tmp_path, small)
+    assert digest(tmp_path) == before

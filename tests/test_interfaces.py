@@ -253,6 +253,20 @@ def test_importing_loads_nothing_heavy() -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+@pytest.mark.parametrize(("profile", "warns"), [("debug", True), ("release", False)])
+def test_importing_an_unoptimised_build_warns(profile: str, *, warns: bool) -> None:
+    code = (
+        "import sys, types\n"
+        "core = sys.modules['oxmerge._core'] = types.ModuleType('oxmerge._core')\n"
+        f"core.build_info = lambda: {{'version': '0', 'profile': '{profile}'}}\n"
+        "import oxmerge\n"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0
+    warning = "RuntimeWarning: oxmerge was built without optimisation and is very slow"
+    assert (warning in done.stderr) is warns
+
+
 def test_public_names_are_there() -> None:
     for name in oxmerge.__all__:
         assert getattr(oxmerge, name) is not None
@@ -409,6 +423,20 @@ def test_the_demo(tmp_path: Path) -> None:
         assert all(np.isfinite(a.astype(np.float32)).all() for a in checkpoint.values())
     report = json.loads((merged / "oxmerge_report.json").read_text())
     assert report["peak_memory"] <= report["memory"]
+
+
+def test_the_report_beside_the_weights(tmp_path: Path, twins: Path) -> None:
+    report = oxmerge.merge(twins / "linear.yml", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "oxmerge_report.json").read_text())
+    until_commit = written.pop("seconds_before_commit")
+    assert 0 < report.seconds < until_commit < report.total_seconds
+    assert written.pop("left_out") == []
+    told = report.as_dict()
+    assert told.pop("total_seconds") == report.total_seconds
+    assert written == told
+    assert report.read_gb_per_second == report.bytes_read / report.seconds / 1e9
+    assert report.written_gb_per_second == report.bytes_written / report.seconds / 1e9
+    assert 0 < report.peak_memory <= report.memory
 
 
 def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:

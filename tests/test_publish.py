@@ -6,6 +6,8 @@ import errno
 import itertools
 import json
 import os
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,7 +25,6 @@ from oxmerge.side_files import SideFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 OLD = {
@@ -293,6 +294,50 @@ def test_what_stands_in_the_way_is_found_before_the_switch(tmp_path: Path, kind:
         commit(output, contents)
     discard(output)
     assert read_all(out) == before
+
+
+def test_folders_are_on_the_disk_before_the_config_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents, _ = new_contents(tmp_path)
+    calls: list[Path] = []
+    rename, fsync = os.rename, os.fsync
+
+    def record_rename(source: Path, target: Path) -> None:
+        calls.append(target)
+        rename(source, target)
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "rename", record_rename)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    out = tmp_path / "new" / "out"
+    output = prepare(out)
+    assert calls[:2] == [tmp_path, tmp_path / "new"]
+    write_shards(output, contents)
+    commit(output, contents)
+    pooling = out / "1_Pooling"
+    placed, config = calls.index(pooling / "config.json"), calls.index(out / "config.json")
+    assert placed < calls.index(pooling) < config
+
+
+def test_a_handler_of_another_program_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an interpreter inside a program that had set one: Python does not know it."""
+
+    def set_handler(_: int, handler: object) -> None:
+        assert handler is not None, "Python cannot put a handler back that it does not know"
+
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)
+    monkeypatch.setattr(signal, "signal", set_handler)
+    contents, expected = new_contents(tmp_path)
+    output = prepare(tmp_path / "out")
+    write_shards(output, contents)
+    commit(output, contents)
+    assert read_all(tmp_path / "out") == expected
 
 
 def test_discard_removes_only_its_own(tmp_path: Path) -> None:

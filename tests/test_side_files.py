@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from typing import TYPE_CHECKING
 
+import oxmerge
 import pytest
 from oxmerge.side_files import copy_bytes, find_side_files, is_index, is_loadable_weight
+from writers import directory_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,12 +36,23 @@ COPIED = [
     "1_Pooling/config.json",
     "additional_chat_templates/tool.jinja",
     "deep/er/file.txt",
+    ".gitattributes",
+    "adapter_config.json",
+    "original/params.json",
+    "onnx/config.json",
 ]
 LEFT_OUT = {
-    "model-00001-of-00002.safetensors": "weights",
+    "model-00001-of-00002.safetensors": "written anew",
+    "model.safetensors.index.json": "written anew",
     "MODEL.SAFETENSORS": "weights",
     "pytorch_model.bin": "weights",
-    "model.safetensors.index.json": "an index of weights",
+    "adapter_model.safetensors": "weights",
+    "original/consolidated.00.pth": "weights",
+    "original/model.safetensors.index.json": "an index of weights",
+    "original/model-00001-of-00002.safetensors": "weights",
+    "onnx/sub/model.onnx": "weights",
+    "onnx/sub/model.onnx_data_1": "weights",
+    "rust_model.ot": "weights",
     "pytorch_model.bin.index.json": "an index of weights",
     "consolidated.00.pth": "weights",
     "model.gguf": "weights",
@@ -51,19 +65,18 @@ LEFT_OUT = {
     "trainer_state.json": "training state",
     "training_args.bin": "training state",
     "events.out.tfevents.1.host": "training state",
-    "adapter_config.json": "an adapter",
-    ".gitattributes": "hidden",
     "README.md": "written anew",
     "config.json": "written anew",
     "mergekit_config.yml": "of an earlier merge",
     "oxmerge_recipe.yml": "of an earlier merge",
+    ".model.safetensors.oxmerge-partial": "of an earlier merge",
 }
 FOLDERS = {
-    "original/": ("original/params.json", "original/consolidated.00.pth"),
-    "onnx/": ("onnx/config.json", "onnx/sub/model.onnx"),
-    ".cache/": (".cache/x.json",),
-    "checkpoint-500/": ("checkpoint-500/notes.txt",),
+    ".cache/": ("hidden", ".cache/x.json"),
+    "checkpoint-500/": ("training state", "checkpoint-500/notes.txt"),
+    "out/": ("of an earlier merge", "out/oxmerge_report.json"),
 }
+MERGED = frozenset({"model-00001-of-00002.safetensors", "model.safetensors.index.json"})
 
 
 def put(root: Path, name: str, data: bytes = b"x") -> None:
@@ -74,15 +87,13 @@ def put(root: Path, name: str, data: bytes = b"x") -> None:
 
 
 def test_every_file_has_a_fate(tmp_path: Path) -> None:
-    for name in [*COPIED, *LEFT_OUT, *(name for names in FOLDERS.values() for name in names)]:
+    for name in [*COPIED, *LEFT_OUT, *(name for _, name in FOLDERS.values())]:
         put(tmp_path, name, name.encode())
-    found = find_side_files(tmp_path)
+    found = find_side_files(tmp_path, MERGED)
     assert [file.name for file in found.copied] == sorted(COPIED)
     assert found.total_bytes == sum(len(name) for name in COPIED)
     reasons = {entry.name: entry.reason for entry in found.left_out}
-    assert {name: reasons[name] for name in LEFT_OUT} == LEFT_OUT
-    assert set(reasons) == {*LEFT_OUT, *FOLDERS}
-    assert reasons["original/"] == "a folder with weights"
+    assert reasons == {**LEFT_OUT, **{name: reason for name, (reason, _) in FOLDERS.items()}}
 
 
 def test_a_config_in_a_folder_is_not_ours(tmp_path: Path) -> None:
@@ -99,8 +110,14 @@ def test_parts_of_a_pipeline_come_whole(tmp_path: Path) -> None:
     put(tmp_path, "2_Dense/config.json")
     put(tmp_path, "2_Dense/optimizer.pt")
     put(tmp_path, "3_Other/model.safetensors")
+    put(tmp_path, "3_Other/config.json")
     names = [file.name for file in find_side_files(tmp_path).copied]
-    assert names == ["2_Dense/config.json", "2_Dense/model.safetensors", "modules.json"]
+    assert names == [
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "3_Other/config.json",
+        "modules.json",
+    ]
 
 
 @pytest.mark.parametrize("text", [b"{", b"{}", b"[1]", b'[{"path": 3}]', b"\xff"])
@@ -130,6 +147,30 @@ def test_a_single_file_has_none(tmp_path: Path) -> None:
     put(tmp_path, "model.safetensors")
     put(tmp_path, "tokenizer.json")
     assert find_side_files(tmp_path / "model.safetensors").copied == ()
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, twins: Path) -> None:
+    shutil.copytree(twins, tmp_path, dirs_exist_ok=True)
+    donor = tmp_path / "a"
+    put(donor, "adapter_config.json")
+    put(donor, "original/params.json", b"{}")
+    put(donor, "original/model.safetensors")
+    for shard in range(1, 10):
+        put(donor, f"pytorch_model-{shard}-of-9.bin")
+    outlook = oxmerge.plan(tmp_path / "linear.yml", memory="4GiB")
+    shards = [f"pytorch_model-{shard}-of-9.bin: weights" for shard in range(1, 10)]
+    assert list(outlook.left_out) == ["original/model.safetensors: weights", *shards]
+    assert f"not copied  {shards[8]}\n" in str(outlook)
+    report = oxmerge.merge(tmp_path / "linear.yml", donor / "out", memory="4GiB")
+    assert report.notes[-2].startswith("not copied from the donor: `original/model.safetensors`, ")
+    assert report.notes[-2].endswith("`pytorch_model-7-of-9.bin` and 2 more")
+    assert "`adapter_config.json` is copied, but no adapter's weights" in report.notes[-1]
+    written = json.loads((donor / "out" / "oxmerge_report.json").read_text())
+    assert written["left_out"] == list(outlook.left_out)
+    names = set(directory_bytes(donor / "out"))
+    assert names >= {"model.safetensors", "adapter_config.json", "original/params.json"}
+    oxmerge.merge(tmp_path / "linear.yml", donor / "out", memory="4GiB", overwrite=True)
+    assert set(directory_bytes(donor / "out")) == names
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])

@@ -67,6 +67,8 @@ def test_inputs_are_read_once_for_all(tmp_path: Path, family: Path) -> None:
     # The threshold is found once: only the sample may differ.
     assert reports[0].bytes_read == pytest.approx(single.bytes_read, rel=0.01)
     assert (tmp_path / "w0.3" / "model.safetensors").exists()
+    seconds, written = reports[0].seconds, 9 * reports[0].bytes_written
+    assert reports[0].written_gb_per_second == written / seconds / 1e9
 
 
 def test_the_recipe_beside_an_output_makes_it_again(tmp_path: Path, family: Path) -> None:
@@ -137,6 +139,20 @@ def test_recipes_and_paths_as_merge_takes_them(tmp_path: Path, family: Path) -> 
     assert len(variants(variant.recipe, pattern, {WEIGHT: "0:1:4"})) == 4
     with pytest.raises(ValueError, match="read_path must be one of"):
         oxmerge.sweep(recipe, pattern, {WEIGHT: 0.7}, read_path="fast")
+
+
+def test_what_aliases_share_is_set_in_one_place() -> None:
+    recipe = (
+        "merge_method: ties\nbase_model: base\nmodels:\n"
+        "  - model: a\n    parameters: &same {weight: 0.5, density: 0.5}\n"
+        "  - model: b\n    parameters: *same\n"
+    )
+    made = variants(recipe, "out/{n}", {WEIGHT: [0.1, 0.9]})
+    weights = [
+        [source.parameters["weight"].choices[0].values for source in variant.recipe.models]
+        for variant in made
+    ]
+    assert weights == [[(0.1,), (0.5,)], [(0.9,), (0.5,)]]
 
 
 def test_values() -> None:

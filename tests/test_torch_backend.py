@@ -806,6 +806,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_loads_nothing(tmp_path: Path, twins: 
     [
         # Bytes a second of CPU, GPU and disk; and how many times the bytes of the plan there are.
         ((9e9, 9e10, 1e9), 1e6, "cpu", "the disk is the limit"),
+        ((1e9, 9e10, 1e9), 1e6, "cpu", "the disk is the limit"),
         ((1e9, 9e10, 9e9), 1e2, "cpu", "too short"),
         ((1e9, 0.9e9, 9e9), 1e6, "cpu", "the GPU would not be faster"),
         ((1e9, 9e10, 9e9), 1e6, "cuda", "with the GPU"),

@@ -90,6 +90,7 @@ class FakeCheckpoint:
     files: list[dict[str, Any]]
     tensors: list[FakeTensor]
     warnings: list[str]
+    index: dict[str, Any] | None = None
 
 
 class FakeCore:

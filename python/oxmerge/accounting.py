@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import Any
 
 __all__ = ["Accounting", "ModelAccount", "compact_names"]
 
@@ -55,6 +56,34 @@ class ModelAccount:
         fates |= {f"dropped: {reason}": names for reason, names in self.dropped.items()}
         return ((fate, names) for fate, names in fates.items() if names)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as data, with runs of numbers in names folded."""
+        return {
+            "model": self.model,
+            "tensors": self.total,
+            "merged": compact_names(self.merged),
+            "copied": compact_names(self.copied),
+            "dropped": {reason: compact_names(names) for reason, names in self.dropped.items()},
+        }
+
+    def summary(self) -> Iterator[str]:
+        """Yield lines: how many tensors, and which are dropped, unless that is all of them."""
+        counts = {
+            "merged": len(self.merged),
+            "copied": len(self.copied),
+            "dropped": self.dropped_count,
+        }
+        yield ", ".join(
+            [
+                f"{self.model}: {self.total} tensors",
+                *(f"{count} {fate}" for fate, count in counts.items() if count),
+            ]
+        )
+        for reason, names in self.dropped.items():
+            yield f"  dropped: {reason} ({len(names)})"
+            if len(names) < self.total:
+                yield from (f"    {name}" for name in compact_names(names))
+
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
@@ -71,8 +100,6 @@ class Accounting:
     def render(self) -> str:
         """Return it as text, with runs of layers on one line."""
         return "\n".join(line for account in self.models for line in _render(account))
-
-    __str__ = render
 
 
 def _render(account: ModelAccount) -> Iterator[str]:

@@ -8,9 +8,9 @@ zeros, no space on disk, but read and merged like any others.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import re
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from oxmerge.errors import OutputError
 from oxmerge.sizes import format_size
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ _CHUNK = 1 << 20
 _BASE_SPREAD = 0.02
 _TUNING_SPREAD = 0.001
 _ALIGNMENT = 8
+#: What a demo's folder may hold: its models, its recipe, and what it merged.
+_OURS = re.compile(r"demo-base|demo-tuned(-\d+)?|recipe\.yml|merged")
 _RECIPE = """\
 # More of the fine-tuned model from the first layer to the last.
 merge_method: slerp
@@ -113,7 +116,7 @@ def make_demo(
     Parameters
     ----------
     directory
-        New, empty, or of an earlier demo, whose files are replaced.
+        New, empty, or of an earlier demo and nothing else; that one's files are replaced.
     size
         One of `SIZES`.
     seed
@@ -123,8 +126,8 @@ def make_demo(
 
     Raises
     ------
-    FileExistsError
-        If the directory holds something else.
+    OutputError
+        If the directory holds something else, or a recipe that is not the demo's.
     """
     folder = Path(directory)
     shape = SIZES[size]
@@ -134,12 +137,13 @@ def make_demo(
     filled = shape.filled and _has_space(folder, (2 + tuned) * size_of_each)
     names = (*MODEL_NAMES, *(f"{MODEL_NAMES[1]}-{number}" for number in range(2, tuned + 1)))
     models = tuple(folder / name for name in names)
+    recipe = folder / RECIPE_NAME
+    # First: it is what a folder is known by as a demo's, also where the rest was interrupted.
+    recipe.write_text(_recipe_text(), encoding="utf-8")
     for model in models:
         model.mkdir(exist_ok=True)
         _write_side_files(model, shape)
     _write_weights(models, _split(tensors, shape.shards), seed if filled else None)
-    recipe = folder / RECIPE_NAME
-    recipe.write_text(_RECIPE.format(base=MODEL_NAMES[0], tuned=MODEL_NAMES[1]), encoding="utf-8")
     return Demo(recipe, models, size_of_each, sparse=not filled)
 
 
@@ -155,15 +159,38 @@ def describe(demo: Demo) -> str:
 
 
 def _claim(folder: Path) -> None:
+    """Make sure that nothing in `folder` is anyone's but the demo's, and remove its old weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    ours = {*MODEL_NAMES, RECIPE_NAME}
-    names = set(os.listdir(folder))
-    if names and not names & ours:
-        raise FileExistsError(errno.EEXIST, "the directory holds something else", str(folder))
-    for name in MODEL_NAMES:
-        # Files of another size would be taken for part of the model.
-        for old in (folder / name).glob("model*.safetensors*"):
-            old.unlink()
+    names = sorted(os.listdir(folder))
+    for name in names:
+        if not _OURS.fullmatch(name):
+            raise _not_ours(f"`{name}` in it is not the demo's", folder)
+    if names and not _has_our_recipe(folder):
+        raise _not_ours(f"its `{RECIPE_NAME}` is not the demo's", folder)
+    for name in names:
+        if name.startswith("demo-"):
+            # Files of another size would be taken for part of the model.
+            for old in (folder / name).glob("model*.safetensors*"):
+                old.unlink()
+
+
+def _has_our_recipe(folder: Path) -> bool:
+    try:
+        return (folder / RECIPE_NAME).read_bytes() == _recipe_text().encode()
+    except FileNotFoundError:
+        return False
+
+
+def _recipe_text() -> str:
+    return _RECIPE.format(base=MODEL_NAMES[0], tuned=MODEL_NAMES[1])
+
+
+def _not_ours(reason: str, folder: Path) -> OutputError:
+    return OutputError(
+        f"{reason}, and would be in the way of the demo",
+        file=str(folder),
+        advice="name a new directory with `--directory`",
+    )
 
 
 def _has_space(folder: Path, needed: int) -> bool:

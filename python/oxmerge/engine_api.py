@@ -47,6 +47,10 @@ class Checkpoint(Protocol):
         """Its files, as a plan lists them."""
 
     @property
+    def index(self) -> dict[str, Any] | None:
+        """Its index, as a plan lists files; None if it is a single file."""
+
+    @property
     def tensors(self) -> Sequence[TensorInfo]:
         """Its tensors, in file order."""
 

@@ -35,6 +35,8 @@ class InputModel:
         Where it lies.
     config : dict
         Its config.json; empty if it has none.
+    config_file : dict, optional
+        The file it was read from, as it was then; None if there is none.
     checkpoint : Checkpoint
         Its headers.
     tensors : dict of str to TensorInfo
@@ -47,6 +49,7 @@ class InputModel:
     reference: str
     path: str
     config: dict[str, Any]
+    config_file: dict[str, Any] | None
     checkpoint: Checkpoint
     tensors: dict[str, TensorInfo]
     layout: Layout
@@ -54,6 +57,12 @@ class InputModel:
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
         return str(self.checkpoint.files[tensor.file]["path"])
+
+    @property
+    def file_names(self) -> frozenset[str]:
+        """The names of the files that its tensors are in, and of their index."""
+        files = [*self.checkpoint.files, *filter(None, [self.checkpoint.index])]
+        return frozenset(os.path.basename(file["path"]) for file in files)
 
     @property
     def is_tied(self) -> bool:
@@ -149,26 +158,41 @@ class Inputs:
 
     def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
         tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-        config = self._read_config(path)
+        config, config_file = self._read_config(path)
         counts = find_layer_counts(config)
         if not config and self.models:
             counts = find_layer_counts(self.models[0].config)  # its siblings' config will do
         layout = find_layout(tensors, counts)
-        return InputModel(len(self.models), reference, path, config, checkpoint, tensors, layout)
+        return InputModel(
+            len(self.models), reference, path, config, config_file, checkpoint, tensors, layout
+        )
 
-    def _read_config(self, path: str) -> dict[str, Any]:
+    def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return the config beside the weights, and the file it is in as it was then."""
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         file_name = os.path.join(folder, "config.json")
         try:
             with open(file_name, encoding="utf-8") as file:
+                status = os.fstat(file.fileno())
                 config = json.load(file)
         except FileNotFoundError:
-            return {}
+            return {}, None
         except (OSError, ValueError, RecursionError) as error:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
             self.problems.append(Problem("config", message, file=file_name, advice=advice))
-            return {}
-        return config if isinstance(config, dict) else {}
+            return {}, None
+        return config if isinstance(config, dict) else {}, _as_it_is(file_name, status)
+
+
+def _as_it_is(path: str, status: os.stat_result) -> dict[str, Any]:
+    """Return a file as a plan lists it."""
+    return {
+        "path": path,
+        "size": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "device": status.st_dev,
+        "inode": status.st_ino,
+    }
 
 
 def _os_message(error: OSError) -> str:

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
-from oxmerge.devices import UNTRIED, Choice, choose, open_backend
+from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.option_names import READ_PATHS, check_device, check_threads
-from oxmerge.outcome import Outcome, method_description
+from oxmerge.outcome import Outcome
+from oxmerge.outlook import Outlook
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
 from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
 from oxmerge.recipe import Recipe
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from oxmerge.problems import Problem
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
@@ -61,113 +61,12 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """What a merge would do.
-
-    Attributes
-    ----------
-    merge_plan : MergePlan
-        The plan itself, with the accounting of every tensor.
-    disk : int
-        Bytes that the output needs on the disk.
-    memory : int
-        Predicted high-water mark of the process's resident set, bytes.
-    threads : int
-        Threads that will work.
-    left_out : tuple of str
-        The donor's files that are not copied, with the reason.
-    rereads_from_cache : bool, optional
-        Whether what is read several times fits the free memory; None if nothing is.
-    device : str
-        Where it would compute.
-    fastest : Choice
-        The device that is expected to be the fastest, and why.
-    """
-
-    merge_plan: MergePlan
-    disk: int
-    memory: int
-    threads: int
-    left_out: tuple[str, ...]
-    rereads_from_cache: bool | None
-    device: str
-    fastest: Choice
-
-    @property
-    def cost(self) -> str:
-        """How often the inputs are read, and from where again."""
-        cost: str = method_description(self.method)["cost"]
-        if self.rereads_from_cache is None:
-            return cost
-        again = "the page cache" if self.rereads_from_cache else "the disk: memory is short"
-        return f"{cost}, again from {again}"
-
-    @property
-    def method(self) -> str:
-        """The merge method."""
-        return self.merge_plan.plan.method
-
-    @property
-    def tensors(self) -> int:
-        """How many tensors the output has."""
-        return len(self.merge_plan.plan.tensors)
-
-    @property
-    def files(self) -> int:
-        """How many weight files the output has."""
-        return len(self.merge_plan.plan.shards)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of input tensors that are used."""
-        return sum(tensor.source_bytes for tensor in self.merge_plan.plan.tensors)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of output tensors."""
-        return sum(tensor.bytes for tensor in self.merge_plan.plan.tensors)
-
-    @property
-    def warnings(self) -> tuple[Problem, ...]:
-        """What has no effect, and what is left out."""
-        return self.merge_plan.warnings
-
-    @property
-    def accounting(self) -> dict[str, int]:
-        """How many input tensors are merged, copied, dropped."""
-        models = self.merge_plan.accounting.models
-        return {
-            "merged": sum(len(model.merged) for model in models),
-            "copied": sum(len(model.copied) for model in models),
-            "dropped": sum(model.dropped_count for model in models),
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the numbers as data."""
-        names = (
-            "method",
-            "cost",
-            "tensors",
-            "files",
-            "bytes_read",
-            "bytes_written",
-            "disk",
-            "memory",
-        )
-        return {
-            **{name: getattr(self, name) for name in names},
-            "threads": self.threads,
-            "device": self.device,
-            "fastest": {"device": self.fastest.device, "reason": self.fastest.reason},
-            "accounting": self.accounting,
-            "left_out": list(self.left_out),
-            "warnings": [str(warning) for warning in self.warnings],
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class MergeReport:
     """What a merge did.
+
+    ``oxmerge_report.json``, beside the weights, says the same but for `total_seconds`: being one of
+    the files, it cannot know when all are in place. Instead it has ``seconds_before_commit``, from
+    reading the recipe to when the other files are copied and everything is renamed.
 
     Attributes
     ----------
@@ -179,6 +78,8 @@ class MergeReport:
         Bytes of tensors; re-reads are counted.
     seconds : float
         From the first read to the last flush of the weights.
+    read_gb_per_second, written_gb_per_second : float
+        Bytes of tensors (10**9) by `seconds`; of everything that was merged together.
     total_seconds : float
         From reading the recipe to the finished directory.
     peak_memory : int
@@ -203,6 +104,8 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     seconds: float
+    read_gb_per_second: float
+    written_gb_per_second: float
     total_seconds: float
     peak_memory: int
     predicted_memory: int
@@ -278,7 +181,7 @@ def plan(
         memory=predicted["predicted"],
         threads=predicted["workers"],
         left_out=outcome.left_out,
-        rereads_from_cache=_fits_free_memory(merge_plan) if predicted["rereads"] else None,
+        reread_bytes=_bytes_reread(merge_plan) if predicted["rereads"] else None,
         device=_name(backend),
         fastest=fastest,
     )
@@ -337,7 +240,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     Raises
     ------
     RecipeError, PlanError
-        With every problem that the recipe and the headers show, before any tensor is read.
+        With every problem that the recipe and the headers show, before any tensor is read. And when
+        integer tensors, which can only be copied, turn out to differ; no output is left.
     OutputError, FileExistsError
         If the output cannot go to `directory`.
     MemoryBudgetError
@@ -345,7 +249,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     DeviceError
         If there is no such device, or torch is not installed.
     InputChangedError
-        If an input changed while it was read; no output is left.
+        If an input, its config or index changed while the merge ran; no output is left.
     OSError
         If a file cannot be read or written, or the disk is full; no output is left.
     """
@@ -398,10 +302,13 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     needed = sum(outcome.bytes for _, outcome in prepared)
     outputs: list[OutputDirectory] = []
     try:
-        for (merge_plan, _), (_, directory) in zip(prepared, merges, strict=True):
-            files = merge_plan.plan.files
+        for (merge_plan, outcome), (_, directory) in zip(prepared, merges, strict=True):
             output = prepare_output(
-                directory, overwrite=overwrite, input_files=files, needed_bytes=needed
+                directory,
+                overwrite=overwrite,
+                input_files=merge_plan.plan.files,
+                needed_bytes=needed,
+                names=outcome.file_names,
             )
             outputs.append(output)
         with backend or nullcontext():
@@ -460,8 +367,10 @@ def _finish(
         tensors=len(merge_plan.plan.tensors),
         files=len(merge_plan.plan.shards),
         bytes_read=done["bytes_read"],
-        bytes_written=_bytes_written(merge_plan),
+        bytes_written=merge_plan.plan.bytes_written,
         seconds=done["seconds"],
+        read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
+        written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
         total_seconds=time.perf_counter() - started,
         peak_memory=done["peak_memory"],
         predicted_memory=done["memory"]["predicted"],
@@ -472,9 +381,15 @@ def _finish(
         warnings=tuple(map(str, merge_plan.warnings)),
         notes=(*outcome.notes, *done["notes"]),
     )
-    leftovers = commit(output, outcome.contents(report.as_dict()))
+    story = report.as_dict()
+    story["seconds_before_commit"] = story.pop("total_seconds")
+    leftovers = commit(output, outcome.contents(story))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
+
+
+def _gb_per_second(size: int, seconds: float) -> float:
+    return size / max(seconds, 1e-9) / 1e9
 
 
 def _budget(memory: int | str | None) -> int:
@@ -504,19 +419,17 @@ def _check_options(threads: int | None, read_path: str, device: str) -> None:
         raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
 
 
-def _fits_free_memory(merge_plan: MergePlan) -> bool | None:
-    """Return whether the tensor with the most input fits the memory that is free."""
-    largest = max((tensor.source_bytes for tensor in merge_plan.plan.tensors), default=0)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(line for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return largest < int(available.split()[1]) * 1024
+def _bytes_reread(merge_plan: MergePlan) -> int:
+    """Return the bytes of tensors that the page cache cannot hold until they are read again."""
+    free = _free_memory()
+    sizes = (tensor.source_bytes for tensor in merge_plan.plan.tensors)
+    return sum(size for size in sizes if size > free)
 
 
-def _bytes_written(merge_plan: MergePlan) -> int:
-    return sum(tensor.bytes for tensor in merge_plan.plan.tensors)
+def _free_memory() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024
 
 
 def _reporter(
@@ -524,7 +437,7 @@ def _reporter(
 ) -> Callable[[int, int, int, str, int], None] | None:
     if progress is None:
         return None
-    total = sum(map(_bytes_written, merge_plans))
+    total = sum(merge_plan.plan.bytes_written for merge_plan in merge_plans)
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
         progress(Snapshot(written, total, read, tensors, current, peak))

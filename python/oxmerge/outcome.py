@@ -9,18 +9,19 @@ from oxmerge import _core
 from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, model_card
 from oxmerge.output_config import edit_config, json_text
 from oxmerge.publish import Contents
-from oxmerge.side_files import SideFiles, find_side_files, is_index
+from oxmerge.side_files import WRITTEN_ANEW, SideFiles, find_side_files, is_index
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge.planning import MergePlan
+    from oxmerge.side_files import LeftOut
 
 __all__ = ["Outcome", "method_description"]
 
-#: Why files are left out that the output has anew.
-_EXPECTED = frozenset({"weights", "an index of weights", "written anew"})
+#: Files left out that a note names; the report has all.
+_SHOWN = 8
 #: Room for the run report, whose exact size is known only afterwards.
 _REPORT_BYTES = 64 << 10
 
@@ -64,20 +65,23 @@ class Outcome:
         PlanError
             If the donor's config cannot describe the output.
         """
-        side_files = find_side_files(_folder(merge_plan.models[merge_plan.donor].path))
+        donor = merge_plan.models[merge_plan.donor]
+        side_files = find_side_files(_folder(donor.path), donor.file_names)
         config, notes = _config(merge_plan)
+        notes += _notes(side_files)
         recipe = merge_plan.recipe.text
         card = _card(merge_plan, recipe)
-        left_out = [entry for entry in side_files.left_out if entry.reason not in _EXPECTED]
-        names = ", ".join(f"`{entry.name}`" for entry in left_out)
-        notes = (*notes, f"not copied from the donor: {names}") if names else notes
         return cls(merge_plan, config, _index(merge_plan), card, recipe, side_files, notes)
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """The donor's files that are not in the output in any form, with the reason."""
-        left_out = (entry for entry in self.side_files.left_out if entry.reason not in _EXPECTED)
-        return tuple(f"{entry.name}: {entry.reason}" for entry in left_out)
+        return tuple(f"{entry.name}: {entry.reason}" for entry in _left_out(self.side_files))
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files that the output directory will hold."""
+        return self.contents({}).names
 
     @property
     def bytes(self) -> int:
@@ -102,6 +106,24 @@ class Outcome:
             side_files=self.side_files.copied,
             texts=texts,
         )
+
+
+def _left_out(side_files: SideFiles) -> list[LeftOut]:
+    return [entry for entry in side_files.left_out if entry.reason != WRITTEN_ANEW]
+
+
+def _notes(side_files: SideFiles) -> tuple[str, ...]:
+    notes = []
+    left_out = [f"`{entry.name}`" for entry in _left_out(side_files)]
+    if left_out:
+        more = f" and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
+        notes.append(f"not copied from the donor: {', '.join(left_out[:_SHOWN])}{more}")
+    if any(file.name == "adapter_config.json" for file in side_files.copied):
+        notes.append(
+            "`adapter_config.json` is copied, but no adapter's weights: a loader that knows PEFT "
+            "looks for them, so remove it where it is not wanted"
+        )
+    return tuple(notes)
 
 
 def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:

@@ -81,10 +81,6 @@ class MergePlan:
         """Return the plan as the engine reads it."""
         return self.plan.to_json()
 
-    def render_accounting(self) -> str:
-        """Return what becomes of every tensor, as text."""
-        return self.accounting.render()
-
 
 def build_plan(
     recipe: Recipe,
@@ -220,6 +216,8 @@ class _Planner:
         files: list[dict[str, Any]] = []
         for model in self.inputs.models:
             files += model.checkpoint.files
+        for model in self.inputs.models:
+            files += [file for file in (model.config_file, model.checkpoint.index) if file]
         return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards))
 
     def check_with_engine(self, plan: Plan) -> None:

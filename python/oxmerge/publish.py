@@ -24,7 +24,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from oxmerge._core import partial_name
@@ -101,6 +101,12 @@ class Contents:
     side_files: Sequence[SideFile] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all files, with those of an index and a config that there may not be."""
+        copied = (file.name for file in self.side_files)
+        return (*self.shards, *copied, *self.texts, INDEX_NAME, CONFIG_NAME)
+
 
 def prepare_output(
     directory: str | os.PathLike[str],
@@ -108,6 +114,7 @@ def prepare_output(
     overwrite: bool,
     input_files: Iterable[Mapping[str, Any]],
     needed_bytes: int,
+    names: Iterable[str] = (),
 ) -> OutputDirectory:
     """Check that the output can go to `directory`, and make it ready.
 
@@ -123,14 +130,16 @@ def prepare_output(
         The plan's input files: mappings with `device` and `inode`.
     needed_bytes
         Exact size of all that will be written.
+    names
+        The files that will be written, as `Contents` names them.
 
     Raises
     ------
     FileExistsError
         If the directory holds something and `overwrite` is not set.
     OutputError
-        If the output would replace an input, or the directory holds something else than a model,
-        or another run writes there.
+        If the output would replace an input, or the directory holds something else than a model
+        or something in the place of a file, or another run writes there.
     OSError
         If it cannot be written to, or (ENOSPC) does not have the space.
     """
@@ -140,6 +149,7 @@ def prepare_output(
         raise OutputError("a link to nowhere", file=str(output.path))
     if output.path.exists():
         _check_existing(output, {(file["device"], file["inode"]) for file in input_files})
+        _check_places(output, names)
     _check_space(output.path, needed_bytes)
     try:
         _create(output)
@@ -232,6 +242,28 @@ def _check_existing(output: OutputDirectory, inputs: set[tuple[int, int]]) -> No
         )
 
 
+def _check_places(output: OutputDirectory, names: Iterable[str]) -> None:
+    for name in names:
+        _check_place(output, name)
+
+
+def _check_place(output: OutputDirectory, name: str) -> None:
+    """Find out now what would make a rename fail, or lead out of the directory, later on."""
+    target = output.path / name
+    folders = [output.path / folder for folder in _folders([name])]
+    blocked = [
+        path for path in folders if path.is_symlink() or (path.exists() and not path.is_dir())
+    ]
+    if target.is_dir() and not target.is_symlink():
+        blocked.append(target)
+    if blocked:
+        raise OutputError(
+            f"`{name}` has to be written here, and something else is in its place",
+            file=str(blocked[0]),
+            advice="move it away, or name another directory",
+        )
+
+
 def _entries(path: Path) -> list[os.DirEntry[str]]:
     with os.scandir(path) as entries:
         return sorted(entries, key=lambda entry: entry.name)
@@ -269,6 +301,7 @@ def _create(output: OutputDirectory) -> None:
     for folder in reversed(missing):
         os.mkdir(folder)
         output.created.append(folder)
+        _flush(folder.parent)
 
 
 def _lock(output: OutputDirectory) -> None:
@@ -310,8 +343,8 @@ def _stage(output: OutputDirectory, contents: Contents) -> list[str]:
     """Bring everything to disk under partial names; the final names besides the shards."""
     texts = dict(contents.texts)
     names = [file.name for file in contents.side_files if file.name not in texts]
-    for name in (*contents.shards, *names, *texts, INDEX_NAME, CONFIG_NAME):
-        _check_place(output, name)
+    # Again: much can have happened here while the weights were written.
+    _check_places(output, contents.names)
     for name in contents.shards:
         _flush(output.partial(name))
     for file in contents.side_files:
@@ -327,27 +360,13 @@ def _stage(output: OutputDirectory, contents: Contents) -> list[str]:
     return [*names, *texts]
 
 
-def _check_place(output: OutputDirectory, name: str) -> None:
-    """Find out now what would make a rename fail, or lead out of the directory, later on."""
-    target = output.path / name
-    folders = [output.path / part for part in target.relative_to(output.path).parents if part.name]
-    blocked = [
-        path for path in folders if path.is_symlink() or (path.exists() and not path.is_dir())
-    ]
-    if target.is_dir() and not target.is_symlink():
-        blocked.append(target)
-    if blocked:
-        raise OutputError(
-            f"`{name}` has to be written here, and something else is in its place",
-            file=str(blocked[0]),
-            advice="move it away, or name another directory",
-        )
-
-
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Put off Ctrl-C: between the old model and the new there is nothing to go back to."""
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    # A handler that another program's own code has set, with Python inside it, is left alone:
+    # Python could not put it back.
+    if not is_main or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     pressed: list[int] = []
@@ -372,11 +391,19 @@ def _switch(output: OutputDirectory, contents: Contents, names: Iterable[str]) -
         _remove_old(output.path, lambda name: is_loadable_weight(name) and name not in kept)
     for name in names:
         _place(output, name)
+    for folder in _folders(names):
+        _flush(output.path / folder)
     for name in last:
         _flush(output.path)
         _place(output, name)
     output.finished = True
     _flush(output.path)
+
+
+def _folders(names: Iterable[str]) -> list[PurePath]:
+    """Return the folders that files of these names lie in; for each name, the inner ones first."""
+    parents = (folder for name in names for folder in PurePath(name).parents if folder.name)
+    return list(dict.fromkeys(parents))
 
 
 def _last_names(contents: Contents) -> list[str]:
@@ -399,8 +426,7 @@ def _remove_old(path: Path, is_old: Callable[[str], bool]) -> None:
 def _place(output: OutputDirectory, name: str) -> None:
     """Give a partial file its name."""
     target = output.path / name
-    missing = [folder for folder in target.relative_to(output.path).parents if folder.name]
-    for folder in reversed(missing):
+    for folder in reversed(_folders([name])):
         if not (output.path / folder).is_dir():
             os.mkdir(output.path / folder)
             output.created.append(output.path / folder)

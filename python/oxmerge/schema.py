@@ -168,7 +168,8 @@ class Plan:
     seed : int
         The seed of random masks.
     files : tuple of dict
-        Every input file, as it was when its header was read.
+        Every input file, as it was when it was first read: the weights of every model, and after
+        them the configs and indexes.
     tensors : tuple of OutputTensor
         In file order.
     shards : tuple of dict
@@ -183,6 +184,16 @@ class Plan:
     tensors: tuple[OutputTensor, ...]
     shards: tuple[dict[str, Any], ...]
     version: int = PLAN_VERSION
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all sources."""
+        return sum(tensor.source_bytes for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as it stands in the JSON."""

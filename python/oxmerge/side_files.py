@@ -2,13 +2,13 @@
 
 A model directory holds more than weights: tokenizer, chat template, generation config, image
 processor, custom code, a licence. All of it is copied byte for byte, under the same name, except
-what the merge writes anew, what belongs to the donor's weights or training, and what is hidden.
-The default is to copy, so that a kind of file that is invented tomorrow is not lost.
+what the merge writes anew, weights and their indexes in any format, training state, hidden folders,
+and what an earlier merge has left there. The default is to copy, so that a kind of file that is
+invented tomorrow is not lost.
 
-Folders are copied when they hold no weights: a folder with weights is another form of the same
-model (`original/`, `onnx/`) or a training checkpoint. The exception are folders that the donor's
-`modules.json` names: those are further parts of a sentence-transformers pipeline, which does not
-load without them, so they are copied whole.
+The same goes for folders, with one exception: those that the donor's `modules.json` names are
+further parts of a sentence-transformers pipeline, which does not load without them, so their
+weights are copied too.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from oxmerge.card import REPORT_NAME
+
 _INDEXES = ("*.index.json",)
 _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack",
-    "*.onnx", "*.onnx_data", "*.npz", "*.pkl", "*.pickle", "*.tflite", "*.nemo", "*.pb",
-    "*.engine", "consolidated*", "pytorch_model*", "tf_model*", "flax_model*",
+    "*.onnx", "*.onnx_data*", "*.onnx.data", "*.npz", "*.pkl", "*.pickle", "*.tflite", "*.nemo",
+    "*.pb", "*.ot", "*.mlmodel", "*.keras", "*.engine",
+    "consolidated*", "pytorch_model*", "tf_model*", "flax_model*",
 )  # fmt: skip
 _TRAINING = (
     "optimizer*", "scheduler.*", "scheduler", "rng_state*", "random_states*", "scaler.*",
     "trainer_state.json", "training_args.*", "events.out.tfevents*", "global_step*",
     "checkpoint-*", "zero_to_fp32.py", "latest",
 )  # fmt: skip
-_ADAPTER = ("adapter_config.json", "adapter_model*")
 _WRITTEN_ANEW = ("readme.md", "config.json")
-_RECIPES = ("mergekit_config.y*ml", "oxmerge_*")
+_EARLIER_MERGE = ("mergekit_config.y*ml", "oxmerge_*", ".*.oxmerge-partial")
 # The first that matches is the reason given.
 _REASONS = (
-    ("hidden", (".*",)),
-    ("of an earlier merge", _RECIPES),
+    ("of an earlier merge", _EARLIER_MERGE),
     ("training state", _TRAINING),
-    ("an adapter", _ADAPTER),
     ("an index of weights", _INDEXES),
     ("weights", _WEIGHTS),
 )
@@ -50,6 +50,8 @@ _LOADED_BY_NAME = (
     "*.safetensors", "pytorch_model*.bin", "model*.bin", "consolidated*", "tf_model*.h5",
     "flax_model*.msgpack", "adapter_model*",
 )  # fmt: skip
+#: Why files are left out that the output has in another form.
+WRITTEN_ANEW = "written anew"
 _CHUNK = 64 << 20
 
 
@@ -83,15 +85,22 @@ class SideFiles:
         return sum(file.size for file in self.copied)
 
 
-def find_side_files(donor: Path) -> SideFiles:
+def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFiles:
     """Sort the files of `donor` into those to copy and those to leave out.
 
     Links to files are followed, as model caches are made of them; links to folders are not. A
     donor that is a single file has no side files.
+
+    Parameters
+    ----------
+    donor
+        The directory.
+    merged
+        The names of the weights in it that are merged, and of their index.
     """
     if not donor.is_dir():
         return SideFiles((), ())
-    search = _Search(donor, _pipeline_folders(donor))
+    search = _Search(merged, _pipeline_folders(donor))
     search.folder("", donor)
     return SideFiles(
         tuple(sorted(search.copied, key=lambda file: file.name)),
@@ -147,10 +156,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(lowered, pattern) for pattern in patterns)
 
 
-def _reason_to_leave(name: str, *, top: bool) -> str | None:
+def _reason_to_leave(name: str) -> str | None:
     """Return why a file of that name is not copied, or None."""
-    if top and _matches(name, _WRITTEN_ANEW):
-        return "written anew"
     return next((reason for reason, patterns in _REASONS if _matches(name, patterns)), None)
 
 
@@ -170,8 +177,8 @@ def _pipeline_folders(donor: Path) -> frozenset[str]:
 class _Search:
     """The walk through a donor's directory."""
 
-    def __init__(self, donor: Path, pipeline: frozenset[str]) -> None:
-        self.donor = donor
+    def __init__(self, merged: frozenset[str], pipeline: frozenset[str]) -> None:
+        self.merged = merged
         self.pipeline = pipeline
         self.copied: list[SideFile] = []
         self.left_out: list[LeftOut] = []
@@ -183,7 +190,9 @@ class _Search:
             if entry.is_dir():
                 self._enter(name, Path(entry.path), entry)
                 continue
-            reason = _reason_to_leave(entry.name, top=not prefix)
+            reason = _reason_to_leave(entry.name)
+            if not prefix and (_matches(name, _WRITTEN_ANEW) or name in self.merged):
+                reason = WRITTEN_ANEW
             if whole and reason in {"weights", "an index of weights"}:
                 reason = None
             self._file(name, Path(entry.path), reason)
@@ -202,17 +211,15 @@ class _Search:
             self.left_out.append(LeftOut(name, reason))
 
     def _enter(self, name: str, path: Path, entry: os.DirEntry[str]) -> None:
-        whole = name.split("/", 1)[0] in self.pipeline
-        reason = _reason_to_leave(entry.name, top=False)
-        if reason is None and entry.is_symlink():
+        if entry.name.startswith("."):
+            reason: str | None = "hidden"
+        elif entry.is_symlink():
             reason = "a link to a folder"
-        if reason is None and not whole and _holds_weights(path):
-            reason = "a folder with weights"
+        elif (path / REPORT_NAME).exists():
+            reason = "of an earlier merge"  # perhaps the one that this merge replaces
+        else:
+            reason = "training state" if _matches(entry.name, _TRAINING) else None
         if reason is None:
-            self.folder(name + "/", path, whole=whole)
+            self.folder(name + "/", path, whole=name.split("/", 1)[0] in self.pipeline)
         else:
             self.left_out.append(LeftOut(name + "/", reason))
-
-
-def _holds_weights(folder: Path) -> bool:
-    return any(_matches(name, _WEIGHTS) for _, _, names in os.walk(folder) for name in names)

@@ -1,11 +1,11 @@
-"""Sizes as people write them: ``256MiB``, ``5GB``, ``5B``."""
+"""Sizes and durations as people write them: ``256MiB``, ``5GB``, ``5B``; ``2 min 5 s``."""
 
 from __future__ import annotations
 
 import math
 import re
 
-__all__ = ["format_size", "parse_size", "three_digits"]
+__all__ = ["format_duration", "format_size", "parse_size", "three_digits"]
 
 #: More than that is a slip of the keyboard.
 MOST_BYTES = (1 << 63) - 1
@@ -15,6 +15,7 @@ _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 #: One letter counts in powers of 1000; `b` is a billion bytes, as in mergekit's ``5B``.
 _LETTERS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 _UNITS = _BINARY | _DECIMAL | _LETTERS
+_MINUTE, _HOUR = 60, 3600
 _SIZE = re.compile(r"(?a:\s*(\d+)(?:\.(\d+))?\s*([a-z]*)\s*)", re.IGNORECASE)
 
 
@@ -91,6 +92,16 @@ def format_size(size: int, *, binary: bool = False) -> str:
         return f"{size} B"
     text = three_digits(scaled)
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {names[power]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as people say it."""
+    if seconds < _MINUTE:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < _HOUR:
+        return f"{whole // _MINUTE} min {whole % _MINUTE} s"
+    return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE} min"
 
 
 def three_digits(value: float) -> str:

@@ -198,33 +198,37 @@ def _variant(
     directory: str,
     settings: dict[str, Scalar],
 ) -> Variant:
-    changed = copy.deepcopy(mapping)
     for place, value in settings.items():
-        _put(changed, place, value)
-    return Variant(settings, directory, Recipe.from_mapping(changed, folder=folder))
+        mapping = _replaced(mapping, _steps(place), value, place)
+    return Variant(settings, directory, Recipe.from_mapping(mapping, folder=folder))
 
 
-def _put(mapping: Any, place: str, value: Scalar) -> None:  # noqa: ANN401 - parsed YAML
-    """Set what stands at `place`, such as ``models[0].parameters.weight``."""
+def _steps(place: str) -> list[str | int]:
+    """Return the keys and positions of a place such as ``models[0].parameters.weight``."""
     steps = [name or int(index) for name, index in _STEP.findall(place)]
     written = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
     if not steps or written.lstrip(".") != place:
         raise _no_place(place, place)
-    at = mapping
-    for step in steps[:-1]:
-        if isinstance(step, str) and isinstance(at, dict):
-            at = at.setdefault(step, {})
-        elif isinstance(step, int) and isinstance(at, list) and step < len(at):
-            at = at[step]
-        else:
-            raise _no_place(place, step)
-    last = steps[-1]
-    fits = (
-        isinstance(at, dict) if isinstance(last, str) else isinstance(at, list) and last < len(at)
-    )
-    if not fits:
-        raise _no_place(place, last)
-    at[last] = value
+    return steps
+
+
+def _replaced(at: Any, steps: Sequence[str | int], value: Scalar, place: str) -> Any:  # noqa: ANN401
+    """Return `at` with another value at the end of `steps`.
+
+    What is on the way there is copied, and nothing is changed: other places may share it, by an
+    alias of YAML's.
+    """
+    step, *rest = steps
+    fits = isinstance(at, dict) if isinstance(step, str) else isinstance(at, list)
+    if not fits or (isinstance(step, int) and step >= len(at)):
+        raise _no_place(place, step)
+    copied = copy.copy(at)
+    if rest:
+        inner = at.get(step, {}) if isinstance(step, str) else at[step]
+        copied[step] = _replaced(inner, rest, value, place)
+    else:
+        copied[step] = value
+    return copied
 
 
 class _Names(string.Formatter):
@@ -331,7 +335,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     Returns
     -------
     list of MergeReport
-        One for each output. Times, memory and bytes read are those of the whole sweep.
+        One for each output. Times, rates, memory and bytes read are those of the whole sweep.
 
     Raises
     ------

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use super::{DOWNLOAD_AGAIN, TensorInfo, json, read_text};
 use crate::error::{Error, Result};
+use crate::plan::InputFile;
 
 /// How many names a warning or error spells out.
 const SHOWN: usize = 3;
@@ -21,17 +22,21 @@ pub(super) struct Wanted(HashSet<String>);
 /// An index that passed every check which needs no other file.
 #[derive(Debug)]
 pub(super) struct Index {
+    /// The file that it is, as it was when it was read.
+    pub(super) file: InputFile,
     shards: BTreeMap<String, Wanted>,
 }
 
 impl Index {
     /// Reads and checks the index at `path`.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let text = read_text(path)?;
-        Self::parse(&text).map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))
+        let (text, file) = read_text(path)?;
+        let shards = Self::parse(&text)
+            .map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))?;
+        Ok(Self { file, shards })
     }
 
-    fn parse(text: &str) -> Result<Self> {
+    fn parse(text: &str) -> Result<BTreeMap<String, Wanted>> {
         let pairs = json::read_weight_map(text)?;
         if pairs.is_empty() {
             return Err(Error::checkpoint("the index names no tensor"));
@@ -45,7 +50,7 @@ impl Index {
             }
             shards.entry(file_name).or_default().0.insert(tensor);
         }
-        Ok(Self { shards })
+        Ok(shards)
     }
 
     /// Fails when shards are missing in `directory`, naming them.

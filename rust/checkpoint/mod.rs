@@ -44,6 +44,8 @@ pub struct Checkpoint {
     pub path: PathBuf,
     /// The files, in the order of their names.
     pub files: Vec<InputFile>,
+    /// The index that says which file a tensor is in, if there is one.
+    pub index: Option<InputFile>,
     /// The tensors, in file order: by shard, then by offset.
     pub tensors: Vec<TensorInfo>,
     /// The first file's `__metadata__`.
@@ -93,6 +95,7 @@ impl Checkpoint {
         let mut checkpoint = Self {
             path: path.to_owned(),
             files: Vec::new(),
+            index: None,
             tensors: Vec::new(),
             metadata: BTreeMap::new(),
             warnings,
@@ -100,7 +103,10 @@ impl Checkpoint {
         };
         match weights {
             Weights::File(file) => checkpoint.add_file(&file)?,
-            Weights::Index(file, index) => checkpoint.add_shards(&file, &index)?,
+            Weights::Index(file, index) => {
+                checkpoint.add_shards(&file, &index)?;
+                checkpoint.index = Some(index.file);
+            }
         }
         quantised::refuse_tensors(&checkpoint)?;
         Ok(checkpoint)
@@ -156,10 +162,11 @@ impl Checkpoint {
     }
 }
 
-/// A small text file of a checkpoint, read whole.
-fn read_text(path: &Path) -> Result<String> {
+/// A small text file of a checkpoint, read whole, and what it was then.
+fn read_text(path: &Path) -> Result<(String, InputFile)> {
     let file = io::open_read_only(path)?;
-    let size = InputFile::of(&file, path)?.size;
+    let input = InputFile::of(&file, path)?;
+    let size = input.size;
     if size > MAX_HEADER {
         return Err(Error::checkpoint("the file is too long for what it should be")
             .file(path)
@@ -169,7 +176,8 @@ fn read_text(path: &Path) -> Result<String> {
     }
     let mut bytes = vec![0; size as usize];
     io::read_exact_at(&file, 0, &mut bytes).map_err(|error| error.file(path))?;
-    String::from_utf8(bytes).map_err(|_| {
+    let text = String::from_utf8(bytes);
+    text.map(|text| (text, input)).map_err(|_| {
         Error::checkpoint("the file is not valid UTF-8").file(path).advice(DOWNLOAD_AGAIN)
     })
 }

@@ -58,7 +58,7 @@ pub(super) fn refuse_config(directory: &Path) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    let config: Value = serde_json::from_str(&read_text(&path)?).map_err(|error| {
+    let config: Value = serde_json::from_str(&read_text(&path)?.0).map_err(|error| {
         Error::checkpoint(format!("the file is not valid JSON: {error}"))
             .file(&path)
             .advice(DOWNLOAD_AGAIN)

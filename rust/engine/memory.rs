@@ -417,11 +417,10 @@ impl MemoryPlan {
             // Masks are drawn again there.
             Some(_) => 0,
         };
-        let masks = needs.iter().map(|need| need.masks).filter(|masks| *masks <= mask_room);
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).expected + workers * expected + masks.max().unwrap_or(0),
+            predicted: fixed(workers).expected + workers * expected + kept_masks(needs, mask_room),
             workers: workers as usize,
             worker_bytes: largest(|(piece, _)| piece.most),
             with_offload: largest(|(piece, beside)| piece.most + beside.most),
@@ -447,6 +446,19 @@ fn largest_states(needs: &[Need], workers: usize) -> Amount {
     states.sort_unstable_by_key(|state| std::cmp::Reverse(state.most));
     let under_way = states.into_iter().take(super::tasks_under_way(workers));
     under_way.fold(Amount::default(), |sum, state| sum.plus(state, 1))
+}
+
+/// The masks that are kept at once, of what there is room for: while workers finish one tensor,
+/// others begin the next.
+fn kept_masks(needs: &[Need], room: u64) -> u64 {
+    let mut masks: Vec<u64> = needs.iter().map(|need| need.masks).collect();
+    masks.sort_unstable_by(|a, b| b.cmp(a));
+    let kept = masks.into_iter().scan(room, |left, masks| {
+        let kept = if masks <= *left { masks } else { 0 };
+        *left -= kept;
+        Some(kept)
+    });
+    kept.filter(|&masks| masks > 0).take(2).sum()
 }
 
 #[cold]

@@ -279,7 +279,7 @@ impl Active {
         let elements = task.frame.elements;
         let bytes = masks::bytes(&values, elements);
         let mask_bytes = if bytes <= mask_room { bytes } else { 0 };
-        let masks = (mask_bytes > 0).then(|| Arc::new(KeptMasks::new(&values, elements)));
+        let masks = (mask_bytes > 0).then(|| KeptMasks::new(&values, elements)).flatten();
         let mut active = Self {
             task,
             values,
@@ -294,7 +294,7 @@ impl Active {
             results: Vec::new(),
             columns: Vec::new(),
             searching: Vec::new(),
-            masks,
+            masks: masks.map(Arc::new),
             mask_bytes,
             numbers: Vec::new(),
         };

@@ -6,10 +6,12 @@
 //! memory budget has room the bits are kept. Where it has none a mask is drawn again: the bits are
 //! the same either way.
 
-use std::sync::OnceLock;
+use std::array;
+use std::sync::atomic::Ordering;
 
 use super::{Value, stage};
-use crate::kernels::{MaskBits, SPAN};
+use crate::io::SharedWords;
+use crate::kernels::{BITS, MaskBits, SPAN};
 
 /// Which mask: its stream, and the bound of its draw.
 pub(crate) type MaskName = (u32, u64);
@@ -18,16 +20,20 @@ pub(crate) type MaskName = (u32, u64);
 #[derive(Debug)]
 pub(crate) struct KeptMasks {
     names: Vec<MaskName>,
-    /// For each mask, for each span of the tensor.
-    spans: Vec<Box<[OnceLock<MaskBits>]>>,
+    /// Spans that the tensor has.
+    spans: usize,
+    /// For each mask, for each span: whether it was drawn, and its bits.
+    words: SharedWords,
 }
 
-/// Bytes that keeping one span of a mask takes.
-const SPAN_BYTES: u64 = size_of::<OnceLock<MaskBits>>() as u64;
+/// Words of one span of a mask.
+const SPAN_WORDS: usize = 1 + SPAN / BITS;
 
 /// Bytes that the masks of `values` take over a tensor of `elements`; 0 if each is drawn only once.
 pub(crate) fn bytes(values: &[Value], elements: u64) -> u64 {
-    names(values).len() as u64 * elements.div_ceil(SPAN as u64) * SPAN_BYTES
+    names(values).len() as u64
+        * elements.div_ceil(SPAN as u64)
+        * (SPAN_WORDS * size_of::<u32>()) as u64
 }
 
 /// The masks that more than one pass over the tensor needs: those in what is reduced first.
@@ -39,12 +45,12 @@ fn names(values: &[Value]) -> Vec<MaskName> {
 }
 
 impl KeptMasks {
-    /// Room for the masks that `values` need more than once.
-    pub(crate) fn new(values: &[Value], elements: u64) -> Self {
+    /// Room for the masks that `values` need more than once; none if there is no memory for them.
+    pub(crate) fn new(values: &[Value], elements: u64) -> Option<Self> {
         let names = names(values);
-        let count = elements.div_ceil(SPAN as u64) as usize;
-        let empty = |_: &MaskName| std::iter::repeat_with(OnceLock::new).take(count).collect();
-        Self { spans: names.iter().map(empty).collect(), names }
+        let spans = elements.div_ceil(SPAN as u64) as usize;
+        let words = SharedWords::new(names.len() * spans * SPAN_WORDS)?;
+        Some(Self { names, spans, words })
     }
 
     /// The mask of the span that begins at element `first`; `draw` is called where it was not drawn
@@ -57,6 +63,18 @@ impl KeptMasks {
     ) -> MaskBits {
         let mask = self.names.iter().position(|&known| known == name);
         let Some(mask) = mask else { return draw() };
-        *self.spans[mask][(first / SPAN as u64) as usize].get_or_init(draw)
+        let span = mask * self.spans + (first / SPAN as u64) as usize;
+        let words = &self.words.as_slice()[span * SPAN_WORDS..][..SPAN_WORDS];
+        let (is_drawn, kept) = (&words[0], &words[1..]);
+        if is_drawn.load(Ordering::Acquire) != 0 {
+            return array::from_fn(|word| kept[word].load(Ordering::Relaxed));
+        }
+        // Others may draw it at the same time: the bits are the same.
+        let bits = draw();
+        for (word, bits) in kept.iter().zip(bits) {
+            word.store(bits, Ordering::Relaxed);
+        }
+        is_drawn.store(1, Ordering::Release);
+        bits
     }
 }

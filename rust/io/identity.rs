@@ -50,7 +50,7 @@ impl InputFile {
         let list = |pick: fn(&(String, String)) -> &str| {
             differences.iter().map(pick).collect::<Vec<_>>().join(", ")
         };
-        Err(changed(&self.path, "the file changed after its header was read")
+        Err(changed(&self.path, "the file changed after it was first read")
             .expected(list(|(before, _)| before))
             .found(list(|(_, after)| after)))
     }
@@ -79,7 +79,7 @@ pub fn check_unchanged(files: &[InputFile]) -> Result<()> {
     files.iter().try_for_each(|file| match InputFile::stat(&file.path) {
         Ok(now) => file.check_same(&now),
         Err(error) if error.kind() == ErrorKind::Io(io::ErrorKind::NotFound) => {
-            Err(changed(&file.path, "the file is gone since its header was read"))
+            Err(changed(&file.path, "the file is gone since it was first read"))
         }
         Err(error) => Err(error),
     })

@@ -26,6 +26,7 @@ mod mapped;
 mod positioned;
 mod residency;
 mod seams;
+mod shared_words;
 mod volume;
 mod writer;
 
@@ -43,6 +44,7 @@ pub use buffer::AlignedBuffer;
 pub use identity::check_unchanged;
 use identity::same_file;
 pub(crate) use positioned::read_exact_at;
+pub(crate) use shared_words::SharedWords;
 pub use volume::{free_space, raise_open_file_limit};
 pub use writer::{DirectMode, ShardWriter};
 

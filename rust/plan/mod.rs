@@ -34,7 +34,7 @@ pub struct Plan {
     pub shards: Vec<OutputShard>,
 }
 
-/// A file as it was when its header was read.
+/// A file as it was when it was first read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InputFile {

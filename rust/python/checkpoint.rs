@@ -50,6 +50,12 @@ impl Checkpoint {
         to_python(py, &self.0.files)
     }
 
+    /// Its index, described as its files are; none if it is a single file.
+    #[getter]
+    fn index<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        to_python(py, &self.0.index)
+    }
+
     /// Its tensors in file order.
     #[getter]
     fn tensors(&self, py: Python<'_>) -> PyResult<Vec<TensorInfo>> {

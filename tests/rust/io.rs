@@ -378,7 +378,7 @@ fn a_changed_input_is_named_with_what_changed() {
         InputReader::open(&input, ReadPath::Auto).unwrap_err(),
     ] {
         assert_eq!(error.kind(), ErrorKind::Changed);
-        assert_eq!(error.message(), "the file changed after its header was read");
+        assert_eq!(error.message(), "the file changed after it was first read");
         assert_eq!(error.parts().file, Some(&*input.path));
         assert!(error.parts().expected.unwrap().starts_with("100 bytes, modified at "));
         assert!(error.parts().found.unwrap().starts_with("60 bytes, modified at "));
@@ -386,7 +386,7 @@ fn a_changed_input_is_named_with_what_changed() {
     fs::remove_file(&input.path).unwrap();
     let error = check_unchanged(std::slice::from_ref(&input)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Changed);
-    assert_eq!(error.message(), "the file is gone since its header was read");
+    assert_eq!(error.message(), "the file is gone since it was first read");
 }
 
 /// Same size and time, another inode: what an atomic replacement leaves.

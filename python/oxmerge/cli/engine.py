@@ -59,38 +59,12 @@ class MergeReport(Protocol):
         """Return everything as data."""
 
 
-class Fastest(Protocol):
-    """A device that is expected to be the fastest."""
-
-    @property
-    def device(self) -> str:
-        """Its name."""
-
-    @property
-    def reason(self) -> str:
-        """What speaks for it."""
-
-
 class PlanSummary(Protocol):
-    """What a merge would do."""
-
-    method: str
-    tensors: int
-    files: int
-    bytes_read: int
-    bytes_written: int
-    cost: str
-    disk: int
-    memory: int
-    warnings: Sequence[object]
-    left_out: Sequence[str]
-    accounting: Mapping[str, int]
-    threads: int
-    device: str
+    """What a merge would do; as text, for people."""
 
     @property
-    def fastest(self) -> Fastest:
-        """The device that is expected to be the fastest."""
+    def warnings(self) -> Sequence[object]:
+        """What has no effect, and what is left out."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from oxmerge.cli.arguments import Parser, add_run_options, run_options
-from oxmerge.cli.progress import format_duration, format_rate, show_progress
-from oxmerge.sizes import format_size
+from oxmerge.cli.progress import format_rate, show_progress
+from oxmerge.sizes import format_duration, format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 
 from oxmerge.problems import printable
-from oxmerge.sizes import format_size
+from oxmerge.sizes import format_duration, format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 5.0
 _LONGEST_NAME = 36
-_MINUTE, _HOUR = 60, 3600
 
 
 @contextmanager
@@ -78,16 +77,6 @@ def progress_line(snapshot: Snapshot, seconds: float) -> str:
 def format_rate(size: int, seconds: float) -> str:
     """Return bytes by time as GB/s."""
     return f"{size / max(seconds, 1e-9) / 1e9:.2f} GB/s"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as people say it."""
-    if seconds < _MINUTE:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < _HOUR:
-        return f"{whole // _MINUTE} min {whole % _MINUTE} s"
-    return f"{whole // _HOUR} h {whole % _HOUR // _MINUTE} min"
 
 
 def _moved(snapshot: Snapshot) -> int:

@@ -66,6 +66,24 @@ def test_lazy_tensors_have_the_bits_of_files(case: tuple[str, Path, Stored]) -> 
     assert stored(lazy) == expected
 
 
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    write_model(tmp_path / "a", random_arrays({"x": (40, 3)}, 0), "F32")
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    with torch.device("meta"):
+        found = [
+            kernels.weighted_sum([X, X], [1, 2]),
+            kernels.top_k_mask(X, 2),
+            kernels.gram([X, X]),
+            oxmerge.merge_tensors("linear", [X.expand(2, 3).T], weight=1),
+            oxmerge.lazy(recipe, kind="torch")["x"],
+        ]
+        oxmerge.merge(recipe, tmp_path / "out", device="torch")
+    assert [tensor.device.type for tensor in found] == ["cpu"] * 5
+    assert found[0].tolist() == [3, 3, 3]
+    assert found[2].tolist() == [[3, 3], [3, 3]]
+
+
 def test_an_average_in_training(uniform: dict[str, dict[str, Any]]) -> None:
     average = as_torch(uniform["a"])
     addresses = {name: tensor.data_ptr() for name, tensor in average.items()}

@@ -315,7 +315,8 @@ def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) ->
         import torch  # noqa: PLC0415
 
         is_raw = code == "BF16" and getattr(like, "dtype", None) == getattr(torch, "uint16", ...)
-        tensor = torch.empty(shape, dtype=getattr(torch, "uint16" if is_raw else NAMES[code]))
+        dtype = getattr(torch, "uint16" if is_raw else NAMES[code])
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default is
         return View(tensor, (tensor.data_ptr(), tensor.nbytes, code), shape, "torch")
     import numpy as np  # noqa: PLC0415
 

@@ -96,6 +96,14 @@ def test_top_k_mask_and_kth_magnitude(inputs: list[Any], share: float, workers: 
         assert kernels.kth_magnitude(values, k, threads=workers) == magnitudes[order[k - 1]]
 
 
+def test_a_nan_of_float64_is_the_largest() -> None:
+    values = np.random.default_rng(0).standard_normal(300_000)
+    values[0] = math.nan
+    assert math.isnan(kernels.kth_magnitude(values, 1))
+    assert kernels.kth_magnitude(values, 2) == np.abs(values[1:]).max()
+    assert np.flatnonzero(kernels.top_k_mask(values, 1)).tolist() == [0]
+
+
 @given(tensors(count=3), st.lists(st.floats(-2, 2), min_size=3, max_size=3), threads)
 @settings(deadline=None, max_examples=30)
 def test_sign_consensus(inputs: list[Any], weights: list[float], workers: int | None) -> None:

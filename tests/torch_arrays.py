@@ -84,6 +84,39 @@ def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
     assert found[2].tolist() == [[3, 3], [3, 3]]
 
 
+def test_subnormal_numbers_are_kept_where_torch_flushes_them(tmp_path: Path) -> None:
+    tiny = np.full(70_001, 1e-40, np.float32)
+    for name in "ab":
+        write_model(tmp_path / name, {"x": tiny}, "F32")
+    models = "".join(f"- {{model: {n}, parameters: {{weight: 1}}}}\n" for n in "ab")
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
+
+    def results() -> list[bytes]:
+        opened = [oxmerge.open(tmp_path / name) for name in "ab"]
+        arrays = [
+            *(kernels.weighted_sum([tiny, tiny], [0.5, 0.5], threads=n) for n in (1, 2)),
+            kernels.weighted_sum([tiny[:9], tiny[:9]], [0.5, 0.5]),
+            oxmerge.merge_state_dicts("linear", opened, weight=1)["x"],
+            oxmerge.lazy(recipe)["x"],
+        ]
+        for device in ("cpu", "torch"):
+            oxmerge.merge(recipe, tmp_path / "out", device=device, overwrite=True)
+            arrays.append(oxmerge.open(tmp_path / "out")["x"])
+        return [array.tobytes() for array in arrays]
+
+    expected = results()
+    smallest = torch.tensor(1e-40)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = results()
+        assert smallest * 1 == 0  # flushes still
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == expected
+    assert expected[0] == tiny.tobytes()
+
+
 def test_an_average_in_training(uniform: dict[str, dict[str, Any]]) -> None:
     average = as_torch(uniform["a"])
     addresses = {name: tensor.data_ptr() for name, tensor in average.items()}

@@ -259,7 +259,7 @@ def test_other_arrays() -> None:
             return self.array.__dlpack_device__()
 
     assert kernels.weighted_sum([Capsule()], [3]).tolist() == [3, 6, 9]
-    out = array.array("f", [0, 0, 0])
+    out: Any = array.array("f", [0, 0, 0])
     assert kernels.weighted_sum([buffer], [5], out=out) is out
     assert out.tolist() == [5, 10, 15]
     assert oxmerge.merge_tensors("linear", [buffer], weight=1, out=out) is out
@@ -559,7 +559,7 @@ READ_ONLY.setflags(write=False)
             "out is of I8; pass one of bool or floats",
         ),
         (
-            lambda: kernels.top_k_mask(X, 2.7),  # type: ignore[arg-type]
+            lambda: kernels.top_k_mask(X, 2.7),  # type: ignore[call-overload]
             TypeError,
             "k must be a whole number, not 2.7",
         ),
@@ -584,7 +584,7 @@ READ_ONLY.setflags(write=False)
             "tensors must be a sequence of arrays, not a dict",
         ),
         (
-            lambda: oxmerge.merge_state_dicts("linear", {"x": X}, weight=1),  # type: ignore[arg-type]
+            lambda: oxmerge.merge_state_dicts("linear", {"x": X}, weight=1),  # type: ignore[call-overload]
             TypeError,
             "state_dicts must be a sequence of mappings, not a dict",
         ),

@@ -24,9 +24,15 @@ from oxmerge.schema import FLOATS, promote
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import Any, Literal, TypeVar
+    from typing import Any, Literal, Protocol, TypeVar
 
     T = TypeVar("T")
+
+    class _OfTorch(Protocol):
+        def data_ptr(self) -> int: ...
+
+    #: Tensors of torch, whose results are such; it need not be installed. Others' are of NumPy.
+    Tensor = TypeVar("Tensor", bound=_OfTorch)
 
     Kind = Literal["numpy", "torch"]
     #: Address, bytes, element type: what the engine needs to know.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from operator import index
+from typing import overload
 
 from oxmerge import _core
 from oxmerge.arrays import (
@@ -25,10 +26,14 @@ from oxmerge.schema import MOST_SEED, is_float
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any
+    from typing import Any, TypeVar
 
+    from numpy.typing import NDArray
+
+    from oxmerge.arrays import Tensor
     from oxmerge.methods import Method, Parameter
 
+    Out = TypeVar("Out")
     Parameters = Mapping[str, Any]
 
 __all__ = ["MethodCall", "check_options", "check_out", "merge_tensors", "methods", "whole"]
@@ -38,6 +43,45 @@ _MOST_THREADS = (1 << 32) - 1
 _ALIASES = {"lambda_": "lambda"}
 
 
+@overload
+def merge_tensors(
+    method: str,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+    **parameters: Any,
+) -> Tensor: ...
+@overload
+def merge_tensors(
+    method: str,
+    tensors: Sequence[Any],
+    base: Any = None,
+    *,
+    out: None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+    **parameters: Any,
+) -> NDArray[Any]: ...
+@overload
+def merge_tensors(
+    method: str,
+    tensors: Sequence[Any],
+    base: Any = None,
+    *,
+    out: Out,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+    **parameters: Any,
+) -> Out: ...
 def merge_tensors(
     method: str,
     tensors: Sequence[Any],

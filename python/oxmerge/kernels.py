@@ -56,7 +56,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Array = TypeVar("Array")
+    from oxmerge.arrays import Tensor
+
+    Out = TypeVar("Out")
 
 __all__ = [
     "convert",
@@ -81,14 +83,32 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+@overload
 def weighted_sum(
-    tensors: Sequence[Array],
+    tensors: Sequence[Tensor],
     weights: Sequence[float],
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def weighted_sum(
+    tensors: Sequence[Any],
+    weights: Sequence[float],
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def weighted_sum(
+    tensors: Sequence[Any],
+    weights: Sequence[float],
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return the sum of ``weights[i] * tensors[i]``.
 
     Parameters
@@ -122,14 +142,32 @@ def weighted_sum(
     return _fill("weighted_sum", tensors, numbers, out=out, dtype=dtype, threads=threads)
 
 
+@overload
 def task_vector(
-    tensor: Array,
-    base: Array,
+    tensor: Tensor,
+    base: Tensor,
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def task_vector(
+    tensor: Any,
+    base: Any,
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def task_vector(
+    tensor: Any,
+    base: Any,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return ``tensor - base``: what fine-tuning has changed.
 
     Parameters
@@ -161,14 +199,32 @@ def task_vector(
     )
 
 
+@overload
 def top_k_mask(
-    tensor: Array,
+    tensor: Tensor,
     k: int,
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def top_k_mask(
+    tensor: Any,
+    k: int,
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def top_k_mask(
+    tensor: Any,
+    k: int,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return where the `k` elements of largest magnitude are, exactly.
 
     Of equal magnitudes those of lowest index are taken. NaN counts as the largest.
@@ -201,18 +257,35 @@ def top_k_mask(
     source = _float_view(tensor, "tensor", dtype)
     if not 0 <= (k := whole(k, "k")) <= _count(source):
         raise ValueError(f"k must be from 0 to {_count(source)}, the number of elements, not {k}")
-    mask: Array = _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
-    return mask
+    return _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
 
 
+@overload
 def sign_consensus(
-    tensors: Sequence[Array],
+    tensors: Sequence[Tensor],
     weights: Sequence[float] | None = None,
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def sign_consensus(
+    tensors: Sequence[Any],
+    weights: Sequence[float] | None = None,
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def sign_consensus(
+    tensors: Sequence[Any],
+    weights: Sequence[float] | None = None,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return the sign that the tensors elect, element by element.
 
     Parameters
@@ -264,10 +337,10 @@ def random_mask(
     seed: int = 0,
     name: str = "",
     position: int = 0,
-    out: Array,
+    out: Out,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array: ...
+) -> Out: ...
 def random_mask(
     shape: int | Sequence[int],
     density: float,
@@ -332,9 +405,15 @@ def random_mask(
     return target.given
 
 
+@overload
 def convert(
-    tensor: Array, dtype: Any, *, out: Array | None = None, threads: int | None = None
-) -> Array:
+    tensor: Tensor, dtype: Any, *, out: Tensor | None = None, threads: int | None = None
+) -> Tensor: ...
+@overload
+def convert(
+    tensor: Any, dtype: Any, *, out: NDArray[Any] | None = None, threads: int | None = None
+) -> NDArray[Any]: ...
+def convert(tensor: Any, dtype: Any, *, out: Any = None, threads: int | None = None) -> Any:
     """Return the array in another float type, rounded to nearest even.
 
     Parameters
@@ -366,8 +445,7 @@ def convert(
         raise TypeError("dtype must be given")
     inputs = [_checked_float(view(tensor, "tensor"), "tensor")]
     target = None if out is None else output(out, code)
-    converted: Array = _run("convert", inputs, [], target, code, threads)
-    return converted
+    return _run("convert", inputs, [], target, code, threads)
 
 
 def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None = None) -> float:
@@ -473,20 +551,16 @@ def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> flo
 
 @overload
 def gram(
-    tensors: Sequence[NDArray[Any]],
-    base: NDArray[Any] | None = None,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
     *,
     dtype: Any = None,
     threads: int | None = None,
-) -> NDArray[np.float64]: ...
+) -> Tensor: ...
 @overload
 def gram(
-    tensors: Sequence[Array],
-    base: Array | None = None,
-    *,
-    dtype: Any = None,
-    threads: int | None = None,
-) -> Array: ...
+    tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
+) -> NDArray[np.float64]: ...
 def gram(
     tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
 ) -> Any:
@@ -586,14 +660,14 @@ def _shape(shape: Any) -> tuple[int, ...]:
 
 def _fill(
     piece: str,
-    tensors: Sequence[Array],
+    tensors: Sequence[Any],
     numbers: list[float],
     *,
-    out: Array | None,
+    out: Any,
     dtype: Any,
     threads: int | None,
     names: Sequence[str] = (),
-) -> Array:
+) -> Any:
     if not tensors:
         raise ValueError("there is no tensor")
     code = element_type(dtype)
@@ -606,8 +680,7 @@ def _fill(
         code = promoted(inputs) if target is None else target.place[2]
         if not is_float(code):
             raise TypeError(f"out is of {code}; pass one of floats")
-    filled: Array = _run(piece, inputs, numbers, target, code, threads)
-    return filled
+    return _run(piece, inputs, numbers, target, code, threads)
 
 
 def _mask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager
+from typing import overload
 
 from oxmerge.arrays import View, check_same_shape, element_type, listed, output, view
 from oxmerge.in_memory import MethodCall, check_options, check_out
@@ -13,15 +14,58 @@ from oxmerge.schema import is_float
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-    from typing import Any
+    from typing import Any, TypeVar
 
-    from oxmerge.arrays import Place
+    from numpy.typing import NDArray
+
+    from oxmerge.arrays import Place, Tensor
+
+    Out = TypeVar("Out", bound=MutableMapping[str, Any])
 
 __all__ = ["merge_state_dicts"]
 
 _INTEGERS = ("equal", "first")
 
 
+@overload
+def merge_state_dicts(
+    method: str,
+    state_dicts: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any] | None = None,
+    *,
+    out: Out,
+    dtype: Any = None,
+    integers: str = "equal",
+    seed: int = 0,
+    threads: int | None = None,
+    **parameters: Any,
+) -> Out: ...
+@overload
+def merge_state_dicts(
+    method: str,
+    state_dicts: Sequence[Mapping[str, Tensor]],
+    base: Mapping[str, Tensor] | None = None,
+    *,
+    out: None = None,
+    dtype: Any = None,
+    integers: str = "equal",
+    seed: int = 0,
+    threads: int | None = None,
+    **parameters: Any,
+) -> dict[str, Tensor]: ...
+@overload
+def merge_state_dicts(
+    method: str,
+    state_dicts: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any] | None = None,
+    *,
+    out: None = None,
+    dtype: Any = None,
+    integers: str = "equal",
+    seed: int = 0,
+    threads: int | None = None,
+    **parameters: Any,
+) -> dict[str, NDArray[Any]]: ...
 def merge_state_dicts(
     method: str,
     state_dicts: Sequence[Mapping[str, Any]],

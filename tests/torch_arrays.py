@@ -321,6 +321,54 @@ def test_negated_views_are_resolved() -> None:
         kernels.weighted_sum([torch.ones(2)], [2], out=negated)
 
 
+def write_llamas(folder: Path) -> Any:
+    """Write a small Llama as `base`, and two fine-tunes of it, `code` and `chat`; its config."""
+    transformers = pytest.importorskip(
+        "transformers", reason="not installed: transformers (see the dependency group `test`)"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    tensors = transformers.LlamaForCausalLM(config).float().state_dict()
+    base = {name: tensor.numpy() for name, tensor in tensors.items()}
+    write_model(folder / "base", base, "BF16", config.to_dict())
+    for seed, name in enumerate(("code", "chat"), start=1):
+        write_model(folder / name, tuned(base, seed, 1e-2), "BF16", config.to_dict())
+    return config
+
+
+def test_a_model_of_transformers_from_a_recipe(tmp_path: Path) -> None:
+    config = write_llamas(tmp_path)
+    from transformers import LlamaForCausalLM
+
+    models = "".join(f"- {{model: {n}, parameters: {{weight: 1}}}}\n" for n in ("code", "chat"))
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
+    oxmerge.merge(recipe, tmp_path / "out", memory="4GiB")
+    tensors = oxmerge.lazy(recipe, kind="torch")
+    assigned = LlamaForCausalLM(config)
+    assigned.load_state_dict(tensors, assign=True)
+    straight = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+    with torch.device("meta"):
+        on_meta = LlamaForCausalLM(config)
+    on_meta.load_state_dict(tensors, assign=True)
+    ids = torch.arange(7)[None]
+    with torch.inference_mode():
+        expected = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits
+        for model in (assigned, straight):
+            assert torch.equal(model.eval()(ids).logits, expected)
+        # Why the guide says not to.
+        with pytest.raises(NotImplementedError, match="meta"):
+            on_meta.eval()(ids)
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, installed: bool
@@ -330,11 +378,7 @@ def test_the_guide_runs(
     root = Path(__file__).parent.parent
     guide = (root / "python" / "SCRIPTS.md").read_text(encoding="utf-8")
     readme = (root / "README.md").read_text(encoding="utf-8")
-    shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
-    base = random_arrays(shapes, 0)
-    write_model(tmp_path / "models" / "base", base, "BF16")
-    for seed, name in enumerate(("code", "chat"), start=1):
-        write_model(tmp_path / "models" / name, tuned(base, seed, 1e-3), "BF16")
+    write_llamas(tmp_path / "models")
     recipe = re.search(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
     assert recipe is not None
     (tmp_path / "recipe.yml").write_text(recipe[1])

@@ -86,7 +86,9 @@ def lazy(
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
     The bits are those that `oxmerge.merge` writes. So a model can be loaded straight from a recipe:
-    ``model.load_state_dict(oxmerge.lazy(recipe, kind="torch"), assign=True)``.
+    ``model.load_state_dict(oxmerge.lazy(recipe, kind="torch"), assign=True)``. Of a model that was
+    made on the ``meta`` device, what the checkpoint does not hold stays there: see
+    ``python/SCRIPTS.md``.
 
     Parameters
     ----------

@@ -170,6 +170,35 @@ def test_torch_and_numpy_give_the_same(name: str) -> None:
     assert kernels.gram(as_torch).dtype == torch.float64
 
 
+NARROW = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_every_number_of_float8_is_taken_exactly(name: str) -> None:
+    narrow = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name))
+    wide = narrow.to(torch.float32)
+    array = narrow.view(torch.uint8).numpy().view(getattr(ml_dtypes, name))
+    for given in (narrow, array):
+        found = kernels.convert(given, "float32")
+        np.testing.assert_array_equal(np.asarray(found), wide.numpy())
+        copied = oxmerge.merge_tensors("passthrough", [given])
+        assert str(copied.dtype).removeprefix("torch.") == "bfloat16"
+        np.testing.assert_array_equal(np.asarray(kernels.convert(copied, "float32")), wide.numpy())
+    columns = narrow.view(16, 16).T
+    assert torch.equal(
+        kernels.convert(columns, "float32").nan_to_num(), wide.view(16, 16).T.nan_to_num()
+    )
+
+
+@pytest.mark.parametrize("name", ["float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"])
+def test_every_number_of_float8_of_ml_dtypes_is_taken_exactly(name: str) -> None:
+    narrow = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, name))
+    found = kernels.convert(narrow, "float32")
+    np.testing.assert_array_equal(found, narrow.astype(np.float32))
+    with pytest.raises(TypeError, match=rf"^out is of {name}, and the result of bfloat16 at least"):
+        kernels.weighted_sum([narrow], [1], out=narrow)
+
+
 def test_raw_bfloat16() -> None:
     raw = np.arange(8).astype(BF16).view(np.uint16)
     tensor = torch.tensor(raw.astype(np.int32)).to(torch.uint16)
@@ -236,12 +265,17 @@ def call(*arguments: Any, **options: Any) -> Any:
     ("act", "kind", "message"),
     [
         (
-            call([torch.empty(3, dtype=torch.float8_e5m2)]),
+            call([torch.empty(3, dtype=torch.float8_e8m0fnu)]),
             TypeError,
             (
-                "tensors[0] is of float8_e5m2, which is not supported; convert it to float32 or "
+                "tensors[0] is of float8_e8m0fnu, which is not supported; convert it to float32 or "
                 "bfloat16"
             ),
+        ),
+        (
+            call([X], out=torch.empty(3, dtype=torch.float8_e4m3fn)),
+            TypeError,
+            ("out is of float8_e4m3fn, and the result of bfloat16 at least; pass one of bfloat16"),
         ),
         (
             call([torch.empty(3, device="meta")]),

@@ -4,6 +4,9 @@
   ``uint16`` that oxmerge made says in its dtype's metadata whether it is raw bfloat16; other is
   taken for it where ``dtype="bfloat16"`` is asked for.
 - torch tensors on the CPU, of the same types; those that require a gradient too, past autograd.
+- float8 of ml_dtypes and of torch, as the bfloat16 of the same value: a copy, exact, since bfloat16
+  has all of their numbers. Results are bfloat16, and `out` cannot be float8. Scales that are kept
+  beside quantised weights are not applied.
 - Anything else with the buffer protocol or DLPack; results for it are NumPy arrays.
 
 Contiguous arrays (in C order, as both packages make them) are used where they are. Others are
@@ -59,6 +62,11 @@ _NAMES = {
 }  # fmt: skip
 #: The other way round.
 NAMES = {code: name for name, code in _NAMES.items()}
+#: Types whose every number is one of bfloat16. (Not so: float8_e8m0fnu, which is for scales alone.)
+_NARROW = frozenset(
+    f"float8_{name}"
+    for name in ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
+)
 #: Where the dtype of a uint16 array of ours says what it holds, BF16 or U16.
 _STORED = "oxmerge"
 _CPU = 1  # of DLPack
@@ -142,6 +150,13 @@ def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
     import numpy as np  # noqa: PLC0415
 
     name = array.dtype.name if array.dtype.isnative else array.dtype.str
+    if name in _NARROW:
+        if is_out:
+            raise TypeError(_narrow_out(name))
+        import ml_dtypes  # noqa: PLC0415 - the array is of it
+
+        array = array.astype(ml_dtypes.bfloat16)
+        name = array.dtype.name
     code = _NAMES.get(name)  # ml_dtypes calls its type bfloat16 too
     if code is None:
         raise TypeError(_unknown_type(what, name))
@@ -162,24 +177,27 @@ def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
 
 def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
     code = _torch_codes().get(array.dtype)
+    name = str(array.dtype).removeprefix("torch.")
     if array.device.type != "cpu":
         advice = "copy it to the CPU first (`.cpu()`), or merge files with `oxmerge merge`"
         raise ValueError(f"{what} is on the device `{array.device}`; {advice}")
     if code is None:
-        raise TypeError(_unknown_type(what, str(array.dtype).removeprefix("torch.")))
+        raise TypeError(_unknown_type(what, name))
     if array.layout is not sys.modules["torch"].strided:
         raise TypeError(f"{what} is sparse; make it dense first (`.to_dense()`)")
     if code == "U16" and dtype == "BF16":
         code = "BF16"
     _check_memory(array, what)
-    if array.is_neg():
+    if name in _NARROW:
         if is_out:
-            raise ValueError("out is a negated view; pass a tensor of its own, not negated")
-        array = array.resolve_neg()
-    if not array.is_contiguous():
-        if is_out:
-            raise ValueError(_not_contiguous("out.contiguous()"))
-        array = array.contiguous()
+            raise TypeError(_narrow_out(name))
+        array = array.detach().to(sys.modules["torch"].bfloat16)
+    if not is_out:
+        array = array.resolve_neg().contiguous()
+    elif array.is_neg():
+        raise ValueError("out is a negated view; pass a tensor of its own, not negated")
+    elif not array.is_contiguous():
+        raise ValueError(_not_contiguous("out.contiguous()"))
     return View(array, (array.data_ptr(), array.nbytes, code), tuple(array.shape), "torch")
 
 
@@ -249,6 +267,10 @@ def _unknown_type(what: str, name: str) -> str:
     return f"{what} is of {name}, which is not supported; convert it to float32 or bfloat16"
 
 
+def _narrow_out(name: str) -> str:
+    return f"out is of {name}, and the result of bfloat16 at least; pass one of bfloat16"
+
+
 def _not_contiguous(call: str) -> str:
     advice = f"write into a contiguous one, such as `{call}`, and copy from there"
     return f"the elements of out do not follow each other in memory; {advice}"
@@ -257,8 +279,9 @@ def _not_contiguous(call: str) -> str:
 @cache
 def _torch_codes() -> dict[Any, str]:
     torch = sys.modules["torch"]
+    names = {**_NAMES, **dict.fromkeys(_NARROW, "BF16")}
     # Older ones lack uint16 and the like.
-    types = ((getattr(torch, name, None), code) for name, code in _NAMES.items())
+    types = ((getattr(torch, name, None), code) for name, code in names.items())
     return {dtype: code for dtype, code in types if dtype is not None}
 
 

@@ -243,18 +243,59 @@ def test_autograd_knows_what_was_overwritten() -> None:
         assert kernels.weighted_sum([X], [3], out=torch.empty(3)).tolist() == [3, 3, 3]
 
 
-def test_bfloat16_over_dlpack_is_refused() -> None:
-    class Other:
-        tensor = torch.ones(3, dtype=torch.bfloat16)
+class Other:
+    """An array of another package, known by DLPack alone."""
 
-        def __dlpack__(self, **options: Any) -> Any:
-            return self.tensor.__dlpack__(**options)
+    def __init__(self, tensor: torch.Tensor, device: int = 1) -> None:
+        self.tensor = tensor
+        self.device = device
 
-        def __dlpack_device__(self) -> Any:
-            return self.tensor.__dlpack_device__()
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
 
-    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .*as uint16$"):
-        kernels.norm(Other())
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device, 0
+
+
+class Old(Other):
+    """Has a DLPack without versions, which does not say what may be written to."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if "max_version" in options:
+            raise TypeError(options)
+        return self.tensor.__dlpack__()
+
+
+def test_bfloat16_over_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: Any = Other(torch.tensor([3, 4], dtype=torch.bfloat16))
+    found = kernels.weighted_sum([other], [2])
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == BF16
+    assert found.tolist() == [6, 8]
+    with pytest.raises(TypeError, match=r"^out cannot be taken over DLPack: .* as uint16$"):
+        kernels.weighted_sum([other], [2], out=other)
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not loaded
+    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .* as uint16$"):
+        kernels.norm(other)
+
+
+def test_out_over_dlpack() -> None:
+    out: Any = Other(torch.zeros(2))
+    assert kernels.weighted_sum([Old(torch.tensor([3.0, 4.0]))], [2], out=out) is out
+    assert out.tensor.tolist() == [6, 8]
+    message = (
+        "out is read-only over its DLPack, which one older than 1.0 always is; pass an array of "
+        "NumPy or of torch"
+    )
+    old: Any = Old(torch.zeros(3))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        kernels.weighted_sum([X], [2], out=old)
+
+
+def test_page_locked_memory_is_on_the_cpu() -> None:
+    assert kernels.norm(Other(torch.tensor([3.0, 4.0]), device=3)) == 5
+    with pytest.raises(ValueError, match=r"^tensor is not on the CPU; copy it there first$"):
+        kernels.norm(Other(X, device=2))
 
 
 def call(*arguments: Any, **options: Any) -> Any:

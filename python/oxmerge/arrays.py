@@ -69,7 +69,8 @@ _NARROW = frozenset(
 )
 #: Where the dtype of a uint16 array of ours says what it holds, BF16 or U16.
 _STORED = "oxmerge"
-_CPU = 1  # of DLPack
+#: Devices of DLPack whose memory is the CPU's; two are page-locked for GPUs.
+_ON_CPU = frozenset((1, 3, 11))
 
 
 class View:
@@ -141,8 +142,10 @@ def _view(array: Any, what: str, dtype: str | None, *, is_out: bool) -> View:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return _torch_view(array, what, dtype, is_out)
-    found = _numpy_view(_imported(array, what), what, dtype, is_out)
-    found.given = array
+    imported = _imported(array, what, is_out=is_out)
+    is_torch = torch is not None and isinstance(imported, torch.Tensor)
+    found = (_torch_view if is_torch else _numpy_view)(imported, what, dtype, is_out)
+    found.given, found.kind = array, "numpy"
     return found
 
 
@@ -243,24 +246,37 @@ def listed(tensors: Iterable[T], what: str = "tensors", item: str = "arrays") ->
         raise TypeError(f"{what} must be a sequence of {item}, not a {kind}") from None
 
 
-def _imported(array: Any, what: str) -> Any:
-    """Return an array of another package as NumPy's, without a copy."""
+def _imported(array: Any, what: str, *, is_out: bool) -> Any:
+    """Return an array of another package as one of NumPy or torch, without a copy."""
     import numpy as np  # noqa: PLC0415 - a buffer is looked at with it
 
     if hasattr(array, "__dlpack__"):
-        device = array.__dlpack_device__()
-        if device[0] != _CPU:
-            raise ValueError(f"{what} is not on the CPU; copy it there first")
-        try:
-            return np.from_dlpack(array)
-        except (BufferError, RuntimeError) as error:
-            advice = "NumPy knows no bfloat16 there: pass a torch tensor, or the bits as uint16"
-            raise TypeError(f"{what} cannot be taken over DLPack: {error} {advice}") from error
+        return _over_dlpack(array, what, is_out=is_out)
     try:
         return np.asarray(memoryview(array))
     except (TypeError, ValueError):
         advice = "pass a NumPy array, a torch tensor, or something with a buffer or DLPack"
         raise TypeError(f"{what} is no array but a {type(array).__name__}; {advice}") from None
+
+
+def _over_dlpack(array: Any, what: str, *, is_out: bool) -> Any:
+    import numpy as np  # noqa: PLC0415 - knows DLPack
+
+    if array.__dlpack_device__()[0] not in _ON_CPU:
+        raise ValueError(f"{what} is not on the CPU; copy it there first")
+    try:
+        found = np.from_dlpack(array)
+    except (BufferError, RuntimeError) as error:
+        # torch knows bfloat16 there, but does not say what may be written to.
+        torch = None if is_out else sys.modules.get("torch")
+        if torch is not None:
+            return torch.from_dlpack(array)
+        advice = "pass an array of NumPy or of torch, or the bits of bfloat16 as uint16"
+        raise TypeError(f"{what} cannot be taken over DLPack: {error} {advice}") from error
+    if is_out and not found.flags.writeable:
+        advice = "which one older than 1.0 always is; pass an array of NumPy or of torch"
+        raise ValueError(f"out is read-only over its DLPack, {advice}")
+    return found
 
 
 def _unknown_type(what: str, name: str) -> str:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -439,7 +439,10 @@ READ_ONLY.setflags(write=False)
         (
             call("linear", [X, X[:2]], weight=1),
             ValueError,
-            "tensors[1] has the shape (2,), and tensors[0] (3,); all must be equal",
+            (
+                "tensors[1] has the shape (2,), and tensors[0] (3,); all must be equal: "
+                "reshape one, or leave it out"
+            ),
         ),
         (
             call("linear", [X, np.arange(3)], weight=1),
@@ -493,7 +496,42 @@ READ_ONLY.setflags(write=False)
         (
             sums([X, X], [1]),
             ValueError,
-            "there are 1 weights for 2 tensors",
+            "there are 1 weights for 2 tensors; give one for each",
+        ),
+        (
+            sums([X, X], [1, math.nan]),
+            ValueError,
+            "weights[1] must be a finite number, not nan",
+        ),
+        (
+            lambda: kernels.sign_consensus([X], [-math.inf]),
+            ValueError,
+            "weights[0] must be a finite number, not -inf",
+        ),
+        (
+            lambda: kernels.random_mask(3, "a"),  # type: ignore[call-overload]
+            ValueError,
+            "density must be a finite number, not 'a'",
+        ),
+        (
+            lambda: kernels.random_mask(3, 0.5, name=3),  # type: ignore[call-overload]
+            TypeError,
+            "name must be text, the tensor's in its model, not 3",
+        ),
+        (
+            call("linear", [X], weight=1, name=3),
+            TypeError,
+            "name must be text, the tensor's in its model, not 3",
+        ),
+        (
+            lambda: oxmerge.merge_tensors([X], "linear", weight=1),  # type: ignore[call-overload]
+            TypeError,
+            "method must be a name, such as 'linear', not a list",
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", cast("Any", [{3: X}]), weight=1),
+            TypeError,
+            "a name is 3; names of tensors must be text",
         ),
         (sums([], []), ValueError, "there is no tensor"),
         (
@@ -512,12 +550,12 @@ READ_ONLY.setflags(write=False)
         (
             sums([X], [1], out=np.empty(4, np.float32)),
             ValueError,
-            "out has the shape (4,), and the result (3,)",
+            "out has the shape (4,), and the result (3,); pass one of that shape",
         ),
         (
             sums([X], [1], out=np.empty(3, np.float16), dtype="float32"),
             ValueError,
-            "out is of F16, and the result of F32; pass another dtype",
+            "out is of F16, and the result of F32; pass one of F32, or another dtype",
         ),
         (
             sums([X], [1], out=np.empty(3, np.int32)),
@@ -621,7 +659,7 @@ READ_ONLY.setflags(write=False)
         (
             lambda: kernels.dot(X, X[:2]),
             ValueError,
-            "b has the shape (2,), and a (3,); all must be equal",
+            "b has the shape (2,), and a (3,); all must be equal: reshape one, or leave it out",
         ),
         (
             lambda: kernels.random_mask(3, 1.5),
@@ -658,13 +696,13 @@ READ_ONLY.setflags(write=False)
             ValueError,
             (
                 "tensor `x`: state_dicts[1] has the shape (2,), and state_dicts[0] (3,); "
-                "all must be equal"
+                "all must be equal: reshape one, or leave it out"
             ),
         ),
         (
             lambda: oxmerge.merge_state_dicts("linear", [{"x": X}], weight=1, out={"x": X[:2]}),
             ValueError,
-            "tensor `x`: out has the shape (2,), and the result (3,)",
+            "tensor `x`: out has the shape (2,), and the result (3,); pass one of that shape",
         ),
     ],
 )

@@ -346,6 +346,14 @@ def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) ->
         act()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: Any) -> None:
+    nested = torch.nested.nested_tensor([X, X[:2]], layout=layout)
+    with pytest.raises(TypeError, match=r"^tensor is nested; merge its parts one by one"):
+        kernels.norm(nested)
+
+
 class Wrapper(torch.Tensor):  # type: ignore[misc] # mypy does not look into torch
     """Has a shape and no memory, as tensors of quantisers and of distributed packages may."""
 

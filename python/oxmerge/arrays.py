@@ -186,8 +186,6 @@ def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
         raise ValueError(f"{what} is on the device `{array.device}`; {advice}")
     if code is None:
         raise TypeError(_unknown_type(what, name))
-    if array.layout is not sys.modules["torch"].strided:
-        raise TypeError(f"{what} is sparse; make it dense first (`.to_dense()`)")
     if code == "U16" and dtype == "BF16":
         code = "BF16"
     _check_memory(array, what)
@@ -205,10 +203,14 @@ def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
 
 
 def _check_memory(tensor: Any, what: str) -> None:
-    """Raise ValueError unless every element lies in memory, which torch does not promise.
+    """Raise an error unless every element lies in memory, which torch does not promise.
 
-    A tensor may be fake, a wrapper around others, or have lost its storage.
+    A tensor may be many, sparse, fake, a wrapper around others, or have lost its storage.
     """
+    if tensor.is_nested:
+        raise TypeError(f"{what} is nested; merge its parts one by one (`.unbind()`)")
+    if tensor.layout is not sys.modules["torch"].strided:
+        raise TypeError(f"{what} is sparse; make it dense first (`.to_dense()`)")
     span = tensor.numel()
     if not span:
         return
@@ -349,9 +351,8 @@ def check_same_shape(views: Sequence[View], names: Sequence[str]) -> None:
     shape = views[0].shape
     for each, name in zip(views, names, strict=True):
         if each.shape != shape:
-            raise ValueError(
-                f"{name} has the shape {each.shape}, and {names[0]} {shape}; all must be equal"
-            )
+            advice = "all must be equal: reshape one, or leave it out"
+            raise ValueError(f"{name} has the shape {each.shape}, and {names[0]} {shape}; {advice}")
 
 
 def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) -> View:

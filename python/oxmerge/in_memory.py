@@ -36,7 +36,15 @@ if TYPE_CHECKING:
     Out = TypeVar("Out")
     Parameters = Mapping[str, Any]
 
-__all__ = ["MethodCall", "check_options", "check_out", "merge_tensors", "methods", "whole"]
+__all__ = [
+    "MethodCall",
+    "check_options",
+    "check_out",
+    "finite",
+    "merge_tensors",
+    "methods",
+    "whole",
+]
 
 _MOST_THREADS = (1 << 32) - 1
 #: How Python writes a parameter whose name is a keyword.
@@ -183,6 +191,10 @@ class MethodCall:
     __slots__ = ("_base", "_method", "_own", "_shared", "names")
 
     def __init__(self, method: str, others: int, parameters: Parameters, *, has_base: bool) -> None:
+        if not isinstance(method, str):
+            raise TypeError(
+                f"method must be a name, such as 'linear', not a {type(method).__name__}"
+            )
         found = find_method(method, methods())
         if isinstance(found, Problem):
             raise _unknown(found)
@@ -206,7 +218,7 @@ class MethodCall:
     ) -> Any:
         """Merge one tensor; the arguments are those of `merge_tensors`."""
         check_same_shape(inputs, self.names)
-        check_options(seed, threads)
+        check_options(seed, threads, name)
         first = inputs[0]
         code = self.result_type(inputs, out, code)
         if out is None:
@@ -247,8 +259,10 @@ class MethodCall:
         raise TypeError(f"{message}: {', '.join(types)}; convert one of them first")
 
 
-def check_options(seed: int, threads: int | None) -> None:
-    """Raise TypeError or ValueError unless seed and threads are whole numbers in range."""
+def check_options(seed: int, threads: int | None, name: str = "") -> None:
+    """Raise TypeError or ValueError unless seed and threads are in range, and the name is text."""
+    if not isinstance(name, str):
+        raise TypeError(f"name must be text, the tensor's in its model, not {name!r}")
     if not 0 <= whole(seed, "seed") <= MOST_SEED:
         raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
     if threads is not None and whole(threads, "threads") < 1:
@@ -265,12 +279,22 @@ def whole(value: Any, what: str) -> int:
         raise TypeError(f"{what} must be a whole number, not {value!r}") from None
 
 
+def finite(value: Any, what: str) -> float:
+    """Return a number of any package as a parameter takes it; raise ValueError for others."""
+    try:
+        return float(convert(value, "float"))
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} must be a finite number, not {value!r}") from None
+
+
 def check_out(out: View, shape: tuple[int, ...], code: str) -> None:
     """Raise ValueError unless `out` is of that shape and element type."""
     if out.shape != shape:
-        raise ValueError(f"out has the shape {out.shape}, and the result {shape}")
+        advice = "pass one of that shape"
+        raise ValueError(f"out has the shape {out.shape}, and the result {shape}; {advice}")
     if out.place[2] != code:
-        raise ValueError(f"out is of {out.place[2]}, and the result of {code}; pass another dtype")
+        advice = f"pass one of {code}, or another dtype"
+        raise ValueError(f"out is of {out.place[2]}, and the result of {code}; {advice}")
 
 
 @cache

@@ -44,7 +44,7 @@ from oxmerge.arrays import (
     promoted,
     view,
 )
-from oxmerge.in_memory import check_options, check_out, whole
+from oxmerge.in_memory import check_options, check_out, finite, whole
 from oxmerge.method_functions import *  # noqa: F403 - every merge method
 from oxmerge.schema import FLOATS, is_float
 
@@ -116,7 +116,7 @@ def weighted_sum(
     tensors : sequence of array
         Of one shape.
     weights : sequence of float
-        One for each. A tensor with weight 0 is not read.
+        One finite number for each. A tensor with weight 0 is not read.
     out, dtype, threads
         As for all kernels, see `oxmerge.kernels`.
 
@@ -293,7 +293,7 @@ def sign_consensus(
     tensors : sequence of array
         Of one shape; task vectors, as a rule.
     weights : sequence of float, optional
-        One for each; 1 unless given.
+        One finite number for each; 1 unless given.
     out, dtype, threads
         As for all kernels, see `oxmerge.kernels`.
 
@@ -388,18 +388,18 @@ def random_mask(
     >>> random_mask(8, 0.5, seed=1, name="w")
     array([False,  True,  True,  True, False, False, False, False])
     """
-    if not 0 <= density <= 1:
+    if not 0 <= (density := finite(density, "density")) <= 1:
         raise ValueError(f"density must be from 0 to 1, not {density}")
     if not 0 <= (position := whole(position, "position")) < 1 << 32:
         raise ValueError(f"position must be from 0 to 2**32 - 1, not {position}")
     shape = _shape(shape)
-    check_options(seed, threads)
+    check_options(seed, threads, name)
     code = element_type(dtype, _MASKS)
     target = None if out is None else output(out, code)
     if target is None:
         target = empty(shape, code or "BOOL", "numpy")
     check_out(target, shape, code or _mask_type(target))
-    numbers = [float(density), float(position)]
+    numbers = [density, float(position)]
     mark_overwritten(target)
     _core.fill_array("random_mask", [], target.place, shape, numbers, name, seed, threads)
     return target.given
@@ -647,10 +647,10 @@ def ulp_distance(
 
 
 def _weights(weights: Sequence[float], count: int) -> list[float]:
-    numbers = [float(weight) for weight in listed(weights, "weights", "numbers")]
-    if len(numbers) != count:
-        raise ValueError(f"there are {len(numbers)} weights for {count} tensors")
-    return numbers
+    given = listed(weights, "weights", "numbers")
+    if len(given) != count:
+        raise ValueError(f"there are {len(given)} weights for {count} tensors; give one for each")
+    return [finite(weight, f"weights[{at}]") for at, weight in enumerate(given)]
 
 
 def _shape(shape: Any) -> tuple[int, ...]:

@@ -310,6 +310,9 @@ def _check_names(
 ) -> None:
     mappings = [donor, *sources, *([] if out is None else [out])]
     everything = dict.fromkeys(name for source in mappings for name in source)
+    for name in everything:
+        if not isinstance(name, str):
+            raise TypeError(f"a name is {name!r}; names of tensors must be text")
     lacking = [
         f"{label} lacks {', '.join(f'`{name}`' for name in missing)}"
         for source, label in zip([*sources, out], [*labels, "out"], strict=True)

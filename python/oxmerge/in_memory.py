@@ -121,6 +121,7 @@ def merge_tensors(
     dtype : str or dtype, optional
         The result's type: float16, bfloat16, float32 or float64. Otherwise that of `out`, or the
         smallest that holds all inputs. With bfloat16, ``uint16`` arrays are taken for raw bfloat16.
+        It acts on floats only: arrays of integers or bool stay what they are.
     seed : int
         Of the random masks that some methods draw, from 0 to 2**64 - 1.
     name : str

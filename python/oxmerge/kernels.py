@@ -175,8 +175,8 @@ def task_vector(
     tensor, base : array
         Of one shape.
     out, dtype, threads
-        As for all kernels, see `oxmerge.kernels`. The difference of bfloat16 arrays is exact in
-        float32, but is rounded in bfloat16.
+        As for all kernels, see `oxmerge.kernels`. Where bfloat16 arrays are close, as fine-tunes
+        are, their difference is exact in float32, but is rounded in bfloat16.
 
     Returns
     -------
@@ -185,7 +185,8 @@ def task_vector(
 
     Notes
     -----
-    From "Editing Models with Task Arithmetic", https://arxiv.org/abs/2212.04089.
+    One read of both and one write, at the speed of the memory. From "Editing Models with Task
+    Arithmetic", https://arxiv.org/abs/2212.04089.
 
     Examples
     --------
@@ -380,8 +381,9 @@ def random_mask(
 
     Notes
     -----
-    Philox4x32-10, a counter-based generator; "Language Models are Super Mario",
-    https://arxiv.org/abs/2311.03099.
+    One write, no read, and no memory besides. Philox4x32-10, a counter-based generator ("Parallel
+    Random Numbers: As Easy as 1, 2, 3", https://doi.org/10.1145/2063384.2063405), drawn as in
+    "Language Models are Super Mario", https://arxiv.org/abs/2311.03099.
 
     Examples
     --------
@@ -432,13 +434,16 @@ def convert(tensor: Any, dtype: Any, *, out: Any = None, threads: int | None = N
 
     Notes
     -----
-    One read and one write.
+    One read and one write, at the speed of the memory. Rounded once as IEEE 754 has it, also from
+    float64.
 
     Examples
     --------
     >>> import numpy as np
     >>> convert(np.float32([1, 65520]), "float16")
     array([ 1., inf], dtype=float16)
+    >>> convert(np.float16([1, 0.1]), "float64")
+    array([1.        , 0.09997559])
     """
     code = element_type(dtype)
     if code is None:
@@ -467,13 +472,15 @@ def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None
 
     Notes
     -----
-    One to three reads, no sort.
+    One to three reads, no sort, and no memory but for a few histograms. The threshold of
+    `top_k_mask`, at which TIES trims: https://arxiv.org/abs/2306.01708.
 
     Examples
     --------
     >>> import numpy as np
-    >>> kth_magnitude(np.float32([0.5, -3, 2]), 2)
-    2.0
+    >>> x = np.float32([0.5, -3, 2])
+    >>> kth_magnitude(x, 1), kth_magnitude(x, 2)
+    (3.0, 2.0)
     """
     source = _float_view(tensor, "tensor", dtype)
     if not 1 <= (k := whole(k, "k")) <= _count(source):
@@ -500,7 +507,9 @@ def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | Non
 
     Notes
     -----
-    One read. Sums are taken in a fixed order, so the result does not depend on `threads`.
+    One read. Sums are taken in a fixed order, that of ``rust/kernels/NUMERICS.md``, so the result
+    does not depend on `threads`. The ratio of two sums of magnitudes is what DARE can rescale by:
+    https://arxiv.org/abs/2311.03099.
 
     Examples
     --------
@@ -536,13 +545,18 @@ def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> flo
 
     Notes
     -----
-    One read of each. Sums are taken in a fixed order, so the result does not depend on `threads`.
+    One read of each. Sums are taken in a fixed order, that of ``rust/kernels/NUMERICS.md``, so the
+    result does not depend on `threads`. SLERP takes its angle from it: Shoemake, "Animating
+    Rotation with Quaternion Curves", https://doi.org/10.1145/325334.325242.
 
     Examples
     --------
     >>> import numpy as np
-    >>> dot(np.float32([1, 2]), np.float32([3, 4]))
+    >>> a, b = np.float32([1, 2]), np.float32([3, 4])
+    >>> dot(a, b)
     11.0
+    >>> round(dot(a, b) / (norm(a) * norm(b)), 3)  # the cosine
+    0.984
     """
     views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
     check_same_shape(views, ("a", "b"))
@@ -582,7 +596,8 @@ def gram(
 
     Notes
     -----
-    One read of each tensor, and no task vector is ever stored.
+    One read of each tensor, and no task vector is ever stored. The angles between task vectors are
+    what "Model Stock" goes by: https://arxiv.org/abs/2403.19522.
 
     Examples
     --------
@@ -628,7 +643,9 @@ def ulp_distance(
 
     Notes
     -----
-    One read of each.
+    One read of each. Floats of one type are counted from zero on, up or down, as by Dawson,
+    "Comparing Floating Point Numbers",
+    https://randomascii.wordpress.com/2012/02/25/comparing-floating-point-numbers-2012-edition/.
 
     Examples
     --------
@@ -636,6 +653,8 @@ def ulp_distance(
     >>> x = np.float32([1, 2, 0])
     >>> ulp_distance(x, np.float32([np.nextafter(x[0], x[1]), 2, -0.0]))
     (1, 1)
+    >>> ulp_distance(x, x)
+    (0, 0)
     """
     views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
     check_same_shape(views, ("a", "b"))

@@ -116,6 +116,20 @@ def lazy(
         With every problem that the recipe and the headers show.
     ImportError
         If torch is asked for and not installed.
+
+    Notes
+    -----
+    Reads headers only, once. A tensor costs what merging it costs (``oxmerge methods NAME`` tells),
+    and the memory of the result; its inputs are read in pieces. It is computed on the CPU.
+
+    Examples
+    --------
+    >>> import oxmerge
+    >>> model = oxmerge.lazy("recipe.yml")
+    >>> list(model)
+    ['model.embed_tokens.weight', 'model.norm.weight']
+    >>> model["model.norm.weight"].shape
+    (16,)
     """
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}")

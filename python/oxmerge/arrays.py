@@ -20,9 +20,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from functools import cache
+from math import prod
 
 from oxmerge.problems import did_you_mean
-from oxmerge.schema import FLOATS, promote
+from oxmerge.schema import FLOATS, is_float, promote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,10 +43,13 @@ if TYPE_CHECKING:
     Place = tuple[int, int, str]
 
 __all__ = [
+    "MASKS",
     "View",
+    "check_float",
     "check_same_shape",
     "element_type",
     "empty",
+    "float_view",
     "listed",
     "mark_overwritten",
     "numpy_dtype",
@@ -69,6 +73,8 @@ _NARROW = frozenset(
 )
 #: Where the dtype of a uint16 array of ours says what it holds, BF16 or U16.
 _STORED = "oxmerge"
+#: What a mask may be of.
+MASKS = ("BOOL", *FLOATS)
 #: Devices of DLPack whose memory is the CPU's; two are page-locked for GPUs.
 _ON_CPU = frozenset((1, 3, 11))
 
@@ -97,6 +103,11 @@ class View:
         self.place = place
         self.shape = shape
         self.kind: Kind = kind
+
+    @property
+    def count(self) -> int:
+        """How many elements it has."""
+        return prod(self.shape)
 
 
 def view(array: object, what: str, dtype: str | None = None) -> View:
@@ -344,6 +355,24 @@ def promoted(views: Sequence[View]) -> str:
         if each.place[2] != code:
             code = promote(code, each.place[2])
     return code
+
+
+def float_view(array: object, what: str, dtype: Any) -> View:
+    """Return where the elements of an input lie; raise TypeError unless they are floats.
+
+    Parameters are those of `view`, but `dtype` as the caller gave it.
+    """
+    return check_float(view(array, what, element_type(dtype, MASKS)), what)
+
+
+def check_float(each: View, what: str) -> View:
+    """Return a view; raise TypeError unless its elements are floats."""
+    code = each.place[2]
+    if not is_float(code):
+        advice = 'convert it, or pass dtype="bfloat16" if it holds the bits of bfloat16'
+        advice = advice if code == "U16" else "convert it to floats first"
+        raise TypeError(f"{what} is of {code}; {advice}")
+    return each
 
 
 def check_same_shape(views: Sequence[View], names: Sequence[str]) -> None:

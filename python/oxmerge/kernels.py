@@ -29,15 +29,17 @@ array([3., 1., 2.], dtype=float32)
 
 from __future__ import annotations
 
-import math
 from typing import overload
 
-from oxmerge import _core, method_functions
+from oxmerge import _core, measures, method_functions
 from oxmerge.arrays import (
+    MASKS,
     View,
+    check_float,
     check_same_shape,
     element_type,
     empty,
+    float_view,
     listed,
     mark_overwritten,
     output,
@@ -45,15 +47,15 @@ from oxmerge.arrays import (
     view,
 )
 from oxmerge.in_memory import check_options, check_out, finite, whole
+from oxmerge.measures import *  # noqa: F403 - what goes from arrays to numbers
 from oxmerge.method_functions import *  # noqa: F403 - every merge method
-from oxmerge.schema import FLOATS, is_float
+from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, TypeVar
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from oxmerge.arrays import Tensor
@@ -62,20 +64,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "convert",
-    "dot",
-    "gram",
-    "kth_magnitude",
-    "norm",
     "random_mask",
     "sign_consensus",
     "task_vector",
     "top_k_mask",
-    "ulp_distance",
     "weighted_sum",
 ]
+__all__ += measures.__all__
 __all__ += method_functions.__all__
-
-_MASKS = ("BOOL", *FLOATS)
 
 
 def __dir__() -> list[str]:
@@ -255,9 +251,9 @@ def top_k_mask(
     >>> top_k_mask(np.float32([0.5, -3, 2, -0.5]), 3)
     array([ True,  True,  True, False])
     """
-    source = _float_view(tensor, "tensor", dtype)
-    if not 0 <= (k := whole(k, "k")) <= _count(source):
-        raise ValueError(f"k must be from 0 to {_count(source)}, the number of elements, not {k}")
+    source = float_view(tensor, "tensor", dtype)
+    if not 0 <= (k := whole(k, "k")) <= source.count:
+        raise ValueError(f"k must be from 0 to {source.count}, the number of elements, not {k}")
     return _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
 
 
@@ -396,7 +392,7 @@ def random_mask(
         raise ValueError(f"position must be from 0 to 2**32 - 1, not {position}")
     shape = _shape(shape)
     check_options(seed, threads, name)
-    code = element_type(dtype, _MASKS)
+    code = element_type(dtype, MASKS)
     target = None if out is None else output(out, code)
     if target is None:
         target = empty(shape, code or "BOOL", "numpy")
@@ -448,221 +444,9 @@ def convert(tensor: Any, dtype: Any, *, out: Any = None, threads: int | None = N
     code = element_type(dtype)
     if code is None:
         raise TypeError("dtype must be given")
-    inputs = [_checked_float(view(tensor, "tensor"), "tensor")]
+    inputs = [check_float(view(tensor, "tensor"), "tensor")]
     target = None if out is None else output(out, code)
     return _run("convert", inputs, [], target, code, threads)
-
-
-def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None = None) -> float:
-    """Return the `k`-th largest magnitude, exactly.
-
-    Parameters
-    ----------
-    tensor : array
-        Of floats.
-    k : int
-        From 1, the largest, to the number of elements.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    float
-        The magnitude. NaN counts as the largest.
-
-    Notes
-    -----
-    One to three reads, no sort, and no memory but for a few histograms. The threshold of
-    `top_k_mask`, at which TIES trims: https://arxiv.org/abs/2306.01708.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x = np.float32([0.5, -3, 2])
-    >>> kth_magnitude(x, 1), kth_magnitude(x, 2)
-    (3.0, 2.0)
-    """
-    source = _float_view(tensor, "tensor", dtype)
-    if not 1 <= (k := whole(k, "k")) <= _count(source):
-        raise ValueError(f"k must be from 1 to {_count(source)}, the number of elements, not {k}")
-    return _numbers("kth_magnitude", [source], threads, k)[0]
-
-
-def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | None = None) -> float:
-    """Return a norm of the whole array, in float64.
-
-    Parameters
-    ----------
-    tensor : array
-        Of floats.
-    order : {1, 2, inf}
-        The sum of magnitudes, the Euclidean norm, or the largest magnitude.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    float
-        The norm; of no elements 0, and NaN if any element is.
-
-    Notes
-    -----
-    One read. Sums are taken in a fixed order, that of ``rust/kernels/NUMERICS.md``, so the result
-    does not depend on `threads`. The ratio of two sums of magnitudes is what DARE can rescale by:
-    https://arxiv.org/abs/2311.03099.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x = np.float32([3, -4])
-    >>> norm(x), norm(x, 1), norm(x, float("inf"))
-    (5.0, 7.0, 4.0)
-    """
-    source = _float_view(tensor, "tensor", dtype)
-    if order not in (1, 2, math.inf):
-        raise ValueError(f"order must be 1, 2 or inf, not {order}")
-    if order == 1:
-        return _numbers("absolute_sum", [source], threads)[0]
-    if order == math.inf:
-        return _numbers("largest_magnitude", [source], threads)[0]
-    return math.sqrt(_numbers("gram", [source], threads)[0])
-
-
-def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> float:
-    """Return the inner product of two arrays, in float64.
-
-    Parameters
-    ----------
-    a, b : array
-        Of floats, of one shape.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    float
-        The sum of products, each taken in float64.
-
-    Notes
-    -----
-    One read of each. Sums are taken in a fixed order, that of ``rust/kernels/NUMERICS.md``, so the
-    result does not depend on `threads`. SLERP takes its angle from it: Shoemake, "Animating
-    Rotation with Quaternion Curves", https://doi.org/10.1145/325334.325242.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> a, b = np.float32([1, 2]), np.float32([3, 4])
-    >>> dot(a, b)
-    11.0
-    >>> round(dot(a, b) / (norm(a) * norm(b)), 3)  # the cosine
-    0.984
-    """
-    views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
-    check_same_shape(views, ("a", "b"))
-    return _numbers("dot", views, threads)[0]
-
-
-@overload
-def gram(
-    tensors: Sequence[Tensor],
-    base: Tensor | None = None,
-    *,
-    dtype: Any = None,
-    threads: int | None = None,
-) -> Tensor: ...
-@overload
-def gram(
-    tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
-) -> NDArray[np.float64]: ...
-def gram(
-    tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
-) -> Any:
-    """Return the inner products of every two of the tensors: their Gram matrix.
-
-    Parameters
-    ----------
-    tensors : sequence of array
-        Of floats, of one shape.
-    base : array, optional
-        Is subtracted from each first: the products are those of task vectors.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    array of float64
-        Symmetric, of shape (n, n) for n tensors; of NumPy, or of torch for torch tensors.
-
-    Notes
-    -----
-    One read of each tensor, and no task vector is ever stored. The angles between task vectors are
-    what "Model Stock" goes by: https://arxiv.org/abs/2403.19522.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> gram([np.float32([2, 1]), np.float32([1, 3])], base=np.float32([1, 1]))
-    array([[1., 0.],
-           [0., 4.]])
-    """
-    views = [_float_view(each, f"tensors[{at}]", dtype) for at, each in enumerate(listed(tensors))]
-    if not views:
-        raise ValueError("there is no tensor")
-    count, names = len(views), [f"tensors[{at}]" for at in range(len(views))]
-    if base is not None:
-        views.append(_float_view(base, "base", dtype))
-        names.append("base")
-    check_same_shape(views, names)
-    piece = "gram" if base is None else "gram_of_differences"
-    products = iter(_numbers(piece, views, threads))
-    matrix = empty((count, count), "F64", views[0].kind).array
-    for row in range(count):
-        for column in range(row, count):
-            matrix[row, column] = matrix[column, row] = next(products)
-    return matrix
-
-
-def ulp_distance(
-    a: Any, b: Any, *, dtype: Any = None, threads: int | None = None
-) -> tuple[int, int]:
-    """Return how far apart two arrays are, in steps between neighbouring floats of their type.
-
-    Parameters
-    ----------
-    a, b : array
-        Of the same float type and shape.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    tuple of int
-        The largest distance of two elements, and how many elements differ. Both zeros are the same
-        number, any two NaNs are, and a NaN is one step beyond infinity.
-
-    Notes
-    -----
-    One read of each. Floats of one type are counted from zero on, up or down, as by Dawson,
-    "Comparing Floating Point Numbers",
-    https://randomascii.wordpress.com/2012/02/25/comparing-floating-point-numbers-2012-edition/.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x = np.float32([1, 2, 0])
-    >>> ulp_distance(x, np.float32([np.nextafter(x[0], x[1]), 2, -0.0]))
-    (1, 1)
-    >>> ulp_distance(x, x)
-    (0, 0)
-    """
-    views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
-    check_same_shape(views, ("a", "b"))
-    check_options(0, threads)
-    one, other = views[0].place[2], views[1].place[2]
-    if one != other:
-        raise TypeError(f"a is of {one} and b of {other}; convert one of them first")
-    return _core.ulp_distance(views[0].place, views[1].place, threads)
 
 
 def _weights(weights: Sequence[float], count: int) -> list[float]:
@@ -692,7 +476,7 @@ def _fill(
     code = element_type(dtype)
     names = names or [f"tensors[{at}]" for at in range(len(tensors))]
     pairs = zip(tensors, names, strict=True)
-    inputs = [_checked_float(view(each, name, code), name) for each, name in pairs]
+    inputs = [check_float(view(each, name, code), name) for each, name in pairs]
     check_same_shape(inputs, names)
     target = None if out is None else output(out, code)
     if code is None:
@@ -711,7 +495,7 @@ def _mask(
     dtype: Any,
     threads: int | None,
 ) -> Any:
-    code = element_type(dtype, _MASKS)
+    code = element_type(dtype, MASKS)
     target = None if out is None else output(out, code)
     if code is None:
         code = "BOOL" if target is None else _mask_type(target)
@@ -719,7 +503,7 @@ def _mask(
 
 
 def _mask_type(target: View) -> str:
-    if target.place[2] not in _MASKS:
+    if target.place[2] not in MASKS:
         raise TypeError(f"out is of {target.place[2]}; pass one of bool or floats")
     return target.place[2]
 
@@ -741,26 +525,3 @@ def _run(
     mark_overwritten(target)
     _core.fill_array(piece, places, target.place, first.shape, numbers, "", 0, threads)
     return target.given
-
-
-def _numbers(piece: str, inputs: list[View], threads: int | None, k: int = 0) -> list[float]:
-    check_options(0, threads)
-    places = [each.place for each in inputs]
-    return _core.numbers_of_arrays(piece, places, _count(inputs[0]), k, threads)
-
-
-def _float_view(array: Any, what: str, dtype: Any) -> View:
-    return _checked_float(view(array, what, element_type(dtype, _MASKS)), what)
-
-
-def _checked_float(each: View, what: str) -> View:
-    code = each.place[2]
-    if not is_float(code):
-        advice = 'convert it, or pass dtype="bfloat16" if it holds the bits of bfloat16'
-        advice = advice if code == "U16" else "convert it to floats first"
-        raise TypeError(f"{what} is of {code}; {advice}")
-    return each
-
-
-def _count(each: View) -> int:
-    return math.prod(each.shape)

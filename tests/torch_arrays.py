@@ -274,6 +274,13 @@ def test_bfloat16_over_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.tolist() == [6, 8]
     with pytest.raises(TypeError, match=r"^out cannot be taken over DLPack: .* as uint16$"):
         kernels.weighted_sum([other], [2], out=other)
+
+    class Broken(Other):
+        def __dlpack__(self, **_: Any) -> Any:
+            raise BufferError("no such type.")
+
+    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: no such type\."):
+        kernels.norm(Broken(X))
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not loaded
     with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .* as uint16$"):
         kernels.norm(other)

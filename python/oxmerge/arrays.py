@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from math import prod
 
@@ -283,7 +284,8 @@ def _over_dlpack(array: Any, what: str, *, is_out: bool) -> Any:
         # torch knows bfloat16 there, but does not say what may be written to.
         torch = None if is_out else sys.modules.get("torch")
         if torch is not None:
-            return torch.from_dlpack(array)
+            with suppress(BufferError, RuntimeError):
+                return torch.from_dlpack(array)
         advice = "pass an array of NumPy or of torch, or the bits of bfloat16 as uint16"
         raise TypeError(f"{what} cannot be taken over DLPack: {error} {advice}") from error
     if is_out and not found.flags.writeable:

@@ -4,13 +4,14 @@
 //! `torch.set_flush_denormal(True)` does. That would change bits, in this thread and in those that it
 //! starts. It also breaks what the compiler takes for granted: that all is as the language left it.
 
-#![expect(unsafe_code, reason = "no safe function reads or writes the control register")]
+#![cfg_attr(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    expect(unsafe_code, reason = "no safe function reads or writes the control register")
+)]
 
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use std::arch::asm;
 use std::marker::PhantomData;
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-compile_error!("say here how this processor is told what to do with subnormal numbers");
 
 /// The control register as a program finds it: to nearest, subnormal numbers kept, no traps.
 const STANDARD: u64 = if cfg!(target_arch = "x86_64") { 0x1f80 } else { 0 };
@@ -65,3 +66,13 @@ fn set_control(word: u64) {
     // SAFETY: the word is the standard one, or one that the register had.
     unsafe { asm!("msr fpcr, {}", in(reg) word, options(nostack, preserves_flags)) };
 }
+
+// Elsewhere nothing is known to set it, if it exists.
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn control() -> u64 {
+    STANDARD
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn set_control(_: u64) {}

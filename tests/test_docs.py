@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import pkgutil
 import re
 from importlib import import_module
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import oxmerge
 import pytest
+from oxmerge import kernels
 from writers import random_arrays, write_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -25,6 +27,16 @@ def blocks(language: str) -> str:
     found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
     assert found, f"the README has a block of {language}"
     return "\n".join(found)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the recipe of the README and its models where the examples look for them."""
+    shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
+    for seed, name in enumerate(("base", "code", "chat")):
+        write_model(tmp_path / "models" / name, random_arrays(shapes, seed), "BF16")
+    (tmp_path / "recipe.yml").write_text(blocks("yaml"))
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -43,11 +55,15 @@ def test_some_module_has_examples() -> None:
     assert sum(len(test.examples) for tests in examples for test in tests) > 0
 
 
-def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
-    for seed, name in enumerate(("base", "code", "chat")):
-        write_model(tmp_path / "models" / name, random_arrays(shapes, seed), "BF16")
-    (tmp_path / "recipe.yml").write_text(blocks("yaml"))
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_every_kernel_tells_its_cost_its_source_and_has_an_example(name: str) -> None:
+    text = inspect.getdoc(getattr(kernels, name)) or ""
+    notes = text.partition("Notes\n-----\n")[2].partition("Examples\n--------\n")
+    assert re.search(r"read|write", notes[0]), "what it costs"
+    assert re.search(r"http|IEEE|From ", notes[0]), "where it is from"
+    assert f"{name}(" in notes[2], "how it is called"
+
+
+def test_readme_runs(tmp_path: Path) -> None:
     exec(compile(blocks("python"), "README.md", "exec"), {})
     assert (tmp_path / "merged" / "config.json").is_file()

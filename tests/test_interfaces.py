@@ -214,6 +214,21 @@ def test_looking_for_a_name_maps_no_file(tmp_path: Path) -> None:
         assert "y" not in checkpoint
 
 
+def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
+    mapped, late, cut = (oxmerge.open(path) for _ in range(3))
+    before = mapped["x"].copy()
+    other = write_file(tmp_path / "other", {"longer.name": np.zeros(9, np.float32)})
+    other.replace(path)
+    with pytest.raises(oxmerge.InputChangedError, match="changed after its header was read") as now:
+        late["x"]
+    assert now.value.file == str(path)
+    path.write_bytes(b"")
+    with pytest.raises(oxmerge.InputChangedError, match="found 0 bytes"):
+        cut["x"]
+    assert np.array_equal(mapped["x"], before)
+
+
 def test_a_closed_checkpoint_gives_no_more_arrays(tmp_path: Path) -> None:
     path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
     checkpoint = oxmerge.open(path)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -94,6 +94,14 @@ def test_top_k_mask_and_kth_magnitude(inputs: list[Any], share: float, workers: 
     assert np.array_equal(as_floats, expected.astype(np.float16))
     if k:
         assert kernels.kth_magnitude(values, k, threads=workers) == magnitudes[order[k - 1]]
+
+
+def test_a_nan_of_float64_is_the_largest() -> None:
+    values = np.random.default_rng(0).standard_normal(300_000)
+    values[0] = math.nan
+    assert math.isnan(kernels.kth_magnitude(values, 1))
+    assert kernels.kth_magnitude(values, 2) == np.abs(values[1:]).max()
+    assert np.flatnonzero(kernels.top_k_mask(values, 1)).tolist() == [0]
 
 
 @given(tensors(count=3), st.lists(st.floats(-2, 2), min_size=3, max_size=3), threads)
@@ -251,7 +259,7 @@ def test_other_arrays() -> None:
             return self.array.__dlpack_device__()
 
     assert kernels.weighted_sum([Capsule()], [3]).tolist() == [3, 6, 9]
-    out = array.array("f", [0, 0, 0])
+    out: Any = array.array("f", [0, 0, 0])
     assert kernels.weighted_sum([buffer], [5], out=out) is out
     assert out.tolist() == [5, 10, 15]
     assert oxmerge.merge_tensors("linear", [buffer], weight=1, out=out) is out
@@ -431,7 +439,10 @@ READ_ONLY.setflags(write=False)
         (
             call("linear", [X, X[:2]], weight=1),
             ValueError,
-            "tensors[1] has the shape (2,), and tensors[0] (3,); all must be equal",
+            (
+                "tensors[1] has the shape (2,), and tensors[0] (3,); all must be equal: "
+                "reshape one, or leave it out"
+            ),
         ),
         (
             call("linear", [X, np.arange(3)], weight=1),
@@ -485,7 +496,42 @@ READ_ONLY.setflags(write=False)
         (
             sums([X, X], [1]),
             ValueError,
-            "there are 1 weights for 2 tensors",
+            "there are 1 weights for 2 tensors; give one for each",
+        ),
+        (
+            sums([X, X], [1, math.nan]),
+            ValueError,
+            "weights[1] must be a finite number, not nan",
+        ),
+        (
+            lambda: kernels.sign_consensus([X], [-math.inf]),
+            ValueError,
+            "weights[0] must be a finite number, not -inf",
+        ),
+        (
+            lambda: kernels.random_mask(3, "a"),  # type: ignore[call-overload]
+            ValueError,
+            "density must be a finite number, not 'a'",
+        ),
+        (
+            lambda: kernels.random_mask(3, 0.5, name=3),  # type: ignore[call-overload]
+            TypeError,
+            "name must be text, the tensor's in its model, not 3",
+        ),
+        (
+            call("linear", [X], weight=1, name=3),
+            TypeError,
+            "name must be text, the tensor's in its model, not 3",
+        ),
+        (
+            lambda: oxmerge.merge_tensors([X], "linear", weight=1),  # type: ignore[call-overload]
+            TypeError,
+            "method must be a name, such as 'linear', not a list",
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", cast("Any", [{3: X}]), weight=1),
+            TypeError,
+            "a name is 3; names of tensors must be text",
         ),
         (sums([], []), ValueError, "there is no tensor"),
         (
@@ -504,12 +550,12 @@ READ_ONLY.setflags(write=False)
         (
             sums([X], [1], out=np.empty(4, np.float32)),
             ValueError,
-            "out has the shape (4,), and the result (3,)",
+            "out has the shape (4,), and the result (3,); pass one of that shape",
         ),
         (
             sums([X], [1], out=np.empty(3, np.float16), dtype="float32"),
             ValueError,
-            "out is of F16, and the result of F32; pass another dtype",
+            "out is of F16, and the result of F32; pass one of F32, or another dtype",
         ),
         (
             sums([X], [1], out=np.empty(3, np.int32)),
@@ -551,7 +597,7 @@ READ_ONLY.setflags(write=False)
             "out is of I8; pass one of bool or floats",
         ),
         (
-            lambda: kernels.top_k_mask(X, 2.7),  # type: ignore[arg-type]
+            lambda: kernels.top_k_mask(X, 2.7),  # type: ignore[call-overload]
             TypeError,
             "k must be a whole number, not 2.7",
         ),
@@ -576,7 +622,7 @@ READ_ONLY.setflags(write=False)
             "tensors must be a sequence of arrays, not a dict",
         ),
         (
-            lambda: oxmerge.merge_state_dicts("linear", {"x": X}, weight=1),  # type: ignore[arg-type]
+            lambda: oxmerge.merge_state_dicts("linear", {"x": X}, weight=1),  # type: ignore[call-overload]
             TypeError,
             "state_dicts must be a sequence of mappings, not a dict",
         ),
@@ -613,7 +659,7 @@ READ_ONLY.setflags(write=False)
         (
             lambda: kernels.dot(X, X[:2]),
             ValueError,
-            "b has the shape (2,), and a (3,); all must be equal",
+            "b has the shape (2,), and a (3,); all must be equal: reshape one, or leave it out",
         ),
         (
             lambda: kernels.random_mask(3, 1.5),
@@ -650,13 +696,13 @@ READ_ONLY.setflags(write=False)
             ValueError,
             (
                 "tensor `x`: state_dicts[1] has the shape (2,), and state_dicts[0] (3,); "
-                "all must be equal"
+                "all must be equal: reshape one, or leave it out"
             ),
         ),
         (
             lambda: oxmerge.merge_state_dicts("linear", [{"x": X}], weight=1, out={"x": X[:2]}),
             ValueError,
-            "tensor `x`: out has the shape (2,), and the result (3,)",
+            "tensor `x`: out has the shape (2,), and the result (3,); pass one of that shape",
         ),
     ],
 )

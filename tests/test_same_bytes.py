@@ -65,6 +65,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_every_method_is_among_the_cases() -> None:
+    assert {case["method"] for case in METHODS.values()} == {row["name"] for row in _core.methods()}
+
+
 def recipe_of(folder: Path, family: Path, name: str) -> Path:
     options = dict(METHODS[name])
     models = [family / model for model in options.pop("models")]

@@ -139,6 +139,14 @@ def test_recipes_and_paths_as_merge_takes_them(tmp_path: Path, family: Path) -> 
     assert len(variants(variant.recipe, pattern, {WEIGHT: "0:1:4"})) == 4
     with pytest.raises(ValueError, match="read_path must be one of"):
         oxmerge.sweep(recipe, pattern, {WEIGHT: 0.7}, read_path="fast")
+    message = '^vram has no effect on the CPU; pass device="cuda", or leave vram out$'
+    for act in (
+        lambda: oxmerge.sweep(recipe, pattern, {WEIGHT: 0.7}, vram="1GiB"),
+        lambda: oxmerge.merge(recipe, tmp_path / "out", vram="1GiB"),
+        lambda: oxmerge.plan(recipe, vram=1 << 30),
+    ):
+        with pytest.raises(ValueError, match=message):
+            act()
 
 
 def test_what_aliases_share_is_set_in_one_place() -> None:

@@ -66,6 +66,57 @@ def test_lazy_tensors_have_the_bits_of_files(case: tuple[str, Path, Stored]) -> 
     assert stored(lazy) == expected
 
 
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    write_model(tmp_path / "a", random_arrays({"x": (40, 3)}, 0), "F32")
+    recipe = tmp_path / "r.yml"
+    recipe.write_text("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    with torch.device("meta"):
+        found = [
+            kernels.weighted_sum([X, X], [1, 2]),
+            kernels.top_k_mask(X, 2),
+            kernels.gram([X, X]),
+            oxmerge.merge_tensors("linear", [X.expand(2, 3).T], weight=1),
+            oxmerge.lazy(recipe, kind="torch")["x"],
+        ]
+        oxmerge.merge(recipe, tmp_path / "out", device="torch")
+    assert [tensor.device.type for tensor in found] == ["cpu"] * 5
+    assert found[0].tolist() == [3, 3, 3]
+    assert found[2].tolist() == [[3, 3], [3, 3]]
+
+
+def test_subnormal_numbers_are_kept_where_torch_flushes_them(tmp_path: Path) -> None:
+    tiny = np.full(70_001, 1e-40, np.float32)
+    for name in "ab":
+        write_model(tmp_path / name, {"x": tiny}, "F32")
+    models = "".join(f"- {{model: {n}, parameters: {{weight: 1}}}}\n" for n in "ab")
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
+
+    def results() -> list[bytes]:
+        opened = [oxmerge.open(tmp_path / name) for name in "ab"]
+        arrays = [
+            *(kernels.weighted_sum([tiny, tiny], [0.5, 0.5], threads=n) for n in (1, 2)),
+            kernels.weighted_sum([tiny[:9], tiny[:9]], [0.5, 0.5]),
+            oxmerge.merge_state_dicts("linear", opened, weight=1)["x"],
+            oxmerge.lazy(recipe)["x"],
+        ]
+        for device in ("cpu", "torch"):
+            oxmerge.merge(recipe, tmp_path / "out", device=device, overwrite=True)
+            arrays.append(oxmerge.open(tmp_path / "out")["x"])
+        return [array.tobytes() for array in arrays]
+
+    expected = results()
+    smallest = torch.tensor(1e-40)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = results()
+        assert smallest * 1 == 0  # flushes still
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == expected
+    assert expected[0] == tiny.tobytes()
+
+
 def test_an_average_in_training(uniform: dict[str, dict[str, Any]]) -> None:
     average = as_torch(uniform["a"])
     addresses = {name: tensor.data_ptr() for name, tensor in average.items()}
@@ -119,6 +170,35 @@ def test_torch_and_numpy_give_the_same(name: str) -> None:
     assert kernels.gram(as_torch).dtype == torch.float64
 
 
+NARROW = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_every_number_of_float8_is_taken_exactly(name: str) -> None:
+    narrow = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name))
+    wide = narrow.to(torch.float32)
+    array = narrow.view(torch.uint8).numpy().view(getattr(ml_dtypes, name))
+    for given in (narrow, array):
+        found = kernels.convert(given, "float32")
+        np.testing.assert_array_equal(np.asarray(found), wide.numpy())
+        copied = oxmerge.merge_tensors("passthrough", [given])
+        assert str(copied.dtype).removeprefix("torch.") == "bfloat16"
+        np.testing.assert_array_equal(np.asarray(kernels.convert(copied, "float32")), wide.numpy())
+    columns = narrow.view(16, 16).T
+    assert torch.equal(
+        kernels.convert(columns, "float32").nan_to_num(), wide.view(16, 16).T.nan_to_num()
+    )
+
+
+@pytest.mark.parametrize("name", ["float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"])
+def test_every_number_of_float8_of_ml_dtypes_is_taken_exactly(name: str) -> None:
+    narrow = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, name))
+    found = kernels.convert(narrow, "float32")
+    np.testing.assert_array_equal(found, narrow.astype(np.float32))
+    with pytest.raises(TypeError, match=rf"^out is of {name}, and the result of bfloat16 at least"):
+        kernels.weighted_sum([narrow], [1], out=narrow)
+
+
 def test_raw_bfloat16() -> None:
     raw = np.arange(8).astype(BF16).view(np.uint16)
     tensor = torch.tensor(raw.astype(np.int32)).to(torch.uint16)
@@ -163,18 +243,66 @@ def test_autograd_knows_what_was_overwritten() -> None:
         assert kernels.weighted_sum([X], [3], out=torch.empty(3)).tolist() == [3, 3, 3]
 
 
-def test_bfloat16_over_dlpack_is_refused() -> None:
-    class Other:
-        tensor = torch.ones(3, dtype=torch.bfloat16)
+class Other:
+    """An array of another package, known by DLPack alone."""
 
-        def __dlpack__(self, **options: Any) -> Any:
-            return self.tensor.__dlpack__(**options)
+    def __init__(self, tensor: torch.Tensor, device: int = 1) -> None:
+        self.tensor = tensor
+        self.device = device
 
-        def __dlpack_device__(self) -> Any:
-            return self.tensor.__dlpack_device__()
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
 
-    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .*as uint16$"):
-        kernels.norm(Other())
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device, 0
+
+
+class Old(Other):
+    """Has a DLPack without versions, which does not say what may be written to."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if "max_version" in options:
+            raise TypeError(options)
+        return self.tensor.__dlpack__()
+
+
+def test_bfloat16_over_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    other: Any = Other(torch.tensor([3, 4], dtype=torch.bfloat16))
+    found = kernels.weighted_sum([other], [2])
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == BF16
+    assert found.tolist() == [6, 8]
+    with pytest.raises(TypeError, match=r"^out cannot be taken over DLPack: .* as uint16$"):
+        kernels.weighted_sum([other], [2], out=other)
+
+    class Broken(Other):
+        def __dlpack__(self, **_: Any) -> Any:
+            raise BufferError("no such type.")
+
+    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: no such type\."):
+        kernels.norm(Broken(X))
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not loaded
+    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .* as uint16$"):
+        kernels.norm(other)
+
+
+def test_out_over_dlpack() -> None:
+    out: Any = Other(torch.zeros(2))
+    assert kernels.weighted_sum([Old(torch.tensor([3.0, 4.0]))], [2], out=out) is out
+    assert out.tensor.tolist() == [6, 8]
+    message = (
+        "out is read-only over its DLPack, which one older than 1.0 always is; pass an array of "
+        "NumPy or of torch"
+    )
+    old: Any = Old(torch.zeros(3))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        kernels.weighted_sum([X], [2], out=old)
+
+
+def test_page_locked_memory_is_on_the_cpu() -> None:
+    assert kernels.norm(Other(torch.tensor([3.0, 4.0]), device=3)) == 5
+    with pytest.raises(ValueError, match=r"^tensor is not on the CPU; copy it there first$"):
+        kernels.norm(Other(X, device=2))
 
 
 def call(*arguments: Any, **options: Any) -> Any:
@@ -185,12 +313,17 @@ def call(*arguments: Any, **options: Any) -> Any:
     ("act", "kind", "message"),
     [
         (
-            call([torch.empty(3, dtype=torch.float8_e5m2)]),
+            call([torch.empty(3, dtype=torch.float8_e8m0fnu)]),
             TypeError,
             (
-                "tensors[0] is of float8_e5m2, which is not supported; convert it to float32 or "
+                "tensors[0] is of float8_e8m0fnu, which is not supported; convert it to float32 or "
                 "bfloat16"
             ),
+        ),
+        (
+            call([X], out=torch.empty(3, dtype=torch.float8_e4m3fn)),
+            TypeError,
+            ("out is of float8_e4m3fn, and the result of bfloat16 at least; pass one of bfloat16"),
         ),
         (
             call([torch.empty(3, device="meta")]),
@@ -218,6 +351,14 @@ def call(*arguments: Any, **options: Any) -> Any:
 def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         act()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: Any) -> None:
+    nested = torch.nested.nested_tensor([X, X[:2]], layout=layout)
+    with pytest.raises(TypeError, match=r"^tensor is nested; merge its parts one by one"):
+        kernels.norm(nested)
 
 
 class Wrapper(torch.Tensor):  # type: ignore[misc] # mypy does not look into torch
@@ -270,6 +411,54 @@ def test_negated_views_are_resolved() -> None:
         kernels.weighted_sum([torch.ones(2)], [2], out=negated)
 
 
+def write_llamas(folder: Path) -> Any:
+    """Write a small Llama as `base`, and two fine-tunes of it, `code` and `chat`; its config."""
+    transformers = pytest.importorskip(
+        "transformers", reason="not installed: transformers (see the dependency group `test`)"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    tensors = transformers.LlamaForCausalLM(config).float().state_dict()
+    base = {name: tensor.numpy() for name, tensor in tensors.items()}
+    write_model(folder / "base", base, "BF16", config.to_dict())
+    for seed, name in enumerate(("code", "chat"), start=1):
+        write_model(folder / name, tuned(base, seed, 1e-2), "BF16", config.to_dict())
+    return config
+
+
+def test_a_model_of_transformers_from_a_recipe(tmp_path: Path) -> None:
+    config = write_llamas(tmp_path)
+    from transformers import LlamaForCausalLM
+
+    models = "".join(f"- {{model: {n}, parameters: {{weight: 1}}}}\n" for n in ("code", "chat"))
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
+    oxmerge.merge(recipe, tmp_path / "out", memory="4GiB")
+    tensors = oxmerge.lazy(recipe, kind="torch")
+    assigned = LlamaForCausalLM(config)
+    assigned.load_state_dict(tensors, assign=True)
+    straight = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+    with torch.device("meta"):
+        on_meta = LlamaForCausalLM(config)
+    on_meta.load_state_dict(tensors, assign=True)
+    ids = torch.arange(7)[None]
+    with torch.inference_mode():
+        expected = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits
+        for model in (assigned, straight):
+            assert torch.equal(model.eval()(ids).logits, expected)
+        # Why the guide says not to.
+        with pytest.raises(NotImplementedError, match="meta"):
+            on_meta.eval()(ids)
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, installed: bool
@@ -279,11 +468,7 @@ def test_the_guide_runs(
     root = Path(__file__).parent.parent
     guide = (root / "python" / "SCRIPTS.md").read_text(encoding="utf-8")
     readme = (root / "README.md").read_text(encoding="utf-8")
-    shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
-    base = random_arrays(shapes, 0)
-    write_model(tmp_path / "models" / "base", base, "BF16")
-    for seed, name in enumerate(("code", "chat"), start=1):
-        write_model(tmp_path / "models" / name, tuned(base, seed, 1e-3), "BF16")
+    write_llamas(tmp_path / "models")
     recipe = re.search(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
     assert recipe is not None
     (tmp_path / "recipe.yml").write_text(recipe[1])

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from oxmerge import kernels as kernels
     from oxmerge.checkpoints import OpenCheckpoint as OpenCheckpoint
     from oxmerge.checkpoints import open_checkpoint as open  # noqa: A004
-    from oxmerge.in_memory import merge_state_dicts as merge_state_dicts
     from oxmerge.in_memory import merge_tensors as merge_tensors
     from oxmerge.lazily import LazyMerge as LazyMerge
     from oxmerge.lazily import lazy as lazy
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
     from oxmerge.recipe import Recipe as Recipe
+    from oxmerge.state_dicts import merge_state_dicts as merge_state_dicts
     from oxmerge.sweeping import sweep as sweep
 
 __all__ = [
@@ -92,7 +92,7 @@ _LAZY = {
     "Recipe": ("oxmerge.recipe", "Recipe"),
     "lazy": ("oxmerge.lazily", "lazy"),
     "merge": ("oxmerge.merging", "merge"),
-    "merge_state_dicts": ("oxmerge.in_memory", "merge_state_dicts"),
+    "merge_state_dicts": ("oxmerge.state_dicts", "merge_state_dicts"),
     "merge_tensors": ("oxmerge.in_memory", "merge_tensors"),
     "open": ("oxmerge.checkpoints", "open_checkpoint"),
     "plan": ("oxmerge.merging", "plan"),

@@ -4,6 +4,9 @@
   ``uint16`` that oxmerge made says in its dtype's metadata whether it is raw bfloat16; other is
   taken for it where ``dtype="bfloat16"`` is asked for.
 - torch tensors on the CPU, of the same types; those that require a gradient too, past autograd.
+- float8 of ml_dtypes and of torch, as the bfloat16 of the same value: a copy, exact, since bfloat16
+  has all of their numbers. Results are bfloat16, and `out` cannot be float8. Scales that are kept
+  beside quantised weights are not applied.
 - Anything else with the buffer protocol or DLPack; results for it are NumPy arrays.
 
 Contiguous arrays (in C order, as both packages make them) are used where they are. Others are
@@ -16,27 +19,38 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
+from math import prod
 
 from oxmerge.problems import did_you_mean
-from oxmerge.schema import FLOATS, promote
+from oxmerge.schema import FLOATS, is_float, promote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import Any, Literal, TypeVar
+    from typing import Any, Literal, Protocol, TypeVar
 
     T = TypeVar("T")
+
+    class _OfTorch(Protocol):
+        def data_ptr(self) -> int: ...
+
+    #: Tensors of torch, whose results are such; it need not be installed. Others' are of NumPy.
+    Tensor = TypeVar("Tensor", bound=_OfTorch)
 
     Kind = Literal["numpy", "torch"]
     #: Address, bytes, element type: what the engine needs to know.
     Place = tuple[int, int, str]
 
 __all__ = [
+    "MASKS",
     "View",
+    "check_float",
     "check_same_shape",
     "element_type",
     "empty",
+    "float_view",
     "listed",
     "mark_overwritten",
     "numpy_dtype",
@@ -53,9 +67,17 @@ _NAMES = {
 }  # fmt: skip
 #: The other way round.
 NAMES = {code: name for name, code in _NAMES.items()}
+#: Types whose every number is one of bfloat16. (Not so: float8_e8m0fnu, which is for scales alone.)
+_NARROW = frozenset(
+    f"float8_{name}"
+    for name in ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
+)
 #: Where the dtype of a uint16 array of ours says what it holds, BF16 or U16.
 _STORED = "oxmerge"
-_CPU = 1  # of DLPack
+#: What a mask may be of.
+MASKS = ("BOOL", *FLOATS)
+#: Devices of DLPack whose memory is the CPU's; two are page-locked for GPUs.
+_ON_CPU = frozenset((1, 3, 11))
 
 
 class View:
@@ -82,6 +104,11 @@ class View:
         self.place = place
         self.shape = shape
         self.kind: Kind = kind
+
+    @property
+    def count(self) -> int:
+        """How many elements it has."""
+        return prod(self.shape)
 
 
 def view(array: object, what: str, dtype: str | None = None) -> View:
@@ -127,8 +154,10 @@ def _view(array: Any, what: str, dtype: str | None, *, is_out: bool) -> View:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return _torch_view(array, what, dtype, is_out)
-    found = _numpy_view(_imported(array, what), what, dtype, is_out)
-    found.given = array
+    imported = _imported(array, what, is_out=is_out)
+    is_torch = torch is not None and isinstance(imported, torch.Tensor)
+    found = (_torch_view if is_torch else _numpy_view)(imported, what, dtype, is_out)
+    found.given, found.kind = array, "numpy"
     return found
 
 
@@ -136,6 +165,13 @@ def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
     import numpy as np  # noqa: PLC0415
 
     name = array.dtype.name if array.dtype.isnative else array.dtype.str
+    if name in _NARROW:
+        if is_out:
+            raise TypeError(_narrow_out(name))
+        import ml_dtypes  # noqa: PLC0415 - the array is of it
+
+        array = array.astype(ml_dtypes.bfloat16)
+        name = array.dtype.name
     code = _NAMES.get(name)  # ml_dtypes calls its type bfloat16 too
     if code is None:
         raise TypeError(_unknown_type(what, name))
@@ -156,32 +192,37 @@ def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
 
 def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
     code = _torch_codes().get(array.dtype)
+    name = str(array.dtype).removeprefix("torch.")
     if array.device.type != "cpu":
         advice = "copy it to the CPU first (`.cpu()`), or merge files with `oxmerge merge`"
         raise ValueError(f"{what} is on the device `{array.device}`; {advice}")
     if code is None:
-        raise TypeError(_unknown_type(what, str(array.dtype).removeprefix("torch.")))
-    if array.layout is not sys.modules["torch"].strided:
-        raise TypeError(f"{what} is sparse; make it dense first (`.to_dense()`)")
+        raise TypeError(_unknown_type(what, name))
     if code == "U16" and dtype == "BF16":
         code = "BF16"
     _check_memory(array, what)
-    if array.is_neg():
+    if name in _NARROW:
         if is_out:
-            raise ValueError("out is a negated view; pass a tensor of its own, not negated")
-        array = array.resolve_neg()
-    if not array.is_contiguous():
-        if is_out:
-            raise ValueError(_not_contiguous("out.contiguous()"))
-        array = array.contiguous()
+            raise TypeError(_narrow_out(name))
+        array = array.detach().to(sys.modules["torch"].bfloat16)
+    if not is_out:
+        array = array.resolve_neg().contiguous()
+    elif array.is_neg():
+        raise ValueError("out is a negated view; pass a tensor of its own, not negated")
+    elif not array.is_contiguous():
+        raise ValueError(_not_contiguous("out.contiguous()"))
     return View(array, (array.data_ptr(), array.nbytes, code), tuple(array.shape), "torch")
 
 
 def _check_memory(tensor: Any, what: str) -> None:
-    """Raise ValueError unless every element lies in memory, which torch does not promise.
+    """Raise an error unless every element lies in memory, which torch does not promise.
 
-    A tensor may be fake, a wrapper around others, or have lost its storage.
+    A tensor may be many, sparse, fake, a wrapper around others, or have lost its storage.
     """
+    if tensor.is_nested:
+        raise TypeError(f"{what} is nested; merge its parts one by one (`.unbind()`)")
+    if tensor.layout is not sys.modules["torch"].strided:
+        raise TypeError(f"{what} is sparse; make it dense first (`.to_dense()`)")
     span = tensor.numel()
     if not span:
         return
@@ -219,19 +260,12 @@ def listed(tensors: Iterable[T], what: str = "tensors", item: str = "arrays") ->
         raise TypeError(f"{what} must be a sequence of {item}, not a {kind}") from None
 
 
-def _imported(array: Any, what: str) -> Any:
-    """Return an array of another package as NumPy's, without a copy."""
+def _imported(array: Any, what: str, *, is_out: bool) -> Any:
+    """Return an array of another package as one of NumPy or torch, without a copy."""
     import numpy as np  # noqa: PLC0415 - a buffer is looked at with it
 
     if hasattr(array, "__dlpack__"):
-        device = array.__dlpack_device__()
-        if device[0] != _CPU:
-            raise ValueError(f"{what} is not on the CPU; copy it there first")
-        try:
-            return np.from_dlpack(array)
-        except (BufferError, RuntimeError) as error:
-            advice = "NumPy knows no bfloat16 there: pass a torch tensor, or the bits as uint16"
-            raise TypeError(f"{what} cannot be taken over DLPack: {error} {advice}") from error
+        return _over_dlpack(array, what, is_out=is_out)
     try:
         return np.asarray(memoryview(array))
     except (TypeError, ValueError):
@@ -239,8 +273,33 @@ def _imported(array: Any, what: str) -> Any:
         raise TypeError(f"{what} is no array but a {type(array).__name__}; {advice}") from None
 
 
+def _over_dlpack(array: Any, what: str, *, is_out: bool) -> Any:
+    import numpy as np  # noqa: PLC0415 - knows DLPack
+
+    if array.__dlpack_device__()[0] not in _ON_CPU:
+        raise ValueError(f"{what} is not on the CPU; copy it there first")
+    try:
+        found = np.from_dlpack(array)
+    except (BufferError, RuntimeError) as error:
+        # torch knows bfloat16 there, but does not say what may be written to.
+        torch = None if is_out else sys.modules.get("torch")
+        if torch is not None:
+            with suppress(BufferError, RuntimeError):
+                return torch.from_dlpack(array)
+        advice = "pass an array of NumPy or of torch, or the bits of bfloat16 as uint16"
+        raise TypeError(f"{what} cannot be taken over DLPack: {error} {advice}") from error
+    if is_out and not found.flags.writeable:
+        advice = "which one older than 1.0 always is; pass an array of NumPy or of torch"
+        raise ValueError(f"out is read-only over its DLPack, {advice}")
+    return found
+
+
 def _unknown_type(what: str, name: str) -> str:
     return f"{what} is of {name}, which is not supported; convert it to float32 or bfloat16"
+
+
+def _narrow_out(name: str) -> str:
+    return f"out is of {name}, and the result of bfloat16 at least; pass one of bfloat16"
 
 
 def _not_contiguous(call: str) -> str:
@@ -251,8 +310,9 @@ def _not_contiguous(call: str) -> str:
 @cache
 def _torch_codes() -> dict[Any, str]:
     torch = sys.modules["torch"]
+    names = {**_NAMES, **dict.fromkeys(_NARROW, "BF16")}
     # Older ones lack uint16 and the like.
-    types = ((getattr(torch, name, None), code) for name, code in _NAMES.items())
+    types = ((getattr(torch, name, None), code) for name, code in names.items())
     return {dtype: code for dtype, code in types if dtype is not None}
 
 
@@ -299,14 +359,31 @@ def promoted(views: Sequence[View]) -> str:
     return code
 
 
+def float_view(array: object, what: str, dtype: Any) -> View:
+    """Return where the elements of an input lie; raise TypeError unless they are floats.
+
+    Parameters are those of `view`, but `dtype` as the caller gave it.
+    """
+    return check_float(view(array, what, element_type(dtype, MASKS)), what)
+
+
+def check_float(each: View, what: str) -> View:
+    """Return a view; raise TypeError unless its elements are floats."""
+    code = each.place[2]
+    if not is_float(code):
+        advice = 'convert it, or pass dtype="bfloat16" if it holds the bits of bfloat16'
+        advice = advice if code == "U16" else "convert it to floats first"
+        raise TypeError(f"{what} is of {code}; {advice}")
+    return each
+
+
 def check_same_shape(views: Sequence[View], names: Sequence[str]) -> None:
     """Raise ValueError unless all arrays have the shape of the first."""
     shape = views[0].shape
     for each, name in zip(views, names, strict=True):
         if each.shape != shape:
-            raise ValueError(
-                f"{name} has the shape {each.shape}, and {names[0]} {shape}; all must be equal"
-            )
+            advice = "all must be equal: reshape one, or leave it out"
+            raise ValueError(f"{name} has the shape {each.shape}, and {names[0]} {shape}; {advice}")
 
 
 def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) -> View:
@@ -315,7 +392,8 @@ def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) ->
         import torch  # noqa: PLC0415
 
         is_raw = code == "BF16" and getattr(like, "dtype", None) == getattr(torch, "uint16", ...)
-        tensor = torch.empty(shape, dtype=getattr(torch, "uint16" if is_raw else NAMES[code]))
+        dtype = getattr(torch, "uint16" if is_raw else NAMES[code])
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default is
         return View(tensor, (tensor.data_ptr(), tensor.nbytes, code), shape, "torch")
     import numpy as np  # noqa: PLC0415
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,11 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
 
     Arrays are read-only views of the mapped files, and keep their mapping alive: they can be used
     after the checkpoint is closed. BF16 is ``ml_dtypes.bfloat16`` if that package is installed,
-    else raw ``uint16``, whose dtype tells oxmerge's functions what it is. A file must not be
-    truncated while arrays of it are in use.
+    else raw ``uint16``, whose dtype tells oxmerge's functions what it is.
+
+    A file is mapped when a tensor of it is looked up first, which raises InputChangedError if it is
+    not the file whose header was read. From then on it must stay as it is: arrays see what is
+    written to it, and reading one past its new end kills the process.
 
     Attributes
     ----------
@@ -97,6 +101,8 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
             raise ValueError(f"the checkpoint `{self.path}` is closed")
         if file not in self._maps:
             with open(self._files[file]["path"], "rb") as stream:
+                # The places of the tensors are those of the header that was read.
+                _core.check_unchanged(json.dumps([self._files[file]]))
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
 

@@ -29,52 +29,50 @@ array([3., 1., 2.], dtype=float32)
 
 from __future__ import annotations
 
-import math
 from typing import overload
 
-from oxmerge import _core, method_functions
+from oxmerge import _core, measures, method_functions
 from oxmerge.arrays import (
+    MASKS,
     View,
+    check_float,
     check_same_shape,
     element_type,
     empty,
+    float_view,
     listed,
     mark_overwritten,
     output,
     promoted,
     view,
 )
-from oxmerge.in_memory import check_options, check_out
+from oxmerge.in_memory import check_options, check_out, finite
+from oxmerge.measures import *  # noqa: F403 - what goes from arrays to numbers
 from oxmerge.method_functions import *  # noqa: F403 - every merge method
 from oxmerge.option_names import whole
-from oxmerge.schema import FLOATS, is_float
+from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, TypeVar
 
-    import numpy as np
     from numpy.typing import NDArray
 
-    Array = TypeVar("Array")
+    from oxmerge.arrays import Tensor
+
+    Out = TypeVar("Out")
 
 __all__ = [
     "convert",
-    "dot",
-    "gram",
-    "kth_magnitude",
-    "norm",
     "random_mask",
     "sign_consensus",
     "task_vector",
     "top_k_mask",
-    "ulp_distance",
     "weighted_sum",
 ]
+__all__ += measures.__all__
 __all__ += method_functions.__all__
-
-_MASKS = ("BOOL", *FLOATS)
 
 
 def __dir__() -> list[str]:
@@ -82,14 +80,32 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+@overload
 def weighted_sum(
-    tensors: Sequence[Array],
+    tensors: Sequence[Tensor],
     weights: Sequence[float],
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def weighted_sum(
+    tensors: Sequence[Any],
+    weights: Sequence[float],
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def weighted_sum(
+    tensors: Sequence[Any],
+    weights: Sequence[float],
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return the sum of ``weights[i] * tensors[i]``.
 
     Parameters
@@ -97,7 +113,7 @@ def weighted_sum(
     tensors : sequence of array
         Of one shape.
     weights : sequence of float
-        One for each. A tensor with weight 0 is not read.
+        One finite number for each. A tensor with weight 0 is not read.
     out, dtype, threads
         As for all kernels, see `oxmerge.kernels`.
 
@@ -123,14 +139,32 @@ def weighted_sum(
     return _fill("weighted_sum", tensors, numbers, out=out, dtype=dtype, threads=threads)
 
 
+@overload
 def task_vector(
-    tensor: Array,
-    base: Array,
+    tensor: Tensor,
+    base: Tensor,
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def task_vector(
+    tensor: Any,
+    base: Any,
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def task_vector(
+    tensor: Any,
+    base: Any,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return ``tensor - base``: what fine-tuning has changed.
 
     Parameters
@@ -138,8 +172,8 @@ def task_vector(
     tensor, base : array
         Of one shape.
     out, dtype, threads
-        As for all kernels, see `oxmerge.kernels`. The difference of bfloat16 arrays is exact in
-        float32, but is rounded in bfloat16.
+        As for all kernels, see `oxmerge.kernels`. Where bfloat16 arrays are close, as fine-tunes
+        are, their difference is exact in float32, but is rounded in bfloat16.
 
     Returns
     -------
@@ -148,7 +182,8 @@ def task_vector(
 
     Notes
     -----
-    From "Editing Models with Task Arithmetic", https://arxiv.org/abs/2212.04089.
+    One read of both and one write, at the speed of the memory. From "Editing Models with Task
+    Arithmetic", https://arxiv.org/abs/2212.04089.
 
     Examples
     --------
@@ -162,14 +197,32 @@ def task_vector(
     )
 
 
+@overload
 def top_k_mask(
-    tensor: Array,
+    tensor: Tensor,
     k: int,
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def top_k_mask(
+    tensor: Any,
+    k: int,
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def top_k_mask(
+    tensor: Any,
+    k: int,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return where the `k` elements of largest magnitude are, exactly.
 
     Of equal magnitudes those of lowest index are taken. NaN counts as the largest.
@@ -199,21 +252,38 @@ def top_k_mask(
     >>> top_k_mask(np.float32([0.5, -3, 2, -0.5]), 3)
     array([ True,  True,  True, False])
     """
-    source = _float_view(tensor, "tensor", dtype)
-    if not 0 <= (k := whole(k, "k")) <= _count(source):
-        raise ValueError(f"k must be from 0 to {_count(source)}, the number of elements, not {k}")
-    mask: Array = _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
-    return mask
+    source = float_view(tensor, "tensor", dtype)
+    if not 0 <= (k := whole(k, "k")) <= source.count:
+        raise ValueError(f"k must be from 0 to {source.count}, the number of elements, not {k}")
+    return _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
 
 
+@overload
 def sign_consensus(
-    tensors: Sequence[Array],
+    tensors: Sequence[Tensor],
     weights: Sequence[float] | None = None,
     *,
-    out: Array | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array:
+) -> Tensor: ...
+@overload
+def sign_consensus(
+    tensors: Sequence[Any],
+    weights: Sequence[float] | None = None,
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def sign_consensus(
+    tensors: Sequence[Any],
+    weights: Sequence[float] | None = None,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
     """Return the sign that the tensors elect, element by element.
 
     Parameters
@@ -221,7 +291,7 @@ def sign_consensus(
     tensors : sequence of array
         Of one shape; task vectors, as a rule.
     weights : sequence of float, optional
-        One for each; 1 unless given.
+        One finite number for each; 1 unless given.
     out, dtype, threads
         As for all kernels, see `oxmerge.kernels`.
 
@@ -265,10 +335,10 @@ def random_mask(
     seed: int = 0,
     name: str = "",
     position: int = 0,
-    out: Array,
+    out: Out,
     dtype: Any = None,
     threads: int | None = None,
-) -> Array: ...
+) -> Out: ...
 def random_mask(
     shape: int | Sequence[int],
     density: float,
@@ -308,34 +378,41 @@ def random_mask(
 
     Notes
     -----
-    Philox4x32-10, a counter-based generator; "Language Models are Super Mario",
-    https://arxiv.org/abs/2311.03099.
+    One write, no read, and no memory besides. Philox4x32-10, a counter-based generator ("Parallel
+    Random Numbers: As Easy as 1, 2, 3", https://doi.org/10.1145/2063384.2063405), drawn as in
+    "Language Models are Super Mario", https://arxiv.org/abs/2311.03099.
 
     Examples
     --------
     >>> random_mask(8, 0.5, seed=1, name="w")
     array([False,  True,  True,  True, False, False, False, False])
     """
-    if not 0 <= density <= 1:
+    if not 0 <= (density := finite(density, "density")) <= 1:
         raise ValueError(f"density must be from 0 to 1, not {density}")
     if not 0 <= (position := whole(position, "position")) < 1 << 32:
         raise ValueError(f"position must be from 0 to 2**32 - 1, not {position}")
     shape = _shape(shape)
-    check_options(seed, threads)
-    code = element_type(dtype, _MASKS)
+    check_options(seed, threads, name)
+    code = element_type(dtype, MASKS)
     target = None if out is None else output(out, code)
     if target is None:
         target = empty(shape, code or "BOOL", "numpy")
     check_out(target, shape, code or _mask_type(target))
-    numbers = [float(density), float(position)]
+    numbers = [density, float(position)]
     mark_overwritten(target)
     _core.fill_array("random_mask", [], target.place, shape, numbers, name, seed, threads)
     return target.given
 
 
+@overload
 def convert(
-    tensor: Array, dtype: Any, *, out: Array | None = None, threads: int | None = None
-) -> Array:
+    tensor: Tensor, dtype: Any, *, out: Tensor | None = None, threads: int | None = None
+) -> Tensor: ...
+@overload
+def convert(
+    tensor: Any, dtype: Any, *, out: NDArray[Any] | None = None, threads: int | None = None
+) -> NDArray[Any]: ...
+def convert(tensor: Any, dtype: Any, *, out: Any = None, threads: int | None = None) -> Any:
     """Return the array in another float type, rounded to nearest even.
 
     Parameters
@@ -354,230 +431,30 @@ def convert(
 
     Notes
     -----
-    One read and one write.
+    One read and one write, at the speed of the memory. Rounded once as IEEE 754 has it, also from
+    float64.
 
     Examples
     --------
     >>> import numpy as np
     >>> convert(np.float32([1, 65520]), "float16")
     array([ 1., inf], dtype=float16)
+    >>> convert(np.float16([1, 0.1]), "float64")
+    array([1.        , 0.09997559])
     """
     code = element_type(dtype)
     if code is None:
         raise TypeError("dtype must be given")
-    inputs = [_checked_float(view(tensor, "tensor"), "tensor")]
+    inputs = [check_float(view(tensor, "tensor"), "tensor")]
     target = None if out is None else output(out, code)
-    converted: Array = _run("convert", inputs, [], target, code, threads)
-    return converted
-
-
-def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None = None) -> float:
-    """Return the `k`-th largest magnitude, exactly.
-
-    Parameters
-    ----------
-    tensor : array
-        Of floats.
-    k : int
-        From 1, the largest, to the number of elements.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    float
-        The magnitude. NaN counts as the largest.
-
-    Notes
-    -----
-    One to three reads, no sort.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> kth_magnitude(np.float32([0.5, -3, 2]), 2)
-    2.0
-    """
-    source = _float_view(tensor, "tensor", dtype)
-    if not 1 <= (k := whole(k, "k")) <= _count(source):
-        raise ValueError(f"k must be from 1 to {_count(source)}, the number of elements, not {k}")
-    return _numbers("kth_magnitude", [source], threads, k)[0]
-
-
-def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | None = None) -> float:
-    """Return a norm of the whole array, in float64.
-
-    Parameters
-    ----------
-    tensor : array
-        Of floats.
-    order : {1, 2, inf}
-        The sum of magnitudes, the Euclidean norm, or the largest magnitude.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    float
-        The norm; of no elements 0, and NaN if any element is.
-
-    Notes
-    -----
-    One read. Sums are taken in a fixed order, so the result does not depend on `threads`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x = np.float32([3, -4])
-    >>> norm(x), norm(x, 1), norm(x, float("inf"))
-    (5.0, 7.0, 4.0)
-    """
-    source = _float_view(tensor, "tensor", dtype)
-    if order not in (1, 2, math.inf):
-        raise ValueError(f"order must be 1, 2 or inf, not {order}")
-    if order == 1:
-        return _numbers("absolute_sum", [source], threads)[0]
-    if order == math.inf:
-        return _numbers("largest_magnitude", [source], threads)[0]
-    return math.sqrt(_numbers("gram", [source], threads)[0])
-
-
-def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> float:
-    """Return the inner product of two arrays, in float64.
-
-    Parameters
-    ----------
-    a, b : array
-        Of floats, of one shape.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    float
-        The sum of products, each taken in float64.
-
-    Notes
-    -----
-    One read of each. Sums are taken in a fixed order, so the result does not depend on `threads`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> dot(np.float32([1, 2]), np.float32([3, 4]))
-    11.0
-    """
-    views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
-    check_same_shape(views, ("a", "b"))
-    return _numbers("dot", views, threads)[0]
-
-
-@overload
-def gram(
-    tensors: Sequence[NDArray[Any]],
-    base: NDArray[Any] | None = None,
-    *,
-    dtype: Any = None,
-    threads: int | None = None,
-) -> NDArray[np.float64]: ...
-@overload
-def gram(
-    tensors: Sequence[Array],
-    base: Array | None = None,
-    *,
-    dtype: Any = None,
-    threads: int | None = None,
-) -> Array: ...
-def gram(
-    tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
-) -> Any:
-    """Return the inner products of every two of the tensors: their Gram matrix.
-
-    Parameters
-    ----------
-    tensors : sequence of array
-        Of floats, of one shape.
-    base : array, optional
-        Is subtracted from each first: the products are those of task vectors.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    array of float64
-        Symmetric, of shape (n, n) for n tensors; of NumPy, or of torch for torch tensors.
-
-    Notes
-    -----
-    One read of each tensor, and no task vector is ever stored.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> gram([np.float32([2, 1]), np.float32([1, 3])], base=np.float32([1, 1]))
-    array([[1., 0.],
-           [0., 4.]])
-    """
-    views = [_float_view(each, f"tensors[{at}]", dtype) for at, each in enumerate(listed(tensors))]
-    if not views:
-        raise ValueError("there is no tensor")
-    count, names = len(views), [f"tensors[{at}]" for at in range(len(views))]
-    if base is not None:
-        views.append(_float_view(base, "base", dtype))
-        names.append("base")
-    check_same_shape(views, names)
-    piece = "gram" if base is None else "gram_of_differences"
-    products = iter(_numbers(piece, views, threads))
-    matrix = empty((count, count), "F64", views[0].kind).array
-    for row in range(count):
-        for column in range(row, count):
-            matrix[row, column] = matrix[column, row] = next(products)
-    return matrix
-
-
-def ulp_distance(
-    a: Any, b: Any, *, dtype: Any = None, threads: int | None = None
-) -> tuple[int, int]:
-    """Return how far apart two arrays are, in steps between neighbouring floats of their type.
-
-    Parameters
-    ----------
-    a, b : array
-        Of the same float type and shape.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
-
-    Returns
-    -------
-    tuple of int
-        The largest distance of two elements, and how many elements differ. Both zeros are the same
-        number, any two NaNs are, and a NaN is one step beyond infinity.
-
-    Notes
-    -----
-    One read of each.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x = np.float32([1, 2, 0])
-    >>> ulp_distance(x, np.float32([np.nextafter(x[0], x[1]), 2, -0.0]))
-    (1, 1)
-    """
-    views = [_float_view(a, "a", dtype), _float_view(b, "b", dtype)]
-    check_same_shape(views, ("a", "b"))
-    check_options(0, threads)
-    one, other = views[0].place[2], views[1].place[2]
-    if one != other:
-        raise TypeError(f"a is of {one} and b of {other}; convert one of them first")
-    return _core.ulp_distance(views[0].place, views[1].place, threads)
+    return _run("convert", inputs, [], target, code, threads)
 
 
 def _weights(weights: Sequence[float], count: int) -> list[float]:
-    numbers = [float(weight) for weight in listed(weights, "weights", "numbers")]
-    if len(numbers) != count:
-        raise ValueError(f"there are {len(numbers)} weights for {count} tensors")
-    return numbers
+    given = listed(weights, "weights", "numbers")
+    if len(given) != count:
+        raise ValueError(f"there are {len(given)} weights for {count} tensors; give one for each")
+    return [finite(weight, f"weights[{at}]") for at, weight in enumerate(given)]
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
@@ -587,28 +464,27 @@ def _shape(shape: Any) -> tuple[int, ...]:
 
 def _fill(
     piece: str,
-    tensors: Sequence[Array],
+    tensors: Sequence[Any],
     numbers: list[float],
     *,
-    out: Array | None,
+    out: Any,
     dtype: Any,
     threads: int | None,
     names: Sequence[str] = (),
-) -> Array:
+) -> Any:
     if not tensors:
         raise ValueError("there is no tensor")
     code = element_type(dtype)
     names = names or [f"tensors[{at}]" for at in range(len(tensors))]
     pairs = zip(tensors, names, strict=True)
-    inputs = [_checked_float(view(each, name, code), name) for each, name in pairs]
+    inputs = [check_float(view(each, name, code), name) for each, name in pairs]
     check_same_shape(inputs, names)
     target = None if out is None else output(out, code)
     if code is None:
         code = promoted(inputs) if target is None else target.place[2]
         if not is_float(code):
             raise TypeError(f"out is of {code}; pass one of floats")
-    filled: Array = _run(piece, inputs, numbers, target, code, threads)
-    return filled
+    return _run(piece, inputs, numbers, target, code, threads)
 
 
 def _mask(
@@ -620,7 +496,7 @@ def _mask(
     dtype: Any,
     threads: int | None,
 ) -> Any:
-    code = element_type(dtype, _MASKS)
+    code = element_type(dtype, MASKS)
     target = None if out is None else output(out, code)
     if code is None:
         code = "BOOL" if target is None else _mask_type(target)
@@ -628,7 +504,7 @@ def _mask(
 
 
 def _mask_type(target: View) -> str:
-    if target.place[2] not in _MASKS:
+    if target.place[2] not in MASKS:
         raise TypeError(f"out is of {target.place[2]}; pass one of bool or floats")
     return target.place[2]
 
@@ -650,26 +526,3 @@ def _run(
     mark_overwritten(target)
     _core.fill_array(piece, places, target.place, first.shape, numbers, "", 0, threads)
     return target.given
-
-
-def _numbers(piece: str, inputs: list[View], threads: int | None, k: int = 0) -> list[float]:
-    check_options(0, threads)
-    places = [each.place for each in inputs]
-    return _core.numbers_of_arrays(piece, places, _count(inputs[0]), k, threads)
-
-
-def _float_view(array: Any, what: str, dtype: Any) -> View:
-    return _checked_float(view(array, what, element_type(dtype, _MASKS)), what)
-
-
-def _checked_float(each: View, what: str) -> View:
-    code = each.place[2]
-    if not is_float(code):
-        advice = 'convert it, or pass dtype="bfloat16" if it holds the bits of bfloat16'
-        advice = advice if code == "U16" else "convert it to floats first"
-        raise TypeError(f"{what} is of {code}; {advice}")
-    return each
-
-
-def _count(each: View) -> int:
-    return math.prod(each.shape)

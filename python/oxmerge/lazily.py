@@ -86,7 +86,9 @@ def lazy(
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
     The bits are those that `oxmerge.merge` writes. So a model can be loaded straight from a recipe:
-    ``model.load_state_dict(oxmerge.lazy(recipe, kind="torch"), assign=True)``.
+    ``model.load_state_dict(oxmerge.lazy(recipe, kind="torch"), assign=True)``. Of a model that was
+    made on the ``meta`` device, what the checkpoint does not hold stays there: see
+    ``python/SCRIPTS.md``.
 
     Parameters
     ----------
@@ -114,6 +116,20 @@ def lazy(
         With every problem that the recipe and the headers show.
     ImportError
         If torch is asked for and not installed.
+
+    Notes
+    -----
+    Reads headers only, once. A tensor costs what merging it costs (``oxmerge methods NAME`` tells),
+    and the memory of the result; its inputs are read in pieces. It is computed on the CPU.
+
+    Examples
+    --------
+    >>> import oxmerge
+    >>> model = oxmerge.lazy("recipe.yml")
+    >>> list(model)
+    ['model.embed_tokens.weight', 'model.norm.weight']
+    >>> model["model.norm.weight"].shape
+    (16,)
     """
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}")

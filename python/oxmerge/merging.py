@@ -152,7 +152,7 @@ def plan(
         same way on torch's CPU; or ``auto``, the one that measures the fastest. The bytes of the
         output are the same. `cuda` is not yet run on a GPU.
     vram : int or str, optional
-        Bytes that the tensors on each device may take; 4 GiB unless given.
+        Bytes that the tensors on each device may take; 4 GiB unless given. Not for ``cpu``.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str
@@ -169,7 +169,7 @@ def plan(
     DeviceError
         If there is no such device, or torch is not installed.
     """
-    _check_options(threads, "auto", device)
+    _check_options(threads, "auto", device, vram)
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
     vram = None if vram is None else parse_size(vram)
     fastest = choose([merge_plan], threads, vram, load=device == "auto")
@@ -223,7 +223,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         same way on torch's CPU; or ``auto``, the one that measures the fastest. The bytes of the
         output are the same. `cuda` is not yet run on a GPU.
     vram : int or str, optional
-        Bytes that the tensors on each device may take; 4 GiB unless given.
+        Bytes that the tensors on each device may take; 4 GiB unless given. Not for ``cpu``.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str
@@ -289,7 +289,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     are finished when something fails are kept, the others leave nothing.
     """
     started = time.perf_counter()
-    _check_options(threads, read_path, device)
+    _check_options(threads, read_path, device, vram)
     memory = None if memory is None else parse_size(memory)
     vram = None if vram is None else parse_size(vram)
     prepared = [
@@ -412,9 +412,13 @@ def _notes(backend: Backend | None) -> tuple[str, ...]:
     return () if backend is None or backend.is_host else (UNTRIED,)
 
 
-def _check_options(threads: int | None, read_path: str, device: str) -> None:
+def _check_options(
+    threads: int | None, read_path: str, device: str, vram: int | str | None
+) -> None:
     check_threads(threads)
     check_device(device)
+    if vram is not None and device == "cpu":
+        raise ValueError('vram has no effect on the CPU; pass device="cuda", or leave vram out')
     if read_path not in READ_PATHS:
         raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
 

@@ -73,7 +73,28 @@ def _docstring(method: Method, row: dict[str, Any]) -> str:
     lines += ["out, dtype, seed, name, threads", "    As for `oxmerge.merge_tensors`.", ""]
     lines += ["Returns", "-------", "array", "    `out`, or an array of the first one's kind.", ""]
     lines += ["Notes", "-----", f"Costs {row['cost']}. From {row['paper']}.", ""]
+    lines += ["Examples", "--------", *_example(method), ""]
     return "\n".join(lines)
+
+
+def _example(method: Method) -> list[str]:
+    has_base = method.base == "required"
+    count = max(1, method.others.least, method.inputs.least - has_base)
+    tensors = ", ".join(["np.float32([1, 2])", "np.float32([3, 4])", "np.float32([5, 6])"][:count])
+    values = {"float": "0.5", "int": "1", "bool": "True"}
+    arguments = [f"[{tensors}]", *(["np.float32([1, 1])"] if has_base else [])]
+    arguments += [
+        f"{_python_name(parameter.name)}={values[parameter.kind]}"
+        for parameter in method.parameters
+        if parameter.required
+    ]
+    call = f"kernels.{method.name}({', '.join(arguments)})"
+    return [
+        ">>> import numpy as np",
+        ">>> from oxmerge import kernels",
+        f">>> {call}.shape",
+        "(2,)",
+    ]
 
 
 __all__ += list(methods())

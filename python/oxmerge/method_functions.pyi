@@ -1,7 +1,10 @@
 from collections.abc import Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, overload
 
-_A = TypeVar("_A")
+from numpy.typing import NDArray
+
+from oxmerge.arrays import Tensor
+
 # One number for all tensors, or one for each.
 _Each: TypeAlias = float | Sequence[float]
 
@@ -16,44 +19,86 @@ __all__ = [
     "ties",
 ]
 
+@overload
 def linear(
-    tensors: Sequence[_A],
+    tensors: Sequence[Tensor],
     *,
     weight: _Each,
     normalize: bool = True,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def linear(
+    tensors: Sequence[Any],
+    *,
+    weight: _Each,
+    normalize: bool = True,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
 def slerp(
-    tensors: Sequence[_A],
-    base: _A,
+    tensors: Sequence[Tensor],
+    base: Tensor,
     *,
     t: float,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def slerp(
+    tensors: Sequence[Any],
+    base: Any,
+    *,
+    t: float,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
 def nuslerp(
-    tensors: Sequence[_A],
-    base: _A | None = None,
+    tensors: Sequence[Tensor],
+    base: Tensor | None = None,
     *,
     weight: _Each,
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def nuslerp(
+    tensors: Sequence[Any],
+    base: Any = None,
+    *,
+    weight: _Each,
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
 def task_arithmetic(
-    tensors: Sequence[_A],
-    base: _A,
+    tensors: Sequence[Tensor],
+    base: Tensor,
     *,
     weight: _Each,
     density: _Each = 1.0,
@@ -61,15 +106,33 @@ def task_arithmetic(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def task_arithmetic(
+    tensors: Sequence[Any],
+    base: Any,
+    *,
+    weight: _Each,
+    density: _Each = 1.0,
+    normalize: bool = False,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
 def ties(
-    tensors: Sequence[_A],
-    base: _A,
+    tensors: Sequence[Tensor],
+    base: Tensor,
     *,
     weight: _Each,
     density: _Each = 1.0,
@@ -77,15 +140,33 @@ def ties(
     rescale: bool = False,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def ties(
+    tensors: Sequence[Any],
+    base: Any,
+    *,
+    weight: _Each,
+    density: _Each = 1.0,
+    normalize: bool = True,
+    rescale: bool = False,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
 def dare_linear(
-    tensors: Sequence[_A],
-    base: _A,
+    tensors: Sequence[Tensor],
+    base: Tensor,
     *,
     weight: _Each,
     density: _Each = 1.0,
@@ -93,15 +174,33 @@ def dare_linear(
     rescale: bool = True,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def dare_linear(
+    tensors: Sequence[Any],
+    base: Any,
+    *,
+    weight: _Each,
+    density: _Each = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
 def dare_ties(
-    tensors: Sequence[_A],
-    base: _A,
+    tensors: Sequence[Tensor],
+    base: Tensor,
     *,
     weight: _Each,
     density: _Each = 1.0,
@@ -109,19 +208,48 @@ def dare_ties(
     rescale: bool = True,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def dare_ties(
+    tensors: Sequence[Any],
+    base: Any,
+    *,
+    weight: _Each,
+    density: _Each = 1.0,
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+    int8_mask: bool = False,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+@overload
 def passthrough(
-    tensors: Sequence[_A],
+    tensors: Sequence[Tensor],
     *,
     scale: _Each | None = None,
-    out: _A | None = None,
+    out: Tensor | None = None,
     dtype: Any = None,
     seed: int = 0,
     name: str = "",
     threads: int | None = None,
-) -> _A: ...
+) -> Tensor: ...
+@overload
+def passthrough(
+    tensors: Sequence[Any],
+    *,
+    scale: _Each | None = None,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+    name: str = "",
+    threads: int | None = None,
+) -> NDArray[Any]: ...

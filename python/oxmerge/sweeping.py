@@ -348,9 +348,12 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
 
     Examples
     --------
+    >>> import oxmerge
     >>> reports = oxmerge.sweep(
     ...     "recipe.yml", "out/w{weight}", {"models[0].parameters.weight": "0.1:0.9:9"}
-    ... )  # doctest: +SKIP
+    ... )
+    >>> len(reports), reports[0].directory
+    (9, 'out/w0.1')
     """
     made = variants(recipe, pattern, axes, together=together)
     return merge_together(

@@ -204,7 +204,8 @@ class Worker:
         """Return page-locked memory, which a device copies from and to by itself."""
         buffer = self._staging.get(place)
         if buffer is None or len(buffer) < size:
-            self._staging[place] = buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            options = {"dtype": torch.uint8, "device": "cpu", "pin_memory": True}
+            self._staging[place] = buffer = torch.empty(size, **options)
         return buffer[:size]
 
 

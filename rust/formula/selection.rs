@@ -141,7 +141,8 @@ impl Search {
         }
         let (shift, equals) = (self.shift(), self.bins[bin]);
         self.low += (bin as u64) << shift;
-        self.high = self.high.min(self.low + ((1_u64 << shift) - 1));
+        // The last bin may reach beyond the greatest number: keys of f64 are of 64 bits.
+        self.high = self.high.min(self.low.saturating_add((1_u64 << shift) - 1));
         if self.low == self.high && wanted == equals {
             return Progress::Done(Chosen { threshold: self.low, equals_end: u64::MAX });
         }

@@ -16,11 +16,9 @@ use super::error::raise;
 use super::merge::parse;
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource, Nowhere};
-use crate::engine::control::Control;
 use crate::engine::files;
 use crate::engine::source::{Sink, Source};
 use crate::engine::task::{Task, Work};
-use crate::error::Result;
 use crate::formula::{Scalar, Value};
 use crate::io::ReadPath;
 use crate::kernels::Level;
@@ -68,6 +66,12 @@ impl Array {
         // outlive. That no one writes to it meanwhile is for the caller to see to, as with NumPy.
         Arc::new(unsafe { ArraySource::new(start, self.bytes, self.dtype) })
     }
+}
+
+/// The instruction set to use. It is read while the GIL is held: another thread of Python may change
+/// the environment, which is no place for two.
+fn level(py: Python<'_>) -> PyResult<Level> {
+    Level::from_environment().map_err(|error| raise(py, &error))
 }
 
 /// How a call is to be done.
@@ -145,15 +149,11 @@ impl Call<'_> {
     }
 
     fn run(&self, py: Python<'_>, task: Task) -> PyResult<Vec<f64>> {
-        let bytes = task.bytes();
+        let level = level(py)?;
         let threads = self.threads;
-        let run = move |control: &Control| -> Result<Vec<f64>> {
-            arrays::run(task, Level::from_environment()?, threads, control)
-        };
-        if bytes >= DETACHED_FROM {
-            return take_part(py, run);
-        }
-        run(&Control::default()).map_err(|error| raise(py, &error))
+        take_part(py, task.bytes() < DETACHED_FROM, |control| {
+            arrays::run(task, level, threads, control)
+        })
     }
 }
 
@@ -203,8 +203,8 @@ pub(super) fn ulp_distance(
     if a.dtype != b.dtype || a.bytes != b.bytes {
         return Err(PyValueError::new_err("both arrays must be of one type and length"));
     }
-    take_part(py, |control| {
-        let level = Level::from_environment()?;
+    let level = level(py)?;
+    take_part(py, false, |control| {
         arrays::ulp_distance(&*a.source(), &*b.source(), a.elements(), level, threads, control)
     })
 }

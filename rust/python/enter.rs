@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 
 use super::error::raise;
+use super::floats::StandardFloats;
 use crate::engine::control::Control;
 use crate::error::{Error, Result};
 
@@ -45,6 +46,7 @@ pub(super) fn enter<R: Send>(
         let worker = scope.spawn(move || {
             // Dropped when the work ends, also by a panic: that is what the caller waits for.
             let _done = done;
+            let _floats = StandardFloats::set();
             work(control)
         });
         let mut reported = Instant::now();
@@ -71,12 +73,20 @@ pub(super) fn enter<R: Send>(
 }
 
 /// Runs `work` on the calling thread, without the GIL; what it runs on other threads is its business.
+/// If it is `brief`, another Python thread would not have had its turn before the end, so the GIL is
+/// kept.
 ///
 /// An exception of a signal handler cancels the work, and is raised when it has stopped.
 pub(super) fn take_part<R: Send>(
     py: Python<'_>,
+    brief: bool,
     work: impl FnOnce(&Control) -> Result<R> + Send,
 ) -> PyResult<R> {
+    // Threads that it starts inherit them.
+    let _floats = StandardFloats::set();
+    if brief {
+        return work(&Control::default()).map_err(|error| raise(py, &error));
+    }
     let raised = Arc::new(Mutex::new(None));
     let noted = Arc::clone(&raised);
     let control = Control::asking(TICK, move || {

@@ -6,6 +6,7 @@ mod arrays;
 mod checkpoint;
 mod enter;
 mod error;
+mod floats;
 mod lend;
 mod merge;
 mod torch;

@@ -42,6 +42,17 @@ fn infinities_and_nan_rank_highest() {
     check_counts(&values);
 }
 
+/// The key of NaN is near the end of the numbers, and a guess from a sample ends with it.
+#[test]
+fn a_nan_of_f64_ranks_highest() {
+    let mut values = weights(300_000, 1);
+    values[0] = f64::NAN;
+    let inputs = [ArraySource::new(&values, DType::F64)];
+    for count in [1, 2, 150_000] {
+        check::<f64>(&kept(0, count), &[300_000], &inputs, DType::F64);
+    }
+}
+
 /// Differences of bf16 weights: a third zero, many ties, also across the edges of blocks.
 #[test]
 fn realistic_differences_with_three_densities() {

@@ -31,8 +31,8 @@ impl Index {
     /// Reads and checks the index at `path`.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let (text, file) = read_text(path)?;
-        let shards = Self::parse(&text)
-            .map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))?;
+        let shards =
+            Self::parse(&text).map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))?;
         Ok(Self { file, shards })
     }
 

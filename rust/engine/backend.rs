@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::memory::Offload;
-use super::task::SearchView;
+use super::passes::SearchView;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::formula::code::Code;

@@ -7,12 +7,15 @@
 //! cores hide the latency of reads and writes. Threads live as long as a run: nothing is left to a
 //! fork.
 
+mod active;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
 pub mod files;
 mod fused;
 pub mod memory;
+mod model_wide;
+pub(crate) mod passes;
 #[cfg(feature = "python")]
 pub(crate) mod rehearsal;
 pub(crate) mod simd;
@@ -25,12 +28,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
+use active::Active;
 use backend::Backend;
 use control::Control;
 use memory::{MemoryPlan, Need};
+use model_wide::bind_model_results;
+use passes::{Found, Pass};
 use simd::Simd;
 use source::Sink;
-use task::{Active, Found, Pass, Task, bind_model_results};
+use task::Task;
 use worker::Worker;
 
 use crate::error::{Error, Result};

@@ -6,7 +6,7 @@ use super::backend::{
     Arithmetic, Backend, Layout, Output, Program, Step, Tally, fold, max, start_of, steps,
 };
 use super::fused;
-use super::task::SearchView;
+use super::passes::SearchView;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::formula::ReductionKind;

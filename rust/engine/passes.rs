@@ -1,0 +1,55 @@
+//! The passes over a tensor: what a worker does with each unit, and what it brings back.
+
+use std::sync::Arc;
+
+use crate::formula::selection::{Cut, Histogram};
+use crate::formula::{Reduction, Selection, Value};
+
+/// What the workers do with each unit of a pass.
+pub(crate) enum Pass {
+    /// Look at a few elements, to guess where the thresholds lie.
+    Sample(Vec<Arc<Selection>>),
+    /// Reduce blocks, and count for selections.
+    Reduce { reductions: Vec<Arc<Reduction>>, searches: Vec<SearchView> },
+    /// Find the flat index of one element in one block.
+    Locate { selection: Arc<Selection>, key: u64, cut: Cut },
+    /// Reduce whole rows, one a unit.
+    Rows(Vec<Arc<Reduction>>),
+    /// Reduce columns over some rows, one column block a unit.
+    Columns(Vec<Arc<Reduction>>),
+    /// Reduce columns and compute the outputs, one band of columns a unit.
+    Bands(Vec<Value>),
+    /// Compute the outputs.
+    Combine(Vec<Value>),
+    /// Compare the sources and copy the first.
+    Identical,
+}
+
+/// The part of a [`Search`] that a worker needs.
+pub(crate) struct SearchView {
+    /// Which of the task's searches.
+    pub(crate) index: usize,
+    pub(crate) value: Value,
+    pub(crate) low: u64,
+    pub(crate) high: u64,
+    pub(crate) shift: u32,
+    pub(crate) bins: usize,
+}
+
+/// What a worker brings back from a unit.
+pub(crate) enum Found {
+    Nothing,
+    /// For each selection: keys of sampled elements.
+    Keys(Vec<Vec<u64>>),
+    /// For each reduction: a result a block, from block `first` on; for each search: counts.
+    Blocks {
+        first: u64,
+        sums: Vec<Vec<f64>>,
+        counts: Vec<Histogram>,
+    },
+    Index(u64),
+    /// For each reduction: the result of the row.
+    Row(Vec<f64>),
+    /// For each reduction: a result a column.
+    Columns(Vec<Vec<f64>>),
+}

@@ -80,18 +80,6 @@ impl DType {
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F16 | Self::Bf16 | Self::F32 | Self::F64)
     }
-
-    /// The smallest float type that holds both exactly (BF16 with F16 gives F32).
-    #[must_use]
-    pub fn promote(self, other: Self) -> Self {
-        if self == other {
-            self
-        } else if self == Self::F64 || other == Self::F64 {
-            Self::F64
-        } else {
-            Self::F32
-        }
-    }
 }
 
 impl fmt::Display for DType {

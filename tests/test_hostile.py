@@ -178,6 +178,16 @@ def _dangling_link(folder: Path) -> None:
     (folder / "model.safetensors").symlink_to("gone")
 
 
+def _pipe(folder: Path) -> None:
+    folder.mkdir()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def _pipe_for_a_config(folder: Path) -> None:
+    write_file(folder / "model.safetensors", random_arrays({"a": (2,)}, 0))
+    os.mkfifo(folder / "config.json")
+
+
 def _broken_config(folder: Path) -> None:
     write_model(folder, random_arrays({"a": (2,)}, 0))
     (folder / "config.json").write_text("{")
@@ -237,6 +247,22 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         (
             "`DIR/model.safetensors`: cannot be opened: no such file or directory"
             "\n  hint: download the model again, or check the permissions of its files"
+        ),
+    ),
+    "pipe": (
+        _pipe,
+        (
+            "`DIR/model.safetensors`: this is no file that holds data: "
+            "expected a regular file, found a pipe"
+            "\n  hint: put the file itself there, or a link to it"
+        ),
+    ),
+    "pipe for a config": (
+        _pipe_for_a_config,
+        (
+            "`DIR/config.json`: this is no file that holds data: "
+            "expected a regular file, found a pipe"
+            "\n  hint: put the file itself there, or a link to it"
         ),
     ),
     "broken config": (

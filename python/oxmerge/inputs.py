@@ -172,7 +172,7 @@ class Inputs:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         file_name = os.path.join(folder, "config.json")
         try:
-            with open(file_name, encoding="utf-8") as file:
+            with open(file_name, encoding="utf-8", opener=_open_at_once) as file:
                 status = os.fstat(file.fileno())
                 config = json.load(file)
         except FileNotFoundError:
@@ -182,6 +182,11 @@ class Inputs:
             self.problems.append(Problem("config", message, file=file_name, advice=advice))
             return {}, None
         return config if isinstance(config, dict) else {}, _as_it_is(file_name, status)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe without waiting for who writes to it, which leaves nothing to read."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _as_it_is(path: str, status: os.stat_result) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 //! own limit and with the file before any memory is taken for it.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs::File;
 
 use super::json::{self, RawEntry};
@@ -34,8 +34,6 @@ const IMPOSTORS: [(&[u8], &str, &str); 4] = [
 pub struct Header {
     /// The tensors, by offset; their offsets count from the file's first byte.
     pub tensors: Vec<TensorInfo>,
-    /// The text under `__metadata__`.
-    pub metadata: BTreeMap<String, String>,
 }
 
 impl Header {
@@ -77,7 +75,7 @@ impl Header {
         }
         // Cannot overflow: `check_entry` added the same numbers.
         check_size(data_start + cursor, size)?;
-        Ok(Self { tensors, metadata: raw.metadata })
+        Ok(Self { tensors })
     }
 }
 

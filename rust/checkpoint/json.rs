@@ -22,7 +22,6 @@ const MAX_DIMENSIONS: usize = 64;
 #[derive(Debug, Default)]
 pub(super) struct RawHeader {
     pub(super) entries: Vec<(String, RawEntry)>,
-    pub(super) metadata: BTreeMap<String, String>,
 }
 
 /// One tensor as written.
@@ -131,15 +130,16 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
         let mut metadata = None;
         while let Some(name) = map.next_key::<String>()? {
             if name == "__metadata__" {
-                let value = map.next_value::<Option<BTreeMap<String, String>>>()?;
-                set_once(&mut metadata, "__metadata__", value.unwrap_or_default())?;
+                // Nobody needs the text, but it must be as the format says.
+                let text = map.next_value::<Option<BTreeMap<String, String>>>()?;
+                set_once(&mut metadata, "__metadata__", text)?;
             } else {
                 let name = self.current.insert(name);
                 entries.push((name.clone(), map.next_value()?));
                 *self.current = None;
             }
         }
-        Ok(RawHeader { entries, metadata: metadata.unwrap_or_default() })
+        Ok(RawHeader { entries })
     }
 }
 

@@ -20,7 +20,7 @@ mod layout;
 mod locate;
 mod quantised;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use crate::dtype::DType;
@@ -48,8 +48,6 @@ pub struct Checkpoint {
     pub index: Option<InputFile>,
     /// The tensors, in file order: by shard, then by offset.
     pub tensors: Vec<TensorInfo>,
-    /// The first file's `__metadata__`.
-    pub metadata: BTreeMap<String, String>,
     /// What was passed over, for people to read.
     pub warnings: Vec<String>,
     by_name: HashMap<String, usize>,
@@ -97,7 +95,6 @@ impl Checkpoint {
             files: Vec::new(),
             index: None,
             tensors: Vec::new(),
-            metadata: BTreeMap::new(),
             warnings,
             by_name: HashMap::new(),
         };
@@ -145,11 +142,8 @@ impl Checkpoint {
     fn read_header(&mut self, path: &Path) -> Result<Header> {
         let file = io::open_read_only(path)?;
         let input = InputFile::of(&file, path)?;
-        let mut header =
+        let header =
             Header::read(&file, input.size, self.files.len()).map_err(|error| error.file(path))?;
-        if self.files.is_empty() {
-            self.metadata = std::mem::take(&mut header.metadata);
-        }
         self.files.push(input);
         Ok(header)
     }

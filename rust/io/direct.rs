@@ -120,7 +120,7 @@ impl OutputFile {
 
     /// Bytes free on the disk, if that can be asked.
     fn free_space(&self) -> Option<u64> {
-        volume::free_space_of(&self.file).ok()
+        volume::free_space(&self.file).ok()
     }
 
     /// An error of the operating system, with what a user can do about the usual ones.

@@ -35,7 +35,7 @@ use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use rustix::fs::{Advice, Mode, OFlags};
+use rustix::fs::{Advice, FileType, Mode, OFlags};
 
 use crate::error::{Error, Result};
 use crate::plan::InputFile;
@@ -45,7 +45,7 @@ pub use identity::check_unchanged;
 use identity::same_file;
 pub(crate) use positioned::read_exact_at;
 pub(crate) use shared_words::SharedWords;
-pub use volume::{free_space, raise_open_file_limit};
+pub use volume::raise_open_file_limit;
 pub use writer::{DirectMode, ShardWriter};
 
 pub use mapped::MAP_MARGIN;
@@ -220,9 +220,30 @@ impl InputReader {
     }
 }
 
-/// Opens an input. Inputs are never opened for writing.
+/// Opens an input, which must be a regular file. Inputs are never opened for writing.
 pub(crate) fn open_read_only(path: &Path) -> Result<File> {
-    File::open(path).map_err(|error| Error::io("open the file", error).file(path))
+    // To open a pipe would wait for who writes to it. Regular files do not know the flag.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map(File::from);
+    let file = file.map_err(|errno| Error::io("open the file", errno.into()).file(path))?;
+    let kind = FileType::from_raw_mode(
+        rustix::fs::fstat(&file)
+            .map_err(|errno| Error::io("read the file's state", errno.into()).file(path))?
+            .st_mode,
+    );
+    if kind == FileType::RegularFile {
+        return Ok(file);
+    }
+    Err(Error::checkpoint("this is no file that holds data")
+        .file(path)
+        .expected("a regular file")
+        .found(match kind {
+            FileType::Directory => "a folder",
+            FileType::Fifo => "a pipe",
+            FileType::Socket => "a socket",
+            _ => "a device",
+        })
+        .advice("put the file itself there, or a link to it"))
 }
 
 /// Opens an input to be read past the page cache, if its file system allows that.

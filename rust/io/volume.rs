@@ -2,11 +2,6 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
-
-use rustix::fs::StatVfs;
-
-use crate::error::{Error, Result};
 
 /// Magic numbers of file systems whose bytes come from elsewhere, as `statfs` gives them. What is
 /// known of local disks, such as when to read past the page cache, need not hold there.
@@ -31,20 +26,10 @@ pub(super) fn is_remote(file: &File) -> bool {
     rustix::fs::fstatfs(file).map_or(true, |volume| REMOTE.contains(&(volume.f_type as u32)))
 }
 
-/// Bytes that an ordinary user can still write below `directory`.
-pub fn free_space(directory: &Path) -> Result<u64> {
-    rustix::fs::statvfs(directory).map(|volume| available(&volume)).map_err(|errno| {
-        Error::io("ask for the free space", io::Error::from(errno)).file(directory)
-    })
-}
-
-/// The same for the disk that `file` is on.
-pub(super) fn free_space_of(file: &File) -> io::Result<u64> {
-    Ok(available(&rustix::fs::fstatvfs(file)?))
-}
-
-fn available(volume: &StatVfs) -> u64 {
-    volume.f_bavail.saturating_mul(volume.f_frsize)
+/// Bytes that an ordinary user can still write to the disk that `file` is on.
+pub(super) fn free_space(file: &File) -> io::Result<u64> {
+    let volume = rustix::fs::fstatvfs(file)?;
+    Ok(volume.f_bavail.saturating_mul(volume.f_frsize))
 }
 
 /// Lets the process open as many files as the system allows it: a merge of sharded models holds

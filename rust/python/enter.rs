@@ -43,12 +43,15 @@ pub(super) fn enter<R: Send>(
             Err(_) => Err(RecvTimeoutError::Disconnected),
         };
         let control = &control;
-        let worker = scope.spawn(move || {
+        let work = move || {
             // Dropped when the work ends, also by a panic: that is what the caller waits for.
             let _done = done;
             let _floats = StandardFloats::set();
             work(control)
-        });
+        };
+        let worker = std::thread::Builder::new()
+            .spawn_scoped(scope, work)
+            .map_err(|error| raise(py, &Error::io("start a thread", error)))?;
         let mut reported = Instant::now();
         let mut raised = None;
         while let Err(RecvTimeoutError::Timeout) = py.detach(wait_a_tick) {

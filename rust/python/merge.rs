@@ -49,9 +49,14 @@ pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 /// What the merge method finds wrong with the tensors of a plan.
 #[pyfunction]
 pub(super) fn check_plan<'py>(py: Python<'py>, plan: &str) -> PyResult<Bound<'py, PyAny>> {
-    let plan = parse(plan).map_err(|error| raise(py, &error))?;
-    let problems = plan.tensors.iter().filter_map(|tensor| files::work(&plan, tensor).err());
+    let check = || {
+        let plan = parse(plan)?;
+        let problems = plan.tensors.iter().filter_map(|tensor| files::work(&plan, tensor).err());
+        Ok(problems.collect::<Vec<_>>())
+    };
+    let problems = py.detach(check).map_err(|error: Error| raise(py, &error))?;
     let described: Vec<_> = problems
+        .iter()
         .map(|error| {
             let parts = error.parts();
             serde_json::json!({
@@ -71,7 +76,7 @@ pub(super) fn check_plan<'py>(py: Python<'py>, plan: &str) -> PyResult<Bound<'py
 pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
     let files: Vec<InputFile> = serde_json::from_str(files)
         .map_err(|error| pyo3::exceptions::PyValueError::new_err(error.to_string()))?;
-    io::check_unchanged(&files).map_err(|error| raise(py, &error))
+    py.detach(|| io::check_unchanged(&files)).map_err(|error| raise(py, &error))
 }
 
 /// How `memory` bytes would be shared out by merges that are made together: predicted peak, workers,
@@ -86,14 +91,14 @@ pub(super) fn predict<'py>(
     device: Option<Device<'py>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let offload = device.as_ref().map(Device::offload).transpose()?;
-    let plans: Result<Vec<Plan>> = plans.iter().map(|plan| parse(plan)).collect();
-    let planned = plans.and_then(|plans| {
+    let plan = || {
+        let plans: Vec<Plan> = plans.iter().map(|plan| parse(plan)).collect::<Result<_>>()?;
         let needs = needs(&plans.iter().collect::<Vec<_>>(), ReadPath::Auto, offload)?;
         let resident = memory::resident();
         let memory = MemoryPlan::new(&needs, memory, worker_count(threads, plans.len()), resident)?;
         Ok((memory, needs.iter().any(|need| !need.reads_once())))
-    });
-    let (planned, rereads) = planned.map_err(|error| raise(py, &error))?;
+    };
+    let (planned, rereads) = py.detach(plan).map_err(|error| raise(py, &error))?;
     let mut described = describe_memory(&planned);
     described["rereads"] = rereads.into();
     to_python(py, &described)

@@ -59,7 +59,6 @@ fn tensors_come_in_file_order_whatever_the_headers_order() {
     assert_eq!(checkpoint.get("last").unwrap().bytes(), 0);
     assert!(checkpoint.get("nothing").is_none());
     assert_eq!(checkpoint.bytes(), 16);
-    assert_eq!(checkpoint.metadata["by"], "test");
     assert!(checkpoint.warnings.is_empty());
     let file = directory.path().join("model.safetensors");
     assert_eq!(checkpoint.files, [InputFile::stat(&file).unwrap()]);

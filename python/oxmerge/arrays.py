@@ -5,7 +5,7 @@
   taken for it where ``dtype="bfloat16"`` is asked for.
 - torch tensors on the CPU, of the same types; those that require a gradient too, past autograd.
 - float8 of ml_dtypes and of torch, as the bfloat16 of the same value: a copy, exact, since bfloat16
-  has all of their numbers. Results are bfloat16, and `out` cannot be float8. Scales that are kept
+  has all of their numbers. Results are bfloat16 at least, and `out` cannot be float8. Scales kept
   beside quantised weights are not applied: in a dict, such weights are refused.
 - Anything else with the buffer protocol or DLPack; results for it are NumPy arrays.
 

@@ -219,6 +219,20 @@ def test_integers_of_the_first_may_be_taken() -> None:
         oxmerge.merge_state_dicts("linear", [average], weight=1, integers="last")
 
 
+@pytest.mark.parametrize("ending", ["_scale", "_scale_inv"])
+def test_float8_beside_its_scale_is_refused(ending: str) -> None:
+    weights = np.ones(3, ml_dtypes.float8_e4m3fn)
+    quantised: dict[str, Any] = {"weight": weights, f"weight{ending}": np.ones(1, np.float32)}
+    message = (
+        f"^tensor `weight`: it is of float8, and `weight{ending}` would not be applied to it; "
+        "dequantise it to bfloat16 first$"
+    )
+    with pytest.raises(TypeError, match=message):
+        oxmerge.merge_state_dicts("linear", [quantised, quantised], weight=1)
+    merged = oxmerge.merge_state_dicts("linear", [{"weight": weights}], weight=1)
+    assert merged["weight"].dtype == ml_dtypes.bfloat16
+
+
 def test_out_has_no_names_of_its_own() -> None:
     out = {"a": FIRST.copy(), "b": FIRST.copy()}
     with pytest.raises(ValueError, match=r"^the names differ: state_dicts\[0\] lacks `b`"):

@@ -184,6 +184,8 @@ def test_every_number_of_float8_is_taken_exactly(name: str) -> None:
         copied = oxmerge.merge_tensors("passthrough", [given])
         assert str(copied.dtype).removeprefix("torch.") == "bfloat16"
         np.testing.assert_array_equal(np.asarray(kernels.convert(copied, "float32")), wide.numpy())
+    with pytest.raises(TypeError, match="`x_scale` would not be applied"):
+        oxmerge.merge_state_dicts("linear", [{"x": narrow, "x_scale": X}], weight=1)
     columns = narrow.view(16, 16).T
     assert torch.equal(
         kernels.convert(columns, "float32").nan_to_num(), wide.view(16, 16).T.nan_to_num()

@@ -5,8 +5,8 @@
   taken for it where ``dtype="bfloat16"`` is asked for.
 - torch tensors on the CPU, of the same types; those that require a gradient too, past autograd.
 - float8 of ml_dtypes and of torch, as the bfloat16 of the same value: a copy, exact, since bfloat16
-  has all of their numbers. Results are bfloat16, and `out` cannot be float8. Scales that are kept
-  beside quantised weights are not applied.
+  has all of their numbers. Results are bfloat16 at least, and `out` cannot be float8. Scales kept
+  beside quantised weights are not applied: in a dict, such weights are refused.
 - Anything else with the buffer protocol or DLPack; results for it are NumPy arrays.
 
 Contiguous arrays (in C order, as both packages make them) are used where they are. Others are
@@ -51,6 +51,7 @@ __all__ = [
     "element_type",
     "empty",
     "float_view",
+    "is_narrow",
     "listed",
     "mark_overwritten",
     "numpy_dtype",
@@ -357,6 +358,12 @@ def promoted(views: Sequence[View]) -> str:
         if each.place[2] != code:
             code = promote(code, each.place[2])
     return code
+
+
+def is_narrow(array: Any) -> bool:
+    """Tell whether an array is of a float8 that is taken as bfloat16."""
+    name = str(getattr(array, "dtype", ""))  # of ml_dtypes and torch alike, but for the package
+    return name.removeprefix("torch.") in _NARROW
 
 
 def float_view(array: object, what: str, dtype: Any) -> View:

@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import contextmanager
 from typing import overload
 
-from oxmerge.arrays import View, check_same_shape, element_type, listed, output, view
+from oxmerge.arrays import View, check_same_shape, element_type, is_narrow, listed, output, view
 from oxmerge.in_memory import MethodCall, check_options, check_out
 from oxmerge.schema import is_float
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["merge_state_dicts"]
 
 _INTEGERS = ("equal", "first")
+#: Endings of what quantised weights are to be multiplied by.
+_SCALES = ("_scale", "_scale_inv")
 
 
 @overload
@@ -213,7 +215,7 @@ class _Dicts:
         def views(dtype: str | None) -> list[View]:
             return [
                 (_header(source, name) if only_headers else None)
-                or view(source[name], label, dtype)
+                or view(_unscaled(source, name), label, dtype)
                 for source, label in zip(self._sources, self._call.names, strict=True)
             ]
 
@@ -221,6 +223,16 @@ class _Dicts:
         if any(each.place[2] == "U16" for each in found):  # one knows that they are integers
             return views(None)
         return found
+
+
+def _unscaled(source: Mapping[str, Any], name: str) -> Any:
+    """Return an array; raise TypeError where it means nothing without a scale beside it."""
+    array = source[name]
+    scale = next((name + each for each in _SCALES if name + each in source), None)
+    if scale is not None and is_narrow(array):
+        advice = "dequantise it to bfloat16 first"
+        raise TypeError(f"it is of float8, and `{scale}` would not be applied to it; {advice}")
+    return array
 
 
 def _header(source: Any, name: str) -> View | None:

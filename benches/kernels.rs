@@ -201,7 +201,7 @@ fn order<T: Real>(bench: &Bench, level: Level, real: &str) {
     let mask = random_bits(level, &key, 0, 1 << 31);
     let (values, kept) = (&a[..SPAN], &mut out[..SPAN]);
     bench.case(&format!("cache masked {real}"), level, SPAN, 2 * SPAN * size_of::<T>(), || {
-        masked(level, black_box(&mask), values, kept);
+        masked(level, black_box(&mask), T::ONE, values, kept);
     });
 }
 

@@ -422,10 +422,10 @@ class _Frame:
         return self._drawn(keep_below, key, stream).to(self.real)
 
     def drop(
-        self, a: int, keep_below: int, key: tuple[int, int], stream: tuple[int, int]
+        self, a: int, keep_below: int, key: tuple[int, int], stream: tuple[int, int], scale: float
     ) -> torch.Tensor:
         kept = self._drawn(keep_below, key, stream)
-        return torch.where(kept, self.slots[a], self.number(0.0))
+        return torch.where(kept, self.slots[a], self.number(0.0)) * self.number(scale)
 
     def _drawn(
         self, keep_below: int, key: tuple[int, int], stream: tuple[int, int]

@@ -78,11 +78,12 @@ pub(crate) enum Operation {
         keep_below: u64,
         stream: u32,
     },
-    /// What a random mask keeps, else 0.
+    /// What a random mask keeps, else 0, times a number.
     Drop {
         a: Slot,
         keep_below: u64,
         stream: u32,
+        scale: f64,
     },
 }
 
@@ -176,16 +177,25 @@ impl Emitter {
                 _ => None,
             },
             ValueNode::Select { mask, yes, no } => {
-                if let ValueNode::Random { keep_below, stream } = *mask.0
-                    && is_zero(no)
-                {
-                    return Some(Operation::Drop { a: self.slot(yes), keep_below, stream });
+                if let Some(dropped) = self.dropped(mask, yes, no, 1.0) {
+                    return Some(dropped);
                 }
                 let chosen = magnitudes_kept(mask, yes, no)?;
                 Some(Operation::Trim { a: self.slot(yes), chosen })
             }
+            ValueNode::WeightedSum(terms) => {
+                let [(scale, value)] = terms.as_slice() else { return None };
+                let ValueNode::Select { mask, yes, no } = &*value.0 else { return None };
+                self.dropped(mask, yes, no, scale.as_constant()?)
+            }
             _ => None,
         }
+    }
+
+    fn dropped(&mut self, mask: &Value, yes: &Value, no: &Value, scale: f64) -> Option<Operation> {
+        let ValueNode::Random { keep_below, stream } = *mask.0 else { return None };
+        let drop = |a| Operation::Drop { a, keep_below, stream, scale };
+        is_zero(no).then(|| drop(self.slot(yes)))
     }
 
     fn operation(&mut self, node: &ValueNode) -> Operation {

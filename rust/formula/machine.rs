@@ -216,17 +216,18 @@ impl<'a, T: Real> Machine<'a, T> {
                     None => self.random_mask(at, *keep_below, range.start, out),
                 }
             }
-            Operation::Drop { a, keep_below, stream } => {
-                let values = self.slot(*a);
+            Operation::Drop { a, keep_below, stream, scale } => {
+                let (values, scale) = (self.slot(*a), T::from_f64(*scale));
                 let name = (*stream, *keep_below);
                 if let Some(bits) = self.random_bits(self.key(at), name, range.start) {
-                    return kernels::masked(self.level, &bits, values, out);
+                    return kernels::masked(self.level, &bits, scale, values, out);
                 }
                 let mut mask = [T::ZERO; CHUNK];
                 let mask = &mut mask[..out.len()];
                 self.random_mask(at, *keep_below, range.start, mask);
-                let (yes, no) = (Operand::Slice(values), Operand::Scalar(T::ZERO));
-                kernels::select(self.level, mask, yes, no, out);
+                for ((out, &value), &kept) in out.iter_mut().zip(values).zip(&*mask) {
+                    *out = scale * if kept == T::ZERO { T::ZERO } else { value };
+                }
             }
         }
     }

@@ -33,6 +33,7 @@ impl<T: Real> Kernel for Unpack<'_, T> {
 
 struct Masked<'a, T> {
     bits: &'a MaskBits,
+    scale: T,
     values: &'a [T],
     out: &'a mut [T],
 }
@@ -45,7 +46,7 @@ impl<T: Real> Kernel for Masked<'_, T> {
         let each = self.out.chunks_mut(self.bits.len()).zip(self.values.chunks(self.bits.len()));
         for (bit, (out, values)) in each.enumerate() {
             for ((out, &value), &word) in out.iter_mut().zip(values).zip(self.bits) {
-                *out = if word & (1 << bit) == 0 { T::ZERO } else { value };
+                *out = self.scale * if word & (1 << bit) == 0 { T::ZERO } else { value };
             }
         }
     }
@@ -61,13 +62,13 @@ pub fn unpack_mask<T: Real>(level: Level, bits: &MaskBits, mask: &mut [T]) {
     level.run(Unpack { bits, mask });
 }
 
-/// `out[i] = values[i]` where the mask has a one, else 0. Bits are kept.
+/// `out[i] = scale · values[i]` where the mask has a one, else scale · 0.
 ///
 /// # Panics
 ///
 /// If there are more elements than a span has, or the lengths differ.
-pub fn masked<T: Real>(level: Level, bits: &MaskBits, values: &[T], out: &mut [T]) {
+pub fn masked<T: Real>(level: Level, bits: &MaskBits, scale: T, values: &[T], out: &mut [T]) {
     assert!(out.len() <= SPAN, "a mask has the bits of a span");
     assert_eq!(values.len(), out.len(), "the values and the output must have the same length");
-    level.run(Masked { bits, values, out });
+    level.run(Masked { bits, scale, values, out });
 }

@@ -194,9 +194,9 @@ impl<'py> Encoder<'_, 'py> {
                 let (key, stream) = self.mask_words(*stream);
                 ("random", out, *keep_below, key, stream).into_pyobject(py)
             }
-            Operation::Drop { a, keep_below, stream } => {
+            Operation::Drop { a, keep_below, stream, scale } => {
                 let (key, stream) = self.mask_words(*stream);
-                ("drop", out, *a, *keep_below, key, stream).into_pyobject(py)
+                ("drop", out, *a, *keep_below, key, stream, self.number(*scale)).into_pyobject(py)
             }
         }
     }

@@ -60,7 +60,7 @@ fn use_kernels(level: Level) {
     products_into(level, DType::Bf16, &bytes, &bytes, &mut [[0.0; LANES]; 3]);
     let bits = random_bits(level, &MaskKey::new(0, "x", 0), SPAN as u64, 1 << 31);
     norms_into(level, DType::Bf16, &bytes, &bytes, &bits, &mut [[0.0; LANES]; 2]);
-    masked(level, &bits, &halves, &mut wide);
+    masked(level, &bits, 0.5, &halves, &mut wide);
 }
 
 /// The instructions of every function of this binary that is a shell of a level.

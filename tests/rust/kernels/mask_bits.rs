@@ -1,4 +1,4 @@
-use super::{LENGTHS, each_level};
+use super::{LENGTHS, assert_same, each_level};
 use oxmerge::kernels::{BITS, MaskBits, SPAN, masked, unpack_mask};
 
 /// Bits of which each element's can be told.
@@ -23,17 +23,18 @@ each_level! {
         }
     }
 
-    /// What is kept keeps its bits, NaN too; what is not is +0.
+    /// Each is what it is times the scale: of what is dropped, zero, with the sign of the scale.
     fn bits_choose_values<T>(level) {
         let (bits, keeps) = bits();
         for length in LENGTHS.into_iter().filter(|&length| length <= SPAN).chain([SPAN]) {
             let value = |at: usize| if at.is_multiple_of(5) { T::NAN } else { -T::from_f64(at as f64) };
             let values: Vec<T> = (0..length).map(value).collect();
             let mut out = vec![T::NAN; length];
-            masked(level, &bits, &values, &mut out);
-            for element in 0..length {
-                let expected = if keeps(element) { values[element] } else { T::ZERO };
-                assert_eq!(out[element].bits(), expected.bits(), "element {element} of {length}");
+            for scale in [T::ONE, T::from_f64(-0.7)] {
+                masked(level, &bits, scale, &values, &mut out);
+                let kept = |at: usize| scale * if keeps(at) { values[at] } else { T::ZERO };
+                let expected: Vec<T> = (0..length).map(kept).collect();
+                assert_same(level, &out, &expected);
             }
         }
     }

@@ -52,7 +52,7 @@ each_level! {
                 std::array::from_fn(|_| vec![0.0_f32; length]);
             widen(level, dtype, &base, &mut wide);
             widen_difference(level, dtype, &x, &wide, &mut vector);
-            masked(level, &bits, &vector, &mut kept);
+            masked(level, &bits, 1.0, &vector, &mut kept);
             let (mut fast, mut slow) = ([[0.5; LANES]; 2], [[0.5; LANES]; 2]);
             norms_into(level, dtype, &x, &base, &bits, &mut fast);
             absolute_sum_into(level, &vector, &mut slow[0]);

@@ -13,13 +13,13 @@ use super::real::Real;
 /// Elements that are voted on together: two AVX-512 registers of f32.
 const GROUP: usize = 32;
 
-struct Elect<'a, T> {
+/// Whether to average is a constant: half of the sums are only for that.
+struct Elect<'a, T, const AVERAGE: bool> {
     terms: &'a [(T, &'a [T])],
-    average: bool,
     out: &'a mut [T],
 }
 
-impl<T: Real> Elect<'_, T> {
+impl<T: Real, const AVERAGE: bool> Elect<'_, T, AVERAGE> {
     /// Elements from `start` on, as many as `out` has.
     #[inline(always)]
     fn group(&self, start: usize, out: &mut [T; GROUP]) {
@@ -47,13 +47,13 @@ impl<T: Real> Elect<'_, T> {
         }
         for at in 0..GROUP {
             let divisor = if share[at] == T::ZERO { T::ONE } else { share[at] };
-            let elected = if self.average { sum[at] / divisor } else { sum[at] };
+            let elected = if AVERAGE { sum[at] / divisor } else { sum[at] };
             out[at] = if vote[at].is_nan() { T::NAN } else { elected };
         }
     }
 }
 
-impl<T: Real> Kernel for Elect<'_, T> {
+impl<T: Real, const AVERAGE: bool> Kernel for Elect<'_, T, AVERAGE> {
     type Output = ();
 
     #[inline(always)]
@@ -66,7 +66,7 @@ impl<T: Real> Kernel for Elect<'_, T> {
         }
         for (at, value) in rest.iter_mut().enumerate() {
             let terms = self.terms.iter().map(|&(weight, values)| (weight, values[done + at]));
-            *value = elect_one(terms, self.average);
+            *value = elect_one(terms, AVERAGE);
         }
     }
 }
@@ -101,5 +101,9 @@ pub fn elect<T: Real>(level: Level, terms: &[(T, &[T])], average: bool, out: &mu
     for (_, values) in terms {
         assert_eq!(values.len(), out.len(), "a term and the output must have the same length");
     }
-    level.run(Elect { terms, average, out });
+    if average {
+        level.run(Elect::<T, true> { terms, out });
+    } else {
+        level.run(Elect::<T, false> { terms, out });
+    }
 }

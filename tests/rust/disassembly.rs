@@ -17,7 +17,7 @@ use oxmerge::kernels::{
 };
 
 /// What to look for in the demangled name of a shell: its kernel and types.
-const KERNELS: [&str; 17] = [
+const KERNELS: [&str; 18] = [
     "Widen<f32, oxmerge::kernels::convert::Bf16>",
     "WidenDifference<f32, oxmerge::kernels::convert::Bf16>",
     "Narrow<f32, oxmerge::kernels::convert::Bf16>",
@@ -26,7 +26,8 @@ const KERNELS: [&str; 17] = [
     "WeightedSum<f32, 2",
     "SumBytes<oxmerge::kernels::convert::Bf16, 2",
     "DifferenceBytes<oxmerge::kernels::convert::Bf16, 2",
-    "Elect<f32>",
+    "Elect<f32, true>",
+    "Elect<f32, false>",
     "Count<f32>",
     "Trim<f32>",
     "Dot<f32>",
@@ -52,7 +53,9 @@ fn use_kernels(level: Level) {
     weighted_sum_bytes(level, &[term, term], DType::Bf16, &mut stored);
     let base = (DType::Bf16, &bytes[..]);
     weighted_difference_sum_bytes(level, base, &[term, term], 0.5, DType::Bf16, &mut stored);
-    elect(level, &[(1.0, &halves), (2.0, &halves)], true, &mut wide);
+    for average in [true, false] {
+        elect(level, &[(1.0, &halves), (2.0, &halves)], average, &mut wide);
+    }
     count(level, &wide, 0, 1);
     trim(level, &halves, 1, true, &mut wide);
     dot_into(level, &wide, &wide, &mut [0.0; LANES]);

@@ -7,7 +7,7 @@
 //! take them, and at which alignment, cannot be known from their names; one aligned write of the
 //! header's first page finds out.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -94,12 +94,6 @@ impl OutputFile {
             .set_len(size)
             .and_then(|()| self.file.sync_all())
             .map_err(|error| self.failed("flush the shard", error, size))
-    }
-
-    /// Removes a file that could not be begun.
-    pub(super) fn remove(&self) {
-        // The caller is already returning the error that matters.
-        let _ = fs::remove_file(&self.path);
     }
 
     /// How much of a write that was cut short counts: a direct one goes on at a page boundary.

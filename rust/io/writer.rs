@@ -47,11 +47,11 @@ pub struct ShardWriter {
 
 impl ShardWriter {
     /// Creates the file at `path`, which must not exist, reserves `size` bytes for it and writes
-    /// the length and text of the header. On failure no new file is left.
+    /// the length and text of the header. Whoever named the file removes it after a failure.
     pub fn create(path: &Path, header: &str, size: u64, mode: DirectMode) -> Result<Self> {
         let header = prologue(header, size).map_err(|error| error.file(path))?;
         let mut output = OutputFile::create(path)?;
-        begin(&mut output, &header, size, mode).inspect_err(|_| output.remove())?;
+        begin(&mut output, &header, size, mode)?;
         let arrived = AtomicU64::new(header.capacity() as u64);
         Ok(Self { output, size, seams: Seams::default(), arrived })
     }

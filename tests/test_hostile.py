@@ -184,6 +184,7 @@ def _pipe(folder: Path) -> None:
 
 
 def _pipe_for_a_config(folder: Path) -> None:
+    folder.mkdir()
     write_file(folder / "model.safetensors", random_arrays({"a": (2,)}, 0))
     os.mkfifo(folder / "config.json")
 

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    BinaryOp, LANES, Level, MaskKey, Operand, Real, SPAN, UnaryOp, absolute_sum_into, binary,
-    count, dot_into, histogram, keep, masked, max_into, narrow, norms_into, random_bits,
-    random_mask, select, sum_into, unary, weighted_difference_sum_bytes, weighted_sum,
-    weighted_sum_bytes, widen,
+    BinaryOp, LANES, Level, MaskKey, Operand, Real, SPAN, ThinnedTerm, UnaryOp, Votes,
+    absolute_sum_into, binary, count, dot_into, histogram, keep, masked, max_into, narrow,
+    norms_into, random_bits, random_mask, select, sum_into, unary, weighted_difference_sum_bytes,
+    weighted_sum, weighted_sum_bytes, widen,
 };
 
 /// Elements of a cached piece.
@@ -254,6 +254,13 @@ fn masks(bench: &Bench, level: Level) {
         let mut lanes = [[0.0; LANES]; 2];
         bench.case(&format!("cache norms {dtype}"), level, SPAN, x.len() + base.len(), || {
             norms_into(level, dtype, black_box(&x), &base, &bits, &mut lanes);
+        });
+        let term = ThinnedTerm { weight: 0.5, scale: 2.0, input: &x, bits: &bits };
+        let (terms, mut out) = ([term, term], base.clone());
+        let bytes = 3 * x.len();
+        bench.case(&format!("cache thinned_sum_bytes 2 {dtype}"), level, SPAN, bytes, || {
+            let terms = black_box(&terms);
+            thinned_sum_bytes(level, dtype, &base, terms, Votes::Elect, 1.0, &mut out);
         });
     }
 }

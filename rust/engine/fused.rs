@@ -11,21 +11,25 @@ use crate::dtype::DType;
 use crate::formula::machine::{InputBytes, Machine};
 use crate::formula::masks::MaskName;
 use crate::formula::{BinaryOp, Reduction, ReductionKind, Scalar, Value, ValueNode};
-use crate::kernels::{self, LANES, Lanes, Level, Real, SPAN};
+use crate::kernels::{self, LANES, Lanes, Level, Real, SPAN, ThinnedTerm, Votes};
 
 type Inputs<'a> = [Option<InputBytes<'a>>];
 
 /// Computes `step` into `outputs` if each of their values has such a shape and the working type is
 /// f32.
-pub(crate) fn run<T: Real>(level: Level, step: &Step<'_>, outputs: &mut [Output<'_>]) -> bool {
+pub(crate) fn run<T: Real>(
+    machine: &Machine<'_, T>,
+    step: &Step<'_>,
+    outputs: &mut [Output<'_>],
+) -> bool {
     let is_float = |output: &Output<'_>| output.dtype.is_float();
     if size_of::<T>() > size_of::<f32>() || !outputs.iter().all(is_float) {
         return false;
     }
-    let shape = |output: &Output<'_>| Shape::of(&step.values[output.result]);
+    let shape = |output: &Output<'_>| Shape::of(step, output);
     let Some(shapes) = outputs.iter().map(shape).collect::<Option<Vec<_>>>() else { return false };
     for (shape, output) in shapes.iter().zip(outputs) {
-        shape.run(level, step, output);
+        shape.run(machine, step, output);
     }
     true
 }
@@ -44,14 +48,21 @@ enum Shape {
     /// Σ c·x of plain inputs.
     Weighted(Vec<(f64, usize)>),
     Shifted(Shifted),
+    Thinned(ThinnedSum),
 }
 
 impl Shape {
-    fn of(value: &Value) -> Option<Self> {
-        weighted_inputs(value).map(Self::Weighted).or_else(|| shifted(value).map(Self::Shifted))
+    fn of(step: &Step<'_>, output: &Output<'_>) -> Option<Self> {
+        let value = &step.values[output.result];
+        let thinned = || thinned_sum(value).filter(|sum| sum.fits(step, output));
+        weighted_inputs(value)
+            .map(Self::Weighted)
+            .or_else(|| shifted(value).map(Self::Shifted))
+            .or_else(|| thinned().map(Self::Thinned))
     }
 
-    fn run(&self, level: Level, step: &Step<'_>, output: &mut Output<'_>) {
+    fn run<T: Real>(&self, machine: &Machine<'_, T>, step: &Step<'_>, output: &mut Output<'_>) {
+        let level = machine.level();
         let term = |&(c, input): &(f64, usize)| term(c, input, step.inputs, &step.elements);
         match self {
             Self::Weighted(terms) => {
@@ -65,6 +76,7 @@ impl Shape {
                 let (dtype, bytes) = (output.dtype, &mut *output.bytes);
                 kernels::weighted_difference_sum_bytes(level, base, &terms, scale, dtype, bytes);
             }
+            Self::Thinned(sum) => sum.run(machine, step, output),
         }
     }
 }
@@ -97,6 +109,107 @@ pub(crate) fn products(
     lanes.to_vec()
 }
 
+/// base + lambda · Σ weight · scale · (what a random mask keeps of x − base), or the same with votes.
+struct ThinnedSum {
+    base: usize,
+    terms: Vec<ThinnedVector>,
+    votes: Votes,
+    lambda: f64,
+}
+
+struct ThinnedVector {
+    weight: f64,
+    scale: f64,
+    of: Thinned,
+}
+
+/// Terms that one kernel takes.
+const MOST_THINNED: usize = 3;
+
+impl ThinnedSum {
+    /// Whether all is of one type, and masks can be drawn from the first element on.
+    fn fits(&self, step: &Step<'_>, output: &Output<'_>) -> bool {
+        let is_uniform = |index: usize| {
+            step.inputs[index].as_ref().is_some_and(|input| input.dtype == output.dtype)
+        };
+        is_uniform(self.base)
+            && self.terms.len() <= MOST_THINNED
+            && self.terms.iter().all(|term| is_uniform(term.of.x))
+            && step.elements.start.is_multiple_of(SPAN as u64)
+    }
+
+    fn run<T: Real>(&self, machine: &Machine<'_, T>, step: &Step<'_>, output: &mut Output<'_>) {
+        let keys: Vec<_> = self.terms.iter().map(|term| machine.mask_key(term.of.mask)).collect();
+        let spans = steps(step.elements.clone(), SPAN as u64);
+        for (span, out) in spans.zip(output.bytes.chunks_mut(SPAN * output.dtype.size())) {
+            let bits = |(key, term): (_, &ThinnedVector)| {
+                let bits = machine.random_bits(key, term.of.mask, span.start);
+                bits.expect("a span begins where one does")
+            };
+            let bits: Vec<_> = keys.iter().zip(&self.terms).map(bits).collect();
+            let stored = |input: usize| term(1.0, input, step.inputs, &span).2;
+            let term = |(term, bits): (&ThinnedVector, _)| ThinnedTerm {
+                weight: f32::from_f64(term.weight),
+                scale: f32::from_f64(term.scale),
+                input: stored(term.of.x),
+                bits,
+            };
+            let terms: Vec<_> = self.terms.iter().zip(&bits).map(term).collect();
+            kernels::thinned_sum_bytes(
+                machine.level(),
+                output.dtype,
+                stored(self.base),
+                &terms,
+                self.votes,
+                f32::from_f64(self.lambda),
+                out,
+            );
+        }
+    }
+}
+
+fn thinned_sum(value: &Value) -> Option<ThinnedSum> {
+    let ValueNode::Binary(BinaryOp::Add, base, sum) = &*value.0 else { return None };
+    let base = input(base)?;
+    let (lambda, sum) = scaled_sum(sum);
+    let (votes, terms) = match &*sum.0 {
+        ValueNode::Elect { terms, average } => {
+            let terms = terms.iter().map(|(weight, value)| (*weight, value)).collect();
+            (if *average { Votes::Average } else { Votes::Elect }, terms)
+        }
+        _ => (Votes::None, weighted(sum)?),
+    };
+    let thinned = |(weight, value)| {
+        let (scale, kept) = scaled(value);
+        let (mask, whole) = kept.randomly_kept()?;
+        let ValueNode::Binary(BinaryOp::Sub, x, b) = &*whole.0 else { return None };
+        let of = Thinned { x: input(x)?, base, mask };
+        (input(b) == Some(base)).then_some(ThinnedVector { weight, scale, of })
+    };
+    let terms = terms.into_iter().map(thinned).collect::<Option<_>>()?;
+    Some(ThinnedSum { base, terms, votes, lambda })
+}
+
+/// `sum` as a number times another sum.
+fn scaled_sum(sum: &Value) -> (f64, &Value) {
+    match scaled(sum) {
+        (scale, inner)
+            if matches!(&*inner.0, ValueNode::WeightedSum(_) | ValueNode::Elect { .. }) =>
+        {
+            (scale, inner)
+        }
+        _ => (1.0, sum),
+    }
+}
+
+/// `value` as a number times another value.
+fn scaled(value: &Value) -> (f64, &Value) {
+    match weighted(value).as_deref() {
+        Some(&[(scale, inner)]) => (scale, inner),
+        _ => (1.0, value),
+    }
+}
+
 /// A task vector, and a random mask of it.
 #[derive(Clone, Copy)]
 pub(crate) struct Thinned {
@@ -114,9 +227,10 @@ pub(crate) fn thinned<T: Real>(step: &Step<'_>, layout: &Layout) -> Option<Vec<T
     let thinned = |[whole, kept]: &[Arc<Reduction>; 2]| {
         let ValueNode::Binary(BinaryOp::Sub, x, base) = &*whole.left.0 else { return None };
         let (x, base) = (input(x)?, input(base)?);
-        let mask = kept.left.randomly_kept(&whole.left)?;
+        let (mask, of) = kept.left.randomly_kept()?;
         let is_uniform = dtype(x) == dtype(base) && size_of::<T>() == size_of::<f32>();
-        (is_norm(whole) && is_norm(kept) && is_uniform).then_some(Thinned { x, base, mask })
+        let are_norms = is_norm(whole) && is_norm(kept) && Arc::ptr_eq(&of.0, &whole.left.0);
+        (are_norms && is_uniform).then_some(Thinned { x, base, mask })
     };
     pairs.iter().map(thinned).collect()
 }
@@ -168,15 +282,12 @@ struct Shifted {
 fn shifted(value: &Value) -> Option<Shifted> {
     let ValueNode::Binary(BinaryOp::Add, base, sum) = &*value.0 else { return None };
     let base = input(base)?;
-    let (scale, sum) = match weighted(sum)?.as_slice() {
-        [(scale, inner)] if weighted(inner).is_some() => (*scale, (*inner).clone()),
-        _ => (1.0, sum.clone()),
-    };
+    let (scale, sum) = scaled_sum(sum);
     let difference = |(c, value): (f64, &Value)| match &*value.0 {
         ValueNode::Binary(BinaryOp::Sub, x, b) if input(b) == Some(base) => Some((c, input(x)?)),
         _ => None,
     };
-    let terms: Option<Vec<_>> = weighted(&sum)?.into_iter().map(difference).collect();
+    let terms: Option<Vec<_>> = weighted(sum)?.into_iter().map(difference).collect();
     Some(Shifted { base, terms: terms?, scale })
 }
 

@@ -100,7 +100,7 @@ impl<T: Real> Program for Machine<'_, T> {
 
     fn combine(&mut self, step: &Step<'_>, outputs: &mut [Output<'_>]) -> Result<()> {
         let level = self.level();
-        if fused::run::<T>(level, step, outputs) {
+        if fused::run(self, step, outputs) {
             return Ok(());
         }
         for chunk in chunks(step.elements.clone()) {

@@ -137,7 +137,7 @@ impl Emitter {
             ValueNode::Scalar(scalar) => self.scalar(scalar),
             ValueNode::Input(index) => Argument::Slot(self.load(*index)),
             node => {
-                let fused = self.fused(node);
+                let fused = self.fused(value);
                 let operation = fused.unwrap_or_else(|| self.operation(node));
                 Argument::Slot(self.emit(operation))
             }
@@ -167,8 +167,11 @@ impl Emitter {
     }
 
     /// The operations that stand for two or three: what a bench showed to be worth it.
-    fn fused(&mut self, node: &ValueNode) -> Option<Operation> {
-        match node {
+    fn fused(&mut self, value: &Value) -> Option<Operation> {
+        if let Some(dropped) = self.dropped(value, 1.0) {
+            return Some(dropped);
+        }
+        match &*value.0 {
             ValueNode::Binary(BinaryOp::Sub, x, base) => match &*x.0 {
                 ValueNode::Input(input) if !self.loads.contains_key(input) => {
                     let base = self.slot(base);
@@ -177,25 +180,20 @@ impl Emitter {
                 _ => None,
             },
             ValueNode::Select { mask, yes, no } => {
-                if let Some(dropped) = self.dropped(mask, yes, no, 1.0) {
-                    return Some(dropped);
-                }
                 let chosen = magnitudes_kept(mask, yes, no)?;
                 Some(Operation::Trim { a: self.slot(yes), chosen })
             }
             ValueNode::WeightedSum(terms) => {
                 let [(scale, value)] = terms.as_slice() else { return None };
-                let ValueNode::Select { mask, yes, no } = &*value.0 else { return None };
-                self.dropped(mask, yes, no, scale.as_constant()?)
+                self.dropped(value, scale.as_constant()?)
             }
             _ => None,
         }
     }
 
-    fn dropped(&mut self, mask: &Value, yes: &Value, no: &Value, scale: f64) -> Option<Operation> {
-        let ValueNode::Random { keep_below, stream } = *mask.0 else { return None };
-        let drop = |a| Operation::Drop { a, keep_below, stream, scale };
-        is_zero(no).then(|| drop(self.slot(yes)))
+    fn dropped(&mut self, value: &Value, scale: f64) -> Option<Operation> {
+        let ((stream, keep_below), whole) = value.randomly_kept()?;
+        Some(Operation::Drop { a: self.slot(whole), keep_below, stream, scale })
     }
 
     fn operation(&mut self, node: &ValueNode) -> Operation {
@@ -349,11 +347,11 @@ fn magnitudes_kept(mask: &Value, yes: &Value, no: &Value) -> Option<Chosen> {
 }
 
 impl Value {
-    /// The random mask, if this is what it keeps of `whole`, else 0.
-    pub(crate) fn randomly_kept(&self, whole: &Self) -> Option<MaskName> {
+    /// The random mask and the whole, if this is what the mask keeps of it, else 0.
+    pub(crate) fn randomly_kept(&self) -> Option<(MaskName, &Self)> {
         let ValueNode::Select { mask, yes, no } = &*self.0 else { return None };
         let ValueNode::Random { keep_below, stream } = *mask.0 else { return None };
-        (Arc::ptr_eq(&yes.0, &whole.0) && is_zero(no)).then_some((stream, keep_below))
+        is_zero(no).then_some(((stream, keep_below), yes))
     }
 }
 

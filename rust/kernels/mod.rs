@@ -39,6 +39,7 @@ pub mod order;
 pub mod random;
 pub mod real;
 pub mod reduce;
+pub mod thinned;
 pub mod ulp;
 pub mod weighted;
 
@@ -57,5 +58,6 @@ pub use reduce::{
     BLOCK, LANES, Lanes, REDUCTION_VERSION, absolute_sum_into, dot_into, fold_halves, max_into,
     sum_into,
 };
+pub use thinned::{ThinnedTerm, Votes, thinned_sum_bytes};
 pub use ulp::ulp_distance;
 pub use weighted::weighted_sum;

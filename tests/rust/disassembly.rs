@@ -11,13 +11,14 @@ use std::process::Command;
 
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    BinaryOp, LANES, Level, MaskKey, Operand, SPAN, absolute_sum_into, binary, count, dot_into,
-    elect, masked, narrow, norms_into, products_into, random_bits, select, trim,
-    weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes, widen, widen_difference,
+    BinaryOp, LANES, Level, MaskKey, Operand, SPAN, ThinnedTerm, Votes, absolute_sum_into, binary,
+    count, dot_into, elect, masked, narrow, norms_into, products_into, random_bits, select,
+    thinned_sum_bytes, trim, weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes,
+    widen, widen_difference,
 };
 
 /// What to look for in the demangled name of a shell: its kernel and types.
-const KERNELS: [&str; 18] = [
+const KERNELS: [&str; 19] = [
     "Widen<f32, oxmerge::kernels::convert::Bf16>",
     "WidenDifference<f32, oxmerge::kernels::convert::Bf16>",
     "Narrow<f32, oxmerge::kernels::convert::Bf16>",
@@ -35,6 +36,7 @@ const KERNELS: [&str; 18] = [
     "Products<oxmerge::kernels::convert::Bf16>",
     "Norms<oxmerge::kernels::convert::Bf16>",
     "Masked<f32>",
+    "Thinned<oxmerge::kernels::convert::Bf16, 2",
     "random::Draw>",
 ];
 
@@ -64,6 +66,8 @@ fn use_kernels(level: Level) {
     let bits = random_bits(level, &MaskKey::new(0, "x", 0), SPAN as u64, 1 << 31);
     norms_into(level, DType::Bf16, &bytes, &bytes, &bits, &mut [[0.0; LANES]; 2]);
     masked(level, &bits, 0.5, &halves, &mut wide);
+    let term = ThinnedTerm { weight: 0.5, scale: 2.0, input: &bytes, bits: &bits };
+    thinned_sum_bytes(level, DType::Bf16, &bytes, &[term, term], Votes::Elect, 1.0, &mut stored);
 }
 
 /// The instructions of every function of this binary that is a shell of a level.

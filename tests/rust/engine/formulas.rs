@@ -109,28 +109,51 @@ fn weighted_sums_and_shifted_sums() {
     }
 }
 
-/// The L1 norms of task vectors and of what random masks keep of them, of one type, which is fused,
-/// and of several.
+/// Task vectors thinned at random, rescaled to their L1 norms, and put onto their base: of one type,
+/// which is fused, and of several.
 #[test]
-fn task_vectors_rescaled_to_their_norms() {
+fn task_vectors_thinned_at_random() {
     let shape = &[70_001_u64];
-    let rescaled = |at: usize| {
-        let vector = &Value::input(at) - &Value::input(2);
+    let base = Value::input(0);
+    let thinned = |at: usize, rescale: bool| {
+        let vector = &Value::input(at) - &base;
         let kept = vector.masked(&Value::random_mask(0.3, at as u32));
         let sums = [vector.absolute_sum(Scope::Tensor), kept.absolute_sum(Scope::Tensor)];
         let ratio = compute(&sums, 1, |sums| vec![sums[0] / sums[1]]);
-        kept.scaled(ratio[0].clone())
+        if rescale { kept.scaled(ratio[0].clone()) } else { kept }
     };
-    let sum = Value::weighted_sum([(0.5, rescaled(0)), (0.25, rescaled(1))]);
+    let formulas = |models: usize| {
+        let mut formulas = Vec::new();
+        for rescale in [false, true] {
+            let weight = |at: usize| 0.5 - 0.3 * at as f64;
+            let terms = || (1..=models).map(|at| (weight(at), thinned(at, rescale)));
+            for sum in [
+                Value::weighted_sum(terms()),
+                Value::elect(terms(), false),
+                Value::elect(terms(), true),
+            ] {
+                formulas.push(&base + &sum);
+                formulas.push(&base + &sum.scaled(0.7));
+            }
+        }
+        formulas
+    };
+    for models in [1, 3, 4] {
+        let inputs = inputs(models + 1, shape[0], DType::Bf16);
+        formulas(models as usize).iter().for_each(|f| check::<f32>(f, shape, &inputs, DType::Bf16));
+    }
     for dtype in [DType::Bf16, DType::F16, DType::F32, DType::F64] {
         let uniform = inputs(3, shape[0], dtype);
         let mut mixed = uniform.clone();
         mixed[2] = inputs(1, shape[0], DType::Bf16).remove(0);
-        for inputs in [uniform, mixed] {
-            if dtype == DType::F64 {
-                check::<f64>(&sum, shape, &inputs, DType::F32);
-            } else {
-                check::<f32>(&sum, shape, &inputs, DType::F32);
+        // The last ones have everything: ratios, votes, averages, a factor for all.
+        for formula in formulas(2).iter().rev().take(3) {
+            for inputs in [&uniform, &mixed] {
+                if dtype == DType::F64 {
+                    check::<f64>(formula, shape, inputs, dtype);
+                } else {
+                    check::<f32>(formula, shape, inputs, dtype);
+                }
             }
         }
     }

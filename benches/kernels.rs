@@ -15,8 +15,8 @@ use oxmerge::dtype::DType;
 use oxmerge::kernels::{
     BinaryOp, LANES, Level, MaskKey, Operand, Real, SPAN, ThinnedTerm, UnaryOp, Votes,
     absolute_sum_into, binary, count, dot_into, histogram, keep, masked, max_into, narrow,
-    norms_into, random_bits, random_mask, select, sum_into, unary, weighted_difference_sum_bytes,
-    weighted_sum, weighted_sum_bytes, widen,
+    norms_into, random_bits, random_mask, select, sum_into, thinned_sum_bytes, unary,
+    weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes, widen,
 };
 
 /// Elements of a cached piece.

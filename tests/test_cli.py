@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from oxmerge.cli import VERBS, main
+from oxmerge.cli.engine import Engine
 from oxmerge.cli.printer import Printer
 from oxmerge.cli.progress import PlainProgress, progress_line, show_progress
 from oxmerge.errors import (
@@ -24,6 +25,7 @@ from oxmerge.errors import (
     PlanError,
     RecipeError,
 )
+from oxmerge.merging import Snapshot
 from oxmerge.problems import Problem
 from oxmerge.sizes import format_duration
 
@@ -99,20 +101,23 @@ class Tensor:
 @dataclass
 class Checkpoint:
     tensors: list[Tensor]
+    path: str = "model.safetensors"
     files: tuple[dict[str, Any], ...] = ({"path": "model.safetensors"},)
-    warnings: tuple[object, ...] = ()
+    index: None = None
+    warnings: tuple[str, ...] = ()
 
 
-@dataclass
-class Snapshot:
-    bytes_done: int = 500_000_000
-    bytes_total: int = 1_000_000_000
-    bytes_read: int = 1_000_000_000
-    tensor: str = "model.layers.3.mlp.up_proj.weight"
-    peak_memory: int = 180 << 20
+SNAPSHOT = Snapshot(
+    bytes_done=500_000_000,
+    bytes_total=1_000_000_000,
+    bytes_read=1_000_000_000,
+    tensors=38,
+    tensor="model.layers.3.mlp.up_proj.weight",
+    peak_memory=180 << 20,
+)
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Records what it is asked, and raises what it is told to."""
 
     def __init__(self, error: BaseException | None = None, **results: Any) -> None:
@@ -124,7 +129,7 @@ class FakeEngine:
         progress = options.pop("progress", None)
         self.calls.append((name, args, options))
         if progress is not None:
-            progress(Snapshot())
+            progress(SNAPSHOT)
         if self.error is not None:
             raise self.error
         return self.results.get(name)
@@ -521,14 +526,6 @@ def test_the_numbers_of_system_errors_are_not_for_people(run: Any) -> None:
     assert err == "error: `m`: failed to read: Input/output error; look\n"
 
 
-def test_a_missing_engine_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "oxmerge._core", None)
-    assert main(["methods"]) == 1
-    assert capsys.readouterr().err.startswith("error: the compiled part of oxmerge cannot be")
-
-
 def test_every_error_of_the_package_is_told(run: Any) -> None:
     for kind in OxmergeError.__subclasses__():
         assert run("plan", "r", engine=FakeEngine(kind("what", advice="how")))[2] == (
@@ -551,7 +548,7 @@ def test_plain_progress_speaks_every_few_seconds() -> None:
     times = iter([0.0, 1.0, 6.0, 7.0, 12.0])
     progress = PlainProgress(lines.append, lambda: next(times))
     for _ in range(4):
-        progress(Snapshot())
+        progress(SNAPSHOT)
     assert lines[0] == (
         " 50%  500 MB of 1 GB  0.25 GB/s  6.0 s left  peak 180 MiB  "
         "model.layers.3.mlp.up_proj.weight"
@@ -560,7 +557,7 @@ def test_plain_progress_speaks_every_few_seconds() -> None:
 
 
 def test_progress_before_the_first_byte() -> None:
-    assert "? left" in progress_line(Snapshot(bytes_done=0, bytes_total=0), 0.0)
+    assert "? left" in progress_line(replace(SNAPSHOT, bytes_done=0, bytes_total=0), 0.0)
 
 
 def test_a_bar_where_someone_watches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,7 +566,7 @@ def test_a_bar_where_someone_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     with show_progress(Printer(messages=stream)) as progress:
         assert progress is not None
-        progress(Snapshot(tensor="odd[/name]"))
+        progress(replace(SNAPSHOT, tensor="odd[/name]"))
     assert "500 MB of 1 GB" in stream.getvalue()
     assert "odd[/name]" in stream.getvalue()
 

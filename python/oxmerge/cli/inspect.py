@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterable, Iterator, Sequence
 
-    from oxmerge.cli.engine import Engine, OpenCheckpoint, TensorEntry
+    from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
+    from oxmerge.engine_api import Checkpoint, TensorInfo
     from oxmerge.names import Layout
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
@@ -78,7 +79,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     return 0
 
 
-def sort_tensors(checkpoint: OpenCheckpoint, config: dict[str, Any]) -> Contents:
+def sort_tensors(checkpoint: Checkpoint, config: dict[str, Any]) -> Contents:
     """Sort the tensors of a checkpoint into stacks and loose ones, as merging does."""
     tensors = list(checkpoint.tensors)
     layout = _layout([tensor.name for tensor in tensors], config)
@@ -121,13 +122,13 @@ def _read_config(model: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _bytes(tensor: TensorEntry) -> int:
+def _bytes(tensor: TensorInfo) -> int:
     """Bytes of a tensor, from the number of bits that its type's name tells."""
     bits = _BITS.search(tensor.dtype)
     return prod(tensor.shape) * (int(bits[0]) if bits else 8) // 8
 
 
-def _by_dtype(tensors: Iterable[TensorEntry]) -> dict[str, tuple[int, int]]:
+def _by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for tensor in tensors:
@@ -136,7 +137,7 @@ def _by_dtype(tensors: Iterable[TensorEntry]) -> dict[str, tuple[int, int]]:
     return {dtype: (counts[dtype], sizes[dtype]) for dtype in sorted(counts)}
 
 
-def _tied(tensors: Iterable[TensorEntry], config: dict[str, Any]) -> list[str]:
+def _tied(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> list[str]:
     """Say what is tied to what, as far as the config does."""
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
     if not any(inner.get("tie_word_embeddings") is True for inner in nested):
@@ -146,7 +147,7 @@ def _tied(tensors: Iterable[TensorEntry], config: dict[str, Any]) -> list[str]:
     return [f"output head = input embedding, says the config{stored}"]
 
 
-def _lines(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> Iterator[str]:
+def _lines(model: str, checkpoint: Checkpoint, contents: Contents) -> Iterator[str]:
     count, files = len(checkpoint.tensors), len(checkpoint.files)
     yield f"model       {model}"
     yield f"files       {files}, {format_size(contents.total_bytes)} of weights"
@@ -199,7 +200,7 @@ def _human(count: int) -> str:
     return str(count)
 
 
-def _as_data(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> dict[str, Any]:
+def _as_data(model: str, checkpoint: Checkpoint, contents: Contents) -> dict[str, Any]:
     return {
         "model": model,
         "files": [str(file["path"]) for file in checkpoint.files],

@@ -17,8 +17,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from oxmerge.cli.engine import Progress, Snapshot
+    from oxmerge.cli.engine import Progress
     from oxmerge.cli.printer import Printer
+    from oxmerge.merging import Snapshot
 
 _SECONDS_BETWEEN_LINES = 5.0
 _LONGEST_NAME = 36

@@ -220,7 +220,7 @@ def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path) -> None:
     before = mapped["x"].copy()
     other = write_file(tmp_path / "other", {"longer.name": np.zeros(9, np.float32)})
     other.replace(path)
-    with pytest.raises(oxmerge.InputChangedError, match="changed after its header was read") as now:
+    with pytest.raises(oxmerge.InputChangedError, match="changed after it was first read") as now:
         late["x"]
     assert now.value.file == str(path)
     path.write_bytes(b"")

@@ -184,6 +184,7 @@ def _pipe(folder: Path) -> None:
 
 
 def _pipe_for_a_config(folder: Path) -> None:
+    folder.mkdir()
     write_file(folder / "model.safetensors", random_arrays({"a": (2,)}, 0))
     os.mkfifo(folder / "config.json")
 
@@ -325,6 +326,38 @@ def test_names_of_tensors_do_no_harm(
     with pytest.raises(oxmerge.PlanError) as caught:
         oxmerge.plan(recipe)
     assert caught.value.problems[0].tensor == name
+
+
+@pytest.fixture(params=["a pipe", 600, 3000])
+def unreadable(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    """Return what makes a file of JSON that cannot be read: it waits, or is nested too deeply."""
+    if request.param == "a pipe":
+        return os.mkfifo
+
+    def write(path: Path) -> None:
+        path.write_text('{"a":' * request.param + "1" + "}" * request.param)
+
+    return write
+
+
+def test_a_config_that_cannot_be_read_beside_a_file(
+    tmp_path: Path, unreadable: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_file(tmp_path / "model.safetensors", random_arrays({"x": (4,)}, 0))
+    unreadable(tmp_path / "config.json")
+    recipe = write_recipe(tmp_path / "r.yml", "linear", [path], each={"weight": 1})
+    with pytest.raises(oxmerge.PlanError, match=r"config\.json`: cannot be read"):
+        oxmerge.plan(recipe)
+    assert main(["inspect", str(path)]) == 0
+    assert "tensors     1" in capsys.readouterr().out
+
+
+def test_modules_that_cannot_be_read(tmp_path: Path, unreadable: Callable[[Path], None]) -> None:
+    models = [tmp_path / "a", tmp_path / "b"]
+    for model in models:
+        write_model(model, random_arrays({"x": (4,)}, 0))
+    unreadable(models[0] / "modules.json")
+    oxmerge.plan(write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1}))
 
 
 def test_a_path_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 
 from oxmerge.errors import OxmergeError
+from oxmerge.json_files import read_json
 from oxmerge.names import find_layer_counts, find_layout
 from oxmerge.problems import Problem
 from oxmerge.references import resolve_reference
@@ -172,21 +172,14 @@ class Inputs:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         file_name = os.path.join(folder, "config.json")
         try:
-            with open(file_name, encoding="utf-8", opener=_open_at_once) as file:
-                status = os.fstat(file.fileno())
-                config = json.load(file)
+            config, status = read_json(file_name)
         except FileNotFoundError:
             return {}, None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
             self.problems.append(Problem("config", message, file=file_name, advice=advice))
             return {}, None
         return config if isinstance(config, dict) else {}, _as_it_is(file_name, status)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe without waiting for who writes to it, which leaves nothing to read."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _as_it_is(path: str, status: os.stat_result) -> dict[str, Any]:

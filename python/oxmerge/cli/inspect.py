@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from math import prod
 from typing import Any
 
 from oxmerge.cli.arguments import Parser, add_json_option
+from oxmerge.json_files import read_json
 from oxmerge.names import find_layer_counts, find_layout
 from oxmerge.problems import printable
 from oxmerge.sizes import format_size
@@ -115,9 +115,8 @@ def _layout(names: list[str], config: dict[str, Any]) -> Layout:
 def _read_config(model: str) -> dict[str, Any]:
     folder = model if os.path.isdir(model) else os.path.dirname(model)
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        config, _ = read_json(os.path.join(folder, "config.json"))
+    except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
 

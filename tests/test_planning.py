@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zoo
@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oxmerge.accounting import compact_names
 from oxmerge.errors import PlanError
-from oxmerge.planning import MergePlan, build_plan
 from oxmerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from oxmerge.planning import MergePlan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -35,7 +37,7 @@ class Shelf:
 
     def plan(self, recipe: str | dict[str, Any], **options: Any) -> MergePlan:
         make: Any = Recipe.from_yaml if isinstance(recipe, str) else Recipe.from_mapping
-        return build_plan(make(recipe), folder=str(self.folder), core=self.core, **options)
+        return zoo.plan_in(self.folder, make(recipe), self.core, **options)
 
     def problems(self, recipe: str | dict[str, Any], **options: Any) -> list[str]:
         with pytest.raises(PlanError) as caught:
@@ -160,7 +162,7 @@ def test_linear_does_not_take_the_base_in(shelf: Shelf) -> None:
             "  hint: it gives the names, the config and the tokenizer; to merge it, list it"
         )
     ]
-    base = merge.accounting.models[1]
+    base = merge.accounting[1]
     assert list(base.dropped) == ["the model is no input, it gives names and config"]
 
 
@@ -293,20 +295,19 @@ def test_slices_are_stacked_and_renumbered(shelf: Shelf) -> None:
     merge = shelf.plan(STACKED)
     names = [tensor.name for tensor in merge.plan.tensors]
     assert names == list(zoo.llama(6).tensors)
-    assert (merge.depth, merge.donor_depth) == (6, 4)
+    assert merge.donor_depth == 4
     assert merge.layer_map == ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3))
     norm = "model.layers.{}.input_layernorm.weight"
     assert sources(merge, norm.format(3)) == [("b", norm.format(1))]
     assert sources(merge, "model.embed_tokens.weight") == [("a", "model.embed_tokens.weight")]
     assert sources(merge, "lm_head.weight") == [("b", "lm_head.weight")]
     assert merge.warnings == ()
-    zoo.check_snapshot(SNAPSHOTS / "stacked.txt", merge.accounting.render())
+    zoo.check_snapshot(SNAPSHOTS / "stacked.txt", zoo.accounts(merge))
 
 
 def test_extra_layers_follow_the_last_layer_again(shelf: Shelf) -> None:
     shelf.put(a=zoo.deepseek(3), b=zoo.deepseek(3))
     merge = shelf.plan(STACKED.replace("[1, 4]", "[1, 3]"))
-    assert merge.depth == 5
     assert sources(merge, "model.layers.5.enorm.weight") == [("b", "model.layers.3.enorm.weight")]
 
 
@@ -412,7 +413,6 @@ def test_whatever_is_sliced_adds_up(two: Shelf, chosen: list[dict[str, Any]]) ->
             two.plan(recipe)
         return
     merge = two.plan(recipe)
-    assert merge.depth == len(wanted)
     assert merge.layer_map is not None
     assert [(merge.models[i].reference, layer) for i, layer in merge.layer_map] == wanted
     names = [tensor.name for tensor in merge.plan.tensors]
@@ -423,7 +423,7 @@ def test_whatever_is_sliced_adds_up(two: Shelf, chosen: list[dict[str, Any]]) ->
     used = {
         (source.model, source.name) for tensor in merge.plan.tensors for source in tensor.sources
     }
-    for account in merge.accounting.models:
+    for account in merge.accounting:
         kept = {(account.model, name) for name in account.merged + account.copied}
         assert kept == {row for row in used if row[0] == account.model}
         assert account.total == len(zoo.deepseek(5, 2).tensors)
@@ -531,7 +531,7 @@ def test_missing_models_name_the_places_tried(shelf: Shelf, tmp_path: Path) -> N
     names = ("a", "./x", "gpt2", "org/name")
     recipe = Recipe.from_mapping(linear(*names), folder=str(elsewhere))
     with pytest.raises(PlanError) as caught:
-        build_plan(recipe, folder=str(tmp_path), core=shelf.core)
+        zoo.plan_in(tmp_path, recipe, shelf.core)
     assert [str(problem).replace(str(tmp_path), "") for problem in caught.value.problems] == [
         (
             "no model `./x`: there is no `/x` or `/recipes/x`\n"
@@ -550,7 +550,7 @@ def test_a_model_may_lie_beside_the_recipe(shelf: Shelf, tmp_path: Path) -> None
     zoo.write(tmp_path / "recipes" / "a", zoo.llama(1))
     path = tmp_path / "recipes" / "recipe.yml"
     path.write_text(json.dumps(linear("a")))
-    merge = build_plan(Recipe.from_yaml(path), folder=str(tmp_path), core=shelf.core)
+    merge = zoo.plan_in(tmp_path, Recipe.from_yaml(path), shelf.core)
     assert merge.models[0].path == str(tmp_path / "recipes" / "a")
 
 
@@ -584,7 +584,7 @@ def test_tensors_of_others_are_dropped_and_listed(shelf: Shelf) -> None:
     more.tensors["model.layers.0.self_attn.q_proj.bias"] = ("BF16", (16,))
     shelf.put(a=zoo.llama(2), b=more)
     merge = shelf.plan(linear("a", "b"))
-    dropped = merge.accounting.models[1].dropped
+    dropped = merge.accounting[1].dropped
     assert dropped == {"the donor `a` does not have it": ("model.layers.0.self_attn.q_proj.bias",)}
     assert len(merge.warnings) == 1
     assert len(shelf.problems(linear("a", "b"), strict=True)) == 1
@@ -602,7 +602,7 @@ def test_tied_heads_are_named(shelf: Shelf) -> None:
     ]
     merge = shelf.plan(linear("b", "a"))
     reason = "the donor `b` ties its head to its embedding"
-    assert merge.accounting.models[1].dropped == {reason: ("lm_head.weight",)}
+    assert merge.accounting[1].dropped == {reason: ("lm_head.weight",)}
 
 
 def test_vocabularies_that_differ_are_named(shelf: Shelf) -> None:

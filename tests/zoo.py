@@ -6,17 +6,25 @@ their order and the configs follow models as they are published; dimensions are 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oxmerge.accounting import compact_names
 from oxmerge.errors import CheckpointError
+from oxmerge.planning import build_plan
 from oxmerge.schema import DTYPE_SIZES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from oxmerge.accounting import ModelAccount
+    from oxmerge.engine_api import Engine
+    from oxmerge.planning import MergePlan
+    from oxmerge.recipe import Recipe
 
 Table = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -597,6 +605,33 @@ ZOO: dict[str, Callable[[], Specimen]] = {
 def write(folder: Path, specimen: Specimen, *, files: int = 1) -> Path:
     """Write a specimen as a checkpoint."""
     return write_checkpoint(folder, specimen.tensors, specimen.config, files=files)
+
+
+# Plans of them.
+
+
+def plan_in(folder: Path, recipe: Recipe, core: Engine, **options: Any) -> MergePlan:
+    """Plan a merge from a working directory."""
+    with contextlib.chdir(folder):
+        return build_plan(recipe, core=core, **options)
+
+
+def fates(account: ModelAccount) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield what became of a model's tensors, and which."""
+    yield "merged", account.merged
+    yield "copied", account.copied
+    yield from ((f"dropped: {reason}", names) for reason, names in account.dropped.items())
+
+
+def accounts(merge: MergePlan) -> str:
+    """Return what became of every tensor, with runs of layers on one line."""
+    lines = []
+    for account in merge.accounting:
+        lines.append(f"{account.model}: {account.total} tensors")
+        for fate, names in fates(account):
+            if names:
+                lines += [f"  {fate} ({len(names)})", *map("    {}".format, compact_names(names))]
+    return "\n".join(lines)
 
 
 def check_snapshot(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 
 from oxmerge import _core
 from oxmerge.arrays import numpy_dtype
@@ -54,9 +55,7 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
 
         tensor = self._tensors[name]
         dtype = numpy_dtype(tensor.dtype)
-        count = 1
-        for length in tensor.shape:
-            count *= length
+        count = prod(tensor.shape)
         if count == 0:
             return np.empty(tensor.shape, dtype)
         flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
@@ -73,10 +72,6 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self._tensors)
-
-    def tensor_info(self, name: str) -> _core.TensorInfo:
-        """Return name, dtype, shape and place of a tensor, without reading it."""
-        return self._tensors[name]
 
     def close(self) -> None:
         """Let go of the files; arrays that are still in use keep theirs."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -123,10 +124,7 @@ class OutputTensor:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return prod(self.shape)
 
     @property
     def bytes(self) -> int:

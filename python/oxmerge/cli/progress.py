@@ -30,7 +30,7 @@ def show_progress(printer: Printer) -> Iterator[Progress | None]:
     """Yield the callback that shows progress, or None where nobody wants it."""
     if printer.quiet or os.environ.get("OXMERGE_NO_PROGRESS"):
         yield None
-    elif printer.is_terminal and _has_rich():
+    elif printer.is_terminal:
         with _bar(printer) as callback:
             yield callback
     else:
@@ -89,12 +89,6 @@ def _left(snapshot: Snapshot, seconds: float) -> str:
         return "?"
     remaining = snapshot.bytes_total - snapshot.bytes_done
     return format_duration(seconds * remaining / snapshot.bytes_done)
-
-
-def _has_rich() -> bool:
-    from importlib.util import find_spec  # noqa: PLC0415 - only for a terminal
-
-    return find_spec("rich") is not None
 
 
 @contextmanager

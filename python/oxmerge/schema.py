@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from oxmerge.recipe import Scalar
 
 __all__ = [
+    "DTYPE_NAMES",
     "DTYPE_SIZES",
     "FLOATS",
     "PLAN_VERSION",
@@ -28,6 +29,12 @@ __all__ = [
 #: The version of the plan's schema.
 PLAN_VERSION = 1
 
+#: Element types: by their safetensors names, what NumPy, torch and recipes call them.
+DTYPE_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
+    "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64",
+    "I64": "int64", "F64": "float64",
+}  # fmt: skip
 #: Bytes an element.
 DTYPE_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,

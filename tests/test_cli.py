@@ -369,7 +369,7 @@ def checkpoint() -> Checkpoint:
             tensors.append(Tensor(name, (16, 8), start))
             start += 256
     tensors.append(Tensor("lm_head.weight", (100, 8), 0))
-    tensors.append(Tensor("scale", (), start, "F8_E4M3"))
+    tensors.append(Tensor("scale", (), start, "I8"))
     return Checkpoint(tensors)
 
 
@@ -384,7 +384,7 @@ def test_inspect(run: Any, tmp_path: Path) -> None:
         "parameters  2,401 (2.40k)",
         "dtype       BF16: 8 tensors, 4.74 kB",
         "dtype       F32: 4 tensors, 128 B",
-        "dtype       F8_E4M3: 1 tensors, 1 B",
+        "dtype       I8: 1 tensors, 1 B",
         "tied        output head = input embedding, says the config, though a head is stored",
         "",
         "model.layers: 4 layers",
@@ -394,7 +394,7 @@ def test_inspect(run: Any, tmp_path: Path) -> None:
         "outside of layers",
         "  model.embed_tokens.weight                      BF16  100 x 8",
         "  lm_head.weight                                 BF16  100 x 8",
-        "  scale                                          F8_E4M3 scalar",
+        "  scale                                          I8    scalar",
     ]
 
 

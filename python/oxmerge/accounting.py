@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-__all__ = ["ModelAccount", "compact_names"]
+__all__ = ["ModelAccount", "compact_names", "runs"]
 
 _NUMBER_PART = re.compile(r"[0-9]{1,9}")
 
@@ -112,10 +112,21 @@ def _fold_column(rows: list[tuple[str, ...]], column: int) -> list[tuple[str, ..
 def _ranges(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
-    runs: list[list[int]] = []
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs(numbers)) + "}"
+
+
+def runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Return the first and the last of numbers that follow each other.
+
+    Examples
+    --------
+    >>> runs([0, 1, 2, 5])
+    [[0, 2], [5, 5]]
+    """
+    found: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
         else:
-            runs.append([number, number])
-    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+            found.append([number, number])
+    return found

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from oxmerge.accounting import runs
 from oxmerge.cli.arguments import Parser, add_json_option
 from oxmerge.json_files import read_json
-from oxmerge.names import find_layer_counts, find_layout
+from oxmerge.names import find_layer_counts, find_layout, is_head
 from oxmerge.problems import printable
+from oxmerge.schema import DTYPE_SIZES
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from oxmerge.names import Layout
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
-_BITS = re.compile(r"\d+")
 _LEAST_STACK = 2
 _NAME_WIDTH = 46
 
@@ -122,9 +123,7 @@ def _read_config(model: str) -> dict[str, Any]:
 
 
 def _bytes(tensor: TensorInfo) -> int:
-    """Bytes of a tensor, from the number of bits that its type's name tells."""
-    bits = _BITS.search(tensor.dtype)
-    return prod(tensor.shape) * (int(bits[0]) if bits else 8) // 8
+    return prod(tensor.shape) * DTYPE_SIZES[tensor.dtype]
 
 
 def _by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
@@ -141,7 +140,7 @@ def _tied(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> list[str]:
     nested = [config, *(value for value in config.values() if isinstance(value, dict))]
     if not any(inner.get("tie_word_embeddings") is True for inner in nested):
         return []
-    has_head = any(re.search(r"(^|\.)lm_head\.weight$", tensor.name) for tensor in tensors)
+    has_head = any(is_head(tensor.name) for tensor in tensors)
     stored = ", though a head is stored" if has_head else ""
     return [f"output head = input embedding, says the config{stored}"]
 
@@ -178,18 +177,8 @@ def _where(layers: Sequence[int], depth: int) -> str:
     times = f", {len(layers) // len(distinct)} each" if len(layers) > len(distinct) else ""
     if len(distinct) == depth:
         return times
-    return f", layers {_ranges(distinct)}{times}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers with runs folded: `0-3, 5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    parts = (str(a) if a == b else f"{a}-{b}" for a, b in runs(distinct))
+    return f", layers {', '.join(parts)}{times}"
 
 
 def _human(count: int) -> str:

@@ -384,8 +384,8 @@ def random_mask(
 
     Examples
     --------
-    >>> random_mask(8, 0.5, seed=1, name="w")
-    array([False,  True,  True,  True, False, False, False, False])
+    >>> random_mask(8, 0.5, seed=2, name="w")
+    array([False,  True, False, False,  True,  True,  True, False])
     """
     if not 0 <= (density := finite(density, "density")) <= 1:
         raise ValueError(f"density must be from 0 to 1, not {density}")

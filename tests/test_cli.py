@@ -30,24 +30,41 @@ from oxmerge.problems import Problem
 from oxmerge.sizes import format_duration
 
 METHODS: list[dict[str, Any]] = [
-    {"name": "linear", "title": "Linear", "formula": "weighted average of the models " * 4},
+    {
+        "name": "linear",
+        "title": "Linear",
+        "formula": "weighted average of the models " * 4,
+        "class": "elementwise",
+        "cost": "one read of every input",
+        "paper": "https://example.org/linear",
+        "contract": {"base": "ignored", "inputs": [1, None], "others": [0, None]},
+        "parameters": [],
+    },
     {
         "name": "slerp",
         "title": "Spherical interpolation",
         "formula": "a·sin((1-t)θ)/sin θ\n+ b·sin(tθ)/sin θ",
-        "contract": {"base": "required", "inputs": [2, 2], "others": [0, None]},
         "class": "gram",
         "cost": "2 reads of each input, 1 write",
         "paper": "https://example.org/slerp",
+        "contract": {"base": "required", "inputs": [2, 2], "others": [1, 1]},
         "parameters": [
             {
                 "name": "t",
-                "kind": "number",
-                "per": "shared",
+                "kind": "float",
+                "default": None,
                 "required": True,
+                "per": "shared",
                 "help": "0 gives the base, 1 the other model; " * 4,
             },
-            {"name": "flatten", "kind": "boolean", "per": "shared", "default": True},
+            {
+                "name": "flatten",
+                "kind": "bool",
+                "default": True,
+                "required": False,
+                "per": "shared",
+                "help": "one vector a tensor",
+            },
         ],
     },
 ]
@@ -343,16 +360,17 @@ def test_one_method(run: Any) -> None:
         "formula     a·sin((1-t)θ)/sin θ\n"
         "            + b·sin(tθ)/sin θ\n"
         "base        required\n"
-        "inputs      exactly 2\n"
+        "inputs      exactly 2 models, exactly 1 model besides the base\n"
         "class       gram\n"
         "cost        2 reads of each input, 1 write\n"
         "paper       https://example.org/slerp\n"
         "\n"
         "parameters\n"
-        "  t (number, one for all models, required)\n"
+        "  t (float, one for all models, required)\n"
         "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
         "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
-        "  flatten (boolean, one for all models, default true)\n"
+        "  flatten (bool, one for all models, default true)\n"
+        "      one vector a tensor\n"
     )
     assert json.loads(run("methods", "slerp", "--json")[1]) == METHODS[1]
 

@@ -13,7 +13,6 @@ from oxmerge.arrays import numpy_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Any, Self
 
     import numpy as np
@@ -82,12 +81,7 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
 

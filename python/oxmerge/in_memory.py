@@ -18,7 +18,7 @@ from oxmerge.arrays import (
     view,
 )
 from oxmerge.methods import find_method, read_methods
-from oxmerge.option_names import check_seed, check_threads
+from oxmerge.options import check_seed, check_threads
 from oxmerge.parameters import KINDS, convert
 from oxmerge.problems import Problem, did_you_mean
 from oxmerge.schema import is_float

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.devices import UNTRIED, choose, open_backend
-from oxmerge.option_names import READ_PATHS, check_device, check_threads
+from oxmerge.options import READ_PATHS, check_device, check_threads
 from oxmerge.outcome import Outcome
 from oxmerge.outlook import Outlook
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan

@@ -15,7 +15,7 @@ from oxmerge.errors import PlanError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
 from oxmerge.methods import Method, find_method, read_methods
-from oxmerge.option_names import check_seed
+from oxmerge.options import check_seed
 from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
 from oxmerge.problems import Problem, group_problems

@@ -4,9 +4,7 @@
 //! come from a counter-based generator: they depend on the seed, the tensor's name and the model's
 //! position, not on threads or order. So they are not mergekit's masks, only of the same kind.
 
-use super::task_arithmetic::{
-    CONTRACT, Thinning, Votes, checked_density, family, merge_task_vectors,
-};
+use super::task_arithmetic::{CONTRACT, Thinning, Votes, family, merge_task_vectors};
 use super::{Description, Method};
 use crate::error::Result;
 use crate::formula::Value;
@@ -63,12 +61,11 @@ impl Method for DareTies {
 }
 
 fn drop_at_random(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
-    let density = checked_density(thinning.density)?;
     if thinning.keeps_all() {
         return Ok(vector.clone());
     }
-    if density <= 0.0 {
+    if thinning.density <= 0.0 {
         return Ok(Value::scalar(0.0));
     }
-    thinning.apply(vector, &Value::random_mask(density, thinning.position))
+    thinning.apply(vector, &Value::random_mask(thinning.density, thinning.position))
 }

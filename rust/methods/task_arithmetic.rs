@@ -8,7 +8,7 @@
 
 use super::linear::sum_of_weights;
 use super::{Contract, Description, Inputs, Method, Parameter, Preset};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formula::{Scalar, Scope, Value, compute};
 use crate::plan::OutputTensor;
 
@@ -149,12 +149,4 @@ impl Thinning<'_> {
 fn rescale(before: f64, after: f64) -> f64 {
     const NEXT_TO_NOTHING: f64 = 1e-7;
     if before < NEXT_TO_NOTHING || after < NEXT_TO_NOTHING { 1.0 } else { before / after }
-}
-
-/// Refuses a density that is not a number.
-pub(super) fn checked_density(density: f64) -> Result<f64> {
-    if density.is_nan() {
-        return Err(Error::plan("`density` is not a number").advice("give one from 0 to 1"));
-    }
-    Ok(density)
 }

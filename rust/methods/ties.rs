@@ -1,8 +1,6 @@
 //! TIES: keep the largest elements of each task vector, elect a sign, average those that agree.
 
-use super::task_arithmetic::{
-    CONTRACT, Thinning, Votes, checked_density, family, merge_task_vectors,
-};
+use super::task_arithmetic::{CONTRACT, Thinning, Votes, family, merge_task_vectors};
 use super::{Description, Method};
 use crate::error::Result;
 use crate::formula::Value;
@@ -33,14 +31,13 @@ impl Method for Ties {
 }
 
 /// The `density` share of largest magnitude; at least one element, unless density is 0.
-pub(super) fn keep_largest(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
-    let density = checked_density(thinning.density)?;
+fn keep_largest(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
     if thinning.keeps_all() {
         return Ok(vector.clone());
     }
-    if density <= 0.0 || thinning.elements == 0 {
+    if thinning.density <= 0.0 || thinning.elements == 0 {
         return Ok(Value::scalar(0.0));
     }
-    let count = (density * thinning.elements as f64).trunc().max(1.0);
+    let count = (thinning.density * thinning.elements as f64).trunc().max(1.0);
     thinning.apply(vector, &vector.abs().largest(count))
 }

@@ -255,32 +255,35 @@ impl Need {
         Self { offload, ..self }
     }
 
+    /// Elements of a piece of `blocks` blocks, and of the rows around it.
+    fn around(&self, blocks: u64) -> u64 {
+        (blocks * BLOCK_ELEMENTS + self.edge).min(self.elements)
+    }
+
+    /// Bytes an element of all sources and outputs.
+    fn stored(&self) -> u64 {
+        self.sources.iter().map(|(size, _)| size).chain(&self.outputs).sum()
+    }
+
     /// Bytes that a piece of `blocks` blocks takes on the device: its inputs and output, a few
     /// values of the working type, temporaries of eight bytes, vectors.
     fn device(&self, blocks: u64) -> u64 {
         let Some(Offload { is_host, .. }) = self.offload else { return 0 };
-        let elements =
-            ((blocks * BLOCK_ELEMENTS).min(self.elements) + self.edge).min(self.elements);
-        let inputs: u64 = self.sources.iter().map(|(size, _)| size).sum();
-        let outputs: u64 = self.outputs.iter().sum();
         let held = (self.sources.len() + self.outputs.len()) as u64 + VALUES_ON_DEVICE;
         let values = held * self.working;
         let fixed = if is_host { HOST_TENSORS } else { DEVICE_SEGMENTS };
-        let each = inputs + outputs + values + TEMPORARIES_ON_DEVICE;
-        elements * each + VECTOR_COPIES * self.vectors + fixed
+        let each = self.stored() + values + TEMPORARIES_ON_DEVICE;
+        self.around(blocks) * each + VECTOR_COPIES * self.vectors + fixed
     }
 
     /// What computing elsewhere takes of this process's memory: the tensors themselves, or buffers
     /// from which a device copies.
     fn beside(&self, blocks: u64) -> Amount {
-        let elements =
-            ((blocks * BLOCK_ELEMENTS).min(self.elements) + self.edge).min(self.elements);
-        let inputs: u64 = self.sources.iter().map(|(size, _)| size).sum();
         match self.offload {
             None => Amount::default(),
             // The C library's allocator, which torch uses there, keeps some of what is freed.
             Some(Offload { is_host: true, .. }) => Amount::uncertain(self.device(blocks) * 3 / 2),
-            Some(_) => Amount::certain(elements * (inputs + self.outputs.iter().sum::<u64>())),
+            Some(_) => Amount::certain(self.around(blocks) * self.stored()),
         }
     }
 
@@ -328,7 +331,7 @@ impl Need {
     /// Whether a piece of `blocks` blocks that is used in place, if any is, is large enough to be
     /// worth what becomes resident around it.
     fn is_sensible(&self, blocks: u64) -> bool {
-        let elements = (blocks * BLOCK_ELEMENTS + self.edge).min(self.elements);
+        let elements = self.around(blocks);
         let mapped = self.sources.iter().filter(|(_, way)| *way == Way::InPlace);
         let widest = mapped.map(|(size, _)| elements * size).max().unwrap_or(0);
         elements == self.elements || !(MAPPED_FROM as u64..SMALLEST_MAPPED_PIECE).contains(&widest)
@@ -399,9 +402,12 @@ impl MemoryPlan {
         let Some(workers) = (1..=workers.max(1) as u64).rev().find(fits) else {
             return Err(match offload {
                 Some(Offload { vram, .. }) if vram < device_block => {
-                    refused_device(vram, device_block)
+                    refused("the device memory", "vram", vram, device_block)
                 }
-                _ => refused(budget, fixed(1).most + block),
+                _ => {
+                    let needed = fixed(1).most + block + REFUSAL_SLACK;
+                    refused("the memory budget", "memory", budget, needed)
+                }
             });
         };
         let share = (budget - fixed(workers).most) / workers;
@@ -461,28 +467,18 @@ fn kept_masks(needs: &[Need], room: u64) -> u64 {
     kept.filter(|&masks| masks > 0).take(2).sum()
 }
 
+/// `what` is told to be too small; `option` sets it, on the command line and in Python.
 #[cold]
-fn refused(budget: u64, needed: u64) -> Error {
-    let needed = needed + REFUSAL_SLACK;
+fn refused(what: &str, option: &str, allowed: u64, needed: u64) -> Error {
     let mebibytes = |bytes: u64| bytes.div_ceil(1 << 20);
-    Error::new(ErrorKind::Memory, "the memory budget is too small for one block of every input")
-        .expected(format!("at least {} MiB", mebibytes(needed)))
-        .found(format!("{} MiB", mebibytes(budget)))
-        .advice(allow("memory", mebibytes(needed)))
-}
-
-#[cold]
-fn refused_device(vram: u64, needed: u64) -> Error {
-    let mebibytes = |bytes: u64| bytes.div_ceil(1 << 20);
-    Error::new(ErrorKind::Memory, "the device memory is too small for one block of every input")
-        .expected(format!("at least {} MiB", mebibytes(needed)))
-        .found(format!("{} MiB", mebibytes(vram)))
-        .advice(allow("vram", mebibytes(needed)))
-}
-
-/// What to do, on the command line and in Python.
-fn allow(what: &str, mebibytes: u64) -> String {
-    format!("allow more: `--{what} {mebibytes}MiB`, or `{what}=\"{mebibytes}MiB\"` in Python")
+    let (allowed, needed) = (mebibytes(allowed), mebibytes(needed));
+    let message = format!("{what} is too small for one block of every input");
+    Error::new(ErrorKind::Memory, message)
+        .expected(format!("at least {needed} MiB"))
+        .found(format!("{allowed} MiB"))
+        .advice(format!(
+            "allow more: `--{option} {needed}MiB`, or `{option}=\"{needed}MiB\"` in Python"
+        ))
 }
 
 /// A number of KiB that the kernel reports about this process, in bytes.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::memory::{Need, Way};
+use super::need::{Need, Way};
 use super::source::{Sink, Source};
 use super::task::{Task, Work};
 use crate::dtype::DType;

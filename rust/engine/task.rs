@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::{Need, Way, step_elements};
+use super::need::{Need, Way, step_elements};
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};

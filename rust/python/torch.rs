@@ -11,7 +11,7 @@ use pyo3::types::{PyByteArray, PyList, PyTuple};
 
 use super::lend::Lent;
 use crate::engine::backend::{Arithmetic, Backend, Layout, Output, Program, Step, Tally};
-use crate::engine::memory::Offload;
+use crate::engine::need::Offload;
 use crate::engine::passes::SearchView;
 use crate::engine::simd::Simd;
 use crate::error::{Error, ErrorKind, Result};

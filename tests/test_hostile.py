@@ -328,16 +328,23 @@ def test_names_of_tensors_do_no_harm(
     assert caught.value.problems[0].tensor == name
 
 
-@pytest.fixture(params=["a pipe", 600, 3000])
+@pytest.fixture(params=["a pipe", "a device", "long", 600, 3000])
 def unreadable(request: pytest.FixtureRequest) -> Callable[[Path], None]:
-    """Return what makes a file of JSON that cannot be read: it waits, or is nested too deeply."""
-    if request.param == "a pipe":
-        return os.mkfifo
+    """Return what makes a file of JSON that cannot be read: it has no end, or is too much."""
 
-    def write(path: Path) -> None:
+    def nested(path: Path) -> None:
         path.write_text('{"a":' * request.param + "1" + "}" * request.param)
 
-    return write
+    def long(path: Path) -> None:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+
+    others = {
+        "a pipe": os.mkfifo,
+        "a device": lambda path: path.symlink_to("/dev/zero"),
+        "long": long,
+    }
+    return others.get(request.param, nested)
 
 
 def test_a_config_that_cannot_be_read_beside_a_file(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["read_json"]
 
-#: As deep as the engine reads. What takes values apart later calls itself for every level.
+#: As much as the engine reads, and as deep: what takes values apart later calls itself for every
+#: level.
+_MOST_BYTES = 100_000_000
 _DEEPEST = 128
 
 
@@ -23,10 +26,14 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, os.stat_result]:
     OSError
         If it cannot be read.
     ValueError
-        If it is no JSON, or nested too deeply.
+        If it is no regular file, or holds no JSON, or more of it, or deeper, than it may.
     """
     with open(path, "rb", opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > _MOST_BYTES:
+            raise ValueError(f"longer than {_MOST_BYTES} bytes")
         text = file.read()
     try:
         value = json.loads(text)
@@ -38,7 +45,7 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, os.stat_result]:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe without waiting for who writes to it, which leaves nothing to read."""
+    """Open a file; a pipe without waiting for who writes to it."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

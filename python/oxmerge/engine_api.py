@@ -1,4 +1,4 @@
-"""What planning asks of the engine, as types. Nothing here runs."""
+"""What planning and `inspect` ask of the engine, as types: of `_core`, or of a double in tests."""
 
 from __future__ import annotations
 

@@ -125,11 +125,11 @@ class Outlook:
             "bytes_written",
             "disk",
             "memory",
+            "threads",
+            "device",
         )
         return {
             **{name: getattr(self, name) for name in names},
-            "threads": self.threads,
-            "device": self.device,
             "fastest": {"device": self.fastest.device, "reason": self.fastest.reason},
             "accounting": self.accounting,
             "inputs": [account.as_dict() for account in self.merge_plan.accounting],

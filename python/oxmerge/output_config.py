@@ -111,7 +111,7 @@ def edit_config(
             advice = "put the config.json that counts them beside the donor's weights"
             raise _misfit([Problem("config", message, advice=advice)])
         _edit_layers(edit, donor_config, list(layer_map), donor_depth)
-    if writes_head and _says_tied(edit.config):
+    if writes_head and says_tied(edit.config):
         edit.notes.append(
             "the donor's config says `tie_word_embeddings: true`: readers that tie will use the "
             "input embedding and ignore the output head that is written"
@@ -187,7 +187,8 @@ def _nested_configs(config: Config, path: Path = ()) -> Iterator[tuple[Path, Con
             yield from _nested_configs(value, (*path, key))
 
 
-def _says_tied(config: Config) -> bool:
+def says_tied(config: Config) -> bool:
+    """Tell whether a config, or a model config inside it, ties the head to the embedding."""
     return any(inner.get("tie_word_embeddings") is True for _, inner in _nested_configs(config))
 
 

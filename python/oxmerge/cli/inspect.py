@@ -13,6 +13,7 @@ from oxmerge.accounting import runs
 from oxmerge.cli.arguments import Parser, add_json_option
 from oxmerge.json_files import read_json
 from oxmerge.names import find_layer_counts, find_layout, is_head
+from oxmerge.output_config import says_tied
 from oxmerge.problems import printable
 from oxmerge.schema import DTYPE_SIZES
 from oxmerge.sizes import format_size
@@ -137,8 +138,7 @@ def _by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
 
 def _tied(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> list[str]:
     """Say what is tied to what, as far as the config does."""
-    nested = [config, *(value for value in config.values() if isinstance(value, dict))]
-    if not any(inner.get("tie_word_embeddings") is True for inner in nested):
+    if not says_tied(config):
         return []
     has_head = any(is_head(tensor.name) for tensor in tensors)
     stored = ", though a head is stored" if has_head else ""

@@ -5,7 +5,7 @@
 //! position, not on threads or order. So they are not mergekit's masks, only of the same kind.
 
 use super::task_arithmetic::{CONTRACT, Thinning, Votes, family, merge_task_vectors};
-use super::{Description, Method};
+use super::{Class, Description, Method};
 use crate::error::Result;
 use crate::formula::Value;
 use crate::plan::OutputTensor;
@@ -27,7 +27,7 @@ impl Method for DareLinear {
             name: "dare_linear",
             title: "Linear DARE",
             formula: "base + lambda * sum of w_i * r_i * (x_i - base) at random positions",
-            class: "selection",
+            class: Class::Selection,
             cost: COST,
             paper: PAPER,
             contract: CONTRACT,
@@ -47,7 +47,7 @@ impl Method for DareTies {
             title: "DARE TIES",
             formula: "base + lambda * sum of the w_i * r_i * (x_i - base) at random positions \
                       that have the elected sign",
-            class: "selection",
+            class: Class::Selection,
             cost: COST,
             paper: PAPER,
             contract: CONTRACT,

@@ -1,7 +1,7 @@
 //! TIES: keep the largest elements of each task vector, elect a sign, average those that agree.
 
 use super::task_arithmetic::{CONTRACT, Thinning, Votes, family, merge_task_vectors};
-use super::{Description, Method};
+use super::{Class, Description, Method};
 use crate::error::Result;
 use crate::formula::Value;
 use crate::plan::OutputTensor;
@@ -17,7 +17,7 @@ impl Method for Ties {
             title: "TIES",
             formula: "base + lambda * mean of the w_i * (x_i - base) that are among the largest \
                       and have the elected sign",
-            class: "selection",
+            class: Class::Selection,
             cost: "two to four reads of every input",
             paper: "https://arxiv.org/abs/2306.01708",
             contract: CONTRACT,

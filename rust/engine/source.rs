@@ -15,8 +15,8 @@ pub trait Source: Debug + Send + Sync {
     /// The element type of what [`read`](Self::read) gives.
     fn dtype(&self) -> DType;
 
-    /// Whether long reads are used in place, in a map of the file: then they make memory resident
-    /// around the piece as well.
+    /// Whether long reads are used where the bytes lie: in memory, or in a map of a file, which makes
+    /// memory resident around the piece as well.
     fn is_in_place(&self) -> bool {
         false
     }

@@ -20,7 +20,7 @@ def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> MergePlan:
         zoo.write(tmp_path / name, specimen, files=2)
     models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
     recipe = Recipe.from_mapping({"merge_method": "linear", "models": models})
-    return zoo.plan_in(tmp_path, recipe, zoo.FakeCore())
+    return zoo.plan_in(tmp_path, recipe)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -65,7 +65,7 @@ def test_every_model_with_one_stack_can_be_sliced(tmp_path: Path, name: str) -> 
         {"sources": [{"model": "a", "layer_range": [depth - 1, depth]}]},
     ]
     recipe = Recipe.from_mapping({"merge_method": "passthrough", "slices": slices})
-    merge = zoo.plan_in(tmp_path, recipe, zoo.FakeCore())
+    merge = zoo.plan_in(tmp_path, recipe)
     assert merge.layer_map == (*((0, layer) for layer in range(depth)), (0, depth - 1))
     account = merge.accounting[0]
     assert account.dropped_count == 0

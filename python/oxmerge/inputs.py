@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.json_files import read_json
 from oxmerge.names import find_layer_counts, find_layout
@@ -15,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oxmerge.engine_api import Checkpoint, Engine, TensorInfo
+    from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.names import Layout, Stack
 
 __all__ = ["InputModel", "Inputs"]
@@ -93,8 +94,6 @@ class Inputs:
 
     Parameters
     ----------
-    engine : Engine
-        Reads the headers.
     folders : tuple of str
         Where relative paths may start.
 
@@ -106,11 +105,10 @@ class Inputs:
         Those that could be opened, in order of first mention.
     """
 
-    def __init__(self, engine: Engine, folders: tuple[str, ...]) -> None:
+    def __init__(self, folders: tuple[str, ...]) -> None:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.models: list[InputModel] = []
-        self._engine = engine
         self._folders = folders
         self._paths: dict[str, str | None] = {}
         self._by_path: dict[str, InputModel | None] = {}
@@ -140,7 +138,7 @@ class Inputs:
 
     def _open(self, reference: str, path: str) -> InputModel | None:
         try:
-            checkpoint = self._engine.open_checkpoint(path)
+            checkpoint = _core.open_checkpoint(path)
         except OxmergeError as error:
             self.problems.append(error.as_problem())
             return None

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge.accounting import ModelAccount
-    from oxmerge.engine_api import Engine
     from oxmerge.recipe import Recipe
 
 __all__ = ["DEFAULT_SHARD_SIZE", "MergePlan", "build_plan"]
@@ -88,7 +87,6 @@ def build_plan(
     shard_size: int = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
-    core: Engine = _core,
 ) -> MergePlan:
     """Return the plan of a merge. Reads headers and configs only.
 
@@ -102,8 +100,6 @@ def build_plan(
         Of random masks, from 0 to 2**64 - 1.
     strict : bool
         Whether warnings count as problems.
-    core : Engine
-        The engine's functions; tests have others.
 
     Raises
     ------
@@ -115,22 +111,21 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    return _Planner(recipe, core).plan(shard_size, seed, strict=strict)
+    return _Planner(recipe).plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe, core: Engine) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.core = core
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
-        self.inputs = Inputs(core, tuple(folder for folder in folders if folder is not None))
+        self.inputs = Inputs(tuple(folder for folder in folders if folder is not None))
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
-        self.methods = read_methods(core.methods())
+        self.methods = read_methods(_core.methods())
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> MergePlan:
         method, is_known = self.method()
@@ -197,7 +192,7 @@ class _Planner:
 
     def lay_out(self, tensors: list[OutputTensor], shard_size: int, seed: int) -> Plan:
         wanted = [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in tensors]
-        shards, places = self.core.lay_out(wanted, shard_size) if wanted else ((), ())
+        shards, places = _core.lay_out(wanted, shard_size) if wanted else ((), ())
         placed = [
             tensor.placed(shard, start)
             for tensor, (shard, start) in zip(tensors, places, strict=True)
@@ -211,7 +206,7 @@ class _Planner:
         return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards))
 
     def check_with_engine(self, plan: Plan) -> None:
-        for found in self.core.check_plan(plan.to_json()):
+        for found in _core.check_plan(plan.to_json()):
             self.problems.append(
                 Problem(
                     "method",

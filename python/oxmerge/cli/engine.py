@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    from oxmerge.engine_api import Checkpoint
+    from oxmerge._core import Checkpoint
     from oxmerge.merging import MergeReport, Outlook, Snapshot
 
     Progress = Callable[[Snapshot], None]

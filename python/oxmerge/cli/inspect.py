@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterable, Iterator, Sequence
 
+    from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
-    from oxmerge.engine_api import Checkpoint, TensorInfo
     from oxmerge.names import Layout
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")

@@ -328,6 +328,45 @@ def test_names_of_tensors_do_no_harm(
     assert caught.value.problems[0].tensor == name
 
 
+@pytest.fixture(params=["a pipe", "a device", "long", 600, 3000])
+def unreadable(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    """Return what makes a file of JSON that cannot be read: it has no end, or is too much."""
+
+    def nested(path: Path) -> None:
+        path.write_text('{"a":' * request.param + "1" + "}" * request.param)
+
+    def long(path: Path) -> None:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+
+    others = {
+        "a pipe": os.mkfifo,
+        "a device": lambda path: path.symlink_to("/dev/zero"),
+        "long": long,
+    }
+    return others.get(request.param, nested)
+
+
+def test_a_config_that_cannot_be_read_beside_a_file(
+    tmp_path: Path, unreadable: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_file(tmp_path / "model.safetensors", random_arrays({"x": (4,)}, 0))
+    unreadable(tmp_path / "config.json")
+    recipe = write_recipe(tmp_path / "r.yml", "linear", [path], each={"weight": 1})
+    with pytest.raises(oxmerge.PlanError, match=r"config\.json`: cannot be read"):
+        oxmerge.plan(recipe)
+    assert main(["inspect", str(path)]) == 0
+    assert "tensors     1" in capsys.readouterr().out
+
+
+def test_modules_that_cannot_be_read(tmp_path: Path, unreadable: Callable[[Path], None]) -> None:
+    models = [tmp_path / "a", tmp_path / "b"]
+    for model in models:
+        write_model(model, random_arrays({"x": (4,)}, 0))
+    unreadable(models[0] / "modules.json")
+    oxmerge.plan(write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1}))
+
+
 def test_a_path_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / os.fsdecode(b"\xff")
     write_model(folder / "model", random_arrays({"a": (2,)}, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
@@ -93,3 +93,12 @@ def test_what_is_read_again_is_counted_where_memory_cannot_keep_it(
     assert outlook.bytes_moved == 4 * SIZE + again
     assert f"two to four reads of every input{reads}" in str(outlook)
     assert f"\ntime      {least}0.0 s where the disk moves 1 GB/s, " in str(outlook)
+
+
+@pytest.mark.parametrize("option", ["memory", "vram"])
+def test_what_is_no_size_is_refused_before_anything_is_read(option: str) -> None:
+    options: dict[str, Any] = {"device": "torch", option: "much"}
+    with pytest.raises(ValueError, match="not a size: 'much'"):
+        oxmerge.plan("nowhere.yml", **options)
+    with pytest.raises(ValueError, match="not a size: 'much'"):
+        oxmerge.merge("nowhere.yml", "out", **options)

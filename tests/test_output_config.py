@@ -102,11 +102,6 @@ def test_no_key_for_depth_is_an_error() -> None:
         edit_config({"floors": 4}, layer_map=layers((LLAMA, range(3))), donor_depth=4)
 
 
-def test_a_scope_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(PlanError, match="no layer count"):
-        edit_config(LLAMA, layer_map=[(LLAMA, 0)], donor_depth=4, scope="text_config")
-
-
 def test_layer_types_come_from_the_sources() -> None:
     other = {**QWEN, "layer_types": ["sliding_attention"] * 6, "num_hidden_layers": 6}
     config, notes = edit_config(
@@ -149,12 +144,10 @@ def test_nested_text_config_and_a_vision_tower_of_the_same_depth() -> None:
     }
 
 
-def test_towers_of_the_same_depth_ask_and_a_scope_answers() -> None:
+def test_towers_of_the_same_depth_ask() -> None:
     donor = {"vision_config": {"num_layers": 4}, "audio_config": {"num_layers": 4}}
     with pytest.raises(PlanError, match="not clear which"):
         edit_config(donor, layer_map=[(donor, 0)], donor_depth=4)
-    config, _ = edit_config(donor, layer_map=[(donor, 0)], donor_depth=4, scope="audio_config")
-    assert config == {"vision_config": {"num_layers": 4}, "audio_config": {"num_layers": 1}}
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,6 @@ GRADIENTS: list[tuple[tuple[Scalar, ...], float, Scalar]] = [
     ((1.0, 2.0, 3.0, 4.0, 5.0), 0.75, 4.0),
     ((False, True), 0.99, False),
     ((False, True), 1.0, True),
-    (("a", "b", "c"), 0.5, "b"),
-    (("a", "b", "c"), 0.99, "b"),
 ]
 
 

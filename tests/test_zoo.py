@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import zoo
-from oxmerge.planning import MergePlan, build_plan
 from oxmerge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from oxmerge.planning import MergePlan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -17,7 +20,7 @@ def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> MergePlan:
         zoo.write(tmp_path / name, specimen, files=2)
     models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
     recipe = Recipe.from_mapping({"merge_method": "linear", "models": models})
-    return build_plan(recipe, folder=str(tmp_path), core=zoo.FakeCore())
+    return zoo.plan_in(tmp_path, recipe)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -26,10 +29,10 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, name: str) -> None:
     merge = plan_two(tmp_path, specimen)
     assert [tensor.name for tensor in merge.plan.tensors] == list(specimen.tensors)
     assert merge.warnings == ()
-    for account in merge.accounting.models:
-        names = sum((names for _, names in account.groups()), ())
+    for account in merge.accounting:
+        names = [name for _, names in zoo.fates(account) for name in names]
         assert sorted(names) == sorted(specimen.tensors)
-    zoo.check_snapshot(SNAPSHOTS / f"{name}.txt", merge.accounting.render())
+    zoo.check_snapshot(SNAPSHOTS / f"{name}.txt", zoo.accounts(merge))
 
 
 STACKS = {
@@ -62,9 +65,8 @@ def test_every_model_with_one_stack_can_be_sliced(tmp_path: Path, name: str) -> 
         {"sources": [{"model": "a", "layer_range": [depth - 1, depth]}]},
     ]
     recipe = Recipe.from_mapping({"merge_method": "passthrough", "slices": slices})
-    merge = build_plan(recipe, folder=str(tmp_path), core=zoo.FakeCore())
-    assert merge.depth == depth + 1
+    merge = zoo.plan_in(tmp_path, recipe)
     assert merge.layer_map == (*((0, layer) for layer in range(depth)), (0, depth - 1))
-    account = merge.accounting.models[0]
+    account = merge.accounting[0]
     assert account.dropped_count == 0
     assert len(account.copied) == len(specimen.tensors)

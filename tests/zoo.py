@@ -1,4 +1,4 @@
-"""Checkpoints with realistic names and no data, and doubles of the engine's functions.
+"""Checkpoints with realistic names and no data.
 
 A checkpoint here is a header and a hole: the file has its full length, but takes no space. Names,
 their order and the configs follow models as they are published; dimensions are small.
@@ -6,17 +6,23 @@ their order and the configs follow models as they are published; dimensions are 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oxmerge.errors import CheckpointError
+from oxmerge.accounting import compact_names
+from oxmerge.planning import build_plan
 from oxmerge.schema import DTYPE_SIZES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from oxmerge.accounting import ModelAccount
+    from oxmerge.planning import MergePlan
+    from oxmerge.recipe import Recipe
 
 Table = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -73,169 +79,6 @@ def _bytes(dtype: str, shape: Iterable[int]) -> int:
     for length in shape:
         size *= length
     return size
-
-
-@dataclass(frozen=True)
-class FakeTensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: int
-    start: int
-
-
-@dataclass(frozen=True)
-class FakeCheckpoint:
-    path: str
-    files: list[dict[str, Any]]
-    tensors: list[FakeTensor]
-    warnings: list[str]
-    index: dict[str, Any] | None = None
-
-
-class FakeCore:
-    """The engine's functions in plain Python."""
-
-    def __init__(self) -> None:
-        self.opened: list[str] = []
-
-    def open_checkpoint(self, path: str) -> FakeCheckpoint:
-        self.opened.append(path)
-        names = [path]
-        if os.path.isdir(path):
-            names = sorted(
-                os.path.join(path, name)
-                for name in os.listdir(path)
-                if name.endswith(".safetensors")
-            )
-        if not names:
-            raise CheckpointError("no weights here", file=path, advice="it needs safetensors files")
-        tensors = [tensor for index, name in enumerate(names) for tensor in _read(name, index)]
-        return FakeCheckpoint(path, [_stat(name) for name in names], tensors, [])
-
-    def methods(self) -> list[dict[str, Any]]:
-        return METHODS
-
-    def lay_out(
-        self, tensors: list[tuple[str, str, list[int]]], shard_size: int
-    ) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-        places: list[tuple[int, int]] = []
-        sizes = [4096]
-        for _, dtype, shape in tensors:
-            size = _bytes(dtype, shape)
-            if sizes[-1] > 4096 and sizes[-1] - 4096 + size > shard_size:
-                sizes.append(4096)
-            places.append((len(sizes) - 1, sizes[-1]))
-            sizes[-1] += size
-        shards = [
-            {"file_name": f"model-{i:05d}.safetensors", "header": "{}", "size": size}
-            for i, size in enumerate(sizes)
-        ]
-        return shards, places
-
-    def check_plan(self, plan_json: str) -> list[dict[str, Any]]:
-        json.loads(plan_json)
-        return []
-
-
-def _stat(path: str) -> dict[str, Any]:
-    found = os.stat(path)
-    return {
-        "path": path,
-        "size": found.st_size,
-        "modified_ns": found.st_mtime_ns,
-        "device": found.st_dev,
-        "inode": found.st_ino,
-    }
-
-
-def _read(path: str, index: int) -> list[FakeTensor]:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    rows = sorted(header.items(), key=lambda row: row[1]["data_offsets"][0])
-    return [
-        FakeTensor(
-            name, row["dtype"], tuple(row["shape"]), index, 8 + length + row["data_offsets"][0]
-        )
-        for name, row in rows
-    ]
-
-
-# The table of methods.
-
-
-def _parameter(name: str, kind: str, default: object, per: str) -> dict[str, Any]:
-    required = default is ...
-    return {
-        "name": name,
-        "kind": kind,
-        "default": None if required else default,
-        "required": required,
-        "per": per,
-        "help": "",
-    }
-
-
-def _method(
-    name: str,
-    base: str,
-    inputs: Sequence[int | None],
-    others: Sequence[int | None],
-    *parameters: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "title": name.title(),
-        "formula": "",
-        "class": "elementwise",
-        "paper": None,
-        "contract": {"base": base, "inputs": list(inputs), "others": list(others)},
-        "parameters": list(parameters),
-    }
-
-
-def _task_arithmetic(name: str, *, normalize: bool, rescale: bool) -> dict[str, Any]:
-    return _method(
-        name,
-        "required",
-        (1, None),
-        (0, None),
-        _parameter("weight", "float", ..., "other"),
-        _parameter("density", "float", 1.0, "other"),
-        _parameter("int8_mask", "bool", False, "shared"),
-        _parameter("normalize", "bool", normalize, "shared"),
-        _parameter("rescale", "bool", rescale, "shared"),
-        _parameter("lambda", "float", 1.0, "shared"),
-    )
-
-
-METHODS = [
-    _method(
-        "linear",
-        "ignored",
-        (1, None),
-        (1, None),
-        _parameter("weight", "float", ..., "input"),
-        _parameter("normalize", "bool", True, "shared"),
-    ),
-    _method("slerp", "required", (2, 2), (1, 1), _parameter("t", "float", ..., "shared")),
-    _method(
-        "nuslerp",
-        "optional",
-        (2, 3),
-        (2, 2),
-        _parameter("weight", "float", ..., "other"),
-        _parameter("nuslerp_flatten", "bool", True, "shared"),
-        _parameter("nuslerp_row_wise", "bool", False, "shared"),
-    ),
-    _task_arithmetic("task_arithmetic", normalize=False, rescale=False),
-    _task_arithmetic("ties", normalize=True, rescale=False),
-    _task_arithmetic("dare_linear", normalize=False, rescale=True),
-    _task_arithmetic("dare_ties", normalize=False, rescale=True),
-    _method("passthrough", "ignored", (1, 1), (1, 1), _parameter("scale", "float", None, "input")),
-]
 
 
 # The specimens.
@@ -597,6 +440,33 @@ ZOO: dict[str, Callable[[], Specimen]] = {
 def write(folder: Path, specimen: Specimen, *, files: int = 1) -> Path:
     """Write a specimen as a checkpoint."""
     return write_checkpoint(folder, specimen.tensors, specimen.config, files=files)
+
+
+# Plans of them.
+
+
+def plan_in(folder: Path, recipe: Recipe, **options: Any) -> MergePlan:
+    """Plan a merge from a working directory."""
+    with contextlib.chdir(folder):
+        return build_plan(recipe, **options)
+
+
+def fates(account: ModelAccount) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield what became of a model's tensors, and which."""
+    yield "merged", account.merged
+    yield "copied", account.copied
+    yield from ((f"dropped: {reason}", names) for reason, names in account.dropped.items())
+
+
+def accounts(merge: MergePlan) -> str:
+    """Return what became of every tensor, with runs of layers on one line."""
+    lines = []
+    for account in merge.accounting:
+        lines.append(f"{account.model}: {account.total} tensors")
+        for fate, names in fates(account):
+            if names:
+                lines += [f"  {fate} ({len(names)})", *map("    {}".format, compact_names(names))]
+    return "\n".join(lines)
 
 
 def check_snapshot(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
-__all__ = ["Accounting", "ModelAccount", "compact_names"]
+__all__ = ["ModelAccount", "compact_names", "runs"]
 
 _NUMBER_PART = re.compile(r"[0-9]{1,9}")
 
@@ -50,12 +50,6 @@ class ModelAccount:
         """How many of them are dropped."""
         return sum(map(len, self.dropped.values()))
 
-    def groups(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield what became of tensors (``dropped: reason``), and which, leaving out nothing."""
-        fates = {"merged": self.merged, "copied": self.copied}
-        fates |= {f"dropped: {reason}": names for reason, names in self.dropped.items()}
-        return ((fate, names) for fate, names in fates.items() if names)
-
     def as_dict(self) -> dict[str, Any]:
         """Return everything as data, with runs of numbers in names folded."""
         return {
@@ -83,31 +77,6 @@ class ModelAccount:
             yield f"  dropped: {reason} ({len(names)})"
             if len(names) < self.total:
                 yield from (f"    {name}" for name in compact_names(names))
-
-
-@dataclass(frozen=True, slots=True)
-class Accounting:
-    """What became of every tensor.
-
-    Attributes
-    ----------
-    models : tuple of ModelAccount
-        One for each model, in order of first mention.
-    """
-
-    models: tuple[ModelAccount, ...]
-
-    def render(self) -> str:
-        """Return it as text, with runs of layers on one line."""
-        return "\n".join(line for account in self.models for line in _render(account))
-
-
-def _render(account: ModelAccount) -> Iterator[str]:
-    yield f"{account.model}: {account.total} tensors"
-    for fate, names in account.groups():
-        yield f"  {fate} ({len(names)})"
-        for name in compact_names(names):
-            yield f"    {name}"
 
 
 def compact_names(names: Iterable[str]) -> list[str]:
@@ -143,10 +112,21 @@ def _fold_column(rows: list[tuple[str, ...]], column: int) -> list[tuple[str, ..
 def _ranges(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
-    runs: list[list[int]] = []
+    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs(numbers)) + "}"
+
+
+def runs(numbers: Iterable[int]) -> list[list[int]]:
+    """Return the first and the last of numbers that follow each other.
+
+    Examples
+    --------
+    >>> runs([0, 1, 2, 5])
+    [[0, 2], [5, 5]]
+    """
+    found: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
         else:
-            runs.append([number, number])
-    return "{" + ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) + "}"
+            found.append([number, number])
+    return found

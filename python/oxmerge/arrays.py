@@ -24,7 +24,7 @@ from functools import cache
 from math import prod
 
 from oxmerge.problems import did_you_mean
-from oxmerge.schema import FLOATS, is_float, promote
+from oxmerge.schema import DTYPE_NAMES, FLOATS, is_float, promote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,13 +61,7 @@ __all__ = [
 ]
 
 #: Element types by the names that NumPy and torch give them.
-_NAMES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
-    "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int32": "I32", "float32": "F32",
-    "uint64": "U64", "int64": "I64", "float64": "F64",
-}  # fmt: skip
-#: The other way round.
-NAMES = {code: name for name, code in _NAMES.items()}
+_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 #: Types whose every number is one of bfloat16. (Not so: float8_e8m0fnu, which is for scales alone.)
 _NARROW = frozenset(
     f"float8_{name}"
@@ -173,7 +167,7 @@ def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
 
         array = array.astype(ml_dtypes.bfloat16)
         name = array.dtype.name
-    code = _NAMES.get(name)  # ml_dtypes calls its type bfloat16 too
+    code = _CODES.get(name)  # ml_dtypes calls its type bfloat16 too
     if code is None:
         raise TypeError(_unknown_type(what, name))
     if code == "U16":
@@ -311,7 +305,7 @@ def _not_contiguous(call: str) -> str:
 @cache
 def _torch_codes() -> dict[Any, str]:
     torch = sys.modules["torch"]
-    names = {**_NAMES, **dict.fromkeys(_NARROW, "BF16")}
+    names = {**_CODES, **dict.fromkeys(_NARROW, "BF16")}
     # Older ones lack uint16 and the like.
     types = ((getattr(torch, name, None), code) for name, code in names.items())
     return {dtype: code for dtype, code in types if dtype is not None}
@@ -343,10 +337,10 @@ def element_type(dtype: Any, allowed: Sequence[str] = FLOATS) -> str | None:
     if not isinstance(dtype, str):
         name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
         dtype = name.removeprefix("torch.")
-    code = _NAMES.get(dtype)
+    code = _CODES.get(dtype)
     if code in allowed:
         return code
-    names = [NAMES[each] for each in allowed]
+    names = [DTYPE_NAMES[each] for each in allowed]
     advice = did_you_mean(dtype, names) or f"use one of {', '.join(names)}"
     raise TypeError(f"dtype cannot be {dtype!r}; {advice}")
 
@@ -399,7 +393,7 @@ def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) ->
         import torch  # noqa: PLC0415
 
         is_raw = code == "BF16" and getattr(like, "dtype", None) == getattr(torch, "uint16", ...)
-        dtype = getattr(torch, "uint16" if is_raw else NAMES[code])
+        dtype = getattr(torch, "uint16" if is_raw else DTYPE_NAMES[code])
         tensor = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default is
         return View(tensor, (tensor.data_ptr(), tensor.nbytes, code), shape, "torch")
     import numpy as np  # noqa: PLC0415
@@ -426,7 +420,7 @@ def numpy_dtype(code: str) -> Any:
         except ImportError:
             return _uint16(code)
         return np.dtype(ml_dtypes.bfloat16)
-    return _uint16(code) if code == "U16" else np.dtype(NAMES[code])
+    return _uint16(code) if code == "U16" else np.dtype(DTYPE_NAMES[code])
 
 
 def _uint16(code: str) -> Any:

@@ -13,7 +13,7 @@ from oxmerge.schema import OutputTensor, SourceTensor, is_float, promote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oxmerge.engine_api import TensorInfo
+    from oxmerge._core import TensorInfo
     from oxmerge.inputs import InputModel
     from oxmerge.ledger import Ledger
     from oxmerge.recipe import Recipe, Scalar

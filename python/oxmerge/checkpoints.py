@@ -6,13 +6,13 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 
 from oxmerge import _core
 from oxmerge.arrays import numpy_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Any, Self
 
     import numpy as np
@@ -54,9 +54,7 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
 
         tensor = self._tensors[name]
         dtype = numpy_dtype(tensor.dtype)
-        count = 1
-        for length in tensor.shape:
-            count *= length
+        count = prod(tensor.shape)
         if count == 0:
             return np.empty(tensor.shape, dtype)
         flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
@@ -74,10 +72,6 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         """Return the number of tensors."""
         return len(self._tensors)
 
-    def tensor_info(self, name: str) -> _core.TensorInfo:
-        """Return name, dtype, shape and place of a tensor, without reading it."""
-        return self._tensors[name]
-
     def close(self) -> None:
         """Let go of the files; arrays that are still in use keep theirs."""
         self._maps.clear()
@@ -87,12 +81,7 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
 

@@ -61,8 +61,7 @@ class _RecipeReader(ValueReader):
     def check_form(self, raw: Mapping[str, object]) -> None:
         """Exactly one of `models` and `slices` says what to merge."""
         given = [key for key in ("models", "slices") if raw.get(key)]
-        refused = [key for key in ("modules",) if raw.get(key)]
-        if len(given) == 1 or (not given and refused):
+        if len(given) == 1 or (not given and raw.get("modules")):  # which is refused by name
             return
         found = " and ".join(f"`{key}`" for key in given) or "neither"
         message = "a recipe has exactly one of `models` and `slices`"

@@ -18,7 +18,7 @@ from oxmerge.arrays import (
     view,
 )
 from oxmerge.methods import find_method, read_methods
-from oxmerge.option_names import check_seed, check_threads
+from oxmerge.options import check_seed, check_threads
 from oxmerge.parameters import KINDS, convert
 from oxmerge.problems import Problem, did_you_mean
 from oxmerge.schema import is_float
@@ -163,13 +163,13 @@ def merge_tensors(
     array([2., 4.], dtype=float32)
     """
     tensors = listed(tensors)
-    plan = MethodCall(method, len(tensors), parameters, has_base=base is not None)
+    call = MethodCall(method, len(tensors), parameters, has_base=base is not None)
     code = element_type(dtype)
     inputs = [view(each, f"tensors[{at}]", code) for at, each in enumerate(tensors)]
     if base is not None:
         inputs.append(view(base, "base", code))
     target = None if out is None else output(out, code)
-    return plan.run(inputs, target, code, seed=seed, name=name, threads=threads)
+    return call.run(inputs, target, code, seed=seed, name=name, threads=threads)
 
 
 class MethodCall:

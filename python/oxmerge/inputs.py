@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 
+from oxmerge import _core
 from oxmerge.errors import OxmergeError
+from oxmerge.json_files import read_json
 from oxmerge.names import find_layer_counts, find_layout
 from oxmerge.problems import Problem
 from oxmerge.references import resolve_reference
@@ -15,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oxmerge.engine_api import Checkpoint, Engine, TensorInfo
+    from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.names import Layout, Stack
 
 __all__ = ["InputModel", "Inputs"]
@@ -93,8 +94,6 @@ class Inputs:
 
     Parameters
     ----------
-    engine : Engine
-        Reads the headers.
     folders : tuple of str
         Where relative paths may start.
 
@@ -106,11 +105,10 @@ class Inputs:
         Those that could be opened, in order of first mention.
     """
 
-    def __init__(self, engine: Engine, folders: tuple[str, ...]) -> None:
+    def __init__(self, folders: tuple[str, ...]) -> None:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = []
         self.models: list[InputModel] = []
-        self._engine = engine
         self._folders = folders
         self._paths: dict[str, str | None] = {}
         self._by_path: dict[str, InputModel | None] = {}
@@ -140,7 +138,7 @@ class Inputs:
 
     def _open(self, reference: str, path: str) -> InputModel | None:
         try:
-            checkpoint = self._engine.open_checkpoint(path)
+            checkpoint = _core.open_checkpoint(path)
         except OxmergeError as error:
             self.problems.append(error.as_problem())
             return None
@@ -172,21 +170,14 @@ class Inputs:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
         file_name = os.path.join(folder, "config.json")
         try:
-            with open(file_name, encoding="utf-8", opener=_open_at_once) as file:
-                status = os.fstat(file.fileno())
-                config = json.load(file)
+            config, status = read_json(file_name)
         except FileNotFoundError:
             return {}, None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
             self.problems.append(Problem("config", message, file=file_name, advice=advice))
             return {}, None
         return config if isinstance(config, dict) else {}, _as_it_is(file_name, status)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe without waiting for who writes to it, which leaves nothing to read."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _as_it_is(path: str, status: os.stat_result) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from oxmerge.arrays import (
 from oxmerge.in_memory import check_options, check_out, finite
 from oxmerge.measures import *  # noqa: F403 - what goes from arrays to numbers
 from oxmerge.method_functions import *  # noqa: F403 - every merge method
-from oxmerge.option_names import whole
+from oxmerge.options import whole
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oxmerge.accounting import Accounting, ModelAccount
+from oxmerge.accounting import ModelAccount
 from oxmerge.names import is_head
 from oxmerge.problems import Problem
 from oxmerge.targets import loose_side
@@ -39,10 +39,12 @@ class Ledger:
         uses = self._copied[model]
         uses[name] = is_copy and uses.get(name, True)
 
-    def close(self, sections: list[Section], donor: InputModel, *, is_sliced: bool) -> Accounting:
+    def close(
+        self, sections: list[Section], donor: InputModel, *, is_sliced: bool
+    ) -> tuple[ModelAccount, ...]:
         """Return the account of every model."""
         reasons = _Reasons(sections, donor, is_sliced=is_sliced)
-        return Accounting(tuple(self._account(model, reasons) for model in self._models))
+        return tuple(self._account(model, reasons) for model in self._models)
 
     def _account(self, model: InputModel, reasons: _Reasons) -> ModelAccount:
         uses = self._copied[model.index]

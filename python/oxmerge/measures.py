@@ -8,7 +8,7 @@ from typing import overload
 from oxmerge import _core
 from oxmerge.arrays import View, check_same_shape, empty, float_view, listed
 from oxmerge.in_memory import check_options
-from oxmerge.option_names import whole
+from oxmerge.options import whole
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.devices import UNTRIED, choose, open_backend
-from oxmerge.option_names import READ_PATHS, check_device, check_threads
+from oxmerge.options import READ_PATHS, check_device, check_threads
 from oxmerge.outcome import Outcome
 from oxmerge.outlook import Outlook
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
@@ -170,11 +170,11 @@ def plan(
         If there is no such device, or torch is not installed.
     """
     _check_options(threads, "auto", device, vram)
+    budget, vram = _bytes(memory), _bytes(vram)
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
-    vram = None if vram is None else parse_size(vram)
     fastest = choose([merge_plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
-    predicted = _core.predict([merge_plan.to_json()], _budget(memory), threads, backend)
+    predicted = _core.predict([merge_plan.to_json()], _room(budget), threads, backend)
     return Outlook(
         merge_plan,
         disk=outcome.bytes,
@@ -290,8 +290,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     """
     started = time.perf_counter()
     _check_options(threads, read_path, device, vram)
-    memory = None if memory is None else parse_size(memory)
-    vram = None if vram is None else parse_size(vram)
+    budget, vram = _bytes(memory), _bytes(vram)
     prepared = [
         _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict) for recipe, _ in merges
     ]
@@ -317,7 +316,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                     (merge_plan.to_json(), output.path)
                     for (merge_plan, _), output in zip(prepared, outputs, strict=True)
                 ],
-                memory=_budget(memory),
+                memory=_room(budget),
                 threads=threads,
                 read_path=read_path,
                 progress=_reporter([merge_plan for merge_plan, _ in prepared], progress),
@@ -392,11 +391,13 @@ def _gb_per_second(size: int, seconds: float) -> float:
     return size / max(seconds, 1e-9) / 1e9
 
 
-def _budget(memory: int | str | None) -> int:
-    """Return the budget: unless asked otherwise the usual one, or some room in a large process."""
-    if memory is not None:
-        return parse_size(memory)
-    return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM)
+def _bytes(size: int | str | None) -> int | None:
+    return None if size is None else parse_size(size)
+
+
+def _room(budget: int | None) -> int:
+    """Return the budget, or the usual one: that of a small process, or more than is resident."""
+    return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM) if budget is None else budget
 
 
 def _resident() -> int:

@@ -106,7 +106,7 @@ class Outlook:
     @property
     def accounting(self) -> dict[str, int]:
         """How many input tensors are merged, copied, dropped."""
-        models = self.merge_plan.accounting.models
+        models = self.merge_plan.accounting
         return {
             "merged": sum(len(model.merged) for model in models),
             "copied": sum(len(model.copied) for model in models),
@@ -125,14 +125,14 @@ class Outlook:
             "bytes_written",
             "disk",
             "memory",
+            "threads",
+            "device",
         )
         return {
             **{name: getattr(self, name) for name in names},
-            "threads": self.threads,
-            "device": self.device,
             "fastest": {"device": self.fastest.device, "reason": self.fastest.reason},
             "accounting": self.accounting,
-            "inputs": [account.as_dict() for account in self.merge_plan.accounting.models],
+            "inputs": [account.as_dict() for account in self.merge_plan.accounting],
             "left_out": list(self.left_out),
             "warnings": [str(warning) for warning in self.warnings],
         }
@@ -154,7 +154,7 @@ class Outlook:
         yield f"disk      {format_size(self.disk)} needed"
         yield f"time      {self._time()}"
         yield from (f"not copied  {name}" for name in self.left_out)
-        accounts = self.merge_plan.accounting.models
+        accounts = self.merge_plan.accounting
         lines = (line for account in accounts for line in account.summary())
         yield from (f"{' ' if at else 'inputs':<10}{line}" for at, line in enumerate(lines))
 

@@ -26,6 +26,7 @@ from typing import Any
 from oxmerge.errors import PlanError
 from oxmerge.position_rules import DEPTH_KEYS, RULES, unknown_rules
 from oxmerge.problems import Problem
+from oxmerge.schema import DTYPE_NAMES
 
 Config = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -36,12 +37,6 @@ _RARE_DEPTH_KEYS = (
     "num_blocks", "n_blocks", "num_hidden_blocks", "depth",
 )  # fmt: skip
 _DTYPE_KEYS = ("torch_dtype", "dtype")
-_DTYPE_NAMES = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-}
 # Lists that have nothing to do with layers, whatever their length.
 _NEVER_PER_LAYER = frozenset(
     {
@@ -77,7 +72,6 @@ def edit_config(
     dtype: str | None = None,
     layer_map: Sequence[tuple[Config, int]] | None = None,
     donor_depth: int | None = None,
-    scope: str | None = None,
     writes_head: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the output's config, and a note on each change.
@@ -95,9 +89,6 @@ def edit_config(
         when the recipe has no slices.
     donor_depth
         The donor's number of layers; needed with `layer_map`.
-    scope
-        Dotted path of the nested config that describes the stack (`text_config`). None: found
-        by the layer count, language configs before others.
     writes_head
         Whether the output has an output head tensor of its own.
 
@@ -113,14 +104,14 @@ def edit_config(
     """
     edit = _Edit(copy.deepcopy(dict(donor_config)))
     if dtype is not None:
-        _edit_dtype(edit, _DTYPE_NAMES.get(dtype, dtype))
+        _edit_dtype(edit, DTYPE_NAMES.get(dtype, dtype))
     if layer_map is not None:
         if donor_depth is None:
             message = "the donor's number of layers is not known"
             advice = "put the config.json that counts them beside the donor's weights"
             raise _misfit([Problem("config", message, advice=advice)])
-        _edit_layers(edit, donor_config, list(layer_map), donor_depth, scope)
-    if writes_head and _says_tied(edit.config):
+        _edit_layers(edit, donor_config, list(layer_map), donor_depth)
+    if writes_head and says_tied(edit.config):
         edit.notes.append(
             "the donor's config says `tie_word_embeddings: true`: readers that tie will use the "
             "input embedding and ignore the output head that is written"
@@ -196,7 +187,8 @@ def _nested_configs(config: Config, path: Path = ()) -> Iterator[tuple[Path, Con
             yield from _nested_configs(value, (*path, key))
 
 
-def _says_tied(config: Config) -> bool:
+def says_tied(config: Config) -> bool:
+    """Tell whether a config, or a model config inside it, ties the head to the embedding."""
     return any(inner.get("tie_word_embeddings") is True for _, inner in _nested_configs(config))
 
 
@@ -212,14 +204,14 @@ def _edit_dtype(edit: _Edit, dtype: str) -> None:
 
 
 def _edit_layers(
-    edit: _Edit, donor: Config, layer_map: list[tuple[Config, int]], depth: int, scope: str | None
+    edit: _Edit, donor: Config, layer_map: list[tuple[Config, int]], depth: int
 ) -> None:
     unchanged = len(layer_map) == depth and all(
         layer == position and config == donor for position, (config, layer) in enumerate(layer_map)
     )
     if unchanged:
         return
-    scopes = _scopes(donor, depth, scope)
+    scopes = _scopes(donor, depth)
     if not scopes:
         edit.problem(
             f"the donor's config names no layer count of {depth} "
@@ -231,12 +223,8 @@ def _edit_layers(
         _Restack(edit, donor, layer_map, depth, path).run()
 
 
-def _scopes(config: Config, depth: int, scope: str | None) -> list[Path]:
-    """Find where the config describes the stack: the nested configs with its layer count."""
-    if scope is not None:
-        path = tuple(part for part in scope.split(".") if part)
-        inner = _dig(config, path)
-        return [path] if isinstance(inner, Mapping) and _depth_keys(inner, depth) else []
+def _scopes(config: Config, depth: int) -> list[Path]:
+    """Find the nested configs with the stack's layer count; those of language before others."""
     found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, depth)]
     language = [path for path in found if all(_LANGUAGE_CONFIG.search(key) for key in path)]
     if language or len(found) <= 1:

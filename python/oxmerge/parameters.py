@@ -3,7 +3,7 @@
 A setting is looked for on several levels, the nearest first: the source, the slice, the top. On a
 level the first choice whose filter matches the tensor's name counts; a level where none does is
 passed over. A list of numbers is a gradient over the layers of a slice: piecewise linear in the
-layer's position, which runs from 0 to 1. A list of anything else goes by steps.
+layer's position, which runs from 0 to 1. A list of truth values goes by steps.
 
 Only + - * / is used here, so that every machine computes the same values.
 """
@@ -31,10 +31,9 @@ KINDS = {
     "float": "a finite number",
     "int": "a whole number",
     "bool": "true or false",
-    "str": "text",
 }
 #: Stands in for a value that cannot be read, so that planning can go on to the next problem.
-_NEUTRAL: dict[str, Scalar] = {"float": 1.0, "int": 1, "bool": True, "str": ""}
+_NEUTRAL: dict[str, Scalar] = {"float": 1.0, "int": 1, "bool": True}
 #: Parameters that were only ever about how mergekit computes.
 _NO_NUMERIC_EFFECT = frozenset(("int8_mask",))
 
@@ -45,8 +44,8 @@ def interpolate(values: tuple[Scalar, ...], position: float) -> Scalar:
     Parameters
     ----------
     values : tuple
-        One or more points. Numbers are joined by straight lines; truth values and text hold from
-        their point up to the next, so the last one counts at 1 only.
+        One or more points. Numbers are joined by straight lines; truth values hold from their point
+        up to the next, so the last one counts at 1 only.
     position : float
         The layer's position in its slice.
 
@@ -60,7 +59,7 @@ def interpolate(values: tuple[Scalar, ...], position: float) -> Scalar:
     scaled = position * (len(values) - 1)
     index = int(scaled)
     here = values[index]
-    if isinstance(here, bool | str):
+    if isinstance(here, bool):
         return here
     there = values[min(len(values) - 1, index + 1)]
     fraction = scaled - index
@@ -75,7 +74,7 @@ def convert(value: Scalar, kind: str) -> Scalar:
     value : bool, int, float or str
         As the recipe has it. Numbers may be text, truth values may be 0 and 1 or yes and no.
     kind : str
-        ``float``, ``int``, ``bool`` or ``str``.
+        ``float``, ``int`` or ``bool``.
 
     Raises
     ------
@@ -84,9 +83,7 @@ def convert(value: Scalar, kind: str) -> Scalar:
     """
     if kind == "float":
         return _to_float(value)
-    if kind == "int":
-        return _to_int(value)
-    return _to_bool(value) if kind == "bool" else str(value)
+    return _to_int(value) if kind == "int" else _to_bool(value)
 
 
 def _to_float(value: Scalar) -> float:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from oxmerge import _core
 from oxmerge.assembly import Assembler
 from oxmerge.errors import PlanError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
 from oxmerge.methods import Method, find_method, read_methods
-from oxmerge.option_names import check_seed
+from oxmerge.options import check_seed
 from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
 from oxmerge.problems import Problem, group_problems
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from oxmerge.accounting import Accounting
-    from oxmerge.engine_api import Engine
+    from oxmerge.accounting import ModelAccount
     from oxmerge.recipe import Recipe
 
 __all__ = ["DEFAULT_SHARD_SIZE", "MergePlan", "build_plan"]
@@ -55,11 +55,11 @@ class MergePlan:
         Which of them is the recipe's base.
     layer_map : tuple of (int, int), optional
         With slices: the model and its layer that each output layer takes its names from.
-    depth, donor_depth : int, optional
-        With slices: how many layers the output has, and the donor.
+    donor_depth : int, optional
+        With slices: how many layers the donor has.
     dtype : str, optional
         The float type that most of the output's bytes have; None if there is no float tensor.
-    accounting : Accounting
+    accounting : tuple of ModelAccount
         What becomes of every tensor of every model.
     warnings : tuple of Problem
         What has no effect, and what is left out.
@@ -71,10 +71,9 @@ class MergePlan:
     donor: int
     base: int | None
     layer_map: tuple[tuple[int, int], ...] | None
-    depth: int | None
     donor_depth: int | None
     dtype: str | None
-    accounting: Accounting
+    accounting: tuple[ModelAccount, ...]
     warnings: tuple[Problem, ...]
 
     def to_json(self) -> str:
@@ -88,8 +87,6 @@ def build_plan(
     shard_size: int = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
-    folder: str | None = None,
-    core: Engine | None = None,
 ) -> MergePlan:
     """Return the plan of a merge. Reads headers and configs only.
 
@@ -103,11 +100,6 @@ def build_plan(
         Of random masks, from 0 to 2**64 - 1.
     strict : bool
         Whether warnings count as problems.
-    folder : str, optional
-        Where relative paths may start, before the recipe's own folder; the working directory
-        unless given.
-    core : Engine, optional
-        The engine's functions; `oxmerge._core` unless given.
 
     Raises
     ------
@@ -119,28 +111,21 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    return _Planner(recipe, core or _compiled_core(), folder).plan(shard_size, seed, strict=strict)
-
-
-def _compiled_core() -> Engine:
-    from oxmerge import _core  # noqa: PLC0415 - so that planning can be used without the binary
-
-    return _core
+    return _Planner(recipe).plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe, core: Engine, folder: str | None) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.core = core
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
-        start = os.getcwd() if folder is None else folder
-        self.inputs = Inputs(core, (start,) if recipe.folder is None else (start, recipe.folder))
+        folders = (os.getcwd(), recipe.folder)
+        self.inputs = Inputs(tuple(folder for folder in folders if folder is not None))
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
-        self.methods = read_methods(core.methods())
+        self.methods = read_methods(_core.methods())
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> MergePlan:
         method, is_known = self.method()
@@ -207,7 +192,7 @@ class _Planner:
 
     def lay_out(self, tensors: list[OutputTensor], shard_size: int, seed: int) -> Plan:
         wanted = [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in tensors]
-        shards, places = self.core.lay_out(wanted, shard_size) if wanted else ((), ())
+        shards, places = _core.lay_out(wanted, shard_size) if wanted else ((), ())
         placed = [
             tensor.placed(shard, start)
             for tensor, (shard, start) in zip(tensors, places, strict=True)
@@ -221,7 +206,7 @@ class _Planner:
         return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards))
 
     def check_with_engine(self, plan: Plan) -> None:
-        for found in self.core.check_plan(plan.to_json()):
+        for found in _core.check_plan(plan.to_json()):
             self.problems.append(
                 Problem(
                     "method",
@@ -270,7 +255,9 @@ class _Planner:
     def failure(self, problems: list[Problem]) -> PlanError:
         return PlanError("cannot merge", problems=group_problems(problems))
 
-    def result(self, plan: Plan, donor: InputModel, accounting: Accounting) -> MergePlan:
+    def result(
+        self, plan: Plan, donor: InputModel, accounting: tuple[ModelAccount, ...]
+    ) -> MergePlan:
         base = self.recipe.base_model
         stack = donor.stack if self.sliced is not None else None
         return MergePlan(
@@ -280,7 +267,6 @@ class _Planner:
             donor=donor.index,
             base=None if base is None else donor.index,
             layer_map=None if self.sliced is None else self.sliced.layer_map,
-            depth=None if self.sliced is None else self.sliced.depth,
             donor_depth=None if stack is None else stack.depth,
             dtype=_main_dtype(plan.tensors),
             accounting=accounting,

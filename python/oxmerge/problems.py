@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: How many tensor names a grouped problem shows.
 SHOWN_TENSORS = 3
+#: Stands between a problem and what to do about it.
+_HINT = "\n  hint: "
 #: Controls of terminals, ends of lines, and what turns the direction of writing around.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 #: Kinds of problems that are mended in the recipe, also where they have no place in it.
@@ -67,7 +69,7 @@ class Problem:
     def __str__(self) -> str:
         """Return one line, and a second one with the hint if there is one."""
         line = printable(self._place() + self.message + self._comparison() + self._others())
-        return line if self.advice is None else f"{line}\n  hint: {self.advice}"
+        return line if self.advice is None else line + _HINT + self.advice
 
     def _place(self) -> str:
         places = [f"{self.where}: "] if self.where else []
@@ -88,6 +90,12 @@ class Problem:
         names = ", ".join(f"`{name}`" for name in self.tensors)
         more = ", ..." if self.count > len(self.tensors) else ""
         return f" ({self.count} tensors: {names}{more})"
+
+
+def without_hint(story: object) -> tuple[str, str | None]:
+    """Return the text of a problem, or of an error, and its hint apart, if it has one."""
+    text, _, hint = str(story).partition(_HINT)
+    return text, hint or None
 
 
 def group_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import prod
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from oxmerge.recipe import Scalar
 
 __all__ = [
+    "DTYPE_NAMES",
     "DTYPE_SIZES",
     "FLOATS",
     "PLAN_VERSION",
@@ -27,6 +29,12 @@ __all__ = [
 #: The version of the plan's schema.
 PLAN_VERSION = 1
 
+#: Element types: by their safetensors names, what NumPy, torch and recipes call them.
+DTYPE_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
+    "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64",
+    "I64": "int64", "F64": "float64",
+}  # fmt: skip
 #: Bytes an element.
 DTYPE_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -123,10 +131,7 @@ class OutputTensor:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return prod(self.shape)
 
     @property
     def bytes(self) -> int:

@@ -13,7 +13,6 @@ weights are copied too.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from oxmerge.card import REPORT_NAME
+from oxmerge.json_files import read_json
 
 _INDEXES = ("*.index.json",)
 _WEIGHTS = (
@@ -164,7 +164,7 @@ def _reason_to_leave(name: str) -> str | None:
 def _pipeline_folders(donor: Path) -> frozenset[str]:
     """Return the top-level folders that `modules.json` names."""
     try:
-        modules = json.loads((donor / "modules.json").read_bytes())
+        modules, _ = read_json(donor / "modules.json")
     except (OSError, ValueError):
         return frozenset()
     entries = modules if isinstance(modules, list) else []

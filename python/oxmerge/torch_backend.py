@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "Program", "Worker", "explain"]
 
-#: How elements are stored: the torch type, and the integers of its width.
+#: How elements are stored.
 STORED = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,

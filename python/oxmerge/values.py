@@ -6,6 +6,7 @@ from oxmerge.keys import KeyReader, Place, is_mapping
 from oxmerge.problems import did_you_mean
 from oxmerge.recipe import Choice, Setting
 from oxmerge.references import DOWNLOAD_REVISION, MERGE_LORA, parse_reference
+from oxmerge.schema import DTYPE_NAMES, FLOATS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["ValueReader"]
 
 _CHOICE_KEYS = frozenset(("value", "filter"))
-
-
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_DTYPES = {DTYPE_NAMES[code]: code for code in FLOATS}
 _DTYPE_ALIASES = {
     "bf16": "bfloat16",
     "fp16": "float16",

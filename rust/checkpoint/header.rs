@@ -60,14 +60,14 @@ impl Header {
     pub fn parse(text: &[u8], size: u64, index: usize) -> Result<Self> {
         let utf8 = std::str::from_utf8(text)
             .map_err(|_| Error::checkpoint("the header is not valid UTF-8"))?;
-        let mut raw = json::read_header(utf8)?;
-        check_names(&raw.entries)?;
+        let mut entries = json::read_header(utf8)?;
+        check_names(&entries)?;
         // Stable, and empty tensors first, so that what shares an offset keeps the header's order.
-        raw.entries.sort_by_key(|(_, entry)| (entry.begin, entry.end));
+        entries.sort_by_key(|(_, entry)| (entry.begin, entry.end));
         let data_start = PREFIX + text.len() as u64;
         let mut cursor = 0;
-        let mut tensors = Vec::with_capacity(raw.entries.len());
-        for (name, entry) in raw.entries {
+        let mut tensors = Vec::with_capacity(entries.len());
+        for (name, entry) in entries {
             let (dtype, start) = check_entry(&entry, cursor, data_start)
                 .map_err(|error| error.tensor(name.as_str()))?;
             cursor = entry.end;

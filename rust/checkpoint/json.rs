@@ -18,11 +18,8 @@ use crate::error::{Error, Result};
 /// More dimensions than any tensor library has.
 const MAX_DIMENSIONS: usize = 64;
 
-/// A header as written.
-#[derive(Debug, Default)]
-pub(super) struct RawHeader {
-    pub(super) entries: Vec<(String, RawEntry)>,
-}
+/// A header as written: its tensors by name, in order.
+pub(super) type RawHeader = Vec<(String, RawEntry)>;
 
 /// One tensor as written.
 #[derive(Debug)]
@@ -139,7 +136,7 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
                 *self.current = None;
             }
         }
-        Ok(RawHeader { entries })
+        Ok(entries)
     }
 }
 

@@ -148,20 +148,6 @@ impl Sink for ArraySink {
     }
 }
 
-/// The sink of a task without an output. Its type says what the arithmetic is done in.
-#[derive(Debug)]
-pub struct Nowhere(pub DType);
-
-impl Sink for Nowhere {
-    fn dtype(&self) -> DType {
-        self.0
-    }
-
-    fn write(&self, _: u64, _: &AlignedBuffer, _: Range<usize>) -> Result<()> {
-        Err(Error::plan("a task that looks for numbers has no output"))
-    }
-}
-
 /// Runs `task`, whose sources and sink are in memory, on at most `threads` threads (as many as there
 /// are cores, unless given). What it found, if it looks for numbers.
 pub fn run(

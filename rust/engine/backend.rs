@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::Offload;
+use super::need::Offload;
 use super::passes::SearchView;
 use crate::dtype::DType;
 use crate::error::Result;

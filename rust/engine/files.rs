@@ -5,14 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::memory::{Need, Way};
+use super::need::{Need, Way};
 use super::source::{Sink, Source};
 use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
 use crate::io::{self, AlignedBuffer, DirectMode, InputReader, ReadPath, ShardWriter};
-use crate::plan::{InputFile, OutputTensor, Plan, SourceTensor};
+use crate::plan::{InputFile, OutputShard, OutputTensor, Plan, SourceTensor};
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -305,7 +305,7 @@ fn create_shards(plan: &Plan, directory: &Path, mode: DirectMode) -> Result<Vec<
     for tensor in &plan.tensors {
         unfinished[tensor.shard] += 1;
     }
-    let create = |(shard, unfinished): (&crate::plan::OutputShard, usize)| {
+    let create = |(shard, unfinished): (&OutputShard, usize)| {
         let path = directory.join(partial_name(&shard.file_name));
         let writer = ShardWriter::create(&path, &shard.header, shard.size, mode)?;
         Ok(Arc::new(Shard { writer, unfinished: AtomicUsize::new(unfinished) }))

@@ -25,7 +25,7 @@ pub(crate) enum Pass {
     Identical,
 }
 
-/// The part of a [`Search`] that a worker needs.
+/// The part of a [`Search`](crate::formula::selection::Search) that a worker needs.
 pub(crate) struct SearchView {
     /// Which of the task's searches.
     pub(crate) index: usize,

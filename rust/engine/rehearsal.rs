@@ -6,14 +6,14 @@ use std::sync::Arc;
 use super::backend::Backend;
 use super::control::Control;
 use super::files;
-use super::source::{Sink, Source};
+use super::source::{Nowhere, Source};
 use super::task::Task;
 use super::{Settings, run_on};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::io::AlignedBuffer;
 use crate::kernels::{BLOCK, Level, narrow};
-use crate::plan::{OutputTensor, Plan};
+use crate::plan::{OutputTensor, Plan, SourceTensor};
 
 /// Elements that are computed at the most; rows stay whole.
 const MOST_ELEMENTS: u64 = 8 << 20;
@@ -65,20 +65,6 @@ impl Source for Pattern {
     }
 }
 
-/// Takes everything and keeps nothing.
-#[derive(Debug)]
-struct Nowhere(DType);
-
-impl Sink for Nowhere {
-    fn dtype(&self) -> DType {
-        self.0
-    }
-
-    fn write(&self, _first: u64, _buffer: &AlignedBuffer, _bytes: Range<usize>) -> Result<()> {
-        Ok(())
-    }
-}
-
 /// Bytes of inputs and output a second. Runs twice: a device is slow the first time.
 pub(crate) fn rate(
     backend: &dyn Backend,
@@ -102,7 +88,7 @@ pub(crate) fn rate(
 }
 
 fn task(plan: &Plan, tensor: &OutputTensor) -> Result<Task> {
-    let source = |(seed, source): (u64, &crate::plan::SourceTensor)| -> Arc<dyn Source> {
+    let source = |(seed, source): (u64, &SourceTensor)| -> Arc<dyn Source> {
         Arc::new(Pattern::new(source.dtype, seed))
     };
     Ok(Task::new(

@@ -15,8 +15,8 @@ pub trait Source: Debug + Send + Sync {
     /// The element type of what [`read`](Self::read) gives.
     fn dtype(&self) -> DType;
 
-    /// Whether long reads are used in place, in a map of the file: then they make memory resident
-    /// around the piece as well.
+    /// Whether long reads are used where the bytes lie: in memory, or in a map of a file, which makes
+    /// memory resident around the piece as well.
     fn is_in_place(&self) -> bool {
         false
     }
@@ -83,6 +83,21 @@ pub trait Sink: Debug + Send + Sync {
 
     /// Called once, when every element was written.
     fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Takes everything and keeps nothing. Its type has a say in what the arithmetic is done in, also
+/// for a task without an output.
+#[derive(Debug)]
+pub struct Nowhere(pub DType);
+
+impl Sink for Nowhere {
+    fn dtype(&self) -> DType {
+        self.0
+    }
+
+    fn write(&self, _first: u64, _buffer: &AlignedBuffer, _bytes: Range<usize>) -> Result<()> {
         Ok(())
     }
 }

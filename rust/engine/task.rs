@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::{Need, Way, step_elements};
+use super::need::{Need, Way, step_elements};
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -122,12 +122,17 @@ impl Task {
         let frame = TensorFrame::new(name, seed, shape);
         let types = sources.iter().map(|source| source.dtype());
         let double = types.chain(sinks.iter().map(|sink| sink.dtype())).any(|t| t == DType::F64);
-        let (reads_once, in_bands) = (false, false);
-        let work = work.shared();
-        let nothing = Work::Identical;
-        let mut task =
-            Self { frame, sources, labels, sinks, work: nothing, double, reads_once, in_bands };
-        task.set_work(work);
+        let mut task = Self {
+            frame,
+            sources,
+            labels,
+            sinks,
+            work: Work::Identical,
+            double,
+            reads_once: false,
+            in_bands: false,
+        };
+        task.set_work(work.shared());
         task
     }
 

@@ -155,14 +155,10 @@ impl<'a, T: Real> Machine<'a, T> {
         self.code.results.len()
     }
 
-    /// The value of expression `index` over the chunk that was run last.
-    pub(crate) fn result(&self, index: usize) -> Operand<'_, T> {
-        self.operand(self.code.results[index])
-    }
-
-    /// The same as a slice, also where it is one number everywhere.
+    /// The value of expression `index` over the chunk that was run last, also where it is one number
+    /// everywhere.
     pub(crate) fn chunk(&self, index: usize) -> Cow<'_, [T]> {
-        match self.result(index) {
+        match self.operand(self.code.results[index]) {
             Operand::Slice(values) => values.into(),
             Operand::Scalar(value) => vec![value; self.length].into(),
         }

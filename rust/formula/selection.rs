@@ -198,15 +198,16 @@ impl Histogram {
     }
 }
 
+/// The ordinal that an order key stands for: of f64 if `double`, else of f32.
+pub(crate) fn ordinal_of_key(key: u64, double: bool) -> i64 {
+    if double { key.wrapping_sub(1 << 63).cast_signed() } else { key.cast_signed() - (1 << 31) }
+}
+
 /// The value whose order key is `key`, in f64 if `double`, else in f32.
 pub(crate) fn value_of_key(key: u64, double: bool) -> f64 {
-    if double {
-        let ordinal = key.wrapping_sub(1 << 63).cast_signed();
-        let magnitude = f64::from_bits(ordinal.unsigned_abs());
-        if ordinal < 0 { -magnitude } else { magnitude }
-    } else {
-        let ordinal = key.cast_signed() - (1 << 31);
-        let magnitude = f64::from(f32::from_bits(ordinal.unsigned_abs() as u32));
-        if ordinal < 0 { -magnitude } else { magnitude }
-    }
+    let ordinal = ordinal_of_key(key, double);
+    let bits = ordinal.unsigned_abs();
+    let magnitude =
+        if double { f64::from_bits(bits) } else { f64::from(f32::from_bits(bits as u32)) };
+    if ordinal < 0 { -magnitude } else { magnitude }
 }

@@ -85,9 +85,8 @@ pub fn check_unchanged(files: &[InputFile]) -> Result<()> {
     })
 }
 
-/// Whether both paths lead to one file, by device and inode: through links of both kinds and
-/// however the paths are spelled. A path that leads nowhere is the same as none.
-pub(crate) fn same_file(a: &File, b: &File) -> bool {
+/// Whether both are one file, by device and inode.
+pub(super) fn same_file(a: &File, b: &File) -> bool {
     let identity = |file: &File| file.metadata().map(|of| (of.dev(), of.ino())).ok();
     identity(a).is_some_and(|a| Some(a) == identity(b))
 }

@@ -4,10 +4,8 @@
 //! come from a counter-based generator: they depend on the seed, the tensor's name and the model's
 //! position, not on threads or order. So they are not mergekit's masks, only of the same kind.
 
-use super::task_arithmetic::{
-    CONTRACT, Thinning, Votes, checked_density, family, merge_task_vectors,
-};
-use super::{Description, Method};
+use super::task_arithmetic::{CONTRACT, Thinning, Votes, family, merge_task_vectors};
+use super::{Class, Description, Method};
 use crate::error::Result;
 use crate::formula::Value;
 use crate::plan::OutputTensor;
@@ -29,7 +27,7 @@ impl Method for DareLinear {
             name: "dare_linear",
             title: "Linear DARE",
             formula: "base + lambda * sum of w_i * r_i * (x_i - base) at random positions",
-            class: "selection",
+            class: Class::Selection,
             cost: COST,
             paper: PAPER,
             contract: CONTRACT,
@@ -49,7 +47,7 @@ impl Method for DareTies {
             title: "DARE TIES",
             formula: "base + lambda * sum of the w_i * r_i * (x_i - base) at random positions \
                       that have the elected sign",
-            class: "selection",
+            class: Class::Selection,
             cost: COST,
             paper: PAPER,
             contract: CONTRACT,
@@ -63,12 +61,11 @@ impl Method for DareTies {
 }
 
 fn drop_at_random(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
-    let density = checked_density(thinning.density)?;
     if thinning.keeps_all() {
         return Ok(vector.clone());
     }
-    if density <= 0.0 {
+    if thinning.density <= 0.0 {
         return Ok(Value::scalar(0.0));
     }
-    thinning.apply(vector, &Value::random_mask(density, thinning.position))
+    thinning.apply(vector, &Value::random_mask(thinning.density, thinning.position))
 }

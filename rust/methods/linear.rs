@@ -1,6 +1,6 @@
 //! Weighted average: Σ wᵢ·xᵢ / Σ wᵢ.
 
-use super::{Contract, Description, Inputs, Method, Parameter, Preset};
+use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::{Error, Result};
 use crate::formula::Value;
 use crate::plan::OutputTensor;
@@ -15,23 +15,23 @@ impl Method for Linear {
             name: "linear",
             title: "Linear",
             formula: "sum of w_i * x_i, divided by the sum of w_i if normalize",
-            class: "elementwise",
+            class: Class::Elementwise,
             cost: "one read of every input",
             paper: "https://arxiv.org/abs/2203.05482",
-            contract: Contract { base: "ignored", inputs: (1, None), others: (0, None) },
+            contract: Contract { base: Base::Ignored, inputs: (1, None), others: (0, None) },
             parameters: const {
                 &[
                     Parameter::new(
-                        "input",
+                        Per::Input,
                         "weight",
-                        "float",
+                        Kind::Float,
                         Preset::Nothing,
                         "how much of this model",
                     ),
                     Parameter::new(
-                        "shared",
+                        Per::Shared,
                         "normalize",
-                        "bool",
+                        Kind::Bool,
                         Preset::Bool(true),
                         "divide by the sum of the weights",
                     ),

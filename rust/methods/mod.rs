@@ -33,8 +33,8 @@ pub struct Description {
     pub title: &'static str,
     /// What an output element is, in one or two lines.
     pub formula: &'static str,
-    /// The execution class: which passes it makes over a tensor.
-    pub class: &'static str,
+    /// Which passes it makes over a tensor.
+    pub class: Class,
     /// How often the inputs are read, in words.
     pub cost: &'static str,
     /// Where it comes from.
@@ -45,11 +45,35 @@ pub struct Description {
     pub parameters: &'static [Parameter],
 }
 
+/// The passes that a method makes before it combines, by what they leave.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Class {
+    /// There are none.
+    Elementwise,
+    /// Inner products.
+    Gram,
+    /// What to keep of each input, and sums.
+    Selection,
+}
+
+/// What a base is to a method.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Base {
+    /// One of the inputs, which has to be there.
+    Required,
+    /// One of the inputs, which may be there.
+    Optional,
+    /// An input like any other.
+    Ignored,
+}
+
 /// How many inputs a method takes, and whether one of them is a base.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Contract {
-    /// `required`, `optional`, or `ignored` (the base is an input like any other).
-    pub base: &'static str,
+    /// What a base is to it.
+    pub base: Base,
     /// Fewest and most inputs, the base among them.
     pub inputs: (u32, Option<u32>),
     /// Fewest and most inputs that are not the base.
@@ -61,16 +85,40 @@ pub struct Contract {
 pub struct Parameter {
     /// The name in recipes.
     pub name: &'static str,
-    /// `float`, `int` or `bool`.
-    pub kind: &'static str,
+    /// What its values are.
+    pub kind: Kind,
     /// What it is when the recipe does not say.
     pub default: Preset,
     /// Whether the recipe must say.
     pub required: bool,
-    /// `shared` by all inputs of a tensor, one an `input`, or one for each `other` than the base.
-    pub per: &'static str,
+    /// How many values it has.
+    pub per: Per,
     /// What it does.
     pub help: &'static str,
+}
+
+/// What the values of a parameter are.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Finite numbers.
+    Float,
+    /// Whole numbers.
+    Int,
+    /// Switches.
+    Bool,
+}
+
+/// How many values a parameter has for a tensor.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Per {
+    /// One.
+    Shared,
+    /// One for each input.
+    Input,
+    /// One for each input but the base.
+    Other,
 }
 
 /// What a parameter is when the recipe does not say.
@@ -86,9 +134,9 @@ pub enum Preset {
 impl Parameter {
     /// A parameter; required if `default` is [`Preset::Nothing`].
     pub const fn new(
-        per: &'static str,
+        per: Per,
         name: &'static str,
-        kind: &'static str,
+        kind: Kind,
         default: Preset,
         help: &'static str,
     ) -> Self {

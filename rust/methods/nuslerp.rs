@@ -4,7 +4,7 @@
 //! Differs from mergekit where the vectors are nearly opposite: there the angle's sine is all
 //! rounding error, and its reciprocal blows the result up. Such vectors are interpolated linearly.
 
-use super::{Contract, Description, Inputs, Method, Parameter, Preset};
+use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::{Error, Result};
 use crate::formula::{Scalar, Scope, Value, compute};
 use crate::plan::OutputTensor;
@@ -29,30 +29,30 @@ impl Method for Nuslerp {
             title: "NuSLERP",
             formula: "slerp of two models (of their differences to the base, if there is one) \
                       with t = w_1 / (w_0 + w_1)",
-            class: "gram",
+            class: Class::Gram,
             cost: "two reads of every input",
             paper: "https://github.com/arcee-ai/mergekit",
-            contract: Contract { base: "optional", inputs: (2, Some(3)), others: (2, Some(2)) },
+            contract: Contract { base: Base::Optional, inputs: (2, Some(3)), others: (2, Some(2)) },
             parameters: const {
                 &[
                     Parameter::new(
-                        "other",
+                        Per::Other,
                         "weight",
-                        "float",
+                        Kind::Float,
                         Preset::Nothing,
                         "how much of this model",
                     ),
                     Parameter::new(
-                        "shared",
+                        Per::Shared,
                         "nuslerp_flatten",
-                        "bool",
+                        Kind::Bool,
                         Preset::Bool(true),
                         "one vector a tensor; else one for each row",
                     ),
                     Parameter::new(
-                        "shared",
+                        Per::Shared,
                         "nuslerp_row_wise",
-                        "bool",
+                        Kind::Bool,
                         Preset::Bool(false),
                         "without nuslerp_flatten: vectors along the first dimension (columns)",
                     ),

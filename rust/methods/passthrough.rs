@@ -1,6 +1,6 @@
 //! One model unchanged, or scaled: for stacking layers.
 
-use super::{Contract, Description, Inputs, Method, Parameter, Preset};
+use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::{Error, Result};
 use crate::formula::Value;
 use crate::plan::OutputTensor;
@@ -15,16 +15,16 @@ impl Method for Passthrough {
             name: "passthrough",
             title: "Passthrough",
             formula: "x, or scale * x",
-            class: "elementwise",
+            class: Class::Elementwise,
             cost: "one read",
             paper: "https://arxiv.org/abs/2312.15166",
-            contract: Contract { base: "ignored", inputs: (1, Some(1)), others: (0, None) },
+            contract: Contract { base: Base::Ignored, inputs: (1, Some(1)), others: (0, None) },
             parameters: &[Parameter {
                 name: "scale",
-                kind: "float",
+                kind: Kind::Float,
                 default: Preset::Nothing,
                 required: false,
-                per: "input",
+                per: Per::Input,
                 help: "a factor; without it the tensor is copied",
             }],
         }

@@ -1,6 +1,6 @@
 //! Spherical interpolation between the base and one other model, over the whole tensor.
 
-use super::{Contract, Description, Inputs, Method, Parameter, Preset};
+use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::{Error, Result};
 use crate::formula::{Scope, Value, compute};
 use crate::plan::OutputTensor;
@@ -20,15 +20,15 @@ impl Method for Slerp {
             name: "slerp",
             title: "SLERP",
             formula: "(sin((1-t)a) * base + sin(t a) * x) / sin a, with a the angle between them",
-            class: "gram",
+            class: Class::Gram,
             cost: "two reads of both inputs",
             paper: "https://en.wikipedia.org/wiki/Slerp",
-            contract: Contract { base: "required", inputs: (2, Some(2)), others: (1, Some(1)) },
+            contract: Contract { base: Base::Required, inputs: (2, Some(2)), others: (1, Some(1)) },
             parameters: const {
                 &[Parameter::new(
-                    "shared",
+                    Per::Shared,
                     "t",
-                    "float",
+                    Kind::Float,
                     Preset::Nothing,
                     "0 is the base, 1 the other model; outside of that it extrapolates",
                 )]

@@ -7,8 +7,8 @@
 //! with f64 inputs), rounded once at the end, where mergekit rounds to the input type at each step.
 
 use super::linear::sum_of_weights;
-use super::{Contract, Description, Inputs, Method, Parameter, Preset};
-use crate::error::{Error, Result};
+use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
+use crate::error::Result;
 use crate::formula::{Scalar, Scope, Value, compute};
 use crate::plan::OutputTensor;
 
@@ -22,7 +22,7 @@ impl Method for TaskArithmetic {
             name: "task_arithmetic",
             title: "Task Arithmetic",
             formula: "base + lambda * sum of w_i * (x_i - base)",
-            class: "elementwise",
+            class: Class::Elementwise,
             cost: "one read of every input",
             paper: "https://arxiv.org/abs/2212.04089",
             contract: CONTRACT,
@@ -37,41 +37,47 @@ impl Method for TaskArithmetic {
 
 /// The inputs that every method of the family takes.
 pub(super) const CONTRACT: Contract =
-    Contract { base: "required", inputs: (1, None), others: (0, None) };
+    Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
 
 /// The parameters of the family, with a method's own defaults.
 pub(super) const fn family(normalize: bool, rescale: bool) -> [Parameter; 6] {
     [
         Parameter::new(
-            "other",
+            Per::Other,
             "weight",
-            "float",
+            Kind::Float,
             Preset::Nothing,
             "how much of this model's task vector",
         ),
         Parameter::new(
-            "other",
+            Per::Other,
             "density",
-            "float",
+            Kind::Float,
             Preset::Float(1.0),
             "the share of the task vector that is kept",
         ),
         Parameter::new(
-            "shared",
+            Per::Shared,
             "normalize",
-            "bool",
+            Kind::Bool,
             Preset::Bool(normalize),
             "divide by the sum of the weights (with votes: of those that won)",
         ),
         Parameter::new(
-            "shared",
+            Per::Shared,
             "rescale",
-            "bool",
+            Kind::Bool,
             Preset::Bool(rescale),
             "scale a thinned task vector to the L1 norm it had",
         ),
-        Parameter::new("shared", "lambda", "float", Preset::Float(1.0), "scales the sum"),
-        Parameter::new("shared", "int8_mask", "bool", Preset::Bool(false), "has no numeric effect"),
+        Parameter::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), "scales the sum"),
+        Parameter::new(
+            Per::Shared,
+            "int8_mask",
+            Kind::Bool,
+            Preset::Bool(false),
+            "has no numeric effect",
+        ),
     ]
 }
 
@@ -149,12 +155,4 @@ impl Thinning<'_> {
 fn rescale(before: f64, after: f64) -> f64 {
     const NEXT_TO_NOTHING: f64 = 1e-7;
     if before < NEXT_TO_NOTHING || after < NEXT_TO_NOTHING { 1.0 } else { before / after }
-}
-
-/// Refuses a density that is not a number.
-pub(super) fn checked_density(density: f64) -> Result<f64> {
-    if density.is_nan() {
-        return Err(Error::plan("`density` is not a number").advice("give one from 0 to 1"));
-    }
-    Ok(density)
 }

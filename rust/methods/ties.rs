@@ -1,9 +1,7 @@
 //! TIES: keep the largest elements of each task vector, elect a sign, average those that agree.
 
-use super::task_arithmetic::{
-    CONTRACT, Thinning, Votes, checked_density, family, merge_task_vectors,
-};
-use super::{Description, Method};
+use super::task_arithmetic::{CONTRACT, Thinning, Votes, family, merge_task_vectors};
+use super::{Class, Description, Method};
 use crate::error::Result;
 use crate::formula::Value;
 use crate::plan::OutputTensor;
@@ -19,7 +17,7 @@ impl Method for Ties {
             title: "TIES",
             formula: "base + lambda * mean of the w_i * (x_i - base) that are among the largest \
                       and have the elected sign",
-            class: "selection",
+            class: Class::Selection,
             cost: "two to four reads of every input",
             paper: "https://arxiv.org/abs/2306.01708",
             contract: CONTRACT,
@@ -33,14 +31,13 @@ impl Method for Ties {
 }
 
 /// The `density` share of largest magnitude; at least one element, unless density is 0.
-pub(super) fn keep_largest(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
-    let density = checked_density(thinning.density)?;
+fn keep_largest(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
     if thinning.keeps_all() {
         return Ok(vector.clone());
     }
-    if density <= 0.0 || thinning.elements == 0 {
+    if thinning.density <= 0.0 || thinning.elements == 0 {
         return Ok(Value::scalar(0.0));
     }
-    let count = (density * thinning.elements as f64).trunc().max(1.0);
+    let count = (thinning.density * thinning.elements as f64).trunc().max(1.0);
     thinning.apply(vector, &vector.abs().largest(count))
 }

@@ -26,7 +26,7 @@ pub struct Plan {
     pub method: String,
     /// The seed of random masks.
     pub seed: u64,
-    /// Every file that sources lie in.
+    /// Every file that must stay as it is: those that sources lie in, then configs and indexes.
     pub files: Vec<InputFile>,
     /// The output tensors, in file order.
     pub tensors: Vec<OutputTensor>,

@@ -1,4 +1,7 @@
-//! The bindings: each is extract, call, wrap. Nothing here decides anything.
+//! The bindings: what Python hands over becomes the engine's, and what comes of it Python's.
+//!
+//! What they decide besides is how a call runs: on which thread and how many (`enter`, `merge`), and
+//! into which memory (`arrays`).
 
 #![expect(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 

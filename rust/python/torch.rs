@@ -11,14 +11,15 @@ use pyo3::types::{PyByteArray, PyList, PyTuple};
 
 use super::lend::Lent;
 use crate::engine::backend::{Arithmetic, Backend, Layout, Output, Program, Step, Tally};
-use crate::engine::memory::Offload;
+use crate::engine::need::Offload;
 use crate::engine::passes::SearchView;
 use crate::engine::simd::Simd;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::Scope;
 use crate::formula::code::{Argument, Code, Operation, Slot};
 use crate::formula::machine::{InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
+use crate::formula::selection::ordinal_of_key;
+use crate::formula::{ReductionKind, Scope};
 use crate::kernels::{Counts, Level, MaskKey};
 
 /// A `torch_backend.Backend`, and what went wrong in it.
@@ -183,11 +184,11 @@ impl<'py> Encoder<'_, 'py> {
                 ("elect", out, self.terms(terms), *average).into_pyobject(py)
             }
             Operation::Kept { a, chosen } => {
-                let threshold = ordinal(chosen.threshold, self.double);
+                let threshold = ordinal_of_key(chosen.threshold, self.double);
                 ("kept", out, *a, threshold, chosen.equals_end).into_pyobject(py)
             }
             Operation::Trim { a, chosen } => {
-                let threshold = ordinal(chosen.threshold, self.double);
+                let threshold = ordinal_of_key(chosen.threshold, self.double);
                 ("trim", out, *a, threshold, chosen.equals_end).into_pyobject(py)
             }
             Operation::Random { keep_below, stream } => {
@@ -224,11 +225,6 @@ impl<'py> Encoder<'_, 'py> {
     fn number(&self, number: f64) -> f64 {
         if self.double { number } else { f64::from(number as f32) }
     }
-}
-
-/// The ordinal that an order key stands for.
-fn ordinal(key: u64, double: bool) -> i64 {
-    if double { key.wrapping_sub(1 << 63).cast_signed() } else { key.cast_signed() - (1 << 31) }
 }
 
 /// A `torch_backend.Program`.
@@ -308,8 +304,8 @@ impl Program for TorchProgram<'_> {
                 });
                 let reductions = lend_results(py, lent, layout, found)?;
                 let views = searches.iter().zip(&mut counted).map(|(view, counted)| {
-                    let low = ordinal(view.low, self.double);
-                    let high = ordinal(view.high, self.double);
+                    let low = ordinal_of_key(view.low, self.double);
+                    let high = ordinal_of_key(view.high, self.double);
                     let buffer = lent.writable(py, bytemuck::cast_slice_mut(counted))?;
                     (low, high, view.shift, view.bins, buffer).into_pyobject(py)
                 });
@@ -372,9 +368,9 @@ fn lend_results<'py, 'a>(
     layout: &Layout,
     results: impl Iterator<Item = &'a mut [f64]>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let entry = |(&(kind, left, right), results): (&(_, usize, Option<usize>), &'a mut [f64])| {
+    type Operands = (ReductionKind, usize, Option<usize>);
+    let entry = |(&(kind, left, right), results): (&Operands, &'a mut [f64])| {
         let buffer = lent.writable(py, bytemuck::cast_slice_mut(results))?;
-        let kind: crate::formula::ReductionKind = kind;
         (format!("{kind:?}"), left, right, buffer).into_pyobject(py)
     };
     let reductions: PyResult<Vec<_>> = layout.kinds.iter().zip(results).map(entry).collect();

@@ -1,9 +1,9 @@
 """The command line: `oxmerge VERB ...`.
 
 Standard output carries data, standard error speaks to people, and the exit code says how it went:
-0 done, 1 failed, 2 usage or recipe error, 130 interrupted. Each verb is a
-module with `add_arguments` and `run`; only the one asked for is imported. This module is the one
-place where an exception becomes text.
+0 done, 1 failed, 2 usage or recipe error, 130 interrupted. Each verb is a module with
+`add_arguments` and `run`; only the one asked for is imported. Exceptions end here: `failures` says
+how they are told.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from oxmerge import __version__
 from oxmerge.cli.arguments import Parser, UsageError
 from oxmerge.cli.failures import exit_code, report, tell
 from oxmerge.cli.printer import DataUnwritten, Printer
@@ -78,7 +79,7 @@ def _dispatch(arguments: list[str], printer: Printer, engine: Engine | None) -> 
         printer.data(_overview())
         return 0 if arguments else 2
     if arguments[0] in {"-V", "--version"}:
-        printer.data(f"oxmerge {_version()}")
+        printer.data(f"oxmerge {__version__}")
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
@@ -89,7 +90,11 @@ def _dispatch(arguments: list[str], printer: Printer, engine: Engine | None) -> 
     options = parser.parse(rest, printer)
     if options is None:
         return 0
-    return int(module.run(options, printer, engine or _installed_engine()))
+    if engine is None:
+        from oxmerge.cli.engine import Engine  # noqa: PLC0415 - only to work
+
+        engine = Engine()
+    return int(module.run(options, printer, engine))
 
 
 def _overview() -> str:
@@ -106,23 +111,3 @@ def _overview() -> str:
             "Start with `oxmerge demo`.",
         ]
     )
-
-
-def _version() -> str:
-    import oxmerge  # noqa: PLC0415 - only to tell
-
-    version = getattr(oxmerge, "__version__", None)
-    if isinstance(version, str):
-        return version
-    from importlib import metadata  # noqa: PLC0415 - slow
-
-    try:
-        return metadata.version("oxmerge")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-def _installed_engine() -> Engine:
-    from oxmerge.cli.engine import InstalledEngine  # noqa: PLC0415 - only to work
-
-    return InstalledEngine()

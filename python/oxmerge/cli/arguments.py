@@ -6,7 +6,7 @@ import argparse
 import re
 import shutil
 
-from oxmerge.option_names import MOST_SEED, MOST_THREADS, READ_PATHS, check_device
+from oxmerge.options import MOST_SEED, MOST_THREADS, READ_PATHS, check_device
 from oxmerge.problems import did_you_mean
 from oxmerge.sizes import parse_size
 

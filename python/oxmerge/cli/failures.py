@@ -8,6 +8,7 @@ import re
 from oxmerge.cli.arguments import UsageError
 from oxmerge.cli.printer import DataUnwritten
 from oxmerge.errors import OxmergeError, RecipeError
+from oxmerge.problems import without_hint
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def report(error: BaseException, printer: Printer) -> bool:
 
 def tell(error: BaseException, printer: Printer) -> None:
     """Tell people about an exception."""
-    problems = [(_without_hint(each), each.advice) for each in getattr(error, "problems", ())]
+    problems = [without_hint(each) for each in getattr(error, "problems", ())]
     headline = getattr(error, "message", "") if problems else _headline(error)
     advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
     printer.error(headline, problems, getattr(error, "advice", None) or advice)
@@ -96,12 +97,7 @@ def _headline(error: BaseException) -> str:
         reason = _RUST_NUMBER.sub("", error.strerror or str(error))
         reason = reason[:1].lower() + reason[1:]
         return reason if error.filename is None else f"`{_text(error.filename)}`: {reason}"
-    return _without_hint(error) if isinstance(error, OxmergeError) else str(error)
-
-
-def _without_hint(story: object) -> str:
-    """Return the text of an error or a problem; its hint has a place of its own."""
-    return str(story).split("\n  hint: ", 1)[0]
+    return without_hint(error)[0] if isinstance(error, OxmergeError) else str(error)
 
 
 def _text(name: object) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -10,9 +9,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from oxmerge.accounting import runs
 from oxmerge.cli.arguments import Parser, add_json_option
-from oxmerge.names import find_layer_counts, find_layout
+from oxmerge.json_files import read_json
+from oxmerge.names import find_layer_counts, find_layout, is_head
+from oxmerge.output_config import says_tied
 from oxmerge.problems import printable
+from oxmerge.schema import DTYPE_SIZES
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -20,12 +23,12 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterable, Iterator, Sequence
 
-    from oxmerge.cli.engine import Engine, OpenCheckpoint, TensorEntry
+    from oxmerge._core import Checkpoint, TensorInfo
+    from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
     from oxmerge.names import Layout
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
-_BITS = re.compile(r"\d+")
 _LEAST_STACK = 2
 _NAME_WIDTH = 46
 
@@ -78,7 +81,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     return 0
 
 
-def sort_tensors(checkpoint: OpenCheckpoint, config: dict[str, Any]) -> Contents:
+def sort_tensors(checkpoint: Checkpoint, config: dict[str, Any]) -> Contents:
     """Sort the tensors of a checkpoint into stacks and loose ones, as merging does."""
     tensors = list(checkpoint.tensors)
     layout = _layout([tensor.name for tensor in tensors], config)
@@ -114,20 +117,17 @@ def _layout(names: list[str], config: dict[str, Any]) -> Layout:
 def _read_config(model: str) -> dict[str, Any]:
     folder = model if os.path.isdir(model) else os.path.dirname(model)
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError):
+        config, _ = read_json(os.path.join(folder, "config.json"))
+    except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
 
 
-def _bytes(tensor: TensorEntry) -> int:
-    """Bytes of a tensor, from the number of bits that its type's name tells."""
-    bits = _BITS.search(tensor.dtype)
-    return prod(tensor.shape) * (int(bits[0]) if bits else 8) // 8
+def _bytes(tensor: TensorInfo) -> int:
+    return prod(tensor.shape) * DTYPE_SIZES[tensor.dtype]
 
 
-def _by_dtype(tensors: Iterable[TensorEntry]) -> dict[str, tuple[int, int]]:
+def _by_dtype(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, int]]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for tensor in tensors:
@@ -136,17 +136,16 @@ def _by_dtype(tensors: Iterable[TensorEntry]) -> dict[str, tuple[int, int]]:
     return {dtype: (counts[dtype], sizes[dtype]) for dtype in sorted(counts)}
 
 
-def _tied(tensors: Iterable[TensorEntry], config: dict[str, Any]) -> list[str]:
+def _tied(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> list[str]:
     """Say what is tied to what, as far as the config does."""
-    nested = [config, *(value for value in config.values() if isinstance(value, dict))]
-    if not any(inner.get("tie_word_embeddings") is True for inner in nested):
+    if not says_tied(config):
         return []
-    has_head = any(re.search(r"(^|\.)lm_head\.weight$", tensor.name) for tensor in tensors)
+    has_head = any(is_head(tensor.name) for tensor in tensors)
     stored = ", though a head is stored" if has_head else ""
     return [f"output head = input embedding, says the config{stored}"]
 
 
-def _lines(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> Iterator[str]:
+def _lines(model: str, checkpoint: Checkpoint, contents: Contents) -> Iterator[str]:
     count, files = len(checkpoint.tensors), len(checkpoint.files)
     yield f"model       {model}"
     yield f"files       {files}, {format_size(contents.total_bytes)} of weights"
@@ -178,18 +177,8 @@ def _where(layers: Sequence[int], depth: int) -> str:
     times = f", {len(layers) // len(distinct)} each" if len(layers) > len(distinct) else ""
     if len(distinct) == depth:
         return times
-    return f", layers {_ranges(distinct)}{times}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers with runs folded: `0-3, 5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    parts = (str(a) if a == b else f"{a}-{b}" for a, b in runs(distinct))
+    return f", layers {', '.join(parts)}{times}"
 
 
 def _human(count: int) -> str:
@@ -199,7 +188,7 @@ def _human(count: int) -> str:
     return str(count)
 
 
-def _as_data(model: str, checkpoint: OpenCheckpoint, contents: Contents) -> dict[str, Any]:
+def _as_data(model: str, checkpoint: Checkpoint, contents: Contents) -> dict[str, Any]:
     return {
         "model": model,
         "files": [str(file["path"]) for file in checkpoint.files],

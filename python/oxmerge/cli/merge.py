@@ -10,8 +10,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from oxmerge.cli.engine import Engine, MergeReport
+    from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
+    from oxmerge.merging import MergeReport
 
 
 def add_arguments(parser: Parser) -> None:

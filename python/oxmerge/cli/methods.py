@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from oxmerge.cli.arguments import Parser, UsageError, add_json_option
+from oxmerge.methods import Count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,51 +46,37 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
 
 
 def _find(methods: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    by_name = {str(method["name"]): method for method in methods}
+    by_name = {method["name"]: method for method in methods}
     if name not in by_name:
         raise UsageError.unknown("method", name, by_name)
     return by_name[name]
 
 
 def _table(methods: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    widest = max((len(str(method["name"])) for method in methods), default=0) + 2
+    widest = max(len(method["name"]) for method in methods) + 2
     for method in methods:
-        about = method.get("formula", "")
-        yield from _hanging(str(method["name"]).ljust(widest), " ".join(str(about).split()))
+        yield from _hanging(method["name"].ljust(widest), " ".join(method["formula"].split()))
 
 
 def _page(method: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{method['name']}: {method.get('title', '')}"
+    yield f"{method['name']}: {method['title']}"
     yield ""
-    facts = {**method, **_contract(method.get("contract", {}))}
+    contract = method["contract"]
+    facts = {**method, "base": contract["base"], "inputs": _inputs(contract)}
     for label in ("formula", "base", "inputs", "class", "cost", "paper"):
-        if facts.get(label):
-            yield from _entry(label, str(facts[label]))
-    parameters = method.get("parameters", ())
-    if not parameters:
-        return
-    yield ""
-    yield "parameters"
-    for parameter in parameters:
+        yield from _entry(label, facts[label])
+    if method["parameters"]:
+        yield ""
+        yield "parameters"
+    for parameter in method["parameters"]:
         yield from _parameter(parameter)
 
 
-def _contract(contract: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a method takes, in words."""
-    words = {"base": str(contract["base"])} if "base" in contract else {}
-    counts = [
-        _count(contract[key]) + ending
-        for key, ending in (("inputs", ""), ("others", " besides the base"))
-        if key in contract and tuple(contract[key]) != (0, None)
-    ]
-    return {**words, "inputs": ", ".join(counts)} if counts else words
-
-
-def _count(bounds: Sequence[int | None]) -> str:
-    least, most = bounds
-    if most is None:
-        return f"at least {least}"
-    return f"exactly {least}" if least == most else f"{least} to {most}"
+def _inputs(contract: Mapping[str, Any]) -> str:
+    """Return how many inputs a method takes, in words."""
+    words = Count(*contract["inputs"]).of("model")
+    others = Count(*contract["others"])
+    return words if others == Count() else f"{words}, {others.of('model')} besides the base"
 
 
 def _entry(label: str, value: str) -> Iterator[str]:
@@ -99,17 +86,12 @@ def _entry(label: str, value: str) -> Iterator[str]:
 
 
 def _parameter(parameter: Mapping[str, Any]) -> Iterator[str]:
-    per = parameter.get("per")
-    facts = [str(parameter[key]) for key in ("kind",) if parameter.get(key)]
-    facts += [_PER.get(str(per), str(per))] if per else []
-    default = parameter.get("default")
-    facts.append("required" if parameter.get("required") else f"default {_plain(default)}")
-    yield f"  {parameter['name']} ({', '.join(facts)})"
-    text = parameter.get("help")
-    if text:
-        yield from textwrap.wrap(
-            str(text), _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
+    preset = "required" if parameter["required"] else f"default {_plain(parameter['default'])}"
+    yield f"  {parameter['name']} ({parameter['kind']}, {_PER[parameter['per']]}, {preset})"
+    indent = " " * 6
+    yield from textwrap.wrap(
+        parameter["help"], _WIDTH, initial_indent=indent, subsequent_indent=indent
+    )
 
 
 def _plain(value: object) -> str:

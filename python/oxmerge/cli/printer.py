@@ -10,7 +10,7 @@ import os
 import sys
 from typing import cast
 
-from oxmerge.problems import printable
+from oxmerge.problems import printable, without_hint
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ class Printer:
         if self.quiet:
             return
         for warning in warnings:
-            text, *hints = str(warning).split("\n  hint: ", 1)
+            text, hint = without_hint(warning)
             self._message(printable(text), "warning")
-            for hint in hints:
+            if hint:
                 self._message(hint, "hint")
 
     def error(

@@ -17,8 +17,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from oxmerge.cli.engine import Progress, Snapshot
+    from oxmerge.cli.engine import Progress
     from oxmerge.cli.printer import Printer
+    from oxmerge.merging import Snapshot
 
 _SECONDS_BETWEEN_LINES = 5.0
 _LONGEST_NAME = 36
@@ -29,7 +30,7 @@ def show_progress(printer: Printer) -> Iterator[Progress | None]:
     """Yield the callback that shows progress, or None where nobody wants it."""
     if printer.quiet or os.environ.get("OXMERGE_NO_PROGRESS"):
         yield None
-    elif printer.is_terminal and _has_rich():
+    elif printer.is_terminal:
         with _bar(printer) as callback:
             yield callback
     else:
@@ -88,12 +89,6 @@ def _left(snapshot: Snapshot, seconds: float) -> str:
         return "?"
     remaining = snapshot.bytes_total - snapshot.bytes_done
     return format_duration(seconds * remaining / snapshot.bytes_done)
-
-
-def _has_rich() -> bool:
-    from importlib.util import find_spec  # noqa: PLC0415 - only for a terminal
-
-    return find_spec("rich") is not None
 
 
 @contextmanager

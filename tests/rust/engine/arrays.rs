@@ -5,9 +5,9 @@
 use std::sync::Arc;
 
 use oxmerge::dtype::DType;
-use oxmerge::engine::arrays::{ArraySink, ArraySource, Nowhere, run, ulp_distance};
+use oxmerge::engine::arrays::{ArraySink, ArraySource, run, ulp_distance};
 use oxmerge::engine::control::Control;
-use oxmerge::engine::source::{Sink, Source};
+use oxmerge::engine::source::{Nowhere, Sink, Source};
 use oxmerge::engine::task::{Task, Work};
 use oxmerge::error::Result;
 use oxmerge::formula::oracle::Oracle;

@@ -5,7 +5,9 @@
 
 use oxmerge::error::{Error, Result};
 use oxmerge::formula::{Scalar, Scope, Value, compute};
-use oxmerge::methods::{Contract, Description, Inputs, Method, Parameter, Preset};
+use oxmerge::methods::{
+    Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset,
+};
 use oxmerge::plan::OutputTensor;
 
 /// Norm-preserving average.
@@ -19,15 +21,15 @@ impl Method for NormAverage {
             title: "Norm-preserving average",
             formula: "s * a, with a = sum of w_i * x_i / sum of w_i, \
                       and s = (sum of w_i * |x_i| / sum of w_i) / |a|",
-            class: "gram",
+            class: Class::Gram,
             cost: "two reads of every input",
             paper: "this document",
-            contract: Contract { base: "ignored", inputs: (1, None), others: (0, None) },
+            contract: Contract { base: Base::Ignored, inputs: (1, None), others: (0, None) },
             parameters: const {
                 &[Parameter::new(
-                    "input",
+                    Per::Input,
                     "weight",
-                    "float",
+                    Kind::Float,
                     Preset::Nothing,
                     "how much of this model",
                 )]

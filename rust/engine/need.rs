@@ -1,0 +1,340 @@
+//! What a tensor needs in memory: for a piece of it in a worker, for the state of its passes, and on
+//! a device.
+//!
+//! A piece that is used in place costs more than its bytes: a map may make whole windows of
+//! [`MAP_MARGIN`] bytes resident, and a piece touches one more than it fills. Where the workers'
+//! shares are too small for that, pieces stay below [`MAPPED_FROM`] and are read by position,
+//! which is as fast there.
+
+use super::memory::MemoryPlan;
+use super::source::Source;
+use super::task::Work;
+use super::worker::SAMPLE_BYTES;
+use crate::dtype::DType;
+use crate::formula::machine::{BAND, CHUNK, TensorFrame};
+use crate::formula::masks;
+use crate::formula::selection::{HISTOGRAM_BYTES, SEARCH_BYTES};
+use crate::formula::stage::unknown;
+use crate::formula::{Scope, Value};
+use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
+use crate::kernels::BLOCK;
+
+const BLOCK_ELEMENTS: u64 = BLOCK as u64;
+/// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
+/// two huge pages, so that an output buffer with its odd start fills no third.
+const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
+/// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
+const STEP_BYTES: u64 = 768 << 10;
+/// Below this, a piece that is used in place makes too much memory around it resident.
+const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
+/// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
+/// that doubles, and what is computed from them.
+const ROW_BYTES: u64 = 24;
+/// What a piece has on a device, an element: values of the working type beside one an input;
+/// temporaries (terms of a sum and their running sums, keys and bins, words of a generator); and
+/// copies of a vector of rows or columns. `tests/test_torch_backend.py` measures them.
+const VALUES_ON_DEVICE: u64 = 4;
+const TEMPORARIES_ON_DEVICE: u64 = 48;
+const VECTOR_COPIES: u64 = 4;
+/// What does not grow with the piece; on a device of its own, what torch's allocator takes at once.
+const HOST_TENSORS: u64 = 1 << 20;
+const DEVICE_SEGMENTS: u64 = 64 << 20;
+
+/// What arithmetic that is done elsewhere needs: whole pieces at once, and memory for them.
+#[derive(Clone, Copy, Debug)]
+pub struct Offload {
+    /// Bytes that the tensors on one device may take.
+    pub vram: u64,
+    /// Devices that share the work.
+    pub devices: usize,
+    /// Whether the device's memory is that of this process.
+    pub is_host: bool,
+}
+
+impl Offload {
+    /// What each of `workers` may hold on its device.
+    pub(super) fn share(self, workers: u64) -> u64 {
+        self.vram / workers.div_ceil(self.devices as u64)
+    }
+}
+
+/// An amount of memory: what to expect, and what it is at the most. They differ where memory is
+/// used only when it has to be: pages around a mapped piece, histograms of values that a sample
+/// does not narrow down, buffers for inputs that turn out not to be in the page cache.
+///
+/// The budget is kept with the most; the prediction is what to expect.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Amount {
+    pub(super) expected: u64,
+    pub(super) most: u64,
+}
+
+impl Amount {
+    pub(super) fn certain(bytes: u64) -> Self {
+        Self { expected: bytes, most: bytes }
+    }
+
+    /// As likely as not.
+    fn uncertain(bytes: u64) -> Self {
+        Self { expected: bytes / 2, most: bytes }
+    }
+
+    pub(super) fn plus(self, other: Self, times: u64) -> Self {
+        Self {
+            expected: self.expected + times * other.expected,
+            most: self.most + times * other.most,
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        *self = self.plus(other, 1);
+    }
+}
+
+/// How a source's bytes get to a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Used where they are, in a map.
+    InPlace,
+    /// Copied from the page cache, a step at a time.
+    Copied,
+    /// Read past the page cache, a piece at a time.
+    Direct,
+}
+
+impl Way {
+    /// How the `elements` of `source` will come, as things are now.
+    pub(crate) fn of(source: &dyn Source, elements: u64, once: bool) -> Self {
+        if source.is_in_place() {
+            Self::InPlace
+        } else if once && source.is_far(0..elements) {
+            Self::Direct
+        } else {
+            Self::Copied
+        }
+    }
+}
+
+/// What one tensor needs: for a piece of it, and for the state of its passes.
+#[derive(Clone, Debug, Default)]
+pub struct Need {
+    elements: u64,
+    /// Bytes an element of each source that is read at the same time as the others, and how.
+    sources: Vec<(u64, Way)>,
+    /// Whether a source that is copied may turn out to be read past the page cache.
+    reads_once: bool,
+    /// Bytes an element of each output.
+    outputs: Vec<u64>,
+    /// Elements around a piece that are read as well, to have whole rows.
+    edge: u64,
+    /// Reductions over the rows of a piece, and the length of a row.
+    row_reductions: u64,
+    row: u64,
+    /// Keys that a worker takes as a sample, at a time when it has no piece.
+    sample: u64,
+    pub(super) worker_state: Amount,
+    pub(super) shared_state: Amount,
+    /// Random masks, if there is room to keep them.
+    pub(super) masks: u64,
+    /// Bytes of an element of the working type.
+    working: u64,
+    /// Bytes of results by row or column, all rows or columns together.
+    vectors: u64,
+    pub(super) offload: Option<Offload>,
+}
+
+impl Need {
+    /// The need of a tensor made by `work` from sources of these types that come this way.
+    pub(crate) fn new(
+        frame: &TensorFrame,
+        work: &Work,
+        in_bands: bool,
+        sources: impl Iterator<Item = (DType, Way)>,
+        outputs: impl Iterator<Item = DType>,
+    ) -> Self {
+        let mut need = Self {
+            elements: frame.elements,
+            sources: sources.map(|(dtype, way)| (dtype.size() as u64, way)).collect(),
+            reads_once: work.reads_once(),
+            outputs: outputs.map(|dtype| dtype.size() as u64).collect(),
+            row: frame.row,
+            ..Self::default()
+        };
+        let mut sizes = need.outputs.iter().chain(need.sources.iter().map(|(size, _)| size));
+        let is_double = sizes.any(|&size| size == 8);
+        need.working = if is_double { 8 } else { 4 };
+        match work {
+            Work::Formulas(_) | Work::Numbers(_) => need.add_passes(frame, work.values(), in_bands),
+            // The first is kept while the others are compared with it, one by one.
+            Work::Identical => need.sources.truncate(2),
+        }
+        need
+    }
+
+    fn add_passes(&mut self, frame: &TensorFrame, formulas: &[Value], in_bands: bool) {
+        let waits = unknown(formulas);
+        let searches = waits.selections.len() as u64;
+        // The machine's slots: a few for each source, one for each further output.
+        let slots = (2 * self.sources.len() + formulas.len() + 3) as u64;
+        self.worker_state.add(Amount::certain(slots * size_of::<f64>() as u64 * CHUNK as u64));
+        self.worker_state.add(Amount::uncertain(searches * HISTOGRAM_BYTES));
+        self.shared_state.add(Amount::uncertain(searches * SEARCH_BYTES));
+        self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
+        self.sample = searches * SAMPLE_BYTES;
+        self.masks = masks::bytes(formulas, frame.elements);
+        if in_bands {
+            // Where two bands meet, in every row, pages are put together.
+            let seams = 2 * (frame.elements / frame.line) * PAGE as u64;
+            self.worker_state.add(Amount::uncertain(formulas.len() as u64 * seams));
+        }
+        for reduction in &waits.reductions {
+            match reduction.scope {
+                Scope::Row if frame.stores_rows() => {
+                    self.vectors += 8 * frame.rows();
+                    self.shared_state.add(Amount::certain(8 * frame.rows()));
+                }
+                Scope::Row => {
+                    self.edge = 2 * frame.row;
+                    self.row_reductions += 1;
+                }
+                Scope::Column if in_bands => {
+                    // The sums, and what is computed from them.
+                    self.vectors += 8 * BAND;
+                    self.worker_state.add(Amount::certain(2 * 8 * BAND));
+                }
+                Scope::Column => {
+                    self.vectors += 8 * frame.line;
+                    self.worker_state.add(Amount::certain(8 * frame.line));
+                    self.shared_state.add(Amount::certain(8 * frame.line));
+                    // Summed up before there is output; the allocator may keep it until later.
+                    let blocks = 8 * frame.line * frame.column_blocks();
+                    self.shared_state.add(Amount::uncertain(blocks));
+                }
+                Scope::Tensor | Scope::Model => {
+                    self.shared_state.add(Amount::certain(8 * frame.blocks()));
+                }
+            }
+        }
+    }
+
+    /// The same where the arithmetic is done elsewhere.
+    pub(crate) fn on(self, offload: Option<Offload>) -> Self {
+        Self { offload, ..self }
+    }
+
+    /// Elements of a piece of `blocks` blocks, and of the rows around it.
+    fn around(&self, blocks: u64) -> u64 {
+        (blocks * BLOCK_ELEMENTS + self.edge).min(self.elements)
+    }
+
+    /// Bytes an element of all sources and outputs.
+    fn stored(&self) -> u64 {
+        self.sources.iter().map(|(size, _)| size).chain(&self.outputs).sum()
+    }
+
+    /// Bytes that a piece of `blocks` blocks takes on the device: its inputs and output, a few
+    /// values of the working type, temporaries of eight bytes, vectors.
+    pub(super) fn device(&self, blocks: u64) -> u64 {
+        let Some(Offload { is_host, .. }) = self.offload else { return 0 };
+        let held = (self.sources.len() + self.outputs.len()) as u64 + VALUES_ON_DEVICE;
+        let values = held * self.working;
+        let fixed = if is_host { HOST_TENSORS } else { DEVICE_SEGMENTS };
+        let each = self.stored() + values + TEMPORARIES_ON_DEVICE;
+        self.around(blocks) * each + VECTOR_COPIES * self.vectors + fixed
+    }
+
+    /// What computing elsewhere takes of this process's memory: the tensors themselves, or buffers
+    /// from which a device copies.
+    pub(super) fn beside(&self, blocks: u64) -> Amount {
+        match self.offload {
+            None => Amount::default(),
+            // The C library's allocator, which torch uses there, keeps some of what is freed.
+            Some(Offload { is_host: true, .. }) => Amount::uncertain(self.device(blocks) * 3 / 2),
+            Some(_) => Amount::certain(self.around(blocks) * self.stored()),
+        }
+    }
+
+    /// What a worker holds of a piece of `blocks` blocks.
+    pub(super) fn piece(&self, blocks: u64) -> Amount {
+        let elements = (blocks * BLOCK_ELEMENTS).min(self.elements);
+        let output =
+            |size: &u64| AlignedBuffer::resident(elements as usize * *size as usize + PAGE) as u64;
+        let mut amount = Amount::certain(self.outputs.iter().map(output).sum());
+        let widths = self.sources.iter().filter(|(_, way)| *way != Way::InPlace);
+        let step = match self.offload {
+            None => step_elements(widths.map(|(size, _)| *size)).min(elements),
+            Some(_) => elements,
+        };
+        let rows = (step + self.edge).min(self.elements) / self.row.max(1);
+        amount.add(Amount::uncertain(self.row_reductions * ROW_BYTES * rows));
+        for &(size, way) in &self.sources {
+            amount.add(self.input(size, way, step, elements));
+        }
+        amount.most = amount.most.max(self.sample);
+        amount
+    }
+
+    /// What a worker holds of one input.
+    fn input(&self, size: u64, way: Way, step: u64, elements: u64) -> Amount {
+        let bytes = |elements: u64| (elements + self.edge).min(self.elements) * size;
+        let buffer = |bytes: u64| AlignedBuffer::resident(bytes as usize) as u64;
+        let direct = buffer(bytes(elements) + 2 * PAGE as u64);
+        match way {
+            Way::InPlace if bytes(elements) >= MAPPED_FROM as u64 => {
+                // Wherever it begins, it touches so many windows at the most.
+                let (bytes, margin) = (bytes(elements), MAP_MARGIN as u64);
+                let around = bytes.next_multiple_of(margin) + margin - bytes;
+                Amount::certain(bytes).plus(Amount::uncertain(around), 1)
+            }
+            Way::InPlace => Amount::certain(buffer(bytes(elements))),
+            Way::Direct => Amount::certain(direct),
+            Way::Copied => {
+                let copied = buffer(bytes(step));
+                Amount { expected: copied, most: if self.reads_once { direct } else { copied } }
+            }
+        }
+    }
+
+    /// Whether a piece of `blocks` blocks that is used in place, if any is, is large enough to be
+    /// worth what becomes resident around it.
+    fn is_sensible(&self, blocks: u64) -> bool {
+        let elements = self.around(blocks);
+        let mapped = self.sources.iter().filter(|(_, way)| *way == Way::InPlace);
+        let widest = mapped.map(|(size, _)| elements * size).max().unwrap_or(0);
+        elements == self.elements || !(MAPPED_FROM as u64..SMALLEST_MAPPED_PIECE).contains(&widest)
+    }
+
+    /// Whether its inputs are read only once.
+    pub fn reads_once(&self) -> bool {
+        self.reads_once
+    }
+
+    /// Blocks in a piece when the memory is shared out as in `plan`.
+    pub(crate) fn piece_blocks(&self, plan: &MemoryPlan) -> u64 {
+        self.blocks_within(plan.with_offload, plan.device_bytes)
+    }
+
+    /// Blocks in a piece when a worker may hold `bytes`, and `device_bytes` on its device.
+    pub(super) fn blocks_within(&self, bytes: u64, device_bytes: u64) -> u64 {
+        let widest = self.sources.iter().map(|(size, _)| *size).max().unwrap_or(0);
+        let most = LARGEST_PIECE / (widest.max(1) * BLOCK_ELEMENTS);
+        let fits = |&blocks: &u64| {
+            let held = self.piece(blocks).most + self.beside(blocks).most;
+            held <= bytes && self.device(blocks) <= device_bytes
+        };
+        (1..=most.min(self.elements.div_ceil(BLOCK_ELEMENTS)).max(1))
+            .rev()
+            .find(|blocks| self.is_sensible(*blocks) && fits(blocks))
+            .unwrap_or(1)
+    }
+}
+
+/// Elements of the sources of these widths that a worker reads at once: whole blocks.
+///
+/// Bytes that are copied into a buffer are used from the second-level cache if they are few. Bytes
+/// that are used in place are best mapped in one go.
+pub(crate) fn step_elements(copied_widths: impl Iterator<Item = u64>) -> u64 {
+    let block: u64 = copied_widths.map(|width| width * BLOCK_ELEMENTS).sum();
+    let most = LARGEST_PIECE / BLOCK_ELEMENTS;
+    STEP_BYTES.checked_div(block).unwrap_or(most).clamp(1, most) * BLOCK_ELEMENTS
+}

@@ -193,11 +193,12 @@ def test_values() -> None:
         ("out/{n}", {WEIGHT: ""}, "`` lists no values"),
         ("out/{n}", {WEIGHT: "1,,2"}, "`1,,2` lists no values"),
         ("out/{n}", {WEIGHT: "a:b:3"}, "`a:b:3` lists no values"),
+        ("out/{n}", {WEIGHT: "[0,1]"}, "`[0,1]` lists no values"),
         ("out/{n}", {WEIGHT: "0:1:1000"}, "`0:1:1000` has 1000 values"),
         (
             "out/{n}",
             {"models[7].parameters.weight": "1"},
-            "there is no `models[7].parameters.weight`",
+            "there is no `models[7].parameters.weight` in the recipe: found 2 entries and no `[7]`",
         ),
         ("out/{n}", {f"models[{'9' * 5000}]": "1"}, "there is no `models[999"),
         ("out/{n}", {"merge_method.x": "1"}, "there is no `merge_method.x`"),

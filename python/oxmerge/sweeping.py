@@ -106,7 +106,10 @@ def _scalar(value: str, text: str) -> Scalar:
 
     if not value.strip():
         raise _no_values(text)
-    parsed = parse_yaml(f"value: {value}")["value"]
+    try:
+        parsed = parse_yaml(f"value: {value}")["value"]
+    except RecipeError:
+        raise _no_values(text) from None
     if not isinstance(parsed, bool | int | float | str):
         raise _no_values(text)
     return parsed
@@ -121,10 +124,13 @@ def _not_finite(text: object) -> RecipeError:
     return RecipeError(f"`{text}` is not finite", advice="sweep over finite numbers")
 
 
-def _no_place(place: str, step: object) -> RecipeError:
+def _no_place(place: str, step: object, at: object = None) -> RecipeError:
+    found = f"nothing at `{step}` that it could stand in"
+    if isinstance(step, int) and isinstance(at, list):
+        found = f"{len(at)} entries and no `[{step}]`, counting from [0]"
     return RecipeError(
         f"there is no `{place}` in the recipe",
-        found=f"nothing at `{step}` that it could stand in",
+        found=found,
         advice="write the keys with dots between them: models[0].parameters.weight",
     )
 
@@ -221,7 +227,7 @@ def _replaced(at: Any, steps: Sequence[str | int], value: Scalar, place: str) ->
     step, *rest = steps
     fits = isinstance(at, dict) if isinstance(step, str) else isinstance(at, list)
     if not fits or (isinstance(step, int) and step >= len(at)):
-        raise _no_place(place, step)
+        raise _no_place(place, step, at)
     copied = copy.copy(at)
     if rest:
         inner = at.get(step, {}) if isinstance(step, str) else at[step]

@@ -406,6 +406,19 @@ READ_ONLY.setflags(write=False)
         ),
         (call("ties", [X], X), TypeError, "ties needs the parameter `weight`"),
         (
+            call("ties", [X], X, weights=1),
+            TypeError,
+            "ties has no parameter `weights`; did you mean `weight`?",
+        ),
+        *(
+            (
+                call("linear", [X, X], weight=1, out=np.zeros(3, kind)),
+                ValueError,
+                f"out is of {code}, and the result of F32; pass one of F32, or another dtype",
+            )
+            for kind, code in ((np.int32, "I32"), (np.int64, "I64"), (np.uint16, "U16"))
+        ),
+        (
             call("ties", [X], weight=1),
             TypeError,
             "ties needs a base: the tensor that the others were made from",

@@ -380,6 +380,13 @@ READ_ONLY = np.zeros(3, np.float32)
 READ_ONLY.setflags(write=False)
 
 
+class Module:
+    """What is given in place of its state dict."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": X}
+
+
 @pytest.mark.parametrize(
     ("act", "kind", "message"),
     [
@@ -638,6 +645,27 @@ READ_ONLY.setflags(write=False)
             lambda: oxmerge.merge_state_dicts("linear", {"x": X}, weight=1),  # type: ignore[call-overload]
             TypeError,
             "state_dicts must be a sequence of mappings, not a dict",
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", ["models/a"], weight=1),  # type: ignore[arg-type]
+            TypeError,
+            (
+                "state_dicts[0] must be a mapping of names to arrays, not a str; open it with "
+                "`oxmerge.open`"
+            ),
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", [Module()], weight=1),  # type: ignore[arg-type]
+            TypeError,
+            (
+                "state_dicts[0] must be a mapping of names to arrays, not a Module; pass its "
+                "`state_dict()`"
+            ),
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", [{"x": X}], weight=1, out=[]),  # type: ignore[call-overload]
+            TypeError,
+            "out must be a mapping of names to arrays, not a list",
         ),
         (
             sums([X], [1], threads=10**30),

@@ -318,11 +318,7 @@ def _share_out(
         if alias in parameters and key in parameters:
             raise TypeError(f"`{key}` and `{alias}` are one parameter; give one of them")
     given = {_ALIASES.get(key, key): value for key, value in parameters.items()}
-    known = [parameter.name for parameter in method.parameters]
-    for key in given:
-        if key not in known:
-            advice = did_you_mean(key, known) or f"its parameters: {', '.join(known)}"
-            raise TypeError(f"{method.name} has no parameter `{key}`; {advice}")
+    _check_known(method, given)
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in range(others + has_base)]
     for parameter in method.parameters:
@@ -339,6 +335,14 @@ def _share_out(
             for values, each in zip(own, _spread(parameter, value, count), strict=False):
                 values[parameter.name] = each
     return shared, own
+
+
+def _check_known(method: Method, given: Parameters) -> None:
+    known = [parameter.name for parameter in method.parameters]
+    for key in given:
+        if key not in known:
+            advice = did_you_mean(key, known) or f"its parameters: {', '.join(known)}"
+            raise TypeError(f"{method.name} has no parameter `{key}`; {advice}")
 
 
 def _spread(parameter: Parameter, value: Any, count: int) -> list[Any]:

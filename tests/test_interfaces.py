@@ -229,6 +229,16 @@ def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path) -> None:
     assert np.array_equal(mapped["x"], before)
 
 
+def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
+    checkpoint = oxmerge.open(path)
+    assert repr(checkpoint) == f"<OpenCheckpoint {str(path)!r}: 1 tensors>"
+    assert {checkpoint, checkpoint} == {checkpoint}
+    assert checkpoint != oxmerge.open(path)
+    checkpoint.close()
+    assert repr(checkpoint) == f"<OpenCheckpoint {str(path)!r}: 1 tensors, closed>"
+
+
 def test_a_closed_checkpoint_gives_no_more_arrays(tmp_path: Path) -> None:
     path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
     checkpoint = oxmerge.open(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import oxmerge
 import pytest
 from oxmerge.errors import PlanError, RecipeError
@@ -172,6 +173,13 @@ def test_values() -> None:
     assert parse_values("1e-3") == [0.001]
     assert parse_values("5:5:1") == [5.0]
     assert parse_values("bfloat16,float32") == ["bfloat16", "float32"]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    for values in (np.arange(1, 3), np.linspace(1, 2, 2, dtype=np.float32)):
+        made = variants(recipe, "w{0}", {WEIGHT: values})
+        assert [variant.directory for variant in made] == ["w1", "w2"]
 
 
 @pytest.mark.parametrize(

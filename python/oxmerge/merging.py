@@ -352,6 +352,11 @@ def prepare(
     """Return the plan of a recipe, or of the recipe in a file."""
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
+    if not recipe.models and not recipe.slices:
+        raise TypeError(
+            "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
+            "`Recipe.from_mapping`"
+        )
     return build_plan(recipe, shard_size=parse_size(shard_size), seed=seed, strict=strict)
 
 

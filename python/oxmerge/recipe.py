@@ -200,6 +200,12 @@ def _parsed(source: str | os.PathLike[str]) -> tuple[dict[str, object], str, str
 
     if isinstance(source, str) and ("\n" in source or ": " in source):
         return parse_yaml(source), source, None
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise TypeError(
+            f"a recipe is a path, YAML text or a `Recipe`, not a {kind}; of a mapping, "
+            "`Recipe.from_mapping` makes one"
+        )
     path = os.path.abspath(source)
     text = _read_text(path)
     return parse_yaml(text, path), text, os.path.dirname(path)

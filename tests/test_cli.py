@@ -254,6 +254,8 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ("merge r out --seed 1.5", "`1.5` is not a whole number from 0", "see"),
         ("merge r out --read-path fast", "invalid choice: 'fast'", "see"),
         ("methods slurp", "unknown method `slurp`", "did you mean `slerp`?"),
+        ("methods SLERP", "unknown method `SLERP`", "did you mean `slerp`?"),
+        ("methods sce", "method `sce` is not in this release", "known are: linear, slerp"),
     ],
 )
 def test_usage_errors(run: Any, line: str, message: str, hint: str) -> None:

@@ -295,7 +295,7 @@ def test_importing_an_unoptimised_build_warns(profile: str, *, warns: bool) -> N
 def test_public_names_are_there() -> None:
     for name in oxmerge.__all__:
         assert getattr(oxmerge, name) is not None
-    assert set(oxmerge.__all__) <= set(dir(oxmerge))
+    assert dir(oxmerge) == oxmerge.__all__
     with pytest.raises(AttributeError, match="no attribute 'mrege'"):
         oxmerge.mrege  # noqa: B018
 

@@ -484,6 +484,14 @@ ERRORS: list[tuple[BaseException, int, str]] = [
             "hint: free some space, or name a directory on another disk\n"
         ),
     ),
+    (
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "r.yml/out"),
+        1,
+        (
+            "error: `r.yml/out`: not a directory\n"
+            "hint: a part of this path is a file: name another directory\n"
+        ),
+    ),
     (OSError("odd"), 1, "error: odd\n"),
     (MemoryError(), 1, "error: out of memory\n"),
     (KeyboardInterrupt(), 130, "error: interrupted\n"),

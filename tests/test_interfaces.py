@@ -170,6 +170,12 @@ def test_progress_goes_up_to_the_end(tmp_path: Path, long: Path) -> None:
     assert seen[-1].peak_memory <= report.peak_memory
 
 
+def test_progress_that_cannot_be_called_is_refused_first(tmp_path: Path, twins: Path) -> None:
+    with pytest.raises(TypeError, match=r"^progress must be a function of a snapshot, not 3$"):
+        oxmerge.merge(twins, tmp_path / "out", progress=3)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_exception_of_progress_ends_the_merge(tmp_path: Path, long: Path) -> None:
     class Enough(Exception):  # noqa: N818
         pass

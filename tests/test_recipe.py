@@ -294,7 +294,7 @@ FAULTS: list[tuple[str, list[str]]] = [
         [
             (
                 "models[0] (line 2): a mapping of keys to values is needed here: found 'a'\n"
-                "  hint: write `key: value`"
+                "  hint: write `model: a`"
             )
         ],
     ),

@@ -290,6 +290,8 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     """
     started = time.perf_counter()
     _check_options(threads, read_path, device, vram)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     memory = None if memory is None else parse_size(memory)
     vram = None if vram is None else parse_size(vram)
     prepared = [

@@ -104,8 +104,8 @@ def lazy(
 
     Parameters
     ----------
-    recipe : path or Recipe
-        What to merge.
+    recipe : path, str or Recipe
+        What to merge: a file, YAML text, or a recipe.
     kind : {"numpy", "torch"}
         What the tensors are. BF16 in NumPy is ``ml_dtypes.bfloat16`` if that package is installed,
         else raw ``uint16``, whose dtype tells oxmerge's functions what it is.

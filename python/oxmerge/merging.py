@@ -140,8 +140,8 @@ def plan(
 
     Parameters
     ----------
-    recipe : path or Recipe
-        What to merge.
+    recipe : path, str or Recipe
+        What to merge: a file, YAML text, or a recipe.
     memory : int or str, optional
         Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
         or 192 MiB more than are resident already, if that is more: torch alone takes several 100.
@@ -209,8 +209,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
 
     Parameters
     ----------
-    recipe : path or Recipe
-        What to merge; the dialect is mergekit's.
+    recipe : path, str or Recipe
+        What to merge: a file, YAML text, or a recipe; the dialect is mergekit's.
     directory : path
         The output: new or empty, unless `overwrite`.
     memory : int or str, optional
@@ -235,7 +235,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable, optional
-        Called with a `Snapshot` ten times a second.
+        Called ten times a second with a `Snapshot`: ``bytes_done``, ``bytes_total`` and so on. What
+        it raises ends the merge.
 
     Raises
     ------

@@ -237,6 +237,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:
             "unknown command `xyz`",
             "known are: merge, sweep, plan",
         ),
+        ("-q merge r out", "`-q` before a command", "write options after it"),
         ("merge r out --memroy 1GB", "unknown option `--memroy`", "did you mean `--memory`?"),
         ("merge r out --mem=1GB", "unknown option `--mem`", "did you mean `--memory`?"),
         ("merge r out --device gpu", "device must be cpu, torch, cuda, cuda:N or auto", "see"),
@@ -273,6 +274,11 @@ def test_nothing_asked_shows_the_overview(run: Any) -> None:
     assert (code, err) == (2, "")
     assert all(f"  {verb} " in out for verb in VERBS)
     assert run("--help") == (0, out, "")
+
+
+def test_help_of_a_verb_is_the_verbs(run: Any) -> None:
+    for word in ("help", "--help", "-h"):
+        assert run(word, "plan") == run("plan", "--help")
 
 
 @pytest.mark.parametrize("verb", VERBS)

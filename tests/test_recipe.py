@@ -415,6 +415,14 @@ def test_a_mapping_needs_no_yaml() -> None:
     assert Recipe.from_yaml(recipe.text).models[0].model == "a"
 
 
+@pytest.mark.parametrize(
+    "name", ["\N{GRINNING FACE}", "\\\N{GRINNING FACE}", "\\ud83d\\ude00", "é\u2028\x7f"]
+)
+def test_the_text_of_a_mapping_is_the_same_recipe(name: str) -> None:
+    recipe = Recipe.from_mapping({"merge_method": "linear", "models": [{"model": name}]})
+    assert Recipe.from_yaml(recipe.text).models[0].model == name
+
+
 def test_what_is_no_recipe_is_told_how_to_make_one() -> None:
     mapping: Any = {"merge_method": "linear", "models": [{"model": "a"}]}
     with pytest.raises(TypeError, match=r"not a dict; of a mapping, `Recipe.from_mapping` makes"):

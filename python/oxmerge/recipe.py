@@ -223,5 +223,9 @@ def _read_text(path: str) -> str:
 
 def _as_json(mapping: Mapping[str, object]) -> str:
     import json  # noqa: PLC0415 - a recipe from a file does not need it
+    import re  # noqa: PLC0415
 
-    return json.dumps(mapping, indent=2, default=str, skipkeys=True) + "\n"
+    text = json.dumps(mapping, indent=2, default=str, skipkeys=True)
+    # JSON escapes an emoji as two halves, which YAML does not put together.
+    pair = r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}"
+    return re.sub(pair, lambda found: json.loads(f'"{found[0]}"'), text) + "\n"

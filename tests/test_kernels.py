@@ -411,6 +411,11 @@ class Module:
             TypeError,
             "slerp has no parameter `zzz`; its parameters: t",
         ),
+        (
+            call("slerp", [X], X, t=0, thread=2),
+            TypeError,
+            "slerp has no parameter `thread`; did you mean `threads`?",
+        ),
         (call("ties", [X], X), TypeError, "ties needs the parameter `weight`"),
         (
             call("ties", [X], X, weights=1),

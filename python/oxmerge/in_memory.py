@@ -47,6 +47,8 @@ __all__ = [
 
 #: How Python writes a parameter whose name is a keyword.
 _ALIASES = {"lambda_": "lambda"}
+#: What a call takes besides the parameters, by name.
+_OPTIONS = ("base", "dtype", "name", "out", "seed", "threads")
 
 
 @overload
@@ -341,7 +343,8 @@ def _check_known(method: Method, given: Parameters) -> None:
     known = [parameter.name for parameter in method.parameters]
     for key in given:
         if key not in known:
-            advice = did_you_mean(key, known) or f"its parameters: {', '.join(known)}"
+            meant = did_you_mean(key, [*known, *_OPTIONS])
+            advice = meant or f"its parameters: {', '.join(known)}"
             raise TypeError(f"{method.name} has no parameter `{key}`; {advice}")
 
 

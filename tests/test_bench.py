@@ -760,10 +760,28 @@ def test_errors_are_plain_and_come_first(
     assert message in err
 
 
+@pytest.mark.parametrize("name", ["r.json", "new.json"])
+def test_a_place_without_permission_is_refused(
+    name: str, bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "r.json").write_text("old")
+    # Permissions do not bind root, who may be running this.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    code, out, err = bench("--quick", "--only=memory", "--save", name)
+    assert (code, out) == (2, "")
+    assert f"`{name}` cannot be written: permission denied" in err
+
+
 def test_an_interpreter_without_mergekit_is_refused(bench: Any) -> None:
     code, _, err = bench("--against", f"mergekit={sys.executable}")
     assert code == 1
     assert "this interpreter has no mergekit" in err
+
+
+def test_a_program_that_is_no_interpreter_is_refused(bench: Any) -> None:
+    code, _, err = bench("--against", "mergekit=/bin/true")
+    assert code == 1
+    assert "this is no Python" in err
 
 
 def test_a_disk_that_is_too_small_is_refused(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

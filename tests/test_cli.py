@@ -259,6 +259,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:
             "unknown command `xyz`",
             "known are: merge, sweep, plan",
         ),
+        ("-q merge r out", "`-q` before a command", "write options after it"),
         ("merge r out --memroy 1GB", "unknown option `--memroy`", "did you mean `--memory`?"),
         ("merge r out --mem=1GB", "unknown option `--mem`", "did you mean `--memory`?"),
         ("merge r out --device gpu", "device must be cpu, torch, cuda, cuda:N or auto", "see"),
@@ -276,6 +277,8 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ("merge r out --seed 1.5", "`1.5` is not a whole number from 0", "see"),
         ("merge r out --read-path fast", "invalid choice: 'fast'", "see"),
         ("methods slurp", "unknown method `slurp`", "did you mean `slerp`?"),
+        ("methods SLERP", "unknown method `SLERP`", "did you mean `slerp`?"),
+        ("methods sce", "method `sce` is not in this release", "known are: linear, slerp"),
     ],
 )
 def test_usage_errors(run: Any, line: str, message: str, hint: str) -> None:
@@ -293,6 +296,11 @@ def test_nothing_asked_shows_the_overview(run: Any) -> None:
     assert (code, err) == (2, "")
     assert all(f"  {verb} " in out for verb in VERBS)
     assert run("--help") == (0, out, "")
+
+
+def test_help_of_a_verb_is_the_verbs(run: Any) -> None:
+    for word in ("help", "--help", "-h"):
+        assert run(word, "plan") == run("plan", "--help")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -503,6 +511,14 @@ ERRORS: list[tuple[BaseException, int, str]] = [
         (
             "error: `out`: not enough space: 141 GB needed, 2 GB free\n"
             "hint: free some space, or name a directory on another disk\n"
+        ),
+    ),
+    (
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "r.yml/out"),
+        1,
+        (
+            "error: `r.yml/out`: not a directory\n"
+            "hint: a part of this path is a file: name another directory\n"
         ),
     ),
     (OSError("odd"), 1, "error: odd\n"),

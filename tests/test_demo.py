@@ -6,6 +6,8 @@ import hashlib
 import json
 import struct
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -154,6 +156,28 @@ def test_what_was_interrupted_is_made_again(
     (tmp_path / "merged").mkdir()
     made = make_demo(tmp_path, small)
     assert len(list(made.models[1].glob("*.safetensors"))) == 3
+
+
+def test_an_interruption_does_not_wait_for_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "large", replace(SMALL, vocabulary=1 << 18))
+    whole = demo_module.model_bytes("large")
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_demo(tmp_path, "large")
+    written = sum(path.stat().st_size for path in (tmp_path / "demo-base").glob("*.safetensors"))
+    assert written < whole / 2
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path, small: str) -> None:
+    (tmp_path / "demo").write_text("mine")
+    with pytest.raises(OutputError, match="it is a file"):
+        make_demo(tmp_path / "demo", small)
 
 
 @pytest.mark.parametrize(

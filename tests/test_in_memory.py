@@ -314,6 +314,9 @@ def test_lazy_reads_only_what_is_asked_for(tmp_path: Path) -> None:
     models = "".join(f"- {{model: {n}, parameters: {{weight: 1}}}}\n" for n in "ab")
     recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
     lazy = oxmerge.lazy(recipe)
+    assert repr(lazy) == "<LazyMerge by 'linear': 2 tensors>"
+    assert {lazy, lazy} == {lazy}
+    assert lazy != oxmerge.lazy(recipe)
     assert "x" in lazy
     assert "z" not in lazy
     with pytest.raises(KeyError):

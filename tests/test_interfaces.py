@@ -170,6 +170,12 @@ def test_progress_goes_up_to_the_end(tmp_path: Path, long: Path) -> None:
     assert seen[-1].peak_memory <= report.peak_memory
 
 
+def test_progress_that_cannot_be_called_is_refused_first(tmp_path: Path, twins: Path) -> None:
+    with pytest.raises(TypeError, match=r"^progress must be a function of a snapshot, not 3$"):
+        oxmerge.merge(twins, tmp_path / "out", progress=3)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_exception_of_progress_ends_the_merge(tmp_path: Path, long: Path) -> None:
     class Enough(Exception):  # noqa: N818
         pass
@@ -229,6 +235,16 @@ def test_a_file_that_was_replaced_is_not_mapped(tmp_path: Path) -> None:
     assert np.array_equal(mapped["x"], before)
 
 
+def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
+    checkpoint = oxmerge.open(path)
+    assert repr(checkpoint) == f"<OpenCheckpoint {str(path)!r}: 1 tensors>"
+    assert {checkpoint, checkpoint} == {checkpoint}
+    assert checkpoint != oxmerge.open(path)
+    checkpoint.close()
+    assert repr(checkpoint) == f"<OpenCheckpoint {str(path)!r}: 1 tensors, closed>"
+
+
 def test_a_closed_checkpoint_gives_no_more_arrays(tmp_path: Path) -> None:
     path = write_file(tmp_path / "m.safetensors", random_arrays({"x": (4,)}, 0))
     checkpoint = oxmerge.open(path)
@@ -285,7 +301,7 @@ def test_importing_an_unoptimised_build_warns(profile: str, *, warns: bool) -> N
 def test_public_names_are_there() -> None:
     for name in oxmerge.__all__:
         assert getattr(oxmerge, name) is not None
-    assert set(oxmerge.__all__) <= set(dir(oxmerge))
+    assert dir(oxmerge) == oxmerge.__all__
     with pytest.raises(AttributeError, match="no attribute 'mrege'"):
         oxmerge.mrege  # noqa: B018
 

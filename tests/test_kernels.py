@@ -380,6 +380,13 @@ READ_ONLY = np.zeros(3, np.float32)
 READ_ONLY.setflags(write=False)
 
 
+class Module:
+    """What is given in place of its state dict."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": X}
+
+
 @pytest.mark.parametrize(
     ("act", "kind", "message"),
     [
@@ -404,7 +411,25 @@ READ_ONLY.setflags(write=False)
             TypeError,
             "slerp has no parameter `zzz`; its parameters: t",
         ),
+        (
+            call("slerp", [X], X, t=0, thread=2),
+            TypeError,
+            "slerp has no parameter `thread`; did you mean `threads`?",
+        ),
         (call("ties", [X], X), TypeError, "ties needs the parameter `weight`"),
+        (
+            call("ties", [X], X, weights=1),
+            TypeError,
+            "ties has no parameter `weights`; did you mean `weight`?",
+        ),
+        *(
+            (
+                call("linear", [X, X], weight=1, out=np.zeros(3, kind)),
+                ValueError,
+                f"out is of {code}, and the result of F32; pass one of F32, or another dtype",
+            )
+            for kind, code in ((np.int32, "I32"), (np.int64, "I64"), (np.uint16, "U16"))
+        ),
         (
             call("ties", [X], weight=1),
             TypeError,
@@ -625,6 +650,27 @@ READ_ONLY.setflags(write=False)
             lambda: oxmerge.merge_state_dicts("linear", {"x": X}, weight=1),  # type: ignore[call-overload]
             TypeError,
             "state_dicts must be a sequence of mappings, not a dict",
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", ["models/a"], weight=1),  # type: ignore[arg-type]
+            TypeError,
+            (
+                "state_dicts[0] must be a mapping of names to arrays, not a str; open it with "
+                "`oxmerge.open`"
+            ),
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", [Module()], weight=1),  # type: ignore[arg-type]
+            TypeError,
+            (
+                "state_dicts[0] must be a mapping of names to arrays, not a Module; pass its "
+                "`state_dict()`"
+            ),
+        ),
+        (
+            lambda: oxmerge.merge_state_dicts("linear", [{"x": X}], weight=1, out=[]),  # type: ignore[call-overload]
+            TypeError,
+            "out must be a mapping of names to arrays, not a list",
         ),
         (
             sums([X], [1], threads=10**30),

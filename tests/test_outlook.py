@@ -52,6 +52,11 @@ def test_dropped_tensors_are_told_with_the_reason_and_folded(shelf: Path) -> Non
     ]
 
 
+def test_a_notebook_shows_the_summary(shelf: Path) -> None:
+    outlook = outlook_of(shelf, "linear")
+    assert repr(outlook) == str(outlook)
+
+
 def test_a_model_that_is_dropped_whole_is_not_listed(shelf: Path) -> None:
     assert inputs(outlook_of(shelf, "linear", base="base"))[-2:] == [
         "base: 24 tensors, 24 dropped",

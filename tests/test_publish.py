@@ -183,7 +183,7 @@ def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
 
 def test_a_link_to_nowhere(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("none")
-    with pytest.raises(OutputError, match="a link to nowhere"):
+    with pytest.raises(OutputError, match="a link to nowhere\n  hint: name a new directory"):
         prepare(tmp_path / "out")
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+import oxmerge
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oxmerge.errors import RecipeError
 from oxmerge.recipe import Choice, Recipe
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MODELS = "models: [{model: a}, {model: b}]\n"
 START = "merge_method: linear\n"
@@ -295,7 +294,7 @@ FAULTS: list[tuple[str, list[str]]] = [
         [
             (
                 "models[0] (line 2): a mapping of keys to values is needed here: found 'a'\n"
-                "  hint: write `key: value`"
+                "  hint: write `model: a`"
             )
         ],
     ),
@@ -410,6 +409,28 @@ def test_a_path_is_read(tmp_path: Path) -> None:
 def test_a_mapping_needs_no_yaml() -> None:
     recipe = Recipe.from_mapping({"merge_method": "linear", "models": [{"model": "a"}]})
     assert recipe.models[0].where == "models[0]"
+    paths = {"merge_method": "linear", "models": [{"model": Path("a")}], "base_model": Path("b")}
+    recipe = Recipe.from_mapping(paths)
+    assert (recipe.models[0].model, recipe.base_model) == ("a", "b")
+    assert Recipe.from_yaml(recipe.text).models[0].model == "a"
+
+
+@pytest.mark.parametrize(
+    "name", ["\N{GRINNING FACE}", "\\\N{GRINNING FACE}", "\\ud83d\\ude00", "é\u2028\x7f"]
+)
+def test_the_text_of_a_mapping_is_the_same_recipe(name: str) -> None:
+    recipe = Recipe.from_mapping({"merge_method": "linear", "models": [{"model": name}]})
+    assert Recipe.from_yaml(recipe.text).models[0].model == name
+
+
+def test_what_is_no_recipe_is_told_how_to_make_one() -> None:
+    mapping: Any = {"merge_method": "linear", "models": [{"model": "a"}]}
+    with pytest.raises(TypeError, match=r"not a dict; of a mapping, `Recipe.from_mapping` makes"):
+        oxmerge.plan(mapping)
+    with pytest.raises(TypeError, match=r"neither models nor slices; make it with `Recipe.from_y"):
+        oxmerge.plan(Recipe("recipe.yml"))
+    with pytest.raises(ValueError, match=r"^device must be cpu, .*, not None$"):
+        oxmerge.plan(Recipe.from_mapping(mapping), device=None)  # type: ignore[arg-type]
 
 
 VALUES = st.recursive(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import oxmerge
 import pytest
 from oxmerge.errors import PlanError, RecipeError
@@ -174,6 +175,13 @@ def test_values() -> None:
     assert parse_values("bfloat16,float32") == ["bfloat16", "float32"]
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "linear")
+    for values in (np.arange(1, 3), np.linspace(1, 2, 2, dtype=np.float32)):
+        made = variants(recipe, "w{0}", {WEIGHT: values})
+        assert [variant.directory for variant in made] == ["w1", "w2"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "axes", "message"),
     [
@@ -193,11 +201,12 @@ def test_values() -> None:
         ("out/{n}", {WEIGHT: ""}, "`` lists no values"),
         ("out/{n}", {WEIGHT: "1,,2"}, "`1,,2` lists no values"),
         ("out/{n}", {WEIGHT: "a:b:3"}, "`a:b:3` lists no values"),
+        ("out/{n}", {WEIGHT: "[0,1]"}, "`[0,1]` lists no values"),
         ("out/{n}", {WEIGHT: "0:1:1000"}, "`0:1:1000` has 1000 values"),
         (
             "out/{n}",
             {"models[7].parameters.weight": "1"},
-            "there is no `models[7].parameters.weight`",
+            "there is no `models[7].parameters.weight` in the recipe: found 2 entries and no `[7]`",
         ),
         ("out/{n}", {f"models[{'9' * 5000}]": "1"}, "there is no `models[999"),
         ("out/{n}", {"merge_method.x": "1"}, "there is no `merge_method.x`"),

@@ -120,7 +120,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     """List the public names, loaded or not."""
-    return sorted(set(globals()) | set(__all__))
+    return list(__all__)
 
 
 if _build()["profile"] == "debug":

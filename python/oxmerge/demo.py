@@ -12,6 +12,7 @@ import json
 import os
 import re
 import struct
+import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -158,6 +159,8 @@ def describe(demo: Demo) -> str:
 
 def _claim(folder: Path) -> None:
     """Make sure that nothing in `folder` is anyone's but the demo's, and remove its old weights."""
+    if folder.exists() and not folder.is_dir():
+        raise _not_ours("it is a file", folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = sorted(os.listdir(folder))
     for name in names:
@@ -235,14 +238,22 @@ def _write_weights(
 
     names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
     firsts = list(accumulate((len(shard) for shard in shards), initial=0))
+    stopped = threading.Event()
     # Every tensor has a seed of its own, so the order in which they are written is free.
     with ThreadPoolExecutor() as pool:
         jobs = [
-            pool.submit(_write_shard, [model / name for model in models], shard, seed, first)
+            pool.submit(
+                _write_shard, [model / name for model in models], shard, seed, first, stopped
+            )
             for name, shard, first in zip(names, shards, firsts, strict=False)
         ]
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            # Leaving the pool waits for its threads, and Ctrl-C does not reach them.
+            stopped.set()
+            raise
     weight_map = {
         tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
     }
@@ -253,7 +264,11 @@ def _write_weights(
 
 
 def _write_shard(
-    paths: Sequence[Path], shard: Sequence[_Tensor], seed: int | None, first: int
+    paths: Sequence[Path],
+    shard: Sequence[_Tensor],
+    seed: int | None,
+    first: int,
+    stopped: threading.Event,
 ) -> None:
     """Write one shard of every model; zeros without a seed."""
     header = _header(shard)
@@ -267,7 +282,7 @@ def _write_shard(
                 file.truncate(size)
             return
         for number, tensor in enumerate(shard, start=first):
-            _write_tensor(files, tensor, (seed, number))
+            _write_tensor(files, tensor, (seed, number), stopped)
 
 
 def _header(shard: Iterable[_Tensor]) -> bytes:
@@ -287,12 +302,16 @@ def _header(shard: Iterable[_Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_tensor(files: Sequence[IO[bytes]], tensor: _Tensor, seed: tuple[int, int]) -> None:
-    """Write a tensor of every model, a piece at a time."""
+def _write_tensor(
+    files: Sequence[IO[bytes]], tensor: _Tensor, seed: tuple[int, int], stopped: threading.Event
+) -> None:
+    """Write a tensor of every model, a piece at a time, until `stopped`."""
     import numpy as np  # noqa: PLC0415 - heavy
 
     random = np.random.Generator(np.random.SFC64(list(seed)))
     for start in range(0, tensor.elements, _CHUNK):
+        if stopped.is_set():
+            return
         count = min(_CHUNK, tensor.elements - start)
         weights = draw_weights(random, count, len(files), is_norm=tensor.is_norm)
         for file, bits in zip(files, weights, strict=True):

@@ -47,6 +47,8 @@ __all__ = [
 
 #: How Python writes a parameter whose name is a keyword.
 _ALIASES = {"lambda_": "lambda"}
+#: What a call takes besides the parameters, by name.
+_OPTIONS = ("base", "dtype", "name", "out", "seed", "threads")
 
 
 @overload
@@ -246,9 +248,11 @@ class MethodCall:
             return self._refuse_types(inputs)
         if not floats:
             return inputs[0].place[2]
-        if code is None:
-            code = promoted(inputs) if out is None else out.place[2]
-        return code
+        if code is not None:
+            return code
+        # An `out` of integers asks for nothing: `check_out` will refuse it.
+        asked = None if out is None or not is_float(out.place[2]) else out.place[2]
+        return asked or promoted(inputs)
 
     def _refuse_types(self, inputs: list[View]) -> str:
         types = (
@@ -316,10 +320,11 @@ def _share_out(
         if alias in parameters and key in parameters:
             raise TypeError(f"`{key}` and `{alias}` are one parameter; give one of them")
     given = {_ALIASES.get(key, key): value for key, value in parameters.items()}
+    _check_known(method, given)
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in range(others + has_base)]
     for parameter in method.parameters:
-        value = given.pop(parameter.name, None)
+        value = given.get(parameter.name)
         if value is None:
             value = parameter.default
         if value is None:
@@ -331,11 +336,16 @@ def _share_out(
             count = others + (has_base and parameter.per == "input")
             for values, each in zip(own, _spread(parameter, value, count), strict=False):
                 values[parameter.name] = each
-    for key in given:
-        known = [parameter.name for parameter in method.parameters]
-        advice = did_you_mean(key, known) or f"its parameters: {', '.join(known)}"
-        raise TypeError(f"{method.name} has no parameter `{key}`; {advice}")
     return shared, own
+
+
+def _check_known(method: Method, given: Parameters) -> None:
+    known = [parameter.name for parameter in method.parameters]
+    for key in given:
+        if key not in known:
+            meant = did_you_mean(key, [*known, *_OPTIONS])
+            advice = meant or f"its parameters: {', '.join(known)}"
+            raise TypeError(f"{method.name} has no parameter `{key}`; {advice}")
 
 
 def _spread(parameter: Parameter, value: Any, count: int) -> list[Any]:

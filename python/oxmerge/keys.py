@@ -94,6 +94,8 @@ class KeyReader:
         """Tell whether `raw` is a mapping, and check its keys if it is."""
         if not is_mapping(raw):
             message, advice = "a mapping of keys to values is needed here", "write `key: value`"
+            if isinstance(raw, str) and "model" in known:
+                advice = f"write `model: {raw}`"
             self.fault(place, message, found=raw, advice=advice)
             return False
         self.check_keys(raw, place, known)

@@ -66,6 +66,18 @@ class LazyMerge(Mapping[str, Any]):
         """Return the number of tensors."""
         return len(self._tensors)
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same object: comparing tensors would merge them all."""
+        return self is other
+
+    def __hash__(self) -> int:
+        """Return a number for this object."""
+        return id(self)
+
+    def __repr__(self) -> str:
+        """Tell what it is a merge of."""
+        return f"<LazyMerge by {self._plan.method!r}: {len(self)} tensors>"
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without computing it."""
         return self._plan.tensors[self._tensors[name]].shape
@@ -92,8 +104,8 @@ def lazy(
 
     Parameters
     ----------
-    recipe : path or Recipe
-        What to merge.
+    recipe : path, str or Recipe
+        What to merge: a file, YAML text, or a recipe.
     kind : {"numpy", "torch"}
         What the tensors are. BF16 in NumPy is ``ml_dtypes.bfloat16`` if that package is installed,
         else raw ``uint16``, whose dtype tells oxmerge's functions what it is.

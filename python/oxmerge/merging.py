@@ -140,8 +140,8 @@ def plan(
 
     Parameters
     ----------
-    recipe : path or Recipe
-        What to merge.
+    recipe : path, str or Recipe
+        What to merge: a file, YAML text, or a recipe.
     memory : int or str, optional
         Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
         or 192 MiB more than are resident already, if that is more: torch alone takes several 100.
@@ -209,8 +209,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
 
     Parameters
     ----------
-    recipe : path or Recipe
-        What to merge; the dialect is mergekit's.
+    recipe : path, str or Recipe
+        What to merge: a file, YAML text, or a recipe; the dialect is mergekit's.
     directory : path
         The output: new or empty, unless `overwrite`.
     memory : int or str, optional
@@ -235,7 +235,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable, optional
-        Called with a `Snapshot` ten times a second.
+        Called ten times a second with a `Snapshot`: ``bytes_done``, ``bytes_total`` and so on. What
+        it raises ends the merge.
 
     Raises
     ------
@@ -290,6 +291,8 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     """
     started = time.perf_counter()
     _check_options(threads, read_path, device, vram)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
     prepared = [
         _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict) for recipe, _ in merges
@@ -351,6 +354,11 @@ def prepare(
     """Return the plan of a recipe, or of the recipe in a file."""
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
+    if not recipe.models and not recipe.slices:
+        raise TypeError(
+            "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
+            "`Recipe.from_mapping`"
+        )
     return build_plan(recipe, shard_size=parse_size(shard_size), seed=seed, strict=strict)
 
 

@@ -68,5 +68,6 @@ def check_device(device: str) -> None:
     Traceback (most recent call last):
     ValueError: device must be cpu, torch, cuda, cuda:N or auto, not 'gpu'
     """
-    if re.fullmatch(r"(?a:cpu|torch|auto|cuda(:\d{1,3})?)", device) is None:
+    known = r"(?a:cpu|torch|auto|cuda(:\d{1,3})?)"
+    if not isinstance(device, str) or re.fullmatch(known, device) is None:
         raise ValueError(f"device must be cpu, torch, cuda, cuda:N or auto, not {device!r}")

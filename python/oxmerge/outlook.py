@@ -23,7 +23,7 @@ __all__ = ["Outlook"]
 _RATES = (1e9, 3e9)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Outlook:
     """What a merge would do; as text, a summary with the accounting of every input tensor.
 
@@ -140,6 +140,9 @@ class Outlook:
     def __str__(self) -> str:
         """Return it as people read it: a line for each thing, and what becomes of the inputs."""
         return "\n".join(map(printable, self._lines()))
+
+    # A notebook shows this; that of the fields would have every tensor.
+    __repr__ = __str__
 
     def _lines(self) -> Iterator[str]:
         files = "1 file" if self.files == 1 else f"{self.files} files"

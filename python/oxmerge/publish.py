@@ -146,7 +146,8 @@ def prepare_output(
     output = OutputDirectory(Path(directory), overwrite)
     input_files = tuple(input_files)
     if output.path.is_symlink() and not output.path.exists():
-        raise OutputError("a link to nowhere", file=str(output.path))
+        advice = "name a new directory, or make the one that it links to"
+        raise OutputError("a link to nowhere", file=str(output.path), advice=advice)
     if output.path.exists():
         _check_existing(output, {(file["device"], file["inode"]) for file in input_files})
         _check_places(output, names)
@@ -313,7 +314,10 @@ def _lock(output: OutputDirectory) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise OutputError("another run is writing here", file=str(output.path)) from None
+        advice = "wait for it, or name another directory"
+        raise OutputError(
+            "another run is writing here", file=str(output.path), advice=advice
+        ) from None
     except OSError:
         # Some network file systems cannot lock. Then there is no guard, as in most programs.
         pass

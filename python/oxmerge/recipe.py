@@ -200,6 +200,12 @@ def _parsed(source: str | os.PathLike[str]) -> tuple[dict[str, object], str, str
 
     if isinstance(source, str) and ("\n" in source or ": " in source):
         return parse_yaml(source), source, None
+    if not isinstance(source, str | os.PathLike):
+        kind = type(source).__name__
+        raise TypeError(
+            f"a recipe is a path, YAML text or a `Recipe`, not a {kind}; of a mapping, "
+            "`Recipe.from_mapping` makes one"
+        )
     path = os.path.abspath(source)
     text = _read_text(path)
     return parse_yaml(text, path), text, os.path.dirname(path)
@@ -217,5 +223,9 @@ def _read_text(path: str) -> str:
 
 def _as_json(mapping: Mapping[str, object]) -> str:
     import json  # noqa: PLC0415 - a recipe from a file does not need it
+    import re  # noqa: PLC0415
 
-    return json.dumps(mapping, indent=2, default=str, skipkeys=True) + "\n"
+    text = json.dumps(mapping, indent=2, default=str, skipkeys=True)
+    # JSON escapes an emoji as two halves, which YAML does not put together.
+    pair = r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}"
+    return re.sub(pair, lambda found: json.loads(f'"{found[0]}"'), text) + "\n"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import overload
 
@@ -13,7 +15,7 @@ from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+    from collections.abc import Iterable, Iterator, MutableMapping, Sequence
     from typing import Any, TypeVar
 
     from numpy.typing import NDArray
@@ -145,6 +147,8 @@ def merge_state_dicts(
     if integers not in _INTEGERS:
         raise ValueError(f"integers must be one of {', '.join(_INTEGERS)}, not {integers!r}")
     check_options(seed, threads)
+    for source, label in zip([*sources, out], [*labels, "out"], strict=True):
+        _check_mapping(source, label)
     donor = sources[-1] if has_base else sources[0]
     _check_names(donor, sources, labels, out)
     dicts = _Dicts(call, sources, element_type(dtype), takes_first=integers == "first")
@@ -312,6 +316,14 @@ def _check_overlap(one: Place, out: Place) -> None:
             "out overlaps an input without being the same array; pass another out, or the input "
             "itself to overwrite it"
         )
+
+
+def _check_mapping(source: object, label: str) -> None:
+    if source is not None and not isinstance(source, Mapping):
+        hint = "; pass its `state_dict()`" if hasattr(source, "state_dict") else ""
+        hint = "; open it with `oxmerge.open`" if isinstance(source, str | os.PathLike) else hint
+        kind = type(source).__name__
+        raise TypeError(f"{label} must be a mapping of names to arrays, not a {kind}{hint}")
 
 
 def _check_names(

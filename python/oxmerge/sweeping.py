@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from oxmerge.merging import MergeReport, Snapshot
 
     Scalar = bool | int | float | str
-    Axes = Mapping[str, Scalar | Sequence[Scalar]]
+    Axes = Mapping[str, Scalar | Iterable[Any]]
     PathLike = str | os.PathLike[str]
 
 __all__ = ["Variant", "parse_values", "sweep", "variants"]
@@ -106,7 +106,10 @@ def _scalar(value: str, text: str) -> Scalar:
 
     if not value.strip():
         raise _no_values(text)
-    parsed = parse_yaml(f"value: {value}")["value"]
+    try:
+        parsed = parse_yaml(f"value: {value}")["value"]
+    except RecipeError:
+        raise _no_values(text) from None
     if not isinstance(parsed, bool | int | float | str):
         raise _no_values(text)
     return parsed
@@ -121,20 +124,25 @@ def _not_finite(text: object) -> RecipeError:
     return RecipeError(f"`{text}` is not finite", advice="sweep over finite numbers")
 
 
-def _no_place(place: str, step: object) -> RecipeError:
+def _no_place(place: str, step: object, at: object = None) -> RecipeError:
+    found = f"nothing at `{step}` that it could stand in"
+    if isinstance(step, int) and isinstance(at, list):
+        found = f"{len(at)} entries and no `[{step}]`, counting from [0]"
     return RecipeError(
         f"there is no `{place}` in the recipe",
-        found=f"nothing at `{step}` that it could stand in",
+        found=found,
         advice="write the keys with dots between them: models[0].parameters.weight",
     )
 
 
-def _listed(values: Scalar | Sequence[Scalar]) -> list[Scalar]:
+def _listed(values: Scalar | Iterable[Any]) -> list[Scalar]:
     """Return the values of an axis, which may be one, a sequence, or text that lists them."""
     if isinstance(values, str):
         listed = parse_values(values)
     else:
         listed = list(values) if isinstance(values, Iterable) else [values]
+        # Numbers of other packages, as those of `numpy.arange`, as Python's.
+        listed = [value.tolist() if hasattr(value, "tolist") else value for value in listed]
     for value in listed:
         if isinstance(value, float) and not math.isfinite(value):
             raise _not_finite(value)
@@ -221,7 +229,7 @@ def _replaced(at: Any, steps: Sequence[str | int], value: Scalar, place: str) ->
     step, *rest = steps
     fits = isinstance(at, dict) if isinstance(step, str) else isinstance(at, list)
     if not fits or (isinstance(step, int) and step >= len(at)):
-        raise _no_place(place, step)
+        raise _no_place(place, step, at)
     copied = copy.copy(at)
     if rest:
         inner = at.get(step, {}) if isinstance(step, str) else at[step]
@@ -323,9 +331,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         Where the outputs go. ``{0}``, ``{1}``… stand for the values in the order of `axes`,
         ``{weight}`` for that of the one place that ends so, ``{n}`` for a running number from 0.
         Formats are Python's: ``{n:03}``, ``{weight:.2f}``.
-    axes : mapping of str to str, number or sequence
+    axes : mapping of str to str, number or iterable
         What to vary: a place in the recipe, such as ``models[0].parameters.weight``, and its
-        value or values, as a sequence or as `parse_values` reads them.
+        value or values, one by one or as text: ``"0.1,0.5"``, or ``"0.1:0.9:9"`` for nine of them.
     together : bool
         Vary all places in step instead of in every combination.
     memory, threads, device, vram, seed, shard_size, overwrite, strict, read_path, progress

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from oxmerge.keys import KeyReader, Place, is_mapping
 from oxmerge.problems import did_you_mean
 from oxmerge.recipe import Choice, Setting
@@ -69,6 +71,8 @@ class ValueReader(KeyReader):
         """Read a model reference, in its short or its long form."""
         if is_mapping(value):
             return self.reference_mapping(value, place)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if not isinstance(value, str):
             listed = isinstance(value, list | tuple)
             advice = "name one model" if listed else "put it in quotes"

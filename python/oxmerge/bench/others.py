@@ -54,6 +54,8 @@ class Mergekit:
             version = json.loads(run_process([str(path), "-c", _VERSION], Path.cwd()).output)
         except UnavailableError as reason:
             raise OxmergeError(str(reason), file=python, advice=advice) from None
+        except ValueError:
+            raise OxmergeError("this is no Python", file=python, advice=advice) from None
         program = path.with_name("mergekit-yaml")
         if version is None or not program.is_file():
             raise OxmergeError("this interpreter has no mergekit", file=python, advice=advice)

@@ -75,13 +75,18 @@ def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> 
 
 
 def _dispatch(arguments: list[str], printer: Printer, engine: Engine | None) -> int:
-    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+    helps = {"-h", "--help", "help"}
+    if len(arguments) > 1 and arguments[0] in helps and arguments[1] in VERBS:
+        arguments = [arguments[1], "--help"]
+    if not arguments or arguments[0] in helps:
         printer.data(_overview())
         return 0 if arguments else 2
     if arguments[0] in {"-V", "--version"}:
         printer.data(f"oxmerge {__version__}")
         return 0
     verb, *rest = arguments
+    if verb.startswith("-"):
+        raise UsageError(f"`{verb}` before a command", "write options after it: `oxmerge merge -q`")
     if verb not in VERBS:
         raise UsageError.unknown("command", verb, VERBS)
     module = import_module(f"oxmerge.cli.{verb}")

@@ -155,6 +155,8 @@ def _check_targets(options: Namespace) -> None:
             raise UsageError(f"`{path}` cannot be written: `{folder}` is no directory")
         if os.path.isdir(path):
             raise UsageError(f"`{path}` is a directory", "name a file")
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            raise UsageError(f"`{path}` cannot be written: permission denied", "name another file")
 
 
 def _check_show(options: Namespace) -> None:

@@ -25,6 +25,7 @@ _PARTS = ("file", "tensor", "expected", "found", "advice")
 _HINTS = {
     errno.EEXIST: "name a new directory, or replace the model that is there with `--overwrite`",
     errno.ENOSPC: "free some space, or name a directory on another disk",
+    errno.ENOTDIR: "a part of this path is a file: name another directory",
     errno.EACCES: "check the permissions of the file and of its folders",
     errno.EROFS: "the file system is read-only: name a directory on another one",
 }

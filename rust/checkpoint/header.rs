@@ -88,6 +88,11 @@ fn header_len(prefix: [u8; PREFIX as usize], size: u64) -> Result<u64> {
             Some((_, what, advice)) => {
                 Error::checkpoint("not a safetensors file").found(what).advice(*advice)
             }
+            None if prefix.iter().all(|byte| matches!(byte, b'\t'..=b'\r' | b' '..=b'~')) => {
+                Error::checkpoint("not a safetensors file")
+                    .found("text")
+                    .advice("name a folder of a model, or its `.safetensors` file")
+            }
             None => Error::checkpoint("not a safetensors file, or its header is too long")
                 .expected(format_args!("at most {MAX_HEADER} bytes of header"))
                 .found(len),

@@ -306,6 +306,7 @@ impl<'a> Worker<'a> {
 
     /// Copies what all sources agree on.
     fn identical(&mut self, task: &Task, blocks: Range<u64>) -> Result<Found> {
+        check_one_type(task)?;
         let range = task.elements_of(blocks);
         self.make_room(task, &[0, 1], range.end - range.start, false);
         self.scratch.resize_with(self.scratch.len().max(2), Default::default);
@@ -328,6 +329,19 @@ impl<'a> Worker<'a> {
         task.sources[0].release(range);
         Ok(Found::Nothing)
     }
+}
+
+/// Copied bytes mean the same only in the same type.
+fn check_one_type(task: &Task) -> Result<()> {
+    let first = task.sources[0].dtype();
+    let sources = task.sources.iter().map(|source| source.dtype());
+    let mut types = sources.chain(task.sinks.iter().map(|sink| sink.dtype()));
+    types.find(|&dtype| dtype != first).map_or(Ok(()), |other| {
+        Err(Error::plan("a tensor that is copied must have one type, also as the output")
+            .expected(first)
+            .found(other)
+            .advice("give an output of that type"))
+    })
 }
 
 #[cold]

@@ -74,6 +74,10 @@ const FILES: &[(&[u8], &str)] = &[
         b"<!DOCTYPE html>",
         "not a safetensors file: found a web page, not the weights; download it again",
     ),
+    (
+        b"merge_method: linear\n",
+        "not a safetensors file: found text; name a folder of a model, or its `.safetensors` file",
+    ),
 ];
 
 /// A header, the number of data bytes after it, and the error.

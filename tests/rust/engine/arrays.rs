@@ -196,3 +196,22 @@ proptest! {
         }
     }
 }
+
+/// Bytes of one type would be taken for another.
+#[test]
+fn a_copy_into_another_type_is_refused() {
+    let input = vec![1; 40];
+    for dtype in [DType::F32, DType::I64] {
+        let mut out = vec![0; 80];
+        let copy = task(
+            &[10],
+            vec![source(&input, DType::I32)],
+            sink(&mut out[..10 * dtype.size()], dtype, true),
+            Work::Identical,
+        );
+        let error = run(copy, Level::portable(), Some(1), &Control::default()).unwrap_err();
+        assert_eq!(error.parts().expected, Some("I32"));
+        assert_eq!(error.parts().found, Some(dtype.name()));
+        assert_eq!(out, [0; 80]);
+    }
+}

@@ -125,6 +125,7 @@ fn run_all(
 ) -> Result<Vec<Vec<f64>>> {
     let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
     let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
+    let cores = thread::available_parallelism().map_or(1, usize::from);
     let schedule = Schedule {
         state: Mutex::new(State::new(shared.len(), memory.mask_room)),
         changed: Condvar::new(),
@@ -135,6 +136,7 @@ fn run_all(
             .map(|task| task.need().on(backend.offload()).piece_blocks(memory).min(most))
             .collect(),
         under_way: tasks_under_way(memory.workers),
+        most_writing: memory.workers.saturating_sub(cores).max(1),
         control,
         sweep,
     };
@@ -166,6 +168,8 @@ struct Schedule<'a> {
     tasks: &'a [Arc<Task>],
     piece_blocks: Vec<u64>,
     under_way: usize,
+    /// How many workers write at once, where others have something to prepare.
+    most_writing: usize,
     control: &'a Control,
     sweep: bool,
 }
@@ -178,12 +182,39 @@ struct State {
     failure: Option<Error>,
     /// Bytes that the random masks of further tasks may take.
     mask_room: u64,
+    /// How many workers have a unit of a pass that writes.
+    writing: usize,
 }
 
 impl State {
     fn new(tasks: usize, mask_room: u64) -> Self {
         let numbers = vec![Vec::new(); tasks];
-        Self { next_task: 0, active: VecDeque::new(), numbers, failure: None, mask_room }
+        Self {
+            next_task: 0,
+            active: VecDeque::new(),
+            numbers,
+            failure: None,
+            mask_room,
+            writing: 0,
+        }
+    }
+
+    /// The next unit of the oldest task that has one, and is in a pass that is `wanted`.
+    fn issue(&mut self, wanted: impl Fn(&Pass) -> bool) -> Option<Unit> {
+        let active = self.active.iter_mut().filter(|(_, active)| wanted(&active.pass));
+        let unit = |(index, active): &mut (usize, Active)| {
+            Some(Unit {
+                number: active.issue()?,
+                index: *index,
+                task: Arc::clone(&active.task),
+                pass: Arc::clone(&active.pass),
+                masks: active.masks.clone(),
+                blocks: active.blocks_a_unit,
+            })
+        };
+        let unit = active.into_iter().find_map(unit)?;
+        self.writing += usize::from(unit.pass.writes());
+        Some(unit)
     }
 }
 
@@ -283,19 +314,22 @@ impl Schedule<'_> {
         if state.failure.is_some() {
             return Next::Over;
         }
-        for (index, active) in &mut state.active {
-            if let Some(number) = active.issue() {
-                return Next::Do(Unit {
-                    index: *index,
-                    task: Arc::clone(&active.task),
-                    pass: Arc::clone(&active.pass),
-                    masks: active.masks.clone(),
-                    number,
-                    blocks: active.blocks_a_unit,
-                });
+        let next_task = self.tasks.get(state.next_task);
+        let next_task = next_task.filter(|_| state.active.len() < self.under_way);
+        // Who writes soon waits for the disk. When those are enough, the others prepare what comes
+        // next; else the disk would wait for them later.
+        if state.writing >= self.most_writing {
+            if let Some(unit) = state.issue(|pass| !pass.writes()) {
+                return Next::Do(unit);
+            }
+            if next_task.is_some_and(|task| !task.reads_once) {
+                return self.begin(state);
             }
         }
-        if state.next_task < self.tasks.len() && state.active.len() < self.under_way {
+        if let Some(unit) = state.issue(|_| true) {
+            return Next::Do(unit);
+        }
+        if next_task.is_some() {
             return self.begin(state);
         }
         if state.active.is_empty() { Next::Over } else { Next::Wait }
@@ -321,6 +355,7 @@ impl Schedule<'_> {
 
     /// Puts a result where it belongs; the task if that was its last.
     fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<Active> {
+        state.writing -= usize::from(unit.pass.writes());
         let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
         let taken = found.map(|found| state.active[at].1.take(unit.number, found));
         self.changed.notify_all();

@@ -25,6 +25,13 @@ pub(crate) enum Pass {
     Identical,
 }
 
+impl Pass {
+    /// Whether its units end with output that is written.
+    pub(crate) fn writes(&self) -> bool {
+        matches!(self, Self::Bands(_) | Self::Combine(_) | Self::Identical)
+    }
+}
+
 /// The part of a [`Search`](crate::formula::selection::Search) that a worker needs.
 pub(crate) struct SearchView {
     /// Which of the task's searches.

@@ -81,6 +81,13 @@ pub(crate) fn tasks_under_way(workers: usize) -> usize {
     workers + 2
 }
 
+/// How many of them write at once, where others have something to prepare.
+fn most_writing(workers: usize) -> usize {
+    // To ask for the cores takes longer than a small array.
+    let cores = || thread::available_parallelism().map_or(1, usize::from);
+    if workers > 1 { workers.saturating_sub(cores()).max(1) } else { 1 }
+}
+
 /// Runs all `tasks`. On an error or a cancellation the workers stop after the piece in hand.
 pub fn run(tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<Report> {
     run_on(&Simd(settings.level), tasks, settings, control)
@@ -125,7 +132,6 @@ fn run_all(
 ) -> Result<Vec<Vec<f64>>> {
     let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
     let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
-    let cores = thread::available_parallelism().map_or(1, usize::from);
     let schedule = Schedule {
         state: Mutex::new(State::new(shared.len(), memory.mask_room)),
         changed: Condvar::new(),
@@ -136,7 +142,7 @@ fn run_all(
             .map(|task| task.need().on(backend.offload()).piece_blocks(memory).min(most))
             .collect(),
         under_way: tasks_under_way(memory.workers),
-        most_writing: memory.workers.saturating_sub(cores).max(1),
+        most_writing: most_writing(memory.workers),
         control,
         sweep,
     };
@@ -168,7 +174,7 @@ struct Schedule<'a> {
     tasks: &'a [Arc<Task>],
     piece_blocks: Vec<u64>,
     under_way: usize,
-    /// How many workers write at once, where others have something to prepare.
+    /// See [`most_writing`].
     most_writing: usize,
     control: &'a Control,
     sweep: bool,

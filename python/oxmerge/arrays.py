@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 
 from oxmerge.problems import did_you_mean
@@ -30,6 +30,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any, Literal, Protocol, TypeVar
+
+    import numpy as np
 
     T = TypeVar("T")
 
@@ -156,10 +158,16 @@ def _view(array: Any, what: str, dtype: str | None, *, is_out: bool) -> View:
     return found
 
 
+@lru_cache(64)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """Return what NumPy calls a type; it puts the name together anew each time."""
+    return dtype.name if dtype.isnative else dtype.str
+
+
 def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
     import numpy as np  # noqa: PLC0415
 
-    name = array.dtype.name if array.dtype.isnative else array.dtype.str
+    name = _name_of(array.dtype)
     if name in _NARROW:
         if is_out:
             raise TypeError(_narrow_out(name))

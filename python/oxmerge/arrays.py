@@ -193,9 +193,15 @@ def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
     return View(array, (address, array.nbytes, code), array.shape, "numpy")
 
 
+@cache
+def _torch_name(dtype: object) -> str:
+    """Return what torch calls a type, which it too puts together anew."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
     code = _torch_codes().get(array.dtype)
-    name = str(array.dtype).removeprefix("torch.")
+    name = _torch_name(array.dtype)
     if array.device.type != "cpu":
         advice = "copy it to the CPU first (`.cpu()`), or merge files with `oxmerge merge`"
         raise ValueError(f"{what} is on the device `{array.device}`; {advice}")

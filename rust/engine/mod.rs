@@ -83,9 +83,7 @@ pub(crate) fn tasks_under_way(workers: usize) -> usize {
 
 /// How many of them write at once, where others have something to prepare.
 fn most_writing(workers: usize) -> usize {
-    // To ask for the cores takes longer than a small array.
-    let cores = || thread::available_parallelism().map_or(1, usize::from);
-    if workers > 1 { workers.saturating_sub(cores()).max(1) } else { 1 }
+    workers - workers / 4
 }
 
 /// Runs all `tasks`. On an error or a cancellation the workers stop after the piece in hand.

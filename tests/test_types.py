@@ -12,6 +12,8 @@ import pytest
 SOURCES = Path(__file__).parent.parent / "python"
 #: Stands for torch, which need not be installed, and takes long to look into.
 TORCH = "class Tensor:\n    def data_ptr(self) -> int: ...\n"
+#: The package's own modules are looked at with all of torch elsewhere.
+CONFIG = "[mypy]\nstrict = True\n[mypy-oxmerge.*]\nignore_errors = True\n"
 KERNELS = {
     "weighted_sum": "[x, x], [1, 2]",
     "task_vector": "x, x",
@@ -73,7 +75,8 @@ def test_types(tmp_path: Path, given: str, result: str, gram: str) -> None:
     )
     script = tmp_path / "script.py"
     script.write_text(text.replace("OUT", result).replace("IN", given))
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", script.name]
+    (tmp_path / "mypy.ini").write_text(CONFIG)
+    command = [sys.executable, "-m", "mypy", "--config-file=mypy.ini", script.name]
     paths = os.pathsep.join([str(tmp_path), str(SOURCES)])
     done = subprocess.run(
         command,

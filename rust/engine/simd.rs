@@ -57,11 +57,10 @@ impl<T: Real> Program for Machine<'_, T> {
         for segment in steps(step.elements.clone(), segment) {
             let mut lanes: Vec<Lanes> =
                 layout.kinds.iter().map(|&(kind, ..)| [start_of(kind); LANES]).collect();
-            let norms = |thinned| fused::norms(self, step.inputs, thinned, &segment);
             if let Some(pair) = pair {
                 lanes = fused::products(level, step.inputs, pair, &segment);
-            } else if let Some(norms) = thinned.as_deref().and_then(norms) {
-                lanes = norms;
+            } else if let Some(thinned) = &thinned {
+                lanes = fused::norms(self, step.inputs, thinned, &segment);
             } else {
                 let block = segment.start / BLOCK as u64;
                 for chunk in chunks(segment) {

@@ -207,44 +207,23 @@ impl<'a, T: Real> Machine<'a, T> {
                 self.cut(kernels::trim, *chosen, range.start, self.slot(*a), out);
             }
             Operation::Random { keep_below, stream } => {
-                match self.random_bits(self.key(at), (*stream, *keep_below), range.start) {
-                    Some(bits) => kernels::unpack_mask(self.level, &bits, out),
-                    None => self.random_mask(at, *keep_below, range.start, out),
-                }
+                let bits = self.random_bits(self.key(at), (*stream, *keep_below), range.start);
+                kernels::unpack_mask(self.level, &bits, out);
             }
             Operation::Drop { a, keep_below, stream, scale } => {
-                let (values, scale) = (self.slot(*a), T::from_f64(*scale));
-                let name = (*stream, *keep_below);
-                if let Some(bits) = self.random_bits(self.key(at), name, range.start) {
-                    return kernels::masked(self.level, &bits, scale, values, out);
-                }
-                let mut mask = [T::ZERO; CHUNK];
-                let mask = &mut mask[..out.len()];
-                self.random_mask(at, *keep_below, range.start, mask);
-                for ((out, &value), &kept) in out.iter_mut().zip(values).zip(&*mask) {
-                    *out = scale * if kept == T::ZERO { T::ZERO } else { value };
-                }
+                let bits = self.random_bits(self.key(at), (*stream, *keep_below), range.start);
+                kernels::masked(self.level, &bits, T::from_f64(*scale), self.slot(*a), out);
             }
         }
     }
 
-    /// The random mask of a chunk, if it begins where a span does.
-    pub(crate) fn random_bits(
-        &self,
-        key: &MaskKey,
-        name: MaskName,
-        first: u64,
-    ) -> Option<MaskBits> {
+    /// The random mask of a chunk.
+    pub(crate) fn random_bits(&self, key: &MaskKey, name: MaskName, first: u64) -> MaskBits {
         let draw = || kernels::random_bits(self.level, key, first, name.1);
-        first.is_multiple_of(SPAN as u64).then(|| match self.masks {
-            Some(masks) => masks.span(name, first, draw),
-            None => draw(),
-        })
-    }
-
-    /// The same of any range, as numbers.
-    fn random_mask(&self, at: usize, keep_below: u64, first: u64, out: &mut [T]) {
-        kernels::random_mask(self.level, self.key(at), first, keep_below, out);
+        match self.masks {
+            Some(masks) if first.is_multiple_of(SPAN as u64) => masks.span(name, first, draw),
+            _ => draw(),
+        }
     }
 
     fn key(&self, at: usize) -> &MaskKey {

@@ -168,21 +168,37 @@ fn half(word: u32, shift: u32) -> u32 {
 }
 
 /// Marks at random what to keep of the [`SPAN`] elements from `first_index` on: those whose draw is
-/// below `keep_below`. A density d asks for round(d·2³²); 2³² keeps all.
+/// below `keep_below`. A density d asks for round(d·2³²); 2³² keeps all. A first index that is a
+/// multiple of a span is the fast case.
 ///
 /// # Panics
 ///
-/// If `keep_below` exceeds 2³², or `first_index` is no multiple of a span.
+/// If `keep_below` exceeds 2³².
 pub fn random_bits(level: Level, key: &MaskKey, first_index: u64, keep_below: u64) -> MaskBits {
     assert!(keep_below <= 1 << 32, "a draw has 32 bits, so {keep_below} is no bound for it");
-    assert!(first_index.is_multiple_of(SPAN as u64), "masks are drawn in whole spans");
+    let draw = |first_index: u64| {
+        let mut bits = [0; COUNTERS];
+        let first = first_index / HALVES as u64;
+        level.run(Draw { key: *key, first, keep_below, bits: &mut bits });
+        bits
+    };
+    let skipped = (first_index % SPAN as u64) as usize;
+    let start = first_index - skipped as u64;
+    if skipped == 0 {
+        return draw(start);
+    }
+    let spans = [draw(start), draw(start.wrapping_add(SPAN as u64))];
+    let bit = |bits: &MaskBits, at: usize| bits[at % COUNTERS] >> (at / COUNTERS) & 1;
     let mut bits = [0; COUNTERS];
-    let first = first_index / HALVES as u64;
-    level.run(Draw { key: *key, first, keep_below, bits: &mut bits });
+    for at in 0..SPAN {
+        let from = skipped + at;
+        bits[at % COUNTERS] |= bit(&spans[from / SPAN], from % SPAN) << (at / COUNTERS);
+    }
     bits
 }
 
-/// The same for any range, as numbers: `out[i]` is 1 if element `first_index + i` is kept, else 0.
+/// The same for any number of elements, as numbers: `out[i]` is 1 if element `first_index + i` is
+/// kept, else 0.
 ///
 /// # Panics
 ///
@@ -195,19 +211,8 @@ pub fn random_mask<T: Real>(
     out: &mut [T],
 ) {
     assert!(first_index.checked_add(out.len() as u64).is_some(), "the indices must fit 64 bits");
-    let (mut index, mut rest) = (first_index, out);
-    while !rest.is_empty() {
-        let skipped = (index % SPAN as u64) as usize;
-        let bits = random_bits(level, key, index - skipped as u64, keep_below);
-        let (now, later) = rest.split_at_mut(rest.len().min(SPAN - skipped));
-        if skipped == 0 {
-            unpack_mask(level, &bits, now);
-        } else {
-            let mut span = [T::ZERO; SPAN];
-            unpack_mask(level, &bits, &mut span);
-            now.copy_from_slice(&span[skipped..skipped + now.len()]);
-        }
-        index += now.len() as u64;
-        rest = later;
+    for (span, out) in out.chunks_mut(SPAN).enumerate() {
+        let first = first_index + (span * SPAN) as u64;
+        unpack_mask(level, &random_bits(level, key, first, keep_below), out);
     }
 }

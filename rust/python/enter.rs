@@ -87,8 +87,11 @@ pub(super) fn take_part<R: Send>(
 ) -> PyResult<R> {
     // Threads that it starts inherit them.
     let _floats = StandardFloats::set();
+    let caught = |control: &Control| {
+        catch_unwind(AssertUnwindSafe(|| work(control))).unwrap_or_else(|_| Err(panicked()))
+    };
     if brief {
-        return work(&Control::default()).map_err(|error| raise(py, &error));
+        return caught(&Control::default()).map_err(|error| raise(py, &error));
     }
     let raised = Arc::new(Mutex::new(None));
     let noted = Arc::clone(&raised);
@@ -104,11 +107,11 @@ pub(super) fn take_part<R: Send>(
         }
         false
     });
-    let result = py.detach(|| catch_unwind(AssertUnwindSafe(|| work(&control))));
+    let result = py.detach(|| caught(&control));
     if let Some(exception) = raised.lock().ok().and_then(|mut raised| raised.take()) {
         return Err(exception);
     }
-    result.unwrap_or_else(|_| Err(panicked())).map_err(|error| raise(py, &error))
+    result.map_err(|error| raise(py, &error))
 }
 
 #[cold]

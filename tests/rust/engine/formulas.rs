@@ -159,6 +159,20 @@ fn task_vectors_thinned_at_random() {
     }
 }
 
+/// Masks of rows, which begin anywhere: as numbers, and of what they keep.
+#[test]
+fn masks_begin_where_rows_do() {
+    let x = Value::input(0);
+    let mask = Value::random_mask(0.3, 1);
+    let kept = x.masked(&mask);
+    let formula = &(&x * &Value::scalar(mask.sum(Scope::Row)))
+        + &Value::scalar(kept.absolute_sum(Scope::Row));
+    for shape in [&[300_u64, 501][..], &[3, 70_001]] {
+        let inputs = inputs(1, shape.iter().product(), DType::Bf16);
+        check::<f32>(&formula, shape, &inputs, DType::F32);
+    }
+}
+
 /// Rule 3: zero coefficients skip, also when they are known only after a reduction.
 #[test]
 fn a_zero_coefficient_skips_its_term() {

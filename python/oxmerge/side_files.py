@@ -78,7 +78,11 @@ class SideFile:
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Yield the file, open for reading; InputChangedError if it is, or becomes, another."""
-        with open(self.source, "rb", buffering=0, opener=_open_at_once) as file:
+        try:
+            file = open(self.source, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+        except FileNotFoundError:
+            raise self._changed("the file is gone since it was first read") from None
+        with file:
             self._check(file)
             yield file
             self._check(file)
@@ -86,13 +90,16 @@ class SideFile:
     def _check(self, file: IO[bytes]) -> None:
         now = FileState.of(os.fstat(file.fileno()))
         if now != self.state:
-            raise InputChangedError(
-                "the file changed after it was first read",
-                file=str(self.source),
-                expected=_told(self.state),
-                found=_told(now),
-                advice="start again once nothing writes to the inputs",
-            )
+            raise self._changed("the file changed after it was first read", now)
+
+    def _changed(self, message: str, now: FileState | None = None) -> InputChangedError:
+        return InputChangedError(
+            message,
+            file=str(self.source),
+            expected=now and _told(self.state),
+            found=now and _told(now),
+            advice="start again once nothing writes to the inputs",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +140,7 @@ def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFi
     """
     if not donor.is_dir():
         return SideFiles()
-    search = _Search(merged, _pipeline_folders(donor))
+    search = _Search(donor, merged, _pipeline_folders(donor))
     search.folder("", donor)
     return SideFiles(
         tuple(sorted(search.copied, key=lambda file: file.name)),
@@ -208,7 +215,8 @@ def _pipeline_folders(donor: Path) -> frozenset[str]:
 class _Search:
     """The walk through a donor's directory."""
 
-    def __init__(self, merged: frozenset[str], pipeline: frozenset[str]) -> None:
+    def __init__(self, donor: Path, merged: frozenset[str], pipeline: frozenset[str]) -> None:
+        self.donor = str(donor)
         self.merged = merged
         self.pipeline = pipeline
         self.copied: list[SideFile] = []
@@ -221,13 +229,13 @@ class _Search:
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            self._cannot("the folder cannot be read", folder, error)
+            self._unreadable(prefix or str(folder), error)
             return
         for entry in found:
             try:
                 self._sort(prefix + entry.name, entry, prefix, whole=whole)
             except OSError as error:
-                self._cannot("the file cannot be read", Path(entry.path), error)
+                self._unreadable(prefix + entry.name, error)
 
     def _sort(self, name: str, entry: os.DirEntry[str], prefix: str, *, whole: bool) -> None:
         if os.path.isdir(entry.path):  # False where it cannot be told, which opening it will tell
@@ -252,8 +260,8 @@ class _Search:
         if not stat.S_ISREG(kind):
             self._leave(name, "not a regular file")
         elif not _is_unicode(name):
-            message = "the name of the file is not UTF-8"
-            self._problem(message, path, advice="rename it, or remove it from the model")
+            message = f"the name of `{_as_text(name)}` is not UTF-8"
+            self._problem(message, advice="rename it, or remove it from the model")
         else:
             with open(path, "rb", buffering=0, opener=_open_at_once) as file:
                 state = FileState.of(os.fstat(file.fileno()))
@@ -273,24 +281,28 @@ class _Search:
         if reason is not None:
             self._leave(name + "/", reason)
         elif name.count("/") == _DEEPEST:
-            self._problem(f"folders are nested deeper than {_DEEPEST} levels", path)
+            self._problem(f"folders are nested deeper than {_DEEPEST} levels: `{_as_text(name)}`")
         else:
             self.folder(name + "/", path, whole=name.split("/", 1)[0] in self.pipeline)
 
     def _leave(self, name: str, reason: str) -> None:
-        self.left_out.append(LeftOut(os.fsencode(name).decode(errors="backslashreplace"), reason))
+        self.left_out.append(LeftOut(_as_text(name), reason))
 
-    def _cannot(self, message: str, path: Path, error: OSError) -> None:
+    def _unreadable(self, name: str, error: OSError) -> None:
         found = os.strerror(error.errno).lower() if error.errno else str(error)
         advice = "check its permissions and links, or remove it from the model"
-        self._problem(message, path, found=found, advice=advice)
+        self._problem(f"`{_as_text(name)}` cannot be read", found=found, advice=advice)
 
     def _problem(
-        self, message: str, path: Path, *, found: str | None = None, advice: str | None = None
+        self, message: str, *, found: str | None = None, advice: str | None = None
     ) -> None:
-        self.problems.append(
-            Problem("side file", message, file=str(path), found=found, advice=advice)
-        )
+        problem = Problem("side file", message, file=self.donor, found=found, advice=advice)
+        self.problems.append(problem)
+
+
+def _as_text(name: str) -> str:
+    """Return a name with what is not UTF-8 as escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _open_at_once(path: str, flags: int) -> int:

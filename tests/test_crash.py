@@ -434,6 +434,58 @@ def test_ctrl_c_from_python(tmp_path: Path, slow: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+# Limits of the process.
+
+
+@pytest.mark.parametrize("mib", [*range(25, 60, 5), *range(60, 300, 40), 600])
+def test_a_limit_of_memory_is_an_error_or_fewer_threads(
+    tmp_path: Path, twins: Path, mib: int
+) -> None:
+    command = [sys.executable, "-m", "oxmerge", "merge", str(twins / "linear.yml"), "out"]
+    done = subprocess.run(
+        ["prlimit", f"--as={mib << 20}", *command, "--threads=32", "--json"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        assert mib > 100
+        assert (tmp_path / "out" / "config.json").exists()
+        assert mib > 500 or json.loads(done.stdout)["threads"] < 32
+    else:
+        assert mib < 300
+        assert done.returncode == 1, done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_no_thread_to_be_had_is_an_error(tmp_path: Path, twins: Path) -> None:
+    """As an ordinary user, for whom alone there is such a limit."""
+    for command in (["merge", str(twins / "linear.yml"), "out"], ["demo", "--directory=out"]):
+        done = subprocess.run(
+            [*ordinary_user(), "prlimit", "--nproc=1", sys.executable, "-m", "oxmerge", *command],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "thread" in done.stderr
+        assert "hint: allow more threads and processes" in done.stderr
+        assert not list(tmp_path.rglob("*.safetensors*"))
+
+
+def ordinary_user() -> list[str]:
+    """Return what a command begins with that root starts as someone else, who may read all."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root has no such limit, and there is no `setpriv`")
+    kept = "+dac_read_search,+dac_override"
+    kept_only = ["--bounding-set=-sys_resource,-sys_admin", f"--inh-caps={kept}"]
+    return ["setpriv", "--reuid=12345", *kept_only, f"--ambient-caps={kept}"]
+
+
 # Full disks.
 
 

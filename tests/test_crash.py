@@ -210,11 +210,12 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-def run_struck(at: int, number: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", STRUCK, str(at), str(int(number)), "merge", "-q"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], text=True, capture_output=True, check=False
-    )
+def run_struck(
+    at: int, number: int, *arguments: object, verb: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", STRUCK, str(at), str(int(number))]
+    words = verb or ["merge", "-q", *map(str, arguments)]
+    return subprocess.run([*command, *words], text=True, capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,34 @@ def test_a_death_between_the_renames_needs_no_permission_to_go_on(
         assert directory_bytes(output) == {**expected, **kept}
         assert not list(output.glob(".*"))
     assert at > 9
+
+
+def test_a_death_in_a_sweep_needs_no_permission_to_go_on(tmp_path: Path, sharded: Path) -> None:
+    """Also for the outputs that are complete by then; but only for that sweep."""
+    pattern, axes = tmp_path / "w{0}", "models[0].parameters.weight=1,2"
+    sweep = ["sweep", "-q", str(sharded), str(pattern), "--set", axes, *SHARDED]
+    died = run_struck(15, signal.SIGKILL, verb=sweep)
+    assert died.returncode == -signal.SIGKILL
+    assert [bool(loadable(tmp_path / name)) for name in ("w1", "w2")] == [True, False]
+    whole = directory_bytes(tmp_path / "w1")
+    assert run_struck(-1, 0, sharded, tmp_path / "w1", *SHARDED, "--seed=1").returncode == 1
+    assert directory_bytes(tmp_path / "w1") == whole
+    died = run_struck(15, signal.SIGKILL, verb=sweep)
+    assert died.returncode == -signal.SIGKILL
+    done = run_struck(-1, 0, verb=sweep)
+    assert done.returncode == 0, done.stderr
+    assert directory_bytes(tmp_path / "w1") == whole
+    assert len(loadable(tmp_path / "w2")) == 2
+    assert not list(tmp_path.rglob(".*"))
+    assert run_struck(-1, 0, verb=sweep).returncode == 1
+
+
+def test_an_output_whose_name_is_no_text(tmp_path: Path, twins: Path) -> None:
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    report = oxmerge.merge(twins / "linear.yml", output, memory="4GiB")
+    assert report.directory == output
+    written = json.loads((Path(output) / "oxmerge_report.json").read_text())
+    assert written["directory"] == output
 
 
 def test_a_death_does_not_give_others_files_away(tmp_path: Path, sharded: Path) -> None:

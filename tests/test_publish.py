@@ -19,6 +19,7 @@ from oxmerge.publish import (
     INDEX_NAME,
     Contents,
     OutputDirectory,
+    close,
     commit,
     discard,
     prepare_output,
@@ -120,7 +121,9 @@ def write_shards(output: OutputDirectory, contents: Contents) -> list[FileState]
 
 def write_and_commit(output: OutputDirectory, contents: Contents) -> list[str]:
     """Do everything after the preparations."""
-    return commit(output, contents, write_shards(output, contents), REPORT)
+    notes = commit(output, contents, write_shards(output, contents), REPORT)
+    close(output)
+    return notes
 
 
 def loads(directory: Path) -> bool:
@@ -150,6 +153,7 @@ def test_overwriting_a_model(tmp_path: Path) -> None:
     shards = write_shards(output, contents)
     assert read_all(tmp_path / "out").items() >= OLD.items()
     notes = commit(output, contents, shards, REPORT)
+    close(output)
     assert read_all(tmp_path / "out") == {**expected, "my notes.txt": "mine"}
     assert notes == ["`my notes.txt` was in the output directory before and is still there"]
 
@@ -409,6 +413,7 @@ def run_with_fault(folder: Path, fault_at: int, *, old: bool, lasting: bool) -> 
         fault.left = fault_at
         try:
             commit(output, contents, shards, REPORT)
+            close(output)
         except OSError:
             discard(output)
     check_outcome(out, expected, output, old=old, struck=fault.struck)

@@ -1,7 +1,8 @@
 """What a run writes down before it begins to replace files, for the next run if it is killed.
 
 By name, size, time and inode: so the next run knows what the dead one put in place, and what it was
-allowed to replace, from what anyone else has put there.
+allowed to replace, from what anyone else has put there. And by what plan: the same merge may even
+replace a model that is complete, as one of a sweep that was killed later.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ class Journal:
 
     Attributes
     ----------
+    purpose : str
+        What was being made: a digest of the plan.
     last : str
-        The file that makes the model complete.
+        The file that makes the model complete; empty where there is no journal.
     ours, old : mapping of str to tuple
         By name, the marks of the files that it put in place, and of those that it may have removed.
     folders : tuple of str
         Folders that it made for them, the inner ones first.
     """
 
+    purpose: str = ""
     last: str = ""
     ours: Mapping[str, _Mark] = field(default_factory=dict)
     old: Mapping[str, _Mark] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class Journal:
         """Return it as text."""
         story = {
             "version": _VERSION,
+            "purpose": self.purpose,
             "last": self.last,
             "ours": self.ours,
             "old": self.old,
@@ -78,7 +83,8 @@ class Journal:
                 {name: tuple(map(int, each)) for name, each in story[part].items()}
                 for part in ("ours", "old")
             )
-            return cls(str(story["last"]), ours, old, tuple(map(str, story["folders"])))
+            names = (str(story["purpose"]), str(story["last"]))
+            return cls(*names, ours, old, tuple(map(str, story["folders"])))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 

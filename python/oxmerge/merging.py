@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from oxmerge.options import READ_PATHS, check_device, check_threads
 from oxmerge.outcome import Outcome
 from oxmerge.outlook import Outlook
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
-from oxmerge.publish import OutputDirectory, commit, discard, prepare_output, stage
+from oxmerge.publish import OutputDirectory, close, commit, discard, prepare_output, stage
 from oxmerge.recipe import Recipe
 from oxmerge.sizes import parse_size
 
@@ -317,6 +318,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                 input_files=merge_plan.plan.files,
                 needed_bytes=needed,
                 names=outcome.file_names,
+                purpose=_digest(merge_plan),
             )
         outputs = [claimed[at] for at in range(len(merges))]
         for (_, outcome), output in zip(prepared, outputs, strict=True):
@@ -336,7 +338,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             )
         _check_side_files(outcome for _, outcome in prepared)
         done |= {"device": _name(backend), "notes": _notes(backend)}
-        return [
+        reports = [
             _finish(merge_plan, outcome, output, done | {"files": files}, started)
             for (merge_plan, outcome), output, files in zip(
                 prepared, outputs, done["files"], strict=True
@@ -347,6 +349,9 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         for output in reversed(claimed.values()):
             discard(output)
         raise
+    for output in outputs:
+        close(output)
+    return reports
 
 
 def _order(directories: Sequence[PathLike]) -> list[int]:
@@ -357,6 +362,10 @@ def _order(directories: Sequence[PathLike]) -> list[int]:
     return sorted(
         range(len(directories)), key=lambda at: os.fsencode(os.path.realpath(directories[at]))
     )
+
+
+def _digest(merge_plan: MergePlan) -> str:
+    return hashlib.sha256(merge_plan.to_json().encode()).hexdigest()
 
 
 def _check_side_files(outcomes: Iterable[Outcome]) -> None:

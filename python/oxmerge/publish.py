@@ -68,6 +68,8 @@ class OutputDirectory:
         The directory, owned.
     overwrite
         Whether a model that is there may be replaced.
+    purpose
+        What is being made: a digest of the plan.
     is_remote
         Whether it is on a network mount, where times may be told differently a moment later.
     journal
@@ -84,6 +86,7 @@ class OutputDirectory:
 
     claim: Claim
     overwrite: bool
+    purpose: str = ""
     is_remote: bool = False
     journal: Journal = field(default_factory=Journal)
     complete: dict[str, _Partial] = field(default_factory=dict)
@@ -156,6 +159,7 @@ def prepare_output(
     input_files: Iterable[Mapping[str, Any]],
     needed_bytes: int,
     names: Iterable[str] = (),
+    purpose: str = "",
 ) -> OutputDirectory:
     """Check that the output can go to `directory`, make it ready, and own it.
 
@@ -173,6 +177,8 @@ def prepare_output(
         Exact size of all that will be written.
     names
         The files that will be written, as `Contents` names them.
+    purpose
+        A digest of the plan: the same merge may go on where one was killed.
 
     Raises
     ------
@@ -184,7 +190,7 @@ def prepare_output(
     OSError
         If it cannot be written to, or (ENOSPC) does not have the space.
     """
-    output = OutputDirectory(claim(named(directory)), overwrite)
+    output = OutputDirectory(claim(named(directory)), overwrite, purpose)
     try:
         with _told_in_full(output):
             output.is_remote = _core.is_remote(f"/proc/self/fd/{output.descriptor}")
@@ -239,7 +245,7 @@ def commit(
     shards: Sequence[FileState],
     texts: Mapping[str, str],
 ) -> list[str]:
-    """Turn the partial files into a finished model directory.
+    """Turn the partial files into a finished model directory, and own it still: see `close`.
 
     Parameters
     ----------
@@ -277,9 +283,14 @@ def commit(
         with put_off():
             _write_journal(output, contents)
             _switch(output, contents)
-        notes = _leftovers(output)
+        return _leftovers(output)
+
+
+def close(output: OutputDirectory) -> None:
+    """Let others have a finished directory. Those of a sweep are closed when all are finished."""
+    with contextlib.suppress(OSError):  # it does no harm there, and the model is complete
+        os.unlink(JOURNAL_NAME, dir_fd=output.descriptor)
     output.claim.release()
-    return notes
 
 
 def discard(output: OutputDirectory) -> None:
@@ -291,7 +302,7 @@ def discard(output: OutputDirectory) -> None:
     """
     with put_off():
         if output.finished:
-            output.claim.release()
+            close(output)
             return
         if output.claim.is_held:
             with contextlib.suppress(OSError):
@@ -418,7 +429,9 @@ def _read_journal(output: OutputDirectory) -> Journal:
         return Journal()
     placed = [name for name in journal.ours if _is_there(output, name, journal.is_ours)]
     is_begun = placed or not all(_is_there(output, old, journal.may_replace) for old in journal.old)
-    return journal if is_begun and journal.last not in placed else Journal()
+    is_complete = journal.last in placed
+    is_this = bool(output.purpose) and journal.purpose == output.purpose
+    return journal if is_begun and (is_this or not is_complete) else Journal()
 
 
 def _is_there(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> bool:
@@ -435,9 +448,11 @@ def _leftover_bytes(output: OutputDirectory) -> int:
 
 
 def _remove_leftovers(output: OutputDirectory) -> None:
-    for name in output.journal.ours:
-        _remove_if(output, name, output.journal.is_ours)
-    _remove_folders(output, output.journal.folders)
+    journal = output.journal
+    if not _is_there(output, journal.last, journal.is_ours):  # else the model is complete
+        for name in journal.ours:
+            _remove_if(output, name, journal.is_ours)
+        _remove_folders(output, journal.folders)
     _remove_partials(output)
 
 
@@ -447,10 +462,10 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
 
 
 def _remove_partials(output: OutputDirectory) -> None:
-    """Remove all partial files; the journal stays while there is something that it allows."""
+    """Remove all partial files; the journal stays while it says something."""
     failure = None
     for entry in _entries(output):
-        if _is_partial(entry) and not (entry.name == JOURNAL_NAME and output.journal.old):
+        if _is_partial(entry) and not (entry.name == JOURNAL_NAME and output.journal.last):
             try:
                 os.unlink(entry.name, dir_fd=output.descriptor)
             except OSError as error:
@@ -473,7 +488,7 @@ def _probe(output: OutputDirectory) -> None:
 
 def _write_texts(output: OutputDirectory, texts: Mapping[str, str]) -> None:
     for name, text in texts.items():
-        _complete(output, name, partial(_write_all, text.encode()))
+        _complete(output, name, partial(_write_all, text.encode(errors="backslashreplace")))
 
 
 def _complete(output: OutputDirectory, name: str, write: Callable[[int], None]) -> None:
@@ -534,6 +549,7 @@ def _write_journal(output: OutputDirectory, contents: Contents) -> None:
             if state is not None and output.may_replace(name, state):
                 old[name] = mark(state)
     journal = Journal(
+        purpose=output.purpose,
         last=_last_names(contents)[-1],
         ours={name: mark(written.state) for name, written in output.complete.items()},
         old=old,
@@ -564,7 +580,6 @@ def _switch(output: OutputDirectory, contents: Contents) -> None:
         os.fsync(output.descriptor)
         _rename(output, name, completes=name == last[-1])
     os.fsync(output.descriptor)
-    os.unlink(JOURNAL_NAME, dir_fd=output.descriptor)
 
 
 def _folders(names: Iterable[str]) -> list[str]:
@@ -679,5 +694,7 @@ def _leftovers(output: OutputDirectory) -> list[str]:
     return [
         f"`{entry.name}` was in the output directory before and is still there"
         for entry in entries
-        if entry.name not in ours and not entry.is_dir(follow_symlinks=False)
+        if entry.name not in ours
+        and entry.name != JOURNAL_NAME
+        and not entry.is_dir(follow_symlinks=False)
     ]

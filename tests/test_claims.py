@@ -225,16 +225,20 @@ def test_a_file_system_that_cannot_lock(
 
 
 @pytest.mark.parametrize("name", ["", " ", Path(" ")])
-def test_no_name_is_refused(tmp_path: Path, twins: Path, name: str | Path) -> None:
-    merge: Callable[[], object]
-    recipe = twins / "linear.yml"
-    axes = {"models[0].parameters.weight": "1,2"}
-    merges = [lambda: oxmerge.merge(recipe, name), lambda: oxmerge.sweep(recipe, name, axes)]
-    before = directory_bytes(Path.cwd())
+def test_no_name_is_refused(
+    tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch, name: str | Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, axes = twins / "linear.yml", {"models[0].parameters.weight": "1,2"}
+    merges: list[Callable[[], object]] = [
+        lambda: oxmerge.merge(recipe, name),
+        lambda: oxmerge.merge(recipe, name, overwrite=True),
+        lambda: oxmerge.sweep(recipe, name, axes),
+    ]
     for merge in merges:
         with pytest.raises(OutputError, match=r"has no name\n.* a variable, that is not"):
             merge()
-    assert directory_bytes(Path.cwd()) == before
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -343,8 +343,8 @@ def test_what_has_no_need_to_follow_is_left(says: dict[str, Any], order: list[in
 
 
 def test_a_list_takes_entries_of_a_model_that_says_the_same_by_a_rule() -> None:
-    donor = {"num_hidden_layers": 4, "sliding_window_pattern": 2}
-    other = {
+    donor: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window_pattern": 2}
+    other: dict[str, Any] = {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "_sliding_window_pattern": 2,

@@ -122,7 +122,7 @@ class MergeReport:
         return {**data, "warnings": list(self.warnings), "notes": list(self.notes)}
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the options of the command, keyword only
     recipe: PathLike | Recipe,
     *,
     memory: int | str | None = None,
@@ -132,6 +132,7 @@ def plan(
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
+    allow_mismatch: bool = False,
 ) -> Outlook:
     """Return what a merge would do.
 
@@ -159,6 +160,8 @@ def plan(
         Bytes in an output file at most.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
 
     Raises
     ------
@@ -171,7 +174,7 @@ def plan(
     """
     _check_options(threads, "auto", device, vram)
     budget, vram = _bytes(memory), _bytes(vram)
-    merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
+    merge_plan, outcome = _prepare(recipe, shard_size, seed, strict, allow_mismatch)
     fastest = choose([merge_plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
     predicted = _core.predict([merge_plan.to_json()], _room(budget), threads, backend)
@@ -199,6 +202,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     strict: bool = False,
+    allow_mismatch: bool = False,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | None = None,
 ) -> MergeReport:
@@ -232,6 +236,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Replace the model that is there, when the new one is complete.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable, optional
@@ -264,6 +270,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         shard_size=shard_size,
         overwrite=overwrite,
         strict=strict,
+        allow_mismatch=allow_mismatch,
         read_path=read_path,
         progress=progress,
     )
@@ -281,6 +288,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     shard_size: int | str,
     overwrite: bool,
     strict: bool,
+    allow_mismatch: bool,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | None = None,
 ) -> list[MergeReport]:
@@ -294,9 +302,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
-    prepared = [
-        _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict) for recipe, _ in merges
-    ]
+    prepared = [_prepare(recipe, shard_size, seed, strict, allow_mismatch) for recipe, _ in merges]
     if device == "auto":
         merge_plans = [merge_plan for merge_plan, _ in prepared]
         device = choose(merge_plans, threads, vram, load=True).device
@@ -338,9 +344,19 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
 
 
 def _prepare(
-    recipe: PathLike | Recipe, *, shard_size: int | str, seed: int, strict: bool
+    recipe: PathLike | Recipe,
+    shard_size: int | str,
+    seed: int,
+    strict: bool,  # noqa: FBT001
+    allow_mismatch: bool,  # noqa: FBT001
 ) -> tuple[MergePlan, Outcome]:
-    merge_plan = prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
+    merge_plan = prepare(
+        recipe,
+        shard_size=shard_size,
+        seed=seed,
+        strict=strict,
+        allow_mismatch=allow_mismatch,
+    )
     return merge_plan, Outcome.of(merge_plan)
 
 
@@ -350,6 +366,7 @@ def prepare(
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
+    allow_mismatch: bool = False,
 ) -> MergePlan:
     """Return the plan of a recipe, or of the recipe in a file."""
     if not isinstance(recipe, Recipe):
@@ -359,7 +376,13 @@ def prepare(
             "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
             "`Recipe.from_mapping`"
         )
-    return build_plan(recipe, shard_size=parse_size(shard_size), seed=seed, strict=strict)
+    return build_plan(
+        recipe,
+        shard_size=parse_size(shard_size),
+        seed=seed,
+        strict=strict,
+        allow_mismatch=allow_mismatch,
+    )
 
 
 def _finish(

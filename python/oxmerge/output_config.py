@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from oxmerge.config_meaning import is_language_config, is_model_config
 from oxmerge.errors import PlanError
 from oxmerge.layer_lists import DEPTH_KEYS, extra_layers, numbers_layers, read_form, values
 from oxmerge.position_rules import RULE_KEYS, RULES, Rule, unknown_counts, unknown_rules
@@ -44,9 +44,12 @@ _RARE_DEPTH_KEYS = (
 )  # fmt: skip
 # Found beside one of those, they say the same again.
 _SECOND_DEPTH_KEYS = ("num_layer", "num_blocks", "n_blocks", "num_hidden_blocks")
+# Keys of rules that say something of the whole model too.
+_MEANT_FOR_ALL = frozenset((
+    "hidden_size_per_layer_input", "num_mem_blocks", "scale_attn_by_inverse_layer_idx",
+    "scale_depth",
+))  # fmt: skip
 _DTYPE_KEYS = ("torch_dtype", "dtype")
-_LANGUAGE_CONFIG = re.compile(r"(^|_)(text|language|llm|decoder|thinker)(_|$)")
-_NOT_OF_THE_MODEL = re.compile(r"quantization|compression|generation")
 
 
 def edit_config(
@@ -102,6 +105,38 @@ def edit_config(
     if edit.problems:
         raise _misfit(edit.problems)
     return edit.config, edit.notes
+
+
+def describe_layers(config: Config, depth: int) -> Callable[[int], dict[str, object]]:
+    """Return a function from a layer to what a config of that depth says of it, by key."""
+    try:
+        scopes = _scopes(config, depth)
+    except PlanError:
+        scopes = []
+    inners = [_dig(config, scope) for scope in scopes]
+    forms = {
+        ".".join((*scope, *path)): form
+        for scope, inner in zip(scopes, inners, strict=True)
+        for path, value in values(inner)
+        if (form := read_form(path[-1], value, depth, extra_layers(inner))) is not None
+    }
+    rules = [(rule, inner) for inner in inners for rule in RULES if rule.stands_in(inner)]
+
+    def describe(layer: int) -> dict[str, object]:
+        said = {name: form.says(layer) for name, form in forms.items()}
+        return said | {", ".join(rule.keys): rule.kind(inner, layer) for rule, inner in rules}
+
+    return describe
+
+
+def without_layers(config: Config, depth: int) -> dict[str, Any]:
+    """Return a config of that depth without what it says of single layers."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        is_rule = key in RULE_KEYS - _MEANT_FOR_ALL
+        if not is_rule and read_form(key, value, depth, extra_layers(config)) is None:
+            kept[key] = without_layers(value, depth) if isinstance(value, dict) else value
+    return kept
 
 
 def json_text(value: Config) -> str:
@@ -165,8 +200,7 @@ def _nested_configs(config: Config, path: Path = ()) -> Iterator[tuple[Path, Con
     """Yield `config` and the model configs inside it, outermost first."""
     yield path, config
     for key, value in config.items():
-        is_config = key.endswith("_config") and not _NOT_OF_THE_MODEL.search(key)
-        if is_config and isinstance(value, Mapping):
+        if is_model_config(key) and isinstance(value, Mapping):
             yield from _nested_configs(value, (*path, key))
 
 
@@ -209,7 +243,7 @@ def _edit_layers(
 def _scopes(config: Config, depth: int) -> list[Path]:
     """Find the nested configs with the stack's layer count; those of language before others."""
     found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, depth)]
-    language = [path for path in found if all(_LANGUAGE_CONFIG.search(key) for key in path)]
+    language = [path for path in found if all(map(is_language_config, path))]
     if language or len(found) <= 1:
         return language or found
     names = ", ".join(f"`{'.'.join(path)}`" for path in found)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from oxmerge import _core
 from oxmerge.assembly import Assembler
+from oxmerge.belonging import Belonging
 from oxmerge.errors import PlanError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
@@ -87,8 +88,9 @@ def build_plan(
     shard_size: int = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
+    allow_mismatch: bool = False,
 ) -> MergePlan:
-    """Return the plan of a merge. Reads headers and configs only.
+    """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
     Parameters
     ----------
@@ -100,6 +102,8 @@ def build_plan(
         Of random masks, from 0 to 2**64 - 1.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the donor.
 
     Raises
     ------
@@ -111,14 +115,15 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    return _Planner(recipe).plan(shard_size, seed, strict=strict)
+    return _Planner(recipe, allow_mismatch=allow_mismatch).plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, allow_mismatch: bool) -> None:
         self.recipe = recipe
+        self.allow_mismatch = allow_mismatch
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
@@ -138,6 +143,7 @@ class _Planner:
         if is_known and tensors:
             self.check_with_engine(plan)
         self.check_config(donor)
+        self.compare_models(sections, donor, tensors)
         self.gather(sections)
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
@@ -228,6 +234,21 @@ class _Planner:
             edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
         except PlanError as error:
             self.problems += error.problems
+
+    def compare_models(
+        self, sections: list[Section], donor: InputModel | None, tensors: list[OutputTensor]
+    ) -> None:
+        """Find models that do not belong together, whatever their tensors are called."""
+        if donor is None:
+            return
+        belonging = Belonging(donor, allow_mismatch=self.allow_mismatch)
+        by_layer = bool(self.recipe.slices)
+        belonging.compare_configs(self.inputs.models, by_layer=by_layer)
+        if by_layer:
+            belonging.compare_layers(sections)
+        belonging.compare_tokenizers(self.inputs.models, tensors)
+        self.problems += belonging.problems
+        self.warnings += belonging.warnings
 
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""

@@ -145,6 +145,12 @@ def add_plan_options(parser: Parser) -> None:
         help="largest size of an output file (5GB)",
     )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
+    parser.add_argument(
+        "--allow-mismatch",
+        "--allow-crimes",
+        action="store_true",
+        help="merge models of different types, if their tensors fit",
+    )
     add_json_option(parser)
 
 
@@ -190,5 +196,6 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "strict": options.strict,
+        "allow_mismatch": options.allow_mismatch,
         **{name: value for name, value in given.items() if value is not None},
     }

@@ -122,7 +122,10 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu_squared": "relu2",
 }  # fmt: skip
 
-#: Defaults of common types; keys in the first of their spellings.
+#: Stands for a default that readers do not agree on.
+_UNKNOWN = "unknown"
+#: Defaults of common types; keys in the first of their spellings. Where these say nothing of heads,
+#: there are as many for keys and values as for queries, and together they are as wide as the model.
 _RMS = {"hidden_act": "silu", "norm_eps": 1e-6, "rope_theta": 10000.0}
 _QWEN = {**_RMS, "tie_word_embeddings": False, "use_sliding_window": False}
 _GEMMA = {
@@ -131,25 +134,32 @@ _GEMMA = {
 }  # fmt: skip
 _DEFAULTS: Mapping[str, Config] = {
     "llama": {**_RMS, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False},
-    "mistral": {**_RMS, "tie_word_embeddings": False, "sliding_window": 4096},
+    "mistral": {**_RMS, "tie_word_embeddings": False, "sliding_window": 4096,
+                "num_key_value_heads": 8},
     "mixtral": {
         "hidden_act": "silu", "norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": False,
         "num_experts_per_tok": 2, "num_key_value_heads": 8,
     },
-    "qwen2": _QWEN,
-    "qwen2_moe": {**_QWEN, "norm_topk_prob": False},
-    "qwen3": {**_QWEN, "head_dim": 128, "attention_bias": False},
-    "qwen3_moe": {**_QWEN, "attention_bias": False, "norm_topk_prob": False},
-    "gemma": _GEMMA,
+    "qwen2": {**_QWEN, "num_key_value_heads": 32},
+    "qwen2_moe": {**_QWEN, "num_key_value_heads": 16, "norm_topk_prob": False},
+    "qwen3": {**_QWEN, "head_dim": 128, "num_key_value_heads": 32, "attention_bias": False},
+    "qwen3_moe": {
+        **_QWEN, "head_dim": _UNKNOWN, "num_key_value_heads": 4, "attention_bias": False,
+        "norm_topk_prob": False,
+    },
+    "gemma": {**_GEMMA, "num_key_value_heads": 16},
     "gemma2": {
-        **_GEMMA, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+        **_GEMMA, "num_key_value_heads": 4, "sliding_window": 4096, "query_pre_attn_scalar": 256,
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
     },
     "gemma3_text": {
         **_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 10000.0, "sliding_window": 4096,
+        "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
     },
-    "gemma3n_text": {**_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+    "gemma3n_text": {
+        **_GEMMA, "rope_theta": 1e6, "rope_local_base_freq": 10000.0, "num_key_value_heads": 2,
+    },
     "phi": {
         "hidden_act": "gelu_tanh", "norm_eps": 1e-5, "rope_theta": 10000.0,
         "partial_rotary_factor": 0.5, "tie_word_embeddings": False, "qk_layernorm": False,
@@ -175,19 +185,24 @@ _DEFAULTS: Mapping[str, Config] = {
     "falcon": {
         "norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "alibi": False,
         "parallel_attn": True, "multi_query": True, "new_decoder_architecture": False,
+        "num_key_value_heads": _UNKNOWN,
     },
     "bloom": {"norm_eps": 1e-5, "tie_word_embeddings": True},
     "olmo2": {"hidden_act": "silu", "norm_eps": 1e-5, "rope_theta": 10000.0,
               "tie_word_embeddings": False, "attention_bias": False},
     "starcoder2": {"hidden_act": "gelu_tanh", "norm_eps": 1e-5, "rope_theta": 10000.0,
-                   "tie_word_embeddings": True},
+                   "tie_word_embeddings": True, "num_key_value_heads": 2},
     "granite": {
         **_RMS, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
         "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
         "attention_multiplier": 1.0,
     },
-    "deepseek_v2": {**_RMS, "tie_word_embeddings": False, "attention_bias": False},
-    "deepseek_v3": {**_RMS, "tie_word_embeddings": False, "attention_bias": False},
+    "deepseek_v2": {
+        **_RMS, "head_dim": _UNKNOWN, "tie_word_embeddings": False, "attention_bias": False,
+    },
+    "deepseek_v3": {
+        **_RMS, "head_dim": _UNKNOWN, "tie_word_embeddings": False, "attention_bias": False,
+    },
     "bert": {"hidden_act": "gelu", "norm_eps": 1e-12, "position_embedding_type": "absolute"},
 }  # fmt: skip
 
@@ -197,7 +212,12 @@ _ROTARY_KEYS = (
     "rope_pct", "partial_rotary_factor", "rope_local_base_freq", "global_rope_theta",
     "local_rope_theta", "original_max_position_embeddings", "max_position_embeddings",
 )  # fmt: skip
-_ROPE_TYPES = {"su": "longrope", "mrope": "default", None: "default"}
+_ROPE_TYPES = {"su": "longrope", "mrope": "default", "axial": "default", None: "default"}
+#: Types that scale where they do not say so.
+_SCALED_BY_DEFAULT = frozenset((
+    "apertus", "cwm", "gpt_oss", "higgs_audio_v2", "ministral3", "mistral4",
+    "openai_privacy_filter",
+))  # fmt: skip
 #: Types of scaling that depend on how many positions the model had before.
 _FROM_ORIGINAL = frozenset(("dynamic", "longrope", "yarn", "llama3"))
 _CLOSE = 1e-6
@@ -308,7 +328,7 @@ def _canonical(config: Config) -> dict[str, Statement]:
     said |= rotary
     for key, value in defaults.items():
         said.setdefault(key, Statement(value, is_given=False))
-    _derive_heads(said)
+    _derive_heads(said, is_known=kind in _DEFAULTS)
     return said
 
 
@@ -346,16 +366,21 @@ def _settle_window(given: dict[str, Any], defaults: dict[str, Any]) -> None:
             defaults.pop(key, None)
 
 
-def _derive_heads(said: dict[str, Statement]) -> None:
-    """Fill in what readers take from other keys where a key is absent or null."""
+def _derive_heads(said: dict[str, Statement], *, is_known: bool) -> None:
+    """Fill in what readers take from other keys: where a key is null, or is known to be derived."""
     heads, width = (_number(said, key) for key in ("num_attention_heads", "hidden_size"))
-    for key in ("num_key_value_heads", "head_dim"):
-        if key in said and said[key].value is None:
+    derived = {
+        "num_key_value_heads": heads,
+        "head_dim": width // heads if width and heads else None,
+    }
+    for key, value in derived.items():
+        is_null = key in said and said[key].value is None
+        if is_null:
             del said[key]
-    if heads and heads > 0:
-        said.setdefault("num_key_value_heads", Statement(heads, is_given=False))
-        if width and "qk_nope_head_dim" not in said:
-            said.setdefault("head_dim", Statement(width // heads, is_given=False))
+        if value is not None and (is_null or (is_known and key not in said)):
+            said[key] = Statement(value, is_given=False)
+        if key in said and said[key].value == _UNKNOWN:
+            del said[key]
 
 
 def _number(said: Mapping[str, Statement], key: str) -> int | None:
@@ -420,7 +445,8 @@ def _settle(settings: Config, config: Config, defaults: Config) -> Iterator[tupl
         yield "partial_rotary_factor", Statement(defaults["partial_rotary_factor"], is_given=False)
     kind = settings.get("rope_type", settings.get("type"))
     kind = _ROPE_TYPES.get(kind, kind) if isinstance(kind, str | None) else kind
-    yield "rope_type", Statement(kind, is_given=kind != "default")
+    if kind != "default" or config.get("model_type") not in _SCALED_BY_DEFAULT:
+        yield "rope_type", Statement(kind, is_given=kind != "default")
     given = {
         key: value
         for key, value in settings.items()

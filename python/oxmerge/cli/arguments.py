@@ -193,9 +193,9 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "vram": options.vram,
         "seed": options.seed,
         "shard_size": options.shard_size,
+        "allow_mismatch": options.allow_mismatch or None,
     }
     return {
         "strict": options.strict,
-        "allow_mismatch": options.allow_mismatch,
         **{name: value for name, value in given.items() if value is not None},
     }

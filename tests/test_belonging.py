@@ -504,22 +504,22 @@ OTHER: list[tuple[dict[str, str | bytes], dict[str, str | bytes], str]] = [
     (
         {"tokenizer.json": tokenizer(BPE)},
         {"tokenizer.json": tokenizer({**BPE, "vocab": swapped(BPE["vocab"])})},  # type: ignore[arg-type]
-        "2 of 4: 1 is `b` there and `c` here, 2 is `c` there and `b` here",
+        "2 of 4: 1 is `b` in the donor and `c` here, 2 is `c` in the donor and `b` here",
     ),
     (
         {"tokenizer.json": tokenizer(UNIGRAM)},
         {"tokenizer.json": tokenizer({**UNIGRAM, "vocab": [["b", 0.0], ["a", 0.0], ["c", 0]]})},
-        "2 of 3: 0 is `a` there and `b` here",
+        "2 of 3: 0 is `a` in the donor and `b` here",
     ),
     (
         {"tokenizer.json": tokenizer(BPE, ADDED)},
         {"tokenizer.json": tokenizer(BPE, [{"id": 4, "content": "<stop>"}])},
-        "1 of 5: 4 is `<end>` there and `<stop>` here",
+        "1 of 5: 4 is `<end>` in the donor and `<stop>` here",
     ),
     (
         {"tokenizer.json": tokenizer(BPE, ADDED)},
         {"tokenizer.json": tokenizer(BPE)},
-        "1 only there, 0 only here: 4 is `<end>` there",
+        "1 only in the donor, 0 only here: 4 is `<end>` in the donor",
     ),
     (
         {"vocab.json": '{"a": 0, "b": 1}'},
@@ -533,7 +533,7 @@ OTHER: list[tuple[dict[str, str | bytes], dict[str, str | bytes], str]] = [
     (
         {"vocab.json": '{"a": 0, "b": 0}'},
         {"vocab.json": '{"a": 0}'},
-        "1 of 1: 0 is `a` and `b` there and `a` here",
+        "1 of 1: 0 is `a` and `b` in the donor and `a` here",
     ),
     # What is broken, or lies.
     ({"tokenizer.json": tokenizer(BPE)}, {"tokenizer.json": "broken"}, "cannot be compared"),
@@ -556,6 +556,11 @@ OTHER: list[tuple[dict[str, str | bytes], dict[str, str | bytes], str]] = [
     (
         {"tokenizer.json": tokenizer(BPE)},
         {"tokenizer.json": "[" * 1_000_000},
+        "cannot be compared",
+    ),
+    (
+        {"tokenizer.json": tokenizer(BPE)},
+        {"tokenizer.json": '{"model": {"deep": ' + "[" * 1_000_000},
         "cannot be compared",
     ),
     ({"vocab.txt": "a\n"}, {"vocab.txt": b"\xff\n"}, "cannot be compared"),

@@ -222,7 +222,7 @@ class Belonging:
         (lacking, lacked), examples = difference["lacking"], difference["examples"]
         if difference["differing"]:
             shown = ", ".join(
-                f"{at} is `{first}` there and `{second}` here"
+                f"{at} is `{first}` in the donor and `{second}` here"
                 for at, first, second in examples
                 if first is not None and second is not None
             )
@@ -232,11 +232,11 @@ class Belonging:
         if lacking or lacked:
             alone = [each for each in examples if each[1] is None or each[2] is None]
             shown = ", ".join(
-                f"{at} is `{first}` there" if second is None else f"{at} is `{second}` here"
+                f"{at} is `{first}` in the donor" if second is None else f"{at} is `{second}` here"
                 for at, first, second in alone
             )
             message = f"{names} do not have tokens for the same ids"
-            count = f"{lacking} only there, {lacked} only here: {shown}"
+            count = f"{lacking} only in the donor, {lacked} only here: {shown}"
             yield Problem("tokenizer", message, file=other[0], found=count, advice=_TOKENS)
 
 

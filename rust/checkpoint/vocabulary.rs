@@ -21,11 +21,12 @@ use std::path::{Path, PathBuf};
 use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::MAX_HEADER;
 use crate::error::{Error, Result};
 use crate::io;
 use crate::plan::InputFile;
 
+/// Twice the size of the longest tokenizers; a file may be one token, which is held twice.
+const LONGEST: u64 = 64 << 20;
 /// More tokens than any tokenizer has; 32 bytes each are needed while two are compared.
 const MOST_TOKENS: usize = 2 << 20;
 /// How many differing tokens are shown.
@@ -136,10 +137,10 @@ fn read(file: &mut impl Read, bytes: &mut [u8], path: &Path) -> Result<()> {
 fn open(path: &Path) -> Result<(File, u64)> {
     let file = io::open_read_only(path)?;
     let size = InputFile::of(&file, path)?.size;
-    if size > MAX_HEADER {
+    if size > LONGEST {
         return Err(Error::checkpoint("the file is too long for a tokenizer")
             .file(path)
-            .expected(format_args!("at most {MAX_HEADER} bytes"))
+            .expected(format_args!("at most {LONGEST} bytes"))
             .found(size));
     }
     Ok((file, size))

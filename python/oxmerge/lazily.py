@@ -134,8 +134,9 @@ def lazy(
 
     Notes
     -----
-    Reads headers, configs and tokenizers, once. A tensor costs what merging it costs (``oxmerge methods NAME`` tells),
-    and the memory of the result; its inputs are read in pieces. It is computed on the CPU.
+    Reads headers, configs and tokenizers, once. A tensor costs what merging it costs (``oxmerge
+    methods NAME`` tells), and the memory of the result; its inputs are read in pieces. It is
+    computed on the CPU.
 
     Examples
     --------

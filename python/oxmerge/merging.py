@@ -136,8 +136,8 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
 ) -> Outlook:
     """Return what a merge would do.
 
-    Reads headers, configs and tokenizers only. Where there is a GPU, measures the CPU and the disk for some
-    milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
+    Reads headers, configs and tokenizers only. Where there is a GPU, measures the CPU and the disk
+    for some milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
 
     Parameters
     ----------

@@ -197,7 +197,7 @@ def test_merge_passes_on_everything(run: Any) -> None:
     engine = FakeEngine()
     line = "merge r.yml out --memory 2GiB --threads 3 --seed 7 --shard-size 5B --overwrite"
     more = ("--strict", "--read-path=mapped", "--device", "cuda:1", "--vram=3GiB")
-    run(*line.split(), *more, engine=engine)
+    run(*line.split(), *more, "--allow-mismatch", engine=engine)
     assert engine.calls[0][2] == {
         "memory": 2 << 30,
         "threads": 3,
@@ -207,6 +207,7 @@ def test_merge_passes_on_everything(run: Any) -> None:
         "shard_size": 5_000_000_000,
         "overwrite": True,
         "strict": True,
+        "allow_mismatch": True,
         "read_path": "mapped",
     }
 

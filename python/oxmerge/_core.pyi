@@ -11,6 +11,7 @@ __all__ = [
     "build_info",
     "check_plan",
     "check_unchanged",
+    "compare_vocabularies",
     "execute",
     "fill_array",
     "index_json",
@@ -57,6 +58,9 @@ class Checkpoint:
 
 def build_info() -> dict[str, Any]: ...
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint: ...
+def compare_vocabularies(
+    one: Sequence[str | os.PathLike[str]], other: Sequence[str | os.PathLike[str]], rows: int
+) -> dict[str, Any] | None: ...
 def methods() -> list[dict[str, Any]]: ...
 def lay_out(
     tensors: Sequence[tuple[str, str, list[int]]], shard_size: int

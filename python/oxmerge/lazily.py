@@ -94,6 +94,7 @@ def lazy(
     seed: int = 0,
     threads: int | None = None,
     strict: bool = False,
+    allow_mismatch: bool = False,
 ) -> LazyMerge:
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
@@ -115,6 +116,8 @@ def lazy(
         As many as there are cores, unless given.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
 
     Returns
     -------
@@ -131,8 +134,9 @@ def lazy(
 
     Notes
     -----
-    Reads headers only, once. A tensor costs what merging it costs (``oxmerge methods NAME`` tells),
-    and the memory of the result; its inputs are read in pieces. It is computed on the CPU.
+    Reads headers, configs and tokenizers, once. A tensor costs what merging it costs (``oxmerge
+    methods NAME`` tells), and the memory of the result; its inputs are read in pieces. It is
+    computed on the CPU.
 
     Examples
     --------
@@ -148,7 +152,8 @@ def lazy(
     check_options(seed, threads)
     if kind == "torch":
         _need_torch()
-    return LazyMerge(prepare(recipe, seed=seed, strict=strict), kind, threads)
+    merge_plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
+    return LazyMerge(merge_plan, kind, threads)
 
 
 def _need_torch() -> None:

@@ -126,7 +126,7 @@ class MergeReport:
         return {**data, "warnings": list(self.warnings), "notes": list(self.notes)}
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the options of the command, keyword only
     recipe: PathLike | Recipe,
     *,
     memory: int | str | None = None,
@@ -136,11 +136,12 @@ def plan(
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
+    allow_mismatch: bool = False,
 ) -> Outlook:
     """Return what a merge would do.
 
-    Reads headers and configs only. Where there is a GPU, measures the CPU and the disk for some
-    milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
+    Reads headers, configs and tokenizers only. Where there is a GPU, measures the CPU and the disk
+    for some milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
 
     Parameters
     ----------
@@ -163,6 +164,8 @@ def plan(
         Bytes in an output file at most.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
 
     Raises
     ------
@@ -175,7 +178,7 @@ def plan(
     """
     _check_options(threads, "auto", device, vram)
     budget, vram = _bytes(memory), _bytes(vram)
-    merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
+    merge_plan, outcome = _prepare(recipe, shard_size, seed, strict, allow_mismatch)
     fastest = choose([merge_plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
     predicted = _core.predict([merge_plan.to_json()], _room(budget), threads, backend)
@@ -203,6 +206,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     strict: bool = False,
+    allow_mismatch: bool = False,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | None = None,
 ) -> MergeReport:
@@ -236,6 +240,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Replace the model that is there, when the new one is complete.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable, optional
@@ -268,6 +274,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         shard_size=shard_size,
         overwrite=overwrite,
         strict=strict,
+        allow_mismatch=allow_mismatch,
         read_path=read_path,
         progress=progress,
     )
@@ -285,6 +292,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     shard_size: int | str,
     overwrite: bool,
     strict: bool,
+    allow_mismatch: bool,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | None = None,
 ) -> list[MergeReport]:
@@ -300,9 +308,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
-    prepared = [
-        _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict) for recipe, _ in merges
-    ]
+    prepared = [_prepare(recipe, shard_size, seed, strict, allow_mismatch) for recipe, _ in merges]
     if device == "auto":
         merge_plans = [merge_plan for merge_plan, _ in prepared]
         device = choose(merge_plans, threads, vram, load=True).device
@@ -379,10 +385,19 @@ def _check_side_files(outcomes: Iterable[Outcome]) -> None:
 
 
 def _prepare(
-    recipe: PathLike | Recipe, *, shard_size: int | str, seed: int, strict: bool
+    recipe: PathLike | Recipe,
+    shard_size: int | str,
+    seed: int,
+    strict: bool,  # noqa: FBT001
+    allow_mismatch: bool,  # noqa: FBT001
 ) -> tuple[MergePlan, Outcome]:
     merge_plan = prepare(
-        recipe, shard_size=shard_size, seed=seed, strict=strict, with_side_files=True
+        recipe,
+        shard_size=shard_size,
+        seed=seed,
+        strict=strict,
+        with_side_files=True,
+        allow_mismatch=allow_mismatch,
     )
     return merge_plan, Outcome.of(merge_plan)
 
@@ -394,6 +409,7 @@ def prepare(
     seed: int = 0,
     strict: bool = False,
     with_side_files: bool = False,
+    allow_mismatch: bool = False,
 ) -> MergePlan:
     """Return the plan of a recipe, or of the recipe in a file."""
     if not isinstance(recipe, Recipe):
@@ -409,6 +425,7 @@ def prepare(
         seed=seed,
         strict=strict,
         with_side_files=with_side_files,
+        allow_mismatch=allow_mismatch,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from oxmerge import _core
 from oxmerge.assembly import Assembler
+from oxmerge.belonging import Belonging
 from oxmerge.errors import PlanError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
@@ -92,8 +93,9 @@ def build_plan(
     seed: int = 0,
     strict: bool = False,
     with_side_files: bool = False,
+    allow_mismatch: bool = False,
 ) -> MergePlan:
-    """Return the plan of a merge. Reads headers and configs only.
+    """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
     Parameters
     ----------
@@ -107,6 +109,8 @@ def build_plan(
         Whether warnings count as problems.
     with_side_files : bool
         Whether the donor's other files will be copied, and must be such that they can be.
+    allow_mismatch : bool
+        Whether models may be of another type than the donor.
 
     Raises
     ------
@@ -118,16 +122,17 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    planner = _Planner(recipe, with_side_files=with_side_files)
+    planner = _Planner(recipe, with_side_files=with_side_files, allow_mismatch=allow_mismatch)
     return planner.plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe, *, with_side_files: bool) -> None:
+    def __init__(self, recipe: Recipe, *, with_side_files: bool, allow_mismatch: bool) -> None:
         self.recipe = recipe
         self.with_side_files = with_side_files
+        self.allow_mismatch = allow_mismatch
         self.side_files = SideFiles()
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
@@ -149,6 +154,7 @@ class _Planner:
             self.check_with_engine(plan)
         self.check_config(donor)
         self.look_beside(donor)
+        self.compare_models(sections, donor, tensors)
         self.gather(sections)
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
@@ -245,6 +251,21 @@ class _Planner:
         if self.with_side_files and donor is not None:
             self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
             self.problems += self.side_files.problems
+
+    def compare_models(
+        self, sections: list[Section], donor: InputModel | None, tensors: list[OutputTensor]
+    ) -> None:
+        """Find models that do not belong together, whatever their tensors are called."""
+        if donor is None:
+            return
+        belonging = Belonging(donor, allow_mismatch=self.allow_mismatch)
+        by_layer = bool(self.recipe.slices)
+        belonging.compare_configs(self.inputs.models, by_layer=by_layer)
+        if by_layer:
+            belonging.compare_layers(sections)
+        belonging.compare_tokenizers(self.inputs.models, tensors)
+        self.problems += belonging.problems
+        self.warnings += belonging.warnings
 
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""

@@ -317,6 +317,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     strict: bool = False,
+    allow_mismatch: bool = False,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | None = None,
 ) -> list[MergeReport]:
@@ -338,7 +339,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         value or values, one by one or as text: ``"0.1,0.5"``, or ``"0.1:0.9:9"`` for nine of them.
     together : bool
         Vary all places in step instead of in every combination.
-    memory, threads, device, vram, seed, shard_size, overwrite, strict, read_path, progress
+    memory, threads, device, vram, seed, shard_size, overwrite, read_path, progress
+    strict, allow_mismatch
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
 
@@ -376,6 +378,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         shard_size=shard_size,
         overwrite=overwrite,
         strict=strict,
+        allow_mismatch=allow_mismatch,
         read_path=read_path,
         progress=progress,
     )

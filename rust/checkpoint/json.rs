@@ -5,6 +5,7 @@
 //! compare. Nothing is allocated on the word of a number in the text, and what is allocated is
 //! a small multiple of the text's own length.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
@@ -72,6 +73,40 @@ enum WeightMapOrOther {
     Map(Pairs<String>),
     Other(IgnoredAny),
 }
+
+/// A config's text with a zero for each `NaN` and `Infinity`, which Python writes and JSON lacks.
+///
+/// Places in the text stay what they are. Only for readers to whom those numbers do not matter.
+pub(super) fn without_infinities(text: &str) -> Cow<'_, str> {
+    const WORDS: [&str; 2] = ["NaN", "Infinity"];
+    if !WORDS.iter().any(|word| text.contains(word)) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    let mut is_string = false;
+    while let Some(next) = rest.chars().next() {
+        let begins = !is_string && (out.is_empty() || out.ends_with(NUMBERS_FOLLOW));
+        let word = WORDS.into_iter().find(|word| begins && rest.starts_with(word));
+        let length = match (word, next) {
+            (Some(word), _) => word.len(),
+            // What is escaped cannot end a string.
+            (None, '\\') if is_string => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (None, other) => other.len_utf8(),
+        };
+        is_string ^= next == '"';
+        let (taken, left) = rest.split_at(length);
+        match word {
+            Some(word) => out.extend(["0", &" ".repeat(word.len() - 1)]),
+            None => out.push_str(taken),
+        }
+        rest = left;
+    }
+    Cow::Owned(out)
+}
+
+/// What may stand before a number.
+const NUMBERS_FOLLOW: [char; 8] = [':', ',', '[', '-', ' ', '\t', '\n', '\r'];
 
 fn describe(what: &str, error: &serde_json::Error) -> Error {
     Error::checkpoint(match error.classify() {

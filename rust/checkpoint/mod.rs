@@ -11,6 +11,7 @@
 //! - `header`: one file's header, its tensors checked against each other and the file's size;
 //! - `json`: the JSON visitors of both;
 //! - `quantised`: checkpoints that hold packed numbers, recognised and refused by name;
+//! - `vocabulary`: which token each row of two models stands for;
 //! - `layout`: the way out, from tensors to shards with all offsets known.
 
 mod header;
@@ -19,6 +20,7 @@ mod json;
 mod layout;
 mod locate;
 mod quantised;
+pub mod vocabulary;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Checkpoint, DOWNLOAD_AGAIN, read_text};
+use super::{Checkpoint, DOWNLOAD_AGAIN, json, read_text};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -58,11 +58,13 @@ pub(super) fn refuse_config(directory: &Path) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    let config: Value = serde_json::from_str(&read_text(&path)?.0).map_err(|error| {
-        Error::checkpoint(format!("the file is not valid JSON: {error}"))
-            .file(&path)
-            .advice(DOWNLOAD_AGAIN)
-    })?;
+    let text = read_text(&path)?.0;
+    let config: Value =
+        serde_json::from_str(&json::without_infinities(&text)).map_err(|error| {
+            Error::checkpoint(format!("the file is not valid JSON: {error}"))
+                .file(&path)
+                .advice(DOWNLOAD_AGAIN)
+        })?;
     match declared(&config) {
         Some(method) => Err(refuse(&method)
             .file(&path)

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+use super::enter::enter;
 use super::error::raise;
 use super::to_python;
 use crate::checkpoint;
@@ -104,4 +105,16 @@ pub(super) fn lay_out(
 #[pyfunction]
 pub(super) fn index_json(tensors: Vec<(String, String, u64)>) -> String {
     checkpoint::index_json(tensors.iter().map(|(name, file, size)| (&**name, &**file, *size)))
+}
+
+/// How the vocabularies in two lists of files differ in the ids below `rows`; none if they do not.
+#[pyfunction]
+pub(super) fn compare_vocabularies(
+    py: Python<'_>,
+    one: Vec<std::path::PathBuf>,
+    other: Vec<std::path::PathBuf>,
+    rows: u64,
+) -> PyResult<Bound<'_, PyAny>> {
+    let difference = enter(py, None, |_| checkpoint::vocabulary::compare(&one, &other, rows))?;
+    to_python(py, &difference)
 }

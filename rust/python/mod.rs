@@ -26,7 +26,9 @@ mod _core {
     #[pymodule_export]
     use super::arrays::{OnDemand, fill_array, merge_arrays, numbers_of_arrays, ulp_distance};
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
+    use super::checkpoint::{
+        Checkpoint, TensorInfo, compare_vocabularies, index_json, lay_out, open_checkpoint,
+    };
     #[pymodule_export]
     use super::merge::{
         check_plan, check_unchanged, execute, is_remote, methods, partial_name, predict, rehearse,

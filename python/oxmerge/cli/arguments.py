@@ -145,6 +145,12 @@ def add_plan_options(parser: Parser) -> None:
         help="largest size of an output file (5GB)",
     )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
+    parser.add_argument(
+        "--allow-mismatch",
+        "--allow-crimes",
+        action="store_true",
+        help="merge models of different types, if their tensors fit",
+    )
     add_json_option(parser)
 
 
@@ -187,6 +193,7 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "vram": options.vram,
         "seed": options.seed,
         "shard_size": options.shard_size,
+        "allow_mismatch": options.allow_mismatch or None,
     }
     return {
         "strict": options.strict,

@@ -4,20 +4,23 @@ A record is a JSON object:
 
 - ``schema``: always ``"oxmerge-bench"``; ``version``: of the schema, 1. A change that breaks
   readers makes it 2; keys may be added at any time.
-- ``created``: UTC, ISO 8601. ``machine``: see `oxmerge.bench.machine.describe`.
+- ``created``: UTC, ISO 8601. ``machine``: see `oxmerge.bench.machine`; ``busy_elsewhere`` and
+  ``stolen`` are cores that other programs and the host kept busy meanwhile.
 - ``settings``: ``size`` of the merged models, ``elements`` of the arrays, ``storage_bytes`` of the
   file, ``rounds``.
 - ``notes``: what could not be measured, and what else a reader should know.
 - ``rows``: one for each thing measured:
 
-  ``part`` (`oxmerge.bench.PARTS`), ``name`` (what is done), ``by`` (who does it: ``numpy``,
-  ``system``, ``oxmerge``, ``floor``, ``mergekit``), ``state`` (where the bytes are: ``memory``,
-  ``warm``, ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody tells) say what
-  it is. No two rows of a record agree in all of these.
+  ``part`` (`oxmerge.bench.PARTS`), ``name`` (what is done), ``by`` (who does it: ``memcpy``,
+  ``system``, ``oxmerge``, ``floor``, ``mergekit``, ...), ``state`` (where the bytes are:
+  ``memory``, ``warm``, ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody
+  tells) say what it is. No two rows of a record agree in all of these.
   ``bytes_read`` and ``bytes_written`` are those of one run: every input byte once, every output
-  byte once. ``elements`` are those of the output, or null.
-  ``seconds`` has every run. ``process_seconds`` are those of whole processes, where they were some.
-  ``peak_memory`` is the largest resident set of those, in bytes, or null.
+  byte once, however often a method reads. ``elements`` are those of the output, ``tensors`` those
+  of a model, or null.
+  ``seconds`` has every run: of merges from the first open to the last fsync.
+  ``process_seconds`` are those of whole processes, where they were some. ``peak_memory`` is the
+  largest resident set of those, in bytes, ``predicted_memory`` what they predicted, or null.
   ``median_seconds``, ``quartile_seconds``, ``gb_per_s``, ``elements_per_s``, ``share_of_memcpy``,
   ``times_floor`` follow from the others and are there for people; they are not read back.
 """
@@ -71,7 +74,15 @@ _ROW = {
     "seconds": list,
     "process_seconds": list,
 }
-_ROW_OR_NULL = {"threads": int, "simd": str, "elements": int, "peak_memory": int}
+_ROW_OR_NULL = {
+    "threads": int,
+    "simd": str,
+    "elements": int,
+    "tensors": int,
+    "peak_memory": int,
+    "predicted_memory": int,
+}
+_OWN_THREADS = ("merge", "sweep", "tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,8 @@ class Row:
     seconds: tuple[float, ...] = ()
     process_seconds: tuple[float, ...] = ()
     peak_memory: int | None = None
+    predicted_memory: int | None = None
+    tensors: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str, int | None, str | None]:
@@ -98,9 +111,14 @@ class Row:
         A merge chooses its threads itself, and instruction sets are asked for in one part only;
         elsewhere they are a result.
         """
-        threads = None if self.part == "merge" else self.threads
+        threads = None if self.part in _OWN_THREADS else self.threads
         simd = self.simd if self.part == "simd" else None
         return (self.part, self.name, self.by, self.state, threads, simd)
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether it is a plan, which moves no bytes."""
+        return self.name.startswith("plan of ")
 
     @property
     def title(self) -> str:
@@ -118,6 +136,11 @@ class Row:
     def median(self) -> float:
         """Median of the seconds."""
         return statistics.median(self.seconds)
+
+    @property
+    def process_median(self) -> float:
+        """Median of the seconds of whole processes, where it was one."""
+        return statistics.median(self.process_seconds or self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -150,12 +173,26 @@ class Record:
         default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     )
 
-    def share_of_memcpy(self, row: Row) -> float | None:
-        """Return a row's rate by that of a copy in memory with as many threads."""
-        if row.state != "memory" or row.by == "numpy":
+    def memcpy_seconds(self, row: Row) -> float | None:
+        """Return how long copies take that read and write as much, with as many threads.
+
+        What is both read and written is a copy; the rest is reads or writes alone. Older records
+        have only the copy.
+        """
+        if row.state != "memory" or row.part == "memory":
             return None
-        copies = (each for each in self.rows if each.part == "memory" and each.by == "numpy")
-        return next((row.rate / each.rate for each in copies if each.threads == row.threads), None)
+        alike = [each for each in self.rows if (each.part, each.threads) == ("memory", row.threads)]
+        rates = {each.name: each.rate for each in alike}
+        if "copy" not in rates:
+            return None
+        both = min(row.bytes_read, row.bytes_written)
+        moved = {"copy": 2 * both, "read": row.bytes_read - both, "write": row.bytes_written - both}
+        return sum(size / rates.get(name, rates["copy"]) for name, size in moved.items())
+
+    def share_of_memcpy(self, row: Row) -> float | None:
+        """Return how near a row comes to copies that read and write as much."""
+        seconds = self.memcpy_seconds(row)
+        return None if seconds is None else seconds / row.median
 
     def beside(self, row: Row, by: str) -> Row | None:
         """Return the row in which someone else does the same."""
@@ -259,7 +296,7 @@ def _read_row(data: object) -> Row:
         given[name] = tuple(float(each) for each in data[name])
     if not given["seconds"] or min(given["seconds"]) <= 0:
         raise ValueError("a row has no run, or one that took no time")
-    if (data["part"], data["by"]) == ("merge", "oxmerge") and not given["process_seconds"]:
+    if data["by"] == "oxmerge" and data["part"] in _OWN_THREADS and not given["process_seconds"]:
         raise ValueError("a merge has no `process_seconds`")
     row = Row(**{name: data[name] for name in _ROW if name not in given}, **given)
     if row.bytes == 0:

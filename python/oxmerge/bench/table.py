@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oxmerge.bench import PARTS
 from oxmerge.bench.compare import compare, remarks
-from oxmerge.bench.panels import TITLES
+from oxmerge.bench.panels import OF_FILES, TITLES
 from oxmerge.sizes import format_size, three_digits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from oxmerge.bench.record import Record, Row
 
@@ -56,9 +55,15 @@ def machine_lines(record: Record) -> list[str]:
         ),
         (
             f"{record.created}, load average {machine['load_average']:.2f} at the start, "
-            f"{_count(settings['rounds'], 'round')}"
+            f"{_busy(machine)}{_count(settings['rounds'], 'round')}"
         ),
     ]
+
+
+def _busy(machine: Mapping[str, Any]) -> str:
+    if "busy_elsewhere" not in machine:
+        return ""
+    return f"{machine['busy_elsewhere']:.2f} cores busy with other programs meanwhile, "
 
 
 def text(record: Record) -> str:
@@ -69,8 +74,8 @@ def text(record: Record) -> str:
     return "\n\n".join([*parts, _bullets(record.notes)])
 
 
-def comparison_text(old: Record, new: Record) -> str:
-    """Return what changed between two records as Markdown."""
+def comparison(old: Record, new: Record) -> Section:
+    """Return what changed between two records as a table."""
     rows = tuple(
         (
             each.new.title,
@@ -81,7 +86,12 @@ def comparison_text(old: Record, new: Record) -> str:
         )
         for each in compare(old, new)
     )
-    section = Section("Then and now", ("what", "then", "now", "as fast", "verdict"), rows)
+    return Section("Then and now", ("what", "then", "now", "as fast", "verdict"), rows)
+
+
+def comparison_text(old: Record, new: Record) -> str:
+    """Return what changed between two records as Markdown."""
+    section = comparison(old, new)
     parts = [f"## {section.title}", _markdown(section), _bullets(list(remarks(old, new)))]
     return "\n\n".join(part for part in parts if part)
 
@@ -94,19 +104,30 @@ def sections(record: Record) -> Iterator[Section]:
         "kernels": _kernels,
         "threads": _threads,
         "simd": _levels,
-        "merge": _merges,
     }
     for part in PARTS:
         rows = [row for row in record.rows if row.part == part]
-        if rows:
+        if rows and part in OF_FILES:
+            yield _merges(record, rows)
+            if any(row.by == "mergekit" for row in rows):
+                yield _processes(record, rows)
+        elif rows:
             yield makers[part](record, rows)
 
 
 def _memory(_: Record, rows: Sequence[Row]) -> Section:
-    head = ("what", "threads", "GB/s", "time (quartiles)")
-    found = ((row.name, str(row.threads), _rate(row), _seconds(row)) for row in rows)
-    moved = f"{format_size(rows[0].bytes, binary=True)} read and written"
-    return Section(f"{TITLES['memory']}: {moved}", head, tuple(found))
+    head = ("what", "threads", "moved", "GB/s", "time (quartiles)")
+    found = tuple(
+        (
+            row.name,
+            str(row.threads),
+            format_size(row.bytes, binary=True),
+            _rate(row),
+            _seconds(row),
+        )
+        for row in rows
+    )
+    return Section(TITLES["memory"], head, found)
 
 
 def _storage(_: Record, rows: Sequence[Row]) -> Section:
@@ -117,19 +138,25 @@ def _storage(_: Record, rows: Sequence[Row]) -> Section:
 
 
 def _kernels(record: Record, rows: Sequence[Row]) -> Section:
-    head = ("what", "GB/s", "share of memcpy", "10^9 elements/s", "time (quartiles)")
-    found = (
-        (
+    head = ["what", "GB/s", "share of memcpy", "10^9 elements/s", "time (quartiles)"]
+    has_others = any(row.by != "oxmerge" for row in rows)
+    if has_others:
+        head[1:1] = ["by", "× oxmerge's time"]
+    found = []
+    for row in rows:
+        cells = [
             row.name,
             _rate(row),
-            _share(record.share_of_memcpy(row)),
+            _or_none(record.share_of_memcpy(row), "{:.0%}"),
             _NONE if row.element_rate is None else f"{row.element_rate / _GIGA:.2f}",
             _seconds(row),
-        )
-        for row in rows
-    )
-    title = f"{TITLES['kernels']}: bfloat16, {_count(rows[0].threads or 0, 'thread')}"
-    return Section(title, head, tuple(found))
+        ]
+        if has_others:
+            ours = record.beside(row, "oxmerge")
+            cells[1:1] = [row.by, _times(row, ours)]
+        found.append(tuple(cells))
+    title = f"{TITLES['kernels']}: {_count(rows[0].threads or 0, 'thread')}"
+    return Section(title, tuple(head), tuple(found))
 
 
 def _threads(record: Record, rows: Sequence[Row]) -> Section:
@@ -138,7 +165,7 @@ def _threads(record: Record, rows: Sequence[Row]) -> Section:
     for row in rows:
         by_name.setdefault(row.name, {})[row.threads] = row
     for copy in record.rows:
-        if copy.part == "memory":
+        if (copy.part, copy.name) == ("memory", "copy"):
             by_name.setdefault("copy", {})[copy.threads] = copy
     found = (
         (name, *(_cell(each.get(count)) for count in counts), _speed_up(list(each.values())))
@@ -162,39 +189,74 @@ def _levels(_: Record, rows: Sequence[Row]) -> Section:
 
 
 def _merges(record: Record, rows: Sequence[Row]) -> Section:
-    head = ["merge", "inputs", "moved", "floor s", "oxmerge s (quartiles)", "× floor", "process s"]
-    head += ["GB/s", "peak"]
-    has_other = any(row.by == "mergekit" for row in rows)
-    head += ["mergekit s", "mergekit × process", "mergekit peak"] if has_other else []
+    head = ["merge", "inputs", "moved", "floor s", "oxmerge s (quartiles)", "× floor"]
+    head += ["floor GB/s", "oxmerge GB/s", "process s", "peak"]
+    part = rows[0].part
+    if part == "sweep":
+        head.append("× one merge")
+    if part == "tensors":
+        head += ["predicted", "µs a tensor beside the floor"]
     found = []
     for row in rows:
         if row.by != "oxmerge":
             continue
-        floor, other = record.beside(row, "floor"), record.beside(row, "mergekit")
-        times_floor = record.times_floor(row)
+        floor = record.beside(row, "floor")
         cells = [
             row.name,
             row.state,
-            format_size(row.bytes),
-            _NONE if floor is None else three_digits(floor.median),
-            _plain_seconds(row),
-            _NONE if times_floor is None else f"{times_floor:.2f}",
-            three_digits(statistics.median(row.process_seconds)),
-            _rate(row),
+            _NONE if row.is_plan else format_size(row.bytes),
+            _or_none(None if floor is None else floor.median),
+            _NONE if row.is_plan else _plain_seconds(row),
+            _or_none(record.times_floor(row), "{:.2f}"),
+            _NONE if floor is None else _rate(floor),
+            _NONE if row.is_plan else _rate(row),
+            three_digits(row.process_median),
             _memory_size(row.peak_memory),
         ]
-        if has_other:
-            cells += _beside(row, other)
+        if part == "sweep":
+            names = {
+                each.name: each for each in record.rows if each.key[:3:2] == ("merge", "oxmerge")
+            }
+            one = names.get(row.name.partition(",")[0])
+            cells.append(_times(row, one))
+        if part == "tensors":
+            cells += [_memory_size(row.predicted_memory), _beside(row, floor)]
         found.append(tuple(cells))
-    size = record.settings["size"]
-    return Section(f"{TITLES['merge']}: size {size}", tuple(head), tuple(found))
+    size = "" if part == "tensors" else f": size {record.settings['size']}"
+    return Section(f"{TITLES[part]}{size}", tuple(head), tuple(found))
 
 
-def _beside(row: Row, other: Row | None) -> list[str]:
-    if other is None:
-        return [_NONE] * 3
-    ratio = other.median / statistics.median(row.process_seconds)
-    return [three_digits(other.median), f"{ratio:.1f}", _memory_size(other.peak_memory)]
+def _beside(row: Row, floor: Row | None) -> str:
+    """Return the microseconds of each tensor that the floor does not take."""
+    if floor is None or row.tensors is None:
+        return _NONE
+    return f"{(row.median - floor.median) / row.tensors * 1e6:.0f}"
+
+
+def _times(row: Row, other: Row | None) -> str:
+    return _NONE if other is None else f"{row.median / other.median:.2f}"
+
+
+def _processes(record: Record, rows: Sequence[Row]) -> Section:
+    head = ("merge", "oxmerge s", "mergekit s", "mergekit ×", "oxmerge GB/s", "mergekit GB/s")
+    found = []
+    for row in rows:
+        other = record.beside(row, "mergekit")
+        if row.by != "oxmerge" or other is None:
+            continue
+        seconds = (row.process_median, other.process_median)
+        found.append(
+            (
+                row.name,
+                *map(three_digits, seconds),
+                f"{seconds[1] / seconds[0]:.1f}",
+                *(three_digits(row.bytes / each / _GIGA) for each in seconds),
+                _memory_size(row.peak_memory),
+                _memory_size(other.peak_memory),
+            )
+        )
+    title = f"{TITLES[rows[0].part]}: whole processes, from start to exit"
+    return Section(title, (*head, "oxmerge peak", "mergekit peak"), tuple(found))
 
 
 def _markdown(section: Section) -> str:
@@ -235,13 +297,17 @@ def _speed_up(rows: Sequence[Row]) -> str:
     return f"{rows[-1].rate / rows[0].rate:.2f} ×"
 
 
-def _share(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.0%}"
+def _or_none(value: float | None, style: str = "") -> str:
+    """Return a number with three digits or in a style, or what stands for none."""
+    if value is None:
+        return _NONE
+    return style.format(value) if style else three_digits(value)
 
 
 def _seconds(row: Row) -> str:
     """Return median and quartiles in a unit that fits."""
-    scale, unit = (1, "s") if row.median >= 1 else (1e3, "ms")
+    scales = {1: (1, "s"), 1e-3: (1e3, "ms"), 0: (1e6, "µs")}
+    scale, unit = next(found for least, found in scales.items() if row.median >= least)
     first, third = row.quartiles
     if len(row.seconds) == 1:
         return f"{three_digits(scale * row.median)} {unit}"

@@ -25,7 +25,7 @@ def print_bars(record: Record, output: TextIO) -> None:
     """Print the chart of a record."""
     console = Console(file=output, highlight=False)
     for panel in panels(record):
-        line = f"  (│ {panel.line})" if panel.line else ""
+        line = f"  (│ {panel.line}; % of it)" if panel.line else ""
         title = panel.title + line
         table = Table(title=title, title_justify="left", box=None, show_header=False)
         for bar in panel.bars:

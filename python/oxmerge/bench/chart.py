@@ -128,7 +128,7 @@ def _panel(panel: Panel, top: int) -> Iterator[str]:
         yield f'<path class="grid" d="M{x:.1f} {first - 4}V{end}"/>'
         yield f'<text class="quiet" x="{x:.1f}" y="{end + 15}" text-anchor="middle">{tick:g}</text>'
     if panel.line is not None:
-        x, text = _WIDTH - 16, f"| {escape(panel.line)}"
+        x, text = _WIDTH - 16, f"| {escape(panel.line)}; % of it"
         yield f'<text class="quiet" x="{x}" y="{end + 15}" text-anchor="end">{text}</text>'
     for number, bar in enumerate(panel.bars):
         yield from _bar(bar, first + _STEP * number, scale)

@@ -88,14 +88,15 @@ def run_process(
             raise UnavailableError(f"{command[0]} cannot be started: {_last_line(errors)}")
         found = json.loads(report.read_text(encoding="utf-8"))
     if found["code"] != 0:
-        said = _last_line(errors or output)
+        said = _error_of(output) or _last_line(errors or output)
         raise UnavailableError(f"{name} ended with {found['code']}: {said}")
     return Finished(output, found["seconds"], found["peak_memory"])
 
 
 def oxmerge(folder: Path, *arguments: str) -> Finished:
     """Run this oxmerge as a process of its own, with its report as the output."""
-    return run_process([sys.executable, "-m", "oxmerge", *arguments, "--json"], folder)
+    command = [sys.executable, "-m", "oxmerge", *arguments, "--json"]
+    return run_process(command, folder, {"OXMERGE_NO_PROGRESS": "1"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,14 @@ class Mergekit:
             os.close(descriptor)
         seconds = done.seconds + time.perf_counter() - started
         return Taken(seconds, seconds, done.peak_memory)
+
+
+def _error_of(output: str) -> str | None:
+    """Return the message of an error that oxmerge told as JSON."""
+    try:
+        return str(json.loads(output)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _last_line(text: str) -> str:

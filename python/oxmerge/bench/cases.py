@@ -70,11 +70,6 @@ class Case:
         return f"{self.method}, far" if self.far else self.method
 
     @property
-    def states(self) -> tuple[str, ...]:
-        """Where its inputs lie when it is measured."""
-        return ("warm", "cold") if self.method in COLD else ("warm",)
-
-    @property
     def is_random(self) -> bool:
         """Whether two programs cannot be expected to give the same numbers."""
         return self.method.startswith(_RANDOM)

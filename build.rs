@@ -1,7 +1,5 @@
 //! Refuses to build where the engine cannot work, in words, before a hundred other errors do.
 
-#![expect(clippy::print_stdout, reason = "a build script tells cargo by printing")]
-
 use std::env;
 
 fn main() {

@@ -77,7 +77,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
 
 
 def _measure(options: Namespace, printer: Printer, engine: Engine) -> Record:
-    from oxmerge.bench.machine import cores, warnings_of  # noqa: PLC0415 - not for --help
+    from oxmerge.bench.machine import describe, warnings_of  # noqa: PLC0415 - not for --help
     from oxmerge.bench.run import run as measure  # noqa: PLC0415 - not for --help
 
     if options.directory is not None and not os.path.isdir(options.directory):
@@ -85,7 +85,7 @@ def _measure(options: Namespace, printer: Printer, engine: Engine) -> Record:
     mergekit = _mergekit(options)
     methods = engine.methods()
     settings = _settings(options, {method["name"] for method in methods})
-    printer.warnings(warnings_of({"load_average": os.getloadavg()[0], "cores": cores()}))
+    printer.warnings(warnings_of(describe(settings.directory)))
     with _progress(printer) as say:
         return measure(settings, methods, mergekit, say)
 

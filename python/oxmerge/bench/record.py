@@ -38,7 +38,7 @@ from oxmerge.bench import PARTS
 from oxmerge.errors import OxmergeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 SCHEMA = "oxmerge-bench"
 VERSION = 1
@@ -46,41 +46,29 @@ VERSION = 1
 _GIGA = 1e9
 _MOST = 1 << 63
 
-# What readers need, by type. More may be there.
-_RECORD = {"created": str, "machine": dict, "settings": dict, "notes": list, "rows": list}
-_MACHINE = {
-    "cpu": str,
-    "cores": int,
-    "virtual": bool,
-    "caches": dict,
-    "memory_bytes": int,
-    "kernel": str,
-    "file_system": str,
-    "load_average": float,
-    "python": str,
-    "numpy": str,
-    "oxmerge": str,
-    "simd": str,
-    "simd_available": list,
-}
-_SETTINGS = {"size": str, "rounds": int, "elements": int, "storage_bytes": int}
-_ROW = {
-    "part": str,
-    "name": str,
-    "by": str,
-    "state": str,
-    "bytes_read": int,
-    "bytes_written": int,
-    "seconds": list,
-    "process_seconds": list,
-}
-_ROW_OR_NULL = {
-    "threads": int,
-    "simd": str,
-    "elements": int,
-    "tensors": int,
-    "peak_memory": int,
-    "predicted_memory": int,
+# What readers need, by type; a list says what is in it, `None` beside a type that it may lack.
+_KINDS: dict[str, dict[str, Any]] = {
+    "the record": {"created": str, "machine": dict, "settings": dict, "notes": [str], "rows": list},
+    "`machine`": {
+        **dict.fromkeys(("cpu", "kernel", "file_system", "python", "numpy", "oxmerge"), str),
+        "simd": str,
+        "simd_available": [str],
+        "cores": int,
+        "virtual": bool,
+        "caches": dict,
+        "memory_bytes": int,
+        "load_average": float,
+    },
+    "`settings`": {"size": str, "rounds": int, "elements": int, "storage_bytes": int},
+    "a row": {
+        **dict.fromkeys(("part", "name", "by", "state"), str),
+        **dict.fromkeys(("bytes_read", "bytes_written"), int),
+        **dict.fromkeys(("threads", "elements", "peak_memory"), (int, None)),
+        **dict.fromkeys(("predicted_memory", "tensors"), (int, None)),
+        "simd": (str, None),
+        "seconds": [float],
+        "process_seconds": [float],
+    },
 }
 _OWN_THREADS = ("merge", "sweep", "tensors")
 
@@ -272,51 +260,51 @@ def read_record(path: str) -> Record:
 
 def _read(data: Mapping[str, Any]) -> Record:
     """Return the record; `ValueError` says what is amiss."""
-    _check(data, _RECORD, "the record")
-    machine, settings, notes = data["machine"], data["settings"], data["notes"]
-    _check(machine, _MACHINE, "`machine`")
-    _check(machine["caches"], dict.fromkeys(machine["caches"], int), "`caches`")
-    _check_all(machine["simd_available"], str, "`simd_available`")
-    _check(settings, _SETTINGS, "`settings`")
-    _check_all(notes, str, "`notes`")
-    rows = tuple(_read_row(row) for row in data["rows"])
-    return Record(dict(machine), dict(settings), rows, tuple(notes), data["created"])
+    found = _checked(data, "the record")
+    machine = found["machine"]
+    _checked(machine, "`machine`")
+    _checked(machine["caches"], "`caches`", dict.fromkeys(machine["caches"], int))
+    _checked(found["settings"], "`settings`")
+    rows = tuple(_read_row(row) for row in found["rows"])
+    return Record(machine, found["settings"], rows, tuple(found["notes"]), found["created"])
 
 
 def _read_row(data: object) -> Row:
     if not isinstance(data, dict):
         raise ValueError("a row is no object")  # noqa: TRY004 - of a file, not of an argument
-    _check(data, _ROW, "a row")
-    given = {name: data[name] for name in _ROW_OR_NULL if data.get(name) is not None}
-    _check(given, {name: _ROW_OR_NULL[name] for name in given}, "a row")
-    if data["part"] not in PARTS:
-        raise ValueError(f"`{data['part']}` is not among the parts {', '.join(PARTS)}")
+    given = _checked(data, "a row")
+    if given["part"] not in PARTS:
+        raise ValueError(f"`{given['part']}` is not among the parts {', '.join(PARTS)}")
     for name in ("seconds", "process_seconds"):
-        _check_all(data[name], float, f"`{name}`")
-        given[name] = tuple(float(each) for each in data[name])
-    if not given["seconds"] or min(given["seconds"]) <= 0:
+        given[name] = tuple(map(float, given[name]))
+    row = Row(**given)
+    if not row.seconds or min(row.seconds) <= 0:
         raise ValueError("a row has no run, or one that took no time")
-    if data["by"] == "oxmerge" and data["part"] in _OWN_THREADS and not given["process_seconds"]:
+    if row.by == "oxmerge" and row.part in _OWN_THREADS and not row.process_seconds:
         raise ValueError("a merge has no `process_seconds`")
-    row = Row(**{name: data[name] for name in _ROW if name not in given}, **given)
     if row.bytes == 0:
         raise ValueError("a row moves no bytes")
     return row
 
 
-def _check(data: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
-    """Raise `ValueError` unless `data` has values of these types."""
-    for name, kind in kinds.items():
+def _checked(
+    data: Mapping[str, Any], where: str, kinds: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what readers need of `data`, which must be of the right types."""
+    found = {}
+    for name, kind in (_KINDS[where] if kinds is None else kinds).items():
+        if isinstance(kind, tuple) and data.get(name) is None:
+            continue
         if name not in data:
             raise ValueError(f"{where} has no `{name}`")
-        if not _is(data[name], kind):
-            raise ValueError(f"{where} has {data[name]!r} for `{name}`")
-
-
-def _check_all(values: Iterable[object], kind: type, where: str) -> None:
-    for value in values:
-        if not _is(value, kind):
-            raise ValueError(f"{where} has {value!r} in it")
+        value, inner = data[name], kind[0] if isinstance(kind, list | tuple) else kind
+        if not _is(value, list if isinstance(kind, list) else inner):
+            raise ValueError(f"{where} has {value!r} for `{name}`")
+        for each in value if isinstance(kind, list) else ():
+            if not _is(each, inner):
+                raise ValueError(f"`{name}` has {each!r} in it")
+        found[name] = value
+    return found
 
 
 def _is(value: object, kind: type) -> bool:

@@ -8,9 +8,6 @@
 //! A module uses only those before it in this list: `error`, `dtype`, `plan` (data only), `io`,
 //! `checkpoint`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows Python.
 
-#[cfg(not(target_pointer_width = "64"))]
-compile_error!("oxmerge needs a 64-bit machine: checkpoints are larger than 4 GiB");
-
 pub mod checkpoint;
 pub mod dtype;
 pub mod engine;

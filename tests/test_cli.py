@@ -79,6 +79,7 @@ class Report:
     files: int = 2
     bytes_read: int = 2_000_000_000
     bytes_written: int = 1_000_000_000
+    input_bytes: int = 1_500_000_000
     seconds: float = 1.5
     peak_memory: int = 180 << 20
     memory: int = 256 << 20
@@ -224,8 +225,8 @@ def test_sweep_passes_on_its_axes(run: Any) -> None:
         "warning: odd\n"
         "wrote `out/0.1`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
         "wrote `out/0.9`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
-        "2 merges in one pass: 2.00 GB/s read and written, peak memory 180 MiB of 256 MiB, "
-        "4 threads, avx512\n"
+        "2 merges in one pass: 2.33 GB/s (inputs and output once), peak memory 180 MiB of "
+        "256 MiB, 4 threads, avx512\n"
     )
 
 
@@ -326,7 +327,7 @@ def test_merge_ends_with_two_lines(run: Any) -> None:
     assert (code, out) == (0, "")
     assert err == (
         "wrote `out`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
-        "2.00 GB/s read and written, peak memory 180 MiB of 256 MiB, 4 threads, avx512\n"
+        "1.67 GB/s (inputs and output once), peak memory 180 MiB of 256 MiB, 4 threads, avx512\n"
     )
 
 

@@ -80,6 +80,8 @@ class MergeReport:
         Tensors and weight files written.
     bytes_read, bytes_written : int
         Bytes of tensors; re-reads are counted.
+    input_bytes : int
+        Bytes of the tensors that were read, each once.
     seconds : float
         From the first read to the last flush of the weights.
     read_gb_per_second, written_gb_per_second : float
@@ -107,6 +109,7 @@ class MergeReport:
     files: int
     bytes_read: int
     bytes_written: int
+    input_bytes: int
     seconds: float
     read_gb_per_second: float
     written_gb_per_second: float
@@ -442,6 +445,7 @@ def _finish(
         files=len(merge_plan.plan.shards),
         bytes_read=done["bytes_read"],
         bytes_written=merge_plan.plan.bytes_written,
+        input_bytes=merge_plan.plan.bytes_read,
         seconds=done["seconds"],
         read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
         written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),

@@ -56,7 +56,9 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
         printer.say(f"note: {note}")
     for report in reports:
         printer.say(summary(report)[0])
-    printer.say(f"{len(reports)} merges in one pass: {summary(reports[-1])[1]}")
+    # Those of one pass have its seconds; with `--together` there may be several passes.
+    last = [report for report in reports if report.seconds == reports[-1].seconds]
+    printer.say(f"{len(last)} merges in one pass: {summary(last[-1], len(last))[1]}")
     if printer.as_json:
         printer.json({"merges": [report.as_dict() for report in reports]})
     return 0

@@ -232,7 +232,7 @@ class _Planner:
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""
         self.problems = self.inputs.problems + self.problems + self.reader.problems
-        self.warnings += self.inputs.warnings
+        self.warnings += self.inputs.warnings + self.reader.warnings
         if self.sliced is not None:
             self.problems += self.sliced.problems
         if not self.problems:  # else a filter may have had no chance

@@ -68,7 +68,7 @@ class Outcome:
         donor = merge_plan.models[merge_plan.donor]
         side_files = find_side_files(_folder(donor.path), donor.file_names)
         config, notes = _config(merge_plan)
-        notes += _notes(side_files)
+        notes += merge_plan.recipe.notes + _notes(side_files)
         recipe = merge_plan.recipe.text
         card = _card(merge_plan, recipe)
         return cls(merge_plan, config, _index(merge_plan), card, recipe, side_files, notes)

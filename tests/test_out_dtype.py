@@ -44,7 +44,8 @@ def test_float64_is_what_arithmetic_is_in(tmp_path: Path, models: Path) -> None:
     assert not np.array_equal(merged, (a + b).astype(np.float16))
     assert oxmerge.lazy(recipe)["w"].tobytes() == merged.tobytes()
     weights = directory_bytes(tmp_path / "out")["model.safetensors"]
-    for name, options in {"small": {"threads": 1}, "torch": {"device": "torch"}}.items():
+    ways: dict[str, dict[str, Any]] = {"small": {"threads": 1}, "torch": {"device": "torch"}}
+    for name, options in ways.items():
         if name == "torch":
             pytest.importorskip("torch", reason="not installed: torch")
         oxmerge.merge(recipe, tmp_path / name, memory="4GiB", **options)

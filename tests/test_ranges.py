@@ -135,13 +135,12 @@ def test_in_memory() -> None:
     dicts = [{"w": each} for each in tensors]
     message = "^`density` is from 0 to 1, not 53; did you mean `0.53`, which is 53 %\\?$"
     options: dict[str, Any] = {"weight": 1, "density": [0.5, 53]}
-    for act in (
-        lambda: oxmerge.merge_tensors("dare_ties", tensors, base, **options),
-        lambda: oxmerge.merge_state_dicts("dare_ties", dicts, {"w": base}, **options),
-        lambda: kernels.dare_ties(tensors, base, **options),
-    ):
-        with pytest.raises(ValueError, match=message):
-            act()
+    with pytest.raises(ValueError, match=message):
+        oxmerge.merge_tensors("dare_ties", tensors, base, **options)
+    with pytest.raises(ValueError, match=message):
+        oxmerge.merge_state_dicts("dare_ties", dicts, {"w": base}, **options)
+    with pytest.raises(ValueError, match=message):
+        kernels.dare_ties(tensors, base, **options)
     # A script computes its weights, as those of a running mean: only limits count.
     oxmerge.merge_tensors("linear", tensors, weight=[1000, 1])
 

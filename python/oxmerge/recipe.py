@@ -193,17 +193,17 @@ class Recipe:
     @staticmethod
     def mapping_of(
         source: str | os.PathLike[str] | Recipe,
-    ) -> tuple[dict[str, object], str | None]:
-        """Return what a YAML file or text, or a recipe's, says as plain data, and its folder.
+    ) -> tuple[dict[str, object], str, str | None]:
+        """Return what a YAML file or text, or a recipe's, says as plain data, its text and folder.
 
         Parameters and errors are those of `from_yaml`, but only the YAML is checked.
         """
         if isinstance(source, Recipe):
             from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
-            return dict(parse_yaml(source.text)), source.folder
-        mapping, _, folder = _parsed(source)
-        return dict(mapping), folder
+            return dict(parse_yaml(source.text)), source.text, source.folder
+        mapping, text, folder = _parsed(source)
+        return dict(mapping), text, folder
 
 
 def _parsed(source: str | os.PathLike[str]) -> tuple[dict[str, object], str, str | None]:

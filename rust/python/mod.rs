@@ -29,7 +29,7 @@ mod _core {
     use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
     #[pymodule_export]
     use super::merge::{
-        check_plan, check_unchanged, execute, methods, partial_name, predict, rehearse,
+        check_plan, check_unchanged, execute, formulas, methods, partial_name, predict, rehearse,
     };
 
     /// Version, build profile, SIMD level in use and levels of this CPU.

@@ -55,7 +55,10 @@ METHODS: list[dict[str, Any]] = [
                 "default": None,
                 "required": True,
                 "per": "shared",
-                "help": "0 gives the base, 1 the other model; " * 4,
+                "limits": [None, None],
+                "usual": [-0.5, 1.5],
+                "acts": True,
+                "help": "; ".join(["0 gives the base, 1 the other model"] * 4),
             },
             {
                 "name": "flatten",
@@ -63,6 +66,9 @@ METHODS: list[dict[str, Any]] = [
                 "default": True,
                 "required": False,
                 "per": "shared",
+                "limits": [None, None],
+                "usual": [None, None],
+                "acts": True,
                 "help": "one vector a tensor",
             },
         ],
@@ -379,6 +385,7 @@ def test_one_method(run: Any) -> None:
         "  t (float, one for all models, required)\n"
         "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
         "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
+        "      usually from -0.5 to 1.5\n"
         "  flatten (bool, one for all models, default true)\n"
         "      one vector a tensor\n"
     )

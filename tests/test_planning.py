@@ -79,7 +79,7 @@ def values(merge: MergePlan, parameter: str) -> dict[str, object]:
 def test_the_plan_is_what_the_engine_reads(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1, tied=True), b=zoo.llama(1, tied=True))
     plan = json.loads(shelf.plan(linear("a", "b"), seed=7).to_json())
-    assert plan.keys() == {"version", "method", "seed", "files", "tensors", "shards"}
+    assert plan.keys() == {"version", "method", "seed", "files", "tensors", "shards", "in_f64"}
     assert (plan["version"], plan["method"], plan["seed"]) == (1, "linear", 7)
     assert [file["path"].removeprefix(f"{shelf.folder}/") for file in plan["files"]] == [
         "a/model.safetensors",

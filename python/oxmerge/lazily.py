@@ -39,7 +39,9 @@ class LazyMerge(Mapping[str, Any]):
     """
 
     def __init__(self, plan: MergePlan, kind: Kind, threads: int | None) -> None:
-        self._tensors = {tensor.name: at for at, tensor in enumerate(plan.plan.tensors)}
+        tensors = enumerate(plan.plan.tensors)
+        ordered = sorted(tensors, key=lambda each: (each[1].shard, each[1].start))
+        self._tensors = {tensor.name: at for at, tensor in ordered}
         self._plan = plan.plan
         self._engine = _core.OnDemand(plan.to_json())
         self._kind: Kind = kind

@@ -298,11 +298,13 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     allow_mismatch: bool,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | None = None,
+    check: Callable[[list[MergePlan]], None] | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Parameters and errors are those of `merge`, for pairs of a recipe and a directory. Outputs that
-    are finished when something fails are kept, the others leave nothing.
+    are finished when something fails are kept, the others leave nothing. `check` is called with the
+    plans before anything is made.
     """
     started = time.perf_counter()
     for _, directory in merges:
@@ -312,6 +314,8 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
     prepared = [_prepare(recipe, shard_size, seed, strict, allow_mismatch) for recipe, _ in merges]
+    if check is not None:
+        check([merge_plan for merge_plan, _ in prepared])
     if device == "auto":
         merge_plans = [merge_plan for merge_plan, _ in prepared]
         device = choose(merge_plans, threads, vram, load=True).device

@@ -66,7 +66,7 @@ class Outcome:
         """
         side_files = merge_plan.side_files
         config, notes = _config(merge_plan)
-        notes += _notes(side_files)
+        notes += merge_plan.recipe.notes + _notes(side_files)
         recipe = merge_plan.recipe.text
         card = _card(merge_plan, recipe)
         return cls(merge_plan, config, _index(merge_plan), card, recipe, side_files, notes)

@@ -104,6 +104,11 @@ class Outlook:
         return self.merge_plan.warnings
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What may be taken for something else than it is."""
+        return self.merge_plan.recipe.notes
+
+    @property
     def accounting(self) -> dict[str, int]:
         """How many input tensors are merged, copied, dropped."""
         models = self.merge_plan.accounting
@@ -134,6 +139,7 @@ class Outlook:
             "accounting": self.accounting,
             "inputs": [account.as_dict() for account in self.merge_plan.accounting],
             "left_out": list(self.left_out),
+            "notes": list(self.notes),
             "warnings": [str(warning) for warning in self.warnings],
         }
 
@@ -156,6 +162,7 @@ class Outlook:
         yield f"device    {self.device}; the fastest should be {fastest}"
         yield f"disk      {format_size(self.disk)} needed"
         yield f"time      {self._time()}"
+        yield from (f"note      {note}" for note in self.notes)
         yield from (f"not copied  {name}" for name in self.left_out)
         accounts = self.merge_plan.accounting
         lines = (line for account in accounts for line in account.summary())

@@ -214,13 +214,13 @@ class _Planner:
             tensor.placed(shard, start)
             for tensor, (shard, start) in zip(tensors, places, strict=True)
         ]
-        placed.sort(key=lambda tensor: (tensor.shard, tensor.start))
         files: list[dict[str, Any]] = []
         for model in self.inputs.models:
             files += model.checkpoint.files
         for model in self.inputs.models:
             files += [file for file in (model.config_file, model.checkpoint.index) if file]
-        return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards))
+        in_f64 = self.recipe.dtype == "F64"
+        return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards), in_f64)
 
     def check_with_engine(self, plan: Plan) -> None:
         for found in _core.check_plan(plan.to_json()):
@@ -270,7 +270,7 @@ class _Planner:
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""
         self.problems = self.inputs.problems + self.problems + self.reader.problems
-        self.warnings += self.inputs.warnings
+        self.warnings += self.inputs.warnings + self.reader.warnings
         if self.sliced is not None:
             self.problems += self.sliced.problems
         if not self.problems:  # else a filter may have had no chance

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from oxmerge.errors import RecipeError
 from oxmerge.problems import Problem
+from oxmerge.schema import DTYPE_NAMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ class Recipe:
     parameters : mapping of str to Setting
         Settings for everything.
     dtype, out_dtype : str, optional
-        Element types by their safetensors names (``BF16``).
+        Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
+        `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64
+        where an input or the output is, or `dtype`.
     text : str
         The recipe as it was written; as JSON, which is YAML too, if it came as a mapping.
     folder : str, optional
@@ -134,6 +137,15 @@ class Recipe:
     text: str = ""
     folder: str | None = None
     warnings: tuple[Problem, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not wrong, but may be taken for something else than it is."""
+        if self.out_dtype is None or self.dtype not in ("F16", "BF16"):
+            return ()
+        dtype, out_dtype = DTYPE_NAMES[self.dtype], DTYPE_NAMES[self.out_dtype]
+        note = f"`dtype: {dtype}` rounds nothing: arithmetic is in float32, or in float64 where "
+        return (f"{note}inputs or output are; the output is {out_dtype}, by `out_dtype`",)
 
     @classmethod
     def from_mapping(
@@ -181,17 +193,17 @@ class Recipe:
     @staticmethod
     def mapping_of(
         source: str | os.PathLike[str] | Recipe,
-    ) -> tuple[dict[str, object], str | None]:
-        """Return what a YAML file or text, or a recipe's, says as plain data, and its folder.
+    ) -> tuple[dict[str, object], str, str | None]:
+        """Return what a YAML file or text, or a recipe's, says as plain data, its text and folder.
 
         Parameters and errors are those of `from_yaml`, but only the YAML is checked.
         """
         if isinstance(source, Recipe):
             from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
-            return dict(parse_yaml(source.text)), source.folder
-        mapping, _, folder = _parsed(source)
-        return dict(mapping), folder
+            return dict(parse_yaml(source.text)), source.text, source.folder
+        mapping, text, folder = _parsed(source)
+        return dict(mapping), text, folder
 
 
 def _parsed(source: str | os.PathLike[str]) -> tuple[dict[str, object], str, str | None]:

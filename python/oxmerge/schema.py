@@ -176,9 +176,12 @@ class Plan:
         Every input file, as it was when it was first read: the weights of every model, and after
         them the configs and indexes.
     tensors : tuple of OutputTensor
-        In file order.
+        In the donor's order, which is that of the shards. Within a shard they lie otherwise where
+        their sizes of element differ.
     shards : tuple of dict
         The output files, in order.
+    in_f64 : bool
+        Whether arithmetic is in f64 whatever the types are.
     version : int
         Of the schema.
     """
@@ -188,6 +191,7 @@ class Plan:
     files: tuple[dict[str, Any], ...]
     tensors: tuple[OutputTensor, ...]
     shards: tuple[dict[str, Any], ...]
+    in_f64: bool = False
     version: int = PLAN_VERSION
 
     @property
@@ -209,6 +213,7 @@ class Plan:
             "files": list(self.files),
             "tensors": [tensor.to_dict() for tensor in self.tensors],
             "shards": list(self.shards),
+            "in_f64": self.in_f64,
         }
 
     def to_json(self) -> str:

@@ -391,14 +391,18 @@ class _Frame:
         zero = self.number(0.0)
         total = torch.zeros_like(vote)
         share = torch.zeros_like(vote)
+        magnitudes = torch.zeros_like(vote)
         for weight, slot in terms:
             number = self.number(weight)
             value = self.slots[slot] * number
             agrees = torch.where(positive, value > 0, value < 0)
             total += torch.where(agrees, value, zero)
             share += torch.where(agrees, number, zero)
+            magnitudes += torch.where(agrees, number.abs(), zero)
         if average:
-            total /= share.masked_fill_(share == 0, 1.0)
+            # Nothing is divided by weights that cancel each other.
+            cancels = share.abs() <= magnitudes * self.number(1e-6)
+            total /= share.masked_fill_(cancels, 1.0)
         return total.masked_fill_(vote.isnan(), torch.nan)
 
     def kept(self, a: int, threshold: int, equals_end: int) -> torch.Tensor:

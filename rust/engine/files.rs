@@ -204,8 +204,11 @@ fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
         return Err(differs("tensors"));
     }
     // In f64 all outputs would be computed in it, and others than alone.
-    let double = |tensor: &OutputTensor| tensor.dtype == DType::F64;
-    if plan.tensors.iter().map(double).ne(other.tensors.iter().map(double)) {
+    let double = |plan: &Plan| {
+        let double = |tensor: &OutputTensor| plan.in_f64 || tensor.dtype == DType::F64;
+        plan.tensors.iter().map(double).collect::<Vec<_>>()
+    };
+    if double(plan) != double(other) {
         return Err(differs("working type: all of them float64, or none"));
     }
     let place = |source: &SourceTensor| (source.file, source.start, source.dtype);
@@ -243,6 +246,7 @@ fn task(
         sinks,
         work,
     )
+    .in_f64(plan.in_f64)
 }
 
 /// A plan whose tensors are computed one by one, when they are asked for, and go elsewhere than into
@@ -296,7 +300,7 @@ pub fn needs(plans: &[&Plan], read: ReadPath) -> Result<Vec<Need>> {
             (source.dtype(), Way::of(&source, frame.elements, once))
         });
         let outputs = plans.iter().map(|plan| plan.tensors[index].dtype);
-        Need::new(&frame, &work, work.in_bands(&frame), sources, outputs)
+        Need::new(&frame, &work, work.in_bands(&frame), sources, outputs).in_f64(plan.in_f64)
     };
     Ok(works.into_iter().enumerate().map(need).collect())
 }

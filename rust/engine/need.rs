@@ -171,6 +171,14 @@ impl Need {
         need
     }
 
+    /// The same, computed in f64 also where no type asks for it, if `asked`.
+    pub(crate) fn in_f64(mut self, asked: bool) -> Self {
+        if asked {
+            self.working = size_of::<f64>() as u64;
+        }
+        self
+    }
+
     fn add_passes(&mut self, frame: &TensorFrame, formulas: &[Value], in_bands: bool) {
         let waits = unknown(formulas);
         let searches = waits.selections.len() as u64;

@@ -43,6 +43,7 @@ pub mod thinned;
 pub mod ulp;
 pub mod weighted;
 
+pub(crate) use consensus::cancels;
 pub use consensus::elect;
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};

@@ -28,10 +28,13 @@ pub struct Plan {
     pub seed: u64,
     /// Every file that must stay as it is: those that sources lie in, then configs and indexes.
     pub files: Vec<InputFile>,
-    /// The output tensors, in file order.
+    /// The output tensors, in the donor's order.
     pub tensors: Vec<OutputTensor>,
     /// The output shards, in order.
     pub shards: Vec<OutputShard>,
+    /// Whether arithmetic is in f64 whatever the types are.
+    #[serde(default)]
+    pub in_f64: bool,
 }
 
 /// A file as it was when it was first read.

@@ -73,6 +73,18 @@ pub(super) fn check_plan<'py>(py: Python<'py>, plan: &str) -> PyResult<Bound<'py
     to_python(py, &described)
 }
 
+/// What each tensor of a plan is made by, as text. Equal texts are equal formulas, but for what is in
+/// a function of numbers that are found on the way: `f0(...)`.
+#[pyfunction]
+pub(super) fn formulas(py: Python<'_>, plan: &str) -> PyResult<Vec<String>> {
+    let texts = || {
+        let plan = parse(plan)?;
+        let text = |tensor| Ok(format!("{:?}", files::work(&plan, tensor)?));
+        plan.tensors.iter().map(text).collect::<Result<_>>()
+    };
+    py.detach(texts).map_err(|error| raise(py, &error))
+}
+
 /// Raises `InputChangedError` if one of the files is not what it was.
 #[pyfunction]
 pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {

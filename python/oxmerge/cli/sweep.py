@@ -29,8 +29,9 @@ def add_arguments(parser: Parser) -> None:
         required=True,
         dest="axes",
         metavar="PLACE=VALUES",
-        help="what to vary: models[0].parameters.weight=0.1:0.9:9 (nine values from 0.1 to 0.9) "
-        "or =0.1,0.5; given several times, every combination",
+        help="what to vary: models[chat].parameters.weight=0.1:0.9:9 (nine values from 0.1 to 0.9) "
+        "or =0.1,0.5; in brackets is the end of a model's path, or its position in the list, from "
+        "0; given several times, every combination",
     )
     parser.add_argument(
         "--together", action="store_true", help="vary all in step, not in every combination"
@@ -69,7 +70,7 @@ def _axes(texts: list[str]) -> dict[str, str]:
     for text in texts:
         place, equals, values = text.partition("=")
         if not equals or not place or not values:
-            advice = "write --set PLACE=VALUES, as models[0].parameters.weight=0.1:0.9:9"
+            advice = "write --set PLACE=VALUES, as models[chat].parameters.weight=0.1:0.9:9"
             raise UsageError(f"`--set {text}` sets nothing", advice)
         if place in axes:
             raise UsageError(f"`{place}` is set twice", "list all of its values at once")

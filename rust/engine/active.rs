@@ -8,7 +8,7 @@ use super::task::{Task, Work};
 use crate::formula::bind::Bindings;
 use crate::formula::machine::BAND;
 use crate::formula::masks::{self, KeptMasks};
-use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
+use crate::formula::selection::{self, Counted, Cut, Guess, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
 use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
 use crate::kernels::Real;
@@ -39,26 +39,32 @@ pub(crate) struct Active {
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
-    /// The random masks that are kept between its passes, and the bytes that they may take.
+    /// The random masks that are kept between its passes.
     pub(crate) masks: Option<Arc<KeptMasks>>,
-    pub(crate) mask_bytes: u64,
+    /// Bytes that each of its searches may keep of keys.
+    search_room: u64,
+    /// Bytes that masks and searches may take together.
+    pub(crate) kept_bytes: u64,
     /// The numbers it looked for: of a sweep, in the order of the formula's model-wide reductions.
     pub(crate) numbers: Vec<f64>,
 }
 
 impl Active {
-    /// Begins `task`; with `sweep`, only its model-wide reductions. Keeps its random masks if they
-    /// are wanted more than once and take no more than `mask_room` bytes.
+    /// Begins `task`; with `sweep`, only its model-wide reductions. Keeps its random masks, if they
+    /// are wanted more than once, and the keys of its searches, if they take no more than `room`
+    /// bytes.
     pub(crate) fn begin(
         task: Arc<Task>,
         blocks_a_unit: u64,
         sweep: bool,
-        mask_room: u64,
+        room: u64,
     ) -> Option<Self> {
         let values = task.work.values().to_vec();
         let elements = task.frame.elements;
-        let bytes = masks::bytes(&values, elements);
-        let mask_bytes = if bytes <= mask_room { bytes } else { 0 };
+        let searches = stage::unknown(&values).selections.len() as u64;
+        let within = |bytes: u64, room: u64| if bytes <= room { bytes } else { 0 };
+        let search_bytes = within(searches * selection::kept_bytes(elements), room);
+        let mask_bytes = within(masks::bytes(&values, elements), room - search_bytes);
         let masks = (mask_bytes > 0).then(|| KeptMasks::new(&values, elements)).flatten();
         let mut active = Self {
             task,
@@ -75,7 +81,8 @@ impl Active {
             columns: Vec::new(),
             searching: Vec::new(),
             masks: masks.map(Arc::new),
-            mask_bytes,
+            search_room: search_bytes / searches.max(1),
+            kept_bytes: search_bytes + mask_bytes,
             numbers: Vec::new(),
         };
         active.next_pass().then_some(active)
@@ -159,17 +166,15 @@ impl Active {
 
     fn begin_searches(&mut self, selections: &[Arc<Selection>]) -> bool {
         let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
-        self.searching = selections.iter().map(|selection| begin(selection, &self.task)).collect();
-        let open: Vec<_> = self
-            .searching
-            .iter()
-            .filter(|s| s.chosen.is_none())
-            .map(|s| Arc::clone(&s.selection))
-            .collect();
-        if open.is_empty() || self.task.blocks() < 4 {
+        let begin = |selection| begin(selection, &self.task, self.search_room);
+        self.searching = selections.iter().map(begin).collect();
+        let open = self.searching.iter().filter(|searching| searching.chosen.is_none());
+        let open = open.map(|s| (Arc::clone(&s.selection), s.search.wanted()));
+        let (selections, ranks): (Vec<_>, Vec<_>) = open.unzip();
+        if selections.is_empty() || selection::sampled_runs(self.task.frame.elements) == 0 {
             return self.enter_reduce();
         }
-        self.enter(Pass::Sample(open), 1)
+        self.enter(Pass::Sample { selections, ranks }, 1)
     }
 
     fn enter_reduce(&mut self) -> bool {
@@ -181,10 +186,7 @@ impl Active {
             .map(|(index, Searching { selection, search, .. })| SearchView {
                 index,
                 value: selection.value.clone(),
-                low: search.low,
-                high: search.high,
-                shift: search.shift(),
-                bins: search.bins(),
+                interval: search.interval(),
             })
             .collect();
         // Sums are taken in the stage's first pass; later ones only narrow the searches.
@@ -200,7 +202,7 @@ impl Active {
         if let Some(waiting) = self.searching.iter().find(|s| s.chosen.is_none()) {
             let cut = waiting.cut.expect("a search that is not over waits for an index");
             let selection = Arc::clone(&waiting.selection);
-            return self.enter(Pass::Locate { selection, key: waiting.search.low, cut }, 1);
+            return self.enter(Pass::Locate { selection, key: waiting.search.threshold(), cut }, 1);
         }
         self.bind()
     }
@@ -209,8 +211,8 @@ impl Active {
     pub(crate) fn take(&mut self, unit: u64, found: Found) -> bool {
         match found {
             Found::Nothing => {}
-            Found::Keys(keys) => self.guess(keys),
-            Found::Blocks { first, sums, counts } => self.add(first, &sums, &counts),
+            Found::Guesses(guesses) => self.begin_at(guesses),
+            Found::Blocks { first, sums, counts } => self.add(first, &sums, counts),
             Found::Index(index) => self.located(index),
             Found::Row(results) => {
                 for (rows, result) in self.results.iter_mut().zip(results) {
@@ -223,14 +225,14 @@ impl Active {
         if self.finished < self.units { true } else { self.advance() }
     }
 
-    fn guess(&mut self, keys: Vec<Vec<u64>>) {
+    fn begin_at(&mut self, guesses: Vec<Guess>) {
         let open = self.searching.iter_mut().filter(|searching| searching.chosen.is_none());
-        for (searching, keys) in open.zip(keys) {
-            searching.search.guess(keys);
+        for (searching, guess) in open.zip(guesses) {
+            searching.search.begin_at(guess);
         }
     }
 
-    fn add(&mut self, first: u64, sums: &[Vec<f64>], counts: &[Histogram]) {
+    fn add(&mut self, first: u64, sums: &[Vec<f64>], counts: Vec<Counted>) {
         for (all, part) in self.results.iter_mut().zip(sums) {
             all[first as usize..first as usize + part.len()].copy_from_slice(part);
         }
@@ -254,7 +256,7 @@ impl Active {
         let pass = Arc::clone(&self.pass);
         match &*pass {
             Pass::Combine(_) | Pass::Bands(_) | Pass::Identical => false,
-            Pass::Sample(_) => self.enter_reduce(),
+            Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rows(_) | Pass::Columns(_) => self.bind(),
             Pass::Reduce { reductions, searches } => {
@@ -334,11 +336,11 @@ impl Searching {
     }
 }
 
-fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task) -> Searching {
+fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task, room: u64) -> Searching {
     let elements = task.frame.elements;
     let count = selection.count.as_constant().unwrap_or(0.0).max(0.0) as u64;
     let nothing = Chosen { threshold: T::NAN.key(), equals_end: 0 };
-    let search = Search::new::<T>(count.clamp(1, elements.max(1)), elements.max(1), task.blocks());
+    let search = Search::new::<T>(count.clamp(1, elements.max(1)), elements.max(1), room);
     let chosen = (count == 0 || elements == 0).then_some(nothing);
     Searching { selection: Arc::clone(selection), search, chosen, cut: None }
 }

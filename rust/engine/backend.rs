@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::formula::code::Code;
 use crate::formula::machine::{InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::Histogram;
+use crate::formula::selection::Counted;
 use crate::formula::stage::operands;
 use crate::formula::{Reduction, ReductionKind, Value};
 use crate::kernels::fold_halves;
@@ -100,14 +100,14 @@ pub(crate) struct Tally {
     /// For each reduction: a result a segment.
     pub(crate) sums: Vec<Vec<f64>>,
     /// For each search.
-    pub(crate) counts: Vec<Histogram>,
+    pub(crate) counts: Vec<Counted>,
 }
 
 impl Tally {
     pub(crate) fn new(layout: &Layout, searches: &[SearchView]) -> Self {
         Self {
             sums: vec![Vec::new(); layout.kinds.len()],
-            counts: searches.iter().map(|search| Histogram::new(search.bins)).collect(),
+            counts: searches.iter().map(|search| Counted::new(&search.interval)).collect(),
         }
     }
 }

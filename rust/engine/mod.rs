@@ -131,7 +131,7 @@ fn run_all(
     let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
     let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
     let schedule = Schedule {
-        state: Mutex::new(State::new(shared.len(), memory.mask_room)),
+        state: Mutex::new(State::new(shared.len(), memory.kept_room)),
         changed: Condvar::new(),
         backend,
         tasks: &shared,
@@ -184,21 +184,21 @@ struct State {
     /// What each task found, if it looks for numbers.
     numbers: Vec<Vec<f64>>,
     failure: Option<Error>,
-    /// Bytes that the random masks of further tasks may take.
-    mask_room: u64,
+    /// Bytes that further tasks may keep between their passes.
+    kept_room: u64,
     /// How many workers have a unit of a pass that writes.
     writing: usize,
 }
 
 impl State {
-    fn new(tasks: usize, mask_room: u64) -> Self {
+    fn new(tasks: usize, kept_room: u64) -> Self {
         let numbers = vec![Vec::new(); tasks];
         Self {
             next_task: 0,
             active: VecDeque::new(),
             numbers,
             failure: None,
-            mask_room,
+            kept_room,
             writing: 0,
         }
     }
@@ -282,12 +282,12 @@ impl Schedule<'_> {
                     state = self.lock();
                     if let Some(done) = self.take(&mut state, &unit, found) {
                         drop(state);
-                        // The masks are let go of before others get their room.
-                        let mask_bytes = done.mask_bytes;
+                        // What it kept is let go of before others get the room.
+                        let kept_bytes = done.kept_bytes;
                         drop(done);
                         let outcome = self.finish(unit.index);
                         state = self.lock();
-                        state.mask_room += mask_bytes;
+                        state.kept_room += kept_bytes;
                         self.note(&mut state, outcome);
                     }
                 }
@@ -347,9 +347,9 @@ impl Schedule<'_> {
         if task.frame.elements == 0 {
             return Next::Skip(index);
         }
-        match Active::begin(task, self.piece_blocks[index], self.sweep, state.mask_room) {
+        match Active::begin(task, self.piece_blocks[index], self.sweep, state.kept_room) {
             Some(active) => {
-                state.mask_room -= active.mask_bytes;
+                state.kept_room -= active.kept_bytes;
                 state.active.push_back((index, active));
                 self.next(state)
             }

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::formula::selection::{Cut, Histogram};
+use crate::formula::selection::{Counted, Cut, Guess, Interval, Rank};
 use crate::formula::{Reduction, Selection, Value};
 
 /// What the workers do with each unit of a pass.
 pub(crate) enum Pass {
     /// Look at a few elements, to guess where the thresholds lie.
-    Sample(Vec<Arc<Selection>>),
+    Sample { selections: Vec<Arc<Selection>>, ranks: Vec<Rank> },
     /// Reduce blocks, and count for selections.
     Reduce { reductions: Vec<Arc<Reduction>>, searches: Vec<SearchView> },
     /// Find the flat index of one element in one block.
@@ -37,22 +37,19 @@ pub(crate) struct SearchView {
     /// Which of the task's searches.
     pub(crate) index: usize,
     pub(crate) value: Value,
-    pub(crate) low: u64,
-    pub(crate) high: u64,
-    pub(crate) shift: u32,
-    pub(crate) bins: usize,
+    pub(crate) interval: Interval,
 }
 
 /// What a worker brings back from a unit.
 pub(crate) enum Found {
     Nothing,
-    /// For each selection: keys of sampled elements.
-    Keys(Vec<Vec<u64>>),
+    /// For each selection: where its threshold may lie.
+    Guesses(Vec<Guess>),
     /// For each reduction: a result a block, from block `first` on; for each search: counts.
     Blocks {
         first: u64,
         sums: Vec<Vec<f64>>,
-        counts: Vec<Histogram>,
+        counts: Vec<Counted>,
     },
     Index(u64),
     /// For each reduction: the result of the row.

@@ -13,8 +13,8 @@ use crate::formula::ReductionKind;
 use crate::formula::code::Code;
 use crate::formula::machine::{CHUNK, Machine, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::Histogram;
-use crate::kernels::{self, BLOCK, LANES, Lanes, Level, Real};
+use crate::formula::selection::{Counted, Interval, Look};
+use crate::kernels::{self, BLOCK, Counts, Ends, LANES, Lanes, Level, Real};
 
 /// The kernels of one instruction set.
 #[derive(Clone, Copy, Debug)]
@@ -66,11 +66,10 @@ impl<T: Real> Program for Machine<'_, T> {
                 for chunk in chunks(segment) {
                     self.run(&chunk, step.inputs);
                     accumulate(level, self, layout, &mut lanes);
-                    for (at, (view, histogram)) in
-                        searches.iter().zip(&mut tally.counts).enumerate()
+                    for (at, (view, counted)) in searches.iter().zip(&mut tally.counts).enumerate()
                     {
                         let values = self.chunk(layout.operands + at);
-                        count(level, view, &values, block, histogram);
+                        count(level, &view.interval, &values, block, counted);
                     }
                 }
             }
@@ -172,19 +171,23 @@ fn add_to_columns<T: Real>(
 
 fn count<T: Real>(
     level: Level,
-    view: &SearchView,
+    &Interval { low, high, shift, look }: &Interval,
     values: &[T],
     block: u64,
-    histogram: &mut Histogram,
+    counted: &mut Counted,
 ) {
-    let counts = if view.low == view.high {
-        let counts = kernels::count(level, values, view.low, view.high);
-        histogram.bins[0] += counts.inside as u32;
-        counts
-    } else {
-        kernels::histogram(level, values, view.low, view.high, view.shift, &mut histogram.bins)
-    };
-    histogram.count(block, counts);
+    match look {
+        Look::Bins(_) => {
+            let bins = &mut counted.bins;
+            counted.above += kernels::histogram(level, values, low, high, shift, bins).above;
+        }
+        Look::Keys if low == high => counted.count(block, |_| {
+            let Counts { above, inside } = kernels::count(level, values, low, high);
+            Ends { above, high: inside, low: 0 }
+        }),
+        Look::Keys => counted
+            .count(block, |between| kernels::collect(level, values, low, high, shift, between)),
+    }
 }
 
 fn chunks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {

@@ -13,17 +13,13 @@ use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::code::Code;
-use crate::formula::machine::{BAND, CHUNK, COLUMN_BLOCK, InputBytes};
+use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::Cut;
+use crate::formula::selection::{Counted, Cut, RUN, Rank, sampled_runs};
 use crate::formula::stage::{inputs_of, next_stage, operands, row_reductions, unknown};
 use crate::formula::{Reduction, Scalar, Scope, Selection, Value};
 use crate::io::{AlignedBuffer, PAGE};
 use crate::kernels::BLOCK;
-
-/// Chunks that a sample for a selection looks at, and the bytes of their keys.
-const SAMPLED_CHUNKS: u64 = 48;
-pub(crate) const SAMPLE_BYTES: u64 = SAMPLED_CHUNKS * CHUNK as u64 * size_of::<u64>() as u64;
 
 /// One thread's buffers.
 pub(crate) struct Worker<'a> {
@@ -77,7 +73,7 @@ impl<'a> Worker<'a> {
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
-            Pass::Sample(selections) => self.sample(task, selections),
+            Pass::Sample { selections, ranks } => self.sample(task, selections, ranks),
             Pass::Reduce { reductions, searches } => {
                 self.reduce(task, blocks, reductions, searches)
             }
@@ -164,23 +160,29 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Keys of some elements spread evenly over the tensor.
-    fn sample(&mut self, task: &Task, selections: &[Arc<Selection>]) -> Result<Found> {
+    /// Guesses where thresholds lie from runs of elements spread evenly over the tensor.
+    fn sample(
+        &mut self,
+        task: &Task,
+        selections: &[Arc<Selection>],
+        ranks: &[Rank],
+    ) -> Result<Found> {
         let values: Vec<Value> = selections.iter().map(|s| s.value.clone()).collect();
-        let sampled = SAMPLED_CHUNKS as usize * CHUNK;
-        let mut keys: Vec<Vec<u64>> = values.iter().map(|_| Vec::with_capacity(sampled)).collect();
-        let chunk = CHUNK as u64;
-        let stride = task.frame.elements / SAMPLED_CHUNKS;
-        for at in 0..SAMPLED_CHUNKS {
+        let (runs, run) = (sampled_runs(task.frame.elements), RUN as u64);
+        let room = |_| Vec::with_capacity((runs * run) as usize);
+        let mut keys: Vec<Vec<u64>> = values.iter().map(room).collect();
+        let stride = task.frame.elements / runs;
+        for at in 0..runs {
             let start = at * stride;
-            let range = start..(start + chunk).min(task.frame.elements);
+            let range = start..(start + run).min(task.frame.elements);
             self.in_steps(task, range, &values, |program, step| {
                 let found = program.keys(step)?;
                 keys.iter_mut().zip(found).for_each(|(keys, found)| keys.extend(found));
                 Ok(())
             })?;
         }
-        Ok(Found::Keys(keys))
+        let guesses = ranks.iter().zip(&keys).map(|(rank, keys)| rank.guess(keys));
+        Ok(Found::Guesses(guesses.collect()))
     }
 
     fn reduce(
@@ -194,10 +196,14 @@ impl<'a> Worker<'a> {
         values.extend(searches.iter().map(|search| search.value.clone()));
         let mut tally = Tally::new(&layout, searches);
         let elements = task.elements_of(blocks.clone());
+        let unit = elements.end - elements.start;
         self.in_steps(task, elements, &values, |program, step| {
-            program.reduce(step, BLOCK as u64, &layout, searches, &mut tally)
+            program.reduce(step, BLOCK as u64, &layout, searches, &mut tally)?;
+            tally.counts.iter_mut().for_each(|counted| counted.bound(unit));
+            Ok(())
         })?;
-        let Tally { sums, counts } = tally;
+        let Tally { sums, mut counts } = tally;
+        counts.iter_mut().for_each(Counted::shrink);
         Ok(Found::Blocks { first: blocks.start, sums, counts })
     }
 

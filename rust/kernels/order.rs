@@ -13,6 +13,8 @@
 //!    is skipped.
 //! 3. There is no branch per element. One outside the interval adds 0 to a bin that its position
 //!    chooses, so that neighbours do not wait for each other's store.
+//!    Where memory allows, an interval from a sample is so narrow that few elements lie in it, and
+//!    those are kept instead of counted: then no further pass is needed ([`collect`]).
 //! 4. Zeros are counted apart. Differences of bf16 weights are zero in up to a third of the
 //!    places, and adding to the same bin over and over would wait for the previous store.
 
@@ -164,6 +166,102 @@ impl<T: Real> Kernel for Histogram<'_, T> {
     }
 }
 
+/// How many keys lie above an interval and on its ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// Keys greater than the high end.
+    pub above: u64,
+    /// Keys equal to the high end.
+    pub high: u64,
+    /// Keys equal to the low end, if that is another.
+    pub low: u64,
+}
+
+/// Elements that are compared together: two AVX-512 registers of f32.
+const GROUP: usize = 32;
+
+struct Collect<'a, T: Real> {
+    values: &'a [T],
+    interval: Interval<T::Ordinal>,
+    shift: u32,
+    between: &'a mut Vec<u32>,
+}
+
+/// The counters of an interval, one for each place in a group.
+struct Tallies<T: Real> {
+    above: [Counter<T>; GROUP],
+    reaching_high: [Counter<T>; GROUP],
+    above_low: [Counter<T>; GROUP],
+    reaching_low: [Counter<T>; GROUP],
+}
+
+type Counter<T> = <<T as Real>::Ordinal as Ordinal>::Counter;
+
+impl<T: Real> Tallies<T> {
+    fn new() -> Self {
+        let none = || [Counter::<T>::default(); GROUP];
+        Self { above: none(), reaching_high: none(), above_low: none(), reaching_low: none() }
+    }
+
+    /// Takes the element at one place of a group; whether it lies between the ends.
+    #[inline(always)]
+    fn add(&mut self, at: usize, Interval { low, high }: Interval<T::Ordinal>, value: T) -> bool {
+        let ordinal = value.ordinal();
+        self.above[at] += Counter::<T>::from(ordinal > high);
+        self.reaching_high[at] += Counter::<T>::from(ordinal >= high);
+        self.above_low[at] += Counter::<T>::from(ordinal > low);
+        self.reaching_low[at] += Counter::<T>::from(ordinal >= low);
+        (ordinal > low) & (ordinal < high)
+    }
+
+    fn ends(self, is_one_key: bool) -> Ends {
+        let sum = |counters: [Counter<T>; GROUP]| counters.into_iter().map(Into::into).sum::<u64>();
+        let (above, reaching_high) = (sum(self.above), sum(self.reaching_high));
+        let low = sum(self.reaching_low) - sum(self.above_low);
+        Ends { above, high: reaching_high - above, low: if is_one_key { 0 } else { low } }
+    }
+}
+
+impl<T: Real> Collect<'_, T> {
+    /// Adds the offsets of those of `values` that lie between the ends.
+    #[inline(always)]
+    fn keep(&mut self, values: &[T]) {
+        let Interval { low, high } = self.interval;
+        let (mut found, mut count) = ([0; GROUP], 0);
+        for value in values {
+            let ordinal = value.ordinal();
+            found[count % GROUP] = T::Ordinal::shifted(ordinal.above(low), self.shift);
+            count += usize::from((ordinal > low) & (ordinal < high));
+        }
+        self.between.extend_from_slice(&found[..count]);
+    }
+}
+
+impl<T: Real> Kernel for Collect<'_, T> {
+    type Output = Ends;
+
+    #[inline(always)]
+    fn run(mut self) -> Ends {
+        let interval = self.interval;
+        let mut tallies = Tallies::<T>::new();
+        let (groups, rest) = self.values.as_chunks::<GROUP>();
+        for values in groups {
+            let mut any = false;
+            for at in 0..GROUP {
+                any |= tallies.add(at, interval, values[at]);
+            }
+            if any {
+                self.keep(values);
+            }
+        }
+        for (at, &value) in rest.iter().enumerate() {
+            tallies.add(at, interval, value);
+        }
+        self.keep(rest);
+        tallies.ends(interval.low == interval.high)
+    }
+}
+
 /// Where a cut lies: keys above `least` are kept, and those equal to it if `equals` says so.
 #[derive(Clone, Copy)]
 struct Cut<O> {
@@ -256,6 +354,29 @@ pub fn histogram<T: Real>(
     let last = span >> shift;
     assert!(last < bins.len() as u64, "bin {last} is missing: there are {}", bins.len());
     level.run(Histogram { values, interval, shift, bins })
+}
+
+/// Counts the keys above `low..=high` and on its ends, and adds what lies between them to `between`,
+/// in order: `(key − low) >> shift` of each.
+///
+/// # Panics
+///
+/// If the interval is empty, `shift` is not less than the key's width, there are more than 2²⁰
+/// values, or an offset does not fit.
+pub fn collect<T: Real>(
+    level: Level,
+    values: &[T],
+    low: u64,
+    high: u64,
+    shift: u32,
+    between: &mut Vec<u32>,
+) -> Ends {
+    let interval = Interval::<T::Ordinal>::new(low, high);
+    assert!(values.len() <= FLUSH, "the counters are narrow");
+    assert!(shift < 8 * size_of::<T>() as u32, "the shift {shift} exceeds the key's width");
+    let span: u64 = interval.span().into();
+    assert!(span >> shift <= u64::from(u32::MAX), "the offsets of the interval must fit");
+    level.run(Collect { values, interval, shift, between })
 }
 
 /// Marks what a cut keeps: `out[i]` is 1 if the key of `values[i]` is above the threshold, or equal

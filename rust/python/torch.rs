@@ -18,9 +18,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::formula::code::{Argument, Code, Operation, Slot};
 use crate::formula::machine::{InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::ordinal_of_key;
+use crate::formula::selection::{Interval, Look, ordinal_of_key};
 use crate::formula::{ReductionKind, Scope};
-use crate::kernels::{Counts, Level, MaskKey};
+use crate::kernels::{Ends, Level, MaskKey};
 
 /// A `torch_backend.Backend`, and what went wrong in it.
 #[derive(Debug)]
@@ -294,7 +294,7 @@ impl Program for TorchProgram<'_> {
     ) -> Result<()> {
         let segments = (step.elements.end - step.elements.start).div_ceil(segment) as usize;
         let mut counted: Vec<Vec<i64>> =
-            searches.iter().map(|search| vec![0; 1 + segments + search.bins]).collect();
+            searches.iter().map(|search| vec![0; 1 + segments + bins(&search.interval)]).collect();
         Python::attach(|py| {
             self.call(py, "reduce", step, |lent| {
                 let found = tally.sums.iter_mut().map(|sums| {
@@ -304,24 +304,26 @@ impl Program for TorchProgram<'_> {
                 });
                 let reductions = lend_results(py, lent, layout, found)?;
                 let views = searches.iter().zip(&mut counted).map(|(view, counted)| {
-                    let low = ordinal_of_key(view.low, self.double);
-                    let high = ordinal_of_key(view.high, self.double);
+                    let Interval { low, high, shift, .. } = view.interval;
+                    let [low, high] = [low, high].map(|key| ordinal_of_key(key, self.double));
                     let buffer = lent.writable(py, bytemuck::cast_slice_mut(counted))?;
-                    (low, high, view.shift, view.bins, buffer).into_pyobject(py)
+                    (low, high, shift, bins(&view.interval), buffer).into_pyobject(py)
                 });
                 let views = PyList::new(py, views.collect::<PyResult<Vec<_>>>()?)?;
                 Ok([segment.into_pyobject(py)?.into_any(), reductions, views.into_any()])
             })
         })?;
         let first = step.elements.start / segment;
-        for (histogram, counted) in tally.counts.iter_mut().zip(counted) {
+        for (counts, counted) in tally.counts.iter_mut().zip(counted) {
             let counted: Vec<u64> = counted.into_iter().map(i64::cast_unsigned).collect();
-            histogram.above += counted[0];
-            for (block, &inside) in (first..).zip(&counted[1..=segments]) {
-                histogram.count(block, Counts { above: 0, inside });
-            }
-            for (bin, count) in histogram.bins.iter_mut().zip(&counted[1 + segments..]) {
+            counts.above += counted[0];
+            for (bin, count) in counts.bins.iter_mut().zip(&counted[1 + segments..]) {
                 *bin += *count as u32;
+            }
+            if counts.bins.is_empty() {
+                for (block, &high) in (first..).zip(&counted[1..=segments]) {
+                    counts.count(block, |_| Ends { above: 0, high, low: 0 });
+                }
             }
         }
         Ok(())
@@ -358,6 +360,14 @@ impl Program for TorchProgram<'_> {
 
     fn keys(&mut self, step: &Step<'_>) -> Result<Vec<Vec<u64>>> {
         self.host.keys(step)
+    }
+}
+
+/// What lies in an interval of one key is a bin too. No keys are kept: no memory is left for them.
+fn bins(interval: &Interval) -> usize {
+    match interval.look {
+        Look::Bins(bins) => bins,
+        Look::Keys => 1,
     }
 }
 

@@ -126,7 +126,7 @@ pub(crate) struct Search {
 
 /// Where the last kept equal element lies: the `nth` equal element (from 1) of block `block`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Cut {
+pub(crate) struct LastKept {
     pub(crate) block: u64,
     pub(crate) nth: u64,
 }
@@ -163,7 +163,7 @@ pub(crate) enum Progress {
     /// Another pass over the tensor is needed.
     Again,
     /// One block has to be looked at again, to find a flat index.
-    Locate(Cut),
+    Locate(LastKept),
     /// Found.
     Done(Chosen),
 }
@@ -203,7 +203,8 @@ impl Search {
     /// Makes `low..=high` the interval; about `between` elements lie between its ends.
     fn look_in(&mut self, low: u64, high: u64, between: u64) {
         let width = u64::BITS - (high - low).leading_zeros();
-        let keeps = low == high || between <= self.wanted.room;
+        let Rank { room, .. } = self.wanted;
+        let keeps = low == high || (room > 0 && between <= room);
         self.interval = if keeps {
             Interval { low, high, shift: width.saturating_sub(u32::BITS), look: Look::Keys }
         } else {
@@ -369,7 +370,7 @@ impl Search {
         let mut nth = wanted;
         for (block, count) in counts {
             if nth <= count {
-                return Progress::Locate(Cut { block, nth });
+                return Progress::Locate(LastKept { block, nth });
             }
             nth -= count;
         }

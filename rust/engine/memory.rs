@@ -38,8 +38,8 @@ pub struct MemoryPlan {
     pub worker_bytes: u64,
     /// `worker_bytes` with what computing elsewhere takes beside it.
     pub(crate) with_offload: u64,
-    /// Bytes left over, for random masks that are kept between passes.
-    pub mask_room: u64,
+    /// Bytes left over, for random masks and keys that are kept between passes.
+    pub kept_room: u64,
     /// Bytes a worker may hold on its device.
     pub(crate) device_bytes: u64,
 }
@@ -56,7 +56,7 @@ impl MemoryPlan {
             predicted: 0,
             workers,
             worker_bytes: all,
-            mask_room: all,
+            kept_room: all,
             with_offload: all,
             device_bytes: all,
         }
@@ -115,20 +115,22 @@ impl MemoryPlan {
         });
         let largest = |of: fn((Amount, Amount)) -> u64| pieces.clone().map(of).max().unwrap_or(0);
         let expected = largest(|(piece, beside)| piece.expected + beside.expected);
-        let mask_room = match offload {
+        let kept_room = match offload {
             None => budget - fixed(workers).most - workers * largest(|(piece, _)| piece.most),
-            // Masks are drawn again there.
+            // Masks are drawn again there, and keys counted.
             Some(_) => 0,
         };
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).expected + workers * expected + kept_masks(needs, mask_room),
+            predicted: fixed(workers).expected
+                + workers * expected
+                + kept_between_passes(needs, kept_room),
             workers: workers as usize,
             worker_bytes: largest(|(piece, _)| piece.most),
             with_offload: largest(|(piece, beside)| piece.most + beside.most),
             device_bytes,
-            mask_room,
+            kept_room,
         })
     }
 }
@@ -141,17 +143,17 @@ fn largest_states(needs: &[Need], workers: usize) -> Amount {
     under_way.fold(Amount::default(), |sum, state| sum.plus(state, 1))
 }
 
-/// The masks that are kept at once, of what there is room for: while workers finish one tensor,
-/// others begin the next.
-fn kept_masks(needs: &[Need], room: u64) -> u64 {
-    let mut masks: Vec<u64> = needs.iter().map(|need| need.masks).collect();
-    masks.sort_unstable_by(|a, b| b.cmp(a));
-    let kept = masks.into_iter().scan(room, |left, masks| {
-        let kept = if masks <= *left { masks } else { 0 };
-        *left -= kept;
-        Some(kept)
+/// What is kept at once, of what there is room for: while workers finish one tensor, others begin
+/// the next.
+fn kept_between_passes(needs: &[Need], room: u64) -> u64 {
+    let mut kept: Vec<Amount> = needs.iter().map(|need| need.kept).collect();
+    kept.sort_unstable_by_key(|kept| std::cmp::Reverse(kept.most));
+    let within_room = kept.into_iter().scan(room, |left, kept| {
+        let fits = kept.most <= *left;
+        *left -= if fits { kept.most } else { 0 };
+        Some(if fits { kept.expected } else { 0 })
     });
-    kept.filter(|&masks| masks > 0).take(2).sum()
+    within_room.filter(|&kept| kept > 0).take(2).sum()
 }
 
 /// `what` is told to be too small; `option` sets it, on the command line and in Python.

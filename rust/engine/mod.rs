@@ -12,7 +12,6 @@ pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
 pub mod files;
-mod fused;
 pub mod memory;
 mod model_wide;
 pub mod need;
@@ -30,7 +29,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use active::Active;
+use active::{Active, Room};
 use backend::Backend;
 use control::Control;
 use memory::MemoryPlan;
@@ -131,7 +130,7 @@ fn run_all(
     let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
     let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
     let schedule = Schedule {
-        state: Mutex::new(State::new(shared.len(), memory.mask_room)),
+        state: Mutex::new(State::new(shared.len(), memory.kept_room)),
         changed: Condvar::new(),
         backend,
         tasks: &shared,
@@ -184,22 +183,25 @@ struct State {
     /// What each task found, if it looks for numbers.
     numbers: Vec<Vec<f64>>,
     failure: Option<Error>,
-    /// Bytes that the random masks of further tasks may take.
-    mask_room: u64,
+    /// Bytes that further tasks may keep between their passes.
+    kept_room: u64,
     /// How many workers have a unit of a pass that writes.
     writing: usize,
+    /// How many tasks are not in `active`, since a worker is about to have them enter a pass.
+    between_passes: usize,
 }
 
 impl State {
-    fn new(tasks: usize, mask_room: u64) -> Self {
+    fn new(tasks: usize, kept_room: u64) -> Self {
         let numbers = vec![Vec::new(); tasks];
         Self {
             next_task: 0,
             active: VecDeque::new(),
             numbers,
             failure: None,
-            mask_room,
+            kept_room,
             writing: 0,
+            between_passes: 0,
         }
     }
 
@@ -232,10 +234,13 @@ struct Unit {
     blocks: u64,
 }
 
+/// A task that goes on, or the numbers of one that is over.
+type Advanced = std::result::Result<Active, Vec<f64>>;
+
 enum Next {
     Do(Unit),
-    /// A tensor without elements, or without anything to do in this sweep.
-    Skip(usize),
+    /// Begin this task, which may keep so much.
+    Begin(usize, Room),
     Wait,
     Over,
 }
@@ -269,26 +274,29 @@ impl Schedule<'_> {
                 Next::Wait => {
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
-                Next::Skip(index) => {
+                Next::Begin(index, room) => {
                     drop(state);
-                    let outcome = self.finish(index);
+                    let begun = self.begin(index, room);
                     state = self.lock();
-                    self.note(&mut state, outcome);
+                    state = self.go_on(state, index, room, begun);
                 }
                 Next::Do(mut unit) => {
                     drop(state);
                     let found = Self::run(&mut worker, &unit);
                     unit.masks = None;
                     state = self.lock();
-                    if let Some(done) = self.take(&mut state, &unit, found) {
+                    if let Some(mut active) = self.take(&mut state, &unit, found) {
+                        // What is computed from numbers takes its time; others go on meanwhile.
                         drop(state);
-                        // The masks are let go of before others get their room.
-                        let mask_bytes = done.mask_bytes;
-                        drop(done);
-                        let outcome = self.finish(unit.index);
+                        let (index, room) = (unit.index, active.room);
+                        drop(unit);
+                        let advanced = active.advance();
+                        let advanced = advanced.map(|goes_on| {
+                            let numbers = std::mem::take(&mut active.numbers);
+                            if goes_on { Ok(active) } else { Err(numbers) }
+                        });
                         state = self.lock();
-                        state.mask_room += mask_bytes;
-                        self.note(&mut state, outcome);
+                        state = self.go_on(state, index, room, advanced);
                     }
                 }
             }
@@ -319,7 +327,8 @@ impl Schedule<'_> {
             return Next::Over;
         }
         let next_task = self.tasks.get(state.next_task);
-        let next_task = next_task.filter(|_| state.active.len() < self.under_way);
+        let next_task =
+            next_task.filter(|_| state.active.len() + state.between_passes < self.under_way);
         // Who writes soon waits for the disk. When those are enough, the others prepare what comes
         // next; else the disk would wait for them later.
         if state.writing >= self.most_writing {
@@ -327,54 +336,86 @@ impl Schedule<'_> {
                 return Next::Do(unit);
             }
             if next_task.is_some_and(|task| !task.reads_once) {
-                return self.begin(state);
+                return self.next_task(state);
             }
         }
         if let Some(unit) = state.issue(|_| true) {
             return Next::Do(unit);
         }
         if next_task.is_some() {
-            return self.begin(state);
+            return self.next_task(state);
         }
-        if state.active.is_empty() { Next::Over } else { Next::Wait }
+        if state.active.is_empty() && state.between_passes == 0 { Next::Over } else { Next::Wait }
     }
 
-    fn begin(&self, state: &mut State) -> Next {
+    /// The next task.
+    fn next_task(&self, state: &mut State) -> Next {
         let index = state.next_task;
         state.next_task += 1;
-        let task = Arc::clone(&self.tasks[index]);
+        let task = &self.tasks[index];
         self.control.begin_tensor(&task.frame.name);
-        if task.frame.elements == 0 {
-            return Next::Skip(index);
-        }
-        match Active::begin(task, self.piece_blocks[index], self.sweep, state.mask_room) {
-            Some(active) => {
-                state.mask_room -= active.mask_bytes;
-                state.active.push_back((index, active));
-                self.next(state)
-            }
-            None => Next::Skip(index),
-        }
+        let room = Room::of(task, state.kept_room);
+        state.kept_room -= room.bytes();
+        state.between_passes += 1;
+        Next::Begin(index, room)
     }
 
-    /// Puts a result where it belongs; the task if that was its last.
+    /// Task `index` in its first pass; no numbers if there is nothing to do: it has no elements, or
+    /// nothing for this sweep.
+    fn begin(&self, index: usize, room: Room) -> Result<Advanced> {
+        let task = Arc::clone(&self.tasks[index]);
+        if task.frame.elements == 0 {
+            return Ok(Err(Vec::new()));
+        }
+        let (blocks, fuses) = (self.piece_blocks[index], self.backend.offload().is_none());
+        let active = Active::begin(task, blocks, self.sweep, fuses, room)?;
+        Ok(active.map_or_else(|| Err(Vec::new()), Ok))
+    }
+
+    /// Puts a result where it belongs; the task if that was the last of its pass.
     fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<Active> {
         state.writing -= usize::from(unit.pass.writes());
         let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
-        let taken = found.map(|found| state.active[at].1.take(unit.number, found));
-        self.changed.notify_all();
-        match taken {
-            Ok(true) => None,
-            Ok(false) => {
-                let (index, mut active) = state.active.remove(at)?;
-                state.numbers[index] = std::mem::take(&mut active.numbers);
-                Some(active)
+        match found.map(|found| state.active[at].1.take(unit.number, found)) {
+            Ok(false) => None,
+            Ok(true) => {
+                state.between_passes += 1;
+                state.active.remove(at).map(|(_, active)| active)
             }
             Err(error) => {
-                state.failure.get_or_insert(error);
+                self.note(state, Err(error));
                 None
             }
         }
+    }
+
+    /// Goes on with a task that entered a pass, or finishes it if it is over.
+    fn go_on<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        index: usize,
+        room: Room,
+        advanced: Result<Advanced>,
+    ) -> MutexGuard<'a, State> {
+        match advanced {
+            Ok(Ok(active)) => {
+                state.between_passes -= 1;
+                let at = state.active.partition_point(|(other, _)| *other < index);
+                state.active.insert(at, (index, active));
+            }
+            Ok(Err(numbers)) => {
+                drop(state);
+                let outcome = self.finish(index);
+                state = self.lock();
+                state.between_passes -= 1;
+                state.numbers[index] = numbers;
+                state.kept_room += room.bytes();
+                self.note(&mut state, outcome);
+            }
+            Err(error) => self.note(&mut state, Err(error.tensor(&self.tasks[index].frame.name))),
+        }
+        self.changed.notify_all();
+        state
     }
 
     fn finish(&self, index: usize) -> Result<()> {

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
+from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.options import READ_PATHS, check_device, check_threads
 from oxmerge.outcome import Outcome
@@ -200,7 +201,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     overwrite: bool = False,
     strict: bool = False,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -234,9 +235,10 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether warnings count as problems.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
-    progress : callable, optional
-        Called ten times a second with a `Snapshot`: ``bytes_done``, ``bytes_total`` and so on. What
-        it raises ends the merge.
+    progress : callable or bool, optional
+        Whether to show a bar, on standard error or below a notebook's cell; unless given, only
+        there. Or what is called ten times a second with a `Snapshot`: ``bytes_done``,
+        ``bytes_total`` and so on; what it raises ends the merge.
 
     Raises
     ------
@@ -282,7 +284,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     overwrite: bool,
     strict: bool,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
@@ -291,7 +293,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     """
     started = time.perf_counter()
     _check_options(threads, read_path, device, vram)
-    if progress is not None and not callable(progress):
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
     prepared = [
@@ -313,7 +315,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                 names=outcome.file_names,
             )
             outputs.append(output)
-        with backend or nullcontext():
+        with backend or nullcontext(), watched(progress) as callback:
             done = _core.execute(
                 [
                     (merge_plan.to_json(), output.path)
@@ -322,7 +324,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                 memory=_room(budget),
                 threads=threads,
                 read_path=read_path,
-                progress=_reporter([merge_plan for merge_plan, _ in prepared], progress),
+                progress=_reporter([merge_plan for merge_plan, _ in prepared], callback),
                 device=backend,
             )
         done |= {"device": _name(backend), "notes": _notes(backend)}

@@ -316,7 +316,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     overwrite: bool = False,
     strict: bool = False,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 

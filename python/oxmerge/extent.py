@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["MOST_VALUES", "TooMuch", "check_extent"]
 
 #: More values than any recipe has.
-MOST_VALUES = 200_000
+MOST_VALUES = 100_000
 #: More levels than any recipe has; what takes values apart later calls itself for each.
 _DEEPEST = 64
 #: More bits than a number has that fits float64.
@@ -87,4 +87,4 @@ class _Extent:
 def _check_number(value: object) -> None:
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         digits = int(value.bit_length() * 0.30103)
-        raise TooMuch(f"a number of {digits} digits", "write one that fits float64")
+        raise TooMuch(f"a number of about {digits} digits", "write one that fits float64")

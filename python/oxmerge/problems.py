@@ -23,6 +23,8 @@ _LONGEST_NAME = 120
 _LONGEST_VALUE = 240
 _LONGEST_MESSAGE = 800
 _QUOTED = re.compile(f"`[^`]{{{_LONGEST_NAME + 1},}}`")
+#: Letters that may tell a name of which they are a part.
+_SHORTEST_PART = 4
 #: Words that are compared closely with one that is not known.
 _COMPARED = 200
 #: Stands between a problem and what to do about it.
@@ -201,6 +203,8 @@ def near(word: str, known: Iterable[str], most: int = 3) -> list[str]:
     word = word.casefold()
     candidates = nlargest(_COMPARED, folded, key=lambda each: _ends_alike(word, each))
     matches = get_close_matches(word, sorted(candidates), n=most, cutoff=0.6)
+    if not matches and len(word) >= _SHORTEST_PART:  # or it is a part of one
+        matches = sorted((each for each in candidates if word in each), key=len)[:most]
     return [folded[match] for match in matches]
 
 

@@ -33,11 +33,13 @@ _SHORTEST_NAME = 12
 #: Letters of the bar, and of a line that has room for one.
 _BAR = 20
 _WIDE = 100
-#: Seconds of a merge before which its end is anyone's guess; and over which estimates of its whole
-#: time are compared, and by how much they may differ to be worth showing.
+#: Seconds of a merge before which its end is anyone's guess. Then estimates of its whole time are
+#: compared, over so many seconds and such a share of the time that has passed, and shown if they
+#: differ by no more than that.
 _FIRST_GUESS = 3.0
 _COMPARED = 2.0
-_SWING = 1.25
+_COMPARED_SHARE = 0.25
+_SWING = 1.1
 
 
 @contextmanager
@@ -122,12 +124,13 @@ class Estimate:
         if snapshot.bytes_done == 0:
             return None
         total = seconds * snapshot.bytes_total / snapshot.bytes_done
-        self._totals.append((seconds, total))
-        while self._totals[0][0] < seconds - _COMPARED:
-            self._totals.popleft()
-        totals = [total for _, total in self._totals]
-        swings = max(totals) > _SWING * min(totals)
-        self._has_settled |= seconds >= _FIRST_GUESS and not swings
+        if not self._has_settled:
+            self._totals.append((seconds, total))
+            while self._totals[0][0] < seconds - max(_COMPARED, _COMPARED_SHARE * seconds):
+                self._totals.popleft()
+            totals = [total for _, total in self._totals]
+            swings = max(totals) > _SWING * min(totals)
+            self._has_settled = seconds >= _FIRST_GUESS and not swings
         return total - seconds if self._has_settled else None
 
 

@@ -104,7 +104,7 @@ def hub_name(reference: str, path: str) -> str | None:
     if _HUB_NAME.fullmatch(reference) and reference.partition("/")[0].lower() not in _FOLDERS:
         return reference
     place = os.path.realpath(path)
-    folder = place if os.path.isdir(place) else os.path.dirname(place)
+    folder = os.path.dirname(place) if os.path.isfile(place) else place
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(folder))
     return name.strip("-._") or None
 

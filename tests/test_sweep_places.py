@@ -312,5 +312,5 @@ def test_a_text_that_is_not_edited_right_is_not_taken(family: Path) -> None:
 def test_aliases_of_aliases_cost_nothing() -> None:
     levels = "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(12))
     text = f"merge_method: linear\nmodels: [{{model: a}}]\na0: &a0 [x]\n{levels}"
-    with pytest.raises(RecipeError, match="more than 100000 values, by its aliases"):
+    with pytest.raises(RecipeError, match="it stands for more than 100000 values"):
         variants(text, "{n}", {"parameters.weight": "1,2"})

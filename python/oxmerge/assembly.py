@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import reduce
 
 from oxmerge.names import is_head, is_vocabulary
-from oxmerge.problems import Problem
+from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.schema import OutputTensor, SourceTensor, is_float, promote
 
 TYPE_CHECKING = False
@@ -209,7 +209,7 @@ class Assembler:
         advice = "use the model's 16-bit weights"
         file = model.file_of(tensor)
         self.problems.append(
-            Problem("unsupported", message, file=file, tensor=tensor.name, advice=advice)
+            Problem(UNSUPPORTED, message, file=file, tensor=tensor.name, advice=advice)
         )
 
     def _check_like_layers(self, target: Target, like: TensorInfo) -> None:

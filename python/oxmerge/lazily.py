@@ -9,6 +9,7 @@ from oxmerge import _core
 from oxmerge.arrays import empty
 from oxmerge.in_memory import check_options
 from oxmerge.merging import prepare
+from oxmerge.problems import no_such_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,11 +51,20 @@ class LazyMerge(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """Compute a tensor."""
-        at = self._tensors[name]
+        at = self._at(name)
         tensor = self._plan.tensors[at]
         merged = empty(tensor.shape, tensor.dtype, self._kind)
         self._engine.compute(at, merged.place, self._threads)
         return merged.array
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Compute a tensor, or return `default` if there is none of that name."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is it
+
+    def _at(self, name: str) -> int:
+        if name not in self._tensors:
+            raise no_such_key("tensor", name, self._tensors)
+        return self._tensors[name]
 
     def __contains__(self, name: object) -> bool:
         """Tell whether there is a tensor of that name, without computing it."""
@@ -82,11 +92,11 @@ class LazyMerge(Mapping[str, Any]):
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without computing it."""
-        return self._plan.tensors[self._tensors[name]].shape
+        return self._plan.tensors[self._at(name)].shape
 
     def dtype_of(self, name: str) -> str:
         """Return the element type of a tensor by its safetensors name, without computing it."""
-        return self._plan.tensors[self._tensors[name]].dtype
+        return self._plan.tensors[self._at(name)].dtype
 
 
 def lazy(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.claims import named
+from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.file_state import FileState
 from oxmerge.options import READ_PATHS, check_device, check_threads
@@ -211,7 +212,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     strict: bool = False,
     allow_mismatch: bool = False,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -247,9 +248,10 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether models may be of another type than the one whose config the output has.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
-    progress : callable, optional
-        Called ten times a second with a `Snapshot`: ``bytes_done``, ``bytes_total`` and so on. What
-        it raises ends the merge.
+    progress : callable or bool, optional
+        Whether to show a bar, on standard error or below a notebook's cell; unless given, only
+        there. Or what is called ten times a second with a `Snapshot`: ``bytes_done``,
+        ``bytes_total`` and so on; what it raises ends the merge.
 
     Raises
     ------
@@ -297,7 +299,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     strict: bool,
     allow_mismatch: bool,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
     check: Callable[[list[MergePlan]], None] | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
@@ -310,7 +312,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     for _, directory in merges:
         named(directory)
     _check_options(threads, read_path, device, vram)
-    if progress is not None and not callable(progress):
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
     prepared = [_prepare(recipe, shard_size, seed, strict, allow_mismatch) for recipe, _ in merges]
@@ -336,7 +338,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         outputs = [claimed[at] for at in range(len(merges))]
         for (_, outcome), output in zip(prepared, outputs, strict=True):
             stage(output, outcome.contents)
-        with backend or nullcontext():
+        with backend or nullcontext(), watched(progress) as callback:
             done = _core.execute(
                 [
                     (merge_plan.to_json(), output.path)
@@ -345,7 +347,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                 memory=_room(budget),
                 threads=threads,
                 read_path=read_path,
-                progress=_reporter([merge_plan for merge_plan, _ in prepared], progress),
+                progress=_reporter([merge_plan for merge_plan, _ in prepared], callback),
                 device=backend,
                 descriptors=[output.descriptor for output in outputs],
             )

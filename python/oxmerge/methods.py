@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
     known = "use one of " + ", ".join(f"`{each}`" for each in methods)
     if name in DIALECT_METHODS:
         message = f"method `{name}` is not in this release"
-        return Problem("method", message, "merge_method", advice=known)
+        return Problem(UNSUPPORTED, message, "merge_method", advice=known)
     message = f"there is no merge method `{name}`"
     advice = did_you_mean(name, methods.keys() | DIALECT_METHODS) or known
     return Problem("method", message, "merge_method", advice=advice)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oxmerge import _core
-from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, model_card
+from oxmerge.card import (
+    CARD_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    hub_name,
+    model_card,
+    read_metadata,
+)
 from oxmerge.output_config import edit_config, json_text
 from oxmerge.publish import Contents
 from oxmerge.side_files import WRITTEN_ANEW, SideFiles, folder_of
@@ -164,9 +171,12 @@ def _card(merge_plan: MergePlan, recipe: str) -> str:
     method = merge_plan.plan.method
     about = method_description(method)
     models = [model.reference for model in merge_plan.models]
+    donor_first = sorted(merge_plan.models, key=lambda model: model.index != merge_plan.donor)
     return model_card(
         method=method,
         models=models,
+        hub_names=[hub_name(model.reference, model.path) for model in donor_first],
+        metadata=read_metadata(folder_of(donor_first[0].path)),
         base=None if merge_plan.base is None else models[merge_plan.base],
         recipe_text=recipe,
         method_title=about["title"],

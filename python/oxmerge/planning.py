@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from oxmerge import _core
 from oxmerge.assembly import Assembler
 from oxmerge.belonging import Belonging
-from oxmerge.errors import PlanError
+from oxmerge.errors import PlanError, ProblemsError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
 from oxmerge.methods import Method, find_method, read_methods
@@ -24,6 +24,7 @@ from oxmerge.schema import OutputTensor, Plan, is_float
 from oxmerge.sections import Section, SectionBuilder
 from oxmerge.side_files import SideFiles, find_side_files, folder_of
 from oxmerge.targets import SlicedTargets, Target, whole_targets
+from oxmerge.tokenizers import check_tokenizer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ class _Planner:
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
-        self.inputs = Inputs(tuple(folder for folder in folders if folder is not None))
+        self.folders = tuple(folder for folder in folders if folder is not None)
+        self.inputs = Inputs(self.folders)
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
         self.methods = read_methods(_core.methods())
@@ -155,6 +157,9 @@ class _Planner:
         self.check_config(donor)
         self.look_beside(donor)
         self.compare_models(sections, donor, tensors)
+        if donor is not None:
+            asked = check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
+            self.problems += asked
         self.gather(sections)
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
@@ -290,8 +295,8 @@ class _Planner:
         advice = "layers are told by a config.json that counts them"
         return [Problem("layers", message, file=stackless[0].path, advice=advice)]
 
-    def failure(self, problems: list[Problem]) -> PlanError:
-        return PlanError("cannot merge", problems=group_problems(problems))
+    def failure(self, problems: list[Problem]) -> ProblemsError:
+        return PlanError.of("cannot merge", group_problems(problems))
 
     def result(
         self, plan: Plan, donor: InputModel, accounting: tuple[ModelAccount, ...]

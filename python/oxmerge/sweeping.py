@@ -47,8 +47,6 @@ _DIGITS_OF_NAMES = range(6, 17)
 #: A key, or a position or a model's name in brackets.
 _STEP = re.compile(r"([^\[\].]+)|\[([^\[\]]+)\]")
 _POSITION = re.compile(r"\d{1,9}", re.ASCII)
-#: More values than that, aliases counted as often as they stand there, are no recipe.
-_MOST_VALUES = 100_000
 #: A number in a formula that is found on the way.
 _COMPUTED = re.compile(r"f\d+\(")
 _RANGE = re.compile(r"([^:,]+):([^:,]+):(\d+)")
@@ -233,13 +231,7 @@ class _Source:
 
     @classmethod
     def of(cls, recipe: PathLike | Recipe) -> _Source:
-        mapping, text, folder = Recipe.mapping_of(recipe)
-        if _values_in(mapping, {}) > _MOST_VALUES:
-            raise RecipeError(
-                f"the recipe has more than {_MOST_VALUES} values, by its aliases",
-                advice="write out what is meant, without aliases of aliases",
-            )
-        return cls(mapping, text, folder)
+        return cls(*Recipe.mapping_of(recipe))
 
     def recipe_with(self, settings: Mapping[str, Scalar]) -> Recipe:
         """Return the recipe with values at places; its text differs there only."""
@@ -269,17 +261,6 @@ class _Source:
         except (LookupError, ValueError):
             return None
         return (parsed, text) if parsed == stages[-1][2] else None
-
-
-def _values_in(value: object, known: dict[int, float]) -> float:
-    """Return how many values there are in one, which aliases may make many."""
-    if not isinstance(value, Mapping | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = math.inf  # of a value that is in itself
-        below = value.values() if isinstance(value, Mapping) else value
-        known[id(value)] = 1 + sum(_values_in(each, known) for each in below)
-    return known[id(value)]
 
 
 def _steps(place: str, mapping: Mapping[str, object]) -> list[str | int]:
@@ -532,7 +513,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     strict: bool = False,
     allow_mismatch: bool = False,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 

@@ -12,6 +12,7 @@ pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
 pub mod files;
+pub mod listing;
 pub mod memory;
 mod model_wide;
 pub mod need;

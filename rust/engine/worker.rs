@@ -211,9 +211,8 @@ impl<'a> Worker<'a> {
     fn row(&mut self, task: &Task, row: u64, code: &Staged) -> Result<Found> {
         let start = row * task.frame.row;
         let mut results = Results::of(&code.program);
-        self.in_steps(task, [start..start + task.frame.row], code, None, |program, step| {
-            program.run(&step, &mut results)
-        })?;
+        let row = std::iter::once(start..start + task.frame.row);
+        self.in_steps(task, row, code, None, |program, step| program.run(&step, &mut results))?;
         let blocks = code.program.kinds.iter().zip(&mut results.numbers);
         Ok(Found::Row(blocks.map(|(&kind, blocks)| fold(kind, blocks)).collect()))
     }
@@ -223,7 +222,8 @@ impl<'a> Worker<'a> {
         let line = task.frame.line;
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
         let mut results = Results::of_columns(&code.program, line);
-        self.in_steps(task, [unit * COLUMN_BLOCK * line..end], code, None, |program, step| {
+        let rows = std::iter::once(unit * COLUMN_BLOCK * line..end);
+        self.in_steps(task, rows, code, None, |program, step| {
             let column = step.elements.start % line;
             program.run(&Step { column, ..step }, &mut results)
         })?;

@@ -172,7 +172,7 @@ fn join_instructions(operations: &mut [Operation]) {
             }
             Operation::WeightedSum { terms } => match terms.as_slice() {
                 &[(scale, slot)] => match operations[slot] {
-                    Operation::Drop { a, mask, scale: one } if one == 1.0 => {
+                    Operation::Drop { a, mask, scale: 1.0 } => {
                         Some(Operation::Drop { a, mask, scale })
                     }
                     _ => None,

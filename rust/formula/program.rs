@@ -661,8 +661,18 @@ impl fmt::Display for Effect {
 impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for Instruction { operation, out, .. } in &self.instructions {
-            writeln!(f, "s{out} = {operation}")?;
+            writeln!(f, "  s{out} = {operation}")?;
         }
-        self.effects.iter().try_for_each(|effect| writeln!(f, "{effect}"))
+        self.effects.iter().try_for_each(|effect| writeln!(f, "  {effect}"))
+    }
+}
+
+/// The levels, then the program.
+impl fmt::Display for Staged {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (_, level) in &self.levels {
+            write!(f, "  first\n{level}  then\n")?;
+        }
+        write!(f, "{}", self.program)
     }
 }

@@ -7,9 +7,10 @@ use super::passes::{Found, Pass};
 use super::task::{Task, Work};
 use crate::error::Result;
 use crate::formula::bind::Bindings;
+use crate::formula::compile::{Purpose, Staged};
 use crate::formula::machine::BAND;
 use crate::formula::masks::{self, KeptMasks};
-use crate::formula::program::{Along, Purpose, Setting, Staged};
+use crate::formula::program::{Along, Setting};
 use crate::formula::selection::{self, Counted, Guess, LastKept, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
 use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
@@ -114,10 +115,10 @@ impl Active {
         Ok(active.next_pass()?.then_some(active))
     }
 
-    fn enter(&mut self, pass: Pass, units: u64) -> Result<bool> {
+    fn enter(&mut self, pass: Pass, units: u64) -> bool {
         self.pass = Arc::new(pass);
         (self.units, self.issued, self.finished) = (units, 0, 0);
-        Ok(true)
+        true
     }
 
     /// Compiles what is to be done with each segment of a block.
@@ -154,10 +155,7 @@ impl Active {
     /// Enters the pass that comes next; false if there is none.
     fn next_pass(&mut self) -> Result<bool> {
         if matches!(self.task.work, Work::Identical) {
-            return match self.sweep {
-                true => Ok(false),
-                false => self.enter(Pass::Identical, self.units_of_blocks()),
-            };
+            return Ok(!self.sweep && self.enter(Pass::Identical, self.units_of_blocks()));
         }
         if self.sweep {
             let stage = stage::next_stage(&self.values, Scope::Model, false);
@@ -173,7 +171,7 @@ impl Active {
                 let bands = self.task.frame.line.div_ceil(BAND);
                 let along = Along::Segments(BLOCK as u64);
                 let code = Staged::by_column(&self.stores(), along, &self.setting)?;
-                return self.enter(Pass::Bands(code), bands);
+                return Ok(self.enter(Pass::Bands(code), bands));
             }
             if !stage.is_empty() {
                 return self.begin_stage(stage);
@@ -184,7 +182,7 @@ impl Active {
             return Ok(false);
         }
         let code = self.code(&self.stores())?;
-        self.enter(Pass::Combine(code), self.units_of_blocks())
+        Ok(self.enter(Pass::Combine(code), self.units_of_blocks()))
     }
 
     fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
@@ -198,14 +196,14 @@ impl Active {
                 let rows = self.task.frame.rows();
                 self.results.iter_mut().for_each(|rows_of| rows_of.resize(rows as usize, 0.0));
                 let code = self.code(&Self::reductions(&reductions))?;
-                self.enter(Pass::Rows(code), rows)
+                Ok(self.enter(Pass::Rows(code), rows))
             }
             Some(Scope::Column) => {
                 let blocks = self.task.frame.column_blocks();
                 self.columns = vec![Vec::new(); blocks as usize];
                 let (purposes, row) = (Self::reductions(&reductions), self.task.frame.row);
                 let code = Staged::by_row(&purposes, Along::Columns, row, &self.setting)?;
-                self.enter(Pass::Columns(code), blocks)
+                Ok(self.enter(Pass::Columns(code), blocks))
             }
             _ => {
                 let blocks = self.task.blocks() as usize;
@@ -226,7 +224,7 @@ impl Active {
             return self.enter_reduce();
         }
         let code = self.code(&purposes)?;
-        self.enter(Pass::Sample { ranks, code }, 1)
+        Ok(self.enter(Pass::Sample { ranks, code }, 1))
     }
 
     fn enter_reduce(&mut self) -> Result<bool> {
@@ -246,7 +244,7 @@ impl Active {
             return self.locate_or_bind();
         }
         let code = self.code(&purposes)?;
-        self.enter(Pass::Reduce { searches, code }, self.units_of_blocks())
+        Ok(self.enter(Pass::Reduce { searches, code }, self.units_of_blocks()))
     }
 
     fn locate_or_bind(&mut self) -> Result<bool> {
@@ -256,7 +254,7 @@ impl Active {
         let last = waiting.last.expect("a search that is not over waits for an index");
         let code = self.code(&[Purpose::Keys(waiting.selection.value.clone())])?;
         let key = waiting.search.threshold();
-        self.enter(Pass::Locate { search, key, last, code }, 1)
+        Ok(self.enter(Pass::Locate { search, key, last, code }, 1))
     }
 
     /// Takes what a unit found. True if that was the pass's last unit: then [`Self::advance`] it.

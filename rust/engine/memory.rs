@@ -133,13 +133,23 @@ impl MemoryPlan {
             kept_room,
         })
     }
+
+    /// Blocks in a piece of a tensor.
+    pub(crate) fn piece_blocks(&self, need: &Need) -> u64 {
+        need.blocks_within(self.with_offload, self.device_bytes)
+    }
+}
+
+/// How many tasks may be under way at once.
+pub(crate) fn tasks_under_way(workers: usize) -> usize {
+    workers + 2
 }
 
 /// The states of the tasks that may be under way at once.
 fn largest_states(needs: &[Need], workers: usize) -> Amount {
     let mut states: Vec<Amount> = needs.iter().map(|need| need.shared_state).collect();
     states.sort_unstable_by_key(|state| std::cmp::Reverse(state.most));
-    let under_way = states.into_iter().take(super::tasks_under_way(workers));
+    let under_way = states.into_iter().take(tasks_under_way(workers));
     under_way.fold(Amount::default(), |sum, state| sum.plus(state, 1))
 }
 

@@ -12,6 +12,7 @@ pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
 pub mod files;
+pub mod listing;
 pub mod memory;
 mod model_wide;
 pub mod need;
@@ -32,7 +33,7 @@ use std::time::Instant;
 use active::{Active, Room};
 use backend::Backend;
 use control::Control;
-use memory::MemoryPlan;
+use memory::{MemoryPlan, tasks_under_way};
 use model_wide::bind_model_results;
 use need::Need;
 use passes::{Found, Pass};
@@ -75,11 +76,6 @@ pub struct Report {
     pub level: Level,
 }
 
-/// How many tasks may be under way at once.
-pub(crate) fn tasks_under_way(workers: usize) -> usize {
-    workers + 2
-}
-
 /// How many of them write at once, where others have something to prepare.
 fn most_writing(workers: usize) -> usize {
     workers - workers / 4
@@ -100,7 +96,7 @@ pub(crate) fn run_on(
     let started = Instant::now();
     let baseline = memory::resident();
     let offload = backend.offload();
-    let needs: Vec<Need> = tasks.iter().map(|task| task.need().on(offload)).collect();
+    let needs: Vec<Need> = tasks.iter().map(|task| Need::of(task).on(offload)).collect();
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
     if tasks.iter().any(Task::needs_sweep) {
         let sums = run_all(backend, &mut tasks, settings, &memory, control, true)?;
@@ -136,7 +132,7 @@ fn run_all(
         tasks: &shared,
         piece_blocks: shared
             .iter()
-            .map(|task| task.need().on(backend.offload()).piece_blocks(memory).min(most))
+            .map(|task| memory.piece_blocks(&Need::of(task).on(backend.offload())).min(most))
             .collect(),
         under_way: tasks_under_way(memory.workers),
         most_writing: most_writing(memory.workers),

@@ -6,9 +6,8 @@
 //! shares are too small for that, pieces stay below [`MAPPED_FROM`] and are read by position,
 //! which is as fast there.
 
-use super::memory::MemoryPlan;
 use super::source::Source;
-use super::task::Work;
+use super::task::{LARGEST_PIECE, Task, Work, step_elements};
 use crate::dtype::DType;
 use crate::formula::machine::{BAND, CHUNK, TensorFrame};
 use crate::formula::masks;
@@ -19,11 +18,6 @@ use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
 use crate::kernels::BLOCK;
 
 const BLOCK_ELEMENTS: u64 = BLOCK as u64;
-/// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
-/// two huge pages, so that an output buffer with its odd start fills no third.
-const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
-/// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
-const STEP_BYTES: u64 = 768 << 10;
 /// Below this, a piece that is used in place makes too much memory around it resident.
 const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
@@ -143,6 +137,15 @@ pub struct Need {
 }
 
 impl Need {
+    /// The need of `task`.
+    pub(crate) fn of(task: &Task) -> Self {
+        let sources = task.sources.iter().map(|source| {
+            (source.dtype(), Way::of(&**source, task.frame.elements, task.reads_once))
+        });
+        let outputs = task.sinks.iter().map(|sink| sink.dtype());
+        Self::new(&task.frame, &task.work, task.in_bands, sources, outputs).in_f64(task.double)
+    }
+
     /// The need of a tensor made by `work` from sources of these types that come this way.
     pub(crate) fn new(
         frame: &TensorFrame,
@@ -323,11 +326,6 @@ impl Need {
         self.reads_once
     }
 
-    /// Blocks in a piece when the memory is shared out as in `plan`.
-    pub(crate) fn piece_blocks(&self, plan: &MemoryPlan) -> u64 {
-        self.blocks_within(plan.with_offload, plan.device_bytes)
-    }
-
     /// Blocks in a piece when a worker may hold `bytes`, and `device_bytes` on its device.
     pub(super) fn blocks_within(&self, bytes: u64, device_bytes: u64) -> u64 {
         let widest = self.sources.iter().map(|(size, _)| *size).max().unwrap_or(0);
@@ -341,14 +339,4 @@ impl Need {
             .find(|blocks| self.is_sensible(*blocks) && fits(blocks))
             .unwrap_or(1)
     }
-}
-
-/// Elements of the sources of these widths that a worker reads at once: whole blocks.
-///
-/// Bytes that are copied into a buffer are used from the second-level cache if they are few. Bytes
-/// that are used in place are best mapped in one go.
-pub(crate) fn step_elements(copied_widths: impl Iterator<Item = u64>) -> u64 {
-    let block: u64 = copied_widths.map(|width| width * BLOCK_ELEMENTS).sum();
-    let most = LARGEST_PIECE / BLOCK_ELEMENTS;
-    STEP_BYTES.checked_div(block).unwrap_or(most).clamp(1, most) * BLOCK_ELEMENTS
 }

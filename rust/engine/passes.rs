@@ -1,6 +1,6 @@
 //! The passes over a tensor: what a worker does with each unit, and what it brings back.
 
-use crate::formula::program::Staged;
+use crate::formula::compile::Staged;
 use crate::formula::selection::{Counted, Guess, LastKept, Rank};
 
 /// What the workers do with each unit of a pass. It is compiled when the pass is entered.

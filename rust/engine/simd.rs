@@ -6,10 +6,9 @@ use std::ops::Range;
 use super::backend::{Arithmetic, Backend, Results, Run, Step, fold, max, start_of, steps};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::formula::fuse::{Fused, Keep, TaskVector, ThinnedSum};
 use crate::formula::machine::{CHUNK, InputBytes, Machine, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::program::{Along, Effect, Program};
+use crate::formula::program::{Along, Effect, Fused, Keep, Program, TaskVector, ThinnedSum};
 use crate::formula::selection::{Counted, Interval, Look};
 use crate::formula::{Chosen, MaskName, ReductionKind};
 use crate::kernels::{

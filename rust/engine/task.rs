@@ -3,7 +3,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::need::{Need, Way, step_elements};
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -11,9 +10,16 @@ use crate::formula::bind::Bindings;
 use crate::formula::machine::TensorFrame;
 use crate::formula::stage;
 use crate::formula::{Reduction, Scalar, Scope, Value};
+use crate::io::PAGE;
 use crate::kernels::BLOCK;
 use crate::methods;
 use crate::plan::OutputTensor;
+
+/// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
+/// two huge pages, so that an output buffer with its odd start fills no third.
+pub(crate) const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
+/// Bytes of all inputs that are read at once, where they are copied: they stay in the cache.
+const STEP_BYTES: u64 = 768 << 10;
 
 /// What the outputs of a task are made by.
 #[derive(Clone, Debug)]
@@ -159,14 +165,6 @@ impl Task {
         self.work = work;
     }
 
-    pub(crate) fn need(&self) -> Need {
-        let sources = self.sources.iter().map(|source| {
-            (source.dtype(), Way::of(&**source, self.frame.elements, self.reads_once))
-        });
-        let outputs = self.sinks.iter().map(|sink| sink.dtype());
-        Need::new(&self.frame, &self.work, self.in_bands, sources, outputs).in_f64(self.double)
-    }
-
     /// Bytes of the sources and the outputs.
     pub(crate) fn bytes(&self) -> u64 {
         let types = self.sources.iter().map(|source| source.dtype());
@@ -189,4 +187,15 @@ impl Task {
         let block = BLOCK as u64;
         blocks.start * block..(blocks.end * block).min(self.frame.elements)
     }
+}
+
+/// Elements of the sources of these widths that a worker reads at once: whole blocks.
+///
+/// Bytes that are copied into a buffer are used from the second-level cache if they are few. Bytes
+/// that are used in place are best mapped in one go.
+pub(crate) fn step_elements(copied_widths: impl Iterator<Item = u64>) -> u64 {
+    let block_elements = BLOCK as u64;
+    let block: u64 = copied_widths.map(|width| width * block_elements).sum();
+    let most = LARGEST_PIECE / block_elements;
+    STEP_BYTES.checked_div(block).unwrap_or(most).clamp(1, most) * block_elements
 }

@@ -11,9 +11,10 @@ use super::source::Sink;
 use super::task::Task;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
+use crate::formula::compile::Staged;
 use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::program::{Effect, Program, Staged};
+use crate::formula::program::{Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Rank, sampled_runs};
 use crate::formula::{Scalar, Scope};
 use crate::io::{AlignedBuffer, PAGE};
@@ -211,9 +212,8 @@ impl<'a> Worker<'a> {
     fn row(&mut self, task: &Task, row: u64, code: &Staged) -> Result<Found> {
         let start = row * task.frame.row;
         let mut results = Results::of(&code.program);
-        self.in_steps(task, [start..start + task.frame.row], code, None, |program, step| {
-            program.run(&step, &mut results)
-        })?;
+        let row = std::iter::once(start..start + task.frame.row);
+        self.in_steps(task, row, code, None, |program, step| program.run(&step, &mut results))?;
         let blocks = code.program.kinds.iter().zip(&mut results.numbers);
         Ok(Found::Row(blocks.map(|(&kind, blocks)| fold(kind, blocks)).collect()))
     }
@@ -223,7 +223,8 @@ impl<'a> Worker<'a> {
         let line = task.frame.line;
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
         let mut results = Results::of_columns(&code.program, line);
-        self.in_steps(task, [unit * COLUMN_BLOCK * line..end], code, None, |program, step| {
+        let rows = std::iter::once(unit * COLUMN_BLOCK * line..end);
+        self.in_steps(task, rows, code, None, |program, step| {
             let column = step.elements.start % line;
             program.run(&Step { column, ..step }, &mut results)
         })?;

@@ -7,99 +7,18 @@
 //! nobody needs any more goes. The bits are those of the instructions replaced; only what a bench
 //! showed to be worth it is here.
 
-use std::fmt;
-
 use crate::dtype::DType;
 use crate::kernels::Votes;
 
-use super::program::{Along, Argument, Effect, Operation, Setting, Slot};
-use super::selection::{Interval, Look};
-use super::{BinaryOp, Chosen, MaskName, ReductionKind, UnaryOp};
-
-/// An effect that has a kernel of its own.
-#[derive(Clone, Debug)]
-pub(crate) enum Fused {
-    /// Stores Σ c·x.
-    WeightedSum { output: usize, dtype: DType, terms: Vec<(f64, usize)> },
-    /// Stores base + scale · Σ c·(x − base).
-    Shifted { output: usize, dtype: DType, base: usize, terms: Vec<(f64, usize)>, scale: f64 },
-    /// Stores base + lambda · (what is kept of weighted task vectors, summed or voted on).
-    Thinned { output: usize, dtype: DType, sum: ThinnedSum },
-    /// The inner products of two inputs: a·a, a·b, b·b.
-    Products { numbers: [usize; 3], inputs: [usize; 2] },
-    /// The L1 norms of a task vector, if it is wanted, and of what a random mask keeps of it.
-    Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: MaskName },
-    /// Counts the magnitudes of a task vector for a search.
-    Count { search: usize, interval: Interval, vector: TaskVector },
-}
-
-/// x − base, of inputs of one type.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct TaskVector {
-    pub(crate) x: usize,
-    pub(crate) base: usize,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct ThinnedSum {
-    pub(crate) base: usize,
-    pub(crate) terms: Vec<ThinnedVector>,
-    pub(crate) votes: Votes,
-    pub(crate) lambda: f64,
-}
-
-/// weight · scale · (what is kept of x − base).
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ThinnedVector {
-    pub(crate) weight: f64,
-    pub(crate) scale: f64,
-    pub(crate) x: usize,
-    pub(crate) keep: Keep,
-}
-
-/// What is kept of a task vector.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Keep {
-    All,
-    Random(MaskName),
-    /// The largest magnitudes.
-    Largest(Chosen),
-}
+use super::program::{
+    Along, Argument, Effect, Fused, Keep, Operation, Setting, Slot, TaskVector, ThinnedSum,
+    ThinnedVector,
+};
+use super::selection::Look;
+use super::{BinaryOp, ReductionKind, UnaryOp};
 
 /// Terms that one kernel takes.
 const MOST_THINNED: usize = 3;
-
-impl Fused {
-    /// The inputs that it reads.
-    pub(crate) fn inputs(&self) -> Vec<usize> {
-        match self {
-            Self::WeightedSum { terms, .. } => terms.iter().map(|(_, x)| *x).collect(),
-            Self::Shifted { base, terms, .. } => {
-                terms.iter().map(|(_, x)| *x).chain([*base]).collect()
-            }
-            Self::Thinned { sum, .. } => {
-                sum.terms.iter().map(|term| term.x).chain([sum.base]).collect()
-            }
-            Self::Products { inputs, .. } => inputs.to_vec(),
-            Self::Norms { vector, .. } | Self::Count { vector, .. } => vec![vector.x, vector.base],
-        }
-    }
-
-    /// The random masks that it draws.
-    pub(crate) fn masks(&self) -> Vec<MaskName> {
-        match self {
-            Self::Thinned { sum, .. } => {
-                let mask = |term: &ThinnedVector| match term.keep {
-                    Keep::Random(mask) => Some(mask),
-                    Keep::All | Keep::Largest(_) => None,
-                };
-                sum.terms.iter().filter_map(mask).collect()
-            }
-            Self::Norms { mask, .. } => vec![*mask],
-            _ => Vec::new(),
-        }
-    }
-}
 
 /// The same program with fewer instructions.
 pub(crate) fn fused(
@@ -172,7 +91,7 @@ fn join_instructions(operations: &mut [Operation]) {
             }
             Operation::WeightedSum { terms } => match terms.as_slice() {
                 &[(scale, slot)] => match operations[slot] {
-                    Operation::Drop { a, mask, scale: one } if one == 1.0 => {
+                    Operation::Drop { a, mask, scale: 1.0 } => {
                         Some(Operation::Drop { a, mask, scale })
                     }
                     _ => None,
@@ -404,50 +323,6 @@ impl Code<'_> {
         match self.operations[inner] {
             Operation::WeightedSum { .. } | Operation::Elect { .. } => (scale, inner),
             _ => (1.0, slot),
-        }
-    }
-}
-
-impl fmt::Display for Fused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sum = |terms: &[(f64, usize)]| {
-            let terms: Vec<_> = terms.iter().map(|(c, x)| format!("{c} x{x}")).collect();
-            terms.join(" + ")
-        };
-        match self {
-            Self::WeightedSum { output, dtype, terms } => {
-                write!(f, "fused store o{output} {dtype} {}", sum(terms))
-            }
-            Self::Shifted { output, dtype, base, terms, scale } => {
-                write!(
-                    f,
-                    "fused store o{output} {dtype} x{base} + {scale} ({}) from it",
-                    sum(terms)
-                )
-            }
-            Self::Thinned { output, dtype, sum: ThinnedSum { base, terms, votes, lambda } } => {
-                let term = |term: &ThinnedVector| {
-                    let keep = match term.keep {
-                        Keep::All => "all of".to_owned(),
-                        Keep::Random((stream, _)) => format!("m{stream} of"),
-                        Keep::Largest(_) => "the largest of".to_owned(),
-                    };
-                    format!("{} {} {keep} x{}", term.weight, term.scale, term.x)
-                };
-                let terms: Vec<_> = terms.iter().map(term).collect();
-                let terms = terms.join(", ");
-                write!(f, "fused store o{output} {dtype} x{base} + {lambda} {votes:?} ({terms})")
-            }
-            Self::Products { numbers: [aa, ab, bb], inputs: [a, b] } => {
-                write!(f, "fused n{aa}, n{ab}, n{bb} = products x{a} x{b}")
-            }
-            Self::Norms { whole, kept, vector: TaskVector { x, base }, mask: (stream, _) } => {
-                let whole = whole.map_or(String::new(), |whole| format!("n{whole}, "));
-                write!(f, "fused {whole}n{kept} = norms x{x} - x{base}, m{stream} of it")
-            }
-            Self::Count { search, vector: TaskVector { x, base }, .. } => {
-                write!(f, "fused count q{search} |x{x} - x{base}|")
-            }
         }
     }
 }

@@ -14,9 +14,9 @@
 //! ```
 //!
 //! The expression is data. The engine finds in it which reductions are needed and in which order
-//! ([`stage`]), binds their results ([`bind`]), compiles each pass to a short list of vector
-//! instructions and effects ([`program`]), of which some become one ([`fuse`]), and runs those over
-//! cache-sized chunks ([`machine`]). So a method does not know about blocks, threads, files or
+//! ([`stage`]), binds their results ([`bind`]), compiles each pass ([`compile`](mod@compile)) to a
+//! short list of vector instructions and effects ([`program`]), of which some become one ([`fuse`]),
+//! and runs those over cache-sized chunks ([`machine`]). So a method does not know about blocks, threads, files or
 //! devices, and another backend walks the same programs.
 //!
 //! Three rules give the numbers their meaning (`kernels/NUMERICS.md` has the rest):
@@ -27,7 +27,8 @@
 //!    one is the term itself. Both hold for coefficients that are known only after a reduction.
 
 pub mod bind;
-pub(crate) mod fuse;
+pub(crate) mod compile;
+mod fuse;
 pub mod machine;
 pub(crate) mod masks;
 pub mod oracle;

@@ -2,29 +2,21 @@
 //!
 //! A program is a list of vector instructions and the *effects* that they are for: storing,
 //! reducing, counting. One instruction does one operation on a chunk of elements. It is compiled in
-//! single-assignment form, where the slot of a result is the number of its instruction; so
-//! [`fuse`](super::fuse) can see what is made of what. Then slots are allocated: each is a buffer of
-//! one chunk, used again as soon as its value was used for the last time, so that the whole working
-//! set stays in the first-level cache.
+//! single-assignment form ([`compile`](super::compile)), where the slot of a result is the number of
+//! its instruction; so [`fuse`](super::fuse) can see what is made of what. Then slots are allocated:
+//! each is a buffer of one chunk, used again as soon as its value was used for the last time, so
+//! that the whole working set stays in the first-level cache.
 //!
 //! Numbers by row or column that are not known before a step is computed are *vectors* of the
-//! program: who runs it supplies them for each step ([`Staged`]).
+//! program: who runs it supplies them for each step.
 
-use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::Arc;
 
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::kernels::Votes;
 
-use super::bind::Bindings;
-use super::fuse::{self, Fused};
 use super::selection::Interval;
-use super::stage::{operands, row_reductions, unknown};
-use super::{
-    BinaryOp, Chosen, MaskName, Reduction, ReductionKind, Scalar, ScalarNode, Scope, UnaryOp,
-    Value, ValueNode,
-};
+use super::{BinaryOp, Chosen, MaskName, ReductionKind, Scalar, UnaryOp};
 
 /// The index of a buffer of one chunk.
 pub(crate) type Slot = usize;
@@ -124,31 +116,6 @@ pub(crate) enum Effect {
     Fused(Fused),
 }
 
-/// An effect of a value, to be compiled.
-#[derive(Clone, Debug)]
-pub(crate) enum Purpose {
-    /// Into the next output.
-    Store(Value, DType),
-    /// The next number.
-    Reduce(Arc<Reduction>),
-    /// For the next search.
-    Count(Value, Interval),
-    /// The next sample.
-    Keys(Value),
-}
-
-impl Purpose {
-    /// The values that it needs.
-    pub(crate) fn values(&self) -> Vec<Value> {
-        match self {
-            Self::Store(value, _) | Self::Count(value, _) | Self::Keys(value) => {
-                vec![value.clone()]
-            }
-            Self::Reduce(reduction) => operands(reduction),
-        }
-    }
-}
-
 /// What is summarised by one number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Along {
@@ -167,6 +134,88 @@ pub(crate) struct Setting {
     pub(crate) double: bool,
     /// Whether what has a kernel of its own is to use it; a device has none of them.
     pub(crate) fuses: bool,
+}
+
+/// An effect that has a kernel of its own.
+#[derive(Clone, Debug)]
+pub(crate) enum Fused {
+    /// Stores Σ c·x.
+    WeightedSum { output: usize, dtype: DType, terms: Vec<(f64, usize)> },
+    /// Stores base + scale · Σ c·(x − base).
+    Shifted { output: usize, dtype: DType, base: usize, terms: Vec<(f64, usize)>, scale: f64 },
+    /// Stores base + lambda · (what is kept of weighted task vectors, summed or voted on).
+    Thinned { output: usize, dtype: DType, sum: ThinnedSum },
+    /// The inner products of two inputs: a·a, a·b, b·b.
+    Products { numbers: [usize; 3], inputs: [usize; 2] },
+    /// The L1 norms of a task vector, if it is wanted, and of what a random mask keeps of it.
+    Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: MaskName },
+    /// Counts the magnitudes of a task vector for a search.
+    Count { search: usize, interval: Interval, vector: TaskVector },
+}
+
+/// x − base, of inputs of one type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TaskVector {
+    pub(crate) x: usize,
+    pub(crate) base: usize,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct ThinnedSum {
+    pub(crate) base: usize,
+    pub(crate) terms: Vec<ThinnedVector>,
+    pub(crate) votes: Votes,
+    pub(crate) lambda: f64,
+}
+
+/// weight · scale · (what is kept of x − base).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ThinnedVector {
+    pub(crate) weight: f64,
+    pub(crate) scale: f64,
+    pub(crate) x: usize,
+    pub(crate) keep: Keep,
+}
+
+/// What is kept of a task vector.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Keep {
+    All,
+    Random(MaskName),
+    /// The largest magnitudes.
+    Largest(Chosen),
+}
+
+impl Fused {
+    /// The inputs that it reads.
+    pub(crate) fn inputs(&self) -> Vec<usize> {
+        match self {
+            Self::WeightedSum { terms, .. } => terms.iter().map(|(_, x)| *x).collect(),
+            Self::Shifted { base, terms, .. } => {
+                terms.iter().map(|(_, x)| *x).chain([*base]).collect()
+            }
+            Self::Thinned { sum, .. } => {
+                sum.terms.iter().map(|term| term.x).chain([sum.base]).collect()
+            }
+            Self::Products { inputs, .. } => inputs.to_vec(),
+            Self::Norms { vector, .. } | Self::Count { vector, .. } => vec![vector.x, vector.base],
+        }
+    }
+
+    /// The random masks that it draws.
+    pub(crate) fn masks(&self) -> Vec<MaskName> {
+        match self {
+            Self::Thinned { sum, .. } => {
+                let mask = |term: &ThinnedVector| match term.keep {
+                    Keep::Random(mask) => Some(mask),
+                    Keep::All | Keep::Largest(_) => None,
+                };
+                sum.terms.iter().filter_map(mask).collect()
+            }
+            Self::Norms { mask, .. } => vec![*mask],
+            _ => Vec::new(),
+        }
+    }
 }
 
 /// Compiled effects.
@@ -190,42 +239,8 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Compiles effects; an error if they need a scalar that is not known when all passes are over.
-    pub(crate) fn compile(purposes: &[Purpose], along: Along, setting: &Setting) -> Result<Self> {
-        let mut emitter = Emitter::default();
-        let mut places = Places::default();
-        let effects = purposes.iter().map(|purpose| emitter.effect(purpose, &mut places, setting));
-        let effects = effects.collect();
-        if let Some(unknown) = emitter.unknown.take() {
-            return Err(Error::plan("a formula needs a number that no pass can give")
-                .found(unknown)
-                .advice("see what a scalar may depend on, in rust/methods/ADDING.md"));
-        }
-        let Emitter { operations, vectors, .. } = emitter;
-        let (operations, effects) = if setting.fuses {
-            fuse::fused(operations, effects, along, setting)
-        } else {
-            (operations, effects)
-        };
-        let inputs = inputs_of(&operations, &effects);
-        let mut program = Self {
-            instructions: Vec::new(),
-            effects,
-            slots: 0,
-            along,
-            kinds: places.kinds,
-            searches: places.searches,
-            samples: places.samples,
-            vectors,
-            inputs,
-            double: setting.double,
-        };
-        program.allocate(operations);
-        Ok(program)
-    }
-
     /// Maps single-assignment numbers to as few slots as the uses allow.
-    fn allocate(&mut self, operations: Vec<Operation>) {
+    pub(super) fn allocate(&mut self, operations: Vec<Operation>) {
         let mut last_use: Vec<usize> = (0..operations.len()).collect();
         let mut operations = operations;
         for (at, operation) in operations.iter_mut().enumerate() {
@@ -279,96 +294,8 @@ impl Program {
     }
 }
 
-/// A program, and the reductions by row or column that each of its steps needs first.
-#[derive(Clone, Debug)]
-pub(crate) struct Staged {
-    /// Each level needs only earlier ones.
-    pub(crate) levels: Vec<(Vec<Arc<Reduction>>, Program)>,
-    pub(crate) program: Program,
-    /// All inputs that they read, in order.
-    pub(crate) inputs: Vec<usize>,
-}
-
-impl Staged {
-    /// A program whose vectors are known.
-    pub(crate) fn of(program: Program) -> Self {
-        let inputs = program.inputs.clone();
-        Self { levels: Vec::new(), program, inputs }
-    }
-
-    /// Compiles effects that may need numbers by row.
-    pub(crate) fn by_row(
-        purposes: &[Purpose],
-        along: Along,
-        row: u64,
-        setting: &Setting,
-    ) -> Result<Self> {
-        let values: Vec<Value> = purposes.iter().flat_map(Purpose::values).collect();
-        let waiting = row_reductions(&values);
-        Self::compile(purposes, along, waiting, Along::Segments(row), setting)
-    }
-
-    /// Compiles effects that need numbers by column.
-    pub(crate) fn by_column(purposes: &[Purpose], along: Along, setting: &Setting) -> Result<Self> {
-        let values: Vec<Value> = purposes.iter().flat_map(Purpose::values).collect();
-        let mut waiting = unknown(&values).reductions;
-        waiting.retain(|reduction| reduction.scope == Scope::Column);
-        Self::compile(purposes, along, waiting, Along::Columns, setting)
-    }
-
-    fn compile(
-        purposes: &[Purpose],
-        along: Along,
-        mut waiting: Vec<Arc<Reduction>>,
-        within: Along,
-        setting: &Setting,
-    ) -> Result<Self> {
-        let (mut levels, mut known) = (Vec::new(), HashSet::new());
-        while !waiting.is_empty() {
-            let is_ready = |reduction: &Arc<Reduction>| {
-                let needs = unknown(&operands(reduction)).reductions;
-                needs.iter().all(|needed| known.contains(&Arc::as_ptr(needed)))
-            };
-            let (ready, rest): (Vec<_>, Vec<_>) = waiting.into_iter().partition(is_ready);
-            if ready.is_empty() {
-                // The program will say what it misses.
-                break;
-            }
-            known.extend(ready.iter().map(Arc::as_ptr));
-            let purposes: Vec<Purpose> = ready.iter().cloned().map(Purpose::Reduce).collect();
-            levels.push((ready, Program::compile(&purposes, within, setting)?));
-            waiting = rest;
-        }
-        let program = Program::compile(purposes, along, setting)?;
-        let programs = levels.iter().map(|(_, level)| level).chain([&program]);
-        let mut inputs: Vec<usize> =
-            programs.flat_map(|program| &program.inputs).copied().collect();
-        inputs.sort_unstable();
-        inputs.dedup();
-        Ok(Self { levels, program, inputs })
-    }
-
-    /// Runs the levels with `reduce`, which gives what each reduction of a program found by row or
-    /// column, from `first` on; what then are the vectors of the program itself.
-    pub(crate) fn vectors(
-        &self,
-        axis: Scope,
-        first: u64,
-        mut reduce: impl FnMut(&Program, &[Scalar]) -> Result<Vec<Vec<f64>>>,
-    ) -> Result<Vec<Scalar>> {
-        let mut known = Bindings::default();
-        for (reductions, level) in &self.levels {
-            let found = reduce(level, &known.bind_scalars(&level.vectors))?;
-            for (reduction, found) in reductions.iter().zip(found) {
-                known.reduction(reduction, Scalar::vector(axis, first, found));
-            }
-        }
-        Ok(known.bind_scalars(&self.program.vectors))
-    }
-}
-
 /// The inputs that are read, in order.
-fn inputs_of(operations: &[Operation], effects: &[Effect]) -> Vec<usize> {
+pub(super) fn inputs_of(operations: &[Operation], effects: &[Effect]) -> Vec<usize> {
     let mut inputs = Vec::new();
     for operation in operations {
         if let Operation::Load { input } | Operation::LoadDifference { input, .. } = operation {
@@ -385,179 +312,6 @@ fn inputs_of(operations: &[Operation], effects: &[Effect]) -> Vec<usize> {
     inputs.sort_unstable();
     inputs.dedup();
     inputs
-}
-
-/// What effects there were of each kind.
-#[derive(Default)]
-struct Places {
-    outputs: usize,
-    kinds: Vec<ReductionKind>,
-    searches: Vec<Interval>,
-    samples: usize,
-}
-
-/// Emits instructions in single-assignment form.
-#[derive(Default)]
-struct Emitter {
-    operations: Vec<Operation>,
-    done: HashMap<*const ValueNode, Argument>,
-    loads: HashMap<usize, Slot>,
-    vectors: Vec<Scalar>,
-    spreads: HashMap<*const ScalarNode, Slot>,
-    /// The first scalar or selection that is not known.
-    unknown: Option<String>,
-}
-
-fn next(place: &mut usize) -> usize {
-    *place += 1;
-    *place - 1
-}
-
-impl Emitter {
-    fn effect(&mut self, purpose: &Purpose, places: &mut Places, setting: &Setting) -> Effect {
-        match purpose {
-            Purpose::Store(value, dtype) => {
-                let (output, dtype) = (next(&mut places.outputs), *dtype);
-                match *value.0 {
-                    ValueNode::Input(input) if setting.inputs[input] == dtype => {
-                        Effect::Copy { output, input }
-                    }
-                    _ => Effect::Store { output, dtype, a: self.value(value) },
-                }
-            }
-            Purpose::Reduce(reduction) => {
-                let (number, kind) = (places.kinds.len(), reduction.kind);
-                places.kinds.push(kind);
-                let a = self.value(&reduction.left);
-                let b = reduction.right.as_ref().map(|right| self.value(right));
-                Effect::Reduce { number, kind, a, b }
-            }
-            Purpose::Count(value, interval) => {
-                let (search, interval) = (places.searches.len(), *interval);
-                places.searches.push(interval);
-                Effect::Count { search, interval, a: self.value(value) }
-            }
-            Purpose::Keys(value) => {
-                Effect::Keys { sample: next(&mut places.samples), a: self.value(value) }
-            }
-        }
-    }
-
-    fn value(&mut self, value: &Value) -> Argument {
-        let key = Arc::as_ptr(&value.0);
-        if let Some(&done) = self.done.get(&key) {
-            return done;
-        }
-        let argument = match &*value.0 {
-            ValueNode::Scalar(scalar) => self.scalar(scalar),
-            ValueNode::Input(index) => Argument::Slot(self.load(*index)),
-            node => {
-                let operation = self.operation(node);
-                Argument::Slot(self.emit(operation))
-            }
-        };
-        self.done.insert(key, argument);
-        argument
-    }
-
-    fn scalar(&mut self, scalar: &Scalar) -> Argument {
-        if let Some(number) = scalar.as_constant() {
-            return Argument::Number(number);
-        }
-        let axis = scalar.scope().filter(|axis| matches!(axis, Scope::Row | Scope::Column));
-        if !axis.is_some_and(|axis| scalar.is_vector_of(axis)) {
-            return self.unknown(format!("{scalar:?}"));
-        }
-        let key = Arc::as_ptr(&scalar.0);
-        let slot = self.spreads.get(&key).copied().unwrap_or_else(|| {
-            self.vectors.push(scalar.clone());
-            let slot = self.emit(Operation::Spread { vector: self.vectors.len() - 1 });
-            self.spreads.insert(key, slot);
-            slot
-        });
-        Argument::Slot(slot)
-    }
-
-    fn load(&mut self, input: usize) -> Slot {
-        if let Some(&slot) = self.loads.get(&input) {
-            return slot;
-        }
-        let slot = self.emit(Operation::Load { input });
-        self.loads.insert(input, slot);
-        slot
-    }
-
-    fn operation(&mut self, node: &ValueNode) -> Operation {
-        match node {
-            ValueNode::Input(_) | ValueNode::Scalar(_) => unreachable!("these are arguments"),
-            ValueNode::Unary(op, a) => Operation::Unary { op: *op, a: self.slot(a) },
-            ValueNode::Binary(op, a, b) => {
-                let (a, b) = (self.value(a), self.value(b));
-                Operation::Binary { op: *op, a, b }
-            }
-            ValueNode::Select { mask, yes, no } => {
-                let mask = self.slot(mask);
-                let (yes, no) = (self.value(yes), self.value(no));
-                Operation::Select { mask, yes, no }
-            }
-            ValueNode::WeightedSum(terms) => self.weighted_sum(terms),
-            ValueNode::Elect { terms, average } => {
-                let terms = terms.iter().map(|(w, value)| (*w, self.slot(value))).collect();
-                Operation::Elect { terms, average: *average }
-            }
-            ValueNode::Keep(_) => {
-                self.unknown("a selection".to_owned());
-                Operation::Fill { number: f64::NAN }
-            }
-            ValueNode::Kept { value, chosen } => {
-                Operation::Kept { a: self.slot(value), chosen: *chosen }
-            }
-            ValueNode::Random { keep_below, stream } => {
-                Operation::Random { mask: (*stream, *keep_below) }
-            }
-        }
-    }
-
-    /// One instruction, or products and sums where a coefficient differs by row or column.
-    fn weighted_sum(&mut self, terms: &[(Scalar, Value)]) -> Operation {
-        let numbers: Option<Vec<f64>> = terms.iter().map(|(c, _)| c.as_constant()).collect();
-        if let Some(numbers) = numbers {
-            let slots: Vec<Slot> = terms.iter().map(|(_, value)| self.slot(value)).collect();
-            return Operation::WeightedSum { terms: numbers.into_iter().zip(slots).collect() };
-        }
-        let mut sum: Option<Slot> = None;
-        for (coefficient, value) in terms {
-            let (a, b) = (self.scalar(coefficient), self.value(value));
-            let product = self.emit(Operation::Binary { op: BinaryOp::Mul, a, b });
-            sum = Some(match sum {
-                None => product,
-                Some(sum) => {
-                    let (a, b) = (Argument::Slot(sum), Argument::Slot(product));
-                    self.emit(Operation::Binary { op: BinaryOp::Add, a, b })
-                }
-            });
-        }
-        assert!(sum.is_some(), "a weighted sum has a term");
-        // The last addition is emitted again by the caller as its own result.
-        self.operations.pop().unwrap_or(Operation::Fill { number: 0.0 })
-    }
-
-    fn unknown(&mut self, what: String) -> Argument {
-        self.unknown.get_or_insert(what);
-        Argument::Number(f64::NAN)
-    }
-
-    fn slot(&mut self, value: &Value) -> Slot {
-        match self.value(value) {
-            Argument::Slot(slot) => slot,
-            Argument::Number(number) => self.emit(Operation::Fill { number }),
-        }
-    }
-
-    fn emit(&mut self, operation: Operation) -> Slot {
-        self.operations.push(operation);
-        self.operations.len() - 1
-    }
 }
 
 fn each_slot_of(argument: &mut Argument, visit: &mut impl FnMut(&mut Slot)) {
@@ -657,12 +411,56 @@ impl fmt::Display for Effect {
     }
 }
 
+impl fmt::Display for Fused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sum = |terms: &[(f64, usize)]| {
+            let terms: Vec<_> = terms.iter().map(|(c, x)| format!("{c} x{x}")).collect();
+            terms.join(" + ")
+        };
+        match self {
+            Self::WeightedSum { output, dtype, terms } => {
+                write!(f, "fused store o{output} {dtype} {}", sum(terms))
+            }
+            Self::Shifted { output, dtype, base, terms, scale } => {
+                write!(
+                    f,
+                    "fused store o{output} {dtype} x{base} + {scale} ({}) from it",
+                    sum(terms)
+                )
+            }
+            Self::Thinned { output, dtype, sum: ThinnedSum { base, terms, votes, lambda } } => {
+                let term = |term: &ThinnedVector| {
+                    let keep = match term.keep {
+                        Keep::All => "all of".to_owned(),
+                        Keep::Random((stream, _)) => format!("m{stream} of"),
+                        Keep::Largest(_) => "the largest of".to_owned(),
+                    };
+                    format!("{} {} {keep} x{}", term.weight, term.scale, term.x)
+                };
+                let terms: Vec<_> = terms.iter().map(term).collect();
+                let terms = terms.join(", ");
+                write!(f, "fused store o{output} {dtype} x{base} + {lambda} {votes:?} ({terms})")
+            }
+            Self::Products { numbers: [aa, ab, bb], inputs: [a, b] } => {
+                write!(f, "fused n{aa}, n{ab}, n{bb} = products x{a} x{b}")
+            }
+            Self::Norms { whole, kept, vector: TaskVector { x, base }, mask: (stream, _) } => {
+                let whole = whole.map_or(String::new(), |whole| format!("n{whole}, "));
+                write!(f, "fused {whole}n{kept} = norms x{x} - x{base}, m{stream} of it")
+            }
+            Self::Count { search, vector: TaskVector { x, base }, .. } => {
+                write!(f, "fused count q{search} |x{x} - x{base}|")
+            }
+        }
+    }
+}
+
 /// A line an instruction, then a line an effect.
 impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for Instruction { operation, out, .. } in &self.instructions {
-            writeln!(f, "s{out} = {operation}")?;
+            writeln!(f, "  s{out} = {operation}")?;
         }
-        self.effects.iter().try_for_each(|effect| writeln!(f, "{effect}"))
+        self.effects.iter().try_for_each(|effect| writeln!(f, "  {effect}"))
     }
 }

@@ -98,7 +98,7 @@ pub(crate) enum Look {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rank {
     /// 1 is the largest value.
-    rank: u64,
+    place: u64,
     elements: u64,
     largest_key: u64,
     /// How many keys may be kept.
@@ -174,7 +174,7 @@ impl Search {
         debug_assert!((1..=elements).contains(&count), "rank {count} of {elements}");
         let largest_key = T::NAN.key();
         let mut search = Self {
-            wanted: Rank { rank: count, elements, largest_key, room: room / KEY_BYTES },
+            wanted: Rank { place: count, elements, largest_key, room: room / KEY_BYTES },
             interval: Interval { low: 0, high: largest_key, shift: 0, look: Look::Keys },
             above: 0,
             bins: Vec::new(),
@@ -245,9 +245,9 @@ impl Search {
     /// The rank among what is not above the interval. If the guess was wrong, the interval becomes
     /// the keys above.
     fn wanted_below_high(&mut self) -> Option<u64> {
-        let Rank { rank, largest_key, .. } = self.wanted;
-        if rank > self.above {
-            return Some(rank - self.above);
+        let Rank { place, largest_key, .. } = self.wanted;
+        if place > self.above {
+            return Some(place - self.above);
         }
         self.look_in(self.interval.high + 1, largest_key, self.above);
         None
@@ -268,7 +268,7 @@ impl Search {
             }
             wanted -= count;
         }
-        self.look_below(self.wanted.rank - wanted)
+        self.look_below(self.wanted.place - wanted)
     }
 
     /// Looks next at the `count` elements whose distance to the low end is `bin` when shifted.
@@ -392,7 +392,7 @@ impl Rank {
     /// Brackets it by the keys of some runs of elements.
     pub(crate) fn guess(&self, sample: &[u64]) -> Guess {
         let size = sample.len() as f64;
-        let share = self.rank as f64 / self.elements as f64;
+        let share = self.place as f64 / self.elements as f64;
         let mut ranked = sample.to_vec();
         let mut at = |place: f64| {
             let place = (place.max(0.0) as usize).min(sample.len() - 1);

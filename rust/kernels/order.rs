@@ -214,18 +214,11 @@ fn group<T: Copy>(values: &[T], at: usize) -> [T; GROUP] {
 }
 
 /// The magnitudes of a stored task vector, x − base, rounded to f32.
+#[derive(Clone, Copy)]
 struct Magnitudes<'a, F: Format> {
     x: &'a [F::Bytes],
     base: &'a [F::Bytes],
 }
-
-impl<F: Format> Clone for Magnitudes<'_, F> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<F: Format> Copy for Magnitudes<'_, F> {}
 
 #[inline(always)]
 fn magnitude<F: Format>(x: F::Bytes, base: F::Bytes) -> f32 {
@@ -549,7 +542,7 @@ fn collect_from<T: Real, E: Elements<T>>(
 ) -> Ends {
     let interval = Interval::<T::Ordinal>::new(low, high);
     let span: u64 = interval.span().into();
-    assert!(span >> shift <= u64::from(u32::MAX), "the offsets of the interval must fit");
+    assert!(u32::try_from(span >> shift).is_ok(), "the offsets of the interval must fit");
     if span == 0 {
         level.run(Collect::<T, E, true> { elements, interval, shift, between })
     } else {

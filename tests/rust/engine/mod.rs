@@ -4,6 +4,7 @@ mod arrays;
 mod formulas;
 mod memory_io;
 mod model_wide;
+mod programs;
 mod selections;
 
 pub(crate) use memory_io::{ArraySink, ArraySource};

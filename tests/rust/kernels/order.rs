@@ -1,5 +1,9 @@
 use super::{TestReal, assert_same, config, each_level};
-use oxmerge::kernels::{Counts, Ends, Level, Real, collect, count, histogram, keep, oracle, trim};
+use oxmerge::dtype::DType;
+use oxmerge::kernels::{
+    Counts, Ends, Level, Real, SPAN, collect, collect_magnitudes, count, histogram, keep,
+    mark_largest, narrow, oracle, trim, widen,
+};
 use proptest::prelude::*;
 
 /// A generator for whole arrays, where proptest would be slow.
@@ -67,6 +71,46 @@ fn assert_collected<T: TestReal>(
     let offsets = inside.map(|key| ((key - low) >> shift) as u32);
     let expected: Vec<u32> = [7].into_iter().chain(offsets).collect();
     assert_eq!(between, expected, "between at {} in {low:#x}..={high:#x}", level.name());
+}
+
+/// What is asked of a stored task vector is what is asked of its magnitudes.
+#[test]
+fn magnitudes_of_a_stored_task_vector() {
+    let everything = (0, u64::from(u32::MAX));
+    for level in Level::available() {
+        for dtype in [DType::Bf16, DType::F16, DType::F32] {
+            for count in [SPAN, SPAN - 1, 33, 1, 0] {
+                let stored = |seed| {
+                    let mut bytes = vec![0; count * dtype.size()];
+                    narrow(level, &values::<f32>(count, seed), dtype, &mut bytes);
+                    let mut wide = vec![0.0_f32; count];
+                    widen(level, dtype, &bytes, &mut wide);
+                    (bytes, wide)
+                };
+                let ((x, wide), (base, wide_base)) = (stored(3), stored(4));
+                let magnitudes: Vec<f32> =
+                    wide.iter().zip(&wide_base).map(|(x, base)| (x - base).abs()).collect();
+                let some_key =
+                    magnitudes.get(count / 2).map_or(1 << 31, |&value| oracle::key(value));
+                let above = (some_key, u64::from(u32::MAX));
+                for (low, high) in [everything, above, (some_key, some_key)] {
+                    let (mut fast, mut slow) = (Vec::new(), Vec::new());
+                    let ends = collect_magnitudes(level, dtype, &x, &base, low, high, 0, &mut fast);
+                    assert_eq!(ends, collect(level, &magnitudes, low, high, 0, &mut slow));
+                    assert_eq!(fast, slow, "{dtype} at {}", level.name());
+                }
+                for equals_end in [0, 1, count / 2 + 1, count, SPAN] {
+                    let bits = mark_largest(level, dtype, &x, &base, some_key, equals_end);
+                    for (at, &magnitude) in magnitudes.iter().enumerate() {
+                        let row = bits.len();
+                        let bit = bits[at % row] & (1 << (at / row)) != 0;
+                        let kept = oracle::is_kept(magnitude, some_key, at < equals_end);
+                        assert_eq!(bit, kept, "{magnitude} at {at} of {dtype}, {}", level.name());
+                    }
+                }
+            }
+        }
+    }
 }
 
 each_level! {

@@ -13,6 +13,7 @@ __all__ = [
     "check_unchanged",
     "execute",
     "fill_array",
+    "fill_arrays",
     "index_json",
     "lay_out",
     "merge_arrays",
@@ -25,8 +26,9 @@ __all__ = [
     "ulp_distance",
 ]
 
-# Address, bytes, element type by its safetensors name.
-_Array: TypeAlias = tuple[int, int, str]
+# A contiguous object with the buffer protocol, or a tensor of torch; or a pair of that and an
+# element type by its safetensors name, where its own is another of the same size.
+_Array: TypeAlias = Any
 
 @final
 class TensorInfo:
@@ -99,6 +101,13 @@ def fill_array(
     numbers: Sequence[float],
     name: str,
     seed: int,
+    threads: int | None,
+) -> None: ...
+def fill_arrays(
+    piece: str,
+    inputs: Sequence[Sequence[_Array]],
+    outs: Sequence[_Array],
+    numbers: Sequence[float],
     threads: int | None,
 ) -> None: ...
 def numbers_of_arrays(

@@ -51,7 +51,7 @@ class LazyMerge(Mapping[str, Any]):
         at = self._tensors[name]
         tensor = self._plan.tensors[at]
         merged = empty(tensor.shape, tensor.dtype, self._kind)
-        self._engine.compute(at, merged.place, self._threads)
+        self._engine.compute(at, merged.exporter, self._threads)
         return merged.array
 
     def __contains__(self, name: object) -> bool:

@@ -9,6 +9,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::fused::unchanged;
 use super::need::Offload;
 use super::passes::SearchView;
 use crate::dtype::DType;
@@ -110,6 +111,22 @@ impl Tally {
             counts: searches.iter().map(|search| Histogram::new(search.bins)).collect(),
         }
     }
+}
+
+/// Computes the step's elements of some results; those that are an input as it is are copied.
+pub(crate) fn combine<'a>(
+    program: &mut dyn Program,
+    step: &Step<'_>,
+    outputs: impl Iterator<Item = Output<'a>>,
+) -> Result<()> {
+    let mut computed = Vec::with_capacity(1);
+    for output in outputs {
+        match unchanged(&step.values[output.result], step.inputs, output.dtype) {
+            Some(input) => output.bytes.copy_from_slice(input.part(&step.elements)),
+            None => computed.push(output),
+        }
+    }
+    if computed.is_empty() { Ok(()) } else { program.combine(step, &mut computed) }
 }
 
 /// Reductions laid out as operands: which results of the code each of them uses.

@@ -44,7 +44,7 @@ pub(crate) fn unchanged<'a>(
 }
 
 /// A shape of formula that has a kernel.
-enum Shape {
+pub(crate) enum Shape {
     /// Σ c·x of plain inputs.
     Weighted(Vec<(f64, usize)>),
     Shifted(Shifted),
@@ -55,15 +55,31 @@ impl Shape {
     fn of(step: &Step<'_>, output: &Output<'_>) -> Option<Self> {
         let value = &step.values[output.result];
         let thinned = || thinned_sum(value).filter(|sum| sum.fits(step, output));
-        weighted_inputs(value)
-            .map(Self::Weighted)
-            .or_else(|| shifted(value).map(Self::Shifted))
-            .or_else(|| thinned().map(Self::Thinned))
+        Self::of_sum(value).or_else(|| thinned().map(Self::Thinned))
+    }
+
+    /// The shape of a sum of plain inputs, which takes all of them, of any float type.
+    pub(crate) fn of_sum(value: &Value) -> Option<Self> {
+        let weighted = weighted_inputs(value).map(Self::Weighted);
+        weighted.or_else(|| shifted(value).map(Self::Shifted))
     }
 
     fn run<T: Real>(&self, machine: &Machine<'_, T>, step: &Step<'_>, output: &mut Output<'_>) {
-        let level = machine.level();
-        let term = |&(c, input): &(f64, usize)| term(c, input, step.inputs, &step.elements);
+        match self {
+            Self::Thinned(sum) => sum.run(machine, step, output),
+            _ => self.run_sum(machine.level(), step.inputs, &step.elements, output),
+        }
+    }
+
+    /// Runs the shape of a sum.
+    pub(crate) fn run_sum(
+        &self,
+        level: Level,
+        inputs: &Inputs<'_>,
+        elements: &Range<u64>,
+        output: &mut Output<'_>,
+    ) {
+        let term = |&(c, input): &(f64, usize)| term(c, input, inputs, elements);
         match self {
             Self::Weighted(terms) => {
                 let terms: Vec<_> = terms.iter().map(term).collect();
@@ -76,7 +92,7 @@ impl Shape {
                 let (dtype, bytes) = (output.dtype, &mut *output.bytes);
                 kernels::weighted_difference_sum_bytes(level, base, &terms, scale, dtype, bytes);
             }
-            Self::Thinned(sum) => sum.run(machine, step, output),
+            Self::Thinned(_) => unreachable!("it is not made of plain inputs"),
         }
     }
 }
@@ -110,7 +126,7 @@ pub(crate) fn products(
 }
 
 /// base + lambda · Σ weight · scale · (what a random mask keeps of x − base), or the same with votes.
-struct ThinnedSum {
+pub(crate) struct ThinnedSum {
     base: usize,
     terms: Vec<ThinnedVector>,
     votes: Votes,
@@ -271,7 +287,7 @@ fn weighted_inputs(value: &Value) -> Option<Vec<(f64, usize)>> {
 }
 
 /// base + scale · Σ c·(x − base).
-struct Shifted {
+pub(crate) struct Shifted {
     base: usize,
     terms: Vec<(f64, usize)>,
     scale: f64,

@@ -1,13 +1,16 @@
 //! What a worker does with one unit of a pass.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::backend::{Arithmetic, Layout, Output, Program, Step, Tally, fold, start_of, steps};
+use super::backend::{
+    Arithmetic, Layout, Output, Program, Step, Tally, combine, fold, start_of, steps,
+};
 use super::control::Control;
-use super::fused::unchanged;
 use super::passes::{Found, Pass, SearchView};
 use super::places::Places;
+use super::source::{GRAIN, Place};
 use super::task::Task;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
@@ -103,7 +106,19 @@ impl<'a> Worker<'a> {
         task: &Task,
         elements: Range<u64>,
         values: &[Value],
+        then: impl FnMut(&mut dyn Program, &Step<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.in_steps_and(task, elements, values, then, || Ok(()))
+    }
+
+    /// The same; `after` is called when the inputs of a step are not in use any more.
+    fn in_steps_and(
+        &mut self,
+        task: &Task,
+        elements: Range<u64>,
+        values: &[Value],
         mut then: impl FnMut(&mut dyn Program, &Step<'_>) -> Result<()>,
+        mut after: impl FnMut() -> Result<()>,
     ) -> Result<()> {
         let inputs = inputs_of(values);
         let needs_rows = !row_reductions(values).is_empty();
@@ -135,6 +150,8 @@ impl<'a> Worker<'a> {
                 let mut program = self.arithmetic.program(frame, &code, double, masks)?;
                 then(&mut *program, &Step { elements, inputs: &bytes, values: &values })?;
             }
+            drop(bytes);
+            after()?;
             for &index in &inputs {
                 task.sources[index].release(read.clone());
             }
@@ -281,27 +298,58 @@ impl<'a> Worker<'a> {
     }
 
     fn combine(&mut self, task: &Task, unit: Range<u64>, values: &[Value]) -> Result<()> {
+        if !task.sinks.iter().all(|sink| sink.is_apart()) {
+            return self.replace(task, unit, values);
+        }
         let mut outs = std::mem::take(&mut self.outs);
         let mut places = Places::of(task, &mut outs, &unit)?;
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
         let computed = self.in_steps(task, unit.clone(), values, |program, step| {
-            let mut computed = Vec::with_capacity(bytes.len());
-            for (result, (sink, bytes)) in task.sinks.iter().zip(&mut bytes).enumerate() {
+            let outputs = task.sinks.iter().zip(&mut bytes).enumerate();
+            let outputs = outputs.map(|(result, (sink, bytes))| {
                 let dtype = sink.dtype();
                 let at = |index: u64| (index - unit.start) as usize * dtype.size();
                 let bytes = &mut bytes[at(step.elements.start)..at(step.elements.end)];
-                match unchanged(&step.values[result], step.inputs, dtype) {
-                    Some(input) => bytes.copy_from_slice(input.part(&step.elements)),
-                    None => computed.push(Output { result, dtype, bytes }),
-                }
-            }
-            if computed.is_empty() { Ok(()) } else { program.combine(step, &mut computed) }
+                Output { result, dtype, bytes }
+            });
+            combine(program, step, outputs)
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
         written
+    }
+
+    /// The same where outputs are inputs: a few elements at a time are computed apart, and put where
+    /// they belong when their inputs are not in use any more.
+    fn replace(&mut self, task: &Task, unit: Range<u64>, values: &[Value]) -> Result<()> {
+        self.most = self.most.min(GRAIN as u64);
+        let apart = RefCell::new((unit.start..unit.start, vec![Vec::new(); task.sinks.len()]));
+        let compute = |program: &mut dyn Program, step: &Step<'_>| {
+            let (elements, buffers) = &mut *apart.borrow_mut();
+            elements.clone_from(&step.elements);
+            let count = (elements.end - elements.start) as usize;
+            let outputs = task.sinks.iter().zip(buffers).enumerate();
+            let outputs = outputs.map(|(result, (sink, buffer))| {
+                let dtype = sink.dtype();
+                buffer.resize(count * dtype.size(), 0);
+                Output { result, dtype, bytes: buffer }
+            });
+            combine(program, step, outputs)
+        };
+        let control = self.control;
+        let put = || {
+            let (elements, buffers) = &*apart.borrow();
+            for (sink, buffer) in task.sinks.iter().zip(buffers) {
+                if let Some(Place(bytes)) = sink.place(elements) {
+                    bytes.copy_from_slice(buffer);
+                }
+                control.add_written(buffer.len() as u64);
+            }
+            Ok(())
+        };
+        self.in_steps_and(task, unit, values, compute, put)
     }
 
     /// Copies what all sources agree on.

@@ -9,6 +9,7 @@ mod arrays;
 mod checkpoint;
 mod enter;
 mod error;
+mod exported;
 mod floats;
 mod lend;
 mod merge;
@@ -24,7 +25,9 @@ mod _core {
     use super::{error, to_python};
 
     #[pymodule_export]
-    use super::arrays::{OnDemand, fill_array, merge_arrays, numbers_of_arrays, ulp_distance};
+    use super::arrays::{
+        OnDemand, fill_array, fill_arrays, merge_arrays, numbers_of_arrays, ulp_distance,
+    };
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
     #[pymodule_export]

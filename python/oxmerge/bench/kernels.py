@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oxmerge import build_info, kernels, merge_tensors
+from oxmerge.arrays import numpy_dtype
 from oxmerge.bench.cases import DENSITY, WEIGHTS, cases
 from oxmerge.bench.crew import Crew, pieces_of, take
 from oxmerge.bench.machine import cores
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from oxmerge.bench.cases import Case
 
-    Bits = NDArray[np.uint16]
+    Array = NDArray[Any]
 
 _MODELS = 3
 _CHUNK = 1 << 20
@@ -43,10 +44,10 @@ SCALED = ("weighted_sum of 2", "top_k_mask", "slerp", "ties", "dare_ties")
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """The bits of bfloat16: a base and two fine-tunes, and an array for results."""
+    """Arrays of bfloat16: a base and two fine-tunes, and one for results."""
 
-    inputs: tuple[Bits, ...]
-    output: Bits
+    inputs: tuple[Array, ...]
+    output: Array
 
     @classmethod
     def draw(cls, elements: int) -> Arrays:
@@ -64,7 +65,9 @@ class Arrays:
 
         with Crew(cores()) as crew:
             crew.run(fill)
-        return cls(inputs, np.ones(elements, np.uint16))
+        output = np.ones(elements, np.uint16)
+        bfloat16 = numpy_dtype("BF16")
+        return cls(tuple(bits.view(bfloat16) for bits in inputs), output.view(bfloat16))
 
     @property
     def elements(self) -> int:
@@ -162,11 +165,11 @@ def _kernels(arrays: Arrays) -> Iterator[_Work]:
     base, one, two = arrays.inputs
     out, count, half = arrays.output, arrays.elements, round(DENSITY * arrays.elements)
     flags = out.view(np.bool_)[:count]
-    wide = (one.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = one.astype(np.float32)
     three = (*WEIGHTS, 0.5)
 
-    def weighted_sum(tensors: Sequence[Bits], weights: Sequence[float], threads: int) -> object:
-        return kernels.weighted_sum(tensors, weights, out=out, dtype=_DTYPE, threads=threads)
+    def weighted_sum(tensors: Sequence[Array], weights: Sequence[float], threads: int) -> object:
+        return kernels.weighted_sum(tensors, weights, out=out, threads=threads)
 
     yield _Work("weighted_sum of 2", 4, 2, lambda n: weighted_sum([one, two], WEIGHTS, n))
     yield _Work("weighted_sum of 3", 6, 2, lambda n: weighted_sum([base, one, two], three, n))
@@ -174,7 +177,7 @@ def _kernels(arrays: Arrays) -> Iterator[_Work]:
         "task_vector",
         4,
         2,
-        lambda n: kernels.task_vector(one, base, out=out, dtype=_DTYPE, threads=n),
+        lambda n: kernels.task_vector(one, base, out=out, threads=n),
     )
     yield _Work(
         "convert from float32",
@@ -186,28 +189,22 @@ def _kernels(arrays: Arrays) -> Iterator[_Work]:
         "top_k_mask",
         2,
         2,
-        lambda n: kernels.top_k_mask(one, half, out=out, dtype=_DTYPE, threads=n),
+        lambda n: kernels.top_k_mask(one, half, out=out, threads=n),
     )
     yield _Work(
         "sign_consensus",
         4,
         2,
-        lambda n: kernels.sign_consensus([one, two], WEIGHTS, out=out, dtype=_DTYPE, threads=n),
+        lambda n: kernels.sign_consensus([one, two], WEIGHTS, out=out, threads=n),
     )
     yield _Work(
         "random_mask", 0, 1, lambda n: kernels.random_mask(count, DENSITY, out=flags, threads=n)
     )
-    yield _Work(
-        "kth_magnitude", 2, 0, lambda n: kernels.kth_magnitude(one, half, dtype=_DTYPE, threads=n)
-    )
-    yield _Work("norm", 2, 0, lambda n: kernels.norm(one, dtype=_DTYPE, threads=n))
-    yield _Work("dot", 4, 0, lambda n: kernels.dot(one, two, dtype=_DTYPE, threads=n))
-    yield _Work(
-        "gram of 3", 6, 0, lambda n: kernels.gram([base, one, two], dtype=_DTYPE, threads=n)
-    )
-    yield _Work(
-        "ulp_distance", 4, 0, lambda n: kernels.ulp_distance(one, two, dtype=_DTYPE, threads=n)
-    )
+    yield _Work("kth_magnitude", 2, 0, lambda n: kernels.kth_magnitude(one, half, threads=n))
+    yield _Work("norm", 2, 0, lambda n: kernels.norm(one, threads=n))
+    yield _Work("dot", 4, 0, lambda n: kernels.dot(one, two, threads=n))
+    yield _Work("gram of 3", 6, 0, lambda n: kernels.gram([base, one, two], threads=n))
+    yield _Work("ulp_distance", 4, 0, lambda n: kernels.ulp_distance(one, two, threads=n))
 
 
 def _method(case: Case, arrays: Arrays) -> _Work:
@@ -224,7 +221,6 @@ def _method(case: Case, arrays: Arrays) -> _Work:
             tensors,
             base,
             out=arrays.output,
-            dtype=_DTYPE,
             threads=threads,
             **parameters,
         )

@@ -75,6 +75,10 @@ impl Call<'_> {
         work: Work,
     ) -> PyResult<()> {
         inputs.iter().chain([out]).try_for_each(|array| self.check(array))?;
+        if !matches!(work, Work::Identical) {
+            let is_mask = out.dtype == DType::Bool;
+            check_floats(inputs.iter().chain((!is_mask).then_some(out)))?;
+        }
         let is_apart = check_overlap(inputs, out)?;
         let held = Held::of(inputs.iter().chain([out]))?;
         if !is_apart && work.reads_around() {
@@ -111,6 +115,7 @@ impl Call<'_> {
         scalars: Vec<Scalar>,
     ) -> PyResult<Vec<f64>> {
         inputs.iter().try_for_each(|input| self.check(input))?;
+        check_floats(inputs)?;
         let task = self.task(inputs, Arc::new(Nowhere(DType::F32)), Work::numbers(scalars));
         self.run(py, task, &Held::of(inputs)?)
     }
@@ -123,6 +128,13 @@ impl Call<'_> {
             arrays::run(task, level, threads, control)
         })
     }
+}
+
+fn check_floats<'a, 'py: 'a>(arrays: impl IntoIterator<Item = &'a Array<'py>>) -> PyResult<()> {
+    if arrays.into_iter().all(|array| array.dtype.is_float()) {
+        return Ok(());
+    }
+    Err(PyTypeError::new_err("only floats can be computed with"))
 }
 
 fn source(array: &Array<'_>) -> ArraySource {
@@ -208,6 +220,7 @@ pub(super) fn ulp_distance(
     if a.dtype != b.dtype || a.bytes != b.bytes {
         return Err(PyValueError::new_err("both arrays must be of one type and length"));
     }
+    check_floats([a, b])?;
     let held = Held::of([a, b])?;
     let (level, elements) = (level(py)?, a.elements());
     let (a, b) = (source(a), source(b));
@@ -380,9 +393,7 @@ impl Group {
     fn check(&self, py: Python<'_>, arrays: &[Array<'_>]) -> PyResult<()> {
         let (inputs, out) = (&arrays[self.inputs.clone()], &arrays[self.out]);
         out.check_writable()?;
-        if inputs.iter().chain([out]).any(|array| !array.dtype.is_float()) {
-            return Err(PyTypeError::new_err("only floats can be computed with"));
-        }
+        check_floats(inputs.iter().chain([out]))?;
         if inputs.iter().all(|input| input.shape(py) == out.shape(py)) {
             return Ok(());
         }

@@ -201,6 +201,20 @@ def test_a_tensor_that_changes_while_others_are_looked_at() -> None:
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
 
 
+@pytest.mark.parametrize("call", ["predict", "execute", "rehearse"])
+def test_memory_is_lent_to_no_other_device(call: str) -> None:
+    class Device:
+        vram, devices, is_host = 1 << 30, ("cpu",), True
+
+    calls: dict[str, Callable[[Any], object]] = {
+        "predict": lambda device: _core.predict([], 1 << 30, 1, device),
+        "execute": lambda device: _core.execute([], memory=1 << 30, device=device),
+        "rehearse": lambda device: _core.rehearse("", 1, device),
+    }
+    with pytest.raises(TypeError, match=r"device must be a torch_backend\.Backend"):
+        calls[call](Device())
+
+
 def test_a_plan_cannot_make_memory(tmp_path: Path) -> None:
     plan = {"version": 1, "method": "linear", "seed": 0, "files": [], "shards": [], "tensors": [
         {"name": "x", "shape": [6], "dtype": "F32", "shard": 0, "start": 0, "sources": [],

@@ -6,6 +6,7 @@ from oxmerge.torch_backend import Backend
 
 __all__ = [
     "Checkpoint",
+    "FileMap",
     "OnDemand",
     "TensorInfo",
     "build_info",
@@ -55,6 +56,11 @@ class Checkpoint:
     def tensors(self) -> list[TensorInfo]: ...
     @property
     def warnings(self) -> list[str]: ...
+    def map(self, file: int) -> FileMap: ...
+
+@final
+class FileMap:
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def build_info() -> dict[str, Any]: ...
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint: ...

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -43,7 +41,7 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         self._checkpoint = _core.open_checkpoint(os.fspath(path))
         self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
         self._files: list[dict[str, Any]] = self._checkpoint.files
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, _core.FileMap] = {}
         self._closed = False
         self.path: str = self._checkpoint.path
         self.warnings: list[str] = self._checkpoint.warnings
@@ -98,14 +96,12 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         """Close it."""
         self.close()
 
-    def _map(self, file: int) -> mmap.mmap:
+    def _map(self, file: int) -> _core.FileMap:
         if self._closed:
             raise ValueError(f"the checkpoint `{self.path}` is closed")
         if file not in self._maps:
-            with open(self._files[file]["path"], "rb") as stream:
-                # The places of the tensors are those of the header that was read.
-                _core.check_unchanged(json.dumps([self._files[file]]))
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            # The places of the tensors are those of the header that was read, and so must be the file.
+            self._maps[file] = self._checkpoint.map(file)
         return self._maps[file]
 
 

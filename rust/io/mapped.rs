@@ -23,9 +23,16 @@
 
 #![expect(unsafe_code, reason = "a file map is memory that other processes can change")]
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use memmap2::{Advice, Mmap, MmapOptions, UncheckedAdvice};
+
+use super::open_read_only;
+use crate::error::{Error, Result};
+use crate::plan::InputFile;
 
 /// A mapped piece may make so many bytes on either side of it resident: what one page table
 /// covers.
@@ -84,4 +91,51 @@ impl MappedFile {
         };
         debug_assert!(released.is_ok(), "releasing {first}..{end}: {released:?}");
     }
+}
+
+/// Beginnings and ends of the maps that are lent to others.
+static LENT: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+/// A read-only map of a whole file, to be used by others as long as they like.
+#[derive(Debug)]
+pub struct LentMap(Mmap);
+
+impl LentMap {
+    /// Maps `input`, which must still be the file whose header was read.
+    pub fn new(input: &InputFile) -> Result<Self> {
+        let file = open_read_only(&input.path)?;
+        input.check_same(&InputFile::of(&file, &input.path)?)?;
+        // SAFETY: as for a `MappedFile`.
+        let map = unsafe { MmapOptions::new().len(input.size as usize).map(&file) };
+        let map = map.map_err(|error| Error::io("map the file", error).file(&input.path))?;
+        let start = map.as_ptr().addr();
+        lent(|maps| maps.insert(start, start + map.len()));
+        Ok(Self(map))
+    }
+
+    /// The bytes of the file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for LentMap {
+    fn drop(&mut self) {
+        lent(|maps| maps.remove(&self.0.as_ptr().addr()));
+    }
+}
+
+/// Whether some of `places`, given by addresses, lie in a map that is lent. To read there may wait for
+/// a disk, or for a machine elsewhere.
+pub fn are_mapped(mut places: impl Iterator<Item = Range<usize>>) -> bool {
+    lent(|maps| {
+        !maps.is_empty()
+            && places.any(|place| {
+                maps.range(..place.end).next_back().is_some_and(|(_, &end)| end > place.start)
+            })
+    })
+}
+
+fn lent<R>(act: impl FnOnce(&mut BTreeMap<usize, usize>) -> R) -> R {
+    act(&mut LENT.lock().unwrap_or_else(PoisonError::into_inner))
 }

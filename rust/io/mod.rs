@@ -50,8 +50,8 @@ pub(crate) use shared_words::SharedWords;
 pub use volume::raise_open_file_limit;
 pub use writer::{DirectMode, ShardWriter};
 
-pub use mapped::MAP_MARGIN;
 use mapped::MappedFile;
+pub use mapped::{LentMap, MAP_MARGIN, are_mapped};
 
 /// The unit of direct writes and of [`AlignedBuffer`]'s alignment.
 pub const PAGE: usize = 4096;

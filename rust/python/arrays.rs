@@ -14,7 +14,7 @@ use pyo3::types::{PyBool, PyDict};
 
 use super::enter::take_part;
 use super::error::raise;
-use super::exported::{Array, Given, Held, export, export_all};
+use super::exported::{Array, Given, Held, export, export_all, may_wait};
 use super::merge::parse;
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource, Many};
@@ -80,12 +80,11 @@ impl Call<'_> {
             check_floats(inputs.iter().chain((!is_mask).then_some(out)))?;
         }
         let is_apart = check_overlap(inputs, out)?;
-        let held = Held::of(inputs.iter().chain([out]))?;
         if !is_apart && work.reads_around() {
-            return self.fill_apart(py, inputs, out, work, &held);
+            return self.fill_apart(py, inputs, out, work);
         }
-        let sink = Arc::new(sink(out, is_apart));
-        self.run(py, self.task(inputs, sink, work), &held).map(drop)
+        let task = self.task(inputs, Arc::new(sink(out, is_apart)), work);
+        self.run(py, task, inputs.iter().chain([out])).map(drop)
     }
 
     /// The same into memory of its own first: where the work reads inputs beyond the piece it writes.
@@ -95,12 +94,11 @@ impl Call<'_> {
         inputs: &[Array<'_>],
         out: &Array<'_>,
         work: Work,
-        held: &Held<'_>,
     ) -> PyResult<()> {
         let mut copy = vec![0_u8; out.bytes];
         // SAFETY: the vector lives until the task is dropped, and is not touched before.
         let sink = unsafe { ArraySink::new(copy.as_mut_ptr(), out.bytes, out.dtype, true) };
-        self.run(py, self.task(inputs, Arc::new(sink), work), held)?;
+        self.run(py, self.task(inputs, Arc::new(sink), work), inputs.iter().chain([out]))?;
         if !copy.is_empty() {
             // SAFETY: as in `sink`; and the sources, which had the same memory, are gone.
             unsafe { std::slice::from_raw_parts_mut(out.start, out.bytes) }.copy_from_slice(&copy);
@@ -117,16 +115,22 @@ impl Call<'_> {
         inputs.iter().try_for_each(|input| self.check(input))?;
         check_floats(inputs)?;
         let task = self.task(inputs, Arc::new(Nowhere(DType::F32)), Work::numbers(scalars));
-        self.run(py, task, &Held::of(inputs)?)
+        self.run(py, task, inputs)
     }
 
-    /// Runs a task over arrays that are held.
-    fn run(&self, py: Python<'_>, task: Task, _held: &Held<'_>) -> PyResult<Vec<f64>> {
-        let level = level(py)?;
-        let threads = self.threads;
-        take_part(py, task.bytes() < DETACHED_FROM, |control| {
-            arrays::run(task, level, threads, control)
-        })
+    /// Runs a task over `arrays`.
+    fn run<'a, 'py: 'a>(
+        &self,
+        py: Python<'py>,
+        task: Task,
+        arrays: impl IntoIterator<Item = &'a Array<'py>> + Clone,
+    ) -> PyResult<Vec<f64>> {
+        let (level, threads) = (level(py)?, self.threads);
+        let is_brief = task.bytes() < DETACHED_FROM && !may_wait(arrays.clone());
+        let held = Held::of(arrays)?;
+        let found = take_part(py, is_brief, |control| arrays::run(task, level, threads, control));
+        drop(held);
+        found
     }
 }
 
@@ -375,8 +379,10 @@ pub(super) fn fill_arrays(
         // SAFETY: as in `source` and `sink`; and an output was seen to be apart from all else.
         unsafe { many.push(all, is_apart) };
     }
-    let is_brief = arrays.iter().map(|array| array.bytes).sum::<usize>() < MANY_DETACHED_FROM;
-    let held = if is_brief { Held::default() } else { Held::of(&arrays)? };
+    let bytes: usize = arrays.iter().map(|array| array.bytes).sum();
+    let is_brief = bytes < MANY_DETACHED_FROM && !may_wait(&arrays);
+    // While no other thread of Python runs, tensors stay what they are.
+    let held = (!is_brief).then(|| Held::of(&arrays)).transpose()?;
     take_part(py, is_brief, |control| arrays::run_many(value, &many, level, threads, control))?;
     drop(held);
     Ok(())

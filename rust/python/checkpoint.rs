@@ -1,5 +1,11 @@
 //! Checkpoints in, shard layouts out.
 
+#![expect(unsafe_code, reason = "the memory of a map is exported by a function of C")]
+
+use std::os::raw::c_int;
+
+use pyo3::exceptions::PyIndexError;
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -8,6 +14,7 @@ use super::to_python;
 use crate::checkpoint;
 use crate::dtype::DType;
 use crate::error::Error;
+use crate::io::LentMap;
 
 /// A checkpoint that was opened from its headers only.
 #[pyclass(frozen, module = "oxmerge._core")]
@@ -71,10 +78,43 @@ impl Checkpoint {
         self.0.tensors.iter().map(info).collect()
     }
 
+    /// Maps one of its files, by its index: an object with the buffer protocol. It must still be the
+    /// file whose header was read.
+    fn map(&self, py: Python<'_>, file: usize) -> PyResult<FileMap> {
+        let Some(input) = self.0.files.get(file) else {
+            return Err(PyIndexError::new_err(format!("the checkpoint has no file {file}")));
+        };
+        py.detach(|| LentMap::new(input)).map(FileMap).map_err(|error| raise(py, &error))
+    }
+
     /// What is odd about it, in plain words.
     #[getter]
     fn warnings(&self) -> Vec<String> {
         self.0.warnings.clone()
+    }
+}
+
+/// A file in memory, read-only. Views of it keep it there.
+#[pyclass(frozen, module = "oxmerge._core")]
+pub(super) struct FileMap(LentMap);
+
+#[pymethods]
+impl FileMap {
+    /// # Safety
+    ///
+    /// Python calls it, with room for what it writes.
+    unsafe fn __getbuffer__(
+        map: &Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let bytes = map.get().0.bytes();
+        let (start, length) = (bytes.as_ptr().cast_mut().cast(), bytes.len() as ffi::Py_ssize_t);
+        // SAFETY: the bytes stay where they are while the object lives, which the view holds; they are
+        // exported as read-only.
+        let outcome =
+            unsafe { ffi::PyBuffer_FillInfo(view, map.as_ptr(), start, length, 1, flags) };
+        if outcome == 0 { Ok(()) } else { Err(PyErr::fetch(map.py())) }
     }
 }
 

@@ -20,6 +20,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCapsule, PyTuple, PyType};
 
 use crate::dtype::DType;
+use crate::io;
 
 /// An array as Python hands it over: the object that owns it; or a pair of that and an element type,
 /// where its own is another of the same size. (NumPy cannot export bfloat16, only its bits.)
@@ -101,9 +102,13 @@ enum Owner<'py> {
 }
 
 /// The storages of tensors, which keep their memory when the tensors are given other.
-#[derive(Default)]
 pub(super) struct Held<'py> {
     _storages: Vec<Bound<'py, PyAny>>,
+}
+
+/// Whether a read of `arrays` may wait for a disk, since they are maps of files.
+pub(super) fn may_wait<'a, 'py: 'a>(arrays: impl IntoIterator<Item = &'a Array<'py>>) -> bool {
+    io::are_mapped(arrays.into_iter().map(Array::place))
 }
 
 impl<'py> Held<'py> {
@@ -372,10 +377,12 @@ impl Torch {
             // SAFETY: it is of the very class that the function was got from, or of that of
             // parameters, which are tensors; and there is room for what it writes.
             if unsafe { describe(tensor.as_ptr(), found.as_mut_ptr()) } != 0 {
-                return Err(PyErr::fetch(py));
+                return Err(not_exported(&PyErr::fetch(py)));
             }
         } else {
-            let exported = self.to_dlpack.bind(py).call1((&*tensor,))?.cast_into::<PyCapsule>()?;
+            let exported = self.to_dlpack.bind(py).call1((&*tensor,));
+            let exported = exported.map_err(|error| not_exported(&error))?;
+            let exported = exported.cast_into::<PyCapsule>()?;
             let start = exported.pointer_checked(Some(c"dltensor"))?.cast::<DlTensor>();
             // SAFETY: a capsule of this name begins with such a structure. Nobody else has this one,
             // and it is kept as long as what is read from it.
@@ -392,6 +399,12 @@ impl Torch {
         }
         found.fill_in(array)
     }
+}
+
+/// What torch says about a tensor that is not a plain array in memory.
+#[cold]
+fn not_exported(error: &PyErr) -> PyErr {
+    PyBufferError::new_err(format!("a tensor cannot be used where it is: {error}"))
 }
 
 impl DlTensor {

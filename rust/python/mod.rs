@@ -29,7 +29,9 @@ mod _core {
         OnDemand, fill_array, fill_arrays, merge_arrays, numbers_of_arrays, ulp_distance,
     };
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
+    use super::checkpoint::{
+        Checkpoint, FileMap, TensorInfo, index_json, lay_out, open_checkpoint,
+    };
     #[pymodule_export]
     use super::merge::{
         check_plan, check_unchanged, execute, methods, partial_name, predict, rehearse,

@@ -16,6 +16,7 @@ __all__ = [
     "fill_array",
     "fill_arrays",
     "index_json",
+    "is_remote",
     "lay_out",
     "merge_arrays",
     "methods",
@@ -72,6 +73,7 @@ def index_json(tensors: Sequence[tuple[str, str, int]]) -> str: ...
 def partial_name(file_name: str) -> str: ...
 def check_plan(plan: str) -> list[dict[str, Any]]: ...
 def check_unchanged(files: str) -> None: ...
+def is_remote(path: str | os.PathLike[str]) -> bool: ...
 def predict(
     plans: Sequence[str], memory: int, threads: int | None, device: Backend | None = None
 ) -> dict[str, Any]: ...
@@ -86,6 +88,7 @@ def execute(
     largest_piece: int | None = None,
     progress: Callable[[int, int, int, str, int], None] | None = None,
     device: Backend | None = None,
+    descriptors: Sequence[int] | None = None,
 ) -> dict[str, Any]: ...
 def merge_arrays(
     method: str,

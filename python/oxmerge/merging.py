@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
+from oxmerge.claims import named
 from oxmerge.devices import UNTRIED, choose, open_backend
+from oxmerge.file_state import FileState
 from oxmerge.options import READ_PATHS, check_device, check_threads
 from oxmerge.outcome import Outcome
 from oxmerge.outlook import Outlook
 from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
-from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
+from oxmerge.publish import OutputDirectory, close, commit, discard, prepare_output, stage
 from oxmerge.recipe import Recipe
 from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
     from oxmerge.torch_backend import Backend
@@ -290,6 +294,8 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     are finished when something fails are kept, the others leave nothing.
     """
     started = time.perf_counter()
+    for _, directory in merges:
+        named(directory)
     _check_options(threads, read_path, device, vram)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
@@ -302,17 +308,21 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         device = choose(merge_plans, threads, vram, load=True).device
     backend = open_backend(device, vram)
     needed = sum(outcome.bytes for _, outcome in prepared)
-    outputs: list[OutputDirectory] = []
+    claimed: dict[int, OutputDirectory] = {}
     try:
-        for (merge_plan, outcome), (_, directory) in zip(prepared, merges, strict=True):
-            output = prepare_output(
-                directory,
+        for at in _order([directory for _, directory in merges]):
+            merge_plan, outcome = prepared[at]
+            claimed[at] = prepare_output(
+                merges[at][1],
                 overwrite=overwrite,
                 input_files=merge_plan.plan.files,
                 needed_bytes=needed,
                 names=outcome.file_names,
+                purpose=_digest(merge_plan),
             )
-            outputs.append(output)
+        outputs = [claimed[at] for at in range(len(merges))]
+        for (_, outcome), output in zip(prepared, outputs, strict=True):
+            stage(output, outcome.contents)
         with backend or nullcontext():
             done = _core.execute(
                 [
@@ -324,23 +334,56 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                 read_path=read_path,
                 progress=_reporter([merge_plan for merge_plan, _ in prepared], progress),
                 device=backend,
+                descriptors=[output.descriptor for output in outputs],
             )
+        _check_side_files(outcome for _, outcome in prepared)
         done |= {"device": _name(backend), "notes": _notes(backend)}
-        return [
-            _finish(merge_plan, outcome, output, done, started)
-            for (merge_plan, outcome), output in zip(prepared, outputs, strict=True)
+        reports = [
+            _finish(merge_plan, outcome, output, done | {"files": files}, started)
+            for (merge_plan, outcome), output, files in zip(
+                prepared, outputs, done["files"], strict=True
+            )
         ]
     except BaseException:
         # Backwards: the first made the folders that they have in common.
-        for output in reversed(outputs):
+        for output in reversed(claimed.values()):
             discard(output)
         raise
+    for output in outputs:
+        close(output)
+    return reports
+
+
+def _order(directories: Sequence[PathLike]) -> list[int]:
+    """Return the order in which to claim directories: the same in every run, by their real paths.
+
+    Else two sweeps over the same ones could each have one that the other needs, and both fail.
+    """
+    return sorted(
+        range(len(directories)), key=lambda at: os.fsencode(os.path.realpath(directories[at]))
+    )
+
+
+def _digest(merge_plan: MergePlan) -> str:
+    return hashlib.sha256(merge_plan.to_json().encode()).hexdigest()
+
+
+def _check_side_files(outcomes: Iterable[Outcome]) -> None:
+    """Raise InputChangedError if a copied file is no longer what it was when it was planned."""
+    files = {
+        str(file.source): file.state.as_input(str(file.source))
+        for outcome in outcomes
+        for file in outcome.side_files.copied
+    }
+    _core.check_unchanged(json.dumps(list(files.values())))
 
 
 def _prepare(
     recipe: PathLike | Recipe, *, shard_size: int | str, seed: int, strict: bool
 ) -> tuple[MergePlan, Outcome]:
-    merge_plan = prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
+    merge_plan = prepare(
+        recipe, shard_size=shard_size, seed=seed, strict=strict, with_side_files=True
+    )
     return merge_plan, Outcome.of(merge_plan)
 
 
@@ -350,6 +393,7 @@ def prepare(
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
+    with_side_files: bool = False,
 ) -> MergePlan:
     """Return the plan of a recipe, or of the recipe in a file."""
     if not isinstance(recipe, Recipe):
@@ -359,7 +403,13 @@ def prepare(
             "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
             "`Recipe.from_mapping`"
         )
-    return build_plan(recipe, shard_size=parse_size(shard_size), seed=seed, strict=strict)
+    return build_plan(
+        recipe,
+        shard_size=parse_size(shard_size),
+        seed=seed,
+        strict=strict,
+        with_side_files=with_side_files,
+    )
 
 
 def _finish(
@@ -386,11 +436,12 @@ def _finish(
         simd=done["simd"],
         device=done["device"],
         warnings=tuple(map(str, merge_plan.warnings)),
-        notes=(*outcome.notes, *done["notes"]),
+        notes=(*outcome.notes, *done["notes"], *_notes_on(output)),
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
-    leftovers = commit(output, outcome.contents(story))
+    states = [FileState(**state) for state in done["files"]]
+    leftovers = commit(output, outcome.contents, states, outcome.late_texts(story))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 
@@ -419,6 +470,13 @@ def _name(backend: Backend | None) -> str:
 
 def _notes(backend: Backend | None) -> tuple[str, ...]:
     return () if backend is None or backend.is_host else (UNTRIED,)
+
+
+def _notes_on(output: OutputDirectory) -> tuple[str, ...]:
+    if output.claim.is_locked:
+        return ()
+    note = f"`{output.path}` cannot be locked there: let no other run write to it at the same time"
+    return (note,)
 
 
 def _check_options(

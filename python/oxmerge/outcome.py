@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from oxmerge import _core
 from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, model_card
 from oxmerge.output_config import edit_config, json_text
 from oxmerge.publish import Contents
-from oxmerge.side_files import WRITTEN_ANEW, SideFiles, find_side_files, is_index
+from oxmerge.side_files import WRITTEN_ANEW, SideFiles, folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ class Outcome:
         PlanError
             If the donor's config cannot describe the output.
         """
-        donor = merge_plan.models[merge_plan.donor]
-        side_files = find_side_files(_folder(donor.path), donor.file_names)
+        side_files = merge_plan.side_files
         config, notes = _config(merge_plan)
         notes += _notes(side_files)
         recipe = merge_plan.recipe.text
@@ -81,7 +79,7 @@ class Outcome:
     @property
     def file_names(self) -> tuple[str, ...]:
         """The files that the output directory will hold."""
-        return self.contents({}).names
+        return self.contents.names
 
     @property
     def bytes(self) -> int:
@@ -91,21 +89,21 @@ class Outcome:
         text_bytes = sum(len(text.encode()) for text in texts if text is not None)
         return weights + text_bytes + self.side_files.total_bytes + _REPORT_BYTES
 
-    def contents(self, report: dict[str, Any]) -> Contents:
-        """Return what `publish.commit` puts in place; `report` tells of the run."""
-        story = {**report, "left_out": list(self.left_out)}
-        texts = {
-            CARD_NAME: self.card,
-            RECIPE_NAME: self.recipe,
-            REPORT_NAME: json_text(story),
-        }
+    @property
+    def contents(self) -> Contents:
+        """What goes into the output directory; the report comes last."""
         return Contents(
             shards=[shard["file_name"] for shard in self.merge_plan.plan.shards],
             index=self.index,
             config=self.config,
             side_files=self.side_files.copied,
-            texts=texts,
+            texts={CARD_NAME: self.card, RECIPE_NAME: self.recipe},
+            late=[REPORT_NAME],
         )
+
+    def late_texts(self, report: dict[str, Any]) -> dict[str, str]:
+        """Return the files that tell of the run."""
+        return {REPORT_NAME: json_text({**report, "left_out": list(self.left_out)})}
 
 
 def _left_out(side_files: SideFiles) -> list[LeftOut]:
@@ -145,14 +143,8 @@ def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
     return json_text(edited), tuple(notes)
 
 
-def _folder(model: str) -> Path:
-    """Return the directory of a model that is named by its index file, else the model itself."""
-    path = Path(model)
-    return path.parent if path.is_file() and is_index(path.name) else path
-
-
 def _has_config(path: str) -> bool:
-    return (_folder(path) / "config.json").is_file()
+    return (folder_of(path) / "config.json").is_file()
 
 
 def method_description(name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from oxmerge.parameters import SettingReader
 from oxmerge.problems import Problem, group_problems
 from oxmerge.schema import OutputTensor, Plan, is_float
 from oxmerge.sections import Section, SectionBuilder
+from oxmerge.side_files import SideFiles, find_side_files, folder_of
 from oxmerge.targets import SlicedTargets, Target, whole_targets
 
 TYPE_CHECKING = False
@@ -63,6 +64,8 @@ class MergePlan:
         What becomes of every tensor of every model.
     warnings : tuple of Problem
         What has no effect, and what is left out.
+    side_files : SideFiles
+        The donor's other files, if they were looked for.
     """
 
     plan: Plan
@@ -75,6 +78,7 @@ class MergePlan:
     dtype: str | None
     accounting: tuple[ModelAccount, ...]
     warnings: tuple[Problem, ...]
+    side_files: SideFiles
 
     def to_json(self) -> str:
         """Return the plan as the engine reads it."""
@@ -87,6 +91,7 @@ def build_plan(
     shard_size: int = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
+    with_side_files: bool = False,
 ) -> MergePlan:
     """Return the plan of a merge. Reads headers and configs only.
 
@@ -100,6 +105,8 @@ def build_plan(
         Of random masks, from 0 to 2**64 - 1.
     strict : bool
         Whether warnings count as problems.
+    with_side_files : bool
+        Whether the donor's other files will be copied, and must be such that they can be.
 
     Raises
     ------
@@ -111,14 +118,17 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    return _Planner(recipe).plan(shard_size, seed, strict=strict)
+    planner = _Planner(recipe, with_side_files=with_side_files)
+    return planner.plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, with_side_files: bool) -> None:
         self.recipe = recipe
+        self.with_side_files = with_side_files
+        self.side_files = SideFiles()
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
@@ -138,6 +148,7 @@ class _Planner:
         if is_known and tensors:
             self.check_with_engine(plan)
         self.check_config(donor)
+        self.look_beside(donor)
         self.gather(sections)
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
@@ -229,6 +240,12 @@ class _Planner:
         except PlanError as error:
             self.problems += error.problems
 
+    def look_beside(self, donor: InputModel | None) -> None:
+        """Find the donor's other files, and those among them that cannot be copied."""
+        if self.with_side_files and donor is not None:
+            self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
+            self.problems += self.side_files.problems
+
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""
         self.problems = self.inputs.problems + self.problems + self.reader.problems
@@ -271,6 +288,7 @@ class _Planner:
             dtype=_main_dtype(plan.tensors),
             accounting=accounting,
             warnings=group_problems(self.warnings),
+            side_files=self.side_files,
         )
 
 

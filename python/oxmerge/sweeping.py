@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from oxmerge.claims import named
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together
 from oxmerge.planning import DEFAULT_SHARD_SIZE
@@ -171,6 +172,7 @@ def variants(
             advice="name a place and its values: models[0].parameters.weight=0.1:0.9:9",
         )
     mapping, folder = Recipe.mapping_of(recipe)
+    named(pattern)
     pattern = os.fspath(pattern)
     names = _Names(values)
     made = [

@@ -1,9 +1,8 @@
 //! Sources and sinks that are byte ranges of files, and the tasks of a plan over them.
 
 use std::ops::Range;
-use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::need::{Need, Way};
 use super::source::{Sink, Source};
@@ -11,7 +10,9 @@ use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
-use crate::io::{self, AlignedBuffer, DirectMode, InputReader, ReadPath, ShardWriter};
+use crate::io::{
+    self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
+};
 use crate::plan::{InputFile, OutputShard, OutputTensor, Plan, SourceTensor};
 
 /// A tensor in an input file.
@@ -78,6 +79,8 @@ impl Source for FileSource {
 struct Shard {
     writer: ShardWriter,
     unfinished: AtomicUsize,
+    /// Which file it is, and how it was left.
+    finished: OnceLock<InputFile>,
 }
 
 /// A tensor in an output shard.
@@ -113,7 +116,8 @@ impl Sink for FileSink {
 
     fn finish(&self) -> Result<()> {
         if self.shard.unfinished.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.shard.writer.finish()?;
+            let state = self.shard.writer.finish()?;
+            self.shard.finished.get_or_init(|| state);
         }
         Ok(())
     }
@@ -133,14 +137,28 @@ pub fn partial_name(file_name: &str) -> String {
     format!(".{}.oxmerge-partial", file_name.replace('/', "%"))
 }
 
+/// The shards of merges that are made together.
+#[derive(Debug)]
+pub struct Written(Vec<Vec<Arc<Shard>>>);
+
+impl Written {
+    /// For each merge, which files were written and how they were left, when all are finished.
+    pub fn states(&self) -> Vec<Vec<&InputFile>> {
+        let merges = self.0.iter();
+        merges
+            .map(|shards| shards.iter().filter_map(|shard| shard.finished.get()).collect())
+            .collect()
+    }
+}
+
 /// The tasks of merges of the same tensors, each read once for all of them; creates the shards of
 /// each plan, under partial names, in its directory.
-pub fn tasks(merges: &[(Plan, &Path)], modes: FileModes) -> Result<Vec<Task>> {
+pub fn tasks(merges: &[(Plan, OutputFolder)], modes: FileModes) -> Result<(Vec<Task>, Written)> {
     let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
     let work = works(&plans)?;
     let plan = plans[0];
     let readers = open_inputs(plan, modes.read)?;
-    let create = |(plan, directory): &(Plan, &Path)| create_shards(plan, directory, modes.write);
+    let create = |(plan, folder): &(Plan, OutputFolder)| create_shards(plan, folder, modes.write);
     let shards = merges.iter().map(create).collect::<Result<Vec<_>>>()?;
     let task = |(index, work): (usize, Work)| {
         let sink = |(plan, shards): (&&Plan, &Vec<Arc<Shard>>)| -> Arc<dyn Sink> {
@@ -150,7 +168,8 @@ pub fn tasks(merges: &[(Plan, &Path)], modes: FileModes) -> Result<Vec<Task>> {
         let sinks = plans.iter().zip(&shards).map(sink).collect();
         task(plan, &plan.tensors[index], &readers, sinks, work)
     };
-    Ok(work.into_iter().enumerate().map(task).collect())
+    let tasks = work.into_iter().enumerate().map(task).collect();
+    Ok((tasks, Written(shards)))
 }
 
 /// What each tensor is made by in all of `plans`, which must be merges of the same tensors.
@@ -300,15 +319,16 @@ fn file_source(readers: &[Option<Arc<InputReader>>], source: &SourceTensor) -> F
     FileSource { reader, dtype: source.dtype, start: source.start }
 }
 
-fn create_shards(plan: &Plan, directory: &Path, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
+fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
     let mut unfinished = vec![0; plan.shards.len()];
     for tensor in &plan.tensors {
         unfinished[tensor.shard] += 1;
     }
     let create = |(shard, unfinished): (&OutputShard, usize)| {
-        let path = directory.join(partial_name(&shard.file_name));
-        let writer = ShardWriter::create(&path, &shard.header, shard.size, mode)?;
-        Ok(Arc::new(Shard { writer, unfinished: AtomicUsize::new(unfinished) }))
+        let name = partial_name(&shard.file_name);
+        let writer = ShardWriter::create(folder, &name, &shard.header, shard.size, mode)?;
+        let unfinished = AtomicUsize::new(unfinished);
+        Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
     };
     plan.shards.iter().zip(unfinished).map(create).collect()
 }

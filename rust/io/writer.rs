@@ -13,13 +13,13 @@
 //! Where direct writes are refused, pieces are written as they are, through the page cache.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::direct::OutputFile;
 use super::seams::Seams;
-use super::{AlignedBuffer, PAGE};
+use super::{AlignedBuffer, OutputFolder, PAGE};
 use crate::error::{Error, Result};
+use crate::plan::InputFile;
 
 const PAGE_BYTES: u64 = PAGE as u64;
 
@@ -46,11 +46,18 @@ pub struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// Creates the file at `path`, which must not exist, reserves `size` bytes for it and writes
-    /// the length and text of the header. Whoever named the file removes it after a failure.
-    pub fn create(path: &Path, header: &str, size: u64, mode: DirectMode) -> Result<Self> {
-        let header = prologue(header, size).map_err(|error| error.file(path))?;
-        let mut output = OutputFile::create(path)?;
+    /// Creates the file `name` in `folder`, where it must not exist, reserves `size` bytes for it
+    /// and writes the length and text of the header. Whoever named the file removes it after a
+    /// failure.
+    pub fn create(
+        folder: &OutputFolder,
+        name: &str,
+        header: &str,
+        size: u64,
+        mode: DirectMode,
+    ) -> Result<Self> {
+        let header = prologue(header, size).map_err(|error| error.file(folder.path_of(name)))?;
+        let mut output = OutputFile::create(folder, name)?;
         begin(&mut output, &header, size, mode)?;
         let arrived = AtomicU64::new(header.capacity() as u64);
         Ok(Self { output, size, seams: Seams::default(), arrived })
@@ -88,7 +95,8 @@ impl ShardWriter {
     }
 
     /// Cuts the file to its size and flushes it to the disk. Every byte must have been written.
-    pub fn finish(&self) -> Result<()> {
+    /// Returns which file it is and the state that it is left in.
+    pub fn finish(&self) -> Result<InputFile> {
         let arrived = self.arrived.load(Ordering::Relaxed);
         if arrived != self.size {
             return Err(Error::internal("the shard's bytes were not each written once")
@@ -96,7 +104,8 @@ impl ShardWriter {
                 .expected(format_args!("{} bytes", self.size))
                 .found(arrived));
         }
-        self.output.finish(self.size)
+        self.output.finish(self.size)?;
+        self.output.state()
     }
 
     /// The broken page at the front, the whole pages, and the broken page at the back.

@@ -1,6 +1,7 @@
 //! Plans in, merges out.
 
-use std::path::{Path, PathBuf};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
@@ -9,13 +10,13 @@ use super::error::raise;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
-use crate::engine::files::{self, FileModes};
+use crate::engine::files::{self, FileModes, Written};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::need::{Need, Offload};
 use crate::engine::simd::Simd;
 use crate::engine::{self, Settings, rehearsal};
 use crate::error::{Error, Result};
-use crate::io::{self, DirectMode, ReadPath};
+use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
 use crate::methods::METHODS;
 use crate::plan::{InputFile, PLAN_VERSION, Plan};
@@ -140,12 +141,13 @@ fn with_backend<R>(
 }
 
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
-/// and writes the shards of each, under partial names, into its directory.
+/// and writes the shards of each, under partial names, into its directory: the one that is open as
+/// the descriptor in `descriptors`, if they are given. Tells which files it wrote.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
-                    largest_piece=None, progress=None, device=None))]
+                    largest_piece=None, progress=None, device=None, descriptors=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -157,6 +159,7 @@ pub(super) fn execute<'py>(
     largest_piece: Option<u64>,
     progress: Option<Bound<'py, PyAny>>,
     device: Option<Device<'py>>,
+    descriptors: Option<Vec<RawFd>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let read = match read_path {
         "auto" => ReadPath::Auto,
@@ -171,23 +174,28 @@ pub(super) fn execute<'py>(
     };
     let write = if direct { DirectMode::Auto } else { DirectMode::Never };
     let level = Level::from_environment().map_err(|error| raise(py, &error))?;
-    let report = with_backend(py, device, level, |backend| {
+    let (report, files) = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
-            let parse = |(plan, directory)| Ok((parse(plan)?, Path::new(directory)));
-            let merges: Vec<(Plan, &Path)> = merges
-                .iter()
-                .map(|(plan, directory)| parse((plan, directory)))
-                .collect::<Result<_>>()?;
+            let open = |(index, (plan, path)): (usize, &(String, PathBuf))| {
+                let descriptor = descriptors.as_ref().and_then(|all| all.get(index));
+                let folder = match descriptor {
+                    Some(descriptor) => OutputFolder::of_descriptor(*descriptor, path),
+                    None => OutputFolder::open(path),
+                };
+                Ok((parse(plan)?, folder?))
+            };
+            let merges: Vec<(Plan, OutputFolder)> =
+                merges.iter().enumerate().map(open).collect::<Result<_>>()?;
             let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
             let workers = worker_count(threads, plans.len());
             let settings = Settings { level, workers, memory, largest_piece };
             // Before any space is taken: what cannot fit is refused.
             let needs = needs(&plans, read, backend.offload())?;
             MemoryPlan::new(&needs, memory, workers, memory::resident())?;
-            let tasks = files::tasks(&merges, FileModes { read, write })?;
+            let (tasks, written) = files::tasks(&merges, FileModes { read, write })?;
             let report = engine::run_on(backend, tasks, &settings, control)?;
             io::check_unchanged(&plans[0].files)?;
-            Ok(report)
+            Ok((report, describe_files(&written)))
         })
     })?;
     let described = serde_json::json!({
@@ -197,8 +205,29 @@ pub(super) fn execute<'py>(
         "peak_memory": report.peak_memory,
         "simd": report.level.name(),
         "memory": describe_memory(&report.memory),
+        "files": files,
     });
     to_python(py, &described)
+}
+
+/// Whether a directory lies on a network or FUSE mount, or cannot be asked.
+#[pyfunction]
+pub(super) fn is_remote(path: PathBuf) -> bool {
+    OutputFolder::open(&path).map_or(true, |folder| folder.is_remote())
+}
+
+/// Without their paths, which need not be Unicode.
+fn describe_files(written: &Written) -> serde_json::Value {
+    let describe = |file: &InputFile| {
+        serde_json::json!({
+            "device": file.device,
+            "inode": file.inode,
+            "size": file.size,
+            "modified_ns": file.modified_ns,
+        })
+    };
+    let merge = |files: Vec<&InputFile>| files.into_iter().map(describe).collect::<Vec<_>>();
+    written.states().into_iter().map(merge).collect()
 }
 
 /// What each tensor of `plans` needs, with what `offload` adds.

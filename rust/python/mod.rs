@@ -34,7 +34,7 @@ mod _core {
     };
     #[pymodule_export]
     use super::merge::{
-        check_plan, check_unchanged, execute, methods, partial_name, predict, rehearse,
+        check_plan, check_unchanged, execute, is_remote, methods, partial_name, predict, rehearse,
     };
 
     /// Version, build profile, SIMD level in use and levels of this CPU.

@@ -315,8 +315,10 @@ def test_lazy_reads_only_what_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_lazy_checks_what_it_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^kind must be one of numpy, torch, not 'jax'$"):
-        oxmerge.lazy(tmp_path / "r.yml", kind="jax")  # type: ignore[arg-type]
+    message = "^framework must be one of np, numpy, pt, torch, pytorch, not 'jax'$"
+    for act in (oxmerge.lazy, oxmerge.open):
+        with pytest.raises(ValueError, match=message):
+            act(tmp_path / "r.yml", framework="jax")  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"^threads must be at least 1, not 0$"):
         oxmerge.lazy(tmp_path / "r.yml", threads=0)
     with pytest.raises(FileNotFoundError):

@@ -64,7 +64,7 @@ def test_torch_tensors_give_the_bits_of_files(case: tuple[str, Path, Stored], fa
 
 def test_lazy_tensors_have_the_bits_of_files(case: tuple[str, Path, Stored]) -> None:
     _, recipe, expected = case
-    lazy = oxmerge.lazy(recipe, kind="torch", seed=SEED)
+    lazy = oxmerge.lazy(recipe, framework="pt", seed=SEED)
     assert all(isinstance(tensor, torch.Tensor) for tensor in lazy.values())
     assert stored(lazy) == expected
 
@@ -79,7 +79,7 @@ def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
             kernels.top_k_mask(X, 2),
             kernels.gram([X, X]),
             oxmerge.merge_tensors("linear", [X.expand(2, 3).T], weight=1),
-            oxmerge.lazy(recipe, kind="torch")["x"],
+            oxmerge.lazy(recipe, framework="pt")["x"],
         ]
         oxmerge.merge(recipe, tmp_path / "out", device="torch")
     assert [tensor.device.type for tensor in found] == ["cpu"] * 5
@@ -553,7 +553,7 @@ def test_a_model_of_transformers_from_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yml"
     recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
     oxmerge.merge(recipe, tmp_path / "out", memory="4GiB")
-    tensors = oxmerge.lazy(recipe, kind="torch")
+    tensors = oxmerge.lazy(recipe, framework="pt")
     assigned = LlamaForCausalLM(config)
     assigned.load_state_dict(tensors, assign=True)
     straight = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)

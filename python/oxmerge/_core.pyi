@@ -8,6 +8,7 @@ __all__ = [
     "Checkpoint",
     "FileMap",
     "OnDemand",
+    "Shard",
     "TensorInfo",
     "build_info",
     "check_plan",
@@ -57,11 +58,24 @@ class Checkpoint:
     def tensors(self) -> list[TensorInfo]: ...
     @property
     def warnings(self) -> list[str]: ...
-    def map(self, file: int) -> FileMap: ...
+    def map(self, file: int, writable: bool) -> FileMap: ...
 
 @final
 class FileMap:
     def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Shard:
+    def __new__(
+        cls,
+        descriptor: int,
+        path: str | os.PathLike[str],
+        name: str,
+        header: str,
+        size: int,
+    ) -> Shard: ...
+    def write(self, start: int, array: _Array) -> None: ...
+    def finish(self) -> tuple[int, int, int, int]: ...
 
 def build_info() -> dict[str, Any]: ...
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint: ...

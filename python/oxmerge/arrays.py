@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     Tensor = TypeVar("Tensor", bound=_OfTorch)
 
     Kind = Literal["numpy", "torch"]
+    #: What safetensors calls them too.
+    Framework = Literal["np", "numpy", "pt", "torch", "pytorch"]
     #: Address and bytes.
     Place = tuple[int, int]
 
@@ -51,6 +53,7 @@ __all__ = [
     "empty",
     "float_view",
     "is_narrow",
+    "kind_of",
     "listed",
     "mark_overwritten",
     "numpy_dtype",
@@ -66,6 +69,9 @@ _NARROW = frozenset(
     f"float8_{name}"
     for name in ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
 )
+_FRAMEWORKS: dict[str, Kind] = {
+    "np": "numpy", "numpy": "numpy", "pt": "torch", "torch": "torch", "pytorch": "torch",
+}  # fmt: skip
 #: What a mask may be of.
 MASKS = ("BOOL", *FLOATS)
 #: Devices of DLPack whose memory is the CPU's; two are page-locked for GPUs.
@@ -414,6 +420,30 @@ def check_same_shape(views: Sequence[View], names: Sequence[str]) -> None:
         if each.shape != shape:
             advice = "all must be equal: reshape one, or leave it out"
             raise ValueError(f"{name} has the shape {each.shape}, and {names[0]} {shape}; {advice}")
+
+
+def kind_of(framework: str) -> Kind:
+    """Return what arrays are to be, by a name that safetensors has for it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such framework here.
+    ImportError
+        If it is torch, and that is not installed.
+    """
+    kind = _FRAMEWORKS.get(framework) if isinstance(framework, str) else None
+    if kind is None:
+        names = ", ".join(_FRAMEWORKS)
+        raise ValueError(f"framework must be one of {names}, not {framework!r}")
+    if kind == "torch":
+        try:
+            import torch  # noqa: F401, PLC0415
+        except ImportError as error:
+            advice = 'pip install "oxmerge[torch]"'
+            message = f"framework={framework!r} needs torch, which is not installed: {advice}"
+            raise ImportError(message) from error
+    return kind
 
 
 def empty(shape: tuple[int, ...], code: str, kind: Kind) -> View:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Out = TypeVar("Out", bound=MutableMapping[str, Any])
 
-__all__ = ["merge_state_dicts"]
+__all__ = ["check_mapping", "merge_state_dicts"]
 
 _INTEGERS = ("equal", "first")
 #: Endings of what quantised weights are to be multiplied by.
@@ -148,7 +148,7 @@ def merge_state_dicts(
         raise ValueError(f"integers must be one of {', '.join(_INTEGERS)}, not {integers!r}")
     check_options(seed, threads)
     for source, label in zip([*sources, out], [*labels, "out"], strict=True):
-        _check_mapping(source, label)
+        check_mapping(source, label)
     donor = sources[-1] if has_base else sources[0]
     _check_names(donor, sources, labels, out)
     dicts = _Dicts(call, sources, element_type(dtype), takes_first=integers == "first")
@@ -232,7 +232,7 @@ def _unscaled(source: Mapping[str, Any], name: str) -> Any:
 
 def _header(source: Any, name: str) -> View | None:
     """Return the shape and type of a tensor that would have to be computed, else None."""
-    if not hasattr(source, "dtype_of"):
+    if not getattr(source, "is_computed", False):
         return None
     return View(None, source.dtype_of(name), source.shape_of(name), "numpy")
 
@@ -313,7 +313,8 @@ def _check_overlap(one: Place, out: Place) -> None:
         )
 
 
-def _check_mapping(source: object, label: str) -> None:
+def check_mapping(source: object, label: str) -> None:
+    """Raise TypeError unless it is a mapping, or None."""
     if source is not None and not isinstance(source, Mapping):
         hint = "; pass its `state_dict()`" if hasattr(source, "state_dict") else ""
         hint = "; open it with `oxmerge.open`" if isinstance(source, str | os.PathLike) else hint

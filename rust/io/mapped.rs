@@ -28,7 +28,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use memmap2::{Advice, Mmap, MmapOptions, UncheckedAdvice};
+use memmap2::{Advice, Mmap, MmapOptions, MmapRaw, UncheckedAdvice};
 
 use super::open_read_only;
 use crate::error::{Error, Result};
@@ -96,32 +96,45 @@ impl MappedFile {
 /// Beginnings and ends of the maps that are lent to others.
 static LENT: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
 
-/// A read-only map of a whole file, to be used by others as long as they like.
+/// A map of a whole file, to be used by others as long as they like. The file is never written to.
 #[derive(Debug)]
-pub struct LentMap(Mmap);
+pub struct LentMap {
+    map: MmapRaw,
+    is_writable: bool,
+}
 
 impl LentMap {
-    /// Maps `input`, which must still be the file whose header was read.
-    pub fn new(input: &InputFile) -> Result<Self> {
+    /// Maps `input`, which must still be the file whose header was read. What is written to a map
+    /// that `is_writable` stays in memory.
+    pub fn new(input: &InputFile, is_writable: bool) -> Result<Self> {
         let file = open_read_only(&input.path)?;
         input.check_same(&InputFile::of(&file, &input.path)?)?;
-        // SAFETY: as for a `MappedFile`.
-        let map = unsafe { MmapOptions::new().len(input.size as usize).map(&file) };
+        let mut options = MmapOptions::new();
+        options.len(input.size as usize);
+        let map = if is_writable {
+            // Memory is taken for pages that are written to alone, so none is set aside for all.
+            options.no_reserve_swap();
+            // SAFETY: as for a `MappedFile`: plain numbers. Nobody has a reference to them here.
+            unsafe { options.map_copy(&file) }.map(MmapRaw::from)
+        } else {
+            // SAFETY: as for a `MappedFile`.
+            unsafe { options.map(&file) }.map(MmapRaw::from)
+        };
         let map = map.map_err(|error| Error::io("map the file", error).file(&input.path))?;
         let start = map.as_ptr().addr();
         lent(|maps| maps.insert(start, start + map.len()));
-        Ok(Self(map))
+        Ok(Self { map, is_writable })
     }
 
-    /// The bytes of the file.
-    pub fn bytes(&self) -> &[u8] {
-        &self.0
+    /// Where the bytes of the file are, how many, and whether they may be written to.
+    pub fn memory(&self) -> (*mut u8, usize, bool) {
+        (self.map.as_mut_ptr(), self.map.len(), self.is_writable)
     }
 }
 
 impl Drop for LentMap {
     fn drop(&mut self) {
-        lent(|maps| maps.remove(&self.0.as_ptr().addr()));
+        lent(|maps| maps.remove(&self.map.as_ptr().addr()));
     }
 }
 

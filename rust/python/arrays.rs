@@ -141,7 +141,7 @@ fn check_floats<'a, 'py: 'a>(arrays: impl IntoIterator<Item = &'a Array<'py>>) -
     Err(PyTypeError::new_err("only floats can be computed with"))
 }
 
-fn source(array: &Array<'_>) -> ArraySource {
+pub(super) fn source(array: &Array<'_>) -> ArraySource {
     // SAFETY: its owner is held for the time of the call, which the source does not outlive. That no
     // one writes to it meanwhile is for the caller to see to, as with NumPy.
     unsafe { ArraySource::new(array.start, array.bytes, array.dtype) }

@@ -30,7 +30,7 @@ mod _core {
     };
     #[pymodule_export]
     use super::checkpoint::{
-        Checkpoint, FileMap, TensorInfo, index_json, lay_out, open_checkpoint,
+        Checkpoint, FileMap, Shard, TensorInfo, index_json, lay_out, open_checkpoint,
     };
     #[pymodule_export]
     use super::merge::{

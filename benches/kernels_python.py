@@ -1,5 +1,7 @@
 """How fast `oxmerge.kernels` are on arrays in memory, beside a copy, torch and NumPy.
 
+After the large arrays come calls on small ones, averages in place among them, and on lists of many.
+
 Everything runs in one process, in rounds: each round runs every contender once, so that a busy
 moment hits all alike, and the best round of each counts. Before each there is a pause, in which the
 threads of the one before, which spin for a while, go to sleep. Rates count every byte of every
@@ -224,6 +226,50 @@ def small_calls() -> dict[str, float]:
     return found
 
 
+#: A model of many small tensors: how many, and the length of their rows and columns.
+TENSORS, LENGTH = 400, 64
+
+
+def list_calls(threads: int) -> dict[str, float]:
+    """Return microseconds of a step of an average over many small tensors, in place."""
+    shape = (LENGTH, LENGTH)
+    mean, latest = ([torch.randn(shape) for _ in range(TENSORS)] for _ in range(2))
+    arrays = [[tensor.numpy() for tensor in tensors] for tensors in (mean, latest)]
+    options = {"threads": threads}
+    calls: dict[str, Callable[[], object]] = {
+        "torch._foreach_lerp_": lambda: torch._foreach_lerp_(mean, latest, 0.1),
+        "oxmerge lerp, torch": lambda: kernels.lerp(mean, latest, 0.1, out=mean, **options),
+        "oxmerge lerp, numpy": lambda: kernels.lerp(*arrays, 0.1, out=arrays[0], **options),
+        "oxmerge weighted_sum, torch": lambda: kernels.weighted_sum(
+            [mean, latest], [0.9, 0.1], out=mean, **options
+        ),
+    }
+    # In turns, so that a busy moment hits all alike.
+    found = dict.fromkeys(calls, float("inf"))
+    for _ in range(300):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            found[name] = min(found[name], (time.perf_counter() - started) * 1e6)
+    return found
+
+
+def average_calls() -> dict[str, float]:
+    """Return microseconds of an average of two arrays of 256 by 256, apart and in place."""
+    a, b, out = (np.ones((256, 256), np.float32) for _ in range(3))
+    calls: dict[str, Callable[[], object]] = {}
+    for where, target in (("apart", out), ("in place", a)):
+        calls[f"lerp, {where}"] = lambda to=target: kernels.lerp(a, b, 0.1, out=to)  # type: ignore[misc]
+        calls[f"linear, {where}"] = lambda to=target: kernels.linear([a, b], weight=0.5, out=to)  # type: ignore[misc]
+    found = dict.fromkeys(calls, float("inf"))
+    for _ in range(1000):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            found[name] = min(found[name], (time.perf_counter() - started) * 1e6)
+    return found
+
+
 def ratio(rows: dict[str, dict[str, float]], target: Target) -> float:
     """Return by how much the better one is ahead."""
     better, worse = rows[target.better], rows[target.worse]
@@ -251,6 +297,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     rows = measure(list(cases(options.elements, options.threads)), options.rounds)
     calls = small_calls()
+    lists, averages = list_calls(options.threads), average_calls()
     out = sys.stdout.write
     out(f"{options.elements >> 20} Mi elements of bfloat16, {options.threads} threads, best of ")
     out(f"{options.rounds} rounds, load {load:.1f} at the start, simd ")
@@ -263,16 +310,30 @@ def main() -> None:
         out(f"| {rate / 1e9:.1f} | {rate / copy:.0%} |\n")
     out("\n| a call on 4 KiB | µs |\n| --- | --- |\n")
     out("".join(f"| {name} | {each:.1f} |\n" for name, each in calls.items()))
+    out(f"\n| {TENSORS} tensors of {LENGTH} by {LENGTH} | µs |\n| --- | --- |\n")
+    out("".join(f"| {name} | {each:.0f} |\n" for name, each in lists.items()))
+    out("\n| two arrays of 256 by 256 | µs |\n| --- | --- |\n")
+    out("".join(f"| {name} | {each:.1f} |\n" for name, each in averages.items()))
     out("\n| target | wanted | found |\n| --- | --- | --- |\n")
     verdicts = []
     for target in TARGETS:
         found = ratio(rows, target)
         verdicts.append((f"{target.better} ÷ {target.worse}", target.factor, found))
     verdicts.append(("20 µs ÷ slowest small sum", 1, 20 / max(list(calls.values())[:4])))
+    foreach, ours = lists["torch._foreach_lerp_"], lists["oxmerge lerp, torch"]
+    verdicts.append(("a list: oxmerge ÷ torch._foreach_lerp_", 1, foreach / ours))
+    for name in ("lerp", "linear"):
+        share = averages[f"{name}, apart"] / averages[f"{name}, in place"]
+        verdicts.append((f"{name}: in place ÷ apart", 0.8, share))
     for name, wanted, found in verdicts:
         out(f"| {name} | {wanted:g} | {found:.2f}{'' if found >= wanted else ' **missed**'} |\n")
     if options.json is not None:
-        options.json.write_text(json.dumps({"rows": rows, "small": calls, "load": load}, indent=1))
+        options.json.write_text(
+            json.dumps(
+                {"rows": rows, "small": calls, "lists": lists, "averages": averages, "load": load},
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from writers import random_arrays, write_model
@@ -45,7 +45,7 @@ def cached_share(path: Path) -> float:
         arguments = (file.fileno(), ctypes.byref(asked), ctypes.byref(found), 0)
         if ctypes.CDLL(None).syscall(451, *arguments) != 0:
             pytest.skip("the kernel has no cachestat (Linux 6.5)")
-    return found.cached * 4096 / path.stat().st_size
+    return float(found.cached * 4096 / path.stat().st_size)
 
 
 def make_cold(path: Path) -> None:
@@ -79,7 +79,7 @@ def place() -> Iterator[Path]:
 
 def merge_as(user: int, place: Path, out: str) -> None:
     files = (place / "r.yml", place / "first.yml", place / "home" / out)
-    command = [sys.executable, "-c", MERGE, str(user), *files]
+    command: list[Any] = [sys.executable, "-c", MERGE, str(user), *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -264,7 +264,10 @@ def test_a_lazy_source_is_computed_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_average_of_the_guide_is_right(tmp_path: Path) -> None:
-    values = {"x": np.array([[1, 2], [3, 4]], np.float32), "ids": np.arange(3, dtype=np.uint16)}
+    values: dict[str, Any] = {
+        "x": np.array([[1, 2], [3, 4]], np.float32),
+        "ids": np.arange(3, dtype=np.uint16),
+    }
     for name in "ab":
         write_model(tmp_path / name, values, "BF16")
     opened = [oxmerge.open(tmp_path / name) for name in "ab"]
@@ -316,9 +319,10 @@ def test_lazy_reads_only_what_is_asked_for(tmp_path: Path) -> None:
 
 def test_lazy_checks_what_it_is_asked(tmp_path: Path) -> None:
     message = "^framework must be one of np, numpy, pt, torch, pytorch, not 'jax'$"
-    for act in (oxmerge.lazy, oxmerge.open):
+    acts: tuple[Any, ...] = (oxmerge.lazy, oxmerge.open)
+    for act in acts:
         with pytest.raises(ValueError, match=message):
-            act(tmp_path / "r.yml", framework="jax")  # type: ignore[operator]
+            act(tmp_path / "r.yml", framework="jax")
     with pytest.raises(ValueError, match=r"^threads must be at least 1, not 0$"):
         oxmerge.lazy(tmp_path / "r.yml", threads=0)
     with pytest.raises(FileNotFoundError):

@@ -25,6 +25,10 @@ from oxmerge import _core, kernels
 
 BF16 = ml_dtypes.bfloat16
 DTYPES: list[Any] = [np.float16, BF16, np.float32, np.float64]
+X = np.array([1, 2, 3], np.float32)
+WIDE = np.zeros(8, np.float32)
+READ_ONLY = np.zeros(3, np.float32)
+READ_ONLY.setflags(write=False)
 LENGTHS = st.sampled_from([1, 2, 15, 2048, 2049, 65_536, 65_537, 140_000, 400_001])
 
 
@@ -268,7 +272,7 @@ def test_lists_give_what_single_arrays_give(dtype: Any, threads: int | None) -> 
 def test_lists_of_any_arrays() -> None:
     odd = np.arange(12, dtype=np.float32).reshape(3, 4).T
     narrow = np.ones(3, ml_dtypes.float8_e4m3fn)
-    mixed = [odd, narrow, array.array("f", [1, 2]), np.float64([1, 2])]
+    mixed = [odd, narrow, array.array("f", [1, 2]), np.array([1, 2], np.float64)]
     found = kernels.weighted_sum([mixed, mixed], [1, 1])
     assert [each.tolist() for each in found] == [(2 * odd).tolist(), [2, 2, 2], [2, 4], [2, 4]]
     assert [each.dtype.name for each in found] == ["float32", "bfloat16", "float32", "float64"]
@@ -302,7 +306,7 @@ def overlapping_lists() -> Any:
             "b has 2 arrays, and a 1; give lists of one length",
         ),
         (
-            lambda: kernels.lerp([X], X, 0.5),  # type: ignore[call-overload]
+            lambda: kernels.lerp([X], X, 0.5),
             TypeError,
             "b is a ndarray, and a a list of arrays; pass lists for all",
         ),
@@ -496,8 +500,6 @@ def test_parameters_are_for_all_or_for_each() -> None:
 
 # Errors.
 
-X = np.array([1, 2, 3], np.float32)
-
 
 def call(method: str, *arguments: Any, **options: Any) -> Any:
     return lambda: oxmerge.merge_tensors(method, *arguments, **options)
@@ -511,9 +513,6 @@ OVERLAP = (
     "out overlaps an input without being the same array; pass another out, or the input itself "
     "to overwrite it"
 )
-WIDE = np.zeros(8, np.float32)
-READ_ONLY = np.zeros(3, np.float32)
-READ_ONLY.setflags(write=False)
 
 
 class Module:

@@ -86,7 +86,7 @@ def test_metadata(tmp_path: Path) -> None:
     with safe_open(path, "np") as file:
         assert file.metadata() == {"format": "np", "step": "3", "wer": "ich"}
     for wrong in ({"step": 3}, {3: "step"}, [("a", "b")]):
-        with pytest.raises(TypeError, match="^metadata must be"):
+        with pytest.raises(TypeError, match=r"^metadata must be"):
             oxmerge.save({}, tmp_path / "n", metadata=wrong)  # type: ignore[arg-type]
 
 
@@ -163,7 +163,7 @@ def test_a_mapping_may_be_larger_than_memory(tmp_path: Path, kind: str) -> None:
     models = "".join(f"- {{model: {name}, parameters: {{weight: 1}}}}\n" for name in "ab")
     (tmp_path / "r.yml").write_text(f"merge_method: linear\nmodels:\n{models}")
     source = tmp_path / ("r.yml" if kind == "lazy" else "a")
-    command = [sys.executable, "-c", LARGE, kind, source, tmp_path / "out"]
+    command: list[Any] = [sys.executable, "-c", LARGE, kind, source, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if kind == "lazy":
@@ -294,7 +294,7 @@ oxmerge.save(Slow(x=0, y=0), sys.argv[1])
 @pytest.mark.parametrize("target", ["m.safetensors", "out"])
 def test_runs_at_once_and_dead_ones(tmp_path: Path, target: str) -> None:
     path = tmp_path / target
-    command = [sys.executable, "-c", SLOW, path]
+    command: list[Any] = [sys.executable, "-c", SLOW, path]
     streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **streams) as other:
         assert other.stdout is not None
@@ -326,7 +326,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, target: 
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SLOW, tmp_path / "m.safetensors"]
+    command: list[Any] = [sys.executable, "-c", SLOW, tmp_path / "m.safetensors"]
     streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, **streams) as other:
         assert other.stdout is not None

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from writers import random_arrays, write_model
@@ -73,7 +73,13 @@ def mount(tmp_path: Path) -> Iterator[Path]:
     models = "".join(f"- {{model: {name}, parameters: {{weight: 1}}}}\n" for name in "ab")
     (served / "r.yml").write_text(f"merge_method: linear\nmodels:\n{models}")
     mount.mkdir()
-    command = [sys.executable, Path(__file__).with_name("stalling_mount.py"), served, mount, gate]
+    command: list[Any] = [
+        sys.executable,
+        Path(__file__).with_name("stalling_mount.py"),
+        served,
+        mount,
+        gate,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         if server.stdout.readline() != "mounted\n":
@@ -87,7 +93,7 @@ def mount(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", BODIES)
 def test_other_threads_go_on(mount: Path, tmp_path: Path, name: str) -> None:
     program = PROGRAM.replace("{body}", BODIES[name])
-    command = [sys.executable, "-c", program, mount, tmp_path / "gate", tmp_path / "out"]
+    command: list[Any] = [sys.executable, "-c", program, mount, tmp_path / "gate", tmp_path / "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             out, _ = process.communicate(timeout=30)

@@ -16,6 +16,7 @@ import oxmerge
 import pytest
 import torch
 from oxmerge import _core, kernels
+from safetensors.torch import load_file
 from test_in_memory import SEED, STORED, call_of, case, uniform
 from torch._subclasses.fake_tensor import FakeTensorMode
 from writers import random_arrays, tuned, write_model
@@ -239,7 +240,7 @@ def test_lists_of_any_tensors() -> None:
     odd = torch.arange(6.0).reshape(2, 3).T
     negated = torch.tensor([1 + 2j]).conj().imag
     narrow = torch.ones(3).to(torch.float8_e4m3fn)
-    given = [odd, negated, narrow, np.float32([1, 2])]
+    given = [odd, negated, narrow, np.array([1, 2], np.float32)]
     found = kernels.weighted_sum([given, given], [1, 1])
     assert found[0].tolist() == (2 * odd).tolist()
     assert found[1].tolist() == [-4]
@@ -352,6 +353,68 @@ def test_autograd_knows_what_was_overwritten() -> None:
             loss(act).backward()
     with torch.inference_mode():
         assert kernels.weighted_sum([X], [3], out=torch.empty(3)).tolist() == [3, 3, 3]
+
+
+def test_tensors_are_saved_and_opened(tmp_path: Path) -> None:
+    weight = torch.arange(6.0).reshape(2, 3).bfloat16()
+    linear = torch.nn.Linear(3, 2)
+    tensors = {
+        **linear.state_dict(),
+        "parameter": linear.weight,
+        "columns": weight.T,
+        "tied": weight,
+        "tied too": weight,
+        "single": torch.tensor(3.5, dtype=torch.float16),
+        "nothing": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "narrow": torch.ones(3).to(torch.float8_e4m3fn),
+        "negated": torch.tensor([1 + 2j]).conj().imag,
+        "numpy": np.array([1, 2], np.float32),
+        "numpy of bfloat16": np.ones(3, BF16),
+    }
+    path = tmp_path / "m.safetensors"
+    oxmerge.save(tensors, path)
+    loaded = load_file(path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        expected = tensor if isinstance(tensor, torch.Tensor) else loaded[name]
+        assert loaded[name].dtype == expected.dtype
+        assert torch.equal(loaded[name].float(), expected.detach().float())
+    assert loaded["numpy of bfloat16"].dtype == torch.bfloat16
+    del tensors["narrow"]
+    oxmerge.save(tensors, path, overwrite=True)
+    opened = oxmerge.open(path, framework="pt")
+    for name, tensor in opened.items():
+        assert tensor.dtype == loaded[name].dtype
+        assert torch.equal(tensor, loaded[name])
+    before = path.read_bytes()
+    opened["weight"].zero_()  # in memory alone
+    assert path.read_bytes() == before
+    oxmerge.save(opened, tmp_path / "again", shard_size=40)
+    again = oxmerge.open(tmp_path / "again", "pt")
+    assert all(torch.equal(again[name], opened[name]) for name in tensors)
+    mixed = oxmerge.merge_state_dicts("linear", [again, dict(opened)], weight=0.5)
+    assert isinstance(mixed["columns"], torch.Tensor)
+
+
+def test_no_tensor_on_a_device_is_saved_as_nothing(tmp_path: Path) -> None:
+    tensors = {"x": torch.empty(3, device="meta"), "y": torch.eye(2).to_sparse()}
+    with pytest.raises(oxmerge.PlanError, match="cannot be saved: 2 problems"):
+        oxmerge.save(tensors, tmp_path / "m.safetensors")
+
+
+def test_the_average_of_the_guide_is_right_in_torch(tmp_path: Path) -> None:
+    values = {"x": np.full((3, 5), 1.5, np.float32)}
+    for name in "ab":
+        write_model(tmp_path / name, values, "BF16")
+    numpy = [oxmerge.open(tmp_path / name) for name in "ab"]
+    oxmerge.save({"x": (numpy[0]["x"] + numpy[1]["x"]) / 2}, tmp_path / "numpy")
+    of_torch = [oxmerge.open(tmp_path / name, framework="pt") for name in "ab"]
+    oxmerge.save({"x": (of_torch[0]["x"] + of_torch[1]["x"]) / 2}, tmp_path / "torch")
+    for name in ("numpy", "torch"):
+        found = load_file(tmp_path / name / "model.safetensors")["x"]
+        assert found.dtype == torch.bfloat16
+        assert found.unique().tolist() == [1.5]
 
 
 class Other:

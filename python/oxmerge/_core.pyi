@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
 
@@ -60,9 +61,11 @@ class Checkpoint:
     def warnings(self) -> list[str]: ...
     def map(self, file: int, writable: bool) -> FileMap: ...
 
+# Has the buffer protocol, which classes show from Python 3.12 on.
 @final
 class FileMap:
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Shard:

@@ -45,7 +45,7 @@ class OpenCheckpoint(Mapping[str, Any]):
         self._checkpoint = _core.open_checkpoint(os.fspath(path))
         self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
         self._files: list[dict[str, Any]] = self._checkpoint.files
-        self._maps: dict[int, _core.FileMap] = {}
+        self._maps: dict[int, Any] = {}
         self._closed = False
         self.path: str = self._checkpoint.path
         self.warnings: list[str] = self._checkpoint.warnings
@@ -127,7 +127,7 @@ class OpenCheckpoint(Mapping[str, Any]):
         """Close it."""
         self.close()
 
-    def _map(self, file: int) -> _core.FileMap:
+    def _map(self, file: int) -> Any:
         if self._closed:
             raise ValueError(f"the checkpoint `{self.path}` is closed")
         if file not in self._maps:

@@ -135,9 +135,9 @@ def save(
     Notes
     -----
     Files have temporary names until all of them are on the disk; after an error, what was there is
-    still there. Arrays that share memory, as tied weights do, are written under each of their names.
-    What is no array of a checkpoint or a lazy merge is looked up twice, the first time for its shape
-    and type.
+    still there. Arrays that share memory, as tied weights do, are written under each of their
+    names. Arrays are looked up twice, the first time for shape and type, but those of an opened
+    checkpoint or a lazy merge.
 
     Examples
     --------
@@ -188,12 +188,13 @@ def _described(tensors: Mapping[str, Any]) -> list[_Tensor]:
         With each that cannot be saved.
     """
     found, problems = [], []
-    has_headers = hasattr(tensors, "dtype_of") and hasattr(tensors, "shape_of")
+    of: Any = tensors  # one of ours knows its tensors from headers
+    has_headers = hasattr(of, "dtype_of") and hasattr(of, "shape_of")
     for name in tensors:
         try:
             _check_name(name)
             if has_headers:
-                found.append(_Tensor(name, tensors.dtype_of(name), tensors.shape_of(name)))
+                found.append(_Tensor(name, of.dtype_of(name), of.shape_of(name)))
             else:
                 code, array = _stored(tensors[name])
                 found.append(_Tensor(name, code, tuple(array.shape)))

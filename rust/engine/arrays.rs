@@ -284,7 +284,7 @@ pub fn run_many(
     let blocks: Vec<(usize, Range<u64>)> = (0..many.is_apart.len()).flat_map(blocks).collect();
     let bytes = many.memory.iter().map(|memory| memory.bytes as u64).sum();
     let workers = workers(bytes, blocks.len() as u64, threads);
-    let share = (blocks.len() / (8 * workers)).max(1);
+    let run = (blocks.len() / (8 * workers)).max(1);
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
         let frame = TensorFrame::new("", 0, &[]);
@@ -293,19 +293,19 @@ pub fn run_many(
         let mut programs =
             Programs { level, frame: &frame, code: &code, single: None, double: None };
         loop {
-            let first = next.fetch_add(share, Ordering::Relaxed);
+            let first = next.fetch_add(run, Ordering::Relaxed);
             let Some(mine) = blocks.get(first..).filter(|left| !left.is_empty()) else {
                 return Ok(());
             };
             control.check()?;
-            for (index, part) in &mine[..share.min(mine.len())] {
+            for (index, part) in &mine[..run.min(mine.len())] {
                 let (inputs, out) = many.one(*index);
                 // SAFETY: as promised to `push`; and this block of this output is handed out once.
                 unsafe { loops.compute(inputs, out, many.is_apart[*index], part, &mut programs)? };
             }
         }
     };
-    in_threads(workers, &work).into_iter().collect()
+    in_threads(workers, work).into_iter().collect()
 }
 
 /// Code that is ready to run in each working type, once it was needed.
@@ -437,7 +437,7 @@ pub fn ulp_distance(
             found = (found.0.max(largest), found.1 + differing);
         }
     };
-    let results: Vec<Result<(u64, u64)>> = in_threads(workers(bytes, blocks, threads), &work);
+    let results: Vec<Result<(u64, u64)>> = in_threads(workers(bytes, blocks, threads), work);
     results.into_iter().try_fold((0, 0), |found, part| {
         let part = part?;
         Ok((found.0.max(part.0), found.1 + part.1))

@@ -1,6 +1,6 @@
 //! Arrays of Python, as the objects that own them: what is read and written is what they export.
 //!
-//! An object hands out its memory by the buffer protocol, or is a tensor of torch, which has DLPack
+//! An object hands out its memory by the buffer protocol, or is a tensor of torch, which has `DLPack`
 //! instead. Where the memory lies, how much there is, what it holds and whether it may be written to
 //! comes from the object alone, and it is held for the time of a call. So whatever a program passes,
 //! nothing is touched that is not there.
@@ -23,7 +23,7 @@ use crate::dtype::DType;
 use crate::io;
 
 /// An array as Python hands it over: the object that owns it; or a pair of that and an element type,
-/// where its own is another of the same size. (NumPy cannot export bfloat16, only its bits.)
+/// where its own is another of the same size. (`NumPy` cannot export bfloat16, only its bits.)
 pub(super) struct Given<'py> {
     object: Bound<'py, PyAny>,
     dtype: Option<DType>,
@@ -63,7 +63,7 @@ pub(super) fn export<'py>(
 }
 
 /// What `given` export.
-pub(super) fn export_all<'py>(given: Vec<Given<'py>>) -> PyResult<Vec<Array<'py>>> {
+pub(super) fn export_all(given: Vec<Given<'_>>) -> PyResult<Vec<Array<'_>>> {
     let torch = given.first().map(|given| Torch::loaded(given.object.py())).transpose()?.flatten();
     let wishes: Vec<Option<DType>> = given.iter().map(|given| given.dtype).collect();
     // To export a buffer may run a program's code, which could give a tensor other memory. So tensors
@@ -309,9 +309,9 @@ struct ExchangeApi {
 type Describe = unsafe extern "C" fn(object: *mut ffi::PyObject, out: *mut DlTensor) -> c_int;
 
 const EXCHANGE_API: &std::ffi::CStr = c"dlpack_exchange_api";
-/// The major version of DLPack whose structures these are.
+/// The major version of `DLPack` whose structures these are.
 const VERSION: u32 = 1;
-/// Devices whose memory is the CPU's: its own, and what is page-locked for CUDA and ROCm.
+/// Devices whose memory is the CPU's: its own, and what is page-locked for CUDA and HIP.
 const ON_CPU: [i32; 3] = [1, 3, 11];
 
 /// What of torch is needed. It is never imported from here.
@@ -408,9 +408,17 @@ fn not_exported(error: &PyErr) -> PyErr {
 }
 
 impl DlTensor {
+    fn lengths(&self, of: *const i64) -> Option<&[i64]> {
+        let rank = usize::try_from(self.rank).unwrap_or(0);
+        if rank == 0 {
+            return Some(&[]);
+        }
+        // SAFETY: there is one for each dimension, if there are any.
+        (!of.is_null()).then(|| unsafe { std::slice::from_raw_parts(of, rank) })
+    }
+
     fn is_single(&self) -> bool {
-        // SAFETY: there are as many lengths as dimensions.
-        (0..self.rank.max(0) as usize).all(|at| unsafe { *self.shape.add(at) } == 1)
+        self.lengths(self.shape).is_some_and(|shape| shape.iter().all(|&length| length == 1))
     }
 
     fn fill_in(&self, array: &mut Array<'_>) -> PyResult<()> {
@@ -419,7 +427,7 @@ impl DlTensor {
         }
         let bytes = usize::from(self.dtype.bits / 8);
         let dtype = match self.dtype.code {
-            _ if self.dtype.lanes != 1 || self.dtype.bits % 8 != 0 => None,
+            _ if self.dtype.lanes != 1 || !self.dtype.bits.is_multiple_of(8) => None,
             0 => signed(bytes),
             1 => unsigned(bytes),
             2 => float(bytes),
@@ -429,12 +437,12 @@ impl DlTensor {
         };
         let dtype = dtype
             .ok_or_else(|| PyTypeError::new_err("a tensor is of a type that has no arithmetic"))?;
-        let rank = usize::try_from(self.rank).map_err(|_| not_contiguous())?;
+        let shape = self.lengths(self.shape).ok_or_else(not_contiguous)?;
+        // Older versions have no steps where elements follow each other.
+        let steps = self.lengths(self.strides);
         let (mut count, mut is_contiguous) = (1_i64, true);
-        for at in (0..rank).rev() {
-            // SAFETY: there are as many lengths and steps as dimensions.
-            let (length, step) = unsafe { (*self.shape.add(at), self.step(at)) };
-            is_contiguous &= length == 1 || step.is_none_or(|step| step == count);
+        for (at, &length) in shape.iter().enumerate().rev() {
+            is_contiguous &= length == 1 || steps.is_none_or(|steps| steps[at] == count);
             count = count.checked_mul(length).ok_or_else(not_contiguous)?;
         }
         let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(dtype.size()));
@@ -447,15 +455,7 @@ impl DlTensor {
         }
         array.start = self.data.wrapping_add(self.offset as usize);
         (array.bytes, array.dtype) = (bytes, dtype);
-        (array.dimensions, array.rank) = (self.shape, rank);
+        (array.dimensions, array.rank) = (self.shape, shape.len());
         Ok(())
-    }
-
-    /// # Safety
-    ///
-    /// There is a dimension `at`.
-    unsafe fn step(&self, at: usize) -> Option<i64> {
-        // SAFETY: as promised; older versions have no steps where elements follow each other.
-        (!self.strides.is_null()).then(|| unsafe { *self.strides.add(at) })
     }
 }

@@ -234,12 +234,12 @@ def list_calls(threads: int) -> dict[str, float]:
     """Return microseconds of a step of an average over many small tensors, in place."""
     shape = (LENGTH, LENGTH)
     mean, latest = ([torch.randn(shape) for _ in range(TENSORS)] for _ in range(2))
-    arrays = [[tensor.numpy() for tensor in tensors] for tensors in (mean, latest)]
-    options = {"threads": threads}
+    a, b = ([tensor.numpy() for tensor in tensors] for tensors in (mean, latest))
+    options: dict[str, Any] = {"threads": threads}
     calls: dict[str, Callable[[], object]] = {
         "torch._foreach_lerp_": lambda: torch._foreach_lerp_(mean, latest, 0.1),
         "oxmerge lerp, torch": lambda: kernels.lerp(mean, latest, 0.1, out=mean, **options),
-        "oxmerge lerp, numpy": lambda: kernels.lerp(*arrays, 0.1, out=arrays[0], **options),
+        "oxmerge lerp, numpy": lambda: kernels.lerp(a, b, 0.1, out=a, **options),
         "oxmerge weighted_sum, torch": lambda: kernels.weighted_sum(
             [mean, latest], [0.9, 0.1], out=mean, **options
         ),

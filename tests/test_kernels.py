@@ -246,7 +246,11 @@ def test_lists_give_what_single_arrays_give(dtype: Any, threads: int | None) -> 
     a, b, c = lists_of(dtype, 3)
     calls: list[tuple[Any, Any]] = [
         (lambda x, **k: kernels.lerp(x(a), x(b), 0.3, **k), a),
+        (lambda x, **k: kernels.lerp(x(a), x(b), 0.3, **k), b),
         (lambda x, **k: kernels.lerp(x(a), x(b), 0.7, **k), b),
+        (lambda x, **k: kernels.lerp(x(a), x(a), 0.7, **k), a),
+        (lambda x, **k: kernels.weighted_sum([x(a), x(b)], [0.2, 0.9], **k), a),
+        (lambda x, **k: kernels.weighted_sum([x(a), x(b)], [0.2, 0.9], **k), b),
         (lambda x, **k: kernels.weighted_sum([x(a), x(b), x(c)], [0.2, 0, 0.9], **k), c),
         (lambda x, **k: kernels.task_vector(x(a), x(b), **k), b),
         (lambda x, **k: kernels.sign_consensus([x(a), x(b)], [1, 2], **k), a),

@@ -272,7 +272,13 @@ def mark_overwritten(*outs: Any) -> None:
     if torch is None:
         return
     increment = torch.autograd.graph.increment_version
-    tensors = [out for out in outs if isinstance(out, torch.Tensor)]
+    # By class, of which there are few: to ask each tensor takes longer than to change it.
+    classes = set(map(type, outs))
+    of_torch = {each for each in classes if issubclass(each, torch.Tensor)}
+    if not of_torch:
+        return
+    is_all = len(of_torch) == len(classes)
+    tensors = outs if is_all else [out for out in outs if type(out) in of_torch]
     try:
         increment(tensors)
     except TypeError:  # older ones take one at a time

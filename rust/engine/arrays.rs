@@ -24,11 +24,14 @@ use crate::formula::Value;
 use crate::formula::code::Code;
 use crate::formula::machine::{InputBytes, Machine, TensorFrame};
 use crate::io::AlignedBuffer;
-use crate::kernels::{self, BLOCK, Level};
+use crate::kernels::{self, BLOCK, Level, Update};
 
 /// Below so many bytes of inputs and output, starting a thread costs more than it gains; it is only
 /// done where it is asked for.
 const PARALLEL_FROM: u64 = 8 << 20;
+/// The same for many arrays, which take one after the other: less than a thread that has to be started
+/// could gain where others want the cores too.
+const MANY_PARALLEL_FROM: u64 = 32 << 20;
 /// Elements of many arrays that are computed at a time where they replace an input: they and what
 /// they are made of fit the first-level cache.
 const APART: u64 = 2048;
@@ -192,7 +195,7 @@ pub fn run(
     control: &Control,
 ) -> Result<Vec<f64>> {
     let wanted = if let Work::Numbers(numbers) = &task.work { numbers.len() } else { 0 };
-    let workers = workers(task.bytes(), task.blocks(), threads);
+    let workers = workers(task.bytes(), PARALLEL_FROM, task.blocks(), threads);
     let share = (task.blocks() / (4 * workers as u64)).clamp(1, PIECE_BLOCKS);
     let settings = Settings { level, workers, memory: u64::MAX, largest_piece: Some(share) };
     let memory = MemoryPlan::unbounded(workers);
@@ -283,7 +286,7 @@ pub fn run_many(
     };
     let blocks: Vec<(usize, Range<u64>)> = (0..many.is_apart.len()).flat_map(blocks).collect();
     let bytes = many.memory.iter().map(|memory| memory.bytes as u64).sum();
-    let workers = workers(bytes, blocks.len() as u64, threads);
+    let workers = workers(bytes, MANY_PARALLEL_FROM, blocks.len() as u64, threads);
     let run = (blocks.len() / (8 * workers)).max(1);
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
@@ -354,6 +357,16 @@ impl Loop<'_> {
         let Self { level, values, shape, apart } = self;
         let double = inputs.iter().chain([out]).any(|memory| memory.dtype == DType::F64);
         let (dtype, size) = (out.dtype, out.dtype.size());
+        if let Some((other, update)) = shape.as_ref().and_then(|shape| replaced(shape, inputs, out))
+            && !double
+        {
+            // SAFETY: that part is there, and is not written to: it is other memory than the output.
+            let other = unsafe { other.slice(part) };
+            // SAFETY: that part is there, and nobody else uses it.
+            let own = unsafe { out.place(part) };
+            kernels::update_bytes(*level, update, dtype, other, own);
+            return Ok(());
+        }
         for elements in steps(part.clone(), if is_apart { BLOCK as u64 } else { APART }) {
             let count = (elements.end - elements.start) as usize;
             // SAFETY: of each input that part is there and is not written to meanwhile: where it is
@@ -386,6 +399,16 @@ impl Loop<'_> {
         }
         Ok(())
     }
+}
+
+/// How `out` becomes a sum of itself and of another of the inputs, if that is what `shape` is and both
+/// are of one type.
+fn replaced<'a>(shape: &Shape, inputs: &'a [Memory], out: &Memory) -> Option<(&'a Memory, Update)> {
+    let mut same = inputs.iter().enumerate().filter(|(_, input)| input.start == out.start);
+    let (own, memory) = same.next()?;
+    let (other, update) = shape.update(own).filter(|_| same.next().is_none())?;
+    let is_uniform = memory.dtype == out.dtype && inputs[other].dtype == out.dtype;
+    is_uniform.then_some((&inputs[other], update))
 }
 
 /// Runs `work` on `workers` threads, this one among them.
@@ -437,18 +460,16 @@ pub fn ulp_distance(
             found = (found.0.max(largest), found.1 + differing);
         }
     };
-    let results: Vec<Result<(u64, u64)>> = in_threads(workers(bytes, blocks, threads), work);
+    let results: Vec<Result<(u64, u64)>> =
+        in_threads(workers(bytes, PARALLEL_FROM, blocks, threads), work);
     results.into_iter().try_fold((0, 0), |found, part| {
         let part = part?;
         Ok((found.0.max(part.0), found.1 + part.1))
     })
 }
 
-fn workers(bytes: u64, blocks: u64, threads: Option<usize>) -> usize {
+fn workers(bytes: u64, from: u64, blocks: u64, threads: Option<usize>) -> usize {
     let most = blocks.max(1) as usize;
-    let cores = || match bytes {
-        PARALLEL_FROM.. => thread::available_parallelism().map_or(1, usize::from),
-        _ => 1,
-    };
-    threads.unwrap_or_else(cores).clamp(1, most)
+    let cores = || thread::available_parallelism().map_or(1, usize::from);
+    threads.unwrap_or_else(|| if bytes >= from { cores() } else { 1 }).clamp(1, most)
 }

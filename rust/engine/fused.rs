@@ -11,7 +11,7 @@ use crate::dtype::DType;
 use crate::formula::machine::{InputBytes, Machine};
 use crate::formula::masks::MaskName;
 use crate::formula::{BinaryOp, Reduction, ReductionKind, Scalar, Value, ValueNode};
-use crate::kernels::{self, LANES, Lanes, Level, Real, SPAN, ThinnedTerm, Votes};
+use crate::kernels::{self, LANES, Lanes, Level, Real, SPAN, ThinnedTerm, Update, Votes};
 
 type Inputs<'a> = [Option<InputBytes<'a>>];
 
@@ -62,6 +62,33 @@ impl Shape {
     pub(crate) fn of_sum(value: &Value) -> Option<Self> {
         let weighted = weighted_inputs(value).map(Self::Weighted);
         weighted.or_else(|| shifted(value).map(Self::Shifted))
+    }
+
+    /// What a sum of input `own` and another one is, if the result replaces that input: and which
+    /// the other is.
+    pub(crate) fn update(&self, own: usize) -> Option<(usize, Update)> {
+        let narrow = f32::from_f64;
+        match self {
+            Self::Weighted(terms) => match terms[..] {
+                [(c, x), (d, y)] if x == own && y != own => {
+                    Some((y, Update::Sum { own: narrow(c), other: narrow(d), other_first: false }))
+                }
+                [(d, y), (c, x)] if x == own && y != own => {
+                    Some((y, Update::Sum { own: narrow(c), other: narrow(d), other_first: true }))
+                }
+                _ => None,
+            },
+            Self::Shifted(Shifted { base, terms, scale }) => match terms[..] {
+                [(t, x)] if *base == own && x != own => {
+                    Some((x, Update::Toward { t: narrow(t), scale: narrow(*scale) }))
+                }
+                [(t, x)] if x == own && *base != own => {
+                    Some((*base, Update::From { t: narrow(t), scale: narrow(*scale) }))
+                }
+                _ => None,
+            },
+            Self::Thinned(_) => None,
+        }
     }
 
     fn run<T: Real>(&self, machine: &Machine<'_, T>, step: &Step<'_>, output: &mut Output<'_>) {

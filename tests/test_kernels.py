@@ -25,6 +25,10 @@ from oxmerge import _core, kernels
 
 BF16 = ml_dtypes.bfloat16
 DTYPES: list[Any] = [np.float16, BF16, np.float32, np.float64]
+X = np.array([1, 2, 3], np.float32)
+WIDE = np.zeros(8, np.float32)
+READ_ONLY = np.zeros(3, np.float32)
+READ_ONLY.setflags(write=False)
 LENGTHS = st.sampled_from([1, 2, 15, 2048, 2049, 65_536, 65_537, 140_000, 400_001])
 
 
@@ -222,16 +226,156 @@ def test_ulp_distance(dtype: Any) -> None:
     assert kernels.ulp_distance(many.view(dtype), other.view(dtype), threads=3) == (9, 2)
 
 
+# Lists.
+
+
+SHAPES = [(64, 64), (1,), (), (0, 3), (70_001,), (3, 5, 7), (2, 40_000), (8192,), (8193,)]
+
+
+def lists_of(dtype: Any, count: int = 2) -> list[list[Any]]:
+    generator = np.random.default_rng(3)
+    return [
+        [np.asarray(generator.standard_normal(shape)).astype(dtype) for shape in SHAPES]
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, BF16])
+@pytest.mark.parametrize("threads", [1, 3, None])
+def test_lists_give_what_single_arrays_give(dtype: Any, threads: int | None) -> None:
+    a, b, c = lists_of(dtype, 3)
+    calls: list[tuple[Any, Any]] = [
+        (lambda x, **k: kernels.lerp(x(a), x(b), 0.3, **k), a),
+        (lambda x, **k: kernels.lerp(x(a), x(b), 0.3, **k), b),
+        (lambda x, **k: kernels.lerp(x(a), x(b), 0.7, **k), b),
+        (lambda x, **k: kernels.lerp(x(a), x(a), 0.7, **k), a),
+        (lambda x, **k: kernels.weighted_sum([x(a), x(b)], [0.2, 0.9], **k), a),
+        (lambda x, **k: kernels.weighted_sum([x(a), x(b)], [0.2, 0.9], **k), b),
+        (lambda x, **k: kernels.weighted_sum([x(a), x(b), x(c)], [0.2, 0, 0.9], **k), c),
+        (lambda x, **k: kernels.task_vector(x(a), x(b), **k), b),
+        (lambda x, **k: kernels.sign_consensus([x(a), x(b)], [1, 2], **k), a),
+        (lambda x, **k: kernels.convert(x(a), "float32", **k), None),
+        (lambda x, **k: kernels.convert(x(a), dtype, **k), a),
+    ]
+    for call, target in calls:
+        single = [call(lambda arrays, at=at: arrays[at]) for at in range(len(SHAPES))]
+        expected = [each.tobytes() for each in single]
+        for many in (call(list, threads=threads), call(tuple, threads=threads)):
+            assert [each.dtype for each in many] == [each.dtype for each in single]
+            assert [each.tobytes() for each in many] == expected
+        out = [np.empty_like(each) for each in single]
+        assert call(list, out=out, threads=threads) is out
+        assert [each.tobytes() for each in out] == expected
+        if target is not None:
+            before = [each.copy() for each in target]
+            call(list, out=target, threads=threads)
+            assert [each.tobytes() for each in target] == expected
+            target[:] = before
+
+
+def test_lists_of_any_arrays() -> None:
+    odd = np.arange(12, dtype=np.float32).reshape(3, 4).T
+    narrow = np.ones(3, ml_dtypes.float8_e4m3fn)
+    mixed = [odd, narrow, array.array("f", [1, 2]), np.array([1, 2], np.float64)]
+    found = kernels.weighted_sum([mixed, mixed], [1, 1])
+    assert [each.tolist() for each in found] == [(2 * odd).tolist(), [2, 2, 2], [2, 4], [2, 4]]
+    assert [each.dtype.name for each in found] == ["float32", "bfloat16", "float32", "float64"]
+    assert kernels.lerp([], [], 0.5) == []
+    single = kernels.weighted_sum([[X, X]], [2], dtype="float16")
+    assert [each.dtype.name for each in single] == ["float16", "float16"]
+
+
+def test_lerp_is_exact_at_the_ends_and_where_both_are_equal() -> None:
+    a, b = (np.random.default_rng(at).standard_normal(999).astype(np.float32) for at in range(2))
+    assert np.array_equal(kernels.lerp(a, b, 0), a)
+    assert np.array_equal(kernels.lerp(a, b, 1), b)
+    for t in (0.1, 0.5, 0.9, 0.999):
+        assert np.array_equal(kernels.lerp(a, a, t), a)
+        near, far, share = (a, b, t) if t < 0.5 else (b, a, 1 - t)
+        assert np.array_equal(kernels.lerp(a, b, t), near + np.float32(share) * (far - near))
+    assert kernels.lerp(a, b, -1).tolist() == (a - (b - a)).tolist()
+
+
+def overlapping_lists() -> Any:
+    flat = np.arange(8, dtype=np.float32)
+    return kernels.lerp([flat[:4], X[:2]], [flat[2:6], X[1:]], 0.5, out=[flat[:4], flat[6:]])
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "message"),
+    [
+        (
+            lambda: kernels.lerp([X], [X, X], 0.5),
+            ValueError,
+            "b has 2 arrays, and a 1; give lists of one length",
+        ),
+        (
+            lambda: kernels.lerp([X], X, 0.5),
+            TypeError,
+            "b is a ndarray, and a a list of arrays; pass lists for all",
+        ),
+        (
+            lambda: kernels.weighted_sum([[X, X], [X, X[:2]]], [1, 1]),
+            ValueError,
+            (
+                "tensors[1][1] has the shape (2,), and tensors[0][1] (3,); all must be equal: "
+                "reshape one, or leave it out"
+            ),
+        ),
+        (
+            lambda: kernels.lerp([X], [X], 0.5, out=X),
+            TypeError,
+            "out is a ndarray, and a a list of arrays; pass lists for all",
+        ),
+        (
+            lambda: kernels.lerp([X, X], [X, X], 0.5, out=[np.empty(3, np.float32), READ_ONLY]),
+            ValueError,
+            "out[1] is read-only; pass an array that may be written to",
+        ),
+        (
+            lambda: kernels.lerp([X], [X], 0.5, out=[np.empty(6, np.float32)[::2]]),
+            ValueError,
+            (
+                "the elements of out[0] do not follow each other in memory; write into a "
+                "contiguous one, such as `numpy.ascontiguousarray(out[0])`, and copy from there"
+            ),
+        ),
+        (
+            lambda: kernels.lerp([X], [X], 0.5, out=[np.empty(3, np.float16)], dtype="float32"),
+            ValueError,
+            "out[0] is of F16, and the result of F32; pass one of F32, or another dtype",
+        ),
+        (
+            lambda: kernels.lerp([X], [[1, 2, 3]], 0.5),
+            TypeError,
+            (
+                "b[0] is no array but a list; pass a NumPy array, a torch tensor, or something "
+                "with a buffer or DLPack"
+            ),
+        ),
+        (
+            lambda: kernels.lerp([X, X], [X, X], 0.5, out=[WIDE[:3], WIDE[1:4]]),
+            ValueError,
+            "two of out share memory; pass arrays of their own, or leave one of them out",
+        ),
+        (
+            overlapping_lists,
+            ValueError,
+            (
+                "out overlaps an input without being the same array; pass another out, or the "
+                "input itself to overwrite it"
+            ),
+        ),
+    ],
+)
+def test_errors_of_lists_say_which(act: Any, kind: type[Exception], message: str) -> None:
+    before = WIDE.copy()
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        act()
+    assert np.array_equal(WIDE, before)
+
+
 # What an array is.
-
-
-def test_raw_bfloat16() -> None:
-    values = np.arange(8).astype(BF16)
-    raw = values.view(np.uint16)
-    found = kernels.weighted_sum([raw, raw], [1, 0.5], dtype="bfloat16")
-    assert found.dtype == np.uint16
-    assert np.array_equal(found.view(BF16), (values.astype(np.float32) * 1.5).astype(BF16))
-    assert kernels.norm(raw, math.inf, dtype="bfloat16") == 7
 
 
 def test_what_is_not_contiguous_is_copied() -> None:
@@ -290,10 +434,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert kernels.top_k_mask(X, one, threads=one).tolist() == [0, 0, 1]
 
 
-def test_a_raw_mask_goes_to_out() -> None:
-    out = np.empty(5, np.uint16)
-    assert kernels.random_mask(5, 1, out=out, dtype="bfloat16") is out
-    assert out.view(BF16).tolist() == [1] * 5
+def test_a_mask_of_bfloat16_goes_to_out() -> None:
+    out = np.empty(5, BF16)
+    assert kernels.random_mask(5, 1, out=out) is out
+    assert out.tolist() == [1] * 5
 
 
 def test_results_go_to_out() -> None:
@@ -360,8 +504,6 @@ def test_parameters_are_for_all_or_for_each() -> None:
 
 # Errors.
 
-X = np.array([1, 2, 3], np.float32)
-
 
 def call(method: str, *arguments: Any, **options: Any) -> Any:
     return lambda: oxmerge.merge_tensors(method, *arguments, **options)
@@ -375,9 +517,6 @@ OVERLAP = (
     "out overlaps an input without being the same array; pass another out, or the input itself "
     "to overwrite it"
 )
-WIDE = np.zeros(8, np.float32)
-READ_ONLY = np.zeros(3, np.float32)
-READ_ONLY.setflags(write=False)
 
 
 class Module:
@@ -563,8 +702,8 @@ class Module:
             sums([X.view(np.uint16)], [1]),
             TypeError,
             (
-                'tensors[0] is of U16; convert it, or pass dtype="bfloat16" if it holds the bits '
-                "of bfloat16"
+                "tensors[0] is of U16; convert it to floats first, or view its bits as what they "
+                "are (`.view(ml_dtypes.bfloat16)`)"
             ),
         ),
         (

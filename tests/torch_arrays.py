@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,8 @@ import numpy as np
 import oxmerge
 import pytest
 import torch
-from oxmerge import kernels
+from oxmerge import _core, kernels
+from safetensors.torch import load_file
 from test_in_memory import SEED, STORED, call_of, case, uniform
 from torch._subclasses.fake_tensor import FakeTensorMode
 from writers import random_arrays, tuned, write_model
@@ -61,7 +65,7 @@ def test_torch_tensors_give_the_bits_of_files(case: tuple[str, Path, Stored], fa
 
 def test_lazy_tensors_have_the_bits_of_files(case: tuple[str, Path, Stored]) -> None:
     _, recipe, expected = case
-    lazy = oxmerge.lazy(recipe, kind="torch", seed=SEED)
+    lazy = oxmerge.lazy(recipe, framework="pt", seed=SEED)
     assert all(isinstance(tensor, torch.Tensor) for tensor in lazy.values())
     assert stored(lazy) == expected
 
@@ -76,7 +80,7 @@ def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
             kernels.top_k_mask(X, 2),
             kernels.gram([X, X]),
             oxmerge.merge_tensors("linear", [X.expand(2, 3).T], weight=1),
-            oxmerge.lazy(recipe, kind="torch")["x"],
+            oxmerge.lazy(recipe, framework="pt")["x"],
         ]
         oxmerge.merge(recipe, tmp_path / "out", device="torch")
     assert [tensor.device.type for tensor in found] == ["cpu"] * 5
@@ -201,12 +205,118 @@ def test_every_number_of_float8_of_ml_dtypes_is_taken_exactly(name: str) -> None
         kernels.weighted_sum([narrow], [1], out=narrow)
 
 
-def test_raw_bfloat16() -> None:
-    raw = np.arange(8).astype(BF16).view(np.uint16)
-    tensor = torch.tensor(raw.astype(np.int32)).to(torch.uint16)
-    merged = oxmerge.merge_tensors("linear", [tensor, tensor], weight=1, dtype="bfloat16")
-    assert merged.dtype == torch.uint16
-    assert merged.tolist() == raw.tolist()
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+def test_lists_are_one_call(name: str, *, fast: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 64), (1,), (), (0, 2), (70_001,), (2, 3, 4)]
+    dtype = getattr(torch, name)
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+    a, b = draw(), draw()
+    a[-1] = torch.nn.Parameter(a[-1])
+    expected = [kernels.lerp(x, y, 0.3) for x, y in zip(a, b, strict=True)]
+    found = kernels.lerp(a, b, 0.3)
+    assert all(map(torch.equal, found, expected))
+    assert not any(each.requires_grad for each in found)
+    out = [torch.empty_like(each) for each in found]
+    options: dict[str, Any] = {} if fast else {"dtype": dtype}
+    assert kernels.lerp(a, b, 0.3, out=out, **options) is out
+    assert all(map(torch.equal, out, expected))
+    versions = [each._version for each in a]
+    kernels.lerp(a, b, 0.3, out=a, **options)
+    assert all(map(torch.equal, a, expected))
+    assert all(each._version > before for each, before in zip(a, versions, strict=True))
+    if name in {"float32", "float64"}:
+        again = [x.detach().clone() for x in b]
+        torch._foreach_lerp_(again, [x.detach() for x in a], 0.7)
+        mine = kernels.lerp(b, a, 0.7)
+        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(mine, again, strict=True))
+
+
+def test_lists_of_any_tensors() -> None:
+    odd = torch.arange(6.0).reshape(2, 3).T
+    negated = torch.tensor([1 + 2j]).conj().imag
+    narrow = torch.ones(3).to(torch.float8_e4m3fn)
+    given = [odd, negated, narrow, np.array([1, 2], np.float32)]
+    found = kernels.weighted_sum([given, given], [1, 1])
+    assert found[0].tolist() == (2 * odd).tolist()
+    assert found[1].tolist() == [-4]
+    assert found[2].dtype == torch.bfloat16
+    assert isinstance(found[3], np.ndarray)
+    with pytest.raises(ValueError, match=r"^out\[0\] is a negated view"):
+        kernels.lerp([X[:1]], [X[:1]], 0.5, out=[negated])
+    with pytest.raises(ValueError, match=r"^b\[0\] is on the device `meta`"):
+        kernels.lerp([X], [torch.empty(3, device="meta")], 0.5, out=[torch.empty(3)])
+    with pytest.raises(TypeError, match=r"^b\[0\] is sparse"):
+        kernels.lerp([torch.eye(3)], [torch.eye(3).to_sparse()], 0.5, out=[torch.eye(3)])
+    with pytest.raises(ValueError, match="two of out share memory"):
+        kernels.lerp([X, X], [X, X], 0.5, out=[X, X])
+
+
+WITHOUT_EXCHANGE = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import torch_arrays
+for name in ("float16", "bfloat16", "float32", "float64"):
+    torch_arrays.test_lists_are_one_call(name, fast=True)
+    torch_arrays.test_torch_and_numpy_give_the_same(name)
+torch_arrays.test_lists_of_any_tensors()
+torch_arrays.test_results_go_to_out()
+torch_arrays.test_memory_of_a_tensor_is_held()
+"""
+
+
+def test_older_torch_hands_out_capsules() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_EXCHANGE],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_of_a_tensor_is_held() -> None:
+    """It may be given other memory by another thread, in the middle of a call."""
+    count = 16 << 20
+    tensor, out = torch.ones(count), torch.zeros(count)
+    storage = weakref.ref(tensor.untyped_storage())
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            tensor.data = torch.full((count,), 2.0)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    for _ in range(10):
+        kernels.weighted_sum([tensor], [3], out=out, threads=1)
+        assert set(out.unique().tolist()) <= {3.0, 6.0}
+    stop.set()
+    thread.join()
+    assert storage() is None
+
+
+@pytest.mark.parametrize("size", [0, 16])
+def test_a_storage_that_is_too_small_is_not_read_past(size: int) -> None:
+    def shrunk() -> torch.Tensor:
+        tensor = torch.ones(1 << 20)
+        tensor.untyped_storage().resize_(size)
+        return tensor
+
+    out = torch.empty(1 << 20)
+    for call in (
+        lambda: kernels.weighted_sum([shrunk()], [1], out=out),
+        lambda: _core.fill_array("convert", [shrunk()], out, (1 << 20,), [], "", 0, None),
+        lambda: _core.fill_array("convert", [out], shrunk(), (1 << 20,), [], "", 0, None),
+        lambda: _core.numbers_of_arrays("absolute_sum", [shrunk()], 1 << 20, 0, None),
+    ):
+        with pytest.raises(ValueError, match="no memory of its own for its elements"):
+            call()
 
 
 def test_results_go_to_out() -> None:
@@ -245,6 +355,68 @@ def test_autograd_knows_what_was_overwritten() -> None:
         assert kernels.weighted_sum([X], [3], out=torch.empty(3)).tolist() == [3, 3, 3]
 
 
+def test_tensors_are_saved_and_opened(tmp_path: Path) -> None:
+    weight = torch.arange(6.0).reshape(2, 3).bfloat16()
+    linear = torch.nn.Linear(3, 2)
+    tensors = {
+        **linear.state_dict(),
+        "parameter": linear.weight,
+        "columns": weight.T,
+        "tied": weight,
+        "tied too": weight,
+        "single": torch.tensor(3.5, dtype=torch.float16),
+        "nothing": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "narrow": torch.ones(3).to(torch.float8_e4m3fn),
+        "negated": torch.tensor([1 + 2j]).conj().imag,
+        "numpy": np.array([1, 2], np.float32),
+        "numpy of bfloat16": np.ones(3, BF16),
+    }
+    path = tmp_path / "m.safetensors"
+    oxmerge.save(tensors, path)
+    loaded = load_file(path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        expected = tensor if isinstance(tensor, torch.Tensor) else loaded[name]
+        assert loaded[name].dtype == expected.dtype
+        assert torch.equal(loaded[name].float(), expected.detach().float())
+    assert loaded["numpy of bfloat16"].dtype == torch.bfloat16
+    del tensors["narrow"]
+    oxmerge.save(tensors, path, overwrite=True)
+    opened = oxmerge.open(path, framework="pt")
+    for name, tensor in opened.items():
+        assert tensor.dtype == loaded[name].dtype
+        assert torch.equal(tensor, loaded[name])
+    before = path.read_bytes()
+    opened["weight"].zero_()  # in memory alone
+    assert path.read_bytes() == before
+    oxmerge.save(opened, tmp_path / "again", shard_size=40)
+    again = oxmerge.open(tmp_path / "again", "pt")
+    assert all(torch.equal(again[name], opened[name]) for name in tensors)
+    mixed = oxmerge.merge_state_dicts("linear", [again, dict(opened)], weight=0.5)
+    assert isinstance(mixed["columns"], torch.Tensor)
+
+
+def test_no_tensor_on_a_device_is_saved_as_nothing(tmp_path: Path) -> None:
+    tensors = {"x": torch.empty(3, device="meta"), "y": torch.eye(2).to_sparse()}
+    with pytest.raises(oxmerge.PlanError, match="cannot be saved: 2 problems"):
+        oxmerge.save(tensors, tmp_path / "m.safetensors")
+
+
+def test_the_average_of_the_guide_is_right_in_torch(tmp_path: Path) -> None:
+    values = {"x": np.full((3, 5), 1.5, np.float32)}
+    for name in "ab":
+        write_model(tmp_path / name, values, "BF16")
+    numpy = [oxmerge.open(tmp_path / name) for name in "ab"]
+    oxmerge.save({"x": (numpy[0]["x"] + numpy[1]["x"]) / 2}, tmp_path / "numpy")
+    of_torch = [oxmerge.open(tmp_path / name, framework="pt") for name in "ab"]
+    oxmerge.save({"x": (of_torch[0]["x"] + of_torch[1]["x"]) / 2}, tmp_path / "torch")
+    for name in ("numpy", "torch"):
+        found = load_file(tmp_path / name / "model.safetensors")["x"]
+        assert found.dtype == torch.bfloat16
+        assert found.unique().tolist() == [1.5]
+
+
 class Other:
     """An array of another package, known by DLPack alone."""
 
@@ -274,7 +446,7 @@ def test_bfloat16_over_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(found, np.ndarray)
     assert found.dtype == BF16
     assert found.tolist() == [6, 8]
-    with pytest.raises(TypeError, match=r"^out cannot be taken over DLPack: .* as uint16$"):
+    with pytest.raises(TypeError, match=r"^out cannot be taken over DLPack: .* or of torch$"):
         kernels.weighted_sum([other], [2], out=other)
 
     class Broken(Other):
@@ -284,7 +456,7 @@ def test_bfloat16_over_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: no such type\."):
         kernels.norm(Broken(X))
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not loaded
-    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .* as uint16$"):
+    with pytest.raises(TypeError, match=r"^tensor cannot be taken over DLPack: .* or of torch$"):
         kernels.norm(other)
 
 
@@ -444,7 +616,7 @@ def test_a_model_of_transformers_from_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yml"
     recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
     oxmerge.merge(recipe, tmp_path / "out", memory="4GiB")
-    tensors = oxmerge.lazy(recipe, kind="torch")
+    tensors = oxmerge.lazy(recipe, framework="pt")
     assigned = LlamaForCausalLM(config)
     assigned.load_state_dict(tensors, assign=True)
     straight = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)

@@ -59,7 +59,7 @@ def main() -> None:
     weights = {name: value for name, value in merged.items() if name in same_class.state_dict()}
     lacking, _ = same_class.load_state_dict(weights, strict=False)
     ours, theirs = (embeddings(model, folder / "merged") for model in (loaded, same_class))
-    lazy = oxmerge.lazy(folder / "r.yml", kind="torch")
+    lazy = oxmerge.lazy(folder / "r.yml", framework="pt")
     straight = type(loaded)(AutoConfig.from_pretrained(folder / "first"))
     known = straight.state_dict()
     wanted = {name: lazy[name] for name in lazy if name in known}

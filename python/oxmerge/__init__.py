@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
     from oxmerge.recipe import Recipe as Recipe
+    from oxmerge.saving import save as save
     from oxmerge.state_dicts import merge_state_dicts as merge_state_dicts
     from oxmerge.sweeping import sweep as sweep
 
@@ -63,6 +64,7 @@ __all__ = [
     "merge_tensors",
     "open",
     "plan",
+    "save",
     "sweep",
 ]
 
@@ -96,6 +98,7 @@ _LAZY = {
     "merge_tensors": ("oxmerge.in_memory", "merge_tensors"),
     "open": ("oxmerge.checkpoints", "open_checkpoint"),
     "plan": ("oxmerge.merging", "plan"),
+    "save": ("oxmerge.saving", "save"),
     "sweep": ("oxmerge.sweeping", "sweep"),
 }
 

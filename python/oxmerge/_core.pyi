@@ -1,4 +1,5 @@
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
 
@@ -6,7 +7,9 @@ from oxmerge.torch_backend import Backend
 
 __all__ = [
     "Checkpoint",
+    "FileMap",
     "OnDemand",
+    "Shard",
     "TensorInfo",
     "build_info",
     "check_plan",
@@ -14,6 +17,7 @@ __all__ = [
     "compare_vocabularies",
     "execute",
     "fill_array",
+    "fill_arrays",
     "formulas",
     "index_json",
     "is_remote",
@@ -28,8 +32,9 @@ __all__ = [
     "ulp_distance",
 ]
 
-# Address, bytes, element type by its safetensors name.
-_Array: TypeAlias = tuple[int, int, str]
+# A contiguous object with the buffer protocol, or a tensor of torch; or a pair of that and an
+# element type by its safetensors name, where its own is another of the same size.
+_Array: TypeAlias = Any
 
 @final
 class TensorInfo:
@@ -56,6 +61,26 @@ class Checkpoint:
     def tensors(self) -> list[TensorInfo]: ...
     @property
     def warnings(self) -> list[str]: ...
+    def map(self, file: int, writable: bool) -> FileMap: ...
+
+# Has the buffer protocol, which classes show from Python 3.12 on.
+@final
+class FileMap:
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Shard:
+    def __new__(
+        cls,
+        descriptor: int,
+        path: str | os.PathLike[str],
+        name: str,
+        header: str,
+        size: int,
+    ) -> Shard: ...
+    def write(self, start: int, array: _Array) -> None: ...
+    def finish(self) -> tuple[int, int, int, int]: ...
 
 def build_info() -> dict[str, Any]: ...
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint: ...
@@ -108,6 +133,13 @@ def fill_array(
     numbers: Sequence[float],
     name: str,
     seed: int,
+    threads: int | None,
+) -> None: ...
+def fill_arrays(
+    piece: str,
+    inputs: Sequence[Sequence[_Array]],
+    outs: Sequence[_Array],
+    numbers: Sequence[float],
     threads: int | None,
 ) -> None: ...
 def numbers_of_arrays(

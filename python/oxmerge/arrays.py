@@ -1,8 +1,6 @@
-"""Arrays of other packages: what counts as one, where its elements lie, what a result looks like.
+"""Arrays of other packages: what counts as one, what the engine takes, what a result looks like.
 
 - NumPy arrays of bool, integers, float16, float32 and float64, and of ``ml_dtypes.bfloat16``.
-  ``uint16`` that oxmerge made says in its dtype's metadata whether it is raw bfloat16; other is
-  taken for it where ``dtype="bfloat16"`` is asked for.
 - torch tensors on the CPU, of the same types; those that require a gradient too, past autograd.
 - float8 of ml_dtypes and of torch, as the bfloat16 of the same value: a copy, exact, since bfloat16
   has all of their numbers. Results are bfloat16 at least, and `out` cannot be float8. Scales kept
@@ -42,18 +40,20 @@ if TYPE_CHECKING:
     Tensor = TypeVar("Tensor", bound=_OfTorch)
 
     Kind = Literal["numpy", "torch"]
-    #: Address, bytes, element type: what the engine needs to know.
-    Place = tuple[int, int, str]
+    #: What safetensors calls them too.
+    Framework = Literal["np", "numpy", "pt", "torch", "pytorch"]
+    #: Address and bytes.
+    Place = tuple[int, int]
 
 __all__ = [
     "MASKS",
     "View",
-    "check_float",
     "check_same_shape",
     "element_type",
     "empty",
     "float_view",
     "is_narrow",
+    "kind_of",
     "listed",
     "mark_overwritten",
     "numpy_dtype",
@@ -69,8 +69,9 @@ _NARROW = frozenset(
     f"float8_{name}"
     for name in ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
 )
-#: Where the dtype of a uint16 array of ours says what it holds, BF16 or U16.
-_STORED = "oxmerge"
+_FRAMEWORKS: dict[str, Kind] = {
+    "np": "numpy", "numpy": "numpy", "pt": "torch", "torch": "torch", "pytorch": "torch",
+}  # fmt: skip
 #: What a mask may be of.
 MASKS = ("BOOL", *FLOATS)
 #: Devices of DLPack whose memory is the CPU's; two are page-locked for GPUs.
@@ -78,14 +79,17 @@ _ON_CPU = frozenset((1, 3, 11))
 
 
 class View:
-    """An array, and where its elements lie.
+    """An array, and what the engine takes for it.
 
     Attributes
     ----------
     array : object
         The array itself, or the contiguous copy of it; holds on to the memory.
-    place : tuple
-        Address, bytes and element type (by its safetensors name).
+    exporter : object
+        What the engine gets the memory from: a contiguous object with the buffer protocol, or a
+        tensor of torch; or a pair of that and an element type, where its own is another.
+    code : str
+        Its element type, by its safetensors name.
     shape : tuple of int
         Its shape.
     kind : str
@@ -94,11 +98,14 @@ class View:
         The array as the caller gave it: an `out` is handed back as it came.
     """
 
-    __slots__ = ("array", "given", "kind", "place", "shape")
+    __slots__ = ("array", "code", "exporter", "given", "kind", "shape")
 
-    def __init__(self, array: Any, place: Place, shape: tuple[int, ...], kind: Kind) -> None:
+    def __init__(
+        self, array: Any, code: str, shape: tuple[int, ...], kind: Kind, exporter: Any = None
+    ) -> None:
         self.array = self.given = array
-        self.place = place
+        self.exporter = array if exporter is None else exporter
+        self.code = code
         self.shape = shape
         self.kind: Kind = kind
 
@@ -107,9 +114,17 @@ class View:
         """How many elements it has."""
         return prod(self.shape)
 
+    @property
+    def place(self) -> Place:
+        """Where its elements lie: to tell what shares memory, never to reach it."""
+        array = self.array
+        is_tensor = hasattr(array, "data_ptr")
+        address = array.data_ptr() if is_tensor else array.__array_interface__["data"][0]
+        return address, array.nbytes
 
-def view(array: object, what: str, dtype: str | None = None) -> View:
-    """Return where the elements of an input lie.
+
+def view(array: object, what: str) -> View:
+    """Return what the engine takes for an input.
 
     Parameters
     ----------
@@ -117,9 +132,6 @@ def view(array: object, what: str, dtype: str | None = None) -> View:
         Of any of the kinds above.
     what : str
         What to call it in a message, such as ``tensors[0]``.
-    dtype : str, optional
-        The element type that was asked for, by its safetensors name: BF16 makes raw ``uint16``
-        bfloat16.
 
     Raises
     ------
@@ -128,11 +140,11 @@ def view(array: object, what: str, dtype: str | None = None) -> View:
     ValueError
         If it is on another device than the CPU.
     """
-    return _view(array, what, dtype, is_out=False)
+    return _view(array, what, is_out=False)
 
 
-def output(array: object, dtype: str | None = None) -> View:
-    """Return where the elements of an `out` lie, which must be writable and contiguous.
+def output(array: object, what: str = "out") -> View:
+    """Return what the engine takes for an `out`, which must be writable and contiguous.
 
     Raises
     ------
@@ -141,19 +153,19 @@ def output(array: object, dtype: str | None = None) -> View:
     ValueError
         If it cannot be written to, or its elements do not follow each other.
     """
-    return _view(array, "out", dtype, is_out=True)
+    return _view(array, what, is_out=True)
 
 
-def _view(array: Any, what: str, dtype: str | None, *, is_out: bool) -> View:
+def _view(array: Any, what: str, *, is_out: bool) -> View:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(array, numpy.ndarray):
-        return _numpy_view(array, what, dtype, is_out)
+        return _numpy_view(array, what, is_out)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        return _torch_view(array, what, dtype, is_out)
+        return _torch_view(array, what, is_out)
     imported = _imported(array, what, is_out=is_out)
     is_torch = torch is not None and isinstance(imported, torch.Tensor)
-    found = (_torch_view if is_torch else _numpy_view)(imported, what, dtype, is_out)
+    found = (_torch_view if is_torch else _numpy_view)(imported, what, is_out)
     found.given, found.kind = array, "numpy"
     return found
 
@@ -164,33 +176,34 @@ def _name_of(dtype: np.dtype[Any]) -> str:
     return dtype.name if dtype.isnative else dtype.str
 
 
-def _numpy_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
+def _numpy_view(array: Any, what: str, is_out: bool) -> View:  # noqa: FBT001
     import numpy as np  # noqa: PLC0415
 
     name = _name_of(array.dtype)
     if name in _NARROW:
         if is_out:
-            raise TypeError(_narrow_out(name))
-        import ml_dtypes  # noqa: PLC0415 - the array is of it
-
-        array = array.astype(ml_dtypes.bfloat16)
-        name = array.dtype.name
+            raise TypeError(_narrow_out(what, name))
+        array = array.astype(numpy_dtype("BF16"))
+        name = "bfloat16"
     code = _CODES.get(name)  # ml_dtypes calls its type bfloat16 too
     if code is None:
         raise TypeError(_unknown_type(what, name))
-    if code == "U16":
-        code = (array.dtype.metadata or {}).get(_STORED, "BF16" if dtype == "BF16" else "U16")
     if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{what} is a masked array; fill it first (`.filled()`)")
     flags = array.flags
     if not flags.c_contiguous:
         if is_out:
-            raise ValueError(_not_contiguous("numpy.ascontiguousarray(out)"))
+            raise ValueError(_not_contiguous(what, f"numpy.ascontiguousarray({what})"))
         array = array.copy("C")
     if is_out and not flags.writeable:
-        raise ValueError("out is read-only; pass an array that may be written to")
-    address = array.__array_interface__["data"][0]
-    return View(array, (address, array.nbytes, code), array.shape, "numpy")
+        raise ValueError(f"{what} is read-only; pass an array that may be written to")
+    return View(array, code, array.shape, "numpy", _numpy_exporter(array, code))
+
+
+def _numpy_exporter(array: Any, code: str) -> Any:
+    """Return what exports an array; of bfloat16 NumPy exports only the bits."""
+    flat = array if array.shape else array.reshape(1)
+    return (flat.view("u2"), code) if code == "BF16" else flat
 
 
 @cache
@@ -199,7 +212,8 @@ def _torch_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:  # noqa: FBT001
+def _torch_view(array: Any, what: str, is_out: bool) -> View:  # noqa: FBT001
+    torch = sys.modules["torch"]
     code = _torch_codes().get(array.dtype)
     name = _torch_name(array.dtype)
     if array.device.type != "cpu":
@@ -207,20 +221,26 @@ def _torch_view(array: Any, what: str, dtype: str | None, is_out: bool) -> View:
         raise ValueError(f"{what} is on the device `{array.device}`; {advice}")
     if code is None:
         raise TypeError(_unknown_type(what, name))
-    if code == "U16" and dtype == "BF16":
-        code = "BF16"
     _check_memory(array, what)
     if name in _NARROW:
         if is_out:
-            raise TypeError(_narrow_out(name))
-        array = array.detach().to(sys.modules["torch"].bfloat16)
+            raise TypeError(_narrow_out(what, name))
+        array = array.detach().to(torch.bfloat16)
     if not is_out:
         array = array.resolve_neg().contiguous()
     elif array.is_neg():
-        raise ValueError("out is a negated view; pass a tensor of its own, not negated")
+        raise ValueError(f"{what} is a negated view; pass a tensor of its own, not negated")
     elif not array.is_contiguous():
-        raise ValueError(_not_contiguous("out.contiguous()"))
-    return View(array, (array.data_ptr(), array.nbytes, code), tuple(array.shape), "torch")
+        raise ValueError(_not_contiguous(what, f"{what}.contiguous()"))
+    # A class of its own could say anything of its memory.
+    plain = array if type(array) in _torch_classes() else array.as_subclass(torch.Tensor)
+    return View(array, code, tuple(array.shape), "torch", plain)
+
+
+@cache
+def _torch_classes() -> tuple[type, type]:
+    torch = sys.modules["torch"]
+    return torch.Tensor, torch.nn.Parameter
 
 
 def _check_memory(tensor: Any, what: str) -> None:
@@ -246,10 +266,24 @@ def _check_memory(tensor: Any, what: str) -> None:
         raise ValueError(f"{what} has no memory of its own for its elements; materialise it first")
 
 
-def mark_overwritten(out: View) -> None:
-    """Tell torch that an `out` changes: its backward passes refuse what was overwritten."""
-    if out.kind == "torch":
-        sys.modules["torch"].autograd.graph.increment_version(out.array)
+def mark_overwritten(*outs: Any) -> None:
+    """Tell torch that arrays change: its backward passes refuse what was overwritten."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    increment = torch.autograd.graph.increment_version
+    # By class, of which there are few: to ask each tensor takes longer than to change it.
+    classes = set(map(type, outs))
+    of_torch = {each for each in classes if issubclass(each, torch.Tensor)}
+    if not of_torch:
+        return
+    is_all = len(of_torch) == len(classes)
+    tensors = outs if is_all else [out for out in outs if type(out) in of_torch]
+    try:
+        increment(tensors)
+    except TypeError:  # older ones take one at a time
+        for tensor in tensors:
+            increment(tensor)
 
 
 def listed(tensors: Iterable[T], what: str = "tensors", item: str = "arrays") -> list[T]:
@@ -295,11 +329,11 @@ def _over_dlpack(array: Any, what: str, *, is_out: bool) -> Any:
         if torch is not None:
             with suppress(BufferError, RuntimeError):
                 return torch.from_dlpack(array)
-        advice = "pass an array of NumPy or of torch, or the bits of bfloat16 as uint16"
+        advice = "pass an array of NumPy or of torch"
         raise TypeError(f"{what} cannot be taken over DLPack: {error} {advice}") from error
     if is_out and not found.flags.writeable:
         advice = "which one older than 1.0 always is; pass an array of NumPy or of torch"
-        raise ValueError(f"out is read-only over its DLPack, {advice}")
+        raise ValueError(f"{what} is read-only over its DLPack, {advice}")
     return found
 
 
@@ -307,13 +341,13 @@ def _unknown_type(what: str, name: str) -> str:
     return f"{what} is of {name}, which is not supported; convert it to float32 or bfloat16"
 
 
-def _narrow_out(name: str) -> str:
-    return f"out is of {name}, and the result of bfloat16 at least; pass one of bfloat16"
+def _narrow_out(what: str, name: str) -> str:
+    return f"{what} is of {name}, and the result of bfloat16 at least; pass one of bfloat16"
 
 
-def _not_contiguous(call: str) -> str:
+def _not_contiguous(what: str, call: str) -> str:
     advice = f"write into a contiguous one, such as `{call}`, and copy from there"
-    return f"the elements of out do not follow each other in memory; {advice}"
+    return f"the elements of {what} do not follow each other in memory; {advice}"
 
 
 @cache
@@ -351,7 +385,7 @@ def element_type(dtype: Any, allowed: Sequence[str] = FLOATS) -> str | None:
     if not isinstance(dtype, str):
         name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
         dtype = name.removeprefix("torch.")
-    code = _CODES.get(dtype)
+    code = dtype if dtype in allowed else _CODES.get(dtype)
     if code in allowed:
         return code
     names = [DTYPE_NAMES[each] for each in allowed]
@@ -361,10 +395,10 @@ def element_type(dtype: Any, allowed: Sequence[str] = FLOATS) -> str | None:
 
 def promoted(views: Sequence[View]) -> str:
     """Return the smallest type that holds the elements of all; of integers, the first one's."""
-    code = views[0].place[2]
+    code = views[0].code
     for each in views:
-        if each.place[2] != code:
-            code = promote(code, each.place[2])
+        if each.code != code:
+            code = promote(code, each.code)
     return code
 
 
@@ -374,22 +408,15 @@ def is_narrow(array: Any) -> bool:
     return name.removeprefix("torch.") in _NARROW
 
 
-def float_view(array: object, what: str, dtype: Any) -> View:
-    """Return where the elements of an input lie; raise TypeError unless they are floats.
-
-    Parameters are those of `view`, but `dtype` as the caller gave it.
-    """
-    return check_float(view(array, what, element_type(dtype, MASKS)), what)
-
-
-def check_float(each: View, what: str) -> View:
-    """Return a view; raise TypeError unless its elements are floats."""
-    code = each.place[2]
-    if not is_float(code):
-        advice = 'convert it, or pass dtype="bfloat16" if it holds the bits of bfloat16'
-        advice = advice if code == "U16" else "convert it to floats first"
-        raise TypeError(f"{what} is of {code}; {advice}")
-    return each
+def float_view(array: object, what: str) -> View:
+    """Return what the engine takes for an input; raise TypeError unless it is of floats."""
+    found = view(array, what)
+    if is_float(found.code):
+        return found
+    advice = "convert it to floats first"
+    if found.code == "U16":
+        advice += ", or view its bits as what they are (`.view(ml_dtypes.bfloat16)`)"
+    raise TypeError(f"{what} is of {found.code}; {advice}")
 
 
 def check_same_shape(views: Sequence[View], names: Sequence[str]) -> None:
@@ -401,47 +428,57 @@ def check_same_shape(views: Sequence[View], names: Sequence[str]) -> None:
             raise ValueError(f"{name} has the shape {each.shape}, and {names[0]} {shape}; {advice}")
 
 
-def empty(shape: tuple[int, ...], code: str, kind: Kind, like: object = None) -> View:
-    """Return a new array: of torch, or of NumPy, where bfloat16 looks as it does in `like`."""
+def kind_of(framework: str) -> Kind:
+    """Return what arrays are to be, by a name that safetensors has for it.
+
+    Raises
+    ------
+    ValueError
+        If there is no such framework here.
+    ImportError
+        If it is torch, and that is not installed.
+    """
+    kind = _FRAMEWORKS.get(framework) if isinstance(framework, str) else None
+    if kind is None:
+        names = ", ".join(_FRAMEWORKS)
+        raise ValueError(f"framework must be one of {names}, not {framework!r}")
+    if kind == "torch":
+        try:
+            import torch  # noqa: F401, PLC0415
+        except ImportError as error:
+            advice = 'pip install "oxmerge[torch]"'
+            message = f"framework={framework!r} needs torch, which is not installed: {advice}"
+            raise ImportError(message) from error
+    return kind
+
+
+def empty(shape: tuple[int, ...], code: str, kind: Kind) -> View:
+    """Return a new array of NumPy or of torch."""
     if kind == "torch":
         import torch  # noqa: PLC0415
 
-        is_raw = code == "BF16" and getattr(like, "dtype", None) == getattr(torch, "uint16", ...)
-        dtype = getattr(torch, "uint16" if is_raw else DTYPE_NAMES[code])
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default is
-        return View(tensor, (tensor.data_ptr(), tensor.nbytes, code), shape, "torch")
+        dtype = getattr(torch, DTYPE_NAMES[code])
+        # On the CPU, whatever the default is.
+        return View(torch.empty(shape, dtype=dtype, device="cpu"), code, shape, "torch")
     import numpy as np  # noqa: PLC0415
 
-    is_raw = code == "BF16" and getattr(like, "dtype", None) == np.uint16
-    array: Any = np.empty(shape, _uint16(code) if is_raw else numpy_dtype(code))
-    place = (array.__array_interface__["data"][0], array.nbytes, code)
-    return View(array, place, shape, "numpy")
+    array: Any = np.empty(shape, numpy_dtype(code))
+    return View(array, code, shape, "numpy", _numpy_exporter(array, code))
 
 
+@cache
 def numpy_dtype(code: str) -> Any:
-    """Return the NumPy type for a safetensors name; without ml_dtypes, bfloat16 is marked uint16.
+    """Return the NumPy type for a safetensors name.
 
     Examples
     --------
-    >>> numpy_dtype("U16"), dict(numpy_dtype("U16").metadata)
-    (dtype('uint16'), {'oxmerge': 'U16'})
+    >>> numpy_dtype("F32"), numpy_dtype("BF16")
+    (dtype('float32'), dtype(bfloat16))
     """
     import numpy as np  # noqa: PLC0415
 
     if code == "BF16":
-        try:
-            import ml_dtypes  # noqa: PLC0415
-        except ImportError:
-            return _uint16(code)
+        import ml_dtypes  # noqa: PLC0415 - as heavy as NumPy
+
         return np.dtype(ml_dtypes.bfloat16)
-    return _uint16(code) if code == "U16" else np.dtype(DTYPE_NAMES[code])
-
-
-def _uint16(code: str) -> Any:
-    """Return the type of arrays that hold the bits of bfloat16, or integers, and say so.
-
-    Views, copies and ``empty_like`` keep the mark; ``view(numpy.uint16)`` takes it away.
-    """
-    import numpy as np  # noqa: PLC0415
-
-    return np.dtype(np.uint16, metadata={_STORED: code})
+    return np.dtype(DTYPE_NAMES[code])

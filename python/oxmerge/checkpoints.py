@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
 from collections.abc import Iterator, Mapping
 from math import prod
+from typing import Any
 
 from oxmerge import _core
-from oxmerge.arrays import numpy_dtype
+from oxmerge.arrays import kind_of, numpy_dtype
 from oxmerge.problems import no_such_key
+from oxmerge.schema import DTYPE_NAMES, DTYPE_SIZES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self
+    from typing import Self
 
-    import numpy as np
+    from oxmerge.arrays import Framework
 
 __all__ = ["OpenCheckpoint", "open_checkpoint"]
 
 
-class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
+class OpenCheckpoint(Mapping[str, Any]):
     """The tensors of a checkpoint by name, in file order, as arrays that read when touched.
 
-    Arrays are read-only views of the mapped files, and keep their mapping alive: they can be used
-    after the checkpoint is closed. BF16 is ``ml_dtypes.bfloat16`` if that package is installed,
-    else raw ``uint16``, whose dtype tells oxmerge's functions what it is.
+    Arrays are views of the mapped files, and keep their mapping alive: they can be used after the
+    checkpoint is closed. Those of NumPy are read-only, and BF16 is ``ml_dtypes.bfloat16``. Those of
+    torch, which has nothing read-only, may be written to: what is written stays in memory, and is
+    seen by the arrays of the same file alone.
 
     A file is mapped when a tensor of it is looked up first, which raises InputChangedError if it is
     not the file whose header was read. From then on it must stay as it is: arrays see what is
@@ -40,32 +41,63 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         What is odd about it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], framework: Framework = "np") -> None:
+        self._kind = kind_of(framework)
         self._checkpoint = _core.open_checkpoint(os.fspath(path))
         self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
         self._files: list[dict[str, Any]] = self._checkpoint.files
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, Any] = {}
         self._closed = False
         self.path: str = self._checkpoint.path
         self.warnings: list[str] = self._checkpoint.warnings
 
-    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
-        """Return a tensor as a read-only array of its shape."""
+    def __getitem__(self, name: str) -> Any:
+        """Return a tensor as an array of its shape."""
+        tensor = self._tensor(name)
+        count = prod(tensor.shape)
+        if self._kind == "torch":
+            return self._torch_tensor(tensor, count)
         import numpy as np  # noqa: PLC0415
 
-        if name not in self._tensors:
-            raise no_such_key("tensor", name, self._tensors)
-        tensor = self._tensors[name]
         dtype = numpy_dtype(tensor.dtype)
-        count = prod(tensor.shape)
         if count == 0:
             return np.empty(tensor.shape, dtype)
         flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
         return flat.reshape(tensor.shape)
 
-    def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - as of any mapping
+    def _tensor(self, name: str) -> _core.TensorInfo:
+        if name not in self._tensors:
+            raise no_such_key("tensor", name, self._tensors)
+        return self._tensors[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
         """Return a tensor, or `default` if there is none of that name."""
         return self[name] if name in self else default  # noqa: SIM401 - this is it
+
+    def _torch_tensor(self, tensor: _core.TensorInfo, count: int) -> Any:
+        import torch  # noqa: PLC0415
+
+        dtype, size = getattr(torch, DTYPE_NAMES[tensor.dtype]), DTYPE_SIZES[tensor.dtype]
+        if count == 0:
+            return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        place = {"offset": tensor.start, "count": count * size}
+        flat = torch.frombuffer(self._map(tensor.file), dtype=torch.uint8, **place)
+        if tensor.start % size:  # torch wants elements where the processor does
+            flat = flat.clone()
+        return flat.view(dtype).reshape(tensor.shape)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without mapping its file."""
+        return self._tensor(name).shape
+
+    def dtype_of(self, name: str) -> str:
+        """Return the element type of a tensor by its safetensors name, without mapping its file."""
+        return self._tensor(name).dtype
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """The files that it reads: path, size, device and inode of each, and more."""
+        return self._files
 
     def __contains__(self, name: object) -> bool:
         """Tell whether there is a tensor of that name, without mapping its file."""
@@ -105,24 +137,24 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         """Close it."""
         self.close()
 
-    def _map(self, file: int) -> mmap.mmap:
+    def _map(self, file: int) -> Any:
         if self._closed:
             raise ValueError(f"the checkpoint `{self.path}` is closed")
         if file not in self._maps:
-            with open(self._files[file]["path"], "rb") as stream:
-                # The places of the tensors are those of the header that was read.
-                _core.check_unchanged(json.dumps([self._files[file]]))
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            # The places of the tensors are those of the header that was read: so must be the file.
+            self._maps[file] = self._checkpoint.map(file, writable=self._kind == "torch")
         return self._maps[file]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:
+def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -> OpenCheckpoint:
     """Open a checkpoint: a safetensors file, or a directory with one or with shards.
 
     Parameters
     ----------
     path : path
         The file or directory.
+    framework : {"np", "pt"}
+        What the arrays are, as in safetensors: of NumPy, or of torch.
 
     Returns
     -------
@@ -135,5 +167,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> OpenCheckpoint:
         If a header or the index is broken.
     UnsupportedError
         If the weights are quantised.
+    ImportError
+        If torch is asked for and not installed.
     """
-    return OpenCheckpoint(path)
+    return OpenCheckpoint(path, framework)

@@ -120,8 +120,8 @@ def merge_tensors(
         undefined.
     dtype : str or dtype, optional
         The result's type: float16, bfloat16, float32 or float64. Otherwise that of `out`, or the
-        smallest that holds all inputs. With bfloat16, ``uint16`` arrays are taken for raw bfloat16.
-        It acts on floats only: arrays of integers or bool stay what they are.
+        smallest that holds all inputs. It acts on floats only: arrays of integers or bool stay what
+        they are.
     seed : int
         Of the random masks that some methods draw, from 0 to 2**64 - 1.
     name : str
@@ -168,10 +168,10 @@ def merge_tensors(
     tensors = listed(tensors)
     call = MethodCall(method, len(tensors), parameters, has_base=base is not None)
     code = element_type(dtype)
-    inputs = [view(each, f"tensors[{at}]", code) for at, each in enumerate(tensors)]
+    inputs = [view(each, f"tensors[{at}]") for at, each in enumerate(tensors)]
     if base is not None:
-        inputs.append(view(base, "base", code))
-    target = None if out is None else output(out, code)
+        inputs.append(view(base, "base"))
+    target = None if out is None else output(out)
     return call.run(inputs, target, code, seed=seed, name=name, threads=threads)
 
 
@@ -224,14 +224,14 @@ class MethodCall:
         first = inputs[0]
         code = self.result_type(inputs, out, code)
         if out is None:
-            out = empty(first.shape, code, first.kind, first.array)
+            out = empty(first.shape, code, first.kind)
         check_out(out, first.shape, code)
-        mark_overwritten(out)
+        mark_overwritten(out.array)
         _core.merge_arrays(
             self._method,
-            [each.place for each in inputs],
+            [each.exporter for each in inputs],
             self._base,
-            out.place,
+            out.exporter,
             first.shape,
             self._shared,
             self._own,
@@ -243,22 +243,20 @@ class MethodCall:
 
     def result_type(self, inputs: list[View], out: View | None, code: str | None) -> str:
         """Return the element type of the result."""
-        types = {each.place[2] for each in inputs}
+        types = {each.code for each in inputs}
         floats = {each for each in types if is_float(each)}
         if len(floats) < len(types) and len(types) > 1:
             return self._refuse_types(inputs)
         if not floats:
-            return inputs[0].place[2]
+            return inputs[0].code
         if code is not None:
             return code
         # An `out` of integers asks for nothing: `check_out` will refuse it.
-        asked = None if out is None or not is_float(out.place[2]) else out.place[2]
+        asked = None if out is None or not is_float(out.code) else out.code
         return asked or promoted(inputs)
 
     def _refuse_types(self, inputs: list[View]) -> str:
-        types = (
-            f"{name} of {each.place[2]}" for name, each in zip(self.names, inputs, strict=True)
-        )
+        types = (f"{name} of {each.code}" for name, each in zip(self.names, inputs, strict=True))
         message = "only floats can be converted, and the types differ"
         raise TypeError(f"{message}: {', '.join(types)}; convert one of them first")
 
@@ -279,14 +277,14 @@ def finite(value: Any, what: str) -> float:
         raise ValueError(f"{what} must be a finite number, not {value!r}") from None
 
 
-def check_out(out: View, shape: tuple[int, ...], code: str) -> None:
+def check_out(out: View, shape: tuple[int, ...], code: str, what: str = "out") -> None:
     """Raise ValueError unless `out` is of that shape and element type."""
     if out.shape != shape:
         advice = "pass one of that shape"
-        raise ValueError(f"out has the shape {out.shape}, and the result {shape}; {advice}")
-    if out.place[2] != code:
+        raise ValueError(f"{what} has the shape {out.shape}, and the result {shape}; {advice}")
+    if out.code != code:
         advice = f"pass one of {code}, or another dtype"
-        raise ValueError(f"out is of {out.place[2]}, and the result of {code}; {advice}")
+        raise ValueError(f"{what} is of {out.code}, and the result of {code}; {advice}")
 
 
 @cache

@@ -11,9 +11,14 @@ out : array, optional
     Where the result goes: contiguous, of the result's shape and type.
 dtype : str or dtype, optional
     The result's type: float16, bfloat16, float32 or float64; unless given, that of `out`, or the
-    smallest that holds all inputs. With bfloat16, ``uint16`` arrays are taken for raw bfloat16.
+    smallest that holds all inputs.
 threads : int, optional
     As many as there are cores, unless given. Never changes a bit of the result.
+
+Where one array is wanted, `lerp`, `weighted_sum`, `task_vector`, `sign_consensus` and `convert`
+also take a list of them, such as the parameters of a model: then all of their arrays are lists of
+one length, the result is a list, and so is `out`, whose arrays must not share memory. That is one
+call, and costs little besides the arithmetic, however small the arrays are.
 
 Arithmetic is in float32, in float64 if an input or the result is, and is rounded once to the
 result's type. All functions raise TypeError for what is no array or of no fitting type, and
@@ -29,13 +34,13 @@ array([3., 1., 2.], dtype=float32)
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import overload
 
 from oxmerge import _core, measures, method_functions
 from oxmerge.arrays import (
     MASKS,
     View,
-    check_float,
     check_same_shape,
     element_type,
     empty,
@@ -44,7 +49,6 @@ from oxmerge.arrays import (
     mark_overwritten,
     output,
     promoted,
-    view,
 )
 from oxmerge.in_memory import check_options, check_out, finite
 from oxmerge.measures import *  # noqa: F403 - what goes from arrays to numbers
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "convert",
+    "lerp",
     "random_mask",
     "sign_consensus",
     "task_vector",
@@ -80,6 +85,93 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+@overload
+def lerp(
+    a: list[Tensor],
+    b: list[Tensor],
+    t: float,
+    *,
+    out: list[Tensor] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> list[Tensor]: ...
+@overload
+def lerp(
+    a: Tensor,
+    b: Tensor,
+    t: float,
+    *,
+    out: Tensor | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Tensor: ...
+@overload
+def lerp(
+    a: Any,
+    b: Any,
+    t: float,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any: ...
+def lerp(
+    a: Any,
+    b: Any,
+    t: float,
+    *,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Return what lies between two arrays: ``a + t * (b - a)``.
+
+    With ``out=a`` it is a step of an exponential moving average, in place.
+
+    Parameters
+    ----------
+    a, b : array or list of array
+        Of one shape.
+    t : float
+        Where between them: 0 gives `a`, and 1 gives `b`. Beyond, it goes on in a line.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`.
+
+    Returns
+    -------
+    array or list of array
+        Of the same shape.
+
+    Notes
+    -----
+    One read of both and one write, at the speed of the memory, in place too. From 0.5 on it is
+    computed from the other end, ``b + (1 - t) * (a - b)``, each step rounded: both ends are exact,
+    and where both are equal, so is the result. The average of weights over training:
+    https://arxiv.org/abs/1803.05407.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lerp(np.float32([1, 2]), np.float32([3, 6]), 0.25)
+    array([1.5, 3. ], dtype=float32)
+    >>> averages = [np.float32([1]), np.float32([2, 2])]
+    >>> _ = lerp(averages, [np.float32([3]), np.float32([6, 4])], 0.5, out=averages)
+    >>> averages
+    [array([2.], dtype=float32), array([4., 3.], dtype=float32)]
+    """
+    numbers = [finite(t, "t")]
+    return _fill("lerp", [a, b], numbers, out=out, dtype=dtype, threads=threads, names=("a", "b"))
+
+
+@overload
+def weighted_sum(
+    tensors: Sequence[list[Tensor]],
+    weights: Sequence[float],
+    *,
+    out: list[Tensor] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> list[Tensor]: ...
 @overload
 def weighted_sum(
     tensors: Sequence[Tensor],
@@ -110,8 +202,8 @@ def weighted_sum(
 
     Parameters
     ----------
-    tensors : sequence of array
-        Of one shape.
+    tensors : sequence of array, or of lists of arrays
+        Of one shape; lists, of one length and of the same shapes in order.
     weights : sequence of float
         One finite number for each. A tensor with weight 0 is not read.
     out, dtype, threads
@@ -119,7 +211,7 @@ def weighted_sum(
 
     Returns
     -------
-    array
+    array or list of array
         Of the shape of the tensors.
 
     Notes
@@ -252,7 +344,7 @@ def top_k_mask(
     >>> top_k_mask(np.float32([0.5, -3, 2, -0.5]), 3)
     array([ True,  True,  True, False])
     """
-    source = float_view(tensor, "tensor", dtype)
+    source = float_view(tensor, "tensor")
     if not 0 <= (k := whole(k, "k")) <= source.count:
         raise ValueError(f"k must be from 0 to {source.count}, the number of elements, not {k}")
     return _mask("top_k_mask", [source], [float(k)], out=out, dtype=dtype, threads=threads)
@@ -394,13 +486,13 @@ def random_mask(
     shape = _shape(shape)
     check_options(seed, threads, name)
     code = element_type(dtype, MASKS)
-    target = None if out is None else output(out, code)
+    target = None if out is None else output(out)
     if target is None:
         target = empty(shape, code or "BOOL", "numpy")
     check_out(target, shape, code or _mask_type(target))
     numbers = [density, float(position)]
-    mark_overwritten(target)
-    _core.fill_array("random_mask", [], target.place, shape, numbers, name, seed, threads)
+    mark_overwritten(target.array)
+    _core.fill_array("random_mask", [], target.exporter, shape, numbers, name, seed, threads)
     return target.given
 
 
@@ -445,9 +537,7 @@ def convert(tensor: Any, dtype: Any, *, out: Any = None, threads: int | None = N
     code = element_type(dtype)
     if code is None:
         raise TypeError("dtype must be given")
-    inputs = [check_float(view(tensor, "tensor"), "tensor")]
-    target = None if out is None else output(out, code)
-    return _run("convert", inputs, [], target, code, threads)
+    return _fill("convert", [tensor], [], out=out, dtype=code, threads=threads, names=("tensor",))
 
 
 def _weights(weights: Sequence[float], count: int) -> list[float]:
@@ -474,17 +564,94 @@ def _fill(
 ) -> Any:
     if not tensors:
         raise ValueError("there is no tensor")
-    code = element_type(dtype)
     names = names or [f"tensors[{at}]" for at in range(len(tensors))]
-    pairs = zip(tensors, names, strict=True)
-    inputs = [check_float(view(each, name, code), name) for each, name in pairs]
-    check_same_shape(inputs, names)
-    target = None if out is None else output(out, code)
-    if code is None:
-        code = promoted(inputs) if target is None else target.place[2]
-        if not is_float(code):
-            raise TypeError(f"out is of {code}; pass one of floats")
+    if isinstance(tensors[0], list | tuple):
+        return _Lists(piece, tensors, names, numbers, threads).fill(out, element_type(dtype))
+    inputs = [float_view(each, name) for each, name in zip(tensors, names, strict=True)]
+    target = None if out is None else output(out)
+    code = _result_type(inputs, names, target, element_type(dtype))
     return _run(piece, inputs, numbers, target, code, threads)
+
+
+def _result_type(
+    inputs: Sequence[View],
+    names: Sequence[str],
+    target: View | None,
+    code: str | None,
+    what: str = "out",
+) -> str:
+    """Return the type of the result of inputs, which must be of one shape."""
+    check_same_shape(inputs, names)
+    if code is None:
+        code = promoted(inputs) if target is None else target.code
+        if not is_float(code):
+            raise TypeError(f"{what} is of {code}; pass one of floats")
+    return code
+
+
+class _Lists:
+    """A piece of many arrays in one call: a list for each of its inputs."""
+
+    def __init__(
+        self,
+        piece: str,
+        lists: Sequence[Any],
+        names: Sequence[str],
+        numbers: list[float],
+        threads: int | None,
+    ) -> None:
+        check_options(0, threads)
+        count = len(lists[0])
+        for each, name in zip(lists, names, strict=True):
+            self._check(each, name, names[0], count)
+        self._lists = [list(each) for each in lists]
+        self._names = names
+        self._call = piece
+        self._rest = (numbers, threads)
+
+    def fill(self, out: Any, code: str | None) -> Any:
+        """Compute it into `out`, or into a new list."""
+        if out is None:
+            return self._fill_one_by_one([None] * len(self._lists[0]), code)
+        self._check(out, "out", self._names[0], len(self._lists[0]))
+        outs = list(out)
+        if code is None:
+            # Nearly always all is as the engine takes it, and looked at there.
+            mark_overwritten(*outs)
+            with suppress(BufferError, TypeError, ValueError):
+                _core.fill_arrays(self._call, self._lists, outs, *self._rest)
+                return out
+        self._fill_one_by_one(outs, code)
+        return out
+
+    def _check(self, each: Any, name: str, first: str, count: int) -> None:
+        if not isinstance(each, list | tuple):
+            kind = type(each).__name__
+            raise TypeError(f"{name} is a {kind}, and {first} a list of arrays; pass lists for all")
+        if len(each) != count:
+            message = f"{name} has {len(each)} arrays, and {first} {count}"
+            raise ValueError(f"{message}; give lists of one length")
+
+    def _fill_one_by_one(self, outs: Sequence[Any], code: str | None) -> list[Any]:
+        """Look at each array for itself: to convert it, or to say what is wrong with it."""
+        exporters: list[list[Any]] = [[] for _ in self._lists]
+        targets = []
+        for at, (out, *arrays) in enumerate(zip(outs, *self._lists, strict=True)):
+            names = [f"{name}[{at}]" for name in self._names]
+            inputs = [float_view(each, name) for each, name in zip(arrays, names, strict=True)]
+            what = f"out[{at}]"
+            target = None if out is None else output(out, what)
+            wanted = _result_type(inputs, names, target, code, what)
+            first = inputs[0]
+            if target is None:
+                target = empty(first.shape, wanted, first.kind)
+            check_out(target, first.shape, wanted, what)
+            targets.append(target)
+            for exporter, each in zip(exporters, inputs, strict=True):
+                exporter.append(each.exporter)
+        mark_overwritten(*(target.array for target in targets))
+        _core.fill_arrays(self._call, exporters, [each.exporter for each in targets], *self._rest)
+        return [target.given for target in targets]
 
 
 def _mask(
@@ -497,16 +664,16 @@ def _mask(
     threads: int | None,
 ) -> Any:
     code = element_type(dtype, MASKS)
-    target = None if out is None else output(out, code)
+    target = None if out is None else output(out)
     if code is None:
         code = "BOOL" if target is None else _mask_type(target)
     return _run(piece, inputs, numbers, target, code, threads)
 
 
 def _mask_type(target: View) -> str:
-    if target.place[2] not in MASKS:
-        raise TypeError(f"out is of {target.place[2]}; pass one of bool or floats")
-    return target.place[2]
+    if target.code not in MASKS:
+        raise TypeError(f"out is of {target.code}; pass one of bool or floats")
+    return target.code
 
 
 def _run(
@@ -520,9 +687,9 @@ def _run(
     check_options(0, threads)
     first = inputs[0]
     if target is None:
-        target = empty(first.shape, code, first.kind, first.array)
+        target = empty(first.shape, code, first.kind)
     check_out(target, first.shape, code)
-    places = [each.place for each in inputs]
-    mark_overwritten(target)
-    _core.fill_array(piece, places, target.place, first.shape, numbers, "", 0, threads)
+    exporters = [each.exporter for each in inputs]
+    mark_overwritten(target.array)
+    _core.fill_array(piece, exporters, target.exporter, first.shape, numbers, "", 0, threads)
     return target.given

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from oxmerge import _core
-from oxmerge.arrays import empty
+from oxmerge.arrays import empty, kind_of
 from oxmerge.in_memory import check_options
 from oxmerge.merging import prepare
 from oxmerge.problems import no_such_key
@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
 
-    from oxmerge.arrays import Kind
+    from oxmerge.arrays import Framework, Kind
     from oxmerge.planning import MergePlan
     from oxmerge.problems import Problem
     from oxmerge.recipe import Recipe
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
 
 __all__ = ["LazyMerge", "lazy"]
-
-_KINDS = ("numpy", "torch")
 
 
 class LazyMerge(Mapping[str, Any]):
@@ -49,12 +47,15 @@ class LazyMerge(Mapping[str, Any]):
         self._threads = threads
         self.warnings: tuple[Problem, ...] = plan.warnings
 
+    #: Looking a tensor up takes as long as merging it.
+    is_computed = True
+
     def __getitem__(self, name: str) -> Any:
         """Compute a tensor."""
         at = self._at(name)
         tensor = self._plan.tensors[at]
         merged = empty(tensor.shape, tensor.dtype, self._kind)
-        self._engine.compute(at, merged.place, self._threads)
+        self._engine.compute(at, merged.exporter, self._threads)
         return merged.array
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -98,11 +99,16 @@ class LazyMerge(Mapping[str, Any]):
         """Return the element type of a tensor by its safetensors name, without computing it."""
         return self._plan.tensors[self._at(name)].dtype
 
+    @property
+    def files(self) -> tuple[dict[str, Any], ...]:
+        """The files that it reads: path, size, device and inode of each, and more."""
+        return self._plan.files
+
 
 def lazy(
     recipe: PathLike | Recipe,
     *,
-    kind: Kind = "numpy",
+    framework: Framework = "np",
     seed: int = 0,
     threads: int | None = None,
     strict: bool = False,
@@ -111,17 +117,17 @@ def lazy(
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
     The bits are those that `oxmerge.merge` writes. So a model can be loaded straight from a recipe:
-    ``model.load_state_dict(oxmerge.lazy(recipe, kind="torch"), assign=True)``. Of a model that was
-    made on the ``meta`` device, what the checkpoint does not hold stays there: see
+    ``model.load_state_dict(oxmerge.lazy(recipe, framework="pt"), assign=True)``. Of a model that
+    was made on the ``meta`` device, what the checkpoint does not hold stays there: see
     ``python/SCRIPTS.md``.
 
     Parameters
     ----------
     recipe : path, str or Recipe
         What to merge: a file, YAML text, or a recipe.
-    kind : {"numpy", "torch"}
-        What the tensors are. BF16 in NumPy is ``ml_dtypes.bfloat16`` if that package is installed,
-        else raw ``uint16``, whose dtype tells oxmerge's functions what it is.
+    framework : {"np", "pt"}
+        What the tensors are, as in safetensors: of NumPy, where BF16 is ``ml_dtypes.bfloat16``, or
+        of torch.
     seed : int
         Of the random masks that some methods draw.
     threads : int, optional
@@ -159,18 +165,7 @@ def lazy(
     >>> model["model.norm.weight"].shape
     (16,)
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}")
     check_options(seed, threads)
-    if kind == "torch":
-        _need_torch()
+    kind = kind_of(framework)
     merge_plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
     return LazyMerge(merge_plan, kind, threads)
-
-
-def _need_torch() -> None:
-    try:
-        import torch  # noqa: F401, PLC0415
-    except ImportError as error:
-        message = 'kind="torch" needs torch, which is not installed: pip install "oxmerge[torch]"'
-        raise ImportError(message) from error

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["dot", "gram", "kth_magnitude", "norm", "ulp_distance"]
 
 
-def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None = None) -> float:
+def kth_magnitude(tensor: Any, k: int, *, threads: int | None = None) -> float:
     """Return the `k`-th largest magnitude, exactly.
 
     Parameters
@@ -32,8 +32,8 @@ def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None
         Of floats.
     k : int
         From 1, the largest, to the number of elements.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+    threads
+        As for all kernels, see `oxmerge.kernels`.
 
     Returns
     -------
@@ -52,13 +52,13 @@ def kth_magnitude(tensor: Any, k: int, *, dtype: Any = None, threads: int | None
     >>> kth_magnitude(x, 1), kth_magnitude(x, 2)
     (3.0, 2.0)
     """
-    source = float_view(tensor, "tensor", dtype)
+    source = float_view(tensor, "tensor")
     if not 1 <= (k := whole(k, "k")) <= source.count:
         raise ValueError(f"k must be from 1 to {source.count}, the number of elements, not {k}")
     return _numbers("kth_magnitude", [source], threads, k)[0]
 
 
-def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | None = None) -> float:
+def norm(tensor: Any, order: float = 2, *, threads: int | None = None) -> float:
     """Return a norm of the whole array, in float64.
 
     Parameters
@@ -67,8 +67,8 @@ def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | Non
         Of floats.
     order : {1, 2, inf}
         The sum of magnitudes, the Euclidean norm, or the largest magnitude.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+    threads
+        As for all kernels, see `oxmerge.kernels`.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | Non
     >>> norm(x), norm(x, 1), norm(x, float("inf"))
     (5.0, 7.0, 4.0)
     """
-    source = float_view(tensor, "tensor", dtype)
+    source = float_view(tensor, "tensor")
     if order not in (1, 2, math.inf):
         raise ValueError(f"order must be 1, 2 or inf, not {order}")
     if order == 1:
@@ -98,15 +98,15 @@ def norm(tensor: Any, order: float = 2, *, dtype: Any = None, threads: int | Non
     return math.sqrt(_numbers("gram", [source], threads)[0])
 
 
-def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> float:
+def dot(a: Any, b: Any, *, threads: int | None = None) -> float:
     """Return the inner product of two arrays, in float64.
 
     Parameters
     ----------
     a, b : array
         Of floats, of one shape.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+    threads
+        As for all kernels, see `oxmerge.kernels`.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def dot(a: Any, b: Any, *, dtype: Any = None, threads: int | None = None) -> flo
     >>> round(dot(a, b) / (norm(a) * norm(b)), 3)  # the cosine
     0.984
     """
-    views = [float_view(a, "a", dtype), float_view(b, "b", dtype)]
+    views = [float_view(a, "a"), float_view(b, "b")]
     check_same_shape(views, ("a", "b"))
     return _numbers("dot", views, threads)[0]
 
@@ -138,16 +138,13 @@ def gram(
     tensors: Sequence[Tensor],
     base: Tensor | None = None,
     *,
-    dtype: Any = None,
     threads: int | None = None,
 ) -> Tensor: ...
 @overload
 def gram(
-    tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
+    tensors: Sequence[Any], base: Any = None, *, threads: int | None = None
 ) -> NDArray[np.float64]: ...
-def gram(
-    tensors: Sequence[Any], base: Any = None, *, dtype: Any = None, threads: int | None = None
-) -> Any:
+def gram(tensors: Sequence[Any], base: Any = None, *, threads: int | None = None) -> Any:
     """Return the inner products of every two of the tensors: their Gram matrix.
 
     Parameters
@@ -156,8 +153,8 @@ def gram(
         Of floats, of one shape.
     base : array, optional
         Is subtracted from each first: the products are those of task vectors.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+    threads
+        As for all kernels, see `oxmerge.kernels`.
 
     Returns
     -------
@@ -176,12 +173,12 @@ def gram(
     array([[1., 0.],
            [0., 4.]])
     """
-    views = [float_view(each, f"tensors[{at}]", dtype) for at, each in enumerate(listed(tensors))]
+    views = [float_view(each, f"tensors[{at}]") for at, each in enumerate(listed(tensors))]
     if not views:
         raise ValueError("there is no tensor")
     count, names = len(views), [f"tensors[{at}]" for at in range(len(views))]
     if base is not None:
-        views.append(float_view(base, "base", dtype))
+        views.append(float_view(base, "base"))
         names.append("base")
     check_same_shape(views, names)
     piece = "gram" if base is None else "gram_of_differences"
@@ -193,17 +190,15 @@ def gram(
     return matrix
 
 
-def ulp_distance(
-    a: Any, b: Any, *, dtype: Any = None, threads: int | None = None
-) -> tuple[int, int]:
+def ulp_distance(a: Any, b: Any, *, threads: int | None = None) -> tuple[int, int]:
     """Return how far apart two arrays are, in steps between neighbouring floats of their type.
 
     Parameters
     ----------
     a, b : array
         Of the same float type and shape.
-    dtype, threads
-        As for all kernels, see `oxmerge.kernels`; `dtype` only to mark raw bfloat16.
+    threads
+        As for all kernels, see `oxmerge.kernels`.
 
     Returns
     -------
@@ -226,16 +221,16 @@ def ulp_distance(
     >>> ulp_distance(x, x)
     (0, 0)
     """
-    views = [float_view(a, "a", dtype), float_view(b, "b", dtype)]
+    views = [float_view(a, "a"), float_view(b, "b")]
     check_same_shape(views, ("a", "b"))
     check_options(0, threads)
-    one, other = views[0].place[2], views[1].place[2]
+    one, other = views[0].code, views[1].code
     if one != other:
         raise TypeError(f"a is of {one} and b of {other}; convert one of them first")
-    return _core.ulp_distance(views[0].place, views[1].place, threads)
+    return _core.ulp_distance(views[0].exporter, views[1].exporter, threads)
 
 
 def _numbers(piece: str, inputs: list[View], threads: int | None, k: int = 0) -> list[float]:
     check_options(0, threads)
-    places = [each.place for each in inputs]
-    return _core.numbers_of_arrays(piece, places, inputs[0].count, k, threads)
+    exporters = [each.exporter for each in inputs]
+    return _core.numbers_of_arrays(piece, exporters, inputs[0].count, k, threads)

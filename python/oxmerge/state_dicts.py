@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Out = TypeVar("Out", bound=MutableMapping[str, Any])
 
-__all__ = ["merge_state_dicts"]
+__all__ = ["check_mapping", "merge_state_dicts"]
 
 _INTEGERS = ("equal", "first")
 #: Endings of what quantised weights are to be multiplied by.
@@ -149,7 +149,7 @@ def merge_state_dicts(
         raise ValueError(f"integers must be one of {', '.join(_INTEGERS)}, not {integers!r}")
     check_options(seed, threads)
     for source, label in zip([*sources, out], [*labels, "out"], strict=True):
-        _check_mapping(source, label)
+        check_mapping(source, label)
     donor = sources[-1] if has_base else sources[0]
     _check_names(donor, sources, labels, out)
     dicts = _Dicts(call, sources, element_type(dtype), takes_first=integers == "first")
@@ -191,16 +191,13 @@ class _Dicts:
         targets: dict[str, View] = {}
         for name in donor:
             with _naming(name):
-                targets[name] = output(out[name], self._dtype)
+                targets[name] = output(out[name])
         written = _Written(targets.values())
         found = {}
-        for name, known in targets.items():
-            target = known
+        for name, target in targets.items():
             with _naming(name):
                 call, inputs = self._chosen(self._views(name, only_headers=True))
                 code = call.result_type(inputs, target, self._dtype)
-                if code == "U16":  # no raw bfloat16, whatever was asked for
-                    target = output(out[name])
                 check_out(target, inputs[0].shape, code)
                 if written.is_done(name, inputs, target):
                     continue
@@ -212,22 +209,16 @@ class _Dicts:
     def _chosen(self, inputs: list[View]) -> tuple[MethodCall, list[View]]:
         """Return what merges these tensors, and which of them it takes."""
         check_same_shape(inputs, self._call.names)
-        if self._takes_first and not any(is_float(each.place[2]) for each in inputs):
+        if self._takes_first and not any(is_float(each.code) for each in inputs):
             return self._copy, inputs[:1]
         return self._call, inputs
 
     def _views(self, name: str, *, only_headers: bool = False) -> list[View]:
-        def views(dtype: str | None) -> list[View]:
-            return [
-                (_header(source, name) if only_headers else None)
-                or view(_unscaled(source, name), label, dtype)
-                for source, label in zip(self._sources, self._call.names, strict=True)
-            ]
-
-        found = views(self._dtype)
-        if any(each.place[2] == "U16" for each in found):  # one knows that they are integers
-            return views(None)
-        return found
+        return [
+            (_header(source, name) if only_headers else None)
+            or view(_unscaled(source, name), label)
+            for source, label in zip(self._sources, self._call.names, strict=True)
+        ]
 
 
 def _unscaled(source: Mapping[str, Any], name: str) -> Any:
@@ -242,9 +233,9 @@ def _unscaled(source: Mapping[str, Any], name: str) -> Any:
 
 def _header(source: Any, name: str) -> View | None:
     """Return the shape and type of a tensor that would have to be computed, else None."""
-    if not hasattr(source, "dtype_of"):
+    if not getattr(source, "is_computed", False):
         return None
-    return View(None, (0, 0, source.dtype_of(name)), source.shape_of(name), "numpy")
+    return View(None, source.dtype_of(name), source.shape_of(name), "numpy")
 
 
 @contextmanager
@@ -262,10 +253,10 @@ class _Written:
     """What was written in place: tensors that share their memory must not be merged twice."""
 
     def __init__(self, targets: Iterable[View]) -> None:
-        counts = Counter(target.place for target in targets)
+        counts = Counter((*target.place, target.code) for target in targets)
         self._shared = {place for place, count in counts.items() if count > 1}
         # Holds the inputs: the memory of a temporary one would be handed out again.
-        self._done: dict[Place, list[View]] = {}
+        self._done: dict[tuple[int, int, str], list[View]] = {}
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._names: list[str] = []
@@ -278,17 +269,19 @@ class _Written:
         ValueError
             If the output or an input has memory that was overwritten, or they overlap.
         """
-        earlier = self._done.get(target.place)
+        place = start, length = target.place
+        key = (*place, target.code)
+        earlier = self._done.get(key)
         if earlier is not None and all(map(_is_same, earlier, inputs)):
             return True
-        for each in (target, *inputs):
-            self._check(each.place)
-        for each in inputs:
-            _check_overlap(each.place, target.place)
-        start, length, _ = target.place
+        places = [each.place for each in inputs if each.array is not None]
+        for each in (place, *places):
+            self._check(each)
+        for each in places:
+            _check_overlap(each, place)
         if length:
-            if target.place in self._shared:
-                self._done[target.place] = inputs
+            if key in self._shared:
+                self._done[key] = inputs
             at = bisect_left(self._starts, start)
             self._starts.insert(at, start)
             self._ends.insert(at, start + length)
@@ -296,7 +289,7 @@ class _Written:
         return False
 
     def _check(self, place: Place) -> None:
-        start, length, _ = place
+        start, length = place
         at = bisect_left(self._starts, start + length)
         if length and at and self._ends[at - 1] > start:
             raise ValueError(
@@ -306,13 +299,15 @@ class _Written:
 
 
 def _is_same(one: View, other: View) -> bool:
-    return one.array is not None and one.place == other.place
+    if one.array is None or other.array is None:
+        return False
+    return one.place == other.place and one.code == other.code
 
 
 def _check_overlap(one: Place, out: Place) -> None:
     """Raise ValueError as the engine does, but before the first write."""
     start, end = max(one[0], out[0]), min(one[0] + one[1], out[0] + out[1])
-    if start < end and one[:2] != out[:2]:
+    if start < end and one != out:
         raise ValueError(
             "out overlaps an input without being the same array; pass another out, or the input "
             "itself to overwrite it"
@@ -328,7 +323,8 @@ def _some(missing: Sequence[str], source: Iterable[str]) -> str:
     return printable(f"{names}{f' and {more} more' if more > 0 else ''}{has}")
 
 
-def _check_mapping(source: object, label: str) -> None:
+def check_mapping(source: object, label: str) -> None:
+    """Raise TypeError unless it is a mapping, or None."""
     if source is not None and not isinstance(source, Mapping):
         hint = "; pass its `state_dict()`" if hasattr(source, "state_dict") else ""
         hint = "; open it with `oxmerge.open`" if isinstance(source, str | os.PathLike) else hint

@@ -25,7 +25,9 @@ impl<'a> Places<'a> {
         elements: &Range<u64>,
     ) -> Result<Self> {
         outs.resize_with(task.sinks.len().max(outs.len()), Default::default);
-        let own: Vec<_> = task.sinks.iter().map(|sink| sink.place(elements)).collect();
+        let place =
+            |sink: &'a Arc<dyn Sink>| sink.is_apart().then(|| sink.place(elements)).flatten();
+        let own: Vec<_> = task.sinks.iter().map(place).collect();
         let buffered = |(sink, (own, out)): (&Arc<dyn Sink>, (&Option<_>, &mut AlignedBuffer))| {
             let bytes = (elements.end - elements.start) as usize * sink.dtype().size();
             if own.is_some() {

@@ -51,6 +51,10 @@ pub trait Source: Debug + Send + Sync {
     }
 }
 
+/// Elements that memory is handed out by; divides a block. Where an output is an input too, as many
+/// are computed at a time: they and those they are made of fit the cache nearest by.
+pub const GRAIN: usize = 8192;
+
 /// The bytes of a part of an output, to be computed where they belong.
 #[derive(Debug)]
 pub struct Place<'a>(pub &'a mut [u8]);
@@ -66,11 +70,17 @@ pub trait Sink: Debug + Send + Sync {
         0
     }
 
-    /// The memory of `elements` itself, whole blocks but for the tensor's end, where the output lies
-    /// in memory and may be written as it is computed. Each element is handed out once.
+    /// The memory of `elements` itself, whole grains but for the tensor's end, where the output lies in
+    /// memory. Each element is handed out once.
     fn place(&self, elements: &Range<u64>) -> Option<Place<'_>> {
         let _ = elements;
         None
+    }
+
+    /// Whether no source of the task has that memory too. Else an element may be written only when
+    /// nobody uses it any more.
+    fn is_apart(&self) -> bool {
+        true
     }
 
     /// Whether pieces may begin anywhere, not only with a block.

@@ -1,5 +1,6 @@
 //! What a worker does with one unit of a pass.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
 use super::passes::{Found, Pass};
 use super::places::Places;
-use super::source::Sink;
+use super::source::{GRAIN, Place, Sink};
 use super::task::Task;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
@@ -99,7 +100,20 @@ impl<'a> Worker<'a> {
         parts: impl IntoIterator<Item = Range<u64>>,
         code: &Staged,
         known: Option<&[Scalar]>,
+        then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
+    ) -> Result<()> {
+        self.in_steps_and(task, parts, code, known, then, || Ok(()))
+    }
+
+    /// The same; `after` is called when the inputs of a step are not in use any more.
+    fn in_steps_and(
+        &mut self,
+        task: &Task,
+        parts: impl IntoIterator<Item = Range<u64>>,
+        code: &Staged,
+        known: Option<&[Scalar]>,
         mut then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
+        mut after: impl FnMut() -> Result<()>,
     ) -> Result<()> {
         let frame = &task.frame;
         let reduces_rows = known.is_none() && !code.levels.is_empty();
@@ -136,6 +150,8 @@ impl<'a> Worker<'a> {
                     .transpose()?;
                 let vectors = reduced.as_deref().unwrap_or(&found);
                 then(&mut *program, Step { elements, inputs: &bytes, vectors, column: 0 })?;
+                drop(bytes);
+                after()?;
                 for &index in inputs {
                     task.sources[index].release(read.clone());
                 }
@@ -260,6 +276,9 @@ impl<'a> Worker<'a> {
         code: &Staged,
         known: Option<&[Scalar]>,
     ) -> Result<()> {
+        if !task.sinks.iter().all(|sink| sink.is_apart()) {
+            return self.replace(task, unit, code, known);
+        }
         let mut outs = std::mem::take(&mut self.outs);
         let mut places = Places::of(task, &mut outs, &unit)?;
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
@@ -275,12 +294,48 @@ impl<'a> Worker<'a> {
             let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
             let mut results =
                 Results { outputs: outputs.map(part).collect(), ..Results::default() };
-            copy(&code.program, &step, &mut results);
-            if code.program.only_copies() { Ok(()) } else { program.run(&step, &mut results) }
+            store(program, &code.program, &step, &mut results)
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
         written
+    }
+
+    /// The same where outputs are inputs: a few elements at a time are computed apart, and put where
+    /// they belong when their inputs are not in use any more.
+    fn replace(
+        &mut self,
+        task: &Task,
+        unit: Range<u64>,
+        code: &Staged,
+        known: Option<&[Scalar]>,
+    ) -> Result<()> {
+        self.most = self.most.min(GRAIN as u64);
+        let apart = RefCell::new((unit.start..unit.start, vec![Vec::new(); task.sinks.len()]));
+        let compute = |program: &mut dyn Run, step: Step<'_>| {
+            let (elements, buffers) = &mut *apart.borrow_mut();
+            elements.clone_from(&step.elements);
+            let count = (elements.end - elements.start) as usize;
+            let part = |(sink, buffer): (&Arc<dyn Sink>, &'_ mut Vec<u8>)| {
+                buffer.resize(count * sink.dtype().size(), 0);
+            };
+            task.sinks.iter().zip(&mut *buffers).for_each(part);
+            let outputs = buffers.iter_mut().map(Vec::as_mut_slice).collect();
+            let mut results = Results { outputs, ..Results::default() };
+            store(program, &code.program, &step, &mut results)
+        };
+        let control = self.control;
+        let put = || {
+            let (elements, buffers) = &*apart.borrow();
+            for (sink, buffer) in task.sinks.iter().zip(buffers) {
+                if let Some(Place(bytes)) = sink.place(elements) {
+                    bytes.copy_from_slice(buffer);
+                }
+                control.add_written(buffer.len() as u64);
+            }
+            Ok(())
+        };
+        self.in_steps_and(task, [unit], code, known, compute, put)
     }
 
     /// Copies what all sources agree on.
@@ -353,6 +408,18 @@ fn read_inputs<'a>(
         all.push(Some(InputBytes { dtype: source.dtype(), first: elements.start, bytes }));
     }
     Ok(all)
+}
+
+/// Does what `program` has to do for the outputs of a step: copies what is an input as it is, and
+/// computes the others.
+pub(super) fn store(
+    run: &mut dyn Run,
+    program: &Program,
+    step: &Step<'_>,
+    results: &mut Results<'_>,
+) -> Result<()> {
+    copy(program, step, results);
+    if program.only_copies() { Ok(()) } else { run.run(step, results) }
 }
 
 /// Puts the bytes of inputs that are outputs as they are in their places.

@@ -23,9 +23,16 @@
 
 #![expect(unsafe_code, reason = "a file map is memory that other processes can change")]
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-use memmap2::{Advice, Mmap, MmapOptions, UncheckedAdvice};
+use memmap2::{Advice, Mmap, MmapOptions, MmapRaw, UncheckedAdvice};
+
+use super::open_read_only;
+use crate::error::{Error, Result};
+use crate::plan::InputFile;
 
 /// A mapped piece may make so many bytes on either side of it resident: what one page table
 /// covers.
@@ -84,4 +91,64 @@ impl MappedFile {
         };
         debug_assert!(released.is_ok(), "releasing {first}..{end}: {released:?}");
     }
+}
+
+/// Beginnings and ends of the maps that are lent to others.
+static LENT: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+/// A map of a whole file, to be used by others as long as they like. The file is never written to.
+#[derive(Debug)]
+pub struct LentMap {
+    map: MmapRaw,
+    is_writable: bool,
+}
+
+impl LentMap {
+    /// Maps `input`, which must still be the file whose header was read. What is written to a map
+    /// that `is_writable` stays in memory.
+    pub fn new(input: &InputFile, is_writable: bool) -> Result<Self> {
+        let file = open_read_only(&input.path)?;
+        input.check_same(&InputFile::of(&file, &input.path)?)?;
+        let mut options = MmapOptions::new();
+        options.len(input.size as usize);
+        let map = if is_writable {
+            // Memory is taken for pages that are written to alone, so none is set aside for all.
+            options.no_reserve_swap();
+            // SAFETY: as for a `MappedFile`: plain numbers. Nobody has a reference to them here.
+            unsafe { options.map_copy(&file) }.map(MmapRaw::from)
+        } else {
+            // SAFETY: as for a `MappedFile`.
+            unsafe { options.map(&file) }.map(MmapRaw::from)
+        };
+        let map = map.map_err(|error| Error::io("map the file", error).file(&input.path))?;
+        let start = map.as_ptr().addr();
+        lent(|maps| maps.insert(start, start + map.len()));
+        Ok(Self { map, is_writable })
+    }
+
+    /// Where the bytes of the file are, how many, and whether they may be written to.
+    pub fn memory(&self) -> (*mut u8, usize, bool) {
+        (self.map.as_mut_ptr(), self.map.len(), self.is_writable)
+    }
+}
+
+impl Drop for LentMap {
+    fn drop(&mut self) {
+        lent(|maps| maps.remove(&self.map.as_ptr().addr()));
+    }
+}
+
+/// Whether some of `places`, given by addresses, lie in a map that is lent. To read there may wait for
+/// a disk, or for a machine elsewhere.
+pub fn are_mapped(mut places: impl Iterator<Item = Range<usize>>) -> bool {
+    lent(|maps| {
+        !maps.is_empty()
+            && places.any(|place| {
+                maps.range(..place.end).next_back().is_some_and(|(_, &end)| end > place.start)
+            })
+    })
+}
+
+fn lent<R>(act: impl FnOnce(&mut BTreeMap<usize, usize>) -> R) -> R {
+    act(&mut LENT.lock().unwrap_or_else(PoisonError::into_inner))
 }

@@ -47,22 +47,19 @@ pub use folder::OutputFolder;
 pub use identity::check_unchanged;
 use identity::same_file;
 pub(crate) use positioned::read_exact_at;
+use residency::Residency;
 pub(crate) use shared_words::SharedWords;
 pub use volume::raise_open_file_limit;
 pub use writer::{DirectMode, ShardWriter};
 
-pub use mapped::MAP_MARGIN;
 use mapped::MappedFile;
+pub use mapped::{LentMap, MAP_MARGIN, are_mapped};
 
 /// The unit of direct writes and of [`AlignedBuffer`]'s alignment.
 pub const PAGE: usize = 4096;
 
 /// Pieces shorter than this are read with `pread` even from a mapped file.
 pub const MAPPED_FROM: usize = 1 << 20;
-
-/// How far the places lie apart at which the page cache is probed, and the bytes of each.
-const PROBED_EVERY: usize = 1 << 20;
-const PROBED_BYTES: u64 = 64 << 10;
 
 /// How input bytes are read. The bytes are the same in every case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -87,6 +84,7 @@ pub struct InputReader {
     size: u64,
     read_path: ReadPath,
     map: Option<MappedFile>,
+    residency: Residency,
     /// The same file, opened to be read past the page cache when that is first wanted.
     direct: OnceLock<Option<File>>,
 }
@@ -99,7 +97,8 @@ impl InputReader {
         let map =
             if read_path == ReadPath::Mapped { MappedFile::new(&file, input.size) } else { None };
         let (path, size) = (input.path.clone(), input.size);
-        Ok(Self { file, path, size, read_path, map, direct: OnceLock::new() })
+        let (residency, direct) = (Residency::default(), OnceLock::new());
+        Ok(Self { file, path, size, read_path, map, residency, direct })
     }
 
     fn direct(&self) -> Option<&File> {
@@ -120,20 +119,8 @@ impl InputReader {
     ///
     /// It is asked about a few places only: counting every page took a tenth of a merge's CPU time.
     pub fn is_cached(&self, start: u64, len: usize) -> bool {
-        if self.read_path == ReadPath::Direct {
-            return false;
-        }
-        let (len, probe) = (len as u64, PROBED_BYTES.min(len as u64));
-        let places = (0..=len - probe).step_by(PROBED_EVERY);
-        let (mut cached, mut pages) = (0, 0);
-        for place in places {
-            let Some(found) = residency::cached_pages(&self.file, start + place, probe) else {
-                return true;
-            };
-            cached += found;
-            pages += probe / PAGE as u64;
-        }
-        cached >= pages / 2
+        self.read_path != ReadPath::Direct
+            && self.residency.is_cached(&self.file, start, len as u64)
     }
 
     /// The bytes `start..start + len` in `scratch`, read past the page cache where that is possible.

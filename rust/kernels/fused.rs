@@ -67,6 +67,123 @@ impl<F: Format, const N: usize> Kernel for DifferenceBytes<'_, F, N> {
     }
 }
 
+/// What becomes of an element that is replaced, from what it is and from an element beside it.
+#[derive(Clone, Copy, Debug)]
+pub enum Update {
+    /// `own`·x + `other`·y.
+    Sum {
+        /// The coefficient of what is replaced.
+        own: f32,
+        /// That of the other.
+        other: f32,
+        /// Whether the product of the other comes first.
+        other_first: bool,
+    },
+    /// x + (t·(y − x))·scale.
+    Toward {
+        /// The coefficient of the difference.
+        t: f32,
+        /// By what the product is multiplied.
+        scale: f32,
+    },
+    /// The same from the other end: y + (t·(x − y))·scale.
+    From {
+        /// The coefficient of the difference.
+        t: f32,
+        /// By what the product is multiplied.
+        scale: f32,
+    },
+}
+
+struct UpdateBytes<'a, F: Format, O> {
+    other: &'a [F::Bytes],
+    own: &'a mut [F::Bytes],
+    operation: O,
+}
+
+trait UpdateOperation {
+    fn of(&self, own: f32, other: f32) -> f32;
+}
+
+struct OwnFirst(f32, f32);
+struct OtherFirst(f32, f32);
+struct Toward(f32, f32);
+struct From(f32, f32);
+
+impl UpdateOperation for OwnFirst {
+    #[inline(always)]
+    fn of(&self, own: f32, other: f32) -> f32 {
+        self.0 * own + self.1 * other
+    }
+}
+
+impl UpdateOperation for OtherFirst {
+    #[inline(always)]
+    fn of(&self, own: f32, other: f32) -> f32 {
+        self.1 * other + self.0 * own
+    }
+}
+
+impl UpdateOperation for Toward {
+    #[inline(always)]
+    fn of(&self, own: f32, other: f32) -> f32 {
+        own + self.0 * (other - own) * self.1
+    }
+}
+
+impl UpdateOperation for From {
+    #[inline(always)]
+    fn of(&self, own: f32, other: f32) -> f32 {
+        other + self.0 * (own - other) * self.1
+    }
+}
+
+impl<F: Format, O: UpdateOperation> Kernel for UpdateBytes<'_, F, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let other = &self.other[..self.own.len()];
+        for (own, other) in self.own.iter_mut().zip(other) {
+            *own = F::narrow(self.operation.of(F::widen(*own), F::widen(*other)));
+        }
+    }
+}
+
+fn update<F: Format>(level: Level, update: Update, other: &[u8], own: &mut [u8]) {
+    let (other, own) = (F::elements(other), F::elements_mut(own));
+    match update {
+        Update::Sum { own: c, other: d, other_first: false } => {
+            level.run(UpdateBytes::<F, _> { other, own, operation: OwnFirst(c, d) });
+        }
+        Update::Sum { own: c, other: d, other_first: true } => {
+            level.run(UpdateBytes::<F, _> { other, own, operation: OtherFirst(c, d) });
+        }
+        Update::Toward { t, scale } => {
+            level.run(UpdateBytes::<F, _> { other, own, operation: Toward(t, scale) });
+        }
+        Update::From { t, scale } => {
+            level.run(UpdateBytes::<F, _> { other, own, operation: From(t, scale) });
+        }
+    }
+}
+
+/// Replaces stored elements, with the bits of [`weighted_sum_bytes`] and
+/// [`weighted_difference_sum_bytes`] of the same two inputs.
+///
+/// # Panics
+///
+/// If a length does not fit, or the type is not BF16, F16 or F32.
+pub fn update_bytes(level: Level, by: Update, dtype: DType, other: &[u8], own: &mut [u8]) {
+    check(&[(1.0, dtype, other)], dtype, own);
+    match dtype {
+        DType::Bf16 => update::<Bf16>(level, by, other, own),
+        DType::F16 => update::<F16>(level, by, other, own),
+        DType::F32 => update::<F32>(level, by, other, own),
+        _ => panic!("{dtype} is not computed with in f32"),
+    }
+}
+
 fn sum_pass<F: Format, const N: usize>(level: Level, terms: &[Term<'_>], out: &mut [u8]) {
     level.run(SumBytes::<F, N> {
         coefficients: std::array::from_fn(|term| terms[term].0),

@@ -47,7 +47,7 @@ pub(crate) use consensus::cancels;
 pub use consensus::elect;
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
-pub use fused::{weighted_difference_sum_bytes, weighted_sum_bytes};
+pub use fused::{Update, update_bytes, weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use gram::products_into;
 pub use level::Level;
 pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};

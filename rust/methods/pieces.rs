@@ -9,6 +9,14 @@ pub fn weighted_sum(weights: &[f64]) -> Value {
     Value::weighted_sum(weights.iter().copied().zip((0..weights.len()).map(Value::input)))
 }
 
+/// From input 0 to input 1: x₀ + t·(x₁ − x₀), in the second half from the other end. So both ends are
+/// exact, and equal inputs stay what they are.
+pub fn lerp(t: f64) -> Value {
+    let (near, far) = if t < 0.5 { (0, 1) } else { (1, 0) };
+    let (near, far) = (Value::input(near), Value::input(far));
+    &near + &(&far - &near).scaled(if t < 0.5 { t } else { 1.0 - t })
+}
+
 /// x − base, input 1 being the base.
 pub fn task_vector() -> Value {
     &Value::input(0) - &Value::input(1)

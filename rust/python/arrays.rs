@@ -1,21 +1,23 @@
 //! Arrays in, arrays and numbers out.
 //!
-//! Python says what an array is (`oxmerge/arrays.py`) and hands over where its elements lie; it
-//! holds on to the arrays while a function here runs.
+//! Python says what an array is (`oxmerge/arrays.py`) and hands over the arrays themselves; where
+//! their elements lie they say (`exported`), and they are held while a function here runs.
 
 #![expect(unsafe_code, reason = "borrows the memory of Python arrays for the time of a call")]
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict};
 
 use super::enter::take_part;
 use super::error::raise;
+use super::exported::{Array, Given, Held, export, export_all, may_wait};
 use super::merge::parse;
 use crate::dtype::DType;
-use crate::engine::arrays::{self, ArraySink, ArraySource};
+use crate::engine::arrays::{self, ArraySink, ArraySource, Many};
 use crate::engine::files;
 use crate::engine::source::{Nowhere, Sink, Source};
 use crate::engine::task::{Task, Work};
@@ -27,46 +29,8 @@ use crate::plan::{OutputTensor, Parameters, SourceTensor};
 
 /// Work on fewer bytes is over before another Python thread would have had its turn.
 const DETACHED_FROM: u64 = 64 << 10;
-
-/// Where the elements of an array lie: address, bytes, element type.
-#[derive(Clone, Copy)]
-pub(super) struct Array {
-    address: usize,
-    bytes: usize,
-    dtype: DType,
-}
-
-impl<'py> FromPyObject<'_, 'py> for Array {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        let (address, bytes, name): (usize, usize, &str) = object.extract()?;
-        let dtype = DType::from_name(name)
-            .ok_or_else(|| PyValueError::new_err(format!("there is no element type `{name}`")))?;
-        Ok(Self { address, bytes, dtype })
-    }
-}
-
-impl Array {
-    fn elements(&self) -> u64 {
-        (self.bytes / self.dtype.size()) as u64
-    }
-
-    fn end(&self) -> usize {
-        self.address + self.bytes
-    }
-
-    fn overlaps(&self, other: &Self) -> bool {
-        self.address < other.end() && other.address < self.end()
-    }
-
-    fn source(&self) -> Arc<dyn Source> {
-        let start = std::ptr::with_exposed_provenance(self.address);
-        // SAFETY: Python holds on to the array for the time of the call, which the source does not
-        // outlive. That no one writes to it meanwhile is for the caller to see to, as with NumPy.
-        Arc::new(unsafe { ArraySource::new(start, self.bytes, self.dtype) })
-    }
-}
+/// The same for a sum of many arrays, all told. It takes a few milliseconds at the most.
+const MANY_DETACHED_FROM: usize = 32 << 20;
 
 /// The instruction set to use. It is read while the GIL is held: another thread of Python may change
 /// the environment, which is no place for two.
@@ -84,77 +48,127 @@ struct Call<'a> {
 
 impl Call<'_> {
     /// Checks that an array has as many bytes as the shape says: the engine relies on it.
-    fn check(&self, array: &Array) -> PyResult<()> {
-        let elements: u64 = self.shape.iter().product();
-        if array.bytes as u64 == elements * array.dtype.size() as u64 {
+    fn check(&self, array: &Array<'_>) -> PyResult<()> {
+        let elements =
+            self.shape.iter().try_fold(1_u64, |count, &length| count.checked_mul(length));
+        if elements.is_some_and(|elements| elements == array.elements()) {
             return Ok(());
         }
-        let message = format!(
-            "an array of {} has {} bytes, not {elements} elements",
-            array.dtype, array.bytes
-        );
+        let shape = &self.shape;
+        let message = format!("an array has {} elements, which is not {shape:?}", array.elements());
         Err(PyValueError::new_err(message))
     }
 
-    fn task(&self, inputs: &[Array], sink: Arc<dyn Sink>, work: Work) -> Task {
-        let sources = inputs.iter().map(Array::source).collect();
+    fn task(&self, inputs: &[Array<'_>], sink: Arc<dyn Sink>, work: Work) -> Task {
+        let sources = inputs.iter().map(|input| Arc::new(source(input)) as Arc<dyn Source>);
         let labels = (0..inputs.len()).map(|index| format!("input {index}")).collect();
+        let sources = sources.collect();
         Task::new(self.name, self.seed, &self.shape, sources, labels, vec![sink], work)
     }
 
     /// Runs `work` into `out`.
-    fn fill(&self, py: Python<'_>, inputs: &[Array], out: Array, work: Work) -> PyResult<()> {
-        inputs.iter().chain([&out]).try_for_each(|array| self.check(array))?;
-        let shared: Vec<&Array> = inputs.iter().filter(|input| input.overlaps(&out)).collect();
-        let is_same = |input: &&Array| input.address == out.address && input.bytes == out.bytes;
-        if !shared.iter().all(is_same) {
-            let message = "out overlaps an input without being the same array; pass another out, or \
-                           the input itself to overwrite it";
-            return Err(PyValueError::new_err(message));
+    fn fill<'py>(
+        &self,
+        py: Python<'py>,
+        inputs: &[Array<'py>],
+        out: &Array<'py>,
+        work: Work,
+    ) -> PyResult<()> {
+        inputs.iter().chain([out]).try_for_each(|array| self.check(array))?;
+        if !matches!(work, Work::Identical) {
+            let is_mask = out.dtype == DType::Bool;
+            check_floats(inputs.iter().chain((!is_mask).then_some(out)))?;
         }
-        // Of a small array a copy is cheaper than a buffer of a worker.
-        let is_small = (out.bytes as u64) < DETACHED_FROM;
-        if !shared.is_empty() && (is_small || work.reads_around()) {
+        let is_apart = check_overlap(inputs, out)?;
+        if !is_apart && work.reads_around() {
             return self.fill_apart(py, inputs, out, work);
         }
-        let start = std::ptr::with_exposed_provenance_mut(out.address);
-        // SAFETY: Python holds on to the array for the time of the call, which the sink does not
-        // outlive, and has seen that it may be written to. Where it is an input too, the sink knows.
-        let sink = unsafe { ArraySink::new(start, out.bytes, out.dtype, shared.is_empty()) };
-        self.run(py, self.task(inputs, Arc::new(sink), work)).map(drop)
+        let task = self.task(inputs, Arc::new(sink(out, is_apart)), work);
+        self.run(py, task, inputs.iter().chain([out])).map(drop)
     }
 
-    /// The same into memory of its own first: where the work reads inputs beyond the piece it writes,
-    /// or the array is small.
-    fn fill_apart(&self, py: Python<'_>, inputs: &[Array], out: Array, work: Work) -> PyResult<()> {
+    /// The same into memory of its own first: where the work reads inputs beyond the piece it writes.
+    fn fill_apart(
+        &self,
+        py: Python<'_>,
+        inputs: &[Array<'_>],
+        out: &Array<'_>,
+        work: Work,
+    ) -> PyResult<()> {
         let mut copy = vec![0_u8; out.bytes];
         // SAFETY: the vector lives until the task is dropped, and is not touched before.
         let sink = unsafe { ArraySink::new(copy.as_mut_ptr(), out.bytes, out.dtype, true) };
-        self.run(py, self.task(inputs, Arc::new(sink), work))?;
-        let start = std::ptr::with_exposed_provenance_mut::<u8>(out.address);
-        // SAFETY: as in `fill`; and the sources, which had the same memory, are gone.
-        unsafe { std::slice::from_raw_parts_mut(start, out.bytes) }.copy_from_slice(&copy);
+        self.run(py, self.task(inputs, Arc::new(sink), work), inputs.iter().chain([out]))?;
+        if !copy.is_empty() {
+            // SAFETY: as in `sink`; and the sources, which had the same memory, are gone.
+            unsafe { std::slice::from_raw_parts_mut(out.start, out.bytes) }.copy_from_slice(&copy);
+        }
         Ok(())
     }
 
-    fn numbers(
+    fn numbers<'py>(
         &self,
-        py: Python<'_>,
-        inputs: &[Array],
+        py: Python<'py>,
+        inputs: &[Array<'py>],
         scalars: Vec<Scalar>,
     ) -> PyResult<Vec<f64>> {
         inputs.iter().try_for_each(|input| self.check(input))?;
+        check_floats(inputs)?;
         let task = self.task(inputs, Arc::new(Nowhere(DType::F32)), Work::numbers(scalars));
-        self.run(py, task)
+        self.run(py, task, inputs)
     }
 
-    fn run(&self, py: Python<'_>, task: Task) -> PyResult<Vec<f64>> {
-        let level = level(py)?;
-        let threads = self.threads;
-        take_part(py, task.bytes() < DETACHED_FROM, |control| {
-            arrays::run(task, level, threads, control)
-        })
+    /// Runs a task over `arrays`.
+    fn run<'a, 'py: 'a>(
+        &self,
+        py: Python<'py>,
+        task: Task,
+        arrays: impl IntoIterator<Item = &'a Array<'py>> + Clone,
+    ) -> PyResult<Vec<f64>> {
+        let (level, threads) = (level(py)?, self.threads);
+        let is_brief = task.bytes() < DETACHED_FROM && !may_wait(arrays.clone());
+        let held = Held::of(arrays)?;
+        let found = take_part(py, is_brief, |control| arrays::run(task, level, threads, control));
+        drop(held);
+        found
     }
+}
+
+fn check_floats<'a, 'py: 'a>(arrays: impl IntoIterator<Item = &'a Array<'py>>) -> PyResult<()> {
+    if arrays.into_iter().all(|array| array.dtype.is_float()) {
+        return Ok(());
+    }
+    Err(PyTypeError::new_err("only floats can be computed with"))
+}
+
+pub(super) fn source(array: &Array<'_>) -> ArraySource {
+    // SAFETY: its owner is held for the time of the call, which the source does not outlive. That no
+    // one writes to it meanwhile is for the caller to see to, as with NumPy.
+    unsafe { ArraySource::new(array.start, array.bytes, array.dtype) }
+}
+
+/// `array` has to be one that [`export`] found to be writable.
+fn sink(array: &Array<'_>, is_apart: bool) -> ArraySink {
+    // SAFETY: its owner is held for the time of the call, which the sink does not outlive, and lets it
+    // be written to. Where it is an input too, the sink knows.
+    unsafe { ArraySink::new(array.start, array.bytes, array.dtype, is_apart) }
+}
+
+/// Whether `out` is none of the inputs; an error if it is a part of one, or one a part of it.
+fn check_overlap(inputs: &[Array<'_>], out: &Array<'_>) -> PyResult<bool> {
+    let mut shared = inputs.iter().filter(|input| input.overlaps(out)).peekable();
+    let is_apart = shared.peek().is_none();
+    if shared.all(|input| input.is(out)) {
+        return Ok(is_apart);
+    }
+    Err(overlapping())
+}
+
+#[cold]
+fn overlapping() -> PyErr {
+    let message = "out overlaps an input without being the same array; pass another out, or the input \
+                   itself to overwrite it";
+    PyValueError::new_err(message)
 }
 
 /// A plan whose tensors are computed when they are asked for.
@@ -166,8 +180,8 @@ impl OnDemand {
     /// Opens the inputs of a plan.
     #[new]
     fn open(py: Python<'_>, plan: &str) -> PyResult<Self> {
-        let opened = parse(plan).and_then(|plan| files::OnDemand::open(plan, ReadPath::Auto));
-        opened.map(Self).map_err(|error| raise(py, &error))
+        let open = || parse(plan).and_then(|plan| files::OnDemand::open(plan, ReadPath::Auto));
+        py.detach(open).map(Self).map_err(|error| raise(py, &error))
     }
 
     /// Computes tensor `index` of the plan into `out`.
@@ -175,20 +189,26 @@ impl OnDemand {
         &self,
         py: Python<'_>,
         index: usize,
-        out: Array,
+        out: Given<'_>,
         threads: Option<usize>,
     ) -> PyResult<()> {
         let Some(tensor) = self.0.plan().tensors.get(index) else {
             return Err(PyValueError::new_err(format!("the plan has no tensor {index}")));
         };
         let call = Call { name: "", seed: 0, shape: tensor.shape.clone(), threads };
+        let (_, out) = export(Vec::new(), out)?;
         call.check(&out)?;
-        let start = std::ptr::with_exposed_provenance_mut(out.address);
-        // SAFETY: Python has just made the array, and holds on to it for the time of the call.
-        let sink = unsafe { ArraySink::new(start, out.bytes, out.dtype, true) };
-        let task = self.0.task(index, Arc::new(sink)).map_err(|error| raise(py, &error))?;
-        call.run(py, task)?;
-        self.0.check_unchanged(index).map_err(|error| raise(py, &error))
+        let held = Held::of([&out])?;
+        let task = self.0.task(index, Arc::new(sink(&out, true)));
+        let task = task.map_err(|error| raise(py, &error))?;
+        let level = level(py)?;
+        // However little there is to read, a disk may take any time.
+        take_part(py, false, |control| {
+            arrays::run(task, level, threads, control)?;
+            self.0.check_unchanged(index)
+        })?;
+        drop(held);
+        Ok(())
     }
 }
 
@@ -196,17 +216,23 @@ impl OnDemand {
 #[pyfunction]
 pub(super) fn ulp_distance(
     py: Python<'_>,
-    a: Array,
-    b: Array,
+    a: Given<'_>,
+    b: Given<'_>,
     threads: Option<usize>,
 ) -> PyResult<(u64, u64)> {
+    let [a, b] = &export_all(vec![a, b])?[..] else { unreachable!("two were given") };
     if a.dtype != b.dtype || a.bytes != b.bytes {
         return Err(PyValueError::new_err("both arrays must be of one type and length"));
     }
-    let level = level(py)?;
-    take_part(py, false, |control| {
-        arrays::ulp_distance(&*a.source(), &*b.source(), a.elements(), level, threads, control)
-    })
+    check_floats([a, b])?;
+    let held = Held::of([a, b])?;
+    let (level, elements) = (level(py)?, a.elements());
+    let (a, b) = (source(a), source(b));
+    let found = take_part(py, false, |control| {
+        arrays::ulp_distance(&a, &b, elements, level, threads, control)
+    });
+    drop(held);
+    found
 }
 
 /// Numbers and switches by name, as a plan has them.
@@ -231,9 +257,9 @@ fn parameters(given: &Bound<'_, PyDict>) -> PyResult<Parameters> {
 pub(super) fn merge_arrays(
     py: Python<'_>,
     method: &str,
-    inputs: Vec<Array>,
+    inputs: Vec<Given<'_>>,
     base: Option<usize>,
-    out: Array,
+    out: Given<'_>,
     shape: Vec<u64>,
     shared: &Bound<'_, PyDict>,
     own: Vec<Bound<'_, PyDict>>,
@@ -241,17 +267,24 @@ pub(super) fn merge_arrays(
     seed: u64,
     threads: Option<usize>,
 ) -> PyResult<()> {
-    let source = |(index, (input, own)): (usize, (&Array, &Bound<'_, PyDict>))| {
-        Ok(SourceTensor {
-            model: format!("input {index}"),
-            name: name.to_owned(),
-            dtype: input.dtype,
-            file: 0,
-            start: 0,
-            parameters: parameters(own)?,
-        })
+    if own.len() != inputs.len() || base.is_some_and(|base| base >= inputs.len()) {
+        return Err(PyValueError::new_err(
+            "each input has parameters, and the base is one of them",
+        ));
+    }
+    // What may run a program's code comes first: it could change an array that was looked at.
+    let own: Vec<Parameters> = own.iter().map(parameters).collect::<PyResult<_>>()?;
+    let shared = parameters(shared)?;
+    let (inputs, out) = export(inputs, out)?;
+    let source = |(index, (input, parameters)): (usize, (&Array<'_>, Parameters))| SourceTensor {
+        model: format!("input {index}"),
+        name: name.to_owned(),
+        dtype: input.dtype,
+        file: 0,
+        start: 0,
+        parameters,
     };
-    let sources = inputs.iter().zip(&own).enumerate().map(source).collect::<PyResult<_>>()?;
+    let sources = inputs.iter().zip(own).enumerate().map(source).collect();
     let tensor = OutputTensor {
         name: name.to_owned(),
         shape,
@@ -260,11 +293,11 @@ pub(super) fn merge_arrays(
         start: 0,
         sources,
         base,
-        parameters: parameters(shared)?,
+        parameters: shared,
     };
     let work = Work::of(method, &tensor).map_err(|error| raise(py, &error))?;
     let call = Call { name, seed, shape: tensor.shape, threads };
-    call.fill(py, &inputs, out, work)
+    call.fill(py, &inputs, &out, work)
 }
 
 /// Computes a piece of the methods, by name, into `out`.
@@ -273,28 +306,141 @@ pub(super) fn merge_arrays(
 pub(super) fn fill_array(
     py: Python<'_>,
     piece: &str,
-    inputs: Vec<Array>,
-    out: Array,
+    inputs: Vec<Given<'_>>,
+    out: Given<'_>,
     shape: Vec<u64>,
     numbers: Vec<f64>,
     name: &str,
     seed: u64,
     threads: Option<usize>,
 ) -> PyResult<()> {
-    let number = || numbers.first().copied().unwrap_or(0.0);
-    let value: Value = match piece {
-        "weighted_sum" => pieces::weighted_sum(&numbers),
-        "task_vector" => pieces::task_vector(),
-        "top_k_mask" => pieces::top_k_mask(number() as u64),
-        "sign_consensus" => pieces::sign_consensus(&numbers),
-        "random_mask" => {
-            let position = numbers.get(1).copied().unwrap_or(0.0);
-            pieces::random_mask(number(), position as u32)
-        }
-        "convert" => pieces::convert(),
-        other => return Err(PyValueError::new_err(format!("there is no piece `{other}`"))),
+    let number = |at: usize| numbers.get(at).copied().unwrap_or(0.0);
+    let value = match (piece, inputs.len()) {
+        ("top_k_mask", 1) => pieces::top_k_mask(number(0) as u64),
+        ("random_mask", 0) => pieces::random_mask(number(0), number(1) as u32),
+        (_, count) => elementwise(piece, count, &numbers)?,
     };
-    Call { name, seed, shape, threads }.fill(py, &inputs, out, Work::Formulas(vec![value]))
+    let (inputs, out) = export(inputs, out)?;
+    Call { name, seed, shape, threads }.fill(py, &inputs, &out, Work::Formulas(vec![value]))
+}
+
+/// A piece of which an element depends on the same element of its inputs alone.
+fn elementwise(piece: &str, inputs: usize, numbers: &[f64]) -> PyResult<Value> {
+    Ok(match (piece, inputs, numbers) {
+        ("weighted_sum", 1.., weights) if weights.len() == inputs => pieces::weighted_sum(weights),
+        ("sign_consensus", 1.., weights) if weights.len() == inputs => {
+            pieces::sign_consensus(weights)
+        }
+        ("lerp", 2, &[t]) => pieces::lerp(t),
+        ("task_vector", 2, _) => pieces::task_vector(),
+        ("convert", 1, _) => pieces::convert(),
+        _ => {
+            let message = format!("there is no piece `{piece}` of {inputs} arrays and {numbers:?}");
+            return Err(PyValueError::new_err(message));
+        }
+    })
+}
+
+/// Computes a piece of the methods for many arrays: `inputs` has a list for each of its inputs.
+#[pyfunction]
+pub(super) fn fill_arrays(
+    py: Python<'_>,
+    piece: &str,
+    inputs: Vec<Vec<Given<'_>>>,
+    outs: Vec<Given<'_>>,
+    numbers: Vec<f64>,
+    threads: Option<usize>,
+) -> PyResult<()> {
+    if inputs.iter().any(|list| list.len() != outs.len()) {
+        return Err(PyValueError::new_err("all lists must be of one length"));
+    }
+    let (value, width) = (elementwise(piece, inputs.len(), &numbers)?, inputs.len());
+    let level = level(py)?;
+    let mut lists: Vec<_> = inputs.into_iter().map(Vec::into_iter).collect();
+    let (mut given, mut groups) = (Vec::with_capacity((width + 1) * outs.len()), Vec::new());
+    for out in outs {
+        let first = given.len();
+        given.extend(lists.iter_mut().filter_map(Iterator::next));
+        let same = given[first..].iter().position(|input: &Given<'_>| input.is(&out));
+        let inputs = first..first + width;
+        groups.push(Group { inputs, out: same.map_or(given.len(), |at| first + at) });
+        if same.is_none() {
+            given.push(out);
+        }
+    }
+    let arrays = export_all(given)?;
+    groups.iter().try_for_each(|group| group.check(py, &arrays))?;
+    let outs = Outs::of(&groups, &arrays)?;
+    let mut many = Many::new(width, groups.len());
+    let memory = |array: &Array<'_>| (array.start, array.bytes, array.dtype);
+    for group in &groups {
+        let is_apart = outs.check(group, &arrays)?;
+        let all = arrays[group.inputs.clone()].iter().chain([&arrays[group.out]]).map(memory);
+        // SAFETY: as in `source` and `sink`; and an output was seen to be apart from all else.
+        unsafe { many.push(all, is_apart) };
+    }
+    let bytes: usize = arrays.iter().map(|array| array.bytes).sum();
+    let is_brief = bytes < MANY_DETACHED_FROM && !may_wait(&arrays);
+    // While no other thread of Python runs, tensors stay what they are.
+    let held = (!is_brief).then(|| Held::of(&arrays)).transpose()?;
+    take_part(py, is_brief, |control| arrays::run_many(value, &many, level, threads, control))?;
+    drop(held);
+    Ok(())
+}
+
+/// One of many outputs and its inputs: where among all arrays they are.
+struct Group {
+    inputs: Range<usize>,
+    out: usize,
+}
+
+impl Group {
+    /// Checks that the output can take the result.
+    fn check(&self, py: Python<'_>, arrays: &[Array<'_>]) -> PyResult<()> {
+        let (inputs, out) = (&arrays[self.inputs.clone()], &arrays[self.out]);
+        out.check_writable()?;
+        check_floats(inputs.iter().chain([out]))?;
+        if inputs.iter().all(|input| input.shape(py) == out.shape(py)) {
+            return Ok(());
+        }
+        Err(PyValueError::new_err("the shapes of an output and its inputs differ"))
+    }
+}
+
+/// Where many outputs lie: beginnings and ends, in order.
+struct Outs(Vec<Range<usize>>);
+
+impl Outs {
+    /// An error if two of them share memory.
+    fn of(groups: &[Group], arrays: &[Array<'_>]) -> PyResult<Self> {
+        let outs = groups.iter().map(|group| arrays[group.out].place());
+        let mut outs: Vec<_> = outs.filter(|out| !out.is_empty()).collect();
+        outs.sort_unstable_by_key(|out| out.start);
+        if outs.windows(2).all(|two| two[0].end <= two[1].start) {
+            return Ok(Self(outs));
+        }
+        let message = "two of out share memory; pass arrays of their own, or leave one of them out";
+        Err(PyValueError::new_err(message))
+    }
+
+    /// Whether the output of `group` is none of its inputs; an error if an input overlaps an output
+    /// otherwise.
+    fn check(&self, group: &Group, arrays: &[Array<'_>]) -> PyResult<bool> {
+        let out = &arrays[group.out];
+        let mut is_apart = true;
+        for input in &arrays[group.inputs.clone()] {
+            if input.is(out) {
+                is_apart = false;
+                continue;
+            }
+            let place = input.place();
+            let after = self.0.partition_point(|other| other.start < place.end);
+            if after > 0 && self.0[after - 1].end > place.start && !place.is_empty() {
+                return Err(overlapping());
+            }
+        }
+        Ok(is_apart)
+    }
 }
 
 /// Computes numbers of whole arrays, by name.
@@ -302,11 +448,21 @@ pub(super) fn fill_array(
 pub(super) fn numbers_of_arrays(
     py: Python<'_>,
     piece: &str,
-    inputs: Vec<Array>,
+    inputs: Vec<Given<'_>>,
     elements: u64,
     count: u64,
     threads: Option<usize>,
 ) -> PyResult<Vec<f64>> {
+    let wanted = match piece {
+        "dot" => 2..=2,
+        "gram" => 1..=usize::MAX,
+        "gram_of_differences" => 2..=usize::MAX,
+        _ => 1..=1,
+    };
+    if !wanted.contains(&inputs.len()) {
+        let message = format!("`{piece}` is of other than {} arrays", inputs.len());
+        return Err(PyValueError::new_err(message));
+    }
     let scalars = match piece {
         "kth_magnitude" => vec![pieces::kth_magnitude(count)],
         "absolute_sum" => vec![pieces::absolute_sum()],
@@ -324,5 +480,5 @@ pub(super) fn numbers_of_arrays(
         return Ok(vec![0.0; scalars.len()]);
     }
     let call = Call { name: "", seed: 0, shape: vec![elements], threads };
-    call.numbers(py, &inputs, scalars)
+    call.numbers(py, &export_all(inputs)?, scalars)
 }

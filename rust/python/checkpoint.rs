@@ -1,14 +1,26 @@
 //! Checkpoints in, shard layouts out.
 
+#![expect(unsafe_code, reason = "the memory of a map is exported by a function of C")]
+
+use std::os::fd::RawFd;
+use std::os::raw::c_int;
+use std::path::PathBuf;
+
+use pyo3::exceptions::PyIndexError;
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::enter::enter;
+use super::arrays::source;
+use super::enter::{enter, take_part};
 use super::error::raise;
+use super::exported::{Given, Held, export_all};
 use super::to_python;
 use crate::checkpoint;
 use crate::dtype::DType;
+use crate::engine::source::Source;
 use crate::error::Error;
+use crate::io::{AlignedBuffer, DirectMode, LentMap, OutputFolder, ShardWriter};
 
 /// A checkpoint that was opened from its headers only.
 #[pyclass(frozen, module = "oxmerge._core")]
@@ -32,7 +44,7 @@ pub(super) struct TensorInfo {
 /// Opens the checkpoint at `path`: a safetensors file, or a directory that holds one, or shards
 /// with an index.
 #[pyfunction]
-pub(super) fn open_checkpoint(py: Python<'_>, path: std::path::PathBuf) -> PyResult<Checkpoint> {
+pub(super) fn open_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
     let opened = py.detach(|| checkpoint::Checkpoint::open(&path));
     opened.map(Checkpoint).map_err(|error| raise(py, &error))
 }
@@ -72,10 +84,102 @@ impl Checkpoint {
         self.0.tensors.iter().map(info).collect()
     }
 
+    /// Maps one of its files, by its index: an object with the buffer protocol. It must still be the
+    /// file whose header was read. What is written to a map that is writable stays in memory.
+    fn map(&self, py: Python<'_>, file: usize, writable: bool) -> PyResult<FileMap> {
+        let Some(input) = self.0.files.get(file) else {
+            return Err(PyIndexError::new_err(format!("the checkpoint has no file {file}")));
+        };
+        let map = py.detach(|| LentMap::new(input, writable));
+        map.map(FileMap).map_err(|error| raise(py, &error))
+    }
+
     /// What is odd about it, in plain words.
     #[getter]
     fn warnings(&self) -> Vec<String> {
         self.0.warnings.clone()
+    }
+}
+
+/// A file in memory. Views of it keep it there.
+#[pyclass(frozen, module = "oxmerge._core")]
+pub(super) struct FileMap(LentMap);
+
+#[pymethods]
+impl FileMap {
+    /// # Safety
+    ///
+    /// Python calls it, with room for what it writes.
+    unsafe fn __getbuffer__(
+        map: &Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
+        let (start, length, is_writable) = map.get().0.memory();
+        let (start, length) = (start.cast(), length as ffi::Py_ssize_t);
+        let read_only = c_int::from(!is_writable);
+        // SAFETY: the bytes stay where they are while the object lives, which the view holds.
+        let outcome =
+            unsafe { ffi::PyBuffer_FillInfo(view, map.as_ptr(), start, length, read_only, flags) };
+        if outcome == 0 { Ok(()) } else { Err(PyErr::fetch(map.py())) }
+    }
+}
+
+/// An output file that is written array by array.
+#[pyclass(frozen, module = "oxmerge._core")]
+pub(super) struct Shard(ShardWriter);
+
+/// Bytes that are written at once.
+const WRITTEN: usize = 4 << 20;
+
+#[pymethods]
+impl Shard {
+    /// Creates the file `name`, of `size` bytes that begin with the length and text of `header`, in the
+    /// directory that is open as `descriptor`; messages call that `path`.
+    #[new]
+    fn create(
+        py: Python<'_>,
+        descriptor: RawFd,
+        path: PathBuf,
+        name: &str,
+        header: &str,
+        size: u64,
+    ) -> PyResult<Self> {
+        let create = || {
+            let folder = OutputFolder::of_descriptor(descriptor, &path)?;
+            ShardWriter::create(&folder, name, header, size, DirectMode::Auto)
+        };
+        py.detach(create).map(Self).map_err(|error| raise(py, &error))
+    }
+
+    /// Writes the elements of an array from byte `start` of the file on.
+    fn write(&self, py: Python<'_>, start: u64, array: Given<'_>) -> PyResult<()> {
+        let arrays = export_all(vec![array])?;
+        let held = Held::of(&arrays)?;
+        let (source, bytes) = (source(&arrays[0]), arrays[0].bytes);
+        let size = arrays[0].dtype.size();
+        let written = take_part(py, false, |control| {
+            let (mut buffer, mut unused) = (AlignedBuffer::default(), AlignedBuffer::default());
+            for first in (0..bytes).step_by(WRITTEN) {
+                control.check()?;
+                let (end, place) = (bytes.min(first + WRITTEN), start + first as u64);
+                let part = source.read((first / size) as u64..(end / size) as u64, &mut unused)?;
+                let offset = self.0.buffer_offset(place);
+                buffer.grow(offset + part.len())?;
+                buffer.as_mut_slice()[offset..offset + part.len()].copy_from_slice(part);
+                self.0.write(place, &buffer, offset..offset + part.len())?;
+            }
+            Ok(())
+        });
+        drop(held);
+        written
+    }
+
+    /// Flushes the file, of which every byte was written; what it is then: device, inode, size,
+    /// modification time in nanoseconds.
+    fn finish(&self, py: Python<'_>) -> PyResult<(u64, u64, u64, i64)> {
+        let file = py.detach(|| self.0.finish()).map_err(|error| raise(py, &error))?;
+        Ok((file.device, file.inode, file.size, file.modified_ns))
     }
 }
 
@@ -111,8 +215,8 @@ pub(super) fn index_json(tensors: Vec<(String, String, u64)>) -> String {
 #[pyfunction]
 pub(super) fn compare_vocabularies(
     py: Python<'_>,
-    one: Vec<std::path::PathBuf>,
-    other: Vec<std::path::PathBuf>,
+    one: Vec<PathBuf>,
+    other: Vec<PathBuf>,
     rows: u64,
 ) -> PyResult<Bound<'_, PyAny>> {
     let difference = enter(py, None, |_| checkpoint::vocabulary::compare(&one, &other, rows))?;

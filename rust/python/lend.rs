@@ -5,6 +5,7 @@
 use std::os::raw::c_char;
 
 use pyo3::ffi;
+use pyo3::intern;
 use pyo3::prelude::*;
 
 /// Memory views over buffers of the engine. None of them may be in use when a call is over.
@@ -40,7 +41,7 @@ impl Lent {
         let (start, length) = (start.cast::<c_char>(), length as ffi::Py_ssize_t);
         // SAFETY: the bytes stay where they are until the call is over, since the caller has
         // borrowed them for longer. The callee, `oxmerge/torch_backend.py`, keeps no view and no
-        // tensor over one after a call, which `is_back` checks, and writes only to outputs.
+        // tensor over one after a call, which `take_back` checks, and writes only to outputs.
         let view = unsafe { ffi::PyMemoryView_FromMemory(start, length, ffi::PyBUF_WRITE) };
         // SAFETY: it is a new reference, or null with an exception set.
         let view = unsafe { Bound::from_owned_ptr_or_err(py, view) }?;
@@ -48,12 +49,14 @@ impl Lent {
         Ok(view)
     }
 
-    /// Whether nobody else refers to the views any more.
-    pub(super) fn is_back(&self, py: Python<'_>) -> bool {
+    /// Takes the views back; whether nobody else refers to them any more, nor to their memory.
+    pub(super) fn take_back(&self, py: Python<'_>) -> bool {
         let only_one = |view: &Py<PyAny>| {
             // SAFETY: a valid object, and the thread is attached to Python.
             unsafe { ffi::Py_REFCNT(view.bind(py).as_ptr()) == 1 }
         };
-        self.0.iter().all(only_one)
+        // One that somebody kept can be of no use from here on, unless it was exported in turn.
+        let release = |view: &Py<PyAny>| view.call_method0(py, intern!(py, "release")).is_ok();
+        self.0.iter().fold(true, |all, view| only_one(view) & release(view) & all)
     }
 }

@@ -9,6 +9,7 @@ mod arrays;
 mod checkpoint;
 mod enter;
 mod error;
+mod exported;
 mod floats;
 mod lend;
 mod merge;
@@ -24,10 +25,13 @@ mod _core {
     use super::{error, to_python};
 
     #[pymodule_export]
-    use super::arrays::{OnDemand, fill_array, merge_arrays, numbers_of_arrays, ulp_distance};
+    use super::arrays::{
+        OnDemand, fill_array, fill_arrays, merge_arrays, numbers_of_arrays, ulp_distance,
+    };
     #[pymodule_export]
     use super::checkpoint::{
-        Checkpoint, TensorInfo, compare_vocabularies, index_json, lay_out, open_checkpoint,
+        Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, lay_out,
+        open_checkpoint,
     };
     #[pymodule_export]
     use super::merge::{

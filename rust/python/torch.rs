@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyList, PyTuple};
 
@@ -31,9 +32,22 @@ pub(super) struct Torch {
     failure: Failure,
 }
 
-/// A `torch_backend.Backend` as Python hands it over.
-#[derive(FromPyObject)]
+/// A `torch_backend.Backend` as Python hands it over. It is that class itself and no other: memory is
+/// lent to it, and what it does with that is known.
 pub(super) struct Device<'py>(Bound<'py, PyAny>);
+
+impl<'py> FromPyObject<'_, 'py> for Device<'py> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let modules = object.py().import("sys")?.getattr("modules")?;
+        let module = modules.call_method1("get", ("oxmerge.torch_backend",))?;
+        if !module.is_none() && object.get_type().is(&module.getattr("Backend")?) {
+            return Ok(Self(object.to_owned()));
+        }
+        Err(PyTypeError::new_err("device must be a torch_backend.Backend"))
+    }
+}
 
 impl Device<'_> {
     pub(super) fn offload(&self) -> PyResult<Offload> {
@@ -91,7 +105,12 @@ impl Failure {
 
 impl Backend for Torch {
     fn worker(&self) -> Result<Box<dyn Arithmetic + '_>> {
-        Python::attach(|py| match self.backend.call_method0(py, "worker") {
+        // Of the class, whatever was put in its place in the object.
+        let worker = |py: Python<'_>| {
+            let class = self.backend.bind(py).get_type();
+            class.getattr("worker")?.call1((&self.backend,)).map(Bound::unbind)
+        };
+        Python::attach(|py| match worker(py) {
             Ok(worker) => {
                 Ok(Box::new(TorchWorker { worker, host: self.host, failure: self.failure.clone() })
                     as Box<dyn Arithmetic>)
@@ -288,7 +307,7 @@ impl Run for TorchRun<'_> {
                 self.ready.call_method1(py, "run", arguments)
             })();
             let called = called.map_err(|exception| self.failure.note(py, exception));
-            if lent.is_back(py) {
+            if lent.take_back(py) {
                 called.map(drop)
             } else {
                 Err(Error::internal("the torch backend kept memory that was lent to it"))

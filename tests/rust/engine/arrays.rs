@@ -151,8 +151,8 @@ fn numbers_that_need_no_pass_are_missed_with_a_reason() {
 }
 
 #[test]
-#[should_panic(expected = "block 1 is written twice")]
-fn a_sink_hands_out_each_block_once() {
+#[should_panic(expected = "grain 8 is written twice")]
+fn a_sink_hands_out_each_grain_once() {
     let mut out = vec![0; 200_000];
     let sink = sink(&mut out, DType::U8, true);
     assert!(sink.place(&(0..65_536)).is_some());
@@ -162,15 +162,44 @@ fn a_sink_hands_out_each_block_once() {
 }
 
 #[test]
-fn a_sink_of_an_input_hands_out_nothing() -> Result<()> {
+fn a_sink_says_whether_it_is_an_input() -> Result<()> {
     let mut out = vec![0; 4];
+    assert!(sink(&mut out, DType::U8, true).is_apart());
     let taken = sink(&mut out, DType::U8, false);
-    assert!(taken.place(&(0..4)).is_none());
+    assert!(!taken.is_apart());
     let mut buffer = AlignedBuffer::new(8).unwrap();
     buffer.as_mut_slice().copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
     taken.write(0, &buffer, 2..6)?;
     assert_eq!(out, [3, 4, 5, 6]);
     Ok(())
+}
+
+#[test]
+fn an_output_that_is_an_input_has_the_bytes_of_one_that_is_not() {
+    for dtype in [DType::Bf16, DType::F32, DType::F64] {
+        for value in formulas() {
+            let elements = 150_001;
+            let inputs = bytes(3, elements, dtype);
+            let work = || Work::Formulas(vec![value.clone()]);
+            let go = |inputs: &[Vec<u8>], sink, threads| {
+                let sources = inputs.iter().map(|input| source(input, dtype)).collect();
+                let task = task(&[elements], sources, sink, work());
+                run(task, Level::detect(), Some(threads), &Control::default()).unwrap();
+            };
+            let mut apart = vec![0; inputs[0].len()];
+            go(&inputs, sink(&mut apart, dtype, true), 1);
+            for threads in [1, 3] {
+                for replaced in 0..3 {
+                    let mut inputs = inputs.clone();
+                    let (start, length) = (inputs[replaced].as_mut_ptr(), apart.len());
+                    // SAFETY: as for `sink`, which cannot have a vector that is an input too.
+                    let sink = unsafe { ArraySink::new(start, length, dtype, false) };
+                    go(&inputs, Arc::new(sink), threads);
+                    assert_eq!(inputs[replaced], apart, "{value:?}");
+                }
+            }
+        }
+    }
 }
 
 proptest! {

@@ -14,7 +14,7 @@ import argparse
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -72,13 +72,12 @@ def plain(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return sum(terms, torch.zeros(())).to(tensors[0].dtype)
 
 
-def in_numpy(arrays: Sequence[NDArray[np.uint16]]) -> NDArray[np.uint16]:
+def in_numpy(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Sum in float32 in NumPy, and round to nearest even."""
     total = np.zeros(arrays[0].size, np.float32)
     for weight, each in zip(WEIGHTS, arrays, strict=False):
-        total += np.float32(weight) * (each.astype(np.uint32) << 16).view(np.float32)
-    bits = total.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        total += np.float32(weight) * each.astype(np.float32)
+    return total.astype(arrays[0].dtype)
 
 
 def large(arrays: Arrays) -> Iterator[Job]:
@@ -106,7 +105,7 @@ def large(arrays: Arrays) -> Iterator[Job]:
 
 
 def sums(
-    tensors: Sequence[torch.Tensor], out: torch.Tensor, raw: Sequence[NDArray[np.uint16]]
+    tensors: Sequence[torch.Tensor], out: torch.Tensor, raw: Sequence[NDArray[Any]]
 ) -> Iterator[Job]:
     """Yield weighted sums of as many arrays. A new result costs page faults, nearly all of it."""
     name, weights = f"sum of {len(tensors)}", WEIGHTS[: len(tensors)]
@@ -143,6 +142,23 @@ def small() -> Iterator[Job]:
     yield job("top_k_mask, 4 KiB", "oxmerge", lambda: kernels.top_k_mask(arrays[0], 512), moved)
 
 
+def averages() -> Iterator[Job]:
+    """Yield a step of a moving average, in place: of one small tensor, and of a list of many."""
+    a, b, apart = (np.ones((256, 256), np.float32) for _ in range(3))
+    moved = (2 * a.nbytes, a.nbytes)
+    for by, out in {"oxmerge": apart, "oxmerge, in place": a}.items():
+
+        def step(out: NDArray[np.float32] = out) -> object:
+            return kernels.lerp(a, b, 0.1, out=out)
+
+        yield job("lerp, 256 KiB", by, step, moved)
+    name, count, length = "lerp of 400 times 16 KiB", 400, 64
+    mean, latest = ([torch.randn(length, length) for _ in range(count)] for _ in range(2))
+    moved = (2 * count * 4 * length**2, count * 4 * length**2)
+    yield job(name, "oxmerge", lambda: kernels.lerp(mean, latest, 0.1, out=mean), moved)
+    yield job(name, "torch", lambda: torch._foreach_lerp_(mean, latest, 0.1), moved)
+
+
 def size(text: str) -> int:
     """Read a number of elements such as 64Mi."""
     return int(text.removesuffix("Mi")) << (20 if text.endswith("Mi") else 0)
@@ -159,7 +175,7 @@ def main() -> None:
     machine, others = describe(os.curdir), Others()
     with Crews() as crews:
         arrays = Arrays.draw(options.elements, crews.of(cores()))
-        jobs = [*copy_jobs(arrays, [cores()], crews), *large(arrays), *small()]
+        jobs = [*copy_jobs(arrays, [cores()], crews), *large(arrays), *small(), *averages()]
         rows, notes = measure(jobs, options.rounds, lambda _: None)
     machine |= others.busy()
     settings = {"size": "none", "rounds": options.rounds, "storage_bytes": 0}

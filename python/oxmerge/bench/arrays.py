@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from oxmerge import build_info, kernels, merge_tensors
+from oxmerge.arrays import numpy_dtype
 from oxmerge.bench.cases import DENSITY, WEIGHTS
 from oxmerge.bench.crew import Crew, pieces_of, take
 from oxmerge.bench.machine import cores
@@ -35,12 +36,11 @@ if TYPE_CHECKING:
     from oxmerge.bench.cases import Case
     from oxmerge.bench.crew import Crews
 
-    Bits = NDArray[np.uint16]
+    Array = NDArray[Any]
 
 _MODELS = 3
 _CHUNK = 1 << 20
 _ITEM = 2  # bytes of a bfloat16
-_DTYPE = "bfloat16"
 _SIMD = "OXMERGE_SIMD"  # read by the engine at each call
 
 SCALED = ("weighted_sum of 2", "top_k_mask", "slerp", "ties", "dare_ties")
@@ -54,10 +54,10 @@ _LEAST_BYTES = 256 << 20  # so many are copied in a run, for the threads' start 
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """The bits of bfloat16: a base and two fine-tunes, and an array for results."""
+    """Arrays of bfloat16: a base and two fine-tunes, and one for results."""
 
-    inputs: tuple[Bits, ...]
-    output: Bits
+    inputs: tuple[Array, ...]
+    output: Array
 
     @classmethod
     def draw(cls, elements: int, crew: Crew) -> Arrays:
@@ -74,7 +74,8 @@ class Arrays:
             return 0
 
         crew.run(fill)
-        return cls(inputs, np.ones(elements, np.uint16))
+        bfloat16, output = numpy_dtype("BF16"), np.ones(elements, np.uint16)
+        return cls(tuple(bits.view(bfloat16) for bits in inputs), output.view(bfloat16))
 
     @property
     def elements(self) -> int:
@@ -117,7 +118,7 @@ def _best_copy(arrays: Arrays, name: str, crew: Crew) -> Callable[[], Taken]:
             as_strided(np.frombuffer(each, np.uint8), (count, length), (_LINE, 1)) for each in small
         ]
 
-        def parts(array: Bits) -> list[NDArray[np.uint8]]:
+        def parts(array: Array) -> list[NDArray[np.uint8]]:
             used = array.view(np.uint8)[: threads * count * length]
             return list(used.reshape(threads, count, length))
 
@@ -208,7 +209,7 @@ def _kernels(arrays: Arrays) -> list[_Work]:
     base, one, two = arrays.inputs
     count, half = arrays.elements, round(DENSITY * arrays.elements)
     flags = arrays.output.view(np.bool_)[:count]
-    wide = (one.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = one.astype(np.float32)
     three = (*WEIGHTS, 0.5)
 
     def work(
@@ -219,20 +220,17 @@ def _kernels(arrays: Arrays) -> list[_Work]:
         *given: object,
         **named: object,
     ) -> _Work:
-        options: dict[str, Any] = {"dtype": _DTYPE, **named}
-        if written:
-            options.setdefault("out", arrays.output)
-        options = {name: value for name, value in options.items() if value is not None}
+        options: dict[str, Any] = {"out": arrays.output, **named} if written else named
         return _Work(name, read, written, lambda n: kernel(*given, **options, threads=n))
 
     return [
         work("weighted_sum of 2", 4, 2, kernels.weighted_sum, [one, two], WEIGHTS),
         work("weighted_sum of 3", 6, 2, kernels.weighted_sum, [base, one, two], three),
         work("task_vector", 4, 2, kernels.task_vector, one, base),
-        work("convert from float32", 4, 2, kernels.convert, wide),
+        work("convert from float32", 4, 2, kernels.convert, wide, "bfloat16"),
         work("top_k_mask", 2, 2, kernels.top_k_mask, one, half),
         work("sign_consensus", 4, 2, kernels.sign_consensus, [one, two], WEIGHTS),
-        work("random_mask", 0, 1, kernels.random_mask, count, DENSITY, out=flags, dtype=None),
+        work("random_mask", 0, 1, kernels.random_mask, count, DENSITY, out=flags),
         work("kth_magnitude", 2, 0, kernels.kth_magnitude, one, half),
         work("norm", 2, 0, kernels.norm, one),
         work("dot", 4, 0, kernels.dot, one, two),
@@ -248,7 +246,7 @@ def _method(case: Case, arrays: Arrays) -> _Work:
     parameters: dict[str, Any] = {
         name: [values[name] for values in case.each] for name in names
     } | case.shared
-    options: dict[str, Any] = {"out": arrays.output, "dtype": _DTYPE, **parameters}
+    options: dict[str, Any] = {"out": arrays.output, **parameters}
 
     def call(threads: int) -> object:
         return merge_tensors(case.method, tensors, base, threads=threads, **options)

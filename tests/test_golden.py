@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oxmerge
@@ -46,7 +47,7 @@ def test_weights(merged: tuple[str, Path]) -> None:
         assert relative_error(ours[name][clear], expected[clear]) <= 1e-6, name
 
 
-def at_threshold(case: str, name: str) -> np.ndarray | np.bool_:
+def at_threshold(case: str, name: str) -> Any:
     """Elements at the threshold between what is kept and what is dropped.
 
     With bf16 differences many magnitudes are equal, and mergekit keeps an arbitrary few of them;
@@ -62,7 +63,7 @@ def at_threshold(case: str, name: str) -> np.ndarray | np.bool_:
     return unclear(recipe, base, vectors)
 
 
-def ties_in_magnitude(recipe: dict, base: np.ndarray, vectors: list[np.ndarray]) -> np.ndarray:
+def ties_in_magnitude(recipe: dict[str, Any], base: Any, vectors: list[Any]) -> Any:
     unclear = np.zeros(base.shape, bool)
     for entry, vector in zip(recipe["models"], vectors, strict=True):
         magnitude = np.abs(vector)
@@ -77,7 +78,7 @@ def ties_in_magnitude(recipe: dict, base: np.ndarray, vectors: list[np.ndarray])
     return unclear
 
 
-def near_variance(recipe: dict, base: np.ndarray, vectors: list[np.ndarray]) -> np.ndarray:
+def near_variance(recipe: dict[str, Any], base: Any, vectors: list[Any]) -> Any:
     share = recipe.get("parameters", {}).get("select_topk", 1)
     variance = np.var(np.array(vectors, np.float64), axis=0)
     kept = int(np.count_nonzero(variance) * share)
@@ -90,8 +91,8 @@ def near_variance(recipe: dict, base: np.ndarray, vectors: list[np.ndarray]) -> 
     return np.isclose(variance, ordered[-kept], rtol=1e-4)
 
 
-def near_importance(_recipe: dict, base: np.ndarray, vectors: list[np.ndarray]) -> np.ndarray:
-    def softmax(values: np.ndarray) -> np.ndarray:
+def near_importance(_recipe: dict[str, Any], base: Any, vectors: list[Any]) -> Any:
+    def softmax(values: Any) -> Any:
         exponential = np.exp(values - values.max(-1, keepdims=True))
         return exponential / exponential.sum(-1, keepdims=True) + 1e-8
 

@@ -11,7 +11,7 @@ import numpy as np
 import oxmerge
 import pytest
 from oxmerge import kernels
-from test_same_bytes import METHODS, recipe_of
+from test_same_bytes import METHODS, recipe_of, weights_of
 from writers import random_arrays, read_tensors, tuned, write_file, write_model
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def case(
 def call_of(name: str) -> tuple[str, str, bool, dict[str, Any]]:
     """Return the method, the models, whether there is a base, and the keyword arguments."""
     options = dict(METHODS[name])
-    each = {"weight": 0.4, **options.get("each", {})}
-    each = {} if options["method"] in {"slerp", "passthrough"} else each
+    each = weights_of(options["method"]) | options.get("each", {})
     keywords = {**each, **options.get("shared", {}), "dtype": options.get("dtype")}
     return options["method"], options["models"], options.get("base", False), keywords
 

@@ -44,7 +44,7 @@ impl Method for ConsensusTaskArithmetic {
                         Per::Shared,
                         "k",
                         Kind::Int,
-                        Preset::Float(2.0),
+                        Preset::Int(2),
                         "how many models must use an element",
                     ),
                     Parameter::new(

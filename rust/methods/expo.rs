@@ -42,6 +42,5 @@ impl Method for Expo {
 
 #[cold]
 fn two_models() -> Error {
-    Error::plan("expo takes the base and one other model")
-        .advice("list one model besides the base")
+    Error::plan("expo takes the base and one other model").advice("list one model besides the base")
 }

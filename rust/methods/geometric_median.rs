@@ -41,7 +41,7 @@ impl Method for GeometricMedian {
                         Per::Shared,
                         "max_iter",
                         Kind::Int,
-                        Preset::Float(100.0),
+                        Preset::Int(100),
                         "steps at the most",
                     ),
                     Parameter::new(
@@ -84,7 +84,8 @@ fn median(gram: &Gram, weights: &[f64], steps: u64, tolerance: f64) -> Vec<f64> 
     let mut shares = normalised(weights.to_vec());
     for _ in 0..steps {
         let products = gram.times(&shares);
-        let square: f64 = products.iter().zip(&shares).map(|(product, share)| product * share).sum();
+        let square: f64 =
+            products.iter().zip(&shares).map(|(product, share)| product * share).sum();
         let distances: Vec<f64> = (0..weights.len())
             .map(|index| (square - 2.0 * products[index] + gram.at(index, index)).max(0.0).sqrt())
             .collect();

@@ -36,7 +36,7 @@ impl Method for Karcher {
                         Per::Shared,
                         "max_iter",
                         Kind::Int,
-                        Preset::Float(10.0),
+                        Preset::Int(10),
                         "steps at the most",
                     ),
                     Parameter::new(

@@ -13,8 +13,7 @@ pub(crate) struct Magmax;
 #[derive(Debug)]
 pub(crate) struct Emr;
 
-const CONTRACT: Contract =
-    Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
+const CONTRACT: Contract = Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
 const PARAMETERS: [Parameter; 2] = [
     Parameter::new(
         Per::Other,
@@ -86,8 +85,5 @@ impl Method for Emr {
 fn vectors(inputs: &Inputs<'_>) -> Result<Vec<Value>> {
     let base = inputs.base()?;
     let others = inputs.others();
-    others
-        .iter()
-        .map(|input| Ok((&input.value - &base).scaled(input.number("weight")?)))
-        .collect()
+    others.iter().map(|input| Ok((&input.value - &base).scaled(input.number("weight")?))).collect()
 }

@@ -144,6 +144,7 @@ pub enum Per {
 pub enum Preset {
     Nothing,
     Bool(bool),
+    Int(i64),
     Float(f64),
 }
 

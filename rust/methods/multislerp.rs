@@ -4,16 +4,19 @@
 //! average length. mergekit then takes one step in the tangent space at that point; the tangent
 //! vectors of a weighted average sum to zero there, so the step has no length, and is left out.
 //!
-//! Differs from mergekit where the weighted directions cancel out: there two models are averaged
-//! linearly, as in mergekit, and so are more, where mergekit gives up.
+//! Differs from mergekit where the weighted directions cancel out, which is told from a sum shorter
+//! than 1e-6: there two models are averaged linearly, as in mergekit, and so are more, where mergekit
+//! gives up.
 
+use super::gram::Gram;
 use super::linear::sum_of_weights;
 use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::Result;
 use crate::formula::{Value, compute};
 use crate::plan::OutputTensor;
 
-use super::gram::Gram;
+/// A shorter sum of directions is rounding error.
+const CANCELLED: f64 = 1e-6;
 
 /// Spherical average.
 #[derive(Debug)]
@@ -89,7 +92,7 @@ fn coefficients(gram: &Gram, weights: &[f64], eps: f64) -> Vec<f64> {
     let directions: Vec<f64> =
         weights.iter().zip(&lengths).map(|(weight, length)| weight / (length + eps)).collect();
     let length = gram.square(&directions).max(0.0).sqrt();
-    if length < eps {
+    if length < eps.max(CANCELLED) {
         return weights.to_vec();
     }
     let scale: f64 = weights.iter().zip(&lengths).map(|(weight, length)| weight * length).sum();
@@ -111,9 +114,8 @@ mod tests {
 
     #[test]
     fn right_angles_keep_their_length() {
-        let [a, b] = coefficients(&Gram::new(&[9.0, 0.0, 9.0], 2), &[0.5, 0.5], 0.0)
-            .try_into()
-            .unwrap();
+        let [a, b] =
+            coefficients(&Gram::new(&[9.0, 0.0, 9.0], 2), &[0.5, 0.5], 0.0).try_into().unwrap();
         assert!((a - 0.5_f64.sqrt()).abs() < 1e-15 && a == b, "{a} {b}");
     }
 }

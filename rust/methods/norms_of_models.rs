@@ -17,8 +17,7 @@ pub(crate) struct MetaGpt;
 #[derive(Debug)]
 pub(crate) struct Nan;
 
-const CONTRACT: Contract =
-    Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
+const CONTRACT: Contract = Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
 const PARAMETERS: [Parameter; 1] =
     [Parameter::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), "scales the sum")];
 const COST: &str = "two reads of every input, the first over the whole model";

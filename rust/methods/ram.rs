@@ -18,8 +18,7 @@ pub(crate) struct Ram;
 pub(crate) struct RamPlus;
 
 const PAPER: &str = "https://arxiv.org/abs/2601.13572";
-const CONTRACT: Contract =
-    Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
+const CONTRACT: Contract = Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
 const EPSILON: Parameter = Parameter::new(
     Per::Shared,
     "epsilon",

@@ -66,9 +66,12 @@ impl Method for Sce {
         let weights = weights(&vectors, inputs.elements());
         let agreeing = agreeing(&vectors);
         let number = |value: f64| Value::scalar(value);
-        let sum = Value::weighted_sum(weights.iter().cloned().zip(
-            vectors.iter().zip(&agreeing).map(|(vector, agrees)| vector.masked(agrees)),
-        ));
+        let sum = Value::weighted_sum(
+            weights
+                .iter()
+                .cloned()
+                .zip(vectors.iter().zip(&agreeing).map(|(vector, agrees)| vector.masked(agrees))),
+        );
         let divisor = Value::weighted_sum(weights.into_iter().zip(agreeing));
         let divisor = divisor.binary(BinaryOp::Max, &number(SMALLEST_DIVISOR));
         Ok(&base + &(&sum / &divisor))

@@ -14,8 +14,7 @@ pub(crate) struct Soup;
 #[derive(Debug)]
 pub(crate) struct Ema;
 
-const CONTRACT: Contract =
-    Contract { base: Base::Ignored, inputs: (1, None), others: (0, None) };
+const CONTRACT: Contract = Contract { base: Base::Ignored, inputs: (1, None), others: (0, None) };
 
 impl Method for Soup {
     fn description(&self) -> Description {

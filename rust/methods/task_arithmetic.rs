@@ -7,7 +7,9 @@
 //! with f64 inputs), rounded once at the end, where mergekit rounds to the input type at each step.
 
 use super::linear::sum_of_weights;
-use super::{Base, Class, Contract, Description, Input, Inputs, Kind, Method, Parameter, Per, Preset};
+use super::{
+    Base, Class, Contract, Description, Input, Inputs, Kind, Method, Parameter, Per, Preset,
+};
 use crate::error::Result;
 use crate::formula::{Scalar, Scope, Value, compute};
 use crate::plan::OutputTensor;

@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 # Address, bytes, element type by its safetensors name.
+# A formula: its nodes as JSON, and the functions that they call.
+_Written: TypeAlias = tuple[str, list[tuple[Callable[..., Any], int | None]]]
 _Array: TypeAlias = tuple[int, int, str]
 
 @final
@@ -80,7 +82,7 @@ def execute(
     device: Backend | None = None,
 ) -> dict[str, Any]: ...
 def merge_arrays(
-    method: str,
+    method: str | _Written,
     inputs: Sequence[_Array],
     base: int | None,
     out: _Array,

@@ -27,6 +27,7 @@
 
 pub mod bind;
 pub mod code;
+pub mod listing;
 pub mod machine;
 pub(crate) mod masks;
 pub mod oracle;

@@ -10,6 +10,7 @@ mod checkpoint;
 mod enter;
 mod error;
 mod floats;
+mod formula;
 mod lend;
 mod merge;
 mod torch;

@@ -232,7 +232,7 @@ def method(
 
     The function gets the base (None if there is none; no such argument with ``base="ignored"``),
     the list of models, which never has the base in it, and its parameters by keyword; it returns
-    the formula of an output element. Its docstring documents the method: the first line is its title.
+    the formula of an output element. Its docstring documents it: the first line is the title.
 
     Parameters
     ----------

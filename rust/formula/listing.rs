@@ -252,7 +252,7 @@ impl Scalar {
             UnaryOp::Exp => libm::exp(a),
             UnaryOp::Ln => libm::log(a),
         };
-        only(compute(&[self.clone()], 1, move |a| vec![function(a[0])]))
+        only(compute(std::slice::from_ref(self), 1, move |a| vec![function(a[0])]))
     }
 
     /// A function of two numbers; comparisons give 1 or 0.
@@ -263,9 +263,8 @@ impl Scalar {
             BinaryOp::Sub => a - b,
             BinaryOp::Mul => a * b,
             BinaryOp::Div => a / b,
-            BinaryOp::Max if a.is_nan() || b.is_nan() => f64::NAN,
+            BinaryOp::Max | BinaryOp::Min if a.is_nan() || b.is_nan() => f64::NAN,
             BinaryOp::Max => a.max(b),
-            BinaryOp::Min if a.is_nan() || b.is_nan() => f64::NAN,
             BinaryOp::Min => a.min(b),
             BinaryOp::Greater => truth(a > b),
             BinaryOp::GreaterEqual => truth(a >= b),
@@ -314,6 +313,7 @@ impl Value {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that fails may panic")]
 mod tests {
     use super::*;
 

@@ -71,12 +71,12 @@ impl Method for ConsensusTaskArithmetic {
             return Ok(base);
         }
         let sum = Value::weighted_sum(parts.iter().map(|part| (1.0, part.clone())));
-        let uses = parts.iter().zip(bounds).map(|(part, bound)| {
+        let used = parts.iter().zip(bounds).map(|(part, bound)| {
             let others = (&sum - part).abs();
             (1.0, part.abs().at_least(&(&Value::scalar(bound) * &others)))
         });
-        let users = Value::weighted_sum(uses);
-        let agreed = users.at_least(&Value::scalar(inputs.number("k")?));
+        let count = Value::weighted_sum(used);
+        let agreed = count.at_least(&Value::scalar(inputs.number("k")?));
         Ok(&base + &sum.masked(&agreed).scaled(inputs.number("lambda")?))
     }
 }

@@ -96,9 +96,9 @@ fn mean(gram: &Gram, steps: u64, tolerance: f64) -> Vec<f64> {
         if size < tolerance {
             break;
         }
-        let (cosine, sine) = (libm::cos(size), libm::sin(size) / size);
-        for (c, step) in point.iter_mut().zip(&step) {
-            *c = cosine * *c + sine * step;
+        let (stay, go) = (libm::cos(size), libm::sin(size) / size);
+        for (c, toward) in point.iter_mut().zip(&step) {
+            *c = stay * *c + go * toward;
         }
         let length = gram.square(&point).max(0.0).sqrt();
         if length > tolerance {
@@ -130,6 +130,7 @@ fn tangent(gram: &Gram, point: &[f64], per_length: &[f64], share: f64, tolerance
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that fails may panic")]
 mod tests {
     use super::{Gram, mean};
 

@@ -100,6 +100,7 @@ fn coefficients(gram: &Gram, weights: &[f64], eps: f64) -> Vec<f64> {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that fails may panic")]
 mod tests {
     use super::{Gram, coefficients};
 

@@ -10,6 +10,9 @@ use crate::error::Result;
 use crate::formula::Value;
 use crate::formula::listing::{self, HostFunction};
 
+/// A Python function, and the length of the sequence that it returns; none for a number.
+type Function = (Py<PyAny>, Option<usize>);
+
 /// What a Python method returned for the parameters of one tensor.
 pub(super) struct Written {
     nodes: String,
@@ -35,7 +38,7 @@ impl<'py> FromPyObject<'_, 'py> for Written {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        let (nodes, given): (String, Vec<(Py<PyAny>, Option<usize>)>) = object.extract()?;
+        let (nodes, given): (String, Vec<Function>) = object.extract()?;
         let raised = Raised::default();
         let host = |(function, results)| host_function(function, results, raised.clone());
         Ok(Self { nodes, functions: given.into_iter().map(host).collect(), raised })
@@ -54,8 +57,7 @@ impl Written {
     }
 }
 
-/// A Python function as the engine calls it. `results` is the length of the sequence that it
-/// returns; none for a number.
+/// A Python function as the engine calls it.
 fn host_function(function: Py<PyAny>, results: Option<usize>, raised: Raised) -> HostFunction {
     Arc::new(move |arguments| {
         let called = Python::attach(|py| call(py, &function, results, arguments));

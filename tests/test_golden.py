@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oxmerge
@@ -13,9 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
-#: Merged in Rust tests only: these methods are not in the release.
-NOT_RELEASED = {"arcee_fusion"}
-CASES = sorted(path.name for path in (GOLDEN / "cases").iterdir() if path.name not in NOT_RELEASED)
+CASES = sorted(path.name for path in (GOLDEN / "cases").iterdir())
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -48,22 +47,70 @@ def test_weights(merged: tuple[str, Path]) -> None:
         assert relative_error(ours[name][clear], expected[clear]) <= 1e-6, name
 
 
-def at_threshold(case: str, name: str) -> np.ndarray | np.bool_:
-    """Elements whose magnitude ties with the smallest that is kept.
+def at_threshold(case: str, name: str) -> Any:
+    """Elements at the threshold between what is kept and what is dropped.
 
-    With bf16 differences many do, and mergekit keeps an arbitrary few of them.
+    With bf16 differences many magnitudes are equal, and mergekit keeps an arbitrary few of them;
+    variances and importances there depend on the order in which they are summed.
     """
     recipe = yaml.safe_load((GOLDEN / "cases" / case / "recipe.yml").read_text())
-    if recipe["merge_method"] != "ties":
+    method = recipe["merge_method"]
+    unclear = THRESHOLDS.get(method)
+    if unclear is None:
         return np.False_
     base = load(recipe["base_model"])[name]
-    ties = np.zeros(base.shape, bool)
-    for entry in recipe["models"]:
-        magnitude = np.abs(load(entry["model"])[name] - base)
-        kept = int(entry["parameters"]["density"] * magnitude.size)
-        if kept < magnitude.size:
-            ties |= magnitude == np.sort(magnitude, axis=None)[-max(kept, 1)]
-    return ties
+    vectors = [load(entry["model"])[name] - base for entry in recipe["models"]]
+    return unclear(recipe, base, vectors)
+
+
+def ties_in_magnitude(recipe: dict[str, Any], base: Any, vectors: list[Any]) -> Any:
+    unclear = np.zeros(base.shape, bool)
+    for entry, vector in zip(recipe["models"], vectors, strict=True):
+        magnitude = np.abs(vector)
+        sizes = np.sort(magnitude, axis=None)
+        parameters = entry["parameters"]
+        kept = int(parameters["density"] * magnitude.size)
+        dropped = min(int(parameters.get("gamma", 0) * magnitude.size), magnitude.size - kept)
+        for rank in (dropped, dropped + kept):
+            if 0 < rank < magnitude.size:
+                unclear |= magnitude == sizes[-rank]
+                unclear |= magnitude == sizes[-rank - 1]
+    return unclear
+
+
+def near_variance(recipe: dict[str, Any], base: Any, vectors: list[Any]) -> Any:
+    share = recipe.get("parameters", {}).get("select_topk", 1)
+    variance = np.var(np.array(vectors, np.float64), axis=0)
+    kept = int(np.count_nonzero(variance) * share)
+    if share >= 1 or not kept:
+        return np.zeros(base.shape, bool)
+    ordered = np.sort(variance, axis=None)
+    if ordered[-kept] == ordered[-kept - 1] and np.sum(np.square(vectors)) / base.size > 1e-6:
+        # Which of the equal ones is kept decides the weights, and with them every element.
+        return np.ones(base.shape, bool)
+    return np.isclose(variance, ordered[-kept], rtol=1e-4)
+
+
+def near_importance(_recipe: dict[str, Any], base: Any, vectors: list[Any]) -> Any:
+    def softmax(values: Any) -> Any:
+        exponential = np.exp(values - values.max(-1, keepdims=True))
+        return exponential / exponential.sum(-1, keepdims=True) + 1e-8
+
+    vector = vectors[0].astype(np.float64)
+    p, q = softmax(base + vector), softmax(base.astype(np.float64))
+    importance = np.abs(vector) * (p * np.log(p / q)).sum(-1, keepdims=True)
+    ordered = np.sort(importance, axis=None)
+    low, middle, high = (ordered[int(share * (ordered.size - 1))] for share in (0.25, 0.5, 0.75))
+    return np.isclose(importance, middle + 1.5 * (high - low), rtol=1e-2)
+
+
+THRESHOLDS = {
+    "ties": ties_in_magnitude,
+    "breadcrumbs": ties_in_magnitude,
+    "breadcrumbs_ties": ties_in_magnitude,
+    "sce": near_variance,
+    "arcee_fusion": near_importance,
+}
 
 
 @cache

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import oxmerge
 import pytest
-from test_same_bytes import METHODS, recipe_of
+from test_same_bytes import METHODS, recipe_of, weights_of
 from writers import random_arrays, read_tensors, tuned, write_file, write_model
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ def stored(arrays: Mapping[str, Any]) -> Stored:
     return found
 
 
-@pytest.fixture(scope="module", params=METHODS)
+#: Sums over the whole model are refused for arrays in memory.
+ON_ARRAYS = [name for name in METHODS if name not in {"metagpt", "nan"}]
+
+
+@pytest.fixture(scope="module", params=ON_ARRAYS)
 def case(
     request: pytest.FixtureRequest, family: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, Stored]:
@@ -43,8 +47,7 @@ def case(
 def call_of(name: str) -> tuple[str, str, bool, dict[str, Any]]:
     """Return the method, the models, whether there is a base, and the keyword arguments."""
     options = dict(METHODS[name])
-    each = {"weight": 0.4, **options.get("each", {})}
-    each = {} if options["method"] in {"slerp", "passthrough"} else each
+    each = weights_of(options["method"]) | options.get("each", {})
     keywords = {**each, **options.get("shared", {}), "dtype": options.get("dtype")}
     return options["method"], options["models"], options.get("base", False), keywords
 
@@ -107,7 +110,7 @@ def copies(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "linear_in_f64"])
+@pytest.mark.parametrize("name", [name for name in ON_ARRAYS if name != "linear_in_f64"])
 def test_any_input_may_take_the_result(
     uniform: dict[str, dict[str, Any]], name: str, threads: int
 ) -> None:
@@ -341,3 +344,10 @@ def test_names_that_differ_are_few_and_name_near_ones() -> None:
         "`model.layers.1.weight`, `model.layers.2.weight` and 97 more (it has "
         "`module.model.layers.0.weight`); pass mappings with the same names"
     )
+
+
+def test_sums_over_the_model_are_refused_on_arrays(family: Path) -> None:
+    with oxmerge.open(family / "a") as a, oxmerge.open(family / "base") as base:
+        for method in ("metagpt", "nan"):
+            with pytest.raises(oxmerge.UnsupportedError, match="a sum over the whole model"):
+                oxmerge.merge_state_dicts(method, [a], base)

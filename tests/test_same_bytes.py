@@ -49,6 +49,50 @@ METHODS: dict[str, dict[str, Any]] = {
         "models": "ab",
         "shared": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
     },
+    "breadcrumbs": {
+        "method": "breadcrumbs",
+        "models": "ab",
+        "base": True,
+        "each": {"density": 0.6, "gamma": 0.1},
+    },
+    "breadcrumbs_ties": {
+        "method": "breadcrumbs_ties",
+        "models": "abc",
+        "base": True,
+        "each": {"density": 0.3, "gamma": 0.05},
+        "shared": {"rescale": True},
+    },
+    "multislerp": {"method": "multislerp", "models": "abc", "base": True},
+    "multislerp_without_base": {"method": "multislerp", "models": "abc"},
+    "karcher": {"method": "karcher", "models": "abc"},
+    "model_stock": {"method": "model_stock", "models": "abc", "base": True},
+    "model_stock_rows": {
+        "method": "model_stock",
+        "models": "ab",
+        "base": True,
+        "shared": {"filter_wise": True},
+    },
+    "sce": {"method": "sce", "models": "abc", "base": True, "shared": {"select_topk": 0.3}},
+    "sce_all": {"method": "sce", "models": "ab", "base": True},
+    "nearswap": {"method": "nearswap", "models": "a", "base": True, "shared": {"t": 0.001}},
+    "arcee_fusion": {"method": "arcee_fusion", "models": "a", "base": True},
+    "ram": {"method": "ram", "models": "abc", "base": True},
+    "ramplus_tl": {
+        "method": "ramplus_tl",
+        "models": "abc",
+        "base": True,
+        "shared": {"epsilon": 0.001, "r": 0.2, "alpha": 0.3},
+    },
+    "soup": {"method": "soup", "models": "abc"},
+    "ema": {"method": "ema", "models": "abc", "shared": {"decay": 0.7}},
+    "geometric_median": {"method": "geometric_median", "models": "abc", "base": True},
+    "consensus_ta": {"method": "consensus_ta", "models": "abc", "base": True},
+    "magmax": {"method": "magmax", "models": "abc", "base": True},
+    "emr": {"method": "emr", "models": "abc", "base": True, "shared": {"lambda": 0.8}},
+    "metagpt": {"method": "metagpt", "models": "abc", "base": True},
+    "nan": {"method": "nan", "models": "abc", "base": True},
+    "expo": {"method": "expo", "models": "a", "base": True},
+    "pcb": {"method": "pcb", "models": "abc", "base": True, "each": {"density": 0.3}},
 }
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,13 +113,17 @@ def test_every_method_is_among_the_cases() -> None:
     assert {case["method"] for case in METHODS.values()} == {row["name"] for row in _core.methods()}
 
 
+def weights_of(method: str) -> dict[str, float]:
+    """Return a weight for each model, if the method takes one."""
+    row = next(row for row in _core.methods() if row["name"] == method)
+    return {"weight": 0.4} if any(each["name"] == "weight" for each in row["parameters"]) else {}
+
+
 def recipe_of(folder: Path, family: Path, name: str) -> Path:
     options = dict(METHODS[name])
     models = [family / model for model in options.pop("models")]
     base = family / "base" if options.pop("base", False) else None
-    each = {"weight": 0.4, **options.pop("each", {})}
-    if options["method"] in {"slerp", "passthrough"}:
-        each = {}
+    each = weights_of(options["method"]) | options.pop("each", {})
     return write_recipe(folder / f"{name}.yml", models=models, base=base, each=each, **options)
 
 

@@ -24,6 +24,7 @@ from oxmerge.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oxmerge import formula as formula
     from oxmerge import kernels as kernels
     from oxmerge.checkpoints import OpenCheckpoint as OpenCheckpoint
     from oxmerge.checkpoints import open_checkpoint as open  # noqa: A004
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from oxmerge.merging import Outlook as Outlook
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
+    from oxmerge.python_methods import method as method
+    from oxmerge.python_methods import per_model as per_model
+    from oxmerge.python_methods import shared as shared
     from oxmerge.recipe import Recipe as Recipe
     from oxmerge.saving import save as save
     from oxmerge.state_dicts import merge_state_dicts as merge_state_dicts
@@ -57,14 +61,18 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "build_info",
+    "formula",
     "kernels",
     "lazy",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
+    "method",
     "open",
+    "per_model",
     "plan",
     "save",
+    "shared",
     "sweep",
 ]
 
@@ -96,14 +104,17 @@ _LAZY = {
     "merge": ("oxmerge.merging", "merge"),
     "merge_state_dicts": ("oxmerge.state_dicts", "merge_state_dicts"),
     "merge_tensors": ("oxmerge.in_memory", "merge_tensors"),
+    "method": ("oxmerge.python_methods", "method"),
     "open": ("oxmerge.checkpoints", "open_checkpoint"),
+    "per_model": ("oxmerge.python_methods", "per_model"),
     "plan": ("oxmerge.merging", "plan"),
     "save": ("oxmerge.saving", "save"),
+    "shared": ("oxmerge.python_methods", "shared"),
     "sweep": ("oxmerge.sweeping", "sweep"),
 }
 
 #: Modules that are part of the interface.
-_MODULES = frozenset(("kernels",))
+_MODULES = frozenset(("formula", "kernels"))
 
 
 def __getattr__(name: str) -> object:

@@ -35,6 +35,8 @@ __all__ = [
 # A contiguous object with the buffer protocol, or a tensor of torch; or a pair of that and an
 # element type by its safetensors name, where its own is another of the same size.
 _Array: TypeAlias = Any
+# A formula: its nodes as JSON, and the functions that they call.
+_Written: TypeAlias = tuple[str, list[tuple[Callable[..., Any], int | None]]]
 
 @final
 class TensorInfo:
@@ -114,7 +116,7 @@ def execute(
     descriptors: Sequence[int] | None = None,
 ) -> dict[str, Any]: ...
 def merge_arrays(
-    method: str,
+    method: str | _Written,
     inputs: Sequence[_Array],
     base: int | None,
     out: _Array,

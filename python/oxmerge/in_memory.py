@@ -21,6 +21,7 @@ from oxmerge.methods import find_method, read_methods
 from oxmerge.options import check_seed, check_threads
 from oxmerge.parameters import KINDS, convert, limits_advice, plain_number
 from oxmerge.problems import Problem, did_you_mean
+from oxmerge.python_methods import find, registered
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
@@ -227,8 +228,11 @@ class MethodCall:
             out = empty(first.shape, code, first.kind)
         check_out(out, first.shape, code)
         mark_overwritten(out.array)
+        method: Any = self._method
+        if (written := find(method)) is not None:
+            method = written.formula(len(inputs), self._base, self._shared, self._own)
         _core.merge_arrays(
-            self._method,
+            method,
             [each.exporter for each in inputs],
             self._base,
             out.exporter,
@@ -287,9 +291,13 @@ def check_out(out: View, shape: tuple[int, ...], code: str, what: str = "out") -
         raise ValueError(f"{what} is of {out.code}, and the result of {code}; {advice}")
 
 
-@cache
 def methods() -> dict[str, Method]:
     """Return every method by name."""
+    return _built_in() | read_methods(each.row() for each in registered().values())
+
+
+@cache
+def _built_in() -> dict[str, Method]:
     return read_methods(_core.methods())
 
 

@@ -74,7 +74,11 @@ def _docstring(method: Method, row: dict[str, Any]) -> str:
     lines += ["out, dtype, seed, name, threads", "    As for `oxmerge.merge_tensors`.", ""]
     lines += ["Returns", "-------", "array", "    `out`, or an array of the first one's kind.", ""]
     lines += ["Notes", "-----", f"Costs {row['cost']}. From {row['paper']}.", ""]
-    lines += ["Examples", "--------", *_example(method), ""]
+    if row["class"] == "model":
+        # One tensor does not tell them.
+        lines += ["Needs sums over the whole model, so it merges files only, with `oxmerge.merge`."]
+    else:
+        lines += ["Examples", "--------", *_example(method), ""]
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@
 pub mod bind;
 pub(crate) mod compile;
 mod fuse;
+pub mod listing;
 pub mod machine;
 pub(crate) mod masks;
 pub mod oracle;

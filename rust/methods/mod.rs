@@ -4,13 +4,29 @@
 //! (passes, blocks, threads, files, devices) is the engine's. Semantics are those of mergekit
 //! 0.1.5; where a method differs, its file says how and why.
 
+mod arcee_fusion;
+mod breadcrumbs;
+mod consensus;
 mod dare;
+mod expo;
+mod geometric_median;
+mod gram;
 mod inputs;
+mod karcher;
+mod largest_change;
 mod linear;
+mod model_stock;
+mod multislerp;
+mod nearswap;
+mod norms_of_models;
 mod nuslerp;
 mod passthrough;
+mod pcb;
 pub mod pieces;
+mod ram;
+mod sce;
 mod slerp;
+mod soup;
 mod task_arithmetic;
 mod ties;
 
@@ -56,6 +72,8 @@ pub enum Class {
     Gram,
     /// What to keep of each input, and sums.
     Selection,
+    /// Sums over all tensors, found by a sweep over the model before the merge.
+    Model,
 }
 
 /// What a base is to a method.
@@ -141,6 +159,7 @@ pub enum Per {
 pub enum Preset {
     Nothing,
     Bool(bool),
+    Int(i64),
     Float(f64),
 }
 
@@ -215,7 +234,27 @@ pub static METHODS: &[&dyn Method] = &[
     &ties::Ties,
     &dare::DareLinear,
     &dare::DareTies,
+    &breadcrumbs::Breadcrumbs,
+    &breadcrumbs::BreadcrumbsTies,
+    &multislerp::Multislerp,
+    &karcher::Karcher,
+    &model_stock::ModelStock,
+    &sce::Sce,
+    &nearswap::Nearswap,
+    &arcee_fusion::ArceeFusion,
+    &ram::Ram,
+    &ram::RamPlus,
     &passthrough::Passthrough,
+    &soup::Soup,
+    &soup::Ema,
+    &geometric_median::GeometricMedian,
+    &consensus::ConsensusTaskArithmetic,
+    &largest_change::Magmax,
+    &largest_change::Emr,
+    &norms_of_models::MetaGpt,
+    &norms_of_models::Nan,
+    &expo::Expo,
+    &pcb::Pcb,
 ];
 
 /// The method of that name.

@@ -7,7 +7,9 @@
 //! with f64 inputs), rounded once at the end, where mergekit rounds to the input type at each step.
 
 use super::linear::divisor;
-use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
+use super::{
+    Base, Class, Contract, Description, Input, Inputs, Kind, Method, Parameter, Per, Preset,
+};
 use crate::error::Result;
 use crate::formula::{Scalar, Scope, Value, compute};
 use crate::plan::OutputTensor;
@@ -106,6 +108,7 @@ pub(super) struct Thinning<'a> {
     pub(super) density: f64,
     /// Position among the models that are not the base.
     pub(super) position: u32,
+    input: &'a Input<'a>,
     inputs: &'a Inputs<'a>,
 }
 
@@ -121,7 +124,7 @@ pub(super) fn merge_task_vectors(
     for input in inputs.others() {
         let density = input.number("density")?;
         let (elements, position) = (inputs.elements(), input.position);
-        let thinning = Thinning { elements, density, position, inputs: &inputs };
+        let thinning = Thinning { elements, density, position, input: &input, inputs: &inputs };
         vectors.push(thin(&(&input.value - &base), &thinning)?);
         weights.push(input.number("weight")?);
     }
@@ -143,6 +146,11 @@ fn plain_sum(weights: &[f64], vectors: Vec<Value>, normalize: bool) -> Value {
 }
 
 impl Thinning<'_> {
+    /// A further number of this input.
+    pub(super) fn number(&self, name: &str) -> Result<f64> {
+        self.input.number(name)
+    }
+
     /// Whether all elements are kept.
     pub(super) fn keeps_all(&self) -> bool {
         self.density >= 1.0

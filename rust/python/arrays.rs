@@ -15,6 +15,7 @@ use pyo3::types::{PyBool, PyDict};
 use super::enter::take_part;
 use super::error::raise;
 use super::exported::{Array, Given, Held, export, export_all, may_wait};
+use super::formula::{Raised, Written};
 use super::merge::parse;
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource, Many};
@@ -251,12 +252,12 @@ fn parameters(given: &Bound<'_, PyDict>) -> PyResult<Parameters> {
     Ok(parameters)
 }
 
-/// Merges `inputs` by `method` into `out`.
+/// Merges `inputs` into `out` by `method`: the name of one, or the formula that Python made of it.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
 pub(super) fn merge_arrays(
     py: Python<'_>,
-    method: &str,
+    method: &Bound<'_, PyAny>,
     inputs: Vec<Given<'_>>,
     base: Option<usize>,
     out: Given<'_>,
@@ -295,9 +296,17 @@ pub(super) fn merge_arrays(
         base,
         parameters: shared,
     };
-    let work = Work::of(method, &tensor).map_err(|error| raise(py, &error))?;
+    let (work, raised) = if let Ok(name) = method.extract::<&str>() {
+        (Work::of(name, &tensor), Raised::default())
+    } else {
+        let written: Written = method.extract()?;
+        let formula = || Ok(Work::Formulas(vec![written.value(inputs.len())?]));
+        let is_float = tensor.dtype.is_float();
+        (if is_float { formula() } else { Ok(Work::Identical) }, written.raised())
+    };
+    let work = work.map_err(|error| raise(py, &error))?;
     let call = Call { name, seed, shape: tensor.shape, threads };
-    call.fill(py, &inputs, &out, work)
+    raised.or(call.fill(py, &inputs, &out, work))
 }
 
 /// Computes a piece of the methods, by name, into `out`.

@@ -11,6 +11,7 @@ mod enter;
 mod error;
 mod exported;
 mod floats;
+mod formula;
 mod lend;
 mod merge;
 mod torch;

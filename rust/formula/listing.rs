@@ -1,0 +1,352 @@
+//! A formula as plain data: a list of nodes, each of which names only nodes before it.
+//!
+//! This is how Python hands over what a method of its own returns. The constructors of the language
+//! build it, so the same rules act on it as on a method written in Rust.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::{
+    BinaryOp, Computation, Reduction, ReductionKind, Scalar, ScalarNode, Scope, UnaryOp, Value,
+    compute,
+};
+use crate::error::{Error, Result};
+
+/// A function of numbers that the formula's author wrote.
+pub type HostFunction = Arc<dyn Fn(&[f64]) -> Vec<f64> + Send + Sync>;
+
+/// A node; other nodes are named by their index in the list.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+enum Node {
+    Input {
+        index: usize,
+    },
+    /// As text, so that infinities and NaN are among them.
+    Number {
+        value: String,
+    },
+    Spread {
+        of: usize,
+    },
+    Unary {
+        name: UnaryName,
+        of: usize,
+    },
+    Binary {
+        name: BinaryName,
+        left: usize,
+        right: usize,
+    },
+    Select {
+        mask: usize,
+        yes: usize,
+        no: usize,
+    },
+    WeightedSum {
+        terms: Vec<(usize, usize)>,
+    },
+    Vote {
+        terms: Vec<(usize, usize)>,
+        average: bool,
+    },
+    Random {
+        density: f64,
+        stream: u32,
+    },
+    Largest {
+        of: usize,
+        count: usize,
+    },
+    OrderStatistic {
+        of: usize,
+        count: usize,
+    },
+    Reduce {
+        name: ReductionName,
+        left: usize,
+        right: Option<usize>,
+        over: ScopeName,
+    },
+    ScalarUnary {
+        name: UnaryName,
+        of: usize,
+    },
+    ScalarBinary {
+        name: BinaryName,
+        left: usize,
+        right: usize,
+    },
+    ScalarSelect {
+        mask: usize,
+        yes: usize,
+        no: usize,
+    },
+    Compute {
+        function: usize,
+        arguments: Vec<usize>,
+        results: usize,
+    },
+    /// One of the results of a `Compute`.
+    Result {
+        of: usize,
+        index: usize,
+    },
+}
+
+macro_rules! named {
+    ($name:ident for $target:ident: $($variant:ident),*) => {
+        #[derive(Clone, Copy, Debug, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum $name { $($variant),* }
+
+        impl From<$name> for $target {
+            fn from(name: $name) -> Self {
+                match name { $($name::$variant => Self::$variant),* }
+            }
+        }
+    };
+}
+named!(UnaryName for UnaryOp: Neg, Abs, Sign, Sqrt, Exp, Ln);
+named!(BinaryName for BinaryOp: Add, Sub, Mul, Div, Max, Min, Greater, GreaterEqual, Equal);
+named!(ReductionName for ReductionKind: Sum, AbsoluteSum, Dot, Max);
+named!(ScopeName for Scope: Model, Tensor, Row, Column);
+
+/// What a node became.
+enum Built {
+    Value(Value),
+    Scalar(Scalar),
+    Results(Vec<Scalar>),
+}
+
+/// The formula that the last node of `nodes`, which are JSON, stands for.
+///
+/// `inputs` says how many inputs there are, `functions` what `compute` nodes call.
+pub fn read(nodes: &str, inputs: usize, functions: &[HostFunction]) -> Result<Value> {
+    let nodes: Vec<Node> = serde_json::from_str(nodes)
+        .map_err(|error| Error::plan(format!("a formula cannot be read: {error}")))?;
+    let mut reader = Reader { built: Vec::with_capacity(nodes.len()), inputs, functions };
+    for node in nodes {
+        let built = reader.build(node)?;
+        reader.built.push(built);
+    }
+    match reader.built.pop() {
+        Some(Built::Value(value)) => Ok(value),
+        Some(Built::Scalar(scalar)) => Ok(Value::scalar(scalar)),
+        Some(Built::Results(_)) | None => Err(Error::plan("a formula ends with no value")),
+    }
+}
+
+struct Reader<'a> {
+    built: Vec<Built>,
+    inputs: usize,
+    functions: &'a [HostFunction],
+}
+
+impl Reader<'_> {
+    fn build(&self, node: Node) -> Result<Built> {
+        Ok(match node {
+            Node::Input { index } if index < self.inputs => Built::Value(Value::input(index)),
+            Node::Input { index } => {
+                return Err(Error::plan(format!(
+                    "a formula uses input {index}, which is not there"
+                )));
+            }
+            Node::Number { value } => {
+                let number = value.parse::<f64>();
+                let number = number.map_err(|_| Error::plan(format!("`{value}` is no number")))?;
+                Built::Scalar(Scalar::constant(number))
+            }
+            Node::Spread { of } => Built::Value(Value::scalar(self.scalar(of)?)),
+            Node::Unary { name, of } => Built::Value(self.value(of)?.unary(name.into())),
+            Node::Binary { name, left, right } => {
+                Built::Value(self.value(left)?.binary(name.into(), self.value(right)?))
+            }
+            Node::Select { mask, yes, no } => {
+                Built::Value(self.value(mask)?.select(self.value(yes)?, self.value(no)?))
+            }
+            Node::WeightedSum { terms } => Built::Value(Value::weighted_sum(self.terms(&terms)?)),
+            Node::Vote { terms, average } => {
+                Built::Value(Value::vote(self.terms(&terms)?, average))
+            }
+            Node::Random { density, stream } => Built::Value(Value::random_mask(density, stream)),
+            Node::Largest { of, count } => {
+                Built::Value(self.value(of)?.largest(self.scalar(count)?))
+            }
+            Node::OrderStatistic { of, count } => {
+                Built::Scalar(self.value(of)?.order_statistic(self.scalar(count)?))
+            }
+            Node::Reduce { name, left, right, over } => {
+                let right = right.map(|right| self.value(right).cloned()).transpose()?;
+                let (kind, left) = (name.into(), self.value(left)?.clone());
+                if right.is_some() != (kind == ReductionKind::Dot) {
+                    return Err(Error::plan("an inner product is of two values, others of one"));
+                }
+                let reduction = Reduction { kind, left, right, scope: over.into() };
+                Built::Scalar(Scalar(Arc::new(ScalarNode::Reduction(Arc::new(reduction)))))
+            }
+            Node::ScalarUnary { name, of } => Built::Scalar(self.scalar(of)?.unary(name.into())),
+            Node::ScalarBinary { name, left, right } => {
+                Built::Scalar(self.scalar(left)?.binary(name.into(), &self.scalar(right)?))
+            }
+            Node::ScalarSelect { mask, yes, no } => {
+                Built::Scalar(self.scalar(mask)?.select(&self.scalar(yes)?, &self.scalar(no)?))
+            }
+            Node::Compute { function, arguments, results } => {
+                let function = self.functions.get(function).cloned();
+                let function = function
+                    .ok_or_else(|| Error::plan("a formula calls a function that is not there"))?;
+                let arguments = arguments
+                    .into_iter()
+                    .map(|argument| self.scalar(argument))
+                    .collect::<Result<Vec<_>>>()?;
+                let computation = Computation { arguments, results, function };
+                Built::Results(computation.simplified())
+            }
+            Node::Result { of, index } => match self.built.get(of) {
+                Some(Built::Results(results)) if index < results.len() => {
+                    Built::Scalar(results[index].clone())
+                }
+                _ => return Err(misplaced(of, "a result")),
+            },
+        })
+    }
+
+    fn value(&self, index: usize) -> Result<&Value> {
+        match self.built.get(index) {
+            Some(Built::Value(value)) => Ok(value),
+            _ => Err(misplaced(index, "a value")),
+        }
+    }
+
+    fn scalar(&self, index: usize) -> Result<Scalar> {
+        match self.built.get(index) {
+            Some(Built::Scalar(scalar)) => Ok(scalar.clone()),
+            _ => Err(misplaced(index, "a scalar")),
+        }
+    }
+
+    fn terms(&self, terms: &[(usize, usize)]) -> Result<Vec<(Scalar, Value)>> {
+        terms
+            .iter()
+            .map(|&(scalar, value)| Ok((self.scalar(scalar)?, self.value(value)?.clone())))
+            .collect()
+    }
+}
+
+fn misplaced(index: usize, what: &str) -> Error {
+    Error::plan(format!("node {index} of a formula should be {what}"))
+}
+
+/// Arithmetic on numbers about a tensor: in f64, with the operations that elements have.
+impl Scalar {
+    /// A function of one number.
+    pub fn unary(&self, op: UnaryOp) -> Self {
+        let function = move |a: f64| match op {
+            UnaryOp::Neg => -a,
+            UnaryOp::Abs => a.abs(),
+            UnaryOp::Sign if a == 0.0 || a.is_nan() => a,
+            UnaryOp::Sign => a.signum(),
+            UnaryOp::Sqrt => a.sqrt(),
+            UnaryOp::Exp => libm::exp(a),
+            UnaryOp::Ln => libm::log(a),
+        };
+        only(compute(std::slice::from_ref(self), 1, move |a| vec![function(a[0])]))
+    }
+
+    /// A function of two numbers; comparisons give 1 or 0.
+    pub fn binary(&self, op: BinaryOp, other: &Self) -> Self {
+        let truth = |holds: bool| f64::from(u8::from(holds));
+        let function = move |a: f64, b: f64| match op {
+            BinaryOp::Add => a + b,
+            BinaryOp::Sub => a - b,
+            BinaryOp::Mul => a * b,
+            BinaryOp::Div => a / b,
+            BinaryOp::Max | BinaryOp::Min if a.is_nan() || b.is_nan() => f64::NAN,
+            BinaryOp::Max => a.max(b),
+            BinaryOp::Min => a.min(b),
+            BinaryOp::Greater => truth(a > b),
+            BinaryOp::GreaterEqual => truth(a >= b),
+            BinaryOp::Equal => truth(a == b),
+        };
+        only(compute(&[self.clone(), other.clone()], 1, move |a| vec![function(a[0], a[1])]))
+    }
+
+    /// `yes` where `self` is not 0, else `no`.
+    pub fn select(&self, yes: &Self, no: &Self) -> Self {
+        let arguments = [self.clone(), yes.clone(), no.clone()];
+        only(compute(&arguments, 1, |a| vec![if a[0] == 0.0 { a[2] } else { a[1] }]))
+    }
+}
+
+fn only(results: Vec<Scalar>) -> Scalar {
+    results.into_iter().next().expect("a computation with one result")
+}
+
+impl Value {
+    /// The vote of [`Value::elect`], by weights that may be numbers about the tensor.
+    pub fn vote(terms: Vec<(Scalar, Self)>, average: bool) -> Self {
+        let known: Option<Vec<f64>> =
+            terms.iter().map(|(weight, _)| weight.as_constant()).collect();
+        if let Some(weights) = known {
+            let values = terms.into_iter().map(|(_, value)| value);
+            return Self::elect(weights.into_iter().zip(values), average);
+        }
+        let number = |value: f64| Self::scalar(value);
+        let parts: Vec<Self> =
+            terms.iter().map(|(weight, value)| value * &Self::scalar(weight.clone())).collect();
+        let sum = Self::weighted_sum(parts.iter().map(|part| (1.0, part.clone())));
+        let elected = sum.at_least(&number(0.0)).select(&number(1.0), &number(-1.0));
+        let agrees: Vec<Self> =
+            parts.iter().map(|part| part.sign().binary(BinaryOp::Equal, &elected)).collect();
+        let kept = parts.iter().zip(&agrees).map(|(part, agrees)| (1.0, part.masked(agrees)));
+        let total = Self::weighted_sum(kept);
+        if !average {
+            return total;
+        }
+        let weights = terms.into_iter().map(|(weight, _)| weight);
+        let divisor = Self::weighted_sum(weights.zip(agrees));
+        let is_zero = divisor.binary(BinaryOp::Equal, &number(0.0));
+        &total / &is_zero.select(&number(1.0), &divisor)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that fails may panic")]
+mod tests {
+    use super::*;
+
+    fn message(nodes: &str) -> String {
+        read(nodes, 1, &[]).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_list_becomes_the_formula() {
+        let nodes = r#"[{"op": "input", "index": 0},
+            {"op": "reduce", "name": "dot", "left": 0, "right": 0, "over": "tensor"},
+            {"op": "scalar_unary", "name": "sqrt", "of": 1},
+            {"op": "weighted_sum", "terms": [[2, 0]]}]"#;
+        let value = read(nodes, 1, &[]).unwrap();
+        assert_eq!(format!("{value:?}"), "{f0([Dot[Tensor](x0, x0)]): x0}");
+    }
+
+    #[test]
+    fn what_cannot_be_is_an_error() {
+        assert!(message("[]").contains("no value"));
+        assert!(message(r#"[{"op": "input", "index": 1}]"#).contains("input 1"));
+        assert!(message(r#"[{"op": "spread", "of": 0}]"#).contains("node 0"));
+        assert!(message(r#"[{"op": "spread", "of": 7}]"#).contains("node 7"));
+        assert!(message(r#"[{"op": "what"}]"#).contains("cannot be read"));
+        let calls = r#"[{"op": "compute", "function": 0, "arguments": [], "results": 1}]"#;
+        assert!(message(calls).contains("function"));
+    }
+
+    #[test]
+    fn numbers_are_added_in_f64() {
+        let (a, b) = (Scalar::constant(0.1), Scalar::constant(0.2));
+        assert_eq!(a.binary(BinaryOp::Add, &b).as_constant(), Some(0.1 + 0.2));
+        assert_eq!(a.unary(UnaryOp::Neg).as_constant(), Some(-0.1));
+        assert_eq!(a.select(&b, &a).as_constant(), Some(0.2));
+    }
+}

@@ -109,7 +109,7 @@ def case(
     """A plan, and the shards that it gives with the default settings."""
     folder = tmp_path_factory.mktemp("case")
     recipe = Recipe.from_yaml(recipe_of(folder, family, request.param))
-    plan = build_plan(recipe, seed=7, shard_size=12_000_000).to_json()
+    plan = build_plan(recipe, seed=7, shard_size=12_000_000).table
     shards, _ = shards_of(plan, folder / "reference")
     assert shards
     return plan, shards
@@ -137,7 +137,7 @@ def test_inputs_on_the_disk_give_the_same(
 @pytest.mark.parametrize("name", ["linear", "ties_0.5", "dare_ties", "nuslerp_columns"])
 def test_the_whole_directory_is_the_same(tmp_path: Path, family: Path, name: str) -> None:
     recipe = recipe_of(tmp_path, family, name)
-    plan = build_plan(Recipe.from_yaml(recipe)).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe)).table
     one, other = tmp_path / "one", tmp_path / "other"
     common: dict[str, Any] = {"seed": 3, "shard_size": "10MB"}
     oxmerge.merge(recipe, one, threads=5, memory="4GiB", read_path="positioned", **common)
@@ -179,7 +179,7 @@ def test_random_settings_change_no_byte(
     tmp_path_factory: pytest.TempPathFactory, family: Path, options: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("random")
-    plan = build_plan(Recipe.from_yaml(recipe_of(folder, family, "ties_0.5"))).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe_of(folder, family, "ties_0.5"))).table
     expected, _ = shards_of(plan, folder / "reference")
     memory = least_memory(plan) + (8 << 20) + options.pop("extra")
     shards, _ = shards_of(plan, folder / "out", memory=memory, **options)

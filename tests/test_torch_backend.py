@@ -108,7 +108,7 @@ def case(
     """A plan, and the shards that the engine makes of it."""
     folder = tmp_path_factory.mktemp("case")
     recipe = Recipe.from_yaml(recipe_of(folder, family, request.param))
-    plan = build_plan(recipe, seed=7, shard_size=12_000_000).to_json()
+    plan = build_plan(recipe, seed=7, shard_size=12_000_000).table
     return plan, shards_of(plan, folder / "reference")[0]
 
 
@@ -179,7 +179,7 @@ def test_hard_values_of_every_type(
     recipe = write_recipe(
         tmp_path / "r.yml", models=paths, base=base, each=each, out_dtype=dtype, **options
     )
-    plan = build_plan(Recipe.from_yaml(recipe), seed=3).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe), seed=3).table
     expected, _ = shards_of(plan, tmp_path / "expected")
     shards, _ = on_device(plan, tmp_path / "out", device, largest_piece=2)
     assert shards == expected
@@ -188,7 +188,7 @@ def test_hard_values_of_every_type(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["slerp", "nuslerp", "nuslerp_columns", "dare_linear"])
 def test_hard_values_in_sums(tmp_path: Path, hard_family: Path, name: str, device: str) -> None:
-    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, hard_family, name)), seed=3).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, hard_family, name)), seed=3).table
     expected, _ = shards_of(plan, tmp_path / "expected")
     shards, _ = on_device(plan, tmp_path / "out", device, largest_piece=1, threads=3)
     assert shards == expected
@@ -198,7 +198,7 @@ def test_hard_values_in_sums(tmp_path: Path, hard_family: Path, name: str, devic
 def test_where_torch_cannot_sum_in_order_it_goes_step_by_step(
     tmp_path: Path, family: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "slerp"))).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "slerp"))).table
     expected, _ = shards_of(plan, tmp_path / "expected")
 
     def backwards(terms: torch.Tensor) -> torch.Tensor:
@@ -521,7 +521,7 @@ def test_pieces_keep_within_the_device_memory(
 @pytest.mark.parametrize("device", DEVICES)
 def test_too_little_device_memory_is_refused(tmp_path: Path, family: Path, device: str) -> None:
     recipe = recipe_of(tmp_path, family, "ties_0.5")
-    plan = build_plan(Recipe.from_yaml(recipe)).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe)).table
     least = least_vram(plan, device)
     with pytest.raises(MemoryBudgetError, match="the device memory is too small"):
         oxmerge.merge(recipe, tmp_path / "out", device=device, vram=least - MIB)
@@ -864,7 +864,7 @@ def test_auto_counts_every_merge_of_a_sweep(
     names = ("linear", "ties_0.5")
     plans = [build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, name))) for name in names]
     # The first is done at once, the second takes hours.
-    rates = dict(zip((plan.to_json() for plan in plans), (1e15, 1.0), strict=True))
+    rates = dict(zip((plan.table for plan in plans), (1e15, 1.0), strict=True))
     pretend_a_gpu(monkeypatch, rates)
     monkeypatch.setattr(devices, "open_backend", lambda *_: contextlib.nullcontext("a GPU"))
     assert devices.choose(plans[:1], None, None, load=True).device == "cpu"
@@ -886,7 +886,7 @@ def test_auto_takes_the_cpu_where_torch_cannot_use_the_gpu(
     tmp_path: Path, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "linear")))
-    pretend_a_gpu(monkeypatch, {plan.to_json(): 1.0})
+    pretend_a_gpu(monkeypatch, {plan.table: 1.0})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choice = devices.choose([plan], None, None, load=True)
     assert choice.device == "cpu"
@@ -895,7 +895,7 @@ def test_auto_takes_the_cpu_where_torch_cannot_use_the_gpu(
 
 def test_rates_are_measured(tmp_path: Path, family: Path) -> None:
     for name in ("linear", "dare_ties", "nuslerp_rows"):
-        plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, name))).to_json()
+        plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, name))).table
         rates = [_core.rehearse(plan, 2, device) for device in (None, backend_on("torch"))]
         assert all(1e6 < rate < 1e12 for rate in rates)
     files = [{"path": str(family / "a" / "model.safetensors"), "size": 5_000_000}]

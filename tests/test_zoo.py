@@ -10,12 +10,12 @@ import zoo
 from oxmerge.recipe import Recipe
 
 if TYPE_CHECKING:
-    from oxmerge.planning import MergePlan
+    from oxmerge.schema import Plan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
-def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> MergePlan:
+def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> Plan:
     for name in ("a", "b"):
         zoo.write(tmp_path / name, specimen, files=2)
     models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
@@ -27,7 +27,7 @@ def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> MergePlan:
 def test_every_tensor_is_accounted_for(tmp_path: Path, name: str) -> None:
     specimen = zoo.ZOO[name]()
     merge = plan_two(tmp_path, specimen)
-    assert [tensor.name for tensor in merge.plan.tensors] == list(specimen.tensors)
+    assert [tensor.name for tensor in merge.tensors] == list(specimen.tensors)
     assert merge.warnings == ()
     for account in merge.accounting:
         names = [name for _, names in zoo.fates(account) for name in names]

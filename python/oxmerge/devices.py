@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from oxmerge.planning import MergePlan
+    from oxmerge.schema import Plan
     from oxmerge.torch_backend import Backend
 
 __all__ = ["DEFAULT_VRAM", "UNTRIED", "Choice", "choose", "open_backend"]
@@ -107,7 +107,7 @@ def _gpus(device: str) -> list[str]:
 
 
 def choose(
-    merge_plans: Sequence[MergePlan], threads: int | None, vram: int | None, *, load: bool
+    merge_plans: Sequence[Plan], threads: int | None, vram: int | None, *, load: bool
 ) -> Choice:
     """Return the device that is expected to be the fastest for merges of the same tensors.
 
@@ -116,7 +116,7 @@ def choose(
 
     Parameters
     ----------
-    merge_plans : sequence of MergePlan
+    merge_plans : sequence of Plan
         What is to be done, in one pass over the inputs.
     threads : int, optional
         Workers.
@@ -133,11 +133,11 @@ def choose(
 
 
 def _compare(
-    merge_plans: Sequence[MergePlan], threads: int | None, vram: int | None, *, load: bool
+    merge_plans: Sequence[Plan], threads: int | None, vram: int | None, *, load: bool
 ) -> Choice:
     """Compare a GPU, which is there, with the CPU and the disk."""
-    moved = merge_plans[0].plan.bytes_read + sum(each.plan.bytes_written for each in merge_plans)
-    moving = moved / disk_rate(merge_plans[0].plan.files)
+    moved = merge_plans[0].bytes_read + sum(each.bytes_written for each in merge_plans)
+    moving = moved / disk_rate(merge_plans[0].files)
     computing = _computing(merge_plans, threads, None)
     rates = f"reading and writing takes {moving:.1f} s, computing {computing:.1f} s"
     if computing < moving * (1 + _LEAST_GAIN):
@@ -157,14 +157,12 @@ def _compare(
     return Choice("cuda", with_gpu)
 
 
-def _computing(
-    merge_plans: Sequence[MergePlan], threads: int | None, backend: Backend | None
-) -> float:
+def _computing(merge_plans: Sequence[Plan], threads: int | None, backend: Backend | None) -> float:
     """Return the seconds that all merges take where nothing waits for the disk."""
     seconds = 0.0
     for merge_plan in merge_plans:
-        moved = merge_plan.plan.bytes_read + merge_plan.plan.bytes_written
-        seconds += moved / _core.rehearse(merge_plan.to_json(), threads, backend)
+        moved = merge_plan.bytes_read + merge_plan.bytes_written
+        seconds += moved / _core.rehearse(merge_plan.table, threads, backend)
     return seconds
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import os
 
     from oxmerge.arrays import Kind
-    from oxmerge.planning import MergePlan
+    from oxmerge.schema import Plan
     from oxmerge.problems import Problem
     from oxmerge.recipe import Recipe
 
@@ -38,10 +38,10 @@ class LazyMerge(Mapping[str, Any]):
         What has no effect in the recipe, and what of the inputs is left out.
     """
 
-    def __init__(self, plan: MergePlan, kind: Kind, threads: int | None) -> None:
-        self._tensors = {tensor.name: at for at, tensor in enumerate(plan.plan.tensors)}
-        self._plan = plan.plan
-        self._engine = _core.OnDemand(plan.to_json())
+    def __init__(self, plan: Plan, kind: Kind, threads: int | None) -> None:
+        self._tensors = {name: at for at, name in enumerate(plan.tensors.names)}
+        self._plan = plan
+        self._engine = _core.OnDemand(plan.table)
         self._kind: Kind = kind
         self._threads = threads
         self.warnings: tuple[Problem, ...] = plan.warnings

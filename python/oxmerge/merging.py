@@ -12,9 +12,10 @@ from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.options import READ_PATHS, check_device, check_threads
 from oxmerge.outcome import Outcome
 from oxmerge.outlook import Outlook
-from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
+from oxmerge.planning import DEFAULT_SHARD_SIZE, build_plan
 from oxmerge.publish import OutputDirectory, commit, discard, prepare_output
 from oxmerge.recipe import Recipe
+from oxmerge.schema import Plan
 from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
@@ -174,7 +175,7 @@ def plan(
     merge_plan, outcome = _prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
     fastest = choose([merge_plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
-    predicted = _core.predict([merge_plan.to_json()], _room(budget), threads, backend)
+    predicted = _core.predict([merge_plan.table], _room(budget), threads, backend)
     return Outlook(
         merge_plan,
         disk=outcome.bytes,
@@ -308,7 +309,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             output = prepare_output(
                 directory,
                 overwrite=overwrite,
-                input_files=merge_plan.plan.files,
+                input_files=merge_plan.files,
                 needed_bytes=needed,
                 names=outcome.file_names,
             )
@@ -316,7 +317,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         with backend or nullcontext():
             done = _core.execute(
                 [
-                    (merge_plan.to_json(), output.path)
+                    (merge_plan.table, output.path)
                     for (merge_plan, _), output in zip(prepared, outputs, strict=True)
                 ],
                 memory=_room(budget),
@@ -339,7 +340,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
 
 def _prepare(
     recipe: PathLike | Recipe, *, shard_size: int | str, seed: int, strict: bool
-) -> tuple[MergePlan, Outcome]:
+) -> tuple[Plan, Outcome]:
     merge_plan = prepare(recipe, shard_size=shard_size, seed=seed, strict=strict)
     return merge_plan, Outcome.of(merge_plan)
 
@@ -350,7 +351,7 @@ def prepare(
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
-) -> MergePlan:
+) -> Plan:
     """Return the plan of a recipe, or of the recipe in a file."""
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
@@ -363,7 +364,7 @@ def prepare(
 
 
 def _finish(
-    merge_plan: MergePlan,
+    merge_plan: Plan,
     outcome: Outcome,
     output: OutputDirectory,
     done: dict[str, Any],
@@ -371,10 +372,10 @@ def _finish(
 ) -> MergeReport:
     report = MergeReport(
         directory=os.fspath(output.path),
-        tensors=len(merge_plan.plan.tensors),
-        files=len(merge_plan.plan.shards),
+        tensors=len(merge_plan.tensors),
+        files=len(merge_plan.shards),
         bytes_read=done["bytes_read"],
-        bytes_written=merge_plan.plan.bytes_written,
+        bytes_written=merge_plan.bytes_written,
         seconds=done["seconds"],
         read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
         written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
@@ -432,11 +433,9 @@ def _check_options(
         raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
 
 
-def _bytes_reread(merge_plan: MergePlan) -> int:
+def _bytes_reread(merge_plan: Plan) -> int:
     """Return the bytes of tensors that the page cache cannot hold until they are read again."""
-    free = _free_memory()
-    sizes = (tensor.source_bytes for tensor in merge_plan.plan.tensors)
-    return sum(size for size in sizes if size > free)
+    return merge_plan.table.bytes_of_sources_above(_free_memory())
 
 
 def _free_memory() -> int:
@@ -446,11 +445,11 @@ def _free_memory() -> int:
 
 
 def _reporter(
-    merge_plans: Sequence[MergePlan], progress: Callable[[Snapshot], None] | None
+    merge_plans: Sequence[Plan], progress: Callable[[Snapshot], None] | None
 ) -> Callable[[int, int, int, str, int], None] | None:
     if progress is None:
         return None
-    total = sum(merge_plan.plan.bytes_written for merge_plan in merge_plans)
+    total = sum(merge_plan.bytes_written for merge_plan in merge_plans)
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
         progress(Snapshot(written, total, read, tensors, current, peak))

@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oxmerge.planning import MergePlan
+    from oxmerge.schema import Plan
     from oxmerge.side_files import LeftOut
 
 __all__ = ["Outcome", "method_description"]
@@ -32,7 +32,7 @@ class Outcome:
 
     Attributes
     ----------
-    merge_plan : MergePlan
+    merge_plan : Plan
         The plan it belongs to.
     config : str, optional
         Text of ``config.json``.
@@ -48,7 +48,7 @@ class Outcome:
         What was changed in the config, what was left out, for people to read.
     """
 
-    merge_plan: MergePlan
+    merge_plan: Plan
     config: str | None
     index: str | None
     card: str
@@ -57,7 +57,7 @@ class Outcome:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, merge_plan: MergePlan) -> Outcome:
+    def of(cls, merge_plan: Plan) -> Outcome:
         """Return what belongs to `merge_plan`.
 
         Raises
@@ -86,7 +86,7 @@ class Outcome:
     @property
     def bytes(self) -> int:
         """Bytes that the output directory takes."""
-        weights = sum(int(shard["size"]) for shard in self.merge_plan.plan.shards)
+        weights = sum(size for _, size in self.merge_plan.shards)
         texts = (self.config, self.index, self.card, self.recipe)
         text_bytes = sum(len(text.encode()) for text in texts if text is not None)
         return weights + text_bytes + self.side_files.total_bytes + _REPORT_BYTES
@@ -100,7 +100,7 @@ class Outcome:
             REPORT_NAME: json_text(story),
         }
         return Contents(
-            shards=[shard["file_name"] for shard in self.merge_plan.plan.shards],
+            shards=[name for name, _ in self.merge_plan.shards],
             index=self.index,
             config=self.config,
             side_files=self.side_files.copied,
@@ -126,7 +126,7 @@ def _notes(side_files: SideFiles) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
+def _config(merge_plan: Plan) -> tuple[str | None, tuple[str, ...]]:
     donor = merge_plan.models[merge_plan.donor]
     if not donor.config and not _has_config(donor.path):
         return None, ()
@@ -138,9 +138,7 @@ def _config(merge_plan: MergePlan) -> tuple[str | None, tuple[str, ...]]:
         if layer_map is None
         else [(merge_plan.models[model].config, layer) for model, layer in layer_map],
         donor_depth=merge_plan.donor_depth,
-        writes_head=any(
-            tensor.name.endswith("lm_head.weight") for tensor in merge_plan.plan.tensors
-        ),
+        writes_head=merge_plan.table.has_name_ending("lm_head.weight"),
     )
     return json_text(edited), tuple(notes)
 
@@ -160,16 +158,12 @@ def method_description(name: str) -> dict[str, Any]:
     return next(each for each in _core.methods() if each["name"] == name)
 
 
-def _index(merge_plan: MergePlan) -> str | None:
-    plan = merge_plan.plan
-    if len(plan.shards) == 1:
-        return None
-    names = [shard["file_name"] for shard in plan.shards]
-    return _core.index_json([(t.name, names[t.shard], t.bytes) for t in plan.tensors])
+def _index(merge_plan: Plan) -> str | None:
+    return None if len(merge_plan.shards) == 1 else merge_plan.table.index_json()
 
 
-def _card(merge_plan: MergePlan, recipe: str) -> str:
-    method = merge_plan.plan.method
+def _card(merge_plan: Plan, recipe: str) -> str:
+    method = merge_plan.method
     about = method_description(method)
     models = [model.reference for model in merge_plan.models]
     return model_card(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge.devices import Choice
-    from oxmerge.planning import MergePlan
+    from oxmerge.schema import Plan
     from oxmerge.problems import Problem
 
 __all__ = ["Outlook"]
@@ -29,7 +29,7 @@ class Outlook:
 
     Attributes
     ----------
-    merge_plan : MergePlan
+    merge_plan : Plan
         The plan itself, with the accounting of every tensor.
     disk : int
         Bytes that the output needs on the disk.
@@ -48,7 +48,7 @@ class Outlook:
         The device that is expected to be the fastest, and why.
     """
 
-    merge_plan: MergePlan
+    merge_plan: Plan
     disk: int
     memory: int
     threads: int
@@ -71,27 +71,27 @@ class Outlook:
     @property
     def method(self) -> str:
         """The merge method."""
-        return self.merge_plan.plan.method
+        return self.merge_plan.method
 
     @property
     def tensors(self) -> int:
         """How many tensors the output has."""
-        return len(self.merge_plan.plan.tensors)
+        return len(self.merge_plan.tensors)
 
     @property
     def files(self) -> int:
         """How many weight files the output has."""
-        return len(self.merge_plan.plan.shards)
+        return len(self.merge_plan.shards)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of input tensors that are used."""
-        return self.merge_plan.plan.bytes_read
+        return self.merge_plan.bytes_read
 
     @property
     def bytes_written(self) -> int:
         """Bytes of output tensors."""
-        return self.merge_plan.plan.bytes_written
+        return self.merge_plan.bytes_written
 
     @property
     def bytes_moved(self) -> int:

@@ -225,6 +225,13 @@ class Resolver:
         constant = all(_is_constant(chain) for _, chain in self._chains)
         self._constant = self._resolve("", 0.0) if constant and self._is_complete() else None
 
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The filters that choose among its values, each once."""
+        choices = (choice for _, chain in self._chains for level in chain for choice in level)
+        filters = (choice.filter for choice in choices if choice.filter is not None)
+        return tuple(dict.fromkeys(filters))
+
     def _is_complete(self) -> bool:
         return all(chain or not parameter.required for parameter, chain in self._chains)
 

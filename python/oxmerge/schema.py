@@ -1,33 +1,32 @@
-"""The plan as the engine reads it: the Python mirror of `rust/plan`, written as JSON.
-
-Files and shards come from the engine and go back to it, so they stay the mappings that they are.
-"""
+"""The plan: a table that the engine holds, and what belongs to it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import overload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from oxmerge.recipe import Scalar
+    from oxmerge import _core
+    from oxmerge.accounting import ModelAccount
+    from oxmerge.inputs import InputModel
+    from oxmerge.problems import Problem
+    from oxmerge.recipe import Recipe, Scalar
 
 __all__ = [
     "DTYPE_NAMES",
     "DTYPE_SIZES",
     "FLOATS",
-    "PLAN_VERSION",
     "OutputTensor",
     "Plan",
     "SourceTensor",
+    "Tensors",
     "is_float",
 ]
-
-#: The version of the plan's schema.
-PLAN_VERSION = 1
 
 #: Element types: by their safetensors names, what NumPy, torch and recipes call them.
 DTYPE_NAMES = {
@@ -83,17 +82,6 @@ class SourceTensor:
     start: int
     parameters: dict[str, Scalar]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as it stands in the JSON."""
-        return {
-            "model": self.model,
-            "name": self.name,
-            "dtype": self.dtype,
-            "file": self.file,
-            "start": self.start,
-            "parameters": self.parameters,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
@@ -143,74 +131,118 @@ class OutputTensor:
         """Bytes of all sources."""
         return self.elements * sum(DTYPE_SIZES[source.dtype] for source in self.sources)
 
-    def placed(self, shard: int, start: int) -> OutputTensor:
-        """Return it with its place in the output."""
-        content = (self.name, self.shape, self.dtype, self.sources, self.base, self.parameters)
-        return OutputTensor(*content, shard, start)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as it stands in the JSON."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "shard": self.shard,
-            "start": self.start,
-            "sources": [source.to_dict() for source in self.sources],
-            "base": self.base,
-            "parameters": self.parameters,
-        }
+class Tensors(Sequence[OutputTensor]):
+    """The output tensors of a plan, in file order. Each is made when it is looked at."""
+
+    def __init__(self, table: _core.Plan) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> OutputTensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[OutputTensor]: ...
+    def __getitem__(self, index: int | slice) -> OutputTensor | Sequence[OutputTensor]:
+        """Return one, or several as a tuple."""
+        if isinstance(index, slice):
+            return tuple(self[at] for at in range(*index.indices(len(self))))
+        row = self._table.row(range(len(self))[index])
+        name, shape, dtype, shard, start, base, parameters, _, sources = row
+        return OutputTensor(
+            name,
+            shape,
+            dtype,
+            tuple(SourceTensor(*source) for source in sources),
+            base,
+            parameters,
+            shard,
+            start,
+        )
+
+    def __repr__(self) -> str:
+        """Tell what they are."""
+        return f"<{len(self)} output tensors>"
+
+    @property
+    def names(self) -> list[str]:
+        """Their names."""
+        return self._table.names()
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole merge: every output tensor, where its sources lie, and where it goes.
+    """A merge that is ready to run.
 
     Attributes
     ----------
-    method : str
-        The merge method's name.
-    seed : int
-        The seed of random masks.
-    files : tuple of dict
-        Every input file, as it was when it was first read: the weights of every model, and after
-        them the configs and indexes.
-    tensors : tuple of OutputTensor
-        In file order.
-    shards : tuple of dict
-        The output files, in order.
-    version : int
-        Of the schema.
+    table : _core.Plan
+        Every output tensor, where its sources lie, and where it goes: what the engine runs.
+    recipe : Recipe
+        What the user asked for.
+    models : tuple of InputModel
+        The models, opened, in order of first mention.
+    donor : int
+        Which of them gives names, config and tokenizer.
+    base : int, optional
+        Which of them is the recipe's base.
+    layer_map : tuple of (int, int), optional
+        With slices: the model and its layer that each output layer takes its names from.
+    donor_depth : int, optional
+        With slices: how many layers the donor has.
+    dtype : str, optional
+        The float type that most of the output's bytes have; None if there is no float tensor.
+    accounting : tuple of ModelAccount
+        What becomes of every tensor of every model.
+    warnings : tuple of Problem
+        What has no effect, and what is left out.
     """
 
-    method: str
-    seed: int
-    files: tuple[dict[str, Any], ...]
-    tensors: tuple[OutputTensor, ...]
-    shards: tuple[dict[str, Any], ...]
-    version: int = PLAN_VERSION
+    table: _core.Plan
+    recipe: Recipe
+    models: tuple[InputModel, ...]
+    donor: int
+    base: int | None
+    layer_map: tuple[tuple[int, int], ...] | None
+    donor_depth: int | None
+    dtype: str | None
+    accounting: tuple[ModelAccount, ...]
+    warnings: tuple[Problem, ...]
+
+    @property
+    def method(self) -> str:
+        """The merge method's name."""
+        return self.table.method
+
+    @property
+    def seed(self) -> int:
+        """The seed of random masks."""
+        return self.table.seed
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """Every input file as it was when it was first read: weights, then configs and indexes."""
+        return self.table.files
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """The output files, in order: name and bytes."""
+        return self.table.shards
+
+    @property
+    def tensors(self) -> Tensors:
+        """The output tensors, in file order."""
+        return Tensors(self.table)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of all sources."""
-        return sum(tensor.source_bytes for tensor in self.tensors)
+        return self.table.bytes_read
 
     @property
     def bytes_written(self) -> int:
         """Bytes of all output tensors."""
-        return sum(tensor.bytes for tensor in self.tensors)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as it stands in the JSON."""
-        return {
-            "version": self.version,
-            "method": self.method,
-            "seed": self.seed,
-            "files": list(self.files),
-            "tensors": [tensor.to_dict() for tensor in self.tensors],
-            "shards": list(self.shards),
-        }
-
-    def to_json(self) -> str:
-        """Return the JSON that the engine reads."""
-        return json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False)
+        return self.table.bytes_written

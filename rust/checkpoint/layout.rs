@@ -7,19 +7,18 @@
 //! is padded with spaces. The same tensors and shard size give the same bytes always.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
 use serde::Serialize;
-use serde_json::Value;
 
 use super::header::{MAX_HEADER, checked_bytes};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::PAGE;
-use crate::plan::OutputShard;
+use crate::plan::{OutputShard, Plan};
 
-/// What a tensor is before it has a place: name, type, shape.
-type Tensor = (String, DType, Vec<u64>);
+/// Bytes of the length of a header.
+const PREFIX: usize = size_of::<u64>();
 
 /// Output shards and the place of each tensor in them.
 #[derive(Clone, Debug)]
@@ -30,16 +29,20 @@ pub struct Layout {
     pub places: Vec<(usize, u64)>,
 }
 
-/// Lays `tensors`, given in the donor's order, into shards of at most `shard_size` bytes of tensor
+/// Lays `tensors` (name, type, shape), given in the donor's order, into shards of at most `shard_size` bytes of tensor
 /// data (0 for one shard). A tensor that is larger gets a shard of its own.
 ///
 /// One shard is named `{base_name}.safetensors`, several `{base_name}-00001-of-00003.safetensors`.
-pub fn lay_out(tensors: &[Tensor], shard_size: u64, base_name: &str) -> Result<Layout> {
-    check_names(tensors)?;
+pub fn lay_out<N: AsRef<str>, S: AsRef<[u64]>>(
+    tensors: &[(N, DType, S)],
+    shard_size: u64,
+    base_name: &str,
+) -> Result<Layout> {
+    check_names(tensors.iter().map(|(name, ..)| name.as_ref()))?;
     let sizes = tensors
         .iter()
         .map(|(name, dtype, shape)| {
-            checked_bytes(*dtype, shape).map_err(|error| error.tensor(name.as_str()))
+            checked_bytes(*dtype, shape.as_ref()).map_err(|error| error.tensor(name.as_ref()))
         })
         .collect::<Result<Vec<_>>>()?;
     let groups = fill(&sizes, shard_size)?;
@@ -47,14 +50,17 @@ pub fn lay_out(tensors: &[Tensor], shard_size: u64, base_name: &str) -> Result<L
     let mut shards = Vec::with_capacity(groups.len());
     for (number, mut group) in groups.into_iter().enumerate() {
         group.sort_by_key(|&tensor| std::cmp::Reverse(tensors[tensor].1.size()));
-        let (header, offsets) = header_of(tensors, &sizes, &group)?;
-        let data_start = (size_of::<u64>() + header.len()) as u64;
-        let mut end = data_start;
-        for (tensor, offset) in group.into_iter().zip(offsets) {
-            places[tensor] = (number, data_start + offset);
-            end = data_start + offset + sizes[tensor];
+        let described = group.iter().map(|&tensor| {
+            let (name, dtype, shape) = &tensors[tensor];
+            (name.as_ref(), *dtype, shape.as_ref())
+        });
+        let header_bytes = (PREFIX + header(described)?.len()) as u64;
+        let mut end = header_bytes;
+        for tensor in group {
+            places[tensor] = (number, end);
+            end += sizes[tensor];
         }
-        shards.push(OutputShard { file_name: String::new(), header, size: end });
+        shards.push(OutputShard { file_name: String::new(), header_bytes, size: end });
     }
     name_shards(&mut shards, base_name);
     Ok(Layout { shards, places })
@@ -83,14 +89,12 @@ pub fn index_json<'a>(tensors: impl IntoIterator<Item = (&'a str, &'a str, u64)>
     text
 }
 
-fn check_names(tensors: &[Tensor]) -> Result<()> {
-    let mut seen = HashSet::with_capacity(tensors.len());
-    match tensors.iter().find(|(name, ..)| name == "__metadata__" || !seen.insert(name)) {
-        Some((name, ..)) => {
-            Err(Error::plan("the output cannot have this tensor name, or not twice")
-                .tensor(name)
-                .advice("rename the tensor in the models"))
-        }
+fn check_names<'a>(mut names: impl ExactSizeIterator<Item = &'a str>) -> Result<()> {
+    let mut seen = HashSet::with_capacity(names.len());
+    match names.find(|&name| name == "__metadata__" || !seen.insert(name)) {
+        Some(name) => Err(Error::plan("the output cannot have this tensor name, or not twice")
+            .tensor(name)
+            .advice("rename the tensor in the models")),
         None => Ok(()),
     }
 }
@@ -118,21 +122,23 @@ fn fill(sizes: &[u64], shard_size: u64) -> Result<Vec<Vec<usize>>> {
     Ok(shards)
 }
 
-/// The header of the shard that holds `group` in that order, and the tensors' offsets in its data.
-fn header_of(tensors: &[Tensor], sizes: &[u64], group: &[usize]) -> Result<(String, Vec<u64>)> {
+/// The text of the header of output shard `index` of `plan`.
+pub fn header_text(plan: &Plan, index: usize) -> Result<String> {
+    let tensors = plan.tensors_of_shard(index);
+    header(tensors.map(|tensor| (tensor.name(), tensor.dtype(), tensor.shape())))
+}
+
+/// The header of a shard that holds `tensors` in that order, without a gap.
+pub fn header<'a>(tensors: impl Iterator<Item = (&'a str, DType, &'a [u64])>) -> Result<String> {
     let mut text = String::from(r#"{"__metadata__":{"format":"pt"}"#);
-    let mut offsets = Vec::with_capacity(group.len());
     let mut begin = 0;
-    for &tensor in group {
-        let (name, dtype, shape) = &tensors[tensor];
-        let end = begin + sizes[tensor];
-        push_entry(&mut text, name, *dtype, shape, [begin, end]);
-        offsets.push(begin);
+    for (name, dtype, shape) in tensors {
+        let end = begin + checked_bytes(dtype, shape)?;
+        push_entry(&mut text, name, dtype, shape, [begin, end]);
         begin = end;
     }
     text.push('}');
-    let prefix = size_of::<u64>();
-    let padded = (prefix + text.len()).next_multiple_of(PAGE) - prefix;
+    let padded = (PREFIX + text.len()).next_multiple_of(PAGE) - PREFIX;
     text.extend(std::iter::repeat_n(' ', padded - text.len()));
     if text.len() as u64 > MAX_HEADER {
         return Err(Error::plan("a shard's header is longer than the format allows")
@@ -140,14 +146,26 @@ fn header_of(tensors: &[Tensor], sizes: &[u64], group: &[usize]) -> Result<(Stri
             .found(text.len())
             .advice("choose a smaller shard size"));
     }
-    Ok((text, offsets))
+    Ok(text)
 }
 
-fn push_entry(text: &mut String, name: &str, dtype: DType, shape: &[u64], offsets: [u64; 2]) {
-    // JSON values print as compact JSON; a string cannot refuse what is written to it.
-    let (name, shape, offsets) = (Value::from(name), Value::from(shape), Value::from(&offsets[..]));
-    let entry = format_args!(r#"{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}"#);
-    let _ = write!(text, ",{name}:{entry}");
+fn push_entry(text: &mut String, name: &str, dtype: DType, shape: &[u64], [begin, end]: [u64; 2]) {
+    // A string cannot refuse what is written to it.
+    let _ = write!(text, ",{}:", JsonText(name));
+    let _ = write!(text, r#"{{"dtype":"{dtype}","shape":["#);
+    for (at, extent) in shape.iter().enumerate() {
+        let _ = write!(text, "{}{extent}", if at == 0 { "" } else { "," });
+    }
+    let _ = write!(text, r#"],"data_offsets":[{begin},{end}]}}"#);
+}
+
+/// A text as JSON has it.
+struct JsonText<'a>(&'a str);
+
+impl fmt::Display for JsonText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&serde_json::to_string(self.0).map_err(|_| fmt::Error)?)
+    }
 }
 
 fn name_shards(shards: &mut [OutputShard], base_name: &str) {

@@ -15,7 +15,7 @@ use super::memory::MemoryPlan;
 use super::simd::Simd;
 use super::source::{Place, Sink, Source};
 use super::task::{Task, Work};
-use super::{Settings, run_all};
+use super::{Goal, Settings, run_all};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::AlignedBuffer;
@@ -166,8 +166,8 @@ pub fn run(
         return Err(Error::new(ErrorKind::Unsupported, message)
             .advice("merge files with `oxmerge merge` or `oxmerge.merge`"));
     }
-    let mut tasks = vec![task];
-    let numbers = run_all(&Simd(level), &mut tasks, &settings, &memory, control, false)?.remove(0);
+    let goal = Goal::Merge(None);
+    let numbers = run_all(&Simd(level), &vec![task], &settings, &memory, control, goal)?.remove(0);
     if numbers.len() == wanted {
         Ok(numbers)
     } else {

@@ -14,6 +14,8 @@ pub mod control;
 pub mod files;
 mod fused;
 pub mod memory;
+#[cfg(feature = "python")]
+mod merge;
 mod model_wide;
 pub mod need;
 pub(crate) mod passes;
@@ -26,24 +28,27 @@ pub mod task;
 mod worker;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
+
+#[cfg(feature = "python")]
+pub(crate) use merge::{merge, predict};
 
 use active::Active;
 use backend::Backend;
 use control::Control;
 use memory::MemoryPlan;
-use model_wide::bind_model_results;
-use need::Need;
+use model_wide::ModelResults;
 use passes::{Found, Pass};
 use simd::Simd;
 use source::Sink;
-use task::Task;
+use task::{Task, Tasks};
 use worker::Worker;
 
 use crate::error::{Error, Result};
-use crate::formula::masks::KeptMasks;
+use crate::formula::masks::{self, KeptMasks};
 use crate::kernels::Level;
 
 /// How a run is to be done. None of it changes a byte of the output.
@@ -94,20 +99,31 @@ pub fn run(tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<R
 /// The same, with the arithmetic of `backend`.
 pub(crate) fn run_on(
     backend: &dyn Backend,
-    mut tasks: Vec<Task>,
+    tasks: Vec<Task>,
     settings: &Settings,
     control: &Control,
 ) -> Result<Report> {
-    let started = Instant::now();
-    let baseline = memory::resident();
     let offload = backend.offload();
-    let needs: Vec<Need> = tasks.iter().map(|task| task.need().on(offload)).collect();
-    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
-    if tasks.iter().any(Task::needs_sweep) {
-        let sums = run_all(backend, &mut tasks, settings, &memory, control, true)?;
-        bind_model_results(&mut tasks, &sums)?;
+    let needs: Vec<_> = tasks.iter().map(|task| (task.need().on(offload), 1)).collect();
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
+    run_planned(backend, &tasks, settings, memory, control)
+}
+
+/// The same in memory that was shared out before.
+pub(crate) fn run_planned(
+    backend: &dyn Backend,
+    tasks: &dyn Tasks,
+    settings: &Settings,
+    memory: MemoryPlan,
+    control: &Control,
+) -> Result<Report> {
+    let started = Instant::now();
+    let mut model = None;
+    if tasks.needs_sweep()? {
+        let found = run_all(backend, tasks, settings, &memory, control, Goal::Sweep)?;
+        model = Some(ModelResults::fold(tasks, &found)?);
     }
-    run_all(backend, &mut tasks, settings, &memory, control, false)?;
+    run_all(backend, tasks, settings, &memory, control, Goal::Merge(model.as_ref()))?;
     let counted = control.snapshot();
     Ok(Report {
         seconds: started.elapsed().as_secs_f64(),
@@ -119,30 +135,35 @@ pub(crate) fn run_on(
     })
 }
 
-/// Goes over all tasks; the numbers that each found. A sweep looks for those of the model only.
+/// What to do with each task.
+#[derive(Clone, Copy)]
+enum Goal<'a> {
+    /// Look for what is reduced over the whole model.
+    Sweep,
+    /// All of it, with the results of the sweep if there was one.
+    Merge(Option<&'a ModelResults>),
+}
+
+/// Goes over all tasks; the numbers that each found.
 fn run_all(
     backend: &dyn Backend,
-    tasks: &mut Vec<Task>,
+    tasks: &dyn Tasks,
     settings: &Settings,
     memory: &MemoryPlan,
     control: &Control,
-    sweep: bool,
+    goal: Goal<'_>,
 ) -> Result<Vec<Vec<f64>>> {
-    let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
-    let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
     let schedule = Schedule {
-        state: Mutex::new(State::new(shared.len(), memory.mask_room)),
+        state: Mutex::new(State::new(tasks.len(), memory.mask_room)),
         changed: Condvar::new(),
         backend,
-        tasks: &shared,
-        piece_blocks: shared
-            .iter()
-            .map(|task| task.need().on(backend.offload()).piece_blocks(memory).min(most))
-            .collect(),
+        tasks,
+        memory,
+        largest_piece: settings.largest_piece.unwrap_or(u64::MAX).max(1),
         under_way: tasks_under_way(memory.workers),
         most_writing: most_writing(memory.workers),
         control,
-        sweep,
+        goal,
     };
     let work = || schedule.work(memory.worker_bytes as usize);
     thread::scope(|scope| {
@@ -156,12 +177,7 @@ fn run_all(
     });
     let State { failure, numbers, .. } =
         schedule.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
-    let unshare = |task| Arc::try_unwrap(task).expect("what was under way is over");
-    tasks.extend(shared.into_iter().map(unshare));
-    Ok(numbers)
+    failure.map_or(Ok(numbers), Err)
 }
 
 /// What the workers share.
@@ -169,17 +185,21 @@ struct Schedule<'a> {
     state: Mutex<State>,
     changed: Condvar,
     backend: &'a dyn Backend,
-    tasks: &'a [Arc<Task>],
-    piece_blocks: Vec<u64>,
+    tasks: &'a dyn Tasks,
+    memory: &'a MemoryPlan,
+    /// Blocks a piece has at the most.
+    largest_piece: u64,
     under_way: usize,
     /// See [`most_writing`].
     most_writing: usize,
     control: &'a Control,
-    sweep: bool,
+    goal: Goal<'a>,
 }
 
 struct State {
     next_task: usize,
+    /// How many workers are about to begin tasks.
+    beginning: usize,
     active: VecDeque<(usize, Active)>,
     /// What each task found, if it looks for numbers.
     numbers: Vec<Vec<f64>>,
@@ -195,6 +215,7 @@ impl State {
         let numbers = vec![Vec::new(); tasks];
         Self {
             next_task: 0,
+            beginning: 0,
             active: VecDeque::new(),
             numbers,
             failure: None,
@@ -203,18 +224,26 @@ impl State {
         }
     }
 
+    /// Bytes for the random masks of `task`: all that it needs, or none.
+    fn take_mask_room(&mut self, task: &Task) -> u64 {
+        let wanted = masks::bytes(task.work.values(), task.frame.elements);
+        let room = if wanted <= self.mask_room { wanted } else { 0 };
+        self.mask_room -= room;
+        room
+    }
+
+    /// Adds a task that has begun, among older and younger ones.
+    fn add(&mut self, index: usize, active: Active) {
+        let place = self.active.partition_point(|(other, _)| *other < index);
+        self.active.insert(place, (index, active));
+    }
+
     /// The next unit of the oldest task that has one, and is in a pass that is `wanted`.
     fn issue(&mut self, wanted: impl Fn(&Pass) -> bool) -> Option<Unit> {
         let active = self.active.iter_mut().filter(|(_, active)| wanted(&active.pass));
         let unit = |(index, active): &mut (usize, Active)| {
-            Some(Unit {
-                number: active.issue()?,
-                index: *index,
-                task: Arc::clone(&active.task),
-                pass: Arc::clone(&active.pass),
-                masks: active.masks.clone(),
-                blocks: active.blocks_a_unit,
-            })
+            let number = active.issue()?;
+            Some(Unit::of(active, *index, number))
         };
         let unit = active.into_iter().find_map(unit)?;
         self.writing += usize::from(unit.pass.writes());
@@ -232,10 +261,23 @@ struct Unit {
     blocks: u64,
 }
 
+impl Unit {
+    fn of(active: &Active, index: usize, number: u64) -> Self {
+        Self {
+            number,
+            index,
+            task: Arc::clone(&active.task),
+            pass: Arc::clone(&active.pass),
+            masks: active.masks.clone(),
+            blocks: active.blocks_a_unit,
+        }
+    }
+}
+
 enum Next {
     Do(Unit),
-    /// A tensor without elements, or without anything to do in this sweep.
-    Skip(usize),
+    /// The task that comes next, or small ones that lie together.
+    Begin(Range<usize>),
     Wait,
     Over,
 }
@@ -269,11 +311,17 @@ impl Schedule<'_> {
                 Next::Wait => {
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
-                Next::Skip(index) => {
+                Next::Begin(tasks) => {
                     drop(state);
-                    let outcome = self.finish(index);
+                    let begun = self.begin(&mut worker, tasks);
                     state = self.lock();
-                    self.note(&mut state, outcome);
+                    state.beginning -= 1;
+                    match begun {
+                        Ok(Some((index, active))) => state.add(index, active),
+                        Ok(None) => {}
+                        Err(error) => self.note(&mut state, Err(error)),
+                    }
+                    self.changed.notify_all();
                 }
                 Next::Do(mut unit) => {
                     drop(state);
@@ -285,7 +333,7 @@ impl Schedule<'_> {
                         // The masks are let go of before others get their room.
                         let mask_bytes = done.mask_bytes;
                         drop(done);
-                        let outcome = self.finish(unit.index);
+                        let outcome = self.finish(&unit.task);
                         state = self.lock();
                         state.mask_room += mask_bytes;
                         self.note(&mut state, outcome);
@@ -318,43 +366,92 @@ impl Schedule<'_> {
         if state.failure.is_some() {
             return Next::Over;
         }
-        let next_task = self.tasks.get(state.next_task);
-        let next_task = next_task.filter(|_| state.active.len() < self.under_way);
+        let has_room = state.active.len() + state.beginning < self.under_way;
+        let may_begin = has_room && state.next_task < self.tasks.len();
         // Who writes soon waits for the disk. When those are enough, the others prepare what comes
         // next; else the disk would wait for them later.
         if state.writing >= self.most_writing {
             if let Some(unit) = state.issue(|pass| !pass.writes()) {
                 return Next::Do(unit);
             }
-            if next_task.is_some_and(|task| !task.reads_once) {
-                return self.begin(state);
+            if may_begin && !self.tasks.reads_once(state.next_task) {
+                return self.take_up(state);
             }
         }
         if let Some(unit) = state.issue(|_| true) {
             return Next::Do(unit);
         }
-        if next_task.is_some() {
-            return self.begin(state);
+        if may_begin {
+            return self.take_up(state);
         }
-        if state.active.is_empty() { Next::Over } else { Next::Wait }
+        let is_over = state.active.is_empty() && state.beginning == 0;
+        if is_over { Next::Over } else { Next::Wait }
     }
 
-    fn begin(&self, state: &mut State) -> Next {
-        let index = state.next_task;
-        state.next_task += 1;
-        let task = Arc::clone(&self.tasks[index]);
+    /// The tasks to begin next: one, or small ones that lie together.
+    fn take_up(&self, state: &mut State) -> Next {
+        let first = state.next_task;
+        let together = match self.goal {
+            Goal::Merge(None) => self.tasks.neighbours(first, self.memory.group_bytes),
+            Goal::Merge(Some(_)) | Goal::Sweep => 0,
+        };
+        state.next_task += together.max(1);
+        state.beginning += 1;
+        Next::Begin(first..state.next_task)
+    }
+
+    /// Begins a task, or does small ones whole. What is under way then.
+    fn begin(
+        &self,
+        worker: &mut Worker<'_>,
+        tasks: Range<usize>,
+    ) -> Result<Option<(usize, Active)>> {
+        if tasks.len() > 1 {
+            return self.do_neighbours(worker, tasks).map(|()| None);
+        }
+        let index = tasks.start;
+        let mut task = self.tasks.task(index)?;
+        if let Goal::Merge(Some(model)) = self.goal {
+            model.bind(&mut task);
+        }
         self.control.begin_tensor(&task.frame.name);
-        if task.frame.elements == 0 {
-            return Next::Skip(index);
-        }
-        match Active::begin(task, self.piece_blocks[index], self.sweep, state.mask_room) {
-            Some(active) => {
-                state.mask_room -= active.mask_bytes;
-                state.active.push_back((index, active));
-                self.next(state)
+        let task = Arc::new(task);
+        if task.frame.elements > 0 {
+            let blocks = task.need().on(self.backend.offload()).piece_blocks(self.memory);
+            let blocks = blocks.min(self.largest_piece);
+            let is_sweep = matches!(self.goal, Goal::Sweep);
+            let room = self.lock().take_mask_room(&task);
+            if let Some(active) = Active::begin(Arc::clone(&task), blocks, is_sweep, room) {
+                self.lock().mask_room += room - active.mask_bytes;
+                return Ok(Some((index, active)));
             }
-            None => Next::Skip(index),
+            self.lock().mask_room += room;
         }
+        self.finish(&task)?;
+        Ok(None)
+    }
+
+    /// Does small tasks that lie together, one after the other.
+    fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
+        let gathered = self.tasks.gather(tasks.clone())?;
+        self.control.begin_tensor(&gathered.task(tasks.start)?.frame.name);
+        for index in tasks.clone() {
+            self.control.check()?;
+            let task = Arc::new(gathered.task(index)?);
+            let Some(mut active) = Active::begin(task, 1, false, 0) else {
+                return Err(Error::internal("a small tensor has nothing to do"));
+            };
+            let mut goes_on = true;
+            while goes_on {
+                let number = active.issue().ok_or_else(|| Error::internal("a pass has no unit"))?;
+                let unit = Unit::of(&active, index, number);
+                let found = Self::run(worker, &unit)?;
+                goes_on = active.take(number, found);
+            }
+        }
+        gathered.finish()?;
+        self.control.finish_tensors(tasks.len() as u64);
+        Ok(())
     }
 
     /// Puts a result where it belongs; the task if that was its last.
@@ -377,12 +474,11 @@ impl Schedule<'_> {
         }
     }
 
-    fn finish(&self, index: usize) -> Result<()> {
-        if self.sweep {
+    fn finish(&self, task: &Task) -> Result<()> {
+        if matches!(self.goal, Goal::Sweep) {
             return Ok(());
         }
-        self.control.finish_tensor();
-        let task = &self.tasks[index];
+        self.control.finish_tensors(1);
         let finish = |sink: &Arc<dyn Sink>| sink.finish();
         task.sinks.iter().try_for_each(finish).map_err(|error| error.tensor(&task.frame.name))
     }

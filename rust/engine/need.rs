@@ -20,6 +20,8 @@ use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
 use crate::kernels::BLOCK;
 
 const BLOCK_ELEMENTS: u64 = BLOCK as u64;
+/// Elements up to which a tensor is done together with its neighbours.
+pub(super) const SMALL: u64 = BLOCK_ELEMENTS;
 /// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
 /// two huge pages, so that an output buffer with its odd start fills no third.
 const LARGEST_PIECE: u64 = (4 << 20) - PAGE as u64;
@@ -302,6 +304,16 @@ impl Need {
         let mapped = self.sources.iter().filter(|(_, way)| *way == Way::InPlace);
         let widest = mapped.map(|(size, _)| elements * size).max().unwrap_or(0);
         elements == self.elements || !(MAPPED_FROM as u64..SMALLEST_MAPPED_PIECE).contains(&widest)
+    }
+
+    /// Whether the tensor is so small that it is done with its neighbours.
+    pub(super) fn is_small(&self) -> bool {
+        self.elements <= SMALL
+    }
+
+    /// Bytes of all sources and outputs.
+    pub(super) fn bytes(&self) -> u64 {
+        self.elements * self.stored()
     }
 
     /// Whether its inputs are read only once.

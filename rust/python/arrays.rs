@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict};
+use pyo3::types::PyDict;
 
 use super::enter::take_part;
 use super::error::raise;
-use super::merge::parse;
+use super::plan::{Plan, parameters};
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource};
 use crate::engine::files;
@@ -23,7 +23,7 @@ use crate::formula::{Scalar, Value};
 use crate::io::ReadPath;
 use crate::kernels::Level;
 use crate::methods::pieces;
-use crate::plan::{OutputTensor, Parameters, SourceTensor};
+use crate::plan::{OutputTensor, SourceTensor};
 
 /// Work on fewer bytes is over before another Python thread would have had its turn.
 const DETACHED_FROM: u64 = 64 << 10;
@@ -165,8 +165,8 @@ pub(super) struct OnDemand(files::OnDemand);
 impl OnDemand {
     /// Opens the inputs of a plan.
     #[new]
-    fn open(py: Python<'_>, plan: &str) -> PyResult<Self> {
-        let opened = parse(plan).and_then(|plan| files::OnDemand::open(plan, ReadPath::Auto));
+    fn open(py: Python<'_>, plan: PyRef<'_, Plan>) -> PyResult<Self> {
+        let opened = files::OnDemand::open(plan.table(), ReadPath::Auto);
         opened.map(Self).map_err(|error| raise(py, &error))
     }
 
@@ -178,10 +178,11 @@ impl OnDemand {
         out: Array,
         threads: Option<usize>,
     ) -> PyResult<()> {
-        let Some(tensor) = self.0.plan().tensors.get(index) else {
+        if index >= self.0.plan().len() {
             return Err(PyValueError::new_err(format!("the plan has no tensor {index}")));
-        };
-        let call = Call { name: "", seed: 0, shape: tensor.shape.clone(), threads };
+        }
+        let shape = self.0.plan().tensor(index).shape().to_vec();
+        let call = Call { name: "", seed: 0, shape, threads };
         call.check(&out)?;
         let start = std::ptr::with_exposed_provenance_mut(out.address);
         // SAFETY: Python has just made the array, and holds on to it for the time of the call.
@@ -207,22 +208,6 @@ pub(super) fn ulp_distance(
     take_part(py, false, |control| {
         arrays::ulp_distance(&*a.source(), &*b.source(), a.elements(), level, threads, control)
     })
-}
-
-/// Numbers and switches by name, as a plan has them.
-fn parameters(given: &Bound<'_, PyDict>) -> PyResult<Parameters> {
-    let mut parameters = Parameters::new();
-    for (name, value) in given {
-        let value = if let Ok(switch) = value.cast::<PyBool>() {
-            switch.is_true().into()
-        } else if let Ok(whole) = value.extract::<i64>() {
-            whole.into()
-        } else {
-            value.extract::<f64>()?.into()
-        };
-        parameters.insert(name.extract()?, value);
-    }
-    Ok(parameters)
 }
 
 /// Merges `inputs` by `method` into `out`.

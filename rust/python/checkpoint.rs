@@ -1,17 +1,18 @@
-//! Checkpoints in, shard layouts out.
+//! Checkpoints in.
 
+use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+
+use std::sync::Arc;
 
 use super::error::raise;
 use super::to_python;
 use crate::checkpoint;
-use crate::dtype::DType;
-use crate::error::Error;
 
 /// A checkpoint that was opened from its headers only.
 #[pyclass(frozen, module = "oxmerge._core")]
-pub(super) struct Checkpoint(checkpoint::Checkpoint);
+pub(super) struct Checkpoint(Arc<checkpoint::Checkpoint>);
 
 /// One tensor of a checkpoint, as its header describes it.
 #[pyclass(frozen, get_all, module = "oxmerge._core")]
@@ -33,7 +34,26 @@ pub(super) struct TensorInfo {
 #[pyfunction]
 pub(super) fn open_checkpoint(py: Python<'_>, path: std::path::PathBuf) -> PyResult<Checkpoint> {
     let opened = py.detach(|| checkpoint::Checkpoint::open(&path));
-    opened.map(Checkpoint).map_err(|error| raise(py, &error))
+    opened.map(|opened| Checkpoint(Arc::new(opened))).map_err(|error| raise(py, &error))
+}
+
+impl TensorInfo {
+    fn of(py: Python<'_>, tensor: checkpoint::Tensor<'_>) -> PyResult<Self> {
+        Ok(Self {
+            name: tensor.name.to_owned(),
+            dtype: tensor.dtype.name(),
+            shape: PyTuple::new(py, tensor.shape)?.unbind(),
+            file: tensor.file,
+            start: tensor.start,
+        })
+    }
+}
+
+impl Checkpoint {
+    /// The checkpoint itself.
+    pub(super) fn shared(&self) -> Arc<checkpoint::Checkpoint> {
+        Arc::clone(&self.0)
+    }
 }
 
 #[pymethods]
@@ -59,16 +79,44 @@ impl Checkpoint {
     /// Its tensors in file order.
     #[getter]
     fn tensors(&self, py: Python<'_>) -> PyResult<Vec<TensorInfo>> {
-        let info = |tensor: &checkpoint::TensorInfo| {
-            Ok(TensorInfo {
-                name: tensor.name.clone(),
-                dtype: tensor.dtype.name(),
-                shape: PyTuple::new(py, &tensor.shape)?.unbind(),
-                file: tensor.file,
-                start: tensor.start,
-            })
-        };
-        self.0.tensors.iter().map(info).collect()
+        self.0.tensors().map(|tensor| TensorInfo::of(py, tensor)).collect()
+    }
+
+    /// How many tensors it has.
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The tensor of that name, if there is one.
+    fn get(&self, py: Python<'_>, name: &str) -> PyResult<Option<TensorInfo>> {
+        self.0.get(name).map(|tensor| TensorInfo::of(py, tensor)).transpose()
+    }
+
+    /// The tensor at that place of the file order.
+    fn tensor(&self, py: Python<'_>, index: usize) -> PyResult<TensorInfo> {
+        if index >= self.0.len() {
+            return Err(PyIndexError::new_err(format!("there is no tensor {index}")));
+        }
+        TensorInfo::of(py, self.0.tensor(index))
+    }
+
+    /// The names in file order.
+    fn names(&self) -> Vec<&str> {
+        self.0.tensors().map(|tensor| tensor.name).collect()
+    }
+
+    /// The tensors in file order, in runs whose names begin alike up to the layer's number: that
+    /// beginning, the first of them, and how many follow each other.
+    fn runs(&self) -> Vec<(&str, usize, usize)> {
+        let mut runs: Vec<(&str, usize, usize)> = Vec::new();
+        for (at, tensor) in self.0.tensors().enumerate() {
+            let lead = checkpoint::lead(tensor.name);
+            match runs.last_mut() {
+                Some((last, _, count)) if *last == lead => *count += 1,
+                _ => runs.push((lead, at, 1)),
+            }
+        }
+        runs
     }
 
     /// What is odd about it, in plain words.
@@ -76,32 +124,4 @@ impl Checkpoint {
     fn warnings(&self) -> Vec<String> {
         self.0.warnings.clone()
     }
-}
-
-type Places = Vec<(usize, u64)>;
-
-/// Divides tensors (name, dtype, shape) among shards of at most `shard_size` bytes.
-///
-/// Returns the shards, and for each tensor its shard and its first byte in that file.
-#[pyfunction]
-pub(super) fn lay_out(
-    py: Python<'_>,
-    tensors: Vec<(String, String, Vec<u64>)>,
-    shard_size: u64,
-) -> PyResult<(Bound<'_, PyAny>, Places)> {
-    let with_dtype =
-        |(name, dtype, shape): (String, String, Vec<u64>)| match DType::from_name(&dtype) {
-            Some(known) => Ok((name, known, shape)),
-            None => Err(Error::plan(format!("there is no element type `{dtype}`")).tensor(name)),
-        };
-    let tensors: Result<Vec<_>, _> = tensors.into_iter().map(with_dtype).collect();
-    let layout = tensors.and_then(|tensors| checkpoint::lay_out(&tensors, shard_size, "model"));
-    let layout = layout.map_err(|error| raise(py, &error))?;
-    Ok((to_python(py, &layout.shards)?, layout.places))
-}
-
-/// The text of an index file for tensors (name, shard file, bytes).
-#[pyfunction]
-pub(super) fn index_json(tensors: Vec<(String, String, u64)>) -> String {
-    checkpoint::index_json(tensors.iter().map(|(name, file, size)| (&**name, &**file, *size)))
 }

@@ -6,12 +6,14 @@
 #![expect(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
 mod arrays;
+mod assembly;
 mod checkpoint;
 mod enter;
 mod error;
 mod floats;
 mod lend;
 mod merge;
+mod plan;
 mod torch;
 
 use pyo3::prelude::*;
@@ -26,11 +28,13 @@ mod _core {
     #[pymodule_export]
     use super::arrays::{OnDemand, fill_array, merge_arrays, numbers_of_arrays, ulp_distance};
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, TensorInfo, index_json, lay_out, open_checkpoint};
+    use super::assembly::{Assembly, Fates, Run};
     #[pymodule_export]
-    use super::merge::{
-        check_plan, check_unchanged, execute, methods, partial_name, predict, rehearse,
-    };
+    use super::checkpoint::{Checkpoint, TensorInfo, open_checkpoint};
+    #[pymodule_export]
+    use super::merge::{check_unchanged, execute, methods, partial_name, predict, rehearse};
+    #[pymodule_export]
+    use super::plan::Plan;
 
     /// Version, build profile, SIMD level in use and levels of this CPU.
     #[pyfunction]

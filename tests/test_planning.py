@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from oxmerge import _core
 from oxmerge.accounting import compact_names
 from oxmerge.errors import PlanError
+from oxmerge.names import find_layout
 from oxmerge.recipe import Recipe
 
 if TYPE_CHECKING:
-    from oxmerge.schema import Plan
+    from oxmerge.plans import Plan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -80,14 +81,15 @@ def test_the_plan_has_every_tensor(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1, tied=True), b=zoo.llama(1, tied=True))
     plan = shelf.plan(linear("a", "b"), seed=7)
     assert (plan.method, plan.seed) == ("linear", 7)
-    assert [file["path"].removeprefix(f"{shelf.folder}/") for file in plan.files] == [
+    assert [file["path"].removeprefix(f"{shelf.folder}/") for file in plan.input_files] == [
         "a/model.safetensors",
         "b/model.safetensors",
         "a/config.json",
         "b/config.json",
     ]
     assert all(
-        file.keys() == {"path", "size", "modified_ns", "device", "inode"} for file in plan.files
+        file.keys() == {"path", "size", "modified_ns", "device", "inode"}
+        for file in plan.input_files
     )
     tensor = plan.tensors[0]
     assert tensor == plan.tensors[-len(plan.tensors)] == plan.tensors[:1][0]
@@ -105,10 +107,10 @@ def test_files_of_several_shards_are_numbered_through(shelf: Shelf) -> None:
     zoo.write(shelf.folder / "b", zoo.llama(2), files=2)
     merge = shelf.plan(linear("a", "b"))
     others = ["config.json", "model.safetensors.index.json"]
-    assert [Path(file["path"]).name for file in merge.files[5:]] == 2 * others
+    assert [Path(file["path"]).name for file in merge.input_files[5:]] == 2 * others
     for tensor in merge.tensors:
         for source in tensor.sources:
-            file = merge.files[source.file]
+            file = merge.input_files[source.file]
             assert Path(file["path"]).parent.name == source.model
             assert source.start + tensor.bytes <= file["size"]
 
@@ -125,7 +127,7 @@ def test_a_base_outside_the_models_comes_last(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1), b=zoo.llama(1), base=zoo.llama(1))
     recipe = {"merge_method": "ties", "base_model": "base", "models": weighted("a", "b")}
     merge = shelf.plan(recipe)
-    assert [model.reference for model in merge.models] == ["a", "b", "base"]
+    assert list(merge.models) == ["a", "b", "base"]
     assert (merge.donor, merge.base) == (2, 2)
     tensor = merge.tensors[0]
     assert tensor.base == 2
@@ -149,7 +151,7 @@ def test_linear_does_not_take_the_base_in(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1), base=zoo.llama(1))
     merge = shelf.plan(linear("a", base_model="base"))
     assert sources(merge, "lm_head.weight") == [("a", "lm_head.weight")]
-    assert merge.models[merge.donor].reference == "base"
+    assert merge.models[merge.donor] == "base"
     assert [str(warning) for warning in merge.warnings] == [
         (
             "base_model: `base_model` is no input of method `linear`\n"
@@ -164,7 +166,7 @@ def test_linear_takes_a_listed_base_like_any_other(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1), b=zoo.llama(1))
     merge = shelf.plan(linear("a", "b", base_model="b"))
     assert merge.tensors[0].base is None
-    assert merge.models[merge.donor].reference == "b"
+    assert merge.models[merge.donor] == "b"
     assert merge.warnings == ()
 
 
@@ -289,7 +291,6 @@ def test_slices_are_stacked_and_renumbered(shelf: Shelf) -> None:
     merge = shelf.plan(STACKED)
     names = [tensor.name for tensor in merge.tensors]
     assert names == list(zoo.llama(6).tensors)
-    assert merge.donor_depth == 4
     assert merge.layer_map == ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3))
     norm = "model.layers.{}.input_layernorm.weight"
     assert sources(merge, norm.format(3)) == [("b", norm.format(1))]
@@ -408,10 +409,10 @@ def test_whatever_is_sliced_adds_up(two: Shelf, chosen: list[dict[str, Any]]) ->
         return
     merge = two.plan(recipe)
     assert merge.layer_map is not None
-    assert [(merge.models[i].reference, layer) for i, layer in merge.layer_map] == wanted
+    assert [(merge.models[i], layer) for i, layer in merge.layer_map] == wanted
     names = [tensor.name for tensor in merge.tensors]
     assert len(set(names)) == len(names)
-    layout = merge.models[0].layout
+    layout = find_layout(names, frozenset({len(wanted), len(wanted) + 1}))
     stack_names = {f"model.layers.{number}." for number in range(len(wanted) + 1)}
     assert {name[: name.index(".", 13) + 1] for name in names if layout.place(name)} == stack_names
     used = {(source.model, source.name) for tensor in merge.tensors for source in tensor.sources}
@@ -543,7 +544,7 @@ def test_a_model_may_lie_beside_the_recipe(shelf: Shelf, tmp_path: Path) -> None
     path = tmp_path / "recipes" / "recipe.yml"
     path.write_text(json.dumps(linear("a")))
     merge = zoo.plan_in(tmp_path, Recipe.from_yaml(path))
-    assert merge.models[0].path == str(tmp_path / "recipes" / "a")
+    assert merge.input_files[0]["path"].startswith(str(tmp_path / "recipes" / "a"))
 
 
 def test_a_broken_model_is_one_of_the_problems(shelf: Shelf) -> None:

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
+from oxmerge.file_state import FileState
+from oxmerge.journal import JOURNAL_NAME
 from oxmerge.publish import (
     INDEX_NAME,
     Contents,
     OutputDirectory,
+    close,
     commit,
     discard,
     prepare_output,
+    stage,
 )
 from oxmerge.side_files import SideFile
 
@@ -35,7 +39,8 @@ OLD = {
     "tokenizer.json": "old tokenizer",
     "my notes.txt": "mine",
 }
-SYSTEM_CALLS = ("rename", "unlink", "fsync", "open", "mkdir", "copy_file_range", "lstat", "scandir")
+SYSTEM_CALLS = ("rename", "unlink", "fsync", "open", "mkdir", "copy_file_range", "stat", "scandir")
+REPORT = {"oxmerge_report.json": "{}"}
 
 
 def identity(path: Path) -> dict[str, int]:
@@ -80,8 +85,9 @@ def new_contents(folder: Path) -> tuple[Contents, dict[str, str]]:
         shards=SHARDS,
         index=json.dumps({"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}),
         config="new config",
-        side_files=[SideFile(name, donor / name, 0) for name in names],
-        texts={"README.md": "card", "oxmerge_recipe.yml": "recipe", "oxmerge_report.json": "{}"},
+        side_files=[SideFile(name, donor / name, state_of(donor / name)) for name in names],
+        texts={"README.md": "card", "oxmerge_recipe.yml": "recipe"},
+        late=tuple(REPORT),
     )
     expected = {
         **{name: f"new {name}" for name in SHARDS},
@@ -90,14 +96,34 @@ def new_contents(folder: Path) -> tuple[Contents, dict[str, str]]:
         "tokenizer.json": "tokenizer",
         "1_Pooling/config.json": "pooling",
         **contents.texts,
+        **REPORT,
     }
     return contents, expected
 
 
-def write_shards(output: OutputDirectory, contents: Contents) -> None:
-    """Do the engine's part."""
+def state_of(path: Path) -> FileState:
+    """Return the state of a file."""
+    return FileState.of(path.stat())
+
+
+def partial(output: OutputDirectory, name: str) -> Path:
+    """Return where the engine writes a shard."""
+    return output.path / partial_name(name)
+
+
+def write_shards(output: OutputDirectory, contents: Contents) -> list[FileState]:
+    """Do what comes before a commit; the states of the shards."""
+    stage(output, contents)
     for name in contents.shards:
-        output.partial(name).write_text(f"new {name}")
+        partial(output, name).write_text(f"new {name}")
+    return [state_of(partial(output, name)) for name in contents.shards]
+
+
+def write_and_commit(output: OutputDirectory, contents: Contents) -> list[str]:
+    """Do everything after the preparations."""
+    notes = commit(output, contents, write_shards(output, contents), REPORT)
+    close(output)
+    return notes
 
 
 def loads(directory: Path) -> bool:
@@ -108,8 +134,7 @@ def loads(directory: Path) -> bool:
 def test_a_new_directory(tmp_path: Path) -> None:
     contents, expected = new_contents(tmp_path)
     output = prepare(tmp_path / "a" / "b")
-    write_shards(output, contents)
-    assert commit(output, contents) == []
+    assert write_and_commit(output, contents) == []
     discard(output)
     assert read_all(tmp_path / "a" / "b") == expected
 
@@ -125,9 +150,10 @@ def test_overwriting_a_model(tmp_path: Path) -> None:
     contents, expected = new_contents(tmp_path)
     write_all(tmp_path / "out", OLD)
     output = prepare(tmp_path / "out", overwrite=True)
-    write_shards(output, contents)
+    shards = write_shards(output, contents)
     assert read_all(tmp_path / "out").items() >= OLD.items()
-    notes = commit(output, contents)
+    notes = commit(output, contents, shards, REPORT)
+    close(output)
     assert read_all(tmp_path / "out") == {**expected, "my notes.txt": "mine"}
     assert notes == ["`my notes.txt` was in the output directory before and is still there"]
 
@@ -135,9 +161,8 @@ def test_overwriting_a_model(tmp_path: Path) -> None:
 def test_a_lone_shard_without_config_comes_last_and_needs_no_index(tmp_path: Path) -> None:
     contents = Contents(shards=("model.safetensors",), texts={"README.md": "card"})
     output = prepare(tmp_path / "out")
-    write_shards(output, contents)
-    commit(output, contents)
-    assert set(read_all(tmp_path / "out")) == {"model.safetensors", "README.md"}
+    write_and_commit(output, contents)
+    assert set(read_all(tmp_path / "out")) == {"model.safetensors", "README.md", *REPORT}
 
 
 def test_the_config_is_the_last_rename_and_the_index_comes_before(
@@ -147,15 +172,14 @@ def test_the_config_is_the_last_rename_and_the_index_comes_before(
     renamed: list[str] = []
     rename = os.rename
 
-    def record(source: Path, target: Path) -> None:
-        renamed.append(target.name)
-        rename(source, target)
+    def record(source: str, target: str, **folders: int) -> None:
+        renamed.append(target)
+        rename(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", record)
     output = prepare(tmp_path / "out")
-    write_shards(output, contents)
-    commit(output, contents)
-    assert renamed[:2] == list(SHARDS)
+    write_and_commit(output, contents)
+    assert renamed[:3] == [JOURNAL_NAME, *SHARDS]
     assert renamed[-2:] == [INDEX_NAME, "config.json"]
 
 
@@ -246,23 +270,24 @@ def test_a_directory_that_cannot_be_written_to(
 ) -> None:
     real = os.open
 
-    def refuse(path: Any, flags: int, *rest: int) -> int:
+    def refuse(path: Any, flags: int, *rest: int, **folder: int) -> int:
         if flags & os.O_WRONLY:
             raise PermissionError(errno.EACCES, "no", str(path))
-        return real(path, flags, *rest)
+        return real(path, flags, *rest, **folder)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(PermissionError) as caught:
         prepare(tmp_path / "a" / "out")
+    assert Path(caught.value.filename).parent == tmp_path / "a" / "out"
     assert not (tmp_path / "a").exists()
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     first = prepare(tmp_path / "out")
-    first.partial("x").write_text("precious")
+    partial(first, "x").write_text("precious")
     with pytest.raises(OutputError, match="another run"):
         prepare(tmp_path / "out")
-    assert first.partial("x").read_text() == "precious"
+    assert partial(first, "x").read_text() == "precious"
     discard(first)
     discard(prepare(tmp_path / "out"))
 
@@ -289,9 +314,8 @@ def test_what_stands_in_the_way_is_found_before_the_switch(tmp_path: Path, kind:
         (out / "tokenizer.json").mkdir()
     before = read_all(out)
     output = prepare(out, overwrite=True)
-    write_shards(output, contents)
     with pytest.raises(OutputError, match="something else is in its place"):
-        commit(output, contents)
+        write_and_commit(output, contents)
     discard(output)
     assert read_all(out) == before
 
@@ -303,12 +327,15 @@ def test_folders_are_on_the_disk_before_the_config_is(
     calls: list[Path] = []
     rename, fsync = os.rename, os.fsync
 
-    def record_rename(source: Path, target: Path) -> None:
-        calls.append(target)
-        rename(source, target)
+    def path_of(descriptor: int) -> Path:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def record_rename(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        calls.append(path_of(dst_dir_fd) / target)
+        rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
 
     def record_fsync(descriptor: int) -> None:
-        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        calls.append(path_of(descriptor))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "rename", record_rename)
@@ -316,8 +343,7 @@ def test_folders_are_on_the_disk_before_the_config_is(
     out = tmp_path / "new" / "out"
     output = prepare(out)
     assert calls[:2] == [tmp_path, tmp_path / "new"]
-    write_shards(output, contents)
-    commit(output, contents)
+    write_and_commit(output, contents)
     pooling = out / "1_Pooling"
     placed, config = calls.index(pooling / "config.json"), calls.index(out / "config.json")
     assert placed < calls.index(pooling) < config
@@ -335,8 +361,7 @@ def test_a_handler_of_another_program_is_left_alone(
     monkeypatch.setattr(signal, "signal", set_handler)
     contents, expected = new_contents(tmp_path)
     output = prepare(tmp_path / "out")
-    write_shards(output, contents)
-    commit(output, contents)
+    write_and_commit(output, contents)
     assert read_all(tmp_path / "out") == expected
 
 
@@ -384,10 +409,11 @@ def run_with_fault(folder: Path, fault_at: int, *, old: bool, lasting: bool) -> 
     with pytest.MonkeyPatch.context() as patch:
         fault = Fault(patch, folder, lasting=lasting)
         output = prepare(out, overwrite=old)
-        write_shards(output, contents)
+        shards = write_shards(output, contents)
         fault.left = fault_at
         try:
-            commit(output, contents)
+            commit(output, contents, shards, REPORT)
+            close(output)
         except OSError:
             discard(output)
     check_outcome(out, expected, output, old=old, struck=fault.struck)
@@ -399,6 +425,7 @@ def check_outcome(
 ) -> None:
     """Check that what is there is the old model, the new one, or plainly none."""
     files = read_all(out) if out.exists() else {}
+    files.pop(JOURNAL_NAME, None)  # it does no harm, and the next run removes it
     if output.finished or not struck:
         kept = {"my notes.txt": "mine"} if old else {}
         assert files == {**expected, **kept}
@@ -429,19 +456,19 @@ def test_a_new_directory_is_gone_after_a_failure(
 ) -> None:
     contents, _ = new_contents(tmp_path)
     output = prepare(tmp_path / "a" / "out")
-    write_shards(output, contents)
+    shards = write_shards(output, contents)
     real = os.rename
 
-    def interrupt(source: Path, target: Path) -> None:
-        if target.name == "config.json" and target.parent.name == "out":
+    def interrupt(source: str, target: str, **folders: int) -> None:
+        if target == "config.json" and folders["dst_dir_fd"] == output.descriptor:
             if call == "unlink":
-                real(source, target)
+                real(source, target, **folders)
             raise KeyboardInterrupt
-        real(source, target)
+        real(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        commit(output, contents)
+        commit(output, contents, shards, REPORT)
     discard(output)
     assert not (tmp_path / "a").exists()
 
@@ -453,16 +480,15 @@ def test_a_crash_in_the_switch_can_be_repeated(tmp_path: Path, crash_points: Ite
         contents, expected = new_contents(folder)
         write_all(folder / "out", OLD)
         first = prepare(folder / "out", overwrite=True)
-        write_shards(first, contents)
+        shards = write_shards(first, contents)
         with pytest.MonkeyPatch.context() as patch:
             fault = Fault(patch, folder, lasting=True)
             fault.left = point
             with pytest.raises(OSError, match="injected"):
-                commit(first, contents)
-        first.release()  # As the end of the process does; nothing else is cleaned up.
+                commit(first, contents, shards, REPORT)
+        first.claim.release()  # As the end of the process does; nothing else is cleaned up.
         second = prepare(folder / "out", overwrite=True)
-        write_shards(second, contents)
-        commit(second, contents)
+        write_and_commit(second, contents)
         files = read_all(folder / "out")
         assert files == {**expected, "my notes.txt": "mine"}
 

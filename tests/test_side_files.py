@@ -6,14 +6,19 @@ import json
 import os
 import shutil
 import stat
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
+from oxmerge import _core, publish
+from oxmerge._core import partial_name
 from oxmerge.side_files import copy_bytes, find_side_files, is_index, is_loadable_weight
 from writers import directory_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 COPIED = [
@@ -135,7 +140,7 @@ def test_links(tmp_path: Path) -> None:
     (donor / "folder").symlink_to(blobs)
     os.mkfifo(donor / "pipe")
     found = find_side_files(donor)
-    assert [(file.name, file.size) for file in found.copied] == [("tokenizer.json", 7)]
+    assert [(file.name, file.state.size) for file in found.copied] == [("tokenizer.json", 7)]
     assert {entry.name: entry.reason for entry in found.left_out} == {
         "broken.json": "a link to nowhere",
         "folder/": "a link to a folder",
@@ -157,20 +162,168 @@ def test_what_is_left_out_is_told(tmp_path: Path, twins: Path) -> None:
     put(donor, "original/model.safetensors")
     for shard in range(1, 10):
         put(donor, f"pytorch_model-{shard}-of-9.bin")
-    outlook = oxmerge.plan(tmp_path / "linear.yml", memory="4GiB")
+    plan = oxmerge.plan(tmp_path / "linear.yml", memory="4GiB")
     shards = [f"pytorch_model-{shard}-of-9.bin: weights" for shard in range(1, 10)]
-    assert list(outlook.left_out) == ["original/model.safetensors: weights", *shards]
-    assert f"not copied  {shards[8]}\n" in str(outlook)
+    assert list(plan.left_out) == ["original/model.safetensors: weights", *shards]
+    assert f"not copied  {shards[8]}\n" in str(plan)
     report = oxmerge.merge(tmp_path / "linear.yml", donor / "out", memory="4GiB")
     assert report.notes[-2].startswith("not copied from the donor: `original/model.safetensors`, ")
     assert report.notes[-2].endswith("`pytorch_model-7-of-9.bin` and 2 more")
     assert "`adapter_config.json` is copied, but no adapter's weights" in report.notes[-1]
     written = json.loads((donor / "out" / "oxmerge_report.json").read_text())
-    assert written["left_out"] == list(outlook.left_out)
+    assert written["left_out"] == list(plan.left_out)
     names = set(directory_bytes(donor / "out"))
     assert names >= {"model.safetensors", "adapter_config.json", "original/params.json"}
     oxmerge.merge(tmp_path / "linear.yml", donor / "out", memory="4GiB", overwrite=True)
     assert set(directory_bytes(donor / "out")) == names
+
+
+def make_unreadable(donor: Path) -> list[str]:
+    """Put side files there that cannot be copied; what a report says of them."""
+    put(donor, "secret.json")
+    (donor / "secret.json").chmod(0)
+    put(donor, "deep/sub/x")
+    (donor / "deep" / "sub").chmod(0)
+    (donor / "loop1").symlink_to("loop2")
+    (donor / "loop2").symlink_to("loop1")
+    os.close(os.open(os.fsencode(donor) + b"/\xff.txt", os.O_CREAT | os.O_WRONLY))
+    return [
+        "`secret.json` cannot be read: found permission denied",
+        "`deep/sub/` cannot be read: found permission denied",
+        "`loop1` cannot be read: found too many levels of symbolic links",
+        "`loop2` cannot be read: found too many levels of symbolic links",
+        "the name of `\\xff.txt` is not UTF-8",
+    ]
+
+
+@pytest.mark.parametrize("verb", ["plan", "merge", "sweep"])
+def test_what_cannot_be_copied_is_told_with_all_that_is_wrong(
+    tmp_path: Path, twins: Path, verb: str
+) -> None:
+    shutil.copytree(twins, tmp_path, dirs_exist_ok=True)
+    expected = make_unreadable(tmp_path / "a")
+    recipe = tmp_path / "linear.yml"
+    recipe.write_text(recipe.read_text() + "- {model: nowhere, parameters: {weight: 1}}\n")
+    more = {
+        "plan": [],
+        "merge": [str(tmp_path / "out")],
+        "sweep": [str(tmp_path / "out{0}"), "--set", "models[0].parameters.weight=1,2"],
+    }
+    command = [sys.executable, "-m", "oxmerge", verb, str(recipe), *more[verb]]
+    done = subprocess.run(
+        [*without_privileges(), *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in {1, 2}
+    for text in [*expected, "nowhere"]:
+        assert text in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def without_privileges() -> list[str]:
+    """Return what a command begins with that root's permissions must not help."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("root can read everything, and there is no `setpriv`")
+    return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+
+
+def test_lazy_merges_need_no_side_files(tmp_path: Path, twins: Path) -> None:
+    shutil.copytree(twins, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "a" / "loop").symlink_to("loop")
+    assert list(oxmerge.lazy(tmp_path / "linear.yml")) == ["x", "y"]
+    with pytest.raises(oxmerge.PlanError, match="`loop` cannot be read"):
+        oxmerge.plan(tmp_path / "linear.yml", memory="4GiB")
+
+
+def test_weights_of_odd_names_are_left_out_and_told(tmp_path: Path, twins: Path) -> None:
+    shutil.copytree(twins, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "a" / "loop.bin").symlink_to("loop.bin")
+    os.close(os.open(os.fsencode(tmp_path / "a") + b"/\xff.bin", os.O_CREAT | os.O_WRONLY))
+    report = oxmerge.merge(tmp_path / "linear.yml", tmp_path / "out", memory="4GiB")
+    assert "`\\xff.bin`, `loop.bin`" in report.notes[-1]
+    written = json.loads((tmp_path / "out" / "oxmerge_report.json").read_text())
+    assert written["left_out"] == ["\\xff.bin: weights", "loop.bin: weights"]
+
+
+def test_folders_without_end(tmp_path: Path) -> None:
+    put(tmp_path, "d/" * 200 + "x")
+    found = find_side_files(tmp_path)
+    assert "nested deeper than 128 levels" in str(found.problems[0])
+
+
+def test_long_names_and_names_that_look_alike(tmp_path: Path, twins: Path) -> None:
+    """No temporary name of one is too long, or another's."""
+    shutil.copytree(twins, tmp_path, dirs_exist_ok=True)
+    names = ["x" * 255, "a/" + "y" * 255, "b/c.txt", "b%c.txt", "0", "probe", "journal"]
+    for name in names:
+        put(tmp_path / "a", name, name.encode())
+    oxmerge.merge(tmp_path / "linear.yml", tmp_path / "out", memory="4GiB")
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == name.encode()
+
+
+def _touch(path: Path) -> None:
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+
+
+def _append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def _replace(path: Path) -> None:
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    other.rename(path)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("change", [_touch, _append, _replace, os.unlink, _pipe])
+@pytest.mark.parametrize("when", ["before it is copied", "after"])
+def test_a_side_file_that_changes_meanwhile(
+    tmp_path: Path,
+    twins: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    when: str,
+) -> None:
+    shutil.copytree(twins, tmp_path, dirs_exist_ok=True)
+    put(tmp_path / "a", "blob")
+    (tmp_path / "a" / "tokenizer.json").symlink_to("blob")
+    execute, prepare_output = _core.execute, publish.prepare_output
+    worked = []
+
+    def change_and_prepare(*args: Any, **options: Any) -> Any:
+        change(tmp_path / "a" / "blob")
+        return prepare_output(*args, **options)
+
+    def execute_and_change(*args: Any, **options: Any) -> dict[str, Any]:
+        worked.append(args)
+        done = execute(*args, **options)
+        change(tmp_path / "a" / "blob")
+        return done
+
+    if when == "after":
+        monkeypatch.setattr(_core, "execute", execute_and_change)
+    else:
+        monkeypatch.setattr("oxmerge.merging.prepare_output", change_and_prepare)
+    with pytest.raises(oxmerge.InputChangedError):
+        oxmerge.merge(tmp_path / "linear.yml", tmp_path / "out", memory="4GiB")
+    assert bool(worked) == (when == "after")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_an_unfinished_merge_is_no_side_file(tmp_path: Path) -> None:
+    put(tmp_path, "out/" + partial_name("model.safetensors"))
+    put(tmp_path, "out/tokenizer.json")
+    found = find_side_files(tmp_path)
+    assert not found.copied
+    assert [entry.reason for entry in found.left_out] == ["of an earlier merge"]
 
 
 @pytest.mark.parametrize("in_kernel", [True, False])
@@ -187,19 +340,12 @@ def test_copies_are_files_of_their_own(
     put(tmp_path, "source", data)
     (tmp_path / "source").chmod(0o755)
     (tmp_path / "link").symlink_to("source")
-    copy_bytes(tmp_path / "link", tmp_path / "copy")
+    with (tmp_path / "link").open("rb") as reader, (tmp_path / "copy").open("xb") as writer:
+        copy_bytes(reader, writer.fileno())
     status = (tmp_path / "copy").lstat()
     assert (tmp_path / "copy").read_bytes() == data
     assert stat.S_ISREG(status.st_mode)
     assert not status.st_mode & stat.S_IXUSR
-
-
-def test_a_copy_replaces_nothing(tmp_path: Path) -> None:
-    put(tmp_path, "source")
-    put(tmp_path, "there", b"mine")
-    with pytest.raises(FileExistsError):
-        copy_bytes(tmp_path / "source", tmp_path / "there")
-    assert (tmp_path / "there").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(

@@ -792,9 +792,9 @@ def test_an_interrupt_ends_it(tmp_path: Path) -> None:
 
 def test_the_plan_names_the_device(tmp_path: Path, family: Path, capsys: Any) -> None:
     recipe = str(recipe_of(tmp_path, family, "linear"))
-    outlook = oxmerge.plan(recipe, device="torch")
-    assert outlook.device == "torch on the CPU"
-    assert outlook.as_dict()["fastest"]["device"] == outlook.fastest.device
+    plan = oxmerge.plan(recipe, device="torch")
+    assert plan.prediction.device == "torch on the CPU"
+    assert plan.as_dict()["fastest"]["device"] == plan.prediction.fastest.device
     assert main(["plan", recipe]) == 0
     assert "device    cpu; the fastest should be cpu: " in capsys.readouterr().out
 

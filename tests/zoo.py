@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from oxmerge.accounting import ModelAccount, Share
+    from oxmerge.plans import Plan
     from oxmerge.recipe import Recipe
-    from oxmerge.schema import Plan
 
 Table = dict[str, tuple[str, tuple[int, ...]]]
 

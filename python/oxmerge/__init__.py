@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from oxmerge.lazily import LazyMerge as LazyMerge
     from oxmerge.lazily import lazy as lazy
     from oxmerge.merging import MergeReport as MergeReport
-    from oxmerge.merging import Outlook as Outlook
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
+    from oxmerge.plans import Plan as Plan
     from oxmerge.recipe import Recipe as Recipe
+    from oxmerge.saving import load_plan as load_plan
     from oxmerge.state_dicts import merge_state_dicts as merge_state_dicts
     from oxmerge.sweeping import sweep as sweep
 
@@ -47,9 +48,9 @@ __all__ = [
     "MemoryBudgetError",
     "MergeReport",
     "OpenCheckpoint",
-    "Outlook",
     "OutputError",
     "OxmergeError",
+    "Plan",
     "PlanError",
     "Recipe",
     "RecipeError",
@@ -58,6 +59,7 @@ __all__ = [
     "build_info",
     "kernels",
     "lazy",
+    "load_plan",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
@@ -88,9 +90,10 @@ _LAZY = {
     "LazyMerge": ("oxmerge.lazily", "LazyMerge"),
     "MergeReport": ("oxmerge.merging", "MergeReport"),
     "OpenCheckpoint": ("oxmerge.checkpoints", "OpenCheckpoint"),
-    "Outlook": ("oxmerge.merging", "Outlook"),
+    "Plan": ("oxmerge.plans", "Plan"),
     "Recipe": ("oxmerge.recipe", "Recipe"),
     "lazy": ("oxmerge.lazily", "lazy"),
+    "load_plan": ("oxmerge.saving", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),
     "merge_state_dicts": ("oxmerge.state_dicts", "merge_state_dicts"),
     "merge_tensors": ("oxmerge.in_memory", "merge_tensors"),

@@ -17,6 +17,8 @@ from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from oxmerge.inputs import InputModel
     from oxmerge.parameters import SettingReader
     from oxmerge.recipe import Recipe, Scalar
@@ -141,7 +143,9 @@ class Assembler:
         settings: list[int | None] = []
         for group, (first, has_parameters) in enumerate(groups):
             if not has_parameters:
-                settings.append(self._enter({}, [{} for _ in section.sources]))
+                nothing: dict[str, Scalar] = {}
+                origin = {"slice": section.where} if self._is_sliced else {}
+                settings.append(self._enter(nothing, [{} for _ in section.sources], origin))
                 continue
             if first in left_out:
                 first = next((at for at in found.members(group) if at not in left_out), None)
@@ -172,17 +176,28 @@ class Assembler:
         values = [each for each in own if each is not None]
         if shared is None or len(values) < len(own):
             return None
-        return self._enter(shared, values)
+        names = zip(resolvers, self._names(found, first), strict=True)
+        shared_origin, *origins = (resolver.origins(name, run.position) for resolver, name in names)
+        origin: dict[str, object] = {"shared": shared_origin, "own": origins}
+        if self._is_sliced:
+            origin["slice"] = run.section.where
+        return self._enter(shared, values, origin)
 
     def _names(self, found: _core.Run, at: int) -> list[str]:
         name, sources = self._table.names(found, at)
         return [name, *(source or "" for source in sources)]
 
-    def _enter(self, shared: dict[str, Scalar], own: list[dict[str, Scalar]]) -> int:
+    def _enter(
+        self,
+        shared: dict[str, Scalar],
+        own: list[dict[str, Scalar]],
+        origin: Mapping[str, object],
+    ) -> int:
         """Return the number of settings; equal ones have one."""
-        key = json.dumps([shared, own])
+        described = json.dumps(origin)
+        key = json.dumps([shared, own]) + described
         if key not in self._settings:
-            self._settings[key] = self._table.add_settings(shared, own, "null")
+            self._settings[key] = self._table.add_settings(shared, own, described)
         return self._settings[key]
 
     # Finding.

@@ -8,6 +8,7 @@ zeros, no space on disk, but read and merged like any others.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,14 +18,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from oxmerge.claims import named
 from oxmerge.errors import OutputError
+from oxmerge.signals import put_off
 from oxmerge.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -128,7 +131,7 @@ def make_demo(
     OutputError
         If the directory holds something else, or a recipe that is not the demo's.
     """
-    folder = Path(directory)
+    folder = named(directory)
     shape = SIZES[size]
     _claim(folder)
     tensors = list(_tensors(shape))
@@ -139,10 +142,16 @@ def make_demo(
     recipe = folder / RECIPE_NAME
     # First: it is what a folder is known by as a demo's, also where the rest was interrupted.
     recipe.write_text(_recipe_text(), encoding="utf-8")
-    for model in models:
-        model.mkdir(exist_ok=True)
-        _write_side_files(model, shape)
-    _write_weights(models, _split(tensors, shape.shards), seed if filled else None)
+    try:
+        for model in models:
+            model.mkdir(exist_ok=True)
+            _write_side_files(model, shape)
+        _write_weights(models, _split(tensors, shape.shards), seed if filled else None)
+    except BaseException:
+        with put_off():
+            for model in models:
+                _remove_weights(model)
+        raise
     return Demo(recipe, models, size_of_each, sparse=not filled)
 
 
@@ -171,8 +180,12 @@ def _claim(folder: Path) -> None:
     for name in names:
         if name.startswith("demo-"):
             # Files of another size would be taken for part of the model.
-            for old in (folder / name).glob("model*.safetensors*"):
-                old.unlink()
+            _remove_weights(folder / name)
+
+
+def _remove_weights(model: Path) -> None:
+    for file in model.glob("model*.safetensors*"):
+        file.unlink()
 
 
 def _has_our_recipe(folder: Path) -> bool:
@@ -241,15 +254,18 @@ def _write_weights(
     stopped = threading.Event()
     # Every tensor has a seed of its own, so the order in which they are written is free.
     with ThreadPoolExecutor() as pool:
-        jobs = [
-            pool.submit(
-                _write_shard, [model / name for model in models], shard, seed, first, stopped
-            )
-            for name, shard, first in zip(names, shards, firsts, strict=False)
-        ]
         try:
+            jobs = [
+                pool.submit(
+                    _write_shard, [model / name for model in models], shard, seed, first, stopped
+                )
+                for name, shard, first in zip(names, shards, firsts, strict=False)
+            ]
             for job in jobs:
                 job.result()
+        except RuntimeError as error:  # that is how Python says that there is no thread to be had
+            stopped.set()
+            raise OSError(errno.EAGAIN, str(error)) from error
         except BaseException:
             # Leaving the pool waits for its threads, and Ctrl-C does not reach them.
             stopped.set()

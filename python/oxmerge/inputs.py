@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from oxmerge import _core
 from oxmerge.errors import OxmergeError
+from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
 from oxmerge.names import find_layer_counts, find_layout
 from oxmerge.problems import Problem
@@ -178,18 +179,7 @@ class Inputs:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
             self.problems.append(Problem("config", message, file=file_name, advice=advice))
             return {}, None
-        return config if isinstance(config, dict) else {}, _as_it_is(file_name, status)
-
-
-def _as_it_is(path: str, status: os.stat_result) -> dict[str, Any]:
-    """Return a file as a plan lists it."""
-    return {
-        "path": path,
-        "size": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-        "device": status.st_dev,
-        "inode": status.st_ino,
-    }
+        return config if isinstance(config, dict) else {}, FileState.of(status).as_input(file_name)
 
 
 def _os_message(error: OSError) -> str:

@@ -12,14 +12,10 @@ from oxmerge.merging import prepare
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
-
     from oxmerge.arrays import Kind
-    from oxmerge.schema import Plan
+    from oxmerge.merging import Request
+    from oxmerge.plans import Plan
     from oxmerge.problems import Problem
-    from oxmerge.recipe import Recipe
-
-    PathLike = str | os.PathLike[str]
 
 __all__ = ["LazyMerge", "lazy"]
 
@@ -88,7 +84,7 @@ class LazyMerge(Mapping[str, Any]):
 
 
 def lazy(
-    recipe: PathLike | Recipe,
+    recipe: Request,
     *,
     kind: Kind = "numpy",
     seed: int = 0,
@@ -104,8 +100,8 @@ def lazy(
 
     Parameters
     ----------
-    recipe : path, str or Recipe
-        What to merge: a file, YAML text, or a recipe.
+    recipe : path, str, mapping, Recipe or Plan
+        What to merge: a file, YAML text, its keys and values, a recipe, or a plan.
     kind : {"numpy", "torch"}
         What the tensors are. BF16 in NumPy is ``ml_dtypes.bfloat16`` if that package is installed,
         else raw ``uint16``, whose dtype tells oxmerge's functions what it is.

@@ -10,6 +10,7 @@ import os
 
 from oxmerge import _core
 from oxmerge.assembly import Assembler
+from oxmerge.contents import card_of, config_of, notes_on
 from oxmerge.errors import PlanError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
@@ -17,14 +18,17 @@ from oxmerge.methods import Method, find_method, read_methods
 from oxmerge.options import check_seed
 from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
+from oxmerge.plans import Plan
 from oxmerge.problems import Problem, group_problems
-from oxmerge.schema import Plan, is_float
+from oxmerge.schema import is_float
 from oxmerge.sections import Section, SectionBuilder
+from oxmerge.side_files import SideFiles, find_side_files, folder_of
 from oxmerge.targets import SlicedTargets, whole_targets
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from typing import Any
 
     from oxmerge.accounting import ModelAccount
     from oxmerge.recipe import Recipe
@@ -42,6 +46,7 @@ def build_plan(
     shard_size: int = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
+    with_side_files: bool = False,
 ) -> Plan:
     """Return the plan of a merge. Reads headers and configs only.
 
@@ -55,6 +60,8 @@ def build_plan(
         Of random masks, from 0 to 2**64 - 1.
     strict : bool
         Whether warnings count as problems.
+    with_side_files : bool
+        Whether the donor's other files will be copied, and must be such that they can be.
 
     Raises
     ------
@@ -66,14 +73,17 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    return _Planner(recipe).plan(shard_size, seed, strict=strict)
+    planner = _Planner(recipe, with_side_files=with_side_files)
+    return planner.plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, with_side_files: bool) -> None:
         self.recipe = recipe
+        self.with_side_files = with_side_files
+        self.side_files = SideFiles()
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
@@ -93,6 +103,7 @@ class _Planner:
             if is_known:
                 self.check_with_engine(table)
         self.check_config(donor)
+        self.look_beside(donor)
         self.gather(sections)
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
@@ -104,7 +115,7 @@ class _Planner:
         self.warnings += ledger.warnings
         if strict and self.warnings:
             raise self.failure(self.warnings)
-        return self.result(table, donor, accounting)
+        return self.result(table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
@@ -163,12 +174,17 @@ class _Planner:
         """Find the layer lists and position rules of the config that the new depth breaks."""
         if self.sliced is None or donor is None or donor.stack is None or not donor.config:
             return
-        models = self.inputs.models
-        layers = [(models[model].config, layer) for model, layer in self.sliced.layer_map]
+        layers = self.configs_of(self.sliced.layer_map)
         try:
             edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
         except PlanError as error:
             self.problems += error.problems
+
+    def look_beside(self, donor: InputModel | None) -> None:
+        """Find the donor's other files, and those among them that cannot be copied."""
+        if self.with_side_files and donor is not None:
+            self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
+            self.problems += self.side_files.problems
 
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""
@@ -197,22 +213,45 @@ class _Planner:
         return PlanError("cannot merge", problems=group_problems(problems))
 
     def result(
-        self, table: _core.Plan, donor: InputModel, accounting: tuple[ModelAccount, ...]
+        self,
+        table: _core.Plan,
+        donor: InputModel,
+        accounting: tuple[ModelAccount, ...],
+        shard_size: int,
     ) -> Plan:
         base = self.recipe.base_model
+        models = tuple(model.reference for model in self.inputs.models)
         stack = donor.stack if self.sliced is not None else None
+        layer_map = None if self.sliced is None else self.sliced.layer_map
+        dtype = _main_dtype(table.bytes_by_dtype())
+        config, notes = config_of(
+            donor,
+            dtype=dtype,
+            layers=None if layer_map is None else self.configs_of(layer_map),
+            depth=None if stack is None else stack.depth,
+            writes_head=table.has_name_ending("lm_head.weight"),
+        )
         return Plan(
             table=table,
-            recipe=self.recipe,
-            models=tuple(self.inputs.models),
+            recipe_text=self.recipe.text,
+            recipe_folder=self.recipe.folder,
+            shard_size=shard_size,
+            models=models,
             donor=donor.index,
             base=None if base is None else donor.index,
-            layer_map=None if self.sliced is None else self.sliced.layer_map,
-            donor_depth=None if stack is None else stack.depth,
-            dtype=_main_dtype(table.bytes_by_dtype()),
+            layer_map=layer_map,
+            dtype=dtype,
             accounting=accounting,
             warnings=group_problems(self.warnings),
+            notes=(*notes, *notes_on(self.side_files)),
+            config=config,
+            card=card_of(self.recipe, models, None if base is None else models[donor.index]),
+            side_files=self.side_files,
         )
+
+    def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
+        """Return the config and the layer that each output layer comes from."""
+        return [(self.inputs.models[model].config, layer) for model, layer in layer_map]
 
 
 def _main_dtype(sizes: Mapping[str, int]) -> str | None:

@@ -7,6 +7,7 @@ comes out of that.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from oxmerge.errors import RecipeError
@@ -14,8 +15,6 @@ from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     Scalar = bool | int | float | str
     Settings = Mapping[str, "Setting"]
 
@@ -178,9 +177,16 @@ class Recipe:
         mapping, text, folder = _parsed(source)
         return cls.from_mapping(mapping, text=text, folder=folder)
 
+    @classmethod
+    def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
+        """Return the recipe in YAML text, whose relative paths may start in `folder`."""
+        from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        return cls.from_mapping(parse_yaml(text), text=text, folder=folder)
+
     @staticmethod
     def mapping_of(
-        source: str | os.PathLike[str] | Recipe,
+        source: str | os.PathLike[str] | Mapping[str, object] | Recipe,
     ) -> tuple[dict[str, object], str | None]:
         """Return what a YAML file or text, or a recipe's, says as plain data, and its folder.
 
@@ -190,6 +196,8 @@ class Recipe:
             from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
             return dict(parse_yaml(source.text)), source.folder
+        if isinstance(source, Mapping):
+            return dict(source), None
         mapping, _, folder = _parsed(source)
         return dict(mapping), folder
 

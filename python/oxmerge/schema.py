@@ -1,4 +1,4 @@
-"""The plan: a table that the engine holds, and what belongs to it."""
+"""Element types, and the rows of a plan's table."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge import _core
-    from oxmerge.accounting import ModelAccount
-    from oxmerge.inputs import InputModel
-    from oxmerge.problems import Problem
-    from oxmerge.recipe import Recipe, Scalar
+    from oxmerge.recipe import Scalar
 
 __all__ = [
     "DTYPE_NAMES",
     "DTYPE_SIZES",
     "FLOATS",
     "OutputTensor",
-    "Plan",
     "SourceTensor",
     "Tensors",
     "is_float",
@@ -101,6 +97,8 @@ class OutputTensor:
         Which source is the base model's.
     parameters : dict
         The method's shared parameters.
+    origin : dict, optional
+        Where in the recipe the parameters come from: ``slice``, ``shared`` and ``own``.
     shard : int
         Index into the plan's shards.
     start : int
@@ -113,6 +111,7 @@ class OutputTensor:
     sources: tuple[SourceTensor, ...]
     base: int | None
     parameters: dict[str, Scalar]
+    origin: dict[str, Any] | None = None
     shard: int = 0
     start: int = 0
 
@@ -151,7 +150,7 @@ class Tensors(Sequence[OutputTensor]):
         if isinstance(index, slice):
             return tuple(self[at] for at in range(*index.indices(len(self))))
         row = self._table.row(range(len(self))[index])
-        name, shape, dtype, shard, start, base, parameters, _, sources = row
+        name, shape, dtype, shard, start, base, parameters, origin, sources = row
         return OutputTensor(
             name,
             shape,
@@ -159,6 +158,7 @@ class Tensors(Sequence[OutputTensor]):
             tuple(SourceTensor(*source) for source in sources),
             base,
             parameters,
+            origin,
             shard,
             start,
         )
@@ -172,77 +172,7 @@ class Tensors(Sequence[OutputTensor]):
         """Their names."""
         return self._table.names()
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A merge that is ready to run.
-
-    Attributes
-    ----------
-    table : _core.Plan
-        Every output tensor, where its sources lie, and where it goes: what the engine runs.
-    recipe : Recipe
-        What the user asked for.
-    models : tuple of InputModel
-        The models, opened, in order of first mention.
-    donor : int
-        Which of them gives names, config and tokenizer.
-    base : int, optional
-        Which of them is the recipe's base.
-    layer_map : tuple of (int, int), optional
-        With slices: the model and its layer that each output layer takes its names from.
-    donor_depth : int, optional
-        With slices: how many layers the donor has.
-    dtype : str, optional
-        The float type that most of the output's bytes have; None if there is no float tensor.
-    accounting : tuple of ModelAccount
-        What becomes of every tensor of every model.
-    warnings : tuple of Problem
-        What has no effect, and what is left out.
-    """
-
-    table: _core.Plan
-    recipe: Recipe
-    models: tuple[InputModel, ...]
-    donor: int
-    base: int | None
-    layer_map: tuple[tuple[int, int], ...] | None
-    donor_depth: int | None
-    dtype: str | None
-    accounting: tuple[ModelAccount, ...]
-    warnings: tuple[Problem, ...]
-
-    @property
-    def method(self) -> str:
-        """The merge method's name."""
-        return self.table.method
-
-    @property
-    def seed(self) -> int:
-        """The seed of random masks."""
-        return self.table.seed
-
-    @property
-    def files(self) -> list[dict[str, Any]]:
-        """Every input file as it was when it was first read: weights, then configs and indexes."""
-        return self.table.files
-
-    @property
-    def shards(self) -> list[tuple[str, int]]:
-        """The output files, in order: name and bytes."""
-        return self.table.shards
-
-    @property
-    def tensors(self) -> Tensors:
-        """The output tensors, in file order."""
-        return Tensors(self.table)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of all sources."""
-        return self.table.bytes_read
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of all output tensors."""
-        return self.table.bytes_written
+    def find(self, name: str) -> OutputTensor | None:
+        """Return the one of that name, if there is one."""
+        at = self._table.find(name)
+        return None if at is None else self[at]

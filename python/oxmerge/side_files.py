@@ -17,12 +17,21 @@ import os
 import re
 import shutil
 import stat
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from oxmerge.card import REPORT_NAME
+from oxmerge.errors import InputChangedError
+from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
+from oxmerge.problems import Problem
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import IO, BinaryIO
 
 _INDEXES = ("*.index.json",)
 _WEIGHTS = (
@@ -37,7 +46,8 @@ _TRAINING = (
     "checkpoint-*", "zero_to_fp32.py", "latest",
 )  # fmt: skip
 _WRITTEN_ANEW = ("readme.md", "config.json")
-_EARLIER_MERGE = ("mergekit_config.y*ml", "oxmerge_*", ".*.oxmerge-partial")
+_PARTIAL = ".*.oxmerge-partial"
+_EARLIER_MERGE = ("mergekit_config.y*ml", "oxmerge_*", _PARTIAL)
 # The first that matches is the reason given.
 _REASONS = (
     ("of an earlier merge", _EARLIER_MERGE),
@@ -53,15 +63,43 @@ _LOADED_BY_NAME = (
 #: Why files are left out that the output has in another form.
 WRITTEN_ANEW = "written anew"
 _CHUNK = 64 << 20
+#: Folders in folders.
+_DEEPEST = 128
 
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file to copy: its name in the output (with `/`), where it is, its bytes."""
+    """A file to copy: its name in the output (with `/`), where it is, and its state then."""
 
     name: str
     source: Path
-    size: int
+    state: FileState
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Yield the file, open for reading; InputChangedError if it is, or becomes, another."""
+        try:
+            file = open(self.source, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+        except FileNotFoundError:
+            raise self._changed("the file is gone since it was first read") from None
+        with file:
+            self._check(file)
+            yield file
+            self._check(file)
+
+    def _check(self, file: IO[bytes]) -> None:
+        now = FileState.of(os.fstat(file.fileno()))
+        if now != self.state:
+            raise self._changed("the file changed after it was first read", now)
+
+    def _changed(self, message: str, now: FileState | None = None) -> InputChangedError:
+        return InputChangedError(
+            message,
+            file=str(self.source),
+            expected=now and _told(self.state),
+            found=now and _told(now),
+            advice="start again once nothing writes to the inputs",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +112,24 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class SideFiles:
-    """The donor's files besides its weights, sorted by name."""
+    """The donor's files besides its weights, sorted by name, and what stands against a copy."""
 
-    copied: tuple[SideFile, ...]
-    left_out: tuple[LeftOut, ...]
+    copied: tuple[SideFile, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Return the bytes that copying takes."""
-        return sum(file.size for file in self.copied)
+        return sum(file.state.size for file in self.copied)
 
 
 def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFiles:
     """Sort the files of `donor` into those to copy and those to leave out.
 
     Links to files are followed, as model caches are made of them; links to folders are not. A
-    donor that is a single file has no side files.
+    donor that is a single file has no side files. Each file to copy is opened once, so that one
+    that cannot be read is told of before anything is merged.
 
     Parameters
     ----------
@@ -99,13 +139,20 @@ def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFi
         The names of the weights in it that are merged, and of their index.
     """
     if not donor.is_dir():
-        return SideFiles((), ())
-    search = _Search(merged, _pipeline_folders(donor))
+        return SideFiles()
+    search = _Search(donor, merged, _pipeline_folders(donor))
     search.folder("", donor)
     return SideFiles(
         tuple(sorted(search.copied, key=lambda file: file.name)),
         tuple(sorted(search.left_out, key=lambda entry: entry.name)),
+        tuple(search.problems),
     )
+
+
+def folder_of(model: str) -> Path:
+    """Return the directory of a model that is named by its index file, else the model itself."""
+    path = Path(model)
+    return path.parent if path.is_file() and is_index(path.name) else path
 
 
 def is_loadable_weight(name: str) -> bool:
@@ -118,20 +165,11 @@ def is_index(name: str) -> bool:
     return _matches(name, _INDEXES)
 
 
-def copy_bytes(source: Path, target: Path) -> None:
-    """Copy a file's bytes to a new file and flush it. Neither links nor modes are carried over."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with open(source, "rb", buffering=0) as reader:
-        expected = os.fstat(reader.fileno()).st_size
-        with open(os.open(target, flags, 0o666), "wb", buffering=0) as writer:
-            copied = _copy_in_kernel(reader.fileno(), writer.fileno())
-            if copied == 0:
-                shutil.copyfileobj(reader, writer, _CHUNK)
-            written = os.fstat(writer.fileno()).st_size
-            if written != expected:
-                message = f"copied {written} of {expected} bytes: did the file change?"
-                raise OSError(None, message, str(source))
-            os.fsync(writer.fileno())
+def copy_bytes(reader: BinaryIO, to: int) -> None:
+    """Copy what an open file holds to an open new one."""
+    if _copy_in_kernel(reader.fileno(), to) == 0:
+        with open(to, "wb", buffering=0, closefd=False) as writer:
+            shutil.copyfileobj(reader, writer, _CHUNK)
 
 
 def _copy_in_kernel(reader: int, writer: int) -> int:
@@ -177,49 +215,117 @@ def _pipeline_folders(donor: Path) -> frozenset[str]:
 class _Search:
     """The walk through a donor's directory."""
 
-    def __init__(self, merged: frozenset[str], pipeline: frozenset[str]) -> None:
+    def __init__(self, donor: Path, merged: frozenset[str], pipeline: frozenset[str]) -> None:
+        self.donor = str(donor)
         self.merged = merged
         self.pipeline = pipeline
         self.copied: list[SideFile] = []
         self.left_out: list[LeftOut] = []
+        self.problems: list[Problem] = []
 
     def folder(self, prefix: str, folder: Path, *, whole: bool = False) -> None:
         """Sort everything in `folder`; with `whole`, weights are copied too."""
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            name = prefix + entry.name
-            if entry.is_dir():
-                self._enter(name, Path(entry.path), entry)
-                continue
-            reason = _reason_to_leave(entry.name)
-            if not prefix and (_matches(name, _WRITTEN_ANEW) or name in self.merged):
-                reason = WRITTEN_ANEW
-            if whole and reason in {"weights", "an index of weights"}:
-                reason = None
-            self._file(name, Path(entry.path), reason)
-
-    def _file(self, name: str, path: Path, reason: str | None) -> None:
         try:
-            status = path.stat()
-        except FileNotFoundError:
-            self.left_out.append(LeftOut(name, reason or "a link to nowhere"))
+            with os.scandir(folder) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            self._unreadable(prefix or str(folder), error)
             return
-        if reason is None and not stat.S_ISREG(status.st_mode):
-            reason = "not a regular file"
+        for entry in found:
+            try:
+                self._sort(prefix + entry.name, entry, prefix, whole=whole)
+            except OSError as error:
+                self._unreadable(prefix + entry.name, error)
+
+    def _sort(self, name: str, entry: os.DirEntry[str], prefix: str, *, whole: bool) -> None:
+        if os.path.isdir(entry.path):  # False where it cannot be told, which opening it will tell
+            self._enter(name, Path(entry.path), entry)
+            return
+        reason = _reason_to_leave(entry.name)
+        if not prefix and (_matches(name, _WRITTEN_ANEW) or name in self.merged):
+            reason = WRITTEN_ANEW
+        if whole and reason in {"weights", "an index of weights"}:
+            reason = None
         if reason is None:
-            self.copied.append(SideFile(name, path, status.st_size))
+            self._file(name, Path(entry.path))
         else:
-            self.left_out.append(LeftOut(name, reason))
+            self._leave(name, reason)
+
+    def _file(self, name: str, path: Path) -> None:
+        try:
+            kind = path.stat().st_mode
+        except FileNotFoundError:
+            self._leave(name, "a link to nowhere")
+            return
+        if not stat.S_ISREG(kind):
+            self._leave(name, "not a regular file")
+        elif not _is_unicode(name):
+            message = f"the name of `{_as_text(name)}` is not UTF-8"
+            self._problem(message, advice="rename it, or remove it from the model")
+        else:
+            with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+                state = FileState.of(os.fstat(file.fileno()))
+            self.copied.append(SideFile(name, path, state))
 
     def _enter(self, name: str, path: Path, entry: os.DirEntry[str]) -> None:
         if entry.name.startswith("."):
             reason: str | None = "hidden"
         elif entry.is_symlink():
             reason = "a link to a folder"
-        elif (path / REPORT_NAME).exists():
+        elif _matches(entry.name, _TRAINING):
+            reason = "training state"
+        else:
+            reason = None
+        if reason is None and _is_of_a_merge(path):
             reason = "of an earlier merge"  # perhaps the one that this merge replaces
+        if reason is not None:
+            self._leave(name + "/", reason)
+        elif name.count("/") == _DEEPEST:
+            self._problem(f"folders are nested deeper than {_DEEPEST} levels: `{_as_text(name)}`")
         else:
-            reason = "training state" if _matches(entry.name, _TRAINING) else None
-        if reason is None:
             self.folder(name + "/", path, whole=name.split("/", 1)[0] in self.pipeline)
-        else:
-            self.left_out.append(LeftOut(name + "/", reason))
+
+    def _leave(self, name: str, reason: str) -> None:
+        self.left_out.append(LeftOut(_as_text(name), reason))
+
+    def _unreadable(self, name: str, error: OSError) -> None:
+        found = os.strerror(error.errno).lower() if error.errno else str(error)
+        advice = "check its permissions and links, or remove it from the model"
+        self._problem(f"`{_as_text(name)}` cannot be read", found=found, advice=advice)
+
+    def _problem(
+        self, message: str, *, found: str | None = None, advice: str | None = None
+    ) -> None:
+        problem = Problem("side file", message, file=self.donor, found=found, advice=advice)
+        self.problems.append(problem)
+
+
+def _as_text(name: str) -> str:
+    """Return a name with what is not UTF-8 as escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe that has taken its place without waiting for who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _is_of_a_merge(path: Path) -> bool:
+    """Tell whether a folder holds a merge, finished or not. One that cannot be read does not."""
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False  # which is told when it is entered
+    return any(name == REPORT_NAME or fnmatchcase(name, _PARTIAL) for name in names)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _told(state: FileState) -> str:
+    return f"inode {state.inode}, {state.size} bytes, modified at {state.modified_ns} ns"

@@ -12,17 +12,20 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from oxmerge.claims import named
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together
 from oxmerge.planning import DEFAULT_SHARD_SIZE
+from oxmerge.plans import Plan
 from oxmerge.recipe import Recipe
+from oxmerge.saving import is_saved_plan, load_plan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from oxmerge.merging import MergeReport, Snapshot
+    from oxmerge.merging import MergeReport, Request, Snapshot
 
     Scalar = bool | int | float | str
     Axes = Mapping[str, Scalar | Iterable[Any]]
@@ -150,7 +153,11 @@ def _listed(values: Scalar | Iterable[Any]) -> list[Scalar]:
 
 
 def variants(
-    recipe: PathLike | Recipe, pattern: PathLike, axes: Axes, *, together: bool = False
+    recipe: PathLike | Mapping[str, object] | Recipe,
+    pattern: PathLike,
+    axes: Axes,
+    *,
+    together: bool = False,
 ) -> list[Variant]:
     """Return the merges of a sweep: every combination of the values of `axes`.
 
@@ -171,6 +178,7 @@ def variants(
             advice="name a place and its values: models[0].parameters.weight=0.1:0.9:9",
         )
     mapping, folder = Recipe.mapping_of(recipe)
+    named(pattern)
     pattern = os.fspath(pattern)
     names = _Names(values)
     made = [
@@ -302,7 +310,7 @@ def _check_directories(made: Sequence[Variant], pattern: str) -> None:
 
 
 def sweep(  # noqa: PLR0913 - the options of the command, keyword only
-    recipe: PathLike | Recipe,
+    recipe: Request,
     pattern: PathLike,
     axes: Axes,
     *,
@@ -325,8 +333,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
 
     Parameters
     ----------
-    recipe : path, str or Recipe
-        What to merge: a file, YAML text, or a recipe.
+    recipe : path, str, mapping, Recipe or Plan
+        What to merge: a file, YAML text, its keys and values, or a recipe; or a plan, of which the
+        recipe, the seed and the shard size are used.
     pattern : path or str
         Where the outputs go. ``{0}``, ``{1}``… stand for the values in the order of `axes`,
         ``{weight}`` for that of the one place that ends so, ``{n}`` for a running number from 0.
@@ -363,6 +372,11 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
+    if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
+        recipe = load_plan(recipe)
+    if isinstance(recipe, Plan):
+        seed, shard_size = recipe.seed, recipe.shard_size
+        recipe = recipe.recipe
     made = variants(recipe, pattern, axes, together=together)
     return merge_together(
         [(variant.recipe, variant.directory) for variant in made],

@@ -17,6 +17,9 @@ use crate::error::{Error, Result};
 use crate::io::PAGE;
 use crate::plan::{OutputShard, Plan};
 
+/// What a header says of a tensor: name, type, shape.
+type Described<'a> = (&'a str, DType, &'a [u64]);
+
 /// Bytes of the length of a header.
 const PREFIX: usize = size_of::<u64>();
 
@@ -54,7 +57,7 @@ pub fn lay_out<N: AsRef<str>, S: AsRef<[u64]>>(
             let (name, dtype, shape) = &tensors[tensor];
             (name.as_ref(), *dtype, shape.as_ref())
         });
-        let header_bytes = (PREFIX + header(described)?.len()) as u64;
+        let header_bytes = measure(described)?;
         let mut end = header_bytes;
         for tensor in group {
             places[tensor] = (number, end);
@@ -122,41 +125,73 @@ fn fill(sizes: &[u64], shard_size: u64) -> Result<Vec<Vec<usize>>> {
     Ok(shards)
 }
 
-/// The text of the header of output shard `index` of `plan`.
-pub fn header_text(plan: &Plan, index: usize) -> Result<String> {
-    let tensors = plan.tensors_of_shard(index);
-    header(tensors.map(|tensor| (tensor.name(), tensor.dtype(), tensor.shape())))
+/// Writes the text of the header of output shard `index` of `plan`.
+pub fn put_header(plan: &Plan, index: usize, out: &mut dyn Write) -> fmt::Result {
+    put(out, parts_of(plan, index))
+}
+
+/// Bytes of the length and the header of output shard `index` of `plan`.
+pub fn header_bytes(plan: &Plan, index: usize) -> Result<u64> {
+    measure(parts_of(plan, index))
 }
 
 /// The header of a shard that holds `tensors` in that order, without a gap.
-pub fn header<'a>(tensors: impl Iterator<Item = (&'a str, DType, &'a [u64])>) -> Result<String> {
-    let mut text = String::from(r#"{"__metadata__":{"format":"pt"}"#);
-    let mut begin = 0;
-    for (name, dtype, shape) in tensors {
-        let end = begin + checked_bytes(dtype, shape)?;
-        push_entry(&mut text, name, dtype, shape, [begin, end]);
-        begin = end;
-    }
-    text.push('}');
-    let padded = (PREFIX + text.len()).next_multiple_of(PAGE) - PREFIX;
-    text.extend(std::iter::repeat_n(' ', padded - text.len()));
-    if text.len() as u64 > MAX_HEADER {
-        return Err(Error::plan("a shard's header is longer than the format allows")
-            .expected(format_args!("at most {MAX_HEADER} bytes"))
-            .found(text.len())
-            .advice("choose a smaller shard size"));
-    }
+pub fn header<'a>(tensors: impl Iterator<Item = Described<'a>> + Clone) -> Result<String> {
+    let bytes = measure(tensors.clone())?;
+    let mut text = String::new();
+    put(&mut text, tensors).map_err(|_| Error::internal("a text cannot be written to"))?;
+    text.extend(std::iter::repeat_n(' ', bytes as usize - PREFIX - text.len()));
     Ok(text)
 }
 
-fn push_entry(text: &mut String, name: &str, dtype: DType, shape: &[u64], [begin, end]: [u64; 2]) {
-    // A string cannot refuse what is written to it.
-    let _ = write!(text, ",{}:", JsonText(name));
-    let _ = write!(text, r#"{{"dtype":"{dtype}","shape":["#);
-    for (at, extent) in shape.iter().enumerate() {
-        let _ = write!(text, "{}{extent}", if at == 0 { "" } else { "," });
+fn parts_of(plan: &Plan, index: usize) -> impl Iterator<Item = Described<'_>> {
+    plan.tensors_of_shard(index).map(|tensor| (tensor.name(), tensor.dtype(), tensor.shape()))
+}
+
+/// Bytes of the length and the header of a shard, which end on a page boundary.
+fn measure<'a>(tensors: impl Iterator<Item = Described<'a>>) -> Result<u64> {
+    let mut counted = Counted(0);
+    put(&mut counted, tensors).map_err(|_| {
+        Error::checkpoint("the tensor's size overflows").advice("merge fewer layers")
+    })?;
+    let bytes = (PREFIX as u64 + counted.0).next_multiple_of(PAGE as u64);
+    if bytes - PREFIX as u64 > MAX_HEADER {
+        return Err(Error::plan("a shard's header is longer than the format allows")
+            .expected(format_args!("at most {MAX_HEADER} bytes"))
+            .found(bytes - PREFIX as u64)
+            .advice("choose a smaller shard size"));
     }
-    let _ = write!(text, r#"],"data_offsets":[{begin},{end}]}}"#);
+    Ok(bytes)
+}
+
+/// Counts the bytes of a text.
+struct Counted(u64);
+
+impl Write for Counted {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.0 += text.len() as u64;
+        Ok(())
+    }
+}
+
+/// Writes the header of a shard that holds `tensors`; fails where their sizes overflow.
+fn put<'a>(
+    out: &mut (impl Write + ?Sized),
+    tensors: impl Iterator<Item = Described<'a>>,
+) -> fmt::Result {
+    out.write_str(r#"{"__metadata__":{"format":"pt"}"#)?;
+    let mut begin: u64 = 0;
+    for (name, dtype, shape) in tensors {
+        let bytes = checked_bytes(dtype, shape).map_err(|_| fmt::Error)?;
+        let end = begin.checked_add(bytes).ok_or(fmt::Error)?;
+        write!(out, ",{}:{{\"dtype\":\"{dtype}\",\"shape\":[", JsonText(name))?;
+        for (at, extent) in shape.iter().enumerate() {
+            write!(out, "{}{extent}", if at == 0 { "" } else { "," })?;
+        }
+        write!(out, "],\"data_offsets\":[{begin},{end}]}}")?;
+        begin = end;
+    }
+    out.write_char('}')
 }
 
 /// A text as JSON has it.

@@ -31,7 +31,7 @@ use crate::io;
 use crate::plan::{InputFile, Names};
 
 pub use header::{Header, MAX_HEADER};
-pub use layout::{Layout, header, header_text, index_json, lay_out};
+pub use layout::{Layout, header, header_bytes, index_json, lay_out, put_header};
 pub use lead::lead;
 
 use index::Index;

@@ -167,7 +167,8 @@ pub fn run(
             .advice("merge files with `oxmerge merge` or `oxmerge.merge`"));
     }
     let goal = Goal::Merge(None);
-    let numbers = run_all(&Simd(level), &vec![task], &settings, &memory, control, goal)?.remove(0);
+    let found = run_all(&Simd(level), &vec![task], &settings, &memory, control, goal)?;
+    let numbers = found.into_values().next().unwrap_or_default();
     if numbers.len() == wanted {
         Ok(numbers)
     } else {

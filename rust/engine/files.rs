@@ -1,19 +1,21 @@
 //! Sources and sinks that are byte ranges of files, and the tasks of a plan over them.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::need::{Need, SMALL};
 use super::source::{Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
-use crate::checkpoint::header_text;
+use crate::checkpoint::put_header;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
-use crate::io::{self, AlignedBuffer, DirectMode, InputReader, ReadPath, ShardWriter};
+use crate::io::{
+    self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
+};
 use crate::plan::{self, InputFile, OutputShard, Plan, Tensor};
 
 /// A tensor in an input file.
@@ -80,6 +82,8 @@ impl Source for FileSource {
 struct Shard {
     writer: ShardWriter,
     unfinished: AtomicUsize,
+    /// Which file it is, and how it was left.
+    finished: OnceLock<InputFile>,
 }
 
 /// A tensor in an output shard.
@@ -122,7 +126,8 @@ impl Shard {
     /// Takes down that so many tensors are finished.
     fn finish(&self, tensors: usize) -> Result<()> {
         if self.unfinished.fetch_sub(tensors, Ordering::AcqRel) == tensors {
-            self.writer.finish()?;
+            let state = self.writer.finish()?;
+            self.finished.get_or_init(|| state);
         }
         Ok(())
     }
@@ -213,11 +218,19 @@ impl<'a> Merges<'a> {
         found.into_iter()
     }
 
-    /// Creates the shards of each plan, under partial names, in its directory.
-    pub fn create_shards(&mut self, directories: &[&Path], mode: DirectMode) -> Result<()> {
-        let create = |(plan, directory): (&&Plan, &&Path)| create_shards(plan, directory, mode);
-        self.shards = self.plans.iter().zip(directories).map(create).collect::<Result<_>>()?;
+    /// Creates the shards of each plan, under partial names, in its folder.
+    pub fn create_shards(&mut self, folders: &[&OutputFolder], mode: DirectMode) -> Result<()> {
+        let create = |(plan, folder): (&&Plan, &&OutputFolder)| create_shards(plan, folder, mode);
+        self.shards = self.plans.iter().zip(folders).map(create).collect::<Result<_>>()?;
         Ok(())
+    }
+
+    /// For each merge, which files were written and how they were left, when all are finished.
+    pub fn written(&self) -> Vec<Vec<InputFile>> {
+        let states = |shards: &Vec<Arc<Shard>>| {
+            shards.iter().filter_map(|shard| shard.finished.get().cloned()).collect()
+        };
+        self.shards.iter().map(states).collect()
     }
 
     /// What tensor `at` is made by in all plans.
@@ -634,13 +647,14 @@ fn file_source(readers: &[Option<Arc<InputReader>>], source: plan::Source<'_>) -
     FileSource { reader, dtype: source.dtype, start: source.start }
 }
 
-fn create_shards(plan: &Plan, directory: &Path, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
+fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
     let create = |(index, shard): (usize, &OutputShard)| {
-        let path = directory.join(partial_name(&shard.file_name));
-        let header = header_text(plan, index)?;
-        let writer = ShardWriter::create(&path, &header, shard.size, mode)?;
+        let name = partial_name(&shard.file_name);
+        let OutputShard { header_bytes, size, .. } = *shard;
+        let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
+        let writer = ShardWriter::create(folder, &name, header_bytes, header, size, mode)?;
         let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
-        Ok(Arc::new(Shard { writer, unfinished }))
+        Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
     };
     plan.shards.iter().enumerate().map(create).collect()
 }

@@ -7,6 +7,8 @@
 
 use std::fs;
 
+use rustix::process::{Resource, getrlimit};
+
 use super::need::{Amount, Need, Offload};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -19,6 +21,10 @@ const LEAST_GROUP: u64 = 64 << 10;
 /// What a budget that is refused is told to be larger than needed: what a process has resident
 /// before the engine starts is not quite the same each time.
 const REFUSAL_SLACK: u64 = 1 << 20;
+/// Addresses that a thread takes: its stack, and what the C library sets aside for its allocations.
+const THREAD_ADDRESSES: u64 = (64 << 20) + (4 << 20);
+/// Addresses that stay free. An allocation that fails in Rust's own collections ends the process.
+const FREE_ADDRESSES: u64 = 64 << 20;
 
 /// How a run keeps within its budget.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +53,8 @@ impl MemoryPlan {
     /// For tensors that are in memory already: nothing to divide.
     pub(crate) fn unbounded(workers: usize) -> Self {
         let all = u64::MAX;
+        let fitting = addresses_left().map_or(all, |room| room / THREAD_ADDRESSES);
+        let workers = workers.min(fitting.max(1) as usize);
         Self {
             budget: all,
             baseline: 0,
@@ -61,7 +69,8 @@ impl MemoryPlan {
     }
 
     /// Divides `budget` among at most `workers` threads; `baseline` is resident already. Each need is
-    /// that of so many tensors.
+    /// that of so many tensors. So that no thread and no memory is asked for that cannot be had, it
+    /// also keeps within what the process may still map (`ulimit -v`).
     ///
     /// Uses fewer threads before it refuses; refuses with the number that would do.
     pub fn new(
@@ -70,6 +79,17 @@ impl MemoryPlan {
         workers: usize,
         baseline: u64,
     ) -> Result<Self> {
+        let plan = Self::divide(needs, budget, workers, baseline)?;
+        let Some(room) = addresses_left() else { return Ok(plan) };
+        let within = |workers: usize| {
+            let left = room.checked_sub(addresses_of(workers))?;
+            Self::divide(needs, budget.min(baseline + left), workers, baseline).ok()
+        };
+        let plan = (1..=plan.workers).rev().find_map(within).ok_or_else(|| limited(room))?;
+        Ok(Self { budget, ..plan })
+    }
+
+    fn divide(needs: &[(Need, usize)], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
         let most = |of: fn(&Need) -> Amount| {
             let amounts = needs.iter().map(|(need, _)| of(need));
             amounts.max_by_key(|amount| amount.most).unwrap_or_default()
@@ -180,6 +200,36 @@ fn refused(what: &str, option: &str, allowed: u64, needed: u64) -> Error {
         .advice(format!(
             "allow more: `--{option} {needed}MiB`, or `{option}=\"{needed}MiB\"` in Python"
         ))
+}
+
+/// Bytes that this process may still map, where the system limits that.
+fn addresses_left() -> Option<u64> {
+    let limits = [(Resource::As, "VmSize:"), (Resource::Data, "VmData:")];
+    let left = limits.into_iter().filter_map(|(limit, used)| {
+        getrlimit(limit).current.map(|most| most.saturating_sub(status_bytes(used)))
+    });
+    left.min()
+}
+
+/// What so many threads may map besides their pieces.
+fn addresses_of(threads: usize) -> u64 {
+    FREE_ADDRESSES + threads as u64 * THREAD_ADDRESSES
+}
+
+/// An error if this process may not map what one more thread needs.
+#[cfg(feature = "python")]
+pub(crate) fn check_room_for_a_thread() -> Result<()> {
+    match addresses_left() {
+        Some(room) if room < addresses_of(1) => Err(limited(room)),
+        _ => Ok(()),
+    }
+}
+
+#[cold]
+fn limited(room: u64) -> Error {
+    Error::new(ErrorKind::Memory, "this process may not map the memory that one thread needs")
+        .found(format!("{} MiB left of its limit", room >> 20))
+        .advice("raise the limit (`ulimit -v`, `ulimit -d`), or remove it")
 }
 
 /// A number of KiB that the kernel reports about this process, in bytes.

@@ -1,8 +1,6 @@
 //! A merge from beginning to end: what it needs, whether that is allowed, the run, and whether the
 //! inputs are still what they were.
 
-use std::path::Path;
-
 use super::backend::Backend;
 use super::control::Control;
 use super::files::{FileModes, Merges};
@@ -10,30 +8,32 @@ use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::{Report, Settings, run_planned};
 use crate::error::Result;
-use crate::io;
-use crate::plan::Plan;
+use crate::io::{self, OutputFolder};
+use crate::plan::{InputFile, Plan};
 
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
-/// under partial names, into its directory.
+/// under partial names, into its folder. Also tells which files of each were written, and how they
+/// were left.
 ///
 /// Memory is shared out once, before any space is taken: what cannot fit is refused.
 pub(crate) fn merge(
     backend: &dyn Backend,
-    merges: &[(&Plan, &Path)],
+    merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
     control: &Control,
-) -> Result<Report> {
-    let (plans, directories): (Vec<&Plan>, Vec<&Path>) = merges.iter().copied().unzip();
+) -> Result<(Report, Vec<Vec<InputFile>>)> {
+    let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
+        merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
     let mut tasks = Merges::open(plans.clone(), modes.read)?;
     let needs = needs_on(&tasks, backend.offload())?;
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
     drop(needs);
-    tasks.create_shards(&directories, modes.write)?;
+    tasks.create_shards(&folders, modes.write)?;
     let report = run_planned(backend, &tasks, settings, memory, control)?;
     io::check_unchanged(files)?;
-    Ok(report)
+    Ok((report, tasks.written()))
 }
 
 /// How `settings.memory` bytes would be shared out by merges that are made together; and whether an

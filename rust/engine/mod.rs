@@ -27,7 +27,7 @@ pub mod source;
 pub mod task;
 mod worker;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -144,7 +144,7 @@ enum Goal<'a> {
     Merge(Option<&'a ModelResults>),
 }
 
-/// Goes over all tasks; the numbers that each found.
+/// Goes over all tasks; the numbers that those found which look for some.
 fn run_all(
     backend: &dyn Backend,
     tasks: &dyn Tasks,
@@ -152,9 +152,9 @@ fn run_all(
     memory: &MemoryPlan,
     control: &Control,
     goal: Goal<'_>,
-) -> Result<Vec<Vec<f64>>> {
+) -> Result<BTreeMap<usize, Vec<f64>>> {
     let schedule = Schedule {
-        state: Mutex::new(State::new(tasks.len(), memory.mask_room)),
+        state: Mutex::new(State::new(memory.mask_room)),
         changed: Condvar::new(),
         backend,
         tasks,
@@ -202,7 +202,7 @@ struct State {
     beginning: usize,
     active: VecDeque<(usize, Active)>,
     /// What each task found, if it looks for numbers.
-    numbers: Vec<Vec<f64>>,
+    numbers: BTreeMap<usize, Vec<f64>>,
     failure: Option<Error>,
     /// Bytes that the random masks of further tasks may take.
     mask_room: u64,
@@ -211,13 +211,12 @@ struct State {
 }
 
 impl State {
-    fn new(tasks: usize, mask_room: u64) -> Self {
-        let numbers = vec![Vec::new(); tasks];
+    fn new(mask_room: u64) -> Self {
         Self {
             next_task: 0,
             beginning: 0,
             active: VecDeque::new(),
-            numbers,
+            numbers: BTreeMap::new(),
             failure: None,
             mask_room,
             writing: 0,
@@ -464,7 +463,10 @@ impl Schedule<'_> {
             Ok(true) => None,
             Ok(false) => {
                 let (index, mut active) = state.active.remove(at)?;
-                state.numbers[index] = std::mem::take(&mut active.numbers);
+                let numbers = std::mem::take(&mut active.numbers);
+                if !numbers.is_empty() {
+                    state.numbers.insert(index, numbers);
+                }
                 Some(active)
             }
             Err(error) => {

@@ -1,5 +1,6 @@
 //! What is reduced over the whole model: folded over the tensors, and put into their formulas.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::backend::fold;
@@ -14,8 +15,8 @@ pub(crate) struct ModelResults(Vec<f64>);
 
 impl ModelResults {
     /// Folds what the sweep `found` for each task over the tasks in order.
-    pub(crate) fn fold(tasks: &dyn Tasks, found: &[Vec<f64>]) -> Result<Self> {
-        let mut merged = (0..tasks.len()).filter(|&at| !found[at].is_empty());
+    pub(crate) fn fold(tasks: &dyn Tasks, found: &BTreeMap<usize, Vec<f64>>) -> Result<Self> {
+        let mut merged = found.keys().copied();
         let Some(first) = merged.next() else { return Ok(Self(Vec::new())) };
         let reductions = tasks.task(first)?.model_reductions();
         for at in merged {
@@ -29,7 +30,7 @@ impl ModelResults {
             }
         }
         let fold_all = |(at, reduction): (usize, &Arc<Reduction>)| {
-            let each = found.iter().filter_map(|numbers| numbers.get(at).copied());
+            let each = found.values().filter_map(|numbers| numbers.get(at).copied());
             fold(reduction.kind, &mut each.collect())
         };
         Ok(Self(reductions.iter().enumerate().map(fold_all).collect()))

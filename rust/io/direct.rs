@@ -7,7 +7,7 @@
 //! take them, and at which alignment, cannot be known from their names; one aligned write of the
 //! header's first page finds out.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,9 @@ use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::Errno;
 
 use super::write_back::begin_write_back;
-use super::{AlignedBuffer, PAGE, volume};
+use super::{AlignedBuffer, OutputFolder, PAGE, volume};
 use crate::error::{Error, Result};
+use crate::plan::InputFile;
 
 /// A file that is written directly where that works.
 #[derive(Debug)]
@@ -28,14 +29,9 @@ pub(super) struct OutputFile {
 }
 
 impl OutputFile {
-    /// Creates `path`, which must not exist.
-    pub(super) fn create(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(path)
-            .map_err(|error| Error::io("create the file", error).file(path))?;
-        Ok(Self { file, path: path.to_owned(), direct: false })
+    /// Creates the file `name` in `folder`, where it must not exist.
+    pub(super) fn create(folder: &OutputFolder, name: &str) -> Result<Self> {
+        Ok(Self { file: folder.create(name)?, path: folder.path_of(name), direct: false })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -98,6 +94,11 @@ impl OutputFile {
             .set_len(size)
             .and_then(|()| self.file.sync_all())
             .map_err(|error| self.failed("flush the shard", error, size))
+    }
+
+    /// Which file it is, and its size and time of modification now.
+    pub(super) fn state(&self) -> Result<InputFile> {
+        InputFile::of(&self.file, &self.path)
     }
 
     /// How much of a write that was cut short counts: a direct one goes on at a page boundary.

@@ -21,6 +21,7 @@
 
 mod buffer;
 mod direct;
+mod folder;
 mod identity;
 mod mapped;
 mod positioned;
@@ -42,6 +43,7 @@ use crate::error::{Error, Result};
 use crate::plan::InputFile;
 
 pub use buffer::AlignedBuffer;
+pub use folder::OutputFolder;
 pub use identity::check_unchanged;
 use identity::same_file;
 pub(crate) use positioned::read_exact_at;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 
 /// Magic numbers of file systems whose bytes come from elsewhere, as `statfs` gives them. What is
 /// known of local disks, such as when to read past the page cache, need not hold there.
@@ -20,9 +21,9 @@ const REMOTE: [u32; 12] = [
     0x6b41_4653, // AFS in the kernel
 ];
 
-/// Whether `file` lies on a network or FUSE mount. One that cannot be asked counts as remote,
+/// Whether `file`, which may be a directory, lies on a network or FUSE mount. One that cannot be asked counts as remote,
 /// for the positioned path works everywhere.
-pub(super) fn is_remote(file: &File) -> bool {
+pub(super) fn is_remote(file: &impl AsFd) -> bool {
     rustix::fs::fstatfs(file).map_or(true, |volume| REMOTE.contains(&(volume.f_type as u32)))
 }
 

@@ -8,6 +8,7 @@
 
 mod build;
 mod names;
+mod saved;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use serde_json::{Map, Value};
 
 pub use build::{Builder, Input};
 pub use names::Names;
+pub use saved::{load, save};
 
 use crate::dtype::DType;
 
@@ -160,6 +162,11 @@ impl Plan {
     /// Bytes of all output tensors.
     pub fn bytes_written(&self) -> u64 {
         self.tensors().map(Tensor::bytes).sum()
+    }
+
+    /// The distinct settings.
+    pub fn settings(&self) -> &[Settings] {
+        &self.settings
     }
 
     /// How many kinds of tensors there are.

@@ -17,6 +17,7 @@ use pyo3::prelude::*;
 use super::error::raise;
 use super::floats::StandardFloats;
 use crate::engine::control::Control;
+use crate::engine::memory::check_room_for_a_thread;
 use crate::error::{Error, Result};
 
 /// How long a signal may wait.
@@ -33,6 +34,7 @@ pub(super) fn enter<R: Send>(
     progress: Option<&Bound<'_, PyAny>>,
     work: impl FnOnce(&Control) -> Result<R> + Send,
 ) -> PyResult<R> {
+    check_room_for_a_thread().map_err(|error| raise(py, &error))?;
     let control = Control::default();
     std::thread::scope(|scope| {
         let (done, wait) = sync_channel::<()>(1);

@@ -1,6 +1,7 @@
 //! Plans in, merges out.
 
-use std::path::{Path, PathBuf};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
@@ -15,7 +16,8 @@ use crate::engine::files::{self, FileModes};
 use crate::engine::memory::MemoryPlan;
 use crate::engine::simd::Simd;
 use crate::engine::{self, Settings, rehearsal};
-use crate::io::{self, DirectMode, ReadPath};
+use crate::error::Result;
+use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
 use crate::methods::METHODS;
 use crate::plan::{self, InputFile};
@@ -103,12 +105,13 @@ fn with_backend<R>(
 }
 
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
-/// and writes the shards of each, under partial names, into its directory.
+/// and writes the shards of each, under partial names, into its directory: the one that is open as
+/// the descriptor in `descriptors`, if they are given. Tells which files it wrote.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
-                    largest_piece=None, progress=None, device=None))]
+                    largest_piece=None, progress=None, device=None, descriptors=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -120,6 +123,7 @@ pub(super) fn execute<'py>(
     largest_piece: Option<u64>,
     progress: Option<Bound<'py, PyAny>>,
     device: Option<Device<'py>>,
+    descriptors: Option<Vec<RawFd>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let read = match read_path {
         "auto" => ReadPath::Auto,
@@ -138,11 +142,18 @@ pub(super) fn execute<'py>(
     let directories: Vec<PathBuf> = merges.into_iter().map(|(_, directory)| directory).collect();
     let workers = worker_count(threads, tables.len());
     let settings = Settings { level, workers, memory, largest_piece };
-    let report = with_backend(py, device, level, |backend| {
+    let (report, files) = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
+            let open = |(index, path): (usize, &PathBuf)| {
+                let descriptor = descriptors.as_ref().and_then(|all| all.get(index));
+                match descriptor {
+                    Some(descriptor) => OutputFolder::of_descriptor(*descriptor, path),
+                    None => OutputFolder::open(path),
+                }
+            };
+            let folders = directories.iter().enumerate().map(open).collect::<Result<Vec<_>>>()?;
             let plans = tables.iter().map(|plan| &**plan);
-            let merges: Vec<(&plan::Plan, &Path)> =
-                plans.zip(directories.iter().map(PathBuf::as_path)).collect();
+            let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
             engine::merge(backend, &merges, FileModes { read, write }, &settings, control)
         })
     })?;
@@ -153,8 +164,29 @@ pub(super) fn execute<'py>(
         "peak_memory": report.peak_memory,
         "simd": report.level.name(),
         "memory": describe_memory(&report.memory),
+        "files": describe_files(files),
     });
     to_python(py, &described)
+}
+
+/// Whether a directory lies on a network or FUSE mount, or cannot be asked.
+#[pyfunction]
+pub(super) fn is_remote(path: PathBuf) -> bool {
+    OutputFolder::open(&path).map_or(true, |folder| folder.is_remote())
+}
+
+/// Without their paths, which need not be Unicode.
+fn describe_files(written: Vec<Vec<InputFile>>) -> serde_json::Value {
+    let describe = |file: InputFile| {
+        serde_json::json!({
+            "device": file.device,
+            "inode": file.inode,
+            "size": file.size,
+            "modified_ns": file.modified_ns,
+        })
+    };
+    let merge = |files: Vec<InputFile>| files.into_iter().map(describe).collect::<Vec<_>>();
+    written.into_iter().map(merge).collect()
 }
 
 /// Unless asked otherwise, six more than cores: they wait for the disk while others compute. With

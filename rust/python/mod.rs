@@ -32,7 +32,9 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, TensorInfo, open_checkpoint};
     #[pymodule_export]
-    use super::merge::{check_unchanged, execute, methods, partial_name, predict, rehearse};
+    use super::merge::{
+        check_unchanged, execute, is_remote, methods, partial_name, predict, rehearse,
+    };
     #[pymodule_export]
     use super::plan::Plan;
 

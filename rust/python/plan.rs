@@ -4,13 +4,36 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict, PyList, PyTuple};
+use pyo3::types::{PyBool, PyBytes, PyDict, PyList, PyTuple};
 
+use super::error::raise;
 use super::to_python;
 use crate::checkpoint;
 use crate::engine::files;
 use crate::plan;
 use crate::plan::Parameters;
+
+/// Hands what is written to a function of Python.
+struct Parts<'a, 'py> {
+    write: &'a Bound<'py, PyAny>,
+    failure: Option<PyErr>,
+}
+
+impl std::io::Write for Parts<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self.write.call1((PyBytes::new(self.write.py(), bytes),)) {
+            Ok(_) => Ok(bytes.len()),
+            Err(failure) => {
+                self.failure = Some(failure);
+                Err(std::io::Error::other("the caller cannot take it"))
+            }
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
 
 /// The table of a plan.
 #[pyclass(frozen, module = "oxmerge._core")]
@@ -75,6 +98,11 @@ impl Plan {
     /// The names of the output tensors, in file order.
     fn names(&self) -> Vec<&str> {
         self.0.tensors().map(plan::Tensor::name).collect()
+    }
+
+    /// The place of the tensor of that name, if there is one.
+    fn find(&self, name: &str) -> Option<usize> {
+        self.0.tensors().position(|tensor| tensor.name() == name)
     }
 
     /// Bytes of the output by element type.
@@ -147,6 +175,40 @@ impl Plan {
             sources,
         )
             .into_pyobject(py)
+    }
+
+    /// Hands the table as JSON to `write`, part by part.
+    fn write(&self, write: Bound<'_, PyAny>) -> PyResult<()> {
+        let mut parts = Parts { write: &write, failure: None };
+        let mut out = std::io::BufWriter::with_capacity(64 << 10, &mut parts);
+        let saved = plan::save(&self.0, &mut out).and_then(|()| std::io::Write::flush(&mut out));
+        drop(out);
+        match (parts.failure, saved) {
+            (Some(failure), _) => Err(failure),
+            (None, saved) => Ok(saved?),
+        }
+    }
+
+    /// Reads a plan that was saved, from its text; and what was saved with the table, as JSON.
+    #[staticmethod]
+    fn load(py: Python<'_>, text: &str) -> PyResult<(Self, String)> {
+        let loaded = py.detach(|| plan::load(text, checkpoint::header_bytes));
+        let (plan, output) = loaded.map_err(|error| raise(py, &error))?;
+        Ok((plan.into(), output.to_string()))
+    }
+
+    /// The distinct settings: shared parameters, and those of each input.
+    fn settings<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let settings: Vec<_> = self
+            .0
+            .settings()
+            .iter()
+            .map(|settings| {
+                let own: Vec<&Parameters> = settings.own.iter().map(|own| &**own).collect();
+                serde_json::json!([&*settings.shared, own])
+            })
+            .collect();
+        to_python(py, &settings)
     }
 
     /// What the merge method finds wrong with the tensors.

@@ -8,8 +8,8 @@ use std::sync::Mutex;
 
 use oxmerge::error::{Error, ErrorKind};
 use oxmerge::io::{
-    AlignedBuffer, DirectMode, InputReader, MAP_MARGIN, MAPPED_FROM, PAGE, ReadPath, ShardWriter,
-    check_unchanged,
+    AlignedBuffer, DirectMode, InputReader, MAP_MARGIN, MAPPED_FROM, OutputFolder, PAGE, ReadPath,
+    ShardWriter, check_unchanged,
 };
 use oxmerge::plan::InputFile;
 use proptest::prelude::*;
@@ -32,6 +32,14 @@ fn disk() -> TempDir {
 /// Bytes that differ from their neighbours at every distance that matters.
 fn noise(len: usize) -> Vec<u8> {
     (0..len as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+}
+
+/// A writer of a new file at `path`.
+fn create(path: &Path, header: &str, size: u64, mode: DirectMode) -> Result<ShardWriter, Error> {
+    let folder = OutputFolder::open(path.parent().unwrap())?;
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let bytes = (8 + header.len()) as u64;
+    ShardWriter::create(&folder, name, bytes, |out| out.write_str(header), size, mode)
 }
 
 fn header(pages: usize) -> String {
@@ -77,7 +85,7 @@ fn round_trip(directory: &Path, mode: DirectMode, len: usize, cuts: &[usize], se
     let path = directory.join("shard.partial");
     let (header, data) = (header(1 + (seed % 3) as usize), noise(len));
     let expected = expected_file(&header, &data);
-    let writer = ShardWriter::create(&path, &header, expected.len() as u64, mode).unwrap();
+    let writer = create(&path, &header, expected.len() as u64, mode).unwrap();
     let start = (expected.len() - len) as u64;
     write_in_threads(&writer, &data, start, pieces(len, cuts, seed));
     writer.finish().unwrap();
@@ -115,7 +123,7 @@ fn tiny_pieces_share_pages() {
 fn direct_writes_are_taken_where_a_plain_program_can_make_them() {
     let directory = disk();
     let path = directory.path().join("shard");
-    let writer = ShardWriter::create(&path, &header(1), PAGE as u64, DirectMode::Auto).unwrap();
+    let writer = create(&path, &header(1), PAGE as u64, DirectMode::Auto).unwrap();
     let dd = std::process::Command::new("dd")
         .args(["if=/dev/zero", "bs=4096", "count=1", "oflag=direct"])
         .arg(format!("of={}", directory.path().join("probe").display()))
@@ -123,7 +131,7 @@ fn direct_writes_are_taken_where_a_plain_program_can_make_them() {
     let Ok(dd) = dd else { return };
     assert_eq!(writer.is_direct(), dd.status.success());
     let never = directory.path().join("never");
-    let writer = ShardWriter::create(&never, &header(1), PAGE as u64, DirectMode::Never).unwrap();
+    let writer = create(&never, &header(1), PAGE as u64, DirectMode::Never).unwrap();
     assert!(!writer.is_direct());
 }
 
@@ -132,7 +140,7 @@ fn an_existing_file_is_neither_replaced_nor_removed() {
     let directory = disk();
     let path = directory.path().join("shard");
     fs::write(&path, "precious").unwrap();
-    let error = ShardWriter::create(&path, &header(1), PAGE as u64, DirectMode::Auto).unwrap_err();
+    let error = create(&path, &header(1), PAGE as u64, DirectMode::Auto).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Io(io::ErrorKind::AlreadyExists));
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
 }
@@ -143,7 +151,7 @@ fn a_full_disk_shows_at_once() {
         let path = directory.path().join("shard");
         let volume = rustix::fs::statvfs(directory.path()).unwrap();
         let size = volume.f_bavail * volume.f_frsize * 2 + PAGE as u64;
-        let error = ShardWriter::create(&path, &header(1), size, DirectMode::Auto).unwrap_err();
+        let error = create(&path, &header(1), size, DirectMode::Auto).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io(io::ErrorKind::StorageFull));
         assert_eq!(error.parts().expected, Some(&*format!("room for {size} bytes")));
         assert!(error.parts().found.unwrap().ends_with("bytes free"));
@@ -168,7 +176,7 @@ fn a_header_that_ends_inside_a_page_is_refused() {
     let directory = disk();
     let path = directory.path().join("shard");
     for (header, size) in [("{}".to_owned(), 100), (header(2), PAGE as u64)] {
-        let error = ShardWriter::create(&path, &header, size, DirectMode::Auto).unwrap_err();
+        let error = create(&path, &header, size, DirectMode::Auto).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Internal);
         assert!(!path.exists());
     }
@@ -180,7 +188,7 @@ fn a_shard_must_be_written_whole_and_once() {
         let directory = disk();
         let path = directory.path().join("shard");
         let size = 3 * PAGE as u64 + 10;
-        let writer = ShardWriter::create(&path, &header(1), size, mode).unwrap();
+        let writer = create(&path, &header(1), size, mode).unwrap();
         let data = noise(2 * PAGE + 10);
         write_piece(&writer, PAGE as u64, &data[..100]).unwrap();
         let message = "the shard's bytes were not each written once";
@@ -199,7 +207,7 @@ fn a_shard_must_be_written_whole_and_once() {
 fn a_piece_that_lies_askew_is_a_bug() {
     let directory = disk();
     let path = directory.path().join("shard");
-    let writer = ShardWriter::create(&path, &header(1), 8192, DirectMode::Never).unwrap();
+    let writer = create(&path, &header(1), 8192, DirectMode::Never).unwrap();
     let _ = writer.write(PAGE as u64 + 1, &AlignedBuffer::new(10).unwrap(), 0..10);
 }
 

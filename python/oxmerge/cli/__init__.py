@@ -1,7 +1,8 @@
 """The command line: `oxmerge VERB ...`.
 
 Standard output carries data, standard error speaks to people, and the exit code says how it went:
-0 done, 1 failed, 2 usage or recipe error, 130 interrupted. Each verb is a module with
+0 done, 1 failed, 2 usage or recipe error, 130 interrupted, and 128 and the number for other signals
+that ask it to end. Each verb is a module with
 `add_arguments` and `run`; only the one asked for is imported. Exceptions end here: `failures` says
 how they are told.
 """
@@ -15,6 +16,7 @@ from oxmerge import __version__
 from oxmerge.cli.arguments import Parser, UsageError
 from oxmerge.cli.failures import exit_code, report, tell
 from oxmerge.cli.printer import DataUnwritten, Printer
+from oxmerge.signals import ending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,8 +58,9 @@ def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> 
         quiet="--quiet" in arguments or "-q" in arguments, as_json="--json" in arguments
     )
     try:
-        code = _dispatch(arguments, printer, engine)
-        printer.flush()
+        with ending():
+            code = _dispatch(arguments, printer, engine)
+            printer.flush()
     except DataUnwritten as unwritten:
         printer.close_output()
         if isinstance(unwritten.reason, BrokenPipeError):

@@ -34,14 +34,17 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Make the checkpoints, merge them, and tell how it went."""
+    from oxmerge.claims import claimed, named  # noqa: PLC0415 - not for --help
     from oxmerge.demo import describe, make_demo  # noqa: PLC0415 - not for --help
 
-    printer.say(f"making two checkpoints of size {options.size} in `{options.directory}`")
-    demo = make_demo(options.directory, options.size, options.seed)
-    output = demo.recipe.parent / "merged"
-    printer.say(describe(demo))
-    printer.say(f"running: oxmerge merge {demo.recipe} {output}")
-    with show_progress(printer) as progress:
-        report = engine.merge(str(demo.recipe), str(output), overwrite=True, progress=progress)
+    # Another demo there would make the checkpoints anew while this one merges them.
+    with claimed(named(options.directory)):
+        printer.say(f"making two checkpoints of size {options.size} in `{options.directory}`")
+        demo = make_demo(options.directory, options.size, options.seed)
+        output = demo.recipe.parent / "merged"
+        printer.say(describe(demo))
+        printer.say(f"running: oxmerge merge {demo.recipe} {output}")
+        with show_progress(printer) as progress:
+            report = engine.merge(str(demo.recipe), str(output), overwrite=True, progress=progress)
     tell(report, printer)
     return 0

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge._core import Checkpoint
-    from oxmerge.merging import MergeReport, Outlook, Snapshot
+    from oxmerge.merging import MergeReport, Snapshot
+    from oxmerge.plans import Plan
 
     Progress = Callable[[Snapshot], None]
 
@@ -39,7 +40,7 @@ class Engine:
         """Merge several times in one pass, calling `options["progress"]` now and then."""
         return oxmerge.sweep(_file(recipe), pattern, axes, **options)
 
-    def plan(self, recipe: str, **options: Any) -> Outlook:  # noqa: ANN401
+    def plan(self, recipe: str, **options: Any) -> Plan:  # noqa: ANN401
         """Plan without merging."""
         return oxmerge.plan(_file(recipe), **options)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 
 from oxmerge.cli.arguments import UsageError
 from oxmerge.cli.printer import DataUnwritten
 from oxmerge.errors import OxmergeError, RecipeError
 from oxmerge.problems import without_hint
+from oxmerge.signals import Ended
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from oxmerge.cli.printer import Printer
     from oxmerge.problems import Problem
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE, ENDED = 0, 1, 2, 128
 
 # The number that Rust puts behind the system's own words.
 _RUST_NUMBER = re.compile(r" \(os error \d+\)")
@@ -27,6 +29,8 @@ _HINTS = {
     errno.ENOSPC: "free some space, or name a directory on another disk",
     errno.ENOTDIR: "a part of this path is a file: name another directory",
     errno.EACCES: "check the permissions of the file and of its folders",
+    errno.EAGAIN: "allow more threads and processes (`ulimit -u`), or ask for fewer `--threads`",
+    errno.ENOMEM: "allow more memory (`ulimit -v`), or ask for less `--memory`, fewer `--threads`",
     errno.EROFS: "the file system is read-only: name a directory on another one",
 }
 
@@ -34,7 +38,7 @@ _HINTS = {
 def exit_code(error: BaseException) -> int:
     """Return the exit code that an exception ends the program with."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        return ENDED + _signal(error)
     if isinstance(error, UsageError | RecipeError):
         return USAGE
     problems = getattr(error, "problems", ())
@@ -91,7 +95,8 @@ def _problem_data(problem: Problem) -> dict[str, Any]:
 
 def _headline(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        number = _signal(error)
+        return "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
     if isinstance(error, MemoryError):
         return "out of memory"
     if isinstance(error, OSError):
@@ -99,6 +104,10 @@ def _headline(error: BaseException) -> str:
         reason = reason[:1].lower() + reason[1:]
         return reason if error.filename is None else f"`{_text(error.filename)}`: {reason}"
     return without_hint(error)[0] if isinstance(error, OxmergeError) else str(error)
+
+
+def _signal(interrupt: KeyboardInterrupt) -> signal.Signals:
+    return interrupt.signal if isinstance(interrupt, Ended) else signal.SIGINT
 
 
 def _text(name: object) -> str | None:

@@ -105,7 +105,8 @@ def _bar(printer: Printer) -> Iterator[Progress]:
         bars.TextColumn("[dim]{task.fields[tensor]}"),
     )
     started = time.monotonic()
-    with bars.Progress(*columns, console=console, transient=True) as bar:
+    # Refreshed with each snapshot, so that it needs no thread of its own, which may not be had.
+    with bars.Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("merge", total=None, figures="", tensor="")
 
         def show(snapshot: Snapshot) -> None:
@@ -121,6 +122,7 @@ def _bar(printer: Printer) -> Iterator[Progress]:
                 total=snapshot.bytes_total,
                 figures=figures,
                 tensor=escape(printable(snapshot.tensor)[-_LONGEST_NAME:]),
+                refresh=True,
             )
 
         yield show

@@ -6,7 +6,8 @@
 //! how it is built and why; `kernels/NUMERICS.md` is the numeric contract.
 //!
 //! A module uses only those before it in this list: `error`, `dtype`, `plan` (data only), `io`,
-//! `checkpoint`, `assembly`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows Python.
+//! `checkpoint`, `assembly`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows
+//! Python.
 
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("oxmerge needs a 64-bit machine: checkpoints are larger than 4 GiB");

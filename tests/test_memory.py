@@ -96,7 +96,8 @@ def check(report: dict[str, Any]) -> None:
     peak, predicted = report["measured"], report["predicted_memory"]
     assert peak <= report["memory"]
     assert abs(peak - predicted) <= 0.15 * predicted, f"{peak / MIB:.1f} of {predicted / MIB:.1f}"
-    assert report["peak_memory"] <= peak
+    # The system counts pages a thread, and adds them up now and then.
+    assert report["peak_memory"] <= peak + MIB
 
 
 def write_sampled(path: Path, seed: int) -> None:

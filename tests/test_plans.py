@@ -53,7 +53,12 @@ def test_whatever_asks_for_a_merge_gives_the_same_bytes(shelf: Path, tmp_path: P
     plan = oxmerge.plan(path, memory="1GiB")
     plan.save(tmp_path / "plan.json")
     expected = merged(path, tmp_path / "0")
-    requests = [recipe, plan, oxmerge.load_plan(tmp_path / "plan.json"), tmp_path / "plan.json"]
+    requests: list[Any] = [
+        recipe,
+        plan,
+        oxmerge.load_plan(tmp_path / "plan.json"),
+        tmp_path / "plan.json",
+    ]
     for number, request in enumerate(requests, start=1):
         assert merged(request, tmp_path / str(number)) == expected
     wanted = plan.tensors.names[3]
@@ -111,7 +116,7 @@ def test_every_number_is_explained(shelf: Path) -> None:
     assert "lambda = 1.0: default" in lines
     norm = plan.explain(plan.tensors.find("model.norm.weight") or "")
     assert "density = 0.5: models[0].parameters.density (line 6)\n" in norm
-    with pytest.raises(oxmerge.PlanError, match="did you mean `model.norm.weight`"):
+    with pytest.raises(oxmerge.PlanError, match=r"did you mean `model\.norm\.weight`"):
         plan.explain("model.norm.weigt")
 
 

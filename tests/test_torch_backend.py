@@ -72,13 +72,15 @@ def backend_on(device: str, vram: int = 4 << 30) -> torch_backend.Backend:
     return backend
 
 
-def on_device(plan: str, directory: Path, device: str, vram: int = 4 << 30, **options: Any) -> Any:
+def on_device(
+    plan: _core.Plan, directory: Path, device: str, vram: int = 4 << 30, **options: Any
+) -> Any:
     """Execute a plan there; the bytes of the shards, and what the engine reports."""
     with backend_on(device, vram) as backend:
         return shards_of(plan, directory, device=backend, **options)
 
 
-def least_vram(plan: str, device: str) -> int:
+def least_vram(plan: _core.Plan, device: str) -> int:
     """Return the least device memory that will do."""
     with pytest.raises(MemoryBudgetError, match="the device memory is too small") as caught:
         _core.predict([plan], 4 << 30, 1, backend_on(device, 1))
@@ -104,7 +106,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=METHODS)
 def case(
     request: pytest.FixtureRequest, family: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, bytes]]:
+) -> tuple[_core.Plan, dict[str, bytes]]:
     """A plan, and the shards that the engine makes of it."""
     folder = tmp_path_factory.mktemp("case")
     recipe = Recipe.from_yaml(recipe_of(folder, family, request.param))
@@ -115,7 +117,7 @@ def case(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_method_gives_the_same_bytes(
-    tmp_path: Path, case: tuple[str, dict[str, bytes]], name: str, device: str
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]], name: str, device: str
 ) -> None:
     plan, expected = case
     options = dict(SETTINGS[name])
@@ -238,7 +240,9 @@ def test_a_sweep_gives_the_same_bytes(tmp_path: Path, family: Path, device: str)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(GPUS < 2, reason=f"{NO_GPU}: two are needed" if GPUS == 0 else "one GPU only")
-def test_several_gpus_share_the_work(tmp_path: Path, case: tuple[str, dict[str, bytes]]) -> None:
+def test_several_gpus_share_the_work(
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]]
+) -> None:
     backend = backend_on("cuda")
     assert len(backend.devices) == GPUS
     workers = [backend.worker() for _ in range(2 * GPUS)]
@@ -495,7 +499,7 @@ class Live(TorchDispatchMode):  # type: ignore[misc]
 
 
 def test_pieces_keep_within_the_device_memory(
-    tmp_path: Path, case: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peaks: list[int] = []
     at_work = torch_backend.Worker.at_work
@@ -834,7 +838,7 @@ def test_auto_decides_by_rates(
 ) -> None:
     cpu, gpu, disk = rates
 
-    def rehearse(_plan: str, _threads: object, backend: object) -> float:
+    def rehearse(_plan: _core.Plan, _threads: object, backend: object) -> float:
         return (cpu if backend is None else gpu) / scale
 
     monkeypatch.setattr(devices, "_has_gpu", lambda: True)
@@ -847,10 +851,10 @@ def test_auto_decides_by_rates(
     assert reason in choice.reason
 
 
-def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> None:
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[_core.Plan, float]) -> None:
     """Pretend that there is one; rates are those of a plan on the CPU. It takes no time there."""
 
-    def rehearse(plan: str, _threads: object, backend: object) -> float:
+    def rehearse(plan: _core.Plan, _threads: object, backend: object) -> float:
         return rates[plan] if backend is None else float("inf")
 
     monkeypatch.setattr(devices, "_has_gpu", lambda: True)

@@ -90,12 +90,12 @@ def write_sparse(path: Path, shapes: Shapes, dtype: str = "BF16") -> Path:
 
 
 def expert_shapes(layers: int, shape: tuple[int, int] = (32, 64)) -> dict[str, tuple[int, ...]]:
-    """Return tensors of the layout of DeepSeek-V3, all of one small shape: 61 layers have 46,500.
+    """Return tensors of the layout of DeepSeek-V3, all of one small shape: 61 layers have 45,337.
 
     The first three layers are dense; each of the others has 256 experts.
     """
-    attention = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-    attention += ("q_a_layernorm", "kv_a_layernorm")
+    attention = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    attention += ["q_a_layernorm", "kv_a_layernorm"]
     matrices = ("gate_proj", "up_proj", "down_proj")
     names = ["model.embed_tokens"]
     for layer in range(layers):
@@ -117,13 +117,16 @@ def write_experts(folder: Path, layers: int, seed: int, *, shard: int = 8 << 20)
     size = 2 * int(np.prod(next(iter(shapes.values()))))
     names, each = list(shapes), max(1, shard // size)
     count = -(-len(names) // each)
-    generator, weight_map = np.random.default_rng(seed), {}
+    generator = np.random.default_rng(seed)
+    weight_map: dict[str, str] = {}
     for number in range(count):
         file_name = f"model-{number + 1:05}-of-{count:05}.safetensors"
         part = names[number * each : (number + 1) * each]
         values = generator.standard_normal((len(part), size // 2), np.float32) * np.float32(0.02)
         write_file(
-            folder / file_name, {n: v.reshape(shapes[n]) for n, v in zip(part, values)}, "BF16"
+            folder / file_name,
+            {n: v.reshape(shapes[n]) for n, v in zip(part, values, strict=True)},
+            "BF16",
         )
         weight_map |= dict.fromkeys(part, file_name)
     index = {"metadata": {"total_size": len(names) * size}, "weight_map": weight_map}

@@ -147,12 +147,13 @@ class Assembler:
                 origin = {"slice": section.where} if self._is_sliced else {}
                 settings.append(self._enter(nothing, [{} for _ in section.sources], origin))
                 continue
-            if first in left_out:
-                first = next((at for at in found.members(group) if at not in left_out), None)
-            resolved = (
-                None if first is None else self._settings_of(run, found, group, first, left_out)
+            sound = (at for at in found.members(group) if at not in left_out)
+            standing = next(sound, None) if first in left_out else first
+            settings.append(
+                None
+                if standing is None
+                else self._settings_of(run, found, group, standing, left_out)
             )
-            settings.append(resolved)
         return settings
 
     def _settings_of(

@@ -56,10 +56,7 @@ class Ledger:
             model.reference,
             merged=_share(fates, "merged"),
             copied=_share(fates, "copied"),
-            dropped={
-                reason: Share(len(names), lambda names=names: names)
-                for reason, names in dropped.items()
-            },
+            dropped={reason: Share(len(names), names.copy) for reason, names in dropped.items()},
         )
 
     def _warn(self, model: InputModel, name: str, reason: str) -> None:

@@ -150,8 +150,8 @@ def plan(
     Parameters
     ----------
     recipe : path, str, mapping, Recipe or Plan
-        What to merge: a file, YAML text, its keys and values, or a recipe; or a plan, or the file of
-        one, which then is planned no more.
+        What to merge: a file, YAML text, its keys and values, or a recipe; or a plan, or the
+        file of one, which then is planned no more.
     memory : int or str, optional
         Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
         or 192 MiB more than are resident already, if that is more: torch alone takes several 100.

@@ -235,8 +235,8 @@ class Resolver:
     def origins(self, name: str, position: float) -> dict[str, dict[str, object]]:
         """Return where the value of each parameter comes from, unless it is the default.
 
-        Parameters are those of `resolve`. ``where`` is the place in the recipe, ``filter`` what chose
-        it, ``gradient`` the points and ``position`` the place among them.
+        Parameters are those of `resolve`. ``where`` is the place in the recipe, ``filter`` what
+        chose it, ``gradient`` the points and ``position`` the place among them.
         """
         found = {}
         for parameter, chain in self._chains:

@@ -97,7 +97,8 @@ class _Planner:
         sections = self.sections(method)
         donor = self.donor(sections)
         targets = [] if donor is None else list(self.targets(sections, donor))
-        table, fates = None, []
+        table: _core.Plan | None = None
+        fates: list[_core.Fates] = []
         if donor is not None:
             table, fates = self.assemble(targets, donor, seed, shard_size)
             if is_known:

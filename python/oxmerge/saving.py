@@ -113,8 +113,8 @@ def load_plan(
     """Return the plan in a file that `Plan.save` wrote.
 
     Nothing in the file is believed: what it refers to must be there, inputs must lie within their
-    files, outputs must fill theirs without overlap or hole, and parameters must be the method's. The
-    input files themselves are looked at when the plan is merged, or its summary is asked for.
+    files, outputs must fill theirs without overlap or hole, and parameters must be the method's.
+    The input files themselves are looked at when the plan is merged, or its summary is asked for.
 
     Parameters
     ----------
@@ -144,9 +144,7 @@ def load_plan(
         table, rest = _core.Plan.load(data.decode())
         del data
         _check_parameters(table)
-        problems = _method_problems(table)
-        if problems:
-            raise PlanError("cannot merge by the plan", problems=problems)
+        _check_method(table)
         fields = _read_output(json.loads(rest), table)
     except UnicodeDecodeError as error:
         raise PlanError(
@@ -159,8 +157,11 @@ def load_plan(
     return Plan(table=table, options=options, **fields)
 
 
-def _method_problems(table: _core.Plan) -> tuple[Problem, ...]:
-    return group_problems(Problem(kind="method", **found) for found in table.problems())
+def _check_method(table: _core.Plan) -> None:
+    """Raise PlanError if the method cannot make one of the tensors."""
+    problems = group_problems(Problem(kind="method", **found) for found in table.problems())
+    if problems:
+        raise PlanError("cannot merge by the plan", problems=problems)
 
 
 def _check_parameters(table: _core.Plan) -> None:
@@ -263,10 +264,10 @@ def _side_file(reader: _Reader) -> SideFile:
 def _pairs(raw: Iterable[list[Any]] | None) -> tuple[tuple[int, int], ...] | None:
     if raw is None:
         return None
-    pairs = tuple(tuple(pair) for pair in raw)
+    pairs: Any = tuple(tuple(pair) for pair in raw)
     if not all(list(map(type, pair)) == [int, int] for pair in pairs):
         raise _wrong("`layer_map` in the plan is not as it should be", raw)
-    return pairs  # type: ignore[return-value]
+    return pairs
 
 
 def _read_account(reader: _Reader) -> ModelAccount:

@@ -127,8 +127,8 @@ impl MemoryPlan {
         });
         let largest = |of: fn((Amount, Amount)) -> u64| pieces.clone().map(of).max().unwrap_or(0);
         let expected = largest(|(piece, beside)| piece.expected + beside.expected);
-        let spare = share - largest(|(piece, beside)| piece.most + beside.most).min(share);
-        let group_bytes = group_bytes(needs, spare);
+        let left_over = share - largest(|(piece, beside)| piece.most + beside.most).min(share);
+        let group_bytes = group_bytes(needs, left_over);
         let mask_room = match offload {
             None => {
                 let worker = largest(|(piece, _)| piece.most) + group_bytes;

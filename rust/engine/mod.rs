@@ -92,21 +92,22 @@ fn most_writing(workers: usize) -> usize {
 }
 
 /// Runs all `tasks`. On an error or a cancellation the workers stop after the piece in hand.
+#[expect(clippy::needless_pass_by_value, reason = "what was run is over, and its sinks closed")]
 pub fn run(tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<Report> {
-    run_on(&Simd(settings.level), tasks, settings, control)
+    run_on(&Simd(settings.level), &tasks, settings, control)
 }
 
 /// The same, with the arithmetic of `backend`.
 pub(crate) fn run_on(
     backend: &dyn Backend,
-    tasks: Vec<Task>,
+    tasks: &Vec<Task>,
     settings: &Settings,
     control: &Control,
 ) -> Result<Report> {
     let offload = backend.offload();
     let needs: Vec<_> = tasks.iter().map(|task| (task.need().on(offload), 1)).collect();
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
-    run_planned(backend, &tasks, settings, memory, control)
+    run_planned(backend, tasks, settings, memory, control)
 }
 
 /// The same in memory that was shared out before.

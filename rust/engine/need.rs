@@ -32,6 +32,8 @@ const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
+/// What a vector of results takes besides them: itself, and what the allocator adds.
+const VECTOR_BYTES: u64 = 64;
 /// What a piece has on a device, an element: values of the working type beside one an input;
 /// temporaries (terms of a sum and their running sums, keys and bins, words of a generator); and
 /// copies of a vector of rows or columns. `tests/test_torch_backend.py` measures them.
@@ -209,7 +211,7 @@ impl Need {
                     self.worker_state.add(Amount::certain(8 * frame.line));
                     self.shared_state.add(Amount::certain(8 * frame.line));
                     // Summed up before there is output; the allocator may keep it until later.
-                    let blocks = 8 * frame.line * frame.column_blocks();
+                    let blocks = (8 * frame.line + VECTOR_BYTES) * frame.column_blocks();
                     self.shared_state.add(Amount::uncertain(blocks));
                 }
                 Scope::Tensor | Scope::Model => {

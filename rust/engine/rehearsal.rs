@@ -78,12 +78,12 @@ pub(crate) fn rate(
         return Ok(f64::INFINITY);
     };
     let settings = Settings { level, workers, memory: u64::MAX / 2, largest_piece: None };
-    run_on(backend, vec![task(plan, tensor)?], &settings, control)?;
+    run_on(backend, &vec![task(plan, tensor)?], &settings, control)?;
     let task = task(plan, tensor)?;
     let widths = task.sources.iter().map(|source| source.dtype().size());
     let width = widths.sum::<usize>() + tensor.dtype().size();
     let bytes = task.frame.elements as f64 * width as f64;
-    let report = run_on(backend, vec![task], &settings, control)?;
+    let report = run_on(backend, &vec![task], &settings, control)?;
     Ok(bytes / report.seconds)
 }
 

@@ -161,7 +161,7 @@ pub fn load(
 fn read(text: &str, header_bytes: impl Fn(&Plan, usize) -> Result<u64>) -> Result<(Plan, Value)> {
     let saved: Saved = serde_json::from_str(text)
         .map_err(|error| Error::plan(format!("this is no plan that oxmerge saved: {error}")))?;
-    if saved.oxmerge_plan != Value::from(PLAN_VERSION) {
+    if saved.oxmerge_plan != PLAN_VERSION {
         return Err(Error::plan("the plan was saved by another version of oxmerge")
             .expected(format_args!("plan version {PLAN_VERSION}"))
             .found(saved.oxmerge_plan));

@@ -18,7 +18,7 @@ from oxmerge.side_files import LeftOut, SideFile, SideFiles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from typing import Any
 
     from oxmerge.methods import Parameter
@@ -245,7 +245,7 @@ class _Reader:
             return None
         is_right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
         if is_right and item is not None:
-            is_right = all(isinstance(each, item) for each in value)
+            is_right = all(isinstance(each, item) for each in value or ())
         if not is_right:
             raise _wrong(f"`{name}` in the plan is not as it should be", value)
         return value
@@ -261,13 +261,12 @@ def _side_file(reader: _Reader) -> SideFile:
     return SideFile(name, Path(reader.get("source", str)), state)
 
 
-def _pairs(raw: Iterable[list[Any]] | None) -> tuple[tuple[int, int], ...] | None:
+def _pairs(raw: list[list[Any]] | None) -> tuple[tuple[int, int], ...] | None:
     if raw is None:
         return None
-    pairs: Any = tuple(tuple(pair) for pair in raw)
-    if not all(list(map(type, pair)) == [int, int] for pair in pairs):
+    if not all(list(map(type, pair)) == [int, int] for pair in raw):
         raise _wrong("`layer_map` in the plan is not as it should be", raw)
-    return pairs
+    return tuple((model, layer) for model, layer in raw)
 
 
 def _read_account(reader: _Reader) -> ModelAccount:

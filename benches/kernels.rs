@@ -1,4 +1,4 @@
-//! How fast the kernels are, beside the roof: a memcpy that moves as many bytes.
+//! How fast the kernels are, one by one; the first lines are a memcpy, to hold them against.
 //!
 //! `cargo bench --bench kernels [-- FILTER]` prints a line per kernel, type and level. Without
 //! `--bench` (as `cargo test --benches` runs it) everything runs once, to see that it does.
@@ -64,18 +64,9 @@ impl Bench {
         let name = format!("{name} {}", level.name());
         if name.contains(&self.filter) {
             let seconds = self.time(call);
-            let roof = self.memcpy(bytes);
             let (rate, elements) = (bytes as f64 / seconds / 1e9, elements as f64 / seconds / 1e9);
-            let share = 100.0 * roof / seconds;
-            println!("{name:56} {rate:7.1} GB/s {elements:6.2} Gel/s {share:5.0} % of memcpy");
+            println!("{name:56} {rate:7.1} GB/s {elements:6.2} Gel/s");
         }
-    }
-
-    /// Seconds of a memcpy that moves that many bytes: reads half, writes half.
-    fn memcpy(&self, bytes: usize) -> f64 {
-        // Both written before, or the first copy would wait for pages.
-        let (src, mut dst) = (vec![1_u8; bytes / 2], vec![2_u8; bytes / 2]);
-        self.time(|| black_box(&mut dst).copy_from_slice(black_box(&src)))
     }
 }
 
@@ -243,6 +234,16 @@ fn fused(bench: &Bench, level: Level) {
     }
 }
 
+fn copies(bench: &Bench, level: Level) {
+    for (place, bytes) in [("cache", 2 * PIECE), ("memory", bench.large())] {
+        // Both written before, or the first copy would wait for pages.
+        let (source, mut target) = (vec![1_u8; bytes], vec![2_u8; bytes]);
+        bench.case(&format!("{place} memcpy"), level, bytes / 2, 2 * bytes, || {
+            black_box(&mut target).copy_from_slice(black_box(&source));
+        });
+    }
+}
+
 fn masks(bench: &Bench, level: Level) {
     let key = MaskKey::new(1, "bench", 0);
     bench.case("cache random_bits", level, SPAN, SPAN / 8, || {
@@ -267,6 +268,7 @@ fn masks(bench: &Bench, level: Level) {
 
 fn main() {
     let bench = Bench::from_arguments();
+    copies(&bench, Level::detect());
     for level in Level::available() {
         conversions::<f32>(&bench, level, "f32");
         conversions::<f64>(&bench, level, "f64");

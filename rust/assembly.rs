@@ -80,6 +80,7 @@ impl Assembly {
         models: Vec<(String, Arc<Checkpoint>)>,
         other_files: Vec<InputFile>,
         dtype: Option<DType>,
+        in_f64: bool,
     ) -> Self {
         let (labels, models): (Vec<_>, Vec<_>) = models.into_iter().unzip();
         let mut files = Vec::new();
@@ -89,7 +90,8 @@ impl Assembly {
             files.extend_from_slice(&model.files);
         }
         files.extend(other_files);
-        let plan = Plan::new(method, seed, files, labels);
+        let mut plan = Plan::new(method, seed, files, labels);
+        plan.in_f64 = in_f64;
         let fates = models.iter().map(|model| vec![Fate::Dropped; model.len()]).collect();
         let builder = Builder::new(plan);
         Self { models, first_files, dtype, builder, fates, layer_shapes: HashMap::new() }

@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 /// The result of every fallible function of the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Bytes of a part of an error, at most.
+const LONGEST: usize = 400;
+
 /// What kind of thing went wrong; decides the Python exception class and the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -56,7 +59,7 @@ impl Error {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Parts {
             kind,
-            message: message.into(),
+            message: shortened(message.into()),
             file: None,
             tensor: None,
             expected: None,
@@ -110,14 +113,14 @@ impl Error {
     /// What should have been there.
     #[must_use]
     pub fn expected(mut self, expected: impl fmt::Display) -> Self {
-        self.0.expected = Some(expected.to_string());
+        self.0.expected = Some(shortened(expected.to_string()));
         self
     }
 
     /// What was there.
     #[must_use]
     pub fn found(mut self, found: impl fmt::Display) -> Self {
-        self.0.found = Some(found.to_string());
+        self.0.found = Some(shortened(found.to_string()));
         self
     }
 
@@ -207,6 +210,17 @@ impl fmt::Display for WithoutFile<'_> {
         }
         Ok(())
     }
+}
+
+/// A text whose middle is left out where it is long: what a stranger's file says may be of any length.
+fn shortened(text: String) -> String {
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    if text.len() <= LONGEST {
+        return text;
+    }
+    let start = (0..=LONGEST / 2).rev().find(boundary).unwrap_or(0);
+    let end = (text.len() - LONGEST / 2..=text.len()).find(boundary).unwrap_or(text.len());
+    format!("{}...{}", &text[..start], &text[end..])
 }
 
 impl fmt::Display for Error {

@@ -9,9 +9,6 @@
 //! `checkpoint`, `assembly`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows
 //! Python.
 
-#[cfg(not(target_pointer_width = "64"))]
-compile_error!("oxmerge needs a 64-bit machine: checkpoints are larger than 4 GiB");
-
 pub mod assembly;
 pub mod checkpoint;
 pub mod dtype;

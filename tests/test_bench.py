@@ -16,17 +16,17 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 from oxmerge import _core, build_info, demo
-from oxmerge.bench import PARTS, cache, chart, compare, kernels, machine, storage, table
-from oxmerge.bench.cases import case_of, cases
+from oxmerge.bench import PARTS, arrays, cache, chart, compare, machine, programs, table
+from oxmerge.bench.cases import Case, case_of, cases, with_far
 from oxmerge.bench.compare import FASTER, SAME, SLOWER, UNKNOWN, Comparison
-from oxmerge.bench.crew import Crew
-from oxmerge.bench.floor import Floor, Way
-from oxmerge.bench.measure import Job, Taken, UnavailableError, measure
-from oxmerge.bench.others import Mergekit
-from oxmerge.bench.panels import panels
-from oxmerge.bench.process import run_process
+from oxmerge.bench.crew import Crews
+from oxmerge.bench.measure import Job, Taken, UnavailableError, measure, time_left
+from oxmerge.bench.panels import Bar, Panel, panels
+from oxmerge.bench.programs import Mergekit, run_process
 from oxmerge.bench.record import Record, Row, read_record, write_record
 from oxmerge.bench.run import Settings, run, thread_counts
+from oxmerge.bench.storage import Floor, storage_jobs
+from oxmerge.bench.transfer import BUFFERED, DIRECT, MAPPED, Transfer, Way
 from oxmerge.cli import bench as verb
 from oxmerge.cli import main
 from oxmerge.errors import OxmergeError
@@ -35,17 +35,25 @@ from oxmerge.sizes import three_digits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+RECORDS = sorted((Path(__file__).parent.parent / "benches" / "record").glob("*.json"))
 METHODS = [method["name"] for method in _core.methods()]
 SMALL = demo.Shape(64, 2, 96, 4, 2, 300, tied=True, shards=2, filled=True)
+DEEPSEEK = demo.SIZES["experts-671b"]
+FEW_EXPERTS = demo.Experts(
+    16, 2, 32, 2, 512, 2, 4, 8, query_rank=8, key_rank=8, rotary=4, plain=8, dense=1, filled=True
+)
+EXPERTS = {
+    "experts": FEW_EXPERTS,
+    "experts-twice": replace(FEW_EXPERTS, layers=4),
+    "experts-671b": replace(FEW_EXPERTS, hidden=64, filled=False),
+}
 ELEMENTS = 1 << 14
 STORAGE = 8 << 20
 
 FAKE_MERGEKIT = f"""#!{sys.executable}
-import pathlib, sys
+import shutil, sys
 if sys.argv[1:] != ["--help"]:
-    output = pathlib.Path(sys.argv[2])
-    output.mkdir()
-    (output / "model.safetensors").write_bytes(bytes(1000))
+    shutil.copytree("out", sys.argv[2])  # what oxmerge wrote just before
 """
 FAKE_PYTHON = """#!/bin/sh
 echo '"9.9"'
@@ -60,7 +68,8 @@ def quiet(_: str) -> None:
 def small() -> Iterator[None]:
     """Make the models small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(demo.SIZES, "tiny", SMALL)
+        for size, shape in {"tiny": SMALL, **EXPERTS}.items():
+            patch.setitem(demo.SIZES, size, shape)
         yield
 
 
@@ -78,8 +87,12 @@ def mergekit(tmp_path_factory: pytest.TempPathFactory) -> Mergekit:
 def record(small: None, mergekit: Mergekit, tmp_path_factory: pytest.TempPathFactory) -> Record:
     """Measure everything once, as small as it gets."""
     folder = tmp_path_factory.mktemp("bench")
-    settings = Settings(str(folder), rounds=1, elements=ELEMENTS, storage_bytes=STORAGE)
-    found = run(settings, _core.methods(), mergekit, quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "_LEAST_BYTES", 1)
+        patch.setattr("oxmerge.bench.merges.COLD", ("linear", "ties"))
+        patch.setattr("oxmerge.bench.merges.SWEPT", {"ties": "parameters.lambda"})
+        settings = Settings(str(folder), PARTS, None, "tiny", 1, ELEMENTS, STORAGE)
+        found = run(settings, _core.methods(), mergekit, quiet)
     assert list(folder.iterdir()) == []  # the files are gone
     return found
 
@@ -106,14 +119,18 @@ def test_no_two_rows_are_of_the_same_thing(record: Record) -> None:
 
 def test_every_method_is_measured_in_memory_and_in_files(record: Record) -> None:
     assert [row.name for row in rows(record, "kernels")][-len(METHODS) :] == METHODS
-    warm = [row for row in rows(record, "merge", "oxmerge") if row.state == "warm"]
-    assert [row.name for row in warm] == METHODS
+    merges = rows(record, "merge", "oxmerge")
+    warm = [row.name for row in merges if row.state == "warm"]
+    assert [name for name in warm if "far" not in name] == METHODS
+    assert [name for name in warm if "far" in name] == ["ties, far", "dare_ties, far"]
+    cold = [row.name for row in merges if row.state == "cold"]
+    assert cold == ["linear", "ties", "ties, far"]
     failed = [note for note in record.notes if "not measured" in note and "page cache" not in note]
     assert failed == []
 
 
 def test_threads_and_instruction_sets_are_side_by_side(record: Record) -> None:
-    for name in kernels.SCALED:
+    for name in arrays.SCALED:
         threads = [row.threads for row in rows(record, "threads") if row.name == name]
         assert threads == thread_counts()
         levels = [row.simd for row in rows(record, "simd") if row.name == name]
@@ -121,20 +138,55 @@ def test_threads_and_instruction_sets_are_side_by_side(record: Record) -> None:
 
 
 def test_bytes_are_those_that_a_run_moves(record: Record) -> None:
-    copy = rows(record, "memory")[0]
-    assert (copy.bytes_read, copy.bytes_written) == (2 * ELEMENTS, 2 * ELEMENTS)
+    moved = {row.name: (row.bytes_read, row.bytes_written) for row in rows(record, "memory")}
+    one = 2 * ELEMENTS
+    assert moved == {"copy": (one, one), "read": (one, 0), "write": (0, one)}
     by_name = {row.name: row for row in rows(record, "kernels")}
     assert by_name["ties"].bytes_read == 3 * 2 * ELEMENTS
     assert by_name["slerp"].bytes == 3 * 2 * ELEMENTS
     for row in rows(record, "storage"):
         assert row.bytes == STORAGE
-    one = rows(record, "merge", "oxmerge")
-    for row in one:
+    merges = rows(record, "merge", "oxmerge")
+    for row in merges:
         floor = record.beside(row, "floor")
         assert floor is not None
         assert (floor.bytes_read, floor.bytes_written) == (row.bytes_read, row.bytes_written)
     # A header is all that a file has beside its tensors.
-    assert 0 < min(row.bytes_written for row in one) - demo.model_bytes("tiny") < 10_000
+    assert 0 < min(row.bytes_written for row in merges) - demo.model_bytes("tiny") < 10_000
+
+
+def test_a_sweep_reads_once_and_writes_every_output(record: Record) -> None:
+    (sweep,) = rows(record, "sweep", "oxmerge")
+    ties = next(row for row in rows(record, "merge", "oxmerge") if row.name == "ties")
+    assert (sweep.name, sweep.bytes_read) == ("ties, 9 outputs", ties.bytes_read)
+    assert sweep.bytes_written == 9 * ties.bytes_written
+    floor = record.beside(sweep, "floor")
+    assert floor is not None
+    assert floor.bytes_written == sweep.bytes_written
+
+
+def test_many_tensors_are_planned_and_merged(record: Record) -> None:
+    found = {row.name: row for row in rows(record, "tensors", "oxmerge")}
+    counts = [sum(1 for _ in shape.tensors()) for shape in EXPERTS.values()][:2]
+    merges = [f"{name}, {count:,} tensors" for count in counts for name in ("linear", "ties")]
+    sparse = [f"plan of {name}, real sizes" for name in ("linear", "ties")]
+    assert (
+        list(found) == [name for merge in merges for name in (f"plan of {merge}", merge)] + sparse
+    )
+    for name in merges:
+        row = found[name]
+        assert row.tensors in counts
+        assert row.bytes_read == 3 * row.bytes_written
+        assert row.predicted_memory
+        assert record.beside(row, "floor")
+        assert record.beside(row, "mergekit")
+
+
+def test_the_layout_is_that_of_deepseek() -> None:
+    tensors = list(DEEPSEEK.tensors())
+    assert sum(tensor.elements for tensor in tensors) == 671_026_419_200
+    names = [tensor.name for tensor in tensors]
+    assert len(names) == len(set(names)) == 61 * 9 + 3 * 3 + 58 * (2 + 3 * 257) + 3
 
 
 def test_merges_tell_their_peak_memory_and_their_process(record: Record) -> None:
@@ -146,35 +198,47 @@ def test_merges_tell_their_peak_memory_and_their_process(record: Record) -> None
 
 def test_another_program_runs_once_for_each_merge(record: Record) -> None:
     others = rows(record, "merge", "mergekit")
-    assert [row.name for row in others] == METHODS
+    assert [row.name for row in others if "far" not in row.name] == METHODS
     assert all(row.peak_memory for row in others)
     assert record.settings["mergekit"] == "9.9"
-    assert "mergekit 9.9" in table.text(record)
+    text = table.text(record)
+    assert "mergekit 9.9" in text
+    assert "whole processes" in text
+    said = "linear: beside mergekit, 100.0000% of the elements are equal, the largest difference 0"
+    assert said in record.notes
 
 
 def test_the_yardsticks_are_none_of_the_engines_code() -> None:
-    for module in ("crew", "memory", "storage", "floor", "cache"):
-        text = (Path(kernels.__file__).parent / f"{module}.py").read_text()
-        assert not re.search(r"_core|oxmerge\.kernels|merge_tensors", text), module
+    for module in ("crew", "transfer", "storage", "cache"):
+        text = (Path(arrays.__file__).parent / f"{module}.py").read_text()
+        assert not re.search(r"_core|kernels|merge_tensors", text), module
 
 
 @pytest.mark.parametrize(
     ("program", "count", "reason"),
     [
         ("echo no torch >&2; exit 3", 1, "mergekit 9.9: not measured: mergekit-yaml ended with 3"),
-        ("exit 0", len(METHODS), "mergekit-yaml ended well, but left no model"),
+        ("exit 0", 1, "mergekit-yaml ended well, but left no model"),
+        ("[ $1 = --help ] || sleep 60", 1, "mergekit-yaml was stopped after 0.2 s"),
     ],
 )
 def test_another_program_that_misbehaves_costs_only_its_own_rows(
-    small: None, mergekit: Mergekit, tmp_path: Path, program: str, count: int, reason: str
+    small: None,
+    mergekit: Mergekit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    count: int,
+    reason: str,
 ) -> None:
     broken = tmp_path / "mergekit-yaml"
     broken.write_text(f"#!/bin/sh\n{program}\n")
     broken.chmod(stat.S_IRWXU)
-    settings = Settings(str(tmp_path), ("merge",), rounds=1)
+    monkeypatch.setattr(programs, "LIMIT", 0.2)
+    settings = Settings(str(tmp_path), ("merge",), ("nuslerp",), rounds=1)
     found = run(settings, _core.methods(), replace(mergekit, program=broken), quiet)
     assert rows(found, "merge", "mergekit") == []
-    assert {row.name for row in rows(found, "merge", "oxmerge")} == set(METHODS)
+    assert [row.name for row in rows(found, "merge", "oxmerge")] == ["nuslerp"]
     assert len([note for note in found.notes if reason in note]) == count
 
 
@@ -193,9 +257,31 @@ def test_rounds_are_interleaved_and_warm_ups_do_not_count() -> None:
 
     jobs = [job("a", warm_up=True), job("b", warm_up=False), job("c", warm_up=False, most=1)]
     found, notes = measure(jobs, 2, quiet)
-    assert order == ["a", "a", "b", "c", "a", "b"]
-    assert [row.seconds for row in found] == [(2.0, 5.0), (3.0, 6.0), (4.0,)]
+    # What runs in fewer rounds runs in the last ones.
+    assert order == ["a", "a", "b", "a", "b", "c"]
+    assert [row.seconds for row in found] == [(2.0, 4.0), (3.0, 5.0), (6.0,)]
     assert notes == []
+
+
+def test_the_time_left_is_told_when_it_is_known() -> None:
+    one, other, never = (Job(Row("memory", "a", "x", "y", 1, 1), lambda: Taken(1)) for _ in "abc")
+    assert time_left([one, other]) == "2 runs left"
+    one.busy, other.busy = [1.0, 3.0], [58.0]
+    assert time_left([one, other]) == "about 1 min 0 s left"
+    assert time_left([one, other, never]) == "more than 1 min 0 s left"
+    assert time_left([one, never, never]) == "3 runs left"
+
+
+def test_what_is_measured_and_how_long_it_takes_is_said() -> None:
+    said: list[str] = []
+    jobs = [Job(Row("memory", name, "x", "y", 1, 1), lambda: Taken(1)) for name in "ab"]
+    measure(jobs, 2, said.append)
+    assert said == [
+        "round 1 of 2, 4 runs left: memory: a, x, y",
+        "round 1 of 2, 3 runs left: memory: b, x, y",
+        "round 2 of 2, about 0.0 s left: memory: a, x, y",
+        "round 2 of 2, about 0.0 s left: memory: b, x, y",
+    ]
 
 
 def test_what_cannot_be_measured_is_a_note() -> None:
@@ -208,12 +294,8 @@ def test_what_cannot_be_measured_is_a_note() -> None:
 
 
 def test_a_short_read_is_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Crew(2) as crew:
-        jobs = [
-            job
-            for job in storage.storage_jobs(tmp_path, STORAGE, [crew])
-            if job.row.state == "warm"
-        ]
+    with Crews() as crews:
+        jobs = [job for job in storage_jobs(tmp_path, STORAGE, crews) if job.row.state == "warm"]
         monkeypatch.setattr(os, "preadv", lambda *_: 17)
         found, notes = measure(jobs, 1, quiet)
     assert found == []
@@ -223,8 +305,8 @@ def test_a_short_read_is_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_write_is_flushed_on_the_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Crew(2) as crew:
-        jobs = list(storage.storage_jobs(tmp_path, STORAGE, [crew]))
+    with Crews() as crews:
+        jobs = list(storage_jobs(tmp_path, STORAGE, crews))
         flushed: list[int] = []
         monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_size))
         for job in jobs:
@@ -245,15 +327,15 @@ def test_the_page_cache_is_looked_at(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "warm", lambda _: None)
         with pytest.raises(UnavailableError, match="only 0% of the bytes stay in the page cache"):
-            storage.check_state([path], cached=True)
-    storage.check_state([path], cached=True)
+            cache.bring([path], cached=True)
+    cache.bring([path], cached=True)
     assert cache.cached_share([path]) == 1
-    storage.check_state([path], cached=False)
+    cache.bring([path], cached=False)
     assert cache.cached_share([path]) == 0
 
 
-@pytest.mark.parametrize("direct", [False, True])
-def test_the_floor_reads_all_and_writes_a_model(tmp_path: Path, *, direct: bool) -> None:
+@pytest.mark.parametrize("how", [BUFFERED, DIRECT, MAPPED])
+def test_the_floor_reads_all_and_writes_models(tmp_path: Path, how: str) -> None:
     random = np.random.default_rng(0)
     sizes = (3 << 20, (1 << 20) + 12345)
     models = []
@@ -262,15 +344,48 @@ def test_the_floor_reads_all_and_writes_a_model(tmp_path: Path, *, direct: bool)
         for path, size in zip(paths, sizes, strict=True):
             path.write_bytes(random.bytes(size))
         models.append(paths)
-    floor = Floor(models, tmp_path / "out")
-    assert (floor.bytes_read, floor.bytes_written) == (3 * sum(sizes), sum(sizes))
-    floor.clear()
-    try:
-        floor.run(Way(3, 2 << 20, direct_reads=direct, direct_writes=direct))
-    except UnavailableError as reason:
-        pytest.skip(str(reason))
-    written = [(tmp_path / "out" / path.name).read_bytes() for path in models[0]]
-    assert written == [path.read_bytes() for path in models[-1]]
+    outputs = [[tmp_path / f"out-{copy}-{path.name}" for path in models[0]] for copy in range(2)]
+    transfer = Transfer(sizes, models, outputs)
+    assert (transfer.bytes_read, transfer.bytes_written) == (3 * sum(sizes), 2 * sum(sizes))
+    with Crews() as crews:
+        floor = Floor(transfer, lambda: None, crews)
+        for _ in range(2):  # the second finds what the first left
+            floor.prepare()
+            try:
+                floor.ready(Way(3, 2 << 20, how, how))()
+            except UnavailableError as reason:
+                pytest.skip(str(reason))
+    for output in outputs:
+        assert [path.read_bytes() for path in output] == [path.read_bytes() for path in models[-1]]
+
+
+def test_the_floor_is_the_fastest_way_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {
+        Way(machine.cores() + 6, 8 << 20, writes=DIRECT): 2.0,
+        Way(machine.cores(), 8 << 20, writes=DIRECT): 1.0,
+    }
+
+    def ready(_: Floor, way: Way) -> Any:
+        def run() -> Taken:
+            if way.reads == DIRECT:
+                raise UnavailableError("this file system cannot do it")
+            return Taken(seconds.get(way, 3.0))
+
+        return run
+
+    monkeypatch.setattr(Floor, "ready", ready)
+    with Crews() as crews:
+        floor = Floor(Transfer([], [], []), lambda: None, crews)
+        assert seconds[floor.best_way(cold=True, say=quiet)] == 1
+
+        def fail() -> None:
+            raise UnavailableError("it stays in the page cache")
+
+        floor = Floor(Transfer([], [], []), fail, crews)
+        with pytest.raises(UnavailableError, match="it stays in the page cache"):
+            floor.best_way(cold=True, say=quiet)
 
 
 def test_a_process_has_its_own_peak_memory(tmp_path: Path) -> None:
@@ -289,14 +404,15 @@ def test_a_process_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_the_instruction_set_is_forced_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = kernels.Arrays.draw(ELEMENTS)
+    with Crews() as crews:
+        made = arrays.Arrays.draw(ELEMENTS, crews.of(1))
     seen: list[str | None] = []
     monkeypatch.setattr(
         "oxmerge.kernels.weighted_sum",
         lambda *_, **__: seen.append(os.environ.get("OXMERGE_SIMD")),
     )
     monkeypatch.setenv("OXMERGE_SIMD", "portable")
-    for job in kernels.simd_jobs(arrays, []):
+    for job in arrays.simd_jobs(made, []):
         if job.row.name.startswith("weighted_sum"):
             job.run()
     assert seen == build_info()["simd_available"]
@@ -336,6 +452,16 @@ def test_a_new_method_has_a_case() -> None:
     case = case_of(new)
     assert (case.models, case.shared) == (3, {"strength": 0.5})
     assert case.each == ({"density": 0.5}, {"density": 0.5})
+
+
+def test_far_fine_tunes_are_other_models() -> None:
+    ties = cases(_core.methods(), ["ties"])
+    near, far = with_far(ties)
+    models = ["base", "near 1", "near 2", "far 1", "far 2"]
+    assert near.of(models) == ["base", "near 1", "near 2"]
+    assert far.of(models) == ["base", "far 1", "far 2"]
+    assert (near.name, far.name) == ("ties", "ties, far")
+    assert Case("linear", has_base=False, models=2, shared={}, each=()).of(models) == models[1:3]
 
 
 # The record.
@@ -384,11 +510,12 @@ def test_the_schema_stays(record: Record) -> None:
     data = json.loads(write_record(record))
     assert list(data) == ["schema", "version", "created", "machine", "settings", "rows", "notes"]
     assert (data["schema"], data["version"]) == ("oxmerge-bench", 1)
-    assert set(data["machine"]) == set(MACHINE)
+    assert set(data["machine"]) == {*MACHINE, "busy_elsewhere", "stolen"}
     assert set(data["settings"]) == {*SETTINGS, "mergekit"}
     assert {key for row in data["rows"] for key in row} == {
         *("part", "name", "by", "state", "bytes_read", "bytes_written", "threads", "simd"),
-        *("elements", "seconds", "process_seconds", "peak_memory", "median_seconds"),
+        *("elements", "tensors", "seconds", "process_seconds", "peak_memory"),
+        *("predicted_memory", "median_seconds"),
         *("quartile_seconds", "gb_per_s", "elements_per_s", "share_of_memcpy", "times_floor"),
     }
 
@@ -397,6 +524,13 @@ def test_a_record_is_read_as_it_was_written(record: Record, tmp_path: Path) -> N
     path = tmp_path / "record.json"
     path.write_text(write_record(record))
     assert read_record(str(path)) == record
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_records_of_earlier_days_are_read(path: Path) -> None:
+    record = read_record(str(path))
+    assert "Merges of files" in table.text(record)
+    assert chart.page(record)
 
 
 def test_keys_that_are_new_do_no_harm(tmp_path: Path) -> None:
@@ -482,14 +616,18 @@ def test_a_row_that_moves_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_follows_from_a_row() -> None:
-    copy = Row("memory", "copy", "numpy", "memory", 100, 100, 2, seconds=(1.0,))
+    copy = Row("memory", "copy", "memcpy", "memory", 100, 100, 2, seconds=(1.0,))
+    read = Row("memory", "read", "memcpy", "memory", 100, 0, 2, seconds=(0.25,))
     row = made_up(2.0, 4.0, 3.0, 10.0, 1.0)
-    record = record_of(copy, row)
+    record = record_of(copy, read, row)
     assert row.median == 3
     assert row.quartiles == (2, 4)
     assert row.rate == pytest.approx(400 / 3)
     assert row.element_rate == pytest.approx(50 / 3)
-    assert record.share_of_memcpy(row) == pytest.approx(400 / 3 / 200)
+    # A hundred bytes copied, and two hundred only read.
+    assert record.memcpy_seconds(row) == pytest.approx(1 + 0.5)
+    assert record.share_of_memcpy(row) == pytest.approx(1.5 / 3)
+    assert record_of(copy, row).share_of_memcpy(row) == pytest.approx(400 / 200 / 3)
     assert record.share_of_memcpy(copy) is None
     assert record.share_of_memcpy(replace(row, threads=1)) is None
     floor = Row("merge", "ties", "floor", "warm", 1, 1, seconds=(2.0,))
@@ -541,11 +679,41 @@ def test_only_the_same_work_is_compared() -> None:
     old, new = record_of(same, other), record_of(same, larger, cpu="B")
     assert [each.new for each in compare.compare(old, new)] == [same]
     remarks = list(compare.remarks(old, new))
+    moved = "another number of bytes was moved"
     assert remarks == [
         "cpu differs: A <fast> & small one then, B now",
-        "1 of 2 rows of the old record are not in the other",
-        "1 of 2 rows of the new record are not in the other",
+        f"1 row of the old record not compared, since {moved} now: {other.title}",
+        f"1 row of the new record not compared, since {moved} then: {other.title}",
     ]
+
+
+def merge(**changes: Any) -> Row:
+    return made_up(1, **{"part": "merge", "state": "warm", "process_seconds": (2.0,), **changes})
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "size", "reason"),
+    [
+        (made_up(1), merge(), "tiny", "the part `merge` was not measured then"),
+        (merge(name="ties"), merge(), "tiny", "it was not measured then"),
+        (merge(), merge(bytes_read=7), "1b", "the models were of size tiny then and 1b now"),
+        (merge(), merge(bytes_read=7), "tiny", "another number of bytes was moved then"),
+        (made_up(1, threads=4), made_up(1), "tiny", "it ran with 4 threads then"),
+        (made_up(1, part="simd", simd="x"), made_up(1, part="simd"), "tiny", "avx2 was not mea"),
+    ],
+)
+def test_why_a_row_has_no_partner(there: Row, here: Row, size: str, reason: str) -> None:
+    new = replace(record_of(here), settings={**SETTINGS, "size": size})
+    told = [line for line in compare.remarks(record_of(there), new) if "of the new record" in line]
+    assert len(told) == 1
+    assert f"since {reason}" in told[0]
+
+
+def test_many_rows_without_a_partner_are_told_in_a_line() -> None:
+    old = record_of(made_up(1), *(made_up(1, part="simd", simd=str(n)) for n in range(6)))
+    (told,) = compare.remarks(old, record_of(made_up(1)))
+    assert told.startswith("6 rows of the old record not compared, since the part `simd`")
+    assert told.endswith("and 2 more")
 
 
 def test_another_instruction_set_is_told() -> None:
@@ -594,11 +762,11 @@ def test_the_svg_is_valid_and_has_a_label_for_every_bar(record: Record) -> None:
     root = ET.fromstring(chart.svg(record))
     space = "{http://www.w3.org/2000/svg}"
     texts = [element.text for element in root.iter(f"{space}text")]
-    bars = [bar for panel in panels(record) for bar in panel.bars]
-    assert len(bars) == len(record.rows)
-    for bar in bars:
-        assert bar.label in texts
-        assert bar.text in texts
+    for panel in panels(record):
+        assert {f"{tick:g}" for tick in panel.ticks} <= set(texts)
+        for bar in panel.bars:
+            assert bar.label in texts
+            assert bar.text in texts
     height = float(root.attrib["height"])
     for element in root.iter():
         assert float(element.attrib.get("y", 0)) <= height
@@ -658,7 +826,43 @@ def test_the_page_is_one_file(record: Record) -> None:
     assert tags.open == []
     assert tags.fetched == []
     assert "<script" not in page
-    assert page.count("<table>") == len(PARTS)
+    # Where there are two programs, their processes have a table of their own.
+    assert page.count("<table>") == len(PARTS) + 2
+
+
+def test_bars_of_a_panel_are_alike(record: Record) -> None:
+    found = {panel.title: panel for panel in panels(record)}
+    assert {"Storage: reads", "Storage: writes"} <= set(found)
+    for state in ("warm", "cold"):
+        panel = found[f"Merges of files, {state} inputs: from the first open to the last fsync"]
+        merges = [row for row in rows(record, "merge", "oxmerge") if row.state == state]
+        assert [bar.label for bar in panel.bars] == [row.name for row in merges]
+        assert panel.line == "floor"
+        for bar, row in zip(panel.bars, merges, strict=True):
+            floor = record.beside(row, "floor")
+            assert floor is not None
+            assert bar.line is not None
+            assert bar.value * 1e9 == pytest.approx(row.rate)
+            assert bar.line * 1e9 == pytest.approx(floor.rate)
+    panel = found["Merges of files: whole processes, from start to exit"]
+    assert {bar.by for bar in panel.bars} == {"oxmerge", "mergekit"}
+    row = rows(record, "merge", "oxmerge")[0]
+    assert panel.bars[0].value * 1e9 == pytest.approx(row.bytes / row.process_seconds[0])
+
+
+@pytest.mark.parametrize(("most", "last"), [(0.9, 0.8), (1, 1), (9.3, 8), (47, 40), (210, 200)])
+def test_ticks_are_round_and_few(most: float, last: float) -> None:
+    ticks = Panel("", (Bar("", "", most / 2, 0, most / 2, most),)).ticks
+    assert ticks[0] == 0
+    assert ticks[-1] == pytest.approx(last)
+    assert 3 <= len(ticks) <= 7
+
+
+def test_the_page_says_what_changed(record: Record) -> None:
+    page = chart.page(record, record_of(made_up(1), cpu="old one"))
+    assert "Then and now" in page
+    assert "cpu differs: old one then" in page
+    assert "of the new record not compared, since" in page
 
 
 # The command.
@@ -676,6 +880,8 @@ def bench(
     """Run the command with small sizes, in a folder of its own."""
     sizes = {"rounds": 1, "elements": ELEMENTS, "storage_bytes": STORAGE}
     monkeypatch.setattr(verb, "_QUICK", sizes)
+    monkeypatch.setattr(arrays, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> Output:
@@ -690,9 +896,34 @@ def test_it_prints_a_table_and_is_quiet_otherwise(bench: Any, tmp_path: Path) ->
     code, out, err = bench("--quick", "--only", "memory,kernels")
     assert (code, err) == (0, "")
     assert out.startswith("# oxmerge ")
-    assert "## Copy in memory: 64 KiB read and written" in out
+    assert "## Copies in memory" in out
     assert "## Storage" not in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_busy_machine_is_warned_about(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 0.0, 0.0))
+    _, out, err = bench("--quick", "--only", "memory")
+    assert "warning: the load average was 9.00 at the start" in err
+    assert "- the load average was 9.00 at the start" in out
+
+
+def test_what_others_take_of_the_processor_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    counted = iter(["1 0 1 5 0 0 0 0 0 0", f"{6 * ticks + 1} 0 1 5 0 0 0 {ticks} 0 0"])
+    clock, own = iter([0.0, 10.0]), iter([(0.0,) * 5, (1.0, 1.0, 0.0, 0.0, 9.0)])
+    monkeypatch.setattr(machine, "_text", lambda _: f"cpu  {next(counted)}\ncpu0 1\n")
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(os, "times", lambda: next(own))
+    others = machine.Others()
+    busy = others.busy()
+    assert busy == {"busy_elsewhere": 0.4, "stolen": 0.1}
+    told = machine.warnings_of({**MACHINE, "busy_elsewhere": 0.6, "stolen": 0.2})
+    assert "; ".join(told) == (
+        "other programs kept 0.60 of 2 cores busy; the host took 0.20 of 2 cores away; "
+        "times are too long and uneven: measure again when it is quiet"
+    )
+    assert machine.warnings_of({**MACHINE, **busy, "stolen": 0.0}) == []
 
 
 def test_it_writes_and_shows_and_compares_records(bench: Any, tmp_path: Path) -> None:
@@ -701,13 +932,11 @@ def test_it_writes_and_shows_and_compares_records(bench: Any, tmp_path: Path) ->
     assert code == 0
     ET.parse("c.svg")
     assert (tmp_path / "p.html").read_text().startswith("<!DOCTYPE html>")
-    assert [len(row.seconds) for row in read_record("r.json").rows] == [3] * len(
-        dict.fromkeys((1, machine.cores()))
-    )
+    assert {len(row.seconds) for row in read_record("r.json").rows} == {3}
     assert bench("--show", "r.json")[1] == out
     code, text, _ = bench("--show", "r.json", "--compare", "r.json")
     assert code == 0
-    assert re.search(r"^\| memory: copy, numpy, .* 1\.00 × \| same +\|$", text, re.MULTILINE)
+    assert re.search(r"^\| memory: copy, memcpy, .* 1\.00 × \| same +\|$", text, re.MULTILINE)
     code, text, _ = bench("--show", "r.json", "--compare", "r.json", "--json")
     data = json.loads(text)
     assert {each["verdict"] for each in data["comparison"]} == {"same"}
@@ -726,6 +955,7 @@ def test_bars_are_drawn_where_a_person_watches(
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
+        ("--methods lienar", 2, "there is no method `lienar`"),
         ("--only disks", 2, "`disks` is not among memory, storage,"),
         ("--rounds 0", 2, "is not a whole number from 1"),
         ("--size 7b", 2, "invalid choice"),
@@ -739,6 +969,7 @@ def test_bars_are_drawn_where_a_person_watches(
         ("--show r.json --only memory", 2, "`--only` has no effect"),
         ("--show r.json --size tiny", 2, "`--size` has no effect"),
         ("--show r.json --quick", 2, "`--quick` has no effect"),
+        ("--show r.json --methods ties", 2, "`--methods` has no effect"),
         ("--show r.json --rounds 3", 2, "`--rounds` has no effect"),
         ("--show r.json --against mergekit=x", 2, "`--against` has no effect"),
         ("--save= --quick", 2, "the name of a file is empty"),
@@ -772,8 +1003,11 @@ def test_a_place_without_permission_is_refused(
     assert f"`{name}` cannot be written: permission denied" in err
 
 
-def test_an_interpreter_without_mergekit_is_refused(bench: Any) -> None:
-    code, _, err = bench("--against", f"mergekit={sys.executable}")
+def test_an_interpreter_without_mergekit_is_refused(bench: Any, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho null\n")
+    python.chmod(stat.S_IRWXU)
+    code, _, err = bench("--against", f"mergekit={python}")
     assert code == 1
     assert "this interpreter has no mergekit" in err
 

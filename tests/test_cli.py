@@ -6,17 +6,27 @@ import errno
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import oxmerge
 import pytest
 from oxmerge.cli import VERBS, main
 from oxmerge.cli.engine import Engine
 from oxmerge.cli.printer import Printer
-from oxmerge.cli.progress import PlainProgress, progress_line, show_progress
+from oxmerge.cli.progress import (
+    Estimate,
+    PlainProgress,
+    progress_line,
+    show_progress,
+    watched,
+)
 from oxmerge.errors import (
     CheckpointError,
     MemoryBudgetError,
@@ -28,6 +38,10 @@ from oxmerge.errors import (
 from oxmerge.merging import Snapshot
 from oxmerge.problems import Problem
 from oxmerge.sizes import format_duration
+from writers import random_arrays, write_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 METHODS: list[dict[str, Any]] = [
     {
@@ -55,7 +69,10 @@ METHODS: list[dict[str, Any]] = [
                 "default": None,
                 "required": True,
                 "per": "shared",
-                "help": "0 gives the base, 1 the other model; " * 4,
+                "limits": [None, None],
+                "usual": [-0.5, 1.5],
+                "acts": True,
+                "help": "; ".join(["0 gives the base, 1 the other model"] * 4),
             },
             {
                 "name": "flatten",
@@ -63,6 +80,9 @@ METHODS: list[dict[str, Any]] = [
                 "default": True,
                 "required": False,
                 "per": "shared",
+                "limits": [None, None],
+                "usual": [None, None],
+                "acts": True,
                 "help": "one vector a tensor",
             },
         ],
@@ -79,6 +99,7 @@ class Report:
     files: int = 2
     bytes_read: int = 2_000_000_000
     bytes_written: int = 1_000_000_000
+    input_bytes: int = 1_500_000_000
     seconds: float = 1.5
     peak_memory: int = 180 << 20
     memory: int = 256 << 20
@@ -197,7 +218,7 @@ def test_merge_passes_on_everything(run: Any) -> None:
     engine = FakeEngine()
     line = "merge r.yml out --memory 2GiB --threads 3 --seed 7 --shard-size 5B --overwrite"
     more = ("--strict", "--read-path=mapped", "--device", "cuda:1", "--vram=3GiB")
-    run(*line.split(), *more, engine=engine)
+    run(*line.split(), *more, "--allow-mismatch", engine=engine)
     assert engine.calls[0][2] == {
         "memory": 2 << 30,
         "threads": 3,
@@ -207,6 +228,7 @@ def test_merge_passes_on_everything(run: Any) -> None:
         "shard_size": 5_000_000_000,
         "overwrite": True,
         "strict": True,
+        "allow_mismatch": True,
         "read_path": "mapped",
     }
 
@@ -223,8 +245,8 @@ def test_sweep_passes_on_its_axes(run: Any) -> None:
         "warning: odd\n"
         "wrote `out/0.1`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
         "wrote `out/0.9`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
-        "2 merges in one pass: 2.00 GB/s read and written, peak memory 180 MiB of 256 MiB, "
-        "4 threads, avx512\n"
+        "2 merges in one pass: 2.33 GB/s (inputs and output once), peak memory 180 MiB of "
+        "256 MiB, 4 threads, avx512\n"
     )
 
 
@@ -325,7 +347,7 @@ def test_merge_ends_with_two_lines(run: Any) -> None:
     assert (code, out) == (0, "")
     assert err == (
         "wrote `out`: 75 tensors in 2 files, 1 GB in 1.5 s\n"
-        "2.00 GB/s read and written, peak memory 180 MiB of 256 MiB, 4 threads, avx512\n"
+        "1.67 GB/s (inputs and output once), peak memory 180 MiB of 256 MiB, 4 threads, avx512\n"
     )
 
 
@@ -377,6 +399,7 @@ def test_one_method(run: Any) -> None:
         "  t (float, one for all models, required)\n"
         "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
         "      0 gives the base, 1 the other model; 0 gives the base, 1 the other model;\n"
+        "      usually from -0.5 to 1.5\n"
         "  flatten (bool, one for all models, default true)\n"
         "      one vector a tensor\n"
     )
@@ -451,7 +474,53 @@ def test_demo_makes_and_merges(run: Any, tmp_path: Path) -> None:
         ("merge", (str(folder / "recipe.yml"), str(folder / "merged")), {"overwrite": True})
     ]
     assert "made two checkpoints of 53.5 MB each" in err
-    assert err.splitlines()[-2].startswith("wrote `")
+    told, _, commands = err.partition("\n\nwhat to try next:\n")
+    assert told.splitlines()[-2].startswith("wrote `")
+    verbs = [shlex.split(command)[3] for command in commands.splitlines()]
+    assert verbs == ["inspect", "plan", "sweep", "methods", "bench"]
+
+
+def test_a_recipe_from_standard_input(tmp_path: Path, twins: Path) -> None:
+    recipe = (twins / "linear.yml").read_bytes()
+
+    def run(*arguments: str, text: bytes = recipe) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "oxmerge", *arguments]
+        return subprocess.run(command, input=text, cwd=twins, capture_output=True, check=False)
+
+    assert run("merge", "-", str(tmp_path / "out")).returncode == 0
+    assert (tmp_path / "out/oxmerge_recipe.yml").read_bytes() == recipe
+    assert b"method    linear" in run("plan", "-").stdout
+    swept = ["--set", "models[0].parameters.weight=0.1,0.2"]
+    assert run("sweep", "-", str(tmp_path / "w{weight}"), *swept).returncode == 0
+    assert (tmp_path / "w0.2/model.safetensors").exists()
+    for text, told in (
+        (b"", b"found nothing"),
+        (b"\xff", b"not a text file"),
+        (b"a: [", b"line 1"),
+    ):
+        failed = run("plan", "-", text=text)
+        assert failed.returncode == 2
+        assert told in failed.stderr
+    closed = process(
+        "import os, sys; os.close(0); sys.stdin = None\n"
+        "from oxmerge.cli import main; sys.exit(main(['plan', '-']))"
+    )
+    assert (closed.returncode, closed.stderr.splitlines()[0]) == (
+        2,
+        "error: there is no standard input",
+    )
+
+
+def test_exit_codes_of_what_is_not_supported(tmp_path: Path, run: Any) -> None:
+    text = "merge_method: linear\nmodels: [{model: a+b}]\n"
+    (tmp_path / "r.yml").write_text(text)
+    code, _, err = run("plan", str(tmp_path / "r.yml"), engine=Engine())
+    assert (code, "not supported yet: a LoRA" in err) == (2, True)
+    config = {"quantization_config": {"quant_method": "gptq"}}
+    write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0), config=config)
+    (tmp_path / "r.yml").write_text("merge_method: linear\nmodels: [{model: a}]\n")
+    assert run("plan", str(tmp_path / "r.yml"), engine=Engine())[0] == 1
+    assert run("inspect", str(tmp_path / "a"), engine=Engine())[0] == 1
 
 
 # Failure.
@@ -588,6 +657,128 @@ def test_plain_progress_speaks_every_few_seconds() -> None:
         "model.layers.3.mlp.up_proj.weight"
     )
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("width", range(5, 200, 3))
+def test_a_line_of_any_width_has_the_percentage(width: int) -> None:
+    line = progress_line(SNAPSHOT, 2.0, 6.0, width)
+    assert line.startswith(" 50%")
+    assert len(line) <= width
+    if width >= 100:
+        assert " 50%  ##########----------  500 MB of 1 GB  " in line
+
+
+def test_names_are_shortened_in_a_narrow_line() -> None:
+    line = progress_line(replace(SNAPSHOT, tensor="model.layers.3." + "x" * 90), 2.0, 6.0, 80)
+    assert line.startswith(" 50%  500 MB of 1 GB  0.75 GB/s  6.0 s left  peak 180 MiB  model.")
+    assert "..." in line
+    assert len(line) == 80
+    assert progress_line(SNAPSHOT, 2.0, 6.0, 20) == " 50%  500 MB of 1 GB"
+    assert progress_line(SNAPSHOT, 2.0, 6.0, 19) == " 50%  0.75 GB/s"
+
+
+def test_the_time_left_is_shown_when_it_no_longer_swings() -> None:
+    estimate = Estimate()
+    total = 1000
+    shown = []
+    for tick in range(1, 300):
+        seconds = tick / 10
+        # The first five seconds go into a tensor that is read several times; then 40 a second.
+        done = 2 if seconds < 5 else min(2 + 40 * (seconds - 5), total)
+        snapshot = replace(SNAPSHOT, bytes_done=int(done), bytes_total=total)
+        shown.append((seconds, estimate.left(snapshot, seconds)))
+    first, left = next((seconds, left) for seconds, left in shown if left is not None)
+    end = 5 + (total - 2) / 40
+    assert 5 < first < 25
+    assert left == pytest.approx(end - first, abs=4)
+    assert all(left is not None for seconds, left in shown if seconds >= first)
+    even = Estimate()
+    assert even.left(replace(SNAPSHOT, bytes_done=10), 1.0) is None
+    assert even.left(replace(SNAPSHOT, bytes_done=0), 4.0) is None
+
+
+@pytest.mark.parametrize("columns", [30, 60, 200])
+def test_a_bar_in_a_terminal_of_any_width(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    with show_progress(Printer(messages=stream)) as progress:
+        assert progress is not None
+        progress(SNAPSHOT)
+    drawn = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", stream.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", drawn) if line.strip()]
+    assert lines
+    assert all(line.startswith(" 50%") and len(line) <= columns for line in lines)
+
+
+class Notebook:
+    """What stands for IPython in a notebook."""
+
+    def __init__(self) -> None:
+        self.kernel = self
+        self.lines: list[str] = []
+
+    def get_ipython(self) -> Notebook:
+        return self
+
+    def display(self, line: object, *, display_id: bool) -> Notebook:
+        assert display_id
+        return self.update(line)
+
+    def update(self, line: object) -> Notebook:
+        self.lines.append(repr(line))
+        return self
+
+
+def test_a_notebook_shows_progress_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = Notebook()
+    for name in ("IPython", "IPython.display"):
+        monkeypatch.setitem(sys.modules, name, notebook)
+    for asked in (None, True):
+        notebook.lines.clear()
+        with watched(asked) as progress:
+            assert progress is not None
+            progress(SNAPSHOT)
+        first, line, last = notebook.lines
+        assert (first, last) == ("", "")
+        assert line.startswith(" 50%  ##########----------  500 MB of 1 GB")
+    with watched(False) as progress:
+        assert progress is None
+
+
+def test_progress_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with watched(None) as progress:
+        assert progress is None
+    with watched(True) as progress:
+        assert progress is not None
+        progress(SNAPSHOT)
+    assert " 50%" in stream.getvalue()
+    lines: list[Snapshot] = []
+    with watched(lines.append) as progress:
+        assert progress is not None
+        progress(SNAPSHOT)
+    assert lines == [SNAPSHOT]
+
+
+def test_a_merge_shows_what_it_is_asked_to(
+    tmp_path: Path, twins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    @contextmanager
+    def noted(progress: object) -> Iterator[None]:
+        asked.append(progress)
+        yield None
+
+    monkeypatch.setattr("oxmerge.merging.watched", noted)
+    oxmerge.merge(twins / "linear.yml", tmp_path / "a")
+    oxmerge.merge(twins / "linear.yml", tmp_path / "b", progress=True)
+    swept = {"models[0].parameters.weight": "0.1,0.2"}
+    oxmerge.sweep(twins / "linear.yml", tmp_path / "w{0}", swept, progress=False)
+    assert asked == [None, True, False]
 
 
 def test_progress_before_the_first_byte() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import subprocess
+import sys
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -210,3 +212,21 @@ def test_a_demo_that_someone_works_in_is_refused(tmp_path: Path, small: str, nam
     with pytest.raises(OutputError, match=f"`{name}`.* is not the demo's"):
         make_demo(tmp_path, small)
     assert digest(tmp_path) == before
+
+
+def test_the_demo_ends_with_commands_that_work(tmp_path: Path) -> None:
+    def demo() -> list[str]:
+        command = [sys.executable, "-m", "oxmerge", "demo", "--directory", "my demo"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        _, _, commands = done.stderr.partition("what to try next:\n")
+        return commands.splitlines()
+
+    commands = demo()
+    assert len(commands) == 5
+    for _ in range(2):
+        for command in commands:
+            # Measuring would take a minute.
+            shown = f"{command} --help" if "bench" in command else command
+            subprocess.run(shown, cwd=tmp_path, shell=True, capture_output=True, check=True)
+        assert demo() == commands
+    assert len(list((tmp_path / "my demo/swept").iterdir())) == 3

@@ -335,3 +335,17 @@ def test_lazy_checks_what_it_is_asked(tmp_path: Path) -> None:
         oxmerge.lazy(tmp_path / "r.yml", threads=0)
     with pytest.raises(FileNotFoundError):
         oxmerge.lazy(tmp_path / "r.yml")
+
+
+def test_names_that_differ_are_few_and_name_near_ones() -> None:
+    one = {f"model.layers.{at}.weight": np.zeros(1, np.float32) for at in range(100)}
+    other = {f"module.{name}": array for name, array in one.items()}
+    with pytest.raises(ValueError, match="the names differ") as caught:
+        oxmerge.merge_state_dicts("linear", [one, other], weight=1)
+    assert str(caught.value) == (
+        "the names differ: state_dicts[0] lacks `module.model.layers.0.weight`, "
+        "`module.model.layers.1.weight`, `module.model.layers.2.weight` and 97 more (it has "
+        "`model.layers.0.weight`); state_dicts[1] lacks `model.layers.0.weight`, "
+        "`model.layers.1.weight`, `model.layers.2.weight` and 97 more (it has "
+        "`module.model.layers.0.weight`); pass mappings with the same names"
+    )

@@ -20,7 +20,15 @@ import oxmerge
 import pytest
 from oxmerge import errors
 from oxmerge.problems import Problem
-from writers import directory_bytes, random_arrays, to_bf16, write_file, write_recipe, write_sparse
+from writers import (
+    directory_bytes,
+    random_arrays,
+    to_bf16,
+    write_file,
+    write_model,
+    write_recipe,
+    write_sparse,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -302,7 +310,7 @@ def test_public_names_are_there() -> None:
     for name in oxmerge.__all__:
         assert getattr(oxmerge, name) is not None
     assert dir(oxmerge) == oxmerge.__all__
-    with pytest.raises(AttributeError, match="no attribute 'mrege'"):
+    with pytest.raises(AttributeError, match="no attribute 'mrege'; did you mean `merge`"):
         oxmerge.mrege  # noqa: B018
 
 
@@ -443,7 +451,7 @@ def test_the_demo(tmp_path: Path) -> None:
     done = program("demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     merged = tmp_path / "oxmerge-demo" / "merged"
-    lines = done.stderr.splitlines()
+    lines = done.stderr.partition("\n\nwhat to try next:\n")[0].splitlines()
     assert lines[-2].startswith("wrote `oxmerge-demo/merged`: 75 tensors in 1 file, 53.5 MB in ")
     assert "peak memory" in lines[-1]
     assert lines[-1].endswith(f"threads, {oxmerge.build_info()['simd']}")
@@ -481,3 +489,41 @@ def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:
     )
     assert all(later - earlier >= 0.09 for earlier, later in pairwise(times))
     assert os.path.isdir(tmp_path / "out")
+
+
+def test_a_name_that_is_not_there_names_near_ones(family: Path) -> None:
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(family / name), "parameters": {"weight": 1}} for name in "ab"],
+    }
+    model = oxmerge.lazy(oxmerge.Recipe.from_mapping(recipe))
+    told = r"there is no tensor `embed`; did you mean `embed.weight`\?"
+    with oxmerge.open(family / "base") as checkpoint:
+        for mapping in (checkpoint, model):
+            with pytest.raises(KeyError, match=told):
+                mapping["embed"]
+            with pytest.raises(
+                KeyError, match=r"no tensor `layers.9.weight`; did you mean `layers"
+            ):
+                mapping["layers.9.weight"]
+            with pytest.raises(KeyError, match=r"^'there is no tensor `zzz`'$"):
+                mapping["zzz"]
+            assert mapping.get("embed") is None
+            assert mapping.get("embed", 7) == 7
+            assert mapping.get("scale") is not None
+            assert "embed" not in mapping
+    for look in (model.shape_of, model.dtype_of):
+        with pytest.raises(KeyError, match=told):
+            look("embed")
+
+
+def test_a_miss_costs_nothing_unless_it_is_told(tmp_path: Path) -> None:
+    names = [f"model.layers.{at}.mlp.experts.{at}.up_proj.weight" for at in range(20_000)]
+    write_model(tmp_path / "a", {name: np.zeros(1, np.float32) for name in names})
+    with oxmerge.open(tmp_path / "a") as checkpoint:
+        started = time.monotonic()
+        assert all(checkpoint.get(f"{name}!") is None for name in names)
+        assert time.monotonic() - started < 1
+        with pytest.raises(KeyError, match=r"did you mean `model.layers.7.mlp.experts.7.up_"):
+            checkpoint["model.layers.7.mlp.experts.7.up_prj.weight"]
+        assert time.monotonic() - started < 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -171,6 +172,215 @@ def test_lists_of_layer_numbers_and_of_layers(
     if key == "mlp_only_layers":
         expected = [position for position, n in enumerate((0, 2, 3, 0)) if n in listed]
     assert config[key] == expected
+
+
+FOLLOWING: list[tuple[str, dict[str, Any], list[int], dict[str, Any]]] = [
+    # what it is, what the config says, layers of the output, what it says then
+    (
+        "numbers from 1 in a part of the config",
+        {"linear_attn_config": {"full_attn_layers": [2, 4], "kda_layers": [1, 3], "num_heads": 8}},
+        [0, 1, 0, 1, 3],
+        {
+            "linear_attn_config": {
+                "full_attn_layers": [2, 4, 5],
+                "kda_layers": [1, 3],
+                "num_heads": 8,
+            }
+        },
+    ),
+    (
+        "all layers, from 1",
+        {"linear_attn_config": {"kda_layers": [1, 2, 3, 4], "full_attn_layers": []}},
+        [0, 3],
+        {"linear_attn_config": {"kda_layers": [1, 2], "full_attn_layers": []}},
+    ),
+    (
+        "numbers from 1, as the last tells",
+        {"hot_layers": [2, 4]},
+        [1, 2, 3],
+        {"hot_layers": [1, 3]},
+    ),
+    ("text", {"moe_layers_enum": "1,2,3"}, [0, 1, 1, 3], {"moe_layers_enum": "1,2,3"}),
+    ("text with spaces", {"moe_layers_enum": "1, 3"}, [0, 3, 2, 1], {"moe_layers_enum": "1,3"}),
+    ("text of all layers", {"moe_layers_enum": "0,1,2,3"}, [3, 3], {"moe_layers_enum": "0,1"}),
+    (
+        "values by layer",
+        {"conv_dim": {"0": 32, "1": 16, "2": 16, "3": 8}},
+        [3, 0, 1],
+        {"conv_dim": {"0": 8, "1": 32, "2": 16}},
+    ),
+    (
+        "values of some layers",
+        {"per_layer_config": {"2": {"head_dim": 8}}},
+        [0, 2, 2, 3],
+        {"per_layer_config": {"1": {"head_dim": 8}, "2": {"head_dim": 8}}},
+    ),
+    (
+        "groups",
+        {"kv_reuse_group": [[1, 2], [3]]},
+        [0, 1, 2, 1, 2, 0, 3],
+        {"kv_reuse_group": [[1, 2], [3, 4], [6]]},
+    ),
+    (
+        "givers",
+        {"kv_source_layers": [0, 1, 1, 3]},
+        [0, 1, 2, 1, 2, 3],
+        {"kv_source_layers": [0, 1, 1, 3, 3, 5]},
+    ),
+    (
+        "a pattern beside the list that replaced it",
+        {"_sliding_window_pattern": 2, "layer_types": ["s", "f", "s", "f"]},
+        [0, 0, 1, 3],
+        {"_sliding_window_pattern": 2, "layer_types": ["s", "s", "f", "f"]},
+    ),
+    (
+        "entries of extra layers",
+        {
+            "num_nextn_predict_layers": 1,
+            "layer_types": ["a", "b", "c", "d", "extra"],
+            "moe_layers_enum": "3,4",
+        },
+        [0, 3, 3],
+        {
+            "num_nextn_predict_layers": 1,
+            "layer_types": ["a", "d", "d", "extra"],
+            "moe_layers_enum": "1,2,3",
+        },
+    ),
+    ("a second count", {"num_blocks": 4}, [0, 1], {"num_blocks": 2}),
+]
+
+
+@pytest.mark.parametrize(
+    ("says", "order", "then"),
+    [case[1:] for case in FOLLOWING],
+    ids=[case[0] for case in FOLLOWING],
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_lists_follow_the_layers(
+    says: dict[str, Any], order: list[int], then: dict[str, Any], *, is_nested: bool
+) -> None:
+    def config(depth: int, what: dict[str, Any]) -> dict[str, Any]:
+        inner = {"num_hidden_layers": depth, **what}
+        return {"text_config": inner} if is_nested else inner
+
+    donor = config(4, says)
+    edited, _ = edit_config(donor, layer_map=[(donor, n) for n in order], donor_depth=4)
+    assert edited == config(len(order), then)
+
+
+TORN: list[tuple[dict[str, Any], list[int]]] = [
+    ({"kv_reuse_group": [[1, 2]]}, [0, 2]),
+    ({"kv_reuse_group": [[1, 2]]}, [0, 1, 3, 2]),
+    ({"kv_source_layers": [0, 1, 1, 3]}, [0, 2, 3]),
+    # About layers, in a way that is not known.
+    ({"kv_layers": [0, 9]}, [0, 2]),
+    ({"hot_layers": "0-2"}, [0, 2]),
+    ({"hot_layers": "1,7"}, [0, 2]),
+    ({"hot_layers": {"7": 1}}, [0, 2]),
+    ({"layer_types": ["a", "b", "c"]}, [0, 2]),
+    ({"linear_attn_config": {"kda_layers": [0, 1]}}, [0, 2]),
+    # Counts from an end, and periods.
+    ({"n_dense_first_layers": 1}, [0, 2]),
+    ({"num_hash_layers": 2}, [0, 1, 2]),
+    ({"part": {"num_hash_layers": 2}}, [0, 1, 2]),
+    ({"layer_group_size": 2}, [0, 2]),
+    ({"layer_group_size": 3}, [0, 1, 2, 3, 0]),
+    ({"kv_reuse_every_i_layer": 2}, [0, 2]),
+    ({"cla_share_factor": 2}, [0, 2]),
+    ({"moe_layer_num_skipped": 1}, [1, 2]),
+    # What depends on the number of the layer, or of layers, alone.
+    ({"model_type": "diffllama"}, [0, 2]),
+    ({"scale_attn_by_inverse_layer_idx": True}, [0, 2]),
+    ({"scale_depth": 1.4}, [0, 1, 2]),
+    ({"hidden_size_per_layer_input": 8}, [0, 1, 2]),
+    ({"model_type": "granite_swa"}, [0, 2]),
+]
+
+
+@pytest.mark.parametrize(("says", "order"), TORN)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_what_cannot_follow_is_an_error(
+    says: dict[str, Any], order: list[int], *, is_nested: bool
+) -> None:
+    inner = {"num_hidden_layers": 4, **says}
+    donor = {"text_config": inner} if is_nested else inner
+    with pytest.raises(PlanError) as caught:
+        edit_config(donor, layer_map=[(donor, n) for n in order], donor_depth=4)
+    key = next(
+        key for key in ("layer_idx", "layer_types", *_keys(says)) if key in str(caught.value)
+    )
+    assert key
+    assert len(caught.value.problems) == 1
+
+
+def _keys(config: dict[str, Any]) -> list[str]:
+    inner = (_keys(value) for value in config.values() if isinstance(value, dict))
+    return [*config, *(key for keys in inner for key in keys)]
+
+
+FITTING: list[tuple[dict[str, Any], list[int]]] = [
+    ({"layer_group_size": 2}, [0, 1, 0, 1, 2, 3]),
+    ({"layer_group_size": 3}, [0, 1, 2, 3, 3]),
+    ({"num_hash_layers": 0}, [0, 2]),
+    ({"num_hash_layers": 4}, [0, 2]),
+    ({"num_nextn_predict_layers": 1}, [0, 2]),
+    ({"scale_attn_by_inverse_layer_idx": False}, [0, 2]),
+    ({"hidden_size_per_layer_input": 0}, [0, 2]),
+    ({"scale_depth": 1.4}, [0, 1, 2, 2]),
+    ({"model_type": "granite_swa", "layer_types": ["a", "b", "c", "d"]}, [0, 2]),
+    ({"vision_feature_layer": [-2, -1]}, [0, 2]),
+    ({"hot_layers": []}, [0, 2]),
+    ({"layer_norm_eps": 1e-5, "image_token_index": 7, "num_key_value_heads": 2}, [0, 2]),
+]
+
+
+@pytest.mark.parametrize(("says", "order"), FITTING)
+def test_what_has_no_need_to_follow_is_left(says: dict[str, Any], order: list[int]) -> None:
+    donor = {"num_hidden_layers": 4, **says}
+    config, _ = edit_config(donor, layer_map=[(donor, n) for n in order], donor_depth=4)
+    assert changed(donor, config) <= {"num_hidden_layers", "layer_types"}
+
+
+def test_a_list_takes_entries_of_a_model_that_says_the_same_by_a_rule() -> None:
+    donor: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window_pattern": 2}
+    other: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "_sliding_window_pattern": 2,
+    }
+    layer_map = [(donor, 0), (other, 1), (other, 2), (donor, 3)]
+    config, _ = edit_config(donor, layer_map=layer_map, donor_depth=4)
+    assert config == donor
+    with pytest.raises(PlanError, match="`sliding_window_pattern`"):
+        edit_config(donor, layer_map=[(donor, 0), (other, 2)], donor_depth=4)
+
+
+def test_a_pattern_that_its_list_no_longer_bears_out_is_noted() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    donor = {"num_hidden_layers": 4, "_sliding_window_pattern": 2, "layer_types": kinds}
+    _, notes = edit_config(donor, layer_map=[(donor, n) for n in (0, 0, 1)], donor_depth=4)
+    assert any("`_sliding_window_pattern` no longer tells" in note for note in notes)
+    _, notes = edit_config(donor, layer_map=[(donor, n) for n in (0, 1)], donor_depth=4)
+    assert not any("no longer" in note for note in notes)
+
+
+def test_numbers_of_two_models_count_from_the_same() -> None:
+    """The other's list does not show where it begins, so that it may not be taken for ours."""
+    donor = {"num_hidden_layers": 4, "hot_layers": [2, 4]}
+    other = {"num_hidden_layers": 4, "hot_layers": [1, 3]}
+    with pytest.raises(PlanError, match="`hot_layers` speaks of each layer"):
+        edit_config(donor, layer_map=[(donor, 0), (other, 1)], donor_depth=4)
+
+
+def test_infinity_and_nan_are_written_as_python_does() -> None:
+    config = {"time_step_limit": [0.0, math.inf], "low": -math.inf, "none": math.nan}
+    edited, notes = edit_config(config)
+    assert notes == []
+    text = json_text(edited)
+    assert "Infinity" in text
+    assert "NaN" in text
+    assert "-Infinity" in text
 
 
 def test_a_string_with_one_letter_a_layer() -> None:

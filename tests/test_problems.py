@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 from oxmerge import errors
-from oxmerge.problems import Problem, did_you_mean, group_problems
+from oxmerge.problems import Problem, did_you_mean, group_problems, near, shorten
 from oxmerge.sizes import format_size, parse_size
 
 
@@ -91,6 +91,70 @@ def test_errors_with_problems() -> None:
     assert str(errors.PlanError("cannot merge", problems=problems[1:])) == "cannot merge: two"
     assert isinstance(error, ValueError)
     assert isinstance(error, errors.OxmergeError)
+
+
+def test_the_text_of_an_error_is_in_its_repr() -> None:
+    error = errors.CheckpointError("bad header", file="f", found="x", advice="look")
+    assert repr(error) == "CheckpointError('`f`: bad header: found x\\n  hint: look')"
+    problems = (Problem("a", "one", advice="do"), Problem("b", "two"))
+    for kind in (errors.PlanError, errors.RecipeError):
+        text = repr(kind("cannot merge", problems=problems))
+        assert text.startswith(f"{kind.__name__}('cannot merge: 2 problems")
+        assert "one" in text
+        assert "two" in text
+    assert repr(errors.OxmergeError()) == "OxmergeError('')"
+
+
+def test_what_is_not_supported_is_one_error() -> None:
+    lora, other = Problem("unsupported", "a LoRA", "models[0]"), Problem("recipe", "a typo")
+    for kind in (errors.PlanError, errors.RecipeError):
+        assert type(kind.of("cannot merge", [lora, lora])) is errors.UnsupportedError
+        assert type(kind.of("cannot merge", [lora, other])) is kind
+        assert type(kind.of("cannot merge", [])) is kind
+        assert kind.of("cannot merge", [lora]).problems == (lora,)
+    for general in (errors.PlanError, errors.RecipeError, errors.CheckpointError, ValueError):
+        assert issubclass(errors.UnsupportedError, general)
+    assert errors.UnsupportedError("packed").as_problem().kind == "unsupported"
+
+
+def test_a_report_shows_a_hundred_problems() -> None:
+    problems = [Problem("recipe", f"problem {at}") for at in range(250)]
+    lines = str(errors.RecipeError("cannot read", problems=problems)).splitlines()
+    assert lines[0] == "cannot read: 250 problems"
+    assert lines[100:] == ["- problem 99", "and 150 more"]
+
+
+def test_long_names_are_shortened_in_the_middle() -> None:
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghijk", 10) == "abcd...ijk"
+    name = "x" * 1000
+    problem = Problem(
+        "shape", f"`{name}` differs", name, tensor=name, expected=name, found=name, advice="look"
+    )
+    assert len(str(problem)) < 1200
+    many = Problem("shape", "differs", tensors=(name, name), count=2)
+    assert len(str(many)) < 400
+    assert problem.tensor == name
+
+
+NEAR = [
+    ("model.layers.31.mlp.up_proj.weight", "model.layers.30.mlp.up_proj.weight"),
+    ("layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+    ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight"),
+    ("model.layers.0.mpl.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+]
+
+
+@pytest.mark.parametrize(("word", "expected"), NEAR)
+def test_near_names_of_many(word: str, expected: str) -> None:
+    known = [
+        f"model.layers.{layer}.{part}.weight"
+        for layer in range(31)
+        for part in ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "input_layernorm")
+    ]
+    found = near(word, known)
+    assert expected in found
+    assert len(found) <= 3
 
 
 SIZES: list[tuple[str | int, int]] = [

@@ -129,20 +129,33 @@ FAULTS: list[tuple[str, list[str]]] = [
         [("models[0].zzz (line 2): unknown key `zzz`\n  hint: known here: `model`, `parameters`")],
     ),
     (
-        START + MODELS + "tokenizer_source: union\n",
+        START + MODELS + "tokenizer_source: base\ntokenizer: {source: base}\n",
         [
             (
-                "tokenizer_source (line 3): not supported yet: building a tokenizer "
-                "(`tokenizer_source`)\n  hint: leave it out: the output has the donor's"
+                "tokenizer_source (line 3): `tokenizer_source` and `tokenizer` both say what the "
+                "tokenizer is\n  hint: leave one of them out"
             )
         ],
     ),
     (
-        START + MODELS + "chat_template: auto\n",
+        START + MODELS + "tokenizer: {sorce: base}\n",
+        ["tokenizer.sorce (line 3): unknown key `sorce`\n  hint: did you mean `source`?"],
+    ),
+    (
+        START + MODELS + "tokenizer: base\n",
         [
             (
-                "chat_template (line 3): not supported yet: setting a chat template "
-                "(`chat_template`)\n  hint: leave it out: the output has the donor's"
+                "tokenizer (line 3): a mapping of keys to values is needed here: found 'base'\n"
+                "  hint: write `tokenizer: {source: base}`, or `tokenizer_source: base`"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "chat_template: [auto]\n",
+        [
+            (
+                "chat_template (line 3): a chat template is text: found ['auto']\n"
+                "  hint: write `chat_template: auto`, or leave it out"
             )
         ],
     ),

@@ -9,7 +9,7 @@ import oxmerge
 import pytest
 from oxmerge.errors import PlanError, RecipeError
 from oxmerge.sweeping import parse_values, variants
-from writers import directory_bytes, write_recipe
+from writers import directory_bytes, random_arrays, write_model, write_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -262,6 +262,31 @@ def test_a_float64_beside_others_is_refused(tmp_path: Path, family: Path) -> Non
     )
     oxmerge.merge(single, tmp_path / "single", **ROOM)
     assert weights_of(tmp_path / "1") == weights_of(tmp_path / "single")
+
+
+@pytest.mark.parametrize("axis", ["dtype", "out_dtype"])
+def test_types_with_small_shards(tmp_path: Path, axis: str) -> None:
+    """Shards hold other tensors then, and within a shard integers lie elsewhere."""
+    for seed, name in enumerate(("a", "b")):
+        arrays = random_arrays({f"w{at}": (at + 2, 40) for at in range(6)}, seed)
+        counts = {f"w{at}.count": np.full(9, at, np.int32) for at in range(6)}
+        mixed = {
+            name: part
+            for pair in zip(arrays.items(), counts.items(), strict=True)
+            for name, part in pair
+        }
+        write_model(tmp_path / name, mixed, "F32")
+    each = {"weight": 0.4}
+    path = tmp_path / "r.yml"
+    recipe = write_recipe(path, "linear", [tmp_path / "a", tmp_path / "b"], each=each)
+    room = ROOM | {"shard_size": 700}
+    types = ["bfloat16", "float32"]
+    oxmerge.sweep(recipe, str(tmp_path / "all" / "{n}"), {axis: types}, **room)
+    for number, variant in enumerate(variants(recipe, "{n}", {axis: types})):
+        single = tmp_path / "single" / str(number)
+        oxmerge.merge(variant.recipe, single, **room)
+        assert len(weights_of(single)) > 4
+        assert weights_of(tmp_path / "all" / str(number)) == weights_of(single)
 
 
 def test_an_output_in_the_way_stops_all(tmp_path: Path, family: Path) -> None:

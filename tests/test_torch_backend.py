@@ -393,12 +393,11 @@ def test_a_mask_may_begin_anywhere(start: int) -> None:
     draws = [draw_by_hand(key, stream, at) for at in range(start, start + count)]
     worker = torch_backend.Worker(torch.device("cpu"), torch_kernels.scan)
     for bound in [1 << 31, 1 << 32, draws[5], draws[5] + 1]:
-        instructions = [("random", 0, bound, key, stream), ("drop", 1, 0, bound, key, stream, 1.0)]
-        program = worker.program(instructions, [0, 1], 1, 1, False)
-        outs = [bytearray(4 * count), bytearray(4 * count)]
-        program.combine(start, count, [], [(at, "F32", memoryview(o)) for at, o in enumerate(outs)])
-        for out in outs:
-            assert list(np.frombuffer(out, np.float32)) == [draw < bound for draw in draws]
+        instructions: list[Any] = [("random", 0, [], (bound, key, stream))]
+        program = worker.program(instructions, [("store", 0, "F32")], 1, 1, False)
+        out = bytearray(4 * count)
+        program.run(start, count, [], [], 0, [memoryview(out)])
+        assert list(np.frombuffer(out, np.float32)) == [draw < bound for draw in draws]
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])

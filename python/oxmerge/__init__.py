@@ -113,7 +113,11 @@ def __getattr__(name: str) -> object:
     if name in _MODULES:
         return import_module(f"oxmerge.{name}")
     if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from oxmerge.problems import did_you_mean  # noqa: PLC0415 - only when something is wrong
+
+        meant = None if name.startswith("_") else did_you_mean(name, __all__)
+        text = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(f"{text}; {meant}" if meant else text)
 
     module, attribute = _LAZY[name]
     value: object = getattr(import_module(module), attribute)

@@ -12,7 +12,7 @@ import json
 
 from oxmerge import _core
 from oxmerge.names import is_head, is_vocabulary
-from oxmerge.problems import Problem
+from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
@@ -74,7 +74,9 @@ class Assembler:
         others = [f for model in models for f in (model.config_file, model.checkpoint.index) if f]
         opened = [(model.reference, model.checkpoint) for model in models]
         dtype = recipe.out_dtype or recipe.dtype
-        self._table = _core.Assembly(recipe.method, seed, opened, json.dumps(others), dtype)
+        self._table = _core.Assembly(
+            recipe.method, seed, opened, json.dumps(others), dtype, recipe.dtype == "F64"
+        )
         if self._is_sliced:
             self._table.like_layers_of(donor.index, set(donor.layout.stacks))
 
@@ -329,7 +331,7 @@ class Assembler:
         advice = "use the model's 16-bit weights"
         file = model.file_of(tensor)
         self.problems.append(
-            Problem("unsupported", message, file=file, tensor=tensor.name, advice=advice)
+            Problem(UNSUPPORTED, message, file=file, tensor=tensor.name, advice=advice)
         )
 
     def _report_unlike_layers(

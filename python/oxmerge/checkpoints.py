@@ -10,6 +10,7 @@ from math import prod
 
 from oxmerge import _core
 from oxmerge.arrays import numpy_dtype
+from oxmerge.problems import no_such_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
         """Return a tensor as a read-only array of its shape."""
         import numpy as np  # noqa: PLC0415
 
+        if name not in self._tensors:
+            raise no_such_key("tensor", name, self._tensors)
         tensor = self._tensors[name]
         dtype = numpy_dtype(tensor.dtype)
         count = prod(tensor.shape)
@@ -59,6 +62,10 @@ class OpenCheckpoint(Mapping[str, "np.ndarray[Any, Any]"]):
             return np.empty(tensor.shape, dtype)
         flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
         return flat.reshape(tensor.shape)
+
+    def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - as of any mapping
+        """Return a tensor, or `default` if there is none of that name."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is it
 
     def __contains__(self, name: object) -> bool:
         """Tell whether there is a tensor of that name, without mapping its file."""

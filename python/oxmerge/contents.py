@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from oxmerge import _core
-from oxmerge.card import CARD_NAME, RECIPE_NAME, REPORT_NAME, model_card
+from oxmerge.card import (
+    CARD_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    hub_name,
+    model_card,
+    read_metadata,
+)
 from oxmerge.output_config import edit_config, json_text
 from oxmerge.publish import Contents
 from oxmerge.side_files import WRITTEN_ANEW, SideFiles, folder_of
@@ -129,13 +136,16 @@ def method_description(name: str) -> dict[str, Any]:
     return next(each for each in _core.methods() if each["name"] == name)
 
 
-def card_of(recipe: Recipe, models: Sequence[str], base: str | None) -> str:
+def card_of(recipe: Recipe, models: Sequence[InputModel], donor: InputModel) -> str:
     """Return the model card of a merge."""
     about = method_description(recipe.method)
+    donor_first = sorted(models, key=lambda model: model is not donor)
     return model_card(
         method=recipe.method,
-        models=models,
-        base=base,
+        models=[model.reference for model in models],
+        hub_names=[hub_name(model.reference, model.path) for model in donor_first],
+        metadata=read_metadata(folder_of(donor.path)),
+        base=None if recipe.base_model is None else donor.reference,
         recipe_text=recipe.text,
         method_title=about["title"],
         paper=about["paper"],

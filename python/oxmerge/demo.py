@@ -4,6 +4,9 @@ The checkpoints have the shapes of Llama models, are sharded, and come with what
 has: index, config, generation config, tokenizer. The second is the first plus a little noise, as
 a fine-tuned model is. For the sizes that would take minutes to fill, the files are sparse: all
 zeros, no space on disk, but read and merged like any others.
+
+`oxmerge bench` makes its models here too: more fine-tunes, nearer and farther, and checkpoints of
+the layout of DeepSeek-V3, with its tens of thousands of tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import re
 import struct
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import IO, TYPE_CHECKING, Any
@@ -36,10 +39,10 @@ RECIPE_NAME = "recipe.yml"
 MODEL_NAMES = ("demo-base", "demo-tuned")
 _CHUNK = 1 << 20
 _BASE_SPREAD = 0.02
-_TUNING_SPREAD = 0.001
+TUNING_SPREAD = 0.001
 _ALIGNMENT = 8
 #: What a demo's folder may hold: its models, its recipe, and what it merged.
-_OURS = re.compile(r"demo-base|demo-tuned(-\d+)?|recipe\.yml|merged")
+_OURS = re.compile(r"demo-base|demo-tuned(-\d+)?|recipe\.yml|merged|swept")
 _RECIPE = """\
 # More of the fine-tuned model from the first layer to the last.
 merge_method: slerp
@@ -51,6 +54,17 @@ parameters:
   t: [0.2, 0.8]
 dtype: bfloat16
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    is_norm: bool = False
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +81,136 @@ class Shape:
     shards: int
     filled: bool = False
 
+    def tensors(self) -> Iterator[_Tensor]:
+        """Yield the tensors of the model, in the order of its computation."""
+        hidden, wide = self.hidden, self.intermediate
+        keys = hidden // self.heads * self.key_heads
+        yield _Tensor("model.embed_tokens.weight", (self.vocabulary, hidden))
+        for number in range(self.layers):
+            layer = f"model.layers.{number}"
+            yield _Tensor(f"{layer}.input_layernorm.weight", (hidden,), is_norm=True)
+            yield _Tensor(f"{layer}.self_attn.q_proj.weight", (hidden, hidden))
+            yield _Tensor(f"{layer}.self_attn.k_proj.weight", (keys, hidden))
+            yield _Tensor(f"{layer}.self_attn.v_proj.weight", (keys, hidden))
+            yield _Tensor(f"{layer}.self_attn.o_proj.weight", (hidden, hidden))
+            yield _Tensor(f"{layer}.post_attention_layernorm.weight", (hidden,), is_norm=True)
+            yield from _mlp(f"{layer}.mlp", hidden, wide)
+        yield _Tensor("model.norm.weight", (hidden,), is_norm=True)
+        if not self.tied:
+            yield _Tensor("lm_head.weight", (self.vocabulary, hidden))
 
-SIZES = {
+    def config(self) -> dict[str, Any]:
+        """Return what is this kind's own in `config.json`."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "head_dim": self.hidden // self.heads,
+            "intermediate_size": self.intermediate,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_key_value_heads": self.key_heads,
+            "tie_word_embeddings": self.tied,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The numbers that make the shapes of a model with the layout of DeepSeek-V3.
+
+    Queries, keys and values go through narrow matrices; all layers but the first few have a router
+    and many small experts, three matrices each.
+    """
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    vocabulary: int
+    shards: int
+    experts: int
+    expert_intermediate: int
+    query_rank: int
+    key_rank: int
+    rotary: int
+    plain: int
+    dense: int = 3
+    filled: bool = False
+
+    def tensors(self) -> Iterator[_Tensor]:
+        """Yield the tensors of the model, in the order of its computation."""
+        hidden, heads, keys = self.hidden, self.heads, self.key_rank
+        yield _Tensor("model.embed_tokens.weight", (self.vocabulary, hidden))
+        for number in range(self.layers):
+            layer = f"model.layers.{number}"
+            attention = f"{layer}.self_attn"
+            yield _Tensor(f"{layer}.input_layernorm.weight", (hidden,), is_norm=True)
+            yield _Tensor(f"{attention}.q_a_proj.weight", (self.query_rank, hidden))
+            yield _Tensor(f"{attention}.q_a_layernorm.weight", (self.query_rank,), is_norm=True)
+            wide = heads * (self.plain + self.rotary)
+            yield _Tensor(f"{attention}.q_b_proj.weight", (wide, self.query_rank))
+            yield _Tensor(f"{attention}.kv_a_proj_with_mqa.weight", (keys + self.rotary, hidden))
+            yield _Tensor(f"{attention}.kv_a_layernorm.weight", (keys,), is_norm=True)
+            yield _Tensor(f"{attention}.kv_b_proj.weight", (2 * heads * self.plain, keys))
+            yield _Tensor(f"{attention}.o_proj.weight", (hidden, heads * self.plain))
+            yield _Tensor(f"{layer}.post_attention_layernorm.weight", (hidden,), is_norm=True)
+            if number < self.dense:
+                yield from _mlp(f"{layer}.mlp", hidden, self.intermediate)
+                continue
+            yield _Tensor(f"{layer}.mlp.gate.weight", (self.experts, hidden))
+            yield _Tensor(f"{layer}.mlp.gate.e_score_correction_bias", (self.experts,))
+            for expert in range(self.experts):
+                yield from _mlp(f"{layer}.mlp.experts.{expert}", hidden, self.expert_intermediate)
+            yield from _mlp(f"{layer}.mlp.shared_experts", hidden, self.expert_intermediate)
+        yield _Tensor("model.norm.weight", (hidden,), is_norm=True)
+        yield _Tensor("lm_head.weight", (self.vocabulary, hidden))
+
+    def config(self) -> dict[str, Any]:
+        """Return what is this kind's own in `config.json`."""
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "first_k_dense_replace": self.dense,
+            "intermediate_size": self.intermediate,
+            "kv_lora_rank": self.key_rank,
+            "model_type": "deepseek_v3",
+            "moe_intermediate_size": self.expert_intermediate,
+            "moe_layer_freq": 1,
+            "n_routed_experts": self.experts,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "num_key_value_heads": self.heads,
+            "q_lora_rank": self.query_rank,
+            "qk_nope_head_dim": self.plain,
+            "qk_rope_head_dim": self.rotary,
+            "tie_word_embeddings": False,
+            "v_head_dim": self.plain,
+        }
+
+
+def _mlp(name: str, hidden: int, wide: int) -> Iterator[_Tensor]:
+    """Yield the three matrices of a feed-forward block."""
+    yield _Tensor(f"{name}.gate_proj.weight", (wide, hidden))
+    yield _Tensor(f"{name}.up_proj.weight", (wide, hidden))
+    yield _Tensor(f"{name}.down_proj.weight", (hidden, wide))
+
+
+_NARROW_EXPERTS = Experts(
+    16, 61, 32, 2, 512, 8, 256, 8, query_rank=8, key_rank=8, rotary=4, plain=8, filled=True
+)
+SIZES: dict[str, Shape | Experts] = {
     "tiny": Shape(512, 8, 1408, 8, 2, 4096, tied=False, shards=2, filled=True),
     "1b": Shape(2048, 16, 8192, 32, 8, 128256, tied=True, shards=4, filled=True),
     "7b": Shape(4096, 32, 11008, 32, 32, 32000, tied=False, shards=3),
     "70b": Shape(8192, 80, 28672, 64, 8, 128256, tied=False, shards=30),
+    # For the bench: many small tensors, twice as many, and the real sizes.
+    "experts": _NARROW_EXPERTS,
+    "experts-twice": replace(_NARROW_EXPERTS, layers=122),
+    "experts-671b": Experts(
+        *(7168, 61, 18432, 128, 129280, 163, 256, 2048),
+        query_rank=1536,
+        key_rank=512,
+        rotary=64,
+        plain=128,
+    ),
 }
 """The sizes there are."""
 
@@ -99,19 +237,11 @@ class Demo:
     sparse: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]
-    is_norm: bool = False
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-
 def make_demo(
-    directory: str | os.PathLike[str], size: str = "tiny", seed: int = 0, tuned: int = 1
+    directory: str | os.PathLike[str],
+    size: str = "tiny",
+    seed: int = 0,
+    spreads: Sequence[float] = (TUNING_SPREAD,),
 ) -> Demo:
     """Write a base, its fine-tunes and a recipe into `directory`.
 
@@ -123,8 +253,9 @@ def make_demo(
         One of `SIZES`.
     seed
         Of the random weights; the same seed gives the same files.
-    tuned
-        How many fine-tunes there are. The recipe merges the first.
+    spreads
+        For each fine-tune, the standard deviation of its difference from the base. The recipe
+        merges the first.
 
     Raises
     ------
@@ -134,8 +265,9 @@ def make_demo(
     folder = named(directory)
     shape = SIZES[size]
     _claim(folder)
-    tensors = list(_tensors(shape))
+    tensors = list(shape.tensors())
     size_of_each = model_bytes(size)
+    tuned = len(spreads)
     filled = shape.filled and _has_space(folder, (2 + tuned) * size_of_each)
     names = (*MODEL_NAMES, *(f"{MODEL_NAMES[1]}-{number}" for number in range(2, tuned + 1)))
     models = tuple(folder / name for name in names)
@@ -146,7 +278,7 @@ def make_demo(
         for model in models:
             model.mkdir(exist_ok=True)
             _write_side_files(model, shape)
-        _write_weights(models, _split(tensors, shape.shards), seed if filled else None)
+        _write_weights(models, _split(tensors, shape.shards), seed if filled else None, spreads)
     except BaseException:
         with put_off():
             for model in models:
@@ -157,7 +289,7 @@ def make_demo(
 
 def model_bytes(size: str) -> int:
     """Return the bytes of weights that a model of a size has."""
-    return sum(2 * tensor.elements for tensor in _tensors(SIZES[size]))
+    return sum(2 * tensor.elements for tensor in SIZES[size].tensors())
 
 
 def describe(demo: Demo) -> str:
@@ -212,27 +344,6 @@ def _has_space(folder: Path, needed: int) -> bool:
     return status.f_bavail * status.f_frsize > needed
 
 
-def _tensors(shape: Shape) -> Iterator[_Tensor]:
-    """Yield the tensors of the model, in the order of its computation."""
-    hidden, wide = shape.hidden, shape.intermediate
-    keys = hidden // shape.heads * shape.key_heads
-    yield _Tensor("model.embed_tokens.weight", (shape.vocabulary, hidden))
-    for number in range(shape.layers):
-        layer = f"model.layers.{number}"
-        yield _Tensor(f"{layer}.input_layernorm.weight", (hidden,), is_norm=True)
-        yield _Tensor(f"{layer}.self_attn.q_proj.weight", (hidden, hidden))
-        yield _Tensor(f"{layer}.self_attn.k_proj.weight", (keys, hidden))
-        yield _Tensor(f"{layer}.self_attn.v_proj.weight", (keys, hidden))
-        yield _Tensor(f"{layer}.self_attn.o_proj.weight", (hidden, hidden))
-        yield _Tensor(f"{layer}.post_attention_layernorm.weight", (hidden,), is_norm=True)
-        yield _Tensor(f"{layer}.mlp.gate_proj.weight", (wide, hidden))
-        yield _Tensor(f"{layer}.mlp.up_proj.weight", (wide, hidden))
-        yield _Tensor(f"{layer}.mlp.down_proj.weight", (hidden, wide))
-    yield _Tensor("model.norm.weight", (hidden,), is_norm=True)
-    if not shape.tied:
-        yield _Tensor("lm_head.weight", (shape.vocabulary, hidden))
-
-
 def _split(tensors: Sequence[_Tensor], count: int) -> list[list[_Tensor]]:
     """Cut into shards of about the same size, in order."""
     total = sum(tensor.elements for tensor in tensors)
@@ -245,7 +356,10 @@ def _split(tensors: Sequence[_Tensor], count: int) -> list[list[_Tensor]]:
 
 
 def _write_weights(
-    models: Sequence[Path], shards: Sequence[Sequence[_Tensor]], seed: int | None
+    models: Sequence[Path],
+    shards: Sequence[Sequence[_Tensor]],
+    seed: int | None,
+    spreads: Sequence[float],
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - not for --help
 
@@ -257,7 +371,12 @@ def _write_weights(
         try:
             jobs = [
                 pool.submit(
-                    _write_shard, [model / name for model in models], shard, seed, first, stopped
+                    _write_shard,
+                    [model / name for model in models],
+                    shard,
+                    None if seed is None else (seed, first),
+                    spreads,
+                    stopped,
                 )
                 for name, shard, first in zip(names, shards, firsts, strict=False)
             ]
@@ -282,11 +401,11 @@ def _write_weights(
 def _write_shard(
     paths: Sequence[Path],
     shard: Sequence[_Tensor],
-    seed: int | None,
-    first: int,
+    seed: tuple[int, int] | None,
+    spreads: Sequence[float],
     stopped: threading.Event,
 ) -> None:
-    """Write one shard of every model; zeros without a seed."""
+    """Write one shard of every model; zeros without a seed, which has the first one's number."""
     header = _header(shard)
     with ExitStack() as stack:
         files = [stack.enter_context(open(path, "wb")) for path in paths]
@@ -297,8 +416,8 @@ def _write_shard(
             for file in files:
                 file.truncate(size)
             return
-        for number, tensor in enumerate(shard, start=first):
-            _write_tensor(files, tensor, (seed, number), stopped)
+        for number, tensor in enumerate(shard, start=seed[1]):
+            _write_tensor(files, tensor, (seed[0], number), spreads, stopped)
 
 
 def _header(shard: Iterable[_Tensor]) -> bytes:
@@ -319,7 +438,11 @@ def _header(shard: Iterable[_Tensor]) -> bytes:
 
 
 def _write_tensor(
-    files: Sequence[IO[bytes]], tensor: _Tensor, seed: tuple[int, int], stopped: threading.Event
+    files: Sequence[IO[bytes]],
+    tensor: _Tensor,
+    seed: tuple[int, int],
+    spreads: Sequence[float],
+    stopped: threading.Event,
 ) -> None:
     """Write a tensor of every model, a piece at a time, until `stopped`."""
     import numpy as np  # noqa: PLC0415 - heavy
@@ -329,13 +452,13 @@ def _write_tensor(
         if stopped.is_set():
             return
         count = min(_CHUNK, tensor.elements - start)
-        weights = draw_weights(random, count, len(files), is_norm=tensor.is_norm)
+        weights = draw_weights(random, count, spreads, is_norm=tensor.is_norm)
         for file, bits in zip(files, weights, strict=True):
             file.write(bits.data)
 
 
 def draw_weights(
-    random: np.random.Generator, count: int, models: int, *, is_norm: bool = False
+    random: np.random.Generator, count: int, spreads: Sequence[float], *, is_norm: bool = False
 ) -> list[NDArray[np.uint16]]:
     """Draw `count` weights of a base and of its fine-tunes, as the bits of bfloat16."""
     import numpy as np  # noqa: PLC0415 - heavy
@@ -345,9 +468,9 @@ def draw_weights(
     if is_norm:
         values += np.float32(1)
     weights = [_bfloat16(values)]
-    for _ in range(models - 1):
+    for spread in spreads:
         noise = random.standard_normal(count, dtype=np.float32)
-        noise *= np.float32(_TUNING_SPREAD)
+        noise *= np.float32(spread)
         noise += values
         weights.append(_bfloat16(noise))
     return weights
@@ -365,7 +488,7 @@ def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return odd.astype(np.uint16)
 
 
-def _write_side_files(model: Path, shape: Shape) -> None:
+def _write_side_files(model: Path, shape: Shape | Experts) -> None:
     _write_json(model / "config.json", _config(shape))
     generation = {"_from_model_config": True, "bos_token_id": 256, "eos_token_id": 257}
     _write_json(model / "generation_config.json", generation)
@@ -381,29 +504,22 @@ def _write_side_files(model: Path, shape: Shape) -> None:
     )
 
 
-def _config(shape: Shape) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
+def _config(shape: Shape | Experts) -> dict[str, Any]:
+    config = {
         "bos_token_id": 256,
         "eos_token_id": 257,
-        "head_dim": shape.hidden // shape.heads,
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
         "max_position_embeddings": 2048,
-        "mlp_bias": False,
-        "model_type": "llama",
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.key_heads,
         "rms_norm_eps": 1e-05,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": shape.tied,
         "torch_dtype": "bfloat16",
         "use_cache": True,
         "vocab_size": shape.vocabulary,
     }
+    return dict(sorted((config | shape.config()).items()))
 
 
 def _tokenizer() -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from oxmerge.errors import RecipeError
 from oxmerge.keys import Place, is_mapping, show
-from oxmerge.problems import Problem
-from oxmerge.recipe import Recipe, Slice, Source
+from oxmerge.problems import Problem, shorten
+from oxmerge.recipe import Recipe, Slice, Source, Template, Tokenizer
 from oxmerge.values import ValueReader
 
 TYPE_CHECKING = False
@@ -15,8 +15,20 @@ if TYPE_CHECKING:
 __all__ = ["read_recipe"]
 
 _TOP_KEYS = frozenset(
-    ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype")
+    (
+        "merge_method",
+        "models",
+        "slices",
+        "base_model",
+        "parameters",
+        "dtype",
+        "out_dtype",
+        "tokenizer",
+        "tokenizer_source",
+        "chat_template",
+    )
 )
+_TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
 _MODEL_KEYS = frozenset(("model", "parameters"))
 _SLICE_KEYS = frozenset(("sources", "base_model", "parameters"))
 _SOURCE_KEYS = frozenset(("model", "layer_range", "parameters"))
@@ -29,7 +41,7 @@ def read_recipe(
     reader = _RecipeReader()
     recipe = reader.recipe(mapping, text, folder)
     if reader.problems:
-        raise RecipeError("cannot use the recipe", problems=reader.problems)
+        raise RecipeError.of("cannot use the recipe", reader.problems)
     return recipe
 
 
@@ -51,6 +63,8 @@ class _RecipeReader(ValueReader):
             parameters=self.settings(raw, place),
             dtype=self.dtype(raw, "dtype", place),
             out_dtype=self.dtype(raw, "out_dtype", place),
+            tokenizer=self.tokenizer(raw, place),
+            chat_template=self.chat_template(raw, place),
             text=text,
             folder=folder,
             warnings=tuple(self.warnings),
@@ -79,6 +93,45 @@ class _RecipeReader(ValueReader):
             advice="write `merge_method: linear`, say; `oxmerge methods` lists them",
         )
         return ""
+
+    def tokenizer(self, raw: Mapping[str, object], place: Place) -> Tokenizer | None:
+        """Read `tokenizer_source`, or `tokenizer` with everything that may be in it."""
+        given = [key for key in ("tokenizer_source", "tokenizer") if raw.get(key) is not None]
+        if not given:
+            return None
+        value, place = raw[given[0]], place.key(raw, given[0])
+        if len(given) > 1:
+            message = "`tokenizer_source` and `tokenizer` both say what the tokenizer is"
+            self.fault(place, message, advice="leave one of them out")
+            return None
+        if given == ["tokenizer_source"]:
+            source = self.reference_value(value, place)
+            # As recipes for earlier versions of mergekit write it.
+            return Tokenizer(str(place), source.removeprefix("model:")) if source else None
+        if isinstance(value, str):
+            message, name = "a mapping of keys to values is needed here", shorten(value)
+            advice = f"write `tokenizer: {{source: {name}}}`, or `tokenizer_source: {name}`"
+            self.fault(place, message, found=value, advice=advice)
+            return None
+        if not self.check_mapping(value, place, _TOKENIZER_KEYS):
+            return None
+        more = ["tokens"] if value.get("tokens") else []
+        # A multiple of one is any number.
+        more += ["pad_to_multiple_of"] if value.get("pad_to_multiple_of") not in (None, 1) else []
+        source = self.reference(value, "source", place) if value.get("source") else "union"
+        return Tokenizer(str(place), source, tuple(more)) if source else None
+
+    def chat_template(self, raw: Mapping[str, object], place: Place) -> Template | None:
+        """Read `chat_template`."""
+        value = raw.get("chat_template")
+        if value is None:
+            return None
+        place = place.key(raw, "chat_template")
+        if isinstance(value, str) and value:
+            return Template(str(place), value)
+        message, advice = "a chat template is text", "write `chat_template: auto`, or leave it out"
+        self.fault(place, message, found=value, advice=advice)
+        return None
 
     def model(self, raw: object, place: Place) -> Source | None:
         return self.source(raw, place, _MODEL_KEYS)

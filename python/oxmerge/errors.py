@@ -6,7 +6,7 @@ disk is an `OSError` with its number, and Ctrl-C is `KeyboardInterrupt`.
 
 from __future__ import annotations
 
-from oxmerge.problems import Problem
+from oxmerge.problems import UNSUPPORTED, Problem, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class OxmergeError(Exception):
         """Return the message with its place, comparison and hint."""
         return str(self.as_problem())
 
+    def __repr__(self) -> str:
+        """Return the class and the whole story: of the arguments alone the reason would lack."""
+        return f"{type(self).__name__}({str(self)!r})"
+
 
 class ProblemsError(OxmergeError, ValueError):
     """Base of the errors that report several problems together.
@@ -101,16 +105,23 @@ class ProblemsError(OxmergeError, ValueError):
         )
         self.problems: tuple[Problem, ...] = tuple(problems)
 
+    @classmethod
+    def of(cls, message: str, problems: Iterable[Problem]) -> ProblemsError:
+        """Return the error for problems: `UnsupportedError` if nothing else is wrong."""
+        problems = tuple(problems)
+        is_sound = problems and all(problem.kind == UNSUPPORTED for problem in problems)
+        return (UnsupportedError if is_sound else cls)(message, problems=problems)
+
     def __str__(self) -> str:
         """Return the headline and one entry for each problem."""
         if not self.problems:
             return super().__str__()
         if len(self.problems) == 1:
             return f"{self.message}: {self.problems[0]}"
-        entries = (str(problem).replace("\n", "\n  ") for problem in self.problems)
-        return "\n".join(
-            [f"{self.message}: {len(self.problems)} problems", *map("- {}".format, entries)]
-        )
+        problems, more = shown(self.problems)
+        entries = [f"- {problem}".replace("\n", "\n  ") for problem in problems]
+        entries += [] if more is None else [more]
+        return "\n".join([f"{self.message}: {len(self.problems)} problems", *entries])
 
 
 class RecipeError(ProblemsError):
@@ -125,8 +136,15 @@ class CheckpointError(OxmergeError):
     """A checkpoint that is broken: its header, its index or its sizes."""
 
 
-class UnsupportedError(CheckpointError):
-    """A checkpoint that is sound, but of a kind that cannot be merged yet."""
+class UnsupportedError(RecipeError, PlanError, CheckpointError):
+    """What is sound, but cannot be merged yet: in a recipe, a plan or a checkpoint.
+
+    So it is what each of them raises, where nothing is wrong but that.
+    """
+
+    def as_problem(self, kind: str = UNSUPPORTED) -> Problem:
+        """Return the same story as an entry of a report."""
+        return super().as_problem(kind)
 
 
 class MemoryBudgetError(OxmergeError):

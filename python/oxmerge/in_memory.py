@@ -19,7 +19,7 @@ from oxmerge.arrays import (
 )
 from oxmerge.methods import find_method, read_methods
 from oxmerge.options import check_seed, check_threads
-from oxmerge.parameters import KINDS, convert
+from oxmerge.parameters import KINDS, convert, limits_advice, plain_number
 from oxmerge.problems import Problem, did_you_mean
 from oxmerge.schema import is_float
 
@@ -145,9 +145,10 @@ def merge_tensors(
     TypeError
         If something is no array, of a type without arithmetic, or the method has no such parameter.
     ValueError
-        If shapes differ, an array is not on the CPU, or `out` cannot take the result.
+        If shapes differ, an array is not on the CPU, a parameter is beyond its limits, or `out`
+        cannot take the result.
     PlanError
-        If the method cannot make sense of the parameters.
+        If the method cannot make sense of the parameters: weights to divide by that sum to zero.
 
     Notes
     -----
@@ -366,7 +367,11 @@ def _spread(parameter: Parameter, value: Any, count: int) -> list[Any]:
 
 def _converted(parameter: Parameter, value: Any) -> Any:
     try:
-        return convert(value, parameter.kind)
+        converted = convert(value, parameter.kind)
     except (TypeError, ValueError):
         message = f"`{parameter.name}` is {KINDS[parameter.kind]}, not {value!r}"
         raise ValueError(message) from None
+    if not isinstance(converted, bool | str) and converted not in parameter.limits:
+        message = f"`{parameter.name}` is {parameter.limits}, not {plain_number(converted)}"
+        raise ValueError(f"{message}; {limits_advice(converted, parameter)}")
+    return converted

@@ -1,4 +1,4 @@
-"""JSON files beside a model's weights. A stranger wrote them: they are read without trust."""
+"""Small files beside a model, such as its config. A stranger wrote them: they are not trusted."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["read_json"]
+__all__ = ["read_json", "read_start"]
 
-#: As much as the engine reads, and as deep: what takes values apart later calls itself for every
-#: level.
-_MOST_BYTES = 100_000_000
+#: Real configs take some kilobytes; those with thousands of labels, a megabyte or two. All of one
+#: is kept, for the output has all of it too, and Python takes up to a hundred bytes for a value of
+#: two or three letters. So what is far beyond any is refused before it is read.
+_MOST_BYTES = 16_000_000
+_MOST_VALUES = 1_000_000
+#: What takes values apart later calls itself for every level.
 _DEEPEST = 128
 
 
@@ -26,15 +29,14 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, os.stat_result]:
     OSError
         If it cannot be read.
     ValueError
-        If it is no regular file, or holds no JSON, or more of it, or deeper, than it may.
+        If it is no regular file, or holds no JSON, or more of it, or deeper, than a config does.
     """
-    with open(path, "rb", opener=_open_at_once) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > _MOST_BYTES:
-            raise ValueError(f"longer than {_MOST_BYTES} bytes")
-        text = file.read()
+    text, status = read_start(path, _MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"longer than {_MOST_BYTES} bytes")
+    # Each value but the first has one of these before it. Those in text count too.
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES} values")
     try:
         value = json.loads(text)
     except RecursionError:
@@ -42,6 +44,23 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, os.stat_result]:
     if not _is_within(value, _DEEPEST):
         raise _too_deep()
     return value, status
+
+
+def read_start(path: str | os.PathLike[str], most: int) -> tuple[bytes, os.stat_result]:
+    """Return the first bytes of a file, so many at the most, and what the file was then.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it is no regular file.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        return file.read(most), status
 
 
 def _open_at_once(path: str, flags: int) -> int:

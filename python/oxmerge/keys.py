@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import Repr
 
 from oxmerge.methods import DIALECT_PARAMETERS
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import TypeGuard
+    from typing import Any, TypeGuard
 
-__all__ = ["KeyReader", "Place", "is_mapping", "show"]
+__all__ = ["KeyReader", "Place", "is_mapping", "show", "show_key"]
+
+#: Letters of a value that a message shows.
+_SHOWN = 60
 
 #: Every key of the dialect, and where it acts.
 _ACTS_IN = {
@@ -28,6 +32,9 @@ _ACTS_IN = {
     "dtype": "at the top level",
     "out_dtype": "at the top level",
     "parameters": "at the top level, in a slice, a model or a source",
+    "tokenizer": "at the top level",
+    "tokenizer_source": "at the top level",
+    "chat_template": "at the top level",
     "sources": "in a slice",
     "model": "in an entry of `models` or `sources`",
     "layer_range": "in a source of a slice",
@@ -42,9 +49,6 @@ _NEVER_ACTS = {
 #: What is not done yet, and what to do instead.
 NOT_YET = {
     "modules": ("merging the modules of a model apart", "list whole models under `models`"),
-    "tokenizer": ("building a tokenizer", "leave it out: the output has the donor's"),
-    "tokenizer_source": ("building a tokenizer", "leave it out: the output has the donor's"),
-    "chat_template": ("setting a chat template", "leave it out: the output has the donor's"),
 }
 
 
@@ -58,7 +62,8 @@ class Place:
     def key(self, mapping: object, key: object) -> Place:
         """Return the place of a key of the mapping that stands here."""
         line = getattr(mapping, "lines", {}).get(key, self.line)
-        return Place(f"{self.path}.{key}" if self.path else str(key), line)
+        name = show_key(key)
+        return Place(f"{self.path}.{name}" if self.path else name, line)
 
     def item(self, index: int) -> Place:
         """Return the place of an item of the list that stands here."""
@@ -95,7 +100,7 @@ class KeyReader:
         if not is_mapping(raw):
             message, advice = "a mapping of keys to values is needed here", "write `key: value`"
             if isinstance(raw, str) and "model" in known:
-                advice = f"write `model: {raw}`"
+                advice = f"write `model: {shorten(raw)}`"
             self.fault(place, message, found=raw, advice=advice)
             return False
         self.check_keys(raw, place, known)
@@ -122,13 +127,14 @@ class KeyReader:
             if value is not None:
                 what, advice = NOT_YET[str(key)]
                 message = f"not supported yet: {what} (`{key}`)"
-                self.fault(place, message, kind="unsupported", advice=advice)
+                self.fault(place, message, kind=UNSUPPORTED, advice=advice)
         elif key in _NEVER_ACTS:
             self.no_effect(place, f"`{key}` has no effect", _NEVER_ACTS[str(key)])
         elif key in _ACTS_IN:
             self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
         else:
-            self.fault(place, f"unknown key `{key}`", advice=_key_advice(str(key), known))
+            name = show_key(key)
+            self.fault(place, f"unknown key `{name}`", advice=_key_advice(name, known))
 
     def no_effect(self, place: Place, message: str, advice: str) -> None:
         """Take down that something at a place has no effect."""
@@ -148,8 +154,31 @@ def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
 
 
 def show(value: object) -> str:
-    """Return a value as messages show it, cut to a line's worth."""
+    """Return a value as messages show it, cut to a line's worth, however much it holds."""
     if isinstance(value, str):
-        return value if value in ("nothing", "neither") else repr(value)
-    text = repr(value) if not isinstance(value, Mapping) else "a mapping"
-    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 - a line's worth
+        return value if value in ("nothing", "neither") else repr(shorten(value, _SHOWN))
+    if isinstance(value, Mapping):
+        return "a mapping"
+    text = _Shown().repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def show_key(key: object) -> str:
+    """Return a key as places and messages show it."""
+    return shorten(key, _SHOWN) if isinstance(key, str) else show(key)
+
+
+class _Shown(Repr):
+    """The beginning of a value, of which no more is looked at than is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = _SHOWN
+
+    def repr1(self, x: Any, level: int) -> str:  # noqa: ANN401 - any value at all
+        return "{...}" if isinstance(x, Mapping) else super().repr1(x, level)
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002 - of the base class
+        many = x.bit_length() > 4 * _SHOWN
+        return f"a number of {int(x.bit_length() * 0.30103)} digits" if many else repr(x)

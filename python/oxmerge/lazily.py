@@ -9,6 +9,7 @@ from oxmerge import _core
 from oxmerge.arrays import empty
 from oxmerge.in_memory import check_options
 from oxmerge.merging import prepare
+from oxmerge.problems import no_such_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class LazyMerge(Mapping[str, Any]):
     """
 
     def __init__(self, plan: Plan, kind: Kind, threads: int | None) -> None:
-        self._tensors = {name: at for at, name in enumerate(plan.tensors.names)}
+        self._tensors = plan.tensors.by_place()
         self._plan = plan
         self._engine = _core.OnDemand(plan.table)
         self._kind: Kind = kind
@@ -44,11 +45,20 @@ class LazyMerge(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """Compute a tensor."""
-        at = self._tensors[name]
+        at = self._at(name)
         tensor = self._plan.tensors[at]
         merged = empty(tensor.shape, tensor.dtype, self._kind)
         self._engine.compute(at, merged.place, self._threads)
         return merged.array
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Compute a tensor, or return `default` if there is none of that name."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is it
+
+    def _at(self, name: str) -> int:
+        if name not in self._tensors:
+            raise no_such_key("tensor", name, self._tensors)
+        return self._tensors[name]
 
     def __contains__(self, name: object) -> bool:
         """Tell whether there is a tensor of that name, without computing it."""
@@ -76,11 +86,11 @@ class LazyMerge(Mapping[str, Any]):
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without computing it."""
-        return self._plan.tensors[self._tensors[name]].shape
+        return self._plan.tensors[self._at(name)].shape
 
     def dtype_of(self, name: str) -> str:
         """Return the element type of a tensor by its safetensors name, without computing it."""
-        return self._plan.tensors[self._tensors[name]].dtype
+        return self._plan.tensors[self._at(name)].dtype
 
 
 def lazy(
@@ -90,6 +100,7 @@ def lazy(
     seed: int = 0,
     threads: int | None = None,
     strict: bool = False,
+    allow_mismatch: bool = False,
 ) -> LazyMerge:
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
@@ -111,6 +122,8 @@ def lazy(
         As many as there are cores, unless given.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
 
     Returns
     -------
@@ -127,8 +140,9 @@ def lazy(
 
     Notes
     -----
-    Reads headers only, once. A tensor costs what merging it costs (``oxmerge methods NAME`` tells),
-    and the memory of the result; its inputs are read in pieces. It is computed on the CPU.
+    Reads headers, configs and tokenizers, once. A tensor costs what merging it costs (``oxmerge
+    methods NAME`` tells), and the memory of the result; its inputs are read in pieces. It is
+    computed on the CPU.
 
     Examples
     --------
@@ -144,7 +158,8 @@ def lazy(
     check_options(seed, threads)
     if kind == "torch":
         _need_torch()
-    return LazyMerge(prepare(recipe, seed=seed, strict=strict), kind, threads)
+    plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
+    return LazyMerge(plan, kind, threads)
 
 
 def _need_torch() -> None:

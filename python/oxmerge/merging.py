@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.claims import named
+from oxmerge.cli.progress import watched
 from oxmerge.contents import contents_of, late_texts
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
@@ -85,6 +86,8 @@ class MergeReport:
         Tensors and weight files written.
     bytes_read, bytes_written : int
         Bytes of tensors; re-reads are counted.
+    input_bytes : int
+        Bytes of the tensors that were read, each once.
     seconds : float
         From the first read to the last flush of the weights.
     read_gb_per_second, written_gb_per_second : float
@@ -112,6 +115,7 @@ class MergeReport:
     files: int
     bytes_read: int
     bytes_written: int
+    input_bytes: int
     seconds: float
     read_gb_per_second: float
     written_gb_per_second: float
@@ -131,7 +135,7 @@ class MergeReport:
         return {**data, "warnings": list(self.warnings), "notes": list(self.notes)}
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the options of the command, keyword only
     recipe: Request,
     *,
     memory: int | str | None = None,
@@ -141,11 +145,12 @@ def plan(
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
+    allow_mismatch: bool = False,
 ) -> Plan:
     """Return what a merge would do.
 
-    Reads headers and configs only. Where there is a GPU, measures the CPU and the disk for some
-    milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
+    Reads headers, configs and tokenizers only. Where there is a GPU, measures the CPU and the disk
+    for some milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
 
     Parameters
     ----------
@@ -169,6 +174,8 @@ def plan(
         Bytes in an output file at most.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
 
     Raises
     ------
@@ -182,8 +189,15 @@ def plan(
     options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
     _check_options(threads, "auto", device, vram)
     _bytes(memory), _bytes(vram)
-    made = prepare(recipe, shard_size=shard_size, seed=seed, strict=strict, with_side_files=True)
-    planned = replace(made, options=options)
+    made = prepare(
+        recipe,
+        shard_size=shard_size,
+        seed=seed,
+        strict=strict,
+        with_side_files=True,
+        allow_mismatch=allow_mismatch,
+    )
+    planned = made.with_options(options)
     planned.prediction  # noqa: B018 - what cannot fit is told now
     return planned
 
@@ -224,8 +238,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     strict: bool = False,
+    allow_mismatch: bool = False,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -258,11 +273,14 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Replace the model that is there, when the new one is complete.
     strict : bool
         Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
-    progress : callable, optional
-        Called ten times a second with a `Snapshot`: ``bytes_done``, ``bytes_total`` and so on. What
-        it raises ends the merge.
+    progress : callable or bool, optional
+        Whether to show a bar, on standard error or below a notebook's cell; unless given, only
+        there. Or what is called ten times a second with a `Snapshot`: ``bytes_done``,
+        ``bytes_total`` and so on; what it raises ends the merge.
 
     Raises
     ------
@@ -290,6 +308,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         shard_size=shard_size,
         overwrite=overwrite,
         strict=strict,
+        allow_mismatch=allow_mismatch,
         read_path=read_path,
         progress=progress,
     )
@@ -307,25 +326,37 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     shard_size: int | str,
     overwrite: bool,
     strict: bool,
+    allow_mismatch: bool,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
+    check: Callable[[list[Plan]], None] | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Parameters and errors are those of `merge`, for pairs of a recipe and a directory. Outputs that
-    are finished when something fails are kept, the others leave nothing.
+    are finished when something fails are kept, the others leave nothing. `check` is called with the
+    plans before anything is made.
     """
     started = time.perf_counter()
     for _, directory in merges:
         named(directory)
     _check_options(threads, read_path, device, vram)
-    if progress is not None and not callable(progress):
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
     plans = [
-        prepare(recipe, shard_size=shard_size, seed=seed, strict=strict, with_side_files=True)
+        prepare(
+            recipe,
+            shard_size=shard_size,
+            seed=seed,
+            strict=strict,
+            with_side_files=True,
+            allow_mismatch=allow_mismatch,
+        )
         for recipe, _ in merges
     ]
+    if check is not None:
+        check(plans)
     if device == "auto":
         device = choose(plans, threads, vram, load=True).device
     backend = open_backend(device, vram)
@@ -344,13 +375,13 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         outputs = [claimed[at] for at in range(len(merges))]
         for plan, output in zip(plans, outputs, strict=True):
             stage(output, contents_of(plan))
-        with backend or nullcontext():
+        with backend or nullcontext(), watched(progress) as callback:
             done = _core.execute(
                 [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
                 memory=_room(budget),
                 threads=threads,
                 read_path=read_path,
-                progress=_reporter(plans, progress),
+                progress=_reporter(plans, callback),
                 device=backend,
                 descriptors=[output.descriptor for output in outputs],
             )
@@ -397,6 +428,7 @@ def prepare(
     seed: int = 0,
     strict: bool = False,
     with_side_files: bool = False,
+    allow_mismatch: bool = False,
 ) -> Plan:
     """Return the plan of what was asked for: a recipe, a file or text of one, or a plan."""
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
@@ -419,6 +451,7 @@ def prepare(
         seed=seed,
         strict=strict,
         with_side_files=with_side_files,
+        allow_mismatch=allow_mismatch,
     )
 
 
@@ -442,6 +475,7 @@ def _finish(
         files=len(plan.shards),
         bytes_read=done["bytes_read"],
         bytes_written=plan.bytes_written,
+        input_bytes=plan.bytes_read,
         seconds=done["seconds"],
         read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
         written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
@@ -453,7 +487,7 @@ def _finish(
         simd=done["simd"],
         device=done["device"],
         warnings=tuple(map(str, plan.warnings)),
-        notes=(*plan.notes, *done["notes"], *_notes_on(output)),
+        notes=(*plan.changes, *done["notes"], *_notes_on(output)),
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")

@@ -11,6 +11,7 @@ from inspect import Signature
 
 from oxmerge import _core
 from oxmerge.in_memory import merge_tensors, methods
+from oxmerge.methods import explain_parameter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _docstring(method: Method, row: dict[str, Any]) -> str:
         each = "" if parameter.per == "shared" else ", or one for each tensor in a sequence"
         kind = parameter.kind + each
         kind += "" if parameter.required else f", default {parameter.default}"
-        text = described["help"]
+        text = explain_parameter(described)
         lines += [
             f"{_python_name(parameter.name)} : {kind}",
             f"    {text[0].upper()}{text[1:]}.",

@@ -9,14 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["Count", "Method", "Parameter", "find_method", "read_methods"]
+__all__ = [
+    "Count",
+    "Method",
+    "Parameter",
+    "Range",
+    "explain_parameter",
+    "find_method",
+    "read_methods",
+]
 
 #: Every method of the dialect.
 DIALECT_METHODS = frozenset((
@@ -30,6 +38,33 @@ DIALECT_PARAMETERS = frozenset((
     "max_iter", "tol", "density", "gamma", "epsilon", "int8_mask", "rescale", "lambda",
     "filter_wise", "select_topk", "r", "alpha", "scale",
 ))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values from a least to a greatest one, both included.
+
+    Attributes
+    ----------
+    least, most : float, optional
+        None for no bound.
+    """
+
+    least: float | None = None
+    most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        """Tell whether a value is within the bounds."""
+        return (self.least is None or value >= self.least) and (
+            self.most is None or value <= self.most
+        )
+
+    def __str__(self) -> str:
+        """Return the bounds in words, ``from 0 to 1``; nothing if there are none."""
+        if self.most is None:
+            return "" if self.least is None else f"at least {self.least:g}"
+        least = "at most" if self.least is None else f"from {self.least:g} to"
+        return f"{least} {self.most:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +84,12 @@ class Parameter:
     per : str
         ``shared`` by a tensor's inputs, one for each ``input``, or one for each ``other`` input
         than the base.
+    limits : Range
+        What it may be.
+    usual : Range
+        What it is where it is meant: other values are warned about in recipes.
+    acts : bool
+        Whether it changes any number.
     """
 
     name: str
@@ -56,6 +97,9 @@ class Parameter:
     default: float | None
     required: bool
     per: str
+    limits: Range = Range()
+    usual: Range = Range()
+    acts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +187,16 @@ def _read_count(bounds: Sequence[int | None]) -> Count:
 
 
 def _read_parameter(row: Mapping[str, Any]) -> Parameter:
-    return Parameter(row["name"], row["kind"], row["default"], row["required"], row["per"])
+    named = {name: row[name] for name in ("name", "kind", "default", "required", "per", "acts")}
+    return Parameter(**named, limits=Range(*row["limits"]), usual=Range(*row["usual"]))
+
+
+def explain_parameter(row: Mapping[str, Any]) -> str:
+    """Return what a parameter does and what it may be, in words, from the engine's table."""
+    usual = str(Range(*row["usual"]))
+    effect = "" if row["acts"] else "has no effect"
+    facts = (row["help"], str(Range(*row["limits"])), usual and f"usually {usual}", effect)
+    return "; ".join(fact for fact in facts if fact)
 
 
 def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
@@ -153,7 +206,7 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
     known = "use one of " + ", ".join(f"`{each}`" for each in methods)
     if name in DIALECT_METHODS:
         message = f"method `{name}` is not in this release"
-        return Problem("method", message, "merge_method", advice=known)
+        return Problem(UNSUPPORTED, message, "merge_method", advice=known)
     message = f"there is no merge method `{name}`"
     advice = did_you_mean(name, methods.keys() | DIALECT_METHODS) or known
     return Problem("method", message, "merge_method", advice=advice)

@@ -4,29 +4,35 @@ Three things can change: the element type, the number of layers, and what the co
 each layer. Only the keys that say so are edited, where the donor has them and as it spells them;
 all others, known or not, keep their values and their order.
 
-What a config says about each layer comes in three forms:
+What a config says about each layer comes in two forms:
 
-- a *list with one entry a layer* (`layer_types`), rebuilt from the layers' own configs;
-- a *list of layer numbers* (`mlp_only_layers`), renumbered;
+- a *list* of what each layer is (`layer_lists` knows how), rebuilt from the layers' own configs;
 - a *rule over positions* (`first_k_dense_replace`), which cannot follow a layer that moves. Each
   known rule is evaluated for every output layer and compared with what it said of the layer at
-  its old place; an unknown one is accepted when all layers keep their place in its period. What
-  does not fit is an error: the output would load and compute something else.
+  its old place; an unknown one is accepted when all layers keep their place in its period.
+
+What does not fit, or is about layers and not understood, is an error: the output would load and
+compute something else.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from oxmerge.config_meaning import is_language_config, is_model_config
 from oxmerge.errors import PlanError
-from oxmerge.position_rules import DEPTH_KEYS, RULES, unknown_rules
+from oxmerge.layer_lists import DEPTH_KEYS, extra_layers, numbers_layers, read_form, values
+from oxmerge.position_rules import RULE_KEYS, RULES, Rule, unknown_counts, unknown_rules
 from oxmerge.problems import Problem
 from oxmerge.schema import DTYPE_NAMES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oxmerge.layer_lists import Form
 
 Config = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -36,34 +42,14 @@ _RARE_DEPTH_KEYS = (
     "num_decoder_layers", "decoder_layers", "num_encoder_layers", "encoder_layers", "num_layer",
     "num_blocks", "n_blocks", "num_hidden_blocks", "depth",
 )  # fmt: skip
+# Found beside one of those, they say the same again.
+_SECOND_DEPTH_KEYS = ("num_layer", "num_blocks", "n_blocks", "num_hidden_blocks")
+# Keys of rules that say something of the whole model too.
+_MEANT_FOR_ALL = frozenset((
+    "hidden_size_per_layer_input", "num_mem_blocks", "scale_attn_by_inverse_layer_idx",
+    "scale_depth",
+))  # fmt: skip
 _DTYPE_KEYS = ("torch_dtype", "dtype")
-# Lists that have nothing to do with layers, whatever their length.
-_NEVER_PER_LAYER = frozenset(
-    {
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "begin_suppress_tokens",
-        "suppress_tokens",
-        "bad_words_ids",
-        "long_factor",
-        "short_factor",
-        "mrope_section",
-        "id2label",
-        "label2id",
-        "pruned_heads",
-        "vision_feature_layer",
-    }
-)
-# Strings with one letter a layer.
-_PER_LAYER_STRINGS = frozenset({"hybrid_override_pattern"})
-# Lists that hold flags even where they could be read as layer numbers.
-_FLAG_LISTS = frozenset({"no_rope_layers"})
-_LAYER_NUMBER_KEY = re.compile(r"(^|_)(layers?|idxs?|index|indexes|indices|blocks?)(_|$)")
-_LANGUAGE_CONFIG = re.compile(r"(^|_)(text|language|llm|decoder|thinker)(_|$)")
-_NOT_OF_THE_MODEL = re.compile(r"quantization|compression|generation")
 
 
 def edit_config(
@@ -119,6 +105,38 @@ def edit_config(
     if edit.problems:
         raise _misfit(edit.problems)
     return edit.config, edit.notes
+
+
+def describe_layers(config: Config, depth: int) -> Callable[[int], dict[str, object]]:
+    """Return a function from a layer to what a config of that depth says of it, by key."""
+    try:
+        scopes = _scopes(config, depth)
+    except PlanError:
+        scopes = []
+    inners = [_dig(config, scope) for scope in scopes]
+    forms = {
+        ".".join((*scope, *path)): form
+        for scope, inner in zip(scopes, inners, strict=True)
+        for path, value in values(inner)
+        if (form := read_form(path[-1], value, depth, extra_layers(inner))) is not None
+    }
+    rules = [(rule, inner) for inner in inners for rule in RULES if rule.stands_in(inner)]
+
+    def describe(layer: int) -> dict[str, object]:
+        said = {name: form.says(layer) for name, form in forms.items()}
+        return said | {", ".join(rule.keys): rule.kind(inner, layer) for rule, inner in rules}
+
+    return describe
+
+
+def without_layers(config: Config, depth: int) -> dict[str, Any]:
+    """Return a config of that depth without what it says of single layers."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        is_rule = key in RULE_KEYS - _MEANT_FOR_ALL
+        if not is_rule and read_form(key, value, depth, extra_layers(config)) is None:
+            kept[key] = without_layers(value, depth) if isinstance(value, dict) else value
+    return kept
 
 
 def json_text(value: Config) -> str:
@@ -182,8 +200,7 @@ def _nested_configs(config: Config, path: Path = ()) -> Iterator[tuple[Path, Con
     """Yield `config` and the model configs inside it, outermost first."""
     yield path, config
     for key, value in config.items():
-        is_config = key.endswith("_config") and not _NOT_OF_THE_MODEL.search(key)
-        if is_config and isinstance(value, Mapping):
+        if is_model_config(key) and isinstance(value, Mapping):
             yield from _nested_configs(value, (*path, key))
 
 
@@ -226,7 +243,7 @@ def _edit_layers(
 def _scopes(config: Config, depth: int) -> list[Path]:
     """Find the nested configs with the stack's layer count; those of language before others."""
     found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, depth)]
-    language = [path for path in found if all(_LANGUAGE_CONFIG.search(key) for key in path)]
+    language = [path for path in found if all(map(is_language_config, path))]
     if language or len(found) <= 1:
         return language or found
     names = ", ".join(f"`{'.'.join(path)}`" for path in found)
@@ -252,21 +269,47 @@ class _Restack:
     layer_map: list[tuple[Config, int]]
     depth: int
     scope: Path
+    followed: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         inner = _dig(self.donor, self.scope)
-        for key in _depth_keys(inner, self.depth):
-            self.edit.set((*self.scope, key), len(self.layer_map))
-        for path, value in _values(inner):
-            self._rebuild((*self.scope, *path), value)
+        for key in dict.fromkeys((*_depth_keys(inner, self.depth), *_SECOND_DEPTH_KEYS)):
+            if inner.get(key) == self.depth:
+                self.edit.set((*self.scope, key), len(self.layer_map))
+        for path, value in values(inner):
+            self._rebuild(path, value)
         self._note_lists_of_others()
         self._check_rules()
 
     def _rebuild(self, path: Path, value: object) -> None:
-        if _is_layer_numbers(path[-1], value, self.depth):
-            self._renumber(path)
-        elif _is_per_layer(path[-1], value, self.depth):
-            self._collect(path)
+        key, whole = path[-1], (*self.scope, *path)
+        form = read_form(key, value, self.depth, extra_layers(_dig(self.donor, self.scope)))
+        if form is None:
+            if numbers_layers(key, value) and key not in RULE_KEYS:
+                self._not_understood(whole)
+            return
+        said = []
+        configs = {id(config): config for config, _ in self.layer_map}
+        forms = {each: self._form_in(config, path) for each, config in configs.items()}
+        for position, (config, layer) in enumerate(self.layer_map):
+            theirs = forms[id(config)]
+            if theirs is None or theirs.kind != form.kind:
+                self._cannot_follow(whole, position, layer)
+                return
+            said.append(theirs.says(layer))
+        followed = form.follow(said, self.layer_map)
+        if followed is None:
+            self._torn_apart(whole)
+        else:
+            self.edit.set(whole, followed)
+            self.followed.add(key)
+
+    def _form_in(self, config: Config, path: Path) -> Form | None:
+        """Return the form of a list in the config of a source."""
+        inner, depth = _dig(config, self.scope), self._source_depth(config)
+        if depth is None:
+            return None
+        return read_form(path[-1], _dig(inner, path), depth, extra_layers(inner))
 
     def _source_depth(self, config: Config) -> int | None:
         """Return the layer count of a source, under the keys that hold the donor's."""
@@ -276,34 +319,25 @@ class _Restack:
                 return count
         return None
 
-    def _renumber(self, path: Path) -> None:
-        numbers = []
-        for position, (config, layer) in enumerate(self.layer_map):
-            listed = _dig(config, path)
-            if not isinstance(listed, list):
-                self._cannot_follow(path, position, layer)
-                return
-            if layer in listed:
-                numbers.append(position)
-        self.edit.set(path, numbers)
-
-    def _collect(self, path: Path) -> None:
-        entries = []
-        for position, (config, layer) in enumerate(self.layer_map):
-            listed = _dig(config, path)
-            fits = isinstance(listed, list | str) and len(listed) == self._source_depth(config)
-            if not fits or layer >= len(listed):
-                self._cannot_follow(path, position, layer)
-                return
-            entries.append(copy.deepcopy(listed[layer]))
-        is_text = isinstance(_dig(self.donor, path), str)
-        self.edit.set(path, "".join(entries) if is_text else entries)
-
     def _cannot_follow(self, path: Path, position: int, layer: int) -> None:
         self.edit.problem(
             f"`{'.'.join(path)}` speaks of each layer, but the config of the model that output "
             f"layer {position} comes from does not speak so of its layer {layer}",
             advice="stack models whose configs have the same lists",
+        )
+
+    def _not_understood(self, path: Path) -> None:
+        self.edit.problem(
+            f"`{'.'.join(path)}` seems to be about single layers, and oxmerge does not know how",
+            advice="keep all layers in their places, or take the key out of the donor's config if "
+            "it has no effect",
+        )
+
+    def _torn_apart(self, path: Path) -> None:
+        self.edit.problem(
+            f"`{'.'.join(path)}` joins layers, and some are no longer where they were beside the "
+            "layer whose keys and values they use",
+            advice="choose slices that keep such layers together",
         )
 
     def _note_lists_of_others(self) -> None:
@@ -313,7 +347,7 @@ class _Restack:
             inner, depth = _dig(config, self.scope), self._source_depth(config)
             if not isinstance(inner, Mapping) or depth is None:
                 continue
-            seen.update(p for p, value in _values(inner) if _is_per_layer(p[-1], value, depth))
+            seen.update(p for p, value in values(inner) if self._form_in(config, p) is not None)
         missing = sorted(p for p in seen if _dig(self.donor, (*self.scope, *p)) is None)
         self.edit.notes.extend(
             f"`{'.'.join((*self.scope, *path))}` of a source is left out: "
@@ -327,6 +361,7 @@ class _Restack:
         for rule in RULES:
             inners = [output, *(inner for inner, _ in sources)]
             if not any(rule.stands_in(inner) for inner in inners):
+                self._note_unread(rule, output, sources)
                 continue
             moved = [
                 (position, layer, rule.kind(output, position), rule.kind(inner, layer))
@@ -334,7 +369,31 @@ class _Restack:
             ]
             self._report(rule.keys, [entry for entry in moved if entry[2] != entry[3]])
         for key, value in unknown_rules(output):
-            self._check_unknown(key, value, sources)
+            if key not in self.followed:
+                self._check_unknown(key, value, sources)
+        for key, value in unknown_counts(_dig(self.donor, self.scope), self.depth):
+            self.edit.problem(
+                f"`{key}: {value}` seems to tie a layer's kind to its position, and oxmerge does "
+                "not know how",
+                advice="keep all layers in their places, or take the key out of the donor's config "
+                "if it has no effect",
+            )
+
+    def _note_unread(
+        self, rule: Rule, output: Config, sources: Sequence[tuple[Config, int]]
+    ) -> None:
+        """Tell of a rule that a list stands in for, if the rule alone would say something else."""
+        alone = replace(rule, replaced_by=None)
+        keys = [key for key in rule.keys if key in RULE_KEYS and output.get(key) is not None]
+        if keys and any(
+            alone.kind(output, position) != alone.kind(inner, layer)
+            for position, (inner, layer) in enumerate(sources)
+        ):
+            names = ", ".join(f"`{key}`" for key in keys)
+            self.edit.notes.append(
+                f"{names} no longer tells the kinds of the layers: `{rule.replaced_by}` does, and "
+                "readers that do not look at it would take layers for others"
+            )
 
     def _report(self, keys: Sequence[str], misfits: list[tuple[int, int, object, object]]) -> None:
         if not misfits:
@@ -363,29 +422,3 @@ class _Restack:
                 advice=f"use slices that move layers by multiples of {period} only, or take the "
                 "key out of the donor's config if it has no effect",
             )
-
-
-def _values(config: Config, path: Path = ()) -> Iterator[tuple[Path, object]]:
-    """Yield every list and string in `config`, without other model configs nested in it."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and not key.endswith("_config"):
-            yield from _values(value, (*path, key))
-        elif isinstance(value, list | str):
-            yield (*path, key), value
-
-
-def _is_per_layer(key: str, value: object, depth: int) -> bool:
-    if isinstance(value, str):
-        return key in _PER_LAYER_STRINGS and len(value) == depth
-    return isinstance(value, list) and len(value) == depth and key not in _NEVER_PER_LAYER
-
-
-def _is_layer_numbers(key: str, value: object, depth: int) -> bool:
-    if not isinstance(value, list) or key in _NEVER_PER_LAYER or key in _FLAG_LISTS:
-        return False
-    if not _LAYER_NUMBER_KEY.search(key):
-        return False
-    if not all(type(number) is int and 0 <= number < depth for number in value):
-        return False
-    # As long as the stack, it is one entry a layer, unless it plainly counts the layers.
-    return len(set(value)) == len(value) and (len(value) != depth or value == list(range(depth)))

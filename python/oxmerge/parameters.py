@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from oxmerge.methods import Method, Parameter
     from oxmerge.recipe import Choice, Scalar, Setting, Settings
 
-__all__ = ["KINDS", "Resolver", "SettingReader", "check_settings", "convert", "interpolate"]
+__all__ = [
+    "KINDS",
+    "Resolver",
+    "SettingReader",
+    "check_settings",
+    "convert",
+    "interpolate",
+    "limits_advice",
+    "plain_number",
+]
 
 _TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))
 _FALSE = frozenset(("0", "off", "f", "false", "n", "no"))
@@ -34,8 +43,8 @@ KINDS = {
 }
 #: Stands in for a value that cannot be read, so that planning can go on to the next problem.
 _NEUTRAL: dict[str, Scalar] = {"float": 1.0, "int": 1, "bool": True}
-#: Parameters that were only ever about how mergekit computes.
-_NO_NUMERIC_EFFECT = frozenset(("int8_mask",))
+#: Percent that make a whole.
+_PERCENT = 100
 
 
 def interpolate(values: tuple[Scalar, ...], position: float) -> Scalar:
@@ -114,6 +123,31 @@ def _to_bool(value: Scalar) -> bool:
     return text in _TRUE
 
 
+def plain_number(value: Scalar) -> str:
+    """Return a number as a recipe writes it: ``53``, not ``53.0``."""
+    return repr(value).removesuffix(".0")
+
+
+def limits_advice(value: float, parameter: Parameter) -> str:
+    """Return what a value beyond the limits of a parameter was probably meant to be.
+
+    Examples
+    --------
+    >>> from oxmerge.methods import Parameter, Range
+    >>> density = Parameter("density", "float", 1.0, False, "other", Range(0, 1))
+    >>> limits_advice(53, density), limits_advice(-0.5, density), limits_advice(1.5, density)
+    ('did you mean `0.53`, which is 53 %?', 'did you mean `0.5`?', 'write a number from 0 to 1')
+    """
+    limits, magnitude = parameter.limits, abs(value)
+    if magnitude in limits:
+        return f"did you mean `{plain_number(magnitude)}`?"
+    is_share = (limits.least, limits.most) == (0, 1)
+    if is_share and magnitude <= _PERCENT and float(magnitude).is_integer():
+        share, percent = plain_number(magnitude / _PERCENT), plain_number(magnitude)
+        return f"did you mean `{share}`, which is {percent} %?"
+    return f"write a number {limits}"
+
+
 @dataclass(slots=True)
 class ReadChoice:
     """A choice with its values converted.
@@ -142,11 +176,14 @@ class SettingReader:
     Attributes
     ----------
     problems : list of Problem
-        Values of the wrong kind, missing ones.
+        Values of the wrong kind or beyond the limits, missing ones.
+    warnings : list of Problem
+        Values that are probably a slip.
     """
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
         self._read: dict[tuple[int, str], tuple[ReadChoice, ...]] = {}
         self._kept: list[Setting] = []
 
@@ -171,7 +208,33 @@ class SettingReader:
                 Problem("parameter", message, setting.where, found=_plain(found), advice=advice)
             )
             values = (_NEUTRAL[parameter.kind],)
+        else:
+            self._check_ranges(values, setting, parameter)
         return ReadChoice(values, choice.filter, setting.where)
+
+    def _check_ranges(
+        self, values: tuple[Scalar, ...], setting: Setting, parameter: Parameter
+    ) -> None:
+        """Report the first value beyond the limits, else the first that is probably a slip."""
+        numbers = [value for value in values if not isinstance(value, bool | str)]
+        for value in numbers:
+            if value not in parameter.limits:
+                message = f"`{parameter.name}` is {parameter.limits}"
+                advice = limits_advice(value, parameter)
+                found = plain_number(value)
+                self.problems.append(
+                    Problem("parameter", message, setting.where, found=found, advice=advice)
+                )
+                return
+        for value in numbers:
+            if value not in parameter.usual:
+                message = f"`{parameter.name}` is usually {parameter.usual}"
+                advice = "it is used as it is; check that no decimal point is missing"
+                found = plain_number(value)
+                self.warnings.append(
+                    Problem("parameter", message, setting.where, found=found, advice=advice)
+                )
+                return
 
     def unused_filters(self) -> list[Problem]:
         """Return a warning for each filter that has decided nothing."""
@@ -377,7 +440,7 @@ def _without_effect(
         return [_idle(name, setting, " under a model", advice)]
     if level == "base" and own[name].per == "other":
         return [_idle(name, setting, " on the base model", "it acts on the other models")]
-    if name in _NO_NUMERIC_EFFECT:
+    if not own[name].acts:
         return [_idle(name, setting, " on the result", "it may be left out")]
     return []
 

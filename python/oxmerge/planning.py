@@ -10,8 +10,9 @@ import os
 
 from oxmerge import _core
 from oxmerge.assembly import Assembler
+from oxmerge.belonging import Belonging
 from oxmerge.contents import card_of, config_of, notes_on
-from oxmerge.errors import PlanError
+from oxmerge.errors import PlanError, ProblemsError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
 from oxmerge.methods import Method, find_method, read_methods
@@ -20,10 +21,11 @@ from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
 from oxmerge.plans import Plan
 from oxmerge.problems import Problem, group_problems
-from oxmerge.schema import is_float
+from oxmerge.schema import Tensors, is_float
 from oxmerge.sections import Section, SectionBuilder
 from oxmerge.side_files import SideFiles, find_side_files, folder_of
 from oxmerge.targets import SlicedTargets, whole_targets
+from oxmerge.tokenizers import check_tokenizer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,8 +49,9 @@ def build_plan(
     seed: int = 0,
     strict: bool = False,
     with_side_files: bool = False,
+    allow_mismatch: bool = False,
 ) -> Plan:
-    """Return the plan of a merge. Reads headers and configs only.
+    """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
     Parameters
     ----------
@@ -62,6 +65,8 @@ def build_plan(
         Whether warnings count as problems.
     with_side_files : bool
         Whether the donor's other files will be copied, and must be such that they can be.
+    allow_mismatch : bool
+        Whether models may be of another type than the donor.
 
     Raises
     ------
@@ -73,21 +78,23 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    planner = _Planner(recipe, with_side_files=with_side_files)
+    planner = _Planner(recipe, with_side_files=with_side_files, allow_mismatch=allow_mismatch)
     return planner.plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe, *, with_side_files: bool) -> None:
+    def __init__(self, recipe: Recipe, *, with_side_files: bool, allow_mismatch: bool) -> None:
         self.recipe = recipe
         self.with_side_files = with_side_files
+        self.allow_mismatch = allow_mismatch
         self.side_files = SideFiles()
         self.problems: list[Problem] = []
         self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
-        self.inputs = Inputs(tuple(folder for folder in folders if folder is not None))
+        self.folders = tuple(folder for folder in folders if folder is not None)
+        self.inputs = Inputs(self.folders)
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
         self.methods = read_methods(_core.methods())
@@ -105,6 +112,10 @@ class _Planner:
                 self.check_with_engine(table)
         self.check_config(donor)
         self.look_beside(donor)
+        self.compare_models(sections, donor, table)
+        if donor is not None:
+            asked = check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
+            self.problems += asked
         self.gather(sections)
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
@@ -187,10 +198,25 @@ class _Planner:
             self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
             self.problems += self.side_files.problems
 
+    def compare_models(
+        self, sections: list[Section], donor: InputModel | None, table: _core.Plan | None
+    ) -> None:
+        """Find models that do not belong together, whatever their tensors are called."""
+        if donor is None or table is None:
+            return
+        belonging = Belonging(donor, allow_mismatch=self.allow_mismatch)
+        by_layer = bool(self.recipe.slices)
+        belonging.compare_configs(self.inputs.models, by_layer=by_layer)
+        if by_layer:
+            belonging.compare_layers(sections)
+        belonging.compare_tokenizers(self.inputs.models, Tensors(table))
+        self.problems += belonging.problems
+        self.warnings += belonging.warnings
+
     def gather(self, sections: list[Section]) -> None:
         """Take over what the steps have collected on the way."""
         self.problems = self.inputs.problems + self.problems + self.reader.problems
-        self.warnings += self.inputs.warnings
+        self.warnings += self.inputs.warnings + self.reader.warnings
         if self.sliced is not None:
             self.problems += self.sliced.problems
         if not self.problems:  # else a filter may have had no chance
@@ -210,8 +236,8 @@ class _Planner:
         advice = "layers are told by a config.json that counts them"
         return [Problem("layers", message, file=stackless[0].path, advice=advice)]
 
-    def failure(self, problems: list[Problem]) -> PlanError:
-        return PlanError("cannot merge", problems=group_problems(problems))
+    def failure(self, problems: list[Problem]) -> ProblemsError:
+        return PlanError.of("cannot merge", group_problems(problems))
 
     def result(
         self,
@@ -232,7 +258,7 @@ class _Planner:
             depth=None if stack is None else stack.depth,
             writes_head=table.has_name_ending("lm_head.weight"),
         )
-        return Plan(
+        plan = Plan(
             table=table,
             recipe_text=self.recipe.text,
             recipe_folder=self.recipe.folder,
@@ -244,11 +270,13 @@ class _Planner:
             dtype=dtype,
             accounting=accounting,
             warnings=group_problems(self.warnings),
-            notes=(*notes, *notes_on(self.side_files)),
+            changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
             config=config,
-            card=card_of(self.recipe, models, None if base is None else models[donor.index]),
+            card=card_of(self.recipe, self.inputs.models, donor),
             side_files=self.side_files,
         )
+        plan.recipe = self.recipe  # it need not be read again
+        return plan
 
     def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
         """Return the config and the layer that each output layer comes from."""

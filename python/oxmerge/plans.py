@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,8 +60,9 @@ class Plan:
         What becomes of every tensor of every model.
     warnings : tuple of Problem
         What has no effect, and what is left out.
-    notes : tuple of str
-        What was changed in the config, and which of the donor's files are not copied.
+    changes : tuple of str
+        What is changed in the config, what may be taken for something else than it is, and which of
+        the donor's files are not copied; the report of a merge tells it.
     config : str, optional
         Text of ``config.json``.
     card : str
@@ -82,7 +84,7 @@ class Plan:
     dtype: str | None
     accounting: tuple[ModelAccount, ...]
     warnings: tuple[Problem, ...]
-    notes: tuple[str, ...]
+    changes: tuple[str, ...]
     config: str | None
     card: str
     side_files: SideFiles
@@ -141,6 +143,18 @@ class Plan:
         from oxmerge.merging import predict  # noqa: PLC0415 - it needs this module
 
         return predict(self, **self.options)
+
+    def with_options(self, options: dict[str, Any]) -> Plan:
+        """Return the same plan, with a prediction for other options."""
+        plan = copy.copy(self)
+        plan.options = options
+        vars(plan).pop("prediction", None)
+        return plan
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What may be taken for something else than it is."""
+        return self.recipe.notes
 
     @property
     def disk(self) -> int:

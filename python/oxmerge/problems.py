@@ -12,14 +12,27 @@ from dataclasses import dataclass, replace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 #: How many tensor names a grouped problem shows.
 SHOWN_TENSORS = 3
+#: How many problems a report shows.
+SHOWN_PROBLEMS = 100
+#: Letters of a name or a value that a message shows: a stranger may have written more.
+_LONGEST_NAME = 120
+_LONGEST_VALUE = 240
+_LONGEST_MESSAGE = 800
+_QUOTED = re.compile(f"`[^`]{{{_LONGEST_NAME + 1},}}`")
+#: Letters that may tell a name of which they are a part.
+_SHORTEST_PART = 4
+#: Words that are compared closely with one that is not known.
+_COMPARED = 200
 #: Stands between a problem and what to do about it.
 _HINT = "\n  hint: "
 #: Controls of terminals, ends of lines, and what turns the direction of writing around.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+#: The kind of a problem that is no fault: it asks for what cannot be done yet.
+UNSUPPORTED = "unsupported"
 #: Kinds of problems that are mended in the recipe, also where they have no place in it.
 _KINDS_OF_RECIPES = frozenset(("recipe", "method", "parameter", "contract", "model"))
 
@@ -68,26 +81,29 @@ class Problem:
 
     def __str__(self) -> str:
         """Return one line, and a second one with the hint if there is one."""
-        line = printable(self._place() + self.message + self._comparison() + self._others())
+        message = shorten(_QUOTED.sub(_shortened, self.message), _LONGEST_MESSAGE)
+        line = printable(self._place() + message + self._comparison() + self._others())
         return line if self.advice is None else line + _HINT + self.advice
 
     def _place(self) -> str:
-        places = [f"{self.where}: "] if self.where else []
+        places = [f"{shorten(self.where, _LONGEST_VALUE)}: "] if self.where else []
         if self.file is not None:
             places.append(f"`{self.file}`: ")
         if self.tensor is not None and self.count == 1:
-            places.append(f"tensor `{self.tensor}`: ")
+            places.append(f"tensor `{shorten(self.tensor)}`: ")
         return "".join(places)
 
     def _comparison(self) -> str:
         parts = (("expected", self.expected), ("found", self.found))
-        text = ", ".join(f"{word} {value}" for word, value in parts if value is not None)
+        text = ", ".join(
+            f"{word} {shorten(value, _LONGEST_VALUE)}" for word, value in parts if value is not None
+        )
         return f": {text}" if text else ""
 
     def _others(self) -> str:
         if self.count == 1:
             return ""
-        names = ", ".join(f"`{name}`" for name in self.tensors)
+        names = ", ".join(f"`{shorten(name)}`" for name in self.tensors)
         more = ", ..." if self.count > len(self.tensors) else ""
         return f" ({self.count} tensors: {names}{more})"
 
@@ -140,6 +156,30 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def shorten(text: str, most: int = _LONGEST_NAME) -> str:
+    """Return text of so many letters at the most: the middle of a longer one is left out.
+
+    Examples
+    --------
+    >>> shorten("model.layers.0.mlp.up_proj.weight", 20)
+    'model.lay...j.weight'
+    """
+    if len(text) <= most:
+        return text
+    kept = most - 3
+    return f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
+
+
+def _shortened(match: re.Match[str]) -> str:
+    return f"`{shorten(match[0][1:-1])}`"
+
+
+def shown(problems: Sequence[object]) -> tuple[list[object], str | None]:
+    """Return the problems that a report shows, and how many more there are."""
+    more = len(problems) - SHOWN_PROBLEMS
+    return list(problems[:SHOWN_PROBLEMS]), f"and {more} more" if more > 0 else None
+
+
 def _common_file(files: set[str | None]) -> str | None:
     """Return the file if there is one, or the folder that all files lie in, such as a model's."""
     if len(files) == 1:
@@ -148,16 +188,45 @@ def _common_file(files: set[str | None]) -> str | None:
     return (folders.pop() or None) if len(folders) == 1 else None
 
 
+def near(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Return the known words that `word` was probably meant to be, the nearest first.
+
+    Of many words, such as the tensors of a model, only those that begin and end most like it are
+    compared closely.
+    """
+    from difflib import get_close_matches  # noqa: PLC0415 - needed only when something is wrong
+    from heapq import nlargest  # noqa: PLC0415
+
+    if len(word) > _LONGEST_VALUE:
+        return []
+    folded = {each.casefold(): each for each in sorted(known)}
+    word = word.casefold()
+    candidates = nlargest(_COMPARED, folded, key=lambda each: _ends_alike(word, each))
+    matches = get_close_matches(word, sorted(candidates), n=most, cutoff=0.6)
+    if not matches and len(word) >= _SHORTEST_PART:  # or it is a part of one
+        matches = sorted((each for each in candidates if word in each), key=len)[:most]
+    return [folded[match] for match in matches]
+
+
+def _ends_alike(one: str, other: str) -> int:
+    """Return how many letters two words have in common at their ends."""
+    ends = (one, other), (one[::-1], other[::-1])
+    return sum(len(os.path.commonprefix(pair)) for pair in ends)  # noqa: RUF071 - of letters
+
+
 def suggest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that `word` was probably meant to be, if one is close."""
-    from difflib import get_close_matches  # noqa: PLC0415 - needed only when something is wrong
-
-    folded = {each.casefold(): each for each in sorted(known)}
-    matches = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
-    return folded[matches[0]] if matches else None
+    return next(iter(near(word, known, most=1)), None)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str | None:
     """Return the advice ``did you mean `x`?``, or None when nothing is close."""
-    match = suggest(word, known)
-    return None if match is None else f"did you mean `{match}`?"
+    matches = " or ".join(f"`{shorten(match)}`" for match in near(word, known, most))
+    return f"did you mean {matches}?" if matches else None
+
+
+def no_such_key(what: str, name: object, known: Iterable[str]) -> KeyError:
+    """Return the error for a name that a mapping does not have, with those that are near it."""
+    advice = did_you_mean(name, known, 3) if isinstance(name, str) else None
+    text = printable(f"there is no {what} `{shorten(str(name))}`")
+    return KeyError(f"{text}; {advice}" if advice else text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 import re
 
-from oxmerge.problems import Problem
+from oxmerge.problems import UNSUPPORTED, Problem
 
 __all__ = [
     "DOWNLOAD_REVISION",
@@ -19,7 +19,7 @@ MERGE_LORA = "merge the adapter into its model first, and name the result"
 DOWNLOAD_REVISION = "download that revision, and name its directory"
 
 #: What may be a model's name on the Hub: `gpt2`, `organisation/model`.
-_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
+_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
 def parse_reference(text: str) -> str | Problem:
@@ -36,13 +36,13 @@ def parse_reference(text: str) -> str | Problem:
         return text  # whatever letters it has
     if "+" in text:
         return Problem(
-            "unsupported",
+            UNSUPPORTED,
             f"not supported yet: a LoRA on a model (`{text}`)",
             advice=MERGE_LORA,
         )
     if "@" in text:
         return Problem(
-            "unsupported",
+            UNSUPPORTED,
             f"not supported yet: a revision of a model (`{text}`)",
             advice=DOWNLOAD_REVISION,
         )

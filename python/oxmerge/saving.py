@@ -79,7 +79,7 @@ def _output(plan: Plan) -> dict[str, Any]:
             {name: getattr(warning, name) for name in warning.__dataclass_fields__}
             for warning in plan.warnings
         ],
-        "notes": plan.notes,
+        "changes": plan.changes,
         "config": plan.config,
         "card": plan.card,
         "side_files": [
@@ -223,7 +223,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
             _read_account(_Reader(each)) for each in reader.get("accounting", list, dict)
         ),
         "warnings": tuple(_read_warning(each) for each in reader.get("warnings", list, dict)),
-        "notes": tuple(reader.get("notes", list, str)),
+        "changes": tuple(reader.get("changes", list, str)),
         "config": reader.get("config", str, optional=True),
         "card": reader.get("card", str),
         "side_files": SideFiles(tuple(copied), tuple(left_out)),

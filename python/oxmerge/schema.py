@@ -132,7 +132,11 @@ class OutputTensor:
 
 
 class Tensors(Sequence[OutputTensor]):
-    """The output tensors of a plan, in file order. Each is made when it is looked at."""
+    """The output tensors of a plan. Each is made when it is looked at.
+
+    They are in the donor's order, which is that of the shards. Within a shard they lie otherwise
+    where their sizes of element differ.
+    """
 
     def __init__(self, table: _core.Plan) -> None:
         self._table = table
@@ -171,6 +175,10 @@ class Tensors(Sequence[OutputTensor]):
     def names(self) -> list[str]:
         """Their names."""
         return self._table.names()
+
+    def by_place(self) -> dict[str, int]:
+        """Return the place here of each name, in file order."""
+        return self._table.by_place()
 
     def find(self, name: str) -> OutputTensor | None:
         """Return the one of that name, if there is one."""

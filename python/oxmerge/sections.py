@@ -219,27 +219,26 @@ class SectionBuilder:
         length = self._length(part, opened)
         sources: list[SectionSource] = []
         base: int | None = None
+        shared = self._shared(part)
         for source, model in opened:
             is_base = self._inputs.path_of(source.model) == base_path
             self._check_names(source.parameters, "base" if is_base else "input")
+            # Also where there is no model: what is wrong with the values is told with that.
+            resolver = self._resolver(part, source, is_base=is_base)
             if model is not None:
                 base = len(sources) if is_base else base
-                sources.append(self._source(part, source, model, is_base=is_base))
+                start = source.layer_range[0] if source.layer_range else 0
+                sources.append(SectionSource(model, resolver, start))
         lacks_donor = opened[0][1] is None if base_path is None else base is None
         if lacks_donor or not sources:
             return None
         donor = sources[base or 0]
-        shared = self._shared(part)
         return Section(part.where, tuple(sources), base, donor, shared, length, _settings(part))
 
-    def _source(
-        self, part: Slice, source: Source, model: InputModel, *, is_base: bool
-    ) -> SectionSource:
+    def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
         levels = (source.parameters, part.parameters, self._recipe.parameters)
         parameters = self._method.parameters_of(base=is_base)
-        whose = f" for model `{source.model}`"
-        start = source.layer_range[0] if source.layer_range else 0
-        return SectionSource(model, Resolver(parameters, levels, self._reader, whose), start)
+        return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
 
     def _shared(self, part: Slice) -> Resolver:
         levels = (part.parameters, self._recipe.parameters)

@@ -11,6 +11,7 @@ from typing import overload
 
 from oxmerge.arrays import View, check_same_shape, element_type, is_narrow, listed, output, view
 from oxmerge.in_memory import MethodCall, check_options, check_out
+from oxmerge.problems import SHOWN_TENSORS, near, printable, shorten
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
@@ -318,6 +319,15 @@ def _check_overlap(one: Place, out: Place) -> None:
         )
 
 
+def _some(missing: Sequence[str], source: Iterable[str]) -> str:
+    """Return the first of the names that a mapping lacks, and what it may have instead."""
+    names = ", ".join(f"`{shorten(name)}`" for name in missing[:SHOWN_TENSORS])
+    more = len(missing) - SHOWN_TENSORS
+    closest = near(missing[0], source, most=1)
+    has = f" (it has `{shorten(closest[0])}`)" if closest else ""
+    return printable(f"{names}{f' and {more} more' if more > 0 else ''}{has}")
+
+
 def _check_mapping(source: object, label: str) -> None:
     if source is not None and not isinstance(source, Mapping):
         hint = "; pass its `state_dict()`" if hasattr(source, "state_dict") else ""
@@ -338,7 +348,7 @@ def _check_names(
         if not isinstance(name, str):
             raise TypeError(f"a name is {name!r}; names of tensors must be text")
     lacking = [
-        f"{label} lacks {', '.join(f'`{name}`' for name in missing)}"
+        f"{label} lacks {_some(missing, source)}"
         for source, label in zip([*sources, out], [*labels, "out"], strict=True)
         if source is not None and (missing := [name for name in everything if name not in source])
     ]

@@ -93,6 +93,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "accounting": fates(plan),
         "inputs": [account.as_dict() for account in plan.accounting],
         "left_out": list(plan.left_out),
+        "notes": list(plan.notes),
         "warnings": [str(warning) for warning in plan.warnings],
     }
 
@@ -115,6 +116,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"device    {prediction.device}; the fastest should be {fastest}"
     yield f"disk      {format_size(plan.disk)} needed"
     yield f"time      {_time(plan)}"
+    yield from (f"note      {note}" for note in plan.notes)
     yield from (f"not copied  {name}" for name in plan.left_out)
     lines = (line for account in plan.accounting for line in account.summary())
     yield from (f"{' ' if at else 'inputs':<10}{line}" for at, line in enumerate(lines))

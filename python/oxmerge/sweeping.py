@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 import os
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
+from oxmerge import _core
 from oxmerge.claims import named
 from oxmerge.errors import RecipeError
-from oxmerge.merging import merge_together
+from oxmerge.merging import merge_together, prepare
+from oxmerge.methods import read_methods
 from oxmerge.planning import DEFAULT_SHARD_SIZE
 from oxmerge.plans import Plan
+from oxmerge.problems import Problem, did_you_mean
 from oxmerge.recipe import Recipe
 from oxmerge.saving import is_saved_plan, load_plan
+from oxmerge.yaml_edit import set_value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from oxmerge.merging import MergeReport, Request, Snapshot
@@ -39,7 +45,11 @@ MOST_VARIANTS = 256
 _DIGITS = 12
 #: Digits of a value in the name of a directory: the fewest that tell all values apart.
 _DIGITS_OF_NAMES = range(6, 17)
-_STEP = re.compile(r"([^\[\].]+)|\[(\d{1,9})\]")
+#: A key, or a position or a model's name in brackets.
+_STEP = re.compile(r"([^\[\].]+)|\[([^\[\]]+)\]")
+_POSITION = re.compile(r"\d{1,9}", re.ASCII)
+#: A number in a formula that is found on the way.
+_COMPUTED = re.compile(r"f\d+\(")
 _RANGE = re.compile(r"([^:,]+):([^:,]+):(\d+)")
 
 
@@ -55,11 +65,14 @@ class Variant:
         Where it goes.
     recipe : Recipe
         The recipe with everything set.
+    paths : dict
+        The places as the recipe's problems have them, by what they are called here.
     """
 
     settings: dict[str, Scalar]
     directory: str
     recipe: Recipe
+    paths: dict[str, str]
 
 
 def parse_values(text: str) -> list[Scalar]:
@@ -134,7 +147,7 @@ def _no_place(place: str, step: object, at: object = None) -> RecipeError:
     return RecipeError(
         f"there is no `{place}` in the recipe",
         found=found,
-        advice="write the keys with dots between them: models[0].parameters.weight",
+        advice="write the keys with dots between them: models[chat].parameters.weight",
     )
 
 
@@ -175,14 +188,19 @@ def variants(
     if not values or not all(values.values()):
         raise RecipeError(
             "a sweep needs something to vary",
-            advice="name a place and its values: models[0].parameters.weight=0.1:0.9:9",
+            advice="name a place and its values: models[chat].parameters.weight=0.1:0.9:9",
         )
-    mapping, folder = Recipe.mapping_of(recipe)
     named(pattern)
+    source = _Source.of(recipe)
     pattern = os.fspath(pattern)
     names = _Names(values)
     made = [
-        _variant(mapping, folder, names.fill(pattern, number, settings), settings)
+        Variant(
+            settings,
+            names.fill(pattern, number, settings),
+            source.recipe_with(settings),
+            {place: _path(_steps(place, source.mapping)) for place in settings},
+        )
         for number, settings in enumerate(_combinations(values, together=together))
     ]
     _check_directories(made, pattern)
@@ -208,24 +226,112 @@ def _combinations(
         yield dict(zip(values, combination, strict=True))
 
 
-def _variant(
-    mapping: Mapping[str, object],
-    folder: str | None,
-    directory: str,
-    settings: dict[str, Scalar],
-) -> Variant:
-    for place, value in settings.items():
-        mapping = _replaced(mapping, _steps(place), value, place)
-    return Variant(settings, directory, Recipe.from_mapping(mapping, folder=folder))
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The recipe that a sweep begins with: what it says, as it is written, and where."""
+
+    mapping: Mapping[str, object]
+    text: str
+    folder: str | None
+
+    @classmethod
+    def of(cls, recipe: PathLike | Mapping[str, object] | Recipe) -> _Source:
+        return cls(*Recipe.mapping_of(recipe))
+
+    def recipe_with(self, settings: Mapping[str, Scalar]) -> Recipe:
+        """Return the recipe with values at places; its text differs there only."""
+        stages = []
+        mapping = self.mapping
+        for place, value in settings.items():
+            steps = _steps(place, self.mapping)
+            changed = _replaced(mapping, steps, value, place)
+            stages.append((steps, mapping, changed))
+            mapping = changed
+        edited = self._edited(stages)
+        if edited is None:  # what is written in a way that cannot be edited is written anew
+            return Recipe.from_mapping(mapping, folder=self.folder)
+        return Recipe.from_mapping(edited[0], text=edited[1], folder=self.folder)
+
+    def _edited(
+        self, stages: Sequence[tuple[list[str | int], Any, Any]]
+    ) -> tuple[Mapping[str, object], str] | None:
+        """Return the recipe after the last stage, and its text; None if the text did not get it."""
+        from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        text = self.text
+        try:
+            for steps, before, after in stages:
+                text = set_value(text, steps, before, after)
+            parsed = parse_yaml(text)
+        except (LookupError, ValueError):
+            return None
+        return (parsed, text) if parsed == stages[-1][2] else None
 
 
-def _steps(place: str) -> list[str | int]:
-    """Return the keys and positions of a place such as ``models[0].parameters.weight``."""
-    steps = [name or int(index) for name, index in _STEP.findall(place)]
-    written = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
-    if not steps or written.lstrip(".") != place:
+def _steps(place: str, mapping: Mapping[str, object]) -> list[str | int]:
+    """Return the keys and positions of a place such as ``models[1].parameters.weight``.
+
+    A model's name stands for its position: ``models[chat]``.
+    """
+    found = _STEP.findall(place)
+    written = "".join(f"[{inner}]" if inner else f".{key}" for key, inner in found)
+    if not found or written.lstrip(".") != place:
         raise _no_place(place, place)
+    steps: list[str | int] = []
+    at: Any = mapping
+    for key, inner in found:
+        step: str | int = key
+        if inner:
+            is_position = _POSITION.fullmatch(inner)
+            step = int(inner) if is_position else _position_of(inner, at, place)
+        steps.append(step)
+        try:
+            at = at[step]
+        except (LookupError, TypeError):
+            at = None  # reported where it is replaced
     return steps
+
+
+def _path(steps: Sequence[str | int]) -> str:
+    """Return steps as a place in the recipe."""
+    written = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    return "".join(written).lstrip(".")
+
+
+def _position_of(name: str, entries: object, place: str) -> int:
+    """Return the position of the entry whose model is called `name`.
+
+    Its name is what the recipe calls it, or the end of that: ``chat`` is ``models/chat`` too.
+    """
+    listed = entries if isinstance(entries, list) else []
+    paths = [PurePosixPath(_model_of(entry)).parts for entry in listed]
+    asked = PurePosixPath(name).parts
+    exact = [at for at, path in enumerate(paths) if path == asked]
+    matches = exact or [at for at, path in enumerate(paths) if path[-len(asked) :] == asked]
+    if len(matches) == 1:
+        return matches[0]
+    names = [str(PurePosixPath(*path)) for path in paths if path]
+    if matches:
+        found = ", ".join(f"[{at}] `{names[at]}`" for at in matches)
+        raise RecipeError(
+            f"`{name}` in `{place}` may be several models",
+            found=found,
+            advice="write more of the path, or the position in the list",
+        )
+    ends = [PurePosixPath(each).name for each in names]
+    known = ", ".join(f"`{each}`" for each in names)
+    raise RecipeError(
+        f"there is no `{place}` in the recipe",
+        found=f"no model `{name}` there",
+        advice=did_you_mean(name, ends) or (f"its models: {known}" if known else None),
+    )
+
+
+def _model_of(entry: object) -> str:
+    """Return the model of an entry, as the recipe writes it; nothing if it has none."""
+    while isinstance(entry, Mapping):
+        entry = entry.get("model") or entry.get("path")
+    return entry if isinstance(entry, str) else ""
 
 
 def _replaced(at: Any, steps: Sequence[str | int], value: Scalar, place: str) -> Any:  # noqa: ANN401
@@ -240,8 +346,8 @@ def _replaced(at: Any, steps: Sequence[str | int], value: Scalar, place: str) ->
         raise _no_place(place, step, at)
     copied = copy.copy(at)
     if rest:
-        inner = at.get(step, {}) if isinstance(step, str) else at[step]
-        copied[step] = _replaced(inner, rest, value, place)
+        inner = at.get(step) if isinstance(step, str) else at[step]
+        copied[step] = _replaced({} if inner is None else inner, rest, value, place)
     else:
         copied[step] = value
     return copied
@@ -309,6 +415,92 @@ def _check_directories(made: Sequence[Variant], pattern: str) -> None:
         )
 
 
+class _Effects:
+    """Finds the places whose values make no difference to any output.
+
+    Parameters
+    ----------
+    made : sequence of Variant
+        The merges.
+    replan : callable
+        Returns the plan with other settings.
+    together : bool
+        Whether the places vary in step: then no two merges differ in one place only.
+    """
+
+    def __init__(
+        self,
+        made: Sequence[Variant],
+        replan: Callable[[dict[str, Scalar]], Plan],
+        *,
+        together: bool,
+    ) -> None:
+        self._made = made
+        self._replan = replan
+        self._together = together
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Raise RecipeError with every such place, and why."""
+        effects = [_effect(plan) for plan in plans]
+        idle = [place for place in self._made[0].settings if self._is_idle(place, effects)]
+        if idle:
+            problems = [_no_effect(place, self._made[0], plans[0]) for place in idle]
+            raise RecipeError("cannot sweep", problems=problems)
+
+    def _is_idle(self, place: str, effects: Sequence[str]) -> bool:
+        values = list(dict.fromkeys(variant.settings[place] for variant in self._made))
+        if len(values) == 1:
+            return False
+        merges = zip(self._made, effects, strict=True)
+        if self._together:
+            return all(self._alone(place, values, *merge) == merge[1] for merge in merges)
+        seen: dict[tuple[Scalar, ...], set[str]] = {}
+        for variant, effect in merges:
+            others = tuple(v for other, v in variant.settings.items() if other != place)
+            seen.setdefault(others, set()).add(effect)
+        return all(len(found) == 1 for found in seen.values())
+
+    def _alone(
+        self, place: str, values: Sequence[Scalar], variant: Variant, _effect_now: str
+    ) -> str:
+        """Return what another value of a place does, all else being as in a merge."""
+        value = next(value for value in values if value != variant.settings[place])
+        return _effect(self._replan({**variant.settings, place: value}))
+
+
+def _effect(plan: Plan) -> str:
+    """Return a digest of what decides the output."""
+    method = read_methods(_core.methods())[plan.method]
+    idle = {parameter.name for parameter in method.parameters if not parameter.acts}
+    beside = [str(file.source) for file in plan.side_files.copied]
+    whole = (plan.config, beside, plan.input_files, plan.table.in_f64)
+    digest = hashlib.sha256(repr(whole).encode())
+    kinds = []
+    for formula, shared, own in plan.table.kinds():
+        acting = [{k: v for k, v in each.items() if k not in idle} for each in (shared, *own)]
+        # Where a number is found on the way, the formula does not tell by which function.
+        kinds.append(repr((formula, acting if _COMPUTED.search(formula) else None)))
+    plan.table.write_effects(kinds, digest.update)
+    return digest.hexdigest()
+
+
+def _no_effect(place: str, variant: Variant, plan: Plan) -> Problem:
+    """Return why a place makes no difference, as far as it is known."""
+    recipe = variant.recipe
+    path, name = variant.paths[place], place.rpartition(".")[2]
+    entries = [*recipe.models, *(entry for part in recipe.slices for entry in part.sources)]
+    nearer = [entry.parameters[name].where for entry in entries if name in entry.parameters]
+    told = [each for each in plan.warnings if each.where and each.where.split()[0] == path]
+    found, advice = "every tensor has the same formula with each value", "name another place"
+    if told:
+        found, advice = told[0].message, told[0].advice or advice
+    elif nearer and path.split("[")[0] in {f"parameters.{name}", "slices"}:
+        found = f"what stands at a model counts: {nearer[0]}"
+        advice = "name that, or take it out"
+    message = f"the values of `{place}` make no difference"
+    return Problem("parameter", message, found=found, advice=advice)
+
+
 def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     recipe: Request,
     pattern: PathLike,
@@ -323,13 +515,15 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     strict: bool = False,
+    allow_mismatch: bool = False,
     read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | None = None,
+    progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 
     Each output is byte for byte what `merge` would write. The inputs are read once for all of them,
-    and statistics that they have in common are computed once.
+    and statistics that they have in common are computed once. The recipe beside each is the text
+    that was given, with other values at the places and nothing else changed.
 
     Parameters
     ----------
@@ -341,11 +535,14 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         ``{weight}`` for that of the one place that ends so, ``{n}`` for a running number from 0.
         Formats are Python's: ``{n:03}``, ``{weight:.2f}``.
     axes : mapping of str to str, number or iterable
-        What to vary: a place in the recipe, such as ``models[0].parameters.weight``, and its
+        What to vary: a place in the recipe, such as ``models[chat].parameters.weight``, and its
         value or values, one by one or as text: ``"0.1,0.5"``, or ``"0.1:0.9:9"`` for nine of them.
+        In brackets is a model's name, the last parts of its path or all of it, or the position in
+        the list, from 0.
     together : bool
         Vary all places in step instead of in every combination.
-    memory, threads, device, vram, seed, shard_size, overwrite, strict, read_path, progress
+    memory, threads, device, vram, seed, shard_size, overwrite, read_path, progress
+    strict, allow_mismatch
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
 
@@ -357,9 +554,10 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     Raises
     ------
     RecipeError
-        If a place is not in the recipe, or two merges would go to the same directory.
+        If a place is not in the recipe, a model's name may be several, the values of a place make
+        no difference, or two merges would go to the same directory.
     PlanError
-        If the merges do not read the same tensors.
+        If the merges do not read the same tensors, or some compute in float64 and some do not.
     OSError, OxmergeError
         As `merge`. Outputs that are complete by then are kept, the others leave nothing.
 
@@ -367,7 +565,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     --------
     >>> import oxmerge
     >>> reports = oxmerge.sweep(
-    ...     "recipe.yml", "out/w{weight}", {"models[0].parameters.weight": "0.1:0.9:9"}
+    ...     "recipe.yml", "out/w{weight}", {"models[code].parameters.weight": "0.1:0.9:9"}
     ... )
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
@@ -378,6 +576,13 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         seed, shard_size = recipe.seed, recipe.shard_size
         recipe = recipe.recipe
     made = variants(recipe, pattern, axes, together=together)
+    source = _Source.of(recipe)
+
+    def replan(settings: dict[str, Scalar]) -> Plan:
+        varied = source.recipe_with(settings)
+        return prepare(varied, shard_size=shard_size, seed=seed, allow_mismatch=allow_mismatch)
+
+    effects = _Effects(made, replan, together=together)
     return merge_together(
         [(variant.recipe, variant.directory) for variant in made],
         memory=memory,
@@ -388,6 +593,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         shard_size=shard_size,
         overwrite=overwrite,
         strict=strict,
+        allow_mismatch=allow_mismatch,
         read_path=read_path,
         progress=progress,
+        check=effects.check,
     )

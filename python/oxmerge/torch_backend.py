@@ -1,9 +1,10 @@
 """The arithmetic of a merge in torch operations, with the bits of the SIMD engine.
 
-The engine plans, reads, schedules and writes as ever; where it would run compiled code on a piece
-of a tensor, it calls a `Program` here. That walks the very same instructions, one torch operation
-for each (a few for the composite ones), over the whole piece instead of chunks of it. So a method
-does not know where it runs, and what runs on a GPU is tested on torch's CPU, but for the device.
+The engine plans, reads, schedules and writes as ever; where it would run a program on a piece of a
+tensor, it calls a `Program` here. That walks the very same instructions and effects, one torch
+operation for each (a few for the composite ones), over the whole piece instead of chunks of it. So
+a method does not know where it runs, and what runs on a GPU is tested on torch's CPU, but for the
+device.
 
 Copies and streams are here, and the walk; `torch_kernels` has the operations.
 """
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from typing import Self
 
     Inputs = Sequence[tuple[str, memoryview] | None]
-    Instruction = tuple[Any, ...]
+    #: Name of the operation, slot of its result, slots that nobody needs afterwards, operands.
+    Instruction = tuple[str, int, Sequence[int], tuple[Any, ...]]
+    #: Name, and what it is of; a slot is an int, a number a float.
+    Effect = tuple[Any, ...]
+    #: Axis, first entry, and the numbers as bytes of f64.
+    Vector = tuple[str, int, bytearray]
 
 __all__ = ["Backend", "Program", "Worker", "explain"]
 
@@ -160,13 +166,13 @@ class Worker:
     def program(
         self,
         instructions: Sequence[Instruction],
-        results: Sequence[int | float],
+        effects: Sequence[Effect],
         row: int,
         line: int,
         double: bool,  # noqa: FBT001 - called from the engine
     ) -> Program:
-        """Make code ready to run over elements of a tensor."""
-        return Program(self, instructions, results, row, line, double=double)
+        """Make a program ready to run over elements of a tensor."""
+        return Program(self, instructions, effects, row, line, double=double)
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -210,7 +216,7 @@ class Worker:
 
 
 class Program:
-    """Compiled code, ready to run over elements of one tensor.
+    """A program, ready to run over elements of one tensor.
 
     Buffers are lent for the time of a call: no tensor over one may outlive it.
 
@@ -218,10 +224,10 @@ class Program:
     ----------
     worker : Worker
         Where it runs.
-    instructions : sequence of tuple
-        Name of the operation, slot of its result, operands: a slot is an int, a number a float.
-    results : sequence of int or float
-        Where the value of each expression is in the end.
+    instructions : sequence of Instruction
+        What to compute.
+    effects : sequence of Effect
+        What to do with it.
     row, line : int
         Elements of a row (the last dimension), and of a line across the first.
     double : bool
@@ -232,7 +238,7 @@ class Program:
         self,
         worker: Worker,
         instructions: Sequence[Instruction],
-        results: Sequence[int | float],
+        effects: Sequence[Effect],
         row: int,
         line: int,
         *,
@@ -241,96 +247,57 @@ class Program:
         self.worker = worker
         self.device = worker.device
         self.instructions = instructions
-        self.results = results
+        self.effects = effects
         self.row = row
         self.line = line
         self.real = torch.float64 if double else torch.float32
-        self.dead = _last_uses(instructions, results)
 
-    # What the engine calls.
-
-    def combine(
+    def run(
         self,
         start: int,
         count: int,
         inputs: Inputs,
-        outputs: Sequence[tuple[int, str, memoryview]],
+        vectors: Sequence[Vector],
+        column: int,
+        buffers: Sequence[memoryview],
     ) -> None:
-        """Compute elements from `start` on, and store some results as their outputs' types."""
-        with self.worker.at_work():
-            values = self._run(start, count, inputs)
-            for result, dtype, buffer in outputs:
-                self.worker.download(kernels.narrow(values[result], STORED[dtype]), buffer)
+        """Compute elements from `start` on, the first of them in `column`.
 
-    def reduce(
-        self,
-        start: int,
-        count: int,
-        inputs: Inputs,
-        segment: int,
-        reductions: Sequence[tuple[str, int, int | None, memoryview]],
-        searches: Sequence[tuple[int, int, int, int, memoryview]],
-    ) -> None:
-        """Reduce each `segment` elements, and count for searches.
-
-        A reduction is a kind, one or two operands, and where its f64 result for each segment goes.
-        A search is an interval of ordinals, a shift and a number of bins; its buffer of i64 takes
-        the elements above the interval, those inside for each segment, and the bins.
+        Each effect has a buffer for what it finds.
         """
         with self.worker.at_work():
-            values = self._run(start, count, inputs)
-            for kind, left, right, buffer in reductions:
-                terms = kernels.terms(kind, values[left], None if right is None else values[right])
-                sums = kernels.reduce_segments(kind, terms, segment, self.worker.running_sum)
-                self.worker.download(sums, buffer)
-                del terms
-            for value, (low, high, shift, bins, buffer) in zip(
-                values[len(values) - len(searches) :], searches, strict=True
-            ):
-                self.worker.download(kernels.count(value, low, high, shift, bins, segment), buffer)
-
-    def columns(
-        self,
-        start: int,
-        count: int,
-        inputs: Inputs,
-        column: int,
-        reductions: Sequence[tuple[str, int, int | None, memoryview]],
-    ) -> None:
-        """Add elements, from `column` on, to the f64 that each reduction has for each column."""
-        with self.worker.at_work():
-            values = self._run(start, count, inputs)
-            for place, (kind, left, right, buffer) in enumerate(reductions):
-                terms = kernels.terms(kind, values[left], None if right is None else values[right])
-                sums = self.worker.upload(buffer, torch.float64, -2 - place).clone()
-                kernels.add_rows(kind, terms, column, sums, self.worker.running_sum)
-                self.worker.download(sums, buffer)
-
-    # Instructions.
-
-    def _run(self, start: int, count: int, inputs: Inputs) -> list[torch.Tensor]:
-        stored = [
-            None if given is None else self.worker.upload(given[1], STORED[given[0]], place)
-            for place, given in enumerate(inputs)
-        ]
-        frame = _Frame(self, start, count, stored)
-        for (name, out, *operands), dead in zip(self.instructions, self.dead, strict=True):
-            value = getattr(frame, name)(*operands)
-            for slot in dead:
-                del frame.slots[slot]
-            frame.slots[out] = value
-        return [frame.whole(result) for result in self.results]
+            stored = [
+                None if given is None else self.worker.upload(given[1], STORED[given[0]], place)
+                for place, given in enumerate(inputs)
+            ]
+            frame = _Frame(self, start, count, column, stored, vectors)
+            for name, out, dead, operands in self.instructions:
+                value = getattr(frame, name)(*operands)
+                for slot in dead:
+                    del frame.slots[slot]
+                frame.slots[out] = value
+            for (effect, *of), buffer in zip(self.effects, buffers, strict=True):
+                getattr(frame, effect)(buffer, *of)
 
 
 class _Frame:
-    """The values of one piece, and a method for each operation of `formula/code.rs`."""
+    """The values of one piece; a method for each operation and effect of `formula/program.rs`."""
 
     def __init__(
-        self, program: Program, start: int, count: int, inputs: list[torch.Tensor | None]
+        self,
+        program: Program,
+        start: int,
+        count: int,
+        column: int,
+        inputs: list[torch.Tensor | None],
+        vectors: Sequence[Vector],
     ) -> None:
         self.start = start
-        self.count = count
+        self.length = count
+        self.column = column
         self.inputs = inputs
+        self.vectors = vectors
+        self.worker = program.worker
         self.row = program.row
         self.line = program.line
         self.real = program.real
@@ -347,22 +314,20 @@ class _Frame:
 
     def whole(self, argument: float) -> torch.Tensor:
         """Return an argument with one value an element."""
-        return self.argument(argument).expand(self.count)
+        return self.argument(argument).expand(self.length)
 
     def load(self, index: int) -> torch.Tensor:
         stored = self.inputs[index]
-        assert stored is not None, "an input that the code loads was read"
+        assert stored is not None, "an input that the program loads was read"
         return stored.to(self.real)
 
-    def load_difference(self, index: int, base: int) -> torch.Tensor:
-        return self.load(index) - self.slots[base]
-
     def fill(self, number: float) -> torch.Tensor:
-        return self.number(number).expand(self.count)
+        return self.number(number).expand(self.length)
 
-    def spread(self, axis: str, first: int, values: bytearray) -> torch.Tensor:
+    def spread(self, index: int) -> torch.Tensor:
+        axis, first, values = self.vectors[index]
         vector = torch.frombuffer(values, dtype=torch.float64).to(self.device).to(self.real)
-        entries = torch.arange(self.start, self.start + self.count, device=self.device)
+        entries = torch.arange(self.start, self.start + self.length, device=self.device)
         if axis == "column":
             entries %= self.line
         else:
@@ -373,7 +338,7 @@ class _Frame:
         return kernels.UNARY[op](self.slots[a])
 
     def binary(self, op: str, a: float, b: float) -> torch.Tensor:
-        return kernels.BINARY[op](self.argument(a), self.argument(b)).expand(self.count)
+        return kernels.BINARY[op](self.argument(a), self.argument(b)).expand(self.length)
 
     def select(self, mask: int, yes: float, no: float) -> torch.Tensor:
         return torch.where(self.slots[mask] == 0, self.argument(no), self.argument(yes))
@@ -391,75 +356,65 @@ class _Frame:
         zero = self.number(0.0)
         total = torch.zeros_like(vote)
         share = torch.zeros_like(vote)
+        magnitudes = torch.zeros_like(vote)
         for weight, slot in terms:
             number = self.number(weight)
             value = self.slots[slot] * number
             agrees = torch.where(positive, value > 0, value < 0)
             total += torch.where(agrees, value, zero)
             share += torch.where(agrees, number, zero)
+            magnitudes += torch.where(agrees, number.abs(), zero)
         if average:
-            total /= share.masked_fill_(share == 0, 1.0)
+            # Nothing is divided by weights that cancel each other.
+            cancels = share.abs() <= magnitudes * self.number(1e-6)
+            total /= share.masked_fill_(cancels, 1.0)
         return total.masked_fill_(vote.isnan(), torch.nan)
 
     def kept(self, a: int, threshold: int, equals_end: int) -> torch.Tensor:
-        return self._cut(self.slots[a], threshold, equals_end).to(self.real)
-
-    def trim(self, a: int, threshold: int, equals_end: int) -> torch.Tensor:
-        values = self.slots[a]
-        return torch.where(self._cut(values.abs(), threshold, equals_end), values, self.number(0.0))
-
-    def _cut(self, values: torch.Tensor, threshold: int, equals_end: int) -> torch.Tensor:
         """Return what lies above the threshold, or on it before element `equals_end`."""
-        ranks = kernels.ordinals(values)
-        end = min(max(equals_end - self.start, 0), self.count)
+        ranks = kernels.ordinals(self.slots[a])
+        end = min(max(equals_end - self.start, 0), self.length)
         kept = ranks > threshold
         kept[:end] |= ranks[:end] == threshold
-        return kept
+        return kept.to(self.real)
 
     def random(
         self, keep_below: int, key: tuple[int, int], stream: tuple[int, int]
     ) -> torch.Tensor:
-        return self._drawn(keep_below, key, stream).to(self.real)
+        elements = range(self.start, self.start + self.length)
+        return kernels.random_mask(key, stream, elements, keep_below, self.device).to(self.real)
 
-    def drop(
-        self, a: int, keep_below: int, key: tuple[int, int], stream: tuple[int, int], scale: float
-    ) -> torch.Tensor:
-        kept = self._drawn(keep_below, key, stream)
-        return torch.where(kept, self.slots[a], self.number(0.0)) * self.number(scale)
+    # Effects.
 
-    def _drawn(
-        self, keep_below: int, key: tuple[int, int], stream: tuple[int, int]
-    ) -> torch.Tensor:
-        elements = range(self.start, self.start + self.count)
-        return kernels.random_mask(key, stream, elements, keep_below, self.device)
+    def store(self, buffer: memoryview, a: float, dtype: str) -> None:
+        """Round values to the type of an output."""
+        self.worker.download(kernels.narrow(self.whole(a), STORED[dtype]), buffer)
 
+    def reduce(
+        self, buffer: memoryview, kind: str, a: float, b: float | None, segment: int
+    ) -> None:
+        """Put an f64 for each `segment` elements into the buffer."""
+        terms = kernels.terms(kind, self.whole(a), None if b is None else self.whole(b))
+        sums = kernels.reduce_segments(kind, terms, segment, self.worker.running_sum)
+        self.worker.download(sums, buffer)
 
-def _last_uses(
-    instructions: Sequence[Instruction], results: Sequence[int | float]
-) -> list[list[int]]:
-    """Return, for each instruction, the slots whose values nobody needs after it."""
-    wanted = {result for result in results if isinstance(result, int)}
-    dead: list[list[int]] = []
-    for name, out, *operands in reversed(instructions):
-        wanted.discard(out)
-        used = set(_slots(name, operands))
-        dead.append(sorted(used - wanted))
-        wanted |= used
-    return dead[::-1]
+    def columns(self, buffer: memoryview, kind: str, a: float, b: float | None) -> None:
+        """Add to the f64 that the buffer has for each column."""
+        terms = kernels.terms(kind, self.whole(a), None if b is None else self.whole(b))
+        sums = self.worker.upload(buffer, torch.float64, -2).clone()
+        kernels.add_rows(kind, terms, self.column, sums, self.worker.running_sum)
+        self.worker.download(sums, buffer)
 
+    def count(
+        self, buffer: memoryview, a: float, low: int, high: int, shift: int, bins: int, segment: int
+    ) -> None:
+        """Count ordinals for a search.
 
-def _slots(name: str, operands: Sequence[Any]) -> list[int]:
-    """Return the slots that an instruction uses."""
-    match name, operands:
-        case ("unary" | "load_difference", [_, a]) | ("kept" | "trim" | "drop", [a, *_]):
-            return [a]
-        case "binary", [_, *arguments]:
-            return [a for a in arguments if isinstance(a, int)]
-        case "select", arguments:
-            return [a for a in arguments if isinstance(a, int)]
-        case "weighted_sum" | "elect", [terms, *_]:
-            return [slot for _, slot in terms]
-    return []
+        The buffer of i64 takes those above the interval, those inside for each segment, and the
+        bins.
+        """
+        counts = kernels.count(self.whole(a), low, high, shift, bins, segment)
+        self.worker.download(counts, buffer)
 
 
 # Errors.

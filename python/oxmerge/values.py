@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from oxmerge.keys import KeyReader, Place, is_mapping
-from oxmerge.problems import did_you_mean
+from oxmerge.keys import KeyReader, Place, is_mapping, show, show_key
+from oxmerge.problems import UNSUPPORTED, did_you_mean
 from oxmerge.recipe import Choice, Setting
 from oxmerge.references import DOWNLOAD_REVISION, MERGE_LORA, parse_reference
 from oxmerge.schema import DTYPE_NAMES, FLOATS
@@ -98,7 +98,7 @@ class ValueReader(KeyReader):
                 self.fault(
                     place.key(raw, key),
                     f"not supported yet: {what} (`{key}`)",
-                    kind="unsupported",
+                    kind=UNSUPPORTED,
                     advice=advice,
                 )
         key = "model" if long_form else "path"
@@ -135,11 +135,11 @@ class ValueReader(KeyReader):
         value = raw.get(key)
         if value is None:
             return None
-        name = str(value).removeprefix("torch.")
+        name = value.removeprefix("torch.") if isinstance(value, str) else show(value)
         if name not in _DTYPES:
             self.fault(
                 place.key(raw, key),
-                f"cannot write weights as `{value}`",
+                f"cannot write weights as `{show_key(value)}`",
                 advice=_dtype_advice(name),
             )
         return _DTYPES.get(name)
@@ -157,7 +157,7 @@ class ValueReader(KeyReader):
             self.fault(place, message, found=values, advice="write `weight: 0.5`, say")
             return {}
         return {
-            str(name): Setting(
+            (name if isinstance(name, str) else show(name)): Setting(
                 str(place.key(values, name)), self.choices(value, place.key(values, name))
             )
             for name, value in values.items()

@@ -7,16 +7,20 @@ a number, as in YAML 1.2; and a date is text. Numbers with colons in them (``1:3
 from __future__ import annotations
 
 import re
+from itertools import chain
 
-from oxmerge.errors import RecipeError
-from oxmerge.problems import Problem
+from oxmerge.errors import ProblemsError, RecipeError
+from oxmerge.extent import MOST_VALUES, TooMuch, check_extent
+from oxmerge.problems import UNSUPPORTED, Problem, shorten
+from oxmerge.recipe import MOST_BYTES, too_long
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from yaml import SafeLoader
-    from yaml.nodes import MappingNode
+    from yaml.nodes import MappingNode, ScalarNode
 
 __all__ = ["MarkedMapping", "parse_yaml"]
 
@@ -26,6 +30,8 @@ _FLOAT = re.compile(
     re.ASCII,
 )
 _INT = re.compile(r"[-+]?(?:0b[01_]+|0x[\da-fA-F_]+|0o?[0-7_]+|0|[1-9][\d_]*)$", re.ASCII)
+#: More digits than a number has that fits float64.
+_LONGEST_NUMBER = 400
 _REPLACED_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("float", "int", "timestamp")}
 
 
@@ -58,14 +64,19 @@ def parse_yaml(text: str, path: str | None = None) -> MarkedMapping:
     Raises
     ------
     RecipeError
-        If it is no YAML, no mapping, or has a key twice.
+        If it is no YAML, no mapping, or has a key twice; if it is longer than a recipe, or stands
+        for more than one by its aliases.
     """
+    if len(text) > MOST_BYTES:
+        raise too_long(path)
     import yaml  # noqa: PLC0415 - only here, so that importing oxmerge does not need PyYAML
 
     duplicates: list[Problem] = []
     try:
         loader = _loader_class(duplicates)(text)
-        document = loader.get_single_data()
+        node = loader.get_single_node()
+        check_extent(node, _parts)
+        document = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error)], path) from error
     if duplicates:
@@ -80,30 +91,52 @@ def parse_yaml(text: str, path: str | None = None) -> MarkedMapping:
     return document
 
 
-def _unreadable(problems: list[Problem], path: str | None) -> RecipeError:
+def _unreadable(problems: list[Problem], path: str | None) -> ProblemsError:
     message = "cannot read the recipe" + (f" `{path}`" if path else "")
-    return RecipeError(message, problems=problems)
+    return RecipeError.of(message, problems)
+
+
+def _parts(node: object) -> Iterable[object] | None:
+    """Return the nodes in a node of a YAML document."""
+    value = getattr(node, "value", None)
+    if not isinstance(value, list):
+        return None
+    return chain.from_iterable(value) if getattr(node, "id", None) == "mapping" else value
 
 
 def _syntax_problem(error: Exception) -> Problem:
     mark = getattr(error, "problem_mark", None)
     where = None if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
-    what = getattr(error, "problem", None) or str(error).partition("\n")[0]
-    advice = "mend the YAML there"
+    what = shorten(getattr(error, "problem", None) or str(error).partition("\n")[0], 240)
+    kind, advice = "recipe", "mend the YAML there"
+    if isinstance(error, TooMuch):
+        line = getattr(getattr(error.at, "start_mark", None), "line", None)
+        where, advice = None if line is None else f"line {line + 1}", error.advice
     if isinstance(error, RecursionError):
         what, advice = "nested too deeply", "write it flatter"
     if "another document" in what:
-        what = "not supported yet: several merges in one file"
+        kind, what = UNSUPPORTED, "not supported yet: several merges in one file"
         advice = "put each into a file of its own"
-    return Problem("recipe", what, where=where, advice=advice)
+    return Problem(kind, what, where=where, advice=advice)
 
 
 def _loader_class(duplicates: list[Problem]) -> type[SafeLoader]:
     """Return a loader that appends what is written twice to `duplicates`."""
     from yaml import SafeLoader  # noqa: PLC0415 - see parse_yaml
+    from yaml.composer import ComposerError  # noqa: PLC0415
+    from yaml.constructor import ConstructorError  # noqa: PLC0415
 
     class Loader(SafeLoader):
         yaml_implicit_resolvers = _kept_resolvers(SafeLoader.yaml_implicit_resolvers)
+        values = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - as PyYAML has it
+            """Compose a node, unless a recipe has fewer: each takes a kilobyte."""
+            self.values += 1
+            if self.values > MOST_VALUES:
+                message = f"more than {MOST_VALUES} values"
+                raise ComposerError(None, None, message, self.get_mark())
+            return super().compose_node(parent, index)
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:
         duplicates.extend(_duplicates(node))
@@ -111,7 +144,14 @@ def _loader_class(duplicates: list[Problem]) -> type[SafeLoader]:
         yield mapping
         _fill(loader, node, mapping)
 
+    def construct_int(loader: SafeLoader, node: ScalarNode) -> int:
+        if len(node.value) > _LONGEST_NUMBER:
+            message = f"a number of {len(node.value)} digits"
+            raise ConstructorError(None, None, message, node.start_mark)
+        return int(loader.construct_yaml_int(node))
+
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
+    Loader.add_constructor("tag:yaml.org,2002:int", construct_int)
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
     return Loader
@@ -130,7 +170,7 @@ def _duplicates(node: MappingNode) -> list[Problem]:
     for key_node, _ in node.value:
         key, line = str(getattr(key_node, "value", "")), key_node.start_mark.line + 1
         if key in first_lines and key != "<<":
-            text = f"`{key}` is written twice, first on line {first_lines[key]}"
+            text = f"`{shorten(key)}` is written twice, first on line {first_lines[key]}"
             advice = "leave one of them out"
             problems.append(Problem("recipe", text, where=f"line {line}", advice=advice))
         first_lines.setdefault(key, line)

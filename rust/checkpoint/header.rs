@@ -8,9 +8,10 @@
 use std::cmp::Ordering;
 use std::collections::HashSet;
 use std::fs::File;
+use std::path::Path;
 
 use super::json::{self, RawEntry};
-use super::{DOWNLOAD_AGAIN, TensorInfo, quantised};
+use super::{DOWNLOAD_AGAIN, TensorInfo, conversion, quantised};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::read_exact_at;
@@ -22,12 +23,18 @@ pub const MAX_HEADER: u64 = 100_000_000;
 const PREFIX: u64 = 8;
 
 /// What files that are not safetensors begin with, what they are, and what to do.
-const IMPOSTORS: [(&[u8], &str, &str); 4] = [
-    (b"version ", "a Git LFS pointer, not the weights", "fetch the weights with `git lfs pull`"),
-    (b"PK\x03\x04", "a zip archive or PyTorch file", "convert it to safetensors first"),
-    (b"GGUF", "a GGUF file", "convert it to safetensors first"),
-    (b"<", "a web page, not the weights", "download it again"),
+const IMPOSTORS: [(&[u8], &str, Advice); 5] = [
+    (b"version ", "a Git LFS pointer, not the weights", |_| {
+        "fetch the weights with `git lfs pull`".to_owned()
+    }),
+    (b"PK\x03\x04", "a zip archive or PyTorch file", conversion::torch_file),
+    (b"\x80\x02", "a pickle, as old PyTorch files are", conversion::torch_file),
+    (b"GGUF", "a GGUF file", conversion::from_gguf),
+    (b"<", "a web page, not the weights", |_| "download it again".to_owned()),
 ];
+
+/// What to do about a file.
+type Advice = fn(&Path) -> String;
 
 /// A header that passed every check.
 #[derive(Clone, Debug)]
@@ -37,12 +44,14 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads the header of `file`, which has `size` bytes and is number `index` of its checkpoint.
-    pub fn read(file: &File, size: u64, index: usize) -> Result<Self> {
-        Self::read_checked(file, size, index).map_err(|error| error.or_else_advice(DOWNLOAD_AGAIN))
+    /// Reads the header of `file`, which is at `path`, has `size` bytes and is number `index` of its
+    /// checkpoint.
+    pub fn read(file: &File, path: &Path, size: u64, index: usize) -> Result<Self> {
+        Self::read_checked(file, path, size, index)
+            .map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))
     }
 
-    fn read_checked(file: &File, size: u64, index: usize) -> Result<Self> {
+    fn read_checked(file: &File, path: &Path, size: u64, index: usize) -> Result<Self> {
         if size < PREFIX {
             return Err(Error::checkpoint("the file is too short to be a safetensors file")
                 .expected("at least 8 bytes")
@@ -50,7 +59,7 @@ impl Header {
         }
         let mut prefix = [0; PREFIX as usize];
         read_exact_at(file, 0, &mut prefix)?;
-        let len = header_len(prefix, size)?;
+        let len = header_len(prefix, path, size)?;
         let mut text = vec![0; len as usize];
         read_exact_at(file, PREFIX, &mut text)?;
         Self::parse(&text, size, index)
@@ -80,13 +89,13 @@ impl Header {
 }
 
 /// The header's length, once it is plausible.
-fn header_len(prefix: [u8; PREFIX as usize], size: u64) -> Result<u64> {
+fn header_len(prefix: [u8; PREFIX as usize], path: &Path, size: u64) -> Result<u64> {
     let len = u64::from_le_bytes(prefix);
     if len > MAX_HEADER {
         let impostor = IMPOSTORS.iter().find(|(magic, ..)| prefix.starts_with(magic));
         return Err(match impostor {
             Some((_, what, advice)) => {
-                Error::checkpoint("not a safetensors file").found(what).advice(*advice)
+                Error::checkpoint("not a safetensors file").found(what).advice(advice(path))
             }
             None if prefix.iter().all(|byte| matches!(byte, b'\t'..=b'\r' | b' '..=b'~')) => {
                 Error::checkpoint("not a safetensors file")

@@ -5,7 +5,8 @@
 //! to the checkpoint's directory, so that they must be plain names: a path would let a stranger's
 //! checkpoint reach any file.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use super::{DOWNLOAD_AGAIN, TensorInfo, json, read_text};
@@ -15,48 +16,45 @@ use crate::plan::InputFile;
 /// How many names a warning or error spells out.
 const SHOWN: usize = 3;
 
-/// The names that the index places in one shard.
-#[derive(Debug, Default)]
-pub(super) struct Wanted(HashSet<String>);
-
 /// An index that passed every check which needs no other file.
 #[derive(Debug)]
 pub(super) struct Index {
     /// The file that it is, as it was when it was read.
     pub(super) file: InputFile,
-    shards: BTreeMap<String, Wanted>,
+    table: Table,
+}
+
+/// Which tensor is in which shard.
+#[derive(Debug, Default)]
+struct Table {
+    /// The shards by file name, with their numbers.
+    shards: BTreeMap<String, usize>,
+    /// The number of each tensor's shard.
+    places: HashMap<String, usize>,
+    /// How many tensors each shard has.
+    counts: Vec<usize>,
+}
+
+/// The tensors that the index places in one shard.
+#[derive(Debug)]
+pub(super) struct Wanted<'a> {
+    table: &'a Table,
+    shard: usize,
 }
 
 impl Index {
     /// Reads and checks the index at `path`.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let (text, file) = read_text(path)?;
-        let shards =
-            Self::parse(&text).map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))?;
-        Ok(Self { file, shards })
-    }
-
-    fn parse(text: &str) -> Result<BTreeMap<String, Wanted>> {
-        let pairs = json::read_weight_map(text)?;
-        if pairs.is_empty() {
-            return Err(Error::checkpoint("the index names no tensor"));
-        }
-        let mut seen = HashSet::with_capacity(pairs.len());
-        let mut shards = BTreeMap::<_, Wanted>::new();
-        for (tensor, file_name) in pairs {
-            check_file_name(&file_name).map_err(|error| error.tensor(tensor.as_str()))?;
-            if !seen.insert(tensor.clone()) {
-                return Err(Error::checkpoint("the index names the tensor twice").tensor(tensor));
-            }
-            shards.entry(file_name).or_default().0.insert(tensor);
-        }
-        Ok(shards)
+        let table =
+            Table::parse(&text).map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))?;
+        Ok(Self { file, table })
     }
 
     /// Fails when shards are missing in `directory`, naming them.
     pub(super) fn check_present(&self, directory: &Path) -> Result<()> {
-        let missing: Vec<_> = self
-            .shards
+        let shards = &self.table.shards;
+        let missing: Vec<_> = shards
             .keys()
             .map(String::as_str)
             .filter(|file_name| !directory.join(file_name).exists())
@@ -70,25 +68,63 @@ impl Index {
     }
 
     /// The shards by file name, in order.
-    pub(super) fn shards(&self) -> impl Iterator<Item = (&str, &Wanted)> {
-        self.shards.iter().map(|(file_name, wanted)| (file_name.as_str(), wanted))
+    pub(super) fn shards(&self) -> impl Iterator<Item = (&str, Wanted<'_>)> {
+        let table = &self.table;
+        table.shards.iter().map(|(name, &shard)| (name.as_str(), Wanted { table, shard }))
     }
 
     /// Whether the index names that file.
     pub(super) fn names(&self, file_name: &str) -> bool {
-        self.shards.contains_key(file_name)
+        self.table.shards.contains_key(file_name)
     }
 }
 
-impl Wanted {
+impl Table {
+    fn parse(text: &str) -> Result<Self> {
+        let mut table = Self::default();
+        json::read_weight_map(text, &mut |tensor, file_name| table.add(tensor, file_name))?;
+        if table.places.is_empty() {
+            return Err(Error::checkpoint("the index names no tensor"));
+        }
+        Ok(table)
+    }
+
+    fn add(&mut self, tensor: String, file_name: &str) -> Result<()> {
+        let shard = if let Some(&shard) = self.shards.get(file_name) {
+            shard
+        } else {
+            check_file_name(file_name).map_err(|error| error.tensor(tensor.as_str()))?;
+            self.shards.insert(file_name.to_owned(), self.counts.len());
+            self.counts.push(0);
+            self.counts.len() - 1
+        };
+        self.counts[shard] += 1;
+        match self.places.entry(tensor) {
+            Entry::Vacant(place) => {
+                place.insert(shard);
+                Ok(())
+            }
+            Entry::Occupied(place) => {
+                Err(Error::checkpoint("the index names the tensor twice")
+                    .tensor(place.key().as_str()))
+            }
+        }
+    }
+}
+
+impl Wanted<'_> {
+    fn has(&self, tensor: &str) -> bool {
+        self.table.places.get(tensor) == Some(&self.shard)
+    }
+
     /// Of a shard's tensors those that belong to it, and a note on the others.
     pub(super) fn select(
         &self,
         tensors: Vec<TensorInfo>,
     ) -> Result<(Vec<TensorInfo>, Option<String>)> {
         let (kept, left): (Vec<_>, Vec<_>) =
-            tensors.into_iter().partition(|tensor| self.0.contains(&tensor.name));
-        if kept.len() < self.0.len() {
+            tensors.into_iter().partition(|tensor| self.has(&tensor.name));
+        if kept.len() < self.table.counts[self.shard] {
             return Err(self.missing(&kept));
         }
         let left: Vec<_> = left.iter().map(|tensor| tensor.name.as_str()).collect();
@@ -101,8 +137,9 @@ impl Wanted {
     #[cold]
     fn missing(&self, kept: &[TensorInfo]) -> Error {
         let present: HashSet<_> = kept.iter().map(|tensor| tensor.name.as_str()).collect();
+        let names = self.table.places.keys().map(String::as_str);
         let mut missing: Vec<_> =
-            self.0.iter().map(String::as_str).filter(|name| !present.contains(name)).collect();
+            names.filter(|name| self.has(name) && !present.contains(name)).collect();
         missing.sort_unstable();
         Error::checkpoint("the shard lacks tensors that the index places in it")
             .found(format_args!("no {}", list(&missing)))

@@ -2,12 +2,11 @@
 //!
 //! `serde_json`'s maps keep the last of two equal keys. In a table of tensors that would drop one
 //! without a word, so the maps here keep all pairs, in the order of the text, for the caller to
-//! compare. Nothing is allocated on the word of a number in the text, and what is allocated is
-//! a small multiple of the text's own length.
+//! compare. Nothing is allocated on the word of a number in the text, what nobody needs is skipped,
+//! and what is kept is a small multiple of the text's own length.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 use std::fmt;
-use std::marker::PhantomData;
 
 use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -30,10 +29,6 @@ pub(super) struct RawEntry {
     pub(super) end: u64,
 }
 
-/// A JSON object with all its pairs, in order.
-#[derive(Debug)]
-pub(super) struct Pairs<V>(pub(super) Vec<(String, V)>);
-
 /// Reads a header's text. An error in an entry names its tensor.
 pub(super) fn read_header(text: &str) -> Result<RawHeader> {
     let mut current = None;
@@ -50,28 +45,61 @@ pub(super) fn read_header(text: &str) -> Result<RawHeader> {
     })
 }
 
-/// Reads an index's text: tensor name and shard file name, in order.
-pub(super) fn read_weight_map(text: &str) -> Result<Vec<(String, String)>> {
-    let pairs: Pairs<WeightMapOrOther> =
-        serde_json::from_str(text).map_err(|error| describe("index", &error))?;
-    let mut maps = pairs.0.into_iter().filter(|(key, _)| key == "weight_map");
-    match (maps.next(), maps.next()) {
-        (Some((_, WeightMapOrOther::Map(map))), None) => Ok(map.0),
-        (Some(_), None) => {
+/// Takes the name of a tensor and that of the file that it is in.
+pub(super) type Sink<'a> = dyn FnMut(String, &str) -> Result<()> + 'a;
+
+/// Reads an index's text: calls `sink` for each entry of its weight map, in order, and keeps nothing.
+pub(super) fn read_weight_map(text: &str, sink: &mut Sink<'_>) -> Result<()> {
+    let mut index = IndexVisitor { sink, maps: 0, refused: None };
+    let mut deserializer = serde_json::Deserializer::from_str(text);
+    let read = deserializer.deserialize_map(&mut index).and_then(|()| deserializer.end());
+    let IndexVisitor { maps, refused, .. } = index;
+    if let Some(error) = refused {
+        return Err(error);
+    }
+    match read {
+        Err(error) if error.is_data() && maps > 0 => {
             Err(Error::checkpoint("`weight_map` in the index is not an object of file names"))
         }
-        (Some(_), Some(_)) => Err(Error::checkpoint("the index has two keys `weight_map`")),
-        (None, _) => Err(Error::checkpoint("the index has no key `weight_map`")),
+        Err(error) => Err(describe("index", &error)),
+        Ok(()) if maps == 0 => Err(Error::checkpoint("the index has no key `weight_map`")),
+        Ok(()) => Ok(()),
     }
 }
 
-/// A value of an index's outer object, of which only an object of strings matters.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum WeightMapOrOther {
-    Map(Pairs<String>),
-    Other(IgnoredAny),
+/// A config's text with a zero for each `NaN` and `Infinity`, which Python writes and JSON lacks.
+///
+/// Places in the text stay what they are. Only for readers to whom those numbers do not matter.
+pub(super) fn without_infinities(text: &str) -> Cow<'_, str> {
+    const WORDS: [&str; 2] = ["NaN", "Infinity"];
+    if !WORDS.iter().any(|word| text.contains(word)) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    let mut is_string = false;
+    while let Some(next) = rest.chars().next() {
+        let begins = !is_string && (out.is_empty() || out.ends_with(NUMBERS_FOLLOW));
+        let word = WORDS.into_iter().find(|word| begins && rest.starts_with(word));
+        let length = match (word, next) {
+            (Some(word), _) => word.len(),
+            // What is escaped cannot end a string.
+            (None, '\\') if is_string => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (None, other) => other.len_utf8(),
+        };
+        is_string ^= next == '"';
+        let (taken, left) = rest.split_at(length);
+        match word {
+            Some(word) => out.extend(["0", &" ".repeat(word.len() - 1)]),
+            None => out.push_str(taken),
+        }
+        rest = left;
+    }
+    Cow::Owned(out)
 }
+
+/// What may stand before a number.
+const NUMBERS_FOLLOW: [char; 8] = [':', ',', '[', '-', ' ', '\t', '\n', '\r'];
 
 fn describe(what: &str, error: &serde_json::Error) -> Error {
     Error::checkpoint(match error.classify() {
@@ -80,25 +108,62 @@ fn describe(what: &str, error: &serde_json::Error) -> Error {
     })
 }
 
-impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<V> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct PairsVisitor<V>(PhantomData<V>);
-        impl<'de, V: Deserialize<'de>> Visitor<'de> for PairsVisitor<V> {
-            type Value = Pairs<V>;
+/// Reads an index, of which only the weight map matters.
+struct IndexVisitor<'a, 'b> {
+    sink: &'a mut Sink<'b>,
+    maps: u32,
+    refused: Option<Error>,
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
+impl<'de> Visitor<'de> for &mut IndexVisitor<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            if key != "weight_map" {
+                map.next_value::<IgnoredAny>()?;
+                continue;
             }
+            self.maps += 1;
+            if self.maps > 1 {
+                let error = Error::checkpoint("the index has two keys `weight_map`");
+                return Err(A::Error::custom(self.refused.insert(error)));
+            }
+            map.next_value_seed(WeightMap(self))?;
+        }
+        Ok(())
+    }
+}
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs<V>, A::Error> {
-                let mut pairs = Vec::new();
-                while let Some(pair) = map.next_entry()? {
-                    pairs.push(pair);
-                }
-                Ok(Pairs(pairs))
+/// The weight map of an index: file names by tensor.
+struct WeightMap<'a, 'b, 'c>(&'a mut IndexVisitor<'b, 'c>);
+
+impl<'de> DeserializeSeed<'de> for WeightMap<'_, '_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for WeightMap<'_, '_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of file names")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((tensor, file_name)) = map.next_entry::<String, String>()? {
+            if let Err(error) = (self.0.sink)(tensor, &file_name) {
+                return Err(A::Error::custom(self.0.refused.insert(error)));
             }
         }
-        deserializer.deserialize_map(PairsVisitor(PhantomData))
+        Ok(())
     }
 }
 
@@ -127,16 +192,39 @@ impl<'de> Visitor<'de> for HeaderVisitor<'_> {
         let mut metadata = None;
         while let Some(name) = map.next_key::<String>()? {
             if name == "__metadata__" {
-                // Nobody needs the text, but it must be as the format says.
-                let text = map.next_value::<Option<BTreeMap<String, String>>>()?;
-                set_once(&mut metadata, "__metadata__", text)?;
+                let texts = map.next_value::<Option<Texts>>()?;
+                set_once(&mut metadata, "__metadata__", texts)?;
             } else {
-                let name = self.current.insert(name);
-                entries.push((name.clone(), map.next_value()?));
-                *self.current = None;
+                *self.current = Some(name);
+                let entry = map.next_value()?;
+                entries.extend(self.current.take().map(|name| (name, entry)));
             }
         }
         Ok(entries)
+    }
+}
+
+/// An object of texts. Nobody needs them, but they must be as the format says.
+struct Texts;
+
+impl<'de> Deserialize<'de> for Texts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(TextsVisitor)
+    }
+}
+
+struct TextsVisitor;
+
+impl<'de> Visitor<'de> for TextsVisitor {
+    type Value = Texts;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Texts, A::Error> {
+        while map.next_entry::<String, String>()?.is_some() {}
+        Ok(Texts)
     }
 }
 

@@ -10,15 +10,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::index::{Index, list};
-use super::quantised;
+use super::{conversion, quantised};
 use crate::error::{Error, ErrorKind, Result};
 
 const INDEX: &str = ".safetensors.index.json";
 const WEIGHTS: &str = ".safetensors";
-
-/// Endings of weights in other formats.
-const OTHER_FORMATS: [&str; 8] =
-    [".bin", ".gguf", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx"];
 
 /// Where the tensor table is.
 #[derive(Debug)]
@@ -56,7 +52,7 @@ fn locate_in(directory: &Path) -> Result<(Weights, Vec<String>)> {
         let warnings = passed_over(used, indexes.into_iter().chain(strangers));
         return Ok((Weights::Index(path, index), warnings));
     }
-    let file = pick("model.safetensors", &files)?.ok_or_else(|| no_weights(&names))?;
+    let file = pick("model.safetensors", &files)?.ok_or_else(|| no_weights(directory, &names))?;
     refuse_part(file)?;
     Ok((Weights::File(directory.join(file)), passed_over(file, files.iter().copied())))
 }
@@ -105,12 +101,8 @@ fn no_index(shards: &[&str]) -> Error {
 }
 
 #[cold]
-fn no_weights(names: &[String]) -> Error {
-    let others: Vec<_> = names
-        .iter()
-        .map(String::as_str)
-        .filter(|name| OTHER_FORMATS.iter().any(|ending| name.ends_with(ending)))
-        .collect();
+fn no_weights(directory: &Path, names: &[String]) -> Error {
+    let others = conversion::foreign(names);
     if others.is_empty() {
         return Error::checkpoint("the directory holds no weights")
             .expected("`model.safetensors` or `model.safetensors.index.json`")
@@ -118,7 +110,7 @@ fn no_weights(names: &[String]) -> Error {
     }
     Error::new(ErrorKind::Unsupported, "the weights are not in safetensors format")
         .found(list(&others))
-        .advice("convert them to safetensors first")
+        .advice(conversion::advice(directory, &others))
 }
 
 /// A warning on the weights beside the ones in use.

@@ -10,10 +10,13 @@
 //! - `index`: the shard index;
 //! - `header`: one file's header, its tensors checked against each other and the file's size;
 //! - `json`: the JSON visitors of both;
+//! - `conversion`: what to do about weights in other formats;
 //! - `quantised`: checkpoints that hold packed numbers, recognised and refused by name;
 //! - `lead`: the part of a name up to its layer's number;
+//! - `vocabulary`: which token each row of two models stands for;
 //! - `layout`: the way out, from tensors to shards with all offsets known.
 
+mod conversion;
 mod header;
 mod index;
 mod json;
@@ -21,6 +24,7 @@ mod layout;
 mod lead;
 mod locate;
 mod quantised;
+pub mod vocabulary;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -203,8 +207,7 @@ impl Checkpoint {
     fn read_header(&mut self, path: &Path) -> Result<Header> {
         let file = io::open_read_only(path)?;
         let input = InputFile::of(&file, path)?;
-        let header =
-            Header::read(&file, input.size, self.files.len()).map_err(|error| error.file(path))?;
+        let header = Header::read(&file, path, input.size, self.files.len())?;
         self.files.push(input);
         Ok(header)
     }

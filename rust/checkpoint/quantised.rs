@@ -4,11 +4,13 @@
 //! type too narrow to compute in. Averaging the stored integers would run without an error and
 //! give noise. The configuration says what it is; where there is none, the tensors do.
 
+use std::fmt;
 use std::path::Path;
 
-use serde_json::Value;
+use serde::Deserializer;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::{Checkpoint, DOWNLOAD_AGAIN, read_text};
+use super::{Checkpoint, DOWNLOAD_AGAIN, json, read_text};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -58,16 +60,16 @@ pub(super) fn refuse_config(directory: &Path) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    let config: Value = serde_json::from_str(&read_text(&path)?.0).map_err(|error| {
-        Error::checkpoint(format!("the file is not valid JSON: {error}"))
-            .file(&path)
-            .advice(DOWNLOAD_AGAIN)
-    })?;
-    match declared(&config) {
-        Some(method) => Err(refuse(&method)
+    let text = read_text(&path)?.0;
+    match declared(&json::without_infinities(&text)) {
+        Err(error) => {
+            let message = format!("the file is not valid JSON: {error}");
+            Err(Error::checkpoint(message).file(&path).advice(DOWNLOAD_AGAIN))
+        }
+        Ok(Some(method)) => Err(refuse(&method)
             .file(&path)
             .advice(format!("{ADVICE}; if it is, remove `quantization_config` from config.json"))),
-        None => Ok(()),
+        Ok(None) => Ok(()),
     }
 }
 
@@ -91,24 +93,99 @@ pub(super) fn refuse_tensors(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// The quantisation that a config declares, at its top or in one of its parts (a text model).
-fn declared(config: &Value) -> Option<String> {
-    let parts = config.as_object()?.values();
-    std::iter::once(config)
-        .chain(parts)
-        .filter_map(|part| part.get("quantization_config"))
-        .find(|declaration| !declaration.is_null())
-        .map(method)
+/// The method of the quantisation that a config declares, at its top or in one of its parts (a text
+/// model). Everything else in it is skipped.
+fn declared(config: &str) -> Result<Option<String>, serde_json::Error> {
+    let mut deserializer = serde_json::Deserializer::from_str(config);
+    let method = Within::Config.deserialize(&mut deserializer)?;
+    deserializer.end()?;
+    Ok(method)
 }
 
-/// The declaration's method; early bitsandbytes configurations do not name theirs.
-fn method(declaration: &Value) -> String {
-    let named = declaration.get("quant_method").and_then(Value::as_str);
-    let bits = |key| declaration.get(key).is_some();
-    match named {
-        Some(name) => name.to_owned(),
-        None if bits("load_in_4bit") || bits("load_in_8bit") => "bitsandbytes".to_owned(),
-        None => "an unnamed method".to_owned(),
+/// Where in a config a value is; as a visitor, it looks for a quantisation in the value.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Within {
+    /// It is the config.
+    Config,
+    /// It is a part of it.
+    Part,
+    /// It is what declares a quantisation.
+    Declaration,
+    /// It is the name of the method.
+    Method,
+}
+
+impl Within {
+    /// What a value means that is no object and has no name in it.
+    fn nameless(self) -> Option<String> {
+        (self == Self::Declaration).then(|| "an unnamed method".to_owned())
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Within {
+    type Value = Option<String>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Within {
+    type Value = Option<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
+        Ok(self.nameless())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
+        Ok(self.nameless())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Self::Value, E> {
+        Ok(self.nameless())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
+        Ok(self.nameless())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(if self == Self::Method { Some(text.to_owned()) } else { self.nameless() })
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(self.nameless())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut own, mut inner) = (None, None);
+        while let Some(key) = map.next_key::<String>()? {
+            match (self, key.as_str()) {
+                (Self::Config | Self::Part, "quantization_config") => {
+                    own = map.next_value_seed(Self::Declaration)?;
+                }
+                (Self::Config, _) => inner = inner.or(map.next_value_seed(Self::Part)?),
+                (Self::Declaration, "quant_method") => own = map.next_value_seed(Self::Method)?,
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    // Early bitsandbytes configurations do not name their method.
+                    let is_sign = matches!(key.as_str(), "load_in_4bit" | "load_in_8bit");
+                    if self == Self::Declaration && is_sign {
+                        inner = Some("bitsandbytes".to_owned());
+                    }
+                }
+            }
+        }
+        Ok(own.or(inner).or(self.nameless()))
     }
 }
 

@@ -3,21 +3,50 @@
 use std::sync::Arc;
 
 use super::backend::fold;
-use super::passes::{Found, Pass, SearchView};
+use super::passes::{Found, Pass};
 use super::task::{Task, Work};
+use crate::error::Result;
 use crate::formula::bind::Bindings;
 use crate::formula::machine::BAND;
 use crate::formula::masks::{self, KeptMasks};
-use crate::formula::selection::{Cut, Histogram, Progress, Search, value_of_key};
+use crate::formula::program::{Along, Purpose, Setting, Staged};
+use crate::formula::selection::{self, Counted, Guess, LastKept, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
 use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
-use crate::kernels::Real;
+use crate::kernels::{BLOCK, Real};
 
 struct Searching {
     selection: Arc<Selection>,
     search: Search,
     chosen: Option<Chosen>,
-    cut: Option<Cut>,
+    last: Option<LastKept>,
+}
+
+/// The bytes that a task may keep between its passes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    /// Of keys, for each of its searches.
+    a_search: u64,
+    searches: u64,
+    /// Of random masks.
+    masks: u64,
+}
+
+impl Room {
+    /// What `task` can use of `left` bytes: keys of its searches, if there are any, and random masks,
+    /// if they are wanted more than once; each all or nothing.
+    pub(crate) fn of(task: &Task, left: u64) -> Self {
+        let (values, elements) = (task.work.values(), task.frame.elements);
+        let within = |bytes: u64, left: u64| if bytes <= left { bytes } else { 0 };
+        let searches = stage::unknown(values).selections.len() as u64;
+        let keys = within(searches * selection::kept_bytes(elements), left);
+        let masks = within(masks::bytes(values, elements), left - keys);
+        Self { a_search: keys / searches.max(1), searches, masks }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.a_search * self.searches + self.masks
+    }
 }
 
 /// A task that has begun.
@@ -25,6 +54,7 @@ pub(crate) struct Active {
     pub(crate) task: Arc<Task>,
     /// What to compute, with everything put in that finished passes found; nothing for a copy.
     values: Vec<Value>,
+    setting: Setting,
     /// Where to stop: before the merge itself, when only model-wide sums are wanted.
     sweep: bool,
     pub(crate) pass: Arc<Pass>,
@@ -39,30 +69,33 @@ pub(crate) struct Active {
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
-    /// The random masks that are kept between its passes, and the bytes that they may take.
+    /// The random masks that are kept between its passes.
     pub(crate) masks: Option<Arc<KeptMasks>>,
-    pub(crate) mask_bytes: u64,
+    /// What masks and searches may take.
+    pub(crate) room: Room,
     /// The numbers it looked for: of a sweep, in the order of the formula's model-wide reductions.
     pub(crate) numbers: Vec<f64>,
 }
 
 impl Active {
-    /// Begins `task`; with `sweep`, only its model-wide reductions. Keeps its random masks if they
-    /// are wanted more than once and take no more than `mask_room` bytes.
+    /// Begins `task`; with `sweep`, only its model-wide reductions. Nothing if there is nothing to
+    /// do. `fuses` says whether the backend has kernels for what is fused.
     pub(crate) fn begin(
         task: Arc<Task>,
         blocks_a_unit: u64,
         sweep: bool,
-        mask_room: u64,
-    ) -> Option<Self> {
+        fuses: bool,
+        room: Room,
+    ) -> Result<Option<Self>> {
         let values = task.work.values().to_vec();
         let elements = task.frame.elements;
-        let bytes = masks::bytes(&values, elements);
-        let mask_bytes = if bytes <= mask_room { bytes } else { 0 };
-        let masks = (mask_bytes > 0).then(|| KeptMasks::new(&values, elements)).flatten();
+        let masks = (room.masks > 0).then(|| KeptMasks::new(&values, elements)).flatten();
+        let inputs = task.sources.iter().map(|source| source.dtype()).collect();
+        let setting = Setting { inputs, double: task.double, fuses };
         let mut active = Self {
             task,
             values,
+            setting,
             sweep,
             pass: Arc::new(Pass::Identical),
             units: 0,
@@ -75,16 +108,32 @@ impl Active {
             columns: Vec::new(),
             searching: Vec::new(),
             masks: masks.map(Arc::new),
-            mask_bytes,
+            room,
             numbers: Vec::new(),
         };
-        active.next_pass().then_some(active)
+        Ok(active.next_pass()?.then_some(active))
     }
 
-    fn enter(&mut self, pass: Pass, units: u64) -> bool {
+    fn enter(&mut self, pass: Pass, units: u64) -> Result<bool> {
         self.pass = Arc::new(pass);
         (self.units, self.issued, self.finished) = (units, 0, 0);
-        true
+        Ok(true)
+    }
+
+    /// Compiles what is to be done with each segment of a block.
+    fn code(&self, purposes: &[Purpose]) -> Result<Staged> {
+        let along = Along::Segments(BLOCK as u64);
+        Staged::by_row(purposes, along, self.task.frame.row, &self.setting)
+    }
+
+    fn reductions(reductions: &[Arc<Reduction>]) -> Vec<Purpose> {
+        reductions.iter().cloned().map(Purpose::Reduce).collect()
+    }
+
+    /// Each output's formula, to be stored as its type.
+    fn stores(&self) -> Vec<Purpose> {
+        let each = self.values.iter().zip(&self.task.sinks);
+        each.map(|(value, sink)| Purpose::Store(value.clone(), sink.dtype())).collect()
     }
 
     /// The next unit to hand out, if there is one.
@@ -103,13 +152,16 @@ impl Active {
     }
 
     /// Enters the pass that comes next; false if there is none.
-    fn next_pass(&mut self) -> bool {
+    fn next_pass(&mut self) -> Result<bool> {
         if matches!(self.task.work, Work::Identical) {
-            return !self.sweep && self.enter(Pass::Identical, self.units_of_blocks());
+            return match self.sweep {
+                true => Ok(false),
+                false => self.enter(Pass::Identical, self.units_of_blocks()),
+            };
         }
         if self.sweep {
             let stage = stage::next_stage(&self.values, Scope::Model, false);
-            return !stage.is_empty() && self.begin_stage(stage);
+            return if stage.is_empty() { Ok(false) } else { self.begin_stage(stage) };
         }
         let stored = self.task.frame.stores_rows();
         for scope in [Scope::Tensor, Scope::Column, Scope::Row] {
@@ -119,7 +171,9 @@ impl Active {
             let stage = stage::next_stage(&self.values, scope, stored);
             if scope == Scope::Column && self.task.in_bands && !stage.is_empty() {
                 let bands = self.task.frame.line.div_ceil(BAND);
-                return self.enter(Pass::Bands(self.values.clone()), bands);
+                let along = Along::Segments(BLOCK as u64);
+                let code = Staged::by_column(&self.stores(), along, &self.setting)?;
+                return self.enter(Pass::Bands(code), bands);
             }
             if !stage.is_empty() {
                 return self.begin_stage(stage);
@@ -127,12 +181,13 @@ impl Active {
         }
         if matches!(self.task.work, Work::Numbers(_)) {
             self.numbers = self.values.iter().map(number).collect();
-            return false;
+            return Ok(false);
         }
-        self.enter(Pass::Combine(self.values.clone()), self.units_of_blocks())
+        let code = self.code(&self.stores())?;
+        self.enter(Pass::Combine(code), self.units_of_blocks())
     }
 
-    fn begin_stage(&mut self, stage: Stage) -> bool {
+    fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
         let Stage { reductions, selections } = stage;
         let scope = reductions.first().map(|reduction| reduction.scope);
         self.results = vec![Vec::new(); reductions.len()];
@@ -142,12 +197,15 @@ impl Active {
             Some(Scope::Row) => {
                 let rows = self.task.frame.rows();
                 self.results.iter_mut().for_each(|rows_of| rows_of.resize(rows as usize, 0.0));
-                self.enter(Pass::Rows(reductions), rows)
+                let code = self.code(&Self::reductions(&reductions))?;
+                self.enter(Pass::Rows(code), rows)
             }
             Some(Scope::Column) => {
                 let blocks = self.task.frame.column_blocks();
                 self.columns = vec![Vec::new(); blocks as usize];
-                self.enter(Pass::Columns(reductions), blocks)
+                let (purposes, row) = (Self::reductions(&reductions), self.task.frame.row);
+                let code = Staged::by_row(&purposes, Along::Columns, row, &self.setting)?;
+                self.enter(Pass::Columns(code), blocks)
             }
             _ => {
                 let blocks = self.task.blocks() as usize;
@@ -157,60 +215,56 @@ impl Active {
         }
     }
 
-    fn begin_searches(&mut self, selections: &[Arc<Selection>]) -> bool {
+    fn begin_searches(&mut self, selections: &[Arc<Selection>]) -> Result<bool> {
         let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
-        self.searching = selections.iter().map(|selection| begin(selection, &self.task)).collect();
-        let open: Vec<_> = self
-            .searching
-            .iter()
-            .filter(|s| s.chosen.is_none())
-            .map(|s| Arc::clone(&s.selection))
-            .collect();
-        if open.is_empty() || self.task.blocks() < 4 {
+        let begin = |selection| begin(selection, &self.task, self.room.a_search);
+        self.searching = selections.iter().map(begin).collect();
+        let open = self.searching.iter().filter(|searching| searching.chosen.is_none());
+        let open = open.map(|s| (Purpose::Keys(s.selection.value.clone()), s.search.wanted()));
+        let (purposes, ranks): (Vec<_>, Vec<_>) = open.unzip();
+        if purposes.is_empty() || selection::sampled_runs(self.task.frame.elements) == 0 {
             return self.enter_reduce();
         }
-        self.enter(Pass::Sample(open), 1)
+        let code = self.code(&purposes)?;
+        self.enter(Pass::Sample { ranks, code }, 1)
     }
 
-    fn enter_reduce(&mut self) -> bool {
-        let searches: Vec<SearchView> = self
-            .searching
-            .iter()
-            .enumerate()
-            .filter(|(_, searching)| searching.chosen.is_none() && searching.cut.is_none())
-            .map(|(index, Searching { selection, search, .. })| SearchView {
-                index,
-                value: selection.value.clone(),
-                low: search.low,
-                high: search.high,
-                shift: search.shift(),
-                bins: search.bins(),
-            })
-            .collect();
+    fn enter_reduce(&mut self) -> Result<bool> {
+        let open = self.searching.iter().enumerate();
+        let open =
+            open.filter(|(_, searching)| searching.chosen.is_none() && searching.last.is_none());
+        let open = open.map(|(index, Searching { selection, search, .. })| {
+            (index, Purpose::Count(selection.value.clone(), search.interval()))
+        });
+        let (searches, counts): (Vec<_>, Vec<_>) = open.unzip();
         // Sums are taken in the stage's first pass; later ones only narrow the searches.
-        let reductions = if self.summed { Vec::new() } else { self.reductions.clone() };
+        let mut purposes =
+            if self.summed { Vec::new() } else { Self::reductions(&self.reductions) };
         self.summed = true;
-        if searches.is_empty() && reductions.is_empty() {
+        purposes.extend(counts);
+        if purposes.is_empty() {
             return self.locate_or_bind();
         }
-        self.enter(Pass::Reduce { reductions, searches }, self.units_of_blocks())
+        let code = self.code(&purposes)?;
+        self.enter(Pass::Reduce { searches, code }, self.units_of_blocks())
     }
 
-    fn locate_or_bind(&mut self) -> bool {
-        if let Some(waiting) = self.searching.iter().find(|s| s.chosen.is_none()) {
-            let cut = waiting.cut.expect("a search that is not over waits for an index");
-            let selection = Arc::clone(&waiting.selection);
-            return self.enter(Pass::Locate { selection, key: waiting.search.low, cut }, 1);
-        }
-        self.bind()
+    fn locate_or_bind(&mut self) -> Result<bool> {
+        let open = self.searching.iter().position(|searching| searching.chosen.is_none());
+        let Some(search) = open else { return self.bind() };
+        let waiting = &self.searching[search];
+        let last = waiting.last.expect("a search that is not over waits for an index");
+        let code = self.code(&[Purpose::Keys(waiting.selection.value.clone())])?;
+        let key = waiting.search.threshold();
+        self.enter(Pass::Locate { search, key, last, code }, 1)
     }
 
-    /// Takes what a unit found. True if the task goes on, false if it is over.
+    /// Takes what a unit found. True if that was the pass's last unit: then [`Self::advance`] it.
     pub(crate) fn take(&mut self, unit: u64, found: Found) -> bool {
         match found {
             Found::Nothing => {}
-            Found::Keys(keys) => self.guess(keys),
-            Found::Blocks { first, sums, counts } => self.add(first, &sums, &counts),
+            Found::Guesses(guesses) => self.begin_at(guesses),
+            Found::Blocks { first, sums, counts } => self.add(first, &sums, counts),
             Found::Index(index) => self.located(index),
             Found::Row(results) => {
                 for (rows, result) in self.results.iter_mut().zip(results) {
@@ -220,67 +274,59 @@ impl Active {
             Found::Columns(sums) => self.columns[unit as usize] = sums,
         }
         self.finished += 1;
-        if self.finished < self.units { true } else { self.advance() }
+        self.finished == self.units
     }
 
-    fn guess(&mut self, keys: Vec<Vec<u64>>) {
+    fn begin_at(&mut self, guesses: Vec<Guess>) {
         let open = self.searching.iter_mut().filter(|searching| searching.chosen.is_none());
-        for (searching, keys) in open.zip(keys) {
-            searching.search.guess(keys);
+        for (searching, guess) in open.zip(guesses) {
+            searching.search.begin_at(guess);
         }
     }
 
-    fn add(&mut self, first: u64, sums: &[Vec<f64>], counts: &[Histogram]) {
+    fn add(&mut self, first: u64, sums: &[Vec<f64>], counts: Vec<Counted>) {
         for (all, part) in self.results.iter_mut().zip(sums) {
             all[first as usize..first as usize + part.len()].copy_from_slice(part);
         }
         let Pass::Reduce { searches, .. } = &*self.pass else { return };
-        for (view, counted) in searches.iter().zip(counts) {
-            self.searching[view.index].search.add(counted);
+        for (&search, counted) in searches.iter().zip(counts) {
+            self.searching[search].search.add(counted);
         }
     }
 
     fn located(&mut self, index: u64) {
-        let Pass::Locate { selection, .. } = &*self.pass else { return };
-        for searching in &mut self.searching {
-            if Arc::ptr_eq(&searching.selection, selection) {
-                searching.chosen = Some(searching.search.located(index));
-            }
-        }
+        let Pass::Locate { search, .. } = *self.pass else { return };
+        let searching = &mut self.searching[search];
+        searching.chosen = Some(searching.search.located(index));
     }
 
-    /// Every unit of the pass is done.
-    fn advance(&mut self) -> bool {
+    /// Every unit of the pass is done: enters the next. False if the task is over.
+    pub(crate) fn advance(&mut self) -> Result<bool> {
         let pass = Arc::clone(&self.pass);
         match &*pass {
-            Pass::Combine(_) | Pass::Bands(_) | Pass::Identical => false,
-            Pass::Sample(_) => self.enter_reduce(),
+            Pass::Combine(_) | Pass::Bands(_) | Pass::Identical => Ok(false),
+            Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rows(_) | Pass::Columns(_) => self.bind(),
-            Pass::Reduce { reductions, searches } => {
-                self.fold_blocks(reductions);
-                for view in searches {
-                    self.searching[view.index].advance();
+            Pass::Reduce { searches, code } => {
+                for (&kind, blocks) in code.program.kinds.iter().zip(&mut self.results) {
+                    *blocks = vec![fold(kind, blocks)];
+                }
+                for &search in searches {
+                    self.searching[search].advance();
                 }
                 self.enter_reduce()
             }
         }
     }
 
-    /// Block results become one number a reduction.
-    fn fold_blocks(&mut self, reductions: &[Arc<Reduction>]) {
-        for (reduction, blocks) in reductions.iter().zip(&mut self.results) {
-            *blocks = vec![fold(reduction.kind, blocks)];
-        }
-    }
-
     /// Puts the stage's results into the formula and goes on to the next pass.
-    fn bind(&mut self) -> bool {
+    fn bind(&mut self) -> Result<bool> {
         let reductions = std::mem::take(&mut self.reductions);
         let results = std::mem::take(&mut self.results);
         if self.sweep {
             self.numbers = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
-            return false;
+            return Ok(false);
         }
         let mut bindings = Bindings::default();
         for (reduction, values) in reductions.iter().zip(results) {
@@ -328,19 +374,19 @@ impl Searching {
     fn advance(&mut self) {
         match self.search.advance() {
             Progress::Again => {}
-            Progress::Locate(cut) => self.cut = Some(cut),
+            Progress::Locate(last) => self.last = Some(last),
             Progress::Done(chosen) => self.chosen = Some(chosen),
         }
     }
 }
 
-fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task) -> Searching {
+fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task, room: u64) -> Searching {
     let elements = task.frame.elements;
     let count = selection.count.as_constant().unwrap_or(0.0).max(0.0) as u64;
     let nothing = Chosen { threshold: T::NAN.key(), equals_end: 0 };
-    let search = Search::new::<T>(count.clamp(1, elements.max(1)), elements.max(1), task.blocks());
+    let search = Search::new::<T>(count.clamp(1, elements.max(1)), elements.max(1), room);
     let chosen = (count == 0 || elements == 0).then_some(nothing);
-    Searching { selection: Arc::clone(selection), search, chosen, cut: None }
+    Searching { selection: Arc::clone(selection), search, chosen, last: None }
 }
 
 /// The number that a value became when everything was put in.

@@ -1,24 +1,20 @@
 //! What computes. The engine decides which elements, reads them and writes them; a backend does
-//! the arithmetic of a step, by running compiled code.
+//! the arithmetic of a step, by running a program.
 //!
-//! There are two: [`simd`](super::simd), which runs the code chunk by chunk in the first-level
-//! cache, and torch (`python/torch.rs`), which runs the same instructions over a whole piece. A
-//! method does not know which. Both must give the bits of the numeric contract.
+//! There are two: [`simd`](super::simd), which runs programs chunk by chunk in the first-level
+//! cache, and torch (`python/torch.rs`), which runs the same programs over a whole piece. A method
+//! does not know which. Both must give the bits of the numeric contract.
 
 use std::fmt::Debug;
 use std::ops::Range;
-use std::sync::Arc;
 
 use super::need::Offload;
-use super::passes::SearchView;
-use crate::dtype::DType;
 use crate::error::Result;
-use crate::formula::code::Code;
 use crate::formula::machine::{InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::Histogram;
-use crate::formula::stage::operands;
-use crate::formula::{Reduction, ReductionKind, Value};
+use crate::formula::program::Program;
+use crate::formula::selection::Counted;
+use crate::formula::{ReductionKind, Scalar};
 use crate::kernels::fold_halves;
 
 /// A kind of arithmetic, shared by the workers of a run.
@@ -26,7 +22,8 @@ pub(crate) trait Backend: Debug + Send + Sync {
     /// What one worker thread computes with; called on that thread.
     fn worker(&self) -> Result<Box<dyn Arithmetic + '_>>;
 
-    /// What it needs beside the engine's own buffers, if it takes whole pieces elsewhere.
+    /// What it needs beside the engine's own buffers, if it takes whole pieces elsewhere. Then it
+    /// has no kernels for what is fused.
     fn offload(&self) -> Option<Offload> {
         None
     }
@@ -34,46 +31,20 @@ pub(crate) trait Backend: Debug + Send + Sync {
 
 /// One thread's arithmetic.
 pub(crate) trait Arithmetic {
-    /// Makes `code` ready to run over elements of one tensor. Random masks that are in `masks`
+    /// Makes ready to run `program` over elements of one tensor. Random masks that are in `masks`
     /// need not be drawn.
-    fn program<'a>(
+    fn begin<'a>(
         &self,
         frame: &'a TensorFrame,
-        code: &'a Code,
-        double: bool,
+        program: &'a Program,
         masks: Option<&'a KeptMasks>,
-    ) -> Result<Box<dyn Program + 'a>>;
+    ) -> Result<Box<dyn Run + 'a>>;
 }
 
-/// Code that is ready to run over the steps of one tensor.
-pub(crate) trait Program {
-    /// Reduces the step segment by segment, counted from its first element, and counts for
-    /// `searches`, whose values follow the operands of the reductions. With searches a segment is
-    /// a block.
-    fn reduce(
-        &mut self,
-        step: &Step<'_>,
-        segment: u64,
-        layout: &Layout,
-        searches: &[SearchView],
-        tally: &mut Tally,
-    ) -> Result<()>;
-
-    /// Adds the step's elements, in order, to what each reduction has for each column. The first
-    /// element is of column `first`; a row has as many as there are sums.
-    fn columns(
-        &mut self,
-        step: &Step<'_>,
-        first: u64,
-        layout: &Layout,
-        sums: &mut [Vec<f64>],
-    ) -> Result<()>;
-
-    /// Computes the step's elements of some results, each into an output.
-    fn combine(&mut self, step: &Step<'_>, outputs: &mut [Output<'_>]) -> Result<()>;
-
-    /// The order keys of each result, element by element. For the few elements of a sample.
-    fn keys(&mut self, step: &Step<'_>) -> Result<Vec<Vec<u64>>>;
+/// A program that is ready to run over the steps of one tensor.
+pub(crate) trait Run {
+    /// Computes the effects of a step.
+    fn run(&mut self, step: &Step<'_>, results: &mut Results<'_>) -> Result<()>;
 }
 
 /// A part of a unit whose inputs are at hand.
@@ -82,53 +53,40 @@ pub(crate) struct Step<'a> {
     pub(crate) elements: Range<u64>,
     /// The bytes of the inputs that are used.
     pub(crate) inputs: &'a [Option<InputBytes<'a>>],
-    /// What the code computes, with the results of row reductions put in.
-    pub(crate) values: &'a [Value],
+    /// The vectors of the program.
+    pub(crate) vectors: &'a [Scalar],
+    /// Where columns are reduced: which of them the first element belongs to.
+    pub(crate) column: u64,
 }
 
-/// Where the elements of a step go in one of the outputs.
-pub(crate) struct Output<'a> {
-    /// Which of the code's results it takes.
-    pub(crate) result: usize,
-    pub(crate) dtype: DType,
-    pub(crate) bytes: &'a mut [u8],
-}
-
-/// What reductions and searches found so far.
+/// What effects found so far, and where they store.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
-    /// For each reduction: a result a segment.
-    pub(crate) sums: Vec<Vec<f64>>,
+pub(crate) struct Results<'a> {
+    /// For each output: the bytes of the step's elements.
+    pub(crate) outputs: Vec<&'a mut [u8]>,
+    /// For each reduction: a number a segment, one more at each; or a number a column.
+    pub(crate) numbers: Vec<Vec<f64>>,
     /// For each search.
-    pub(crate) counts: Vec<Histogram>,
+    pub(crate) counts: Vec<Counted>,
+    /// For each sample: a key an element.
+    pub(crate) keys: Vec<Vec<u64>>,
 }
 
-impl Tally {
-    pub(crate) fn new(layout: &Layout, searches: &[SearchView]) -> Self {
+impl Results<'_> {
+    /// Nothing found yet by `program`, which reduces segments.
+    pub(crate) fn of(program: &Program) -> Self {
         Self {
-            sums: vec![Vec::new(); layout.kinds.len()],
-            counts: searches.iter().map(|search| Histogram::new(search.bins)).collect(),
+            outputs: Vec::new(),
+            numbers: vec![Vec::new(); program.kinds.len()],
+            counts: program.searches.iter().map(Counted::new).collect(),
+            keys: vec![Vec::new(); program.samples],
         }
     }
-}
 
-/// Reductions laid out as operands: which results of the code each of them uses.
-pub(crate) struct Layout {
-    pub(crate) reductions: Vec<Arc<Reduction>>,
-    pub(crate) kinds: Vec<(ReductionKind, usize, Option<usize>)>,
-    pub(crate) operands: usize,
-}
-
-impl Layout {
-    pub(crate) fn of(reductions: &[Arc<Reduction>]) -> (Self, Vec<Value>) {
-        let (mut kinds, mut values) = (Vec::new(), Vec::new());
-        for reduction in reductions {
-            let left = values.len();
-            values.extend(operands(reduction));
-            kinds.push((reduction.kind, left, reduction.right.as_ref().map(|_| left + 1)));
-        }
-        let operands = values.len();
-        (Self { reductions: reductions.to_vec(), kinds, operands }, values)
+    /// Nothing found yet by `program`, which reduces `columns` columns.
+    pub(crate) fn of_columns(program: &Program, columns: u64) -> Self {
+        let start = |&kind: &ReductionKind| vec![start_of(kind); columns as usize];
+        Self { numbers: program.kinds.iter().map(start).collect(), ..Self::default() }
     }
 }
 

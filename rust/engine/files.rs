@@ -16,7 +16,7 @@ use crate::formula::machine::TensorFrame;
 use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
 };
-use crate::plan::{self, InputFile, OutputShard, Plan, Tensor};
+use crate::plan::{self, InputFile, OutputShard, Plan, Settings, Tensor};
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -267,7 +267,9 @@ impl<'a> Merges<'a> {
         let tensor = self.plans[0].tensor(at);
         let labels = tensor.sources().map(|source| Arc::clone(&self.labels[source.model]));
         let prepared = self.prepared(at)?;
-        Ok(Task::prepared(frame(self.plans[0], at), sources, labels.collect(), sinks, prepared))
+        let task =
+            Task::prepared(frame(self.plans[0], at), sources, labels.collect(), sinks, prepared);
+        Ok(task.in_f64(self.plans[0].in_f64))
     }
 
     fn is_small(&self, at: usize) -> bool {
@@ -542,8 +544,9 @@ fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
         return Err(differs("tensors"));
     }
     // In f64 all outputs would be computed in it, and others than alone.
-    let double = |tensor: Tensor<'_>| tensor.dtype() == DType::F64;
-    if plan.tensors().map(double).ne(other.tensors().map(double)) {
+    let double = |plan: &Plan, tensor: Tensor<'_>| plan.in_f64 || tensor.dtype() == DType::F64;
+    let (one, two) = (plan.tensors(), other.tensors());
+    if one.map(|tensor| double(plan, tensor)).ne(two.map(|tensor| double(other, tensor))) {
         return Err(differs("working type: all of them float64, or none"));
     }
     let place = |source: plan::Source<'_>| (source.file, source.start, source.dtype);
@@ -578,6 +581,18 @@ pub fn problems(plan: &Plan) -> Vec<Error> {
         error
     };
     plan.tensors().filter_map(find).collect()
+}
+
+/// What each kind of tensors of `plan` is made by, as text, and its settings.
+pub fn formulas(plan: &Plan) -> Result<Vec<(String, Settings)>> {
+    let mut kinds = vec![None; plan.kinds()];
+    for tensor in plan.tensors() {
+        let kind = &mut kinds[tensor.kind()];
+        if kind.is_none() {
+            *kind = Some((format!("{:?}", work(plan, tensor)?), tensor.settings().clone()));
+        }
+    }
+    Ok(kinds.into_iter().flatten().collect())
 }
 
 fn frame(plan: &Plan, at: usize) -> TensorFrame {
@@ -618,7 +633,8 @@ impl OnDemand {
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
-        ))
+        )
+        .in_f64(self.plan.in_f64))
     }
 
     /// Fails if a file that tensor `index` is made of is not what it was.

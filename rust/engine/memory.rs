@@ -41,8 +41,8 @@ pub struct MemoryPlan {
     pub worker_bytes: u64,
     /// `worker_bytes` with what computing elsewhere takes beside it.
     pub(crate) with_offload: u64,
-    /// Bytes left over, for random masks that are kept between passes.
-    pub mask_room: u64,
+    /// Bytes left over, for random masks and keys that are kept between passes.
+    pub kept_room: u64,
     /// Bytes that a worker may hold of small neighbours, beside the piece in hand.
     pub(crate) group_bytes: u64,
     /// Bytes a worker may hold on its device.
@@ -61,7 +61,7 @@ impl MemoryPlan {
             predicted: 0,
             workers,
             worker_bytes: all,
-            mask_room: all,
+            kept_room: all,
             group_bytes: 0,
             with_offload: all,
             device_bytes: all,
@@ -129,24 +129,26 @@ impl MemoryPlan {
         let expected = largest(|(piece, beside)| piece.expected + beside.expected);
         let left_over = share - largest(|(piece, beside)| piece.most + beside.most).min(share);
         let group_bytes = group_bytes(needs, left_over);
-        let mask_room = match offload {
+        let kept_room = match offload {
             None => {
                 let worker = largest(|(piece, _)| piece.most) + group_bytes;
                 budget - fixed(workers).most - workers * worker
             }
-            // Masks are drawn again there.
+            // Masks are drawn again there, and keys counted.
             Some(_) => 0,
         };
         let worker = expected + group_bytes;
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).expected + workers * worker + kept_masks(needs, mask_room),
+            predicted: fixed(workers).expected
+                + workers * worker
+                + kept_between_passes(needs, kept_room),
             workers: workers as usize,
             worker_bytes: largest(|(piece, _)| piece.most),
             with_offload: largest(|(piece, beside)| piece.most + beside.most),
             device_bytes,
-            mask_room,
+            kept_room,
             group_bytes,
         })
     }
@@ -160,17 +162,17 @@ fn largest_states(needs: &[(Need, usize)], workers: usize) -> Amount {
     states.into_iter().take(under_way).fold(Amount::default(), |sum, state| sum.plus(state, 1))
 }
 
-/// The masks that are kept at once, of what there is room for: while workers finish one tensor,
-/// others begin the next.
-fn kept_masks(needs: &[(Need, usize)], room: u64) -> u64 {
-    let mut masks: Vec<u64> = each_of(needs, 2, |need| need.masks);
-    masks.sort_unstable_by(|a, b| b.cmp(a));
-    let kept = masks.into_iter().scan(room, |left, masks| {
-        let kept = if masks <= *left { masks } else { 0 };
-        *left -= kept;
-        Some(kept)
+/// What is kept at once, of what there is room for: while workers finish one tensor, others begin
+/// the next.
+fn kept_between_passes(needs: &[(Need, usize)], room: u64) -> u64 {
+    let mut kept: Vec<Amount> = each_of(needs, 2, |need| need.kept);
+    kept.sort_unstable_by_key(|kept| std::cmp::Reverse(kept.most));
+    let within_room = kept.into_iter().scan(room, |left, kept| {
+        let fits = kept.most <= *left;
+        *left -= if fits { kept.most } else { 0 };
+        Some(if fits { kept.expected } else { 0 })
     });
-    kept.filter(|&masks| masks > 0).take(2).sum()
+    within_room.filter(|&kept| kept > 0).take(2).sum()
 }
 
 /// `of` each need as often as there are tensors that have it, up to `most` times.

@@ -12,7 +12,6 @@ pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
 pub mod files;
-mod fused;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;
@@ -36,7 +35,7 @@ use std::time::Instant;
 #[cfg(feature = "python")]
 pub(crate) use merge::{merge, predict};
 
-use active::Active;
+use active::{Active, Room};
 use backend::Backend;
 use control::Control;
 use memory::MemoryPlan;
@@ -48,7 +47,7 @@ use task::{Task, Tasks};
 use worker::Worker;
 
 use crate::error::{Error, Result};
-use crate::formula::masks::{self, KeptMasks};
+use crate::formula::masks::KeptMasks;
 use crate::kernels::Level;
 
 /// How a run is to be done. None of it changes a byte of the output.
@@ -155,7 +154,7 @@ fn run_all(
     goal: Goal<'_>,
 ) -> Result<BTreeMap<usize, Vec<f64>>> {
     let schedule = Schedule {
-        state: Mutex::new(State::new(memory.mask_room)),
+        state: Mutex::new(State::new(memory.kept_room)),
         changed: Condvar::new(),
         backend,
         tasks,
@@ -199,43 +198,29 @@ struct Schedule<'a> {
 
 struct State {
     next_task: usize,
-    /// How many workers are about to begin tasks.
-    beginning: usize,
     active: VecDeque<(usize, Active)>,
     /// What each task found, if it looks for numbers.
     numbers: BTreeMap<usize, Vec<f64>>,
     failure: Option<Error>,
-    /// Bytes that the random masks of further tasks may take.
-    mask_room: u64,
+    /// Bytes that further tasks may keep between their passes.
+    kept_room: u64,
     /// How many workers have a unit of a pass that writes.
     writing: usize,
+    /// How many tasks are not in `active`, since a worker is about to have them enter a pass.
+    between_passes: usize,
 }
 
 impl State {
-    fn new(mask_room: u64) -> Self {
+    fn new(kept_room: u64) -> Self {
         Self {
             next_task: 0,
-            beginning: 0,
             active: VecDeque::new(),
             numbers: BTreeMap::new(),
             failure: None,
-            mask_room,
+            kept_room,
             writing: 0,
+            between_passes: 0,
         }
-    }
-
-    /// Bytes for the random masks of `task`: all that it needs, or none.
-    fn take_mask_room(&mut self, task: &Task) -> u64 {
-        let wanted = masks::bytes(task.work.values(), task.frame.elements);
-        let room = if wanted <= self.mask_room { wanted } else { 0 };
-        self.mask_room -= room;
-        room
-    }
-
-    /// Adds a task that has begun, among older and younger ones.
-    fn add(&mut self, index: usize, active: Active) {
-        let place = self.active.partition_point(|(other, _)| *other < index);
-        self.active.insert(place, (index, active));
     }
 
     /// The next unit of the oldest task that has one, and is in a pass that is `wanted`.
@@ -274,9 +259,12 @@ impl Unit {
     }
 }
 
+/// A task that goes on, or the numbers of one that is over.
+type Advanced = std::result::Result<Active, Vec<f64>>;
+
 enum Next {
     Do(Unit),
-    /// The task that comes next, or small ones that lie together.
+    /// Begin the task that comes next, or do small ones that lie together.
     Begin(Range<usize>),
     Wait,
     Over,
@@ -313,14 +301,7 @@ impl Schedule<'_> {
                 }
                 Next::Begin(tasks) => {
                     drop(state);
-                    let begun = self.begin(&mut worker, tasks);
-                    state = self.lock();
-                    state.beginning -= 1;
-                    match begun {
-                        Ok(Some((index, active))) => state.add(index, active),
-                        Ok(None) => {}
-                        Err(error) => self.note(&mut state, Err(error)),
-                    }
+                    state = self.begin(&mut worker, tasks);
                     self.changed.notify_all();
                 }
                 Next::Do(mut unit) => {
@@ -328,15 +309,18 @@ impl Schedule<'_> {
                     let found = Self::run(&mut worker, &unit);
                     unit.masks = None;
                     state = self.lock();
-                    if let Some(done) = self.take(&mut state, &unit, found) {
+                    if let Some(mut active) = self.take(&mut state, &unit, found) {
+                        // What is computed from numbers takes its time; others go on meanwhile.
                         drop(state);
-                        // The masks are let go of before others get their room.
-                        let mask_bytes = done.mask_bytes;
-                        drop(done);
-                        let outcome = self.finish(&unit.task);
+                        let (index, room, task) = (unit.index, active.room, Arc::clone(&unit.task));
+                        drop(unit);
+                        let advanced = active.advance();
+                        let advanced = advanced.map(|goes_on| {
+                            let numbers = std::mem::take(&mut active.numbers);
+                            if goes_on { Ok(active) } else { Err(numbers) }
+                        });
                         state = self.lock();
-                        state.mask_room += mask_bytes;
-                        self.note(&mut state, outcome);
+                        state = self.go_on(state, index, &task, room, advanced);
                     }
                 }
             }
@@ -366,7 +350,7 @@ impl Schedule<'_> {
         if state.failure.is_some() {
             return Next::Over;
         }
-        let has_room = state.active.len() + state.beginning < self.under_way;
+        let has_room = state.active.len() + state.between_passes < self.under_way;
         let may_begin = has_room && state.next_task < self.tasks.len();
         // Who writes soon waits for the disk. When those are enough, the others prepare what comes
         // next; else the disk would wait for them later.
@@ -384,8 +368,7 @@ impl Schedule<'_> {
         if may_begin {
             return self.take_up(state);
         }
-        let is_over = state.active.is_empty() && state.beginning == 0;
-        if is_over { Next::Over } else { Next::Wait }
+        if state.active.is_empty() && state.between_passes == 0 { Next::Over } else { Next::Wait }
     }
 
     /// The tasks to begin next: one, or small ones that lie together.
@@ -396,39 +379,58 @@ impl Schedule<'_> {
             Goal::Merge(Some(_)) | Goal::Sweep => 0,
         };
         state.next_task += together.max(1);
-        state.beginning += 1;
+        state.between_passes += 1;
         Next::Begin(first..state.next_task)
     }
 
-    /// Begins a task, or does small ones whole. What is under way then.
-    fn begin(
-        &self,
-        worker: &mut Worker<'_>,
-        tasks: Range<usize>,
-    ) -> Result<Option<(usize, Active)>> {
+    /// Begins a task, or does small ones whole.
+    fn begin(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> MutexGuard<'_, State> {
         if tasks.len() > 1 {
-            return self.do_neighbours(worker, tasks).map(|()| None);
+            let outcome = self.do_neighbours(worker, tasks);
+            let mut state = self.lock();
+            state.between_passes -= 1;
+            self.note(&mut state, outcome);
+            return state;
         }
         let index = tasks.start;
+        let task = match self.make(index) {
+            Ok(task) => Arc::new(task),
+            Err(error) => {
+                let mut state = self.lock();
+                self.note(&mut state, Err(error));
+                return state;
+            }
+        };
+        self.control.begin_tensor(&task.frame.name);
+        let room = {
+            let mut state = self.lock();
+            let room = Room::of(&task, state.kept_room);
+            state.kept_room -= room.bytes();
+            room
+        };
+        let begun = self.first_pass(&task, room);
+        self.go_on(self.lock(), index, &task, room, begun)
+    }
+
+    fn make(&self, index: usize) -> Result<Task> {
         let mut task = self.tasks.task(index)?;
         if let Goal::Merge(Some(model)) = self.goal {
             model.bind(&mut task);
         }
-        self.control.begin_tensor(&task.frame.name);
-        let task = Arc::new(task);
-        if task.frame.elements > 0 {
-            let blocks = task.need().on(self.backend.offload()).piece_blocks(self.memory);
-            let blocks = blocks.min(self.largest_piece);
-            let is_sweep = matches!(self.goal, Goal::Sweep);
-            let room = self.lock().take_mask_room(&task);
-            if let Some(active) = Active::begin(Arc::clone(&task), blocks, is_sweep, room) {
-                self.lock().mask_room += room - active.mask_bytes;
-                return Ok(Some((index, active)));
-            }
-            self.lock().mask_room += room;
+        Ok(task)
+    }
+
+    /// A task in its first pass; no numbers if there is nothing to do: it has no elements, or nothing
+    /// for this sweep.
+    fn first_pass(&self, task: &Arc<Task>, room: Room) -> Result<Advanced> {
+        if task.frame.elements == 0 {
+            return Ok(Err(Vec::new()));
         }
-        self.finish(&task)?;
-        Ok(None)
+        let offload = self.backend.offload();
+        let blocks = task.need().on(offload).piece_blocks(self.memory).min(self.largest_piece);
+        let is_sweep = matches!(self.goal, Goal::Sweep);
+        let active = Active::begin(Arc::clone(task), blocks, is_sweep, offload.is_none(), room)?;
+        Ok(active.map_or_else(|| Err(Vec::new()), Ok))
     }
 
     /// Does small tasks that lie together, one after the other.
@@ -438,15 +440,20 @@ impl Schedule<'_> {
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
-            let Some(mut active) = Active::begin(task, 1, false, 0) else {
+            // What a small one keeps between its passes is a few pages at the most.
+            let room = Room::of(&task, 0);
+            let fuses = self.backend.offload().is_none();
+            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, room);
+            let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {
                 return Err(Error::internal("a small tensor has nothing to do"));
             };
             let mut goes_on = true;
             while goes_on {
                 let number = active.issue().ok_or_else(|| Error::internal("a pass has no unit"))?;
-                let unit = Unit::of(&active, index, number);
-                let found = Self::run(worker, &unit)?;
-                goes_on = active.take(number, found);
+                let found = Self::run(worker, &Unit::of(&active, index, number))?;
+                if active.take(number, found) {
+                    goes_on = active.advance().map_err(|error| error.tensor(&task.frame.name))?;
+                }
             }
         }
         gathered.finish()?;
@@ -454,27 +461,53 @@ impl Schedule<'_> {
         Ok(())
     }
 
-    /// Puts a result where it belongs; the task if that was its last.
+    /// Puts a result where it belongs; the task if that was the last of its pass.
     fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<Active> {
         state.writing -= usize::from(unit.pass.writes());
         let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
-        let taken = found.map(|found| state.active[at].1.take(unit.number, found));
-        self.changed.notify_all();
-        match taken {
-            Ok(true) => None,
-            Ok(false) => {
-                let (index, mut active) = state.active.remove(at)?;
-                let numbers = std::mem::take(&mut active.numbers);
-                if !numbers.is_empty() {
-                    state.numbers.insert(index, numbers);
-                }
-                Some(active)
+        match found.map(|found| state.active[at].1.take(unit.number, found)) {
+            Ok(false) => None,
+            Ok(true) => {
+                state.between_passes += 1;
+                state.active.remove(at).map(|(_, active)| active)
             }
             Err(error) => {
-                state.failure.get_or_insert(error);
+                self.note(state, Err(error));
                 None
             }
         }
+    }
+
+    /// Goes on with a task that entered a pass, or finishes it if it is over.
+    fn go_on<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        index: usize,
+        task: &Task,
+        room: Room,
+        advanced: Result<Advanced>,
+    ) -> MutexGuard<'a, State> {
+        match advanced {
+            Ok(Ok(active)) => {
+                state.between_passes -= 1;
+                let at = state.active.partition_point(|(other, _)| *other < index);
+                state.active.insert(at, (index, active));
+            }
+            Ok(Err(numbers)) => {
+                drop(state);
+                let outcome = self.finish(task);
+                state = self.lock();
+                state.between_passes -= 1;
+                if !numbers.is_empty() {
+                    state.numbers.insert(index, numbers);
+                }
+                state.kept_room += room.bytes();
+                self.note(&mut state, outcome);
+            }
+            Err(error) => self.note(&mut state, Err(error.tensor(&task.frame.name))),
+        }
+        self.changed.notify_all();
+        state
     }
 
     fn finish(&self, task: &Task) -> Result<()> {

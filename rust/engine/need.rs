@@ -9,11 +9,10 @@
 use super::memory::MemoryPlan;
 use super::source::Source;
 use super::task::Work;
-use super::worker::SAMPLE_BYTES;
 use crate::dtype::DType;
 use crate::formula::machine::{BAND, CHUNK, TensorFrame};
 use crate::formula::masks;
-use crate::formula::selection::{HISTOGRAM_BYTES, SEARCH_BYTES};
+use crate::formula::selection::{self, HISTOGRAM_BYTES, SEARCH_BYTES, SEARCH_BYTES_A_BLOCK};
 use crate::formula::stage::unknown;
 use crate::formula::{Scope, Value};
 use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
@@ -134,12 +133,12 @@ pub struct Need {
     /// Reductions over the rows of a piece, and the length of a row.
     row_reductions: u64,
     row: u64,
-    /// Keys that a worker takes as a sample, at a time when it has no piece.
-    sample: u64,
+    /// Selections, each of which is searched for.
+    searches: u64,
     pub(super) worker_state: Amount,
     pub(super) shared_state: Amount,
-    /// Random masks, if there is room to keep them.
-    pub(super) masks: u64,
+    /// Random masks and keys of searches, if there is room to keep them.
+    pub(super) kept: Amount,
     /// Bytes of an element of the working type.
     working: u64,
     /// Bytes of results by row or column, all rows or columns together.
@@ -175,6 +174,14 @@ impl Need {
         need
     }
 
+    /// The same, computed in f64 also where no type asks for it, if `asked`.
+    pub(crate) fn in_f64(mut self, asked: bool) -> Self {
+        if asked {
+            self.working = size_of::<f64>() as u64;
+        }
+        self
+    }
+
     fn add_passes(&mut self, frame: &TensorFrame, formulas: &[Value], in_bands: bool) {
         let waits = unknown(formulas);
         let searches = waits.selections.len() as u64;
@@ -183,9 +190,12 @@ impl Need {
         self.worker_state.add(Amount::certain(slots * size_of::<f64>() as u64 * CHUNK as u64));
         self.worker_state.add(Amount::uncertain(searches * HISTOGRAM_BYTES));
         self.shared_state.add(Amount::uncertain(searches * SEARCH_BYTES));
-        self.shared_state.add(Amount::certain(searches * 4 * frame.blocks()));
-        self.sample = searches * SAMPLE_BYTES;
-        self.masks = masks::bytes(formulas, frame.elements);
+        let blocks = searches * SEARCH_BYTES_A_BLOCK * frame.blocks();
+        self.shared_state.add(Amount::uncertain(blocks));
+        self.searches = searches;
+        let kept_keys = searches * selection::kept_bytes(frame.elements);
+        let masks = masks::bytes(formulas, frame.elements);
+        self.kept = Amount { expected: masks + kept_keys / 2, most: masks + kept_keys };
         if in_bands {
             // Where two bands meet, in every row, pages are put together.
             let seams = 2 * (frame.elements / frame.line) * PAGE as u64;
@@ -274,7 +284,11 @@ impl Need {
         for &(size, way) in &self.sources {
             amount.add(self.input(size, way, step, elements));
         }
-        amount.most = amount.most.max(self.sample);
+        if self.searches > 0 {
+            amount.add(Amount::uncertain(self.searches * selection::unit_bytes(elements)));
+            let sample = (self.searches + 1) * selection::sample_bytes(self.elements);
+            amount.most = amount.most.max(sample);
+        }
         amount
     }
 

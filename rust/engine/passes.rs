@@ -1,26 +1,25 @@
 //! The passes over a tensor: what a worker does with each unit, and what it brings back.
 
-use std::sync::Arc;
+use crate::formula::program::Staged;
+use crate::formula::selection::{Counted, Guess, LastKept, Rank};
 
-use crate::formula::selection::{Cut, Histogram};
-use crate::formula::{Reduction, Selection, Value};
-
-/// What the workers do with each unit of a pass.
+/// What the workers do with each unit of a pass. It is compiled when the pass is entered.
+#[derive(Debug)]
 pub(crate) enum Pass {
     /// Look at a few elements, to guess where the thresholds lie.
-    Sample(Vec<Arc<Selection>>),
-    /// Reduce blocks, and count for selections.
-    Reduce { reductions: Vec<Arc<Reduction>>, searches: Vec<SearchView> },
-    /// Find the flat index of one element in one block.
-    Locate { selection: Arc<Selection>, key: u64, cut: Cut },
+    Sample { ranks: Vec<Rank>, code: Staged },
+    /// Reduce blocks, and count for some of the task's searches.
+    Reduce { searches: Vec<usize>, code: Staged },
+    /// Find the flat index of an element, for one of the searches, in one block.
+    Locate { search: usize, key: u64, last: LastKept, code: Staged },
     /// Reduce whole rows, one a unit.
-    Rows(Vec<Arc<Reduction>>),
+    Rows(Staged),
     /// Reduce columns over some rows, one column block a unit.
-    Columns(Vec<Arc<Reduction>>),
+    Columns(Staged),
     /// Reduce columns and compute the outputs, one band of columns a unit.
-    Bands(Vec<Value>),
+    Bands(Staged),
     /// Compute the outputs.
-    Combine(Vec<Value>),
+    Combine(Staged),
     /// Compare the sources and copy the first.
     Identical,
 }
@@ -32,27 +31,16 @@ impl Pass {
     }
 }
 
-/// The part of a [`Search`](crate::formula::selection::Search) that a worker needs.
-pub(crate) struct SearchView {
-    /// Which of the task's searches.
-    pub(crate) index: usize,
-    pub(crate) value: Value,
-    pub(crate) low: u64,
-    pub(crate) high: u64,
-    pub(crate) shift: u32,
-    pub(crate) bins: usize,
-}
-
 /// What a worker brings back from a unit.
 pub(crate) enum Found {
     Nothing,
-    /// For each selection: keys of sampled elements.
-    Keys(Vec<Vec<u64>>),
+    /// For each selection: where its threshold may lie.
+    Guesses(Vec<Guess>),
     /// For each reduction: a result a block, from block `first` on; for each search: counts.
     Blocks {
         first: u64,
         sums: Vec<Vec<f64>>,
-        counts: Vec<Histogram>,
+        counts: Vec<Counted>,
     },
     Index(u64),
     /// For each reduction: the result of the row.

@@ -99,7 +99,8 @@ fn task(plan: &Plan, tensor: Tensor<'_>) -> Result<Task> {
         tensor.sources().map(|source| plan.models[source.model].clone()).collect(),
         vec![Arc::new(Nowhere(tensor.dtype()))],
         files::work(plan, tensor)?,
-    ))
+    )
+    .in_f64(plan.in_f64))
 }
 
 /// The shape with as many rows as there may be elements of.

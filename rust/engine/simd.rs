@@ -1,20 +1,20 @@
-//! The backend of every CPU: runs code chunk by chunk in [`Machine`]s, fused kernels where there are.
+//! The backend of every CPU: runs programs chunk by chunk in [`Machine`]s, fused effects from bytes
+//! to bytes.
 
 use std::ops::Range;
 
-use super::backend::{
-    Arithmetic, Backend, Layout, Output, Program, Step, Tally, fold, max, start_of, steps,
-};
-use super::fused;
-use super::passes::SearchView;
+use super::backend::{Arithmetic, Backend, Results, Run, Step, fold, max, start_of, steps};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::formula::ReductionKind;
-use crate::formula::code::Code;
-use crate::formula::machine::{CHUNK, Machine, TensorFrame};
+use crate::formula::fuse::{Fused, Keep, TaskVector, ThinnedSum};
+use crate::formula::machine::{CHUNK, InputBytes, Machine, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::Histogram;
-use crate::kernels::{self, BLOCK, LANES, Lanes, Level, Real};
+use crate::formula::program::{Along, Effect, Program};
+use crate::formula::selection::{Counted, Interval, Look};
+use crate::formula::{Chosen, MaskName, ReductionKind};
+use crate::kernels::{
+    self, BLOCK, Counts, Ends, LANES, Lanes, Level, MaskBits, Real, SPAN, ThinnedTerm,
+};
 
 /// The kernels of one instruction set.
 #[derive(Clone, Copy, Debug)]
@@ -27,166 +27,253 @@ impl Backend for Simd {
 }
 
 impl Arithmetic for Simd {
-    fn program<'a>(
+    fn begin<'a>(
         &self,
         frame: &'a TensorFrame,
-        code: &'a Code,
-        double: bool,
+        program: &'a Program,
         masks: Option<&'a KeptMasks>,
-    ) -> Result<Box<dyn Program + 'a>> {
-        Ok(if double {
-            Box::new(Machine::<f64>::new(self.0, frame, code, masks))
+    ) -> Result<Box<dyn Run + 'a>> {
+        Ok(if program.double {
+            Box::new(Machine::<f64>::new(self.0, frame, program, masks))
         } else {
-            Box::new(Machine::<f32>::new(self.0, frame, code, masks))
+            Box::new(Machine::<f32>::new(self.0, frame, program, masks))
         })
     }
 }
 
-impl<T: Real> Program for Machine<'_, T> {
-    fn reduce(
-        &mut self,
-        step: &Step<'_>,
-        segment: u64,
-        layout: &Layout,
-        searches: &[SearchView],
-        tally: &mut Tally,
-    ) -> Result<()> {
-        let level = self.level();
-        let pair = fused::pair::<T>(step, layout).filter(|_| searches.is_empty());
-        let thinned = fused::thinned::<T>(step, layout).filter(|_| searches.is_empty());
+impl<T: Real> Run for Machine<'_, T> {
+    fn run(&mut self, step: &Step<'_>, results: &mut Results<'_>) -> Result<()> {
+        let kinds = &self.program.kinds;
+        let segment = match self.program.along {
+            Along::Segments(length) => length,
+            Along::Columns => u64::MAX,
+        };
+        // What runs from bytes to bytes needs no buffers, and so no chunks.
+        let chunk = if self.program.instructions.is_empty() { segment } else { CHUNK as u64 };
         for segment in steps(step.elements.clone(), segment) {
-            let mut lanes: Vec<Lanes> =
-                layout.kinds.iter().map(|&(kind, ..)| [start_of(kind); LANES]).collect();
-            if let Some(pair) = pair {
-                lanes = fused::products(level, step.inputs, pair, &segment);
-            } else if let Some(thinned) = &thinned {
-                lanes = fused::norms(self, step.inputs, thinned, &segment);
-            } else {
-                let block = segment.start / BLOCK as u64;
-                for chunk in chunks(segment) {
-                    self.run(&chunk, step.inputs);
-                    accumulate(level, self, layout, &mut lanes);
-                    for (at, (view, histogram)) in
-                        searches.iter().zip(&mut tally.counts).enumerate()
-                    {
-                        let values = self.chunk(layout.operands + at);
-                        count(level, view, &values, block, histogram);
-                    }
+            let mut lanes: Vec<Lanes> = kinds.iter().map(|&kind| [start_of(kind); LANES]).collect();
+            for chunk in steps(segment, chunk) {
+                self.compute(&chunk, step.inputs, step.vectors);
+                for effect in &self.program.effects {
+                    apply(self, effect, step, &chunk, &mut lanes, results);
                 }
             }
-            for (sums, (lanes, &(kind, ..))) in
-                tally.sums.iter_mut().zip(lanes.iter().zip(&layout.kinds))
-            {
-                sums.push(fold(kind, &mut lanes.to_vec()));
-            }
-        }
-        Ok(())
-    }
-
-    fn columns(
-        &mut self,
-        step: &Step<'_>,
-        first: u64,
-        layout: &Layout,
-        sums: &mut [Vec<f64>],
-    ) -> Result<()> {
-        for chunk in chunks(step.elements.clone()) {
-            self.run(&chunk, step.inputs);
-            add_to_columns(self, layout, first + chunk.start - step.elements.start, sums);
-        }
-        Ok(())
-    }
-
-    fn combine(&mut self, step: &Step<'_>, outputs: &mut [Output<'_>]) -> Result<()> {
-        let level = self.level();
-        if fused::run(self, step, outputs) {
-            return Ok(());
-        }
-        for chunk in chunks(step.elements.clone()) {
-            self.run(&chunk, step.inputs);
-            for Output { result, dtype, bytes } in &mut *outputs {
-                let at = |element: u64| (element - step.elements.start) as usize * dtype.size();
-                let out = &mut bytes[at(chunk.start)..at(chunk.end)];
-                if *dtype == DType::Bool {
-                    kernels::narrow_to_bool(level, &self.chunk(*result), out);
-                } else {
-                    kernels::narrow(level, &self.chunk(*result), *dtype, out);
+            if matches!(self.program.along, Along::Segments(_)) {
+                for (numbers, (lanes, &kind)) in
+                    results.numbers.iter_mut().zip(lanes.iter().zip(kinds))
+                {
+                    numbers.push(fold(kind, &mut lanes.to_vec()));
                 }
             }
         }
         Ok(())
-    }
-
-    fn keys(&mut self, step: &Step<'_>) -> Result<Vec<Vec<u64>>> {
-        let mut keys = vec![Vec::new(); self.results()];
-        for chunk in chunks(step.elements.clone()) {
-            self.run(&chunk, step.inputs);
-            for (index, keys) in keys.iter_mut().enumerate() {
-                keys.extend(self.chunk(index).iter().map(|value| value.key()));
-            }
-        }
-        Ok(keys)
     }
 }
 
-fn accumulate<T: Real>(
-    level: Level,
+/// Does what `effect` is to do with the elements `chunk`.
+fn apply<T: Real>(
     machine: &Machine<'_, T>,
-    layout: &Layout,
+    effect: &Effect,
+    step: &Step<'_>,
+    chunk: &Range<u64>,
     lanes: &mut [Lanes],
+    results: &mut Results<'_>,
 ) {
-    for (&(kind, left, right), lanes) in layout.kinds.iter().zip(lanes) {
-        let a = machine.chunk(left);
-        match kind {
-            ReductionKind::Sum => kernels::sum_into(level, &a, lanes),
-            ReductionKind::AbsoluteSum => kernels::absolute_sum_into(level, &a, lanes),
-            ReductionKind::Max => kernels::max_into(level, &a, lanes),
-            ReductionKind::Dot => {
-                let b = machine.chunk(right.unwrap_or(left));
-                kernels::dot_into(level, &a, &b, lanes);
+    let level = machine.level();
+    match effect {
+        // Done by who has the bytes.
+        Effect::Copy { .. } => {}
+        Effect::Store { output, dtype, a } => {
+            let out = part(results.outputs[*output], *dtype, step, chunk);
+            if *dtype == DType::Bool {
+                kernels::narrow_to_bool(level, &machine.chunk(*a), out);
+            } else {
+                kernels::narrow(level, &machine.chunk(*a), *dtype, out);
             }
         }
+        Effect::Reduce { number, kind, a, b } => {
+            let (a, b) = (machine.chunk(*a), machine.chunk(b.unwrap_or(*a)));
+            match machine.program.along {
+                Along::Segments(_) => add_to_lanes(level, *kind, &a, &b, &mut lanes[*number]),
+                Along::Columns => {
+                    let first = step.column + chunk.start - step.elements.start;
+                    add_to_columns(*kind, &a, &b, first, &mut results.numbers[*number]);
+                }
+            }
+        }
+        Effect::Count { search, interval, a } => {
+            let block = chunk.start / BLOCK as u64;
+            count(level, interval, &machine.chunk(*a), block, &mut results.counts[*search]);
+        }
+        Effect::Keys { sample, a } => {
+            let values = machine.chunk(*a);
+            results.keys[*sample].extend(values.iter().map(|value| value.key()));
+        }
+        Effect::Fused(fused) => apply_fused(machine, fused, step, chunk, lanes, results),
     }
 }
 
-fn add_to_columns<T: Real>(
-    machine: &Machine<'_, T>,
-    layout: &Layout,
-    first: u64,
-    sums: &mut [Vec<f64>],
-) {
-    for (&(kind, left, right), sums) in layout.kinds.iter().zip(sums) {
-        let (a, b) = (machine.chunk(left), machine.chunk(right.unwrap_or(left)));
-        for (offset, (a, b)) in a.iter().zip(b.iter()).enumerate() {
-            let line = sums.len();
-            let sum = &mut sums[(first as usize + offset) % line];
-            *sum = match kind {
-                ReductionKind::Sum => *sum + a.to_f64(),
-                ReductionKind::AbsoluteSum => *sum + a.to_f64().abs(),
-                ReductionKind::Dot => *sum + a.to_f64() * b.to_f64(),
-                ReductionKind::Max => max(*sum, a.to_f64()),
-            };
-        }
+/// The bytes of the elements `chunk` in an output.
+fn part<'a>(
+    output: &'a mut [u8],
+    dtype: DType,
+    step: &Step<'_>,
+    chunk: &Range<u64>,
+) -> &'a mut [u8] {
+    let at = |element: u64| (element - step.elements.start) as usize * dtype.size();
+    &mut output[at(chunk.start)..at(chunk.end)]
+}
+
+fn add_to_lanes<T: Real>(level: Level, kind: ReductionKind, a: &[T], b: &[T], lanes: &mut Lanes) {
+    match kind {
+        ReductionKind::Sum => kernels::sum_into(level, a, lanes),
+        ReductionKind::AbsoluteSum => kernels::absolute_sum_into(level, a, lanes),
+        ReductionKind::Max => kernels::max_into(level, a, lanes),
+        ReductionKind::Dot => kernels::dot_into(level, a, b, lanes),
+    }
+}
+
+fn add_to_columns<T: Real>(kind: ReductionKind, a: &[T], b: &[T], first: u64, sums: &mut [f64]) {
+    let line = sums.len();
+    for (offset, (a, b)) in a.iter().zip(b).enumerate() {
+        let sum = &mut sums[(first as usize + offset) % line];
+        *sum = match kind {
+            ReductionKind::Sum => *sum + a.to_f64(),
+            ReductionKind::AbsoluteSum => *sum + a.to_f64().abs(),
+            ReductionKind::Dot => *sum + a.to_f64() * b.to_f64(),
+            ReductionKind::Max => max(*sum, a.to_f64()),
+        };
     }
 }
 
 fn count<T: Real>(
     level: Level,
-    view: &SearchView,
+    &Interval { low, high, shift, look }: &Interval,
     values: &[T],
     block: u64,
-    histogram: &mut Histogram,
+    counted: &mut Counted,
 ) {
-    let counts = if view.low == view.high {
-        let counts = kernels::count(level, values, view.low, view.high);
-        histogram.bins[0] += counts.inside as u32;
-        counts
-    } else {
-        kernels::histogram(level, values, view.low, view.high, view.shift, &mut histogram.bins)
-    };
-    histogram.count(block, counts);
+    match look {
+        Look::Bins(_) => {
+            let bins = &mut counted.bins;
+            counted.above += kernels::histogram(level, values, low, high, shift, bins).above;
+        }
+        Look::Keys if low == high => counted.count(block, |_| {
+            let Counts { above, inside } = kernels::count(level, values, low, high);
+            Ends { above, high: inside, low: 0 }
+        }),
+        Look::Keys => counted
+            .count(block, |between| kernels::collect(level, values, low, high, shift, between)),
+    }
 }
 
-fn chunks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    steps(range, CHUNK as u64)
+/// Runs the kernel of a fused effect over the elements `chunk`.
+fn apply_fused<T: Real>(
+    machine: &Machine<'_, T>,
+    fused: &Fused,
+    step: &Step<'_>,
+    chunk: &Range<u64>,
+    lanes: &mut [Lanes],
+    results: &mut Results<'_>,
+) {
+    let level = machine.level();
+    let stored = |input: usize| stored(step.inputs, input, chunk);
+    let term = |&(c, input): &(f64, usize)| {
+        let (dtype, bytes) = stored(input);
+        (f32::from_f64(c), dtype, bytes)
+    };
+    match fused {
+        Fused::WeightedSum { output, dtype, terms } => {
+            let terms: Vec<_> = terms.iter().map(term).collect();
+            let out = part(results.outputs[*output], *dtype, step, chunk);
+            kernels::weighted_sum_bytes(level, &terms, *dtype, out);
+        }
+        Fused::Shifted { output, dtype, base, terms, scale } => {
+            let terms: Vec<_> = terms.iter().map(term).collect();
+            let out = part(results.outputs[*output], *dtype, step, chunk);
+            let (base, scale) = (stored(*base), f32::from_f64(*scale));
+            kernels::weighted_difference_sum_bytes(level, base, &terms, scale, *dtype, out);
+        }
+        Fused::Thinned { output, dtype, sum } => {
+            let out = part(results.outputs[*output], *dtype, step, chunk);
+            thinned(machine, sum, *dtype, step.inputs, chunk, out);
+        }
+        Fused::Products { numbers, inputs: [a, b] } => {
+            let ((dtype, a), (_, b)) = (stored(*a), stored(*b));
+            let mut own = numbers.map(|number| lanes[number]);
+            kernels::products_into(level, dtype, a, b, &mut own);
+            numbers.iter().zip(own).for_each(|(&number, own)| lanes[number] = own);
+        }
+        Fused::Norms { whole, kept, vector, mask } => {
+            let mut own = [whole.map_or([0.0; LANES], |whole| lanes[whole]), lanes[*kept]];
+            norms(machine, *vector, *mask, step.inputs, chunk, &mut own);
+            whole.iter().for_each(|&whole| lanes[whole] = own[0]);
+            lanes[*kept] = own[1];
+        }
+        Fused::Count { search, interval, vector } => {
+            let counted = &mut results.counts[*search];
+            let Interval { low, high, shift, .. } = *interval;
+            let ((dtype, x), (_, base)) = (stored(vector.x), stored(vector.base));
+            counted.count(chunk.start / BLOCK as u64, |between| {
+                kernels::collect_magnitudes(level, dtype, x, base, low, high, shift, between)
+            });
+        }
+    }
+}
+
+/// The type of an input, and its bytes of some elements.
+fn stored<'a>(
+    inputs: &[Option<InputBytes<'a>>],
+    input: usize,
+    elements: &Range<u64>,
+) -> (DType, &'a [u8]) {
+    let input = inputs[input].as_ref().expect("an input that the program uses was read");
+    (input.dtype, input.part(elements))
+}
+
+fn norms<T: Real>(
+    machine: &Machine<'_, T>,
+    TaskVector { x, base }: TaskVector,
+    mask: MaskName,
+    inputs: &[Option<InputBytes<'_>>],
+    chunk: &Range<u64>,
+    lanes: &mut [Lanes; 2],
+) {
+    for span in steps(chunk.clone(), SPAN as u64) {
+        let bits = machine.random_bits(mask, span.start);
+        let ((dtype, x), (_, base)) = (stored(inputs, x, &span), stored(inputs, base, &span));
+        kernels::norms_into(machine.level(), dtype, x, base, &bits, lanes);
+    }
+}
+
+fn thinned<T: Real>(
+    machine: &Machine<'_, T>,
+    sum: &ThinnedSum,
+    dtype: DType,
+    inputs: &[Option<InputBytes<'_>>],
+    chunk: &Range<u64>,
+    out: &mut [u8],
+) {
+    let level = machine.level();
+    for (span, out) in steps(chunk.clone(), SPAN as u64).zip(out.chunks_mut(SPAN * dtype.size())) {
+        let base = stored(inputs, sum.base, &span).1;
+        let bits = sum.terms.iter().map(|term| match term.keep {
+            Keep::All => [u32::MAX; _],
+            Keep::Random(mask) => machine.random_bits(mask, span.start),
+            Keep::Largest(Chosen { threshold, equals_end }) => {
+                let end = equals_end.saturating_sub(span.start).min(SPAN as u64) as usize;
+                let x = stored(inputs, term.x, &span).1;
+                kernels::mark_largest(level, dtype, x, base, threshold, end)
+            }
+        });
+        let bits: Vec<MaskBits> = bits.collect();
+        let terms = sum.terms.iter().zip(&bits).map(|(term, bits)| ThinnedTerm {
+            weight: f32::from_f64(term.weight),
+            scale: f32::from_f64(term.scale),
+            input: stored(inputs, term.x, &span).1,
+            bits,
+        });
+        let (terms, lambda): (Vec<_>, _) = (terms.collect(), f32::from_f64(sum.lambda));
+        kernels::thinned_sum_bytes(level, dtype, base, &terms, sum.votes, lambda, out);
+    }
 }

@@ -154,6 +154,13 @@ impl Task {
         Self { frame, sources, labels, sinks, work, double, reads_once, in_bands }
     }
 
+    /// The same, computed in f64 also where no type asks for it, if `asked`.
+    #[must_use]
+    pub fn in_f64(mut self, asked: bool) -> Self {
+        self.double |= asked;
+        self
+    }
+
     /// Whether something has to be reduced over the whole model first.
     pub(crate) fn needs_sweep(&self) -> bool {
         !self.model_reductions().is_empty()
@@ -174,7 +181,7 @@ impl Task {
             (source.dtype(), Way::of(&**source, self.frame.elements, self.reads_once))
         });
         let outputs = self.sinks.iter().map(|sink| sink.dtype());
-        Need::new(&self.frame, &self.work, self.in_bands, sources, outputs)
+        Need::new(&self.frame, &self.work, self.in_bands, sources, outputs).in_f64(self.double)
     }
 
     /// Bytes of the sources and the outputs.

@@ -3,27 +3,21 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::backend::{Arithmetic, Layout, Output, Program, Step, Tally, fold, start_of, steps};
+use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
-use super::fused::unchanged;
-use super::passes::{Found, Pass, SearchView};
+use super::passes::{Found, Pass};
 use super::places::Places;
+use super::source::Sink;
 use super::task::Task;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::bind::Bindings;
-use crate::formula::code::Code;
-use crate::formula::machine::{BAND, CHUNK, COLUMN_BLOCK, InputBytes};
+use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::Cut;
-use crate::formula::stage::{inputs_of, next_stage, operands, row_reductions, unknown};
-use crate::formula::{Reduction, Scalar, Scope, Selection, Value};
+use crate::formula::program::{Effect, Program, Staged};
+use crate::formula::selection::{Counted, LastKept, RUN, Rank, sampled_runs};
+use crate::formula::{Scalar, Scope};
 use crate::io::{AlignedBuffer, PAGE};
 use crate::kernels::BLOCK;
-
-/// Chunks that a sample for a selection looks at, and the bytes of their keys.
-const SAMPLED_CHUNKS: u64 = 48;
-pub(crate) const SAMPLE_BYTES: u64 = SAMPLED_CHUNKS * CHUNK as u64 * size_of::<u64>() as u64;
 
 /// One thread's buffers.
 pub(crate) struct Worker<'a> {
@@ -77,16 +71,15 @@ impl<'a> Worker<'a> {
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
-            Pass::Sample(selections) => self.sample(task, selections),
-            Pass::Reduce { reductions, searches } => {
-                self.reduce(task, blocks, reductions, searches)
-            }
-            Pass::Locate { selection, key, cut } => self.locate(task, selection, *key, *cut),
-            Pass::Rows(reductions) => self.row(task, unit, reductions),
-            Pass::Columns(reductions) => self.columns(task, unit, reductions),
-            Pass::Bands(values) => self.band(task, unit, values),
-            Pass::Combine(values) => {
-                self.combine(task, task.elements_of(blocks), values).map(|()| Found::Nothing)
+            Pass::Sample { ranks, code } => self.sample(task, ranks, code),
+            Pass::Reduce { code, .. } => self.reduce(task, blocks, code),
+            Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
+            Pass::Rows(code) => self.row(task, unit, code),
+            Pass::Columns(code) => self.columns(task, unit, code),
+            Pass::Bands(code) => self.band(task, unit, code),
+            Pass::Combine(code) => {
+                let unit = task.elements_of(blocks);
+                self.combine(task, unit, code, None).map(|()| Found::Nothing)
             }
             Pass::Identical => self.identical(task, blocks),
         };
@@ -94,49 +87,57 @@ impl<'a> Worker<'a> {
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
-    /// Computes `values` over `elements` in steps: reads the inputs of a step, hands a program that
-    /// can run it to `then`, and releases the inputs.
+    /// Runs `code` over the elements of `parts`, in steps: reads the inputs of a step, hands it to
+    /// `then` with the program that can run it, and releases the inputs.
     ///
-    /// Where `values` need rows to be reduced, whole rows are read and reduced first.
+    /// Where the program needs numbers by row, whole rows are read and reduced first; `known` are
+    /// its vectors where they are known.
     fn in_steps(
         &mut self,
         task: &Task,
-        elements: Range<u64>,
-        values: &[Value],
-        mut then: impl FnMut(&mut dyn Program, &Step<'_>) -> Result<()>,
+        parts: impl IntoIterator<Item = Range<u64>>,
+        code: &Staged,
+        known: Option<&[Scalar]>,
+        mut then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
     ) -> Result<()> {
-        let inputs = inputs_of(values);
-        let needs_rows = !row_reductions(values).is_empty();
-        let code = (!needs_rows).then(|| Code::compile(values)).transpose()?;
+        let frame = &task.frame;
+        let reduces_rows = known.is_none() && !code.levels.is_empty();
+        let inputs = if reduces_rows { &code.inputs } else { &code.program.inputs };
         let masks = self.masks.clone();
-        let masks = masks.as_deref();
-        let program = |code| self.arithmetic.program(&task.frame, code, task.double, masks);
-        let mut program = code.as_ref().map(program).transpose()?;
-        let far = inputs.iter().any(|&index| task.sources[index].is_far(elements.clone()));
-        let once = far && task.reads_once;
-        let step =
-            if once || self.whole { self.most } else { task.step_elements(&inputs).min(self.most) };
-        if far && !once {
-            inputs.iter().for_each(|&index| task.sources[index].prefetch(elements.clone()));
-        }
-        for elements in steps(elements, step) {
-            self.control.check()?;
-            let read = if needs_rows { whole_rows(task, &elements) } else { elements.clone() };
-            self.make_room(task, &inputs, read.end - read.start, once);
-            let bytes = read_inputs(task, &inputs, &read, &mut self.scratch, once)?;
-            let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
-            self.control.add_read(bytes.iter().flatten().map(count).sum());
-            if let Some(program) = &mut program {
-                then(&mut **program, &Step { elements, inputs: &bytes, values })?;
+        let mut program = self.arithmetic.begin(frame, &code.program, masks.as_deref())?;
+        // Vectors that were found by earlier passes.
+        let found = match known {
+            Some(known) => known.to_vec(),
+            None if reduces_rows => Vec::new(),
+            None => code.program.vectors.clone(),
+        };
+        for part in parts {
+            let far = inputs.iter().any(|&index| task.sources[index].is_far(part.clone()));
+            let once = far && task.reads_once;
+            let at_once = if once || self.whole {
+                self.most
             } else {
-                let values = reduce_rows(&*self.arithmetic, task, &read, &bytes, values)?;
-                let code = Code::compile(&values)?;
-                let (frame, double) = (&task.frame, task.double);
-                let mut program = self.arithmetic.program(frame, &code, double, masks)?;
-                then(&mut *program, &Step { elements, inputs: &bytes, values: &values })?;
+                task.step_elements(inputs).min(self.most)
+            };
+            if far && !once {
+                inputs.iter().for_each(|&index| task.sources[index].prefetch(part.clone()));
             }
-            for &index in &inputs {
-                task.sources[index].release(read.clone());
+            for elements in steps(part, at_once) {
+                self.control.check()?;
+                let read =
+                    if reduces_rows { frame.whole_rows(&elements) } else { elements.clone() };
+                self.make_room(task, inputs, read.end - read.start, once);
+                let bytes = read_inputs(task, inputs, &read, &mut self.scratch, once)?;
+                let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
+                self.control.add_read(bytes.iter().flatten().map(count).sum());
+                let reduced = reduces_rows
+                    .then(|| reduce_rows(&*self.arithmetic, frame, &read, &bytes, code))
+                    .transpose()?;
+                let vectors = reduced.as_deref().unwrap_or(&found);
+                then(&mut *program, Step { elements, inputs: &bytes, vectors, column: 0 })?;
+                for &index in inputs {
+                    task.sources[index].release(read.clone());
+                }
             }
         }
         Ok(())
@@ -164,140 +165,117 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Keys of some elements spread evenly over the tensor.
-    fn sample(&mut self, task: &Task, selections: &[Arc<Selection>]) -> Result<Found> {
-        let values: Vec<Value> = selections.iter().map(|s| s.value.clone()).collect();
-        let sampled = SAMPLED_CHUNKS as usize * CHUNK;
-        let mut keys: Vec<Vec<u64>> = values.iter().map(|_| Vec::with_capacity(sampled)).collect();
-        let chunk = CHUNK as u64;
-        let stride = task.frame.elements / SAMPLED_CHUNKS;
-        for at in 0..SAMPLED_CHUNKS {
-            let start = at * stride;
-            let range = start..(start + chunk).min(task.frame.elements);
-            self.in_steps(task, range, &values, |program, step| {
-                let found = program.keys(step)?;
-                keys.iter_mut().zip(found).for_each(|(keys, found)| keys.extend(found));
-                Ok(())
-            })?;
-        }
-        Ok(Found::Keys(keys))
+    /// Guesses where thresholds lie from runs of elements spread evenly over the tensor.
+    fn sample(&mut self, task: &Task, ranks: &[Rank], code: &Staged) -> Result<Found> {
+        let (runs, run) = (sampled_runs(task.frame.elements), RUN as u64);
+        let mut results = Results::of(&code.program);
+        results.keys.iter_mut().for_each(|keys| keys.reserve_exact((runs * run) as usize));
+        let stride = task.frame.elements / runs;
+        let parts = (0..runs).map(|at| at * stride);
+        let parts = parts.map(|start| start..(start + run).min(task.frame.elements));
+        self.in_steps(task, parts, code, None, |program, step| program.run(&step, &mut results))?;
+        let guesses = ranks.iter().zip(&results.keys).map(|(rank, keys)| rank.guess(keys));
+        Ok(Found::Guesses(guesses.collect()))
     }
 
-    fn reduce(
-        &mut self,
-        task: &Task,
-        blocks: Range<u64>,
-        reductions: &[Arc<Reduction>],
-        searches: &[SearchView],
-    ) -> Result<Found> {
-        let (layout, mut values) = Layout::of(reductions);
-        values.extend(searches.iter().map(|search| search.value.clone()));
-        let mut tally = Tally::new(&layout, searches);
+    fn reduce(&mut self, task: &Task, blocks: Range<u64>, code: &Staged) -> Result<Found> {
         let elements = task.elements_of(blocks.clone());
-        self.in_steps(task, elements, &values, |program, step| {
-            program.reduce(step, BLOCK as u64, &layout, searches, &mut tally)
+        let unit = elements.end - elements.start;
+        let mut results = Results::of(&code.program);
+        self.in_steps(task, [elements], code, None, |program, step| {
+            program.run(&step, &mut results)?;
+            results.counts.iter_mut().for_each(|counted| counted.bound(unit));
+            Ok(())
         })?;
-        let Tally { sums, counts } = tally;
+        let Results { numbers: sums, mut counts, .. } = results;
+        counts.iter_mut().for_each(Counted::shrink);
         Ok(Found::Blocks { first: blocks.start, sums, counts })
     }
 
-    fn locate(&mut self, task: &Task, selection: &Selection, key: u64, cut: Cut) -> Result<Found> {
-        let elements = task.elements_of(cut.block..cut.block + 1);
-        let value = std::slice::from_ref(&selection.value);
-        let (mut seen, mut found) = (0, None);
-        self.in_steps(task, elements, value, |program, step| {
-            for (index, &found_key) in (step.elements.start..).zip(&program.keys(step)?[0]) {
-                seen += u64::from(found_key == key);
-                if seen == cut.nth {
-                    found = found.or(Some(index));
-                    break;
-                }
-            }
-            Ok(())
+    fn locate(&mut self, task: &Task, key: u64, last: LastKept, code: &Staged) -> Result<Found> {
+        let elements = task.elements_of(last.block..last.block + 1);
+        let first = elements.start;
+        let mut results = Results::of(&code.program);
+        self.in_steps(task, [elements], code, None, |program, step| {
+            program.run(&step, &mut results)
         })?;
-        found.map(Found::Index).ok_or_else(|| {
+        let mut equals = (first..).zip(&results.keys[0]).filter(|(_, found)| **found == key);
+        let found = equals.nth(last.nth as usize - 1);
+        found.map(|(index, _)| Found::Index(index)).ok_or_else(|| {
             let message = "an input changed while it was read: a value seen before is not there";
             Error::new(ErrorKind::Changed, message)
         })
     }
 
     /// One long row, read in steps.
-    fn row(&mut self, task: &Task, row: u64, reductions: &[Arc<Reduction>]) -> Result<Found> {
-        let (layout, values) = Layout::of(reductions);
+    fn row(&mut self, task: &Task, row: u64, code: &Staged) -> Result<Found> {
         let start = row * task.frame.row;
-        let mut tally = Tally::new(&layout, &[]);
-        self.in_steps(task, start..start + task.frame.row, &values, |program, step| {
-            program.reduce(step, BLOCK as u64, &layout, &[], &mut tally)
+        let mut results = Results::of(&code.program);
+        self.in_steps(task, [start..start + task.frame.row], code, None, |program, step| {
+            program.run(&step, &mut results)
         })?;
-        let blocks = reductions.iter().zip(&mut tally.sums);
-        Ok(Found::Row(blocks.map(|(r, sums)| fold(r.kind, sums)).collect()))
+        let blocks = code.program.kinds.iter().zip(&mut results.numbers);
+        Ok(Found::Row(blocks.map(|(&kind, blocks)| fold(kind, blocks)).collect()))
     }
 
     /// Sums a column over the rows of column block `unit`, in row order.
-    fn columns(&mut self, task: &Task, unit: u64, reductions: &[Arc<Reduction>]) -> Result<Found> {
-        let (layout, values) = Layout::of(reductions);
+    fn columns(&mut self, task: &Task, unit: u64, code: &Staged) -> Result<Found> {
         let line = task.frame.line;
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
-        let columns = |reduction: &Arc<Reduction>| vec![start_of(reduction.kind); line as usize];
-        let mut sums: Vec<Vec<f64>> = reductions.iter().map(columns).collect();
-        self.in_steps(task, unit * COLUMN_BLOCK * line..end, &values, |program, step| {
-            program.columns(step, step.elements.start % line, &layout, &mut sums)
+        let mut results = Results::of_columns(&code.program, line);
+        self.in_steps(task, [unit * COLUMN_BLOCK * line..end], code, None, |program, step| {
+            let column = step.elements.start % line;
+            program.run(&Step { column, ..step }, &mut results)
         })?;
-        Ok(Found::Columns(sums))
+        Ok(Found::Columns(results.numbers))
     }
 
     /// Reduces the columns of band `unit`, then computes them, both row by row.
-    fn band(&mut self, task: &Task, unit: u64, values: &[Value]) -> Result<Found> {
+    fn band(&mut self, task: &Task, unit: u64, code: &Staged) -> Result<Found> {
         let line = task.frame.line;
         let columns = unit * BAND..((unit + 1) * BAND).min(line);
-        let width = (columns.end - columns.start) as usize;
         let rows = (0..task.frame.elements).step_by(line as usize);
         let rows = rows.map(|row| row + columns.start..row + columns.end);
-        let mut values = values.to_vec();
-        loop {
-            let ready = next_stage(&values, Scope::Column, false).reductions;
-            if ready.is_empty() {
-                break;
-            }
-            let (layout, operands) = Layout::of(&ready);
-            let mut sums: Vec<Vec<f64>> =
-                ready.iter().map(|reduction| vec![start_of(reduction.kind); width]).collect();
-            for row in rows.clone() {
-                let start = row.start;
-                self.in_steps(task, row, &operands, |program, step| {
-                    program.columns(step, step.elements.start - start, &layout, &mut sums)
-                })?;
-            }
-            let mut bindings = Bindings::default();
-            for (reduction, sums) in ready.iter().zip(sums) {
-                bindings.reduction(reduction, Scalar::vector(Scope::Column, columns.start, sums));
-            }
-            values = bindings.bind_all(&values);
-        }
+        let reduce = |program: &Program, vectors: &[Scalar]| {
+            let mut results = Results::of_columns(program, columns.end - columns.start);
+            let level = Staged::of(program.clone());
+            self.in_steps(task, rows.clone(), &level, Some(vectors), |program, step| {
+                let column = (step.elements.start - columns.start) % line;
+                program.run(&Step { column, ..step }, &mut results)
+            })?;
+            Ok(results.numbers)
+        };
+        let vectors = code.vectors(Scope::Column, columns.start, reduce)?;
         for row in rows {
-            self.combine(task, row, &values)?;
+            self.combine(task, row, code, Some(&vectors))?;
         }
         Ok(Found::Nothing)
     }
 
-    fn combine(&mut self, task: &Task, unit: Range<u64>, values: &[Value]) -> Result<()> {
+    fn combine(
+        &mut self,
+        task: &Task,
+        unit: Range<u64>,
+        code: &Staged,
+        known: Option<&[Scalar]>,
+    ) -> Result<()> {
         let mut outs = std::mem::take(&mut self.outs);
         let mut places = Places::of(task, &mut outs, &unit)?;
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
-        let computed = self.in_steps(task, unit.clone(), values, |program, step| {
-            let mut computed = Vec::with_capacity(bytes.len());
-            for (result, (sink, bytes)) in task.sinks.iter().zip(&mut bytes).enumerate() {
-                let dtype = sink.dtype();
-                let at = |index: u64| (index - unit.start) as usize * dtype.size();
-                let bytes = &mut bytes[at(step.elements.start)..at(step.elements.end)];
-                match unchanged(&step.values[result], step.inputs, dtype) {
-                    Some(input) => bytes.copy_from_slice(input.part(&step.elements)),
-                    None => computed.push(Output { result, dtype, bytes }),
-                }
-            }
-            if computed.is_empty() { Ok(()) } else { program.combine(step, &mut computed) }
+        let computed = self.in_steps(task, [unit.clone()], code, known, |program, step| {
+            let part = |(sink, bytes): (&Arc<dyn Sink>, _)| {
+                let size = sink.dtype().size();
+                let at = |index: u64| (index - unit.start) as usize * size;
+                let bytes: &mut [u8] = bytes;
+                &mut bytes[at(step.elements.start)..at(step.elements.end)]
+            };
+            let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
+            let mut results =
+                Results { outputs: outputs.map(part).collect(), ..Results::default() };
+            copy(&code.program, &step, &mut results);
+            if code.program.only_copies() { Ok(()) } else { program.run(&step, &mut results) }
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
@@ -376,39 +354,29 @@ fn read_inputs<'a>(
     Ok(all)
 }
 
-/// The rows that `elements` touch, whole.
-fn whole_rows(task: &Task, elements: &Range<u64>) -> Range<u64> {
-    let row = task.frame.row;
-    elements.start / row * row..(elements.end.div_ceil(row) * row).min(task.frame.elements)
+/// Puts the bytes of inputs that are outputs as they are in their places.
+fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
+    for effect in &program.effects {
+        if let Effect::Copy { output, input } = *effect {
+            let input = step.inputs[input].as_ref().expect("an input that is copied was read");
+            results.outputs[output].copy_from_slice(input.part(&step.elements));
+        }
+    }
 }
 
-/// `values` with the reductions over the rows of `read` put in.
+/// The vectors of the program of `code`, from the rows of `read`.
 fn reduce_rows(
     arithmetic: &dyn Arithmetic,
-    task: &Task,
+    frame: &TensorFrame,
     read: &Range<u64>,
     inputs: &[Option<InputBytes<'_>>],
-    values: &[Value],
-) -> Result<Vec<Value>> {
-    let mut values = values.to_vec();
-    loop {
-        let mut ready = row_reductions(&values);
-        ready.retain(|reduction| unknown(&operands(reduction)).is_empty());
-        if ready.is_empty() {
-            return Ok(values);
-        }
-        let (layout, operands) = Layout::of(&ready);
-        let code = Code::compile(&operands)?;
+    code: &Staged,
+) -> Result<Vec<Scalar>> {
+    code.vectors(Scope::Row, read.start / frame.row, |program, vectors| {
+        let mut results = Results::of(program);
         // Rows begin anywhere, so kept masks are of no use.
-        let mut program = arithmetic.program(&task.frame, &code, task.double, None)?;
-        let step = Step { elements: read.clone(), inputs, values: &operands };
-        let mut tally = Tally::new(&layout, &[]);
-        program.reduce(&step, task.frame.row, &layout, &[], &mut tally)?;
-        let mut bindings = Bindings::default();
-        for (reduction, results) in ready.iter().zip(tally.sums) {
-            let first = read.start / task.frame.row;
-            bindings.reduction(reduction, Scalar::vector(Scope::Row, first, results));
-        }
-        values = bindings.bind_all(&values);
-    }
+        let step = Step { elements: read.clone(), inputs, vectors, column: 0 };
+        arithmetic.begin(frame, program, None)?.run(&step, &mut results)?;
+        Ok(results.numbers)
+    })
 }

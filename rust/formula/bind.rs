@@ -36,6 +36,12 @@ impl Bindings {
         let mut binder = Binder::new(self);
         values.iter().map(|value| binder.value(value)).collect()
     }
+
+    /// The same of scalars.
+    pub(crate) fn bind_scalars(&self, scalars: &[Scalar]) -> Vec<Scalar> {
+        let mut binder = Binder::new(self);
+        scalars.iter().map(|scalar| binder.scalar(scalar)).collect()
+    }
 }
 
 struct Binder<'a> {

@@ -1,11 +1,12 @@
-//! Runs compiled code over a piece of a tensor, chunk by chunk.
+//! Runs the instructions of a program over a piece of a tensor, chunk by chunk.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::ops::Range;
 
-use super::code::{Argument, Code, Operation, Slot};
-use super::masks::{KeptMasks, MaskName};
-use super::{Chosen, Scope};
+use super::masks::KeptMasks;
+use super::program::{Argument, Operation, Program, Slot};
+use super::{Chosen, MaskName, Scalar, Scope};
 use crate::dtype::DType;
 use crate::kernels::{self, BLOCK, Level, MaskBits, MaskKey, Operand, Real, SPAN};
 
@@ -46,6 +47,12 @@ impl TensorFrame {
 
     pub(crate) fn rows(&self) -> u64 {
         self.elements / self.row
+    }
+
+    /// The rows that `elements` touch, whole.
+    pub(crate) fn whole_rows(&self, elements: &Range<u64>) -> Range<u64> {
+        let row = self.row;
+        elements.start / row * row..(elements.end.div_ceil(row) * row).min(self.elements)
     }
 
     /// Rows that are longer than a block are reduced once, in a pass of their own.
@@ -103,8 +110,9 @@ impl<'a> InputBytes<'a> {
 pub(crate) struct Machine<'a, T> {
     level: Level,
     frame: &'a TensorFrame,
-    code: &'a Code,
-    keys: Vec<Option<MaskKey>>,
+    pub(crate) program: &'a Program,
+    /// The keys of the random masks, by stream.
+    keys: HashMap<u32, MaskKey>,
     masks: Option<&'a KeptMasks>,
     slots: Vec<Vec<T>>,
     length: usize,
@@ -114,35 +122,30 @@ impl<'a, T: Real> Machine<'a, T> {
     pub(crate) fn new(
         level: Level,
         frame: &'a TensorFrame,
-        code: &'a Code,
+        program: &'a Program,
         masks: Option<&'a KeptMasks>,
     ) -> Self {
-        let key = |operation: &Operation| match operation {
-            Operation::Random { stream, .. } | Operation::Drop { stream, .. } => {
-                Some(MaskKey::new(frame.seed, &frame.name, *stream))
-            }
-            _ => None,
-        };
-        let keys = code.instructions.iter().map(|i| key(&i.operation)).collect();
-        let slots = vec![vec![T::ZERO; CHUNK]; code.slots];
-        Self { level, frame, code, keys, masks, slots, length: 0 }
+        let streams = program.streams();
+        let key = |stream| (stream, MaskKey::new(frame.seed, &frame.name, stream));
+        let keys = streams.into_iter().map(key).collect();
+        let slots = vec![vec![T::ZERO; CHUNK]; program.slots];
+        Self { level, frame, program, keys, masks, slots, length: 0 }
     }
 
     /// Computes elements `range` (at most a chunk) from `inputs`, which are indexed as the
-    /// formula's are; inputs that the code does not load may be absent.
-    pub(crate) fn run(&mut self, range: &Range<u64>, inputs: &[Option<InputBytes<'_>>]) {
+    /// formula's are; inputs that the program does not load may be absent.
+    pub(crate) fn compute(
+        &mut self,
+        range: &Range<u64>,
+        inputs: &[Option<InputBytes<'_>>],
+        vectors: &[Scalar],
+    ) {
         self.length = (range.end - range.start) as usize;
-        let code = self.code;
-        for (at, instruction) in code.instructions.iter().enumerate() {
+        for instruction in &self.program.instructions {
             let mut out = std::mem::take(&mut self.slots[instruction.out]);
-            self.step(at, &instruction.operation, range, inputs, &mut out[..self.length]);
+            self.step(&instruction.operation, range, inputs, vectors, &mut out[..self.length]);
             self.slots[instruction.out] = out;
         }
-    }
-
-    /// What a random mask of the tensor is drawn from.
-    pub(crate) fn mask_key(&self, (stream, _): MaskName) -> MaskKey {
-        MaskKey::new(self.frame.seed, &self.frame.name, stream)
     }
 
     /// The instruction set it runs with.
@@ -150,15 +153,10 @@ impl<'a, T: Real> Machine<'a, T> {
         self.level
     }
 
-    /// How many expressions it computes.
-    pub(crate) fn results(&self) -> usize {
-        self.code.results.len()
-    }
-
-    /// The value of expression `index` over the chunk that was run last, also where it is one number
+    /// The value of an argument over the chunk that was computed last, also where it is one number
     /// everywhere.
-    pub(crate) fn chunk(&self, index: usize) -> Cow<'_, [T]> {
-        match self.operand(self.code.results[index]) {
+    pub(crate) fn chunk(&self, argument: Argument) -> Cow<'_, [T]> {
+        match self.operand(argument) {
             Operand::Slice(values) => values.into(),
             Operand::Scalar(value) => vec![value; self.length].into(),
         }
@@ -166,26 +164,24 @@ impl<'a, T: Real> Machine<'a, T> {
 
     fn step(
         &self,
-        at: usize,
         operation: &Operation,
         range: &Range<u64>,
         inputs: &[Option<InputBytes<'_>>],
+        vectors: &[Scalar],
         out: &mut [T],
     ) {
         match operation {
             Operation::Load { input } => {
-                let input = inputs[*input].expect("an input that the code loads was read");
+                let input = inputs[*input].expect("an input that the program loads was read");
                 kernels::widen(self.level, input.dtype, input.part(range), out);
             }
             Operation::LoadDifference { input, base } => {
-                let input = inputs[*input].expect("an input that the code loads was read");
+                let input = inputs[*input].expect("an input that the program loads was read");
                 let (bytes, base) = (input.part(range), self.slot(*base));
                 kernels::widen_difference(self.level, input.dtype, bytes, base, out);
             }
             Operation::Fill { number } => out.fill(T::from_f64(*number)),
-            Operation::Spread { axis, first, values } => {
-                self.spread(*axis, *first, values, range.start, out);
-            }
+            Operation::Spread { vector } => self.spread(&vectors[*vector], range.start, out),
             Operation::Unary { op, a } => kernels::unary(self.level, *op, self.slot(*a), out),
             Operation::Binary { op, a, b } => {
                 kernels::binary(self.level, *op, self.operand(*a), self.operand(*b), out);
@@ -206,28 +202,24 @@ impl<'a, T: Real> Machine<'a, T> {
             Operation::Trim { a, chosen } => {
                 self.cut(kernels::trim, *chosen, range.start, self.slot(*a), out);
             }
-            Operation::Random { keep_below, stream } => {
-                let bits = self.random_bits(self.key(at), (*stream, *keep_below), range.start);
+            Operation::Random { mask } => {
+                let bits = self.random_bits(*mask, range.start);
                 kernels::unpack_mask(self.level, &bits, out);
             }
-            Operation::Drop { a, keep_below, stream, scale } => {
-                let bits = self.random_bits(self.key(at), (*stream, *keep_below), range.start);
+            Operation::Drop { a, mask, scale } => {
+                let bits = self.random_bits(*mask, range.start);
                 kernels::masked(self.level, &bits, T::from_f64(*scale), self.slot(*a), out);
             }
         }
     }
 
     /// The random mask of a chunk.
-    pub(crate) fn random_bits(&self, key: &MaskKey, name: MaskName, first: u64) -> MaskBits {
-        let draw = || kernels::random_bits(self.level, key, first, name.1);
+    pub(crate) fn random_bits(&self, name: MaskName, first: u64) -> MaskBits {
+        let draw = || kernels::random_bits(self.level, &self.keys[&name.0], first, name.1);
         match self.masks {
             Some(masks) if first.is_multiple_of(SPAN as u64) => masks.span(name, first, draw),
             _ => draw(),
         }
-    }
-
-    fn key(&self, at: usize) -> &MaskKey {
-        self.keys[at].as_ref().expect("every random instruction has a key")
     }
 
     fn terms(&self, terms: &[(f64, Slot)]) -> Vec<(T, &[T])> {
@@ -261,7 +253,8 @@ impl<'a, T: Real> Machine<'a, T> {
         cut(self.level, &values[end..], chosen.threshold, false, after);
     }
 
-    fn spread(&self, axis: Scope, first: u64, values: &[f64], start: u64, out: &mut [T]) {
+    fn spread(&self, vector: &Scalar, start: u64, out: &mut [T]) {
+        let (axis, first, values) = vector.as_vector().expect("a vector is known at each step");
         let (mut at, end) = (start, start + out.len() as u64);
         while at < end {
             let until = end.min(at + self.frame.run_length(axis, at));

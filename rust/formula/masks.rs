@@ -9,12 +9,9 @@
 use std::array;
 use std::sync::atomic::Ordering;
 
-use super::{Value, stage};
+use super::{MaskName, Value, stage};
 use crate::io::SharedWords;
 use crate::kernels::{BITS, MaskBits, SPAN};
-
-/// Which mask: its stream, and the bound of its draw.
-pub(crate) type MaskName = (u32, u64);
 
 /// The masks of one tensor that have been drawn so far.
 #[derive(Debug)]

@@ -14,9 +14,10 @@
 //! ```
 //!
 //! The expression is data. The engine finds in it which reductions are needed and in which order
-//! ([`stage`]), binds their results ([`bind`]), compiles what is left to a short list of vector
-//! instructions ([`code`]) and runs those over cache-sized chunks ([`machine`]). So a method does
-//! not know about blocks, threads, files or devices, and another backend walks the same data.
+//! ([`stage`]), binds their results ([`bind`]), compiles each pass to a short list of vector
+//! instructions and effects ([`program`]), of which some become one ([`fuse`]), and runs those over
+//! cache-sized chunks ([`machine`]). So a method does not know about blocks, threads, files or
+//! devices, and another backend walks the same programs.
 //!
 //! Three rules give the numbers their meaning (`kernels/NUMERICS.md` has the rest):
 //!
@@ -26,10 +27,11 @@
 //!    one is the term itself. Both hold for coefficients that are known only after a reduction.
 
 pub mod bind;
-pub mod code;
+pub(crate) mod fuse;
 pub mod machine;
 pub(crate) mod masks;
 pub mod oracle;
+pub(crate) mod program;
 pub mod selection;
 mod share;
 pub mod stage;
@@ -145,6 +147,9 @@ pub struct Chosen {
     pub equals_end: u64,
 }
 
+/// Which random mask: its stream, and the bound of its draw.
+pub(crate) type MaskName = (u32, u64);
+
 type HostFunction = dyn Fn(&[f64]) -> Vec<f64> + Send + Sync;
 
 /// A function of scalars with several results, run on the host.
@@ -171,6 +176,27 @@ impl Scalar {
     /// One number for each row or column, from `first` on.
     pub(crate) fn vector(axis: Scope, first: u64, values: Vec<f64>) -> Self {
         Self(Arc::new(ScalarNode::Vector { axis, first, values: Arc::new(values) }))
+    }
+
+    /// The axis of a vector, its first entry, and its numbers.
+    pub(crate) fn as_vector(&self) -> Option<(Scope, u64, &[f64])> {
+        match &*self.0 {
+            ScalarNode::Vector { axis, first, values } => Some((*axis, *first, values)),
+            _ => None,
+        }
+    }
+
+    /// Whether it becomes a vector along `axis`, when what is reduced along it is known.
+    pub(crate) fn is_vector_of(&self, axis: Scope) -> bool {
+        match &*self.0 {
+            ScalarNode::Constant(_) => true,
+            ScalarNode::Vector { axis: own, .. } => *own == axis,
+            ScalarNode::Reduction(reduction) => reduction.scope == axis,
+            ScalarNode::Threshold(_) => false,
+            ScalarNode::Computed { of, .. } => {
+                of.arguments.iter().all(|argument| argument.is_vector_of(axis))
+            }
+        }
     }
 
     /// The number for entry `index` of a vector, or the constant.
@@ -434,14 +460,21 @@ impl fmt::Debug for Value {
     }
 }
 
+impl fmt::Debug for Reduction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, left, right, scope } = self;
+        match right {
+            None => write!(f, "{kind:?}[{scope:?}]({left:?})"),
+            Some(right) => write!(f, "{kind:?}[{scope:?}]({left:?}, {right:?})"),
+        }
+    }
+}
+
 impl fmt::Debug for Scalar {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.0 {
             ScalarNode::Constant(value) => write!(f, "{value}"),
-            ScalarNode::Reduction(r) => match &r.right {
-                None => write!(f, "{:?}[{:?}]({:?})", r.kind, r.scope, r.left),
-                Some(right) => write!(f, "{:?}[{:?}]({:?}, {right:?})", r.kind, r.scope, r.left),
-            },
+            ScalarNode::Reduction(reduction) => write!(f, "{reduction:?}"),
             ScalarNode::Threshold(selection) => {
                 write!(f, "Threshold({:?} of {:?})", selection.count, selection.value)
             }

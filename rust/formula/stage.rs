@@ -3,8 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::masks::MaskName;
-use super::{Reduction, Scalar, ScalarNode, Scope, Selection, Value, ValueNode};
+use super::{MaskName, Reduction, Scalar, ScalarNode, Scope, Selection, Value, ValueNode};
 
 /// Reductions and selections that can run in the same pass over the tensor.
 #[derive(Default, Clone)]

@@ -2,7 +2,7 @@
 //!
 //! For each element: the weighted values are summed, in order; the sign of the sum wins, zero
 //! counting as positive; the weighted values of that sign are summed, in order, and divided by the
-//! sum of their weights where that is wanted (and not zero). A value of zero has no sign and joins
+//! sum of their weights where that is wanted (and [not zero](cancels)). A value of zero has no sign and joins
 //! neither side; a NaN makes the result NaN. Written out with the elementwise kernels this takes
 //! some twenty passes over chunks; here it takes one, a group of elements at a time in registers,
 //! for any number of models.
@@ -13,13 +13,28 @@ use super::real::Real;
 /// Elements that are voted on together: two AVX-512 registers of f32.
 const GROUP: usize = 32;
 
-/// Whether to average is a constant: half of the sums are only for that.
-struct Elect<'a, T, const AVERAGE: bool> {
+/// Whether to average is a constant: half of the sums are only for that. So is whether the weights
+/// can cancel each other, for which their magnitudes are summed too.
+struct Elect<'a, T, const AVERAGE: bool, const CANCELS: bool> {
     terms: &'a [(T, &'a [T])],
     out: &'a mut [T],
 }
 
-impl<T: Real, const AVERAGE: bool> Elect<'_, T, AVERAGE> {
+/// Whether a sum is zero but for rounding: next to nothing beside the sum of its terms' magnitudes.
+/// Nothing is divided by such a sum.
+pub(crate) fn cancels<T: Real>(sum: T, magnitudes: T) -> bool {
+    sum.abs() <= T::from_f64(1e-6) * magnitudes
+}
+
+/// Whether the sum of some of these weights can be zero while its terms are not. Sums of one sign
+/// cannot, unless they overflow.
+fn can_cancel<T: Real>(terms: &[(T, &[T])]) -> bool {
+    let sum = terms.iter().fold(T::ZERO, |sum, &(weight, _)| sum + weight.abs());
+    let has = |holds: fn(T) -> bool| terms.iter().any(|&(weight, _)| holds(weight));
+    !sum.to_f64().is_finite() || (has(|weight| weight > T::ZERO) && has(|weight| weight < T::ZERO))
+}
+
+impl<T: Real, const AVERAGE: bool, const CANCELS: bool> Elect<'_, T, AVERAGE, CANCELS> {
     /// Elements from `start` on, as many as `out` has.
     #[inline(always)]
     fn group(&self, start: usize, out: &mut [T; GROUP]) {
@@ -35,25 +50,31 @@ impl<T: Real, const AVERAGE: bool> Elect<'_, T, AVERAGE> {
                 *vote = if at == 0 { value } else { *vote + value };
             }
         }
-        let (mut sum, mut share) = ([T::ZERO; GROUP], [T::ZERO; GROUP]);
+        let [mut sum, mut share, mut magnitudes] = [[T::ZERO; GROUP]; 3];
         for term in self.terms {
             let values = weighted(term);
+            let magnitude = term.0.abs();
             for at in 0..GROUP {
                 let agrees =
                     if vote[at] >= T::ZERO { values[at] > T::ZERO } else { values[at] < T::ZERO };
                 sum[at] += if agrees { values[at] } else { T::ZERO };
                 share[at] += if agrees { term.0 } else { T::ZERO };
+                if CANCELS {
+                    magnitudes[at] += if agrees { magnitude } else { T::ZERO };
+                }
             }
         }
         for at in 0..GROUP {
-            let divisor = if share[at] == T::ZERO { T::ONE } else { share[at] };
+            let is_zero =
+                if CANCELS { cancels(share[at], magnitudes[at]) } else { share[at] == T::ZERO };
+            let divisor = if is_zero { T::ONE } else { share[at] };
             let elected = if AVERAGE { sum[at] / divisor } else { sum[at] };
             out[at] = if vote[at].is_nan() { T::NAN } else { elected };
         }
     }
 }
 
-impl<T: Real, const AVERAGE: bool> Kernel for Elect<'_, T, AVERAGE> {
+impl<T: Real, const AVERAGE: bool, const CANCELS: bool> Kernel for Elect<'_, T, AVERAGE, CANCELS> {
     type Output = ();
 
     #[inline(always)]
@@ -80,18 +101,19 @@ pub(crate) fn elect_one<T: Real>(terms: impl Iterator<Item = (T, T)> + Clone, av
         return T::NAN;
     }
     let positive = vote.is_none_or(|vote| vote >= T::ZERO);
-    let (mut sum, mut share) = (T::ZERO, T::ZERO);
+    let [mut sum, mut share, mut magnitudes] = [T::ZERO; 3];
     for (weight, value) in weighted {
         if if positive { value > T::ZERO } else { value < T::ZERO } {
             sum += value;
             share += weight;
+            magnitudes += weight.abs();
         }
     }
-    if average && share != T::ZERO { sum / share } else { sum }
+    if average && !cancels(share, magnitudes) { sum / share } else { sum }
 }
 
 /// `out[i]` is the sum of the `weight · value` that have the sign of the sum of them all; with
-/// `average`, divided by the sum of their weights.
+/// `average`, divided by the sum of their weights, if that is not [zero](cancels).
 ///
 /// # Panics
 ///
@@ -101,9 +123,9 @@ pub fn elect<T: Real>(level: Level, terms: &[(T, &[T])], average: bool, out: &mu
     for (_, values) in terms {
         assert_eq!(values.len(), out.len(), "a term and the output must have the same length");
     }
-    if average {
-        level.run(Elect::<T, true> { terms, out });
-    } else {
-        level.run(Elect::<T, false> { terms, out });
+    match (average, average && can_cancel(terms)) {
+        (false, _) => level.run(Elect::<T, false, false> { terms, out }),
+        (true, false) => level.run(Elect::<T, true, false> { terms, out }),
+        (true, true) => level.run(Elect::<T, true, true> { terms, out }),
     }
 }

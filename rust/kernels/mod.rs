@@ -43,6 +43,7 @@ pub mod thinned;
 pub mod ulp;
 pub mod weighted;
 
+pub(crate) use consensus::cancels;
 pub use consensus::elect;
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
@@ -51,7 +52,9 @@ pub use gram::products_into;
 pub use level::Level;
 pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};
 pub use norms::norms_into;
-pub use order::{Counts, count, histogram, keep, trim};
+pub use order::{
+    Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_largest, trim,
+};
 pub use random::{GENERATOR_VERSION, MaskKey, random_bits, random_mask};
 pub use real::Real;
 pub use reduce::{

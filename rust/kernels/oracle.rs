@@ -153,7 +153,8 @@ pub fn weighted_difference_sum<T: Real>(base: T, terms: &[(T, T)], scale: T) -> 
 }
 
 /// The sum of those `weight · value` that have the sign of the sum of them all (zero counts as
-/// positive), divided by the sum of their weights if an average is asked for and that is not zero.
+/// positive), divided by the sum of their weights if an average is asked for and that is more than
+/// 1e-6 of the sum of their magnitudes.
 pub fn elect<T: Real>(terms: &[(T, T)], average: bool) -> T {
     let weighted: Vec<T> = terms.iter().map(|&(weight, value)| weight * value).collect();
     let vote = weighted.iter().copied().reduce(|sum, value| sum + value).expect("a voter");
@@ -161,14 +162,16 @@ pub fn elect<T: Real>(terms: &[(T, T)], average: bool) -> T {
         return T::NAN;
     }
     let winner = if vote >= T::ZERO { T::ONE } else { -T::ONE };
-    let (mut sum, mut share) = (T::ZERO, T::ZERO);
+    let (mut sum, mut share, mut magnitudes) = (T::ZERO, T::ZERO, T::ZERO);
     for (&(weight, _), value) in terms.iter().zip(weighted) {
         if unary(UnaryOp::Sign, value) == winner {
             sum += value;
             share += weight;
+            magnitudes += weight.abs();
         }
     }
-    if average && share != T::ZERO { sum / share } else { sum }
+    let is_zero = share.abs() <= T::from_f64(1e-6) * magnitudes;
+    if average && !is_zero { sum / share } else { sum }
 }
 
 /// The order key: zero is in the middle, its neighbours beside it, NaN at the top.

@@ -13,11 +13,16 @@
 //!    is skipped.
 //! 3. There is no branch per element. One outside the interval adds 0 to a bin that its position
 //!    chooses, so that neighbours do not wait for each other's store.
+//!    Where memory allows, an interval from a sample is so narrow that few elements lie in it, and
+//!    those are kept instead of counted: then no further pass is needed ([`collect`]).
 //! 4. Zeros are counted apart. Differences of bf16 weights are zero in up to a third of the
 //!    places, and adding to the same bin over and over would wait for the previous store.
 
+use super::convert::{Bf16, F16, F32, Format, check_bytes};
 use super::level::{Kernel, Level};
+use super::mask_bits::{MaskBits, SPAN};
 use super::real::{Ordinal, Real};
+use crate::dtype::DType;
 
 /// Elements whose keys are computed together.
 const STEP: usize = 64;
@@ -164,6 +169,221 @@ impl<T: Real> Kernel for Histogram<'_, T> {
     }
 }
 
+/// How many keys lie above an interval and on its ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ends {
+    /// Keys greater than the high end.
+    pub above: u64,
+    /// Keys equal to the high end.
+    pub high: u64,
+    /// Keys equal to the low end, if that is another.
+    pub low: u64,
+}
+
+/// Elements that are compared together: two AVX-512 registers of f32.
+const GROUP: usize = 32;
+
+/// Elements to look at, a group at a time.
+trait Elements<T>: Copy {
+    fn count(self) -> usize;
+    fn one(self, at: usize) -> T;
+    /// Those from `at` on.
+    fn group(self, at: usize) -> [T; GROUP];
+}
+
+impl<T: Real> Elements<T> for &[T] {
+    #[inline(always)]
+    fn count(self) -> usize {
+        self.len()
+    }
+
+    #[inline(always)]
+    fn one(self, at: usize) -> T {
+        self[at]
+    }
+
+    #[inline(always)]
+    fn group(self, at: usize) -> [T; GROUP] {
+        group(self, at)
+    }
+}
+
+#[inline(always)]
+fn group<T: Copy>(values: &[T], at: usize) -> [T; GROUP] {
+    values[at..at + GROUP].try_into().expect("a slice of that length")
+}
+
+/// The magnitudes of a stored task vector, x − base, rounded to f32.
+struct Magnitudes<'a, F: Format> {
+    x: &'a [F::Bytes],
+    base: &'a [F::Bytes],
+}
+
+impl<F: Format> Clone for Magnitudes<'_, F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F: Format> Copy for Magnitudes<'_, F> {}
+
+#[inline(always)]
+fn magnitude<F: Format>(x: F::Bytes, base: F::Bytes) -> f32 {
+    (F::widen::<f32>(x) - F::widen::<f32>(base)).abs()
+}
+
+impl<F: Format> Elements<f32> for Magnitudes<'_, F> {
+    #[inline(always)]
+    fn count(self) -> usize {
+        self.x.len()
+    }
+
+    #[inline(always)]
+    fn one(self, at: usize) -> f32 {
+        magnitude::<F>(self.x[at], self.base[at])
+    }
+
+    #[inline(always)]
+    fn group(self, at: usize) -> [f32; GROUP] {
+        let (x, base) = (group(self.x, at), group(self.base, at));
+        std::array::from_fn(|at| magnitude::<F>(x[at], base[at]))
+    }
+}
+
+/// `ONE_KEY` says that both ends are the same: there are fewer tests.
+struct Collect<'a, T: Real, E, const ONE_KEY: bool> {
+    elements: E,
+    interval: Interval<T::Ordinal>,
+    shift: u32,
+    between: &'a mut Vec<u32>,
+}
+
+type Counter<T> = <<T as Real>::Ordinal as Ordinal>::Counter;
+
+/// The counters of an interval, one for each place in a group.
+struct Tallies<T: Real, const ONE_KEY: bool> {
+    above: [Counter<T>; GROUP],
+    reaching_high: [Counter<T>; GROUP],
+    above_low: [Counter<T>; GROUP],
+    reaching_low: [Counter<T>; GROUP],
+}
+
+impl<T: Real, const ONE_KEY: bool> Tallies<T, ONE_KEY> {
+    #[inline(always)]
+    fn new() -> Self {
+        let none = || [Counter::<T>::default(); GROUP];
+        Self { above: none(), reaching_high: none(), above_low: none(), reaching_low: none() }
+    }
+
+    /// Takes the element at one place of a group; whether it lies between the ends.
+    #[inline(always)]
+    #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
+    fn add(&mut self, at: usize, Interval { low, high }: Interval<T::Ordinal>, value: T) -> bool {
+        let ordinal = value.ordinal();
+        self.above[at] += Counter::<T>::from(ordinal > high);
+        self.reaching_high[at] += Counter::<T>::from(ordinal >= high);
+        if ONE_KEY {
+            return false;
+        }
+        self.above_low[at] += Counter::<T>::from(ordinal > low);
+        self.reaching_low[at] += Counter::<T>::from(ordinal >= low);
+        (ordinal > low) & (ordinal < high)
+    }
+
+    #[inline(always)]
+    fn ends(self) -> Ends {
+        let sum = |counters: [Counter<T>; GROUP]| counters.into_iter().map(Into::into).sum::<u64>();
+        let (above, reaching_high) = (sum(self.above), sum(self.reaching_high));
+        let low = sum(self.reaching_low) - sum(self.above_low);
+        Ends { above, high: reaching_high - above, low }
+    }
+}
+
+impl<T: Real, E: Elements<T>, const ONE_KEY: bool> Collect<'_, T, E, ONE_KEY> {
+    /// Adds the offsets of those of `values` that lie between the ends.
+    #[inline(always)]
+    #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
+    fn keep(&mut self, values: &[T]) {
+        let Interval { low, high } = self.interval;
+        let (mut found, mut count) = ([0; GROUP], 0);
+        for value in values {
+            let ordinal = value.ordinal();
+            found[count % GROUP] = T::Ordinal::shifted(ordinal.above(low), self.shift);
+            count += usize::from((ordinal > low) & (ordinal < high));
+        }
+        self.between.extend_from_slice(&found[..count]);
+    }
+}
+
+impl<T: Real, E: Elements<T>, const ONE_KEY: bool> Kernel for Collect<'_, T, E, ONE_KEY> {
+    type Output = Ends;
+
+    #[inline(always)]
+    fn run(mut self) -> Ends {
+        let (elements, interval) = (self.elements, self.interval);
+        let mut tallies = Tallies::<T, ONE_KEY>::new();
+        let whole = elements.count() / GROUP * GROUP;
+        for start in (0..whole).step_by(GROUP) {
+            let values = elements.group(start);
+            let mut any = false;
+            for (at, &value) in values.iter().enumerate() {
+                any |= tallies.add(at, interval, value);
+            }
+            if any {
+                self.keep(&values);
+            }
+        }
+        for at in whole..elements.count() {
+            let value = elements.one(at);
+            if tallies.add(at - whole, interval, value) {
+                self.keep(&[value]);
+            }
+        }
+        tallies.ends()
+    }
+}
+
+/// Marks what a cut keeps of the magnitudes of up to a span of elements. Equal ones are kept before
+/// element `equals_end`.
+struct Mark<'a, F: Format> {
+    elements: Magnitudes<'a, F>,
+    least: i32,
+    equals_end: usize,
+    bits: &'a mut MaskBits,
+}
+
+impl<F: Format> Mark<'_, F> {
+    #[inline(always)]
+    fn each(&mut self, is_kept: impl Fn(usize, i32) -> bool) {
+        let Magnitudes { x, base } = self.elements;
+        let row = self.bits.len();
+        for (bit, (x, base)) in x.chunks(row).zip(base.chunks(row)).enumerate() {
+            for (at, (word, (&x, &base))) in
+                self.bits.iter_mut().zip(x.iter().zip(base)).enumerate()
+            {
+                let kept = is_kept(bit * row + at, magnitude::<F>(x, base).ordinal());
+                *word |= u32::from(kept) << bit;
+            }
+        }
+    }
+}
+
+impl<F: Format> Kernel for Mark<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(mut self) {
+        let (least, end) = (self.least, self.equals_end);
+        if end == 0 {
+            self.each(|_, ordinal| ordinal > least);
+        } else if end >= self.elements.count() {
+            self.each(|_, ordinal| ordinal >= least);
+        } else {
+            self.each(|at, ordinal| ordinal > least || (at < end && ordinal == least));
+        }
+    }
+}
+
 /// Where a cut lies: keys above `least` are kept, and those equal to it if `equals` says so.
 #[derive(Clone, Copy)]
 struct Cut<O> {
@@ -256,6 +476,120 @@ pub fn histogram<T: Real>(
     let last = span >> shift;
     assert!(last < bins.len() as u64, "bin {last} is missing: there are {}", bins.len());
     level.run(Histogram { values, interval, shift, bins })
+}
+
+/// Counts the keys above `low..=high` and on its ends, and adds what lies between them to `between`,
+/// in order: `(key − low) >> shift` of each.
+///
+/// # Panics
+///
+/// If the interval is empty, `shift` is not less than the key's width, there are more than 2²⁰
+/// values, or an offset does not fit.
+pub fn collect<T: Real>(
+    level: Level,
+    values: &[T],
+    low: u64,
+    high: u64,
+    shift: u32,
+    between: &mut Vec<u32>,
+) -> Ends {
+    check_collect(values.len(), shift, 8 * size_of::<T>());
+    collect_from::<T, _>(level, values, low, high, shift, between)
+}
+
+/// The same of the magnitudes of a stored task vector, x − base, rounded to f32.
+///
+/// # Panics
+///
+/// As [`collect`] does, or if the slices differ in length, or the type is not BF16, F16 or F32.
+#[expect(clippy::too_many_arguments, reason = "as `collect`, of two slices of a type")]
+pub fn collect_magnitudes(
+    level: Level,
+    dtype: DType,
+    x: &[u8],
+    base: &[u8],
+    low: u64,
+    high: u64,
+    shift: u32,
+    between: &mut Vec<u32>,
+) -> Ends {
+    let count = check_task_vector(dtype, x, base);
+    check_collect(count, shift, 32);
+    match dtype {
+        DType::Bf16 => collect_from(level, magnitudes::<Bf16>(x, base), low, high, shift, between),
+        DType::F16 => collect_from(level, magnitudes::<F16>(x, base), low, high, shift, between),
+        _ => collect_from(level, magnitudes::<F32>(x, base), low, high, shift, between),
+    }
+}
+
+fn magnitudes<'a, F: Format>(x: &'a [u8], base: &'a [u8]) -> Magnitudes<'a, F> {
+    Magnitudes { x: F::elements(x), base: F::elements(base) }
+}
+
+fn check_task_vector(dtype: DType, x: &[u8], base: &[u8]) -> usize {
+    assert!(dtype != DType::F64, "{dtype} is not widened to f32");
+    let count = x.len() / dtype.size();
+    check_bytes("the input", dtype, x, count);
+    check_bytes("the base", dtype, base, count);
+    count
+}
+
+fn check_collect(count: usize, shift: u32, width: usize) {
+    assert!(count <= FLUSH, "the counters are narrow");
+    assert!(shift < width as u32, "the shift {shift} exceeds the key's width");
+}
+
+fn collect_from<T: Real, E: Elements<T>>(
+    level: Level,
+    elements: E,
+    low: u64,
+    high: u64,
+    shift: u32,
+    between: &mut Vec<u32>,
+) -> Ends {
+    let interval = Interval::<T::Ordinal>::new(low, high);
+    let span: u64 = interval.span().into();
+    assert!(span >> shift <= u64::from(u32::MAX), "the offsets of the interval must fit");
+    if span == 0 {
+        level.run(Collect::<T, E, true> { elements, interval, shift, between })
+    } else {
+        level.run(Collect::<T, E, false> { elements, interval, shift, between })
+    }
+}
+
+/// Marks what a cut keeps of the magnitudes of a stored task vector, x − base, rounded to f32: keys
+/// above the threshold, and before element `equals_end` those equal to it.
+///
+/// # Panics
+///
+/// If the slices differ in length or have more elements than a span, the type is not BF16, F16 or
+/// F32, or the threshold is no key.
+pub fn mark_largest(
+    level: Level,
+    dtype: DType,
+    x: &[u8],
+    base: &[u8],
+    threshold: u64,
+    equals_end: usize,
+) -> MaskBits {
+    fn go<F: Format>(
+        level: Level,
+        elements: Magnitudes<'_, F>,
+        least: i32,
+        equals_end: usize,
+    ) -> MaskBits {
+        let mut bits = [0; _];
+        level.run(Mark { elements, least, equals_end, bits: &mut bits });
+        bits
+    }
+    let count = check_task_vector(dtype, x, base);
+    assert!(count <= SPAN, "a mask has the bits of a span");
+    let least = Cut::<i32>::new(threshold, true).least;
+    match dtype {
+        DType::Bf16 => go(level, magnitudes::<Bf16>(x, base), least, equals_end),
+        DType::F16 => go(level, magnitudes::<F16>(x, base), least, equals_end),
+        _ => go(level, magnitudes::<F32>(x, base), least, equals_end),
+    }
 }
 
 /// Marks what a cut keeps: `out[i]` is 1 if the key of `values[i]` is above the threshold, or equal

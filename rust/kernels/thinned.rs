@@ -5,6 +5,7 @@
 //! in registers. Each step is rounded as by the kernels it stands for, in the same order, so the
 //! bits agree.
 
+use super::consensus::cancels;
 use super::convert::{Bf16, F16, F32, Format, check_bytes};
 use super::level::{Kernel, Level};
 use super::mask_bits::{BITS, MaskBits, SPAN};
@@ -55,13 +56,14 @@ fn together<const N: usize, const VOTES: bool, const AVERAGE: bool>(
     if !VOTES {
         return total;
     }
-    let (mut sum, mut share) = (0.0, 0.0);
+    let [mut sum, mut share, mut magnitudes] = [0.0; 3];
     for term in 0..N {
         let agrees = if total >= 0.0 { values[term] > 0.0 } else { values[term] < 0.0 };
         sum += if agrees { values[term] } else { 0.0 };
         share += if agrees { weights[term] } else { 0.0 };
+        magnitudes += if agrees { weights[term].abs() } else { 0.0 };
     }
-    let divisor = if share == 0.0 { 1.0 } else { share };
+    let divisor = if cancels(share, magnitudes) { 1.0 } else { share };
     let elected = if AVERAGE { sum / divisor } else { sum };
     if total.is_nan() { total } else { elected }
 }

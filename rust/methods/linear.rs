@@ -3,6 +3,7 @@
 use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::{Error, Result};
 use crate::formula::Value;
+use crate::kernels::cancels;
 use crate::plan::OutputTensor;
 
 /// Weighted average.
@@ -27,7 +28,8 @@ impl Method for Linear {
                         Kind::Float,
                         Preset::Nothing,
                         "how much of this model",
-                    ),
+                    )
+                    .factor(),
                     Parameter::new(
                         Per::Shared,
                         "normalize",
@@ -50,16 +52,23 @@ impl Method for Linear {
     }
 }
 
-/// The sum in listed order; zero is an error, since something is to be divided by it.
-pub(super) fn sum_of_weights(weights: &[f64]) -> Result<f64> {
+/// The sum in listed order, to divide by; none if it is zero but for rounding: at most 1e-6 of the
+/// sum of the magnitudes.
+pub(super) fn divisor(weights: &[f64]) -> Option<f64> {
     let sum: f64 = weights.iter().sum();
-    if sum == 0.0 || !sum.is_finite() {
-        let what = if sum == 0.0 { "zero" } else { "no finite number" };
-        let message = format!("the weights sum to {what}, and the result is to be divided by it");
-        return Err(Error::plan(message)
+    let magnitudes = weights.iter().map(|weight| weight.abs()).sum();
+    (!cancels(sum, magnitudes)).then_some(sum)
+}
+
+/// The same; a sum of zero is an error, since something is to be divided by it.
+pub fn sum_of_weights(weights: &[f64]) -> Result<f64> {
+    let sum = divisor(weights).filter(|sum| sum.is_finite());
+    sum.ok_or_else(|| {
+        let is_finite = weights.iter().sum::<f64>().is_finite();
+        let what = if is_finite { "zero" } else { "no finite number" };
+        Error::plan(format!("the weights sum to {what}, and the result is to be divided by it"))
             .expected("a finite sum that is not zero")
             .found(format!("weights {weights:?}"))
-            .advice("change a weight, or set `normalize: false`"));
-    }
-    Ok(sum)
+            .advice("change a weight, or set `normalize: false`")
+    })
 }

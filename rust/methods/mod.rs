@@ -19,6 +19,7 @@ use std::fmt::Debug;
 use serde::Serialize;
 
 pub use inputs::{Input, Inputs};
+pub use linear::sum_of_weights;
 
 use crate::error::Result;
 use crate::formula::Value;
@@ -93,9 +94,21 @@ pub struct Parameter {
     pub required: bool,
     /// How many values it has.
     pub per: Per,
+    /// What it may be: other values are refused.
+    pub limits: Range,
+    /// What it is where it is meant: other values are warned about in recipes.
+    pub usual: Range,
+    /// Whether it acts. mergekit takes some parameters that change no number.
+    pub acts: bool,
     /// What it does.
     pub help: &'static str,
 }
+
+/// The least and the greatest value, both included; `None` for no bound.
+pub type Range = (Option<f64>, Option<f64>);
+
+/// A factor beyond this, either way, is probably a slip: 50 for 0.5, or a percentage.
+pub const USUAL_FACTOR: f64 = 10.0;
 
 /// What the values of a parameter are.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -132,7 +145,7 @@ pub enum Preset {
 }
 
 impl Parameter {
-    /// A parameter; required if `default` is [`Preset::Nothing`].
+    /// A parameter of any value; required if `default` is [`Preset::Nothing`].
     pub const fn new(
         per: Per,
         name: &'static str,
@@ -141,7 +154,44 @@ impl Parameter {
         help: &'static str,
     ) -> Self {
         let required = matches!(default, Preset::Nothing);
-        Self { name, kind, default, required, per, help }
+        let any = (None, None);
+        Self { name, kind, default, required, per, limits: any, usual: any, acts: true, help }
+    }
+
+    /// The same, which the recipe may leave out.
+    #[must_use]
+    pub const fn optional(self) -> Self {
+        Self { required: false, ..self }
+    }
+
+    /// The same, with the least and the greatest value that it may have.
+    #[must_use]
+    pub const fn from_to(self, least: f64, greatest: f64) -> Self {
+        Self { limits: (Some(least), Some(greatest)), ..self }
+    }
+
+    /// The same, with the least value that it may have.
+    #[must_use]
+    pub const fn at_least(self, least: f64) -> Self {
+        Self { limits: (Some(least), None), ..self }
+    }
+
+    /// The same, with the values beyond which it is probably a slip.
+    #[must_use]
+    pub const fn usually(self, least: f64, greatest: f64) -> Self {
+        Self { usual: (Some(least), Some(greatest)), ..self }
+    }
+
+    /// The same, usually no more than [`USUAL_FACTOR`], either way.
+    #[must_use]
+    pub const fn factor(self) -> Self {
+        self.usually(-USUAL_FACTOR, USUAL_FACTOR)
+    }
+
+    /// The same, without effect on any number.
+    #[must_use]
+    pub const fn idle(self) -> Self {
+        Self { acts: false, ..self }
     }
 }
 

@@ -4,13 +4,12 @@
 //! Differs from mergekit where the vectors are nearly opposite: there the angle's sine is all
 //! rounding error, and its reciprocal blows the result up. Such vectors are interpolated linearly.
 
+use super::linear::divisor;
 use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::{Error, Result};
 use crate::formula::{Scalar, Scope, Value, compute};
 use crate::plan::OutputTensor;
 
-/// A weight sum nearer to zero than this gives both models the same share.
-const SMALLEST_SUM: f64 = 1e-6;
 /// A shorter vector has no direction.
 const SHORTEST: f64 = 1e-7;
 /// A squared sine below this means parallel, and the coefficients are those of a straight line to
@@ -41,7 +40,8 @@ impl Method for Nuslerp {
                         Kind::Float,
                         Preset::Nothing,
                         "how much of this model",
-                    ),
+                    )
+                    .factor(),
                     Parameter::new(
                         Per::Shared,
                         "nuslerp_flatten",
@@ -80,9 +80,9 @@ fn two_models() -> Error {
         .advice("list two models besides the base")
 }
 
+/// Weights that sum to zero give both models the same share.
 fn share_of_second(first: f64, second: f64) -> f64 {
-    let sum = first + second;
-    if sum.abs() < SMALLEST_SUM { 0.5 } else { second / sum }
+    divisor(&[first, second]).map_or(0.5, |sum| second / sum)
 }
 
 fn scope(inputs: &Inputs<'_>) -> Result<Scope> {

@@ -19,14 +19,17 @@ impl Method for Passthrough {
             cost: "one read",
             paper: "https://arxiv.org/abs/2312.15166",
             contract: Contract { base: Base::Ignored, inputs: (1, Some(1)), others: (0, None) },
-            parameters: &[Parameter {
-                name: "scale",
-                kind: Kind::Float,
-                default: Preset::Nothing,
-                required: false,
-                per: Per::Input,
-                help: "a factor; without it the tensor is copied",
-            }],
+            parameters: const {
+                &[Parameter::new(
+                    Per::Input,
+                    "scale",
+                    Kind::Float,
+                    Preset::Nothing,
+                    "a factor; without it the tensor is copied",
+                )
+                .optional()
+                .factor()]
+            },
         }
     }
 

@@ -31,7 +31,8 @@ impl Method for Slerp {
                     Kind::Float,
                     Preset::Nothing,
                     "0 is the base, 1 the other model; outside of that it extrapolates",
-                )]
+                )
+                .usually(-0.5, 1.5)]
             },
         }
     }

@@ -6,7 +6,7 @@
 //! weights. Differs from mergekit in precision only: differences, weights and sums are f32 (f64
 //! with f64 inputs), rounded once at the end, where mergekit rounds to the input type at each step.
 
-use super::linear::sum_of_weights;
+use super::linear::divisor;
 use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
 use crate::error::Result;
 use crate::formula::{Scalar, Scope, Value, compute};
@@ -26,7 +26,11 @@ impl Method for TaskArithmetic {
             cost: "one read of every input",
             paper: "https://arxiv.org/abs/2212.04089",
             contract: CONTRACT,
-            parameters: const { &family(false, false) },
+            parameters: const {
+                // Nothing is thinned out: the parameters that are about that do not act.
+                let [weight, density, normalize, rescale, lambda, int8_mask] = family(false, false);
+                &[weight, density.idle(), normalize, rescale.idle(), lambda, int8_mask]
+            },
         }
     }
 
@@ -48,14 +52,16 @@ pub(super) const fn family(normalize: bool, rescale: bool) -> [Parameter; 6] {
             Kind::Float,
             Preset::Nothing,
             "how much of this model's task vector",
-        ),
+        )
+        .factor(),
         Parameter::new(
             Per::Other,
             "density",
             Kind::Float,
             Preset::Float(1.0),
             "the share of the task vector that is kept",
-        ),
+        )
+        .from_to(0.0, 1.0),
         Parameter::new(
             Per::Shared,
             "normalize",
@@ -70,14 +76,16 @@ pub(super) const fn family(normalize: bool, rescale: bool) -> [Parameter; 6] {
             Preset::Bool(rescale),
             "scale a thinned task vector to the L1 norm it had",
         ),
-        Parameter::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), "scales the sum"),
+        Parameter::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), "scales the sum")
+            .factor(),
         Parameter::new(
             Per::Shared,
             "int8_mask",
             Kind::Bool,
             Preset::Bool(false),
-            "has no numeric effect",
-        ),
+            "how mergekit keeps the signs of a vote",
+        )
+        .idle(),
     ]
 }
 
@@ -122,15 +130,16 @@ pub(super) fn merge_task_vectors(
     }
     let normalize = inputs.flag("normalize")?;
     let sum = match votes {
-        Votes::None => plain_sum(&weights, vectors, normalize)?,
+        Votes::None => plain_sum(&weights, vectors, normalize),
         Votes::Sum => Value::elect(weights.into_iter().zip(vectors), normalize),
     };
     Ok(&base + &sum.scaled(inputs.number("lambda")?))
 }
 
-fn plain_sum(weights: &[f64], vectors: Vec<Value>, normalize: bool) -> Result<Value> {
-    let divisor = if normalize { sum_of_weights(weights)? } else { 1.0 };
-    Ok(Value::weighted_sum(weights.iter().map(|weight| weight / divisor).zip(vectors)))
+/// As in mergekit, nothing is divided by weights that sum to zero.
+fn plain_sum(weights: &[f64], vectors: Vec<Value>, normalize: bool) -> Value {
+    let divisor = if normalize { divisor(weights).unwrap_or(1.0) } else { 1.0 };
+    Value::weighted_sum(weights.iter().map(|weight| weight / divisor).zip(vectors))
 }
 
 impl Thinning<'_> {

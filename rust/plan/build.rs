@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::{ByteRange, Kind, Names, Node, Plan, Row, Settings, Tensor};
+use super::{ByteRange, Kind, Names, Node, Plan, Row, Settings};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -118,13 +118,13 @@ impl Builder {
             (row.shard, row.start) = (shard as u32, start);
         }
         // As headers list them: of those at one place, empty ones first.
-        let order = |row: &Row| {
-            let tensor = Tensor { plan: &self.plan, row };
-            (row.shard, row.start, tensor.bytes(), Reverse(tensor.dtype().size()))
-        };
-        let mut rows = self.plan.rows.clone();
-        rows.sort_by_key(order);
-        self.plan.rows = rows;
+        let mut by_place: Vec<u32> = (0..self.plan.rows.len() as u32).collect();
+        by_place.sort_by_key(|&row| {
+            let tensor = self.plan.tensor(row as usize);
+            let element = Reverse(tensor.dtype().size());
+            (tensor.shard(), tensor.start(), tensor.bytes(), element)
+        });
+        self.plan.by_place = by_place;
         self.plan.shrink();
         Ok(self.plan)
     }

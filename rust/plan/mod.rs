@@ -41,6 +41,8 @@ pub struct Plan {
     pub models: Vec<String>,
     /// The output shards, in order.
     pub shards: Vec<OutputShard>,
+    /// Whether arithmetic is in f64 whatever the types are.
+    pub in_f64: bool,
     names: Names,
     shapes: Vec<Vec<u64>>,
     settings: Vec<Settings>,
@@ -48,7 +50,10 @@ pub struct Plan {
     nodes: Vec<Node>,
     /// Nodes that are inputs of tensors, those of each tensor one after the other.
     inputs: Vec<u32>,
+    /// The output tensors, in the donor's order.
     rows: Vec<Row>,
+    /// The rows as they lie in the files. They differ within a shard, by their sizes of element.
+    by_place: Vec<u32>,
 }
 
 /// The parameters of some tensors, and where each of them comes from.
@@ -139,19 +144,27 @@ impl Plan {
         self.rows.is_empty()
     }
 
-    /// Output tensor `index`, in file order.
+    /// Output tensor `index`, in the donor's order.
     pub fn tensor(&self, index: usize) -> Tensor<'_> {
         Tensor { plan: self, row: &self.rows[index] }
     }
 
-    /// The output tensors in file order.
+    /// The output tensors in the donor's order, which is that of the shards.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = Tensor<'_>> {
         self.rows.iter().map(|row| Tensor { plan: self, row })
     }
 
-    /// The tensors of output shard `index`.
+    /// The indices of the tensors as they lie in the files.
+    pub fn by_place(&self) -> &[u32] {
+        &self.by_place
+    }
+
+    /// The tensors of output shard `index`, as they lie there.
     pub fn tensors_of_shard(&self, index: usize) -> impl ExactSizeIterator<Item = Tensor<'_>> {
-        self.rows[self.rows_of_shard(index)].iter().map(|row| Tensor { plan: self, row })
+        let shard = |&row: &u32| self.rows[row as usize].shard as usize;
+        let first = self.by_place.partition_point(|row| shard(row) < index);
+        let end = self.by_place.partition_point(|row| shard(row) <= index);
+        self.by_place[first..end].iter().map(|&row| self.tensor(row as usize))
     }
 
     /// Bytes of all sources.
@@ -172,12 +185,6 @@ impl Plan {
     /// How many kinds of tensors there are.
     pub(crate) fn kinds(&self) -> usize {
         self.kinds.len()
-    }
-
-    /// The tensors of output shard `index`, which follow each other, by index.
-    fn rows_of_shard(&self, index: usize) -> std::ops::Range<usize> {
-        let first = self.rows.partition_point(|row| (row.shard as usize) < index);
-        first..self.rows.partition_point(|row| row.shard as usize <= index)
     }
 }
 

@@ -34,6 +34,7 @@ struct Saved {
 struct Table {
     method: String,
     seed: u64,
+    in_f64: bool,
     files: Vec<InputFile>,
     models: Vec<String>,
     names: Vec<String>,
@@ -102,7 +103,7 @@ pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
         .collect();
     out.write_all(b"{\"method\":")?;
     put(out, &plan.method)?;
-    write!(out, ",\"seed\":{},\"files\":", plan.seed)?;
+    write!(out, ",\"seed\":{},\"in_f64\":{},\"files\":", plan.seed, plan.in_f64)?;
     put_lines(out, plan.files.iter())?;
     out.write_all(b",\"models\":")?;
     put(out, &plan.models)?;
@@ -174,7 +175,8 @@ fn read(text: &str, header_bytes: impl Fn(&Plan, usize) -> Result<u64>) -> Resul
 
 /// The plan that a table describes, when all that it refers to is there.
 fn build(table: Table) -> Result<Plan> {
-    let Table { method, seed, files, models, names, shapes, settings, shards, tensors } = table;
+    let Table { method, seed, in_f64, files, models, names, shapes, settings, shards, tensors } =
+        table;
     check_file_names(&shards)?;
     let mut builder = Builder::new(Plan::new(method, seed, files, models));
     let owners: Vec<usize> = settings.iter().map(|settings| settings.own.len()).collect();
@@ -223,6 +225,7 @@ fn build(table: Table) -> Result<Plan> {
         return Err(wrong("the plan has no tensors"));
     }
     let mut plan = builder.place(&places)?;
+    plan.in_f64 = in_f64;
     let shard = |SavedShard { file_name, size }| OutputShard { file_name, header_bytes: 0, size };
     plan.shards = shards.into_iter().map(shard).collect();
     Ok(plan)

@@ -53,6 +53,7 @@ impl Assembly {
         models: Vec<(String, PyRef<'_, Checkpoint>)>,
         other_files: &str,
         dtype: Option<&str>,
+        in_f64: bool,
     ) -> PyResult<Self> {
         let other_files: Vec<InputFile> = serde_json::from_str(other_files)
             .map_err(|error| PyValueError::new_err(error.to_string()))?;
@@ -62,7 +63,7 @@ impl Assembly {
         });
         let models = models.into_iter().map(|(label, model)| (label, model.shared())).collect();
         let dtype = dtype.transpose()?;
-        Ok(Self(Some(assembly::Assembly::new(method, seed, models, other_files, dtype))))
+        Ok(Self(Some(assembly::Assembly::new(method, seed, models, other_files, dtype, in_f64))))
     }
 
     /// Takes down the shapes in the layers of the model that gives the config.

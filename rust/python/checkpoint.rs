@@ -6,6 +6,7 @@ use pyo3::types::PyTuple;
 
 use std::sync::Arc;
 
+use super::enter::enter;
 use super::error::raise;
 use super::to_python;
 use crate::checkpoint;
@@ -124,4 +125,16 @@ impl Checkpoint {
     fn warnings(&self) -> Vec<String> {
         self.0.warnings.clone()
     }
+}
+
+/// How the vocabularies in two lists of files differ in the ids below `rows`; none if they do not.
+#[pyfunction]
+pub(super) fn compare_vocabularies(
+    py: Python<'_>,
+    one: Vec<std::path::PathBuf>,
+    other: Vec<std::path::PathBuf>,
+    rows: u64,
+) -> PyResult<Bound<'_, PyAny>> {
+    let difference = enter(py, None, |_| checkpoint::vocabulary::compare(&one, &other, rows))?;
+    to_python(py, &difference)
 }

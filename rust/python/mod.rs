@@ -30,7 +30,7 @@ mod _core {
     #[pymodule_export]
     use super::assembly::{Assembly, Fates, Run};
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, TensorInfo, open_checkpoint};
+    use super::checkpoint::{Checkpoint, TensorInfo, compare_vocabularies, open_checkpoint};
     #[pymodule_export]
     use super::merge::{
         check_unchanged, execute, is_remote, methods, partial_name, predict, rehearse,

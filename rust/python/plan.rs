@@ -95,9 +95,18 @@ impl Plan {
         self.0.len()
     }
 
-    /// The names of the output tensors, in file order.
+    /// The names of the output tensors, in the donor's order.
     fn names(&self) -> Vec<&str> {
         self.0.tensors().map(plan::Tensor::name).collect()
+    }
+
+    /// The index of each name, in file order.
+    fn by_place<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let found = PyDict::new(py);
+        for &index in self.0.by_place() {
+            found.set_item(self.0.tensor(index as usize).name(), index)?;
+        }
+        Ok(found)
     }
 
     /// The place of the tensor of that name, if there is one.
@@ -175,6 +184,39 @@ impl Plan {
             sources,
         )
             .into_pyobject(py)
+    }
+
+    /// The kinds of tensors: what each is made by, as text, with its shared parameters and those of
+    /// each input. Equal texts are equal formulas, but for what is in a function of numbers that are
+    /// found on the way: `f0(...)`.
+    fn kinds<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let kinds = py.detach(|| files::formulas(&self.0)).map_err(|error| raise(py, &error))?;
+        let described: Vec<_> = kinds
+            .iter()
+            .map(|(formula, settings)| {
+                let own: Vec<&Parameters> = settings.own.iter().map(|own| &**own).collect();
+                serde_json::json!([formula, &*settings.shared, own])
+            })
+            .collect();
+        to_python(py, &described)
+    }
+
+    /// Hands to `write` what decides each tensor: name, type, base, sources, and what its kind is
+    /// said to be.
+    fn write_effects(&self, kinds: Vec<String>, write: Bound<'_, PyAny>) -> PyResult<()> {
+        for tensor in self.0.tensors() {
+            let places: Vec<_> = tensor.sources().map(|each| (each.file, each.start)).collect();
+            let kind = kinds.get(tensor.kind());
+            let of_tensor = (tensor.name(), tensor.dtype(), tensor.base(), places, kind);
+            write.call1((PyBytes::new(write.py(), format!("{of_tensor:?}").as_bytes()),))?;
+        }
+        Ok(())
+    }
+
+    /// Whether arithmetic is in float64 whatever the types are.
+    #[getter]
+    fn in_f64(&self) -> bool {
+        self.0.in_f64
     }
 
     /// Hands the table as JSON to `write`, part by part.

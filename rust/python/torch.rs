@@ -1,6 +1,6 @@
 //! The backend that hands steps to torch: `oxmerge/torch_backend.py` does what a machine does.
 //!
-//! Here compiled code becomes plain Python data, and buffers are lent for the time of a call. A
+//! Here a program becomes plain Python data, and buffers are lent for the time of a call. A
 //! worker attaches to Python for each step; torch lets go of the GIL while it computes and copies.
 
 use std::ops::Range;
@@ -10,17 +10,16 @@ use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyList, PyTuple};
 
 use super::lend::Lent;
-use crate::engine::backend::{Arithmetic, Backend, Layout, Output, Program, Step, Tally};
+use crate::engine::backend::{Arithmetic, Backend, Results, Run, Step};
 use crate::engine::need::Offload;
-use crate::engine::passes::SearchView;
 use crate::engine::simd::Simd;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::code::{Argument, Code, Operation, Slot};
 use crate::formula::machine::{InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
-use crate::formula::selection::ordinal_of_key;
-use crate::formula::{ReductionKind, Scope};
-use crate::kernels::{Counts, Level, MaskKey};
+use crate::formula::program::{Along, Argument, Effect, Instruction, Operation, Program, Slot};
+use crate::formula::selection::{Interval, Look, ordinal_of_key};
+use crate::formula::{Scalar, Scope};
+use crate::kernels::{Ends, Level, MaskKey};
 
 /// A `torch_backend.Backend`, and what went wrong in it.
 #[derive(Debug)]
@@ -114,29 +113,29 @@ struct TorchWorker {
 }
 
 impl Arithmetic for TorchWorker {
-    fn program<'a>(
+    fn begin<'a>(
         &self,
         frame: &'a TensorFrame,
-        code: &'a Code,
-        double: bool,
+        program: &'a Program,
         masks: Option<&'a KeptMasks>,
-    ) -> Result<Box<dyn Program + 'a>> {
-        let program = Python::attach(|py| {
-            let encoder = Encoder { py, frame, double };
-            let instructions = encoder.code(code);
-            let results = instructions.and_then(|i| Ok((i, encoder.results(code)?)));
-            let program = results.and_then(|(instructions, results)| {
-                let arguments = (instructions, results, frame.row, frame.line, double);
+    ) -> Result<Box<dyn Run + 'a>> {
+        if program.effects.iter().any(|effect| matches!(effect, Effect::Keys { .. })) {
+            return self.host.begin(frame, program, masks);
+        }
+        let ready = Python::attach(|py| {
+            let encoder = Encoder { py, frame, double: program.double };
+            let ready = encoder.program(program).and_then(|(instructions, effects)| {
+                let arguments = (instructions, effects, frame.row, frame.line, program.double);
                 self.worker.call_method1(py, "program", arguments)
             });
-            program.map_err(|exception| self.failure.note(py, exception))
+            ready.map_err(|exception| self.failure.note(py, exception))
         })?;
-        let host = self.host.program(frame, code, double, masks)?;
-        Ok(Box::new(TorchProgram { program, double, host, failure: self.failure.clone() }))
+        Ok(Box::new(TorchRun { ready, program, failure: self.failure.clone() }))
     }
 }
 
-/// Code as tuples: name of the operation, slot of the result, operands.
+/// A program as tuples. Of an instruction: name of the operation, slot of the result, slots that
+/// nobody needs afterwards, operands. Of an effect: its name, and what it is of.
 struct Encoder<'a, 'py> {
     py: Python<'py>,
     frame: &'a TensorFrame,
@@ -144,62 +143,79 @@ struct Encoder<'a, 'py> {
 }
 
 impl<'py> Encoder<'_, 'py> {
-    fn code(&self, code: &Code) -> PyResult<Bound<'py, PyList>> {
-        let instructions = code.instructions.iter();
-        let tuples: PyResult<Vec<_>> =
-            instructions.map(|step| self.operation(step.out, &step.operation)).collect();
-        PyList::new(self.py, tuples?)
+    fn program(&self, program: &Program) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyList>)> {
+        let instruction = |Instruction { operation, out, dead }: &Instruction| {
+            let (name, operands) = self.operation(operation)?;
+            (name, *out, dead.clone(), operands).into_pyobject(self.py)
+        };
+        let instructions: PyResult<Vec<_>> = program.instructions.iter().map(instruction).collect();
+        let effects =
+            program.effects.iter().filter_map(|effect| self.effect(effect, program.along));
+        let effects: PyResult<Vec<_>> = effects.collect();
+        Ok((PyList::new(self.py, instructions?)?, PyList::new(self.py, effects?)?))
     }
 
-    fn results(&self, code: &Code) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        code.results.iter().map(|&result| self.argument(result)).collect()
-    }
-
-    fn operation(&self, out: Slot, operation: &Operation) -> PyResult<Bound<'py, PyTuple>> {
+    /// What was copied needs nobody.
+    fn effect(&self, effect: &Effect, along: Along) -> Option<PyResult<Bound<'py, PyTuple>>> {
         let py = self.py;
-        match operation {
-            Operation::Load { input } => ("load", out, *input).into_pyobject(py),
-            Operation::LoadDifference { input, base } => {
-                ("load_difference", out, *input, *base).into_pyobject(py)
+        let encoded = match effect {
+            Effect::Copy { .. } => return None,
+            Effect::Store { dtype, a, .. } => {
+                self.argument(*a).and_then(|a| ("store", a, dtype.name()).into_pyobject(py))
             }
-            Operation::Fill { number } => ("fill", out, self.number(*number)).into_pyobject(py),
-            Operation::Spread { axis, first, values } => {
-                let axis = if *axis == Scope::Column { "column" } else { "row" };
-                let values = PyByteArray::new(py, bytemuck::cast_slice(values));
-                ("spread", out, axis, *first, values).into_pyobject(py)
-            }
-            Operation::Unary { op, a } => ("unary", out, format!("{op:?}"), *a).into_pyobject(py),
+            Effect::Reduce { kind, a, b, .. } => (|| {
+                let b = b.map(|b| self.argument(b)).transpose()?;
+                let (kind, a) = (format!("{kind:?}"), self.argument(*a)?);
+                match along {
+                    Along::Segments(length) => ("reduce", kind, a, b, length).into_pyobject(py),
+                    Along::Columns => ("columns", kind, a, b).into_pyobject(py),
+                }
+            })(),
+            Effect::Count { interval, a, .. } => (|| {
+                let Interval { low, high, shift, .. } = *interval;
+                let [low, high] = [low, high].map(|key| ordinal_of_key(key, self.double));
+                let Along::Segments(length) = along else { unreachable!("blocks are counted") };
+                ("count", self.argument(*a)?, low, high, shift, bins(interval), length)
+                    .into_pyobject(py)
+            })(),
+            Effect::Keys { .. } | Effect::Fused(_) => unreachable!("the host's kernels do that"),
+        };
+        Some(encoded)
+    }
+
+    fn operation(&self, operation: &Operation) -> PyResult<(&'static str, Bound<'py, PyTuple>)> {
+        let py = self.py;
+        Ok(match operation {
+            Operation::Load { input } => ("load", (*input,).into_pyobject(py)?),
+            Operation::Fill { number } => ("fill", (self.number(*number),).into_pyobject(py)?),
+            Operation::Spread { vector } => ("spread", (*vector,).into_pyobject(py)?),
+            Operation::Unary { op, a } => ("unary", (format!("{op:?}"), *a).into_pyobject(py)?),
             Operation::Binary { op, a, b } => {
                 let (a, b) = (self.argument(*a)?, self.argument(*b)?);
-                ("binary", out, format!("{op:?}"), a, b).into_pyobject(py)
+                ("binary", (format!("{op:?}"), a, b).into_pyobject(py)?)
             }
             Operation::Select { mask, yes, no } => {
                 let (yes, no) = (self.argument(*yes)?, self.argument(*no)?);
-                ("select", out, *mask, yes, no).into_pyobject(py)
+                ("select", (*mask, yes, no).into_pyobject(py)?)
             }
             Operation::WeightedSum { terms } => {
-                ("weighted_sum", out, self.terms(terms)).into_pyobject(py)
+                ("weighted_sum", (self.terms(terms),).into_pyobject(py)?)
             }
             Operation::Elect { terms, average } => {
-                ("elect", out, self.terms(terms), *average).into_pyobject(py)
+                ("elect", (self.terms(terms), *average).into_pyobject(py)?)
             }
             Operation::Kept { a, chosen } => {
                 let threshold = ordinal_of_key(chosen.threshold, self.double);
-                ("kept", out, *a, threshold, chosen.equals_end).into_pyobject(py)
+                ("kept", (*a, threshold, chosen.equals_end).into_pyobject(py)?)
             }
-            Operation::Trim { a, chosen } => {
-                let threshold = ordinal_of_key(chosen.threshold, self.double);
-                ("trim", out, *a, threshold, chosen.equals_end).into_pyobject(py)
-            }
-            Operation::Random { keep_below, stream } => {
+            Operation::Random { mask: (stream, keep_below) } => {
                 let (key, stream) = self.mask_words(*stream);
-                ("random", out, *keep_below, key, stream).into_pyobject(py)
+                ("random", (*keep_below, key, stream).into_pyobject(py)?)
             }
-            Operation::Drop { a, keep_below, stream, scale } => {
-                let (key, stream) = self.mask_words(*stream);
-                ("drop", out, *a, *keep_below, key, stream, self.number(*scale)).into_pyobject(py)
+            Operation::LoadDifference { .. } | Operation::Trim { .. } | Operation::Drop { .. } => {
+                unreachable!("nothing is fused for a device")
             }
-        }
+        })
     }
 
     /// The key of a random mask, and the words of its counters that are the same for all.
@@ -228,45 +244,106 @@ impl<'py> Encoder<'_, 'py> {
 }
 
 /// A `torch_backend.Program`.
-struct TorchProgram<'a> {
-    program: Py<PyAny>,
-    double: bool,
-    host: Box<dyn Program + 'a>,
+struct TorchRun<'a> {
+    ready: Py<PyAny>,
+    program: &'a Program,
     failure: Failure,
 }
 
-impl TorchProgram<'_> {
-    /// Calls `method` with the step's elements and inputs and then `more`. What is lent is back
-    /// afterwards.
-    fn call<'py, M>(
-        &self,
-        py: Python<'py>,
-        method: &str,
-        step: &Step<'_>,
-        more: impl FnOnce(&mut Lent) -> PyResult<M>,
-    ) -> Result<()>
-    where
-        M: IntoIterator<Item = Bound<'py, PyAny>>,
-    {
-        let mut lent = Lent::default();
-        let called = (|| {
-            let Range { start, end } = step.elements;
-            let inputs = lend_inputs(py, &mut lent, step)?;
-            let first = [
-                start.into_pyobject(py)?.into_any(),
-                (end - start).into_pyobject(py)?.into_any(),
-                inputs,
-            ];
-            let arguments: Vec<_> = first.into_iter().chain(more(&mut lent)?).collect();
-            self.program.call_method1(py, method, PyTuple::new(py, arguments)?)
-        })();
-        let called = called.map_err(|exception| self.failure.note(py, exception));
-        if lent.is_back(py) {
-            called.map(drop)
-        } else {
-            Err(Error::internal("the torch backend kept memory that was lent to it"))
+impl Run for TorchRun<'_> {
+    /// Lends the step's inputs, and a buffer for each effect. What is lent is back afterwards.
+    fn run(&mut self, step: &Step<'_>, results: &mut Results<'_>) -> Result<()> {
+        let Range { start, end } = step.elements;
+        let segments = match self.program.along {
+            Along::Segments(length) => (end - start).div_ceil(length) as usize,
+            Along::Columns => 0,
+        };
+        let before = results.numbers.first().map_or(0, Vec::len);
+        results.numbers.iter_mut().for_each(|numbers| numbers.resize(before + segments, 0.0));
+        let mut counted: Vec<Vec<i64>> = self
+            .program
+            .searches
+            .iter()
+            .map(|interval| vec![0; 1 + segments + bins(interval)])
+            .collect();
+        Python::attach(|py| {
+            let mut lent = Lent::default();
+            let called = (|| {
+                let inputs = lend_inputs(py, &mut lent, step)?;
+                let vectors = step.vectors.iter().map(|vector| encode_vector(py, vector));
+                let vectors = vectors.collect::<PyResult<Vec<_>>>()?;
+                let skipped = if segments > 0 { before } else { 0 };
+                let mut buffers = Buffers {
+                    outputs: results.outputs.iter_mut().map(|output| Some(&mut **output)).collect(),
+                    numbers: results.numbers.iter_mut(),
+                    counted: counted.iter_mut(),
+                };
+                let mut found = Vec::new();
+                for effect in &self.program.effects {
+                    if let Some(bytes) = buffers.of(effect, skipped) {
+                        found.push(lent.writable(py, bytes)?);
+                    }
+                }
+                let arguments = (start, end - start, inputs, vectors, step.column, found);
+                self.ready.call_method1(py, "run", arguments)
+            })();
+            let called = called.map_err(|exception| self.failure.note(py, exception));
+            if lent.is_back(py) {
+                called.map(drop)
+            } else {
+                Err(Error::internal("the torch backend kept memory that was lent to it"))
+            }
+        })?;
+        let Along::Segments(segment) = self.program.along else { return Ok(()) };
+        let first = start / segment;
+        for (counts, counted) in results.counts.iter_mut().zip(counted) {
+            let counted: Vec<u64> = counted.into_iter().map(i64::cast_unsigned).collect();
+            counts.above += counted[0];
+            for (bin, count) in counts.bins.iter_mut().zip(&counted[1 + segments..]) {
+                *bin += *count as u32;
+            }
+            if counts.bins.is_empty() {
+                for (block, &high) in (first..).zip(&counted[1..=segments]) {
+                    counts.count(block, |_| Ends { above: 0, high, low: 0 });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Where effects put what they find, in their order.
+struct Buffers<'a, N, C> {
+    outputs: Vec<Option<&'a mut [u8]>>,
+    numbers: N,
+    counted: C,
+}
+
+impl<'a, N, C> Buffers<'a, N, C>
+where
+    N: Iterator<Item = &'a mut Vec<f64>>,
+    C: Iterator<Item = &'a mut Vec<i64>>,
+{
+    /// The bytes for `effect`; numbers begin behind those of earlier steps.
+    fn of(&mut self, effect: &Effect, before: usize) -> Option<&'a mut [u8]> {
+        match effect {
+            Effect::Store { output, .. } => self.outputs[*output].take(),
+            Effect::Reduce { .. } => {
+                self.numbers.next().map(|numbers| bytemuck::cast_slice_mut(&mut numbers[before..]))
+            }
+            Effect::Count { .. } => {
+                self.counted.next().map(|counted| bytemuck::cast_slice_mut(counted))
+            }
+            Effect::Copy { .. } | Effect::Keys { .. } | Effect::Fused(_) => None,
         }
     }
+}
+
+/// The axis of a vector, its first entry, and its numbers as bytes of f64.
+fn encode_vector<'py>(py: Python<'py>, vector: &Scalar) -> PyResult<Bound<'py, PyTuple>> {
+    let (axis, first, values) = vector.as_vector().expect("a vector is known at each step");
+    let axis = if axis == Scope::Column { "column" } else { "row" };
+    (axis, first, PyByteArray::new(py, bytemuck::cast_slice(values))).into_pyobject(py)
 }
 
 fn lend_inputs<'py>(
@@ -283,96 +360,10 @@ fn lend_inputs<'py>(
     Ok(PyList::new(py, inputs?)?.into_any())
 }
 
-impl Program for TorchProgram<'_> {
-    fn reduce(
-        &mut self,
-        step: &Step<'_>,
-        segment: u64,
-        layout: &Layout,
-        searches: &[SearchView],
-        tally: &mut Tally,
-    ) -> Result<()> {
-        let segments = (step.elements.end - step.elements.start).div_ceil(segment) as usize;
-        let mut counted: Vec<Vec<i64>> =
-            searches.iter().map(|search| vec![0; 1 + segments + search.bins]).collect();
-        Python::attach(|py| {
-            self.call(py, "reduce", step, |lent| {
-                let found = tally.sums.iter_mut().map(|sums| {
-                    let before = sums.len();
-                    sums.resize(before + segments, 0.0);
-                    &mut sums[before..]
-                });
-                let reductions = lend_results(py, lent, layout, found)?;
-                let views = searches.iter().zip(&mut counted).map(|(view, counted)| {
-                    let low = ordinal_of_key(view.low, self.double);
-                    let high = ordinal_of_key(view.high, self.double);
-                    let buffer = lent.writable(py, bytemuck::cast_slice_mut(counted))?;
-                    (low, high, view.shift, view.bins, buffer).into_pyobject(py)
-                });
-                let views = PyList::new(py, views.collect::<PyResult<Vec<_>>>()?)?;
-                Ok([segment.into_pyobject(py)?.into_any(), reductions, views.into_any()])
-            })
-        })?;
-        let first = step.elements.start / segment;
-        for (histogram, counted) in tally.counts.iter_mut().zip(counted) {
-            let counted: Vec<u64> = counted.into_iter().map(i64::cast_unsigned).collect();
-            histogram.above += counted[0];
-            for (block, &inside) in (first..).zip(&counted[1..=segments]) {
-                histogram.count(block, Counts { above: 0, inside });
-            }
-            for (bin, count) in histogram.bins.iter_mut().zip(&counted[1 + segments..]) {
-                *bin += *count as u32;
-            }
-        }
-        Ok(())
+/// What lies in an interval of one key is a bin too. No keys are kept: no memory is left for them.
+fn bins(interval: &Interval) -> usize {
+    match interval.look {
+        Look::Bins(bins) => bins,
+        Look::Keys => 1,
     }
-
-    fn columns(
-        &mut self,
-        step: &Step<'_>,
-        first: u64,
-        layout: &Layout,
-        sums: &mut [Vec<f64>],
-    ) -> Result<()> {
-        Python::attach(|py| {
-            self.call(py, "columns", step, |lent| {
-                let sums = sums.iter_mut().map(Vec::as_mut_slice);
-                let first = first.into_pyobject(py)?.into_any();
-                Ok([first, lend_results(py, lent, layout, sums)?])
-            })
-        })
-    }
-
-    fn combine(&mut self, step: &Step<'_>, outputs: &mut [Output<'_>]) -> Result<()> {
-        Python::attach(|py| {
-            self.call(py, "combine", step, |lent| {
-                let entry = |output: &mut Output<'_>| {
-                    let buffer = lent.writable(py, output.bytes)?;
-                    Ok((output.result, output.dtype.name(), buffer))
-                };
-                let outputs: PyResult<Vec<_>> = outputs.iter_mut().map(entry).collect();
-                Ok([PyList::new(py, outputs?)?.into_any()])
-            })
-        })
-    }
-
-    fn keys(&mut self, step: &Step<'_>) -> Result<Vec<Vec<u64>>> {
-        self.host.keys(step)
-    }
-}
-
-/// For each reduction its kind, its operands, and where its results go.
-fn lend_results<'py, 'a>(
-    py: Python<'py>,
-    lent: &mut Lent,
-    layout: &Layout,
-    results: impl Iterator<Item = &'a mut [f64]>,
-) -> PyResult<Bound<'py, PyAny>> {
-    type Operands = (ReductionKind, usize, Option<usize>);
-    let entry = |(&(kind, left, right), results): (&Operands, &'a mut [f64])| {
-        let buffer = lent.writable(py, bytemuck::cast_slice_mut(results))?;
-        (format!("{kind:?}"), left, right, buffer).into_pyobject(py)
-    };
-    let reductions: PyResult<Vec<_>> = layout.kinds.iter().zip(results).map(entry).collect();
-    Ok(PyList::new(py, reductions?)?.into_any())
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 
 use oxmerge::checkpoint::Checkpoint;
+use oxmerge::checkpoint::vocabulary::compare;
 use oxmerge::dtype::DType;
 use oxmerge::plan::InputFile;
 use tempfile::TempDir;
@@ -172,4 +173,41 @@ fn only_the_header_is_read() {
     let file = fs::File::options().write(true).open(&path).unwrap();
     file.set_len(8 + header.len() as u64 + (1 << 40)).unwrap();
     assert_eq!(Checkpoint::open(&path).unwrap().bytes(), 1 << 40);
+}
+
+#[test]
+fn a_tokenizer_is_bounded_whatever_it_says() {
+    let long = tempfile::tempdir().unwrap();
+    let path = long.path().join("tokenizer.json");
+    fs::File::create(&path).unwrap().set_len(65 << 20).unwrap();
+    let small = directory_of(&[("tokenizer.json", br#"{"model":{"vocab":{"a":0}}}"#)]);
+    let other = vec![small.path().join("tokenizer.json")];
+    let error = compare(&[path], &other, 9).unwrap_err();
+    assert!(error.to_string().contains("too long"), "{error}");
+
+    let tokens: Vec<_> = (0..=2 << 20).map(|id| format!(r#""{id}":{id}"#)).collect();
+    let text = format!("{{{}}}", tokens.join(","));
+    let many = directory_of(&[("vocab.json", text.as_bytes())]);
+    let files = vec![many.path().join("vocab.json")];
+    let error = compare(&files, &other, u64::MAX).unwrap_err();
+    assert!(error.to_string().contains("more than 2097152 tokens"), "{error}");
+    // Rows that are not there need no memory.
+    assert!(compare(&files, &other, 1).unwrap().is_some());
+}
+
+#[test]
+fn infinities_in_a_config_are_no_damage() {
+    let weights = file_with(&["a"]);
+    for (config, sound) in [
+        (r#"{"limit":[0.0,Infinity,-Infinity, NaN]}"#, true),
+        (r#"{"Infinity":"\" NaN","x":[NaN]}"#, true),
+        (r#"{"limit":[0.0,1Infinity]}"#, false),
+        (r#"{"limit":[NaNNaN]}"#, false),
+        (r#"{"limit":[nan]}"#, false),
+        (r#"{"limit":"\"#, false),
+    ] {
+        let directory =
+            directory_of(&[("model.safetensors", &weights), ("config.json", config.as_bytes())]);
+        assert_eq!(Checkpoint::open(directory.path()).is_ok(), sound, "{config}");
+    }
 }

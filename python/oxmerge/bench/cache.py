@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from oxmerge.bench.measure import UnavailableError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 _READ_BYTES = 8 << 20
+_WARM, _COLD = 0.99, 0.01  # shares in the page cache from which files are warm, up to which cold
 _WINDOW = 1 << 30  # bytes that are mapped at a time to be looked at
 
 
@@ -35,6 +38,24 @@ def drop(files: Iterable[Path]) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def bring(files: Sequence[Path], *, cached: bool) -> None:
+    """Bring files into or out of the page cache, and look whether that worked.
+
+    Raises
+    ------
+    UnavailableError
+        If that does not work here, or cannot be checked.
+    """
+    (warm if cached else drop)(files)
+    share = cached_share(files)
+    if share is None:
+        raise UnavailableError("what the page cache holds cannot be checked")
+    if cached and share < _WARM:
+        raise UnavailableError(f"only {share:.0%} of the bytes stay in the page cache")
+    if not cached and share > _COLD:
+        raise UnavailableError(f"{share:.0%} of the bytes stay in the page cache")
 
 
 def cached_share(files: Iterable[Path]) -> float | None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from oxmerge.bench.compare import remarks
+from oxmerge.bench.machine import warnings_of
 from oxmerge.bench.panels import panels
-from oxmerge.bench.table import heading, machine_lines, sections
+from oxmerge.bench.table import comparison, heading, machine_lines, sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from oxmerge.bench.panels import Bar, Panel
     from oxmerge.bench.record import Record
+    from oxmerge.bench.table import Section
 
-_WIDTH, _LABELS, _VALUES = 860, 300, 90
-_BAR, _STEP, _TITLE, _GAP = 14, 21, 30, 18
+_WIDTH, _LABELS, _VALUES = 720, 220, 96
+_BAR, _STEP, _TITLE, _AXIS, _GAP = 14, 21, 30, 20, 22
 _TOP = 74
 _KINDS = {
-    "yardstick": "copy, storage, floor (none of the engine's code)",
+    "yardstick": "memcpy, storage, others",
     "oxmerge": "oxmerge",
     "mergekit": "mergekit",
 }
@@ -27,10 +30,11 @@ _STYLE = """
 .back { fill: #ffffff; } text { fill: #1c2330; font: 13px system-ui, sans-serif; }
 .head { font-weight: 600; font-size: 17px; } .title { font-weight: 600; font-size: 14px; }
 .quiet { fill: #5b6472; } .whisker { stroke: #1c2330; stroke-width: 1.5; opacity: .65; }
+.grid { stroke: #8886; } .roof { stroke: #1c2330; stroke-width: 2.5; }
 .yardstick { fill: #7d8899; } .oxmerge { fill: #2563eb; } .mergekit { fill: #d97706; }
 @media (prefers-color-scheme: dark) {
   .back { fill: #14181f; } text { fill: #e6e9ef; } .quiet { fill: #a0a9b8; }
-  .whisker { stroke: #e6e9ef; }
+  .whisker, .roof { stroke: #e6e9ef; }
   .yardstick { fill: #7a879b; } .oxmerge { fill: #5b93ff; } .mergekit { fill: #f0a040; }
 }
 """
@@ -39,8 +43,10 @@ _PAGE_STYLE = """
 body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif;
   color: #1c2330; background: #fff; }
 @media (prefers-color-scheme: dark) { body { color: #e6e9ef; background: #14181f; } }
-svg { max-width: 100%; height: auto; } table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
-.wide { overflow-x: auto; } h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; }
+svg { max-width: 100%; min-width: 34rem; height: auto; }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
+.wide { overflow-x: auto; } .doubtful { border-left: 4px solid #d97706; padding-left: .8rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; }
 th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #8884;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
@@ -55,7 +61,7 @@ def svg(record: Record) -> str:
     top = _TOP
     for panel in groups:
         body += _panel(panel, top)
-        top += _TITLE + _STEP * len(panel.bars) + _GAP
+        top += _TITLE + _STEP * len(panel.bars) + _AXIS + _GAP
     return "\n".join(
         [
             (
@@ -72,8 +78,8 @@ def svg(record: Record) -> str:
     )
 
 
-def page(record: Record) -> str:
-    """Return chart, tables and notes as one HTML page."""
+def page(record: Record, old: Record | None = None) -> str:
+    """Return chart, tables and notes as one HTML page, and what changed since an old record."""
     title = escape(heading(record))
     lines = [
         "<!DOCTYPE html>",
@@ -82,14 +88,23 @@ def page(record: Record) -> str:
         f"<title>{title}</title><style>{_PAGE_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
         _list(machine_lines(record)),
-        svg(record),
     ]
+    doubts = warnings_of(record.machine)
+    if doubts:
+        lines.append(f'<div class="doubtful">{_list(doubts)}</div>')
+    if old is not None:
+        lines += [*_section(comparison(old, record)), _list(list(remarks(old, record)))]
+    lines += ['<div class="wide">', svg(record), "</div>"]
     for section in sections(record):
-        lines += [f"<h2>{escape(section.title)}</h2>", '<div class="wide"><table>']
-        lines.append(_cells("th", section.head))
-        lines += [_cells("td", row) for row in section.rows]
-        lines.append("</table></div>")
+        lines += _section(section)
     return "\n".join([*lines, _list(record.notes), "</body></html>", ""])
+
+
+def _section(section: Section) -> Iterator[str]:
+    yield f'<h2>{escape(section.title)}</h2><div class="wide"><table>'
+    yield _cells("th", section.head)
+    yield from (_cells("td", row) for row in section.rows)
+    yield "</table></div>"
 
 
 def _legend(shown: set[str]) -> Iterator[str]:
@@ -100,15 +115,23 @@ def _legend(shown: set[str]) -> Iterator[str]:
         yield f'<rect class="{kind}" x="{left}" y="46" width="12" height="12" rx="2"/>'
         yield f'<text class="quiet" x="{left + 18}" y="57">{escape(text)}</text>'
         left += 42 + 7 * len(text)
-    text = "longer is better; lines: quartiles"
+    text = "GB/s; thin lines: quartiles"
     yield f'<text class="quiet" x="{_WIDTH - 16}" y="57" text-anchor="end">{text}</text>'
 
 
 def _panel(panel: Panel, top: int) -> Iterator[str]:
     yield f'<text class="title" x="16" y="{top + 16}">{escape(panel.title)}</text>'
     scale = (_WIDTH - _LABELS - _VALUES - 16) / panel.most
+    first, end = top + _TITLE, top + _TITLE + _STEP * len(panel.bars)
+    for tick in panel.ticks:
+        x = _LABELS + scale * tick
+        yield f'<path class="grid" d="M{x:.1f} {first - 4}V{end}"/>'
+        yield f'<text class="quiet" x="{x:.1f}" y="{end + 15}" text-anchor="middle">{tick:g}</text>'
+    if panel.line is not None:
+        x, text = _WIDTH - 16, f"| {escape(panel.line)}; % of it"
+        yield f'<text class="quiet" x="{x}" y="{end + 15}" text-anchor="end">{text}</text>'
     for number, bar in enumerate(panel.bars):
-        yield from _bar(bar, top + _TITLE + _STEP * number, scale)
+        yield from _bar(bar, first + _STEP * number, scale)
 
 
 def _bar(bar: Bar, top: int, scale: float) -> Iterator[str]:
@@ -122,6 +145,10 @@ def _bar(bar: Bar, top: int, scale: float) -> Iterator[str]:
     )
     yield f'<path class="whisker" d="M{low:.1f} {middle}H{high:.1f}"/>'
     end = max(high, _LABELS + length)
+    if bar.line is not None:
+        roof = _LABELS + scale * bar.line
+        yield f'<path class="roof" d="M{roof:.1f} {top - 2}V{top + _BAR + 2}"/>'
+        end = max(end, roof)
     yield f'<text class="quiet" x="{end + 8:.1f}" y="{top + 12}">{escape(bar.text)}</text>'
 
 

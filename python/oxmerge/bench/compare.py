@@ -22,6 +22,7 @@ LEAST = 0.03
 RUNS = 3
 
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "same", "too few runs"
+_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +70,51 @@ def compare(old: Record, new: Record) -> list[Comparison]:
 
 
 def remarks(old: Record, new: Record) -> Iterator[str]:
-    """Yield what to keep in mind: other machines, rows that could not be compared."""
+    """Yield what to keep in mind: other machines, and why rows could not be compared."""
     for name in ("cpu", "cores", "simd", "kernel", "file_system", "python", "numpy", "oxmerge"):
         then, now = old.machine.get(name), new.machine.get(name)
         if then != now:
             yield f"{name.replace('_', ' ')} differs: {then} then, {now} now"
-    compared = len(compare(old, new))
-    for record, when in ((old, "old"), (new, "new")):
-        alone = len(record.rows) - compared
-        if alone:
-            yield f"{alone} of {len(record.rows)} rows of the {when} record are not in the other"
+    yield from _alone(old, new, "old", ("then", "now"))
+    yield from _alone(new, old, "new", ("now", "then"))
+
+
+def _alone(record: Record, other: Record, which: str, when: tuple[str, str]) -> Iterator[str]:
+    """Yield why rows have no partner in the other record, a reason a line."""
+    reasons: dict[str, list[str]] = {}
+    for row in record.rows:
+        reason = _why_alone(row, record, other, when)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(row.title)
+    for reason, titles in reasons.items():
+        more = f" and {len(titles) - _NAMED} more" if len(titles) > _NAMED else ""
+        rows = "1 row" if len(titles) == 1 else f"{len(titles)} rows"
+        named = "; ".join(titles[:_NAMED])
+        yield f"{rows} of the {which} record not compared, {reason}: {named}{more}"
+
+
+def _why_alone(row: Row, record: Record, other: Record, when: tuple[str, str]) -> str | None:
+    """Return why a row has no partner, or None where it has one."""
+    here, there = when
+    partner = next((each for each in other.rows if each.key == row.key), None)
+    alike = [each for each in other.rows if each.part == row.part]
+    named = [each for each in alike if each.key[1:4] == row.key[1:4]]
+    sizes = (record.settings["size"], other.settings["size"])
+    if partner is not None and _same_work(partner, row):
+        return None
+    if not alike:
+        why = f"the part `{row.part}` was not measured {there}"
+    elif not named:
+        why = f"it was not measured {there}"
+    elif partner is None and row.part == "simd":
+        why = f"{row.simd} was not measured {there}"
+    elif partner is None:
+        why = f"it ran with {', '.join(str(each.threads) for each in named)} threads {there}"
+    elif row.part in {"merge", "sweep"} and sizes[0] != sizes[1]:
+        why = f"the models were of size {sizes[1]} {there} and {sizes[0]} {here}"
+    else:
+        why = f"another number of bytes was moved {there}"
+    return f"since {why}"
 
 
 def _same_work(old: Row, new: Row) -> bool:

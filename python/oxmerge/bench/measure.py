@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from oxmerge.sizes import format_duration
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from oxmerge.bench.record import Row
 
@@ -26,7 +28,7 @@ class Taken:
         By the clock of whoever knows best when the work began and ended.
     process_seconds, peak_memory
         Of the whole process, where the run was one.
-    threads, simd
+    threads, simd, predicted_memory
         What it said of itself, where it did.
     """
 
@@ -35,9 +37,10 @@ class Taken:
     peak_memory: int | None = None
     threads: int | None = None
     simd: str | None = None
+    predicted_memory: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """Something to measure.
 
@@ -52,7 +55,7 @@ class Job:
     warm_up
         Whether to run it once before it counts.
     rounds
-        At most so many, where each takes long.
+        At most so many, the last ones, where each takes long.
     """
 
     row: Row
@@ -60,6 +63,36 @@ class Job:
     prepare: Callable[[], None] | None = None
     warm_up: bool = False
     rounds: int | None = None
+    taken: list[Taken] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+
+    def runs_in(self, number: int, rounds: int) -> bool:
+        """Return whether it runs in a round; the one before the first is for warming up."""
+        return self.warm_up if number < 0 else number >= rounds - (self.rounds or rounds)
+
+    def once(self, *, counts: bool) -> None:
+        """Prepare and run it."""
+        started = time.perf_counter()
+        if self.prepare is not None:
+            self.prepare()
+        done = self.run()
+        self.busy.append(time.perf_counter() - started)
+        if counts:
+            self.taken.append(done)
+
+    def filled(self) -> Row:
+        """Return the row with what was measured."""
+        runs = self.taken
+        processes = tuple(run.process_seconds for run in runs if run.process_seconds is not None)
+        return replace(
+            self.row,
+            seconds=tuple(run.seconds for run in runs),
+            process_seconds=processes,
+            peak_memory=max((run.peak_memory for run in runs if run.peak_memory), default=None),
+            predicted_memory=runs[0].predicted_memory,
+            threads=self.row.threads or runs[0].threads,
+            simd=self.row.simd or runs[0].simd,
+        )
 
 
 def timed(work: Callable[[], object]) -> Callable[[], Taken]:
@@ -74,7 +107,7 @@ def timed(work: Callable[[], object]) -> Callable[[], Taken]:
 
 
 def measure(
-    jobs: Iterable[Job], rounds: int, say: Callable[[str], None]
+    jobs: Sequence[Job], rounds: int, say: Callable[[str], None]
 ) -> tuple[list[Row], list[str]]:
     """Run every job `rounds` times, one after the other in each round.
 
@@ -85,44 +118,36 @@ def measure(
     rounds
         Runs of each that count.
     say
-        Told what is measured now.
+        Told what is measured now, and how long the rest will take.
 
     Returns
     -------
     rows, notes
         A row for each job, and a note for each that cannot run here.
     """
-    waiting = list(jobs)
-    taken: dict[int, list[Taken]] = {}
-    notes: list[str] = []
-    for number in range(-1, rounds):
-        for job in list(waiting):
-            if number >= (rounds if job.rounds is None else job.rounds):
-                continue
-            if number < 0 and not job.warm_up:
-                continue
-            turn = "warm-up" if number < 0 else f"round {number + 1} of {rounds}"
-            say(f"{job.row.title} ({turn})")
-            try:
-                if job.prepare is not None:
-                    job.prepare()
-                done = job.run()
-            except UnavailableError as reason:
-                notes.append(f"{job.row.title}: not measured: {reason}")
-                waiting.remove(job)
-                continue
-            if number >= 0:
-                taken.setdefault(id(job), []).append(done)
-    return [_filled(job.row, taken[id(job)]) for job in waiting if id(job) in taken], notes
-
-
-def _filled(row: Row, runs: list[Taken]) -> Row:
-    processes = tuple(run.process_seconds for run in runs if run.process_seconds is not None)
-    return replace(
-        row,
-        seconds=tuple(run.seconds for run in runs),
-        process_seconds=processes,
-        peak_memory=max((run.peak_memory for run in runs if run.peak_memory), default=None),
-        threads=row.threads or runs[0].threads,
-        simd=row.simd or runs[0].simd,
+    turns = [
+        (number, job) for number in range(-1, rounds) for job in jobs if job.runs_in(number, rounds)
+    ]
+    notes: dict[int, str] = {}
+    for at, (number, job) in enumerate(turns):
+        if id(job) in notes:
+            continue
+        turn = "warm-up" if number < 0 else f"round {number + 1} of {rounds}"
+        ahead = [each for _, each in turns[at:] if id(each) not in notes]
+        say(f"{turn}, {time_left(ahead)}: {job.row.title}")
+        try:
+            job.once(counts=number >= 0)
+        except UnavailableError as reason:
+            notes[id(job)] = f"{job.row.title}: not measured: {reason}"
+    return [job.filled() for job in jobs if job.taken and id(job) not in notes], list(
+        notes.values()
     )
+
+
+def time_left(ahead: Sequence[Job]) -> str:
+    """Return how long these runs take, by how long earlier ones of the same jobs took."""
+    known = [sum(job.busy) / len(job.busy) for job in ahead if job.busy]
+    first = len(ahead) - len(known)
+    if not known or first > len(known):
+        return f"{len(ahead)} runs left"
+    return f"{'more than ' if first else 'about '}{format_duration(sum(known))} left"

@@ -1,8 +1,8 @@
-"""End to end: merges of checkpoints on the disk, beside the floor and beside other programs.
+"""Merges of checkpoints on the disk, beside the floor and beside other programs.
 
 Every merge is a process of its own, so its peak memory is that of the merge alone. The engine's
-seconds go from the first read to the last flush; those of its process are kept too. Other programs
-have only the latter, and what they leave unflushed is flushed on their clock.
+seconds go from the first open to the last fsync, as the floor's do; those of its process are kept
+too. Other programs have only the latter, and what they leave unflushed is flushed on their clock.
 """
 
 from __future__ import annotations
@@ -10,144 +10,247 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from oxmerge.bench.cases import cases
-from oxmerge.bench.floor import Floor
-from oxmerge.bench.machine import cores
+import numpy as np
+
+import oxmerge
+from oxmerge.bench import cache
+from oxmerge.bench.cases import COLD, MANY, SPREADS, SWEPT, with_far
 from oxmerge.bench.measure import Job, Taken, UnavailableError
-from oxmerge.bench.process import run_process
+from oxmerge.bench.programs import oxmerge as run_oxmerge
 from oxmerge.bench.record import Row
-from oxmerge.bench.storage import check_state
+from oxmerge.bench.storage import Floor
+from oxmerge.bench.transfer import Transfer
+from oxmerge.demo import SIZES, make_demo
+from oxmerge.sizes import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
-    from typing import Any
 
     from oxmerge.bench.cases import Case
-    from oxmerge.bench.others import Mergekit
+    from oxmerge.bench.crew import Crews
+    from oxmerge.bench.programs import Mergekit
+    from oxmerge.bench.transfer import Way
 
-COLD_METHODS = ("linear", "ties")
-"""Methods that are measured with cold inputs too; warm ones are for all."""
+SWEEP_OUTPUTS = 9
+EXPERTS = ("experts", "experts-twice")
+SPARSE = "experts-671b"
+_MANY_ROUNDS = 3
 
 
+@dataclass
 class Merges:
-    """The merges of a base and its fine-tunes.
+    """Makes jobs of merges.
 
-    Parameters
+    Attributes
     ----------
     folder
-        Where recipes and outputs go.
-    models
-        Directories of the models, the base first.
-    methods
-        The engine's table of methods.
+        Where models, recipes and outputs go.
+    cases
+        One of each method.
     mergekit
         Who else does the same.
+    crews
+        Whose threads are the floor's.
     say
         Told what is done now.
+    notes
+        What a reader of the record should know; more of them when the jobs have run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        models: Sequence[Path],
-        methods: Iterable[Mapping[str, Any]],
-        mergekit: Mergekit | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.folder = folder
-        self.models = models
-        self.cases = list(cases(methods))
-        self.mergekit = mergekit
-        self.say = say
-        self.notes: list[str] = []
+    folder: Path
+    cases: Sequence[Case]
+    mergekit: Mergekit | None
+    crews: Crews
+    say: Callable[[str], None]
+    notes: list[str] = field(default_factory=list)
+    _models: dict[str, Sequence[Path]] = field(default_factory=dict)
+    _ways: dict[str, Way | None] = field(default_factory=dict)
 
-    def jobs(self) -> Iterator[Job]:
-        """Yield every merge with warm inputs, and some with cold ones."""
+    def of_methods(self, size: str) -> Iterator[Job]:
+        """Yield a merge by each method, some with cold inputs and with far fine-tunes too."""
+        models = self._made(size)
+        found = list(with_far(self.cases))
         for state in ("warm", "cold"):
-            floors: dict[int, list[Job]] = {}
+            for case in found:
+                if state == "warm" or case.method in COLD:
+                    yield from self._of(_Merge(self, case, case.name, case.of(models), state))
+
+    def of_sweeps(self, size: str) -> Iterator[Job]:
+        """Yield sweeps: several outputs in one pass."""
+        models = self._made(size)
+        for case in self.cases:
+            if case.method in SWEPT:
+                name = f"{case.method}, {SWEEP_OUTPUTS} outputs"
+                swept = f"{SWEPT[case.method]}=0.1:0.9:{SWEEP_OUTPUTS}"
+                merge = _Merge(self, case, name, case.of(models), "warm", swept=swept)
+                yield from self._of(merge, part="sweep")
+
+    def of_many_tensors(self) -> Iterator[Job]:
+        """Yield plans and merges of the layout of DeepSeek-V3, and a plan of its real sizes."""
+        for size in (*EXPERTS, SPARSE):
+            models = self._made(size, SPREADS[:2])
+            tensors = sum(1 for _ in SIZES[size].tensors())
             for case in self.cases:
-                if state == "cold" and case.method not in COLD_METHODS:
+                if case.method not in MANY:
                     continue
-                if case.models not in floors:
-                    floors[case.models] = self._floor(case, state)
-                yield from self._of(case, state, floors[case.models])
+                # Three models in all, with or without a base.
+                given = replace(case, models=3, each=(*case.each, *case.each)[: 3 - case.has_base])
+                name = (
+                    f"{case.method}, {'real sizes' if size == SPARSE else f'{tensors:,} tensors'}"
+                )
+                merge = _Merge(self, given, name, models, "warm", tensors=tensors)
+                recipe = merge.recipe()
+                yield Job(
+                    replace(merge.row("tensors"), name=f"plan of {name}"),
+                    lambda recipe=recipe: self._plan(recipe),  # type: ignore[misc]
+                    rounds=_MANY_ROUNDS,
+                )
+                if size != SPARSE:
+                    for job in self._of(merge, part="tensors"):
+                        job.rounds = job.rounds or _MANY_ROUNDS
+                        yield job
 
-    def _of(self, case: Case, state: str, floor: list[Job]) -> Iterator[Job]:
-        recipe = self.folder / f"{case.method}.yml"
-        recipe.write_text(case.recipe([str(path) for path in self._models(case)]), encoding="utf-8")
-        files = self._files(case)
-        read = sum(path.stat().st_size for path in files)
-        row = Row("merge", case.method, "oxmerge", state, read, read // case.models)
-        for job in floor:
-            yield replace(job, row=replace(job.row, name=case.method))
-        yield Job(row, lambda: self._merge(recipe), self._preparing(files, state))
-        if self.mergekit is not None and state == "warm":
-            yield self._mergekit_job(self.mergekit, recipe, row, files)
+    def _of(self, merge: _Merge, part: str = "merge") -> Iterator[Job]:
+        row = merge.row(part)
+        yield from self._floor(merge, row)
+        yield Job(row, merge.by_oxmerge, lambda: merge.prepare(merge.output))
+        if self.mergekit is not None and merge.swept is None and merge.state == "warm":
+            yield Job(
+                replace(row, by="mergekit"),
+                merge.by_mergekit,
+                lambda: merge.prepare(merge.theirs),
+                rounds=1,
+            )
 
-    def _merge(self, recipe: Path) -> Taken:
-        command = [
-            sys.executable,
-            "-m",
-            "oxmerge",
-            "merge",
-            recipe.name,
-            "out",
-            "--json",
+    def _floor(self, merge: _Merge, row: Row) -> Iterator[Job]:
+        """Yield the floor of a merge, unless it has none; one that is alike has the same way."""
+        first = merge.files_of(merge.models[0])
+        sizes = [path.stat().st_size for path in first]
+        outputs = [
+            [self.folder / f"floor-{number}-{path.name}" for path in first]
+            for number in range(merge.outputs)
         ]
-        done = run_process(command, self.folder)
-        report = json.loads(done.output)
+        transfer = Transfer(sizes, [merge.files_of(model) for model in merge.models], outputs)
+        floor = Floor(transfer, lambda: merge.prepare(merge.output), self.crews)
+        count, outputs_in = len(merge.models), f", {merge.outputs} outputs" * (merge.outputs > 1)
+        words = f"{count} x {format_size(sum(sizes))}, {merge.state}{outputs_in}"
+        if words not in self._ways:
+            try:
+                way = floor.best_way(cold=merge.state == "cold", say=self.say)
+                self.notes.append(f"floor of {words}: {way.words}")
+                self._ways[words] = way
+            except UnavailableError as reason:
+                self.notes.append(f"no floor of {words}: {reason}")
+                self._ways[words] = None
+        found = self._ways[words]
+        if found is not None:
+            made = replace(row, by="floor", threads=found.threads)
+            yield Job(made, floor.ready(found), floor.prepare)
+
+    def _made(self, size: str, spreads: Sequence[float] = SPREADS) -> Sequence[Path]:
+        """Return the models of a size, made when they are first asked for."""
+        if size not in self._models:
+            self.say(f"making models of size {size}")
+            self._models[size] = make_demo(self.folder / size, size, spreads=spreads).models
+        return self._models[size]
+
+    def _plan(self, recipe: Path) -> Taken:
+        done = run_oxmerge(self.folder, "plan", recipe.name)
+        said = json.loads(done.output)
+        return Taken(done.seconds, done.seconds, done.peak_memory, said["threads"])
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One merge: what it reads and writes, and who does it."""
+
+    bench: Merges
+    case: Case
+    name: str
+    models: Sequence[Path]
+    state: str
+    swept: str | None = None
+    tensors: int | None = None
+
+    @property
+    def outputs(self) -> int:
+        return 1 if self.swept is None else SWEEP_OUTPUTS
+
+    @property
+    def output(self) -> Path:
+        return self.bench.folder / "out"
+
+    @property
+    def theirs(self) -> Path:
+        return self.bench.folder / "theirs"
+
+    def files_of(self, model: Path) -> list[Path]:
+        return sorted(model.glob("*.safetensors"))
+
+    def row(self, part: str) -> Row:
+        size = sum(path.stat().st_size for path in self.files_of(self.models[0]))
+        row = Row(part, self.name, "oxmerge", self.state, size * len(self.models), size)
+        return replace(row, bytes_written=size * self.outputs, tensors=self.tensors)
+
+    def recipe(self) -> Path:
+        """Write the recipe, and return where it is."""
+        path = self.bench.folder / f"{self.name.replace(' ', '-')}.yml"
+        path.write_text(self.case.recipe([str(each) for each in self.models]), encoding="utf-8")
+        return path
+
+    def prepare(self, output: Path) -> None:
+        """Remove what the run before left, and bring the inputs into their state."""
+        shutil.rmtree(output, ignore_errors=True)
+        os.sync()
+        files = [path for model in self.models for path in self.files_of(model)]
+        cache.bring(files, cached=self.state == "warm")
+
+    def by_oxmerge(self) -> Taken:
+        recipe = self.recipe().name
+        if self.swept is None:
+            done = run_oxmerge(self.bench.folder, "merge", recipe, "out")
+            report = json.loads(done.output)
+        else:
+            words = ("sweep", recipe, "out/{n}", "--set", self.swept)
+            done = run_oxmerge(self.bench.folder, *words)
+            report = json.loads(done.output)["merges"][0]
         return Taken(
-            report["seconds"], done.seconds, done.peak_memory, report["threads"], report["simd"]
+            report["seconds"],
+            done.seconds,
+            done.peak_memory,
+            report["threads"],
+            report["simd"],
+            report["predicted_memory"],
         )
 
-    def _mergekit_job(self, mergekit: Mergekit, recipe: Path, row: Row, files: list[Path]) -> Job:
-        return Job(
-            replace(row, by="mergekit"),
-            lambda: mergekit.run(recipe, self.folder / "out"),
-            self._preparing(files, row.state),
-            rounds=1,
-        )
+    def by_mergekit(self) -> Taken:
+        assert self.bench.mergekit is not None
+        taken = self.bench.mergekit.run(self.recipe(), self.theirs)
+        if not self.case.is_random:
+            said = _agreement(self.output, self.theirs)
+            self.bench.notes.append(f"{self.name}: beside mergekit, {said}")
+        shutil.rmtree(self.theirs)
+        return taken
 
-    def _floor(self, case: Case, state: str) -> list[Job]:
-        files = self._files(case)
-        count = len(files) // case.models
-        models = [files[start : start + count] for start in range(0, len(files), count)]
-        floor = Floor(models, self.folder / "floor")
-        prepare = self._preparing(files, state)
-        try:
-            way = floor.best_way(prepare, cores(), cold=state == "cold", say=self.say)
-        except UnavailableError as reason:
-            self.notes.append(f"merge, {state}: no floor: {reason}")
-            return []
-        self.notes.append(f"floor of {case.models} models, {state}: {way.words}")
-        row = Row("merge", "", "floor", state, floor.bytes_read, floor.bytes_written, way.threads)
 
-        def run() -> Taken:
-            floor.clear()
-            return floor.run(way)
+def _agreement(ours: Path, theirs: Path) -> str:
+    """Return how far two merged models of bfloat16 are from each other.
 
-        return [Job(row, run, prepare)]
-
-    def _preparing(self, files: Sequence[Path], state: str) -> Callable[[], None]:
-        def prepare() -> None:
-            shutil.rmtree(self.folder / "out", ignore_errors=True)
-            os.sync()
-            check_state(files, cached=state == "warm")
-
-        return prepare
-
-    def _models(self, case: Case) -> Sequence[Path]:
-        """Return the models of a case; without a base, only fine-tunes are merged."""
-        first = 0 if case.has_base else 1
-        return self.models[first : first + case.models]
-
-    def _files(self, case: Case) -> list[Path]:
-        """Return the weight files of all models of a case."""
-        return [
-            path for model in self._models(case) for path in sorted(model.glob("*.safetensors"))
-        ]
+    mergekit rounds within its formulas, and oxmerge once, so some elements differ.
+    """
+    equal = total = 0
+    largest = 0.0
+    try:
+        with oxmerge.open(ours) as one, oxmerge.open(theirs) as other:
+            for name in one:
+                bits = [each[name][...].view(np.uint16) for each in (one, other)]
+                first, second = ((each.astype(np.uint32) << 16).view(np.float32) for each in bits)
+                largest = max(largest, float(np.abs(first - second).max()))
+                equal, total = equal + int(np.sum(bits[0] == bits[1])), total + bits[0].size
+    except (oxmerge.OxmergeError, LookupError, TypeError, ValueError) as error:
+        return f"the outputs could not be compared: {error}"
+    return f"{equal / total:.4%} of the elements are equal, the largest difference {largest:.2g}"

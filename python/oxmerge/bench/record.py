@@ -4,20 +4,23 @@ A record is a JSON object:
 
 - ``schema``: always ``"oxmerge-bench"``; ``version``: of the schema, 1. A change that breaks
   readers makes it 2; keys may be added at any time.
-- ``created``: UTC, ISO 8601. ``machine``: see `oxmerge.bench.machine.describe`.
+- ``created``: UTC, ISO 8601. ``machine``: see `oxmerge.bench.machine`; ``busy_elsewhere`` and
+  ``stolen`` are cores that other programs and the host kept busy meanwhile.
 - ``settings``: ``size`` of the merged models, ``elements`` of the arrays, ``storage_bytes`` of the
   file, ``rounds``.
 - ``notes``: what could not be measured, and what else a reader should know.
 - ``rows``: one for each thing measured:
 
-  ``part`` (`oxmerge.bench.PARTS`), ``name`` (what is done), ``by`` (who does it: ``numpy``,
-  ``system``, ``oxmerge``, ``floor``, ``mergekit``), ``state`` (where the bytes are: ``memory``,
-  ``warm``, ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody tells) say what
-  it is. No two rows of a record agree in all of these.
+  ``part`` (`oxmerge.bench.PARTS`), ``name`` (what is done), ``by`` (who does it: ``memcpy``,
+  ``system``, ``oxmerge``, ``floor``, ``mergekit``, ...), ``state`` (where the bytes are:
+  ``memory``, ``warm``, ``cold``, ``direct``, ...), ``threads`` and ``simd`` (null where nobody
+  tells) say what it is. No two rows of a record agree in all of these.
   ``bytes_read`` and ``bytes_written`` are those of one run: every input byte once, every output
-  byte once. ``elements`` are those of the output, or null.
-  ``seconds`` has every run. ``process_seconds`` are those of whole processes, where they were some.
-  ``peak_memory`` is the largest resident set of those, in bytes, or null.
+  byte once, however often a method reads. ``elements`` are those of the output, ``tensors`` those
+  of a model, or null.
+  ``seconds`` has every run: of merges from the first open to the last fsync.
+  ``process_seconds`` are those of whole processes, where they were some. ``peak_memory`` is the
+  largest resident set of those, in bytes, ``predicted_memory`` what they predicted, or null.
   ``median_seconds``, ``quartile_seconds``, ``gb_per_s``, ``elements_per_s``, ``share_of_memcpy``,
   ``times_floor`` follow from the others and are there for people; they are not read back.
 """
@@ -35,7 +38,7 @@ from oxmerge.bench import PARTS
 from oxmerge.errors import OxmergeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 SCHEMA = "oxmerge-bench"
 VERSION = 1
@@ -43,35 +46,31 @@ VERSION = 1
 _GIGA = 1e9
 _MOST = 1 << 63
 
-# What readers need, by type. More may be there.
-_RECORD = {"created": str, "machine": dict, "settings": dict, "notes": list, "rows": list}
-_MACHINE = {
-    "cpu": str,
-    "cores": int,
-    "virtual": bool,
-    "caches": dict,
-    "memory_bytes": int,
-    "kernel": str,
-    "file_system": str,
-    "load_average": float,
-    "python": str,
-    "numpy": str,
-    "oxmerge": str,
-    "simd": str,
-    "simd_available": list,
+# What readers need, by type; a list says what is in it, `None` beside a type that it may lack.
+_KINDS: dict[str, dict[str, Any]] = {
+    "the record": {"created": str, "machine": dict, "settings": dict, "notes": [str], "rows": list},
+    "`machine`": {
+        **dict.fromkeys(("cpu", "kernel", "file_system", "python", "numpy", "oxmerge"), str),
+        "simd": str,
+        "simd_available": [str],
+        "cores": int,
+        "virtual": bool,
+        "caches": dict,
+        "memory_bytes": int,
+        "load_average": float,
+    },
+    "`settings`": {"size": str, "rounds": int, "elements": int, "storage_bytes": int},
+    "a row": {
+        **dict.fromkeys(("part", "name", "by", "state"), str),
+        **dict.fromkeys(("bytes_read", "bytes_written"), int),
+        **dict.fromkeys(("threads", "elements", "peak_memory"), (int, None)),
+        **dict.fromkeys(("predicted_memory", "tensors"), (int, None)),
+        "simd": (str, None),
+        "seconds": [float],
+        "process_seconds": [float],
+    },
 }
-_SETTINGS = {"size": str, "rounds": int, "elements": int, "storage_bytes": int}
-_ROW = {
-    "part": str,
-    "name": str,
-    "by": str,
-    "state": str,
-    "bytes_read": int,
-    "bytes_written": int,
-    "seconds": list,
-    "process_seconds": list,
-}
-_ROW_OR_NULL = {"threads": int, "simd": str, "elements": int, "peak_memory": int}
+_OWN_THREADS = ("merge", "sweep", "tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +89,8 @@ class Row:
     seconds: tuple[float, ...] = ()
     process_seconds: tuple[float, ...] = ()
     peak_memory: int | None = None
+    predicted_memory: int | None = None
+    tensors: int | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str, int | None, str | None]:
@@ -98,9 +99,14 @@ class Row:
         A merge chooses its threads itself, and instruction sets are asked for in one part only;
         elsewhere they are a result.
         """
-        threads = None if self.part == "merge" else self.threads
+        threads = None if self.part in _OWN_THREADS else self.threads
         simd = self.simd if self.part == "simd" else None
         return (self.part, self.name, self.by, self.state, threads, simd)
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether it is a plan, which moves no bytes."""
+        return self.name.startswith("plan of ")
 
     @property
     def title(self) -> str:
@@ -118,6 +124,11 @@ class Row:
     def median(self) -> float:
         """Median of the seconds."""
         return statistics.median(self.seconds)
+
+    @property
+    def process_median(self) -> float:
+        """Median of the seconds of whole processes, where it was one."""
+        return statistics.median(self.process_seconds or self.seconds)
 
     @property
     def quartiles(self) -> tuple[float, float]:
@@ -150,12 +161,26 @@ class Record:
         default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     )
 
-    def share_of_memcpy(self, row: Row) -> float | None:
-        """Return a row's rate by that of a copy in memory with as many threads."""
-        if row.state != "memory" or row.by == "numpy":
+    def memcpy_seconds(self, row: Row) -> float | None:
+        """Return how long copies take that read and write as much, with as many threads.
+
+        What is both read and written is a copy; the rest is reads or writes alone. Older records
+        have only the copy.
+        """
+        if row.state != "memory" or row.part == "memory":
             return None
-        copies = (each for each in self.rows if each.part == "memory" and each.by == "numpy")
-        return next((row.rate / each.rate for each in copies if each.threads == row.threads), None)
+        alike = [each for each in self.rows if (each.part, each.threads) == ("memory", row.threads)]
+        rates = {each.name: each.rate for each in alike}
+        if "copy" not in rates:
+            return None
+        both = min(row.bytes_read, row.bytes_written)
+        moved = {"copy": 2 * both, "read": row.bytes_read - both, "write": row.bytes_written - both}
+        return sum(size / rates.get(name, rates["copy"]) for name, size in moved.items())
+
+    def share_of_memcpy(self, row: Row) -> float | None:
+        """Return how near a row comes to copies that read and write as much."""
+        seconds = self.memcpy_seconds(row)
+        return None if seconds is None else seconds / row.median
 
     def beside(self, row: Row, by: str) -> Row | None:
         """Return the row in which someone else does the same."""
@@ -235,51 +260,51 @@ def read_record(path: str) -> Record:
 
 def _read(data: Mapping[str, Any]) -> Record:
     """Return the record; `ValueError` says what is amiss."""
-    _check(data, _RECORD, "the record")
-    machine, settings, notes = data["machine"], data["settings"], data["notes"]
-    _check(machine, _MACHINE, "`machine`")
-    _check(machine["caches"], dict.fromkeys(machine["caches"], int), "`caches`")
-    _check_all(machine["simd_available"], str, "`simd_available`")
-    _check(settings, _SETTINGS, "`settings`")
-    _check_all(notes, str, "`notes`")
-    rows = tuple(_read_row(row) for row in data["rows"])
-    return Record(dict(machine), dict(settings), rows, tuple(notes), data["created"])
+    found = _checked(data, "the record")
+    machine = found["machine"]
+    _checked(machine, "`machine`")
+    _checked(machine["caches"], "`caches`", dict.fromkeys(machine["caches"], int))
+    _checked(found["settings"], "`settings`")
+    rows = tuple(_read_row(row) for row in found["rows"])
+    return Record(machine, found["settings"], rows, tuple(found["notes"]), found["created"])
 
 
 def _read_row(data: object) -> Row:
     if not isinstance(data, dict):
         raise ValueError("a row is no object")  # noqa: TRY004 - of a file, not of an argument
-    _check(data, _ROW, "a row")
-    given = {name: data[name] for name in _ROW_OR_NULL if data.get(name) is not None}
-    _check(given, {name: _ROW_OR_NULL[name] for name in given}, "a row")
-    if data["part"] not in PARTS:
-        raise ValueError(f"`{data['part']}` is not among the parts {', '.join(PARTS)}")
+    given = _checked(data, "a row")
+    if given["part"] not in PARTS:
+        raise ValueError(f"`{given['part']}` is not among the parts {', '.join(PARTS)}")
     for name in ("seconds", "process_seconds"):
-        _check_all(data[name], float, f"`{name}`")
-        given[name] = tuple(float(each) for each in data[name])
-    if not given["seconds"] or min(given["seconds"]) <= 0:
+        given[name] = tuple(map(float, given[name]))
+    row = Row(**given)
+    if not row.seconds or min(row.seconds) <= 0:
         raise ValueError("a row has no run, or one that took no time")
-    if (data["part"], data["by"]) == ("merge", "oxmerge") and not given["process_seconds"]:
+    if row.by == "oxmerge" and row.part in _OWN_THREADS and not row.process_seconds:
         raise ValueError("a merge has no `process_seconds`")
-    row = Row(**{name: data[name] for name in _ROW if name not in given}, **given)
     if row.bytes == 0:
         raise ValueError("a row moves no bytes")
     return row
 
 
-def _check(data: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
-    """Raise `ValueError` unless `data` has values of these types."""
-    for name, kind in kinds.items():
+def _checked(
+    data: Mapping[str, Any], where: str, kinds: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what readers need of `data`, which must be of the right types."""
+    found = {}
+    for name, kind in (_KINDS[where] if kinds is None else kinds).items():
+        if isinstance(kind, tuple) and data.get(name) is None:
+            continue
         if name not in data:
             raise ValueError(f"{where} has no `{name}`")
-        if not _is(data[name], kind):
-            raise ValueError(f"{where} has {data[name]!r} for `{name}`")
-
-
-def _check_all(values: Iterable[object], kind: type, where: str) -> None:
-    for value in values:
-        if not _is(value, kind):
-            raise ValueError(f"{where} has {value!r} in it")
+        value, inner = data[name], kind[0] if isinstance(kind, list | tuple) else kind
+        if not _is(value, list if isinstance(kind, list) else inner):
+            raise ValueError(f"{where} has {value!r} for `{name}`")
+        for each in value if isinstance(kind, list) else ():
+            if not _is(each, inner):
+                raise ValueError(f"`{name}` has {each!r} in it")
+        found[name] = value
+    return found
 
 
 def _is(value: object, kind: type) -> bool:

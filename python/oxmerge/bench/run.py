@@ -5,31 +5,30 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oxmerge.bench import PARTS
-from oxmerge.bench.crew import Crew
-from oxmerge.bench.kernels import Arrays, kernel_jobs, simd_jobs, thread_jobs
-from oxmerge.bench.machine import cores, describe
-from oxmerge.bench.measure import UnavailableError, measure
-from oxmerge.bench.memory import copy_jobs
-from oxmerge.bench.merges import Merges
-from oxmerge.bench.record import Record, Row
+from oxmerge.bench import PARTS, USUAL
+from oxmerge.bench.arrays import Arrays, copy_jobs, kernel_jobs, simd_jobs, thread_jobs
+from oxmerge.bench.cases import SPREADS, cases
+from oxmerge.bench.crew import Crews
+from oxmerge.bench.machine import Others, cores, describe, warnings_of
+from oxmerge.bench.measure import Job, UnavailableError, measure
+from oxmerge.bench.merges import EXPERTS, SWEEP_OUTPUTS, Merges
+from oxmerge.bench.programs import LIMIT
+from oxmerge.bench.record import Record
 from oxmerge.bench.storage import storage_jobs
-from oxmerge.demo import make_demo, model_bytes
+from oxmerge.demo import model_bytes
 from oxmerge.errors import OxmergeError
 from oxmerge.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from oxmerge.bench.others import Mergekit
+    from oxmerge.bench.programs import Mergekit
 
 _IN_MEMORY = frozenset({"memory", "kernels", "threads", "simd"})
-_FINE_TUNES = 2
 _SPARE_BYTES = 64 << 20
 
 
@@ -43,6 +42,8 @@ class Settings:
         Files are made in a new folder there, which is removed afterwards.
     parts
         Which of `PARTS`.
+    methods
+        Names of the methods that are measured; all of them if None.
     size
         Of the models that are merged: a key of `oxmerge.demo.SIZES`.
     rounds
@@ -54,7 +55,8 @@ class Settings:
     """
 
     directory: str = "."
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = USUAL
+    methods: tuple[str, ...] | None = None
     size: str = "tiny"
     rounds: int = 5
     elements: int = 64 << 20
@@ -63,7 +65,6 @@ class Settings:
 
 Methods = Sequence[Mapping[str, Any]]
 Say = Callable[[str], None]
-Found = tuple[list[Row], list[str]]
 
 
 def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Say) -> Record:
@@ -89,87 +90,66 @@ def run(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Sa
     """
     _check_disk(settings)
     machine = describe(settings.directory)
-    mergekit, remarks = _ready(settings, mergekit, say)
-    results: list[Found] = [
-        ([], remarks),
-        _in_memory(settings, methods, say),
-        _storage(settings, say),
-        _merges(settings, methods, mergekit, say),
-    ]
-    rows = [row for found, _ in results for row in found]
-    notes = [
-        *_first_notes(settings, max(machine["caches"].values(), default=None)),
-        *(note for _, remarks in results for note in remarks),
-    ]
-    rows.sort(key=lambda row: PARTS.index(row.part))
-    asked = {
-        "size": settings.size,
-        "rounds": settings.rounds,
-        "elements": settings.elements,
-        "storage_bytes": settings.storage_bytes,
+    notes = list(_first_notes(settings, max(machine["caches"].values(), default=None)))
+    others = Others()
+    if mergekit is not None:
+        # Seen before anything is measured, not minutes later.
+        say("starting mergekit")
+        try:
+            mergekit.prepare(Path(settings.directory))
+        except UnavailableError as reason:
+            notes.append(f"mergekit {mergekit.version}: not measured: {reason}")
+            mergekit = None
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="oxmerge-bench-", dir=os.path.abspath(settings.directory)
+        ) as name,
+        Crews() as crews,
+    ):
+        found = cases(methods, settings.methods)
+        merges = Merges(Path(name), found, mergekit, crews, say)
+        jobs = list(_jobs(settings, merges))
+        rows, remarks = measure(jobs, settings.rounds, say)
+    asked: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("size", "rounds", "elements", "storage_bytes")
     }
     if mergekit is not None:
         asked["mergekit"] = mergekit.version
         notes.append(
-            "mergekit: once for each merge, with warm inputs and default flags; its seconds are "
-            "those of its process and of an fsync of its files, which it leaves out"
+            "mergekit: once for each merge, with warm inputs and default flags, stopped after "
+            f"{LIMIT:g} s; its seconds are those of its process and of an fsync of its files, "
+            "which it leaves out"
         )
+    machine |= others.busy()
+    notes = [*warnings_of(machine), *notes, *merges.notes, *remarks]
+    rows.sort(key=lambda row: PARTS.index(row.part))
     return Record(machine, asked, tuple(rows), tuple(dict.fromkeys(notes)))
 
 
-def _ready(
-    settings: Settings, mergekit: Mergekit | None, say: Say
-) -> tuple[Mergekit | None, list[str]]:
-    """Return mergekit if it runs at all: seen before anything is measured, not minutes later."""
-    if mergekit is None:
-        return None, []
-    say("starting mergekit")
-    try:
-        mergekit.prepare(Path(settings.directory))
-    except UnavailableError as reason:
-        return None, [f"mergekit {mergekit.version}: not measured: {reason}"]
-    return mergekit, []
-
-
-def _in_memory(settings: Settings, methods: Methods, say: Say) -> Found:
-    wanted = _IN_MEMORY & set(settings.parts)
-    if not wanted:
-        return [], []
-    say("making arrays")
-    arrays = Arrays.draw(settings.elements)
-    counts = thread_counts() if "threads" in wanted else list(dict.fromkeys((1, cores())))
-    with ExitStack() as stack:
-        crews = [stack.enter_context(Crew(count)) for count in counts]
-        # The copy is the yardstick of the others, so it is always there.
-        jobs = list(copy_jobs(arrays.inputs[0], arrays.output, crews))
+def _jobs(settings: Settings, merges: Merges) -> Iterator[Job]:
+    """Yield the jobs of all parts that are asked for, and make what they work on."""
+    wanted, crews, say = set(settings.parts), merges.crews, merges.say
+    if wanted & _IN_MEMORY:
+        say("making arrays")
+        arrays = Arrays.draw(settings.elements, crews.of(cores()))
+        counts = thread_counts() if "threads" in wanted else list(dict.fromkeys((1, cores())))
+        # The copies are the yardsticks of the others, so they are always there.
+        yield from copy_jobs(arrays, counts, crews)
         if "kernels" in wanted:
-            jobs += kernel_jobs(arrays, methods)
+            yield from kernel_jobs(arrays, merges.cases)
         if "threads" in wanted:
-            jobs += thread_jobs(arrays, methods, thread_counts())
+            yield from thread_jobs(arrays, merges.cases, counts)
         if "simd" in wanted:
-            jobs += simd_jobs(arrays, methods)
-        return measure(jobs, settings.rounds, say)
-
-
-def _storage(settings: Settings, say: Say) -> Found:
-    if "storage" not in settings.parts:
-        return [], []
-    with _folder(settings) as name, ExitStack() as stack:
-        crews = [stack.enter_context(Crew(count)) for count in (1, cores() + 6)]
+            yield from simd_jobs(arrays, merges.cases)
+    if "storage" in wanted:
         say("making a file")
-        jobs = list(storage_jobs(Path(name), settings.storage_bytes, crews))
-        return measure(jobs, settings.rounds, say)
-
-
-def _merges(settings: Settings, methods: Methods, mergekit: Mergekit | None, say: Say) -> Found:
-    if "merge" not in settings.parts:
-        return [], []
-    with _folder(settings) as name:
-        say(f"making models of size {settings.size}")
-        models = make_demo(Path(name) / "models", settings.size, tuned=_FINE_TUNES).models
-        merges = Merges(Path(name), models, methods, mergekit, say)
-        rows, notes = measure(list(merges.jobs()), settings.rounds, say)
-        return rows, merges.notes + notes
+        yield from storage_jobs(merges.folder, settings.storage_bytes, crews)
+    if "merge" in wanted:
+        yield from merges.of_methods(settings.size)
+    if "sweep" in wanted:
+        yield from merges.of_sweeps(settings.size)
+    if "tensors" in wanted:
+        yield from merges.of_many_tensors()
 
 
 def thread_counts() -> list[int]:
@@ -178,21 +158,17 @@ def thread_counts() -> list[int]:
     return sorted({*(1 << power for power in range(most.bit_length()) if 1 << power < most), most})
 
 
-def _folder(settings: Settings) -> tempfile.TemporaryDirectory[str]:
-    """Make a folder for files, to be removed on exit."""
-    return tempfile.TemporaryDirectory(
-        prefix="oxmerge-bench-", dir=os.path.abspath(settings.directory)
-    )
-
-
 def _check_disk(settings: Settings) -> None:
-    """Refuse a disk that is too small for what will be written at the same time."""
-    needed = 0
-    if "storage" in settings.parts:
-        needed = 2 * settings.storage_bytes
-    if "merge" in settings.parts:
-        # The base, its fine-tunes, and the outputs of a merge and of the floor.
-        needed = max(needed, (_FINE_TUNES + 3) * model_bytes(settings.size))
+    """Refuse a disk that is too small for what will be written."""
+    needed, parts = 0, settings.parts
+    if "storage" in parts:
+        needed += 2 * settings.storage_bytes
+    if "merge" in parts or "sweep" in parts:
+        # The base and its fine-tunes, and outputs: of the engine, the floor and mergekit.
+        outputs = 2 * SWEEP_OUTPUTS if "sweep" in parts else 3
+        needed += (1 + len(SPREADS) + outputs) * model_bytes(settings.size)
+    if "tensors" in parts:
+        needed += sum(10 * model_bytes(size) for size in EXPERTS)
     status = os.statvfs(settings.directory)
     free = status.f_bavail * status.f_frsize
     if needed and free < needed + _SPARE_BYTES:
@@ -205,8 +181,9 @@ def _check_disk(settings: Settings) -> None:
 
 
 def _first_notes(settings: Settings, largest_cache: int | None) -> Iterator[str]:
+    wanted = set(settings.parts)
     yield "GB/s: every input byte once and every output byte once, by the median; GB are 10^9 bytes"
-    if _IN_MEMORY & set(settings.parts):
+    if _IN_MEMORY & wanted:
         size = 2 * settings.elements
         if largest_cache is None:
             beside = "with caches of unknown size"
@@ -214,15 +191,23 @@ def _first_notes(settings: Settings, largest_cache: int | None) -> Iterator[str]
             beside = f"{'larger' if size > largest_cache else 'not larger'} than the largest cache"
         yield (
             f"in memory: arrays of {format_size(size, binary=True)}, {beside}; output into an "
-            "array that is there; the copy is NumPy's"
+            "array that is there; memcpy: the fastest of several ways to copy, to read (into the "
+            "cache) and to write (from the cache); shares are of as many bytes read and written"
         )
-    if "storage" in settings.parts:
+    if "storage" in wanted:
         yield (
             "storage: writes are timed to the end of fsync, into a new file; cold: dropped from "
             "the page cache and checked to be gone from it; a host or a disk may still hold it"
         )
-    if "merge" in settings.parts:
+    if {"merge", "sweep", "tensors"} & wanted:
         yield (
-            "merge: floor and oxmerge from the first open or read to the last fsync, process "
-            "seconds from start to exit; each merge is a process of its own, and its peak too"
+            "merges: floor and oxmerge from the first open to the last fsync, process seconds "
+            "from start to exit; each merge is a process of its own, and its peak too"
         )
+    if "merge" in wanted:
+        yield (
+            f"fine-tunes are their base and noise of N(0, {SPREADS[0]:g}); "
+            f"far ones of N(0, {SPREADS[-1]:g})"
+        )
+    if "tensors" in wanted:
+        yield "tensors: DeepSeek-V3's layout with tiny matrices, three models, at most 3 rounds"

@@ -1,44 +1,51 @@
-"""Storage: reads and writes of one file, with none of the engine's code.
+"""Storage: reads and writes of one file; the floor of a merge: its bytes, moved the fastest way.
 
-A write is timed from opening the new file to the end of its fsync. A read is timed from opening the
-file to the last byte in a buffer; whether the page cache held it is checked before each.
+How that is fastest differs from machine to machine, so a few ways are tried, and the best one is
+the floor.
 """
 
 from __future__ import annotations
 
-import errno
-import mmap
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from oxmerge.bench import cache
-from oxmerge.bench.crew import Crew, aligned_buffers, pieces_of, take, touch
-from oxmerge.bench.measure import Job, UnavailableError, timed
+from oxmerge.bench.crew import pieces_of
+from oxmerge.bench.machine import cores
+from oxmerge.bench.measure import Job, Taken, UnavailableError, timed
 from oxmerge.bench.record import Row
+from oxmerge.bench.transfer import BUFFERED, DIRECT, MAPPED, Transfer, Way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-PIECE = 4 << 20
-WARM, COLD = 0.99, 0.01
-"""Shares of a file in the page cache from which it is called warm, up to which cold."""
+    from oxmerge.bench.crew import Crews
+
+_PIECE = 4 << 20
+_PIECES = (4 << 20, 8 << 20)
+_FINAL_ROUNDS = 2
+_READS = {
+    "cold": (BUFFERED, False),
+    "warm": (BUFFERED, True),
+    "direct": (DIRECT, False),
+    "mapped, cold": (MAPPED, False),
+    "mapped, warm": (MAPPED, True),
+}
+"""Ways to read, and whether the page cache holds the file."""
+_WRITES = {
+    "buffered, flushed": BUFFERED,
+    "direct, flushed": DIRECT,
+    "mapped, flushed": MAPPED,
+}
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """A way to read or write: a name, the state that the page cache must be in, and how."""
-
-    name: str
-    cached: bool | None
-    move: Callable[[Path, int, Crew, list[memoryview]], int]
-
-
-def storage_jobs(folder: Path, size: int, crews: Sequence[Crew]) -> Iterator[Job]:
-    """Yield the reads and writes of a file of `size` bytes in `folder`, by each crew.
+def storage_jobs(folder: Path, size: int, crews: Crews) -> Iterator[Job]:
+    """Yield the reads and writes of a file of `size` bytes in `folder`, by one thread and by many.
 
     Raises
     ------
@@ -46,157 +53,115 @@ def storage_jobs(folder: Path, size: int, crews: Sequence[Crew]) -> Iterator[Job
         If the file cannot be written.
     """
     source, target = folder / "read.bin", folder / "written.bin"
-    size -= size % PIECE
+    size -= size % _PIECE
     _fill(source, size)
-    for way in _READS:
-        for crew in crews:
-            row = Row("storage", "read", "system", way.name, size, 0, crew.threads)
-            yield Job(row, timed(_moving(way, source, size, crew)), _preparing(way, source))
-    for way in _WRITES:
-        for crew in crews:
-            row = Row("storage", "write", "system", way.name, 0, size, crew.threads)
 
-            def prepare() -> None:
-                target.unlink(missing_ok=True)
-                os.sync()
+    def read(state: str, threads: int) -> Job:
+        reads, cached = _READS[state]
+        row = Row("storage", "read", "system", state, size, 0, threads)
+        move = Transfer([size], [[source]], []).ready(Way(threads, _PIECE, reads), crews)
+        return Job(row, timed(move), lambda: cache.bring([source], cached=cached))
 
-            yield Job(row, timed(_moving(way, target, size, crew)), prepare)
+    def write(state: str, threads: int) -> Job:
+        row = Row("storage", "write", "system", state, 0, size, threads)
+        way = Way(threads, _PIECE, writes=_WRITES[state])
+        move = Transfer([size], [], [[target]]).ready(way, crews)
+        return Job(row, timed(move), lambda: _clear([target]))
+
+    counts = (1, cores() + 6)
+    for state in _READS:
+        yield from (read(state, threads) for threads in counts)
+    for state in _WRITES:
+        yield from (write(state, threads) for threads in counts)
 
 
-def check_state(files: Sequence[Path], *, cached: bool) -> None:
-    """Bring files into or out of the page cache.
+class Floor:
+    """The floor of a merge: its bytes moved in the fastest way that was found.
 
-    Raises
-    ------
-    UnavailableError
-        If that does not work here, or cannot be checked.
+    Parameters
+    ----------
+    transfer
+        What is read and written.
+    prepare
+        Brings the inputs into the state that is measured.
+    crews
+        Whose threads move them.
     """
-    (cache.warm if cached else cache.drop)(files)
-    share = cache.cached_share(files)
-    if share is None:
-        raise UnavailableError("what the page cache holds cannot be checked")
-    if cached and share < WARM:
-        raise UnavailableError(f"only {share:.0%} of the bytes stay in the page cache")
-    if not cached and share > COLD:
-        raise UnavailableError(f"{share:.0%} of the bytes stay in the page cache")
+
+    def __init__(self, transfer: Transfer, prepare: Callable[[], None], crews: Crews) -> None:
+        self.transfer = transfer
+        self._prepare = prepare
+        self._crews = crews
+
+    def prepare(self) -> None:
+        """Remove the output of the run before, and bring the inputs into their state."""
+        _clear([path for output in self.transfer.outputs for path in output])
+        self._prepare()
+
+    def ready(self, way: Way) -> Callable[[], Taken]:
+        """Return what runs it once."""
+        return timed(self.transfer.ready(way, self._crews))
+
+    def best_way(self, *, cold: bool, say: Callable[[str], None]) -> Way:
+        """Return a fast way.
+
+        One choice after the other is tried, and the better one kept; then the best two once more,
+        so that a slow moment does not decide.
+
+        Raises
+        ------
+        UnavailableError
+            If there is none, because the inputs' state cannot be had or no way works.
+        """
+        times: dict[Way, float] = {}
+
+        def time_one(way: Way) -> None:
+            say(f"calibrating the floor: {way.words}")
+            try:
+                self.prepare()
+                seconds = self.ready(way)().seconds
+            except UnavailableError:
+                seconds = math.inf
+            times[way] = min(seconds, times.get(way, math.inf))
+
+        best = Way(cores() + 6, _PIECES[-1])
+        for choice in _choices(cold=cold):
+            ways = choice(best)
+            for way in ways:
+                if way not in times:
+                    time_one(way)
+            best = min(ways, key=times.__getitem__)
+        if times[best] == math.inf:
+            self.prepare()  # it says why, if it is that
+            raise UnavailableError("no way to read and write works")
+        finalists = sorted(times, key=times.__getitem__)[:2]
+        for way in finalists * _FINAL_ROUNDS:
+            time_one(way)
+        return min(finalists, key=times.__getitem__)
+
+
+def _choices(*, cold: bool) -> Iterator[Callable[[Way], list[Way]]]:
+    """Yield what is tried from a way. Reads past the page cache help only where that is cold."""
+    yield lambda way: [way, replace(way, writes=DIRECT)]
+    if cold:
+        yield lambda way: [way, replace(way, reads=DIRECT)]
+    counts = (cores() + 6, cores(), 2 * cores())
+    yield lambda way: [replace(way, threads=count) for count in counts]
+    yield lambda way: [replace(way, piece=piece) for piece in _PIECES]
+
+
+def _clear(paths: Sequence[Path]) -> None:
+    """Remove files and let the disk rest, so that no run pays for the one before it."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    os.sync()
 
 
 def _fill(path: Path, size: int) -> None:
     """Write bytes that no file system can compress or share, and flush them."""
     random = np.random.Generator(np.random.SFC64(0))
     with path.open("wb") as file:
-        for _, length in pieces_of(size, PIECE):
+        for _, length in pieces_of(size, _PIECE):
             file.write(random.bytes(length))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _preparing(way: _Way, path: Path) -> Callable[[], None] | None:
-    cached = way.cached
-    return None if cached is None else lambda: check_state([path], cached=cached)
-
-
-def _moving(way: _Way, path: Path, size: int, crew: Crew) -> Callable[[], None]:
-    buffers = aligned_buffers(crew.threads, PIECE)
-    touch(buffers)
-
-    def move() -> None:
-        try:
-            moved = way.move(path, size, crew, buffers)
-        except OSError as error:
-            if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-                raise
-            raise UnavailableError("this file system cannot do it") from error
-        if moved != size:
-            raise UnavailableError(f"only {moved} of {size} bytes were moved")
-
-    return move
-
-
-def _read(path: Path, size: int, crew: Crew, buffers: list[memoryview], flags: int = 0) -> int:
-    descriptor = os.open(path, os.O_RDONLY | flags)
-    try:
-        pieces = pieces_of(size, PIECE)
-        return crew.run(
-            lambda number: sum(
-                os.preadv(descriptor, [buffers[number][:length]], start)
-                for start, length in take(pieces)
-            )
-        )
-    finally:
-        os.close(descriptor)
-
-
-def _read_direct(path: Path, size: int, crew: Crew, buffers: list[memoryview]) -> int:
-    return _read(path, size, crew, buffers, os.O_DIRECT)
-
-
-def _read_mapped(path: Path, size: int, crew: Crew, buffers: list[memoryview]) -> int:
-    pieces = pieces_of(size, PIECE)
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        return crew.run(
-            lambda number: sum(
-                _copy(buffers[number][:length], view[start : start + length])
-                for start, length in take(pieces)
-            )
-        )
-
-
-def _write(path: Path, size: int, crew: Crew, buffers: list[memoryview], flags: int = 0) -> int:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600)
-    try:
-        pieces = pieces_of(size, PIECE)
-        moved = crew.run(
-            lambda number: sum(
-                os.pwritev(descriptor, [buffers[number][:length]], start)
-                for start, length in take(pieces)
-            )
-        )
-        os.fsync(descriptor)
-        return moved
-    finally:
-        os.close(descriptor)
-
-
-def _write_direct(path: Path, size: int, crew: Crew, buffers: list[memoryview]) -> int:
-    return _write(path, size, crew, buffers, os.O_DIRECT)
-
-
-def _write_mapped(path: Path, size: int, crew: Crew, buffers: list[memoryview]) -> int:
-    pieces = pieces_of(size, PIECE)
-    with path.open("w+b") as file:
-        file.truncate(size)
-        with mmap.mmap(file.fileno(), size) as mapped, memoryview(mapped) as view:
-            moved = crew.run(
-                lambda number: sum(
-                    _copy(view[start : start + length], buffers[number][:length])
-                    for start, length in take(pieces)
-                )
-            )
-            mapped.flush()
-        os.fsync(file.fileno())
-    return moved
-
-
-def _copy(target: memoryview, source: memoryview) -> int:
-    """Copy by NumPy, which releases the GIL; return how many bytes."""
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
-    return len(source)
-
-
-_READS = (
-    _Way("cold", cached=False, move=_read),
-    _Way("warm", cached=True, move=_read),
-    _Way("direct", cached=False, move=_read_direct),
-    _Way("mapped, cold", cached=False, move=_read_mapped),
-    _Way("mapped, warm", cached=True, move=_read_mapped),
-)
-_WRITES = (
-    _Way("buffered, flushed", cached=None, move=_write),
-    _Way("direct, flushed", cached=None, move=_write_direct),
-    _Way("mapped, flushed", cached=None, move=_write_mapped),
-)

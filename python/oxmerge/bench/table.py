@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from oxmerge.bench import PARTS
 from oxmerge.bench.compare import compare, remarks
-from oxmerge.bench.panels import TITLES
+from oxmerge.bench.panels import OF_FILES, TITLES
+from oxmerge.bench.record import Row
 from oxmerge.sizes import format_size, three_digits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from oxmerge.bench.record import Record, Row
+    from oxmerge.bench.record import Record
 
 _NONE = "–"
 _GIGA = 1e9
@@ -56,9 +57,15 @@ def machine_lines(record: Record) -> list[str]:
         ),
         (
             f"{record.created}, load average {machine['load_average']:.2f} at the start, "
-            f"{_count(settings['rounds'], 'round')}"
+            f"{_busy(machine)}{_count(settings['rounds'], 'round')}"
         ),
     ]
+
+
+def _busy(machine: Mapping[str, Any]) -> str:
+    if "busy_elsewhere" not in machine:
+        return ""
+    return f"{machine['busy_elsewhere']:.2f} cores busy with other programs meanwhile, "
 
 
 def text(record: Record) -> str:
@@ -69,8 +76,8 @@ def text(record: Record) -> str:
     return "\n\n".join([*parts, _bullets(record.notes)])
 
 
-def comparison_text(old: Record, new: Record) -> str:
-    """Return what changed between two records as Markdown."""
+def comparison(old: Record, new: Record) -> Section:
+    """Return what changed between two records as a table."""
     rows = tuple(
         (
             each.new.title,
@@ -81,120 +88,150 @@ def comparison_text(old: Record, new: Record) -> str:
         )
         for each in compare(old, new)
     )
-    section = Section("Then and now", ("what", "then", "now", "as fast", "verdict"), rows)
+    return Section("Then and now", ("what", "then", "now", "as fast", "verdict"), rows)
+
+
+def comparison_text(old: Record, new: Record) -> str:
+    """Return what changed between two records as Markdown."""
+    section = comparison(old, new)
     parts = [f"## {section.title}", _markdown(section), _bullets(list(remarks(old, new)))]
     return "\n\n".join(part for part in parts if part)
 
 
 def sections(record: Record) -> Iterator[Section]:
-    """Yield a table for each part that was measured."""
-    makers = {
-        "memory": _memory,
-        "storage": _storage,
-        "kernels": _kernels,
-        "threads": _threads,
-        "simd": _levels,
-        "merge": _merges,
-    }
+    """Yield the tables of each part that was measured."""
     for part in PARTS:
         rows = [row for row in record.rows if row.part == part]
-        if rows:
-            yield makers[part](record, rows)
-
-
-def _memory(_: Record, rows: Sequence[Row]) -> Section:
-    head = ("what", "threads", "GB/s", "time (quartiles)")
-    found = ((row.name, str(row.threads), _rate(row), _seconds(row)) for row in rows)
-    moved = f"{format_size(rows[0].bytes, binary=True)} read and written"
-    return Section(f"{TITLES['memory']}: {moved}", head, tuple(found))
-
-
-def _storage(_: Record, rows: Sequence[Row]) -> Section:
-    head = ("what", "how", "threads", "GB/s", "time (quartiles)")
-    found = ((row.name, row.state, str(row.threads), _rate(row), _seconds(row)) for row in rows)
-    size = format_size(rows[0].bytes, binary=True)
-    return Section(f"{TITLES['storage']}: a file of {size}", head, tuple(found))
-
-
-def _kernels(record: Record, rows: Sequence[Row]) -> Section:
-    head = ("what", "GB/s", "share of memcpy", "10^9 elements/s", "time (quartiles)")
-    found = (
-        (
-            row.name,
-            _rate(row),
-            _share(record.share_of_memcpy(row)),
-            _NONE if row.element_rate is None else f"{row.element_rate / _GIGA:.2f}",
-            _seconds(row),
-        )
-        for row in rows
-    )
-    title = f"{TITLES['kernels']}: bfloat16, {_count(rows[0].threads or 0, 'thread')}"
-    return Section(title, head, tuple(found))
-
-
-def _threads(record: Record, rows: Sequence[Row]) -> Section:
-    counts = list(dict.fromkeys(row.threads for row in rows))
-    by_name: dict[str, dict[int | None, Row]] = {}
-    for row in rows:
-        by_name.setdefault(row.name, {})[row.threads] = row
-    for copy in record.rows:
-        if copy.part == "memory":
-            by_name.setdefault("copy", {})[copy.threads] = copy
-    found = (
-        (name, *(_cell(each.get(count)) for count in counts), _speed_up(list(each.values())))
-        for name, each in by_name.items()
-    )
-    head = ("GB/s with threads", *(str(count) for count in counts), "most by one")
-    return Section(TITLES["threads"], head, tuple(found))
-
-
-def _levels(_: Record, rows: Sequence[Row]) -> Section:
-    levels = list(dict.fromkeys(row.simd for row in rows))
-    by_name: dict[str, dict[str | None, Row]] = {}
-    for row in rows:
-        by_name.setdefault(row.name, {})[row.simd] = row
-    found = (
-        (name, *(_cell(each.get(level)) for level in levels), _speed_up(list(each.values())))
-        for name, each in by_name.items()
-    )
-    title = f"{TITLES['simd']}: {_count(rows[0].threads or 0, 'thread')}"
-    return Section(title, ("GB/s with", *map(str, levels), "last by first"), tuple(found))
-
-
-def _merges(record: Record, rows: Sequence[Row]) -> Section:
-    head = ["merge", "inputs", "moved", "floor s", "oxmerge s (quartiles)", "× floor", "process s"]
-    head += ["GB/s", "peak"]
-    has_other = any(row.by == "mergekit" for row in rows)
-    head += ["mergekit s", "mergekit × process", "mergekit peak"] if has_other else []
-    found = []
-    for row in rows:
-        if row.by != "oxmerge":
+        if not rows:
             continue
-        floor, other = record.beside(row, "floor"), record.beside(row, "mergekit")
-        times_floor = record.times_floor(row)
-        cells = [
-            row.name,
-            row.state,
-            format_size(row.bytes),
-            _NONE if floor is None else three_digits(floor.median),
-            _plain_seconds(row),
-            _NONE if times_floor is None else f"{times_floor:.2f}",
-            three_digits(statistics.median(row.process_seconds)),
-            _rate(row),
-            _memory_size(row.peak_memory),
-        ]
-        if has_other:
-            cells += _beside(row, other)
-        found.append(tuple(cells))
-    size = record.settings["size"]
-    return Section(f"{TITLES['merge']}: size {size}", tuple(head), tuple(found))
+        title = TITLES[part]
+        if part in {"threads", "simd"}:
+            yield _side_by_side(record, rows)
+        elif part in OF_FILES:
+            ours = [row for row in rows if row.by == "oxmerge"]
+            size = "" if part == "tensors" else f": size {record.settings['size']}"
+            yield _section(title + size, ours, _merge_columns(record, part))
+            both = [row for row in ours if record.beside(row, "mergekit") is not None]
+            if both:
+                title += ": whole processes, from start to exit"
+                yield _section(title, both, _process_columns(record))
+        else:
+            if part == "storage":
+                title += f": a file of {format_size(rows[0].bytes, binary=True)}"
+            elif part == "kernels":
+                title += f": {_count(rows[0].threads or 0, 'thread')}"
+            yield _section(title, rows, _plain_columns(record, part, rows))
 
 
-def _beside(row: Row, other: Row | None) -> list[str]:
-    if other is None:
-        return [_NONE] * 3
-    ratio = other.median / statistics.median(row.process_seconds)
-    return [three_digits(other.median), f"{ratio:.1f}", _memory_size(other.peak_memory)]
+Columns = dict[str, Callable[[Row], str]]
+"""The heads of a table's columns, and what stands in them for a row."""
+
+
+def _section(title: str, rows: Sequence[Row], columns: Columns) -> Section:
+    found = tuple(tuple(cell(row) for cell in columns.values()) for row in rows)
+    return Section(title, tuple(columns), found)
+
+
+def _plain_columns(record: Record, part: str, rows: Sequence[Row]) -> Columns:
+    columns: Columns = {"what": lambda row: row.name}
+    if part == "kernels":
+        if any(row.by != "oxmerge" for row in rows):
+            columns["by"] = lambda row: row.by
+            columns["× oxmerge's time"] = lambda row: _times(row, record.beside(row, "oxmerge"))
+        columns["GB/s"] = _rate
+        columns["share of memcpy"] = lambda row: _number(record.share_of_memcpy(row), "{:.0%}")
+        columns["10^9 elements/s"] = lambda row: _number(row.element_rate, "{:.2f}", _GIGA)
+    else:
+        if part == "storage":
+            columns["how"] = lambda row: row.state
+        columns |= {"threads": lambda row: str(row.threads), "GB/s": _rate}
+    return columns | {"time (quartiles)": _seconds}
+
+
+def _merge_columns(record: Record, part: str) -> Columns:
+    def floor(row: Row) -> Row | None:
+        return record.beside(row, "floor")
+
+    def of_merge(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+        return lambda row: _NONE if row.is_plan else cell(row)
+
+    def of_floor(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+        return lambda row: _NONE if (found := floor(row)) is None else cell(found)
+
+    def beside(row: Row) -> str:
+        found = floor(row)
+        if found is None or row.tensors is None:
+            return _NONE
+        return f"{(row.median - found.median) / row.tensors * 1e6:.0f}"
+
+    columns: Columns = {
+        "merge": lambda row: row.name,
+        "inputs": lambda row: row.state,
+        "moved": of_merge(lambda row: format_size(row.bytes)),
+        "floor s": of_floor(lambda row: three_digits(row.median)),
+        "oxmerge s (quartiles)": of_merge(_plain_seconds),
+        "× floor": lambda row: _number(record.times_floor(row), "{:.2f}"),
+        "floor GB/s": of_floor(_rate),
+        "oxmerge GB/s": of_merge(_rate),
+        "process s": lambda row: three_digits(row.process_median),
+        "peak": lambda row: _memory_size(row.peak_memory),
+    }
+    if part == "sweep":
+        single = {
+            (row.name, row.state): row
+            for row in record.rows
+            if (row.part, row.by) == ("merge", "oxmerge")
+        }
+        columns["× one merge"] = lambda row: _times(
+            row, single.get((row.name.partition(",")[0], row.state))
+        )
+    if part == "tensors":
+        columns["predicted"] = lambda row: _memory_size(row.predicted_memory)
+        columns["µs a tensor beside the floor"] = beside
+    return columns
+
+
+def _process_columns(record: Record) -> Columns:
+    def other(row: Row) -> Row:
+        return record.beside(row, "mergekit") or row
+
+    def rate(row: Row) -> str:
+        return three_digits(row.bytes / row.process_median / _GIGA)
+
+    return {
+        "merge": lambda row: row.name,
+        "oxmerge s": lambda row: three_digits(row.process_median),
+        "mergekit s": lambda row: three_digits(other(row).process_median),
+        "mergekit ×": lambda row: f"{other(row).process_median / row.process_median:.1f}",
+        "oxmerge GB/s": rate,
+        "mergekit GB/s": lambda row: rate(other(row)),
+        "oxmerge peak": lambda row: _memory_size(row.peak_memory),
+        "mergekit peak": lambda row: _memory_size(other(row).peak_memory),
+    }
+
+
+def _side_by_side(record: Record, rows: Sequence[Row]) -> Section:
+    """Return rates by number of threads, or by instruction set."""
+    of_threads = rows[0].part == "threads"
+    copies = [row for row in record.rows if (row.part, row.name) == ("memory", "copy")]
+    by_name: dict[str, dict[object, Row]] = {}
+    for row in (*rows, *(copies if of_threads else ())):
+        by_name.setdefault(row.name, {})[row.threads if of_threads else row.simd] = row
+    heads = list(dict.fromkeys(row.threads if of_threads else row.simd for row in rows))
+    found = []
+    for name, each in by_name.items():
+        rates = [each[head].rate for head in heads if head in each]
+        cells = (_rate(each[head]) if head in each else _NONE for head in heads)
+        found.append((name, *cells, f"{rates[-1] / rates[0]:.2f} ×"))
+    title = TITLES[rows[0].part]
+    if not of_threads:
+        title += f": {_count(rows[0].threads or 0, 'thread')}"
+    first = "GB/s with threads" if of_threads else "GB/s with"
+    return Section(title, (first, *map(str, heads), "last by first"), tuple(found))
+
+
+def _times(row: Row, other: Row | None) -> str:
+    return _NONE if other is None else f"{row.median / other.median:.2f}"
 
 
 def _markdown(section: Section) -> str:
@@ -227,21 +264,14 @@ def _rate(row: Row) -> str:
     return three_digits(row.rate / _GIGA)
 
 
-def _cell(row: Row | None) -> str:
-    return _NONE if row is None else _rate(row)
-
-
-def _speed_up(rows: Sequence[Row]) -> str:
-    return f"{rows[-1].rate / rows[0].rate:.2f} ×"
-
-
-def _share(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.0%}"
+def _number(value: float | None, style: str, unit: float = 1) -> str:
+    return _NONE if value is None else style.format(value / unit)
 
 
 def _seconds(row: Row) -> str:
     """Return median and quartiles in a unit that fits."""
-    scale, unit = (1, "s") if row.median >= 1 else (1e3, "ms")
+    scales = {1: (1, "s"), 1e-3: (1e3, "ms"), 0: (1e6, "µs")}
+    scale, unit = next(found for least, found in scales.items() if row.median >= least)
     first, third = row.quartiles
     if len(row.seconds) == 1:
         return f"{three_digits(scale * row.median)} {unit}"

@@ -115,7 +115,9 @@ def _whole(text: str, least: int, most: int) -> int:
 
 def add_plan_options(parser: Parser) -> None:
     """Add the options that `plan` and `merge` share."""
-    parser.add_argument("recipe", metavar="RECIPE", help="the recipe file, or a saved plan")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="the recipe file, or a saved plan; - for standard input"
+    )
     parser.add_argument(
         "--memory",
         type=size,
@@ -145,6 +147,12 @@ def add_plan_options(parser: Parser) -> None:
         help="largest size of an output file (5GB)",
     )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
+    parser.add_argument(
+        "--allow-mismatch",
+        "--allow-crimes",
+        action="store_true",
+        help="merge models of different types, if their tensors fit",
+    )
     add_json_option(parser)
 
 
@@ -187,6 +195,7 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "vram": options.vram,
         "seed": options.seed,
         "shard_size": options.shard_size,
+        "allow_mismatch": options.allow_mismatch or None,
     }
     return {
         "strict": options.strict,

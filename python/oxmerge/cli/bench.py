@@ -7,7 +7,7 @@ import os
 import shutil
 from contextlib import contextmanager
 
-from oxmerge.bench import PARTS
+from oxmerge.bench import PARTS, USUAL
 from oxmerge.cli.arguments import Parser, UsageError, add_json_option, positive
 
 TYPE_CHECKING = False
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable, Iterator
 
-    from oxmerge.bench.others import Mergekit
+    from oxmerge.bench.programs import Mergekit
     from oxmerge.bench.record import Record
     from oxmerge.bench.run import Settings
     from oxmerge.cli.engine import Engine
@@ -38,8 +38,9 @@ def add_arguments(parser: Parser) -> None:
         "--only",
         type=_parts,
         metavar="PARTS",
-        help=f"some of {','.join(PARTS)}",
+        help=f"some of {','.join(PARTS)} (all but {','.join(PARTS[len(USUAL) :])})",
     )
+    parser.add_argument("--methods", type=_names, metavar="NAMES", help="only these methods")
     parser.add_argument(
         "--size",
         choices=_SIZES,
@@ -71,26 +72,34 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     old = _read(options.compare)
     record = _read(options.show) or _measure(options, printer, engine)
     _tell(record, old, printer)
-    _write(record, options)
+    _write(record, old, options)
     return 0
 
 
 def _measure(options: Namespace, printer: Printer, engine: Engine) -> Record:
+    from oxmerge.bench.machine import describe, warnings_of  # noqa: PLC0415 - not for --help
     from oxmerge.bench.run import run as measure  # noqa: PLC0415 - not for --help
 
     if options.directory is not None and not os.path.isdir(options.directory):
         raise UsageError(f"`{options.directory}` is no directory", "name one that exists")
     mergekit = _mergekit(options)
+    methods = engine.methods()
+    settings = _settings(options, {method["name"] for method in methods})
+    printer.warnings(warnings_of(describe(settings.directory)))
     with _progress(printer) as say:
-        return measure(_settings(options), engine.methods(), mergekit, say)
+        return measure(settings, methods, mergekit, say)
 
 
-def _settings(options: Namespace) -> Settings:
+def _settings(options: Namespace, known: set[str]) -> Settings:
     from oxmerge.bench.run import Settings  # noqa: PLC0415 - not for --help
 
+    for name in options.methods or ():
+        if name not in known:
+            raise UsageError(f"there is no method `{name}`", "`oxmerge methods` lists them")
     given = {
         "directory": options.directory,
         "parts": options.only,
+        "methods": options.methods,
         "size": options.size,
         "rounds": options.rounds,
     }
@@ -99,11 +108,11 @@ def _settings(options: Namespace) -> Settings:
 
 
 def _mergekit(options: Namespace) -> Mergekit | None:
-    from oxmerge.bench.others import Mergekit  # noqa: PLC0415 - not for --help
+    from oxmerge.bench.programs import Mergekit  # noqa: PLC0415 - not for --help
 
     if options.against is None:
         return None
-    if options.only is not None and "merge" not in options.only:
+    if options.only is not None and not {"merge", "tensors"} & set(options.only):
         raise UsageError("`--against` compares merges, and `--only` leaves them out")
     return Mergekit.find(options.against)
 
@@ -132,11 +141,16 @@ def _tell(record: Record, old: Record | None, printer: Printer) -> None:
         bars.print_bars(record, printer.output)
 
 
-def _write(record: Record, options: Namespace) -> None:
+def _write(record: Record, old: Record | None, options: Namespace) -> None:
     from oxmerge.bench.chart import page, svg  # noqa: PLC0415 - not for --help
     from oxmerge.bench.record import write_record  # noqa: PLC0415 - not for --help
 
-    for path, make in ((options.save, write_record), (options.svg, svg), (options.html, page)):
+    makers: dict[str | None, Callable[[Record], str]] = {
+        options.save: write_record,
+        options.svg: svg,
+        options.html: lambda record: page(record, old),
+    }
+    for path, make in makers.items():
         if path is not None:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(make(record))
@@ -167,6 +181,7 @@ def _check_show(options: Namespace) -> None:
         "DIR": options.directory,
         "--quick": options.quick or None,
         "--only": options.only,
+        "--methods": options.methods,
         "--size": options.size,
         "--rounds": options.rounds,
         "--against": options.against,
@@ -203,6 +218,11 @@ def _parts(text: str) -> tuple[str, ...]:
         if name not in PARTS:
             raise argparse.ArgumentTypeError(f"`{name}` is not among {', '.join(PARTS)}")
     return tuple(part for part in PARTS if part in names)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Parse a list of methods, for an argument."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _other(text: str) -> str:

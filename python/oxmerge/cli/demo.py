@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
+
 from oxmerge.cli.arguments import Parser, add_json_option, natural
 from oxmerge.cli.merge import tell
 from oxmerge.cli.progress import show_progress
@@ -9,9 +14,11 @@ from oxmerge.cli.progress import show_progress
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Iterator
 
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
+    from oxmerge.demo import Demo
 
 _SIZES = ("tiny", "1b", "7b", "70b")
 
@@ -43,8 +50,37 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
         demo = make_demo(options.directory, options.size, options.seed)
         output = demo.recipe.parent / "merged"
         printer.say(describe(demo))
-        printer.say(f"running: oxmerge merge {demo.recipe} {output}")
+        recipe, merged = shlex.quote(str(demo.recipe)), shlex.quote(str(output))
+        printer.say(f"running: {_program()} merge {recipe} {merged}")
         with show_progress(printer) as progress:
             report = engine.merge(str(demo.recipe), str(output), overwrite=True, progress=progress)
     tell(report, printer)
+    printer.say("")
+    printer.say("what to try next:")
+    for command in _next(demo):
+        printer.say(f"  {_program()} {command}")
     return 0
+
+
+def _next(demo: Demo) -> Iterator[str]:
+    """Yield commands that go on from here."""
+    folder = demo.recipe.parent
+    recipe, merged = shlex.quote(str(demo.recipe)), shlex.quote(str(folder / "merged"))
+    yield f"inspect {merged}"
+    yield f"plan {recipe}"
+    if not demo.sparse:  # of which three more could be too much
+        swept = shlex.quote(str(folder / "swept" / "t{t}"))
+        yield f"sweep {recipe} {swept} --set parameters.t=0.2,0.5,0.8 --overwrite"
+    yield "methods ties"
+    yield "bench --quick"
+
+
+def _program() -> str:
+    """Return what this program is called where it was started."""
+    started = sys.argv[0]
+    found = shutil.which("oxmerge")
+    if found is not None and os.path.exists(started) and os.path.samefile(found, started):
+        return "oxmerge"
+    if os.path.basename(started) == "oxmerge":
+        return shlex.quote(started)
+    return f"{shlex.quote(sys.executable)} -m oxmerge"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import oxmerge
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from oxmerge._core import Checkpoint
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.plans import Plan
+    from oxmerge.recipe import Recipe
 
     Progress = Callable[[Snapshot], None]
 
@@ -28,7 +30,7 @@ class Engine:
 
     def merge(self, recipe: str, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
         """Merge, calling `options["progress"]` now and then."""
-        return oxmerge.merge(_file(recipe), directory, **options)
+        return oxmerge.merge(_recipe(recipe), directory, **options)
 
     def sweep(
         self,
@@ -38,11 +40,11 @@ class Engine:
         **options: Any,  # noqa: ANN401
     ) -> Sequence[MergeReport]:
         """Merge several times in one pass, calling `options["progress"]` now and then."""
-        return oxmerge.sweep(_file(recipe), pattern, axes, **options)
+        return oxmerge.sweep(_recipe(recipe), pattern, axes, **options)
 
     def plan(self, recipe: str, **options: Any) -> Plan:  # noqa: ANN401
         """Plan without merging."""
-        return oxmerge.plan(_file(recipe), **options)
+        return oxmerge.plan(_recipe(recipe), **options)
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
         """Describe every merge method."""
@@ -56,8 +58,12 @@ class Engine:
         return _core.open_checkpoint(path)
 
 
-def _file(recipe: str) -> Path:
-    """Return the path of a recipe, which is no text here, whatever it looks like."""
+def _recipe(recipe: str) -> Path | Recipe:
+    """Return the path of a recipe, which is no text here, whatever it looks like; - is a recipe."""
+    if recipe == "-":
+        if sys.stdin is None:
+            raise UsageError("there is no standard input", "name a recipe file")
+        return oxmerge.Recipe.from_yaml(sys.stdin.buffer)
     path = Path(recipe)
     if path.is_dir() or not path.exists():
         what = "it is a directory" if path.is_dir() else "there is no such file"

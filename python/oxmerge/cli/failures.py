@@ -8,8 +8,8 @@ import signal
 
 from oxmerge.cli.arguments import UsageError
 from oxmerge.cli.printer import DataUnwritten
-from oxmerge.errors import OxmergeError, RecipeError
-from oxmerge.problems import without_hint
+from oxmerge.errors import OxmergeError, RecipeError, UnsupportedError
+from oxmerge.problems import shown, without_hint
 from oxmerge.signals import Ended
 
 TYPE_CHECKING = False
@@ -39,10 +39,12 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code that an exception ends the program with."""
     if isinstance(error, KeyboardInterrupt):
         return ENDED + _signal(error)
-    if isinstance(error, UsageError | RecipeError):
-        return USAGE
     problems = getattr(error, "problems", ())
-    return USAGE if any(problem.is_in_recipe for problem in problems) else FAILED
+    if any(problem.is_in_recipe for problem in problems) or isinstance(error, UsageError):
+        return USAGE
+    # What is not supported may be of a recipe or of a checkpoint; then its problems tell.
+    is_recipe = isinstance(error, RecipeError) and not isinstance(error, UnsupportedError)
+    return USAGE if is_recipe else FAILED
 
 
 def report(error: BaseException, printer: Printer) -> bool:
@@ -63,10 +65,12 @@ def report(error: BaseException, printer: Printer) -> bool:
 
 def tell(error: BaseException, printer: Printer) -> None:
     """Tell people about an exception."""
-    problems = [without_hint(each) for each in getattr(error, "problems", ())]
-    headline = getattr(error, "message", "") if problems else _headline(error)
+    problems, more = shown(getattr(error, "problems", ()))
+    stories = [without_hint(each) for each in problems]
+    stories += [] if more is None else [(more, None)]
+    headline = getattr(error, "message", "") if stories else _headline(error)
     advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
-    printer.error(headline, problems, getattr(error, "advice", None) or advice)
+    printer.error(headline, stories, getattr(error, "advice", None) or advice)
 
 
 def as_data(error: BaseException) -> dict[str, Any]:

@@ -41,13 +41,13 @@ def tell(report: MergeReport, printer: Printer) -> None:
         printer.json(report.as_dict())
 
 
-def summary(report: MergeReport) -> tuple[str, str]:
-    """Return the two lines that end a merge."""
-    moved = report.bytes_read + report.bytes_written
+def summary(report: MergeReport, outputs: int = 1) -> tuple[str, str]:
+    """Return the two lines that end a merge; the second is for all that were made in its pass."""
+    moved = report.input_bytes + outputs * report.bytes_written
     files = "1 file" if report.files == 1 else f"{report.files} files"
     peak = format_size(report.peak_memory, binary=True)
     where = f"wrote `{report.directory}`: {report.tensors} tensors in {files}, "
-    how = f"{format_rate(moved, report.seconds)} read and written, peak memory {peak} of "
+    how = f"{format_rate(moved, report.seconds)} (inputs and output once), peak memory {peak} of "
     arithmetic = report.simd if report.device == "cpu" else report.device
     return (
         where + f"{format_size(report.bytes_written)} in {format_duration(report.seconds)}",

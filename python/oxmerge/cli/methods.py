@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from oxmerge.cli.arguments import Parser, UsageError, add_json_option
-from oxmerge.methods import DIALECT_METHODS, Count
+from oxmerge.methods import DIALECT_METHODS, Count, explain_parameter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _parameter(parameter: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {parameter['name']} ({parameter['kind']}, {_PER[parameter['per']]}, {preset})"
     indent = " " * 6
     yield from textwrap.wrap(
-        parameter["help"], _WIDTH, initial_indent=indent, subsequent_indent=indent
+        explain_parameter(parameter), _WIDTH, initial_indent=indent, subsequent_indent=indent
     )
 
 

@@ -1,28 +1,67 @@
 """Progress: a bar where someone watches, a line now and then where not.
 
 Both say the same: how much of the output is written, how fast data moves, how long it will take,
-what is being merged, and the peak memory.
+what is being merged, and the peak memory. A notebook has one line, which is replaced; so has a
+terminal, where it is as long as fits.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
+from collections import deque
 from contextlib import contextmanager
+from importlib import import_module
 
-from oxmerge.problems import printable
+from oxmerge.problems import printable, shorten
 from oxmerge.sizes import format_duration, format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from oxmerge.cli.engine import Progress
     from oxmerge.cli.printer import Printer
     from oxmerge.merging import Snapshot
 
 _SECONDS_BETWEEN_LINES = 5.0
+#: Letters of a tensor's name, at the most and at the least.
 _LONGEST_NAME = 36
+_SHORTEST_NAME = 12
+#: Letters of the bar, and of a line that has room for one.
+_BAR = 20
+_WIDE = 100
+#: Seconds of a merge before which its end is anyone's guess. Then estimates of its whole time are
+#: compared, over so many seconds and such a share of the time that has passed, and shown if they
+#: differ by no more than that.
+_FIRST_GUESS = 3.0
+_COMPARED = 2.0
+_COMPARED_SHARE = 0.25
+_SWING = 1.1
+
+
+@contextmanager
+def watched(
+    progress: Callable[[Snapshot], None] | bool | None,  # noqa: FBT001 - as in `merge`
+) -> Iterator[Progress | None]:
+    """Yield the callback for what a caller of `oxmerge.merge` says of progress.
+
+    Parameters
+    ----------
+    progress : callable or bool, optional
+        A callback; whether to show a bar; or nothing, which shows one in a notebook alone.
+    """
+    if callable(progress):
+        yield progress
+    elif progress is False or (progress is None and not _is_notebook()):
+        yield None
+    else:
+        from oxmerge.cli.printer import Printer  # noqa: PLC0415 - heavy
+
+        with show_progress(Printer()) as callback:
+            yield callback
 
 
 @contextmanager
@@ -30,6 +69,9 @@ def show_progress(printer: Printer) -> Iterator[Progress | None]:
     """Yield the callback that shows progress, or None where nobody wants it."""
     if printer.quiet or os.environ.get("OXMERGE_NO_PROGRESS"):
         yield None
+    elif _is_notebook():
+        with _line_in_notebook() as callback:
+            yield callback
     elif printer.is_terminal:
         with _bar(printer) as callback:
             yield callback
@@ -54,25 +96,66 @@ class PlainProgress:
         self.say = say
         self.clock = clock
         self.started = self.spoken = clock()
+        self.estimate = Estimate()
 
     def __call__(self, snapshot: Snapshot) -> None:
         """Show a snapshot, if the last one was a while ago."""
         now = self.clock()
+        left = self.estimate.left(snapshot, now - self.started)
         if now - self.spoken < _SECONDS_BETWEEN_LINES:
             return
         self.spoken = now
-        self.say(progress_line(snapshot, now - self.started))
+        self.say(progress_line(snapshot, now - self.started, left))
 
 
-def progress_line(snapshot: Snapshot, seconds: float) -> str:
-    """Return everything about a snapshot in one line."""
+class Estimate:
+    """How long a merge will still take, once that is more than a guess.
+
+    The first tensors may be the largest, and are read several times before anything is written: so
+    the first estimates are far off, and swing.
+    """
+
+    def __init__(self) -> None:
+        self._totals: deque[tuple[float, float]] = deque()
+        self._has_settled = False
+
+    def left(self, snapshot: Snapshot, seconds: float) -> float | None:
+        """Return the seconds that are left after so many; None as long as nobody can tell."""
+        if snapshot.bytes_done == 0:
+            return None
+        total = seconds * snapshot.bytes_total / snapshot.bytes_done
+        if not self._has_settled:
+            self._totals.append((seconds, total))
+            while self._totals[0][0] < seconds - max(_COMPARED, _COMPARED_SHARE * seconds):
+                self._totals.popleft()
+            totals = [total for _, total in self._totals]
+            swings = max(totals) > _SWING * min(totals)
+            self._has_settled = seconds >= _FIRST_GUESS and not swings
+        return total - seconds if self._has_settled else None
+
+
+def progress_line(
+    snapshot: Snapshot, seconds: float, left: float | None = None, width: int | None = None
+) -> str:
+    """Return everything about a snapshot in one line; of a width, as much as fits.
+
+    The percentage is always there, and a name is shortened before anything is left out.
+    """
     share = 100 * snapshot.bytes_done // max(snapshot.bytes_total, 1)
-    done, total = format_size(snapshot.bytes_done), format_size(snapshot.bytes_total)
-    memory = format_size(snapshot.peak_memory, binary=True)
-    return (
-        f"{share:3d}%  {done} of {total}  {format_rate(_moved(snapshot), seconds)}  "
-        f"{_left(snapshot, seconds)} left  peak {memory}  {snapshot.tensor}"
-    )
+    filled = _BAR * snapshot.bytes_done // max(snapshot.bytes_total, 1)
+    parts = [
+        "#" * filled + "-" * (_BAR - filled) if width is not None and width >= _WIDE else "",
+        f"{format_size(snapshot.bytes_done)} of {format_size(snapshot.bytes_total)}",
+        format_rate(_moved(snapshot), seconds),
+        f"{'?' if left is None else format_duration(left)} left",
+        f"peak {format_size(snapshot.peak_memory, binary=True)}",
+    ]
+    line, name = f"{share:3d}%", printable(snapshot.tensor)
+    for part in filter(None, parts):
+        if width is None or len(line) + 2 + len(part) <= width:
+            line += "  " + part
+    room = _LONGEST_NAME if width is None else min(width - len(line) - 2, _LONGEST_NAME)
+    return line if room < min(_SHORTEST_NAME, len(name)) else f"{line}  {shorten(name, room)}"
 
 
 def format_rate(size: int, seconds: float) -> str:
@@ -84,45 +167,54 @@ def _moved(snapshot: Snapshot) -> int:
     return snapshot.bytes_read + snapshot.bytes_done
 
 
-def _left(snapshot: Snapshot, seconds: float) -> str:
-    if snapshot.bytes_done == 0:
-        return "?"
-    remaining = snapshot.bytes_total - snapshot.bytes_done
-    return format_duration(seconds * remaining / snapshot.bytes_done)
+@contextmanager
+def _bar(printer: Printer) -> Iterator[Progress]:
+    from rich.console import Console  # noqa: PLC0415 - heavy
+    from rich.live import Live  # noqa: PLC0415 - heavy
+    from rich.text import Text  # noqa: PLC0415 - heavy
+
+    console = Console(file=printer.messages, no_color=not printer.has_colour)
+    # Without a thread of its own: each snapshot is drawn as it comes.
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+
+        def show(line: str) -> None:
+            live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+        yield _drawn(show, lambda: console.width)
 
 
 @contextmanager
-def _bar(printer: Printer) -> Iterator[Progress]:
-    from rich import console as consoles  # noqa: PLC0415 - heavy
-    from rich import progress as bars  # noqa: PLC0415 - heavy
-    from rich.markup import escape  # noqa: PLC0415 - heavy
+def _line_in_notebook() -> Iterator[Progress]:
+    """Yield the callback that writes one line below a notebook's cell, again and again."""
+    # Notebooks have it, without the widgets that rich needs there.
+    handle = import_module("IPython.display").display(_Line(""), display_id=True)
+    yield _drawn(lambda line: handle.update(_Line(line)), lambda: _WIDE)
+    handle.update(_Line(""))
 
-    console = consoles.Console(file=printer.messages, no_color=not printer.has_colour)
-    columns = (
-        bars.TextColumn("{task.percentage:3.0f}%"),
-        bars.BarColumn(bar_width=20),
-        bars.TextColumn("{task.fields[figures]}"),
-        bars.TextColumn("[dim]{task.fields[tensor]}"),
-    )
-    started = time.monotonic()
-    # Refreshed with each snapshot, so that it needs no thread of its own, which may not be had.
-    with bars.Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("merge", total=None, figures="", tensor="")
 
-        def show(snapshot: Snapshot) -> None:
-            seconds = time.monotonic() - started
-            figures = (
-                f"{format_size(snapshot.bytes_done)} of {format_size(snapshot.bytes_total)}  "
-                f"{format_rate(_moved(snapshot), seconds)}  {_left(snapshot, seconds)} left  "
-                f"peak {format_size(snapshot.peak_memory, binary=True)}"
-            )
-            bar.update(
-                task,
-                completed=snapshot.bytes_done,
-                total=snapshot.bytes_total,
-                figures=figures,
-                tensor=escape(printable(snapshot.tensor)[-_LONGEST_NAME:]),
-                refresh=True,
-            )
+class _Line:
+    """Text as a notebook shows it: without the quotes that text has."""
 
-        yield show
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _drawn(show: Callable[[str], None], width: Callable[[], int]) -> Progress:
+    estimate, started = Estimate(), time.monotonic()
+
+    def callback(snapshot: Snapshot) -> None:
+        seconds = time.monotonic() - started
+        left = estimate.left(snapshot, seconds)
+        show(progress_line(snapshot, seconds, left, width()))
+
+    return callback
+
+
+def _is_notebook() -> bool:
+    """Tell whether this runs in a cell of a notebook (Jupyter, Colab, VS Code and their like)."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return hasattr(shell, "kernel")

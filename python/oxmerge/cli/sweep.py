@@ -29,8 +29,9 @@ def add_arguments(parser: Parser) -> None:
         required=True,
         dest="axes",
         metavar="PLACE=VALUES",
-        help="what to vary: models[0].parameters.weight=0.1:0.9:9 (nine values from 0.1 to 0.9) "
-        "or =0.1,0.5; given several times, every combination",
+        help="what to vary: models[chat].parameters.weight=0.1:0.9:9 (nine values from 0.1 to 0.9) "
+        "or =0.1,0.5; in brackets is the end of a model's path, or its position in the list, from "
+        "0; given several times, every combination",
     )
     parser.add_argument(
         "--together", action="store_true", help="vary all in step, not in every combination"
@@ -56,7 +57,9 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
         printer.say(f"note: {note}")
     for report in reports:
         printer.say(summary(report)[0])
-    printer.say(f"{len(reports)} merges in one pass: {summary(reports[-1])[1]}")
+    # Those of one pass have its seconds; with `--together` there may be several passes.
+    last = [report for report in reports if report.seconds == reports[-1].seconds]
+    printer.say(f"{len(last)} merges in one pass: {summary(last[-1], len(last))[1]}")
     if printer.as_json:
         printer.json({"merges": [report.as_dict() for report in reports]})
     return 0
@@ -67,7 +70,7 @@ def _axes(texts: list[str]) -> dict[str, str]:
     for text in texts:
         place, equals, values = text.partition("=")
         if not equals or not place or not values:
-            advice = "write --set PLACE=VALUES, as models[0].parameters.weight=0.1:0.9:9"
+            advice = "write --set PLACE=VALUES, as models[chat].parameters.weight=0.1:0.9:9"
             raise UsageError(f"`--set {text}` sets nothing", advice)
         if place in axes:
             raise UsageError(f"`{place}` is set twice", "list all of its values at once")

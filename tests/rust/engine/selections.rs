@@ -6,7 +6,7 @@ use oxmerge::dtype::DType;
 use oxmerge::formula::{Scope, Value};
 use proptest::prelude::*;
 
-use super::{ArraySource, check, inputs, weights};
+use super::{ArraySource, check, inputs, run_in_least_memory, settings, try_merged, weights};
 
 fn kept(input: usize, count: u64) -> Value {
     let value = Value::input(input).abs();
@@ -73,6 +73,66 @@ fn realistic_differences_with_three_densities() {
     });
     let formula = &Value::input(0) + &Value::weighted_sum(sum);
     check::<f32>(&formula, &[elements], &models, DType::F32);
+}
+
+/// How far models are from their base, and how many values differ, does not change the time: one
+/// pass finds all thresholds, and one more merges.
+#[test]
+fn one_pass_finds_the_thresholds_of_all_inputs() {
+    let elements = 1_500_000;
+    let smooth = |seed: u64, scale: f64| -> Vec<f64> {
+        let bell = |at: u64| {
+            let uniform = |salt: u64| {
+                let mixed = (at * 4 + salt + seed * 4_000_037).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                ((mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 11) as f64
+            };
+            (0..4).map(uniform).sum::<f64>() / (1_u64 << 53) as f64 - 2.0
+        };
+        // Rows are not alike.
+        (0..elements).map(|at| scale * (1.0 + (at / 5000 % 7) as f64) * bell(at)).collect()
+    };
+    let base = smooth(1, 0.02);
+    for (step, dtype) in
+        [1e-4, 0.002].iter().flat_map(|step| [(step, DType::Bf16), (step, DType::F32)])
+    {
+        let near = |seed: u64| -> Vec<f64> {
+            base.iter().zip(smooth(seed, *step)).map(|(base, step)| base + step).collect()
+        };
+        let models: Vec<Arc<ArraySource>> = [&base, &near(2), &near(3)]
+            .iter()
+            .map(|values| ArraySource::new::<f64>(values, dtype))
+            .collect();
+        let vector = |at: usize| &Value::input(at) - &Value::input(0);
+        for density in [0.1, 0.5, 0.8] {
+            let kept = |at: usize| {
+                let vector = vector(at);
+                (0.5, vector.masked(&vector.abs().largest((density * elements as f64).trunc())))
+            };
+            let formula = &Value::input(0) + &Value::weighted_sum([kept(1), kept(2)]);
+            let settings = &settings()[0];
+            let (_, report) = try_merged(&formula, &[elements], &models, dtype, settings).unwrap();
+            let once = 3 * elements * dtype.size() as u64;
+            let passes = report.bytes_read as f64 / once as f64;
+            assert!(
+                passes < 2.2,
+                "{passes} passes over {dtype} at {density}, differences of {step}"
+            );
+        }
+    }
+}
+
+/// A tensor without room for kept keys takes more passes and gives the same.
+#[test]
+fn without_room_for_keys_bins_are_counted() {
+    let elements = 2_000_000;
+    let values: Vec<f32> = (0..elements).map(|at| (at * 7919 % elements) as f32).collect();
+    let inputs = [ArraySource::new(&values, DType::F32)];
+    let run =
+        |settings: &_| try_merged(&kept(0, 777_777), &[elements], &inputs, DType::F32, settings);
+    let (kept, report) = run(&settings()[0]).unwrap();
+    let (counted, in_least) = run_in_least_memory(run);
+    assert!(report.bytes_read < in_least.bytes_read, "{report:?} {in_least:?}");
+    assert!(kept == counted, "bytes differ");
 }
 
 #[test]

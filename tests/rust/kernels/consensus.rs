@@ -21,6 +21,28 @@ each_level! {
         });
     }
 
+    /// Weights that cancel each other but for rounding: nothing is divided by what is left of them.
+    fn nothing_is_divided_by_weights_that_cancel<T>(level) {
+        let nearly = [0.7, 0.1, -0.8].map(|weight: f64| T::from_f64(weight * (1.0 + 1e-7)));
+        let off = T::from_f64(-0.8 * (1.0 + 3e-6));
+        for length in LENGTHS {
+            let values = [1.0, 1.0, -1.0].map(|value| vec![T::from_f64(value); length]);
+            let merge = |weights: [T; 3]| {
+                let terms: Vec<(T, &[T])> =
+                    weights.into_iter().zip(values.iter().map(|values| &values[..])).collect();
+                let mut out = vec![T::ZERO; length];
+                elect(level, &terms, true, &mut out);
+                let voters = |i: usize| terms.iter().map(|(w, x)| (*w, x[i])).collect::<Vec<_>>();
+                let expected: Vec<T> = (0..length).map(|i| oracle::elect(&voters(i), true)).collect();
+                assert_same(level, &out, &expected);
+                out
+            };
+            assert!(merge(nearly).iter().all(|value| (value.to_f64() - 1.6).abs() < 1e-5));
+            let [first, second, _] = nearly;
+            assert!(merge([first, second, off]).iter().all(|value| value.to_f64() < -5e5));
+        }
+    }
+
     fn a_widened_difference_is_widening_and_subtracting<T>(level) {
         let dtype = prop::sample::select(&[DType::Bf16, DType::F16, DType::F32][..]);
         let case = (dtype, prop::sample::select(&LENGTHS[..]), any::<u64>());

@@ -1,5 +1,5 @@
 use super::{TestReal, assert_same, config, each_level};
-use oxmerge::kernels::{Counts, Level, Real, count, histogram, keep, oracle, trim};
+use oxmerge::kernels::{Counts, Ends, Level, Real, collect, count, histogram, keep, oracle, trim};
 use proptest::prelude::*;
 
 /// A generator for whole arrays, where proptest would be slow.
@@ -45,6 +45,30 @@ fn assert_histogram<T: TestReal>(
     assert_eq!(count(level, values, low, high), expected, "count at {}", level.name());
 }
 
+fn assert_collected<T: TestReal>(
+    level: Level,
+    values: &[T],
+    (low, high): (u64, u64),
+    resolution: u32,
+) {
+    let width = 64 - (high - low).leading_zeros();
+    let shift = width.saturating_sub(resolution);
+    let keys: Vec<u64> = values.iter().map(|&value| oracle::key(value)).collect();
+    let count = |is: &dyn Fn(u64) -> bool| keys.iter().filter(|&&key| is(key)).count() as u64;
+    let expected = Ends {
+        above: count(&|key| key > high),
+        high: count(&|key| key == high),
+        low: if low == high { 0 } else { count(&|key| key == low) },
+    };
+    let mut between = vec![7];
+    let ends = collect(level, values, low, high, shift, &mut between);
+    assert_eq!(ends, expected, "at {} in {low:#x}..={high:#x}", level.name());
+    let inside = keys.iter().filter(|&&key| low < key && key < high);
+    let offsets = inside.map(|key| ((key - low) >> shift) as u32);
+    let expected: Vec<u32> = [7].into_iter().chain(offsets).collect();
+    assert_eq!(between, expected, "between at {} in {low:#x}..={high:#x}", level.name());
+}
+
 each_level! {
     fn keys_order_as_values<T>(_level) {
         let mut specials = T::specials();
@@ -73,6 +97,15 @@ each_level! {
             assert_histogram(level, &values::<T>(4095, 8), (most / 2, most), bits);
             assert_histogram(level, &values::<T>(640, 9), (most / 2 + 1, most / 2 + 1), bits);
         }
+    }
+
+    fn what_is_collected_is_like_the_oracle<T>(level) {
+        proptest!(config(64), |(values in T::slice(), interval in interval::<T>(), bits in 1..33_u32)| {
+            assert_collected(level, &values, interval, bits);
+        });
+        let most = u64::MAX >> (64 - 8 * size_of::<T>());
+        assert_collected(level, &values::<T>(4095, 7), (0, most), 32);
+        assert_collected(level, &values::<T>(4095, 8), (most / 2 + 1, most), 32);
     }
 
     fn an_end_beyond_all_keys_is_the_last_key<T>(level) {

@@ -3,10 +3,11 @@
 //! The average of vectors that point different ways is shorter than they are; a tensor of a merged
 //! model then acts more weakly than in any of its sources. This restores the length.
 
-use oxmerge::error::{Error, Result};
+use oxmerge::error::Result;
 use oxmerge::formula::{Scalar, Scope, Value, compute};
 use oxmerge::methods::{
     Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset,
+    sum_of_weights,
 };
 use oxmerge::plan::OutputTensor;
 
@@ -32,7 +33,8 @@ impl Method for NormAverage {
                     Kind::Float,
                     Preset::Nothing,
                     "how much of this model",
-                )]
+                )
+                .factor()]
             },
         }
     }
@@ -41,10 +43,7 @@ impl Method for NormAverage {
         let inputs = Inputs::of(tensor).all();
         let weights =
             inputs.iter().map(|input| input.number("weight")).collect::<Result<Vec<_>>>()?;
-        let total: f64 = weights.iter().sum();
-        if total == 0.0 {
-            return Err(Error::plan("the weights sum to zero").advice("change a weight"));
-        }
+        let total = sum_of_weights(&weights)?;
         let shares: Vec<f64> = weights.iter().map(|weight| weight / total).collect();
         let average = Value::weighted_sum(
             shares.iter().copied().zip(inputs.iter().map(|input| input.value.clone())),

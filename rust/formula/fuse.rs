@@ -1,0 +1,453 @@
+//! Fusion: one peephole over the instructions of a program.
+//!
+//! A merge's speed is that of memory only if each element goes through the cache once. So effects
+//! whose whole computation has a kernel from bytes to bytes become one [`Fused`] effect, and pairs
+//! of instructions that belong together become one. Each match looks at the instructions that an
+//! operand is made of and at nothing else: what other effects there are does not matter. Then what
+//! nobody needs any more goes. The bits are those of the instructions replaced; only what a bench
+//! showed to be worth it is here.
+
+use std::fmt;
+
+use crate::dtype::DType;
+use crate::kernels::Votes;
+
+use super::program::{Along, Argument, Effect, Operation, Setting, Slot};
+use super::selection::{Interval, Look};
+use super::{BinaryOp, Chosen, MaskName, ReductionKind, UnaryOp};
+
+/// An effect that has a kernel of its own.
+#[derive(Clone, Debug)]
+pub(crate) enum Fused {
+    /// Stores Σ c·x.
+    WeightedSum { output: usize, dtype: DType, terms: Vec<(f64, usize)> },
+    /// Stores base + scale · Σ c·(x − base).
+    Shifted { output: usize, dtype: DType, base: usize, terms: Vec<(f64, usize)>, scale: f64 },
+    /// Stores base + lambda · (what is kept of weighted task vectors, summed or voted on).
+    Thinned { output: usize, dtype: DType, sum: ThinnedSum },
+    /// The inner products of two inputs: a·a, a·b, b·b.
+    Products { numbers: [usize; 3], inputs: [usize; 2] },
+    /// The L1 norms of a task vector, if it is wanted, and of what a random mask keeps of it.
+    Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: MaskName },
+    /// Counts the magnitudes of a task vector for a search.
+    Count { search: usize, interval: Interval, vector: TaskVector },
+}
+
+/// x − base, of inputs of one type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TaskVector {
+    pub(crate) x: usize,
+    pub(crate) base: usize,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct ThinnedSum {
+    pub(crate) base: usize,
+    pub(crate) terms: Vec<ThinnedVector>,
+    pub(crate) votes: Votes,
+    pub(crate) lambda: f64,
+}
+
+/// weight · scale · (what is kept of x − base).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ThinnedVector {
+    pub(crate) weight: f64,
+    pub(crate) scale: f64,
+    pub(crate) x: usize,
+    pub(crate) keep: Keep,
+}
+
+/// What is kept of a task vector.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Keep {
+    All,
+    Random(MaskName),
+    /// The largest magnitudes.
+    Largest(Chosen),
+}
+
+/// Terms that one kernel takes.
+const MOST_THINNED: usize = 3;
+
+impl Fused {
+    /// The inputs that it reads.
+    pub(crate) fn inputs(&self) -> Vec<usize> {
+        match self {
+            Self::WeightedSum { terms, .. } => terms.iter().map(|(_, x)| *x).collect(),
+            Self::Shifted { base, terms, .. } => {
+                terms.iter().map(|(_, x)| *x).chain([*base]).collect()
+            }
+            Self::Thinned { sum, .. } => {
+                sum.terms.iter().map(|term| term.x).chain([sum.base]).collect()
+            }
+            Self::Products { inputs, .. } => inputs.to_vec(),
+            Self::Norms { vector, .. } | Self::Count { vector, .. } => vec![vector.x, vector.base],
+        }
+    }
+
+    /// The random masks that it draws.
+    pub(crate) fn masks(&self) -> Vec<MaskName> {
+        match self {
+            Self::Thinned { sum, .. } => {
+                let mask = |term: &ThinnedVector| match term.keep {
+                    Keep::Random(mask) => Some(mask),
+                    Keep::All | Keep::Largest(_) => None,
+                };
+                sum.terms.iter().filter_map(mask).collect()
+            }
+            Self::Norms { mask, .. } => vec![*mask],
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// The same program with fewer instructions.
+pub(crate) fn fused(
+    operations: Vec<Operation>,
+    effects: Vec<Effect>,
+    along: Along,
+    setting: &Setting,
+) -> (Vec<Operation>, Vec<Effect>) {
+    let code = Code { operations: &operations, along, setting };
+    // The kernels from bytes are of f32.
+    let effects = if setting.double { effects } else { code.fused_effects(effects) };
+    let needed = without_dead(operations, effects);
+    let (mut operations, effects) = needed;
+    join_instructions(&mut operations);
+    without_dead(operations, effects)
+}
+
+/// Drops the instructions whose results nobody uses.
+fn without_dead(
+    mut operations: Vec<Operation>,
+    mut effects: Vec<Effect>,
+) -> (Vec<Operation>, Vec<Effect>) {
+    let mut used = vec![false; operations.len()];
+    effects.iter_mut().for_each(|effect| effect.each_slot(|slot| used[*slot] = true));
+    for at in (0..operations.len()).rev() {
+        if used[at] {
+            operations[at].each_slot(|slot| used[*slot] = true);
+        }
+    }
+    let mut home = Vec::with_capacity(used.len());
+    let mut kept = 0;
+    for &used in &used {
+        home.push(kept);
+        kept += usize::from(used);
+    }
+    let mut is_used = used.into_iter();
+    operations.retain(|_| is_used.next().unwrap_or(true));
+    operations.iter_mut().for_each(|operation| operation.each_slot(|slot| *slot = home[*slot]));
+    effects.iter_mut().for_each(|effect| effect.each_slot(|slot| *slot = home[*slot]));
+    (operations, effects)
+}
+
+/// Replaces instructions by ones that do two or three steps.
+fn join_instructions(operations: &mut [Operation]) {
+    let mut uses = vec![0; operations.len()];
+    operations.iter_mut().for_each(|operation| operation.each_slot(|slot| uses[*slot] += 1));
+    for at in 0..operations.len() {
+        let joined = match &operations[at] {
+            Operation::Binary {
+                op: BinaryOp::Sub,
+                a: Argument::Slot(x),
+                b: Argument::Slot(base),
+            } => match operations[*x] {
+                Operation::Load { input } if uses[*x] == 1 && x != base => {
+                    Some(Operation::LoadDifference { input, base: *base })
+                }
+                _ => None,
+            },
+            Operation::Select { mask, yes: Argument::Slot(a), no } if is_zero(*no) => {
+                match operations[*mask] {
+                    Operation::Random { mask } => Some(Operation::Drop { a: *a, mask, scale: 1.0 }),
+                    Operation::Kept { a: magnitude, chosen } => match operations[magnitude] {
+                        Operation::Unary { op: UnaryOp::Abs, a: of } if of == *a => {
+                            Some(Operation::Trim { a: *a, chosen })
+                        }
+                        _ => None,
+                    },
+                    _ => None,
+                }
+            }
+            Operation::WeightedSum { terms } => match terms.as_slice() {
+                &[(scale, slot)] => match operations[slot] {
+                    Operation::Drop { a, mask, scale: one } if one == 1.0 => {
+                        Some(Operation::Drop { a, mask, scale })
+                    }
+                    _ => None,
+                },
+                _ => None,
+            },
+            _ => None,
+        };
+        if let Some(joined) = joined {
+            operations[at] = joined;
+        }
+    }
+}
+
+/// Whether it is +0.
+fn is_zero(argument: Argument) -> bool {
+    matches!(argument, Argument::Number(zero) if zero == 0.0 && zero.is_sign_positive())
+}
+
+/// Instructions in single-assignment form, to look at.
+struct Code<'a> {
+    operations: &'a [Operation],
+    along: Along,
+    setting: &'a Setting,
+}
+
+impl Code<'_> {
+    fn fused_effects(&self, effects: Vec<Effect>) -> Vec<Effect> {
+        let effects =
+            effects.into_iter().map(|effect| self.one(&effect).map_or(effect, Effect::Fused));
+        match self.along {
+            Along::Segments(_) => self.with_products(self.with_norms(effects.collect())),
+            Along::Columns => effects.collect(),
+        }
+    }
+
+    /// What an effect becomes by itself.
+    fn one(&self, effect: &Effect) -> Option<Fused> {
+        match *effect {
+            // The kernels that reduce do not do so by column.
+            Effect::Reduce { .. } if self.along == Along::Columns => None,
+            Effect::Store { output, dtype, a } if dtype.is_float() => self.store(output, dtype, a),
+            Effect::Count { search, interval, a } if interval.look == Look::Keys => {
+                let Operation::Unary { op: UnaryOp::Abs, a } = self.at(a)? else { return None };
+                Some(Fused::Count { search, interval, vector: self.task_vector(*a)? })
+            }
+            Effect::Reduce {
+                number,
+                kind: ReductionKind::AbsoluteSum,
+                a: Argument::Slot(a),
+                ..
+            } => {
+                let (whole, Keep::Random(mask)) = self.kept(a)? else { return None };
+                let vector = self.task_vector(whole)?;
+                Some(Fused::Norms { whole: None, kept: number, vector, mask })
+            }
+            _ => None,
+        }
+    }
+
+    /// Gives the norms of whole task vectors to effects that have the vector at hand.
+    fn with_norms(&self, mut effects: Vec<Effect>) -> Vec<Effect> {
+        let mut at = 0;
+        while at < effects.len() {
+            let norm = match effects[at] {
+                Effect::Reduce {
+                    number,
+                    kind: ReductionKind::AbsoluteSum,
+                    a: Argument::Slot(a),
+                    ..
+                } => self.task_vector(a).map(|vector| (number, vector)),
+                _ => None,
+            };
+            let taken = norm.is_some_and(|(number, of)| {
+                effects.iter_mut().any(|effect| match effect {
+                    Effect::Fused(Fused::Norms { whole: whole @ None, vector, .. })
+                        if *vector == of =>
+                    {
+                        *whole = Some(number);
+                        true
+                    }
+                    _ => false,
+                })
+            });
+            if taken {
+                effects.remove(at);
+            } else {
+                at += 1;
+            }
+        }
+        effects
+    }
+
+    /// Makes three inner products of two inputs one effect.
+    fn with_products(&self, mut effects: Vec<Effect>) -> Vec<Effect> {
+        let factors = |effect: &Effect| match *effect {
+            Effect::Reduce { number, kind: ReductionKind::Dot, a, b: Some(b) } => {
+                Some((number, self.input(a)?, self.input(b)?))
+            }
+            _ => None,
+        };
+        loop {
+            let dots: Vec<_> = effects.iter().filter_map(factors).collect();
+            let number = |x, y| dots.iter().find(|dot| (dot.1, dot.2) == (x, y)).map(|dot| dot.0);
+            let triple = dots.iter().filter(|(_, a, b)| a != b && self.are_alike(*a, *b));
+            let triple =
+                triple.map(|&(ab, a, b)| Some(([number(a, a)?, ab, number(b, b)?], [a, b])));
+            let Some((numbers, inputs)) = triple.flatten().next() else { return effects };
+            let is_part = |effect: &Effect| matches!(effect, Effect::Reduce { number, .. } if numbers.contains(number));
+            effects.retain(|effect| !is_part(effect));
+            effects.push(Effect::Fused(Fused::Products { numbers, inputs }));
+        }
+    }
+
+    fn store(&self, output: usize, dtype: DType, a: Argument) -> Option<Fused> {
+        match self.at(a)? {
+            Operation::WeightedSum { terms } => {
+                let inputs = terms.iter().map(|&(c, x)| Some((c, self.input(Argument::Slot(x))?)));
+                let terms = inputs.collect::<Option<_>>()?;
+                Some(Fused::WeightedSum { output, dtype, terms })
+            }
+            Operation::Binary { op: BinaryOp::Add, a: base, b: Argument::Slot(sum) } => {
+                let base = self.input(*base)?;
+                self.shifted(output, dtype, base, *sum)
+                    .or_else(|| self.thinned(output, dtype, base, *sum))
+            }
+            _ => None,
+        }
+    }
+
+    fn shifted(&self, output: usize, dtype: DType, base: usize, sum: Slot) -> Option<Fused> {
+        let (scale, sum) = self.scaled_sum(sum);
+        let Operation::WeightedSum { terms } = &self.operations[sum] else { return None };
+        let term = |&(c, slot): &(f64, Slot)| Some((c, self.moved_from(base, slot)?));
+        let terms = terms.iter().map(term).collect::<Option<_>>()?;
+        Some(Fused::Shifted { output, dtype, base, terms, scale })
+    }
+
+    fn thinned(&self, output: usize, dtype: DType, base: usize, sum: Slot) -> Option<Fused> {
+        let (lambda, sum) = self.scaled_sum(sum);
+        let (votes, terms) = match &self.operations[sum] {
+            Operation::Elect { terms, average: true } => (Votes::Average, terms),
+            Operation::Elect { terms, average: false } => (Votes::Elect, terms),
+            Operation::WeightedSum { terms } => (Votes::None, terms),
+            _ => return None,
+        };
+        let has_type = |input: usize| self.setting.inputs[input] == dtype;
+        let term = |&(weight, slot): &(f64, Slot)| {
+            let (scale, slot) = self.scaled(slot);
+            let (whole, keep) = self.kept(slot).unwrap_or((slot, Keep::All));
+            let x = self.moved_from(base, whole).filter(|&x| has_type(x))?;
+            Some(ThinnedVector { weight, scale, x, keep })
+        };
+        let terms: Vec<_> = terms.iter().map(term).collect::<Option<_>>()?;
+        let fits = has_type(base) && terms.len() <= MOST_THINNED;
+        let sum = ThinnedSum { base, terms, votes, lambda };
+        fits.then_some(Fused::Thinned { output, dtype, sum })
+    }
+
+    fn at(&self, argument: Argument) -> Option<&Operation> {
+        match argument {
+            Argument::Slot(slot) => Some(&self.operations[slot]),
+            Argument::Number(_) => None,
+        }
+    }
+
+    fn input(&self, argument: Argument) -> Option<usize> {
+        match self.at(argument)? {
+            Operation::Load { input } => Some(*input),
+            _ => None,
+        }
+    }
+
+    /// x and base, if a slot has the difference of two inputs.
+    fn difference(&self, slot: Slot) -> Option<TaskVector> {
+        match self.operations[slot] {
+            Operation::Binary { op: BinaryOp::Sub, a, b } => {
+                Some(TaskVector { x: self.input(a)?, base: self.input(b)? })
+            }
+            _ => None,
+        }
+    }
+
+    /// The same, if they are of one type.
+    fn task_vector(&self, slot: Slot) -> Option<TaskVector> {
+        self.difference(slot).filter(|vector| self.are_alike(vector.x, vector.base))
+    }
+
+    fn are_alike(&self, a: usize, b: usize) -> bool {
+        self.setting.inputs[a] == self.setting.inputs[b]
+    }
+
+    /// x, if a slot has x − base.
+    fn moved_from(&self, base: usize, slot: Slot) -> Option<usize> {
+        self.difference(slot).filter(|vector| vector.base == base).map(|vector| vector.x)
+    }
+
+    /// The whole and what is kept of it, if a slot has a part of another, else 0.
+    fn kept(&self, slot: Slot) -> Option<(Slot, Keep)> {
+        let Operation::Select { mask, yes: Argument::Slot(whole), no } = self.operations[slot]
+        else {
+            return None;
+        };
+        let keep = match self.operations[mask] {
+            Operation::Random { mask } => Keep::Random(mask),
+            Operation::Kept { a, chosen } => match self.operations[a] {
+                Operation::Unary { op: UnaryOp::Abs, a } if a == whole => Keep::Largest(chosen),
+                _ => return None,
+            },
+            _ => return None,
+        };
+        is_zero(no).then_some((whole, keep))
+    }
+
+    /// A slot as a number times another.
+    fn scaled(&self, slot: Slot) -> (f64, Slot) {
+        match &self.operations[slot] {
+            Operation::WeightedSum { terms } => match terms.as_slice() {
+                [term] => *term,
+                _ => (1.0, slot),
+            },
+            _ => (1.0, slot),
+        }
+    }
+
+    /// A slot as a number times another sum.
+    fn scaled_sum(&self, slot: Slot) -> (f64, Slot) {
+        let (scale, inner) = self.scaled(slot);
+        match self.operations[inner] {
+            Operation::WeightedSum { .. } | Operation::Elect { .. } => (scale, inner),
+            _ => (1.0, slot),
+        }
+    }
+}
+
+impl fmt::Display for Fused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sum = |terms: &[(f64, usize)]| {
+            let terms: Vec<_> = terms.iter().map(|(c, x)| format!("{c} x{x}")).collect();
+            terms.join(" + ")
+        };
+        match self {
+            Self::WeightedSum { output, dtype, terms } => {
+                write!(f, "fused store o{output} {dtype} {}", sum(terms))
+            }
+            Self::Shifted { output, dtype, base, terms, scale } => {
+                write!(
+                    f,
+                    "fused store o{output} {dtype} x{base} + {scale} ({}) from it",
+                    sum(terms)
+                )
+            }
+            Self::Thinned { output, dtype, sum: ThinnedSum { base, terms, votes, lambda } } => {
+                let term = |term: &ThinnedVector| {
+                    let keep = match term.keep {
+                        Keep::All => "all of".to_owned(),
+                        Keep::Random((stream, _)) => format!("m{stream} of"),
+                        Keep::Largest(_) => "the largest of".to_owned(),
+                    };
+                    format!("{} {} {keep} x{}", term.weight, term.scale, term.x)
+                };
+                let terms: Vec<_> = terms.iter().map(term).collect();
+                let terms = terms.join(", ");
+                write!(f, "fused store o{output} {dtype} x{base} + {lambda} {votes:?} ({terms})")
+            }
+            Self::Products { numbers: [aa, ab, bb], inputs: [a, b] } => {
+                write!(f, "fused n{aa}, n{ab}, n{bb} = products x{a} x{b}")
+            }
+            Self::Norms { whole, kept, vector: TaskVector { x, base }, mask: (stream, _) } => {
+                let whole = whole.map_or(String::new(), |whole| format!("n{whole}, "));
+                write!(f, "fused {whole}n{kept} = norms x{x} - x{base}, m{stream} of it")
+            }
+            Self::Count { search, vector: TaskVector { x, base }, .. } => {
+                write!(f, "fused count q{search} |x{x} - x{base}|")
+            }
+        }
+    }
+}

@@ -6,8 +6,10 @@
 //! how it is built and why; `kernels/NUMERICS.md` is the numeric contract.
 //!
 //! A module uses only those before it in this list: `error`, `dtype`, `plan` (data only), `io`,
-//! `checkpoint`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows Python.
+//! `checkpoint`, `assembly`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows
+//! Python.
 
+pub mod assembly;
 pub mod checkpoint;
 pub mod dtype;
 pub mod engine;

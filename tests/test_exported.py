@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import mmap
 import subprocess
 import sys
@@ -11,8 +10,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import oxmerge
 import pytest
 from oxmerge import _core
+from writers import write_model, write_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,26 +202,27 @@ def test_a_tensor_that_changes_while_others_are_looked_at() -> None:
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
 
 
+def plan_of(folder: Path) -> _core.Plan:
+    model = write_model(folder / "model", {"x": X})
+    return oxmerge.plan(write_recipe(folder / "recipe.yml", "passthrough", [model])).table
+
+
 @pytest.mark.parametrize("call", ["predict", "execute", "rehearse"])
-def test_memory_is_lent_to_no_other_device(call: str) -> None:
+def test_memory_is_lent_to_no_other_device(tmp_path: Path, call: str) -> None:
     class Device:
         vram, devices, is_host = 1 << 30, ("cpu",), True
 
     calls: dict[str, Callable[[Any], object]] = {
         "predict": lambda device: _core.predict([], 1 << 30, 1, device),
         "execute": lambda device: _core.execute([], memory=1 << 30, device=device),
-        "rehearse": lambda device: _core.rehearse("", 1, device),
+        "rehearse": lambda device: _core.rehearse(plan_of(tmp_path), 1, device),
     }
     with pytest.raises(TypeError, match=r"device must be a torch_backend\.Backend"):
         calls[call](Device())
 
 
 def test_a_plan_cannot_make_memory(tmp_path: Path) -> None:
-    plan = {"version": 1, "method": "linear", "seed": 0, "files": [], "shards": [], "tensors": [
-        {"name": "x", "shape": [6], "dtype": "F32", "shard": 0, "start": 0, "sources": [],
-         "base": None, "parameters": {}},
-    ]}  # fmt: skip
-    engine = _core.OnDemand(json.dumps(plan))
+    engine = _core.OnDemand(plan_of(tmp_path))
     for wrong in (np.zeros(5, np.float32), (address(X), 24, "F32"), X.tobytes()):
         with pytest.raises((TypeError, ValueError)):
             engine.compute(0, wrong, None)

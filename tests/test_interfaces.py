@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -354,7 +353,7 @@ RECIPE = "{models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: 
 #: A recipe, and what is said of it.
 WRONG_RECIPES = {
     "method typo": (RECIPE % (1, "merge_method: linaer"), "did you mean `linear`?"),
-    "method to come": (RECIPE % (1, "merge_method: karcher"), "`karcher` is not in this release"),
+    "method to come": (RECIPE % (1, "merge_method: della"), "`della` is not in this release"),
     "unknown parameter": (
         RECIPE % (1, "merge_method: linear, parameters: {wieght: 1}"),
         "did you mean `weight`?",
@@ -467,6 +466,7 @@ def test_the_report_beside_the_weights(tmp_path: Path, twins: Path) -> None:
 
 def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:
     times: list[float] = []
+    started = time.monotonic()
     oxmerge.merge(
         long,
         tmp_path / "out",
@@ -474,7 +474,8 @@ def test_time_passes_between_progress_calls(tmp_path: Path, long: Path) -> None:
         memory="4GiB",
         progress=lambda _: times.append(time.monotonic()),
     )
-    assert all(later - earlier >= 0.09 for earlier, later in pairwise(times))
+    # However busy the machine is: at most one in a tenth of a second, and one at the end.
+    assert len(times) <= (time.monotonic() - started) / 0.1 + 1
     assert os.path.isdir(tmp_path / "out")
 
 

@@ -246,3 +246,9 @@ def test_names_are_words_and_not_taken() -> None:
         @method(base="required")
         def wrong(models: Any) -> Any:
             return models[0]
+
+
+def test_recipes_say_that_they_do_not_take_them_yet() -> None:
+    recipe = {"merge_method": "stock", "models": [{"model": "a"}, {"model": "b"}]}
+    with pytest.raises(PlanError, match="`stock` is written in Python"):
+        oxmerge.plan(recipe)

@@ -16,7 +16,7 @@ from writers import write_model
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from oxmerge.outlook import Outlook
+    from oxmerge.plans import Plan
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan(folder: Path, method: str, *each: Any, strict: bool = False, **shared: Any) -> Outlook:
+def plan(folder: Path, method: str, *each: Any, strict: bool = False, **shared: Any) -> Plan:
     """Plan a merge with these parameters of the models, and of all."""
     models = [{"model": n, "parameters": p} for n, p in zip("ab", each, strict=False)]
     mapping: dict[str, Any] = {"merge_method": method, "models": models, "parameters": shared}

@@ -438,8 +438,8 @@ def test_the_text_of_a_mapping_is_the_same_recipe(name: str) -> None:
 
 def test_what_is_no_recipe_is_told_how_to_make_one() -> None:
     mapping: Any = {"merge_method": "linear", "models": [{"model": "a"}]}
-    with pytest.raises(TypeError, match=r"not a dict; of a mapping, `Recipe.from_mapping` makes"):
-        oxmerge.plan(mapping)
+    with pytest.raises(TypeError, match=r"not a list; of a mapping, `Recipe.from_mapping` makes"):
+        oxmerge.plan([mapping])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"neither models nor slices; make it with `Recipe.from_y"):
         oxmerge.plan(Recipe("recipe.yml"))
     with pytest.raises(ValueError, match=r"^device must be cpu, .*, not None$"):

@@ -127,7 +127,7 @@ def recipe_of(folder: Path, family: Path, name: str) -> Path:
     return write_recipe(folder / f"{name}.yml", models=models, base=base, each=each, **options)
 
 
-def least_memory(plan: str) -> int:
+def least_memory(plan: _core.Plan) -> int:
     """Return the least budget that will do, in this process as it is now."""
     with pytest.raises(MemoryBudgetError) as caught:
         _core.predict([plan], 1, 1)
@@ -136,7 +136,9 @@ def least_memory(plan: str) -> int:
     return int(found[1]) << 20
 
 
-def shards_of(plan: str, directory: Path, *, level: str | None = None, **options: Any) -> Any:
+def shards_of(
+    plan: _core.Plan, directory: Path, *, level: str | None = None, **options: Any
+) -> Any:
     """Execute a plan; the bytes of the shards, and what the engine reports."""
     directory.mkdir()
     if options.get("memory", ...) is None:
@@ -153,11 +155,11 @@ def shards_of(plan: str, directory: Path, *, level: str | None = None, **options
 @pytest.fixture(scope="module", params=METHODS)
 def case(
     request: pytest.FixtureRequest, family: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, bytes]]:
+) -> tuple[_core.Plan, dict[str, bytes]]:
     """A plan, and the shards that it gives with the default settings."""
     folder = tmp_path_factory.mktemp("case")
     recipe = Recipe.from_yaml(recipe_of(folder, family, request.param))
-    plan = build_plan(recipe, seed=7, shard_size=12_000_000).to_json()
+    plan = build_plan(recipe, seed=7, shard_size=12_000_000).table
     shards, _ = shards_of(plan, folder / "reference")
     assert shards
     return plan, shards
@@ -165,7 +167,7 @@ def case(
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_change_no_byte(
-    tmp_path: Path, case: tuple[str, dict[str, bytes]], name: str
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]], name: str
 ) -> None:
     plan, expected = case
     shards, report = shards_of(plan, tmp_path / "out", **SETTINGS[name])
@@ -175,7 +177,7 @@ def test_settings_change_no_byte(
 
 
 def test_inputs_on_the_disk_give_the_same(
-    tmp_path: Path, case: tuple[str, dict[str, bytes]], family: Path
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]], family: Path
 ) -> None:
     plan, expected = case
     evict(family)
@@ -185,7 +187,7 @@ def test_inputs_on_the_disk_give_the_same(
 @pytest.mark.parametrize("name", ["linear", "ties_0.5", "dare_ties", "nuslerp_columns"])
 def test_the_whole_directory_is_the_same(tmp_path: Path, family: Path, name: str) -> None:
     recipe = recipe_of(tmp_path, family, name)
-    plan = build_plan(Recipe.from_yaml(recipe)).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe)).table
     one, other = tmp_path / "one", tmp_path / "other"
     common: dict[str, Any] = {"seed": 3, "shard_size": "10MB"}
     oxmerge.merge(recipe, one, threads=5, memory="4GiB", read_path="positioned", **common)
@@ -227,7 +229,7 @@ def test_random_settings_change_no_byte(
     tmp_path_factory: pytest.TempPathFactory, family: Path, options: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("random")
-    plan = build_plan(Recipe.from_yaml(recipe_of(folder, family, "ties_0.5"))).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe_of(folder, family, "ties_0.5"))).table
     expected, _ = shards_of(plan, folder / "reference")
     memory = least_memory(plan) + (8 << 20) + options.pop("extra")
     shards, _ = shards_of(plan, folder / "out", memory=memory, **options)
@@ -235,7 +237,7 @@ def test_random_settings_change_no_byte(
 
 
 def test_a_level_that_the_machine_lacks_is_refused(
-    tmp_path: Path, case: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OXMERGE_SIMD", "mmx")
     with pytest.raises(oxmerge.OxmergeError, match="mmx"):

@@ -162,16 +162,16 @@ def test_what_is_left_out_is_told(tmp_path: Path, twins: Path) -> None:
     put(donor, "original/model.safetensors")
     for shard in range(1, 10):
         put(donor, f"pytorch_model-{shard}-of-9.bin")
-    outlook = oxmerge.plan(tmp_path / "linear.yml", memory="4GiB")
+    plan = oxmerge.plan(tmp_path / "linear.yml", memory="4GiB")
     shards = [f"pytorch_model-{shard}-of-9.bin: weights" for shard in range(1, 10)]
-    assert list(outlook.left_out) == ["original/model.safetensors: weights", *shards]
-    assert f"not copied  {shards[8]}\n" in str(outlook)
+    assert list(plan.left_out) == ["original/model.safetensors: weights", *shards]
+    assert f"not copied  {shards[8]}\n" in str(plan)
     report = oxmerge.merge(tmp_path / "linear.yml", donor / "out", memory="4GiB")
     assert report.notes[-2].startswith("not copied from the donor: `original/model.safetensors`, ")
     assert report.notes[-2].endswith("`pytorch_model-7-of-9.bin` and 2 more")
     assert "`adapter_config.json` is copied, but no adapter's weights" in report.notes[-1]
     written = json.loads((donor / "out" / "oxmerge_report.json").read_text())
-    assert written["left_out"] == list(outlook.left_out)
+    assert written["left_out"] == list(plan.left_out)
     names = set(directory_bytes(donor / "out"))
     assert names >= {"model.safetensors", "adapter_config.json", "original/params.json"}
     oxmerge.merge(tmp_path / "linear.yml", donor / "out", memory="4GiB", overwrite=True)

@@ -72,13 +72,15 @@ def backend_on(device: str, vram: int = 4 << 30) -> torch_backend.Backend:
     return backend
 
 
-def on_device(plan: str, directory: Path, device: str, vram: int = 4 << 30, **options: Any) -> Any:
+def on_device(
+    plan: _core.Plan, directory: Path, device: str, vram: int = 4 << 30, **options: Any
+) -> Any:
     """Execute a plan there; the bytes of the shards, and what the engine reports."""
     with backend_on(device, vram) as backend:
         return shards_of(plan, directory, device=backend, **options)
 
 
-def least_vram(plan: str, device: str) -> int:
+def least_vram(plan: _core.Plan, device: str) -> int:
     """Return the least device memory that will do."""
     with pytest.raises(MemoryBudgetError, match="the device memory is too small") as caught:
         _core.predict([plan], 4 << 30, 1, backend_on(device, 1))
@@ -104,18 +106,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", params=METHODS)
 def case(
     request: pytest.FixtureRequest, family: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, bytes]]:
+) -> tuple[_core.Plan, dict[str, bytes]]:
     """A plan, and the shards that the engine makes of it."""
     folder = tmp_path_factory.mktemp("case")
     recipe = Recipe.from_yaml(recipe_of(folder, family, request.param))
-    plan = build_plan(recipe, seed=7, shard_size=12_000_000).to_json()
+    plan = build_plan(recipe, seed=7, shard_size=12_000_000).table
     return plan, shards_of(plan, folder / "reference")[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_method_gives_the_same_bytes(
-    tmp_path: Path, case: tuple[str, dict[str, bytes]], name: str, device: str
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]], name: str, device: str
 ) -> None:
     plan, expected = case
     options = dict(SETTINGS[name])
@@ -179,7 +181,7 @@ def test_hard_values_of_every_type(
     recipe = write_recipe(
         tmp_path / "r.yml", models=paths, base=base, each=each, out_dtype=dtype, **options
     )
-    plan = build_plan(Recipe.from_yaml(recipe), seed=3).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe), seed=3).table
     expected, _ = shards_of(plan, tmp_path / "expected")
     shards, _ = on_device(plan, tmp_path / "out", device, largest_piece=2)
     assert shards == expected
@@ -188,7 +190,7 @@ def test_hard_values_of_every_type(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["slerp", "nuslerp", "nuslerp_columns", "dare_linear"])
 def test_hard_values_in_sums(tmp_path: Path, hard_family: Path, name: str, device: str) -> None:
-    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, hard_family, name)), seed=3).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, hard_family, name)), seed=3).table
     expected, _ = shards_of(plan, tmp_path / "expected")
     shards, _ = on_device(plan, tmp_path / "out", device, largest_piece=1, threads=3)
     assert shards == expected
@@ -198,7 +200,7 @@ def test_hard_values_in_sums(tmp_path: Path, hard_family: Path, name: str, devic
 def test_where_torch_cannot_sum_in_order_it_goes_step_by_step(
     tmp_path: Path, family: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "slerp"))).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "slerp"))).table
     expected, _ = shards_of(plan, tmp_path / "expected")
 
     def backwards(terms: torch.Tensor) -> torch.Tensor:
@@ -238,7 +240,9 @@ def test_a_sweep_gives_the_same_bytes(tmp_path: Path, family: Path, device: str)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(GPUS < 2, reason=f"{NO_GPU}: two are needed" if GPUS == 0 else "one GPU only")
-def test_several_gpus_share_the_work(tmp_path: Path, case: tuple[str, dict[str, bytes]]) -> None:
+def test_several_gpus_share_the_work(
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]]
+) -> None:
     backend = backend_on("cuda")
     assert len(backend.devices) == GPUS
     workers = [backend.worker() for _ in range(2 * GPUS)]
@@ -494,7 +498,7 @@ class Live(TorchDispatchMode):  # type: ignore[misc]
 
 
 def test_pieces_keep_within_the_device_memory(
-    tmp_path: Path, case: tuple[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, case: tuple[_core.Plan, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peaks: list[int] = []
     at_work = torch_backend.Worker.at_work
@@ -520,7 +524,7 @@ def test_pieces_keep_within_the_device_memory(
 @pytest.mark.parametrize("device", DEVICES)
 def test_too_little_device_memory_is_refused(tmp_path: Path, family: Path, device: str) -> None:
     recipe = recipe_of(tmp_path, family, "ties_0.5")
-    plan = build_plan(Recipe.from_yaml(recipe)).to_json()
+    plan = build_plan(Recipe.from_yaml(recipe)).table
     least = least_vram(plan, device)
     with pytest.raises(MemoryBudgetError, match="the device memory is too small"):
         oxmerge.merge(recipe, tmp_path / "out", device=device, vram=least - MIB)
@@ -791,9 +795,9 @@ def test_an_interrupt_ends_it(tmp_path: Path) -> None:
 
 def test_the_plan_names_the_device(tmp_path: Path, family: Path, capsys: Any) -> None:
     recipe = str(recipe_of(tmp_path, family, "linear"))
-    outlook = oxmerge.plan(recipe, device="torch")
-    assert outlook.device == "torch on the CPU"
-    assert outlook.as_dict()["fastest"]["device"] == outlook.fastest.device
+    plan = oxmerge.plan(recipe, device="torch")
+    assert plan.prediction.device == "torch on the CPU"
+    assert plan.as_dict()["fastest"]["device"] == plan.prediction.fastest.device
     assert main(["plan", recipe]) == 0
     assert "device    cpu; the fastest should be cpu: " in capsys.readouterr().out
 
@@ -833,7 +837,7 @@ def test_auto_decides_by_rates(
 ) -> None:
     cpu, gpu, disk = rates
 
-    def rehearse(_plan: str, _threads: object, backend: object) -> float:
+    def rehearse(_plan: _core.Plan, _threads: object, backend: object) -> float:
         return (cpu if backend is None else gpu) / scale
 
     monkeypatch.setattr(devices, "_has_gpu", lambda: True)
@@ -846,10 +850,10 @@ def test_auto_decides_by_rates(
     assert reason in choice.reason
 
 
-def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[str, float]) -> None:
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, rates: dict[_core.Plan, float]) -> None:
     """Pretend that there is one; rates are those of a plan on the CPU. It takes no time there."""
 
-    def rehearse(plan: str, _threads: object, backend: object) -> float:
+    def rehearse(plan: _core.Plan, _threads: object, backend: object) -> float:
         return rates[plan] if backend is None else float("inf")
 
     monkeypatch.setattr(devices, "_has_gpu", lambda: True)
@@ -863,7 +867,7 @@ def test_auto_counts_every_merge_of_a_sweep(
     names = ("linear", "ties_0.5")
     plans = [build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, name))) for name in names]
     # The first is done at once, the second takes hours.
-    rates = dict(zip((plan.to_json() for plan in plans), (1e15, 1.0), strict=True))
+    rates = dict(zip((plan.table for plan in plans), (1e15, 1.0), strict=True))
     pretend_a_gpu(monkeypatch, rates)
     monkeypatch.setattr(devices, "open_backend", lambda *_: contextlib.nullcontext("a GPU"))
     assert devices.choose(plans[:1], None, None, load=True).device == "cpu"
@@ -885,7 +889,7 @@ def test_auto_takes_the_cpu_where_torch_cannot_use_the_gpu(
     tmp_path: Path, family: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, "linear")))
-    pretend_a_gpu(monkeypatch, {plan.to_json(): 1.0})
+    pretend_a_gpu(monkeypatch, {plan.table: 1.0})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choice = devices.choose([plan], None, None, load=True)
     assert choice.device == "cpu"
@@ -894,7 +898,7 @@ def test_auto_takes_the_cpu_where_torch_cannot_use_the_gpu(
 
 def test_rates_are_measured(tmp_path: Path, family: Path) -> None:
     for name in ("linear", "dare_ties", "nuslerp_rows"):
-        plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, name))).to_json()
+        plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, family, name))).table
         rates = [_core.rehearse(plan, 2, device) for device in (None, backend_on("torch"))]
         assert all(1e6 < rate < 1e12 for rate in rates)
     files = [{"path": str(family / "a" / "model.safetensors"), "size": 5_000_000}]

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 import zoo
+from oxmerge.names import find_layer_counts, find_layout
 from oxmerge.recipe import Recipe
 
 if TYPE_CHECKING:
-    from oxmerge.planning import MergePlan
+    from oxmerge.plans import Plan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
-def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> MergePlan:
+def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> Plan:
     for name in ("a", "b"):
         zoo.write(tmp_path / name, specimen, files=2)
     models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
@@ -27,7 +28,7 @@ def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> MergePlan:
 def test_every_tensor_is_accounted_for(tmp_path: Path, name: str) -> None:
     specimen = zoo.ZOO[name]()
     merge = plan_two(tmp_path, specimen)
-    assert [tensor.name for tensor in merge.plan.tensors] == list(specimen.tensors)
+    assert [tensor.name for tensor in merge.tensors] == list(specimen.tensors)
     assert merge.warnings == ()
     for account in merge.accounting:
         names = [name for _, names in zoo.fates(account) for name in names]
@@ -49,9 +50,9 @@ STACKS = {
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
-def test_stacks_are_found(tmp_path: Path, name: str) -> None:
-    merge = plan_two(tmp_path, zoo.ZOO[name]())
-    stacks = merge.models[0].layout.stacks
+def test_stacks_are_found(name: str) -> None:
+    specimen = zoo.ZOO[name]()
+    stacks = find_layout(specimen.tensors, find_layer_counts(specimen.config)).stacks
     assert {prefix: stack.depth for prefix, stack in stacks.items()} == STACKS[name]
 
 

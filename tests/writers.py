@@ -89,6 +89,53 @@ def write_sparse(path: Path, shapes: Shapes, dtype: str = "BF16") -> Path:
     return path
 
 
+def expert_shapes(layers: int, shape: tuple[int, int] = (32, 64)) -> dict[str, tuple[int, ...]]:
+    """Return tensors of the layout of DeepSeek-V3, all of one small shape: 61 layers have 45,337.
+
+    The first three layers are dense; each of the others has 256 experts.
+    """
+    attention = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    attention += ["q_a_layernorm", "kv_a_layernorm"]
+    matrices = ("gate_proj", "up_proj", "down_proj")
+    names = ["model.embed_tokens"]
+    for layer in range(layers):
+        parts = ["input_layernorm", "post_attention_layernorm"]
+        parts += [f"self_attn.{part}" for part in attention]
+        experts = [f"experts.{expert}." for expert in range(256)] + ["shared_experts."]
+        parts += [
+            f"mlp.{part}{name}" for part in ([""] if layer < 3 else experts) for name in matrices
+        ]
+        parts += [] if layer < 3 else ["mlp.gate"]
+        names += [f"model.layers.{layer}.{part}" for part in parts]
+    return {f"{name}.weight": shape for name in [*names, "model.norm", "lm_head"]}
+
+
+def write_experts(folder: Path, layers: int, seed: int, *, shard: int = 8 << 20) -> Path:
+    """Write a model of `expert_shapes` with an index, and random numbers in bf16."""
+    folder.mkdir(parents=True)
+    shapes = expert_shapes(layers)
+    size = 2 * int(np.prod(next(iter(shapes.values()))))
+    names, each = list(shapes), max(1, shard // size)
+    count = -(-len(names) // each)
+    generator = np.random.default_rng(seed)
+    weight_map: dict[str, str] = {}
+    for number in range(count):
+        file_name = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        part = names[number * each : (number + 1) * each]
+        values = generator.standard_normal((len(part), size // 2), np.float32) * np.float32(0.02)
+        write_file(
+            folder / file_name,
+            {n: v.reshape(shapes[n]) for n, v in zip(part, values, strict=True)},
+            "BF16",
+        )
+        weight_map |= dict.fromkeys(part, file_name)
+    index = {"metadata": {"total_size": len(names) * size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def random_arrays(shapes: Shapes, seed: int) -> Arrays:
     """Return float32 arrays as weights are: normal, of small scale."""
     generator = np.random.default_rng(seed)

@@ -12,7 +12,6 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oxmerge.accounting import compact_names
 from oxmerge.planning import build_plan
 from oxmerge.schema import DTYPE_SIZES
 
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from oxmerge.accounting import ModelAccount
-    from oxmerge.planning import MergePlan
+    from oxmerge.accounting import ModelAccount, Share
+    from oxmerge.plans import Plan
     from oxmerge.recipe import Recipe
 
 Table = dict[str, tuple[str, tuple[int, ...]]]
@@ -445,27 +444,27 @@ def write(folder: Path, specimen: Specimen, *, files: int = 1) -> Path:
 # Plans of them.
 
 
-def plan_in(folder: Path, recipe: Recipe, **options: Any) -> MergePlan:
+def plan_in(folder: Path, recipe: Recipe, **options: Any) -> Plan:
     """Plan a merge from a working directory."""
     with contextlib.chdir(folder):
         return build_plan(recipe, **options)
 
 
-def fates(account: ModelAccount) -> Iterator[tuple[str, tuple[str, ...]]]:
+def fates(account: ModelAccount) -> Iterator[tuple[str, Share]]:
     """Yield what became of a model's tensors, and which."""
     yield "merged", account.merged
     yield "copied", account.copied
-    yield from ((f"dropped: {reason}", names) for reason, names in account.dropped.items())
+    yield from ((f"dropped: {reason}", share) for reason, share in account.dropped.items())
 
 
-def accounts(merge: MergePlan) -> str:
+def accounts(merge: Plan) -> str:
     """Return what became of every tensor, with runs of layers on one line."""
     lines = []
     for account in merge.accounting:
         lines.append(f"{account.model}: {account.total} tensors")
-        for fate, names in fates(account):
-            if names:
-                lines += [f"  {fate} ({len(names)})", *map("    {}".format, compact_names(names))]
+        for fate, share in fates(account):
+            if share:
+                lines += [f"  {fate} ({len(share)})", *map("    {}".format, share.names)]
     return "\n".join(lines)
 
 

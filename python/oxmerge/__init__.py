@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from oxmerge.lazily import LazyMerge as LazyMerge
     from oxmerge.lazily import lazy as lazy
     from oxmerge.merging import MergeReport as MergeReport
-    from oxmerge.merging import Outlook as Outlook
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
+    from oxmerge.plan_files import load_plan as load_plan
+    from oxmerge.plans import Plan as Plan
     from oxmerge.python_methods import method as method
     from oxmerge.python_methods import per_model as per_model
     from oxmerge.python_methods import shared as shared
@@ -52,9 +53,9 @@ __all__ = [
     "MemoryBudgetError",
     "MergeReport",
     "OpenCheckpoint",
-    "Outlook",
     "OutputError",
     "OxmergeError",
+    "Plan",
     "PlanError",
     "Recipe",
     "RecipeError",
@@ -64,6 +65,7 @@ __all__ = [
     "formula",
     "kernels",
     "lazy",
+    "load_plan",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
@@ -98,9 +100,10 @@ _LAZY = {
     "LazyMerge": ("oxmerge.lazily", "LazyMerge"),
     "MergeReport": ("oxmerge.merging", "MergeReport"),
     "OpenCheckpoint": ("oxmerge.checkpoints", "OpenCheckpoint"),
-    "Outlook": ("oxmerge.merging", "Outlook"),
+    "Plan": ("oxmerge.plans", "Plan"),
     "Recipe": ("oxmerge.recipe", "Recipe"),
     "lazy": ("oxmerge.lazily", "lazy"),
+    "load_plan": ("oxmerge.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),
     "merge_state_dicts": ("oxmerge.state_dicts", "merge_state_dicts"),
     "merge_tensors": ("oxmerge.in_memory", "merge_tensors"),

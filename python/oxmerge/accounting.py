@@ -7,38 +7,68 @@ as they are), or *dropped*, which always has a reason.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
-__all__ = ["ModelAccount", "compact_names", "runs"]
+__all__ = ["ModelAccount", "Share", "compact_names", "runs"]
 
 _NUMBER_PART = re.compile(r"[0-9]{1,9}")
 
 
+class Share:
+    """Some tensors of a model: how many, and which.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+    names : callable
+        Returns their names in file order; called when they are asked for, since there may be many.
+    """
+
+    def __init__(self, count: int, names: Callable[[], Iterable[str]]) -> None:
+        self._count = count
+        self._names = names
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self._count
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over their names."""
+        return iter(self._names())
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Their names, with runs of numbers folded."""
+        return compact_names(self._names())
+
+
 @dataclass(frozen=True, slots=True)
 class ModelAccount:
-    """What became of one model's tensors, by name and in file order.
+    """What became of one model's tensors.
 
     Attributes
     ----------
     model : str
         The model, as the recipe writes it.
-    merged : tuple of str
+    merged : Share
         Those that take part in arithmetic.
-    copied : tuple of str
+    copied : Share
         Those that are copied bit for bit.
-    dropped : dict of str to tuple of str
+    dropped : dict of str to Share
         Those that do not get into the output, by reason.
     """
 
     model: str
-    merged: tuple[str, ...] = ()
-    copied: tuple[str, ...] = ()
-    dropped: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    merged: Share
+    copied: Share
+    dropped: dict[str, Share]
 
     @property
     def total(self) -> int:
@@ -55,9 +85,9 @@ class ModelAccount:
         return {
             "model": self.model,
             "tensors": self.total,
-            "merged": compact_names(self.merged),
-            "copied": compact_names(self.copied),
-            "dropped": {reason: compact_names(names) for reason, names in self.dropped.items()},
+            "merged": self.merged.names,
+            "copied": self.copied.names,
+            "dropped": {reason: share.names for reason, share in self.dropped.items()},
         }
 
     def summary(self) -> Iterator[str]:
@@ -73,10 +103,10 @@ class ModelAccount:
                 *(f"{count} {fate}" for fate, count in counts.items() if count),
             ]
         )
-        for reason, names in self.dropped.items():
-            yield f"  dropped: {reason} ({len(names)})"
-            if len(names) < self.total:
-                yield from (f"    {name}" for name in compact_names(names))
+        for reason, share in self.dropped.items():
+            yield f"  dropped: {reason} ({len(share)})"
+            if len(share) < self.total:
+                yield from (f"    {name}" for name in share.names)
 
 
 def compact_names(names: Iterable[str]) -> list[str]:

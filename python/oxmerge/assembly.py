@@ -1,24 +1,31 @@
 """Assembly: finding the sources of each output tensor, and checking that they agree.
 
 Shapes must be equal exactly. Nothing broadcasts, nothing is cut, nothing is skipped.
+
+The engine goes through the tensors of a run, of which there may be thousands. What stands here is
+done once for a run (its parameters), and for each tensor that does not agree (what to say of it).
 """
 
 from __future__ import annotations
 
-from functools import reduce
+import json
 
+from oxmerge import _core
 from oxmerge.names import is_head, is_vocabulary
 from oxmerge.problems import UNSUPPORTED, Problem
-from oxmerge.schema import OutputTensor, SourceTensor, is_float, promote
+from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from oxmerge._core import TensorInfo
+    from collections.abc import Mapping
+
     from oxmerge.inputs import InputModel
-    from oxmerge.ledger import Ledger
+    from oxmerge.parameters import SettingReader
     from oxmerge.recipe import Recipe, Scalar
     from oxmerge.sections import Section, SectionSource
-    from oxmerge.targets import Target
+    from oxmerge.targets import Run, Target
+
+    TensorInfo = _core.TensorInfo
 
     Found = list[tuple[SectionSource, TensorInfo]]
 
@@ -28,7 +35,7 @@ _SAME_SIZE = "use models of one architecture and size"
 
 
 class Assembler:
-    """Makes output tensors of targets, and collects what does not agree.
+    """Makes output tensors of runs, and collects what does not agree.
 
     Parameters
     ----------
@@ -38,8 +45,10 @@ class Assembler:
         The model that the output is like.
     models : list of InputModel
         Every model.
-    ledger : Ledger
-        Where the use of a tensor is entered.
+    seed : int
+        Of random masks.
+    reader : SettingReader
+        Takes what is wrong with parameters.
 
     Attributes
     ----------
@@ -48,17 +57,28 @@ class Assembler:
     """
 
     def __init__(
-        self, recipe: Recipe, donor: InputModel, models: list[InputModel], ledger: Ledger
+        self,
+        recipe: Recipe,
+        donor: InputModel,
+        models: list[InputModel],
+        seed: int,
+        reader: SettingReader,
     ) -> None:
         self.problems: list[Problem] = []
-        self._dtype = recipe.out_dtype or recipe.dtype
+        self._reader = reader
         self._donor = donor
-        self._ledger = ledger
-        self._first_files = _first_files(models)
         self._unequal: dict[tuple[int, str], int] = {}
         self._is_sliced = bool(recipe.slices)
-        self._layer_shapes = _layer_shapes(donor) if recipe.slices else {}
-        self._names: set[str] = set()
+        self._quantised = [model.is_quantised for model in models]
+        self._settings: dict[str, int] = {}
+        others = [f for model in models for f in (model.config_file, model.checkpoint.index) if f]
+        opened = [(model.reference, model.checkpoint) for model in models]
+        dtype = recipe.out_dtype or recipe.dtype
+        self._table = _core.Assembly(
+            recipe.method, seed, opened, json.dumps(others), dtype, recipe.dtype == "F64"
+        )
+        if self._is_sliced:
+            self._table.like_layers_of(donor.index, set(donor.layout.stacks))
 
     def compare_depths(self, section: Section) -> None:
         """Report stacks that are not as deep as the donor's; their layers are not compared."""
@@ -84,34 +104,140 @@ class Assembler:
             )
         )
 
-    def assemble(self, target: Target) -> OutputTensor | None:
-        """Return the output tensor, or None after reporting why there is none."""
-        like = self._donor_of(target).tensors[target.donor_name]
-        found = self._find(target)
-        if found is None or not self._agree(target, like, found):
+    def assemble(self, run: Run) -> None:
+        """Add the output tensors of a run, but for those of which something was reported."""
+        donor, section = run.donor, run.section
+        models = [source.model for source in section.sources]
+        columns = list(zip((model.index for model in models), run.leads, strict=True))
+        is_like = self._is_sliced and section.donor.model is not self._donor
+        found = self._table.find(
+            donor.index,
+            list(run.tensors),
+            run.donor_lead,
+            run.lead,
+            columns,
+            is_like,
+            self._quantised,
+        )
+        left_out = set()
+        for at, is_twice in found.odd:
+            like = donor.checkpoint.tensor(found.tensor(at))
+            shapes = self._table.shapes_in_layers(found, at, run.donor_lead) if is_like else []
+            before = len(self.problems)
+            complete = self._look(run.target(like.name), like, shapes, is_twice=is_twice)
+            if not complete or len(self.problems) > before:
+                left_out.add(at)
+        settings = self._resolve(run, found, left_out)
+        if section.is_sound:
+            self._table.add(found, settings, section.base, left_out)
+
+    def finish(self, shard_size: int) -> tuple[_core.Plan, list[_core.Fates]]:
+        """Lay the output out, and return the plan's table and what becomes of every tensor."""
+        return self._table.finish(shard_size)
+
+    # Parameters.
+
+    def _resolve(self, run: Run, found: _core.Run, left_out: set[int]) -> list[int | None]:
+        """Return the number of the settings of each group of a run; None where some are missing."""
+        section = run.section
+        resolvers = (section.shared, *(source.resolver for source in section.sources))
+        groups = self._table.group(found, [list(resolver.filters) for resolver in resolvers])
+        settings: list[int | None] = []
+        for group, (first, has_parameters) in enumerate(groups):
+            if not has_parameters:
+                nothing: dict[str, Scalar] = {}
+                origin = {"slice": section.where} if self._is_sliced else {}
+                settings.append(self._enter(nothing, [{} for _ in section.sources], origin))
+                continue
+            sound = (at for at in found.members(group) if at not in left_out)
+            standing = next(sound, None) if first in left_out else first
+            settings.append(
+                None
+                if standing is None
+                else self._settings_of(run, found, group, standing, left_out)
+            )
+        return settings
+
+    def _settings_of(
+        self, run: Run, found: _core.Run, group: int, first: int, left_out: set[int]
+    ) -> int | None:
+        """Return the number of the settings of a group, of which `first` stands for all."""
+        resolvers = (run.section.shared, *(source.resolver for source in run.section.sources))
+
+        def resolve(at: int) -> list[dict[str, Scalar] | None]:
+            names = self._names(found, at)
+            each = zip(resolvers, names, strict=True)
+            return [resolver.resolve(name, run.position) for resolver, name in each]
+
+        before = len(self._reader.problems)
+        shared, *own = resolve(first)
+        if len(self._reader.problems) > before:
+            # Every tensor of the group is told of.
+            for at in found.members(group):
+                if at != first and at not in left_out:
+                    resolve(at)
+        values = [each for each in own if each is not None]
+        if shared is None or len(values) < len(own):
             return None
-        return self._make(target, like, found)
+        names = zip(resolvers, self._names(found, first), strict=True)
+        shared_origin, *origins = (resolver.origins(name, run.position) for resolver, name in names)
+        origin: dict[str, object] = {"shared": shared_origin, "own": origins}
+        if self._is_sliced:
+            origin["slice"] = run.section.where
+        return self._enter(shared, values, origin)
+
+    def _names(self, found: _core.Run, at: int) -> list[str]:
+        name, sources = self._table.names(found, at)
+        return [name, *(source or "" for source in sources)]
+
+    def _enter(
+        self,
+        shared: dict[str, Scalar],
+        own: list[dict[str, Scalar]],
+        origin: Mapping[str, object],
+    ) -> int:
+        """Return the number of settings; equal ones have one."""
+        described = json.dumps(origin)
+        key = json.dumps([shared, own]) + described
+        if key not in self._settings:
+            self._settings[key] = self._table.add_settings(shared, own, described)
+        return self._settings[key]
 
     # Finding.
 
-    def _find(self, target: Target) -> Found | None:
+    def _look(
+        self,
+        target: Target,
+        like: TensorInfo,
+        shapes: list[list[int]],
+        *,
+        is_twice: bool,
+    ) -> bool:
+        """Report what is wrong with a tensor; False if a source lacks it."""
         found: Found = []
-        complete = True
-        for source, name in zip(target.section.sources, target.names, strict=True):
-            tensor = source.model.tensors.get(name)
+        for source, name in zip(target.run.section.sources, target.names, strict=True):
+            tensor = source.model.checkpoint.get(name)
             if tensor is None:
-                complete = False
                 self._report_missing(target, source.model, name)
             else:
                 found.append((source, tensor))
-        return found if complete else None
+        if len(found) < len(target.names):
+            return False
+        self._compare(target, like, found)
+        if shapes and list(like.shape) not in shapes:
+            self._report_unlike_layers(target, like, shapes)
+        if is_twice:
+            message = "two tensors of the output would have this name"
+            advice = "take the first and the last slice from models that name their tensors alike"
+            self.problems.append(Problem("names", message, tensor=target.name, advice=advice))
+        return True
 
     def _report_missing(self, target: Target, model: InputModel, name: str) -> None:
-        place = target.place
+        place = target.run.place
         if not name or (place and self._is_beyond(model, place.stack.prefix, place.layer)):
             return  # reported with the layers
         donor = self._donor_of(target).reference
-        if is_head(name) and (model.is_tied or not any(map(is_head, model.tensors))):
+        if is_head(name) and (model.is_tied or not any(map(is_head, model.checkpoint.names()))):
             self._report_tied(target, model, name)
             return
         message = f"`{model.reference}` lacks a tensor"
@@ -145,8 +271,7 @@ class Assembler:
 
     # Comparing.
 
-    def _agree(self, target: Target, like: TensorInfo, found: Found) -> bool:
-        before = len(self.problems)
+    def _compare(self, target: Target, like: TensorInfo, found: Found) -> None:
         expected = tuple(like.shape)
         for source, tensor in found:
             if tuple(tensor.shape) != expected:
@@ -155,9 +280,6 @@ class Assembler:
                 self._check_types(target, source.model, tensor, like)
             if not is_float(tensor.dtype):
                 self._check_quantised(source.model, tensor, len(found))
-        self._check_like_layers(target, like)
-        self._check_name(target)
-        return len(self.problems) == before
 
     def _report_shape(
         self, target: Target, model: InputModel, tensor: TensorInfo, expected: tuple[int, ...]
@@ -178,7 +300,7 @@ class Assembler:
 
     def _donor_of(self, target: Target) -> InputModel:
         """Return the model whose tensor the target is like: with slices, the slice's donor."""
-        return target.section.donor.model if self._is_sliced else self._donor
+        return target.run.section.donor.model if self._is_sliced else self._donor
 
     def _check_types(
         self, target: Target, model: InputModel, tensor: TensorInfo, like: TensorInfo
@@ -212,84 +334,23 @@ class Assembler:
             Problem(UNSUPPORTED, message, file=file, tensor=tensor.name, advice=advice)
         )
 
-    def _check_like_layers(self, target: Target, like: TensorInfo) -> None:
-        """Check that a slice's own donor fits the model that gives the config."""
-        model = target.section.donor.model
-        if model is self._donor or not self._is_sliced:
-            return
-        shapes = self._layer_shapes.get(_shape_key(target))
-        if shapes and tuple(like.shape) not in shapes:
-            message = f"`{model.reference}` does not fit the donor `{self._donor.reference}`"
-            self.problems.append(
-                Problem(
-                    "shape",
-                    message,
-                    file=model.file_of(like),
-                    tensor=like.name,
-                    expected=" or ".join(sorted(str(list(shape)) for shape in shapes)),
-                    found=str(list(like.shape)),
-                    advice=_SAME_SIZE,
-                )
+    def _report_unlike_layers(
+        self, target: Target, like: TensorInfo, shapes: list[list[int]]
+    ) -> None:
+        """Report that a slice's own donor does not fit the model that gives the config."""
+        model = target.run.section.donor.model
+        message = f"`{model.reference}` does not fit the donor `{self._donor.reference}`"
+        self.problems.append(
+            Problem(
+                "shape",
+                message,
+                file=model.file_of(like),
+                tensor=like.name,
+                expected=" or ".join(sorted(map(str, shapes))),
+                found=str(list(like.shape)),
+                advice=_SAME_SIZE,
             )
-
-    def _check_name(self, target: Target) -> None:
-        if target.name in self._names:
-            message = "two tensors of the output would have this name"
-            advice = "take the first and the last slice from models that name their tensors alike"
-            self.problems.append(Problem("names", message, tensor=target.name, advice=advice))
-        self._names.add(target.name)
-
-    # Making.
-
-    def _make(self, target: Target, like: TensorInfo, found: Found) -> OutputTensor | None:
-        shared: dict[str, Scalar] | None = {}
-        own: list[dict[str, Scalar] | None] = [{} for _ in found]
-        dtype = like.dtype
-        if is_float(dtype):
-            dtype = self._dtype or reduce(promote, (tensor.dtype for _, tensor in found))
-            shared = target.section.shared.resolve(target.name, target.position)
-            own = [
-                source.resolver.resolve(tensor.name, target.position) for source, tensor in found
-            ]
-        if shared is None or not target.section.is_sound:
-            return None
-        sources = [
-            self._source(source, tensor, values)
-            for (source, tensor), values in zip(found, own, strict=True)
-            if values is not None
-        ]
-        if len(sources) < len(found):
-            return None
-        self._enter(found, is_copy=_is_copy(sources, dtype))
-        base = target.section.base
-        return OutputTensor(target.name, tuple(like.shape), dtype, tuple(sources), base, shared)
-
-    def _source(
-        self, source: SectionSource, tensor: TensorInfo, values: dict[str, Scalar]
-    ) -> SourceTensor:
-        model = source.model
-        file = self._first_files[model.index] + tensor.file
-        return SourceTensor(model.reference, tensor.name, tensor.dtype, file, tensor.start, values)
-
-    def _enter(self, found: Found, *, is_copy: bool) -> None:
-        for source, tensor in found:
-            self._ledger.use(source.model.index, tensor.name, is_copy=is_copy)
-
-
-def _is_copy(sources: list[SourceTensor], dtype: str) -> bool:
-    """Tell whether nothing can happen to the bytes: one source as it is, or no floats at all."""
-    first = sources[0]
-    return not is_float(dtype) or (
-        len(sources) == 1 and first.dtype == dtype and not first.parameters
-    )
-
-
-def _first_files(models: list[InputModel]) -> list[int]:
-    """Return the index of each model's first file among the files of all."""
-    first_files = [0]
-    for model in models:
-        first_files.append(first_files[-1] + len(model.checkpoint.files))
-    return first_files
+        )
 
 
 def _shape_advice(tensor: TensorInfo, expected: tuple[int, ...]) -> str:
@@ -300,18 +361,3 @@ def _shape_advice(tensor: TensorInfo, expected: tuple[int, ...]) -> str:
             "yet, so the models must have the same tokenizer"
         )
     return _SAME_SIZE
-
-
-def _shape_key(target: Target) -> str:
-    place = target.place
-    return target.name if place is None else f"*.{place.rest}"
-
-
-def _layer_shapes(donor: InputModel) -> dict[str, set[tuple[int, ...]]]:
-    """Return the shapes that a tensor has in any layer of the donor, by the rest of its name."""
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    for name, tensor in donor.tensors.items():
-        place = donor.layout.place(name)
-        key = name if place is None else f"*.{place.rest}"
-        shapes.setdefault(key, set()).add(tuple(tensor.shape))
-    return shapes

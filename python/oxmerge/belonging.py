@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge.inputs import InputModel
-    from oxmerge.schema import OutputTensor
+    from oxmerge.schema import Tensors
     from oxmerge.sections import Section
 
 __all__ = ["Belonging"]
@@ -97,11 +97,10 @@ class Belonging:
                         section, model, [(n, m, ours(n), theirs(m)) for n, m in pairs]
                     )
 
-    def compare_tokenizers(
-        self, models: Sequence[InputModel], tensors: Sequence[OutputTensor]
-    ) -> None:
+    def compare_tokenizers(self, models: Sequence[InputModel], tensors: Tensors) -> None:
         """Compare the tokens of models whose embeddings or heads are in the output."""
-        rows = [t for t in tensors if is_vocabulary(t.name) and len(t.shape) > 1]
+        named = [at for at, name in enumerate(tensors.names) if is_vocabulary(name)]
+        rows = [tensor for tensor in map(tensors.__getitem__, named) if len(tensor.shape) > 1]
         used = {source.model for tensor in rows for source in tensor.sources}
         most = max((tensor.shape[0] for tensor in rows), default=0)
         for model in models:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from oxmerge.planning import MergePlan
+    from oxmerge.plans import Plan
     from oxmerge.torch_backend import Backend
 
 __all__ = ["DEFAULT_VRAM", "UNTRIED", "Choice", "choose", "open_backend"]
@@ -106,9 +106,7 @@ def _gpus(device: str) -> list[str]:
     return [device] if number else [f"cuda:{at}" for at in range(count)]
 
 
-def choose(
-    merge_plans: Sequence[MergePlan], threads: int | None, vram: int | None, *, load: bool
-) -> Choice:
+def choose(plans: Sequence[Plan], threads: int | None, vram: int | None, *, load: bool) -> Choice:
     """Return the device that is expected to be the fastest for merges of the same tensors.
 
     Looks for a GPU; only if there is one, measures the CPU for some milliseconds for each merge,
@@ -116,7 +114,7 @@ def choose(
 
     Parameters
     ----------
-    merge_plans : sequence of MergePlan
+    plans : sequence of Plan
         What is to be done, in one pass over the inputs.
     threads : int, optional
         Workers.
@@ -129,16 +127,14 @@ def choose(
         return Choice("cpu", "there is no GPU here")
     if not _has_torch():
         return Choice("cpu", "a GPU needs torch, which is not installed")
-    return _compare(merge_plans, threads, vram, load=load)
+    return _compare(plans, threads, vram, load=load)
 
 
-def _compare(
-    merge_plans: Sequence[MergePlan], threads: int | None, vram: int | None, *, load: bool
-) -> Choice:
+def _compare(plans: Sequence[Plan], threads: int | None, vram: int | None, *, load: bool) -> Choice:
     """Compare a GPU, which is there, with the CPU and the disk."""
-    moved = merge_plans[0].plan.bytes_read + sum(each.plan.bytes_written for each in merge_plans)
-    moving = moved / disk_rate(merge_plans[0].plan.files)
-    computing = _computing(merge_plans, threads, None)
+    moved = plans[0].bytes_read + sum(each.bytes_written for each in plans)
+    moving = moved / disk_rate(plans[0].input_files)
+    computing = _computing(plans, threads, None)
     rates = f"reading and writing takes {moving:.1f} s, computing {computing:.1f} s"
     if computing < moving * (1 + _LEAST_GAIN):
         return Choice("cpu", f"the disk is the limit: {rates}")
@@ -148,7 +144,7 @@ def _compare(
         return Choice("cuda", f"computing is the limit, {rates}; `--device auto` measures the GPU")
     try:
         with open_backend("cuda", vram) or nullcontext() as backend:
-            seconds = max(moving, _computing(merge_plans, threads, backend))
+            seconds = max(moving, _computing(plans, threads, backend))
     except DeviceError as error:
         return Choice("cpu", f"the GPU cannot be used: {error.message}")
     with_gpu = f"{rates}, {seconds:.1f} s with the GPU"
@@ -157,14 +153,12 @@ def _compare(
     return Choice("cuda", with_gpu)
 
 
-def _computing(
-    merge_plans: Sequence[MergePlan], threads: int | None, backend: Backend | None
-) -> float:
+def _computing(plans: Sequence[Plan], threads: int | None, backend: Backend | None) -> float:
     """Return the seconds that all merges take where nothing waits for the disk."""
     seconds = 0.0
-    for merge_plan in merge_plans:
-        moved = merge_plan.plan.bytes_read + merge_plan.plan.bytes_written
-        seconds += moved / _core.rehearse(merge_plan.to_json(), threads, backend)
+    for plan in plans:
+        moved = plan.bytes_read + plan.bytes_written
+        seconds += moved / _core.rehearse(plan.table, threads, backend)
     return seconds
 
 

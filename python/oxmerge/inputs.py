@@ -41,8 +41,9 @@ class InputModel:
         The file it was read from, as it was then; None if there is none.
     checkpoint : Checkpoint
         Its headers.
-    tensors : dict of str to TensorInfo
-        Its tensors by name, in file order.
+    runs : list of (str, int, int)
+        Its tensors in file order, in runs whose names begin alike up to the layer's number: that
+        beginning, the first of them, and how many.
     layout : Layout
         Its stacks.
     """
@@ -53,7 +54,7 @@ class InputModel:
     config: dict[str, Any]
     config_file: dict[str, Any] | None
     checkpoint: Checkpoint
-    tensors: dict[str, TensorInfo]
+    runs: list[tuple[str, int, int]]
     layout: Layout
 
     def file_of(self, tensor: TensorInfo) -> str:
@@ -156,14 +157,14 @@ class Inputs:
         return model
 
     def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
-        tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+        runs = checkpoint.runs()
         config, config_file = self._read_config(path)
         counts = find_layer_counts(config)
         if not config and self.models:
             counts = find_layer_counts(self.models[0].config)  # its siblings' config will do
-        layout = find_layout(tensors, counts)
+        layout = find_layout(dict.fromkeys(lead for lead, _, _ in runs), counts)
         return InputModel(
-            len(self.models), reference, path, config, config_file, checkpoint, tensors, layout
+            len(self.models), reference, path, config, config_file, checkpoint, runs, layout
         )
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

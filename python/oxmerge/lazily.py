@@ -13,14 +13,10 @@ from oxmerge.problems import no_such_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
-
     from oxmerge.arrays import Framework, Kind
-    from oxmerge.planning import MergePlan
+    from oxmerge.merging import Request
+    from oxmerge.plans import Plan
     from oxmerge.problems import Problem
-    from oxmerge.recipe import Recipe
-
-    PathLike = str | os.PathLike[str]
 
 __all__ = ["LazyMerge", "lazy"]
 
@@ -37,12 +33,10 @@ class LazyMerge(Mapping[str, Any]):
         What has no effect in the recipe, and what of the inputs is left out.
     """
 
-    def __init__(self, plan: MergePlan, kind: Kind, threads: int | None) -> None:
-        tensors = enumerate(plan.plan.tensors)
-        ordered = sorted(tensors, key=lambda each: (each[1].shard, each[1].start))
-        self._tensors = {tensor.name: at for at, tensor in ordered}
-        self._plan = plan.plan
-        self._engine = _core.OnDemand(plan.to_json())
+    def __init__(self, plan: Plan, kind: Kind, threads: int | None) -> None:
+        self._tensors = plan.tensors.by_place()
+        self._plan = plan
+        self._engine = _core.OnDemand(plan.table)
         self._kind: Kind = kind
         self._threads = threads
         self.warnings: tuple[Problem, ...] = plan.warnings
@@ -102,11 +96,11 @@ class LazyMerge(Mapping[str, Any]):
     @property
     def files(self) -> tuple[dict[str, Any], ...]:
         """The files that it reads: path, size, device and inode of each, and more."""
-        return self._plan.files
+        return tuple(self._plan.input_files)
 
 
 def lazy(
-    recipe: PathLike | Recipe,
+    recipe: Request,
     *,
     framework: Framework = "np",
     seed: int = 0,

@@ -1,14 +1,15 @@
-"""The ledger: every tensor of every model is entered once, with what becomes of it."""
+"""The ledger: what becomes of every tensor of every model, and why."""
 
 from __future__ import annotations
 
-from oxmerge.accounting import ModelAccount
+from oxmerge.accounting import ModelAccount, Share
 from oxmerge.names import is_head
 from oxmerge.problems import Problem
 from oxmerge.targets import loose_side
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from oxmerge._core import Fates
     from oxmerge.inputs import InputModel
     from oxmerge.sections import Section
 
@@ -16,12 +17,14 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Takes down the use of tensors, and accounts for all of them in the end.
+    """Accounts for every tensor of every model.
 
     Parameters
     ----------
     models : list of InputModel
         Every model.
+    fates : list of Fates
+        What becomes of the tensors of each.
 
     Attributes
     ----------
@@ -29,42 +32,40 @@ class Ledger:
         Tensors that are dropped though nothing in the recipe says so.
     """
 
-    def __init__(self, models: list[InputModel]) -> None:
+    def __init__(self, models: list[InputModel], fates: list[Fates]) -> None:
         self.warnings: list[Problem] = []
         self._models = models
-        self._copied: list[dict[str, bool]] = [{} for _ in models]
-
-    def use(self, model: int, name: str, *, is_copy: bool) -> None:
-        """Take down that a tensor goes into the output."""
-        uses = self._copied[model]
-        uses[name] = is_copy and uses.get(name, True)
+        self._fates = fates
 
     def close(
         self, sections: list[Section], donor: InputModel, *, is_sliced: bool
     ) -> tuple[ModelAccount, ...]:
         """Return the account of every model."""
         reasons = _Reasons(sections, donor, is_sliced=is_sliced)
-        return tuple(self._account(model, reasons) for model in self._models)
+        each = zip(self._models, self._fates, strict=True)
+        return tuple(self._account(model, fates, reasons) for model, fates in each)
 
-    def _account(self, model: InputModel, reasons: _Reasons) -> ModelAccount:
-        uses = self._copied[model.index]
+    def _account(self, model: InputModel, fates: Fates, reasons: _Reasons) -> ModelAccount:
         dropped: dict[str, list[str]] = {}
-        for name in model.tensors:
-            if name not in uses:
-                reason, is_expected = reasons.of(model, name)
-                dropped.setdefault(reason, []).append(name)
-                if not is_expected:
-                    self._warn(model, name, reason)
+        for name in fates.names("dropped"):
+            reason, is_expected = reasons.of(model, name)
+            dropped.setdefault(reason, []).append(name)
+            if not is_expected:
+                self._warn(model, name, reason)
         return ModelAccount(
-            model=model.reference,
-            merged=tuple(name for name in model.tensors if uses.get(name) is False),
-            copied=tuple(name for name in model.tensors if uses.get(name)),
-            dropped={reason: tuple(names) for reason, names in dropped.items()},
+            model.reference,
+            merged=_share(fates, "merged"),
+            copied=_share(fates, "copied"),
+            dropped={reason: Share(len(names), names.copy) for reason, names in dropped.items()},
         )
 
     def _warn(self, model: InputModel, name: str, reason: str) -> None:
         message = f"a tensor of `{model.reference}` is dropped: {reason}"
         self.warnings.append(Problem("dropped", message, file=model.path, tensor=name))
+
+
+def _share(fates: Fates, fate: str) -> Share:
+    return Share(fates.count(fate), lambda: fates.names(fate))
 
 
 class _Reasons:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.claims import named
 from oxmerge.cli.progress import watched
+from oxmerge.contents import contents_of, late_texts
 from oxmerge.devices import UNTRIED, choose, open_backend
+from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
 from oxmerge.options import READ_PATHS, check_device, check_threads
-from oxmerge.outcome import Outcome
-from oxmerge.outlook import Outlook
-from oxmerge.planning import DEFAULT_SHARD_SIZE, MergePlan, build_plan
+from oxmerge.plan_files import is_saved_plan, load_plan
+from oxmerge.planning import DEFAULT_SHARD_SIZE, build_plan
+from oxmerge.plans import Plan
 from oxmerge.publish import OutputDirectory, close, commit, discard, prepare_output, stage
 from oxmerge.recipe import Recipe
 from oxmerge.sizes import parse_size
+from oxmerge.summary import Prediction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,8 +33,10 @@ if TYPE_CHECKING:
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
+    #: What a merge may be asked for with.
+    Request = PathLike | Mapping[str, object] | Recipe | Plan
 
-__all__ = ["DEFAULT_MEMORY", "MergeReport", "Outlook", "Snapshot", "merge", "plan"]
+__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "merge", "plan"]
 
 #: Bytes that the whole process may have resident; or so many more than it has, in a process that
 #: has loaded torch, say.
@@ -131,7 +136,7 @@ class MergeReport:
 
 
 def plan(  # noqa: PLR0913 - the options of the command, keyword only
-    recipe: PathLike | Recipe,
+    recipe: Request,
     *,
     memory: int | str | None = None,
     threads: int | None = None,
@@ -141,7 +146,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
     allow_mismatch: bool = False,
-) -> Outlook:
+) -> Plan:
     """Return what a merge would do.
 
     Reads headers, configs and tokenizers only. Where there is a GPU, measures the CPU and the disk
@@ -149,8 +154,9 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
 
     Parameters
     ----------
-    recipe : path, str or Recipe
-        What to merge: a file, YAML text, or a recipe.
+    recipe : path, str, mapping, Recipe or Plan
+        What to merge: a file, YAML text, its keys and values, or a recipe; or a plan, or the
+        file of one, which then is planned no more.
     memory : int or str, optional
         Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
         or 192 MiB more than are resident already, if that is more: torch alone takes several 100.
@@ -180,26 +186,48 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     DeviceError
         If there is no such device, or torch is not installed.
     """
+    options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
+    _check_options(threads, "auto", device, vram)
+    _bytes(memory), _bytes(vram)
+    made = prepare(
+        recipe,
+        shard_size=shard_size,
+        seed=seed,
+        strict=strict,
+        with_side_files=True,
+        allow_mismatch=allow_mismatch,
+    )
+    planned = made.with_options(options)
+    planned.prediction  # noqa: B018 - what cannot fit is told now
+    return planned
+
+
+def predict(
+    plan: Plan,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    vram: int | str | None = None,
+) -> Prediction:
+    """Return how a plan would run with these options of `merge`."""
     _check_options(threads, "auto", device, vram)
     budget, vram = _bytes(memory), _bytes(vram)
-    merge_plan, outcome = _prepare(recipe, shard_size, seed, strict, allow_mismatch)
-    fastest = choose([merge_plan], threads, vram, load=device == "auto")
+    fastest = choose([plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
-    predicted = _core.predict([merge_plan.to_json()], _room(budget), threads, backend)
-    return Outlook(
-        merge_plan,
-        disk=outcome.bytes,
+    predicted = _core.predict([plan.table], _room(budget), threads, backend)
+    rereads = predicted["rereads"]
+    return Prediction(
         memory=predicted["predicted"],
         threads=predicted["workers"],
-        left_out=outcome.left_out,
-        reread_bytes=_bytes_reread(merge_plan) if predicted["rereads"] else None,
+        reread_bytes=plan.table.bytes_of_sources_above(_free_memory()) if rereads else None,
         device=_name(backend),
         fastest=fastest,
     )
 
 
 def merge(  # noqa: PLR0913 - the options of the command, keyword only
-    recipe: PathLike | Recipe,
+    recipe: Request,
     directory: PathLike,
     *,
     memory: int | str | None = None,
@@ -221,8 +249,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
 
     Parameters
     ----------
-    recipe : path, str or Recipe
-        What to merge: a file, YAML text, or a recipe; the dialect is mergekit's.
+    recipe : path, str, mapping, Recipe or Plan
+        What to merge: a file, YAML text, its keys and values, or a recipe; the dialect is
+        mergekit's. Or a plan, or the file of one; it has its seed and its shard size.
     directory : path
         The output: new or empty, unless `overwrite`.
     memory : int or str, optional
@@ -287,7 +316,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
 
 
 def merge_together(  # noqa: PLR0913 - the options of `merge`
-    merges: Sequence[tuple[PathLike | Recipe, PathLike]],
+    merges: Sequence[tuple[Request, PathLike]],
     *,
     memory: int | str | None,
     threads: int | None,
@@ -300,7 +329,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     allow_mismatch: bool,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
-    check: Callable[[list[MergePlan]], None] | None = None,
+    check: Callable[[list[Plan]], None] | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
@@ -315,49 +344,52 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
-    prepared = [_prepare(recipe, shard_size, seed, strict, allow_mismatch) for recipe, _ in merges]
+    plans = [
+        prepare(
+            recipe,
+            shard_size=shard_size,
+            seed=seed,
+            strict=strict,
+            with_side_files=True,
+            allow_mismatch=allow_mismatch,
+        )
+        for recipe, _ in merges
+    ]
     if check is not None:
-        check([merge_plan for merge_plan, _ in prepared])
+        check(plans)
     if device == "auto":
-        merge_plans = [merge_plan for merge_plan, _ in prepared]
-        device = choose(merge_plans, threads, vram, load=True).device
+        device = choose(plans, threads, vram, load=True).device
     backend = open_backend(device, vram)
-    needed = sum(outcome.bytes for _, outcome in prepared)
+    needed = sum(plan.disk for plan in plans)
     claimed: dict[int, OutputDirectory] = {}
     try:
         for at in _order([directory for _, directory in merges]):
-            merge_plan, outcome = prepared[at]
             claimed[at] = prepare_output(
                 merges[at][1],
                 overwrite=overwrite,
-                input_files=merge_plan.plan.files,
+                input_files=plans[at].input_files,
                 needed_bytes=needed,
-                names=outcome.file_names,
-                purpose=_digest(merge_plan),
+                names=contents_of(plans[at]).names,
+                purpose=plans[at].digest(),
             )
         outputs = [claimed[at] for at in range(len(merges))]
-        for (_, outcome), output in zip(prepared, outputs, strict=True):
-            stage(output, outcome.contents)
+        for plan, output in zip(plans, outputs, strict=True):
+            stage(output, contents_of(plan))
         with backend or nullcontext(), watched(progress) as callback:
             done = _core.execute(
-                [
-                    (merge_plan.to_json(), output.path)
-                    for (merge_plan, _), output in zip(prepared, outputs, strict=True)
-                ],
+                [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
                 memory=_room(budget),
                 threads=threads,
                 read_path=read_path,
-                progress=_reporter([merge_plan for merge_plan, _ in prepared], callback),
+                progress=_reporter(plans, callback),
                 device=backend,
                 descriptors=[output.descriptor for output in outputs],
             )
-        _check_side_files(outcome for _, outcome in prepared)
+        _check_side_files(plans)
         done |= {"device": _name(backend), "notes": _notes(backend)}
         reports = [
-            _finish(merge_plan, outcome, output, done | {"files": files}, started)
-            for (merge_plan, outcome), output, files in zip(
-                prepared, outputs, done["files"], strict=True
-            )
+            _finish(plan, output, done | {"files": files}, started)
+            for plan, output, files in zip(plans, outputs, done["files"], strict=True)
         ]
     except BaseException:
         # Backwards: the first made the folders that they have in common.
@@ -379,48 +411,33 @@ def _order(directories: Sequence[PathLike]) -> list[int]:
     )
 
 
-def _digest(merge_plan: MergePlan) -> str:
-    return hashlib.sha256(merge_plan.to_json().encode()).hexdigest()
-
-
-def _check_side_files(outcomes: Iterable[Outcome]) -> None:
+def _check_side_files(plans: Iterable[Plan]) -> None:
     """Raise InputChangedError if a copied file is no longer what it was when it was planned."""
     files = {
         str(file.source): file.state.as_input(str(file.source))
-        for outcome in outcomes
-        for file in outcome.side_files.copied
+        for plan in plans
+        for file in plan.side_files.copied
     }
     _core.check_unchanged(json.dumps(list(files.values())))
 
 
-def _prepare(
-    recipe: PathLike | Recipe,
-    shard_size: int | str,
-    seed: int,
-    strict: bool,  # noqa: FBT001
-    allow_mismatch: bool,  # noqa: FBT001
-) -> tuple[MergePlan, Outcome]:
-    merge_plan = prepare(
-        recipe,
-        shard_size=shard_size,
-        seed=seed,
-        strict=strict,
-        with_side_files=True,
-        allow_mismatch=allow_mismatch,
-    )
-    return merge_plan, Outcome.of(merge_plan)
-
-
 def prepare(
-    recipe: PathLike | Recipe,
+    recipe: Request,
     *,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     seed: int = 0,
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
-) -> MergePlan:
-    """Return the plan of a recipe, or of the recipe in a file."""
+) -> Plan:
+    """Return the plan of what was asked for: a recipe, a file or text of one, or a plan."""
+    if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
+        recipe = load_plan(recipe)
+    if isinstance(recipe, Plan):
+        _check_made(recipe, shard_size, seed, strict=strict)
+        return recipe
+    if isinstance(recipe, Mapping):
+        recipe = Recipe.from_mapping(recipe)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
     if not recipe.models and not recipe.slices:
@@ -438,20 +455,27 @@ def prepare(
     )
 
 
+def _check_made(plan: Plan, shard_size: int | str, seed: int, *, strict: bool) -> None:
+    """Refuse what a plan that is made cannot take any more."""
+    given = {"seed": (seed, 0, plan.seed)}
+    given["shard_size"] = (parse_size(shard_size), DEFAULT_SHARD_SIZE, plan.shard_size)
+    for name, (value, default, own) in given.items():
+        if value not in {default, own}:
+            raise ValueError(f"the plan has its own {name}, {own}: make another for {value}")
+    if strict and plan.warnings:
+        raise PlanError("cannot merge", problems=plan.warnings)
+
+
 def _finish(
-    merge_plan: MergePlan,
-    outcome: Outcome,
-    output: OutputDirectory,
-    done: dict[str, Any],
-    started: float,
+    plan: Plan, output: OutputDirectory, done: dict[str, Any], started: float
 ) -> MergeReport:
     report = MergeReport(
         directory=os.fspath(output.path),
-        tensors=len(merge_plan.plan.tensors),
-        files=len(merge_plan.plan.shards),
+        tensors=len(plan.tensors),
+        files=len(plan.shards),
         bytes_read=done["bytes_read"],
-        bytes_written=merge_plan.plan.bytes_written,
-        input_bytes=merge_plan.plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        input_bytes=plan.bytes_read,
         seconds=done["seconds"],
         read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
         written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
@@ -462,13 +486,13 @@ def _finish(
         threads=done["memory"]["workers"],
         simd=done["simd"],
         device=done["device"],
-        warnings=tuple(map(str, merge_plan.warnings)),
-        notes=(*outcome.notes, *done["notes"], *_notes_on(output)),
+        warnings=tuple(map(str, plan.warnings)),
+        notes=(*plan.changes, *done["notes"], *_notes_on(output)),
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
     states = [FileState(**state) for state in done["files"]]
-    leftovers = commit(output, outcome.contents, states, outcome.late_texts(story))
+    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 
@@ -517,13 +541,6 @@ def _check_options(
         raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
 
 
-def _bytes_reread(merge_plan: MergePlan) -> int:
-    """Return the bytes of tensors that the page cache cannot hold until they are read again."""
-    free = _free_memory()
-    sizes = (tensor.source_bytes for tensor in merge_plan.plan.tensors)
-    return sum(size for size in sizes if size > free)
-
-
 def _free_memory() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         available = next(line for line in file if line.startswith("MemAvailable:"))
@@ -531,11 +548,11 @@ def _free_memory() -> int:
 
 
 def _reporter(
-    merge_plans: Sequence[MergePlan], progress: Callable[[Snapshot], None] | None
+    plans: Sequence[Plan], progress: Callable[[Snapshot], None] | None
 ) -> Callable[[int, int, int, str, int], None] | None:
     if progress is None:
         return None
-    total = sum(merge_plan.plan.bytes_written for merge_plan in merge_plans)
+    total = sum(plan.bytes_written for plan in plans)
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
         progress(Snapshot(written, total, read, tensors, current, peak))

@@ -203,6 +203,12 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
     """Return the method called `name`, or why there is none."""
     if name in methods:
         return methods[name]
+    from oxmerge.python_methods import registered  # noqa: PLC0415 - needed only for an error
+
+    if name in registered():
+        message = f"method `{name}` is written in Python, and merges arrays only"
+        advice = "call `oxmerge.merge_tensors` or `oxmerge.merge_state_dicts`"
+        return Problem("method", message, "merge_method", advice=advice)
     known = "use one of " + ", ".join(f"`{each}`" for each in methods)
     if name in DIALECT_METHODS:
         message = f"method `{name}` is not in this release"

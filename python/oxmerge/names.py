@@ -141,8 +141,8 @@ class Layout:
         return next(iter(self.stacks.values())) if len(self.stacks) == 1 else None
 
 
-def join(prefix: str, layer: int, rest: str) -> str:
-    """Return the name of a tensor in a layer."""
+def join(prefix: str, layer: int, rest: str = "") -> str:
+    """Return the name of a tensor in a layer, or what the names of all of them begin with."""
     return ".".join(part for part in (prefix, str(layer), rest) if part)
 
 

@@ -288,6 +288,26 @@ class Resolver:
         constant = all(_is_constant(chain) for _, chain in self._chains)
         self._constant = self._resolve("", 0.0) if constant and self._is_complete() else None
 
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The filters that choose among its values, each once."""
+        choices = (choice for _, chain in self._chains for level in chain for choice in level)
+        filters = (choice.filter for choice in choices if choice.filter is not None)
+        return tuple(dict.fromkeys(filters))
+
+    def origins(self, name: str, position: float) -> dict[str, dict[str, object]]:
+        """Return where the value of each parameter comes from, unless it is the default.
+
+        Parameters are those of `resolve`. ``where`` is the place in the recipe, ``filter`` what
+        chose it, ``gradient`` the points and ``position`` the place among them.
+        """
+        found = {}
+        for parameter, chain in self._chains:
+            choice = _chosen(chain, name)
+            if choice is not None:
+                found[parameter.name] = _origin(choice, position)
+        return found
+
     def _is_complete(self) -> bool:
         return all(chain or not parameter.required for parameter, chain in self._chains)
 
@@ -351,14 +371,28 @@ def _is_constant(chain: list[tuple[ReadChoice, ...]]) -> bool:
 
 
 def _evaluate(chain: list[tuple[ReadChoice, ...]], name: str, position: float) -> Scalar | None:
+    choice = _chosen(chain, name)
+    return None if choice is None else interpolate(choice.values, position)
+
+
+def _chosen(chain: list[tuple[ReadChoice, ...]], name: str) -> ReadChoice | None:
     for level in chain:
         for choice in level:
             if choice.filter is None or choice.filter in name:
                 choice.used = True
                 if choice.values:
-                    return interpolate(choice.values, position)
+                    return choice
                 break  # an empty list is no value: on to the next level
     return None
+
+
+def _origin(choice: ReadChoice, position: float) -> dict[str, object]:
+    origin: dict[str, object] = {"where": choice.where}
+    if choice.filter is not None:
+        origin["filter"] = choice.filter
+    if len(choice.values) > 1:
+        origin |= {"gradient": list(choice.values), "position": position}
+    return origin
 
 
 def check_settings(

@@ -7,11 +7,11 @@ goes on after each problem as far as it can, so that one report has them all.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from oxmerge import _core
 from oxmerge.assembly import Assembler
 from oxmerge.belonging import Belonging
+from oxmerge.contents import card_of, config_of, notes_on
 from oxmerge.errors import PlanError, ProblemsError
 from oxmerge.inputs import InputModel, Inputs
 from oxmerge.ledger import Ledger
@@ -19,72 +19,27 @@ from oxmerge.methods import Method, find_method, read_methods
 from oxmerge.options import check_seed
 from oxmerge.output_config import edit_config
 from oxmerge.parameters import SettingReader
+from oxmerge.plans import Plan
 from oxmerge.problems import Problem, group_problems
-from oxmerge.schema import OutputTensor, Plan, is_float
+from oxmerge.schema import Tensors, is_float
 from oxmerge.sections import Section, SectionBuilder
 from oxmerge.side_files import SideFiles, find_side_files, folder_of
-from oxmerge.targets import SlicedTargets, Target, whole_targets
+from oxmerge.targets import SlicedTargets, whole_targets
 from oxmerge.tokenizers import check_tokenizer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from typing import Any
 
     from oxmerge.accounting import ModelAccount
     from oxmerge.recipe import Recipe
+    from oxmerge.targets import Run
 
-__all__ = ["DEFAULT_SHARD_SIZE", "MergePlan", "build_plan"]
+__all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 
 #: Bytes in an output shard at most, as in mergekit.
 DEFAULT_SHARD_SIZE = 5_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class MergePlan:
-    """A plan, and what finishing the output needs besides.
-
-    Attributes
-    ----------
-    plan : Plan
-        What the engine runs.
-    recipe : Recipe
-        What the user asked for.
-    models : tuple of InputModel
-        The models, opened, in order of first mention.
-    donor : int
-        Which of them gives names, config and tokenizer.
-    base : int, optional
-        Which of them is the recipe's base.
-    layer_map : tuple of (int, int), optional
-        With slices: the model and its layer that each output layer takes its names from.
-    donor_depth : int, optional
-        With slices: how many layers the donor has.
-    dtype : str, optional
-        The float type that most of the output's bytes have; None if there is no float tensor.
-    accounting : tuple of ModelAccount
-        What becomes of every tensor of every model.
-    warnings : tuple of Problem
-        What has no effect, and what is left out.
-    side_files : SideFiles
-        The donor's other files, if they were looked for.
-    """
-
-    plan: Plan
-    recipe: Recipe
-    models: tuple[InputModel, ...]
-    donor: int
-    base: int | None
-    layer_map: tuple[tuple[int, int], ...] | None
-    donor_depth: int | None
-    dtype: str | None
-    accounting: tuple[ModelAccount, ...]
-    warnings: tuple[Problem, ...]
-    side_files: SideFiles
-
-    def to_json(self) -> str:
-        """Return the plan as the engine reads it."""
-        return self.plan.to_json()
 
 
 def build_plan(
@@ -95,7 +50,7 @@ def build_plan(
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
-) -> MergePlan:
+) -> Plan:
     """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
     Parameters
@@ -144,19 +99,20 @@ class _Planner:
         self.sliced: SlicedTargets | None = None
         self.methods = read_methods(_core.methods())
 
-    def plan(self, shard_size: int, seed: int, *, strict: bool) -> MergePlan:
+    def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
         method, is_known = self.method()
         sections = self.sections(method)
         donor = self.donor(sections)
         targets = [] if donor is None else list(self.targets(sections, donor))
-        ledger = Ledger(self.inputs.models)
-        tensors = [] if donor is None else self.assemble(targets, donor, ledger)
-        plan = self.lay_out(tensors, shard_size, seed)
-        if is_known and tensors:
-            self.check_with_engine(plan)
+        table: _core.Plan | None = None
+        fates: list[_core.Fates] = []
+        if donor is not None:
+            table, fates = self.assemble(targets, donor, seed, shard_size)
+            if is_known:
+                self.check_with_engine(table)
         self.check_config(donor)
         self.look_beside(donor)
-        self.compare_models(sections, donor, tensors)
+        self.compare_models(sections, donor, table)
         if donor is not None:
             asked = check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
             self.problems += asked
@@ -164,13 +120,14 @@ class _Planner:
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
             self.problems.append(Problem("recipe", message, advice="list a model"))
-        if donor is None or self.problems:
+        if donor is None or table is None or self.problems:
             raise self.failure(self.problems + (self.warnings if strict else []))
+        ledger = Ledger(self.inputs.models, fates)
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
         self.warnings += ledger.warnings
         if strict and self.warnings:
             raise self.failure(self.warnings)
-        return self.result(plan, donor, accounting)
+        return self.result(table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
@@ -193,7 +150,7 @@ class _Planner:
             return self.inputs.open(self.recipe.base_model)
         return sections[0].donor.model if sections else None
 
-    def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Target]:
+    def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Run]:
         if not sections:
             return []
         if not self.recipe.slices:
@@ -202,33 +159,18 @@ class _Planner:
         return self.sliced
 
     def assemble(
-        self, targets: list[Target], donor: InputModel, ledger: Ledger
-    ) -> list[OutputTensor]:
-        assembler = Assembler(self.recipe, donor, self.inputs.models, ledger)
+        self, targets: list[Run], donor: InputModel, seed: int, shard_size: int
+    ) -> tuple[_core.Plan, list[_core.Fates]]:
+        assembler = Assembler(self.recipe, donor, self.inputs.models, seed, self.reader)
         if not self.recipe.slices and targets:
             assembler.compare_depths(targets[0].section)
-        assembled = (assembler.assemble(target) for target in targets)
-        tensors = [tensor for tensor in assembled if tensor is not None]
+        for run in targets:
+            assembler.assemble(run)
         self.problems += assembler.problems
-        return tensors
+        return assembler.finish(shard_size)
 
-    def lay_out(self, tensors: list[OutputTensor], shard_size: int, seed: int) -> Plan:
-        wanted = [(tensor.name, tensor.dtype, list(tensor.shape)) for tensor in tensors]
-        shards, places = _core.lay_out(wanted, shard_size) if wanted else ((), ())
-        placed = [
-            tensor.placed(shard, start)
-            for tensor, (shard, start) in zip(tensors, places, strict=True)
-        ]
-        files: list[dict[str, Any]] = []
-        for model in self.inputs.models:
-            files += model.checkpoint.files
-        for model in self.inputs.models:
-            files += [file for file in (model.config_file, model.checkpoint.index) if file]
-        in_f64 = self.recipe.dtype == "F64"
-        return Plan(self.recipe.method, seed, tuple(files), tuple(placed), tuple(shards), in_f64)
-
-    def check_with_engine(self, plan: Plan) -> None:
-        for found in _core.check_plan(plan.to_json()):
+    def check_with_engine(self, table: _core.Plan) -> None:
+        for found in table.problems():
             self.problems.append(
                 Problem(
                     "method",
@@ -244,8 +186,7 @@ class _Planner:
         """Find the layer lists and position rules of the config that the new depth breaks."""
         if self.sliced is None or donor is None or donor.stack is None or not donor.config:
             return
-        models = self.inputs.models
-        layers = [(models[model].config, layer) for model, layer in self.sliced.layer_map]
+        layers = self.configs_of(self.sliced.layer_map)
         try:
             edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
         except PlanError as error:
@@ -258,17 +199,17 @@ class _Planner:
             self.problems += self.side_files.problems
 
     def compare_models(
-        self, sections: list[Section], donor: InputModel | None, tensors: list[OutputTensor]
+        self, sections: list[Section], donor: InputModel | None, table: _core.Plan | None
     ) -> None:
         """Find models that do not belong together, whatever their tensors are called."""
-        if donor is None:
+        if donor is None or table is None:
             return
         belonging = Belonging(donor, allow_mismatch=self.allow_mismatch)
         by_layer = bool(self.recipe.slices)
         belonging.compare_configs(self.inputs.models, by_layer=by_layer)
         if by_layer:
             belonging.compare_layers(sections)
-        belonging.compare_tokenizers(self.inputs.models, tensors)
+        belonging.compare_tokenizers(self.inputs.models, Tensors(table))
         self.problems += belonging.problems
         self.warnings += belonging.warnings
 
@@ -299,28 +240,49 @@ class _Planner:
         return PlanError.of("cannot merge", group_problems(problems))
 
     def result(
-        self, plan: Plan, donor: InputModel, accounting: tuple[ModelAccount, ...]
-    ) -> MergePlan:
+        self,
+        table: _core.Plan,
+        donor: InputModel,
+        accounting: tuple[ModelAccount, ...],
+        shard_size: int,
+    ) -> Plan:
         base = self.recipe.base_model
+        models = tuple(model.reference for model in self.inputs.models)
         stack = donor.stack if self.sliced is not None else None
-        return MergePlan(
-            plan=plan,
-            recipe=self.recipe,
-            models=tuple(self.inputs.models),
+        layer_map = None if self.sliced is None else self.sliced.layer_map
+        dtype = _main_dtype(table.bytes_by_dtype())
+        config, notes = config_of(
+            donor,
+            dtype=dtype,
+            layers=None if layer_map is None else self.configs_of(layer_map),
+            depth=None if stack is None else stack.depth,
+            writes_head=table.has_name_ending("lm_head.weight"),
+        )
+        plan = Plan(
+            table=table,
+            recipe_text=self.recipe.text,
+            recipe_folder=self.recipe.folder,
+            shard_size=shard_size,
+            models=models,
             donor=donor.index,
             base=None if base is None else donor.index,
-            layer_map=None if self.sliced is None else self.sliced.layer_map,
-            donor_depth=None if stack is None else stack.depth,
-            dtype=_main_dtype(plan.tensors),
+            layer_map=layer_map,
+            dtype=dtype,
             accounting=accounting,
             warnings=group_problems(self.warnings),
+            changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
+            config=config,
+            card=card_of(self.recipe, self.inputs.models, donor),
             side_files=self.side_files,
         )
+        plan.recipe = self.recipe  # it need not be read again
+        return plan
+
+    def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
+        """Return the config and the layer that each output layer comes from."""
+        return [(self.inputs.models[model].config, layer) for model, layer in layer_map]
 
 
-def _main_dtype(tensors: Iterable[OutputTensor]) -> str | None:
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        if is_float(tensor.dtype):
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
-    return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+def _main_dtype(sizes: Mapping[str, int]) -> str | None:
+    floats = (dtype for dtype in sizes if is_float(dtype))
+    return max(floats, key=lambda dtype: sizes[dtype], default=None)

@@ -241,9 +241,16 @@ class Recipe:
         mapping, text, folder = _parsed(source)
         return cls.from_mapping(mapping, text=text, folder=folder)
 
+    @classmethod
+    def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
+        """Return the recipe in YAML text, whose relative paths may start in `folder`."""
+        from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        return cls.from_mapping(parse_yaml(text), text=text, folder=folder)
+
     @staticmethod
     def mapping_of(
-        source: str | os.PathLike[str] | IO[bytes] | Recipe,
+        source: str | os.PathLike[str] | IO[bytes] | Mapping[str, object] | Recipe,
     ) -> tuple[dict[str, object], str, str | None]:
         """Return what a YAML file or text, or a recipe's, says as plain data, its text and folder.
 
@@ -253,6 +260,8 @@ class Recipe:
             from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
             return dict(parse_yaml(source.text)), source.text, source.folder
+        if isinstance(source, Mapping):
+            return dict(source), _as_json(source), None
         mapping, text, folder = _parsed(source)
         return dict(mapping), text, folder
 

@@ -1,33 +1,28 @@
-"""The plan as the engine reads it: the Python mirror of `rust/plan`, written as JSON.
-
-Files and shards come from the engine and go back to it, so they stay the mappings that they are.
-"""
+"""Element types, and the rows of a plan's table."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import overload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from oxmerge import _core
     from oxmerge.recipe import Scalar
 
 __all__ = [
     "DTYPE_NAMES",
     "DTYPE_SIZES",
     "FLOATS",
-    "PLAN_VERSION",
     "OutputTensor",
-    "Plan",
     "SourceTensor",
+    "Tensors",
     "is_float",
 ]
-
-#: The version of the plan's schema.
-PLAN_VERSION = 1
 
 #: Element types: by their safetensors names, what NumPy, torch and recipes call them.
 DTYPE_NAMES = {
@@ -83,17 +78,6 @@ class SourceTensor:
     start: int
     parameters: dict[str, Scalar]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as it stands in the JSON."""
-        return {
-            "model": self.model,
-            "name": self.name,
-            "dtype": self.dtype,
-            "file": self.file,
-            "start": self.start,
-            "parameters": self.parameters,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
@@ -113,6 +97,8 @@ class OutputTensor:
         Which source is the base model's.
     parameters : dict
         The method's shared parameters.
+    origin : dict, optional
+        Where in the recipe the parameters come from: ``slice``, ``shared`` and ``own``.
     shard : int
         Index into the plan's shards.
     start : int
@@ -125,6 +111,7 @@ class OutputTensor:
     sources: tuple[SourceTensor, ...]
     base: int | None
     parameters: dict[str, Scalar]
+    origin: dict[str, Any] | None = None
     shard: int = 0
     start: int = 0
 
@@ -143,79 +130,57 @@ class OutputTensor:
         """Bytes of all sources."""
         return self.elements * sum(DTYPE_SIZES[source.dtype] for source in self.sources)
 
-    def placed(self, shard: int, start: int) -> OutputTensor:
-        """Return it with its place in the output."""
-        content = (self.name, self.shape, self.dtype, self.sources, self.base, self.parameters)
-        return OutputTensor(*content, shard, start)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as it stands in the JSON."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "shard": self.shard,
-            "start": self.start,
-            "sources": [source.to_dict() for source in self.sources],
-            "base": self.base,
-            "parameters": self.parameters,
-        }
+class Tensors(Sequence[OutputTensor]):
+    """The output tensors of a plan. Each is made when it is looked at.
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A whole merge: every output tensor, where its sources lie, and where it goes.
-
-    Attributes
-    ----------
-    method : str
-        The merge method's name.
-    seed : int
-        The seed of random masks.
-    files : tuple of dict
-        Every input file, as it was when it was first read: the weights of every model, and after
-        them the configs and indexes.
-    tensors : tuple of OutputTensor
-        In the donor's order, which is that of the shards. Within a shard they lie otherwise where
-        their sizes of element differ.
-    shards : tuple of dict
-        The output files, in order.
-    in_f64 : bool
-        Whether arithmetic is in f64 whatever the types are.
-    version : int
-        Of the schema.
+    They are in the donor's order, which is that of the shards. Within a shard they lie otherwise
+    where their sizes of element differ.
     """
 
-    method: str
-    seed: int
-    files: tuple[dict[str, Any], ...]
-    tensors: tuple[OutputTensor, ...]
-    shards: tuple[dict[str, Any], ...]
-    in_f64: bool = False
-    version: int = PLAN_VERSION
+    def __init__(self, table: _core.Plan) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> OutputTensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[OutputTensor]: ...
+    def __getitem__(self, index: int | slice) -> OutputTensor | Sequence[OutputTensor]:
+        """Return one, or several as a tuple."""
+        if isinstance(index, slice):
+            return tuple(self[at] for at in range(*index.indices(len(self))))
+        row = self._table.row(range(len(self))[index])
+        name, shape, dtype, shard, start, base, parameters, origin, sources = row
+        return OutputTensor(
+            name,
+            shape,
+            dtype,
+            tuple(SourceTensor(*source) for source in sources),
+            base,
+            parameters,
+            origin,
+            shard,
+            start,
+        )
+
+    def __repr__(self) -> str:
+        """Tell what they are."""
+        return f"<{len(self)} output tensors>"
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes of all sources."""
-        return sum(tensor.source_bytes for tensor in self.tensors)
+    def names(self) -> list[str]:
+        """Their names."""
+        return self._table.names()
 
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of all output tensors."""
-        return sum(tensor.bytes for tensor in self.tensors)
+    def by_place(self) -> dict[str, int]:
+        """Return the place here of each name, in file order."""
+        return self._table.by_place()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as it stands in the JSON."""
-        return {
-            "version": self.version,
-            "method": self.method,
-            "seed": self.seed,
-            "files": list(self.files),
-            "tensors": [tensor.to_dict() for tensor in self.tensors],
-            "shards": list(self.shards),
-            "in_f64": self.in_f64,
-        }
-
-    def to_json(self) -> str:
-        """Return the JSON that the engine reads."""
-        return json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False)
+    def find(self, name: str) -> OutputTensor | None:
+        """Return the one of that name, if there is one."""
+        at = self._table.find(name)
+        return None if at is None else self[at]

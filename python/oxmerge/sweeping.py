@@ -19,7 +19,9 @@ from oxmerge.claims import named
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together, prepare
 from oxmerge.methods import read_methods
+from oxmerge.plan_files import is_saved_plan, load_plan
 from oxmerge.planning import DEFAULT_SHARD_SIZE
+from oxmerge.plans import Plan
 from oxmerge.problems import Problem, did_you_mean
 from oxmerge.recipe import Recipe
 from oxmerge.yaml_edit import set_value
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-    from oxmerge.merging import MergeReport, Snapshot
-    from oxmerge.planning import MergePlan
+    from oxmerge.merging import MergeReport, Request, Snapshot
 
     Scalar = bool | int | float | str
     Axes = Mapping[str, Scalar | Iterable[Any]]
@@ -165,7 +166,11 @@ def _listed(values: Scalar | Iterable[Any]) -> list[Scalar]:
 
 
 def variants(
-    recipe: PathLike | Recipe, pattern: PathLike, axes: Axes, *, together: bool = False
+    recipe: PathLike | Mapping[str, object] | Recipe,
+    pattern: PathLike,
+    axes: Axes,
+    *,
+    together: bool = False,
 ) -> list[Variant]:
     """Return the merges of a sweep: every combination of the values of `axes`.
 
@@ -230,7 +235,7 @@ class _Source:
     folder: str | None
 
     @classmethod
-    def of(cls, recipe: PathLike | Recipe) -> _Source:
+    def of(cls, recipe: PathLike | Mapping[str, object] | Recipe) -> _Source:
         return cls(*Recipe.mapping_of(recipe))
 
     def recipe_with(self, settings: Mapping[str, Scalar]) -> Recipe:
@@ -426,7 +431,7 @@ class _Effects:
     def __init__(
         self,
         made: Sequence[Variant],
-        replan: Callable[[dict[str, Scalar]], MergePlan],
+        replan: Callable[[dict[str, Scalar]], Plan],
         *,
         together: bool,
     ) -> None:
@@ -434,7 +439,7 @@ class _Effects:
         self._replan = replan
         self._together = together
 
-    def check(self, plans: Sequence[MergePlan]) -> None:
+    def check(self, plans: Sequence[Plan]) -> None:
         """Raise RecipeError with every such place, and why."""
         effects = [_effect(plan) for plan in plans]
         idle = [place for place in self._made[0].settings if self._is_idle(place, effects)]
@@ -463,30 +468,29 @@ class _Effects:
         return _effect(self._replan({**variant.settings, place: value}))
 
 
-def _effect(merge_plan: MergePlan) -> str:
+def _effect(plan: Plan) -> str:
     """Return a digest of what decides the output."""
-    plan = merge_plan.plan
     method = read_methods(_core.methods())[plan.method]
     idle = {parameter.name for parameter in method.parameters if not parameter.acts}
-    donor = merge_plan.models[merge_plan.donor].path
-    digest = hashlib.sha256(repr((donor, plan.files, plan.in_f64)).encode())
-    for tensor, formula in zip(plan.tensors, _core.formulas(merge_plan.to_json()), strict=True):
-        settings = [tensor.parameters, *(source.parameters for source in tensor.sources)]
-        acting = [{k: v for k, v in each.items() if k not in idle} for each in settings]
+    beside = [str(file.source) for file in plan.side_files.copied]
+    whole = (plan.config, beside, plan.input_files, plan.table.in_f64)
+    digest = hashlib.sha256(repr(whole).encode())
+    kinds = []
+    for formula, shared, own in plan.table.kinds():
+        acting = [{k: v for k, v in each.items() if k not in idle} for each in (shared, *own)]
         # Where a number is found on the way, the formula does not tell by which function.
-        decides = (formula, acting if _COMPUTED.search(formula) else None)
-        sources = [(source.file, source.start) for source in tensor.sources]
-        digest.update(repr((tensor.name, tensor.dtype, tensor.base, sources, decides)).encode())
+        kinds.append(repr((formula, acting if _COMPUTED.search(formula) else None)))
+    plan.table.write_effects(kinds, digest.update)
     return digest.hexdigest()
 
 
-def _no_effect(place: str, variant: Variant, merge_plan: MergePlan) -> Problem:
+def _no_effect(place: str, variant: Variant, plan: Plan) -> Problem:
     """Return why a place makes no difference, as far as it is known."""
     recipe = variant.recipe
     path, name = variant.paths[place], place.rpartition(".")[2]
     entries = [*recipe.models, *(entry for part in recipe.slices for entry in part.sources)]
     nearer = [entry.parameters[name].where for entry in entries if name in entry.parameters]
-    told = [each for each in merge_plan.warnings if each.where and each.where.split()[0] == path]
+    told = [each for each in plan.warnings if each.where and each.where.split()[0] == path]
     found, advice = "every tensor has the same formula with each value", "name another place"
     if told:
         found, advice = told[0].message, told[0].advice or advice
@@ -498,7 +502,7 @@ def _no_effect(place: str, variant: Variant, merge_plan: MergePlan) -> Problem:
 
 
 def sweep(  # noqa: PLR0913 - the options of the command, keyword only
-    recipe: PathLike | Recipe,
+    recipe: Request,
     pattern: PathLike,
     axes: Axes,
     *,
@@ -523,8 +527,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
 
     Parameters
     ----------
-    recipe : path, str or Recipe
-        What to merge: a file, YAML text, or a recipe.
+    recipe : path, str, mapping, Recipe or Plan
+        What to merge: a file, YAML text, its keys and values, or a recipe; or a plan, of which the
+        recipe, the seed and the shard size are used.
     pattern : path or str
         Where the outputs go. ``{0}``, ``{1}``… stand for the values in the order of `axes`,
         ``{weight}`` for that of the one place that ends so, ``{n}`` for a running number from 0.
@@ -565,10 +570,15 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
+    if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
+        recipe = load_plan(recipe)
+    if isinstance(recipe, Plan):
+        seed, shard_size = recipe.seed, recipe.shard_size
+        recipe = recipe.recipe
     made = variants(recipe, pattern, axes, together=together)
     source = _Source.of(recipe)
 
-    def replan(settings: dict[str, Scalar]) -> MergePlan:
+    def replan(settings: dict[str, Scalar]) -> Plan:
         varied = source.recipe_with(settings)
         return prepare(varied, shard_size=shard_size, seed=seed, allow_mismatch=allow_mismatch)
 

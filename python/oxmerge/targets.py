@@ -14,41 +14,73 @@ from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from oxmerge.inputs import InputModel
     from oxmerge.names import Stack
     from oxmerge.sections import Section
 
-__all__ = ["SlicedTargets", "Target", "loose_side", "whole_targets"]
+__all__ = ["Run", "SlicedTargets", "Target", "loose_side", "whole_targets"]
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An output tensor before its sources are looked up.
+    """An output tensor that needs a look, before its sources are compared.
 
     Attributes
     ----------
     name : str
         Its name in the output.
-    section : Section
-        The section it belongs to.
-    position : float
-        Where its layer is in the section, from 0 to 1; 0 for a loose tensor.
+    run : Run
+        The run it belongs to.
     donor_name : str
         Its name in the donor.
     names : tuple of str
         Its name in each source of the section.
-    place : Place, optional
-        Where it is in the donor.
     """
 
     name: str
-    section: Section
-    position: float
+    run: Run
     donor_name: str
     names: tuple[str, ...]
-    place: Place | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Output tensors that differ in nothing but their names: a layer, or loose ones.
+
+    Attributes
+    ----------
+    section : Section
+        The section they belong to.
+    position : float
+        Where their layer is in the section, from 0 to 1; 0 for loose tensors.
+    donor : InputModel
+        The model that they are like.
+    tensors : tuple of (int, int)
+        Which of its tensors: the first and how many, in stretches.
+    place : Place, optional
+        Where they are in the donor.
+    donor_lead, lead : str
+        What their names begin with in the donor, and what in the output instead.
+    leads : tuple of str
+        The same in each source of the section.
+    """
+
+    section: Section
+    position: float
+    donor: InputModel
+    tensors: tuple[tuple[int, int], ...]
+    place: Place | None
+    donor_lead: str
+    lead: str
+    leads: tuple[str, ...]
+
+    def target(self, donor_name: str) -> Target:
+        """Return the tensor that has that name in the donor."""
+        rest = donor_name[len(self.donor_lead) :]
+        names = tuple(lead + rest for lead in self.leads)
+        return Target(self.lead + rest, self, donor_name, names)
 
 
 def loose_side(name: str, place: Place | None) -> str | None:
@@ -56,14 +88,14 @@ def loose_side(name: str, place: Place | None) -> str | None:
     return side_of(name) if place is None else "output"
 
 
-def whole_targets(section: Section, donor: InputModel) -> Iterator[Target]:
-    """Yield the targets of a recipe of whole models."""
-    count = len(section.sources)
-    for name in donor.tensors:
-        place = donor.layout.place(name)
+def whole_targets(section: Section, donor: InputModel) -> Iterator[Run]:
+    """Yield the tensors of a recipe of whole models, which are called alike everywhere."""
+    leads = ("",) * len(section.sources)
+    for lead, first, count in donor.runs:
+        place = donor.layout.place(lead)
         in_stack = place is not None and not place.is_extra
         where = position(place.layer, place.stack.depth) if place and in_stack else 0.0
-        yield Target(name, section, where, name, (name,) * count, place)
+        yield Run(section, where, donor, ((first, count),), place, "", "", leads)
 
 
 class SlicedTargets:
@@ -96,9 +128,9 @@ class SlicedTargets:
         )
         self._sections = sections
         self._donor = donor
-        self._rests: dict[int, dict[int, list[str]]] = {}
+        self._stretches: dict[int, dict[int, list[tuple[int, int]]]] = {}
 
-    def __iter__(self) -> Iterator[Target]:
+    def __iter__(self) -> Iterator[Run]:
         first, last = self._sections[0], self._sections[-1]
         stack = self._donor.stack
         if stack is None:
@@ -128,13 +160,19 @@ class SlicedTargets:
                     )
                 )
 
-    def _loose(self, section: Section, side: str, stack: Stack) -> Iterator[Target]:
-        for name in section.donor.model.tensors:
-            place = section.donor.model.layout.place(name)
-            if (place is None or place.is_extra) and self._side(name, place) == side:
-                output = name if place is None else self._extra_name(place, stack)
-                sources = tuple(_loose_name(name, place, each.model) for each in section.sources)
-                yield Target(output, section, 0.0, name, sources, place)
+    def _loose(self, section: Section, side: str, stack: Stack) -> Iterator[Run]:
+        donor = section.donor.model
+        for lead, first, count in donor.runs:
+            place = donor.layout.place(lead)
+            if place is None:
+                same = ("",) * len(section.sources)
+                for at in range(first, first + count):
+                    if self._side(donor.checkpoint.tensor(at).name, None) == side:
+                        yield Run(section, 0.0, donor, ((at, 1),), None, "", "", same)
+            elif place.is_extra and self._side(lead, place) == side:
+                leads = tuple(_loose_lead(lead, place, each.model) for each in section.sources)
+                output, stretch = self._extra_lead(place, stack), ((first, count),)
+                yield Run(section, 0.0, donor, stretch, place, lead, output, leads)
 
     def _side(self, name: str, place: Place | None) -> str:
         side = loose_side(name, place)
@@ -147,56 +185,52 @@ class SlicedTargets:
     def _ends_agree(self) -> bool:
         return self._sections[0].settings == self._sections[-1].settings
 
-    def _extra_name(self, place: Place, stack: Stack) -> str:
+    def _extra_lead(self, place: Place, stack: Stack) -> str:
         """Return an extra layer's name in the output, where it follows the last layer again."""
-        return join(stack.prefix, place.layer - place.stack.depth + self.depth, place.rest)
+        return join(stack.prefix, place.layer - place.stack.depth + self.depth)
 
-    def _layers(self, stack: Stack) -> Iterator[Target]:
+    def _layers(self, stack: Stack) -> Iterator[Run]:
         number = 0
         for section in self._sections:
-            rests = self._rests_of(section.donor.model)
+            stretches = self._stretches_of(section.donor.model)
             for offset in range(section.length):
-                where = position(offset, section.length)
-                for rest in rests.get(section.donor.start + offset, ()):
-                    yield _layer_target(
-                        section, offset, rest, where, join(stack.prefix, number, rest)
-                    )
+                found = stretches.get(section.donor.start + offset)
+                if found:
+                    yield _layer(section, offset, tuple(found), join(stack.prefix, number))
                 number += 1
 
-    def _rests_of(self, model: InputModel) -> dict[int, list[str]]:
-        if model.index not in self._rests:
-            self._rests[model.index] = _rests_by_layer(model)
-        return self._rests[model.index]
+    def _stretches_of(self, model: InputModel) -> dict[int, list[tuple[int, int]]]:
+        if model.index not in self._stretches:
+            self._stretches[model.index] = _stretches_by_layer(model)
+        return self._stretches[model.index]
 
 
-def _layer_target(section: Section, offset: int, rest: str, where: float, name: str) -> Target:
-    names = tuple(_layer_name(each.model, each.start + offset, rest) for each in section.sources)
+def _layer(section: Section, offset: int, tensors: tuple[tuple[int, int], ...], lead: str) -> Run:
+    leads = tuple(_layer_lead(each.model, each.start + offset) for each in section.sources)
     donor = section.donor
-    donor_name = _layer_name(donor.model, donor.start + offset, rest)
-    stack = donor.model.stack
-    place = None if stack is None else Place(stack, donor.start + offset, rest)
-    return Target(name, section, where, donor_name, names, place)
+    donor_lead = _layer_lead(donor.model, donor.start + offset)
+    place = donor.model.layout.place(donor_lead)
+    where = position(offset, section.length)
+    return Run(section, where, donor.model, tensors, place, donor_lead, lead, leads)
 
 
-def _layer_name(model: InputModel, layer: int, rest: str) -> str:
+def _layer_lead(model: InputModel, layer: int) -> str:
     stack = model.stack
-    return "" if stack is None else join(stack.prefix, layer, rest)
+    return "" if stack is None else join(stack.prefix, layer)
 
 
-def _loose_name(name: str, place: Place | None, model: InputModel) -> str:
-    """Return a loose tensor's name in another model: an extra layer follows that model's stack."""
+def _loose_lead(lead: str, place: Place, model: InputModel) -> str:
+    """Return an extra layer's name in another model: it follows that model's stack."""
     stack = model.stack
-    if place is None or stack is None:
-        return name
-    return join(stack.prefix, place.layer - place.stack.depth + stack.depth, place.rest)
+    if stack is None:
+        return lead
+    return join(stack.prefix, place.layer - place.stack.depth + stack.depth)
 
 
-def _rests_by_layer(model: InputModel) -> dict[int, list[str]]:
-    rests: dict[int, list[str]] = {}
-    for place in _places(model.layout.place(name) for name in model.tensors):
-        rests.setdefault(place.layer, []).append(place.rest)
-    return rests
-
-
-def _places(places: Iterable[Place | None]) -> Iterator[Place]:
-    return (place for place in places if place is not None and not place.is_extra)
+def _stretches_by_layer(model: InputModel) -> dict[int, list[tuple[int, int]]]:
+    stretches: dict[int, list[tuple[int, int]]] = {}
+    for lead, first, count in model.runs:
+        place = model.layout.place(lead)
+        if place is not None and not place.is_extra:
+            stretches.setdefault(place.layer, []).append((first, count))
+    return stretches

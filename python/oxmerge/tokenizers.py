@@ -207,7 +207,8 @@ def _folder(path: str) -> str:
 
 def _rows(model: InputModel) -> int:
     """Return how many ids have a row in the model's embeddings."""
-    shapes = [tensor.shape for name, tensor in model.tensors.items() if is_vocabulary(name)]
+    named = enumerate(model.checkpoint.names())
+    shapes = [model.checkpoint.tensor(at).shape for at, name in named if is_vocabulary(name)]
     return max((shape[0] for shape in shapes if shape), default=_EVERY_ROW)
 
 

@@ -12,6 +12,7 @@
 //! - `json`: the JSON visitors of both;
 //! - `conversion`: what to do about weights in other formats;
 //! - `quantised`: checkpoints that hold packed numbers, recognised and refused by name;
+//! - `lead`: the part of a name up to its layer's number;
 //! - `vocabulary`: which token each row of two models stands for;
 //! - `layout`: the way out, from tensors to shards with all offsets known.
 
@@ -20,6 +21,7 @@ mod header;
 mod index;
 mod json;
 mod layout;
+mod lead;
 mod locate;
 mod quantised;
 pub mod vocabulary;
@@ -30,10 +32,11 @@ use std::path::{Path, PathBuf};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io;
-use crate::plan::InputFile;
+use crate::plan::{InputFile, Names};
 
 pub use header::{Header, MAX_HEADER};
-pub use layout::{Layout, index_json, lay_out};
+pub use layout::{Layout, header, header_bytes, index_json, lay_out, put_header};
+pub use lead::lead;
 
 use index::Index;
 use locate::Weights;
@@ -50,14 +53,53 @@ pub struct Checkpoint {
     pub files: Vec<InputFile>,
     /// The index that says which file a tensor is in, if there is one.
     pub index: Option<InputFile>,
-    /// The tensors, in file order: by shard, then by offset.
-    pub tensors: Vec<TensorInfo>,
     /// What was passed over, for people to read.
     pub warnings: Vec<String>,
-    by_name: HashMap<String, usize>,
+    /// The tensors' names, by number in file order.
+    names: Names,
+    rows: Vec<Row>,
+    /// The distinct shapes.
+    shapes: Vec<Vec<u64>>,
+    shape_numbers: HashMap<Vec<u64>, u32>,
+}
+
+/// A tensor but for its name. There may be 100,000.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    dtype: DType,
+    shape: u32,
+    file: u32,
+    start: u64,
 }
 
 /// One tensor of a [`Checkpoint`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tensor<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its element type.
+    pub dtype: DType,
+    /// Its shape; empty for a single number.
+    pub shape: &'a [u64],
+    /// Index into [`Checkpoint::files`].
+    pub file: usize,
+    /// First byte in that file.
+    pub start: u64,
+}
+
+impl Tensor<'_> {
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// Bytes in the file.
+    pub fn bytes(&self) -> u64 {
+        self.elements() * self.dtype.size() as u64
+    }
+}
+
+/// One tensor of a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Its name.
@@ -70,18 +112,6 @@ pub struct TensorInfo {
     pub file: usize,
     /// First byte in that file.
     pub start: u64,
-}
-
-impl TensorInfo {
-    /// Number of elements.
-    pub fn elements(&self) -> u64 {
-        self.shape.iter().product()
-    }
-
-    /// Bytes in the file.
-    pub fn bytes(&self) -> u64 {
-        self.elements() * self.dtype.size() as u64
-    }
 }
 
 impl Checkpoint {
@@ -98,9 +128,11 @@ impl Checkpoint {
             path: path.to_owned(),
             files: Vec::new(),
             index: None,
-            tensors: Vec::new(),
             warnings,
-            by_name: HashMap::new(),
+            names: Names::default(),
+            rows: Vec::new(),
+            shapes: Vec::new(),
+            shape_numbers: HashMap::new(),
         };
         match weights {
             Weights::File(file) => checkpoint.add_file(&file)?,
@@ -110,17 +142,46 @@ impl Checkpoint {
             }
         }
         quantised::refuse_tensors(&checkpoint)?;
+        checkpoint.names.shrink();
+        checkpoint.rows.shrink_to_fit();
         Ok(checkpoint)
     }
 
+    /// How many tensors there are.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Tensor `index`, in file order: by shard, then by offset.
+    pub fn tensor(&self, index: usize) -> Tensor<'_> {
+        let Row { dtype, shape, file, start } = self.rows[index];
+        let (name, shape) = (self.names.get(index as u32), &self.shapes[shape as usize]);
+        Tensor { name, dtype, shape, file: file as usize, start }
+    }
+
+    /// The tensors in file order.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = Tensor<'_>> {
+        (0..self.len()).map(|index| self.tensor(index))
+    }
+
+    /// The index of the tensor of that name.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        self.names.find(name).map(|number| number as usize)
+    }
+
     /// The tensor of that name.
-    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        self.by_name.get(name).map(|&tensor| &self.tensors[tensor])
+    pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
+        self.find(name).map(|index| self.tensor(index))
     }
 
     /// The bytes of all tensors.
     pub fn bytes(&self) -> u64 {
-        self.tensors.iter().map(TensorInfo::bytes).sum()
+        self.tensors().map(|tensor| tensor.bytes()).sum()
     }
 
     fn add_file(&mut self, path: &Path) -> Result<()> {
@@ -151,10 +212,17 @@ impl Checkpoint {
         Ok(header)
     }
 
+    /// Adds tensors, none of which is there yet: a header and an index have no name twice.
     fn add_tensors(&mut self, tensors: Vec<TensorInfo>) {
         for tensor in tensors {
-            self.by_name.insert(tensor.name.clone(), self.tensors.len());
-            self.tensors.push(tensor);
+            let TensorInfo { name, dtype, shape, file, start } = tensor;
+            let shape = *self.shape_numbers.entry(shape).or_insert_with_key(|shape| {
+                self.shapes.push(shape.clone());
+                self.shapes.len() as u32 - 1
+            });
+            let (number, is_new) = self.names.intern(&name);
+            debug_assert!(is_new && number as usize == self.rows.len(), "`{name}` is there twice");
+            self.rows.push(Row { dtype, shape, file: file as u32, start });
         }
     }
 }

@@ -75,7 +75,7 @@ pub(super) fn refuse_config(directory: &Path) -> Result<()> {
 
 /// Refuses a checkpoint whose tensors are recognised as packed.
 pub(super) fn refuse_tensors(checkpoint: &Checkpoint) -> Result<()> {
-    for tensor in &checkpoint.tensors {
+    for tensor in checkpoint.tensors() {
         let sign = SIGNS.iter().find(|(ending, dtypes, companion, _)| {
             dtypes.contains(&tensor.dtype)
                 && tensor
@@ -86,7 +86,7 @@ pub(super) fn refuse_tensors(checkpoint: &Checkpoint) -> Result<()> {
         if let Some((.., method)) = sign {
             return Err(refuse(method)
                 .file(&checkpoint.files[tensor.file].path)
-                .tensor(tensor.name.as_str())
+                .tensor(tensor.name)
                 .advice(ADVICE));
         }
     }

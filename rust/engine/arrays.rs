@@ -17,7 +17,7 @@ use super::simd::Simd;
 use super::source::{GRAIN, Place, Sink, Source};
 use super::task::{Task, Work};
 use super::worker::store;
-use super::{Settings, run_all};
+use super::{Goal, Settings, run_all};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::Value;
@@ -205,8 +205,9 @@ pub fn run(
         return Err(Error::new(ErrorKind::Unsupported, message)
             .advice("merge files with `oxmerge merge` or `oxmerge.merge`"));
     }
-    let mut tasks = vec![task];
-    let numbers = run_all(&Simd(level), &mut tasks, &settings, &memory, control, false)?.remove(0);
+    let goal = Goal::Merge(None);
+    let found = run_all(&Simd(level), &vec![task], &settings, &memory, control, goal)?;
+    let numbers = found.into_values().next().unwrap_or_default();
     if numbers.len() == wanted {
         Ok(numbers)
     } else {

@@ -110,8 +110,8 @@ impl Control {
         self.written.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    pub(crate) fn finish_tensor(&self) {
-        self.tensors.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn finish_tensors(&self, count: u64) {
+        self.tensors.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(crate) fn begin_tensor(&self, name: &str) {

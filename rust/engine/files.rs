@@ -1,19 +1,22 @@
 //! Sources and sinks that are byte ranges of files, and the tasks of a plan over them.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::need::{Need, Way};
+use super::need::{Need, SMALL};
 use super::source::{Sink, Source};
-use super::task::{Task, Work};
+use super::task::{Gathered, Prepared, Task, Tasks, Work};
+use crate::checkpoint::put_header;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
 use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
 };
-use crate::plan::{InputFile, OutputShard, OutputTensor, Plan, SourceTensor};
+use crate::plan::{self, InputFile, OutputShard, Plan, Settings, Tensor};
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -115,9 +118,16 @@ impl Sink for FileSink {
     }
 
     fn finish(&self) -> Result<()> {
-        if self.shard.unfinished.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let state = self.shard.writer.finish()?;
-            self.shard.finished.get_or_init(|| state);
+        self.shard.finish(1)
+    }
+}
+
+impl Shard {
+    /// Takes down that so many tensors are finished.
+    fn finish(&self, tensors: usize) -> Result<()> {
+        if self.unfinished.fetch_sub(tensors, Ordering::AcqRel) == tensors {
+            let state = self.writer.finish()?;
+            self.finished.get_or_init(|| state);
         }
         Ok(())
     }
@@ -137,55 +147,385 @@ pub fn partial_name(file_name: &str) -> String {
     format!(".{}.oxmerge-partial", file_name.replace('/', "%"))
 }
 
-/// The shards of merges that are made together.
+/// Merges of the same tensors, each read once for all of them.
 #[derive(Debug)]
-pub struct Written(Vec<Vec<Arc<Shard>>>);
-
-impl Written {
-    /// For each merge, which files were written and how they were left, when all are finished.
-    pub fn states(&self) -> Vec<Vec<&InputFile>> {
-        let merges = self.0.iter();
-        merges
-            .map(|shards| shards.iter().filter_map(|shard| shard.finished.get()).collect())
-            .collect()
-    }
+pub struct Merges<'a> {
+    plans: Vec<&'a Plan>,
+    readers: Vec<Option<Arc<InputReader>>>,
+    /// The models' names, for messages.
+    labels: Vec<Arc<str>>,
+    /// How many kinds of tensors there are in all plans together, and which of them each tensor is.
+    kinds: usize,
+    kind_of: Vec<u32>,
+    /// What was made for kinds that came up lately.
+    prepared: Mutex<HashMap<u32, Prepared>>,
+    /// The shards of each plan, when there are any yet.
+    shards: Vec<Vec<Arc<Shard>>>,
+    /// Buffers of small neighbours that nobody uses now.
+    spare: Mutex<Vec<Buffers>>,
 }
 
-/// The tasks of merges of the same tensors, each read once for all of them; creates the shards of
-/// each plan, under partial names, in its directory.
-pub fn tasks(merges: &[(Plan, OutputFolder)], modes: FileModes) -> Result<(Vec<Task>, Written)> {
-    let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
-    let work = works(&plans)?;
-    let plan = plans[0];
-    let readers = open_inputs(plan, modes.read)?;
-    let create = |(plan, folder): &(Plan, OutputFolder)| create_shards(plan, folder, modes.write);
-    let shards = merges.iter().map(create).collect::<Result<Vec<_>>>()?;
-    let task = |(index, work): (usize, Work)| {
-        let sink = |(plan, shards): (&&Plan, &Vec<Arc<Shard>>)| -> Arc<dyn Sink> {
-            let OutputTensor { shard, dtype, start, .. } = plan.tensors[index];
-            Arc::new(FileSink { shard: Arc::clone(&shards[shard]), dtype, start })
+/// How many small tensors are one unit at the most.
+const MOST_NEIGHBOURS: usize = 512;
+/// How many kinds are kept: neighbours are of a few.
+const MOST_PREPARED: usize = 256;
+
+impl<'a> Merges<'a> {
+    /// Opens the inputs of `plans`, which must be merges of the same tensors.
+    pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<Self> {
+        let Some((first, others)) = plans.split_first() else {
+            return Err(Error::internal("there is no merge to run"));
         };
-        let sinks = plans.iter().zip(&shards).map(sink).collect();
-        task(plan, &plan.tensors[index], &readers, sinks, work)
-    };
-    let tasks = work.into_iter().enumerate().map(task).collect();
-    Ok((tasks, Written(shards)))
+        for other in others {
+            check_same_tensors(first, other)?;
+        }
+        let mut numbers = HashMap::new();
+        let kind_of = (0..first.len())
+            .map(|at| {
+                let each: Vec<usize> = plans.iter().map(|plan| plan.tensor(at).kind()).collect();
+                let next = numbers.len() as u32;
+                *numbers.entry(each).or_insert(next)
+            })
+            .collect();
+        let readers = open_inputs(first, read)?;
+        let labels = first.models.iter().map(|model| Arc::from(&**model)).collect();
+        Ok(Self {
+            readers,
+            labels,
+            kinds: numbers.len(),
+            kind_of,
+            plans,
+            prepared: Mutex::default(),
+            shards: Vec::new(),
+            spare: Mutex::default(),
+        })
+    }
+
+    /// What the tensors need in memory, and how many need that.
+    pub fn needs(&self) -> Result<Vec<(Need, usize)>> {
+        let need = |(at, count)| Ok((Need::of(&self.make(at, nowhere(self, at))?), count));
+        self.one_of_each_kind().map(need).collect()
+    }
+
+    /// The first tensor of each kind, and how many are of that kind.
+    fn one_of_each_kind(&self) -> impl Iterator<Item = (usize, usize)> {
+        let mut found = vec![(0, 0); self.kinds];
+        for (at, &kind) in self.kind_of.iter().enumerate() {
+            let (first, count) = &mut found[kind as usize];
+            *first = if *count == 0 { at } else { *first };
+            *count += 1;
+        }
+        found.into_iter()
+    }
+
+    /// Creates the shards of each plan, under partial names, in its folder.
+    pub fn create_shards(&mut self, folders: &[&OutputFolder], mode: DirectMode) -> Result<()> {
+        let create = |(plan, folder): (&&Plan, &&OutputFolder)| create_shards(plan, folder, mode);
+        self.shards = self.plans.iter().zip(folders).map(create).collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    /// For each merge, which files were written and how they were left, when all are finished.
+    pub fn written(&self) -> Vec<Vec<InputFile>> {
+        let states = |shards: &Vec<Arc<Shard>>| {
+            shards.iter().filter_map(|shard| shard.finished.get().cloned()).collect()
+        };
+        self.shards.iter().map(states).collect()
+    }
+
+    /// What tensor `at` is made by in all plans.
+    fn prepared(&self, at: usize) -> Result<Prepared> {
+        let kind = self.kind_of[at];
+        let mut cache = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(prepared) = cache.get(&kind) {
+            return Ok(prepared.clone());
+        }
+        let mut all = self.plans.iter().map(|plan| work(plan, plan.tensor(at)));
+        let one = all.next().unwrap_or(Ok(Work::Identical))?;
+        let work = all.try_fold(one, |all, work| all.and(work?))?;
+        let prepared = Prepared::new(work.shared(), &frame(self.plans[0], at));
+        if cache.len() == MOST_PREPARED {
+            cache.clear();
+        }
+        cache.insert(kind, prepared.clone());
+        Ok(prepared)
+    }
+
+    fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
+        let tensor = self.plans[0].tensor(at);
+        let source = |source| -> Arc<dyn Source> { Arc::new(file_source(&self.readers, source)) };
+        let sources = tensor.sources().map(source).collect();
+        self.task_of(at, sources, sinks)
+    }
+
+    fn task_of(
+        &self,
+        at: usize,
+        sources: Vec<Arc<dyn Source>>,
+        sinks: Vec<Arc<dyn Sink>>,
+    ) -> Result<Task> {
+        let tensor = self.plans[0].tensor(at);
+        let labels = tensor.sources().map(|source| Arc::clone(&self.labels[source.model]));
+        let prepared = self.prepared(at)?;
+        let task =
+            Task::prepared(frame(self.plans[0], at), sources, labels.collect(), sinks, prepared);
+        Ok(task.in_f64(self.plans[0].in_f64))
+    }
+
+    fn is_small(&self, at: usize) -> bool {
+        let elements = self.plans[0].tensor(at).elements();
+        (1..=SMALL).contains(&elements)
+    }
+
+    /// Whether tensor `at` follows the one before it in the same shard of every plan.
+    fn follows(&self, at: usize) -> bool {
+        self.plans.iter().all(|plan| {
+            let (before, tensor) = (plan.tensor(at - 1), plan.tensor(at));
+            before.shard() == tensor.shard() && before.start() + before.bytes() == tensor.start()
+        })
+    }
+
+    /// Bytes of the sources and outputs of a tensor.
+    fn bytes(&self, at: usize) -> u64 {
+        let outputs: u64 = self.plans.iter().map(|plan| plan.tensor(at).bytes()).sum();
+        self.plans[0].tensor(at).source_bytes() + outputs
+    }
 }
 
-/// What each tensor is made by in all of `plans`, which must be merges of the same tensors.
-fn works(plans: &[&Plan]) -> Result<Vec<Work>> {
-    let Some((first, others)) = plans.split_first() else {
-        return Err(Error::internal("there is no merge to run"));
-    };
-    for other in others {
-        check_same_tensors(first, other)?;
+impl Tasks for Merges<'_> {
+    fn len(&self) -> usize {
+        self.kind_of.len()
     }
-    let together = |index: usize| {
-        let mut all = plans.iter().map(|plan| work(plan, &plan.tensors[index]));
-        let one = all.next().unwrap_or(Ok(Work::Identical))?;
-        all.try_fold(one, |all, work| all.and(work?))
-    };
-    (0..first.tensors.len()).map(together).collect()
+
+    fn task(&self, index: usize) -> Result<Task> {
+        let sink = |(plan, shards): (&&Plan, &Vec<Arc<Shard>>)| -> Arc<dyn Sink> {
+            let tensor = plan.tensor(index);
+            let shard = Arc::clone(&shards[tensor.shard()]);
+            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start() })
+        };
+        self.make(index, self.plans.iter().zip(&self.shards).map(sink).collect())
+    }
+
+    fn reads_once(&self, index: usize) -> bool {
+        // What cannot be made is an error when its turn comes.
+        self.prepared(index).is_ok_and(|prepared| prepared.reads_once)
+    }
+
+    fn needs_sweep(&self) -> Result<bool> {
+        for (at, _) in self.one_of_each_kind() {
+            if self.make(at, nowhere(self, at))?.needs_sweep() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn neighbours(&self, index: usize, bytes: u64) -> usize {
+        let mut left = bytes;
+        let fits = |&at: &usize| {
+            let wanted = self.bytes(at);
+            let fits = self.is_small(at) && wanted <= left && (at == index || self.follows(at));
+            left -= if fits { wanted } else { 0 };
+            fits
+        };
+        (index..self.len()).take(MOST_NEIGHBOURS).take_while(fits).count()
+    }
+
+    fn gather<'a>(&'a self, tasks: Range<usize>) -> Result<Box<dyn Gathered + 'a>> {
+        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut buffers = spare.unwrap_or_default();
+        let places = self.read_neighbours(&tasks, &mut buffers.input)?;
+        buffers.outputs.resize_with(self.plans.len(), Default::default);
+        for (plan, output) in self.plans.iter().zip(&buffers.outputs) {
+            let (first, last) = (plan.tensor(tasks.start), plan.tensor(tasks.end - 1));
+            let shard = &self.shards_of(plan)[first.shard()];
+            let skip = shard.writer.buffer_offset(first.start());
+            let bytes = (last.start() + last.bytes() - first.start()) as usize;
+            let output = &mut *output.lock().unwrap_or_else(PoisonError::into_inner);
+            output.grow(skip + bytes)?;
+        }
+        Ok(Box::new(Neighbours { merges: self, tasks, places, buffers }))
+    }
+}
+
+impl Merges<'_> {
+    fn shards_of(&self, plan: &Plan) -> &[Arc<Shard>] {
+        let at = self.plans.iter().position(|each| std::ptr::eq(*each, plan)).unwrap_or(0);
+        &self.shards[at]
+    }
+
+    /// Reads the inputs of small neighbours into `buffer`, those that lie together in one go. Where in
+    /// the buffer each source of each tensor begins.
+    fn read_neighbours(
+        &self,
+        tasks: &Range<usize>,
+        buffer: &mut Arc<AlignedBuffer>,
+    ) -> Result<Vec<Vec<usize>>> {
+        let (mut ranges, mut places) = (Vec::new(), Vec::new());
+        for at in tasks.clone() {
+            let tensor = self.plans[0].tensor(at);
+            for (number, source) in tensor.sources().enumerate() {
+                let bytes = tensor.elements() * source.dtype.size() as u64;
+                ranges.push((source.file, source.start, bytes, (places.len(), number)));
+            }
+            places.push(vec![0; tensor.sources().len()]);
+        }
+        let total: u64 = ranges.iter().map(|(_, _, bytes, _)| bytes).sum();
+        ranges.sort_unstable();
+        // Shared only while tasks use it; those of the group before are gone.
+        if Arc::get_mut(buffer).is_none() {
+            *buffer = Arc::default();
+        }
+        let memory = Arc::get_mut(buffer).ok_or_else(|| Error::internal("a buffer is shared"))?;
+        memory.grow(total as usize)?;
+        let (mut filled, mut rest) = (0, &ranges[..]);
+        while let Some(&(file, start, ..)) = rest.first() {
+            let mut end = start;
+            let together = rest.iter().take_while(|&&(other, begin, bytes, _)| {
+                let joins = other == file && begin == end;
+                end = if joins { begin + bytes } else { end };
+                joins
+            });
+            let (run, others) = rest.split_at(together.count());
+            let bytes = (end - start) as usize;
+            let reader = self.readers[file].as_ref();
+            let reader = reader.ok_or_else(|| Error::internal("an input is not open"))?;
+            reader.read_into(start, &mut memory.as_mut_slice()[filled..filled + bytes])?;
+            for &(_, begin, _, (tensor, number)) in run {
+                places[tensor][number] = filled + (begin - start) as usize;
+            }
+            (filled, rest) = (filled + bytes, others);
+        }
+        Ok(places)
+    }
+}
+
+/// What small neighbours are read into and computed into.
+#[derive(Debug, Default)]
+struct Buffers {
+    input: Arc<AlignedBuffer>,
+    outputs: Vec<Arc<Mutex<AlignedBuffer>>>,
+}
+
+/// Small neighbours, with their inputs in memory.
+#[derive(Debug)]
+struct Neighbours<'a> {
+    merges: &'a Merges<'a>,
+    tasks: Range<usize>,
+    /// Where each source of each tensor begins in the input buffer.
+    places: Vec<Vec<usize>>,
+    buffers: Buffers,
+}
+
+impl Gathered for Neighbours<'_> {
+    fn task(&self, index: usize) -> Result<Task> {
+        let plans = &self.merges.plans;
+        let tensor = plans[0].tensor(index);
+        let source = |(source, &start): (plan::Source<'_>, &usize)| -> Arc<dyn Source> {
+            let buffer = Arc::clone(&self.buffers.input);
+            Arc::new(BufferSource { buffer, dtype: source.dtype, start })
+        };
+        let sources =
+            tensor.sources().zip(&self.places[index - self.tasks.start]).map(source).collect();
+        let sink = |(plan, buffer): (&&Plan, &Arc<Mutex<AlignedBuffer>>)| -> Arc<dyn Sink> {
+            let (first, tensor) = (plan.tensor(self.tasks.start), plan.tensor(index));
+            let skip =
+                self.merges.shards_of(plan)[first.shard()].writer.buffer_offset(first.start());
+            let start = skip + (tensor.start() - first.start()) as usize;
+            let buffer = Arc::clone(buffer);
+            Arc::new(BufferSink { buffer, dtype: tensor.dtype(), start })
+        };
+        let sinks = plans.iter().zip(&self.buffers.outputs).map(sink).collect();
+        self.merges.task_of(index, sources, sinks)
+    }
+
+    fn finish(self: Box<Self>) -> Result<()> {
+        let Self { merges, tasks, buffers, .. } = *self;
+        for (plan, output) in merges.plans.iter().zip(&buffers.outputs) {
+            let (first, last) = (plan.tensor(tasks.start), plan.tensor(tasks.end - 1));
+            let shard = &merges.shards_of(plan)[first.shard()];
+            let skip = shard.writer.buffer_offset(first.start());
+            let end = skip + (last.start() + last.bytes() - first.start()) as usize;
+            let output = output.lock().unwrap_or_else(PoisonError::into_inner);
+            shard.writer.write(first.start(), &output, skip..end)?;
+            shard.finish(tasks.len())?;
+        }
+        merges.spare.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
+        Ok(())
+    }
+}
+
+/// A tensor in a buffer of small neighbours.
+#[derive(Debug)]
+struct BufferSource {
+    buffer: Arc<AlignedBuffer>,
+    dtype: DType,
+    start: usize,
+}
+
+impl Source for BufferSource {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn is_in_place(&self) -> bool {
+        true
+    }
+
+    fn read<'a>(&'a self, elements: Range<u64>, _: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
+        let at = |element: u64| self.start + element as usize * self.dtype.size();
+        Ok(&self.buffer.as_slice()[at(elements.start)..at(elements.end)])
+    }
+}
+
+/// The same for an output.
+#[derive(Debug)]
+struct BufferSink {
+    buffer: Arc<Mutex<AlignedBuffer>>,
+    dtype: DType,
+    start: usize,
+}
+
+impl Sink for BufferSink {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn takes_any_piece(&self) -> bool {
+        true
+    }
+
+    fn write(&self, first: u64, buffer: &AlignedBuffer, bytes: Range<usize>) -> Result<()> {
+        let mut memory = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = self.start + first as usize * self.dtype.size();
+        memory.as_mut_slice()[start..start + bytes.len()]
+            .copy_from_slice(&buffer.as_slice()[bytes]);
+        Ok(())
+    }
+}
+
+/// Sinks of the types that tensor `at` has in each plan, which take nothing: for what is only planned.
+fn nowhere(merges: &Merges<'_>, at: usize) -> Vec<Arc<dyn Sink>> {
+    let sink = |plan: &&Plan| -> Arc<dyn Sink> { Arc::new(FileLike(plan.tensor(at).dtype())) };
+    merges.plans.iter().map(sink).collect()
+}
+
+/// Stands in for an output that is not yet there.
+#[derive(Debug)]
+struct FileLike(DType);
+
+impl Sink for FileLike {
+    fn dtype(&self) -> DType {
+        self.0
+    }
+
+    fn takes_any_piece(&self) -> bool {
+        true
+    }
+
+    fn write(&self, _first: u64, _buffer: &AlignedBuffer, _bytes: Range<usize>) -> Result<()> {
+        Err(Error::internal("a shard was written before it was made"))
+    }
 }
 
 /// Whether two plans make the same tensors, in the same order, of the same bytes.
@@ -200,66 +540,77 @@ fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
     if plan.seed != other.seed {
         return Err(differs("seed"));
     }
-    if plan.tensors.len() != other.tensors.len() {
+    if plan.len() != other.len() {
         return Err(differs("tensors"));
     }
     // In f64 all outputs would be computed in it, and others than alone.
-    let double = |plan: &Plan| {
-        let double = |tensor: &OutputTensor| plan.in_f64 || tensor.dtype == DType::F64;
-        plan.tensors.iter().map(double).collect::<Vec<_>>()
-    };
-    if double(plan) != double(other) {
+    let double = |plan: &Plan, tensor: Tensor<'_>| plan.in_f64 || tensor.dtype() == DType::F64;
+    let (one, two) = (plan.tensors(), other.tensors());
+    if one.map(|tensor| double(plan, tensor)).ne(two.map(|tensor| double(other, tensor))) {
         return Err(differs("working type: all of them float64, or none"));
     }
-    let place = |source: &SourceTensor| (source.file, source.start, source.dtype);
-    for (tensor, other) in plan.tensors.iter().zip(&other.tensors) {
-        let is_same = tensor.name == other.name
-            && tensor.shape == other.shape
-            && tensor.sources.iter().map(place).eq(other.sources.iter().map(place));
+    let place = |source: plan::Source<'_>| (source.file, source.start, source.dtype);
+    for (tensor, other) in plan.tensors().zip(other.tensors()) {
+        let is_same = tensor.name() == other.name()
+            && tensor.shape() == other.shape()
+            && tensor.sources().map(place).eq(other.sources().map(place));
         if !is_same {
-            return Err(differs("tensors, made of the same inputs").tensor(&tensor.name));
+            return Err(differs("tensors, made of the same inputs").tensor(tensor.name()));
         }
     }
     Ok(())
 }
 
 /// What a tensor of `plan` is made by; the first problem as an error.
-pub(crate) fn work(plan: &Plan, tensor: &OutputTensor) -> Result<Work> {
-    Work::of(&plan.method, tensor).map_err(|error| error.tensor(&tensor.name))
+pub(crate) fn work(plan: &Plan, tensor: Tensor<'_>) -> Result<Work> {
+    let owned = tensor.to_owned();
+    Work::of(&plan.method, &owned).map_err(|error| error.tensor(owned.name))
 }
 
-/// The task that makes `tensor` of `plan`.
-fn task(
-    plan: &Plan,
-    tensor: &OutputTensor,
-    readers: &[Option<Arc<InputReader>>],
-    sinks: Vec<Arc<dyn Sink>>,
-    work: Work,
-) -> Task {
-    let source = |source| -> Arc<dyn Source> { Arc::new(file_source(readers, source)) };
-    Task::new(
-        &tensor.name,
-        plan.seed,
-        &tensor.shape,
-        tensor.sources.iter().map(source).collect(),
-        tensor.sources.iter().map(|source| source.model.clone()).collect(),
-        sinks,
-        work,
-    )
-    .in_f64(plan.in_f64)
+/// What the merge method finds wrong with the tensors of `plan`.
+pub fn problems(plan: &Plan) -> Vec<Error> {
+    let mut is_wrong = vec![None; plan.kinds()];
+    let find = |tensor: Tensor<'_>| {
+        let known = &mut is_wrong[tensor.kind()];
+        // Of a kind in which something is wrong every tensor is told.
+        if *known == Some(false) {
+            return None;
+        }
+        let error = work(plan, tensor).err();
+        *known = Some(error.is_some());
+        error
+    };
+    plan.tensors().filter_map(find).collect()
+}
+
+/// What each kind of tensors of `plan` is made by, as text, and its settings.
+pub fn formulas(plan: &Plan) -> Result<Vec<(String, Settings)>> {
+    let mut kinds = vec![None; plan.kinds()];
+    for tensor in plan.tensors() {
+        let kind = &mut kinds[tensor.kind()];
+        if kind.is_none() {
+            *kind = Some((format!("{:?}", work(plan, tensor)?), tensor.settings().clone()));
+        }
+    }
+    Ok(kinds.into_iter().flatten().collect())
+}
+
+fn frame(plan: &Plan, at: usize) -> TensorFrame {
+    let tensor = plan.tensor(at);
+    TensorFrame::new(tensor.name(), plan.seed, tensor.shape())
 }
 
 /// A plan whose tensors are computed one by one, when they are asked for, and go elsewhere than into
 /// its shards.
 #[derive(Debug)]
 pub struct OnDemand {
-    plan: Plan,
+    plan: Arc<Plan>,
     readers: Vec<Option<Arc<InputReader>>>,
 }
 
 impl OnDemand {
     /// Opens the inputs of `plan`.
-    pub fn open(plan: Plan, read: ReadPath) -> Result<Self> {
+    pub fn open(plan: Arc<Plan>, read: ReadPath) -> Result<Self> {
         let readers = open_inputs(&plan, read)?;
         Ok(Self { plan, readers })
     }
@@ -271,45 +622,34 @@ impl OnDemand {
 
     /// The task that makes tensor `index` of the plan, into `sink`.
     pub fn task(&self, index: usize, sink: Arc<dyn Sink>) -> Result<Task> {
-        let tensor = &self.plan.tensors[index];
+        let tensor = self.plan.tensor(index);
         let work = work(&self.plan, tensor)?;
-        Ok(task(&self.plan, tensor, &self.readers, vec![sink], work))
+        let source = |source| -> Arc<dyn Source> { Arc::new(file_source(&self.readers, source)) };
+        Ok(Task::new(
+            tensor.name(),
+            self.plan.seed,
+            tensor.shape(),
+            tensor.sources().map(source).collect(),
+            tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
+            vec![sink],
+            work,
+        )
+        .in_f64(self.plan.in_f64))
     }
 
     /// Fails if a file that tensor `index` is made of is not what it was.
     pub fn check_unchanged(&self, index: usize) -> Result<()> {
-        let sources = &self.plan.tensors[index].sources;
-        let files = sources.iter().map(|source| self.plan.files[source.file].clone());
+        let sources = self.plan.tensor(index).sources();
+        let files = sources.map(|source| self.plan.files[source.file].clone());
         io::check_unchanged(&files.collect::<Vec<_>>())
     }
-}
-
-/// What each tensor of merges that are made together needs in memory, when their files are read as
-/// `read` says.
-pub fn needs(plans: &[&Plan], read: ReadPath) -> Result<Vec<Need>> {
-    let works = works(plans)?;
-    let plan = plans[0];
-    let readers = open_inputs(plan, read)?;
-    let need = |(index, work): (usize, Work)| {
-        let tensor = &plan.tensors[index];
-        let frame = TensorFrame::new(&tensor.name, plan.seed, &tensor.shape);
-        let work = work.shared();
-        let once = work.reads_once();
-        let sources = tensor.sources.iter().map(|source| {
-            let source = file_source(&readers, source);
-            (source.dtype(), Way::of(&source, frame.elements, once))
-        });
-        let outputs = plans.iter().map(|plan| plan.tensors[index].dtype);
-        Need::new(&frame, &work, work.in_bands(&frame), sources, outputs).in_f64(plan.in_f64)
-    };
-    Ok(works.into_iter().enumerate().map(need).collect())
 }
 
 /// The files that some source lies in, opened.
 fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader>>>> {
     io::raise_open_file_limit();
     let mut used = vec![false; plan.files.len()];
-    for source in plan.tensors.iter().flat_map(|tensor| &tensor.sources) {
+    for source in plan.tensors().flat_map(Tensor::sources) {
         used[source.file] = true;
     }
     let open = |(file, used): (&InputFile, bool)| {
@@ -318,21 +658,19 @@ fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader
     plan.files.iter().zip(used).map(open).collect()
 }
 
-fn file_source(readers: &[Option<Arc<InputReader>>], source: &SourceTensor) -> FileSource {
+fn file_source(readers: &[Option<Arc<InputReader>>], source: plan::Source<'_>) -> FileSource {
     let reader = readers[source.file].clone().expect("every file with a source is opened");
     FileSource { reader, dtype: source.dtype, start: source.start }
 }
 
 fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
-    let mut unfinished = vec![0; plan.shards.len()];
-    for tensor in &plan.tensors {
-        unfinished[tensor.shard] += 1;
-    }
-    let create = |(shard, unfinished): (&OutputShard, usize)| {
+    let create = |(index, shard): (usize, &OutputShard)| {
         let name = partial_name(&shard.file_name);
-        let writer = ShardWriter::create(folder, &name, &shard.header, shard.size, mode)?;
-        let unfinished = AtomicUsize::new(unfinished);
+        let OutputShard { header_bytes, size, .. } = *shard;
+        let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
+        let writer = ShardWriter::create(folder, &name, header_bytes, header, size, mode)?;
+        let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
         Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
     };
-    plan.shards.iter().zip(unfinished).map(create).collect()
+    plan.shards.iter().enumerate().map(create).collect()
 }

@@ -15,6 +15,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// Stack, allocator and scheduler, a worker and in all. Measured, rounded up.
 const WORKER_OVERHEAD: u64 = 64 << 10;
 const ENGINE_OVERHEAD: u64 = 1 << 20;
+/// Bytes of inputs and outputs of small neighbours that are one unit, at the most, and at the least.
+const GROUP_BYTES: u64 = 1 << 20;
+const LEAST_GROUP: u64 = 64 << 10;
 /// What a budget that is refused is told to be larger than needed: what a process has resident
 /// before the engine starts is not quite the same each time.
 const REFUSAL_SLACK: u64 = 1 << 20;
@@ -40,6 +43,8 @@ pub struct MemoryPlan {
     pub(crate) with_offload: u64,
     /// Bytes left over, for random masks and keys that are kept between passes.
     pub kept_room: u64,
+    /// Bytes that a worker may hold of small neighbours, beside the piece in hand.
+    pub(crate) group_bytes: u64,
     /// Bytes a worker may hold on its device.
     pub(crate) device_bytes: u64,
 }
@@ -57,17 +62,23 @@ impl MemoryPlan {
             workers,
             worker_bytes: all,
             kept_room: all,
+            group_bytes: 0,
             with_offload: all,
             device_bytes: all,
         }
     }
 
-    /// Divides `budget` among at most `workers` threads; `baseline` is resident already. So that no
-    /// thread and no memory is asked for that cannot be had, it also keeps within what the process
-    /// may still map (`ulimit -v`).
+    /// Divides `budget` among at most `workers` threads; `baseline` is resident already. Each need is
+    /// that of so many tensors. So that no thread and no memory is asked for that cannot be had, it
+    /// also keeps within what the process may still map (`ulimit -v`).
     ///
     /// Uses fewer threads before it refuses; refuses with the number that would do.
-    pub fn new(needs: &[Need], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
+    pub fn new(
+        needs: &[(Need, usize)],
+        budget: u64,
+        workers: usize,
+        baseline: u64,
+    ) -> Result<Self> {
         let plan = Self::divide(needs, budget, workers, baseline)?;
         let Some(room) = addresses_left() else { return Ok(plan) };
         let within = |workers: usize| {
@@ -78,9 +89,10 @@ impl MemoryPlan {
         Ok(Self { budget, ..plan })
     }
 
-    fn divide(needs: &[Need], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
+    fn divide(needs: &[(Need, usize)], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
         let most = |of: fn(&Need) -> Amount| {
-            needs.iter().map(of).max_by_key(|amount| amount.most).unwrap_or_default()
+            let amounts = needs.iter().map(|(need, _)| of(need));
+            amounts.max_by_key(|amount| amount.most).unwrap_or_default()
         };
         let worker = Amount::certain(WORKER_OVERHEAD).plus(most(|need| need.worker_state), 1);
         let shared = Amount::certain(baseline + ENGINE_OVERHEAD);
@@ -88,10 +100,10 @@ impl MemoryPlan {
             let states = largest_states(needs, workers as usize);
             shared.plus(states, 1).plus(worker, workers)
         };
-        let offload = needs.iter().find_map(|need| need.offload);
+        let offload = needs.iter().find_map(|(need, _)| need.offload);
         let device_share = |workers| offload.map_or(u64::MAX, |offload| offload.share(workers));
         let block = most(|need| need.piece(1).plus(need.beside(1), 1)).most;
-        let device_block = needs.iter().map(|need| need.device(1)).max().unwrap_or(0);
+        let device_block = needs.iter().map(|(need, _)| need.device(1)).max().unwrap_or(0);
         let fits = |workers: &u64| {
             let in_memory = fixed(*workers).most + workers * block <= budget;
             in_memory && device_block <= device_share(*workers)
@@ -109,28 +121,35 @@ impl MemoryPlan {
         };
         let share = (budget - fixed(workers).most) / workers;
         let device_bytes = device_share(workers);
-        let pieces = needs.iter().map(|need| {
+        let pieces = needs.iter().map(|(need, _)| {
             let blocks = need.blocks_within(share, device_bytes);
             (need.piece(blocks), need.beside(blocks))
         });
         let largest = |of: fn((Amount, Amount)) -> u64| pieces.clone().map(of).max().unwrap_or(0);
         let expected = largest(|(piece, beside)| piece.expected + beside.expected);
+        let left_over = share - largest(|(piece, beside)| piece.most + beside.most).min(share);
+        let group_bytes = group_bytes(needs, left_over);
         let kept_room = match offload {
-            None => budget - fixed(workers).most - workers * largest(|(piece, _)| piece.most),
+            None => {
+                let worker = largest(|(piece, _)| piece.most) + group_bytes;
+                budget - fixed(workers).most - workers * worker
+            }
             // Masks are drawn again there, and keys counted.
             Some(_) => 0,
         };
+        let worker = expected + group_bytes;
         Ok(Self {
             budget,
             baseline,
             predicted: fixed(workers).expected
-                + workers * expected
+                + workers * worker
                 + kept_between_passes(needs, kept_room),
             workers: workers as usize,
             worker_bytes: largest(|(piece, _)| piece.most),
             with_offload: largest(|(piece, beside)| piece.most + beside.most),
             device_bytes,
             kept_room,
+            group_bytes,
         })
     }
 
@@ -146,17 +165,17 @@ pub(crate) fn tasks_under_way(workers: usize) -> usize {
 }
 
 /// The states of the tasks that may be under way at once.
-fn largest_states(needs: &[Need], workers: usize) -> Amount {
-    let mut states: Vec<Amount> = needs.iter().map(|need| need.shared_state).collect();
+fn largest_states(needs: &[(Need, usize)], workers: usize) -> Amount {
+    let under_way = tasks_under_way(workers);
+    let mut states: Vec<Amount> = each_of(needs, under_way, |need| need.shared_state);
     states.sort_unstable_by_key(|state| std::cmp::Reverse(state.most));
-    let under_way = states.into_iter().take(tasks_under_way(workers));
-    under_way.fold(Amount::default(), |sum, state| sum.plus(state, 1))
+    states.into_iter().take(under_way).fold(Amount::default(), |sum, state| sum.plus(state, 1))
 }
 
 /// What is kept at once, of what there is room for: while workers finish one tensor, others begin
 /// the next.
-fn kept_between_passes(needs: &[Need], room: u64) -> u64 {
-    let mut kept: Vec<Amount> = needs.iter().map(|need| need.kept).collect();
+fn kept_between_passes(needs: &[(Need, usize)], room: u64) -> u64 {
+    let mut kept: Vec<Amount> = each_of(needs, 2, |need| need.kept);
     kept.sort_unstable_by_key(|kept| std::cmp::Reverse(kept.most));
     let within_room = kept.into_iter().scan(room, |left, kept| {
         let fits = kept.most <= *left;
@@ -164,6 +183,21 @@ fn kept_between_passes(needs: &[Need], room: u64) -> u64 {
         Some(if fits { kept.expected } else { 0 })
     });
     within_room.filter(|&kept| kept > 0).take(2).sum()
+}
+
+/// `of` each need as often as there are tensors that have it, up to `most` times.
+fn each_of<R: Clone>(needs: &[(Need, usize)], most: usize, of: impl Fn(&Need) -> R) -> Vec<R> {
+    let each = needs.iter().map(|(need, count)| std::iter::repeat_n(of(need), *count.min(&most)));
+    each.flatten().collect()
+}
+
+/// What a worker may hold of small neighbours, of the `spare` bytes that pieces leave it: as much as
+/// is read and written in one go, or nothing where there are none, or no room.
+fn group_bytes(needs: &[(Need, usize)], spare: u64) -> u64 {
+    let small = needs.iter().filter(|(need, _)| need.is_small());
+    let bytes: u64 = small.map(|(need, count)| need.bytes() * *count as u64).sum();
+    let fits = (spare / 2).min(GROUP_BYTES).min(bytes);
+    if fits < LEAST_GROUP { 0 } else { fits }
 }
 
 /// `what` is told to be too small; `option` sets it, on the command line and in Python.

@@ -14,6 +14,8 @@ pub mod control;
 pub mod files;
 pub mod listing;
 pub mod memory;
+#[cfg(feature = "python")]
+mod merge;
 mod model_wide;
 pub mod need;
 pub(crate) mod passes;
@@ -25,21 +27,25 @@ pub mod source;
 pub mod task;
 mod worker;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
+
+#[cfg(feature = "python")]
+pub(crate) use merge::{merge, predict};
 
 use active::{Active, Room};
 use backend::Backend;
 use control::Control;
 use memory::{MemoryPlan, tasks_under_way};
-use model_wide::bind_model_results;
+use model_wide::ModelResults;
 use need::Need;
 use passes::{Found, Pass};
 use simd::Simd;
 use source::Sink;
-use task::Task;
+use task::{Task, Tasks};
 use worker::Worker;
 
 use crate::error::{Error, Result};
@@ -82,27 +88,39 @@ fn most_writing(workers: usize) -> usize {
 }
 
 /// Runs all `tasks`. On an error or a cancellation the workers stop after the piece in hand.
+#[expect(clippy::needless_pass_by_value, reason = "what was run is over, and its sinks closed")]
 pub fn run(tasks: Vec<Task>, settings: &Settings, control: &Control) -> Result<Report> {
-    run_on(&Simd(settings.level), tasks, settings, control)
+    run_on(&Simd(settings.level), &tasks, settings, control)
 }
 
 /// The same, with the arithmetic of `backend`.
 pub(crate) fn run_on(
     backend: &dyn Backend,
-    mut tasks: Vec<Task>,
+    tasks: &Vec<Task>,
     settings: &Settings,
     control: &Control,
 ) -> Result<Report> {
-    let started = Instant::now();
-    let baseline = memory::resident();
     let offload = backend.offload();
-    let needs: Vec<Need> = tasks.iter().map(|task| Need::of(task).on(offload)).collect();
-    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline)?;
-    if tasks.iter().any(Task::needs_sweep) {
-        let sums = run_all(backend, &mut tasks, settings, &memory, control, true)?;
-        bind_model_results(&mut tasks, &sums)?;
+    let needs: Vec<_> = tasks.iter().map(|task| (Need::of(task).on(offload), 1)).collect();
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
+    run_planned(backend, tasks, settings, memory, control)
+}
+
+/// The same in memory that was shared out before.
+pub(crate) fn run_planned(
+    backend: &dyn Backend,
+    tasks: &dyn Tasks,
+    settings: &Settings,
+    memory: MemoryPlan,
+    control: &Control,
+) -> Result<Report> {
+    let started = Instant::now();
+    let mut model = None;
+    if tasks.needs_sweep()? {
+        let found = run_all(backend, tasks, settings, &memory, control, Goal::Sweep)?;
+        model = Some(ModelResults::fold(tasks, &found)?);
     }
-    run_all(backend, &mut tasks, settings, &memory, control, false)?;
+    run_all(backend, tasks, settings, &memory, control, Goal::Merge(model.as_ref()))?;
     let counted = control.snapshot();
     Ok(Report {
         seconds: started.elapsed().as_secs_f64(),
@@ -114,30 +132,35 @@ pub(crate) fn run_on(
     })
 }
 
-/// Goes over all tasks; the numbers that each found. A sweep looks for those of the model only.
+/// What to do with each task.
+#[derive(Clone, Copy)]
+enum Goal<'a> {
+    /// Look for what is reduced over the whole model.
+    Sweep,
+    /// All of it, with the results of the sweep if there was one.
+    Merge(Option<&'a ModelResults>),
+}
+
+/// Goes over all tasks; the numbers that those found which look for some.
 fn run_all(
     backend: &dyn Backend,
-    tasks: &mut Vec<Task>,
+    tasks: &dyn Tasks,
     settings: &Settings,
     memory: &MemoryPlan,
     control: &Control,
-    sweep: bool,
-) -> Result<Vec<Vec<f64>>> {
-    let shared: Vec<Arc<Task>> = tasks.drain(..).map(Arc::new).collect();
-    let most = settings.largest_piece.unwrap_or(u64::MAX).max(1);
+    goal: Goal<'_>,
+) -> Result<BTreeMap<usize, Vec<f64>>> {
     let schedule = Schedule {
-        state: Mutex::new(State::new(shared.len(), memory.kept_room)),
+        state: Mutex::new(State::new(memory.kept_room)),
         changed: Condvar::new(),
         backend,
-        tasks: &shared,
-        piece_blocks: shared
-            .iter()
-            .map(|task| memory.piece_blocks(&Need::of(task).on(backend.offload())).min(most))
-            .collect(),
+        tasks,
+        memory,
+        largest_piece: settings.largest_piece.unwrap_or(u64::MAX).max(1),
         under_way: tasks_under_way(memory.workers),
         most_writing: most_writing(memory.workers),
         control,
-        sweep,
+        goal,
     };
     let work = || schedule.work(memory.worker_bytes as usize);
     thread::scope(|scope| {
@@ -151,12 +174,7 @@ fn run_all(
     });
     let State { failure, numbers, .. } =
         schedule.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
-    let unshare = |task| Arc::try_unwrap(task).expect("what was under way is over");
-    tasks.extend(shared.into_iter().map(unshare));
-    Ok(numbers)
+    failure.map_or(Ok(numbers), Err)
 }
 
 /// What the workers share.
@@ -164,20 +182,22 @@ struct Schedule<'a> {
     state: Mutex<State>,
     changed: Condvar,
     backend: &'a dyn Backend,
-    tasks: &'a [Arc<Task>],
-    piece_blocks: Vec<u64>,
+    tasks: &'a dyn Tasks,
+    memory: &'a MemoryPlan,
+    /// Blocks a piece has at the most.
+    largest_piece: u64,
     under_way: usize,
     /// See [`most_writing`].
     most_writing: usize,
     control: &'a Control,
-    sweep: bool,
+    goal: Goal<'a>,
 }
 
 struct State {
     next_task: usize,
     active: VecDeque<(usize, Active)>,
     /// What each task found, if it looks for numbers.
-    numbers: Vec<Vec<f64>>,
+    numbers: BTreeMap<usize, Vec<f64>>,
     failure: Option<Error>,
     /// Bytes that further tasks may keep between their passes.
     kept_room: u64,
@@ -188,12 +208,11 @@ struct State {
 }
 
 impl State {
-    fn new(tasks: usize, kept_room: u64) -> Self {
-        let numbers = vec![Vec::new(); tasks];
+    fn new(kept_room: u64) -> Self {
         Self {
             next_task: 0,
             active: VecDeque::new(),
-            numbers,
+            numbers: BTreeMap::new(),
             failure: None,
             kept_room,
             writing: 0,
@@ -205,14 +224,8 @@ impl State {
     fn issue(&mut self, wanted: impl Fn(&Pass) -> bool) -> Option<Unit> {
         let active = self.active.iter_mut().filter(|(_, active)| wanted(&active.pass));
         let unit = |(index, active): &mut (usize, Active)| {
-            Some(Unit {
-                number: active.issue()?,
-                index: *index,
-                task: Arc::clone(&active.task),
-                pass: Arc::clone(&active.pass),
-                masks: active.masks.clone(),
-                blocks: active.blocks_a_unit,
-            })
+            let number = active.issue()?;
+            Some(Unit::of(active, *index, number))
         };
         let unit = active.into_iter().find_map(unit)?;
         self.writing += usize::from(unit.pass.writes());
@@ -230,13 +243,26 @@ struct Unit {
     blocks: u64,
 }
 
+impl Unit {
+    fn of(active: &Active, index: usize, number: u64) -> Self {
+        Self {
+            number,
+            index,
+            task: Arc::clone(&active.task),
+            pass: Arc::clone(&active.pass),
+            masks: active.masks.clone(),
+            blocks: active.blocks_a_unit,
+        }
+    }
+}
+
 /// A task that goes on, or the numbers of one that is over.
 type Advanced = std::result::Result<Active, Vec<f64>>;
 
 enum Next {
     Do(Unit),
-    /// Begin this task, which may keep so much.
-    Begin(usize, Room),
+    /// Begin the task that comes next, or do small ones that lie together.
+    Begin(Range<usize>),
     Wait,
     Over,
 }
@@ -270,11 +296,10 @@ impl Schedule<'_> {
                 Next::Wait => {
                     state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
                 }
-                Next::Begin(index, room) => {
+                Next::Begin(tasks) => {
                     drop(state);
-                    let begun = self.begin(index, room);
-                    state = self.lock();
-                    state = self.go_on(state, index, room, begun);
+                    state = self.begin(&mut worker, tasks);
+                    self.changed.notify_all();
                 }
                 Next::Do(mut unit) => {
                     drop(state);
@@ -284,7 +309,7 @@ impl Schedule<'_> {
                     if let Some(mut active) = self.take(&mut state, &unit, found) {
                         // What is computed from numbers takes its time; others go on meanwhile.
                         drop(state);
-                        let (index, room) = (unit.index, active.room);
+                        let (index, room, task) = (unit.index, active.room, Arc::clone(&unit.task));
                         drop(unit);
                         let advanced = active.advance();
                         let advanced = advanced.map(|goes_on| {
@@ -292,7 +317,7 @@ impl Schedule<'_> {
                             if goes_on { Ok(active) } else { Err(numbers) }
                         });
                         state = self.lock();
-                        state = self.go_on(state, index, room, advanced);
+                        state = self.go_on(state, index, &task, room, advanced);
                     }
                 }
             }
@@ -322,50 +347,115 @@ impl Schedule<'_> {
         if state.failure.is_some() {
             return Next::Over;
         }
-        let next_task = self.tasks.get(state.next_task);
-        let next_task =
-            next_task.filter(|_| state.active.len() + state.between_passes < self.under_way);
+        let has_room = state.active.len() + state.between_passes < self.under_way;
+        let may_begin = has_room && state.next_task < self.tasks.len();
         // Who writes soon waits for the disk. When those are enough, the others prepare what comes
         // next; else the disk would wait for them later.
         if state.writing >= self.most_writing {
             if let Some(unit) = state.issue(|pass| !pass.writes()) {
                 return Next::Do(unit);
             }
-            if next_task.is_some_and(|task| !task.reads_once) {
-                return self.next_task(state);
+            if may_begin && !self.tasks.reads_once(state.next_task) {
+                return self.take_up(state);
             }
         }
         if let Some(unit) = state.issue(|_| true) {
             return Next::Do(unit);
         }
-        if next_task.is_some() {
-            return self.next_task(state);
+        if may_begin {
+            return self.take_up(state);
         }
         if state.active.is_empty() && state.between_passes == 0 { Next::Over } else { Next::Wait }
     }
 
-    /// The next task.
-    fn next_task(&self, state: &mut State) -> Next {
-        let index = state.next_task;
-        state.next_task += 1;
-        let task = &self.tasks[index];
-        self.control.begin_tensor(&task.frame.name);
-        let room = Room::of(task, state.kept_room);
-        state.kept_room -= room.bytes();
+    /// The tasks to begin next: one, or small ones that lie together.
+    fn take_up(&self, state: &mut State) -> Next {
+        let first = state.next_task;
+        let together = match self.goal {
+            Goal::Merge(None) => self.tasks.neighbours(first, self.memory.group_bytes),
+            Goal::Merge(Some(_)) | Goal::Sweep => 0,
+        };
+        state.next_task += together.max(1);
         state.between_passes += 1;
-        Next::Begin(index, room)
+        Next::Begin(first..state.next_task)
     }
 
-    /// Task `index` in its first pass; no numbers if there is nothing to do: it has no elements, or
-    /// nothing for this sweep.
-    fn begin(&self, index: usize, room: Room) -> Result<Advanced> {
-        let task = Arc::clone(&self.tasks[index]);
+    /// Begins a task, or does small ones whole.
+    fn begin(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> MutexGuard<'_, State> {
+        if tasks.len() > 1 {
+            let outcome = self.do_neighbours(worker, tasks);
+            let mut state = self.lock();
+            state.between_passes -= 1;
+            self.note(&mut state, outcome);
+            return state;
+        }
+        let index = tasks.start;
+        let task = match self.make(index) {
+            Ok(task) => Arc::new(task),
+            Err(error) => {
+                let mut state = self.lock();
+                self.note(&mut state, Err(error));
+                return state;
+            }
+        };
+        self.control.begin_tensor(&task.frame.name);
+        let room = {
+            let mut state = self.lock();
+            let room = Room::of(&task, state.kept_room);
+            state.kept_room -= room.bytes();
+            room
+        };
+        let begun = self.first_pass(&task, room);
+        self.go_on(self.lock(), index, &task, room, begun)
+    }
+
+    fn make(&self, index: usize) -> Result<Task> {
+        let mut task = self.tasks.task(index)?;
+        if let Goal::Merge(Some(model)) = self.goal {
+            model.bind(&mut task);
+        }
+        Ok(task)
+    }
+
+    /// A task in its first pass; no numbers if there is nothing to do: it has no elements, or nothing
+    /// for this sweep.
+    fn first_pass(&self, task: &Arc<Task>, room: Room) -> Result<Advanced> {
         if task.frame.elements == 0 {
             return Ok(Err(Vec::new()));
         }
-        let (blocks, fuses) = (self.piece_blocks[index], self.backend.offload().is_none());
-        let active = Active::begin(task, blocks, self.sweep, fuses, room)?;
+        let offload = self.backend.offload();
+        let blocks = self.memory.piece_blocks(&Need::of(task).on(offload)).min(self.largest_piece);
+        let is_sweep = matches!(self.goal, Goal::Sweep);
+        let active = Active::begin(Arc::clone(task), blocks, is_sweep, offload.is_none(), room)?;
         Ok(active.map_or_else(|| Err(Vec::new()), Ok))
+    }
+
+    /// Does small tasks that lie together, one after the other.
+    fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
+        let gathered = self.tasks.gather(tasks.clone())?;
+        self.control.begin_tensor(&gathered.task(tasks.start)?.frame.name);
+        for index in tasks.clone() {
+            self.control.check()?;
+            let task = Arc::new(gathered.task(index)?);
+            // What a small one keeps between its passes is a few pages at the most.
+            let room = Room::of(&task, 0);
+            let fuses = self.backend.offload().is_none();
+            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, room);
+            let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {
+                return Err(Error::internal("a small tensor has nothing to do"));
+            };
+            let mut goes_on = true;
+            while goes_on {
+                let number = active.issue().ok_or_else(|| Error::internal("a pass has no unit"))?;
+                let found = Self::run(worker, &Unit::of(&active, index, number))?;
+                if active.take(number, found) {
+                    goes_on = active.advance().map_err(|error| error.tensor(&task.frame.name))?;
+                }
+            }
+        }
+        gathered.finish()?;
+        self.control.finish_tensors(tasks.len() as u64);
+        Ok(())
     }
 
     /// Puts a result where it belongs; the task if that was the last of its pass.
@@ -390,6 +480,7 @@ impl Schedule<'_> {
         &'a self,
         mut state: MutexGuard<'a, State>,
         index: usize,
+        task: &Task,
         room: Room,
         advanced: Result<Advanced>,
     ) -> MutexGuard<'a, State> {
@@ -401,25 +492,26 @@ impl Schedule<'_> {
             }
             Ok(Err(numbers)) => {
                 drop(state);
-                let outcome = self.finish(index);
+                let outcome = self.finish(task);
                 state = self.lock();
                 state.between_passes -= 1;
-                state.numbers[index] = numbers;
+                if !numbers.is_empty() {
+                    state.numbers.insert(index, numbers);
+                }
                 state.kept_room += room.bytes();
                 self.note(&mut state, outcome);
             }
-            Err(error) => self.note(&mut state, Err(error.tensor(&self.tasks[index].frame.name))),
+            Err(error) => self.note(&mut state, Err(error.tensor(&task.frame.name))),
         }
         self.changed.notify_all();
         state
     }
 
-    fn finish(&self, index: usize) -> Result<()> {
-        if self.sweep {
+    fn finish(&self, task: &Task) -> Result<()> {
+        if matches!(self.goal, Goal::Sweep) {
             return Ok(());
         }
-        self.control.finish_tensor();
-        let task = &self.tasks[index];
+        self.control.finish_tensors(1);
         let finish = |sink: &Arc<dyn Sink>| sink.finish();
         task.sinks.iter().try_for_each(finish).map_err(|error| error.tensor(&task.frame.name))
     }

@@ -1,43 +1,54 @@
 //! What is reduced over the whole model: folded over the tensors, and put into their formulas.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::backend::fold;
-use super::task::{Task, Work};
+use super::task::{Task, Tasks, Work};
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::stage;
 use crate::formula::{Reduction, ReductionKind, Scalar};
 
-/// Puts what was reduced over the whole model into the formulas.
-///
-/// `found` has, for each task, what the sweep found. Results are folded over the tasks in order.
-pub(crate) fn bind_model_results(tasks: &mut [Task], found: &[Vec<f64>]) -> Result<()> {
-    let merged: Vec<usize> = (0..tasks.len()).filter(|&task| !found[task].is_empty()).collect();
-    let Some(&first) = merged.first() else { return Ok(()) };
-    let reductions = tasks[first].model_reductions();
-    for &at in &merged {
-        let own = tasks[at].model_reductions();
-        if !own.iter().map(identity).eq(reductions.iter().map(identity)) {
-            let message = "what is reduced over the whole model is not the same for every tensor";
-            return Err(Error::plan(message)
-                .tensor(&tasks[at].frame.name)
-                .advice("give every tensor the same weights: a weight of zero drops an input"));
+/// What was reduced over the whole model: the results of each formula's reductions, in their order.
+pub(crate) struct ModelResults(Vec<f64>);
+
+impl ModelResults {
+    /// Folds what the sweep `found` for each task over the tasks in order.
+    pub(crate) fn fold(tasks: &dyn Tasks, found: &BTreeMap<usize, Vec<f64>>) -> Result<Self> {
+        let mut merged = found.keys().copied();
+        let Some(first) = merged.next() else { return Ok(Self(Vec::new())) };
+        let reductions = tasks.task(first)?.model_reductions();
+        for at in merged {
+            let task = tasks.task(at)?;
+            if !task.model_reductions().iter().map(identity).eq(reductions.iter().map(identity)) {
+                let message =
+                    "what is reduced over the whole model is not the same for every tensor";
+                return Err(Error::plan(message).tensor(&task.frame.name).advice(
+                    "give every tensor the same weights: a weight of zero drops an input",
+                ));
+            }
         }
+        let fold_all = |(at, reduction): (usize, &Arc<Reduction>)| {
+            let each = found.values().filter_map(|numbers| numbers.get(at).copied());
+            fold(reduction.kind, &mut each.collect())
+        };
+        Ok(Self(reductions.iter().enumerate().map(fold_all).collect()))
     }
-    let fold_all = |(at, reduction): (usize, &Arc<Reduction>)| {
-        fold(reduction.kind, &mut merged.iter().map(|&task| found[task][at]).collect())
-    };
-    let results: Vec<f64> = reductions.iter().enumerate().map(fold_all).collect();
-    for &at in &merged {
+
+    /// Puts the results into the formulas of `task`.
+    pub(crate) fn bind(&self, task: &mut Task) {
+        let reductions = task.model_reductions();
+        if reductions.is_empty() {
+            return;
+        }
         let mut bindings = Bindings::default();
-        for (reduction, result) in tasks[at].model_reductions().iter().zip(&results) {
+        for (reduction, result) in reductions.iter().zip(&self.0) {
             bindings.reduction(reduction, Scalar::constant(*result));
         }
-        let bound = bindings.bind_all(tasks[at].work.values());
-        tasks[at].set_work(Work::Formulas(bound));
+        let bound = bindings.bind_all(task.work.values());
+        task.set_work(Work::Formulas(bound));
     }
-    Ok(())
 }
 
 /// What tells the reductions of a formula apart: their kinds, and the inputs they read.

@@ -18,11 +18,15 @@ use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
 use crate::kernels::BLOCK;
 
 const BLOCK_ELEMENTS: u64 = BLOCK as u64;
+/// Elements up to which a tensor is done together with its neighbours.
+pub(super) const SMALL: u64 = BLOCK_ELEMENTS;
 /// Below this, a piece that is used in place makes too much memory around it resident.
 const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
+/// What a vector of results takes besides them: itself, and what the allocator adds.
+const VECTOR_BYTES: u64 = 64;
 /// What a piece has on a device, an element: values of the working type beside one an input;
 /// temporaries (terms of a sum and their running sums, keys and bins, words of a generator); and
 /// copies of a vector of rows or columns. `tests/test_torch_backend.py` measures them.
@@ -220,7 +224,7 @@ impl Need {
                     self.worker_state.add(Amount::certain(8 * frame.line));
                     self.shared_state.add(Amount::certain(8 * frame.line));
                     // Summed up before there is output; the allocator may keep it until later.
-                    let blocks = 8 * frame.line * frame.column_blocks();
+                    let blocks = (8 * frame.line + VECTOR_BYTES) * frame.column_blocks();
                     self.shared_state.add(Amount::uncertain(blocks));
                 }
                 Scope::Tensor | Scope::Model => {
@@ -319,6 +323,16 @@ impl Need {
         let mapped = self.sources.iter().filter(|(_, way)| *way == Way::InPlace);
         let widest = mapped.map(|(size, _)| elements * size).max().unwrap_or(0);
         elements == self.elements || !(MAPPED_FROM as u64..SMALLEST_MAPPED_PIECE).contains(&widest)
+    }
+
+    /// Whether the tensor is so small that it is done with its neighbours.
+    pub(super) fn is_small(&self) -> bool {
+        self.elements <= SMALL
+    }
+
+    /// Bytes of all sources and outputs.
+    pub(super) fn bytes(&self) -> u64 {
+        self.elements * self.stored()
     }
 
     /// Whether its inputs are read only once.

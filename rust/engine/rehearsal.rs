@@ -13,7 +13,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::io::AlignedBuffer;
 use crate::kernels::{BLOCK, Level, narrow};
-use crate::plan::{OutputTensor, Plan, SourceTensor};
+use crate::plan::{self, Plan, Tensor};
 
 /// Elements that are computed at the most; rows stay whole.
 const MOST_ELEMENTS: u64 = 8 << 20;
@@ -73,31 +73,31 @@ pub(crate) fn rate(
     workers: usize,
     control: &Control,
 ) -> Result<f64> {
-    let floats = plan.tensors.iter().filter(|tensor| tensor.dtype.is_float());
+    let floats = plan.tensors().filter(|tensor| tensor.dtype().is_float());
     let Some(tensor) = floats.max_by_key(|tensor| tensor.elements()) else {
         return Ok(f64::INFINITY);
     };
     let settings = Settings { level, workers, memory: u64::MAX / 2, largest_piece: None };
-    run_on(backend, vec![task(plan, tensor)?], &settings, control)?;
+    run_on(backend, &vec![task(plan, tensor)?], &settings, control)?;
     let task = task(plan, tensor)?;
     let widths = task.sources.iter().map(|source| source.dtype().size());
-    let width = widths.sum::<usize>() + tensor.dtype.size();
+    let width = widths.sum::<usize>() + tensor.dtype().size();
     let bytes = task.frame.elements as f64 * width as f64;
-    let report = run_on(backend, vec![task], &settings, control)?;
+    let report = run_on(backend, &vec![task], &settings, control)?;
     Ok(bytes / report.seconds)
 }
 
-fn task(plan: &Plan, tensor: &OutputTensor) -> Result<Task> {
-    let source = |(seed, source): (u64, &SourceTensor)| -> Arc<dyn Source> {
+fn task(plan: &Plan, tensor: Tensor<'_>) -> Result<Task> {
+    let source = |(seed, source): (u64, plan::Source<'_>)| -> Arc<dyn Source> {
         Arc::new(Pattern::new(source.dtype, seed))
     };
     Ok(Task::new(
-        &tensor.name,
+        tensor.name(),
         plan.seed,
-        &shrunk(&tensor.shape),
-        (1..).zip(&tensor.sources).map(source).collect(),
-        tensor.sources.iter().map(|source| source.model.clone()).collect(),
-        vec![Arc::new(Nowhere(tensor.dtype))],
+        &shrunk(tensor.shape()),
+        (1..).zip(tensor.sources()).map(source).collect(),
+        tensor.sources().map(|source| plan.models[source.model].clone()).collect(),
+        vec![Arc::new(Nowhere(tensor.dtype()))],
         files::work(plan, tensor)?,
     )
     .in_f64(plan.in_f64))

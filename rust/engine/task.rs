@@ -97,13 +97,28 @@ impl Work {
     }
 }
 
+/// Work, and what of it does not depend on where the elements are: the same for all tensors of a kind.
+#[derive(Clone, Debug)]
+pub(crate) struct Prepared {
+    work: Work,
+    pub(crate) reads_once: bool,
+    in_bands: bool,
+}
+
+impl Prepared {
+    pub(crate) fn new(work: Work, frame: &TensorFrame) -> Self {
+        let (reads_once, in_bands) = (work.reads_once(), work.in_bands(frame));
+        Self { work, reads_once, in_bands }
+    }
+}
+
 /// One output tensor, or the same tensor of several merges: formulas over sources into sinks.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Task {
     pub(crate) frame: TensorFrame,
     pub(crate) sources: Vec<Arc<dyn Source>>,
     /// What to call each source in a message.
-    pub(crate) labels: Vec<String>,
+    pub(crate) labels: Vec<Arc<str>>,
     pub(crate) sinks: Vec<Arc<dyn Sink>>,
     pub(crate) work: Work,
     /// Whether the working type is f64.
@@ -126,20 +141,23 @@ impl Task {
         work: Work,
     ) -> Self {
         let frame = TensorFrame::new(name, seed, shape);
+        let labels = labels.into_iter().map(Arc::from).collect();
+        let prepared = Prepared::new(work.shared(), &frame);
+        Self::prepared(frame, sources, labels, sinks, prepared)
+    }
+
+    /// The same of work that was prepared for a tensor of this shape.
+    pub(crate) fn prepared(
+        frame: TensorFrame,
+        sources: Vec<Arc<dyn Source>>,
+        labels: Vec<Arc<str>>,
+        sinks: Vec<Arc<dyn Sink>>,
+        Prepared { work, reads_once, in_bands }: Prepared,
+    ) -> Self {
         let types = sources.iter().map(|source| source.dtype());
         let double = types.chain(sinks.iter().map(|sink| sink.dtype())).any(|t| t == DType::F64);
-        let mut task = Self {
-            frame,
-            sources,
-            labels,
-            sinks,
-            work: Work::Identical,
-            double,
-            reads_once: false,
-            in_bands: false,
-        };
-        task.set_work(work.shared());
-        task
+        let in_bands = in_bands && sinks.iter().all(|sink| sink.takes_any_piece());
+        Self { frame, sources, labels, sinks, work, double, reads_once, in_bands }
     }
 
     /// The same, computed in f64 also where no type asks for it, if `asked`.
@@ -159,10 +177,9 @@ impl Task {
     }
 
     pub(crate) fn set_work(&mut self, work: Work) {
-        self.reads_once = work.reads_once();
-        self.in_bands =
-            work.in_bands(&self.frame) && self.sinks.iter().all(|sink| sink.takes_any_piece());
-        self.work = work;
+        let Prepared { work, reads_once, in_bands } = Prepared::new(work, &self.frame);
+        self.in_bands = in_bands && self.sinks.iter().all(|sink| sink.takes_any_piece());
+        (self.work, self.reads_once) = (work, reads_once);
     }
 
     /// Bytes of the sources and the outputs.
@@ -198,4 +215,59 @@ pub(crate) fn step_elements(copied_widths: impl Iterator<Item = u64>) -> u64 {
     let block: u64 = copied_widths.map(|width| width * block_elements).sum();
     let most = LARGEST_PIECE / block_elements;
     STEP_BYTES.checked_div(block).unwrap_or(most).clamp(1, most) * block_elements
+}
+
+/// The tasks of a run, each made when its turn comes: a model with experts has 100,000.
+pub(crate) trait Tasks: Sync {
+    /// How many there are.
+    fn len(&self) -> usize;
+
+    /// Task `index`. It may be made more than once.
+    fn task(&self, index: usize) -> Result<Task>;
+
+    /// Whether nothing has to be reduced before task `index` is computed.
+    fn reads_once(&self, index: usize) -> bool;
+
+    /// Whether something has to be reduced over the whole model first.
+    fn needs_sweep(&self) -> Result<bool>;
+
+    /// How many tasks from `index` on are so small, and lie so close, that a worker does them in one
+    /// go, when it may hold `bytes` of them.
+    fn neighbours(&self, index: usize, bytes: u64) -> usize {
+        let _ = (index, bytes);
+        0
+    }
+
+    /// Such neighbours, with their inputs read.
+    fn gather<'a>(&'a self, tasks: Range<usize>) -> Result<Box<dyn Gathered + 'a>> {
+        let _ = tasks;
+        Err(Error::internal("these tasks have no neighbours"))
+    }
+}
+
+/// Small neighbours whose inputs are in memory.
+pub(crate) trait Gathered {
+    /// The task at `index` of the run.
+    fn task(&self, index: usize) -> Result<Task>;
+
+    /// Writes what they have made.
+    fn finish(self: Box<Self>) -> Result<()>;
+}
+
+impl Tasks for Vec<Task> {
+    fn len(&self) -> usize {
+        self.len()
+    }
+
+    fn task(&self, index: usize) -> Result<Task> {
+        Ok(self[index].clone())
+    }
+
+    fn reads_once(&self, index: usize) -> bool {
+        self[index].reads_once
+    }
+
+    fn needs_sweep(&self) -> Result<bool> {
+        Ok(self.iter().any(Task::needs_sweep))
+    }
 }

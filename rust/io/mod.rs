@@ -181,6 +181,12 @@ impl InputReader {
         Ok(piece)
     }
 
+    /// Reads the bytes from `start` on that fill `memory`.
+    pub fn read_into(&self, start: u64, memory: &mut [u8]) -> Result<()> {
+        self.check_range(start, memory.len())?;
+        read_exact_at(&self.file, start, memory).map_err(|error| error.file(&self.path))
+    }
+
     /// Asks the kernel to start reading `start..start + len`. A hint; never fails.
     pub fn prefetch(&self, start: u64, len: usize) {
         if let Some(length) = NonZeroU64::new(len as u64) {

@@ -12,6 +12,7 @@
 //!
 //! Where direct writes are refused, pieces are written as they are, through the page cache.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -22,6 +23,8 @@ use crate::error::{Error, Result};
 use crate::plan::InputFile;
 
 const PAGE_BYTES: u64 = PAGE as u64;
+/// Bytes of a header that are held at once: whole pages.
+const HEADER_PART: usize = 256 << 10;
 
 /// Whether to bypass the page cache. The bytes are the same either way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,19 +50,38 @@ pub struct ShardWriter {
 
 impl ShardWriter {
     /// Creates the file `name` in `folder`, where it must not exist, reserves `size` bytes for it
-    /// and writes the length and text of the header. Whoever named the file removes it after a
+    /// and writes the length and text of the header: `header_bytes` of them, with spaces where `text` ends earlier. Whoever named the file removes it after a
     /// failure.
     pub fn create(
         folder: &OutputFolder,
         name: &str,
-        header: &str,
+        header_bytes: u64,
+        text: impl FnOnce(&mut dyn fmt::Write) -> fmt::Result,
         size: u64,
         mode: DirectMode,
     ) -> Result<Self> {
-        let header = prologue(header, size).map_err(|error| error.file(folder.path_of(name)))?;
+        if !header_bytes.is_multiple_of(PAGE_BYTES) || header_bytes > size || header_bytes == 0 {
+            return Err(misplaced(header_bytes, size).file(folder.path_of(name)));
+        }
         let mut output = OutputFile::create(folder, name)?;
-        begin(&mut output, &header, size, mode)?;
-        let arrived = AtomicU64::new(header.capacity() as u64);
+        let mut buffer = AlignedBuffer::new((header_bytes as usize).min(HEADER_PART))?;
+        output.reserve(size)?;
+        if mode == DirectMode::Auto {
+            output.probe_direct(&buffer);
+        }
+        let length = header_bytes - size_of::<u64>() as u64;
+        buffer.as_mut_slice()[..size_of::<u64>()].copy_from_slice(&length.to_le_bytes());
+        let filled = size_of::<u64>();
+        let prologue = Prologue {
+            output: &output,
+            buffer,
+            filled,
+            start: 0,
+            size: header_bytes,
+            failure: None,
+        };
+        prologue.write(text)?;
+        let arrived = AtomicU64::new(header_bytes);
         Ok(Self { output, size, seams: Seams::default(), arrived })
     }
 
@@ -145,31 +167,65 @@ impl ShardWriter {
     }
 }
 
-fn begin(
-    output: &mut OutputFile,
-    header: &AlignedBuffer,
+/// The header of a file on its way there: whole pages go out as they are filled.
+struct Prologue<'a> {
+    output: &'a OutputFile,
+    buffer: AlignedBuffer,
+    filled: usize,
+    /// Where in the file the buffer goes.
+    start: u64,
+    /// Bytes of the header in all.
     size: u64,
-    mode: DirectMode,
-) -> Result<()> {
-    output.reserve(size)?;
-    if mode == DirectMode::Auto {
-        output.probe_direct(header);
-    }
-    output.write(header.as_slice(), 0)
+    failure: Option<Error>,
 }
 
-/// The header's length and text, which must fill whole pages and fit `size`.
-fn prologue(header: &str, size: u64) -> Result<AlignedBuffer> {
-    let len = size_of::<u64>() + header.len();
-    if !len.is_multiple_of(PAGE) || len as u64 > size {
-        return Err(Error::internal(
-            "the shard's header does not end on a page boundary in its file",
-        )
-        .found(format_args!("{len} of {size} bytes")));
+impl Prologue<'_> {
+    /// Writes all of `text`, and spaces behind it up to the header's end.
+    fn write(mut self, text: impl FnOnce(&mut dyn fmt::Write) -> fmt::Result) -> Result<()> {
+        let written = text(&mut self);
+        while written.is_ok() && self.start + (self.filled as u64) < self.size {
+            let left = (self.size - self.start) as usize - self.filled;
+            self.put(&[b' '; 256][..left.min(256)])?;
+        }
+        match (self.failure, written) {
+            (Some(failure), _) => Err(failure),
+            (None, Err(_)) => Err(Error::internal("the header of a shard cannot be written")),
+            (None, Ok(())) => Ok(()),
+        }
     }
-    let mut buffer = AlignedBuffer::new(len)?;
-    let (length, text) = buffer.as_mut_slice().split_at_mut(size_of::<u64>());
-    length.copy_from_slice(&(header.len() as u64).to_le_bytes());
-    text.copy_from_slice(header.as_bytes());
-    Ok(buffer)
+
+    fn put(&mut self, mut bytes: &[u8]) -> Result<()> {
+        if self.start + (self.filled + bytes.len()) as u64 > self.size {
+            return Err(misplaced(self.start + (self.filled + bytes.len()) as u64, self.size));
+        }
+        while !bytes.is_empty() {
+            let left = self.size - self.start;
+            let most = self.buffer.capacity().min(left as usize);
+            let (now, rest) = bytes.split_at(bytes.len().min(most - self.filled));
+            self.buffer.as_mut_slice()[self.filled..self.filled + now.len()].copy_from_slice(now);
+            self.filled += now.len();
+            bytes = rest;
+            if self.filled == most {
+                self.output.write(&self.buffer.as_slice()[..most], self.start)?;
+                self.start += most as u64;
+                self.filled = 0;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Write for Prologue<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.put(text.as_bytes()).map_err(|failure| {
+            self.failure.get_or_insert(failure);
+            fmt::Error
+        })
+    }
+}
+
+#[cold]
+fn misplaced(header: u64, size: u64) -> Error {
+    Error::internal("the shard's header does not end on a page boundary in its file")
+        .found(format_args!("{header} of {size} bytes"))
 }

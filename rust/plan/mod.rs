@@ -1,40 +1,292 @@
 //! The plan: what the engine executes, and what `plan`, `merge` and a later verifier share.
 //!
 //! Python resolves recipe, names and parameters into a plan; the engine knows no YAML, no layer
-//! numbers and no model names. A plan is plain data, serialised as JSON with a version number.
+//! numbers and no model names. A plan is one table, held once: a model with experts has 100,000
+//! tensors, so a row is some fifty bytes. Names, models, shapes and the few distinct settings are
+//! interned, and a row refers to them. What a tensor is made of are nodes of a source tree; a range
+//! of bytes is the only kind of node there is so far.
+
+mod build;
+mod names;
+mod saved;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use build::{Builder, Input};
+pub use names::Names;
+pub use saved::{load, save};
+
 use crate::dtype::DType;
 
 /// The version of the plan's schema.
-pub const PLAN_VERSION: u32 = 1;
+pub const PLAN_VERSION: u32 = 2;
 
 /// Parameter values by name, resolved for one tensor.
 pub type Parameters = Map<String, Value>;
 
 /// A whole merge: every output tensor, where its sources lie, and where it goes.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, Default)]
 pub struct Plan {
-    /// [`PLAN_VERSION`].
-    pub version: u32,
     /// The merge method's name.
     pub method: String,
     /// The seed of random masks.
     pub seed: u64,
     /// Every file that must stay as it is: those that sources lie in, then configs and indexes.
     pub files: Vec<InputFile>,
-    /// The output tensors, in the donor's order.
-    pub tensors: Vec<OutputTensor>,
+    /// The models, as the recipe writes them; for messages.
+    pub models: Vec<String>,
     /// The output shards, in order.
     pub shards: Vec<OutputShard>,
     /// Whether arithmetic is in f64 whatever the types are.
-    #[serde(default)]
     pub in_f64: bool,
+    names: Names,
+    shapes: Vec<Vec<u64>>,
+    settings: Vec<Settings>,
+    kinds: Vec<Kind>,
+    nodes: Vec<Node>,
+    /// Nodes that are inputs of tensors, those of each tensor one after the other.
+    inputs: Vec<u32>,
+    /// The output tensors, in the donor's order.
+    rows: Vec<Row>,
+    /// The rows as they lie in the files. They differ within a shard, by their sizes of element.
+    by_place: Vec<u32>,
+}
+
+/// The parameters of some tensors, and where each of them comes from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Settings {
+    /// The method's shared parameters.
+    pub shared: Arc<Parameters>,
+    /// The method's parameters for each input.
+    pub own: Vec<Arc<Parameters>>,
+    /// Where in the recipe they come from; for people.
+    pub origin: Value,
+}
+
+/// All that the formula of a tensor depends on: a method makes one of it, however many tensors are of
+/// that kind.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Kind {
+    settings: u32,
+    shape: u32,
+    dtype: DType,
+    base: Option<u32>,
+    inputs: Vec<DType>,
+}
+
+/// A node of a source tree: elements of a type and shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Node {
+    Bytes(ByteRange),
+}
+
+/// A tensor of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ByteRange {
+    model: u32,
+    name: u32,
+    file: u32,
+    shape: u32,
+    dtype: DType,
+    start: u64,
+}
+
+/// An output tensor.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    name: u32,
+    kind: u32,
+    /// The first of its inputs.
+    inputs: u32,
+    shard: u32,
+    start: u64,
+}
+
+/// An output tensor of a plan.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    plan: &'a Plan,
+    row: &'a Row,
+}
+
+/// A range of bytes that an output tensor is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The model it belongs to, as an index into [`Plan::models`].
+    pub model: usize,
+    /// The name it has there.
+    pub name: &'a str,
+    /// Its element type.
+    pub dtype: DType,
+    /// Index into [`Plan::files`].
+    pub file: usize,
+    /// First byte in that file.
+    pub start: u64,
+}
+
+impl Plan {
+    /// A plan without tensors.
+    pub fn new(method: String, seed: u64, files: Vec<InputFile>, models: Vec<String>) -> Self {
+        Self { method, seed, files, models, ..Self::default() }
+    }
+
+    /// How many output tensors there are.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Output tensor `index`, in the donor's order.
+    pub fn tensor(&self, index: usize) -> Tensor<'_> {
+        Tensor { plan: self, row: &self.rows[index] }
+    }
+
+    /// The output tensors in the donor's order, which is that of the shards.
+    pub fn tensors(&self) -> impl ExactSizeIterator<Item = Tensor<'_>> {
+        self.rows.iter().map(|row| Tensor { plan: self, row })
+    }
+
+    /// The indices of the tensors as they lie in the files.
+    pub fn by_place(&self) -> &[u32] {
+        &self.by_place
+    }
+
+    /// The tensors of output shard `index`, as they lie there.
+    pub fn tensors_of_shard(&self, index: usize) -> impl ExactSizeIterator<Item = Tensor<'_>> {
+        let shard = |&row: &u32| self.rows[row as usize].shard as usize;
+        let first = self.by_place.partition_point(|row| shard(row) < index);
+        let end = self.by_place.partition_point(|row| shard(row) <= index);
+        self.by_place[first..end].iter().map(|&row| self.tensor(row as usize))
+    }
+
+    /// Bytes of all sources.
+    pub fn bytes_read(&self) -> u64 {
+        self.tensors().map(Tensor::source_bytes).sum()
+    }
+
+    /// Bytes of all output tensors.
+    pub fn bytes_written(&self) -> u64 {
+        self.tensors().map(Tensor::bytes).sum()
+    }
+
+    /// The distinct settings.
+    pub fn settings(&self) -> &[Settings] {
+        &self.settings
+    }
+
+    /// How many kinds of tensors there are.
+    pub(crate) fn kinds(&self) -> usize {
+        self.kinds.len()
+    }
+}
+
+impl<'a> Tensor<'a> {
+    /// Its name.
+    pub fn name(self) -> &'a str {
+        self.plan.names.get(self.row.name)
+    }
+
+    /// Its shape, which is also the shape of every source.
+    pub fn shape(self) -> &'a [u64] {
+        &self.plan.shapes[self.kind_of().shape as usize]
+    }
+
+    /// Its element type.
+    pub fn dtype(self) -> DType {
+        self.kind_of().dtype
+    }
+
+    /// Number of elements.
+    pub fn elements(self) -> u64 {
+        self.shape().iter().product()
+    }
+
+    /// Bytes of the output.
+    pub fn bytes(self) -> u64 {
+        self.elements() * self.dtype().size() as u64
+    }
+
+    /// Bytes of all sources.
+    pub fn source_bytes(self) -> u64 {
+        let widths = self.kind_of().inputs.iter().map(|dtype| dtype.size() as u64);
+        self.elements() * widths.sum::<u64>()
+    }
+
+    /// Index into [`Plan::shards`].
+    pub fn shard(self) -> usize {
+        self.row.shard as usize
+    }
+
+    /// First byte in the shard file.
+    pub fn start(self) -> u64 {
+        self.row.start
+    }
+
+    /// Which source is the base model's.
+    pub fn base(self) -> Option<usize> {
+        self.kind_of().base.map(|base| base as usize)
+    }
+
+    /// The parameters.
+    pub fn settings(self) -> &'a Settings {
+        &self.plan.settings[self.kind_of().settings as usize]
+    }
+
+    /// The tensors it is made of, in listed order.
+    pub fn sources(self) -> impl ExactSizeIterator<Item = Source<'a>> {
+        let plan = self.plan;
+        let first = self.row.inputs as usize;
+        plan.inputs[first..first + self.kind_of().inputs.len()].iter().map(|&node| {
+            let Node::Bytes(range) = plan.nodes[node as usize];
+            Source {
+                model: range.model as usize,
+                name: plan.names.get(range.name),
+                dtype: range.dtype,
+                file: range.file as usize,
+                start: range.start,
+            }
+        })
+    }
+
+    /// Its kind: tensors of one kind are made by one formula.
+    pub(crate) fn kind(self) -> usize {
+        self.row.kind as usize
+    }
+
+    fn kind_of(self) -> &'a Kind {
+        &self.plan.kinds[self.row.kind as usize]
+    }
+
+    /// It with everything that it refers to, as a method reads it.
+    pub fn to_owned(self) -> OutputTensor {
+        let settings = self.settings();
+        let source = |(source, own): (Source<'_>, &Arc<Parameters>)| SourceTensor {
+            model: self.plan.models[source.model].clone(),
+            name: source.name.to_owned(),
+            dtype: source.dtype,
+            file: source.file,
+            start: source.start,
+            parameters: Parameters::clone(own),
+        };
+        OutputTensor {
+            name: self.name().to_owned(),
+            shape: self.shape().to_vec(),
+            dtype: self.dtype(),
+            shard: self.shard(),
+            start: self.start(),
+            sources: self.sources().zip(&settings.own).map(source).collect(),
+            base: self.base(),
+            parameters: Parameters::clone(&settings.shared),
+        }
+    }
 }
 
 /// A file as it was when it was first read.
@@ -53,9 +305,8 @@ pub struct InputFile {
     pub inode: u64,
 }
 
-/// One output tensor.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One output tensor with everything that a row refers to: what a method makes a formula of.
+#[derive(Clone, Debug)]
 pub struct OutputTensor {
     /// Its name.
     pub name: String,
@@ -76,8 +327,7 @@ pub struct OutputTensor {
 }
 
 /// One input of an output tensor.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug)]
 pub struct SourceTensor {
     /// The model it belongs to, as the recipe writes it; for messages.
     pub model: String,
@@ -94,13 +344,13 @@ pub struct SourceTensor {
 }
 
 /// One output file.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutputShard {
     /// Its final name.
     pub file_name: String,
-    /// The JSON header, padded with spaces so that the data begin on a 4 KiB boundary.
-    pub header: String,
+    /// Bytes of the length and the header, which end on a 4 KiB boundary. The text of the header
+    /// follows from the tensors.
+    pub header_bytes: u64,
     /// Bytes of the whole file.
     pub size: u64,
 }

@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBool, PyDict};
+use pyo3::types::PyDict;
 
 use super::enter::take_part;
 use super::error::raise;
 use super::exported::{Array, Given, Held, export, export_all, may_wait};
 use super::formula::{Raised, Written};
-use super::merge::parse;
+use super::plan::{Plan, parameters};
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource, Many};
 use crate::engine::files;
@@ -180,9 +180,10 @@ pub(super) struct OnDemand(files::OnDemand);
 impl OnDemand {
     /// Opens the inputs of a plan.
     #[new]
-    fn open(py: Python<'_>, plan: &str) -> PyResult<Self> {
-        let open = || parse(plan).and_then(|plan| files::OnDemand::open(plan, ReadPath::Auto));
-        py.detach(open).map(Self).map_err(|error| raise(py, &error))
+    fn open(py: Python<'_>, plan: PyRef<'_, Plan>) -> PyResult<Self> {
+        let table = plan.table();
+        let opened = py.detach(|| files::OnDemand::open(table, ReadPath::Auto));
+        opened.map(Self).map_err(|error| raise(py, &error))
     }
 
     /// Computes tensor `index` of the plan into `out`.
@@ -193,10 +194,11 @@ impl OnDemand {
         out: Given<'_>,
         threads: Option<usize>,
     ) -> PyResult<()> {
-        let Some(tensor) = self.0.plan().tensors.get(index) else {
+        if index >= self.0.plan().len() {
             return Err(PyValueError::new_err(format!("the plan has no tensor {index}")));
-        };
-        let call = Call { name: "", seed: 0, shape: tensor.shape.clone(), threads };
+        }
+        let shape = self.0.plan().tensor(index).shape().to_vec();
+        let call = Call { name: "", seed: 0, shape, threads };
         let (_, out) = export(Vec::new(), out)?;
         call.check(&out)?;
         let held = Held::of([&out])?;
@@ -236,23 +238,7 @@ pub(super) fn ulp_distance(
     found
 }
 
-/// Numbers and switches by name, as a plan has them.
-fn parameters(given: &Bound<'_, PyDict>) -> PyResult<Parameters> {
-    let mut parameters = Parameters::new();
-    for (name, value) in given {
-        let value = if let Ok(switch) = value.cast::<PyBool>() {
-            switch.is_true().into()
-        } else if let Ok(whole) = value.extract::<i64>() {
-            whole.into()
-        } else {
-            value.extract::<f64>()?.into()
-        };
-        parameters.insert(name.extract()?, value);
-    }
-    Ok(parameters)
-}
-
-/// Merges `inputs` into `out` by `method`: the name of one, or the formula that Python made of it.
+/// Merges `inputs` by `method` into `out`.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "arguments of a Python function")]
 pub(super) fn merge_arrays(

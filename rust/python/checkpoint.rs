@@ -1,10 +1,11 @@
-//! Checkpoints in, shard layouts out.
+//! Checkpoints in.
 
 #![expect(unsafe_code, reason = "the memory of a map is exported by a function of C")]
 
 use std::os::fd::RawFd;
 use std::os::raw::c_int;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::exceptions::PyIndexError;
 use pyo3::ffi;
@@ -17,14 +18,12 @@ use super::error::raise;
 use super::exported::{Given, Held, export_all};
 use super::to_python;
 use crate::checkpoint;
-use crate::dtype::DType;
 use crate::engine::source::Source;
-use crate::error::Error;
 use crate::io::{AlignedBuffer, DirectMode, LentMap, OutputFolder, ShardWriter};
 
 /// A checkpoint that was opened from its headers only.
 #[pyclass(frozen, module = "oxmerge._core")]
-pub(super) struct Checkpoint(checkpoint::Checkpoint);
+pub(super) struct Checkpoint(Arc<checkpoint::Checkpoint>);
 
 /// One tensor of a checkpoint, as its header describes it.
 #[pyclass(frozen, get_all, module = "oxmerge._core")]
@@ -46,7 +45,26 @@ pub(super) struct TensorInfo {
 #[pyfunction]
 pub(super) fn open_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
     let opened = py.detach(|| checkpoint::Checkpoint::open(&path));
-    opened.map(Checkpoint).map_err(|error| raise(py, &error))
+    opened.map(|opened| Checkpoint(Arc::new(opened))).map_err(|error| raise(py, &error))
+}
+
+impl TensorInfo {
+    fn of(py: Python<'_>, tensor: checkpoint::Tensor<'_>) -> PyResult<Self> {
+        Ok(Self {
+            name: tensor.name.to_owned(),
+            dtype: tensor.dtype.name(),
+            shape: PyTuple::new(py, tensor.shape)?.unbind(),
+            file: tensor.file,
+            start: tensor.start,
+        })
+    }
+}
+
+impl Checkpoint {
+    /// The checkpoint itself.
+    pub(super) fn shared(&self) -> Arc<checkpoint::Checkpoint> {
+        Arc::clone(&self.0)
+    }
 }
 
 #[pymethods]
@@ -72,16 +90,44 @@ impl Checkpoint {
     /// Its tensors in file order.
     #[getter]
     fn tensors(&self, py: Python<'_>) -> PyResult<Vec<TensorInfo>> {
-        let info = |tensor: &checkpoint::TensorInfo| {
-            Ok(TensorInfo {
-                name: tensor.name.clone(),
-                dtype: tensor.dtype.name(),
-                shape: PyTuple::new(py, &tensor.shape)?.unbind(),
-                file: tensor.file,
-                start: tensor.start,
-            })
-        };
-        self.0.tensors.iter().map(info).collect()
+        self.0.tensors().map(|tensor| TensorInfo::of(py, tensor)).collect()
+    }
+
+    /// How many tensors it has.
+    fn __len__(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The tensor of that name, if there is one.
+    fn get(&self, py: Python<'_>, name: &str) -> PyResult<Option<TensorInfo>> {
+        self.0.get(name).map(|tensor| TensorInfo::of(py, tensor)).transpose()
+    }
+
+    /// The tensor at that place of the file order.
+    fn tensor(&self, py: Python<'_>, index: usize) -> PyResult<TensorInfo> {
+        if index >= self.0.len() {
+            return Err(PyIndexError::new_err(format!("there is no tensor {index}")));
+        }
+        TensorInfo::of(py, self.0.tensor(index))
+    }
+
+    /// The names in file order.
+    fn names(&self) -> Vec<&str> {
+        self.0.tensors().map(|tensor| tensor.name).collect()
+    }
+
+    /// The tensors in file order, in runs whose names begin alike up to the layer's number: that
+    /// beginning, the first of them, and how many follow each other.
+    fn runs(&self) -> Vec<(&str, usize, usize)> {
+        let mut runs: Vec<(&str, usize, usize)> = Vec::new();
+        for (at, tensor) in self.0.tensors().enumerate() {
+            let lead = checkpoint::lead(tensor.name);
+            match runs.last_mut() {
+                Some((last, _, count)) if *last == lead => *count += 1,
+                _ => runs.push((lead, at, 1)),
+            }
+        }
+        runs
     }
 
     /// Maps one of its files, by its index: an object with the buffer protocol. It must still be the
@@ -147,7 +193,9 @@ impl Shard {
     ) -> PyResult<Self> {
         let create = || {
             let folder = OutputFolder::of_descriptor(descriptor, &path)?;
-            ShardWriter::create(&folder, name, header, size, DirectMode::Auto)
+            let bytes = (size_of::<u64>() + header.len()) as u64;
+            let text = |out: &mut dyn std::fmt::Write| out.write_str(header);
+            ShardWriter::create(&folder, name, bytes, text, size, DirectMode::Auto)
         };
         py.detach(create).map(Self).map_err(|error| raise(py, &error))
     }
@@ -181,28 +229,6 @@ impl Shard {
         let file = py.detach(|| self.0.finish()).map_err(|error| raise(py, &error))?;
         Ok((file.device, file.inode, file.size, file.modified_ns))
     }
-}
-
-type Places = Vec<(usize, u64)>;
-
-/// Divides tensors (name, dtype, shape) among shards of at most `shard_size` bytes.
-///
-/// Returns the shards, and for each tensor its shard and its first byte in that file.
-#[pyfunction]
-pub(super) fn lay_out(
-    py: Python<'_>,
-    tensors: Vec<(String, String, Vec<u64>)>,
-    shard_size: u64,
-) -> PyResult<(Bound<'_, PyAny>, Places)> {
-    let with_dtype =
-        |(name, dtype, shape): (String, String, Vec<u64>)| match DType::from_name(&dtype) {
-            Some(known) => Ok((name, known, shape)),
-            None => Err(Error::plan(format!("there is no element type `{dtype}`")).tensor(name)),
-        };
-    let tensors: Result<Vec<_>, _> = tensors.into_iter().map(with_dtype).collect();
-    let layout = tensors.and_then(|tensors| checkpoint::lay_out(&tensors, shard_size, "model"));
-    let layout = layout.map_err(|error| raise(py, &error))?;
-    Ok((to_python(py, &layout.shards)?, layout.places))
 }
 
 /// The text of an index file for tensors (name, shard file, bytes).

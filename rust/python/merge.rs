@@ -2,38 +2,27 @@
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 
 use super::enter::enter;
 use super::error::raise;
+use super::plan::Plan;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
-use crate::engine::files::{self, FileModes, Written};
-use crate::engine::memory::{self, MemoryPlan};
-use crate::engine::need::{Need, Offload};
+use crate::engine::files::{self, FileModes};
+use crate::engine::memory::MemoryPlan;
 use crate::engine::simd::Simd;
 use crate::engine::{self, Settings, rehearsal};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
 use crate::methods::METHODS;
-use crate::plan::{InputFile, PLAN_VERSION, Plan};
+use crate::plan::{self, InputFile};
 
 const MOST_WORKERS: usize = 1024;
-
-pub(super) fn parse(plan: &str) -> Result<Plan> {
-    let plan: Plan = serde_json::from_str(plan)
-        .map_err(|error| Error::internal(format!("the plan cannot be read: {error}")))?;
-    if plan.version != PLAN_VERSION {
-        return Err(Error::plan("the plan was made by another version of oxmerge")
-            .expected(format!("plan version {PLAN_VERSION}"))
-            .found(plan.version)
-            .advice("install oxmerge anew, so that its two halves are of one version"));
-    }
-    Ok(plan)
-}
 
 /// The name that an output file has until it is complete.
 #[pyfunction]
@@ -46,43 +35,6 @@ pub(super) fn partial_name(file_name: &str) -> String {
 pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     let descriptions: Vec<_> = METHODS.iter().map(|method| method.description()).collect();
     to_python(py, &descriptions)
-}
-
-/// What the merge method finds wrong with the tensors of a plan.
-#[pyfunction]
-pub(super) fn check_plan<'py>(py: Python<'py>, plan: &str) -> PyResult<Bound<'py, PyAny>> {
-    let check = || {
-        let plan = parse(plan)?;
-        let problems = plan.tensors.iter().filter_map(|tensor| files::work(&plan, tensor).err());
-        Ok(problems.collect::<Vec<_>>())
-    };
-    let problems = py.detach(check).map_err(|error: Error| raise(py, &error))?;
-    let described: Vec<_> = problems
-        .iter()
-        .map(|error| {
-            let parts = error.parts();
-            serde_json::json!({
-                "message": error.message(),
-                "tensor": parts.tensor,
-                "expected": parts.expected,
-                "found": parts.found,
-                "advice": parts.advice,
-            })
-        })
-        .collect();
-    to_python(py, &described)
-}
-
-/// What each tensor of a plan is made by, as text. Equal texts are equal formulas, but for what is in
-/// a function of numbers that are found on the way: `f0(...)`.
-#[pyfunction]
-pub(super) fn formulas(py: Python<'_>, plan: &str) -> PyResult<Vec<String>> {
-    let texts = || {
-        let plan = parse(plan)?;
-        let text = |tensor| Ok(format!("{:?}", files::work(&plan, tensor)?));
-        plan.tensors.iter().map(text).collect::<Result<_>>()
-    };
-    py.detach(texts).map_err(|error| raise(py, &error))
 }
 
 /// Raises `InputChangedError` if one of the files is not what it was.
@@ -99,18 +51,17 @@ pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
 #[pyo3(signature = (plans, memory, threads, device=None))]
 pub(super) fn predict<'py>(
     py: Python<'py>,
-    plans: Vec<String>,
+    plans: Vec<PyRef<'py, Plan>>,
     memory: u64,
     threads: Option<usize>,
     device: Option<Device<'py>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let offload = device.as_ref().map(Device::offload).transpose()?;
+    let plans: Vec<Arc<plan::Plan>> = plans.iter().map(|plan| plan.table()).collect();
     let plan = || {
-        let plans: Vec<Plan> = plans.iter().map(|plan| parse(plan)).collect::<Result<_>>()?;
-        let needs = needs(&plans.iter().collect::<Vec<_>>(), ReadPath::Auto, offload)?;
-        let resident = memory::resident();
-        let memory = MemoryPlan::new(&needs, memory, worker_count(threads, plans.len()), resident)?;
-        Ok((memory, needs.iter().any(|need| !need.reads_once())))
+        let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
+        let workers = worker_count(threads, plans.len());
+        engine::predict(&plans, FileModes::default(), offload, memory, workers)
     };
     let (planned, rereads) = py.detach(plan).map_err(|error| raise(py, &error))?;
     let mut described = describe_memory(&planned);
@@ -122,15 +73,16 @@ pub(super) fn predict<'py>(
 #[pyfunction]
 pub(super) fn rehearse(
     py: Python<'_>,
-    plan: &str,
+    plan: PyRef<'_, Plan>,
     threads: Option<usize>,
     device: Option<Device<'_>>,
 ) -> PyResult<f64> {
+    let plan = plan.table();
     let level = Level::from_environment().map_err(|error| raise(py, &error))?;
     with_backend(py, device, level, |backend| {
         enter(py, None, |control| {
             let workers = worker_count(threads, 1);
-            rehearsal::rate(backend, &parse(plan)?, level, workers, control)
+            rehearsal::rate(backend, &plan, level, workers, control)
         })
     })
 }
@@ -163,7 +115,7 @@ fn with_backend<R>(
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
-    merges: Vec<(String, PathBuf)>,
+    merges: Vec<(PyRef<'py, Plan>, PathBuf)>,
     memory: u64,
     threads: Option<usize>,
     read_path: &str,
@@ -186,28 +138,23 @@ pub(super) fn execute<'py>(
     };
     let write = if direct { DirectMode::Auto } else { DirectMode::Never };
     let level = Level::from_environment().map_err(|error| raise(py, &error))?;
+    let tables: Vec<Arc<plan::Plan>> = merges.iter().map(|(plan, _)| plan.table()).collect();
+    let directories: Vec<PathBuf> = merges.into_iter().map(|(_, directory)| directory).collect();
+    let workers = worker_count(threads, tables.len());
+    let settings = Settings { level, workers, memory, largest_piece };
     let (report, files) = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
-            let open = |(index, (plan, path)): (usize, &(String, PathBuf))| {
+            let open = |(index, path): (usize, &PathBuf)| {
                 let descriptor = descriptors.as_ref().and_then(|all| all.get(index));
-                let folder = match descriptor {
+                match descriptor {
                     Some(descriptor) => OutputFolder::of_descriptor(*descriptor, path),
                     None => OutputFolder::open(path),
-                };
-                Ok((parse(plan)?, folder?))
+                }
             };
-            let merges: Vec<(Plan, OutputFolder)> =
-                merges.iter().enumerate().map(open).collect::<Result<_>>()?;
-            let plans: Vec<&Plan> = merges.iter().map(|(plan, _)| plan).collect();
-            let workers = worker_count(threads, plans.len());
-            let settings = Settings { level, workers, memory, largest_piece };
-            // Before any space is taken: what cannot fit is refused.
-            let needs = needs(&plans, read, backend.offload())?;
-            MemoryPlan::new(&needs, memory, workers, memory::resident())?;
-            let (tasks, written) = files::tasks(&merges, FileModes { read, write })?;
-            let report = engine::run_on(backend, tasks, &settings, control)?;
-            io::check_unchanged(&plans[0].files)?;
-            Ok((report, describe_files(&written)))
+            let folders = directories.iter().enumerate().map(open).collect::<Result<Vec<_>>>()?;
+            let plans = tables.iter().map(|plan| &**plan);
+            let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
+            engine::merge(backend, &merges, FileModes { read, write }, &settings, control)
         })
     })?;
     let described = serde_json::json!({
@@ -217,20 +164,20 @@ pub(super) fn execute<'py>(
         "peak_memory": report.peak_memory,
         "simd": report.level.name(),
         "memory": describe_memory(&report.memory),
-        "files": files,
+        "files": describe_files(files),
     });
     to_python(py, &described)
 }
 
 /// Whether a directory lies on a network or FUSE mount, or cannot be asked.
 #[pyfunction]
-pub(super) fn is_remote(path: PathBuf) -> bool {
-    OutputFolder::open(&path).map_or(true, |folder| folder.is_remote())
+pub(super) fn is_remote(py: Python<'_>, path: PathBuf) -> bool {
+    py.detach(|| OutputFolder::open(&path).map_or(true, |folder| folder.is_remote()))
 }
 
 /// Without their paths, which need not be Unicode.
-fn describe_files(written: &Written) -> serde_json::Value {
-    let describe = |file: &InputFile| {
+fn describe_files(written: Vec<Vec<InputFile>>) -> serde_json::Value {
+    let describe = |file: InputFile| {
         serde_json::json!({
             "device": file.device,
             "inode": file.inode,
@@ -238,14 +185,8 @@ fn describe_files(written: &Written) -> serde_json::Value {
             "modified_ns": file.modified_ns,
         })
     };
-    let merge = |files: Vec<&InputFile>| files.into_iter().map(describe).collect::<Vec<_>>();
-    written.states().into_iter().map(merge).collect()
-}
-
-/// What each tensor of `plans` needs, with what `offload` adds.
-fn needs(plans: &[&Plan], read: ReadPath, offload: Option<Offload>) -> Result<Vec<Need>> {
-    let needs = files::needs(plans, read)?;
-    Ok(needs.into_iter().map(|need| need.on(offload)).collect())
+    let merge = |files: Vec<InputFile>| files.into_iter().map(describe).collect::<Vec<_>>();
+    written.into_iter().map(merge).collect()
 }
 
 /// Unless asked otherwise, six more than cores: they wait for the disk while others compute. With

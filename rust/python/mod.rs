@@ -6,6 +6,7 @@
 #![expect(clippy::needless_pass_by_value, reason = "PyO3 hands arguments over by value")]
 
 mod arrays;
+mod assembly;
 mod checkpoint;
 mod enter;
 mod error;
@@ -14,6 +15,7 @@ mod floats;
 mod formula;
 mod lend;
 mod merge;
+mod plan;
 mod torch;
 
 use pyo3::prelude::*;
@@ -30,15 +32,17 @@ mod _core {
         OnDemand, fill_array, fill_arrays, merge_arrays, numbers_of_arrays, ulp_distance,
     };
     #[pymodule_export]
+    use super::assembly::{Assembly, Fates, Run};
+    #[pymodule_export]
     use super::checkpoint::{
-        Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, lay_out,
-        open_checkpoint,
+        Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,
     };
     #[pymodule_export]
     use super::merge::{
-        check_plan, check_unchanged, execute, formulas, is_remote, methods, partial_name, predict,
-        rehearse,
+        check_unchanged, execute, is_remote, methods, partial_name, predict, rehearse,
     };
+    #[pymodule_export]
+    use super::plan::Plan;
 
     /// Version, build profile, SIMD level in use and levels of this CPU.
     #[pyfunction]

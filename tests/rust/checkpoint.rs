@@ -32,7 +32,7 @@ fn directory_of(files: &[(&str, &[u8])]) -> TempDir {
 }
 
 fn names(checkpoint: &Checkpoint) -> Vec<&str> {
-    checkpoint.tensors.iter().map(|tensor| tensor.name.as_str()).collect()
+    checkpoint.tensors().map(|tensor| tensor.name).collect()
 }
 
 fn file_names(checkpoint: &Checkpoint) -> Vec<&str> {
@@ -52,10 +52,10 @@ fn tensors_come_in_file_order_whatever_the_headers_order() {
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     assert_eq!(names(&checkpoint), ["b", "empty", "z", "last"]);
     let data = 8 + header.len() as u64;
-    let starts: Vec<_> = checkpoint.tensors.iter().map(|tensor| tensor.start - data).collect();
+    let starts: Vec<_> = checkpoint.tensors().map(|tensor| tensor.start - data).collect();
     assert_eq!(starts, [0, 12, 12, 16]);
     let b = checkpoint.get("b").unwrap();
-    assert_eq!((b.dtype, &*b.shape, b.elements(), b.bytes()), (DType::Bf16, &[2, 3][..], 6, 12));
+    assert_eq!((b.dtype, b.shape, b.elements(), b.bytes()), (DType::Bf16, &[2, 3][..], 6, 12));
     assert_eq!(checkpoint.get("z").unwrap().bytes(), 4);
     assert_eq!(checkpoint.get("last").unwrap().bytes(), 0);
     assert!(checkpoint.get("nothing").is_none());
@@ -73,14 +73,14 @@ fn every_type_is_read() {
             3 * dtype.size()
         );
         let directory = directory_of(&[("model.safetensors", &file_of(&header, 3 * dtype.size()))]);
-        assert_eq!(Checkpoint::open(directory.path()).unwrap().tensors[0].dtype, dtype);
+        assert_eq!(Checkpoint::open(directory.path()).unwrap().tensor(0).dtype, dtype);
     }
 }
 
 #[test]
 fn null_metadata_and_no_tensors_are_accepted() {
     let directory = directory_of(&[("model.safetensors", &file_of(r#"{"__metadata__":null}"#, 0))]);
-    assert!(Checkpoint::open(directory.path()).unwrap().tensors.is_empty());
+    assert!(Checkpoint::open(directory.path()).unwrap().is_empty());
 }
 
 /// Shards in the order of their names and not of the index; symbolic links are followed.
@@ -96,7 +96,7 @@ fn shards_come_in_the_order_of_their_names() {
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     assert_eq!(names(&checkpoint), ["b", "a", "d", "c"]);
     assert_eq!(file_names(&checkpoint), ["m-1.safetensors", "m-2.safetensors"]);
-    let files: Vec<_> = checkpoint.tensors.iter().map(|tensor| tensor.file).collect();
+    let files: Vec<_> = checkpoint.tensors().map(|tensor| tensor.file).collect();
     assert_eq!(files, [0, 0, 1, 1]);
     let blob = InputFile::stat(&blobs.path().join("0badcafe")).unwrap();
     assert_eq!(checkpoint.files[0].inode, blob.inode);

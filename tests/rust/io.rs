@@ -38,7 +38,8 @@ fn noise(len: usize) -> Vec<u8> {
 fn create(path: &Path, header: &str, size: u64, mode: DirectMode) -> Result<ShardWriter, Error> {
     let folder = OutputFolder::open(path.parent().unwrap())?;
     let name = path.file_name().unwrap().to_str().unwrap();
-    ShardWriter::create(&folder, name, header, size, mode)
+    let bytes = (8 + header.len()) as u64;
+    ShardWriter::create(&folder, name, bytes, |out| out.write_str(header), size, mode)
 }
 
 fn header(pages: usize) -> String {

@@ -1,8 +1,9 @@
 //! Layouts of the output, read back by our own reader.
 
+use std::cmp::Reverse;
 use std::fs;
 
-use oxmerge::checkpoint::{Checkpoint, Layout, index_json, lay_out};
+use oxmerge::checkpoint::{Checkpoint, Layout, header, index_json, lay_out};
 use oxmerge::dtype::DType;
 use oxmerge::error::ErrorKind;
 use proptest::prelude::*;
@@ -11,6 +12,14 @@ type Tensor = (String, DType, Vec<u64>);
 
 fn tensor(name: &str, dtype: DType, elements: u64) -> Tensor {
     (name.to_owned(), dtype, vec![elements])
+}
+
+/// The header of a shard: its tensors by place, of those at one place the empty ones first.
+fn header_of(tensors: &[Tensor], layout: &Layout, shard: usize) -> String {
+    let mut there: Vec<_> =
+        tensors.iter().zip(&layout.places).filter(|(_, place)| place.0 == shard).collect();
+    there.sort_by_key(|(tensor, place)| (place.1, bytes(tensor), Reverse(tensor.1.size())));
+    header(there.into_iter().map(|(tensor, _)| (&*tensor.0, tensor.1, &*tensor.2))).unwrap()
 }
 
 fn bytes(tensor: &Tensor) -> u64 {
@@ -25,11 +34,13 @@ fn one_shard_to_the_letter() {
         tensor("quo\"te", DType::Bf16, 1),
         ("big".to_owned(), DType::F64, vec![2, 1]),
     ];
-    let Layout { shards, places } = lay_out(&tensors, 0, "model").unwrap();
+    let layout = lay_out(&tensors, 0, "model").unwrap();
+    let text = header_of(&tensors, &layout, 0);
+    let Layout { shards, places } = layout;
     assert_eq!(shards.len(), 1);
     assert_eq!(shards[0].file_name, "model.safetensors");
     assert_eq!(
-        shards[0].header.trim_end(),
+        text.trim_end(),
         concat!(
             r#"{"__metadata__":{"format":"pt"},"#,
             r#""big":{"dtype":"F64","shape":[2,1],"data_offsets":[0,16]},"#,
@@ -38,7 +49,7 @@ fn one_shard_to_the_letter() {
             r#""quo\"te":{"dtype":"BF16","shape":[1],"data_offsets":[26,28]}}"#
         )
     );
-    assert_eq!(shards[0].header.len(), 4096 - 8);
+    assert_eq!((text.len(), shards[0].header_bytes), (4096 - 8, 4096));
     assert_eq!(shards[0].size, 4096 + 28);
     assert_eq!(places, [(0, 4116), (0, 4112), (0, 4122), (0, 4096)]);
 }
@@ -77,7 +88,7 @@ fn shard_names_are_numbered() {
 
 #[test]
 fn no_tensors_make_one_empty_shard() {
-    let layout = lay_out(&[], 10, "model").unwrap();
+    let layout = lay_out::<String, Vec<u64>>(&[], 10, "model").unwrap();
     assert_eq!(layout.shards[0].file_name, "model.safetensors");
     assert_eq!(layout.shards[0].size, 4096);
 }
@@ -139,9 +150,11 @@ proptest! {
     fn layouts_read_back(tensors in tensors(), shard_size in 0..400_u64) {
         let layout = lay_out(&tensors, shard_size, "model").unwrap();
         let directory = tempfile::tempdir().unwrap();
-        for shard in &layout.shards {
-            let data = (shard.size - 8) as usize - shard.header.len();
-            let file = crate::hostile::file_of(&shard.header, data);
+        for (number, shard) in layout.shards.iter().enumerate() {
+            let text = header_of(&tensors, &layout, number);
+            prop_assert_eq!(8 + text.len() as u64, shard.header_bytes);
+            let data = (shard.size - shard.header_bytes) as usize;
+            let file = crate::hostile::file_of(&text, data);
             fs::write(directory.path().join(&shard.file_name), file).unwrap();
         }
         if layout.shards.len() > 1 {
@@ -152,12 +165,12 @@ proptest! {
         }
         let checkpoint = Checkpoint::open(directory.path()).unwrap();
         prop_assert!(checkpoint.warnings.is_empty());
-        prop_assert_eq!(checkpoint.tensors.len(), tensors.len());
+        prop_assert_eq!(checkpoint.len(), tensors.len());
         for (tensor, &(shard, start)) in tensors.iter().zip(&layout.places) {
             let read = checkpoint.get(&tensor.0).unwrap();
-            prop_assert_eq!((read.dtype, &read.shape, read.file, read.start), (tensor.1, &tensor.2, shard, start));
+            prop_assert_eq!((read.dtype, read.shape, read.file, read.start), (tensor.1, &*tensor.2, shard, start));
             prop_assert_eq!(start % tensor.1.size() as u64, 0);
-            prop_assert!((8 + layout.shards[shard].header.len()).is_multiple_of(4096));
+            prop_assert!(layout.shards[shard].header_bytes.is_multiple_of(4096));
         }
     }
 }

@@ -115,7 +115,9 @@ def _whole(text: str, least: int, most: int) -> int:
 
 def add_plan_options(parser: Parser) -> None:
     """Add the options that `plan` and `merge` share."""
-    parser.add_argument("recipe", metavar="RECIPE", help="the recipe file; - for standard input")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="the recipe file, or a saved plan; - for standard input"
+    )
     parser.add_argument(
         "--memory",
         type=size,

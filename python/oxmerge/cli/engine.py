@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge._core import Checkpoint
-    from oxmerge.merging import MergeReport, Outlook, Snapshot
+    from oxmerge.merging import MergeReport, Snapshot
+    from oxmerge.plans import Plan
     from oxmerge.recipe import Recipe
 
     Progress = Callable[[Snapshot], None]
@@ -41,7 +42,7 @@ class Engine:
         """Merge several times in one pass, calling `options["progress"]` now and then."""
         return oxmerge.sweep(_recipe(recipe), pattern, axes, **options)
 
-    def plan(self, recipe: str, **options: Any) -> Outlook:  # noqa: ANN401
+    def plan(self, recipe: str, **options: Any) -> Plan:  # noqa: ANN401
         """Plan without merging."""
         return oxmerge.plan(_recipe(recipe), **options)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+
 from oxmerge.cli.arguments import Parser, add_plan_options, plan_options
 
 TYPE_CHECKING = False
@@ -10,19 +13,43 @@ if TYPE_CHECKING:
 
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
+    from oxmerge.plans import Plan
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     add_plan_options(parser)
+    parser.add_argument(
+        "--explain",
+        metavar="TENSORS",
+        help="tell where each number for these tensors comes from: a name, or a pattern such as "
+        "'model.layers.3.*'",
+    )
+    parser.add_argument("--save", metavar="FILE", help="write the plan to a file that merge takes")
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Plan and print the plan."""
     plan = engine.plan(options.recipe, **plan_options(options))
     printer.warnings(plan.warnings)
-    if printer.as_json:
+    if options.save is not None:
+        plan.save(options.save)
+        printer.say(f"saved the plan as `{options.save}`")
+    if options.explain is not None:
+        _explain(plan, options.explain, printer)
+    elif printer.as_json:
         printer.json(plan.as_dict())
     else:
         printer.data(str(plan))
     return 0
+
+
+def _explain(plan: Plan, pattern: str, printer: Printer) -> None:
+    names = plan.tensors.names
+    chosen = [name for name in names if fnmatchcase(name, pattern)] or [pattern]
+    if printer.as_json:
+        tensors = (plan.tensors.find(name) for name in chosen)
+        data = {tensor.name: asdict(tensor) for tensor in tensors if tensor is not None}
+        printer.json({"tensors": data})
+    else:
+        printer.data("\n".join(plan.explain(name) for name in chosen))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import oxmerge
 import pytest
 from oxmerge import merging
+from oxmerge.summary import bytes_moved
 from writers import random_arrays, write_model, write_recipe
 
 if TYPE_CHECKING:
@@ -30,21 +31,21 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outlook_of(folder: Path, method: str, *, base: str | None = None) -> oxmerge.Outlook:
+def plan_of(folder: Path, method: str, *, base: str | None = None) -> oxmerge.Plan:
     each = {"weight": 1.0, "density": 0.5} if method == "ties" else {"weight": 1.0}
     return oxmerge.plan(
         write_recipe(folder / "r.yml", method, ["a", "b"], base=base, each=each), memory="4GiB"
     )
 
 
-def inputs(outlook: oxmerge.Outlook) -> list[str]:
-    lines = str(outlook).splitlines()
+def inputs(plan: oxmerge.Plan) -> list[str]:
+    lines = str(plan).splitlines()
     first = next(at for at, line in enumerate(lines) if line.startswith("inputs"))
     return [line[10:] for line in lines[first:]]
 
 
 def test_dropped_tensors_are_told_with_the_reason_and_folded(shelf: Path) -> None:
-    assert inputs(outlook_of(shelf, "linear")) == [
+    assert inputs(plan_of(shelf, "linear")) == [
         "a: 24 tensors, 24 merged",
         "b: 36 tensors, 24 merged, 12 dropped",
         "  dropped: the donor `a` does not have it (12)",
@@ -53,12 +54,12 @@ def test_dropped_tensors_are_told_with_the_reason_and_folded(shelf: Path) -> Non
 
 
 def test_a_notebook_shows_the_summary(shelf: Path) -> None:
-    outlook = outlook_of(shelf, "linear")
-    assert repr(outlook) == str(outlook)
+    plan = plan_of(shelf, "linear")
+    assert repr(plan) == str(plan)
 
 
 def test_a_model_that_is_dropped_whole_is_not_listed(shelf: Path) -> None:
-    assert inputs(outlook_of(shelf, "linear", base="base"))[-2:] == [
+    assert inputs(plan_of(shelf, "linear", base="base"))[-2:] == [
         "base: 24 tensors, 24 dropped",
         "  dropped: the model is no input, it gives names and config (24)",
     ]
@@ -67,7 +68,7 @@ def test_a_model_that_is_dropped_whole_is_not_listed(shelf: Path) -> None:
 def test_the_data_has_every_tensor(shelf: Path) -> None:
     weights = ["layers.{0..11}.up.weight", "layers.{0..11}.down.weight"]
     dropped = {"the donor `a` does not have it": ["layers.{0..11}.up.bias"]}
-    told = outlook_of(shelf, "linear").as_dict()
+    told = plan_of(shelf, "linear").as_dict()
     assert told["inputs"] == [
         {"model": "a", "tensors": 24, "merged": weights, "copied": [], "dropped": {}},
         {"model": "b", "tensors": 36, "merged": weights, "copied": [], "dropped": dropped},
@@ -76,10 +77,10 @@ def test_the_data_has_every_tensor(shelf: Path) -> None:
 
 
 def test_what_is_read_once_is_moved_once(shelf: Path) -> None:
-    outlook = outlook_of(shelf, "linear")
-    assert outlook.reread_bytes is None
-    assert outlook.bytes_moved == 3 * SIZE
-    assert f"reads     {2 * SIZE / 1e6:.2f} MB: one read of every input\n" in str(outlook)
+    plan = plan_of(shelf, "linear")
+    assert plan.prediction.reread_bytes is None
+    assert bytes_moved(plan) == 3 * SIZE
+    assert f"reads     {2 * SIZE / 1e6:.2f} MB: one read of every input\n" in str(plan)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +94,11 @@ def test_what_is_read_again_is_counted_where_memory_cannot_keep_it(
     shelf: Path, monkeypatch: pytest.MonkeyPatch, free: int, again: int, reads: str, least: str
 ) -> None:
     monkeypatch.setattr(merging, "_free_memory", lambda: free)
-    outlook = outlook_of(shelf, "ties", base="base")
-    assert outlook.reread_bytes == outlook.as_dict()["reread_bytes"] == again
-    assert outlook.bytes_moved == 4 * SIZE + again
-    assert f"two to four reads of every input{reads}" in str(outlook)
-    assert f"\ntime      {least}0.0 s where the disk moves 1 GB/s, " in str(outlook)
+    plan = plan_of(shelf, "ties", base="base")
+    assert plan.prediction.reread_bytes == plan.as_dict()["reread_bytes"] == again
+    assert bytes_moved(plan) == 4 * SIZE + again
+    assert f"two to four reads of every input{reads}" in str(plan)
+    assert f"\ntime      {least}0.0 s where the disk moves 1 GB/s, " in str(plan)
 
 
 @pytest.mark.parametrize("option", ["memory", "vram"])

@@ -1,0 +1,345 @@
+//! From the tables of checkpoints to the rows of a plan.
+//!
+//! Python says which layers of which models an output layer is made of, and what the parameters are;
+//! both are questions of a run of tensors, not of one. What goes through all of its tensors is here:
+//! finding them by name in every model, comparing shapes and types, filling the plan's table, and
+//! taking down what becomes of each tensor. A tensor that does not agree is handed back, for Python to
+//! say what is wrong with it.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use crate::checkpoint::{Checkpoint, Tensor, lay_out, lead};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::plan::{Builder, Input, InputFile, Plan, Settings};
+
+/// What becomes of a tensor of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fate {
+    /// It does not get into the output.
+    #[default]
+    Dropped,
+    /// Its bytes are in the output as they are.
+    Copied,
+    /// It takes part in arithmetic.
+    Merged,
+}
+
+/// A plan that is put together from models.
+#[derive(Debug)]
+pub struct Assembly {
+    models: Vec<Arc<Checkpoint>>,
+    /// The first of each model's files among those of all.
+    first_files: Vec<usize>,
+    /// The type of the output's floats, if the recipe says.
+    dtype: Option<DType>,
+    builder: Builder,
+    fates: Vec<Vec<Fate>>,
+    /// The shapes that tensors have in any layer of the model that gives the config.
+    layer_shapes: HashMap<String, HashSet<Vec<u64>>>,
+}
+
+/// Where the tensors of a run are in one model: names there begin with `lead`.
+#[derive(Clone, Debug)]
+pub struct Column {
+    /// The model.
+    pub model: usize,
+    /// What names begin with there, up to the layer's number; nothing where names are the same.
+    pub lead: String,
+}
+
+/// Tensors that are treated alike but for filters: a layer, or a few loose ones.
+#[derive(Debug)]
+pub struct Run {
+    donor: usize,
+    /// Indices in the donor.
+    tensors: Vec<usize>,
+    names: Vec<String>,
+    columns: Vec<Column>,
+    /// For each tensor, its index in each column's model.
+    found: Vec<Vec<Option<usize>>>,
+    /// The group of each tensor.
+    groups: Vec<usize>,
+}
+
+/// A tensor of a run that needs a look.
+#[derive(Clone, Copy, Debug)]
+pub struct Odd {
+    /// Its position in the run.
+    pub at: usize,
+    /// Whether the output has a tensor of that name already.
+    pub is_twice: bool,
+}
+
+impl Assembly {
+    /// Begins a plan of `models`, whose own files come first in it.
+    pub fn new(
+        method: String,
+        seed: u64,
+        models: Vec<(String, Arc<Checkpoint>)>,
+        other_files: Vec<InputFile>,
+        dtype: Option<DType>,
+        in_f64: bool,
+    ) -> Self {
+        let (labels, models): (Vec<_>, Vec<_>) = models.into_iter().unzip();
+        let mut files = Vec::new();
+        let mut first_files = Vec::new();
+        for model in &models {
+            first_files.push(files.len());
+            files.extend_from_slice(&model.files);
+        }
+        files.extend(other_files);
+        let mut plan = Plan::new(method, seed, files, labels);
+        plan.in_f64 = in_f64;
+        let fates = models.iter().map(|model| vec![Fate::Dropped; model.len()]).collect();
+        let builder = Builder::new(plan);
+        Self { models, first_files, dtype, builder, fates, layer_shapes: HashMap::new() }
+    }
+
+    /// Takes down the shapes in layers of `donor`, whose stacks have these prefixes. From then on, what
+    /// other models give a layer is compared with them.
+    pub fn like_layers_of(&mut self, donor: usize, prefixes: &HashSet<String>) {
+        for tensor in self.models[donor].tensors() {
+            let lead = lead(tensor.name);
+            let prefix = lead.rsplit_once('.').map_or("", |(prefix, _)| prefix);
+            let is_placed = !lead.is_empty() && prefixes.contains(prefix);
+            let key = shape_key(tensor.name, if is_placed { lead } else { "" });
+            self.layer_shapes.entry(key).or_default().insert(tensor.shape.to_vec());
+        }
+    }
+
+    /// Finds the tensors of a run: those of `donor` at `tensors`, whose names begin with `donor_lead`,
+    /// with `lead` in the output.
+    ///
+    /// `is_like` says whether they have to fit the layers of the model that gives the config.
+    #[expect(clippy::too_many_arguments, reason = "what a run is")]
+    pub fn find(
+        &mut self,
+        donor: usize,
+        tensors: Vec<usize>,
+        donor_lead: &str,
+        lead: &str,
+        columns: Vec<Column>,
+        is_like: bool,
+        quantised: &[bool],
+    ) -> (Run, Vec<Odd>) {
+        let (mut names, mut found, mut odd) = (Vec::new(), Vec::new(), Vec::new());
+        let mut buffer = String::new();
+        let source = Arc::clone(&self.models[donor]);
+        for (at, &tensor) in tensors.iter().enumerate() {
+            let like = source.tensor(tensor);
+            let rest = &like.name[donor_lead.len()..];
+            let each: Vec<Option<usize>> = columns
+                .iter()
+                .map(|column| {
+                    if column.model == donor && column.lead == donor_lead {
+                        return Some(tensor);
+                    }
+                    buffer.clear();
+                    buffer.push_str(&column.lead);
+                    buffer.push_str(rest);
+                    self.models[column.model].find(&buffer)
+                })
+                .collect();
+            let name = format!("{lead}{rest}");
+            let is_twice = !self.builder.take_name(&name);
+            let agrees = each.iter().zip(&columns).all(|(found, column)| {
+                let model = column.model;
+                found.is_some_and(|at| {
+                    let tensor = self.models[model].tensor(at);
+                    tensor.shape == like.shape
+                        && (tensor.dtype == like.dtype
+                            || tensor.dtype.is_float() && like.dtype.is_float())
+                        && (tensor.dtype.is_float() || columns.len() == 1 || !quantised[model])
+                })
+            });
+            let fits = !is_like || self.fits(&like, donor_lead, &name);
+            if is_twice || !agrees || !fits {
+                odd.push(Odd { at, is_twice });
+            }
+            names.push(name);
+            found.push(each);
+        }
+        let groups = vec![0; tensors.len()];
+        (Run { donor, tensors, names, columns, found, groups }, odd)
+    }
+
+    /// The shapes that the layers of the model that gives the config have at the place of a tensor;
+    /// none where it has no such place.
+    pub fn shapes_in_layers(&self, run: &Run, at: usize, donor_lead: &str) -> Vec<Vec<u64>> {
+        let like = self.models[run.donor].tensor(run.tensors[at]);
+        let shapes = self.layer_shapes.get(&place_key(&like, donor_lead, &run.names[at]));
+        let mut shapes: Vec<_> = shapes.into_iter().flatten().cloned().collect();
+        shapes.sort_unstable();
+        shapes
+    }
+
+    fn fits(&self, like: &Tensor<'_>, donor_lead: &str, name: &str) -> bool {
+        let shapes = self.layer_shapes.get(&place_key(like, donor_lead, name));
+        shapes.is_none_or(|shapes| shapes.contains(like.shape))
+    }
+
+    /// The models.
+    pub fn models(&self) -> &[Arc<Checkpoint>] {
+        &self.models
+    }
+
+    /// Puts the tensors of a run that the same filters choose into groups: of output names the first,
+    /// then of the names in each column. Of each group a tensor that stands for it, and whether
+    /// parameters matter to it.
+    pub fn group(&self, run: &mut Run, filters: &[Vec<String>]) -> Vec<(usize, bool)> {
+        let mut numbers = HashMap::new();
+        let mut groups = Vec::new();
+        for at in 0..run.tensors.len() {
+            let is_float = self.models[run.donor].tensor(run.tensors[at]).dtype.is_float();
+            let mut key = vec![is_float];
+            for (column, filters) in filters.iter().enumerate() {
+                if is_float && !filters.is_empty() {
+                    let name = match column.checked_sub(1) {
+                        None => Some(&*run.names[at]),
+                        Some(column) => self.source(run, at, column).map(|tensor| tensor.name),
+                    };
+                    let name = name.unwrap_or_default();
+                    key.extend(filters.iter().map(|filter| name.contains(&**filter)));
+                }
+            }
+            run.groups[at] = *numbers.entry(key).or_insert_with(|| {
+                groups.push((at, is_float));
+                groups.len() - 1
+            });
+        }
+        groups
+    }
+
+    /// The tensor that a run has in a column, if its model has it.
+    pub fn source<'a>(&'a self, run: &Run, at: usize, column: usize) -> Option<Tensor<'a>> {
+        let model = &self.models[run.columns[column].model];
+        run.found[at][column].map(|found| model.tensor(found))
+    }
+
+    /// Adds settings that no others equal; their number.
+    pub fn add_settings(&mut self, settings: Settings) -> u32 {
+        self.builder.add_settings(settings)
+    }
+
+    /// Adds the tensors of a run, but for those at `left_out`, with the settings of each group.
+    pub fn add(
+        &mut self,
+        run: &Run,
+        settings: &[Option<u32>],
+        base: Option<usize>,
+        left_out: &HashSet<usize>,
+    ) -> Result<()> {
+        for at in (0..run.tensors.len()).filter(|at| !left_out.contains(at)) {
+            let Some(settings) = settings.get(run.groups[at]).copied().flatten() else { continue };
+            let Some(found) = run.found[at].iter().copied().collect::<Option<Vec<usize>>>() else {
+                continue;
+            };
+            let like = self.models[run.donor].tensor(run.tensors[at]);
+            let sources: Vec<Tensor<'_>> = run
+                .columns
+                .iter()
+                .zip(&found)
+                .map(|(column, &found)| self.models[column.model].tensor(found))
+                .collect();
+            let dtype = match self.dtype {
+                _ if !like.dtype.is_float() => like.dtype,
+                Some(dtype) => dtype,
+                None => sources.iter().map(|s| s.dtype).reduce(promote).unwrap_or(like.dtype),
+            };
+            let has_parameters = self
+                .builder
+                .settings(settings)
+                .ok_or_else(|| Error::internal("a run refers to settings that are not there"))?
+                .own
+                .first()
+                .is_some_and(|own| !own.is_empty());
+            let is_copy = !dtype.is_float()
+                || sources.len() == 1 && sources[0].dtype == dtype && !has_parameters;
+            let first_files = &self.first_files;
+            let inputs = run.columns.iter().zip(&sources).map(|(column, tensor)| Input {
+                model: column.model,
+                name: tensor.name,
+                dtype: tensor.dtype,
+                file: first_files[column.model] + tensor.file,
+                start: tensor.start,
+            });
+            self.builder.push(&run.names[at], dtype, like.shape, settings, base, inputs);
+            for (column, &found) in run.columns.iter().zip(&found) {
+                let fate = &mut self.fates[column.model][found];
+                *fate = match (*fate, is_copy) {
+                    (Fate::Merged, _) | (_, false) => Fate::Merged,
+                    (_, true) => Fate::Copied,
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Lays the output out in shards of at most `shard_size` bytes. Returns the plan, and what becomes
+    /// of every tensor of every model.
+    pub fn finish(self, shard_size: u64) -> Result<(Plan, Vec<Vec<Fate>>)> {
+        let plan = self.builder.plan();
+        let tensors: Vec<_> =
+            plan.tensors().map(|tensor| (tensor.name(), tensor.dtype(), tensor.shape())).collect();
+        if tensors.is_empty() {
+            return Ok((self.builder.place(&[])?, self.fates));
+        }
+        let layout = lay_out(&tensors, shard_size, "model")?;
+        drop(tensors);
+        let mut plan = self.builder.place(&layout.places)?;
+        plan.shards = layout.shards;
+        Ok((plan, self.fates))
+    }
+}
+
+impl Run {
+    /// How many tensors it has.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// How many models each tensor is made of.
+    pub fn columns(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// The name of a tensor in the output.
+    pub fn name(&self, at: usize) -> &str {
+        &self.names[at]
+    }
+
+    /// Its index in the donor.
+    pub fn tensor(&self, at: usize) -> usize {
+        self.tensors[at]
+    }
+
+    /// The tensors of a group.
+    pub fn members(&self, group: usize) -> impl Iterator<Item = usize> {
+        (0..self.len()).filter(move |&at| self.groups[at] == group)
+    }
+}
+
+/// The smallest float type that holds both exactly.
+fn promote(one: DType, other: DType) -> DType {
+    match (one, other) {
+        _ if one == other => one,
+        (DType::F64, _) | (_, DType::F64) => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// What tensors of several layers have in common: the rest of a name behind `lead`.
+fn shape_key(name: &str, lead: &str) -> String {
+    if lead.is_empty() { name.to_owned() } else { format!("*{}", &name[lead.len()..]) }
+}
+
+fn place_key(like: &Tensor<'_>, donor_lead: &str, name: &str) -> String {
+    if donor_lead.is_empty() { name.to_owned() } else { shape_key(like.name, donor_lead) }
+}

@@ -1,0 +1,57 @@
+//! A merge from beginning to end: what it needs, whether that is allowed, the run, and whether the
+//! inputs are still what they were.
+
+use super::backend::Backend;
+use super::control::Control;
+use super::files::{FileModes, Merges};
+use super::memory::{self, MemoryPlan};
+use super::need::{Need, Offload};
+use super::{Report, Settings, run_planned};
+use crate::error::Result;
+use crate::io::{self, OutputFolder};
+use crate::plan::{InputFile, Plan};
+
+/// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
+/// under partial names, into its folder. Also tells which files of each were written, and how they
+/// were left.
+///
+/// Memory is shared out once, before any space is taken: what cannot fit is refused.
+pub(crate) fn merge(
+    backend: &dyn Backend,
+    merges: &[(&Plan, OutputFolder)],
+    modes: FileModes,
+    settings: &Settings,
+    control: &Control,
+) -> Result<(Report, Vec<Vec<InputFile>>)> {
+    let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
+        merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
+    let files = &plans.first().map_or(&[][..], |plan| &plan.files);
+    let mut tasks = Merges::open(plans.clone(), modes.read)?;
+    let needs = needs_on(&tasks, backend.offload())?;
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
+    drop(needs);
+    tasks.create_shards(&folders, modes.write)?;
+    let report = run_planned(backend, &tasks, settings, memory, control)?;
+    io::check_unchanged(files)?;
+    Ok((report, tasks.written()))
+}
+
+/// How `settings.memory` bytes would be shared out by merges that are made together; and whether an
+/// input is read more than once.
+pub(crate) fn predict(
+    plans: &[&Plan],
+    modes: FileModes,
+    offload: Option<Offload>,
+    memory: u64,
+    workers: usize,
+) -> Result<(MemoryPlan, bool)> {
+    let tasks = Merges::open(plans.to_vec(), modes.read)?;
+    let needs = needs_on(&tasks, offload)?;
+    let planned = MemoryPlan::new(&needs, memory, workers, memory::resident())?;
+    Ok((planned, needs.iter().any(|(need, _)| !need.reads_once())))
+}
+
+fn needs_on(tasks: &Merges<'_>, offload: Option<Offload>) -> Result<Vec<(Need, usize)>> {
+    let needs = tasks.needs()?;
+    Ok(needs.into_iter().map(|(need, count)| (need.on(offload), count)).collect())
+}

@@ -1,0 +1,157 @@
+//! A plan while it is made.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use super::{ByteRange, Kind, Names, Node, Plan, Row, Settings};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// A plan that grows, and what finds equal parts of it.
+#[derive(Debug, Default)]
+pub struct Builder {
+    plan: Plan,
+    shapes: HashMap<Vec<u64>, u32>,
+    kinds: HashMap<Kind, u32>,
+    /// Which names are those of output tensors.
+    taken: Vec<bool>,
+}
+
+/// An input of a tensor to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// Index into [`Plan::models`].
+    pub model: usize,
+    /// Its name there.
+    pub name: &'a str,
+    /// Its element type.
+    pub dtype: DType,
+    /// Index into [`Plan::files`].
+    pub file: usize,
+    /// First byte in that file.
+    pub start: u64,
+}
+
+impl Builder {
+    /// Goes on with `plan`, which has no tensors yet.
+    pub fn new(plan: Plan) -> Self {
+        Self { plan, ..Self::default() }
+    }
+
+    /// Whether no output tensor was called `name` before.
+    pub fn take_name(&mut self, name: &str) -> bool {
+        let number = self.plan.names.intern(name).0 as usize;
+        if self.taken.len() <= number {
+            self.taken.resize(number + 1, false);
+        }
+        !std::mem::replace(&mut self.taken[number], true)
+    }
+
+    /// Adds settings that no others equal; their number.
+    pub fn add_settings(&mut self, settings: Settings) -> u32 {
+        self.plan.settings.push(settings);
+        self.plan.settings.len() as u32 - 1
+    }
+
+    /// The settings of that number, if there are any.
+    pub fn settings(&self, number: u32) -> Option<&Settings> {
+        self.plan.settings.get(number as usize)
+    }
+
+    /// Adds an output tensor, whose place is not yet known.
+    pub fn push<'a>(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        shape: &[u64],
+        settings: u32,
+        base: Option<usize>,
+        inputs: impl Iterator<Item = Input<'a>>,
+    ) {
+        let shape = self.shape(shape);
+        let first = self.plan.inputs.len() as u32;
+        let mut types = Vec::new();
+        for input in inputs {
+            types.push(input.dtype);
+            let node = Node::Bytes(ByteRange {
+                model: input.model as u32,
+                name: self.plan.names.intern(input.name).0,
+                file: input.file as u32,
+                shape,
+                dtype: input.dtype,
+                start: input.start,
+            });
+            self.plan.inputs.push(self.plan.nodes.len() as u32);
+            self.plan.nodes.push(node);
+        }
+        let base = base.map(|base| base as u32);
+        let kind = Kind { settings, shape, dtype, base, inputs: types };
+        let row = Row {
+            name: self.plan.names.intern(name).0,
+            kind: numbered(&mut self.kinds, &mut self.plan.kinds, kind),
+            inputs: first,
+            shard: 0,
+            start: 0,
+        };
+        self.plan.rows.push(row);
+    }
+
+    fn shape(&mut self, shape: &[u64]) -> u32 {
+        match self.shapes.get(shape) {
+            Some(&known) => known,
+            None => numbered(&mut self.shapes, &mut self.plan.shapes, shape.to_vec()),
+        }
+    }
+
+    /// The plan so far.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Gives every tensor its place, in the order in which they came.
+    pub fn place(mut self, places: &[(usize, u64)]) -> Result<Plan> {
+        if places.len() != self.plan.rows.len() {
+            return Err(Error::internal("not every tensor has a place"));
+        }
+        for (row, &(shard, start)) in self.plan.rows.iter_mut().zip(places) {
+            (row.shard, row.start) = (shard as u32, start);
+        }
+        // As headers list them: of those at one place, empty ones first.
+        let mut by_place: Vec<u32> = (0..self.plan.rows.len() as u32).collect();
+        by_place.sort_by_key(|&row| {
+            let tensor = self.plan.tensor(row as usize);
+            let element = Reverse(tensor.dtype().size());
+            (tensor.shard(), tensor.start(), tensor.bytes(), element)
+        });
+        self.plan.by_place = by_place;
+        self.plan.shrink();
+        Ok(self.plan)
+    }
+}
+
+impl Plan {
+    /// Gives back the room that was kept for more.
+    fn shrink(&mut self) {
+        let Self { names, nodes, inputs, rows, .. } = self;
+        Names::shrink(names);
+        nodes.shrink_to_fit();
+        inputs.shrink_to_fit();
+        rows.shrink_to_fit();
+    }
+}
+
+/// The number of `value` among the distinct ones in `all`.
+fn numbered<T: Clone + Eq + std::hash::Hash>(
+    numbers: &mut HashMap<T, u32>,
+    all: &mut Vec<T>,
+    value: T,
+) -> u32 {
+    match numbers.entry(value) {
+        Entry::Occupied(known) => *known.get(),
+        Entry::Vacant(new) => {
+            all.push(new.key().clone());
+            *new.insert(all.len() as u32 - 1)
+        }
+    }
+}

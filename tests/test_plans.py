@@ -1,0 +1,269 @@
+"""Plans: what takes one, what it explains, and that one that was saved is checked."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import oxmerge
+import pytest
+import zoo
+from oxmerge.cli import main
+from oxmerge.recipe import Recipe
+from writers import directory_bytes, write_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Saved = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, and a recipe with filters, a gradient and defaults."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for name in "ab":
+        zoo.write(folder / name, zoo.llama(5))
+        (folder / name / "tokenizer.json").write_text(f'"of {name}"')
+    (folder / "recipe.yml").write_text(
+        "merge_method: ties\n"
+        "base_model: a\n"
+        "models:\n"
+        "- model: b\n"
+        "  parameters:\n"
+        "    density:\n"
+        "    - filter: mlp\n"
+        "      value: [0.2, 0.8]\n"
+        "    - value: 0.5\n"
+        "parameters:\n"
+        "  weight: 0.7\n"
+    )
+    return folder
+
+
+def merged(what: Any, out: Path, **options: Any) -> dict[str, bytes]:
+    oxmerge.merge(what, out, memory="1GiB", **options)
+    return directory_bytes(out)
+
+
+def test_whatever_asks_for_a_merge_gives_the_same_bytes(shelf: Path, tmp_path: Path) -> None:
+    path = shelf / "recipe.yml"
+    recipe = Recipe.from_yaml(path)
+    plan = oxmerge.plan(path, memory="1GiB")
+    plan.save(tmp_path / "plan.json")
+    expected = merged(path, tmp_path / "0")
+    requests: list[Any] = [
+        recipe,
+        plan,
+        oxmerge.load_plan(tmp_path / "plan.json"),
+        tmp_path / "plan.json",
+    ]
+    for number, request in enumerate(requests, start=1):
+        assert merged(request, tmp_path / str(number)) == expected
+    wanted = plan.tensors.names[3]
+    for request in requests:
+        array = oxmerge.lazy(request)[wanted]
+        assert array.tobytes() == oxmerge.lazy(path)[wanted].tobytes()
+    axes = {"parameters.weight": "0.7"}
+    for number, request in enumerate(requests):
+        oxmerge.sweep(request, tmp_path / f"s{number}", axes, memory="1GiB")
+        swept = directory_bytes(tmp_path / f"s{number}")
+        assert swept["model.safetensors"] == expected["model.safetensors"]
+
+
+def test_a_mapping_is_planned(shelf: Path) -> None:
+    models = [{"model": str(shelf / name), "parameters": {"weight": 1}} for name in "ab"]
+    plan = oxmerge.plan({"merge_method": "linear", "models": models}, memory="1GiB")
+    assert len(plan.tensors) == len(zoo.llama(5).tensors)
+
+
+def test_a_plan_keeps_its_seed_and_shards(shelf: Path, tmp_path: Path) -> None:
+    plan = oxmerge.plan(shelf / "recipe.yml", seed=3, shard_size=4000, memory="1GiB")
+    plan.save(tmp_path / "plan.json")
+    loaded = oxmerge.load_plan(tmp_path / "plan.json")
+    assert (loaded.seed, loaded.shard_size, loaded.digest()) == (3, 4000, plan.digest())
+    assert merged(loaded, tmp_path / "out", seed=3) == merged(
+        shelf / "recipe.yml", tmp_path / "out2", seed=3, shard_size=4000
+    )
+    with pytest.raises(ValueError, match="the plan has its own seed, 3: make another for 4"):
+        oxmerge.merge(loaded, tmp_path / "out3", seed=4)
+    with pytest.raises(ValueError, match="the plan has its own shard_size, 4000"):
+        oxmerge.merge(loaded, tmp_path / "out3", shard_size=5000)
+
+
+def test_a_loaded_plan_says_what_the_plan_said(shelf: Path, tmp_path: Path) -> None:
+    plan = oxmerge.plan(shelf / "recipe.yml", memory="1GiB")
+    plan.save(tmp_path / "plan.json")
+    loaded = oxmerge.load_plan(tmp_path / "plan.json", memory="1GiB")
+    told, again = plan.as_dict(), loaded.as_dict()
+    assert told.pop("memory") > 0
+    assert again.pop("memory") > 0
+    assert again == told
+    assert loaded.tensors[7] == plan.tensors[7]
+    for name in plan.tensors.names:
+        assert loaded.explain(name) == plan.explain(name)
+    assert loaded.recipe == plan.recipe
+
+
+def test_every_number_is_explained(shelf: Path) -> None:
+    plan = oxmerge.plan(shelf / "recipe.yml", memory="1GiB")
+    (up,) = (name for name in plan.tensors.names if "layers.2." in name and "up_proj" in name)
+    lines = [line.strip() for line in plan.explain(up).splitlines()]
+    place = "models[0].parameters.density (line 6), filter `mlp`"
+    assert f"density = 0.5: {place}, gradient [0.2, 0.8] at position 0.5" in lines
+    assert "weight = 0.7: parameters.weight (line 11)" in lines
+    assert "lambda = 1.0: default" in lines
+    norm = plan.explain(plan.tensors.find("model.norm.weight") or "")
+    assert "density = 0.5: models[0].parameters.density (line 6)\n" in norm
+    with pytest.raises(oxmerge.PlanError, match=r"did you mean `model\.norm\.weight`"):
+        plan.explain("model.norm.weigt")
+
+
+def test_slices_are_explained(shelf: Path) -> None:
+    source = {"model": str(shelf / "a"), "layer_range": [0, 2]}
+    other = {"model": str(shelf / "b"), "layer_range": [1, 3]}
+    slices = [{"sources": [source]}, {"sources": [other]}]
+    plan = oxmerge.plan({"merge_method": "passthrough", "slices": slices}, memory="1GiB")
+    (up,) = (name for name in plan.tensors.names if "layers.3." in name and "up_proj" in name)
+    first, source_line = plan.explain(up).splitlines()[:2]
+    assert first.endswith(", of slices[1]")
+    assert source_line.strip().startswith(f"{shelf}/b: model.layers.2.")
+
+
+def test_the_command_line_explains_and_saves(
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "plan.json"
+    arguments = ["plan", str(shelf / "recipe.yml"), "--memory", "1GiB"]
+    assert main([*arguments, "--explain", "*.layers.3.*up_proj*", "--save", str(saved)]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0].startswith("model.layers.3.mlp.up_proj.weight: BF16 [")
+    assert "at position 0.75\n" in told.out
+    assert "saved the plan as" in told.err
+    assert main(["merge", str(saved), str(tmp_path / "out"), "--memory", "1GiB", "-q"]) == 0
+    assert directory_bytes(tmp_path / "out") == merged(shelf / "recipe.yml", tmp_path / "out2")
+
+
+def change(*steps: Any, to: Any) -> Callable[[Saved], None]:
+    """Return what sets a value somewhere in a saved plan."""
+
+    def apply(saved: Saved) -> None:
+        at: Any = saved
+        for step in steps[:-1]:
+            at = at[step]
+        at[steps[-1]] = to
+
+    return apply
+
+
+def overlap(saved: Saved) -> None:
+    saved["table"]["tensors"][1][4] -= 2
+
+
+def hole(saved: Saved) -> None:
+    saved["table"]["tensors"][-1][4] += 2
+
+
+def duplicate(saved: Saved) -> None:
+    saved["table"]["tensors"][1][0] = saved["table"]["tensors"][0][0]
+
+
+TABLE = ("table", "tensors", 0)
+INPUT = (*TABLE, 7, 0)
+WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
+    "version": (change("oxmerge_plan", to=1), "saved by another version of oxmerge.*plan version"),
+    "method": (change("table", "method", to="tiez"), "there is no merge method `tiez`"),
+    "a key": (change("table", "more", to=1), "unknown field `more`"),
+    "name": (change(*TABLE, 0, to=10**6), "the plan has no name of that number"),
+    "negative": (change(*TABLE, 0, to=-1), "invalid value: integer `-1`"),
+    "dtype": (change(*TABLE, 1, to="F8"), "unknown variant `F8`"),
+    "integers of floats": (change(*TABLE, 1, to="I64"), "type cannot become the tensor's"),
+    "another shape": (change(*INPUT, 4, to=1), "an input has another shape"),
+    "shape": (change(*TABLE, 2, to=99), "the plan has no shape of that number"),
+    "sizes": (change("table", "shapes", 0, to=[2**40, 2**40]), "past the end of its file"),
+    "shard": (change(*TABLE, 3, to=1), "the plan has no shard of that number"),
+    "settings": (change(*TABLE, 5, to=99), "the plan has no settings of that number"),
+    "base": (change(*TABLE, 6, to=2), "a tensor's base is none of its inputs"),
+    "inputs": (change(*TABLE, 7, to=[]), "parameters for other inputs than it has"),
+    "kind of input": (change(*INPUT, 0, to="rows"), "there is no kind of input `rows`"),
+    "model": (change(*INPUT, 1, to=7), "the plan has no model of that number"),
+    "file": (change(*INPUT, 5, to=7), "the plan has no file of that number"),
+    "past the end": (change(*INPUT, 6, to=10**9), "an input lies past the end of its file"),
+    "overflow": (change(*INPUT, 6, to=2**64 - 1), "an input lies past the end of its file"),
+    "overlap": (overlap, "overlaps what is before it"),
+    "hole": (hole, "leaves a hole after what is before it"),
+    "twice": (duplicate, "the output cannot have this tensor name, or not twice"),
+    "size": (change("table", "shards", 0, "size", to=5000), "another size than its tensors"),
+    "path": (change("table", "shards", 0, "file_name", to="../x.safetensors"), "a plain name"),
+    "config": (change("table", "shards", 0, "file_name", to="config.json"), "a plain name"),
+    "parameter": (
+        change("table", "settings", 0, "shared", "weight", to=1.0),
+        "`weight` is no such parameter of method `ties`",
+    ),
+    "switch": (
+        change("table", "settings", 0, "shared", "normalize", to=1.5),
+        "`normalize` is true or false",
+    ),
+    "missing": (
+        change("table", "settings", 0, "shared", to={}),
+        "the parameter `rescale` has no value",
+    ),
+    "donor": (change("output", "donor", to=7), "there is no model of that number"),
+    "card": (change("output", "card", to=None), "`card` in the plan is not as it should be"),
+    "side file": (
+        change("output", "side_files", 0, "name", to="../../x"),
+        "a name within its directory",
+    ),
+    "side file that is the config": (
+        change("output", "side_files", 0, "name", to="config.json"),
+        "two files of the output have one name",
+    ),
+    "output": (change("output", to=[]), "`models` in the plan is not as it should be"),
+    "table": (change("table", to=[]), "the plan's table cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_saved_plan_is_named(shelf: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "plan.json"
+    oxmerge.plan(shelf / "recipe.yml", memory="1GiB").save(path)
+    saved = json.loads(path.read_text())
+    edit, message = WRONG[name]
+    edit(saved)
+    path.write_text(json.dumps(saved, separators=(",", ":")))
+    with pytest.raises(oxmerge.PlanError, match=message):
+        oxmerge.load_plan(path)
+    with pytest.raises(oxmerge.PlanError, match=message):
+        oxmerge.merge(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[]", b'{"oxmerge_plan":2}', b"null"])
+def test_what_is_no_plan_is_told(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(data)
+    with pytest.raises(oxmerge.PlanError, match="this is no plan that oxmerge saved"):
+        oxmerge.load_plan(path)
+
+
+def test_a_plan_whose_inputs_changed_is_not_merged(shelf: Path, tmp_path: Path) -> None:
+    models = [zoo.write(tmp_path / name, zoo.llama(1)) for name in "ab"]
+    recipe = write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1})
+    oxmerge.plan(recipe, memory="1GiB").save(tmp_path / "plan.json")
+    zoo.write(tmp_path / "c", zoo.llama(1))
+    (tmp_path / "c" / "model.safetensors").replace(tmp_path / "b" / "model.safetensors")
+    plan = oxmerge.load_plan(tmp_path / "plan.json")
+    with pytest.raises(oxmerge.InputChangedError):
+        oxmerge.merge(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_that_cannot_be_saved_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
+    plan = oxmerge.plan(shelf / "recipe.yml", memory="1GiB")
+    with pytest.raises(OSError, match="No such file"):
+        plan.save(tmp_path / "nowhere" / "plan.json")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        plan.save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -485,7 +485,10 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
                 "merge_method: method `della` is not in this release\n  hint: use one of "
                 "`linear`, "
                 "`slerp`, `nuslerp`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, "
-                "`passthrough`"
+                "`breadcrumbs`, `breadcrumbs_ties`, `multislerp`, `karcher`, `model_stock`, `sce`, "
+                "`nearswap`, `arcee_fusion`, `ram`, `ramplus_tl`, `passthrough`, `soup`, `ema`, "
+                "`geometric_median`, `consensus_ta`, `magmax`, `emr`, `metagpt`, `nan`, `expo`, "
+                "`pcb`"
             )
         ],
     ),

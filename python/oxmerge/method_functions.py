@@ -102,5 +102,5 @@ def _example(method: Method) -> list[str]:
     ]
 
 
-__all__ += list(methods())
+__all__ += [row["name"] for row in _core.methods()]
 globals().update((row["name"], _function(methods()[row["name"]], row)) for row in _core.methods())

@@ -94,6 +94,8 @@ impl MemoryPlan {
         });
         let largest = |of: fn((Amount, Amount)) -> u64| pieces.clone().map(of).max().unwrap_or(0);
         let expected = largest(|(piece, beside)| piece.expected + beside.expected);
+        let sample = needs.iter().map(Need::sample).max().unwrap_or(0);
+        let held = (workers * expected).max(sample);
         let kept_room = match offload {
             None => budget - fixed(workers).most - workers * largest(|(piece, _)| piece.most),
             // Masks are drawn again there, and keys counted.
@@ -102,9 +104,7 @@ impl MemoryPlan {
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).expected
-                + workers * expected
-                + kept_between_passes(needs, kept_room),
+            predicted: fixed(workers).expected + held + kept_between_passes(needs, kept_room),
             workers: workers as usize,
             worker_bytes: largest(|(piece, _)| piece.most),
             with_offload: largest(|(piece, beside)| piece.most + beside.most),

@@ -20,6 +20,9 @@ use crate::formula::{Scalar, Scope};
 use crate::io::{AlignedBuffer, PAGE};
 use crate::kernels::BLOCK;
 
+/// Elements of a tensor that may be asked for all at once.
+const PREFETCHED_WHOLE: u64 = 32 << 20;
+
 /// One thread's buffers.
 pub(crate) struct Worker<'a> {
     arithmetic: Box<dyn Arithmetic + 'a>,
@@ -174,6 +177,17 @@ impl<'a> Worker<'a> {
         let stride = task.frame.elements / runs;
         let parts = (0..runs).map(|at| at * stride);
         let parts = parts.map(|start| start..(start + run).min(task.frame.elements));
+        // Each run alone would wait for the device. The pass that comes next reads the whole.
+        for source in code.inputs.iter().map(|&index| &task.sources[index]) {
+            if !source.is_far(0..task.frame.elements) {
+                continue;
+            }
+            if task.frame.elements <= PREFETCHED_WHOLE {
+                source.prefetch(0..task.frame.elements);
+            } else {
+                parts.clone().for_each(|part| source.prefetch(part));
+            }
+        }
         self.in_steps(task, parts, code, None, |program, step| program.run(&step, &mut results))?;
         let guesses = ranks.iter().zip(&results.keys).map(|(rank, keys)| rank.guess(keys));
         Ok(Found::Guesses(guesses.collect()))

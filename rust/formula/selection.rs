@@ -31,7 +31,7 @@ pub(crate) const SEARCH_BYTES_A_BLOCK: u64 = size_of::<InBlock>() as u64;
 /// Elements that lie side by side in a sample: few, since rows of weights are often not alike.
 pub(crate) const RUN: usize = 256;
 /// Runs that are sampled at the most.
-const MOST_RUNS: u64 = 1024;
+const MOST_RUNS: u64 = 512;
 /// How many standard deviations a guess allows for; where there is no room for the keys, fewer.
 const DEVIATIONS: [f64; 4] = [5.0, 3.5, 2.5, 1.5];
 /// How many times as many keys may be kept as there would be if no element were like the next.

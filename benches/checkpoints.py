@@ -1,14 +1,15 @@
 """Makes Llama-shaped checkpoints for the bench: one base and two fine-tunes.
 
-    python benches/checkpoints.py DIR [--size 1b|tiny|7b]
+    python benches/checkpoints.py DIR [--size 1b|tiny|7b] [--step 0.002]
 
 writes DIR/base, DIR/tune_a and DIR/tune_b: bfloat16, two shards a model (7b: three) with an index,
 config.json and the files of a toy tokenizer.
 
-The base is N(0, 0.02), its norms 1 + N(0, 0.02). A fine-tune is base + N(0, 1e-4), rounded to
-bfloat16 to nearest even. A step of bfloat16 is about as long as such a difference or longer, so
-many differences are exactly zero and many are equal, as in real fine-tunes, which is what the
-methods that select have to cope with. Every element has its own draw: no noise is used twice.
+The base is N(0, 0.02), its norms 1 + N(0, 0.02). A fine-tune is base + N(0, step), a step of 1e-4
+unless given, rounded to bfloat16 to nearest even. A step of bfloat16 is about as long as a
+difference of 1e-4 or longer, so many differences are exactly zero and many are equal, as in real
+fine-tunes, which is what the methods that select have to cope with. Every element has its own draw:
+no noise is used twice.
 The same seed gives the same files whatever the number of threads.
 
 The 7b models are sparse: real headers and holes instead of weights, so that they cost no disk.
@@ -181,7 +182,7 @@ def noise(count: int, std: float, *key: int) -> NDArray[np.float32]:
     return values
 
 
-def draw(tensor: Tensor, begin: int, count: int) -> list[NDArray[np.uint16]]:
+def draw(tensor: Tensor, begin: int, count: int, step: float) -> list[NDArray[np.uint16]]:
     """A run of elements of one tensor for every model, the base first."""
     values = noise(count, BASE_STD, 0, tensor.number, begin)
     if len(tensor.shape) == 1:
@@ -189,7 +190,7 @@ def draw(tensor: Tensor, begin: int, count: int) -> list[NDArray[np.uint16]]:
     base = to_bf16(values)
     tunes = []
     for model in range(1, len(MODELS)):
-        values = noise(count, TUNE_STD, model, tensor.number, begin)
+        values = noise(count, step, model, tensor.number, begin)
         values += to_f32(base)
         tunes.append(to_bf16(values))
     return [base, *tunes]
@@ -200,12 +201,14 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, int]]:
         yield begin, min(CHUNK, tensor.elements - begin)
 
 
-def write_shard(root: Path, shard: Shard, shape: Shape, pool: ThreadPoolExecutor) -> None:
+def write_shard(
+    root: Path, shard: Shard, shape: Shape, pool: ThreadPoolExecutor, step: float
+) -> None:
     """Writes one shard of every model."""
     files = [(root / model / shard.name).open("wb") for model in MODELS]
 
     def write_chunk(tensor: Tensor, begin: int, count: int) -> None:
-        for file, values in zip(files, draw(tensor, begin, count), strict=True):
+        for file, values in zip(files, draw(tensor, begin, count, step), strict=True):
             os.pwrite(file.fileno(), values.tobytes(), tensor.offset + begin * ITEM)
 
     for file in files:
@@ -281,7 +284,7 @@ def added_token(number: int, content: str) -> dict[str, Any]:
     return {"id": number, "content": content, "special": True, **flags}
 
 
-def make(root: Path, size: str) -> None:
+def make(root: Path, size: str, step: float = TUNE_STD) -> None:
     """Makes the three models under `root`; the indexes come last and say that all is there."""
     shape = SHAPES[size]
     parts = shards(shape)
@@ -289,7 +292,7 @@ def make(root: Path, size: str) -> None:
         (root / model).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for shard in parts:
-            write_shard(root, shard, shape, pool)
+            write_shard(root, shard, shape, pool, step)
     files = side_files(shape, parts)
     for model in MODELS:
         for name in sorted(files, key=lambda n: n.endswith("index.json")):
@@ -300,8 +303,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes checkpoints for the bench.")
     parser.add_argument("dir", type=Path)
     parser.add_argument("--size", choices=SHAPES, default="1b")
+    parser.add_argument("--step", type=float, default=TUNE_STD)
     arguments = parser.parse_args()
-    make(arguments.dir, arguments.size)
+    make(arguments.dir, arguments.size, arguments.step)
 
 
 if __name__ == "__main__":

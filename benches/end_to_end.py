@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import machine
 from cases import CASES, Case
+from checkpoints import TUNE_STD
 from contenders import (
     BenchError,
     FloorSettings,
@@ -169,14 +170,13 @@ def agreement(ours: Path, theirs: Path) -> dict[str, float]:
     return found
 
 
-def ensure_models(root: Path, size: str) -> None:
+def ensure_models(root: Path, size: str, step: float) -> None:
     """Makes the models where they are missing; a model's index is its last file."""
     if (root / "tune_b" / "model.safetensors.index.json").exists():
         return
     say(f"making the {size} models")
-    subprocess.run(
-        [sys.executable, str(HERE / "checkpoints.py"), str(root), "--size", size], check=True
-    )
+    what = ["--size", size, "--step", str(step)]
+    subprocess.run([sys.executable, str(HERE / "checkpoints.py"), str(root), *what], check=True)
 
 
 def check_disk(root: Path, size: str) -> None:
@@ -224,13 +224,14 @@ def start_record(options: argparse.Namespace, bench: Bench) -> Record:
     if bench.mergekit:
         versions["mergekit"] = f"{bench.mergekit.version}, default flags"
     now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d")
-    return Record(now, machine.describe(bench.root), versions, options.size, notes)
+    return Record(now, machine.describe(bench.root), versions, kind(options), notes)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Floor, oxmerge and mergekit, interleaved.")
     parser.add_argument("--data", type=Path, required=True, help="where inputs and outputs go")
     parser.add_argument("--size", choices=("1b", "tiny", SPARSE), default="1b")
+    parser.add_argument("--step", type=float, default=TUNE_STD, help="how far fine-tunes are away")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--cases", type=case_list, default=list(CASES), help="comma-separated")
     parser.add_argument(
@@ -269,10 +270,15 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def kind(options: argparse.Namespace) -> str:
+    """What the models are called: their size, and how far they are away if not as usual."""
+    return options.size if options.step == TUNE_STD else f"{options.size}-{options.step:g}"
+
+
 def run(options: argparse.Namespace) -> Record:
-    root = options.data.resolve() / options.size
+    root = options.data.resolve() / kind(options)
     root.mkdir(parents=True, exist_ok=True)
-    ensure_models(root, options.size)
+    ensure_models(root, options.size, options.step)
     check_disk(root, options.size)
     build_floor()
     oxmerge, mergekit = find_contenders(options, root)
@@ -301,7 +307,7 @@ def main() -> int:
         return 1
     print(record.page(), end="")
     if options.record:
-        suffix = "" if options.size == "1b" else f"-{options.size}"
+        suffix = "" if kind(options) == "1b" else f"-{kind(options)}"
         record.save(RECORDS, f"{record.date}-{machine.label()}{suffix}")
     return 1 if any(row.failed for row in record.rows) else 0
 

@@ -68,7 +68,8 @@ impl MemoryPlan {
             shared.plus(states, 1).plus(worker, workers)
         };
         let offload = needs.iter().find_map(|need| need.offload);
-        let device_share = |workers| offload.map_or(u64::MAX, |offload| offload.share(workers));
+        let device_share =
+            |workers| offload.map_or(u64::MAX, |offload| offload.for_each_of(workers));
         let block = most(|need| need.piece(1).plus(need.beside(1), 1)).most;
         let device_block = needs.iter().map(|need| need.device(1)).max().unwrap_or(0);
         let fits = |workers: &u64| {

@@ -46,7 +46,7 @@ pub struct Offload {
 
 impl Offload {
     /// What each of `workers` may hold on its device.
-    pub(super) fn share(self, workers: u64) -> u64 {
+    pub(super) fn for_each_of(self, workers: u64) -> u64 {
         self.vram / workers.div_ceil(self.devices as u64)
     }
 }

@@ -101,15 +101,15 @@ def check(report: dict[str, Any]) -> None:
 
 
 def write_sampled(path: Path, seed: int) -> None:
-    """Write a sparse model with numbers where the engine's sample looks: 48 places."""
+    """Write a sparse model with numbers where the engine's sample looks: 512 places."""
     write_sparse(path, {"x": SHAPE})
     generator = np.random.default_rng(seed)
     elements = SHAPE[0] * SHAPE[1]
     start = path.stat().st_size - 2 * elements
     with path.open("r+b") as file:
-        for place in range(48):
-            file.seek(start + 2 * (place * (elements // 48)))
-            file.write(to_bf16(generator.standard_normal(2048, np.float32)).tobytes())
+        for place in range(512):
+            file.seek(start + 2 * (place * (elements // 512)))
+            file.write(to_bf16(generator.standard_normal(256, np.float32)).tobytes())
 
 
 @pytest.fixture(scope="module")

@@ -219,12 +219,12 @@ impl Active {
         self.searching = selections.iter().map(begin).collect();
         let open = self.searching.iter().filter(|searching| searching.chosen.is_none());
         let open = open.map(|s| (Purpose::Keys(s.selection.value.clone()), s.search.wanted()));
-        let (purposes, ranks): (Vec<_>, Vec<_>) = open.unzip();
+        let (purposes, wanted): (Vec<_>, Vec<_>) = open.unzip();
         if purposes.is_empty() || selection::sampled_runs(self.task.frame.elements) == 0 {
             return self.enter_reduce();
         }
         let code = self.code(&purposes)?;
-        Ok(self.enter(Pass::Sample { ranks, code }, 1))
+        Ok(self.enter(Pass::Sample { wanted, code }, 1))
     }
 
     fn enter_reduce(&mut self) -> Result<bool> {

@@ -101,7 +101,8 @@ impl MemoryPlan {
             shared.plus(states, 1).plus(worker, workers)
         };
         let offload = needs.iter().find_map(|(need, _)| need.offload);
-        let device_share = |workers| offload.map_or(u64::MAX, |offload| offload.share(workers));
+        let device_share =
+            |workers| offload.map_or(u64::MAX, |offload| offload.for_each_of(workers));
         let block = most(|need| need.piece(1).plus(need.beside(1), 1)).most;
         let device_block = needs.iter().map(|(need, _)| need.device(1)).max().unwrap_or(0);
         let fits = |workers: &u64| {
@@ -138,12 +139,12 @@ impl MemoryPlan {
             Some(_) => 0,
         };
         let worker = expected + group_bytes;
+        let sample = needs.iter().map(|(need, _)| need.sample()).max().unwrap_or(0);
+        let held = (workers * worker).max(sample);
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).expected
-                + workers * worker
-                + kept_between_passes(needs, kept_room),
+            predicted: fixed(workers).expected + held + kept_between_passes(needs, kept_room),
             workers: workers as usize,
             worker_bytes: largest(|(piece, _)| piece.most),
             with_offload: largest(|(piece, beside)| piece.most + beside.most),

@@ -50,7 +50,7 @@ pub struct Offload {
 
 impl Offload {
     /// What each of `workers` may hold on its device.
-    pub(super) fn share(self, workers: u64) -> u64 {
+    pub(super) fn for_each_of(self, workers: u64) -> u64 {
         self.vram / workers.div_ceil(self.devices as u64)
     }
 }
@@ -288,11 +288,20 @@ impl Need {
             amount.add(self.input(size, way, step, elements));
         }
         if self.searches > 0 {
-            amount.add(Amount::uncertain(self.searches * selection::unit_bytes(elements)));
-            let sample = (self.searches + 1) * selection::sample_bytes(self.elements);
-            amount.most = amount.most.max(sample);
+            let most = self.searches * selection::unit_bytes(elements);
+            amount.add(Amount { expected: most / 4, most });
+            amount.most = amount.most.max(self.sample());
         }
         amount
+    }
+
+    /// What one worker holds of samples, at a time when it has no piece.
+    pub(super) fn sample(&self) -> u64 {
+        match self.searches {
+            0 => 0,
+            // One more is ranked.
+            searches => (searches + 1) * selection::sample_bytes(self.elements),
+        }
     }
 
     /// What a worker holds of one input.

@@ -1,13 +1,13 @@
 //! The passes over a tensor: what a worker does with each unit, and what it brings back.
 
 use crate::formula::compile::Staged;
-use crate::formula::selection::{Counted, Guess, LastKept, Rank};
+use crate::formula::selection::{Counted, Guess, LastKept, Wanted};
 
 /// What the workers do with each unit of a pass. It is compiled when the pass is entered.
 #[derive(Debug)]
 pub(crate) enum Pass {
     /// Look at a few elements, to guess where the thresholds lie.
-    Sample { ranks: Vec<Rank>, code: Staged },
+    Sample { wanted: Vec<Wanted>, code: Staged },
     /// Reduce blocks, and count for some of the task's searches.
     Reduce { searches: Vec<usize>, code: Staged },
     /// Find the flat index of an element, for one of the searches, in one block.

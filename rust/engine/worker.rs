@@ -16,10 +16,13 @@ use crate::formula::compile::Staged;
 use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
 use crate::formula::program::{Effect, Program};
-use crate::formula::selection::{Counted, LastKept, RUN, Rank, sampled_runs};
+use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
 use crate::formula::{Scalar, Scope};
 use crate::io::{AlignedBuffer, PAGE};
 use crate::kernels::BLOCK;
+
+/// Elements of a tensor that may be asked for all at once.
+const PREFETCHED_WHOLE: u64 = 32 << 20;
 
 /// One thread's buffers.
 pub(crate) struct Worker<'a> {
@@ -30,7 +33,7 @@ pub(crate) struct Worker<'a> {
     /// Bytes of output buffers that are in use while inputs are read.
     held: usize,
     /// Bytes that the buffers may have together.
-    share: usize,
+    allowance: usize,
     /// Elements that may be read at once: a long row or a column block has more than a unit.
     most: u64,
     /// Whether the arithmetic wants as many at once.
@@ -43,7 +46,7 @@ impl<'a> Worker<'a> {
     pub(crate) fn new(
         arithmetic: Box<dyn Arithmetic + 'a>,
         control: &'a Control,
-        share: usize,
+        allowance: usize,
         whole: bool,
     ) -> Self {
         Self {
@@ -52,7 +55,7 @@ impl<'a> Worker<'a> {
             scratch: Vec::new(),
             outs: Vec::new(),
             held: 0,
-            share,
+            allowance,
             most: 0,
             whole,
             masks: None,
@@ -73,7 +76,7 @@ impl<'a> Worker<'a> {
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
-            Pass::Sample { ranks, code } => self.sample(task, ranks, code),
+            Pass::Sample { wanted, code } => self.sample(task, wanted, code),
             Pass::Reduce { code, .. } => self.reduce(task, blocks, code),
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
             Pass::Rows(code) => self.row(task, unit, code),
@@ -176,22 +179,33 @@ impl<'a> Worker<'a> {
         };
         let scratch: usize = self.scratch.iter().enumerate().map(wanted).sum();
         let outs: usize = self.outs.iter().map(held).sum();
-        if scratch + outs + self.held > self.share {
+        if scratch + outs + self.held > self.allowance {
             self.scratch.fill_with(Default::default);
             self.outs.fill_with(Default::default);
         }
     }
 
     /// Guesses where thresholds lie from runs of elements spread evenly over the tensor.
-    fn sample(&mut self, task: &Task, ranks: &[Rank], code: &Staged) -> Result<Found> {
+    fn sample(&mut self, task: &Task, wanted: &[Wanted], code: &Staged) -> Result<Found> {
         let (runs, run) = (sampled_runs(task.frame.elements), RUN as u64);
         let mut results = Results::of(&code.program);
         results.keys.iter_mut().for_each(|keys| keys.reserve_exact((runs * run) as usize));
         let stride = task.frame.elements / runs;
         let parts = (0..runs).map(|at| at * stride);
         let parts = parts.map(|start| start..(start + run).min(task.frame.elements));
+        // Each run alone would wait for the device. The pass that comes next reads the whole.
+        for source in code.inputs.iter().map(|&index| &task.sources[index]) {
+            if !source.is_far(0..task.frame.elements) {
+                continue;
+            }
+            if task.frame.elements <= PREFETCHED_WHOLE {
+                source.prefetch(0..task.frame.elements);
+            } else {
+                parts.clone().for_each(|part| source.prefetch(part));
+            }
+        }
         self.in_steps(task, parts, code, None, |program, step| program.run(&step, &mut results))?;
-        let guesses = ranks.iter().zip(&results.keys).map(|(rank, keys)| rank.guess(keys));
+        let guesses = wanted.iter().zip(&results.keys).map(|(wanted, keys)| wanted.guess(keys));
         Ok(Found::Guesses(guesses.collect()))
     }
 

@@ -4,12 +4,12 @@
 //! computation whose arguments became known runs, a coefficient that became zero drops its term
 //! (and with it, maybe, the last use of an input), a lone coefficient of one leaves a plain copy.
 //! Shared nodes stay shared, since everything is remembered by address, and equal ones become shared
-//! ([`share`](super::share)).
+//! ([`unify`](super::unify)).
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::share::Shared;
+use super::unify::Unified;
 use super::{
     Chosen, Computation, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode,
     simplify_weighted_sum,
@@ -46,7 +46,7 @@ impl Bindings {
 
 struct Binder<'a> {
     known: &'a Bindings,
-    shared: Shared,
+    unified: Unified,
     values: HashMap<*const ValueNode, Value>,
     scalars: HashMap<*const ScalarNode, Scalar>,
     reductions: HashMap<*const Reduction, Arc<Reduction>>,
@@ -58,7 +58,7 @@ impl<'a> Binder<'a> {
     fn new(known: &'a Bindings) -> Self {
         Self {
             known,
-            shared: Shared::default(),
+            unified: Unified::default(),
             values: HashMap::new(),
             scalars: HashMap::new(),
             reductions: HashMap::new(),
@@ -73,7 +73,7 @@ impl<'a> Binder<'a> {
             return done.clone();
         }
         let bound = self.rebuild(value);
-        let bound = self.shared.value(bound);
+        let bound = self.unified.value(bound);
         self.values.insert(key, bound.clone());
         bound
     }
@@ -133,7 +133,7 @@ impl<'a> Binder<'a> {
             }
             ScalarNode::Computed { of, index } => self.computation(of)[*index].clone(),
         };
-        let bound = self.shared.scalar(bound);
+        let bound = self.unified.scalar(bound);
         self.scalars.insert(key, bound.clone());
         bound
     }
@@ -156,7 +156,7 @@ impl<'a> Binder<'a> {
         let left = self.value(&reduction.left);
         let right = reduction.right.as_ref().map(|right| self.value(right));
         let (kind, scope) = (reduction.kind, reduction.scope);
-        let bound = self.shared.reduction(Reduction { kind, left, right, scope });
+        let bound = self.unified.reduction(Reduction { kind, left, right, scope });
         self.reductions.insert(Arc::as_ptr(reduction), Arc::clone(&bound));
         bound
     }
@@ -167,7 +167,7 @@ impl<'a> Binder<'a> {
         }
         let value = self.value(&selection.value);
         let count = self.scalar(&selection.count);
-        let bound = self.shared.selection(Selection { value, count });
+        let bound = self.unified.selection(Selection { value, count });
         self.selections.insert(Arc::as_ptr(selection), Arc::clone(&bound));
         bound
     }

@@ -43,8 +43,8 @@ impl Program {
     /// Compiles effects; an error if they need a scalar that is not known when all passes are over.
     pub(crate) fn compile(purposes: &[Purpose], along: Along, setting: &Setting) -> Result<Self> {
         let mut emitter = Emitter::default();
-        let mut places = Places::default();
-        let effects = purposes.iter().map(|purpose| emitter.effect(purpose, &mut places, setting));
+        let mut seen = Seen::default();
+        let effects = purposes.iter().map(|purpose| emitter.effect(purpose, &mut seen, setting));
         let effects = effects.collect();
         if let Some(unknown) = emitter.unknown.take() {
             return Err(Error::plan("a formula needs a number that no pass can give")
@@ -63,9 +63,9 @@ impl Program {
             effects,
             slots: 0,
             along,
-            kinds: places.kinds,
-            searches: places.searches,
-            samples: places.samples,
+            kinds: seen.kinds,
+            searches: seen.searches,
+            samples: seen.samples,
             vectors,
             inputs,
             double: setting.double,
@@ -165,7 +165,7 @@ impl Staged {
 
 /// What effects there were of each kind.
 #[derive(Default)]
-struct Places {
+struct Seen {
     outputs: usize,
     kinds: Vec<ReductionKind>,
     searches: Vec<Interval>,
@@ -190,10 +190,10 @@ fn next(place: &mut usize) -> usize {
 }
 
 impl Emitter {
-    fn effect(&mut self, purpose: &Purpose, places: &mut Places, setting: &Setting) -> Effect {
+    fn effect(&mut self, purpose: &Purpose, seen: &mut Seen, setting: &Setting) -> Effect {
         match purpose {
             Purpose::Store(value, dtype) => {
-                let (output, dtype) = (next(&mut places.outputs), *dtype);
+                let (output, dtype) = (next(&mut seen.outputs), *dtype);
                 match *value.0 {
                     ValueNode::Input(input) if setting.inputs[input] == dtype => {
                         Effect::Copy { output, input }
@@ -202,19 +202,19 @@ impl Emitter {
                 }
             }
             Purpose::Reduce(reduction) => {
-                let (number, kind) = (places.kinds.len(), reduction.kind);
-                places.kinds.push(kind);
+                let (number, kind) = (seen.kinds.len(), reduction.kind);
+                seen.kinds.push(kind);
                 let a = self.value(&reduction.left);
                 let b = reduction.right.as_ref().map(|right| self.value(right));
                 Effect::Reduce { number, kind, a, b }
             }
             Purpose::Count(value, interval) => {
-                let (search, interval) = (places.searches.len(), *interval);
-                places.searches.push(interval);
+                let (search, interval) = (seen.searches.len(), *interval);
+                seen.searches.push(interval);
                 Effect::Count { search, interval, a: self.value(value) }
             }
             Purpose::Keys(value) => {
-                Effect::Keys { sample: next(&mut places.samples), a: self.value(value) }
+                Effect::Keys { sample: next(&mut seen.samples), a: self.value(value) }
             }
         }
     }

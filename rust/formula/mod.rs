@@ -35,8 +35,8 @@ pub(crate) mod masks;
 pub mod oracle;
 pub(crate) mod program;
 pub mod selection;
-mod share;
 pub mod stage;
+mod unify;
 
 use std::fmt;
 use std::ops;

@@ -31,7 +31,7 @@ pub(crate) const SEARCH_BYTES_A_BLOCK: u64 = size_of::<InBlock>() as u64;
 /// Elements that lie side by side in a sample: few, since rows of weights are often not alike.
 pub(crate) const RUN: usize = 256;
 /// Runs that are sampled at the most.
-const MOST_RUNS: u64 = 1024;
+const MOST_RUNS: u64 = 512;
 /// How many standard deviations a guess allows for; where there is no room for the keys, fewer.
 const DEVIATIONS: [f64; 4] = [5.0, 3.5, 2.5, 1.5];
 /// How many times as many keys may be kept as there would be if no element were like the next.
@@ -96,9 +96,9 @@ pub(crate) enum Look {
 
 /// What is looked for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Rank {
+pub(crate) struct Wanted {
     /// 1 is the largest value.
-    place: u64,
+    rank: u64,
     elements: u64,
     largest_key: u64,
     /// How many keys may be kept.
@@ -116,7 +116,7 @@ pub(crate) struct Guess {
 /// An interval that is being narrowed to the key of a rank.
 #[derive(Clone, Debug)]
 pub(crate) struct Search {
-    wanted: Rank,
+    wanted: Wanted,
     interval: Interval,
     above: u64,
     bins: Vec<u64>,
@@ -174,7 +174,7 @@ impl Search {
         debug_assert!((1..=elements).contains(&count), "rank {count} of {elements}");
         let largest_key = T::NAN.key();
         let mut search = Self {
-            wanted: Rank { place: count, elements, largest_key, room: room / KEY_BYTES },
+            wanted: Wanted { rank: count, elements, largest_key, room: room / KEY_BYTES },
             interval: Interval { low: 0, high: largest_key, shift: 0, look: Look::Keys },
             above: 0,
             bins: Vec::new(),
@@ -191,7 +191,7 @@ impl Search {
     }
 
     /// What is looked for.
-    pub(crate) fn wanted(&self) -> Rank {
+    pub(crate) fn wanted(&self) -> Wanted {
         self.wanted
     }
 
@@ -203,7 +203,7 @@ impl Search {
     /// Makes `low..=high` the interval; about `between` elements lie between its ends.
     fn look_in(&mut self, low: u64, high: u64, between: u64) {
         let width = u64::BITS - (high - low).leading_zeros();
-        let Rank { room, .. } = self.wanted;
+        let Wanted { room, .. } = self.wanted;
         let keeps = low == high || (room > 0 && between <= room);
         self.interval = if keeps {
             Interval { low, high, shift: width.saturating_sub(u32::BITS), look: Look::Keys }
@@ -245,9 +245,9 @@ impl Search {
     /// The rank among what is not above the interval. If the guess was wrong, the interval becomes
     /// the keys above.
     fn wanted_below_high(&mut self) -> Option<u64> {
-        let Rank { place, largest_key, .. } = self.wanted;
-        if place > self.above {
-            return Some(place - self.above);
+        let Wanted { rank, largest_key, .. } = self.wanted;
+        if rank > self.above {
+            return Some(rank - self.above);
         }
         self.look_in(self.interval.high + 1, largest_key, self.above);
         None
@@ -268,7 +268,7 @@ impl Search {
             }
             wanted -= count;
         }
-        self.look_below(self.wanted.place - wanted)
+        self.look_below(self.wanted.rank - wanted)
     }
 
     /// Looks next at the `count` elements whose distance to the low end is `bin` when shifted.
@@ -388,11 +388,11 @@ impl Search {
     }
 }
 
-impl Rank {
+impl Wanted {
     /// Brackets it by the keys of some runs of elements.
     pub(crate) fn guess(&self, sample: &[u64]) -> Guess {
         let size = sample.len() as f64;
-        let share = self.place as f64 / self.elements as f64;
+        let share = self.rank as f64 / self.elements as f64;
         let mut ranked = sample.to_vec();
         let mut at = |place: f64| {
             let place = (place.max(0.0) as usize).min(sample.len() - 1);

@@ -29,7 +29,6 @@
 pub mod consensus;
 pub mod convert;
 pub mod elementwise;
-pub mod fused;
 pub mod gram;
 pub mod level;
 pub mod mask_bits;
@@ -39,6 +38,7 @@ pub mod order;
 pub mod random;
 pub mod real;
 pub mod reduce;
+pub mod sum_bytes;
 pub mod thinned;
 pub mod ulp;
 pub mod weighted;
@@ -47,7 +47,6 @@ pub(crate) use consensus::cancels;
 pub use consensus::elect;
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
-pub use fused::{Update, update_bytes, weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use gram::products_into;
 pub use level::Level;
 pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};
@@ -61,6 +60,7 @@ pub use reduce::{
     BLOCK, LANES, Lanes, REDUCTION_VERSION, absolute_sum_into, dot_into, fold_halves, max_into,
     sum_into,
 };
+pub use sum_bytes::{Update, update_bytes, weighted_difference_sum_bytes, weighted_sum_bytes};
 pub use thinned::{ThinnedTerm, Votes, thinned_sum_bytes};
 pub use ulp::ulp_distance;
 pub use weighted::weighted_sum;

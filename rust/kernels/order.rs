@@ -183,6 +183,9 @@ pub struct Ends {
 /// Elements that are compared together: two AVX-512 registers of f32.
 const GROUP: usize = 32;
 
+/// Elements of a group that are looked at one by one if there is something among them to keep.
+const PART: usize = 8;
+
 /// Elements to look at, a group at a time.
 trait Elements<T>: Copy {
     fn count(self) -> usize;
@@ -293,18 +296,25 @@ impl<T: Real, const ONE_KEY: bool> Tallies<T, ONE_KEY> {
 }
 
 impl<T: Real, E: Elements<T>, const ONE_KEY: bool> Collect<'_, T, E, ONE_KEY> {
-    /// Adds the offsets of those of `values` that lie between the ends.
+    /// Adds the offsets of those of `values` that lie between the ends. They are few, so that most
+    /// parts of a group have none.
     #[inline(always)]
     #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
     fn keep(&mut self, values: &[T]) {
         let Interval { low, high } = self.interval;
-        let (mut found, mut count) = ([0; GROUP], 0);
-        for value in values {
-            let ordinal = value.ordinal();
-            found[count % GROUP] = T::Ordinal::shifted(ordinal.above(low), self.shift);
-            count += usize::from((ordinal > low) & (ordinal < high));
+        let is_between = |ordinal| (ordinal > low) & (ordinal < high);
+        for part in values.chunks(PART) {
+            if !part.iter().fold(false, |any, value| any | is_between(value.ordinal())) {
+                continue;
+            }
+            let (mut found, mut count) = ([0; PART], 0);
+            for value in part {
+                let ordinal = value.ordinal();
+                found[count % PART] = T::Ordinal::shifted(ordinal.above(low), self.shift);
+                count += usize::from(is_between(ordinal));
+            }
+            self.between.extend_from_slice(&found[..count]);
         }
-        self.between.extend_from_slice(&found[..count]);
     }
 }
 

@@ -18,7 +18,7 @@ use oxmerge::kernels::{
 };
 
 /// What to look for in the demangled name of a shell: its kernel and types.
-const KERNELS: [&str; 19] = [
+const KERNELS: [&str; 20] = [
     "Widen<f32, oxmerge::kernels::convert::Bf16>",
     "WidenDifference<f32, oxmerge::kernels::convert::Bf16>",
     "Narrow<f32, oxmerge::kernels::convert::Bf16>",
@@ -27,8 +27,9 @@ const KERNELS: [&str; 19] = [
     "WeightedSum<f32, 2",
     "SumBytes<oxmerge::kernels::convert::Bf16, 2",
     "DifferenceBytes<oxmerge::kernels::convert::Bf16, 2",
-    "Elect<f32, true>",
-    "Elect<f32, false>",
+    "Elect<f32, true, true>",
+    "Elect<f32, true, false>",
+    "Elect<f32, false, false>",
     "Count<f32>",
     "Trim<f32>",
     "Dot<f32>",
@@ -55,8 +56,8 @@ fn use_kernels(level: Level) {
     weighted_sum_bytes(level, &[term, term], DType::Bf16, &mut stored);
     let base = (DType::Bf16, &bytes[..]);
     weighted_difference_sum_bytes(level, base, &[term, term], 0.5, DType::Bf16, &mut stored);
-    for average in [true, false] {
-        elect(level, &[(1.0, &halves), (2.0, &halves)], average, &mut wide);
+    for (weight, average) in [(-1.0, true), (1.0, true), (1.0, false)] {
+        elect(level, &[(weight, &halves), (2.0, &halves)], average, &mut wide);
     }
     count(level, &wide, 0, 1);
     trim(level, &halves, 1, true, &mut wide);

@@ -15,14 +15,14 @@ type Key = Vec<u64>;
 
 /// The first node of each kind. Keeps them alive, so that an address means one node.
 #[derive(Default)]
-pub(super) struct Shared {
+pub(super) struct Unified {
     values: HashMap<Key, Value>,
     scalars: HashMap<Key, Scalar>,
     reductions: HashMap<Key, Arc<Reduction>>,
     selections: HashMap<Key, Arc<Selection>>,
 }
 
-impl Shared {
+impl Unified {
     pub(super) fn value(&mut self, value: Value) -> Value {
         self.values.entry(value_key(&value.0)).or_insert(value).clone()
     }

@@ -317,8 +317,6 @@ def test_a_storage_that_is_too_small_is_not_read_past(size: int) -> None:
     ):
         told = r"no memory of its own for its elements|overlaps an input"
         with pytest.raises(ValueError, match=told):
-            ValueError, match="no memory of its own for its elements|overlaps an input"
-        ):
             call()
 
 

@@ -102,7 +102,7 @@ pub(crate) fn run_on(
 ) -> Result<Report> {
     let offload = backend.offload();
     let needs: Vec<_> = tasks.iter().map(|task| (Need::of(task).on(offload), 1)).collect();
-    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident(), 0)?;
     run_planned(backend, tasks, settings, memory, control)
 }
 

@@ -118,14 +118,17 @@ def test_no_two_rows_are_of_the_same_thing(record: Record) -> None:
 
 
 def test_every_method_is_measured_in_memory_and_in_files(record: Record) -> None:
-    assert [row.name for row in rows(record, "kernels")][-len(METHODS) :] == METHODS
+    on_arrays = [name for name in METHODS if name not in {"metagpt", "nan"}]
+    assert [row.name for row in rows(record, "kernels")][-len(on_arrays) :] == on_arrays
     merges = rows(record, "merge", "oxmerge")
     warm = [row.name for row in merges if row.state == "warm"]
     assert [name for name in warm if "far" not in name] == METHODS
     assert [name for name in warm if "far" in name] == ["ties, far", "dare_ties, far"]
     cold = [row.name for row in merges if row.state == "cold"]
     assert cold == ["linear", "ties", "ties, far"]
-    failed = [note for note in record.notes if "not measured" in note and "page cache" not in note]
+    told = ("page cache", "a sum over the whole model")  # which arrays in memory do not have
+    failed = [note for note in record.notes if "not measured" in note]
+    failed = [note for note in failed if not any(reason in note for reason in told)]
     assert failed == []
 
 

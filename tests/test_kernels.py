@@ -535,9 +535,9 @@ class Module:
             "there is no merge method `tie`; did you mean `ties`?",
         ),
         (
-            call("sce", [X], X),
+            call("della", [X], X),
             ValueError,
-            "method `sce` is not in this release; use one of "
+            "method `della` is not in this release; use one of "
             + ", ".join(f"`{row['name']}`" for row in _core.methods()),
         ),
         (

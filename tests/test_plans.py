@@ -43,14 +43,14 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merged(what: Any, out: Path, **options: Any) -> dict[str, bytes]:
-    oxmerge.merge(what, out, memory="1GiB", **options)
+    oxmerge.merge(what, out, memory="16GiB", **options)
     return directory_bytes(out)
 
 
 def test_whatever_asks_for_a_merge_gives_the_same_bytes(shelf: Path, tmp_path: Path) -> None:
     path = shelf / "recipe.yml"
     recipe = Recipe.from_yaml(path)
-    plan = oxmerge.plan(path, memory="1GiB")
+    plan = oxmerge.plan(path, memory="16GiB")
     plan.save(tmp_path / "plan.json")
     expected = merged(path, tmp_path / "0")
     requests: list[Any] = [
@@ -67,19 +67,19 @@ def test_whatever_asks_for_a_merge_gives_the_same_bytes(shelf: Path, tmp_path: P
         assert array.tobytes() == oxmerge.lazy(path)[wanted].tobytes()
     axes = {"parameters.weight": "0.7"}
     for number, request in enumerate(requests):
-        oxmerge.sweep(request, tmp_path / f"s{number}", axes, memory="1GiB")
+        oxmerge.sweep(request, tmp_path / f"s{number}", axes, memory="16GiB")
         swept = directory_bytes(tmp_path / f"s{number}")
         assert swept["model.safetensors"] == expected["model.safetensors"]
 
 
 def test_a_mapping_is_planned(shelf: Path) -> None:
     models = [{"model": str(shelf / name), "parameters": {"weight": 1}} for name in "ab"]
-    plan = oxmerge.plan({"merge_method": "linear", "models": models}, memory="1GiB")
+    plan = oxmerge.plan({"merge_method": "linear", "models": models}, memory="16GiB")
     assert len(plan.tensors) == len(zoo.llama(5).tensors)
 
 
 def test_a_plan_keeps_its_seed_and_shards(shelf: Path, tmp_path: Path) -> None:
-    plan = oxmerge.plan(shelf / "recipe.yml", seed=3, shard_size=4000, memory="1GiB")
+    plan = oxmerge.plan(shelf / "recipe.yml", seed=3, shard_size=4000, memory="16GiB")
     plan.save(tmp_path / "plan.json")
     loaded = oxmerge.load_plan(tmp_path / "plan.json")
     assert (loaded.seed, loaded.shard_size, loaded.digest()) == (3, 4000, plan.digest())
@@ -93,9 +93,9 @@ def test_a_plan_keeps_its_seed_and_shards(shelf: Path, tmp_path: Path) -> None:
 
 
 def test_a_loaded_plan_says_what_the_plan_said(shelf: Path, tmp_path: Path) -> None:
-    plan = oxmerge.plan(shelf / "recipe.yml", memory="1GiB")
+    plan = oxmerge.plan(shelf / "recipe.yml", memory="16GiB")
     plan.save(tmp_path / "plan.json")
-    loaded = oxmerge.load_plan(tmp_path / "plan.json", memory="1GiB")
+    loaded = oxmerge.load_plan(tmp_path / "plan.json", memory="16GiB")
     told, again = plan.as_dict(), loaded.as_dict()
     assert told.pop("memory") > 0
     assert again.pop("memory") > 0
@@ -107,7 +107,7 @@ def test_a_loaded_plan_says_what_the_plan_said(shelf: Path, tmp_path: Path) -> N
 
 
 def test_every_number_is_explained(shelf: Path) -> None:
-    plan = oxmerge.plan(shelf / "recipe.yml", memory="1GiB")
+    plan = oxmerge.plan(shelf / "recipe.yml", memory="16GiB")
     (up,) = (name for name in plan.tensors.names if "layers.2." in name and "up_proj" in name)
     lines = [line.strip() for line in plan.explain(up).splitlines()]
     place = "models[0].parameters.density (line 6), filter `mlp`"
@@ -124,7 +124,7 @@ def test_slices_are_explained(shelf: Path) -> None:
     source = {"model": str(shelf / "a"), "layer_range": [0, 2]}
     other = {"model": str(shelf / "b"), "layer_range": [1, 3]}
     slices = [{"sources": [source]}, {"sources": [other]}]
-    plan = oxmerge.plan({"merge_method": "passthrough", "slices": slices}, memory="1GiB")
+    plan = oxmerge.plan({"merge_method": "passthrough", "slices": slices}, memory="16GiB")
     (up,) = (name for name in plan.tensors.names if "layers.3." in name and "up_proj" in name)
     first, source_line = plan.explain(up).splitlines()[:2]
     assert first.endswith(", of slices[1]")
@@ -135,13 +135,13 @@ def test_the_command_line_explains_and_saves(
     shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = tmp_path / "plan.json"
-    arguments = ["plan", str(shelf / "recipe.yml"), "--memory", "1GiB"]
+    arguments = ["plan", str(shelf / "recipe.yml"), "--memory", "16GiB"]
     assert main([*arguments, "--explain", "*.layers.3.*up_proj*", "--save", str(saved)]) == 0
     told = capsys.readouterr()
     assert told.out.splitlines()[0].startswith("model.layers.3.mlp.up_proj.weight: BF16 [")
     assert "at position 0.75\n" in told.out
     assert "saved the plan as" in told.err
-    assert main(["merge", str(saved), str(tmp_path / "out"), "--memory", "1GiB", "-q"]) == 0
+    assert main(["merge", str(saved), str(tmp_path / "out"), "--memory", "16GiB", "-q"]) == 0
     assert directory_bytes(tmp_path / "out") == merged(shelf / "recipe.yml", tmp_path / "out2")
 
 
@@ -227,7 +227,7 @@ WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_with_a_saved_plan_is_named(shelf: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "plan.json"
-    oxmerge.plan(shelf / "recipe.yml", memory="1GiB").save(path)
+    oxmerge.plan(shelf / "recipe.yml", memory="16GiB").save(path)
     saved = json.loads(path.read_text())
     edit, message = WRONG[name]
     edit(saved)
@@ -250,7 +250,7 @@ def test_what_is_no_plan_is_told(tmp_path: Path, data: bytes) -> None:
 def test_a_plan_whose_inputs_changed_is_not_merged(shelf: Path, tmp_path: Path) -> None:
     models = [zoo.write(tmp_path / name, zoo.llama(1)) for name in "ab"]
     recipe = write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1})
-    oxmerge.plan(recipe, memory="1GiB").save(tmp_path / "plan.json")
+    oxmerge.plan(recipe, memory="16GiB").save(tmp_path / "plan.json")
     zoo.write(tmp_path / "c", zoo.llama(1))
     (tmp_path / "c" / "model.safetensors").replace(tmp_path / "b" / "model.safetensors")
     plan = oxmerge.load_plan(tmp_path / "plan.json")
@@ -260,7 +260,7 @@ def test_a_plan_whose_inputs_changed_is_not_merged(shelf: Path, tmp_path: Path) 
 
 
 def test_a_plan_that_cannot_be_saved_leaves_nothing(shelf: Path, tmp_path: Path) -> None:
-    plan = oxmerge.plan(shelf / "recipe.yml", memory="1GiB")
+    plan = oxmerge.plan(shelf / "recipe.yml", memory="16GiB")
     with pytest.raises(OSError, match="No such file"):
         plan.save(tmp_path / "nowhere" / "plan.json")
     (tmp_path / "folder").mkdir()

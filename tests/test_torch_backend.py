@@ -699,10 +699,10 @@ def test_other_devices_do_not_exist(tmp_path: Path, twins: Path, device: str) ->
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def combine(*_: object) -> None:
+    def run(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(torch_backend.Program, "combine", combine)
+    monkeypatch.setattr(torch_backend.Program, "run", run)
 
 
 def test_a_failure_of_torch_is_the_cause(
@@ -745,10 +745,11 @@ def test_memory_that_is_kept_is_noticed(
 ) -> None:
     kept = []
 
-    def combine(_: object, start: int, count: int, inputs: Any, outputs: Any) -> None:
-        kept.append(torch.frombuffer(outputs[0][2], dtype=torch.uint8))
+    def run(_: object, *arguments: Any) -> None:
+        buffers = arguments[-1]
+        kept.append(torch.frombuffer(buffers[0], dtype=torch.uint8))
 
-    monkeypatch.setattr(torch_backend.Program, "combine", combine)
+    monkeypatch.setattr(torch_backend.Program, "run", run)
     with pytest.raises(InternalError, match="kept memory that was lent to it"):
         oxmerge.merge(twins / "linear.yml", tmp_path / "out", device="torch")
     # Not looked at: what is behind it may be gone.

@@ -72,9 +72,9 @@ pub enum UnaryOp {
     Sign,
     /// `√a`
     Sqrt,
-    /// `eᵃ`, as the `libm` crate computes it.
+    /// `eᵃ`.
     Exp,
-    /// `ln a`, as the `libm` crate computes it.
+    /// `ln a`.
     Ln,
 }
 

@@ -40,6 +40,7 @@ pub mod real;
 pub mod reduce;
 pub mod sum_bytes;
 pub mod thinned;
+mod transcendental;
 pub mod ulp;
 pub mod weighted;
 

@@ -1,5 +1,6 @@
 //! The working types, f32 and f64, and what kernels need to know about them.
 
+use super::transcendental;
 use std::fmt::Debug;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
@@ -58,10 +59,10 @@ pub trait Real:
     /// The square root, correctly rounded.
     #[must_use]
     fn sqrt(self) -> Self;
-    /// The exponential, as the `libm` crate computes it.
+    /// The exponential: that of f64, rounded.
     #[must_use]
     fn exp(self) -> Self;
-    /// The natural logarithm, as the `libm` crate computes it.
+    /// The natural logarithm: that of f64, rounded.
     #[must_use]
     fn ln(self) -> Self;
     /// The greater; +0 is greater than −0; NaN if either is.
@@ -115,7 +116,7 @@ pub trait Ordinal: sealed::Sealed + Copy + Ord + Debug + Send + Sync + 'static {
 }
 
 macro_rules! impl_real {
-    ($real:ident, $bits:ident, $ordinal:ident, $exp:path, $ln:path, $odd:path) => {
+    ($real:ident, $bits:ident, $ordinal:ident, $odd:path) => {
         impl sealed::Sealed for $ordinal {}
 
         impl Ordinal for $ordinal {
@@ -195,12 +196,12 @@ macro_rules! impl_real {
 
             #[inline(always)]
             fn exp(self) -> Self {
-                $exp(self)
+                transcendental::exp(f64::from(self)) as Self
             }
 
             #[inline(always)]
             fn ln(self) -> Self {
-                $ln(self)
+                transcendental::ln(f64::from(self)) as Self
             }
 
             #[inline(always)]
@@ -231,8 +232,8 @@ macro_rules! impl_real {
     };
 }
 
-impl_real!(f32, u32, i32, libm::expf, libm::logf, std::convert::identity);
-impl_real!(f64, u64, i64, libm::exp, libm::log, round_to_odd);
+impl_real!(f32, u32, i32, std::convert::identity);
+impl_real!(f64, u64, i64, round_to_odd);
 
 /// Rounds to odd: exact if f32 holds the value, else the one of its two neighbours whose last bit
 /// is set.

@@ -117,8 +117,8 @@ def lazy(
 
     Parameters
     ----------
-    recipe : path, str or Recipe
-        What to merge: a file, YAML text, or a recipe.
+    recipe : path, str, mapping, Recipe or Plan
+        What to merge: a file, YAML text, its keys and values, a recipe, or a plan.
     framework : {"np", "pt"}
         What the tensors are, as in safetensors: of NumPy, where BF16 is ``ml_dtypes.bfloat16``, or
         of torch.
@@ -161,5 +161,5 @@ def lazy(
     """
     check_options(seed, threads)
     kind = kind_of(framework)
-    merge_plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
-    return LazyMerge(merge_plan, kind, threads)
+    plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
+    return LazyMerge(plan, kind, threads)

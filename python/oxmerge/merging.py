@@ -344,6 +344,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)
+    before = _core.peak_memory()
     plans = [
         prepare(
             recipe,
@@ -361,6 +362,8 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         device = choose(plans, threads, vram, load=True).device
     backend = open_backend(device, vram)
     needed = sum(plan.disk for plan in plans)
+    peak = _core.peak_memory()
+    planned = peak if peak > before else 0
     claimed: dict[int, OutputDirectory] = {}
     try:
         for at in _order([directory for _, directory in merges]):
@@ -384,6 +387,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
                 progress=_reporter(plans, callback),
                 device=backend,
                 descriptors=[output.descriptor for output in outputs],
+                planned=planned,
             )
         _check_side_files(plans)
         done |= {"device": _name(backend), "notes": _notes(backend)}

@@ -18,9 +18,11 @@ const ENGINE_OVERHEAD: u64 = 1 << 20;
 /// Bytes of inputs and outputs of small neighbours that are one unit, at the most, and at the least.
 const GROUP_BYTES: u64 = 1 << 20;
 const LEAST_GROUP: u64 = 64 << 10;
-/// What a budget that is refused is told to be larger than needed: what a process has resident
-/// before the engine starts is not quite the same each time.
+/// What a budget that is refused is told to be larger than needed, and than what planning took: what
+/// a process has resident before the engine starts is not quite the same each time, and with many
+/// tensors its peak differs more.
 const REFUSAL_SLACK: u64 = 1 << 20;
+const PLANNING_SLACK: u64 = 4 << 20;
 /// Addresses that a thread takes: its stack, and what the C library sets aside for its allocations.
 const THREAD_ADDRESSES: u64 = (64 << 20) + (4 << 20);
 /// Addresses that stay free. An allocation that fails in Rust's own collections ends the process.
@@ -68,8 +70,8 @@ impl MemoryPlan {
         }
     }
 
-    /// Divides `budget` among at most `workers` threads; `baseline` is resident already. Each need is
-    /// that of so many tensors. So that no thread and no memory is asked for that cannot be had, it
+    /// Divides `budget` among at most `workers` threads; `baseline` is resident already, and
+    /// `planned` were for a moment while the merge was planned. Each need is that of so many tensors. So that no thread and no memory is asked for that cannot be had, it
     /// also keeps within what the process may still map (`ulimit -v`).
     ///
     /// Uses fewer threads before it refuses; refuses with the number that would do.
@@ -78,18 +80,25 @@ impl MemoryPlan {
         budget: u64,
         workers: usize,
         baseline: u64,
+        planned: u64,
     ) -> Result<Self> {
-        let plan = Self::divide(needs, budget, workers, baseline)?;
+        let plan = Self::divide(needs, budget, workers, baseline, planned)?;
         let Some(room) = addresses_left() else { return Ok(plan) };
         let within = |workers: usize| {
             let left = room.checked_sub(addresses_of(workers))?;
-            Self::divide(needs, budget.min(baseline + left), workers, baseline).ok()
+            Self::divide(needs, budget.min(baseline + left), workers, baseline, 0).ok()
         };
         let plan = (1..=plan.workers).rev().find_map(within).ok_or_else(|| limited(room))?;
         Ok(Self { budget, ..plan })
     }
 
-    fn divide(needs: &[(Need, usize)], budget: u64, workers: usize, baseline: u64) -> Result<Self> {
+    fn divide(
+        needs: &[(Need, usize)],
+        budget: u64,
+        workers: usize,
+        baseline: u64,
+        planned: u64,
+    ) -> Result<Self> {
         let most = |of: fn(&Need) -> Amount| {
             let amounts = needs.iter().map(|(need, _)| of(need));
             amounts.max_by_key(|amount| amount.most).unwrap_or_default()
@@ -106,7 +115,7 @@ impl MemoryPlan {
         let block = most(|need| need.piece(1).plus(need.beside(1), 1)).most;
         let device_block = needs.iter().map(|(need, _)| need.device(1)).max().unwrap_or(0);
         let fits = |workers: &u64| {
-            let in_memory = fixed(*workers).most + workers * block <= budget;
+            let in_memory = planned.max(fixed(*workers).most + workers * block) <= budget;
             in_memory && device_block <= device_share(*workers)
         };
         let Some(workers) = (1..=workers.max(1) as u64).rev().find(fits) else {
@@ -116,6 +125,8 @@ impl MemoryPlan {
                 }
                 _ => {
                     let needed = fixed(1).most + block + REFUSAL_SLACK;
+                    let needed =
+                        if planned > 0 { needed.max(planned + PLANNING_SLACK) } else { needed };
                     refused("the memory budget", "memory", budget, needed)
                 }
             });

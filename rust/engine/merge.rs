@@ -15,12 +15,14 @@ use crate::plan::{InputFile, Plan};
 /// under partial names, into its folder. Also tells which files of each were written, and how they
 /// were left.
 ///
-/// Memory is shared out once, before any space is taken: what cannot fit is refused.
+/// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
+/// most that was resident while the merge was planned, where that was the peak of the process.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
+    planned: u64,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
@@ -28,7 +30,8 @@ pub(crate) fn merge(
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
     let mut tasks = Merges::open(plans.clone(), modes.read)?;
     let needs = needs_on(&tasks, backend.offload())?;
-    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
+    let (budget, workers) = (settings.memory, settings.workers);
+    let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
     drop(needs);
     tasks.create_shards(&folders, modes.write)?;
     let report = run_planned(backend, &tasks, settings, memory, control)?;
@@ -47,8 +50,8 @@ pub(crate) fn predict(
 ) -> Result<(MemoryPlan, bool)> {
     let tasks = Merges::open(plans.to_vec(), modes.read)?;
     let needs = needs_on(&tasks, offload)?;
-    let planned = MemoryPlan::new(&needs, memory, workers, memory::resident())?;
-    Ok((planned, needs.iter().any(|(need, _)| !need.reads_once())))
+    let memory = MemoryPlan::new(&needs, memory, workers, memory::resident(), 0)?;
+    Ok((memory, needs.iter().any(|(need, _)| !need.reads_once())))
 }
 
 fn needs_on(tasks: &Merges<'_>, offload: Option<Offload>) -> Result<Vec<(Need, usize)>> {

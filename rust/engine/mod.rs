@@ -102,7 +102,7 @@ pub(crate) fn run_on(
 ) -> Result<Report> {
     let offload = backend.offload();
     let needs: Vec<_> = tasks.iter().map(|task| (Need::of(task).on(offload), 1)).collect();
-    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident())?;
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, memory::resident(), 0)?;
     run_planned(backend, tasks, settings, memory, control)
 }
 
@@ -372,7 +372,7 @@ impl Schedule<'_> {
     fn take_up(&self, state: &mut State) -> Next {
         let first = state.next_task;
         let together = match self.goal {
-            Goal::Merge(None) => self.tasks.neighbours(first, self.memory.group_bytes),
+            Goal::Merge(None) => self.tasks.neighbours(first, self.memory.group_bytes / 2),
             Goal::Merge(Some(_)) | Goal::Sweep => 0,
         };
         state.next_task += together.max(1);
@@ -437,8 +437,9 @@ impl Schedule<'_> {
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
-            // What a small one keeps between its passes is a few pages at the most.
-            let room = Room::of(&task, 0);
+            // Half is for their inputs and outputs, half for what one keeps between its passes: with
+            // all of its keys at hand a selection is over in one pass, and needs no histogram.
+            let room = Room::of(&task, self.memory.group_bytes / 2);
             let fuses = self.backend.offload().is_none();
             let begun = Active::begin(Arc::clone(&task), 1, false, fuses, room);
             let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {

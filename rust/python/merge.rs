@@ -13,7 +13,7 @@ use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
 use crate::engine::files::{self, FileModes};
-use crate::engine::memory::MemoryPlan;
+use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
 use crate::engine::{self, Settings, rehearsal};
 use crate::error::Result;
@@ -23,6 +23,12 @@ use crate::methods::METHODS;
 use crate::plan::{self, InputFile};
 
 const MOST_WORKERS: usize = 1024;
+
+/// The most bytes of this process that were ever resident.
+#[pyfunction]
+pub(super) fn peak_memory() -> u64 {
+    memory::peak_resident()
+}
 
 /// The name that an output file has until it is complete.
 #[pyfunction]
@@ -111,7 +117,7 @@ fn with_backend<R>(
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
-                    largest_piece=None, progress=None, device=None, descriptors=None))]
+                    largest_piece=None, progress=None, device=None, descriptors=None, planned=0))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -124,6 +130,7 @@ pub(super) fn execute<'py>(
     progress: Option<Bound<'py, PyAny>>,
     device: Option<Device<'py>>,
     descriptors: Option<Vec<RawFd>>,
+    planned: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
     let read = match read_path {
         "auto" => ReadPath::Auto,
@@ -154,7 +161,8 @@ pub(super) fn execute<'py>(
             let folders = directories.iter().enumerate().map(open).collect::<Result<Vec<_>>>()?;
             let plans = tables.iter().map(|plan| &**plan);
             let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
-            engine::merge(backend, &merges, FileModes { read, write }, &settings, control)
+            let modes = FileModes { read, write };
+            engine::merge(backend, &merges, modes, &settings, planned, control)
         })
     })?;
     let described = serde_json::json!({

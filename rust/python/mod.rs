@@ -39,7 +39,7 @@ mod _core {
     };
     #[pymodule_export]
     use super::merge::{
-        check_unchanged, execute, is_remote, methods, partial_name, predict, rehearse,
+        check_unchanged, execute, is_remote, methods, partial_name, peak_memory, predict, rehearse,
     };
     #[pymodule_export]
     use super::plan::Plan;

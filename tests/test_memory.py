@@ -216,16 +216,14 @@ def test_tensors_of_all_kinds_one_after_the_other(work: Path) -> None:
         shutil.rmtree(work / "out")
 
 
-@pytest.mark.xfail(
-    strict=False, reason="what is mapped is seen only where a sample falls into the short pass"
-)
 def test_the_mapped_path_does_map(work: Path, large: Path) -> None:
     count, options = CASES["ties, 2"]
     models = [large / str(index) for index in range(count)]
     recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": large / "3"})
     most = {}
     for read_path in ("mapped", "positioned"):
-        report = report_of(merge(recipe, read_path=read_path, threads=1))
+        # TIES keeps keys beside its pieces: with less, they are too small to be mapped.
+        report = report_of(merge(recipe, memory=64 * MIB, read_path=read_path, threads=1))
         most[read_path] = max(report["mapped"])
         shutil.rmtree(work / "out")
     assert most["mapped"] > most["positioned"] + 6 * MIB
@@ -279,8 +277,7 @@ def test_too_little_memory_is_refused_with_what_would_do(work: Path, name: str) 
         f'  hint: allow more: `--memory {needed[1]}MiB`, or `memory="{needed[1]}MiB"` in Python'
     )
     report = report_of(merge(recipe, memory=int(needed[1]) * MIB))
-    # The least budget is missed by a few MiB, which a process of this size takes beside the plan.
-    assert report["measured"] <= report["memory"] + 6 * MIB
+    assert report["measured"] <= report["memory"]
 
 
 #: Tensors of models with so many layers of 256 experts each.

@@ -21,7 +21,7 @@ from oxmerge.methods import find_method, read_methods
 from oxmerge.options import check_seed, check_threads
 from oxmerge.parameters import KINDS, convert, limits_advice, plain_number
 from oxmerge.problems import Problem, did_you_mean
-from oxmerge.python_methods import find, registered
+from oxmerge.python_methods import registered
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
@@ -229,7 +229,7 @@ class MethodCall:
         check_out(out, first.shape, code)
         mark_overwritten(out.array)
         method: Any = self._method
-        if (written := find(method)) is not None:
+        if (written := registered().get(method)) is not None:
             method = written.formula(len(inputs), self._base, self._shared, self._own)
         _core.merge_arrays(
             method,

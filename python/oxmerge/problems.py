@@ -214,11 +214,6 @@ def _ends_alike(one: str, other: str) -> int:
     return sum(len(os.path.commonprefix(pair)) for pair in ends)  # noqa: RUF071 - of letters
 
 
-def suggest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that `word` was probably meant to be, if one is close."""
-    return next(iter(near(word, known, most=1)), None)
-
-
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str | None:
     """Return the advice ``did you mean `x`?``, or None when nothing is close."""
     matches = " or ".join(f"`{shorten(match)}`" for match in near(word, known, most))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
-__all__ = ["PythonMethod", "find", "method", "per_model", "registered", "rows", "shared"]
+__all__ = ["PythonMethod", "method", "per_model", "registered", "shared"]
 
 _REQUIRED = object()
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -270,13 +270,3 @@ def _parameters(function: Callable[..., Any], *, has_base: bool) -> dict[str, Pa
 def registered() -> Mapping[str, PythonMethod]:
     """Return the methods that are registered in this process, by name."""
     return _METHODS
-
-
-def find(name: str) -> PythonMethod | None:
-    """Return the method of that name, looking also among those that installed packages announce."""
-    return _METHODS.get(name)
-
-
-def rows() -> list[dict[str, Any]]:
-    """Return every method, built in or not, as the engine describes them."""
-    return [*_core.methods(), *(each.row() for each in _METHODS.values())]

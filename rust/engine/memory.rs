@@ -71,8 +71,9 @@ impl MemoryPlan {
     }
 
     /// Divides `budget` among at most `workers` threads; `baseline` is resident already, and
-    /// `planned` were for a moment while the merge was planned. Each need is that of so many tensors. So that no thread and no memory is asked for that cannot be had, it
-    /// also keeps within what the process may still map (`ulimit -v`).
+    /// `planned` were for a moment while the merge was planned. Each need is that of so many
+    /// tensors. So that no thread and no memory is asked for that cannot be had, it also keeps
+    /// within what the process may still map (`ulimit -v`).
     ///
     /// Uses fewer threads before it refuses; refuses with the number that would do.
     pub fn new(

@@ -297,18 +297,28 @@ impl Value {
         let parts: Vec<Self> =
             terms.iter().map(|(weight, value)| value * &Self::scalar(weight.clone())).collect();
         let sum = Self::weighted_sum(parts.iter().map(|part| (1.0, part.clone())));
-        let elected = sum.at_least(&number(0.0)).select(&number(1.0), &number(-1.0));
-        let agrees: Vec<Self> =
-            parts.iter().map(|part| part.sign().binary(BinaryOp::Equal, &elected)).collect();
+        let agrees = Self::agreeing(&sum, &parts);
         let kept = parts.iter().zip(&agrees).map(|(part, agrees)| (1.0, part.masked(agrees)));
         let total = Self::weighted_sum(kept);
         if !average {
             return total;
         }
-        let weights = terms.into_iter().map(|(weight, _)| weight);
-        let divisor = Self::weighted_sum(weights.zip(agrees));
-        let is_zero = divisor.binary(BinaryOp::Equal, &number(0.0));
-        &total / &is_zero.select(&number(1.0), &divisor)
+        let (weights, magnitudes): (Vec<_>, Vec<_>) = terms
+            .into_iter()
+            .map(|(weight, _)| (weight.clone(), weight.unary(UnaryOp::Abs)))
+            .unzip();
+        let divisor = Self::weighted_sum(weights.into_iter().zip(agrees.iter().cloned()));
+        let magnitudes = Self::weighted_sum(magnitudes.into_iter().zip(agrees));
+        // As of constant weights: nothing is divided by a sum that is zero but for rounding.
+        let cancels = (&magnitudes * &number(1e-6)).at_least(&divisor.abs());
+        &total / &cancels.select(&number(1.0), &divisor)
+    }
+
+    /// 1 where a part has the sign of `sum`, zero counting as positive, else 0.
+    pub fn agreeing(sum: &Self, parts: &[Self]) -> Vec<Self> {
+        let number = |value: f64| Self::scalar(value);
+        let elected = sum.at_least(&number(0.0)).select(&number(1.0), &number(-1.0));
+        parts.iter().map(|part| part.sign().binary(BinaryOp::Equal, &elected)).collect()
     }
 }
 

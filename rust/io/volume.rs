@@ -21,8 +21,8 @@ const REMOTE: [u32; 12] = [
     0x6b41_4653, // AFS in the kernel
 ];
 
-/// Whether `file`, which may be a directory, lies on a network or FUSE mount. One that cannot be asked counts as remote,
-/// for the positioned path works everywhere.
+/// Whether `file`, which may be a directory, lies on a network or FUSE mount. One that cannot be
+/// asked counts as remote, for the positioned path works everywhere.
 pub(super) fn is_remote(file: &impl AsFd) -> bool {
     rustix::fs::fstatfs(file).map_or(true, |volume| REMOTE.contains(&(volume.f_type as u32)))
 }

@@ -50,8 +50,8 @@ pub struct ShardWriter {
 
 impl ShardWriter {
     /// Creates the file `name` in `folder`, where it must not exist, reserves `size` bytes for it
-    /// and writes the length and text of the header: `header_bytes` of them, with spaces where `text` ends earlier. Whoever named the file removes it after a
-    /// failure.
+    /// and writes the length and text of the header: `header_bytes` of them, with spaces where
+    /// `text` ends earlier. Whoever named the file removes it after a failure.
     pub fn create(
         folder: &OutputFolder,
         name: &str,

@@ -8,7 +8,7 @@
 //! mergekit writes f32.
 
 use super::{Base, Class, Contract, Description, Inputs, Method};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formula::{Scalar, Scope, UnaryOp, Value, compute};
 use crate::plan::OutputTensor;
 
@@ -37,7 +37,7 @@ impl Method for ArceeFusion {
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let base = inputs.base()?;
-        let [other] = inputs.others().try_into().map_err(|_| two_models())?;
+        let other = inputs.other()?;
         let difference = &other.value - &base;
         if inputs.elements() == 0 {
             return Ok(base);
@@ -51,12 +51,6 @@ impl Method for ArceeFusion {
         let is_important = importance.at_least(&Value::scalar(threshold[0].clone()));
         Ok(&base + &difference.masked(&is_important))
     }
-}
-
-#[cold]
-fn two_models() -> Error {
-    Error::plan("arcee_fusion takes the base and one other model")
-        .advice("list one model besides the base")
 }
 
 /// The softmax of each row, and a little more.

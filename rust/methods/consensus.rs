@@ -26,14 +26,11 @@ impl Method for ConsensusTaskArithmetic {
             contract: Contract { base: Base::Required, inputs: (1, None), others: (0, None) },
             parameters: const {
                 &[
-                    Parameter::new(
+                    Parameter::weight(
                         Per::Other,
-                        "weight",
-                        Kind::Float,
                         Preset::Float(1.0),
                         "how much of this model's task vector",
-                    )
-                    .factor(),
+                    ),
                     Parameter::new(
                         Per::Other,
                         "tall",
@@ -50,14 +47,7 @@ impl Method for ConsensusTaskArithmetic {
                         "how many models must use an element",
                     )
                     .at_least(0.0),
-                    Parameter::new(
-                        Per::Shared,
-                        "lambda",
-                        Kind::Float,
-                        Preset::Float(1.0),
-                        "scales the sum",
-                    )
-                    .factor(),
+                    Parameter::lambda("scales the sum"),
                 ]
             },
         }
@@ -66,11 +56,9 @@ impl Method for ConsensusTaskArithmetic {
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let base = inputs.base()?;
-        let (mut parts, mut bounds) = (Vec::new(), Vec::new());
-        for input in inputs.others() {
-            parts.push((&input.value - &base).scaled(input.number("weight")?));
-            bounds.push(input.number("tall")?);
-        }
+        let parts = inputs.weighted_task_vectors()?;
+        let bounds: Vec<f64> =
+            inputs.others().iter().map(|input| input.number("tall")).collect::<Result<_>>()?;
         if parts.is_empty() {
             return Ok(base);
         }

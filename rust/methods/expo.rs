@@ -1,7 +1,7 @@
 //! `ExPO`: goes on in the direction of a fine-tuning, from a weaker model through a stronger one.
 
 use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formula::Value;
 use crate::plan::OutputTensor;
 
@@ -35,13 +35,8 @@ impl Method for Expo {
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let base = inputs.base()?;
-        let [other] = inputs.others().try_into().map_err(|_| two_models())?;
+        let other = inputs.other()?;
         let x = other.value;
         Ok(&x + &(&x - &base).scaled(inputs.number("alpha")?))
     }
-}
-
-#[cold]
-fn two_models() -> Error {
-    Error::plan("expo takes the base and one other model").advice("list one model besides the base")
 }

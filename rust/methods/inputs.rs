@@ -55,6 +55,24 @@ impl<'a> Inputs<'a> {
         self.numbered(|index| Some(index) != self.tensor.base)
     }
 
+    /// The only input that is not the base, of a method that takes one.
+    pub fn other(&self) -> Result<Input<'a>> {
+        let count = self.others().len();
+        let [other] = self.others().try_into().map_err(|_| {
+            Error::plan("this merge method takes the base and one other model")
+                .found(format!("{count} besides the base"))
+                .advice("list one model besides the base")
+        })?;
+        Ok(other)
+    }
+
+    /// wᵢ · (xᵢ − base) for each input that is not the base, in listed order.
+    pub fn weighted_task_vectors(&self) -> Result<Vec<Value>> {
+        let base = self.base()?;
+        let vector = |input: Input<'_>| Ok((&input.value - &base).scaled(input.number("weight")?));
+        self.others().into_iter().map(vector).collect()
+    }
+
     fn numbered(&self, wanted: impl Fn(usize) -> bool) -> Vec<Input<'a>> {
         let sources = self.tensor.sources.iter().enumerate().filter(|(index, _)| wanted(*index));
         let is_behind_base = |index: usize| self.tensor.base.is_some_and(|base| base < index);

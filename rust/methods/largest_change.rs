@@ -1,6 +1,6 @@
 //! Methods that take one model's change for each element: `MagMax`, and the unified vector of EMR.
 
-use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
+use super::{Base, Class, Contract, Description, Inputs, Method, Parameter, Per, Preset};
 use crate::error::Result;
 use crate::formula::{BinaryOp, Value};
 use crate::plan::OutputTensor;
@@ -15,16 +15,12 @@ pub(crate) struct Emr;
 
 const CONTRACT: Contract = Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
 const PARAMETERS: [Parameter; 2] = [
-    Parameter::new(
+    Parameter::weight(
         Per::Other,
-        "weight",
-        Kind::Float,
         Preset::Float(1.0),
         "scales this model's task vector before they are compared",
-    )
-    .factor(),
-    Parameter::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), "scales the result")
-        .factor(),
+    ),
+    Parameter::lambda("scales the result"),
 ];
 
 impl Method for Magmax {
@@ -44,7 +40,7 @@ impl Method for Magmax {
 
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
-        let (base, mut vectors) = (inputs.base()?, vectors(&inputs)?.into_iter());
+        let (base, mut vectors) = (inputs.base()?, inputs.weighted_task_vectors()?.into_iter());
         let Some(first) = vectors.next() else { return Ok(base) };
         let largest = vectors.fold(first, |largest, vector| {
             let is_larger = vector.abs().binary(BinaryOp::Greater, &largest.abs());
@@ -71,7 +67,7 @@ impl Method for Emr {
 
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
-        let (base, vectors) = (inputs.base()?, vectors(&inputs)?);
+        let (base, vectors) = (inputs.base()?, inputs.weighted_task_vectors()?);
         let sum = Value::weighted_sum(vectors.iter().map(|vector| (1.0, vector.clone())));
         let sign = sum.sign();
         // A magnitude times a sign that agrees is the magnitude; of the others it is negative.
@@ -81,11 +77,4 @@ impl Method for Emr {
             aligned.fold(nothing, |largest, vector| largest.binary(BinaryOp::Max, &vector));
         Ok(&base + &(&sign * &largest).scaled(inputs.number("lambda")?))
     }
-}
-
-/// The weighted task vectors, in listed order.
-fn vectors(inputs: &Inputs<'_>) -> Result<Vec<Value>> {
-    let base = inputs.base()?;
-    let others = inputs.others();
-    others.iter().map(|input| Ok((&input.value - &base).scaled(input.number("weight")?))).collect()
 }

@@ -22,14 +22,7 @@ impl Method for Linear {
             contract: Contract { base: Base::Ignored, inputs: (1, None), others: (0, None) },
             parameters: const {
                 &[
-                    Parameter::new(
-                        Per::Input,
-                        "weight",
-                        Kind::Float,
-                        Preset::Nothing,
-                        "how much of this model",
-                    )
-                    .factor(),
+                    Parameter::weight(Per::Input, Preset::Nothing, "how much of this model"),
                     Parameter::new(
                         Per::Shared,
                         "normalize",

@@ -177,6 +177,16 @@ impl Parameter {
         Self { name, kind, default, required, per, limits: any, usual: any, acts: true, help }
     }
 
+    /// What a model's part is multiplied by.
+    pub const fn weight(per: Per, default: Preset, help: &'static str) -> Self {
+        Self::new(per, "weight", Kind::Float, default, help).factor()
+    }
+
+    /// What the task vectors together are multiplied by.
+    pub const fn lambda(help: &'static str) -> Self {
+        Self::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), help).factor()
+    }
+
     /// The same, which the recipe may leave out.
     #[must_use]
     pub const fn optional(self) -> Self {

@@ -35,14 +35,7 @@ impl Method for Multislerp {
             contract: Contract { base: Base::Optional, inputs: (1, None), others: (1, None) },
             parameters: const {
                 &[
-                    Parameter::new(
-                        Per::Other,
-                        "weight",
-                        Kind::Float,
-                        Preset::Nothing,
-                        "how much of this model",
-                    )
-                    .factor(),
+                    Parameter::weight(Per::Other, Preset::Nothing, "how much of this model"),
                     Parameter::new(
                         Per::Shared,
                         "normalize_weights",

@@ -1,7 +1,7 @@
 //! `NearSwap`: each element moves from the base towards the other model, by at most t.
 
 use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formula::{BinaryOp, Value};
 use crate::plan::OutputTensor;
 
@@ -38,7 +38,7 @@ impl Method for Nearswap {
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let (base, t) = (inputs.base()?, inputs.number("t")?);
-        let [other] = inputs.others().try_into().map_err(|_| two_models())?;
+        let other = inputs.other()?;
         let number = |value: f64| Value::scalar(value);
         let difference = (&base - &other.value).abs();
         let difference = difference.binary(BinaryOp::Max, &number(SMALLEST_DIFFERENCE));
@@ -46,10 +46,4 @@ impl Method for Nearswap {
         let weight = weight.binary(BinaryOp::Max, &number(0.0)).binary(BinaryOp::Min, &number(1.0));
         Ok(&(&weight * &other.value) + &(&(&number(1.0) - &weight) * &base))
     }
-}
-
-#[cold]
-fn two_models() -> Error {
-    Error::plan("nearswap takes the base and one other model")
-        .advice("list one model besides the base")
 }

@@ -4,7 +4,7 @@
 //! smallest, as far as a model is linear near the base. NAN gives it a share by the inverse of its
 //! length: a model that has moved less far says more in each step.
 
-use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
+use super::{Base, Class, Contract, Description, Inputs, Method, Parameter};
 use crate::error::Result;
 use crate::formula::{Scalar, Scope, Value, compute};
 use crate::plan::OutputTensor;
@@ -18,9 +18,7 @@ pub(crate) struct MetaGpt;
 pub(crate) struct Nan;
 
 const CONTRACT: Contract = Contract { base: Base::Required, inputs: (1, None), others: (0, None) };
-const PARAMETERS: [Parameter; 1] =
-    [Parameter::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), "scales the sum")
-        .factor()];
+const PARAMETERS: [Parameter; 1] = [Parameter::lambda("scales the sum")];
 const COST: &str = "two reads of every input, the first over the whole model";
 
 impl Method for MetaGpt {

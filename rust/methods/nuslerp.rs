@@ -34,14 +34,7 @@ impl Method for Nuslerp {
             contract: Contract { base: Base::Optional, inputs: (2, Some(3)), others: (2, Some(2)) },
             parameters: const {
                 &[
-                    Parameter::new(
-                        Per::Other,
-                        "weight",
-                        Kind::Float,
-                        Preset::Nothing,
-                        "how much of this model",
-                    )
-                    .factor(),
+                    Parameter::weight(Per::Other, Preset::Nothing, "how much of this model"),
                     Parameter::new(
                         Per::Shared,
                         "nuslerp_flatten",

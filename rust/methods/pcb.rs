@@ -5,7 +5,9 @@
 //! the others are 0, and the elements are averaged by what comes out. The paper looks at whole
 //! models; here each tensor competes for itself, so that a merge reads it while it is at hand.
 
-use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
+use super::{
+    Base, Class, Contract, Description, Input, Inputs, Kind, Method, Parameter, Per, Preset,
+};
 use crate::error::Result;
 use crate::formula::{BinaryOp, Scalar, Scope, UnaryOp, Value, compute};
 use crate::plan::OutputTensor;
@@ -31,14 +33,11 @@ impl Method for Pcb {
             contract: Contract { base: Base::Required, inputs: (1, None), others: (0, None) },
             parameters: const {
                 &[
-                    Parameter::new(
+                    Parameter::weight(
                         Per::Other,
-                        "weight",
-                        Kind::Float,
                         Preset::Float(1.0),
                         "scales this model's task vector",
-                    )
-                    .factor(),
+                    ),
                     Parameter::new(
                         Per::Other,
                         "density",
@@ -47,14 +46,7 @@ impl Method for Pcb {
                         "the share of the task vector that is kept",
                     )
                     .from_to(0.0, 1.0),
-                    Parameter::new(
-                        Per::Shared,
-                        "lambda",
-                        Kind::Float,
-                        Preset::Float(1.0),
-                        "scales the average",
-                    )
-                    .factor(),
+                    Parameter::lambda("scales the average"),
                 ]
             },
         }
@@ -64,12 +56,12 @@ impl Method for Pcb {
         let inputs = Inputs::of(tensor);
         let base = inputs.base()?;
         let elements = inputs.elements() as f64;
-        let (mut vectors, mut ranks) = (Vec::new(), Vec::new());
-        for input in inputs.others() {
-            vectors.push((&input.value - &base).scaled(input.number("weight")?));
+        let vectors = inputs.weighted_task_vectors()?;
+        let rank = |input: &Input<'_>| {
             let dropped = (elements * (1.0 - input.number("density")?.clamp(0.0, 1.0))).trunc();
-            ranks.push((elements - dropped).max(1.0));
-        }
+            Ok((elements - dropped).max(1.0))
+        };
+        let ranks: Vec<f64> = inputs.others().iter().map(rank).collect::<Result<_>>()?;
         if vectors.is_empty() || inputs.elements() == 0 {
             return Ok(base);
         }

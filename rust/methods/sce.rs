@@ -66,8 +66,8 @@ impl Method for Sce {
             vectors.iter_mut().for_each(|vector| *vector = vector.masked(&selected));
         }
         let weights = weights(&vectors, inputs.elements());
-        let agreeing = agreeing(&vectors);
-        let number = |value: f64| Value::scalar(value);
+        let sum = Value::weighted_sum(vectors.iter().map(|vector| (1.0, vector.clone())));
+        let agreeing = Value::agreeing(&sum, &vectors);
         let sum = Value::weighted_sum(
             weights
                 .iter()
@@ -75,7 +75,7 @@ impl Method for Sce {
                 .zip(vectors.iter().zip(&agreeing).map(|(vector, agrees)| vector.masked(agrees))),
         );
         let divisor = Value::weighted_sum(weights.into_iter().zip(agreeing));
-        let divisor = divisor.binary(BinaryOp::Max, &number(SMALLEST_DIVISOR));
+        let divisor = divisor.binary(BinaryOp::Max, &Value::scalar(SMALLEST_DIVISOR));
         Ok(&base + &(&sum / &divisor))
     }
 }
@@ -106,12 +106,4 @@ fn weights(vectors: &[Value], elements: u64) -> Vec<Scalar> {
         }
         means.into_iter().map(|mean| mean / sum).collect()
     })
-}
-
-/// 1 where a model's element has the sign of the sum of all, zero counting as positive.
-fn agreeing(vectors: &[Value]) -> Vec<Value> {
-    let number = |value: f64| Value::scalar(value);
-    let sum = Value::weighted_sum(vectors.iter().map(|vector| (1.0, vector.clone())));
-    let elected = sum.at_least(&number(0.0)).select(&number(1.0), &number(-1.0));
-    vectors.iter().map(|vector| vector.sign().binary(BinaryOp::Equal, &elected)).collect()
 }

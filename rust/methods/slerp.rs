@@ -1,7 +1,7 @@
 //! Spherical interpolation between the base and one other model, over the whole tensor.
 
 use super::{Base, Class, Contract, Description, Inputs, Kind, Method, Parameter, Per, Preset};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formula::{Scope, Value, compute};
 use crate::plan::OutputTensor;
 
@@ -41,7 +41,7 @@ impl Method for Slerp {
         let inputs = Inputs::of(tensor);
         let t = inputs.number("t")?;
         let a = inputs.base()?;
-        let [other] = inputs.others().try_into().map_err(|_| two_models())?;
+        let other = inputs.other()?;
         let b = other.value;
         let whole = Scope::Tensor;
         let gram = [a.dot(&a, whole), a.dot(&b, whole), b.dot(&b, whole)];
@@ -51,12 +51,6 @@ impl Method for Slerp {
         });
         Ok(Value::weighted_sum(coefficients.into_iter().zip([a, b])))
     }
-}
-
-#[cold]
-fn two_models() -> Error {
-    Error::plan("slerp interpolates between the base and one other model")
-        .advice("list one model besides the base")
 }
 
 /// The coefficients of the base and the other, from their inner products.

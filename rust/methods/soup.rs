@@ -27,14 +27,7 @@ impl Method for Soup {
             paper: "https://arxiv.org/abs/2203.05482",
             contract: CONTRACT,
             parameters: const {
-                &[Parameter::new(
-                    Per::Input,
-                    "weight",
-                    Kind::Float,
-                    Preset::Float(1.0),
-                    "how much of this model",
-                )
-                .factor()]
+                &[Parameter::weight(Per::Input, Preset::Float(1.0), "how much of this model")]
             },
         }
     }

@@ -48,14 +48,7 @@ pub(super) const CONTRACT: Contract =
 /// The parameters of the family, with a method's own defaults.
 pub(super) const fn family(normalize: bool, rescale: bool) -> [Parameter; 6] {
     [
-        Parameter::new(
-            Per::Other,
-            "weight",
-            Kind::Float,
-            Preset::Nothing,
-            "how much of this model's task vector",
-        )
-        .factor(),
+        Parameter::weight(Per::Other, Preset::Nothing, "how much of this model's task vector"),
         Parameter::new(
             Per::Other,
             "density",
@@ -78,8 +71,7 @@ pub(super) const fn family(normalize: bool, rescale: bool) -> [Parameter; 6] {
             Preset::Bool(rescale),
             "scale a thinned task vector to the L1 norm it had",
         ),
-        Parameter::new(Per::Shared, "lambda", Kind::Float, Preset::Float(1.0), "scales the sum")
-            .factor(),
+        Parameter::lambda("scales the sum"),
         Parameter::new(
             Per::Shared,
             "int8_mask",

@@ -1,4 +1,4 @@
-//! Sums over the whole model, and the test-only methods under all settings.
+//! Sums over the whole model, and a method with many passes, under all settings.
 
 use std::sync::Arc;
 
@@ -9,18 +9,19 @@ use oxmerge::engine::task::{Task, Work};
 use oxmerge::engine::{Settings, run};
 use oxmerge::error::Result;
 use oxmerge::formula::{Scope, Value};
+use serde_json::json;
 
 use super::{
     ArraySink, ArraySource, check, inputs, run_in_least_memory, settings, sources, weights,
 };
-use crate::methods::{arcee_fusion, metagpt};
+use crate::methods::released;
 
 #[test]
 fn arcee_fusion_is_the_same_everywhere() {
     for shape in [&[64_u64, 96][..], &[500, 401], &[3, 70_001], &[70_001]] {
         let elements = shape.iter().product();
         let inputs = inputs(2, elements, DType::Bf16);
-        let formula = arcee_fusion::formula(&Value::input(0), &Value::input(1), elements);
+        let formula = released("arcee_fusion", shape, 1, &json!({}));
         check::<f32>(&formula, shape, &inputs, DType::Bf16);
     }
 }
@@ -41,7 +42,7 @@ fn tensor(elements: u64, at: u64) -> Vec<Arc<ArraySource>> {
 }
 
 fn merge(model: &[Vec<Arc<ArraySource>>], settings: &Settings) -> Result<Vec<Vec<u8>>> {
-    let formula = metagpt::formula(&Value::input(0), &[Value::input(1), Value::input(2)]);
+    let formula = released("metagpt", &[1], 2, &json!({ "lambda": 1.0 }));
     let sinks: Vec<Arc<ArraySink>> =
         model.iter().map(|t| ArraySink::new(t[0].widened::<f32>().len(), DType::F32)).collect();
     let task = |(inputs, sink): (&Vec<Arc<ArraySource>>, &Arc<ArraySink>)| {

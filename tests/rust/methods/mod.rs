@@ -1,8 +1,6 @@
-//! Methods that are not in the release, written as a newcomer would write them.
+//! A method that is not in the release, written as a newcomer would write it; and what tests of the
+//! engine need of those that are.
 
-pub(crate) mod arcee_fusion;
-mod golden;
-pub(crate) mod metagpt;
 mod norm_average;
 
 use oxmerge::dtype::DType;
@@ -10,7 +8,7 @@ use oxmerge::formula::Value;
 use oxmerge::formula::oracle::Oracle;
 use oxmerge::methods::{Input, Inputs, Method};
 use oxmerge::plan::{OutputTensor, SourceTensor};
-use serde_json::json;
+use serde_json::{Value as Json, json};
 
 use crate::engine::{check, inputs};
 
@@ -34,6 +32,14 @@ fn tensor_of(shape: &[u64], weights: &[f64]) -> OutputTensor {
         base: None,
         parameters: serde_json::Map::new(),
     }
+}
+
+/// The formula of a released method without parameters but `shared`, for a base and `others` models.
+pub(crate) fn released(name: &str, shape: &[u64], others: usize, shared: &Json) -> Value {
+    let mut tensor = tensor_of(shape, &vec![1.0; others + 1]);
+    tensor.base = Some(0);
+    tensor.parameters.clone_from(shared.as_object().unwrap());
+    oxmerge::methods::find(name).unwrap().formula(&tensor).unwrap()
 }
 
 /// The norm-preserving average by these weights.

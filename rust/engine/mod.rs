@@ -438,9 +438,10 @@ impl Schedule<'_> {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
             // Half is for their inputs and outputs, half for what one keeps between its passes: with
-            // all of its keys at hand a selection is over in one pass, and needs no histogram.
-            let room = Room::of(&task, self.memory.group_bytes / 2);
+            // all of its keys at hand a selection is over in one pass, and needs no histogram. A
+            // device always counts, so there it keeps none.
             let fuses = self.backend.offload().is_none();
+            let room = Room::of(&task, if fuses { self.memory.group_bytes / 2 } else { 0 });
             let begun = Active::begin(Arc::clone(&task), 1, false, fuses, room);
             let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {
                 return Err(Error::internal("a small tensor has nothing to do"));

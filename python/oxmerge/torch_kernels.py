@@ -78,31 +78,36 @@ def _exp(a: torch.Tensor) -> torch.Tensor:
     k = torch.round(x * _LOG2_E)
     r = (x - k * _LN_2_HIGH) - k * _LN_2_LOW
     total = torch.ones_like(x)
-    for n in range(_TAYLOR, 0, -1):
+    for n in range(_TAYLOR, 2, -1):
         total = 1.0 + _divided(r * total, n)
+    total = 1.0 + (r + 0.5 * (r * r) * total)
     half = torch.floor(k * 0.5).nan_to_num()
     power = _power_of_two(half), _power_of_two(k.nan_to_num() - half)
     return (total * power[0] * power[1]).masked_fill(a.isnan(), torch.nan).to(a.dtype)
 
 
 def _ln(a: torch.Tensor) -> torch.Tensor:
-    x = a.double()
+    k, f = _power_and_rest(a.double())
+    s = f / (2.0 + f)
+    square = s * s
+    total = torch.zeros_like(f)
+    for n in range(_SERIES, 0, -1):
+        total = square * (total + 2.0 / (2 * n + 1))
+    half = 0.5 * f * f
+    found = k * _LN_2_HIGH - ((half - (s * (half + total) + k * _LN_2_LOW)) - f)
+    found = found.masked_fill(a == torch.inf, torch.inf).masked_fill(a == 0, -torch.inf)
+    return found.masked_fill(a.isnan() | (a < 0), torch.nan).to(a.dtype)
+
+
+def _power_and_rest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return k and f of x = 2ᵏ · (1 + f), with 1 + f between √½ and √2."""
     is_small = x < torch.finfo(torch.float64).tiny
-    shift = is_small.double() * 54.0
     bits = torch.where(is_small, x * 2.0**54, x).view(torch.int64)
     exponent = (bits >> _FRACTION) - _BIAS
     m = ((bits & ((1 << _FRACTION) - 1)) | (_BIAS << _FRACTION)).view(torch.float64)
     is_large = m > _SQRT_2
-    m = torch.where(is_large, m * 0.5, m)
-    k = exponent.double() + is_large.double() - shift
-    s = (m - 1.0) / (m + 1.0)
-    square = s * s
-    total = torch.zeros_like(x)
-    for n in range(_SERIES, 0, -1):
-        total = square * (total + 1.0 / (2 * n + 1))
-    found = k * _LN_2_HIGH + (2.0 * s + (2.0 * s * total + k * _LN_2_LOW))
-    found = torch.where(x == torch.inf, x, found).masked_fill(x == 0, -torch.inf)
-    return found.masked_fill(x.isnan() | (x < 0), torch.nan).to(a.dtype)
+    k = exponent.double() + is_large.double() - is_small.double() * 54.0
+    return k, torch.where(is_large, m * 0.5, m) - 1.0
 
 
 UNARY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import filecmp
 import os
-from functools import lru_cache
 
-from oxmerge import _core
 from oxmerge.config_meaning import Statement, meaning_of, same, types_of
 from oxmerge.errors import OxmergeError
 from oxmerge.names import is_vocabulary
 from oxmerge.output_config import describe_layers, without_layers
 from oxmerge.problems import Problem
+from oxmerge.vocabularies import OPAQUE, compare, folder_beside, vocabularies
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,13 +39,6 @@ _SHOWN = 12
 _ALLOW = "if they are known to fit each other, pass `--allow-mismatch` (`allow_mismatch=True`)"
 _CHECK = "check that these models were made from one; the output has the donor's value"
 _TOKENS = "merge models with one tokenizer; the output has the donor's"
-#: Files that tell each token's id; the first that both models have is compared, else the first of
-#: each.
-_VOCABULARIES = (
-    ("tokenizer.json",), ("vocab.json", "added_tokens.json"), ("vocab.txt", "added_tokens.json"),
-)  # fmt: skip
-#: Files whose bytes are compared where there are none of those.
-_OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 
 class Belonging:
@@ -204,15 +196,15 @@ class Belonging:
     # Tokenizers.
 
     def _compare_tokens(self, model: InputModel, rows: int) -> Iterator[Problem]:
-        ours, theirs = (_folder(each.path) for each in (self._donor, model))
+        ours, theirs = (folder_beside(each.path) for each in (self._donor, model))
         names = f"`{model.reference}` and `{self._donor.reference}`"
-        found = _vocabularies(ours, theirs)
+        found = vocabularies(ours, theirs)
         if found is None:
             yield from _compare_opaque(names, ours, theirs)
             return
         one, other = found
         try:
-            difference = _compare(_identified(one), _identified(other), rows)
+            difference = compare(one, other, rows)
         except (OxmergeError, OSError) as error:
             yield _not_compared(names, error, other[0])
             return
@@ -264,52 +256,11 @@ def _first_difference(one: Any, other: Any) -> int | None:  # noqa: ANN401
 
 
 def _config_path(model: InputModel) -> str:
-    return os.path.join(_folder(model.path), "config.json")
-
-
-def _folder(path: str) -> str:
-    return path if os.path.isdir(path) else os.path.dirname(path)
-
-
-def _vocabularies(one: str, other: str) -> tuple[list[str], list[str]] | None:
-    """Return the files that tell the tokens of two models, of one kind if there is one."""
-    found = [
-        [files for names in _VOCABULARIES if (files := _present(folder, names))]
-        for folder in (one, other)
-    ]
-    if not all(found):
-        return None
-    for ours in found[0]:
-        for theirs in found[1]:
-            if os.path.basename(ours[0]) == os.path.basename(theirs[0]):
-                return ours, theirs
-    return found[0][0], found[1][0]
-
-
-def _present(folder: str, names: tuple[str, ...]) -> list[str]:
-    """Return those of a kind's files that are there; none without the first one."""
-    paths = [os.path.join(folder, name) for name in names]
-    return [path for path in paths if os.path.exists(path)] if os.path.exists(paths[0]) else []
-
-
-def _identified(files: list[str]) -> tuple[tuple[str, int, int, int, int], ...]:
-    status = [(file, os.stat(file)) for file in files]
-    return tuple((f, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for f, s in status)
-
-
-@lru_cache(maxsize=64)
-def _compare(
-    one: tuple[tuple[str, int, int, int, int], ...],
-    other: tuple[tuple[str, int, int, int, int], ...],
-    rows: int,
-) -> dict[str, Any] | None:
-    """Compare vocabularies, each time that files change: a sweep plans the same merge often."""
-    files, others = ([each[0] for each in identified] for identified in (one, other))
-    return _core.compare_vocabularies(files, others, rows)
+    return os.path.join(folder_beside(model.path), "config.json")
 
 
 def _compare_opaque(names: str, one: str, other: str) -> Iterator[Problem]:
-    for name in _OPAQUE:
+    for name in OPAQUE:
         ours, theirs = os.path.join(one, name), os.path.join(other, name)
         if os.path.isfile(ours) and os.path.isfile(theirs):
             try:

@@ -170,7 +170,7 @@ def _lock(held: Claim) -> bool:
     """Lock the directory; whether its file system can."""
     for left in reversed(range(_MOST_LOCK_TRIES)):
         try:
-            return _try_lock(held.descriptor)
+            return try_lock(held.descriptor)
         except BlockingIOError:
             if left:
                 time.sleep(_SECONDS_BETWEEN_TRIES)
@@ -184,7 +184,7 @@ def _lock(held: Claim) -> bool:
     )
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Lock an open directory; whether its file system can. BlockingIOError if another has it."""
     import fcntl  # noqa: PLC0415 - not on every system
 
@@ -208,7 +208,7 @@ def _remove_if_unused(path: Path, identity: _Identity) -> None:
     """Remove an empty directory, unless another run owns it."""
     descriptor = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
     try:
-        _try_lock(descriptor)
+        try_lock(descriptor)
         _remove_if_same(path, identity)
     finally:
         os.close(descriptor)

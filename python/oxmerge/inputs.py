@@ -12,6 +12,7 @@ from oxmerge.json_files import read_json
 from oxmerge.names import find_layer_counts, find_layout
 from oxmerge.problems import Problem
 from oxmerge.references import resolve_reference
+from oxmerge.vocabularies import folder_beside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,12 +55,13 @@ class InputModel:
     config: dict[str, Any]
     config_file: dict[str, Any] | None
     checkpoint: Checkpoint
+    paths: tuple[str, ...]
     runs: list[tuple[str, int, int]]
     layout: Layout
 
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
-        return str(self.checkpoint.files[tensor.file]["path"])
+        return self.paths[tensor.file]
 
     @property
     def file_names(self) -> frozenset[str]:
@@ -164,13 +166,20 @@ class Inputs:
             counts = find_layer_counts(self.models[0].config)  # its siblings' config will do
         layout = find_layout(dict.fromkeys(lead for lead, _, _ in runs), counts)
         return InputModel(
-            len(self.models), reference, path, config, config_file, checkpoint, runs, layout
+            index=len(self.models),
+            reference=reference,
+            path=path,
+            config=config,
+            config_file=config_file,
+            checkpoint=checkpoint,
+            paths=tuple(str(file["path"]) for file in checkpoint.files),
+            runs=runs,
+            layout=layout,
         )
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Return the config beside the weights, and the file it is in as it was then."""
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        file_name = os.path.join(folder, "config.json")
+        file_name = os.path.join(folder_beside(path), "config.json")
         try:
             config, status = read_json(file_name)
         except FileNotFoundError:

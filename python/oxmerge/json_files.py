@@ -56,14 +56,14 @@ def read_start(path: str | os.PathLike[str], most: int) -> tuple[bytes, os.stat_
     ValueError
         If it is no regular file.
     """
-    with open(path, "rb", opener=_open_at_once) as file:
+    with open(path, "rb", opener=open_at_once) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
         return file.read(most), status
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def open_at_once(path: str, flags: int) -> int:
     """Open a file; a pipe without waiting for who writes to it."""
     return os.open(path, flags | os.O_NONBLOCK)
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from oxmerge import _core
 from oxmerge.accounting import ModelAccount, Share
+from oxmerge.card import RECIPE_NAME, REPORT_NAME
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
+from oxmerge.json_files import read_start
 from oxmerge.methods import read_methods
 from oxmerge.parameters import KINDS
 from oxmerge.problems import Problem, group_problems
+from oxmerge.publish import CONFIG_NAME, INDEX_NAME
 from oxmerge.side_files import LeftOut, SideFile, SideFiles
 
 TYPE_CHECKING = False
@@ -34,19 +37,23 @@ _MAKE_ANEW = "make the plan anew from its recipe"
 def is_saved_plan(path: str | os.PathLike[str]) -> bool:
     """Tell whether a file is a plan that was saved."""
     try:
-        with open(path, "rb") as file:
-            return file.read(len(_BEGINNING)) == _BEGINNING.encode()
-    except OSError:
+        # Only of a file: what is read of a pipe is gone for who reads the recipe.
+        if not os.path.isfile(path):
+            return False
+        start, _ = read_start(path, len(_BEGINNING))
+    except (OSError, ValueError):
         return False
+    return start == _BEGINNING.encode()
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan to a file; see `Plan.save`."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.oxmerge-partial")
+    partial = path.with_name(_core.partial_name(f"{path.name}.{os.getpid()}"))
     output = json.dumps(_output(plan), ensure_ascii=True)
+    file = open(partial, "xb")  # noqa: SIM115 - what is not ours is not ours to remove
     try:
-        with open(partial, "xb") as file:
+        with file:
             file.write(f'{_BEGINNING}{_version()},\n"output":{output},\n"table":'.encode())
             plan.table.write(file.write)
             file.write(b"}\n")
@@ -201,7 +208,8 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         if not 0 <= index < len(models):
             raise _wrong("there is no model of that number", index)
     copied = [_side_file(_Reader(each)) for each in reader.get("side_files", list, dict)]
-    taken = {"config.json", *(name for name, _ in table.shards)}
+    written = (CONFIG_NAME, INDEX_NAME, RECIPE_NAME, REPORT_NAME)
+    taken = {*written, *(name for name, _ in table.shards)}
     for file in copied:
         if file.name in taken or file.name.lower() == "readme.md":
             raise _wrong("two files of the output have one name", file.name)

@@ -216,7 +216,7 @@ def _ends_alike(one: str, other: str) -> int:
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str | None:
     """Return the advice ``did you mean `x`?``, or None when nothing is close."""
-    matches = " or ".join(f"`{shorten(match)}`" for match in near(word, known, most))
+    matches = " or ".join(f"`{shorten(printable(match))}`" for match in near(word, known, most))
     return f"did you mean {matches}?" if matches else None
 
 

@@ -565,12 +565,13 @@ def _write_journal(output: OutputDirectory, contents: Contents) -> None:
 
 def _switch(output: OutputDirectory, contents: Contents) -> None:
     shards, last = list(contents.shards), _last_names(contents)
-    others = [name for name in output.complete if name not in (*shards, *last)]
+    weights, known = set(shards), {*shards, *last}
+    others = [name for name in output.complete if name not in known]
     _remove_old(output, lambda name: name == CONFIG_NAME or is_index(name))
     for name in shards:
         if name not in last:
             _rename(output, name)
-    _remove_old(output, lambda name: is_loadable_weight(name) and name not in shards)
+    _remove_old(output, lambda name: is_loadable_weight(name) and name not in weights)
     for name in others:
         _rename(output, name)
     for folder in _folders(others):

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from oxmerge import _core
 from oxmerge.arrays import is_narrow, view
+from oxmerge.claims import named, try_lock
 from oxmerge.errors import OutputError, PlanError
 from oxmerge.file_state import FileState
 from oxmerge.planning import DEFAULT_SHARD_SIZE
@@ -42,6 +41,7 @@ from oxmerge.state_dicts import check_mapping
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
     from typing import Any
 
     PathLike = str | os.PathLike[str]
@@ -149,7 +149,7 @@ def save(
     """
     check_mapping(tensors, "tensors")
     metadata = _checked_metadata(metadata)
-    path = Path(path)
+    path = named(path)
     is_file = path.name.endswith(_SUFFIX) and not path.is_dir()
     if is_file and shard_size is not None:
         raise ValueError("a file has no shards; name a directory, or leave shard_size out")
@@ -346,7 +346,7 @@ def _read_config(path: Path) -> str | None:
     """Return the config that is there: of the model whose weights are replaced, it stays."""
     try:
         return (path / CONFIG_NAME).read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -360,10 +360,10 @@ def _save_file(
         _remove_dead(path, partial, descriptor)
         file = _create(path, partial, descriptor, shard)
         with _opened(partial, os.O_NOFOLLOW, descriptor) as held:
-            # Others see by the lock that it is not a dead run's.
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = os.fstat(held)
             try:
+                # Others see by the lock that it is not a dead run's.
+                try_lock(held)
                 _fill(file, shard, tensors)
                 with put_off():
                     _check_ours(path, partial, descriptor, ours)
@@ -405,7 +405,7 @@ def _remove_dead(path: Path, partial: str, folder: int) -> None:
     """Remove what a run that was killed has left, unless a living one is writing it."""
     try:
         with _opened(partial, os.O_NOFOLLOW | os.O_NONBLOCK, folder) as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(held)
             os.unlink(partial, dir_fd=folder)
     except FileNotFoundError:
         return

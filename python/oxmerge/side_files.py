@@ -25,7 +25,7 @@ from pathlib import Path
 from oxmerge.card import REPORT_NAME
 from oxmerge.errors import InputChangedError
 from oxmerge.file_state import FileState
-from oxmerge.json_files import read_json
+from oxmerge.json_files import open_at_once, read_json
 from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
@@ -79,7 +79,7 @@ class SideFile:
     def open(self) -> Iterator[BinaryIO]:
         """Yield the file, open for reading; InputChangedError if it is, or becomes, another."""
         try:
-            file = open(self.source, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
+            file = open(self.source, "rb", buffering=0, opener=open_at_once)  # noqa: SIM115
         except FileNotFoundError:
             raise self._changed("the file is gone since it was first read") from None
         with file:
@@ -263,7 +263,7 @@ class _Search:
             message = f"the name of `{_as_text(name)}` is not UTF-8"
             self._problem(message, advice="rename it, or remove it from the model")
         else:
-            with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            with open(path, "rb", buffering=0, opener=open_at_once) as file:
                 state = FileState.of(os.fstat(file.fileno()))
             self.copied.append(SideFile(name, path, state))
 
@@ -303,11 +303,6 @@ class _Search:
 def _as_text(name: str) -> str:
     """Return a name with what is not UTF-8 as escapes."""
     return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file; a pipe that has taken its place without waiting for who writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _is_of_a_merge(path: Path) -> bool:

@@ -453,16 +453,14 @@ class _Effects:
             return False
         merges = zip(self._made, effects, strict=True)
         if self._together:
-            return all(self._alone(place, values, *merge) == merge[1] for merge in merges)
+            return all(self._alone(place, values, variant) == now for variant, now in merges)
         seen: dict[tuple[Scalar, ...], set[str]] = {}
         for variant, effect in merges:
             others = tuple(v for other, v in variant.settings.items() if other != place)
             seen.setdefault(others, set()).add(effect)
         return all(len(found) == 1 for found in seen.values())
 
-    def _alone(
-        self, place: str, values: Sequence[Scalar], variant: Variant, _effect_now: str
-    ) -> str:
+    def _alone(self, place: str, values: Sequence[Scalar], variant: Variant) -> str:
         """Return what another value of a place does, all else being as in a merge."""
         value = next(value for value in values if value != variant.settings[place])
         return _effect(self._replan({**variant.settings, place: value}))

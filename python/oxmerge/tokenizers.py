@@ -13,12 +13,13 @@ import os
 from collections import Counter
 from contextlib import suppress
 
-from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.json_files import read_json, read_start
 from oxmerge.names import is_vocabulary
 from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.references import resolve_reference
+from oxmerge.side_files import folder_of
+from oxmerge.vocabularies import KINDS, OPAQUE, compare, folder_beside, present, vocabularies
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,19 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["check_tokenizer"]
 
-#: The files that say which tokens there are, for tokenizers that keep them so. Where one adds
-#: tokens, it stands first.
-_VOCABULARIES = (
-    ("tokenizer.json",),
-    ("added_tokens.json", "vocab.json"),
-    ("added_tokens.json", "vocab.txt"),
-)
-#: Those that only their own programs read.
-_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 #: Everything that makes a tokenizer what it is.
+_TOKENS = (*dict.fromkeys(name for names in KINDS for name in names), *OPAQUE)
 _FILES = (
-    *dict.fromkeys(name for names in _VOCABULARIES for name in names),
-    *_MODELS,
+    *_TOKENS,
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -80,6 +72,10 @@ def check_tokenizer(
         Where relative paths may start.
     """
     if recipe.tokenizer is not None:
+        if not folder_of(donor.path).is_dir():
+            message = f"the donor `{donor.reference}` is a file, and those beside it are not copied"
+            advice = "name its folder, whose tokenizer the output then has"
+            yield Problem("recipe", message, recipe.tokenizer.where, advice=advice)
         yield from _check_source(recipe.tokenizer, donor, folders)
         yield from _check_tokens(recipe.tokenizer, models, donor)
         yield from _check_more(recipe.tokenizer)
@@ -151,19 +147,13 @@ def _differs(own: str, theirs: str, rows: int) -> str:
     ``same``: it has no tokenizer, or one that gives each id the same token. ``more``: it has tokens
     for ids that stand for none in the donor. ``different``: for an id that stands for one.
     """
-    one, other = _vocabulary(own), _vocabulary(theirs)
-    if own == theirs or not (one or other or _present(theirs, _MODELS)):
+    if own == theirs or not present(theirs, _TOKENS) or _equal(own, theirs, _TOKENS):
         return _SAME
-    if _equal(own, theirs, (*dict.fromkeys((*one, *other)), *_MODELS)):
-        return _SAME
-    if not one or not other:
-        return _UNKNOWN if _present(theirs, (*other, *_MODELS)) else _SAME
+    found = vocabularies(own, theirs)
+    if found is None:
+        return _UNKNOWN
     try:
-        difference = _core.compare_vocabularies(
-            [os.path.join(own, name) for name in one],
-            [os.path.join(theirs, name) for name in other],
-            rows,
-        )
+        difference = compare(*found, rows)
     except (OxmergeError, OSError):
         return _UNKNOWN
     if difference is None:
@@ -172,37 +162,24 @@ def _differs(own: str, theirs: str, rows: int) -> str:
     return _DIFFERENT if difference["differing"] or lacking else _MORE
 
 
-def _vocabulary(folder: str) -> tuple[str, ...]:
-    """Return the names of the files that tell which tokens a model has, if a program reads them."""
-    for names in _VOCABULARIES:
-        present = _present(folder, names)
-        if names[-1] in present:
-            return present
-    return ()
-
-
-def _present(folder: str, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if os.path.isfile(os.path.join(folder, name)))
-
-
 def _has_same_files(own: str, theirs: str) -> bool:
-    return own == theirs or bool(_present(own, _FILES) and _equal(own, theirs, _FILES))
+    return own == theirs or bool(present(own, _FILES) and _equal(own, theirs, _FILES))
 
 
 def _equal(own: str, theirs: str, names: Sequence[str]) -> bool:
     """Tell whether both folders have the same of these files, with the same bytes."""
-    present = _present(own, names)
-    if present != _present(theirs, names):
+    shared = present(own, names)
+    if shared != present(theirs, names):
         return False
     try:
-        _, different, unreadable = filecmp.cmpfiles(own, theirs, present, shallow=False)
+        _, different, unreadable = filecmp.cmpfiles(own, theirs, shared, shallow=False)
     except OSError:
         return False
     return not different and not unreadable
 
 
 def _folder(path: str) -> str:
-    return os.path.realpath(path if os.path.isdir(path) else os.path.dirname(path))
+    return os.path.realpath(folder_beside(path))
 
 
 def _rows(model: InputModel) -> int:

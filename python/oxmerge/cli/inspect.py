@@ -17,6 +17,7 @@ from oxmerge.output_config import says_tied
 from oxmerge.problems import printable
 from oxmerge.schema import DTYPE_SIZES
 from oxmerge.sizes import format_size
+from oxmerge.vocabularies import folder_beside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,9 +116,8 @@ def _layout(names: list[str], config: dict[str, Any]) -> Layout:
 
 
 def _read_config(model: str) -> dict[str, Any]:
-    folder = model if os.path.isdir(model) else os.path.dirname(model)
     try:
-        config, _ = read_json(os.path.join(folder, "config.json"))
+        config, _ = read_json(os.path.join(folder_beside(model), "config.json"))
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -57,9 +57,7 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
         printer.say(f"note: {note}")
     for report in reports:
         printer.say(summary(report)[0])
-    # Those of one pass have its seconds; with `--together` there may be several passes.
-    last = [report for report in reports if report.seconds == reports[-1].seconds]
-    printer.say(f"{len(last)} merges in one pass: {summary(last[-1], len(last))[1]}")
+    printer.say(f"{len(reports)} merges in one pass: {summary(reports[-1], len(reports))[1]}")
     if printer.as_json:
         printer.json({"merges": [report.as_dict() for report in reports]})
     return 0

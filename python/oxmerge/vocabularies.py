@@ -1,0 +1,79 @@
+"""The files of a model that say which tokens there are, and comparing those of two models."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+from oxmerge import _core
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+__all__ = ["KINDS", "OPAQUE", "compare", "folder_beside", "present", "vocabularies"]
+
+#: Files that tell each token's id, by kind. A kind is there if its first file is.
+KINDS = (
+    ("tokenizer.json",), ("vocab.json", "added_tokens.json"), ("vocab.txt", "added_tokens.json"),
+)  # fmt: skip
+#: Files that only their own programs read: their bytes can be compared.
+OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+
+
+def folder_beside(path: str) -> str:
+    """Return the folder in which a model's config and tokenizer lie."""
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def present(folder: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the names that are files in a folder."""
+    return tuple(name for name in names if os.path.isfile(os.path.join(folder, name)))
+
+
+def vocabularies(one: str, other: str) -> tuple[list[str], list[str]] | None:
+    """Return the files that tell the tokens in two folders; None if a folder has none.
+
+    They are of the first kind that both have, else of the first that each has.
+    """
+    found = [_by_kind(folder) for folder in (one, other)]
+    if not all(found):
+        return None
+    for ours in found[0]:
+        for theirs in found[1]:
+            if os.path.basename(ours[0]) == os.path.basename(theirs[0]):
+                return ours, theirs
+    return found[0][0], found[1][0]
+
+
+def _by_kind(folder: str) -> list[list[str]]:
+    there = (present(folder, names) for names in KINDS)
+    return [
+        [os.path.join(folder, name) for name in files]
+        for names, files in zip(KINDS, there, strict=True)
+        if names[0] in files
+    ]
+
+
+def compare(one: Sequence[str], other: Sequence[str], rows: int) -> dict[str, Any] | None:
+    """Return how two vocabularies differ in the ids below `rows`, as the engine tells it.
+
+    Files are read once as long as they do not change: a sweep plans the same merge often.
+    """
+    return _compare(_identified(one), _identified(other), rows)
+
+
+def _identified(files: Sequence[str]) -> tuple[tuple[str, int, int, int, int], ...]:
+    status = [(file, os.stat(file)) for file in files]
+    return tuple((f, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for f, s in status)
+
+
+@lru_cache(maxsize=64)
+def _compare(
+    one: tuple[tuple[str, int, int, int, int], ...],
+    other: tuple[tuple[str, int, int, int, int], ...],
+    rows: int,
+) -> dict[str, Any] | None:
+    files, others = ([each[0] for each in identified] for identified in (one, other))
+    return _core.compare_vocabularies(files, others, rows)

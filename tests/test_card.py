@@ -64,7 +64,7 @@ Merge method: [Spherical interpolation (`slerp`)](https://example.org/slerp), wi
 
 ## Recipe
 
-The merge can be repeated from this file, which is also in `oxmerge_recipe.yml`:
+It is also in `oxmerge_recipe.yml`. Relative paths in it hold where it was first run.
 
 ```yaml
 merge_method: slerp

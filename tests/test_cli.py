@@ -298,6 +298,8 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ("merge r out --seed 18446744073709551616", "is not a whole number", "see"),
         ("merge r out --seed 1.5", "`1.5` is not a whole number from 0", "see"),
         ("merge r out --read-path fast", "invalid choice: 'fast'", "see"),
+        ("r.yml out", "unknown command `r.yml`", "to merge by a recipe: `oxmerge merge r.yml OUT`"),
+        ("--seed 1 merge r", "`--seed` before a command", "write options after it: `oxmerge merge"),
         ("methods slurp", "unknown method `slurp`", "did you mean `slerp`?"),
         ("methods SLERP", "unknown method `SLERP`", "did you mean `slerp`?"),
         ("methods sce", "method `sce` is not in this release", "known are: linear, slerp"),
@@ -493,6 +495,8 @@ def test_a_recipe_from_standard_input(tmp_path: Path, twins: Path) -> None:
     swept = ["--set", "models[0].parameters.weight=0.1,0.2"]
     assert run("sweep", "-", str(tmp_path / "w{weight}"), *swept).returncode == 0
     assert (tmp_path / "w0.2/model.safetensors").exists()
+    if os.path.exists("/dev/fd/0"):  # as in `oxmerge plan <(sed … recipe.yml)`
+        assert b"method    linear" in run("plan", "/dev/fd/0").stdout
     for text, told in (
         (b"", b"found nothing"),
         (b"\xff", b"not a text file"),

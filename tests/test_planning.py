@@ -542,6 +542,19 @@ def test_missing_models_name_the_places_tried(shelf: Shelf, tmp_path: Path) -> N
     ]
 
 
+def test_a_misspelt_folder_is_told(shelf: Shelf) -> None:
+    shelf.put(**{"org/tuned": zoo.llama(1), "base": zoo.llama(1)})
+    problems = shelf.problems(linear("org/tund", "./bse"))
+    hints = [problem.rpartition("hint: ")[2] for problem in problems]
+    assert [hint.partition("?")[0] for hint in hints] == [
+        "did you mean `org/tuned`",
+        "did you mean `./base`",
+    ]
+    assert hints[0].endswith(
+        "If not, download it, and name its folder: `hf download org/tund --local-dir FOLDER`"
+    )
+
+
 def test_a_model_may_lie_beside_the_recipe(shelf: Shelf, tmp_path: Path) -> None:
     zoo.write(tmp_path / "recipes" / "a", zoo.llama(1))
     path = tmp_path / "recipes" / "recipe.yml"

@@ -219,6 +219,10 @@ WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
         change("output", "side_files", 0, "name", to="config.json"),
         "two files of the output have one name",
     ),
+    "side file that is an index": (
+        change("output", "side_files", 0, "name", to="model.safetensors.index.json"),
+        "two files of the output have one name",
+    ),
     "output": (change("output", to=[]), "`models` in the plan is not as it should be"),
     "table": (change("table", to=[]), "the plan's table cannot be read"),
 }

@@ -196,6 +196,8 @@ def test_every_tensor_that_cannot_be_saved_is_told(tmp_path: Path) -> None:
             "a", "b", "c", "d", "e", "__metadata__", "3", "\udc80"
         ]  # fmt: skip
         assert not (tmp_path / target).exists()
+    with pytest.raises(oxmerge.OutputError, match="name"):
+        oxmerge.save({"x": np.zeros(2)}, "")
     for nothing in ([np.zeros(2)], np.zeros(2), None, "x"):
         with pytest.raises(TypeError):
             oxmerge.save(nothing, tmp_path / "out")  # type: ignore[arg-type]

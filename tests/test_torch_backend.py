@@ -549,7 +549,7 @@ def test_without_torch_one_line_says_what_to_install(
     recipe = recipe_of(tmp_path, family, "linear")
     for device in ("torch", "cuda", "cuda:1"):
         assert main(["merge", str(recipe), str(tmp_path / "out"), "--device", device]) == 1
-        message = f"error: the device `{device}` needs torch: pip install 'oxmerge[torch]'\n"
+        message = f"error: the device `{device}` needs torch: pip install torch\n"
         assert capsys.readouterr().err == message
     assert not (tmp_path / "out").exists()
 

@@ -446,8 +446,9 @@ def kind_of(framework: str) -> Kind:
         try:
             import torch  # noqa: F401, PLC0415
         except ImportError as error:
-            advice = 'pip install "oxmerge[torch]"'
-            message = f"framework={framework!r} needs torch, which is not installed: {advice}"
+            message = (
+                f"framework={framework!r} needs torch, which is not installed: pip install torch"
+            )
             raise ImportError(message) from error
     return kind
 

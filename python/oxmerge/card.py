@@ -151,7 +151,7 @@ def model_card(
         "## Models",
         "\n".join(f"- {_code(model)}" for model in everyone if model != base or base in models),
         "## Recipe",
-        f"The merge can be repeated from this file, which is also in `{RECIPE_NAME}`:",
+        f"It is also in `{RECIPE_NAME}`. Relative paths in it hold where it was first run.",
         _fenced(recipe_text),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

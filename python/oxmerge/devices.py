@@ -74,7 +74,7 @@ def open_backend(device: str, vram: int | None) -> Backend | None:
     if device == "cpu":
         return None
     if not _has_torch():
-        raise DeviceError(f"the device `{device}` needs torch: pip install 'oxmerge[torch]'")
+        raise DeviceError(f"the device `{device}` needs torch: pip install torch")
     try:
         from oxmerge import torch_backend  # noqa: PLC0415 - loads torch, which takes seconds
     except Exception as error:

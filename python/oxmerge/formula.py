@@ -2,7 +2,7 @@
 
 A `Value` is one number for each element of the output tensor; a `Scalar` is one number about a
 whole tensor (or row, column or model). Arithmetic on them computes nothing: it builds an
-expression, which the engine runs out of core, on every core, to the bit the same everywhere.
+expression, which the engine runs in blocks, on every core, to the bit the same everywhere.
 
 Three rules give the numbers their meaning:
 

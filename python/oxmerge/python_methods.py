@@ -1,7 +1,8 @@
 """Merge methods written in Python.
 
 A method is a function that says what an element of the output is, in the language of
-`oxmerge.formula`. It runs as the built-in methods do: out of core, on every core, to the bit.
+`oxmerge.formula`. It runs on arrays (`merge_tensors`, `merge_state_dicts`) as the built-in methods
+do: in blocks, on every core, to the bit. Recipes do not take it yet.
 
 >>> from oxmerge import method, per_model, shared
 >>> from oxmerge.formula import norm, weighted_sum
@@ -220,12 +221,11 @@ def method(
     Parameters
     ----------
     base : str
-        Whether a base model is required, optional, or ignored (then a `base_model` of a recipe is a
-        model like any other).
+        Whether a base model is required, optional, or ignored (then there is none).
     models : tuple of int
         Fewest and most models besides the base.
     name : str, optional
-        What recipes call it, if not by the function's name.
+        What callers name it by, if not by the function's name.
 
     Raises
     ------

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os.path
+import os
 import re
+from contextlib import suppress
 
-from oxmerge.problems import UNSUPPORTED, Problem
+from oxmerge.problems import UNSUPPORTED, Problem, near, printable
 
 __all__ = [
     "DOWNLOAD_REVISION",
@@ -79,4 +80,16 @@ def _not_found(reference: str, places: list[str]) -> Problem:
     if _HUB_NAME.fullmatch(reference):
         message += ", and models are not fetched from the Hub yet"
         advice = f"download it, and name its folder: `hf download {reference} --local-dir FOLDER`"
+    if meant := _meant(reference, places):
+        advice = f"did you mean `{meant}`? If not, {advice}"
     return Problem("model", message, advice=advice)
+
+
+def _meant(reference: str, places: list[str]) -> str | None:
+    """Return the reference to a file or folder that is there, of almost the same name."""
+    for place in places:
+        folder, name = os.path.split(place)
+        with suppress(OSError):
+            for found in near(name, os.listdir(folder), 1):
+                return printable(os.path.join(os.path.dirname(reference), found))
+    return None

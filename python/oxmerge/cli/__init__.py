@@ -9,6 +9,7 @@ how they are told.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -89,7 +90,12 @@ def _dispatch(arguments: list[str], printer: Printer, engine: Engine | None) -> 
         return 0
     verb, *rest = arguments
     if verb.startswith("-"):
-        raise UsageError(f"`{verb}` before a command", "write options after it: `oxmerge merge -q`")
+        example = f"`oxmerge merge RECIPE OUTPUT {verb}`"
+        raise UsageError(f"`{verb}` before a command", f"write options after it: {example}")
+    if verb not in VERBS and (verb.endswith((".yml", ".yaml")) or os.path.isfile(verb)):
+        raise UsageError(
+            f"unknown command `{verb}`", f"to merge by a recipe: `oxmerge merge {verb} OUT`"
+        )
     if verb not in VERBS:
         raise UsageError.unknown("command", verb, VERBS)
     module = import_module(f"oxmerge.cli.{verb}")

@@ -45,11 +45,12 @@ def summary(report: MergeReport, outputs: int = 1) -> tuple[str, str]:
     """Return the two lines that end a merge; the second is for all that were made in its pass."""
     moved = report.input_bytes + outputs * report.bytes_written
     files = "1 file" if report.files == 1 else f"{report.files} files"
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
     peak = format_size(report.peak_memory, binary=True)
     where = f"wrote `{report.directory}`: {report.tensors} tensors in {files}, "
     how = f"{format_rate(moved, report.seconds)} (inputs and output once), peak memory {peak} of "
     arithmetic = report.simd if report.device == "cpu" else report.device
     return (
         where + f"{format_size(report.bytes_written)} in {format_duration(report.seconds)}",
-        how + f"{format_size(report.memory, binary=True)}, {report.threads} threads, {arithmetic}",
+        how + f"{format_size(report.memory, binary=True)}, {threads}, {arithmetic}",
     )

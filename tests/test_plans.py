@@ -165,6 +165,10 @@ def hole(saved: Saved) -> None:
     saved["table"]["tensors"][-1][4] += 2
 
 
+def empty_shard(saved: Saved) -> None:
+    saved["table"]["shards"].append({"file_name": "other.safetensors", "size": 16})
+
+
 def duplicate(saved: Saved) -> None:
     saved["table"]["tensors"][1][0] = saved["table"]["tensors"][0][0]
 
@@ -193,6 +197,7 @@ WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
     "overflow": (change(*INPUT, 6, to=2**64 - 1), "an input lies past the end of its file"),
     "overlap": (overlap, "overlaps what is before it"),
     "hole": (hole, "leaves a hole after what is before it"),
+    "file without tensors": (empty_shard, "an output file has no tensors"),
     "twice": (duplicate, "the output cannot have this tensor name, or not twice"),
     "size": (change("table", "shards", 0, "size", to=5000), "another size than its tensors"),
     "path": (change("table", "shards", 0, "file_name", to="../x.safetensors"), "a plain name"),

@@ -127,6 +127,24 @@ def test_the_bits_are_those_of_the_methods_in_rust(shape: tuple[int, ...], threa
         assert np.array_equal(merged, expected), (ours, shape)
 
 
+def test_a_vote_by_numbers_that_cancel_divides_by_none_of_them() -> None:
+    @method()
+    def constant(models: Any) -> Any:
+        return vote([0.5, -0.5, 0.3], models, average=True)
+
+    @method()
+    def found(models: Any) -> Any:
+        nothing = 0 * formula.count()
+        return vote([nothing + 0.5, nothing - 0.5, nothing + 0.3], models, average=True)
+
+    # Of the elements agree: the first two models, all, the first and the last.
+    stack = [np.array(values, "f4") for values in ([3, 3, 1], [-2, -2, 1], [-1, 1, 2])]
+    expected = np.array([2.5, 2.8 / 0.3, 1.1 / 0.8], "f4")
+    assert np.allclose(oxmerge.merge_tensors("constant", stack), expected)
+    merged = oxmerge.merge_tensors("found", stack)
+    assert np.array_equal(merged, oxmerge.merge_tensors("constant", stack))
+
+
 def test_state_dicts_and_kinds_of_bases() -> None:
     @method()
     def plain(models: Any) -> Any:

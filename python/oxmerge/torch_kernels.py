@@ -87,20 +87,20 @@ def _exp(a: torch.Tensor) -> torch.Tensor:
 
 
 def _ln(a: torch.Tensor) -> torch.Tensor:
-    k, f = _power_and_rest(a.double())
-    s = f / (2.0 + f)
+    k, rest = _power_and_rest(a.double())
+    s = rest / (2.0 + rest)
     square = s * s
-    total = torch.zeros_like(f)
+    total = torch.zeros_like(rest)
     for n in range(_SERIES, 0, -1):
         total = square * (total + 2.0 / (2 * n + 1))
-    half = 0.5 * f * f
-    found = k * _LN_2_HIGH - ((half - (s * (half + total) + k * _LN_2_LOW)) - f)
+    half = 0.5 * rest * rest
+    found = k * _LN_2_HIGH - ((half - (s * (half + total) + k * _LN_2_LOW)) - rest)
     found = found.masked_fill(a == torch.inf, torch.inf).masked_fill(a == 0, -torch.inf)
     return found.masked_fill(a.isnan() | (a < 0), torch.nan).to(a.dtype)
 
 
 def _power_and_rest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return k and f of x = 2ᵏ · (1 + f), with 1 + f between √½ and √2."""
+    """Return k and rest of x = 2ᵏ · (1 + rest), with 1 + rest between √½ and √2."""
     is_small = x < torch.finfo(torch.float64).tiny
     bits = torch.where(is_small, x * 2.0**54, x).view(torch.int64)
     exponent = (bits >> _FRACTION) - _BIAS

@@ -12,6 +12,7 @@ use super::{
     compute,
 };
 use crate::error::{Error, Result};
+use crate::kernels::CANCELLED;
 
 /// A function of numbers that the formula's author wrote.
 pub type HostFunction = Arc<dyn Fn(&[f64]) -> Vec<f64> + Send + Sync>;
@@ -310,7 +311,7 @@ impl Value {
         let divisor = Self::weighted_sum(weights.into_iter().zip(agrees.iter().cloned()));
         let magnitudes = Self::weighted_sum(magnitudes.into_iter().zip(agrees));
         // As of constant weights: nothing is divided by a sum that is zero but for rounding.
-        let cancels = (&magnitudes * &number(1e-6)).at_least(&divisor.abs());
+        let cancels = (&magnitudes * &number(CANCELLED)).at_least(&divisor.abs());
         &total / &cancels.select(&number(1.0), &divisor)
     }
 

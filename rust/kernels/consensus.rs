@@ -2,10 +2,10 @@
 //!
 //! For each element: the weighted values are summed, in order; the sign of the sum wins, zero
 //! counting as positive; the weighted values of that sign are summed, in order, and divided by the
-//! sum of their weights where that is wanted (and [not zero](cancels)). A value of zero has no sign and joins
-//! neither side; a NaN makes the result NaN. Written out with the elementwise kernels this takes
-//! some twenty passes over chunks; here it takes one, a group of elements at a time in registers,
-//! for any number of models.
+//! sum of their weights where that is wanted (and [not zero](cancels)). A value of zero has no sign
+//! and joins neither side; a NaN makes the result NaN. Written out with the elementwise kernels this
+//! takes some twenty passes over chunks; here it takes one, a group of elements at a time in
+//! registers, for any number of models.
 
 use super::level::{Kernel, Level};
 use super::real::Real;
@@ -20,10 +20,13 @@ struct Elect<'a, T, const AVERAGE: bool, const CANCELS: bool> {
     out: &'a mut [T],
 }
 
+/// Beside the magnitudes of its terms, what a sum is at most if it is zero but for rounding.
+pub(crate) const CANCELLED: f64 = 1e-6;
+
 /// Whether a sum is zero but for rounding: next to nothing beside the sum of its terms' magnitudes.
 /// Nothing is divided by such a sum.
 pub(crate) fn cancels<T: Real>(sum: T, magnitudes: T) -> bool {
-    sum.abs() <= T::from_f64(1e-6) * magnitudes
+    sum.abs() <= T::from_f64(CANCELLED) * magnitudes
 }
 
 /// Whether the sum of some of these weights can be zero while its terms are not. Sums of one sign

@@ -44,8 +44,8 @@ mod transcendental;
 pub mod ulp;
 pub mod weighted;
 
-pub(crate) use consensus::cancels;
 pub use consensus::elect;
+pub(crate) use consensus::{CANCELLED, cancels};
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;

@@ -1,9 +1,9 @@
 //! A sum of randomly thinned task vectors onto their base, from bytes to bytes.
 //!
-//! What DARE computes when the ratios of the norms are known. Step by step each element goes through
-//! the cache a dozen times; here it is widened, subtracted, masked, weighted, voted on and narrowed
-//! in registers. Each step is rounded as by the kernels it stands for, in the same order, so the
-//! bits agree.
+//! What DARE computes when the ratios of the norms are known, and TIES when its masks are. Step by
+//! step each element goes through the cache a dozen times; here it is widened, subtracted, masked,
+//! weighted, voted on and narrowed in registers. Each step is rounded as by the kernels it stands
+//! for, in the same order, so the bits agree.
 
 use super::consensus::cancels;
 use super::convert::{Bf16, F16, F32, Format, check_bytes};

@@ -58,16 +58,16 @@ pub(super) fn ln(x: f64) -> f64 {
     let is_large = m > SQRT_2;
     let m = if is_large { m * 0.5 } else { m };
     let k = exponent as f64 + if is_large { 1.0 } else { 0.0 } - shift;
-    let f = m - 1.0;
-    let s = f / (2.0 + f);
+    let rest = m - 1.0;
+    let s = rest / (2.0 + rest);
     let square = s * s;
     let mut sum = 0.0;
     for n in (1..=11).rev() {
         sum = square * (sum + 2.0 / f64::from(2 * n + 1));
     }
-    // 2s is f − f²/2 + s · f²/2, of which f is exact.
-    let half = 0.5 * f * f;
-    k * LN_2_HIGH - ((half - (s * (half + sum) + k * LN_2_LOW)) - f)
+    // 2s is rest − rest²/2 + s · rest²/2, of which rest is exact.
+    let half = 0.5 * rest * rest;
+    k * LN_2_HIGH - ((half - (s * (half + sum) + k * LN_2_LOW)) - rest)
 }
 
 #[cfg(test)]

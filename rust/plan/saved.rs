@@ -269,6 +269,10 @@ fn check_shards(
 ) -> Result<Plan> {
     for index in 0..plan.shards.len() {
         let header = header_bytes(&plan, index)?;
+        if plan.tensors_of_shard(index).next().is_none() {
+            let file_name = &plan.shards[index].file_name;
+            return Err(wrong("an output file has no tensors").file(file_name));
+        }
         let mut end = header;
         for tensor in plan.tensors_of_shard(index) {
             if tensor.start() != end {

@@ -15,7 +15,7 @@ use pyo3::types::PyDict;
 use super::enter::take_part;
 use super::error::raise;
 use super::exported::{Array, Given, Held, export, export_all, may_wait};
-use super::formula::{Raised, Written};
+use super::formula::Written;
 use super::plan::{Plan, parameters};
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource, Many};
@@ -262,6 +262,11 @@ pub(super) fn merge_arrays(
     // What may run a program's code comes first: it could change an array that was looked at.
     let own: Vec<Parameters> = own.iter().map(parameters).collect::<PyResult<_>>()?;
     let shared = parameters(shared)?;
+    let built_in = method.extract::<&str>().ok();
+    let written: Option<Written> = match built_in {
+        Some(_) => None,
+        None => Some(method.extract()?),
+    };
     let (inputs, out) = export(inputs, out)?;
     let source = |(index, (input, parameters)): (usize, (&Array<'_>, Parameters))| SourceTensor {
         model: format!("input {index}"),
@@ -282,13 +287,13 @@ pub(super) fn merge_arrays(
         base,
         parameters: shared,
     };
-    let (work, raised) = if let Ok(name) = method.extract::<&str>() {
-        (Work::of(name, &tensor), Raised::default())
-    } else {
-        let written: Written = method.extract()?;
-        let formula = || Ok(Work::Formulas(vec![written.value(inputs.len())?]));
-        let is_float = tensor.dtype.is_float();
-        (if is_float { formula() } else { Ok(Work::Identical) }, written.raised())
+    let raised = written.as_ref().map(Written::raised).unwrap_or_default();
+    let work = match (built_in, written) {
+        (Some(method), _) => Work::of(method, &tensor),
+        (None, Some(formula)) if tensor.dtype.is_float() => {
+            formula.value(inputs.len()).map(|value| Work::Formulas(vec![value]))
+        }
+        (None, _) => Ok(Work::Identical),
     };
     let work = work.map_err(|error| raise(py, &error))?;
     let call = Call { name, seed, shape: tensor.shape, threads };

@@ -25,7 +25,8 @@ const TICK: Duration = Duration::from_millis(25);
 /// How often progress is reported.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-/// Runs `work`; calls `progress` with (bytes read, bytes written, tensors, current tensor).
+/// Runs `work`; calls `progress` with (bytes read, bytes written, tensors,
+/// current tensor, peak memory in bytes).
 ///
 /// An exception of a signal handler or of `progress` cancels the work, and is raised when the
 /// workers have stopped.

@@ -1,6 +1,6 @@
 """Writes `method_functions.pyi` from what the engine says of its methods.
 
-python tests/method_stub.py > python/oxmerge/method_functions.pyi
+python tests/method_stub.py > python/oxmerge/arrays/method_functions.pyi
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, overload
 
 from numpy.typing import NDArray
 
-from oxmerge.arrays import Tensor
+from oxmerge.arrays.views import Tensor
 
 # One number for all tensors, or one for each.
 _Each: TypeAlias = float | Sequence[float]

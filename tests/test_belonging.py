@@ -12,7 +12,7 @@ import oxmerge
 import pytest
 from oxmerge import PlanError
 from oxmerge.cli import main
-from oxmerge.config_meaning import meaning_of, same, types_of
+from oxmerge.models.config_meaning import meaning_of, same, types_of
 from writers import Arrays, write_model, write_recipe
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import oxmerge
 import pytest
 import yaml
 from oxmerge.errors import OxmergeError, RecipeError
-from oxmerge.extent import MOST_VALUES
 from oxmerge.json_files import read_json
-from oxmerge.keys import show
-from oxmerge.recipe import MOST_BYTES, Recipe
+from oxmerge.recipe.extent import MOST_VALUES
+from oxmerge.recipe.keys import show
+from oxmerge.recipe.recipe import MOST_BYTES, Recipe
 from writers import random_arrays, write_model, write_recipe
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import oxmerge
 import pytest
 import yaml
-from oxmerge.card import Metadata, hub_name, model_card, read_metadata
+from oxmerge.output.card import Metadata, hub_name, model_card, read_metadata
 from writers import random_arrays, write_model, write_recipe
 
 if TYPE_CHECKING:

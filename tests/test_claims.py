@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
-from oxmerge import _core, claims
-from oxmerge.claims import Claim, claim, claimed
+from oxmerge import _core
 from oxmerge.errors import OutputError
+from oxmerge.output import claims
+from oxmerge.output.claims import Claim, claim, claimed
 from writers import directory_bytes
 
 if TYPE_CHECKING:

@@ -877,7 +877,7 @@ def process(code: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 def test_the_version_imports_nothing_heavy() -> None:
     done = process(
         "import sys; from oxmerge.cli import main; code = main(['--version']); "
-        "print({'rich', 'yaml', 'numpy', 'torch', 'safetensors', 'oxmerge.planning'} "
+        "print({'rich', 'yaml', 'numpy', 'torch', 'safetensors', 'oxmerge.planning.planner'} "
         "& set(sys.modules), code)"
     )
     assert done.stderr == ""

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import oxmerge
 import pytest
-from oxmerge import _core, cli, publish
+from oxmerge import _core, cli
 from oxmerge.file_state import FileState
-from oxmerge.journal import JOURNAL_NAME, mark
+from oxmerge.output import publish
+from oxmerge.output.journal import JOURNAL_NAME, mark
 from writers import directory_bytes, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:

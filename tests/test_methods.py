@@ -9,7 +9,8 @@ import numpy as np
 import oxmerge
 import pytest
 from method_stub import stub
-from oxmerge import _core, method_functions
+from oxmerge import _core
+from oxmerge.arrays import method_functions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from oxmerge.names import (
+from oxmerge.models.names import (
     find_layer_counts,
     find_layout,
     is_head,

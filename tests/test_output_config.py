@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from oxmerge.errors import PlanError
-from oxmerge.output_config import edit_config, json_text
+from oxmerge.output.config import edit_config, json_text
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

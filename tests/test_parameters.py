@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge.methods import Parameter
-from oxmerge.parameters import Resolver, SettingReader, convert, interpolate
-from oxmerge.recipe import Recipe
+from oxmerge.planning.parameters import Resolver, SettingReader, convert, interpolate
+from oxmerge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from oxmerge.recipe import Scalar, Settings
+    from oxmerge.recipe.recipe import Scalar, Settings
 
 GRADIENTS: list[tuple[tuple[Scalar, ...], float, Scalar]] = [
     ((3.0,), 0.7, 3.0),

@@ -14,13 +14,13 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oxmerge import _core
-from oxmerge.accounting import compact_names
 from oxmerge.errors import PlanError
-from oxmerge.names import find_layout
-from oxmerge.recipe import Recipe
+from oxmerge.models.names import find_layout
+from oxmerge.planning.accounting import compact_names
+from oxmerge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from oxmerge.plans import Plan
+    from oxmerge.planning.plans import Plan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

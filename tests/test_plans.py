@@ -9,7 +9,7 @@ import oxmerge
 import pytest
 import zoo
 from oxmerge.cli import main
-from oxmerge.recipe import Recipe
+from oxmerge.recipe.recipe import Recipe
 from writers import directory_bytes, write_recipe
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import pytest
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
-from oxmerge.journal import JOURNAL_NAME
-from oxmerge.publish import (
+from oxmerge.output.journal import JOURNAL_NAME
+from oxmerge.output.publish import (
     INDEX_NAME,
     Contents,
     OutputDirectory,
@@ -25,7 +25,7 @@ from oxmerge.publish import (
     prepare_output,
     stage,
 )
-from oxmerge.side_files import SideFile
+from oxmerge.output.side_files import SideFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

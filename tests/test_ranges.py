@@ -10,13 +10,13 @@ import pytest
 from oxmerge import _core, kernels
 from oxmerge.errors import PlanError
 from oxmerge.methods import Range
-from oxmerge.recipe import Recipe
+from oxmerge.recipe.recipe import Recipe
 from writers import write_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from oxmerge.plans import Plan
+    from oxmerge.planning.plans import Plan
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oxmerge.errors import RecipeError
-from oxmerge.recipe import Choice, Recipe
+from oxmerge.recipe.recipe import Choice, Recipe
 
 MODELS = "models: [{model: a}, {model: b}]\n"
 START = "merge_method: linear\n"

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oxmerge import _core
 from oxmerge.errors import MemoryBudgetError
-from oxmerge.planning import build_plan
-from oxmerge.recipe import Recipe
+from oxmerge.planning.planner import build_plan
+from oxmerge.recipe.recipe import Recipe
 from writers import directory_bytes, evict, write_recipe
 
 if TYPE_CHECKING:

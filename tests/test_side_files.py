@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
-from oxmerge import _core, publish
+from oxmerge import _core
 from oxmerge._core import partial_name
-from oxmerge.side_files import copy_bytes, find_side_files, is_index, is_loadable_weight
+from oxmerge.output import publish
+from oxmerge.output.side_files import copy_bytes, find_side_files, is_index, is_loadable_weight
 from writers import directory_bytes
 
 if TYPE_CHECKING:

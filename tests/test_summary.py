@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import oxmerge
 import pytest
 from oxmerge import merging
-from oxmerge.summary import bytes_moved
+from oxmerge.planning.summary import bytes_moved
 from writers import random_arrays, write_model, write_recipe
 
 if TYPE_CHECKING:

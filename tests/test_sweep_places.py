@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge.cli import main
 from oxmerge.errors import RecipeError
+from oxmerge.recipe.yaml_edit import set_value
+from oxmerge.recipe.yaml_text import parse_yaml
 from oxmerge.sweeping import variants
-from oxmerge.yaml_edit import set_value
-from oxmerge.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -27,8 +27,8 @@ import pytest
 from oxmerge import _core, devices
 from oxmerge.cli import main
 from oxmerge.errors import DeviceError, InternalError, MemoryBudgetError
-from oxmerge.planning import build_plan
-from oxmerge.recipe import Recipe
+from oxmerge.planning.planner import build_plan
+from oxmerge.recipe.recipe import Recipe
 from test_same_bytes import METHODS, recipe_of, shards_of
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe
 

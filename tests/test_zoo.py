@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import zoo
-from oxmerge.names import find_layer_counts, find_layout
-from oxmerge.recipe import Recipe
+from oxmerge.models.names import find_layer_counts, find_layout
+from oxmerge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from oxmerge.plans import Plan
+    from oxmerge.planning.plans import Plan
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

@@ -12,16 +12,16 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oxmerge.planning import build_plan
+from oxmerge.planning.planner import build_plan
 from oxmerge.schema import DTYPE_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from oxmerge.accounting import ModelAccount, Share
-    from oxmerge.plans import Plan
-    from oxmerge.recipe import Recipe
+    from oxmerge.planning.accounting import ModelAccount, Share
+    from oxmerge.planning.plans import Plan
+    from oxmerge.recipe.recipe import Recipe
 
 Table = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -26,22 +26,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oxmerge import formula as formula
     from oxmerge import kernels as kernels
-    from oxmerge.checkpoints import OpenCheckpoint as OpenCheckpoint
-    from oxmerge.checkpoints import open_checkpoint as open  # noqa: A004
-    from oxmerge.in_memory import merge_tensors as merge_tensors
-    from oxmerge.lazily import LazyMerge as LazyMerge
-    from oxmerge.lazily import lazy as lazy
+    from oxmerge.arrays.in_memory import merge_tensors as merge_tensors
+    from oxmerge.arrays.lazily import LazyMerge as LazyMerge
+    from oxmerge.arrays.lazily import lazy as lazy
+    from oxmerge.arrays.python_methods import method as method
+    from oxmerge.arrays.python_methods import per_model as per_model
+    from oxmerge.arrays.python_methods import shared as shared
+    from oxmerge.arrays.saving import save as save
+    from oxmerge.arrays.state_dicts import merge_state_dicts as merge_state_dicts
     from oxmerge.merging import MergeReport as MergeReport
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
-    from oxmerge.plan_files import load_plan as load_plan
-    from oxmerge.plans import Plan as Plan
-    from oxmerge.python_methods import method as method
-    from oxmerge.python_methods import per_model as per_model
-    from oxmerge.python_methods import shared as shared
-    from oxmerge.recipe import Recipe as Recipe
-    from oxmerge.saving import save as save
-    from oxmerge.state_dicts import merge_state_dicts as merge_state_dicts
+    from oxmerge.models.checkpoints import OpenCheckpoint as OpenCheckpoint
+    from oxmerge.models.checkpoints import open_checkpoint as open  # noqa: A004
+    from oxmerge.planning.plan_files import load_plan as load_plan
+    from oxmerge.planning.plans import Plan as Plan
+    from oxmerge.recipe.recipe import Recipe as Recipe
     from oxmerge.sweeping import sweep as sweep
 
 __all__ = [
@@ -97,22 +97,22 @@ __version__: str = _build()["version"]
 
 #: Where the names come from that are loaded when they are first used.
 _LAZY = {
-    "LazyMerge": ("oxmerge.lazily", "LazyMerge"),
+    "LazyMerge": ("oxmerge.arrays.lazily", "LazyMerge"),
     "MergeReport": ("oxmerge.merging", "MergeReport"),
-    "OpenCheckpoint": ("oxmerge.checkpoints", "OpenCheckpoint"),
-    "Plan": ("oxmerge.plans", "Plan"),
-    "Recipe": ("oxmerge.recipe", "Recipe"),
-    "lazy": ("oxmerge.lazily", "lazy"),
-    "load_plan": ("oxmerge.plan_files", "load_plan"),
+    "OpenCheckpoint": ("oxmerge.models.checkpoints", "OpenCheckpoint"),
+    "Plan": ("oxmerge.planning.plans", "Plan"),
+    "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
+    "lazy": ("oxmerge.arrays.lazily", "lazy"),
+    "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),
-    "merge_state_dicts": ("oxmerge.state_dicts", "merge_state_dicts"),
-    "merge_tensors": ("oxmerge.in_memory", "merge_tensors"),
-    "method": ("oxmerge.python_methods", "method"),
-    "open": ("oxmerge.checkpoints", "open_checkpoint"),
-    "per_model": ("oxmerge.python_methods", "per_model"),
+    "merge_state_dicts": ("oxmerge.arrays.state_dicts", "merge_state_dicts"),
+    "merge_tensors": ("oxmerge.arrays.in_memory", "merge_tensors"),
+    "method": ("oxmerge.arrays.python_methods", "method"),
+    "open": ("oxmerge.models.checkpoints", "open_checkpoint"),
+    "per_model": ("oxmerge.arrays.python_methods", "per_model"),
     "plan": ("oxmerge.merging", "plan"),
-    "save": ("oxmerge.saving", "save"),
-    "shared": ("oxmerge.python_methods", "shared"),
+    "save": ("oxmerge.arrays.saving", "save"),
+    "shared": ("oxmerge.arrays.python_methods", "shared"),
     "sweep": ("oxmerge.sweeping", "sweep"),
 }
 

@@ -23,8 +23,8 @@ from itertools import accumulate
 from math import prod
 from typing import IO, TYPE_CHECKING, Any
 
-from oxmerge.claims import named
 from oxmerge.errors import OutputError
+from oxmerge.output.claims import named
 from oxmerge.signals import put_off
 from oxmerge.sizes import format_size
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from oxmerge.plans import Plan
+    from oxmerge.planning.plans import Plan
     from oxmerge.torch_backend import Backend
 
 __all__ = ["DEFAULT_VRAM", "UNTRIED", "Choice", "choose", "open_backend"]

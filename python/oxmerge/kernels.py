@@ -4,8 +4,8 @@ Every method is a function of its name (``kernels.ties(tensors, base, weight=...
 beside them stand the pieces, for analysis and for methods of one's own. All run on the engine that
 merges files: multithreaded, the GIL released, exact to the bit.
 
-What counts as an array is told in `oxmerge.arrays`. A result is an array of the kind of the first
-input, or `out`, which may be one of the inputs. Common arguments:
+What counts as an array is told in `oxmerge.arrays.views`. A result is an array of the kind of the
+first input, or `out`, which may be one of the inputs. Common arguments:
 
 out : array, optional
     Where the result goes: contiguous, of the result's shape and type.
@@ -37,8 +37,12 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import overload
 
-from oxmerge import _core, measures, method_functions
-from oxmerge.arrays import (
+from oxmerge import _core
+from oxmerge.arrays import measures, method_functions
+from oxmerge.arrays.in_memory import check_options, check_out, finite
+from oxmerge.arrays.measures import *  # noqa: F403 - what goes from arrays to numbers
+from oxmerge.arrays.method_functions import *  # noqa: F403 - every merge method
+from oxmerge.arrays.views import (
     MASKS,
     View,
     check_same_shape,
@@ -50,9 +54,6 @@ from oxmerge.arrays import (
     output,
     promoted,
 )
-from oxmerge.in_memory import check_options, check_out, finite
-from oxmerge.measures import *  # noqa: F403 - what goes from arrays to numbers
-from oxmerge.method_functions import *  # noqa: F403 - every merge method
 from oxmerge.options import whole
 from oxmerge.schema import is_float
 
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from oxmerge.arrays import Tensor
+    from oxmerge.arrays.views import Tensor
 
     Out = TypeVar("Out")
 

@@ -10,20 +10,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
-from oxmerge.claims import named
 from oxmerge.cli.progress import watched
-from oxmerge.contents import contents_of, late_texts
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
 from oxmerge.options import READ_PATHS, check_device, check_threads
-from oxmerge.plan_files import is_saved_plan, load_plan
-from oxmerge.planning import DEFAULT_SHARD_SIZE, build_plan
-from oxmerge.plans import Plan
-from oxmerge.publish import OutputDirectory, close, commit, discard, prepare_output, stage
-from oxmerge.recipe import Recipe
+from oxmerge.output.claims import named
+from oxmerge.output.contents import contents_of, late_texts
+from oxmerge.output.publish import OutputDirectory, close, commit, discard, prepare_output, stage
+from oxmerge.planning.plan_files import is_saved_plan, load_plan
+from oxmerge.planning.planner import DEFAULT_SHARD_SIZE, build_plan
+from oxmerge.planning.plans import Plan
+from oxmerge.planning.summary import Prediction
+from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import parse_size
-from oxmerge.summary import Prediction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -203,7 +203,7 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
     """Return the method called `name`, or why there is none."""
     if name in methods:
         return methods[name]
-    from oxmerge.python_methods import registered  # noqa: PLC0415 - needed only for an error
+    from oxmerge.arrays.python_methods import registered  # noqa: PLC0415 - needed only for an error
 
     if name in registered():
         message = f"method `{name}` is written in Python, and merges arrays only"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge import _core
-    from oxmerge.recipe import Scalar
+    from oxmerge.recipe.recipe import Scalar
 
 __all__ = [
     "DTYPE_NAMES",

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from oxmerge import _core
-from oxmerge.claims import named
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together, prepare
 from oxmerge.methods import read_methods
-from oxmerge.plan_files import is_saved_plan, load_plan
-from oxmerge.planning import DEFAULT_SHARD_SIZE
-from oxmerge.plans import Plan
+from oxmerge.output.claims import named
+from oxmerge.planning.plan_files import is_saved_plan, load_plan
+from oxmerge.planning.planner import DEFAULT_SHARD_SIZE
+from oxmerge.planning.plans import Plan
 from oxmerge.problems import Problem, did_you_mean
-from oxmerge.recipe import Recipe
-from oxmerge.yaml_edit import set_value
+from oxmerge.recipe.recipe import Recipe
+from oxmerge.recipe.yaml_edit import set_value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _spaced(first: float, last: float, count: int) -> list[Scalar]:
 
 
 def _scalar(value: str, text: str) -> Scalar:
-    from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+    from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
     if not value.strip():
         raise _no_values(text)
@@ -256,7 +256,7 @@ class _Source:
         self, stages: Sequence[tuple[list[str | int], Any, Any]]
     ) -> tuple[Mapping[str, object], str] | None:
         """Return the recipe after the last stage, and its text; None if the text did not get it."""
-        from oxmerge.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
         text = self.text
         try:

@@ -4,7 +4,7 @@
 const MOST_DIGITS: usize = 9;
 
 /// The part of a name up to its first number between dots, as `model.layers.3`; nothing if there is
-/// none. `_NUMBER` in `python/oxmerge/names.py` reads the same number.
+/// none. `_NUMBER` in `python/oxmerge/models/names.py` reads the same number.
 pub fn lead(name: &str) -> &str {
     let mut start = 0;
     for part in name.split('.') {

@@ -1,6 +1,6 @@
 //! Arrays in, arrays and numbers out.
 //!
-//! Python says what an array is (`oxmerge/arrays.py`) and hands over the arrays themselves; where
+//! Python says what an array is (`oxmerge/arrays/views.py`) and hands over the arrays themselves; where
 //! their elements lie they say (`exported`), and they are held while a function here runs.
 
 #![expect(unsafe_code, reason = "borrows the memory of Python arrays for the time of a call")]

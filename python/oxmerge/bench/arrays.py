@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from oxmerge import build_info, kernels, merge_tensors
-from oxmerge.arrays import numpy_dtype
+from oxmerge.arrays.views import numpy_dtype
 from oxmerge.bench.cases import DENSITY, WEIGHTS
 from oxmerge.bench.crew import Crew, pieces_of, take
 from oxmerge.bench.machine import cores

@@ -41,8 +41,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Make the checkpoints, merge them, and tell how it went."""
-    from oxmerge.claims import claimed, named  # noqa: PLC0415 - not for --help
     from oxmerge.demo import describe, make_demo  # noqa: PLC0415 - not for --help
+    from oxmerge.output.claims import claimed, named  # noqa: PLC0415 - not for --help
 
     # Another demo there would make the checkpoints anew while this one merges them.
     with claimed(named(options.directory)):

@@ -9,8 +9,8 @@ from pathlib import Path
 import oxmerge
 from oxmerge import _core
 from oxmerge.cli.arguments import UsageError
+from oxmerge.models.references import resolve_reference
 from oxmerge.problems import Problem
-from oxmerge.references import resolve_reference
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from oxmerge._core import Checkpoint
     from oxmerge.merging import MergeReport, Snapshot
-    from oxmerge.plans import Plan
-    from oxmerge.recipe import Recipe
+    from oxmerge.planning.plans import Plan
+    from oxmerge.recipe.recipe import Recipe
 
     Progress = Callable[[Snapshot], None]
 

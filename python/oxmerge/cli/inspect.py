@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from oxmerge.accounting import runs
 from oxmerge.cli.arguments import Parser, add_json_option
 from oxmerge.json_files import read_json
-from oxmerge.names import find_layer_counts, find_layout, is_head
-from oxmerge.output_config import says_tied
+from oxmerge.models.names import find_layer_counts, find_layout, is_head
+from oxmerge.models.vocabularies import folder_beside
+from oxmerge.output.config import says_tied
+from oxmerge.planning.accounting import runs
 from oxmerge.problems import printable
 from oxmerge.schema import DTYPE_SIZES
 from oxmerge.sizes import format_size
-from oxmerge.vocabularies import folder_beside
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
-    from oxmerge.names import Layout
+    from oxmerge.models.names import Layout
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
 _LEAST_STACK = 2

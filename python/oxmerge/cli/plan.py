@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
-    from oxmerge.plans import Plan
+    from oxmerge.planning.plans import Plan
 
 
 def add_arguments(parser: Parser) -> None:

@@ -1,0 +1,1 @@
+"""The engine on arrays in memory, and what scripts read and write."""

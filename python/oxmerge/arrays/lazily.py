@@ -1,0 +1,165 @@
+"""A merge as a mapping: tensors are computed when they are asked for, and no file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from oxmerge import _core
+from oxmerge.arrays.in_memory import check_options
+from oxmerge.arrays.views import empty, kind_of
+from oxmerge.merging import prepare
+from oxmerge.problems import no_such_key
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oxmerge.arrays.views import Framework, Kind
+    from oxmerge.merging import Request
+    from oxmerge.planning.plans import Plan
+    from oxmerge.problems import Problem
+
+__all__ = ["LazyMerge", "lazy"]
+
+
+class LazyMerge(Mapping[str, Any]):
+    """The tensors of a merge by name, in file order; each is computed when it is looked up.
+
+    Nothing is kept: a tensor that is looked up twice is computed twice. The inputs must stay where
+    they are.
+
+    Attributes
+    ----------
+    warnings : tuple of Problem
+        What has no effect in the recipe, and what of the inputs is left out.
+    """
+
+    def __init__(self, plan: Plan, kind: Kind, threads: int | None) -> None:
+        self._tensors = plan.tensors.by_place()
+        self._plan = plan
+        self._engine = _core.OnDemand(plan.table)
+        self._kind: Kind = kind
+        self._threads = threads
+        self.warnings: tuple[Problem, ...] = plan.warnings
+
+    #: Looking a tensor up takes as long as merging it.
+    is_computed = True
+
+    def __getitem__(self, name: str) -> Any:
+        """Compute a tensor."""
+        at = self._at(name)
+        tensor = self._plan.tensors[at]
+        merged = empty(tensor.shape, tensor.dtype, self._kind)
+        self._engine.compute(at, merged.exporter, self._threads)
+        return merged.array
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Compute a tensor, or return `default` if there is none of that name."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is it
+
+    def _at(self, name: str) -> int:
+        if name not in self._tensors:
+            raise no_such_key("tensor", name, self._tensors)
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a tensor of that name, without computing it."""
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in file order."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._tensors)
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same object: comparing tensors would merge them all."""
+        return self is other
+
+    def __hash__(self) -> int:
+        """Return a number for this object."""
+        return id(self)
+
+    def __repr__(self) -> str:
+        """Tell what it is a merge of."""
+        return f"<LazyMerge by {self._plan.method!r}: {len(self)} tensors>"
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without computing it."""
+        return self._plan.tensors[self._at(name)].shape
+
+    def dtype_of(self, name: str) -> str:
+        """Return the element type of a tensor by its safetensors name, without computing it."""
+        return self._plan.tensors[self._at(name)].dtype
+
+    @property
+    def files(self) -> tuple[dict[str, Any], ...]:
+        """The files that it reads: path, size, device and inode of each, and more."""
+        return tuple(self._plan.input_files)
+
+
+def lazy(
+    recipe: Request,
+    *,
+    framework: Framework = "np",
+    seed: int = 0,
+    threads: int | None = None,
+    strict: bool = False,
+    allow_mismatch: bool = False,
+) -> LazyMerge:
+    """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
+
+    The bits are those that `oxmerge.merge` writes. So a model can be loaded straight from a recipe:
+    ``model.load_state_dict(oxmerge.lazy(recipe, framework="pt"), assign=True)``. Of a model that
+    was made on the ``meta`` device, what the checkpoint does not hold stays there: see
+    ``python/SCRIPTS.md``.
+
+    Parameters
+    ----------
+    recipe : path, str, mapping, Recipe or Plan
+        What to merge: a file, YAML text, its keys and values, a recipe, or a plan.
+    framework : {"np", "pt"}
+        What the tensors are, as in safetensors: of NumPy, where BF16 is ``ml_dtypes.bfloat16``, or
+        of torch.
+    seed : int
+        Of the random masks that some methods draw.
+    threads : int, optional
+        As many as there are cores, unless given.
+    strict : bool
+        Whether warnings count as problems.
+    allow_mismatch : bool
+        Whether models may be of another type than the one whose config the output has.
+
+    Returns
+    -------
+    LazyMerge
+        A mapping from names to arrays. Looking one up reads the inputs of that tensor only, and
+        raises InputChangedError if a file is not what it was.
+
+    Raises
+    ------
+    RecipeError, PlanError
+        With every problem that the recipe and the headers show.
+    ImportError
+        If torch is asked for and not installed.
+
+    Notes
+    -----
+    Reads headers, configs and tokenizers, once. A tensor costs what merging it costs (``oxmerge
+    methods NAME`` tells), and the memory of the result; its inputs are read in pieces. It is
+    computed on the CPU.
+
+    Examples
+    --------
+    >>> import oxmerge
+    >>> model = oxmerge.lazy("recipe.yml")
+    >>> list(model)
+    ['model.embed_tokens.weight', 'model.norm.weight']
+    >>> model["model.norm.weight"].shape
+    (16,)
+    """
+    check_options(seed, threads)
+    kind = kind_of(framework)
+    plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
+    return LazyMerge(plan, kind, threads)

@@ -1,0 +1,1 @@
+"""What is there: references to models, their checkpoints, configs, layers and vocabularies."""

@@ -1,0 +1,173 @@
+"""Open a checkpoint and look at its tensors as arrays, without loading it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+from oxmerge import _core
+from oxmerge.arrays.views import kind_of, numpy_dtype
+from oxmerge.problems import no_such_key
+from oxmerge.schema import DTYPE_NAMES, DTYPE_SIZES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
+    from oxmerge.arrays.views import Framework
+
+__all__ = ["OpenCheckpoint", "open_checkpoint"]
+
+
+class OpenCheckpoint(Mapping[str, Any]):
+    """The tensors of a checkpoint by name, in file order, as arrays that read when touched.
+
+    Arrays are views of the mapped files, and keep their mapping alive: they can be used after the
+    checkpoint is closed. Those of NumPy are read-only, and BF16 is ``ml_dtypes.bfloat16``. Those of
+    torch, which has nothing read-only, may be written to: what is written stays in memory, and is
+    seen by the arrays of the same file alone.
+
+    A file is mapped when a tensor of it is looked up first, which raises InputChangedError if it is
+    not the file whose header was read. From then on it must stay as it is: arrays see what is
+    written to it, and reading one past its new end kills the process.
+
+    Attributes
+    ----------
+    path : str
+        What was opened.
+    warnings : list of str
+        What is odd about it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], framework: Framework = "np") -> None:
+        self._kind = kind_of(framework)
+        self._checkpoint = _core.open_checkpoint(os.fspath(path))
+        self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
+        self._files: list[dict[str, Any]] = self._checkpoint.files
+        self._maps: dict[int, Any] = {}
+        self._closed = False
+        self.path: str = self._checkpoint.path
+        self.warnings: list[str] = self._checkpoint.warnings
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a tensor as an array of its shape."""
+        tensor = self._tensor(name)
+        count = prod(tensor.shape)
+        if self._kind == "torch":
+            return self._torch_tensor(tensor, count)
+        import numpy as np  # noqa: PLC0415
+
+        dtype = numpy_dtype(tensor.dtype)
+        if count == 0:
+            return np.empty(tensor.shape, dtype)
+        flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
+        return flat.reshape(tensor.shape)
+
+    def _tensor(self, name: str) -> _core.TensorInfo:
+        if name not in self._tensors:
+            raise no_such_key("tensor", name, self._tensors)
+        return self._tensors[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tensor, or `default` if there is none of that name."""
+        return self[name] if name in self else default  # noqa: SIM401 - this is it
+
+    def _torch_tensor(self, tensor: _core.TensorInfo, count: int) -> Any:
+        import torch  # noqa: PLC0415
+
+        dtype, size = getattr(torch, DTYPE_NAMES[tensor.dtype]), DTYPE_SIZES[tensor.dtype]
+        if count == 0:
+            return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        place = {"offset": tensor.start, "count": count * size}
+        flat = torch.frombuffer(self._map(tensor.file), dtype=torch.uint8, **place)
+        if tensor.start % size:  # torch wants elements where the processor does
+            flat = flat.clone()
+        return flat.view(dtype).reshape(tensor.shape)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without mapping its file."""
+        return self._tensor(name).shape
+
+    def dtype_of(self, name: str) -> str:
+        """Return the element type of a tensor by its safetensors name, without mapping its file."""
+        return self._tensor(name).dtype
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """The files that it reads: path, size, device and inode of each, and more."""
+        return self._files
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a tensor of that name, without mapping its file."""
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names in file order."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._tensors)
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same object: comparing tensors would read them all."""
+        return self is other
+
+    def __hash__(self) -> int:
+        """Return a number for this object."""
+        return id(self)
+
+    def __repr__(self) -> str:
+        """Tell what was opened."""
+        closed = ", closed" if self._closed else ""
+        return f"<OpenCheckpoint {self.path!r}: {len(self)} tensors{closed}>"
+
+    def close(self) -> None:
+        """Let go of the files; arrays that are still in use keep theirs."""
+        self._maps.clear()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def _map(self, file: int) -> Any:
+        if self._closed:
+            raise ValueError(f"the checkpoint `{self.path}` is closed")
+        if file not in self._maps:
+            # The places of the tensors are those of the header that was read: so must be the file.
+            self._maps[file] = self._checkpoint.map(file, writable=self._kind == "torch")
+        return self._maps[file]
+
+
+def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -> OpenCheckpoint:
+    """Open a checkpoint: a safetensors file, or a directory with one or with shards.
+
+    Parameters
+    ----------
+    path : path
+        The file or directory.
+    framework : {"np", "pt"}
+        What the arrays are, as in safetensors: of NumPy, or of torch.
+
+    Returns
+    -------
+    OpenCheckpoint
+        A mapping from tensor names to arrays; a context manager.
+
+    Raises
+    ------
+    CheckpointError
+        If a header or the index is broken.
+    UnsupportedError
+        If the weights are quantised.
+    ImportError
+        If torch is asked for and not installed.
+    """
+    return OpenCheckpoint(path, framework)

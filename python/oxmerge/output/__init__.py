@@ -1,0 +1,1 @@
+"""The directory around the weights: who owns it, config, side files, card."""

@@ -1,0 +1,152 @@
+"""What the output directory will hold besides its weights: decided before any tensor is read."""
+
+from __future__ import annotations
+
+from oxmerge import _core
+from oxmerge.output.card import (
+    CARD_NAME,
+    RECIPE_NAME,
+    REPORT_NAME,
+    hub_name,
+    model_card,
+    read_metadata,
+)
+from oxmerge.output.config import edit_config, json_text
+from oxmerge.output.publish import Contents
+from oxmerge.output.side_files import WRITTEN_ANEW, SideFiles, folder_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from oxmerge.models.inputs import InputModel
+    from oxmerge.output.side_files import LeftOut
+    from oxmerge.planning.plans import Plan
+    from oxmerge.recipe.recipe import Recipe
+
+__all__ = [
+    "card_of",
+    "config_of",
+    "contents_of",
+    "disk_bytes",
+    "late_texts",
+    "left_out",
+    "method_description",
+    "notes_on",
+]
+
+#: Files left out that a note names; the report has all.
+_SHOWN = 8
+#: Room for the run report, whose exact size is known only afterwards.
+_REPORT_BYTES = 64 << 10
+
+
+def contents_of(plan: Plan) -> Contents:
+    """Return what goes into the output directory; the report comes last."""
+    return Contents(
+        shards=[name for name, _ in plan.shards],
+        index=plan.index,
+        config=plan.config,
+        side_files=plan.side_files.copied,
+        texts={CARD_NAME: plan.card, RECIPE_NAME: plan.recipe_text},
+        late=[REPORT_NAME],
+    )
+
+
+def late_texts(plan: Plan, report: dict[str, Any]) -> dict[str, str]:
+    """Return the files that tell of the run."""
+    return {REPORT_NAME: json_text({**report, "left_out": list(plan.left_out)})}
+
+
+def disk_bytes(plan: Plan) -> int:
+    """Return the bytes that the output directory takes."""
+    weights = sum(size for _, size in plan.shards)
+    texts = (plan.config, plan.index, plan.card, plan.recipe_text)
+    text_bytes = sum(len(text.encode()) for text in texts if text is not None)
+    return weights + text_bytes + plan.side_files.total_bytes + _REPORT_BYTES
+
+
+def left_out(side_files: SideFiles) -> tuple[str, ...]:
+    """Return the donor's files that are not in the output in any form, with the reason."""
+    return tuple(f"{entry.name}: {entry.reason}" for entry in _left_out(side_files))
+
+
+def _left_out(side_files: SideFiles) -> list[LeftOut]:
+    return [entry for entry in side_files.left_out if entry.reason != WRITTEN_ANEW]
+
+
+def notes_on(side_files: SideFiles) -> tuple[str, ...]:
+    """Say which of the donor's files are not copied, and which may mislead a loader."""
+    notes = []
+    left_out = [f"`{entry.name}`" for entry in _left_out(side_files)]
+    if left_out:
+        more = f" and {len(left_out) - _SHOWN} more" if len(left_out) > _SHOWN else ""
+        notes.append(f"not copied from the donor: {', '.join(left_out[:_SHOWN])}{more}")
+    if any(file.name == "adapter_config.json" for file in side_files.copied):
+        notes.append(
+            "`adapter_config.json` is copied, but no adapter's weights: a loader that knows PEFT "
+            "looks for them, so remove it where it is not wanted"
+        )
+    return tuple(notes)
+
+
+def config_of(
+    donor: InputModel,
+    *,
+    dtype: str | None,
+    layers: Sequence[tuple[dict[str, Any], int]] | None,
+    depth: int | None,
+    writes_head: bool,
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the text of the output's config, and notes on what was changed.
+
+    Parameters
+    ----------
+    donor : InputModel
+        The model that it comes from.
+    dtype : str, optional
+        The float type of most of the output.
+    layers : sequence of (dict, int), optional
+        With slices: the config and the layer that each output layer comes from.
+    depth : int, optional
+        With slices: how many layers the donor has.
+    writes_head : bool
+        Whether the output has a head of its own.
+
+    Raises
+    ------
+    PlanError
+        If the donor's config cannot describe the output.
+    """
+    if not donor.config and not _has_config(donor.path):
+        return None, ()
+    edited, notes = edit_config(
+        donor.config, dtype=dtype, layer_map=layers, donor_depth=depth, writes_head=writes_head
+    )
+    return json_text(edited), tuple(notes)
+
+
+def _has_config(path: str) -> bool:
+    return (folder_of(path) / "config.json").is_file()
+
+
+def method_description(name: str) -> dict[str, Any]:
+    """Return what the engine says of a merge method."""
+    return next(each for each in _core.methods() if each["name"] == name)
+
+
+def card_of(recipe: Recipe, models: Sequence[InputModel], donor: InputModel) -> str:
+    """Return the model card of a merge."""
+    about = method_description(recipe.method)
+    donor_first = sorted(models, key=lambda model: model is not donor)
+    return model_card(
+        method=recipe.method,
+        models=[model.reference for model in models],
+        hub_names=[hub_name(model.reference, model.path) for model in donor_first],
+        metadata=read_metadata(folder_of(donor.path)),
+        base=None if recipe.base_model is None else donor.reference,
+        recipe_text=recipe.text,
+        method_title=about["title"],
+        paper=about["paper"],
+    )

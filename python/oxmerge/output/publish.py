@@ -1,0 +1,701 @@
+"""How an output directory comes to be: all at once, or not at all.
+
+One run owns the directory, from before its first file to after its last, and reaches it by an open
+descriptor only. Every file is first written under a temporary name and flushed. Only then are they
+renamed, in an order in which no moment shows half a model:
+
+1. an old index and config are removed: from here on the old model does not load;
+2. the new shards are renamed in;
+3. old weights that are not among the new are removed;
+4. the side files, the card, the recipe and the report are renamed in;
+5. the index follows, and `config.json` comes last: from here on the new model loads.
+
+A directory without index and config loads nowhere, so a failure between 1 and 5, or a power cut,
+leaves something that is plainly unfinished, never a mixture that passes for a model. Up to step 1
+an old model stays as it was. A journal, written before, tells the next run which files are a dead
+run's, and which that was allowed to replace: so it need not be allowed again.
+
+`discard` is the only place that decides what happens to unfinished work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from oxmerge import _core
+from oxmerge._core import partial_name
+from oxmerge.errors import OutputError
+from oxmerge.file_state import FileState
+from oxmerge.output.claims import Claim, claim, named
+from oxmerge.output.journal import JOURNAL_NAME, MOST_BYTES, Journal, mark
+from oxmerge.output.side_files import SideFile, copy_bytes, is_index, is_loadable_weight
+from oxmerge.signals import put_off
+from oxmerge.sizes import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+PARTIAL_SUFFIX = partial_name("").removeprefix(".")
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+_SIGNS_OF_A_MODEL = (CONFIG_NAME, INDEX_NAME, "model.safetensors", "oxmerge_report.json")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """A file that is complete, under a temporary name."""
+
+    name: str
+    state: FileState
+
+
+@dataclass
+class OutputDirectory:
+    """A directory that one run writes to.
+
+    Attributes
+    ----------
+    claim
+        The directory, owned.
+    overwrite
+        Whether a model that is there may be replaced.
+    purpose
+        What is being made: a digest of the plan.
+    is_remote
+        Whether it is on a network mount, where times may be told differently a moment later.
+    journal
+        That of a run that was killed here while it replaced files; an empty one if there is none.
+    complete
+        By its final name, each file that waits for its name.
+    placed
+        The final names that this run has given, in order.
+    folders
+        The folders in it that this run has made, outermost first.
+    finished
+        Whether the new model is complete; nothing is discarded after that.
+    """
+
+    claim: Claim
+    overwrite: bool
+    purpose: str = ""
+    is_remote: bool = False
+    journal: Journal = field(default_factory=Journal)
+    complete: dict[str, _Partial] = field(default_factory=dict)
+    placed: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def path(self) -> Path:
+        """What the user calls it, for messages."""
+        return self.claim.path
+
+    @property
+    def descriptor(self) -> int:
+        """The directory, open."""
+        return self.claim.descriptor
+
+    def may_replace(self, name: str, state: FileState) -> bool:
+        """Tell whether a file that is there may go."""
+        return self.overwrite or self.journal.may_replace(name, state)
+
+    def is_written(self, name: str, now: FileState) -> bool:
+        """Tell whether a file is the one that this run wrote for that name."""
+        return self.is_same(self.complete[name].state, now)
+
+    def is_same(self, before: FileState, now: FileState) -> bool:
+        """Tell whether a file is the one it was, as it was left."""
+        times = (0, 0) if self.is_remote else (before.modified_ns, now.modified_ns)
+        return before[:3] == now[:3] and times[0] == times[1]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a finished output directory holds, but for what only the end of the run can tell.
+
+    Attributes
+    ----------
+    shards
+        Names of the weight files.
+    index
+        Text of the index, or None for a single shard.
+    config
+        Text of `config.json`, or None if the donor has none.
+    side_files
+        The donor's files to copy.
+    texts
+        Further files by name: the card, the recipe.
+    late
+        Names of the files that come with `commit`: the report.
+    """
+
+    shards: Sequence[str]
+    index: str | None = None
+    config: str | None = None
+    side_files: Sequence[SideFile] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    late: Sequence[str] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all files, with those of an index and a config that there may not be."""
+        copied = (file.name for file in self.side_files)
+        return (*self.shards, *copied, *self.texts, *self.late, INDEX_NAME, CONFIG_NAME)
+
+
+def prepare_output(
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    input_files: Iterable[Mapping[str, Any]],
+    needed_bytes: int,
+    names: Iterable[str] = (),
+    purpose: str = "",
+) -> OutputDirectory:
+    """Check that the output can go to `directory`, make it ready, and own it.
+
+    What a run that was killed has left there is removed.
+
+    Parameters
+    ----------
+    directory
+        New or empty; with `overwrite`, it may hold a model.
+    overwrite
+        Replace the model that is there.
+    input_files
+        The plan's input files: mappings with `device` and `inode`.
+    needed_bytes
+        Exact size of all that will be written.
+    names
+        The files that will be written, as `Contents` names them.
+    purpose
+        A digest of the plan: the same merge may go on where one was killed.
+
+    Raises
+    ------
+    FileExistsError
+        If the directory holds something and `overwrite` is not set.
+    OutputError
+        If the output would replace an input, or the directory holds something else than a model
+        or something in the place of a file, or another run writes there, or it has no name.
+    OSError
+        If it cannot be written to, or (ENOSPC) does not have the space.
+    """
+    output = OutputDirectory(claim(named(directory)), overwrite, purpose)
+    try:
+        with _told_in_full(output):
+            output.is_remote = _core.is_remote(f"/proc/self/fd/{output.descriptor}")
+            output.journal = _read_journal(output)
+            names = tuple(names)
+            inputs = {(file["device"], file["inode"]) for file in input_files}
+            _check_existing(output, inputs, names)
+            _check_places(output, names)
+            _check_space(output, needed_bytes)
+            _remove_leftovers(output)
+            _probe(output)
+    except BaseException:
+        # What is there is as it was.
+        output.claim.give_up()
+        raise
+    return output
+
+
+def stage(output: OutputDirectory, contents: Contents) -> None:
+    """Write everything but the weights, under temporary names: what can fail, fails before them.
+
+    Parameters
+    ----------
+    output
+        From `prepare_output`.
+    contents
+        What goes in.
+
+    Raises
+    ------
+    InputChangedError
+        If a side file is not what it was when the merge was planned.
+    OSError
+        If a file cannot be read or written.
+    """
+    texts = dict(contents.texts)
+    if contents.index is not None:
+        texts[INDEX_NAME] = contents.index
+    if contents.config is not None:
+        texts[CONFIG_NAME] = contents.config
+    for file in contents.side_files:
+        if file.name not in texts:
+            with file.open() as reader, _told_in_full(output):
+                _complete(output, file.name, partial(copy_bytes, reader))
+    with _told_in_full(output):
+        _write_texts(output, texts)
+
+
+def commit(
+    output: OutputDirectory,
+    contents: Contents,
+    shards: Sequence[FileState],
+    texts: Mapping[str, str],
+) -> list[str]:
+    """Turn the partial files into a finished model directory, and own it still: see `close`.
+
+    Parameters
+    ----------
+    output
+        From `prepare_output`, and staged.
+    contents
+        What goes in; its shards lie there under their partial names.
+    shards
+        Which files they are, and how they were left.
+    texts
+        Further files by name: the report.
+
+    Returns
+    -------
+    list of str
+        A note for each file that was in the directory before and still is.
+
+    Raises
+    ------
+    OutputError
+        If a file is not the one that was written, or something is in the place of one.
+    FileExistsError
+        If, without `overwrite`, others have put a file of one of the names there.
+    OSError
+        If a file cannot be written or renamed.
+    """
+    with _told_in_full(output):
+        _write_texts(output, texts)
+        for name, state in zip(contents.shards, shards, strict=True):
+            output.complete[name] = _Partial(partial_name(name), state)
+        os.fsync(output.descriptor)
+        # Again: much can have happened here while the weights were written.
+        _check_places(output, contents.names)
+        _check_partials(output)
+        with put_off():
+            _write_journal(output, contents)
+            _switch(output, contents)
+        return _leftovers(output)
+
+
+def close(output: OutputDirectory) -> None:
+    """Let others have a finished directory. Those of a sweep are closed when all are finished."""
+    with contextlib.suppress(OSError):  # it does no harm there, and the model is complete
+        os.unlink(JOURNAL_NAME, dir_fd=output.descriptor)
+    output.claim.release()
+
+
+def discard(output: OutputDirectory) -> None:
+    """Remove what an unfinished run wrote, and nothing else; do nothing after a finished one.
+
+    That is: partial files, files that were already renamed in (without config and index they are
+    no use), and the directories that were made for the output, as far as they are empty. What
+    cannot be removed is left: the error that ended the run is the one to report.
+    """
+    with put_off():
+        if output.finished:
+            close(output)
+            return
+        if output.claim.is_held:
+            with contextlib.suppress(OSError):
+                _roll_back(output)
+        output.claim.give_up()
+
+
+def _roll_back(output: OutputDirectory) -> None:
+    # Back to front: the config, if it is there, is the last that was placed and goes first.
+    for name in reversed(output.placed):
+        _remove_if(output, name, output.is_written)
+    _remove_folders(output, reversed(output.folders))
+    output.journal = _read_journal(output)
+    _remove_partials(output)
+
+
+# Checks before anything is written.
+
+
+def _check_existing(
+    output: OutputDirectory, inputs: set[tuple[int, int]], names: Iterable[str]
+) -> None:
+    entries = [entry for entry in _entries(output) if not entry.name.endswith(PARTIAL_SUFFIX)]
+    for entry in entries:
+        if _identities(entry) & inputs:
+            raise OutputError(
+                f"the output would replace `{entry.name}`, which is an input of the merge",
+                file=str(output.path),
+                advice="name another directory",
+            )
+    if not entries:
+        return
+    has_partials = len(entries) < len(_entries(output))
+    if not output.overwrite:
+        if output.journal.last and not _is_in_the_way(output, entries, names):
+            return
+        raise FileExistsError(errno.EEXIST, "the output directory is not empty", ".")
+    # With partial files beside them, entries are what a crashed run of ours had already put there.
+    if not has_partials and not {entry.name for entry in entries} & set(_SIGNS_OF_A_MODEL):
+        raise OutputError(
+            "the directory holds something, but no model that could be replaced",
+            file=str(output.path),
+            advice="name a new directory, or empty this one",
+        )
+
+
+def _is_in_the_way(
+    output: OutputDirectory, entries: Iterable[os.DirEntry[str]], names: Iterable[str]
+) -> bool:
+    """Tell whether a file has to go that is none of a dead run's."""
+    weights = (entry.name for entry in entries if _is_part_of_a_model(entry.name))
+    found = ((name, _find(output, name)) for name in (*weights, *names))
+    return any(state is not None and not output.may_replace(name, state) for name, state in found)
+
+
+def _is_part_of_a_model(name: str) -> bool:
+    return name == CONFIG_NAME or is_loadable_weight(name)
+
+
+def _check_places(output: OutputDirectory, names: Iterable[str]) -> None:
+    """Find out now what would make a rename fail, or replace what it may not, later on."""
+    for name in names:
+        state = _find(output, name)
+        if state is not None and not output.may_replace(name, state):
+            message = "another program has put a file there meanwhile"
+            raise FileExistsError(errno.EEXIST, message, name)
+
+
+def _find(output: OutputDirectory, name: str) -> FileState | None:
+    """Return the file that has this name in the output, if there is one."""
+    try:
+        with _place(output, name) as (folder, last):
+            status = os.stat(last, dir_fd=folder, follow_symlinks=False)
+        is_blocked = stat.S_ISDIR(status.st_mode)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        is_blocked = True
+    if is_blocked:
+        raise OutputError(
+            f"`{name}` has to be written here, and something else is in its place",
+            file=str(output.path / name),
+            advice="move it away, or name another directory",
+        )
+    return FileState.of(status)
+
+
+def _identities(entry: os.DirEntry[str]) -> set[tuple[int, int]]:
+    """Return device and inode of the entry, and of what it links to."""
+    found = set()
+    for follow in (False, True):
+        with contextlib.suppress(OSError):
+            status = entry.stat(follow_symlinks=follow)
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def _check_space(output: OutputDirectory, needed: int) -> None:
+    status = os.fstatvfs(output.descriptor)
+    free = status.f_bavail * status.f_frsize + _leftover_bytes(output)
+    if needed > free:
+        message = f"not enough space: {format_size(needed)} needed, {format_size(free)} free"
+        raise OSError(errno.ENOSPC, message, ".")
+
+
+# What a run that was killed has left.
+
+
+def _read_journal(output: OutputDirectory) -> Journal:
+    """Return the journal of a run that had begun to replace files, if it did not end."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(JOURNAL_NAME, flags, dir_fd=output.descriptor)
+    except OSError:
+        return Journal()
+    with open(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            return Journal()
+        journal = Journal.from_json(file.read())
+    if journal is None:
+        return Journal()
+    placed = [name for name in journal.ours if _is_there(output, name, journal.is_ours)]
+    is_begun = placed or not all(_is_there(output, old, journal.may_replace) for old in journal.old)
+    is_complete = journal.last in placed
+    is_this = bool(output.purpose) and journal.purpose == output.purpose
+    return journal if is_begun and (is_this or not is_complete) else Journal()
+
+
+def _is_there(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> bool:
+    with contextlib.suppress(OutputError):
+        state = _find(output, name)
+        return state is not None and is_it(name, state)
+    return False
+
+
+def _leftover_bytes(output: OutputDirectory) -> int:
+    """Return the space that the partial files of a dead run will give back."""
+    partials = (entry for entry in _entries(output) if _is_partial(entry))
+    return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in partials)
+
+
+def _remove_leftovers(output: OutputDirectory) -> None:
+    journal = output.journal
+    if not _is_there(output, journal.last, journal.is_ours):  # else the model is complete
+        for name in journal.ours:
+            _remove_if(output, name, journal.is_ours)
+        _remove_folders(output, journal.folders)
+    _remove_partials(output)
+
+
+def _is_partial(entry: os.DirEntry[str]) -> bool:
+    is_ours = entry.name.startswith(".") and entry.name.endswith(PARTIAL_SUFFIX)
+    return is_ours and not entry.is_dir(follow_symlinks=False)
+
+
+def _remove_partials(output: OutputDirectory) -> None:
+    """Remove all partial files; the journal stays while it says something."""
+    failure = None
+    for entry in _entries(output):
+        if _is_partial(entry) and not (entry.name == JOURNAL_NAME and output.journal.last):
+            try:
+                os.unlink(entry.name, dir_fd=output.descriptor)
+            except OSError as error:
+                failure = error
+    if failure is not None:
+        raise failure
+
+
+def _probe(output: OutputDirectory) -> None:
+    name = partial_name("probe")
+    try:
+        _write(output, name, b"")
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=output.descriptor)
+
+
+# Writing under temporary names.
+
+
+def _write_texts(output: OutputDirectory, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        _complete(output, name, partial(_write_all, text.encode(errors="backslashreplace")))
+
+
+def _complete(output: OutputDirectory, name: str, write: Callable[[int], None]) -> None:
+    """Write and flush what will be called `name`."""
+    # By number: a name may be too long for more letters, or not be told from others without `/`.
+    temporary = partial_name(str(len(output.complete)))
+    output.complete[name] = _Partial(temporary, _write_file(output, temporary, write))
+
+
+def _write_file(output: OutputDirectory, name: str, write: Callable[[int], None]) -> FileState:
+    descriptor = os.open(name, _NEW_FILE, 0o666, dir_fd=output.descriptor)
+    try:
+        write(descriptor)
+        os.fsync(descriptor)
+        return FileState.of(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(data: bytes, to: int) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(to, view) :]
+
+
+def _write(output: OutputDirectory, name: str, data: bytes) -> None:
+    _write_file(output, name, partial(_write_all, data))
+
+
+def _check_partials(output: OutputDirectory) -> None:
+    for name, written in output.complete.items():
+        try:
+            status = os.stat(written.name, dir_fd=output.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            raise _not_as_written(output, name, "gone") from None
+        if not output.is_written(name, FileState.of(status)):
+            raise _not_as_written(output, name, "another file, or changed")
+
+
+def _not_as_written(output: OutputDirectory, name: str, found: str) -> OutputError:
+    return OutputError(
+        f"what was written for `{name}` is no longer there as it was written",
+        file=str(output.path),
+        found=found,
+        advice="see to it that nothing else writes to this directory, and merge again",
+    )
+
+
+# The transaction.
+
+
+def _write_journal(output: OutputDirectory, contents: Contents) -> None:
+    old = {}
+    parts = (entry.name for entry in _entries(output) if _is_part_of_a_model(entry.name))
+    for name in dict.fromkeys((*parts, *output.complete)):
+        with contextlib.suppress(OutputError):  # a folder, which stays
+            state = _find(output, name)
+            if state is not None and output.may_replace(name, state):
+                old[name] = mark(state)
+    journal = Journal(
+        purpose=output.purpose,
+        last=_last_names(contents)[-1],
+        ours={name: mark(written.state) for name, written in output.complete.items()},
+        old=old,
+        folders=tuple(f for f in _folders(output.complete) if not _has_folder(output, f)),
+    )
+    temporary = partial_name("journal")
+    _write(output, temporary, journal.to_json())
+    at = output.descriptor
+    os.rename(temporary, JOURNAL_NAME, src_dir_fd=at, dst_dir_fd=at)
+    os.fsync(at)
+    output.journal = journal
+
+
+def _switch(output: OutputDirectory, contents: Contents) -> None:
+    shards, last = list(contents.shards), _last_names(contents)
+    weights, known = set(shards), {*shards, *last}
+    others = [name for name in output.complete if name not in known]
+    _remove_old(output, lambda name: name == CONFIG_NAME or is_index(name))
+    for name in shards:
+        if name not in last:
+            _rename(output, name)
+    _remove_old(output, lambda name: is_loadable_weight(name) and name not in weights)
+    for name in others:
+        _rename(output, name)
+    for folder in _folders(others):
+        with _place(output, f"{folder}/") as (inner, _):
+            os.fsync(inner)
+    for name in last:
+        os.fsync(output.descriptor)
+        _rename(output, name, completes=name == last[-1])
+    os.fsync(output.descriptor)
+
+
+def _folders(names: Iterable[str]) -> list[str]:
+    """Return the folders that files of these names lie in; for each name, the inner ones first."""
+    parents = (folder for name in names for folder in PurePosixPath(name).parents if folder.name)
+    return list(map(str, dict.fromkeys(parents)))
+
+
+def _last_names(contents: Contents) -> list[str]:
+    """Return what makes a directory a model: index and config, else the one shard itself."""
+    last = [INDEX_NAME] if contents.index is not None else []
+    last += [CONFIG_NAME] if contents.config is not None else []
+    return last or list(contents.shards)
+
+
+def _remove_old(output: OutputDirectory, is_old: Callable[[str], bool]) -> None:
+    removed = False
+    for entry in _entries(output):
+        if is_old(entry.name) and not entry.is_dir(follow_symlinks=False):
+            state = FileState.of(entry.stat(follow_symlinks=False))
+            if output.may_replace(entry.name, state):
+                os.unlink(entry.name, dir_fd=output.descriptor)
+                removed = True
+    if removed:
+        os.fsync(output.descriptor)
+
+
+def _rename(output: OutputDirectory, name: str, *, completes: bool = False) -> None:
+    """Give a partial file its name; with `completes`, the model is there then."""
+    with _place(output, name, make=True) as (folder, last):
+        # Noted before the rename, so that no interrupt between the two can lose it.
+        output.placed.append(name)
+        os.rename(output.complete[name].name, last, src_dir_fd=output.descriptor, dst_dir_fd=folder)
+        output.finished = completes
+        now = FileState.of(os.stat(last, dir_fd=folder, follow_symlinks=False))
+        if not output.is_written(name, now):
+            # It came from under our temporary name, so it is no one's.
+            os.unlink(last, dir_fd=folder)
+            output.finished = False
+            raise _not_as_written(output, name, "another file, or changed")
+
+
+# The directory, by its descriptor.
+
+
+def _entries(output: OutputDirectory) -> list[os.DirEntry[str]]:
+    with os.scandir(output.descriptor) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+@contextlib.contextmanager
+def _place(output: OutputDirectory, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield the folder that a file of that name lies in, open, and the name it has there.
+
+    Neither links nor `..` lead out of the output.
+    """
+    *folders, last = name.split("/")
+    if ".." in (*folders, last) or name.startswith("/"):
+        raise OutputError(f"`{name}` leads out of the output", file=str(output.path))
+    with contextlib.ExitStack() as stack:
+        at = output.descriptor
+        for depth, folder in enumerate(folders, start=1):
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(folder, dir_fd=at)
+                    output.folders.append("/".join(folders[:depth]))
+            at = os.open(folder, _FOLDER, dir_fd=at)
+            stack.callback(os.close, at)
+        yield at, last
+
+
+def _has_folder(output: OutputDirectory, folder: str) -> bool:
+    try:
+        with _place(output, f"{folder}/"):
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> None:
+    """Remove a file, if it is the one that is meant."""
+    with contextlib.suppress(OSError, OutputError), _place(output, name) as (folder, last):
+        state = FileState.of(os.stat(last, dir_fd=folder, follow_symlinks=False))
+        if is_it(name, state):
+            os.unlink(last, dir_fd=folder)
+
+
+def _remove_folders(output: OutputDirectory, folders: Iterable[str]) -> None:
+    """Remove those folders that are empty."""
+    for name in folders:
+        with contextlib.suppress(OSError, OutputError), _place(output, name) as (folder, last):
+            os.rmdir(last, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _told_in_full(output: OutputDirectory) -> Iterator[None]:
+    """Put the directory before the names in errors of the system, which are relative to it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str | None):
+            error.filename = str(output.path / (error.filename or ""))
+        raise
+
+
+def _leftovers(output: OutputDirectory) -> list[str]:
+    ours = {PurePosixPath(name).parts[0] for name in output.placed}
+    try:
+        entries = _entries(output)
+    except OSError:
+        return []  # The model is complete; that is what counts.
+    return [
+        f"`{entry.name}` was in the output directory before and is still there"
+        for entry in entries
+        if entry.name not in ours
+        and entry.name != JOURNAL_NAME
+        and not entry.is_dir(follow_symlinks=False)
+    ]

@@ -1,0 +1,1 @@
+"""From what is asked and what is there to a plan."""

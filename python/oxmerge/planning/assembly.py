@@ -1,0 +1,363 @@
+"""Assembly: finding the sources of each output tensor, and checking that they agree.
+
+Shapes must be equal exactly. Nothing broadcasts, nothing is cut, nothing is skipped.
+
+The engine goes through the tensors of a run, of which there may be thousands. What stands here is
+done once for a run (its parameters), and for each tensor that does not agree (what to say of it).
+"""
+
+from __future__ import annotations
+
+import json
+
+from oxmerge import _core
+from oxmerge.models.names import is_head, is_vocabulary
+from oxmerge.problems import UNSUPPORTED, Problem
+from oxmerge.schema import is_float
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from oxmerge.models.inputs import InputModel
+    from oxmerge.planning.parameters import SettingReader
+    from oxmerge.planning.sections import Section, SectionSource
+    from oxmerge.planning.targets import Run, Target
+    from oxmerge.recipe.recipe import Recipe, Scalar
+
+    TensorInfo = _core.TensorInfo
+
+    Found = list[tuple[SectionSource, TensorInfo]]
+
+__all__ = ["Assembler"]
+
+_SAME_SIZE = "use models of one architecture and size"
+
+
+class Assembler:
+    """Makes output tensors of runs, and collects what does not agree.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What the user asked for.
+    donor : InputModel
+        The model that the output is like.
+    models : list of InputModel
+        Every model.
+    seed : int
+        Of random masks.
+    reader : SettingReader
+        Takes what is wrong with parameters.
+
+    Attributes
+    ----------
+    problems : list of Problem
+        Missing tensors, differences of shape and type, missing parameters.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        donor: InputModel,
+        models: list[InputModel],
+        seed: int,
+        reader: SettingReader,
+    ) -> None:
+        self.problems: list[Problem] = []
+        self._reader = reader
+        self._donor = donor
+        self._unequal: dict[tuple[int, str], int] = {}
+        self._is_sliced = bool(recipe.slices)
+        self._quantised = [model.is_quantised for model in models]
+        self._settings: dict[str, int] = {}
+        others = [f for model in models for f in (model.config_file, model.checkpoint.index) if f]
+        opened = [(model.reference, model.checkpoint) for model in models]
+        dtype = recipe.out_dtype or recipe.dtype
+        self._table = _core.Assembly(
+            recipe.method, seed, opened, json.dumps(others), dtype, recipe.dtype == "F64"
+        )
+        if self._is_sliced:
+            self._table.like_layers_of(donor.index, set(donor.layout.stacks))
+
+    def compare_depths(self, section: Section) -> None:
+        """Report stacks that are not as deep as the donor's; their layers are not compared."""
+        for source in section.sources:
+            for prefix, stack in self._donor.layout.stacks.items():
+                other = source.model.layout.stacks.get(prefix)
+                if other is not None and other.depth != stack.depth:
+                    self._unequal[source.model.index, prefix] = min(other.depth, stack.depth)
+                    self._report_depths(source.model, prefix, stack.depth, other.depth)
+
+    def _report_depths(self, model: InputModel, prefix: str, expected: int, found: int) -> None:
+        message = f"layer counts differ: `{prefix}` of `{model.reference}`"
+        donor = f"{expected}, as in `{self._donor.reference}`"
+        advice = "choose layers with `slices`"
+        self.problems.append(
+            Problem(
+                "layers",
+                message,
+                file=model.path,
+                expected=donor,
+                found=str(found),
+                advice=advice,
+            )
+        )
+
+    def assemble(self, run: Run) -> None:
+        """Add the output tensors of a run, but for those of which something was reported."""
+        donor, section = run.donor, run.section
+        models = [source.model for source in section.sources]
+        columns = list(zip((model.index for model in models), run.leads, strict=True))
+        is_like = self._is_sliced and section.donor.model is not self._donor
+        found = self._table.find(
+            donor.index,
+            list(run.tensors),
+            run.donor_lead,
+            run.lead,
+            columns,
+            is_like,
+            self._quantised,
+        )
+        left_out = set()
+        for at, is_twice in found.odd:
+            like = donor.checkpoint.tensor(found.tensor(at))
+            shapes = self._table.shapes_in_layers(found, at, run.donor_lead) if is_like else []
+            before = len(self.problems)
+            complete = self._look(run.target(like.name), like, shapes, is_twice=is_twice)
+            if not complete or len(self.problems) > before:
+                left_out.add(at)
+        settings = self._resolve(run, found, left_out)
+        if section.is_sound:
+            self._table.add(found, settings, section.base, left_out)
+
+    def finish(self, shard_size: int) -> tuple[_core.Plan, list[_core.Fates]]:
+        """Lay the output out, and return the plan's table and what becomes of every tensor."""
+        return self._table.finish(shard_size)
+
+    # Parameters.
+
+    def _resolve(self, run: Run, found: _core.Run, left_out: set[int]) -> list[int | None]:
+        """Return the number of the settings of each group of a run; None where some are missing."""
+        section = run.section
+        resolvers = (section.shared, *(source.resolver for source in section.sources))
+        groups = self._table.group(found, [list(resolver.filters) for resolver in resolvers])
+        settings: list[int | None] = []
+        for group, (first, has_parameters) in enumerate(groups):
+            if not has_parameters:
+                nothing: dict[str, Scalar] = {}
+                origin = {"slice": section.where} if self._is_sliced else {}
+                settings.append(self._enter(nothing, [{} for _ in section.sources], origin))
+                continue
+            sound = (at for at in found.members(group) if at not in left_out)
+            standing = next(sound, None) if first in left_out else first
+            settings.append(
+                None
+                if standing is None
+                else self._settings_of(run, found, group, standing, left_out)
+            )
+        return settings
+
+    def _settings_of(
+        self, run: Run, found: _core.Run, group: int, first: int, left_out: set[int]
+    ) -> int | None:
+        """Return the number of the settings of a group, of which `first` stands for all."""
+        resolvers = (run.section.shared, *(source.resolver for source in run.section.sources))
+
+        def resolve(at: int) -> list[dict[str, Scalar] | None]:
+            names = self._names(found, at)
+            each = zip(resolvers, names, strict=True)
+            return [resolver.resolve(name, run.position) for resolver, name in each]
+
+        before = len(self._reader.problems)
+        shared, *own = resolve(first)
+        if len(self._reader.problems) > before:
+            # Every tensor of the group is told of.
+            for at in found.members(group):
+                if at != first and at not in left_out:
+                    resolve(at)
+        values = [each for each in own if each is not None]
+        if shared is None or len(values) < len(own):
+            return None
+        names = zip(resolvers, self._names(found, first), strict=True)
+        shared_origin, *origins = (resolver.origins(name, run.position) for resolver, name in names)
+        origin: dict[str, object] = {"shared": shared_origin, "own": origins}
+        if self._is_sliced:
+            origin["slice"] = run.section.where
+        return self._enter(shared, values, origin)
+
+    def _names(self, found: _core.Run, at: int) -> list[str]:
+        name, sources = self._table.names(found, at)
+        return [name, *(source or "" for source in sources)]
+
+    def _enter(
+        self,
+        shared: dict[str, Scalar],
+        own: list[dict[str, Scalar]],
+        origin: Mapping[str, object],
+    ) -> int:
+        """Return the number of settings; equal ones have one."""
+        described = json.dumps(origin)
+        key = json.dumps([shared, own]) + described
+        if key not in self._settings:
+            self._settings[key] = self._table.add_settings(shared, own, described)
+        return self._settings[key]
+
+    # Finding.
+
+    def _look(
+        self,
+        target: Target,
+        like: TensorInfo,
+        shapes: list[list[int]],
+        *,
+        is_twice: bool,
+    ) -> bool:
+        """Report what is wrong with a tensor; False if a source lacks it."""
+        found: Found = []
+        for source, name in zip(target.run.section.sources, target.names, strict=True):
+            tensor = source.model.checkpoint.get(name)
+            if tensor is None:
+                self._report_missing(target, source.model, name)
+            else:
+                found.append((source, tensor))
+        if len(found) < len(target.names):
+            return False
+        self._compare(target, like, found)
+        if shapes and list(like.shape) not in shapes:
+            self._report_unlike_layers(target, like, shapes)
+        if is_twice:
+            message = "two tensors of the output would have this name"
+            advice = "take the first and the last slice from models that name their tensors alike"
+            self.problems.append(Problem("names", message, tensor=target.name, advice=advice))
+        return True
+
+    def _report_missing(self, target: Target, model: InputModel, name: str) -> None:
+        place = target.run.place
+        if not name or (place and self._is_beyond(model, place.stack.prefix, place.layer)):
+            return  # reported with the layers
+        donor = self._donor_of(target).reference
+        if is_head(name) and (model.is_tied or not any(map(is_head, model.checkpoint.names()))):
+            self._report_tied(target, model, name)
+            return
+        message = f"`{model.reference}` lacks a tensor"
+        expected = f"what the donor `{donor}` has"
+        advice = "use models of one architecture; or download it again, if it is not complete"
+        self.problems.append(
+            Problem(
+                "missing",
+                message,
+                file=model.path,
+                tensor=name,
+                expected=expected,
+                found="nothing",
+                advice=advice,
+            )
+        )
+
+    def _is_beyond(self, model: InputModel, prefix: str, layer: int) -> bool:
+        least = self._unequal.get((model.index, prefix))
+        return least is not None and layer >= least
+
+    def _report_tied(self, target: Target, model: InputModel, name: str) -> None:
+        donor = self._donor_of(target).reference
+        reason = " (`tie_word_embeddings` is true)" if model.is_tied else ""
+        message = f"`{model.reference}` has no head of its own, the donor `{donor}` has one{reason}"
+        advice = (
+            f"write the head of `{model.reference}` out as a copy of its embedding, or make it the "
+            "base, so that the output is tied as well"
+        )
+        self.problems.append(Problem("tied", message, file=model.path, tensor=name, advice=advice))
+
+    # Comparing.
+
+    def _compare(self, target: Target, like: TensorInfo, found: Found) -> None:
+        expected = tuple(like.shape)
+        for source, tensor in found:
+            if tuple(tensor.shape) != expected:
+                self._report_shape(target, source.model, tensor, expected)
+            elif tensor.dtype != like.dtype:
+                self._check_types(target, source.model, tensor, like)
+            if not is_float(tensor.dtype):
+                self._check_quantised(source.model, tensor, len(found))
+
+    def _report_shape(
+        self, target: Target, model: InputModel, tensor: TensorInfo, expected: tuple[int, ...]
+    ) -> None:
+        donor = self._donor_of(target).reference
+        message = f"`{model.reference}` has a tensor of another shape than the donor `{donor}`"
+        self.problems.append(
+            Problem(
+                "shape",
+                message,
+                file=model.file_of(tensor),
+                tensor=tensor.name,
+                expected=str(list(expected)),
+                found=str(list(tensor.shape)),
+                advice=_shape_advice(tensor, expected),
+            )
+        )
+
+    def _donor_of(self, target: Target) -> InputModel:
+        """Return the model whose tensor the target is like: with slices, the slice's donor."""
+        return target.run.section.donor.model if self._is_sliced else self._donor
+
+    def _check_types(
+        self, target: Target, model: InputModel, tensor: TensorInfo, like: TensorInfo
+    ) -> None:
+        if is_float(tensor.dtype) and is_float(like.dtype):
+            return
+        donor = self._donor_of(target).reference
+        message = (
+            f"`{model.reference}` has a tensor of another type than the donor `{donor}`, "
+            "and only floats can be converted"
+        )
+        self.problems.append(
+            Problem(
+                "dtype",
+                message,
+                file=model.file_of(tensor),
+                tensor=tensor.name,
+                expected=like.dtype,
+                found=tensor.dtype,
+                advice="use models that were saved in one way",
+            )
+        )
+
+    def _check_quantised(self, model: InputModel, tensor: TensorInfo, inputs: int) -> None:
+        if inputs == 1 or len(tensor.shape) < 2 or not model.is_quantised:  # noqa: PLR2004
+            return
+        message = f"not supported yet: merging the quantised weights of `{model.reference}`"
+        advice = "use the model's 16-bit weights"
+        file = model.file_of(tensor)
+        self.problems.append(
+            Problem(UNSUPPORTED, message, file=file, tensor=tensor.name, advice=advice)
+        )
+
+    def _report_unlike_layers(
+        self, target: Target, like: TensorInfo, shapes: list[list[int]]
+    ) -> None:
+        """Report that a slice's own donor does not fit the model that gives the config."""
+        model = target.run.section.donor.model
+        message = f"`{model.reference}` does not fit the donor `{self._donor.reference}`"
+        self.problems.append(
+            Problem(
+                "shape",
+                message,
+                file=model.file_of(like),
+                tensor=like.name,
+                expected=" or ".join(sorted(map(str, shapes))),
+                found=str(list(like.shape)),
+                advice=_SAME_SIZE,
+            )
+        )
+
+
+def _shape_advice(tensor: TensorInfo, expected: tuple[int, ...]) -> str:
+    same_rest = tuple(tensor.shape)[1:] == expected[1:] and len(tensor.shape) == len(expected)
+    if same_rest and is_vocabulary(tensor.name):
+        return (
+            "the vocabularies differ; matching tokens by their text (`tokenizer`) is not supported "
+            "yet, so the models must have the same tokenizer"
+        )
+    return _SAME_SIZE

@@ -1,0 +1,115 @@
+"""The ledger: what becomes of every tensor of every model, and why."""
+
+from __future__ import annotations
+
+from oxmerge.models.names import is_head
+from oxmerge.planning.accounting import ModelAccount, Share
+from oxmerge.planning.targets import loose_side
+from oxmerge.problems import Problem
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from oxmerge._core import Fates
+    from oxmerge.models.inputs import InputModel
+    from oxmerge.planning.sections import Section
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Accounts for every tensor of every model.
+
+    Parameters
+    ----------
+    models : list of InputModel
+        Every model.
+    fates : list of Fates
+        What becomes of the tensors of each.
+
+    Attributes
+    ----------
+    warnings : list of Problem
+        Tensors that are dropped though nothing in the recipe says so.
+    """
+
+    def __init__(self, models: list[InputModel], fates: list[Fates]) -> None:
+        self.warnings: list[Problem] = []
+        self._models = models
+        self._fates = fates
+
+    def close(
+        self, sections: list[Section], donor: InputModel, *, is_sliced: bool
+    ) -> tuple[ModelAccount, ...]:
+        """Return the account of every model."""
+        reasons = _Reasons(sections, donor, is_sliced=is_sliced)
+        each = zip(self._models, self._fates, strict=True)
+        return tuple(self._account(model, fates, reasons) for model, fates in each)
+
+    def _account(self, model: InputModel, fates: Fates, reasons: _Reasons) -> ModelAccount:
+        dropped: dict[str, list[str]] = {}
+        for name in fates.names("dropped"):
+            reason, is_expected = reasons.of(model, name)
+            dropped.setdefault(reason, []).append(name)
+            if not is_expected:
+                self._warn(model, name, reason)
+        return ModelAccount(
+            model.reference,
+            merged=_share(fates, "merged"),
+            copied=_share(fates, "copied"),
+            dropped={reason: Share(len(names), names.copy) for reason, names in dropped.items()},
+        )
+
+    def _warn(self, model: InputModel, name: str, reason: str) -> None:
+        message = f"a tensor of `{model.reference}` is dropped: {reason}"
+        self.warnings.append(Problem("dropped", message, file=model.path, tensor=name))
+
+
+def _share(fates: Fates, fate: str) -> Share:
+    return Share(fates.count(fate), lambda: fates.names(fate))
+
+
+class _Reasons:
+    """Tells why a tensor does not get into the output, and whether the recipe says so."""
+
+    def __init__(self, sections: list[Section], donor: InputModel, *, is_sliced: bool) -> None:
+        self._donor = donor
+        self._is_sliced = is_sliced
+        self._members = {each.model.index for section in sections for each in section.sources}
+        self._layers: dict[int, set[int]] = {}
+        self._ends = [
+            {each.model.index for each in section.sources}
+            for section in (*sections[:1], *sections[-1:])
+        ]
+        self._end_donors = [
+            section.donor.model.reference for section in (*sections[:1], *sections[-1:])
+        ]
+        for section in sections:
+            for each in section.sources:
+                layers = self._layers.setdefault(each.model.index, set())
+                layers.update(range(each.start, each.start + section.length))
+
+    def of(self, model: InputModel, name: str) -> tuple[str, bool]:
+        """Return the reason, and whether it was to be expected."""
+        if model.index not in self._members:
+            return "the model is no input, it gives names and config", True
+        return self._in_slices(model, name) if self._is_sliced else self._in_whole(name)
+
+    def _in_whole(self, name: str) -> tuple[str, bool]:
+        donor = self._donor
+        if donor.is_tied and is_head(name):
+            return f"the donor `{donor.reference}` ties its head to its embedding", False
+        return f"the donor `{donor.reference}` does not have it", False
+
+    def _in_slices(self, model: InputModel, name: str) -> tuple[str, bool]:
+        place = model.layout.place(name)
+        if place is None or place.is_extra:
+            return self._loose(model, loose_side(name, place))
+        if place.layer not in self._layers[model.index]:
+            return "outside layer_range", True
+        return "the slice's donor does not have it", False
+
+    def _loose(self, model: InputModel, side: str | None) -> tuple[str, bool]:
+        end, word = (1, "last") if side == "output" else (0, "first")
+        if model.index not in self._ends[end]:
+            return f"tensors on the {side or 'input'} side come from the {word} slice", True
+        return f"the donor `{self._end_donors[end]}` does not have it", False

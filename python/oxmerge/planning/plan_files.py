@@ -1,0 +1,307 @@
+"""Plans as files: what is read is checked, since anyone may have written it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from oxmerge import _core
+from oxmerge.errors import PlanError
+from oxmerge.file_state import FileState
+from oxmerge.json_files import read_start
+from oxmerge.methods import read_methods
+from oxmerge.output.card import RECIPE_NAME, REPORT_NAME
+from oxmerge.output.publish import CONFIG_NAME, INDEX_NAME
+from oxmerge.output.side_files import LeftOut, SideFile, SideFiles
+from oxmerge.planning.accounting import ModelAccount, Share
+from oxmerge.planning.parameters import KINDS
+from oxmerge.problems import Problem, group_problems
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from oxmerge.methods import Parameter
+    from oxmerge.planning.plans import Plan
+
+__all__ = ["is_saved_plan", "load_plan", "save_plan"]
+
+#: What a saved plan begins with.
+_BEGINNING = '{"oxmerge_plan":'
+_MAKE_ANEW = "make the plan anew from its recipe"
+
+
+def is_saved_plan(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is a plan that was saved."""
+    try:
+        # Only of a file: what is read of a pipe is gone for who reads the recipe.
+        if not os.path.isfile(path):
+            return False
+        start, _ = read_start(path, len(_BEGINNING))
+    except (OSError, ValueError):
+        return False
+    return start == _BEGINNING.encode()
+
+
+def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write a plan to a file; see `Plan.save`."""
+    path = Path(path)
+    partial = path.with_name(_core.partial_name(f"{path.name}.{os.getpid()}"))
+    output = json.dumps(_output(plan), ensure_ascii=True)
+    file = open(partial, "xb")  # noqa: SIM115 - what is not ours is not ours to remove
+    try:
+        with file:
+            file.write(f'{_BEGINNING}{_version()},\n"output":{output},\n"table":'.encode())
+            plan.table.write(file.write)
+            file.write(b"}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _version() -> int:
+    version: int = _core.build_info()["plan_version"]
+    return version
+
+
+def _output(plan: Plan) -> dict[str, Any]:
+    files = plan.side_files
+    return {
+        "recipe_text": plan.recipe_text,
+        "recipe_folder": plan.recipe_folder,
+        "shard_size": plan.shard_size,
+        "models": plan.models,
+        "donor": plan.donor,
+        "base": plan.base,
+        "layer_map": plan.layer_map,
+        "dtype": plan.dtype,
+        "accounting": [_account(account) for account in plan.accounting],
+        "warnings": [
+            {name: getattr(warning, name) for name in warning.__dataclass_fields__}
+            for warning in plan.warnings
+        ],
+        "changes": plan.changes,
+        "config": plan.config,
+        "card": plan.card,
+        "side_files": [
+            {"name": file.name, "source": os.fspath(file.source), **file.state._asdict()}
+            for file in files.copied
+        ],
+        "left_out": [{"name": entry.name, "reason": entry.reason} for entry in files.left_out],
+    }
+
+
+def _account(account: ModelAccount) -> dict[str, Any]:
+    share = {"merged": account.merged, "copied": account.copied}
+    return {
+        "model": account.model,
+        **{fate: {"count": len(each), "names": each.names} for fate, each in share.items()},
+        "dropped": {
+            reason: {"count": len(each), "names": each.names}
+            for reason, each in account.dropped.items()
+        },
+    }
+
+
+def load_plan(
+    path: str | os.PathLike[str],
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    vram: int | str | None = None,
+) -> Plan:
+    """Return the plan in a file that `Plan.save` wrote.
+
+    Nothing in the file is believed: what it refers to must be there, inputs must lie within their
+    files, outputs must fill theirs without overlap or hole, and parameters must be the method's.
+    The input files themselves are looked at when the plan is merged, or its summary is asked for.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    memory, threads, device, vram
+        As in `plan`: what the summary is for.
+
+    Raises
+    ------
+    PlanError
+        If it is no plan, one of another version of oxmerge, or wrong in any way.
+    OSError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> import oxmerge
+    >>> oxmerge.plan("recipe.yml").save("plan.json")
+    >>> report = oxmerge.merge(oxmerge.load_plan("plan.json"), "out-of-plan/")
+    """
+    from oxmerge.planning.plans import Plan  # noqa: PLC0415 - it needs this module
+
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        table, rest = _core.Plan.load(data.decode())
+        del data
+        _check_parameters(table)
+        _check_method(table)
+        fields = _read_output(json.loads(rest), table)
+    except UnicodeDecodeError as error:
+        raise PlanError(
+            "this is no plan that oxmerge saved", file=os.fspath(path), found=str(error)
+        ) from error
+    except PlanError as error:
+        error.file = error.file or os.fspath(path)
+        raise
+    options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
+    return Plan(table=table, options=options, **fields)
+
+
+def _check_method(table: _core.Plan) -> None:
+    """Raise PlanError if the method cannot make one of the tensors."""
+    problems = group_problems(Problem(kind="method", **found) for found in table.problems())
+    if problems:
+        raise PlanError("cannot merge by the plan", problems=problems)
+
+
+def _check_parameters(table: _core.Plan) -> None:
+    """Raise PlanError unless every parameter is one of the method's, and of its kind."""
+    methods = read_methods(_core.methods())
+    if table.method not in methods:
+        raise PlanError(f"there is no merge method `{table.method}`", advice=_MAKE_ANEW)
+    known = {each.name: each for each in methods[table.method].parameters}
+    for shared, own in table.settings():
+        for values, is_shared in ((shared, True), *((each, False) for each in own)):
+            for name, value in values.items():
+                parameter = known.get(name)
+                if parameter is None or (parameter.per == "shared") is not is_shared:
+                    message = f"`{name}` is no such parameter of method `{table.method}`"
+                    raise PlanError(message, advice=_MAKE_ANEW)
+                if not _is_of_kind(value, parameter):
+                    raise PlanError(
+                        f"`{name}` is {KINDS[parameter.kind]}",
+                        found=repr(value),
+                        advice=_MAKE_ANEW,
+                    )
+
+
+def _is_of_kind(value: object, parameter: Parameter) -> bool:
+    if parameter.kind == "bool":
+        return isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (parameter.kind == "float" and isinstance(value, float))
+
+
+def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
+    """Return what belongs to a plan besides its table."""
+    reader = _Reader(raw if isinstance(raw, dict) else {})
+    models = tuple(reader.get("models", list, str))
+    donor, base = reader.get("donor", int), reader.get("base", int, optional=True)
+    for index in (donor, 0 if base is None else base):
+        if not 0 <= index < len(models):
+            raise _wrong("there is no model of that number", index)
+    copied = [_side_file(_Reader(each)) for each in reader.get("side_files", list, dict)]
+    written = (CONFIG_NAME, INDEX_NAME, RECIPE_NAME, REPORT_NAME)
+    taken = {*written, *(name for name, _ in table.shards)}
+    for file in copied:
+        if file.name in taken or file.name.lower() == "readme.md":
+            raise _wrong("two files of the output have one name", file.name)
+        taken.add(file.name)
+    left_out = [
+        LeftOut(_Reader(each).get("name", str), _Reader(each).get("reason", str))
+        for each in reader.get("left_out", list, dict)
+    ]
+    return {
+        "recipe_text": reader.get("recipe_text", str),
+        "recipe_folder": reader.get("recipe_folder", str, optional=True),
+        "shard_size": reader.get("shard_size", int),
+        "models": models,
+        "donor": donor,
+        "base": base,
+        "layer_map": _pairs(reader.get("layer_map", list, list, optional=True)),
+        "dtype": reader.get("dtype", str, optional=True),
+        "accounting": tuple(
+            _read_account(_Reader(each)) for each in reader.get("accounting", list, dict)
+        ),
+        "warnings": tuple(_read_warning(each) for each in reader.get("warnings", list, dict)),
+        "changes": tuple(reader.get("changes", list, str)),
+        "config": reader.get("config", str, optional=True),
+        "card": reader.get("card", str),
+        "side_files": SideFiles(tuple(copied), tuple(left_out)),
+    }
+
+
+class _Reader:
+    """Reads values of known types from a mapping that may hold anything."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self._raw = raw
+
+    def get(
+        self, name: str, kind: type, item: type | None = None, *, optional: bool = False
+    ) -> Any:  # noqa: ANN401
+        """Return a value of that type, whose items are of type `item`."""
+        value = self._raw.get(name)
+        if value is None and optional:
+            return None
+        is_right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        if is_right and item is not None:
+            is_right = all(isinstance(each, item) for each in value or ())
+        if not is_right:
+            raise _wrong(f"`{name}` in the plan is not as it should be", value)
+        return value
+
+
+def _side_file(reader: _Reader) -> SideFile:
+    name = reader.get("name", str)
+    # A name leads nowhere but into the output directory.
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or not all(parts) or {".", ".."} & set(parts):
+        raise _wrong("a file of the output must have a name within its directory", name)
+    state = FileState(*(reader.get(each, int) for each in FileState._fields))
+    return SideFile(name, Path(reader.get("source", str)), state)
+
+
+def _pairs(raw: list[list[Any]] | None) -> tuple[tuple[int, int], ...] | None:
+    if raw is None:
+        return None
+    if not all(list(map(type, pair)) == [int, int] for pair in raw):
+        raise _wrong("`layer_map` in the plan is not as it should be", raw)
+    return tuple((model, layer) for model, layer in raw)
+
+
+def _read_account(reader: _Reader) -> ModelAccount:
+    return ModelAccount(
+        model=reader.get("model", str),
+        merged=_share(reader.get("merged", dict)),
+        copied=_share(reader.get("copied", dict)),
+        dropped={reason: _share(each) for reason, each in reader.get("dropped", dict).items()},
+    )
+
+
+def _share(raw: object) -> Share:
+    reader = _Reader(raw if isinstance(raw, dict) else {})
+    names = reader.get("names", list, str)
+    return Share(reader.get("count", int), lambda: names)
+
+
+def _read_warning(raw: dict[str, Any]) -> Problem:
+    texts = ("kind", "message", "where", "file", "tensor", "expected", "found", "advice")
+    reader = _Reader(raw)
+    values = {
+        name: reader.get(name, str, optional=name not in {"kind", "message"}) for name in texts
+    }
+    names = tuple(reader.get("tensors", list, str))
+    return Problem(**values, tensors=names, count=reader.get("count", int))
+
+
+def _wrong(message: str, found: object) -> PlanError:
+    shown = re.sub(r"\s+", " ", repr(found))[:80]
+    return PlanError(message, found=shown, advice=_MAKE_ANEW)

@@ -1,0 +1,288 @@
+"""Planning: from a recipe and its checkpoints' headers to a plan that the engine can run.
+
+Everything that headers can show is checked here, before a byte of tensor data is read. Planning
+goes on after each problem as far as it can, so that one report has them all.
+"""
+
+from __future__ import annotations
+
+import os
+
+from oxmerge import _core
+from oxmerge.errors import PlanError, ProblemsError
+from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.models.inputs import InputModel, Inputs
+from oxmerge.options import check_seed
+from oxmerge.output.config import edit_config
+from oxmerge.output.contents import card_of, config_of, notes_on
+from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
+from oxmerge.output.tokenizers import check_tokenizer
+from oxmerge.planning.assembly import Assembler
+from oxmerge.planning.belonging import Belonging
+from oxmerge.planning.ledger import Ledger
+from oxmerge.planning.parameters import SettingReader
+from oxmerge.planning.plans import Plan
+from oxmerge.planning.sections import Section, SectionBuilder
+from oxmerge.planning.targets import SlicedTargets, whole_targets
+from oxmerge.problems import Problem, group_problems
+from oxmerge.schema import Tensors, is_float
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+    from oxmerge.planning.accounting import ModelAccount
+    from oxmerge.planning.targets import Run
+    from oxmerge.recipe.recipe import Recipe
+
+__all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
+
+#: Bytes in an output shard at most, as in mergekit.
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+def build_plan(
+    recipe: Recipe,
+    *,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    seed: int = 0,
+    strict: bool = False,
+    with_side_files: bool = False,
+    allow_mismatch: bool = False,
+) -> Plan:
+    """Return the plan of a merge. Reads headers, configs and tokenizers only.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What to merge.
+    shard_size : int
+        Bytes in an output shard at most.
+    seed : int
+        Of random masks, from 0 to 2**64 - 1.
+    strict : bool
+        Whether warnings count as problems.
+    with_side_files : bool
+        Whether the donor's other files will be copied, and must be such that they can be.
+    allow_mismatch : bool
+        Whether models may be of another type than the donor.
+
+    Raises
+    ------
+    PlanError
+        With every problem that the headers show.
+    TypeError, ValueError
+        If `seed` is no whole number, or `seed` or `shard_size` is out of range.
+    """
+    seed = check_seed(seed)
+    if shard_size < 1:
+        raise ValueError(f"shard size must be at least one byte, not {shard_size}")
+    planner = _Planner(recipe, with_side_files=with_side_files, allow_mismatch=allow_mismatch)
+    return planner.plan(shard_size, seed, strict=strict)
+
+
+class _Planner:
+    """Goes through the steps of one plan, and gathers their problems and warnings."""
+
+    def __init__(self, recipe: Recipe, *, with_side_files: bool, allow_mismatch: bool) -> None:
+        self.recipe = recipe
+        self.with_side_files = with_side_files
+        self.allow_mismatch = allow_mismatch
+        self.side_files = SideFiles()
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = list(recipe.warnings)
+        folders = (os.getcwd(), recipe.folder)
+        self.folders = tuple(folder for folder in folders if folder is not None)
+        self.inputs = Inputs(self.folders)
+        self.reader = SettingReader()
+        self.sliced: SlicedTargets | None = None
+        self.methods = read_methods(_core.methods())
+
+    def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
+        method, is_known = self.method()
+        sections = self.sections(method)
+        donor = self.donor(sections)
+        targets = [] if donor is None else list(self.targets(sections, donor))
+        table: _core.Plan | None = None
+        fates: list[_core.Fates] = []
+        if donor is not None:
+            table, fates = self.assemble(targets, donor, seed, shard_size)
+            if is_known:
+                self.check_with_engine(table)
+        self.check_config(donor)
+        self.look_beside(donor)
+        self.compare_models(sections, donor, table)
+        if donor is not None:
+            asked = check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
+            self.problems += asked
+        self.gather(sections)
+        if donor is None and not self.problems:
+            message = "there is no model to take the names from"
+            self.problems.append(Problem("recipe", message, advice="list a model"))
+        if donor is None or table is None or self.problems:
+            raise self.failure(self.problems + (self.warnings if strict else []))
+        ledger = Ledger(self.inputs.models, fates)
+        accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
+        self.warnings += ledger.warnings
+        if strict and self.warnings:
+            raise self.failure(self.warnings)
+        return self.result(table, donor, accounting, shard_size)
+
+    def method(self) -> tuple[Method, bool]:
+        """Return the recipe's method, or one that takes anything after reporting that."""
+        found = find_method(self.recipe.method, self.methods)
+        if isinstance(found, Problem):
+            self.problems.append(found)
+            return Method(self.recipe.method), False
+        return found, True
+
+    def sections(self, method: Method) -> list[Section]:
+        builder = SectionBuilder(self.recipe, method, self.methods, self.inputs, self.reader)
+        sections = builder.build()
+        self.problems += builder.problems
+        self.warnings += builder.warnings
+        return sections
+
+    def donor(self, sections: list[Section]) -> InputModel | None:
+        """Return the model that names and config come from: the base, else the first listed."""
+        if self.recipe.base_model is not None:
+            return self.inputs.open(self.recipe.base_model)
+        return sections[0].donor.model if sections else None
+
+    def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Run]:
+        if not sections:
+            return []
+        if not self.recipe.slices:
+            return whole_targets(sections[0], donor)
+        self.sliced = SlicedTargets(sections, donor)
+        return self.sliced
+
+    def assemble(
+        self, targets: list[Run], donor: InputModel, seed: int, shard_size: int
+    ) -> tuple[_core.Plan, list[_core.Fates]]:
+        assembler = Assembler(self.recipe, donor, self.inputs.models, seed, self.reader)
+        if not self.recipe.slices and targets:
+            assembler.compare_depths(targets[0].section)
+        for run in targets:
+            assembler.assemble(run)
+        self.problems += assembler.problems
+        return assembler.finish(shard_size)
+
+    def check_with_engine(self, table: _core.Plan) -> None:
+        for found in table.problems():
+            self.problems.append(
+                Problem(
+                    "method",
+                    found["message"],
+                    tensor=found.get("tensor"),
+                    expected=found.get("expected"),
+                    found=found.get("found"),
+                    advice=found.get("advice"),
+                )
+            )
+
+    def check_config(self, donor: InputModel | None) -> None:
+        """Find the layer lists and position rules of the config that the new depth breaks."""
+        if self.sliced is None or donor is None or donor.stack is None or not donor.config:
+            return
+        layers = self.configs_of(self.sliced.layer_map)
+        try:
+            edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
+        except PlanError as error:
+            self.problems += error.problems
+
+    def look_beside(self, donor: InputModel | None) -> None:
+        """Find the donor's other files, and those among them that cannot be copied."""
+        if self.with_side_files and donor is not None:
+            self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
+            self.problems += self.side_files.problems
+
+    def compare_models(
+        self, sections: list[Section], donor: InputModel | None, table: _core.Plan | None
+    ) -> None:
+        """Find models that do not belong together, whatever their tensors are called."""
+        if donor is None or table is None:
+            return
+        belonging = Belonging(donor, allow_mismatch=self.allow_mismatch)
+        by_layer = bool(self.recipe.slices)
+        belonging.compare_configs(self.inputs.models, by_layer=by_layer)
+        if by_layer:
+            belonging.compare_layers(sections)
+        belonging.compare_tokenizers(self.inputs.models, Tensors(table))
+        self.problems += belonging.problems
+        self.warnings += belonging.warnings
+
+    def gather(self, sections: list[Section]) -> None:
+        """Take over what the steps have collected on the way."""
+        self.problems = self.inputs.problems + self.problems + self.reader.problems
+        self.warnings += self.inputs.warnings + self.reader.warnings
+        if self.sliced is not None:
+            self.problems += self.sliced.problems
+        if not self.problems:  # else a filter may have had no chance
+            self.warnings += self.reader.unused_filters()
+        self.warnings += self.gradient_warnings(sections)
+
+    def gradient_warnings(self, sections: list[Section]) -> list[Problem]:
+        stackless = [
+            each.model
+            for section in sections
+            for each in section.sources
+            if not each.model.layout.stacks
+        ]
+        if self.recipe.slices or not stackless or not self.reader.has_gradients():
+            return []
+        message = "gradients have no effect beyond their first value: no layers are known"
+        advice = "layers are told by a config.json that counts them"
+        return [Problem("layers", message, file=stackless[0].path, advice=advice)]
+
+    def failure(self, problems: list[Problem]) -> ProblemsError:
+        return PlanError.of("cannot merge", group_problems(problems))
+
+    def result(
+        self,
+        table: _core.Plan,
+        donor: InputModel,
+        accounting: tuple[ModelAccount, ...],
+        shard_size: int,
+    ) -> Plan:
+        base = self.recipe.base_model
+        models = tuple(model.reference for model in self.inputs.models)
+        stack = donor.stack if self.sliced is not None else None
+        layer_map = None if self.sliced is None else self.sliced.layer_map
+        dtype = _main_dtype(table.bytes_by_dtype())
+        config, notes = config_of(
+            donor,
+            dtype=dtype,
+            layers=None if layer_map is None else self.configs_of(layer_map),
+            depth=None if stack is None else stack.depth,
+            writes_head=table.has_name_ending("lm_head.weight"),
+        )
+        plan = Plan(
+            table=table,
+            recipe_text=self.recipe.text,
+            recipe_folder=self.recipe.folder,
+            shard_size=shard_size,
+            models=models,
+            donor=donor.index,
+            base=None if base is None else donor.index,
+            layer_map=layer_map,
+            dtype=dtype,
+            accounting=accounting,
+            warnings=group_problems(self.warnings),
+            changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
+            config=config,
+            card=card_of(self.recipe, self.inputs.models, donor),
+            side_files=self.side_files,
+        )
+        plan.recipe = self.recipe  # it need not be read again
+        return plan
+
+    def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
+        """Return the config and the layer that each output layer comes from."""
+        return [(self.inputs.models[model].config, layer) for model, layer in layer_map]
+
+
+def _main_dtype(sizes: Mapping[str, int]) -> str | None:
+    floats = (dtype for dtype in sizes if is_float(dtype))
+    return max(floats, key=lambda dtype: sizes[dtype], default=None)

@@ -1,0 +1,313 @@
+"""Sections: the slices of a recipe with their models opened and their parameters at hand.
+
+A recipe of whole models is one section. Every model, count and range that does not fit is reported
+here, and planning goes on with what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
+from oxmerge.problems import Problem
+from oxmerge.recipe.recipe import Slice, Source
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from oxmerge.methods import Method
+    from oxmerge.models.inputs import InputModel, Inputs
+    from oxmerge.recipe.recipe import Recipe, Settings
+
+__all__ = ["Section", "SectionBuilder", "SectionSource"]
+
+
+@dataclass(frozen=True, slots=True)
+class SectionSource:
+    """A model in a section.
+
+    Attributes
+    ----------
+    model : InputModel
+        The model.
+    resolver : Resolver
+        Its parameters.
+    start : int
+        Its first layer here.
+    """
+
+    model: InputModel
+    resolver: Resolver
+    start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A slice made ready.
+
+    Attributes
+    ----------
+    where : str
+        The place in the recipe.
+    sources : tuple of SectionSource
+        In listed order, those whose model could be opened.
+    base : int, optional
+        Which of them is the base.
+    donor : SectionSource
+        The one whose tensors the output has.
+    shared : Resolver
+        The parameters that the inputs of a tensor share.
+    length : int
+        How many layers it has; 0 in a recipe of whole models.
+    settings : tuple
+        What the recipe says here; two sections that agree in it treat a loose tensor alike.
+    is_sound : bool
+        Whether nothing about it was reported. What an unsound one makes is checked, not planned.
+    """
+
+    where: str
+    sources: tuple[SectionSource, ...]
+    base: int | None
+    donor: SectionSource
+    shared: Resolver
+    length: int
+    settings: tuple[object, ...]
+    is_sound: bool = True
+
+
+class SectionBuilder:
+    """Makes the sections of a recipe, and collects what does not fit.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What the user asked for.
+    method : Method
+        The recipe's method.
+    methods : mapping of str to Method
+        Every method, for what their parameters are called.
+    inputs : Inputs
+        Opens the models.
+    reader : SettingReader
+        Converts the settings.
+
+    Attributes
+    ----------
+    problems, warnings : list of Problem
+        What does not fit, and what has no effect.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        methods: Mapping[str, Method],
+        inputs: Inputs,
+        reader: SettingReader,
+    ) -> None:
+        self.problems: list[Problem] = []
+        self.warnings: list[Problem] = []
+        self._recipe = recipe
+        self._method = method
+        self._known = {each.name for one in methods.values() for each in one.parameters}
+        self._inputs = inputs
+        self._reader = reader
+
+    def build(self) -> list[Section]:
+        """Return the sections that could be made."""
+        self._check_base()
+        self._check_names(self._recipe.parameters, "all")
+        slices = self._recipe.slices or (self._whole_models(),)
+        sections = [self._section(each) for each in slices]
+        return [section for section in sections if section is not None]
+
+    def _whole_models(self) -> Slice:
+        """Return the slice that a recipe of whole models is, with the base as an input."""
+        sources = self._recipe.models
+        base = self._base_reference(None)
+        if base is not None and not self._lists(sources, base):
+            sources = (*sources, Source(base, "base_model"))
+        return Slice("models", sources)
+
+    def _base_reference(self, part: Slice | None) -> str | None:
+        """Return the base that takes part in the arithmetic."""
+        own = None if part is None else part.base_model
+        return None if self._method.base == "ignored" else own or self._recipe.base_model
+
+    def _lists(self, sources: tuple[Source, ...], reference: str) -> bool:
+        path = self._inputs.path_of(reference)
+        return any(self._inputs.path_of(source.model) == path for source in sources)
+
+    # Checks.
+
+    def _check_base(self) -> None:
+        recipe, method = self._recipe, self._method
+        has_own = bool(recipe.slices) and all(part.base_model for part in recipe.slices)
+        if method.base == "required" and recipe.base_model is None and not has_own:
+            message = f"method `{method.name}` needs a `base_model`"
+            advice = "name the model that the others were made from"
+            self.problems.append(Problem("contract", message, advice=advice))
+        if method.base == "ignored" and recipe.base_model is not None:
+            self._check_ignored_base(recipe.base_model)
+
+    def _check_ignored_base(self, base: str) -> None:
+        listed = (source for part in self._recipe.slices for source in part.sources)
+        if self._lists((*self._recipe.models, *listed), base):
+            return
+        message = f"`base_model` is no input of method `{self._method.name}`"
+        advice = "it gives the names, the config and the tokenizer; to merge it, list it"
+        self.warnings.append(Problem("contract", message, "base_model", advice=advice))
+
+    def _check_names(self, settings: Settings, level: str) -> None:
+        found = check_settings(settings, self._method, self._known, level=level)
+        self.problems += found[0]
+        self.warnings += found[1]
+
+    def _check_counts(self, part: Slice, *, has_base: bool) -> None:
+        method, count = self._method, len(part.sources)
+        if not has_base and method.base == "required":
+            return  # the missing base is reported, and how many others it needs can be seen then
+        if not method.inputs.allows(count):
+            words = " (the base included)" if has_base else ""
+            self._contract(part, method.inputs.of("model") + words, count)
+        elif not method.others.allows(count - has_base):
+            words = " besides the base" if has_base else ""
+            self._contract(part, method.others.of("model") + words, count - has_base)
+
+    def _contract(self, part: Slice, counts: str, found: int) -> None:
+        message = f"method `{self._method.name}` takes {counts}"
+        advice = "list so many, or use another method: `oxmerge methods` shows what each takes"
+        self.problems.append(
+            Problem("contract", message, part.where, found=str(found), advice=advice)
+        )
+
+    def _check_duplicates(self, part: Slice) -> None:
+        seen: dict[str, str] = {}
+        for source in part.sources:
+            path = self._inputs.path_of(source.model)
+            if path in seen:
+                message = f"model `{source.model}` is listed twice, first at {seen[path]}"
+                advice = "list it once, with the weight of both; or name the model that was meant"
+                self.problems.append(Problem("contract", message, source.where, advice=advice))
+            seen.setdefault(path, source.where)
+
+    # Making.
+
+    def _section(self, part: Slice) -> Section | None:
+        before = len(self.problems)
+        base = self._base_reference(part)
+        has_base = base is not None and self._lists(part.sources, base)
+        self._check_names(part.parameters, "all")
+        self._check_duplicates(part)
+        self._check_counts(part, has_base=has_base)
+        if base is not None and not has_base:
+            message = f"the base model `{base}` is not among the sources of this slice"
+            advice = "list it there, with its own `layer_range`"
+            self.problems.append(Problem("contract", message, part.where, advice=advice))
+        base_path = self._inputs.path_of(base) if base is not None and has_base else None
+        section = self._open_section(part, base_path)
+        found = any(problem.kind != "parameter" for problem in self.problems[before:])
+        is_sound = not found and not self._lacks_base(base)
+        return section if section is None or is_sound else replace(section, is_sound=False)
+
+    def _lacks_base(self, base: str | None) -> bool:
+        return base is None and self._method.base == "required"
+
+    def _open_section(self, part: Slice, base_path: str | None) -> Section | None:
+        opened = [(source, self._inputs.open(source.model)) for source in part.sources]
+        length = self._length(part, opened)
+        sources: list[SectionSource] = []
+        base: int | None = None
+        shared = self._shared(part)
+        for source, model in opened:
+            is_base = self._inputs.path_of(source.model) == base_path
+            self._check_names(source.parameters, "base" if is_base else "input")
+            # Also where there is no model: what is wrong with the values is told with that.
+            resolver = self._resolver(part, source, is_base=is_base)
+            if model is not None:
+                base = len(sources) if is_base else base
+                start = source.layer_range[0] if source.layer_range else 0
+                sources.append(SectionSource(model, resolver, start))
+        lacks_donor = opened[0][1] is None if base_path is None else base is None
+        if lacks_donor or not sources:
+            return None
+        donor = sources[base or 0]
+        return Section(part.where, tuple(sources), base, donor, shared, length, _settings(part))
+
+    def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
+        levels = (source.parameters, part.parameters, self._recipe.parameters)
+        parameters = self._method.parameters_of(base=is_base)
+        return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
+
+    def _shared(self, part: Slice) -> Resolver:
+        levels = (part.parameters, self._recipe.parameters)
+        whose = f" by method `{self._method.name}`"
+        return Resolver(self._method.shared_parameters(), levels, self._reader, whose)
+
+    # Layers.
+
+    def _length(self, part: Slice, opened: list[tuple[Source, InputModel | None]]) -> int:
+        """Return how many layers every source of a slice has, as far as they agree."""
+        ranges = [(source, source.layer_range) for source in part.sources if source.layer_range]
+        if not ranges:
+            return 0
+        lengths = [end - start for _, (start, end) in ranges]
+        if len(set(lengths)) > 1:
+            found = ", ".join(
+                f"{length} (`{source.model}`)"
+                for length, (source, _) in zip(lengths, ranges, strict=True)
+            )
+            message = "the sources of a slice must have equally many layers"
+            advice = "give each a `layer_range` of the same length"
+            self.problems.append(Problem("layers", message, part.where, found=found, advice=advice))
+        fitting = [self._fitting(source, model) for source, model in opened if model is not None]
+        return max(0, min(lengths + fitting))
+
+    def _fitting(self, source: Source, model: InputModel) -> int:
+        """Return how many layers of a range its model has; report a range that goes too far."""
+        start, end = source.layer_range or (0, 0)
+        stack = model.stack
+        if stack is None:
+            return self._no_stack(model)
+        if end > stack.depth:
+            message = f"`layer_range` goes past the last layer of `{source.model}`"
+            layers = f"at most {stack.depth}, the number of its layers"
+            advice = f"choose from `[0, {stack.depth}]`, which is all of them"
+            self.problems.append(
+                Problem(
+                    "layers",
+                    message,
+                    source.where,
+                    file=model.path,
+                    expected=layers,
+                    found=str(end),
+                    advice=advice,
+                )
+            )
+        return stack.depth - start
+
+    def _no_stack(self, model: InputModel) -> int:
+        layout = model.layout
+        numbered = layout.stacks or layout.numbered
+        names = ", ".join(f"`{name}`" for name in list(numbered)[:4]) or "none"
+        which = "stacks" if layout.stacks else "numbered prefixes, none of which the config counts"
+        message = "`slices` needs a model with exactly one stack of layers"
+        advice = "merge whole models with `models`"
+        if not layout.stacks:
+            advice += ", or put the config.json that counts the layers beside the weights"
+        found = f"{len(numbered)} {which} ({names})"
+        problem = Problem("layers", message, file=model.path, found=found, advice=advice)
+        if problem not in self.problems:
+            self.problems.append(problem)
+        return 0
+
+
+def _settings(part: Slice) -> tuple[object, ...]:
+    """Return what decides a loose tensor of a slice: models and settings, not layers."""
+    sources = [(source.model, _choices(source.parameters)) for source in part.sources]
+    return (part.base_model, sources, _choices(part.parameters))
+
+
+def _choices(settings: Settings) -> dict[str, object]:
+    return {name: setting.choices for name, setting in settings.items()}

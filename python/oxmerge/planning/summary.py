@@ -1,0 +1,129 @@
+"""What a merge would do, told before it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oxmerge.output.contents import method_description
+from oxmerge.problems import printable
+from oxmerge.sizes import format_duration, format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from oxmerge.devices import Choice
+    from oxmerge.planning.plans import Plan
+
+__all__ = ["Prediction", "as_dict", "summary"]
+
+#: What a common disk moves in a second, and a fast one.
+_RATES = (1e9, 3e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How a merge would run.
+
+    Attributes
+    ----------
+    memory : int
+        Predicted high-water mark of the process's resident set, bytes.
+    threads : int
+        Threads that will work.
+    reread_bytes : int, optional
+        Bytes of tensors that are read several times and do not fit the memory that is free now: the
+        disk gives them again each time. None if nothing is read several times.
+    device : str
+        Where it would compute.
+    fastest : Choice
+        The device that is expected to be the fastest, and why.
+    """
+
+    memory: int
+    threads: int
+    reread_bytes: int | None
+    device: str
+    fastest: Choice
+
+
+def cost(plan: Plan) -> str:
+    """Return how often the inputs are read, and from where again."""
+    reread_bytes = plan.prediction.reread_bytes
+    often: str = method_description(plan.method)["cost"]
+    if reread_bytes is None:
+        return often
+    if reread_bytes == 0:
+        return f"{often}, again from the page cache"
+    size = format_size(reread_bytes)
+    return f"{often}, {size} again from the disk each time: more than the free memory"
+
+
+def bytes_moved(plan: Plan) -> int:
+    """Return the bytes that the disk moves at the least, if no input is in the page cache."""
+    return plan.bytes_read + (plan.prediction.reread_bytes or 0) + plan.bytes_written
+
+
+def fates(plan: Plan) -> dict[str, int]:
+    """Return how many input tensors are merged, copied, dropped."""
+    return {
+        "merged": sum(len(model.merged) for model in plan.accounting),
+        "copied": sum(len(model.copied) for model in plan.accounting),
+        "dropped": sum(model.dropped_count for model in plan.accounting),
+    }
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Return the summary as data; ``inputs`` has every tensor of every model."""
+    prediction = plan.prediction
+    return {
+        "method": plan.method,
+        "cost": cost(plan),
+        "tensors": len(plan.tensors),
+        "files": len(plan.shards),
+        "bytes_read": plan.bytes_read,
+        "reread_bytes": prediction.reread_bytes,
+        "bytes_written": plan.bytes_written,
+        "disk": plan.disk,
+        "memory": prediction.memory,
+        "threads": prediction.threads,
+        "device": prediction.device,
+        "fastest": {"device": prediction.fastest.device, "reason": prediction.fastest.reason},
+        "accounting": fates(plan),
+        "inputs": [account.as_dict() for account in plan.accounting],
+        "left_out": list(plan.left_out),
+        "notes": list(plan.notes),
+        "warnings": [str(warning) for warning in plan.warnings],
+    }
+
+
+def summary(plan: Plan) -> str:
+    """Return the plan as people read it."""
+    return "\n".join(map(printable, _lines(plan)))
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    prediction = plan.prediction
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
+    fastest = f"{prediction.fastest.device}: {prediction.fastest.reason}"
+    yield f"method    {plan.method}"
+    yield f"tensors   {len(plan.tensors)} in {files}"
+    yield f"reads     {format_size(plan.bytes_read)}: {cost(plan)}"
+    yield f"writes    {format_size(plan.bytes_written)}"
+    yield f"memory    {format_size(prediction.memory, binary=True)} at the peak"
+    yield f"threads   {prediction.threads}"
+    yield f"device    {prediction.device}; the fastest should be {fastest}"
+    yield f"disk      {format_size(plan.disk)} needed"
+    yield f"time      {_time(plan)}"
+    yield from (f"note      {note}" for note in plan.notes)
+    yield from (f"not copied  {name}" for name in plan.left_out)
+    lines = (line for account in plan.accounting for line in account.summary())
+    yield from (f"{' ' if at else 'inputs':<10}{line}" for at, line in enumerate(lines))
+
+
+def _time(plan: Plan) -> str:
+    """Say how long the bytes take, on a common disk and on a fast one."""
+    slow, fast = (format_duration(bytes_moved(plan) / rate) for rate in _RATES)
+    least = "at least " if plan.prediction.reread_bytes else ""
+    return f"{least}{slow} where the disk moves 1 GB/s, {fast} at 3 GB/s"

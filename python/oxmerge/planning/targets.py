@@ -1,0 +1,236 @@
+"""Targets: which tensors the output has, and which tensors of the inputs each is made of.
+
+The output has the donor's tensors, in the donor's order. With slices, the loose tensors of the
+input side come from the first slice, the layers of each slice from that slice, renumbered, and the
+loose tensors of the output side from the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oxmerge.models.names import Place, join, position, side_of
+from oxmerge.problems import Problem
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from oxmerge.models.inputs import InputModel
+    from oxmerge.models.names import Stack
+    from oxmerge.planning.sections import Section
+
+__all__ = ["Run", "SlicedTargets", "Target", "loose_side", "whole_targets"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An output tensor that needs a look, before its sources are compared.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the output.
+    run : Run
+        The run it belongs to.
+    donor_name : str
+        Its name in the donor.
+    names : tuple of str
+        Its name in each source of the section.
+    """
+
+    name: str
+    run: Run
+    donor_name: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Output tensors that differ in nothing but their names: a layer, or loose ones.
+
+    Attributes
+    ----------
+    section : Section
+        The section they belong to.
+    position : float
+        Where their layer is in the section, from 0 to 1; 0 for loose tensors.
+    donor : InputModel
+        The model that they are like.
+    tensors : tuple of (int, int)
+        Which of its tensors: the first and how many, in stretches.
+    place : Place, optional
+        Where they are in the donor.
+    donor_lead, lead : str
+        What their names begin with in the donor, and what in the output instead.
+    leads : tuple of str
+        The same in each source of the section.
+    """
+
+    section: Section
+    position: float
+    donor: InputModel
+    tensors: tuple[tuple[int, int], ...]
+    place: Place | None
+    donor_lead: str
+    lead: str
+    leads: tuple[str, ...]
+
+    def target(self, donor_name: str) -> Target:
+        """Return the tensor that has that name in the donor."""
+        rest = donor_name[len(self.donor_lead) :]
+        names = tuple(lead + rest for lead in self.leads)
+        return Target(self.lead + rest, self, donor_name, names)
+
+
+def loose_side(name: str, place: Place | None) -> str | None:
+    """Return the side of a loose tensor; extra layers follow the stack, on the output side."""
+    return side_of(name) if place is None else "output"
+
+
+def whole_targets(section: Section, donor: InputModel) -> Iterator[Run]:
+    """Yield the tensors of a recipe of whole models, which are called alike everywhere."""
+    leads = ("",) * len(section.sources)
+    for lead, first, count in donor.runs:
+        place = donor.layout.place(lead)
+        in_stack = place is not None and not place.is_extra
+        where = position(place.layer, place.stack.depth) if place and in_stack else 0.0
+        yield Run(section, where, donor, ((first, count),), place, "", "", leads)
+
+
+class SlicedTargets:
+    """The targets of a recipe of slices.
+
+    Parameters
+    ----------
+    sections : list of Section
+        The slices, in order; at least one.
+    donor : InputModel
+        The model that gives the config.
+
+    Attributes
+    ----------
+    problems : list of Problem
+        Loose tensors that could be on either side, stacks that are called differently.
+    depth : int
+        How many layers the output has.
+    layer_map : tuple of (int, int)
+        The donor's index and its layer, for each layer of the output.
+    """
+
+    def __init__(self, sections: list[Section], donor: InputModel) -> None:
+        self.problems: list[Problem] = []
+        self.depth = sum(section.length for section in sections)
+        self.layer_map = tuple(
+            (section.donor.model.index, section.donor.start + offset)
+            for section in sections
+            for offset in range(section.length)
+        )
+        self._sections = sections
+        self._donor = donor
+        self._stretches: dict[int, dict[int, list[tuple[int, int]]]] = {}
+
+    def __iter__(self) -> Iterator[Run]:
+        first, last = self._sections[0], self._sections[-1]
+        stack = self._donor.stack
+        if stack is None:
+            return
+        self._check_prefixes(stack)
+        yield from self._loose(first, "input", stack)
+        yield from self._layers(stack)
+        yield from self._loose(last, "output", stack)
+
+    def _check_prefixes(self, stack: Stack) -> None:
+        """Check that the output's layers have one name, whichever slice they come from."""
+        for section in self._sections:
+            other = section.donor.model.stack
+            if other is not None and other.prefix != stack.prefix:
+                message = f"the layers of `{section.donor.model.reference}` have another name"
+                expected = f"`{stack.prefix}`, as in `{self._donor.reference}`"
+                found = f"`{other.prefix}`"
+                self.problems.append(
+                    Problem(
+                        "layers",
+                        message,
+                        section.where,
+                        file=section.donor.model.path,
+                        expected=expected,
+                        found=found,
+                        advice="stack models that were saved by the same class",
+                    )
+                )
+
+    def _loose(self, section: Section, side: str, stack: Stack) -> Iterator[Run]:
+        donor = section.donor.model
+        for lead, first, count in donor.runs:
+            place = donor.layout.place(lead)
+            if place is None:
+                same = ("",) * len(section.sources)
+                for at in range(first, first + count):
+                    if self._side(donor.checkpoint.tensor(at).name, None) == side:
+                        yield Run(section, 0.0, donor, ((at, 1),), None, "", "", same)
+            elif place.is_extra and self._side(lead, place) == side:
+                leads = tuple(_loose_lead(lead, place, each.model) for each in section.sources)
+                output, stretch = self._extra_lead(place, stack), ((first, count),)
+                yield Run(section, 0.0, donor, stretch, place, lead, output, leads)
+
+    def _side(self, name: str, place: Place | None) -> str:
+        side = loose_side(name, place)
+        if side is None and not self._ends_agree():
+            message = "cannot tell whether it comes before the layers or after them"
+            advice = "make the first and the last slice list the same models and parameters"
+            self.problems.append(Problem("names", message, tensor=name, advice=advice))
+        return side or "input"
+
+    def _ends_agree(self) -> bool:
+        return self._sections[0].settings == self._sections[-1].settings
+
+    def _extra_lead(self, place: Place, stack: Stack) -> str:
+        """Return an extra layer's name in the output, where it follows the last layer again."""
+        return join(stack.prefix, place.layer - place.stack.depth + self.depth)
+
+    def _layers(self, stack: Stack) -> Iterator[Run]:
+        number = 0
+        for section in self._sections:
+            stretches = self._stretches_of(section.donor.model)
+            for offset in range(section.length):
+                found = stretches.get(section.donor.start + offset)
+                if found:
+                    yield _layer(section, offset, tuple(found), join(stack.prefix, number))
+                number += 1
+
+    def _stretches_of(self, model: InputModel) -> dict[int, list[tuple[int, int]]]:
+        if model.index not in self._stretches:
+            self._stretches[model.index] = _stretches_by_layer(model)
+        return self._stretches[model.index]
+
+
+def _layer(section: Section, offset: int, tensors: tuple[tuple[int, int], ...], lead: str) -> Run:
+    leads = tuple(_layer_lead(each.model, each.start + offset) for each in section.sources)
+    donor = section.donor
+    donor_lead = _layer_lead(donor.model, donor.start + offset)
+    place = donor.model.layout.place(donor_lead)
+    where = position(offset, section.length)
+    return Run(section, where, donor.model, tensors, place, donor_lead, lead, leads)
+
+
+def _layer_lead(model: InputModel, layer: int) -> str:
+    stack = model.stack
+    return "" if stack is None else join(stack.prefix, layer)
+
+
+def _loose_lead(lead: str, place: Place, model: InputModel) -> str:
+    """Return an extra layer's name in another model: it follows that model's stack."""
+    stack = model.stack
+    if stack is None:
+        return lead
+    return join(stack.prefix, place.layer - place.stack.depth + stack.depth)
+
+
+def _stretches_by_layer(model: InputModel) -> dict[int, list[tuple[int, int]]]:
+    stretches: dict[int, list[tuple[int, int]]] = {}
+    for lead, first, count in model.runs:
+        place = model.layout.place(lead)
+        if place is not None and not place.is_extra:
+            stretches.setdefault(place.layer, []).append((first, count))
+    return stretches

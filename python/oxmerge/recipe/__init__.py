@@ -1,0 +1,1 @@
+"""What is asked: recipes, their YAML and their dialect."""

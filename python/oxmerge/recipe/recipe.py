@@ -1,0 +1,342 @@
+"""Recipes: what the user asked for. Pure data, which knows no model files.
+
+The YAML dialect is mergekit's. `dialect` reads it and collects every fault; this file holds what
+comes out of that.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from oxmerge.errors import RecipeError
+from oxmerge.problems import Problem
+from oxmerge.schema import DTYPE_NAMES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import IO
+
+    Scalar = bool | int | float | str
+    Settings = Mapping[str, "Setting"]
+
+__all__ = ["Choice", "Recipe", "Setting", "Slice", "Source", "Template", "Tokenizer"]
+
+#: More bytes than any recipe has; PyYAML takes a hundred times as many to read them.
+MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One alternative of a setting.
+
+    Attributes
+    ----------
+    values : tuple of bool, int, float or str
+        One value, or the points of a gradient over the layers. Empty: no value at all.
+    filter : str, optional
+        Only tensors whose name contains it are meant; None means every tensor.
+    """
+
+    values: tuple[Scalar, ...]
+    filter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a recipe says of one parameter in one place: the first choice that matches counts.
+
+    Attributes
+    ----------
+    where : str
+        The place in the recipe, for messages.
+    choices : tuple of Choice
+        In the order they are written.
+    """
+
+    where: str
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An entry of `models`, or of a slice's `sources`.
+
+    Attributes
+    ----------
+    model : str
+        The model reference, as written.
+    where : str
+        The place in the recipe, for messages.
+    layer_range : tuple of int, optional
+        The source's first layer and the one after its last. None in `models`.
+    parameters : mapping of str to Setting
+        Settings for this model only.
+    """
+
+    model: str
+    where: str
+    layer_range: tuple[int, int] | None = None
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of output layers, and where they come from.
+
+    Attributes
+    ----------
+    where : str
+        The place in the recipe, for messages.
+    sources : tuple of Source
+        In listed order.
+    base_model : str, optional
+        The base for this slice, instead of the recipe's.
+    parameters : mapping of str to Setting
+        Settings for this slice.
+    """
+
+    where: str
+    sources: tuple[Source, ...]
+    base_model: str | None = None
+    parameters: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """What a recipe says of the output's tokenizer.
+
+    Attributes
+    ----------
+    where : str
+        The place in the recipe, for messages.
+    source : str
+        ``base``, ``union``, or a model reference.
+    more : tuple of str
+        What else it asks for: ``tokens``, ``pad_to_multiple_of``.
+    """
+
+    where: str
+    source: str
+    more: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What a recipe says of the output's chat template.
+
+    Attributes
+    ----------
+    where : str
+        The place in the recipe, for messages.
+    text : str
+        ``auto``, the name of a template, or a template.
+    """
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A merge as asked for. Exactly one of `models` and `slices` is not empty.
+
+    Attributes
+    ----------
+    method : str
+        The merge method's name.
+    models : tuple of Source
+        Whole models, in listed order.
+    slices : tuple of Slice
+        Output slices, in order.
+    base_model : str, optional
+        The base, and the donor of names and config.
+    parameters : mapping of str to Setting
+        Settings for everything.
+    dtype, out_dtype : str, optional
+        Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
+        `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64
+        where an input or the output is, or `dtype`.
+    tokenizer : Tokenizer, optional
+        What the output's tokenizer is to be; that of the donor unless given.
+    chat_template : Template, optional
+        What its chat template is to be; likewise.
+    text : str
+        The recipe as it was written; as JSON, which is YAML too, if it came as a mapping.
+    folder : str, optional
+        The folder of the recipe's file, where relative paths may start.
+    warnings : tuple of Problem
+        What has no effect where it stands.
+    """
+
+    method: str
+    models: tuple[Source, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    base_model: str | None = None
+    parameters: Settings = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: Template | None = None
+    text: str = ""
+    folder: str | None = None
+    warnings: tuple[Problem, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not wrong, but may be taken for something else than it is."""
+        if self.out_dtype is None or self.dtype not in ("F16", "BF16"):
+            return ()
+        dtype, out_dtype = DTYPE_NAMES[self.dtype], DTYPE_NAMES[self.out_dtype]
+        note = f"`dtype: {dtype}` rounds nothing: arithmetic is in float32, or in float64 where "
+        return (f"{note}inputs or output are; the output is {out_dtype}, by `out_dtype`",)
+
+    @classmethod
+    def from_mapping(
+        cls, mapping: Mapping[str, object], *, text: str | None = None, folder: str | None = None
+    ) -> Recipe:
+        """Return the recipe that a mapping, as parsed from YAML or JSON, describes.
+
+        Parameters
+        ----------
+        mapping : mapping
+            The recipe's keys and values.
+        text : str, optional
+            The text it was parsed from; the mapping as JSON unless given.
+        folder : str, optional
+            Where relative paths may start, after the working directory.
+
+        Raises
+        ------
+        RecipeError
+            With every fault in the recipe; `UnsupportedError` if it only asks for what cannot be
+            done yet.
+        """
+        from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
+
+        _check_extent(mapping)
+        return read_recipe(mapping, text=_as_json(mapping) if text is None else text, folder=folder)
+
+    @classmethod
+    def from_yaml(cls, source: str | os.PathLike[str] | IO[bytes]) -> Recipe:
+        """Return the recipe in a YAML file or text.
+
+        Parameters
+        ----------
+        source : str, path or file
+            A path; text, which is told by a line break or a colon and a space in it; or a file that
+            is open for reading bytes, such as ``sys.stdin.buffer``.
+
+        Raises
+        ------
+        RecipeError
+            With every fault in the recipe; `UnsupportedError` if it only asks for what cannot be
+            done yet.
+        FileNotFoundError
+            If `source` is a path and there is no such file.
+        """
+        mapping, text, folder = _parsed(source)
+        return cls.from_mapping(mapping, text=text, folder=folder)
+
+    @classmethod
+    def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
+        """Return the recipe in YAML text, whose relative paths may start in `folder`."""
+        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        return cls.from_mapping(parse_yaml(text), text=text, folder=folder)
+
+    @staticmethod
+    def mapping_of(
+        source: str | os.PathLike[str] | IO[bytes] | Mapping[str, object] | Recipe,
+    ) -> tuple[dict[str, object], str, str | None]:
+        """Return what a YAML file or text, or a recipe's, says as plain data, its text and folder.
+
+        Parameters and errors are those of `from_yaml`, but only the YAML is checked.
+        """
+        if isinstance(source, Recipe):
+            from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+            return dict(parse_yaml(source.text)), source.text, source.folder
+        if isinstance(source, Mapping):
+            return dict(source), _as_json(source), None
+        mapping, text, folder = _parsed(source)
+        return dict(mapping), text, folder
+
+
+def _check_extent(mapping: Mapping[str, object]) -> None:
+    from oxmerge.recipe.extent import TooMuch, check_extent  # noqa: PLC0415 - as the others
+
+    try:
+        check_extent(mapping, _parts)
+    except TooMuch as error:
+        problem = Problem("recipe", str(error), advice=error.advice)
+        raise RecipeError("cannot use the recipe", problems=[problem]) from None
+
+
+def _parts(value: object) -> Iterable[object] | None:
+    """Return the values in a value of a recipe."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple | set | frozenset) else None
+
+
+def _parsed(
+    source: str | os.PathLike[str] | IO[bytes],
+) -> tuple[dict[str, object], str, str | None]:
+    """Return a recipe's mapping, its text, and the folder of its file."""
+    from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+    if isinstance(source, str) and ("\n" in source or ": " in source):
+        return parse_yaml(source), source, None
+    if not isinstance(source, str | os.PathLike):
+        if hasattr(source, "read"):
+            text = _read_text(source, None)
+            return parse_yaml(text), text, None
+        kind = type(source).__name__
+        raise TypeError(
+            f"a recipe is a path, YAML text or a `Recipe`, not a {kind}; of a mapping, "
+            "`Recipe.from_mapping` makes one"
+        )
+    path = os.path.abspath(source)
+    with open(path, "rb") as file:
+        text = _read_text(file, path)
+    return parse_yaml(text, path), text, os.path.dirname(path)
+
+
+def _read_text(file: IO[bytes], path: str | None) -> str:
+    """Return the text of a file, with the ends of lines that Python has."""
+    data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise too_long(path)
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        advice = "name a recipe in YAML, as UTF-8"
+        problem = Problem("recipe", "not a text file", file=path, found=str(error), advice=advice)
+        raise RecipeError("cannot read the recipe", problems=[problem]) from error
+
+
+def too_long(path: str | None = None) -> RecipeError:
+    """Return the error for a text that is longer than a recipe."""
+    advice = "name a recipe: it takes some lines for each model"
+    message = f"longer than {MOST_BYTES} bytes"
+    problem = Problem("recipe", message, file=path, advice=advice)
+    return RecipeError("cannot read the recipe", problems=[problem])
+
+
+def _as_json(mapping: Mapping[str, object]) -> str:
+    import json  # noqa: PLC0415 - a recipe from a file does not need it
+    import re  # noqa: PLC0415
+
+    text = json.dumps(mapping, indent=2, default=_as_data, skipkeys=True)
+    # JSON escapes an emoji as two halves, which YAML does not put together.
+    pair = r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}"
+    return re.sub(pair, lambda found: json.loads(f'"{found[0]}"'), text) + "\n"
+
+
+def _as_data(value: object) -> object:
+    """Return a value that JSON lacks as one that it has."""
+    return dict(value) if isinstance(value, Mapping) else str(value)

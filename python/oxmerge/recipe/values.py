@@ -1,0 +1,248 @@
+"""Values of a recipe: references, ranges, types, and the settings of parameters."""
+
+from __future__ import annotations
+
+import os
+
+from oxmerge.models.references import DOWNLOAD_REVISION, MERGE_LORA, parse_reference
+from oxmerge.problems import UNSUPPORTED, did_you_mean
+from oxmerge.recipe.keys import KeyReader, Place, is_mapping, show, show_key
+from oxmerge.recipe.recipe import Choice, Setting
+from oxmerge.schema import DTYPE_NAMES, FLOATS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import TypeVar
+
+    from oxmerge.recipe.recipe import Scalar, Settings
+
+    Item = TypeVar("Item")
+
+__all__ = ["ValueReader"]
+
+_CHOICE_KEYS = frozenset(("value", "filter"))
+_DTYPES = {DTYPE_NAMES[code]: code for code in FLOATS}
+_DTYPE_ALIASES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "f64": "float64",
+    "double": "float64",
+}
+
+
+class ValueReader(KeyReader):
+    """Reads the values of a recipe, and collects what is wrong with them."""
+
+    def items(
+        self,
+        raw: Mapping[str, object],
+        key: str,
+        place: Place,
+        read: Callable[[object, Place], Item | None],
+    ) -> tuple[Item, ...]:
+        """Read each item of the list under `key`; those that cannot be read are left out."""
+        listed = raw.get(key)
+        if listed is None:
+            return ()
+        place = place.key(raw, key)
+        if not isinstance(listed, list | tuple):
+            self.fault(
+                place, "a list is needed here", found=listed, advice="put `- ` before each entry"
+            )
+            return ()
+        read_items = [
+            read(item, _item_place(place, item, index)) for index, item in enumerate(listed)
+        ]
+        return tuple(item for item in read_items if item is not None)
+
+    def reference(self, raw: Mapping[str, object], key: str, place: Place) -> str | None:
+        """Read the model reference under `key`, if there is one."""
+        value = raw.get(key)
+        return None if value is None else self.reference_value(value, place.key(raw, key))
+
+    def reference_value(self, value: object, place: Place) -> str | None:
+        """Read a model reference, in its short or its long form."""
+        if is_mapping(value):
+            return self.reference_mapping(value, place)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not isinstance(value, str):
+            listed = isinstance(value, list | tuple)
+            advice = "name one model" if listed else "put it in quotes"
+            self.fault(place, "a model reference is text", found=value, advice=advice)
+            return None
+        parsed = parse_reference(value)
+        if isinstance(parsed, str):
+            return parsed
+        self.fault(place, parsed.message, kind=parsed.kind, advice=parsed.advice)
+        return None
+
+    def reference_mapping(self, raw: Mapping[str, object], place: Place) -> str | None:
+        """Read the long form: ``{model: path or {path: ...}, lora: ..., ...}``."""
+        long_form = "model" in raw
+        self.check_keys(
+            raw, place, frozenset(("model", "lora") if long_form else ("path", "revision"))
+        )
+        for key, what, advice in (
+            ("lora", "a LoRA on a model", MERGE_LORA),
+            ("revision", "a revision of a model", DOWNLOAD_REVISION),
+        ):
+            if raw.get(key) is not None:
+                self.fault(
+                    place.key(raw, key),
+                    f"not supported yet: {what} (`{key}`)",
+                    kind=UNSUPPORTED,
+                    advice=advice,
+                )
+        key = "model" if long_form else "path"
+        if raw.get(key) is None:
+            self.fault(place, "`model` is needed here", advice="write `model: path`")
+        return self.reference(raw, key, place)
+
+    def layer_range(self, raw: Mapping[str, object], place: Place) -> tuple[int, int] | None:
+        """Read a source's first layer and the one after its last."""
+        value, place = raw.get("layer_range"), place.key(raw, "layer_range")
+        bounds = _whole_numbers(value)
+        if len(bounds) != 2:  # noqa: PLR2004 - a start and an end
+            self.fault(
+                place,
+                "two whole numbers are needed here: the first layer, and the one after the last",
+                found="nothing" if value is None else value,
+                advice="write `layer_range: [0, 8]` for the first eight layers",
+            )
+            return None
+        start, end = bounds
+        if start < 0 or start >= end:
+            rule = "layers count from 0" if start < 0 else "the end is the layer after the last"
+            self.fault(
+                place,
+                "a range from a lower to a higher layer is needed here",
+                found=value,
+                advice=rule,
+            )
+            return None
+        return start, end
+
+    def dtype(self, raw: Mapping[str, object], key: str, place: Place) -> str | None:
+        """Read the element type under `key`, if there is one, as safetensors calls it."""
+        value = raw.get(key)
+        if value is None:
+            return None
+        name = value.removeprefix("torch.") if isinstance(value, str) else show(value)
+        if name not in _DTYPES:
+            self.fault(
+                place.key(raw, key),
+                f"cannot write weights as `{show_key(value)}`",
+                advice=_dtype_advice(name),
+            )
+        return _DTYPES.get(name)
+
+    # Parameters.
+
+    def settings(self, raw: Mapping[str, object], place: Place) -> Settings:
+        """Read the `parameters` of a level."""
+        values = raw.get("parameters")
+        if values is None:
+            return {}
+        place = place.key(raw, "parameters")
+        if not is_mapping(values):
+            message = "a mapping of parameters to values is needed here"
+            self.fault(place, message, found=values, advice="write `weight: 0.5`, say")
+            return {}
+        return {
+            (name if isinstance(name, str) else show(name)): Setting(
+                str(place.key(values, name)), self.choices(value, place.key(values, name))
+            )
+            for name, value in values.items()
+        }
+
+    def choices(self, value: object, place: Place) -> tuple[Choice, ...]:
+        """Read a setting: a value, a gradient, a conditional, or a list of conditionals."""
+        if is_mapping(value):
+            return self.conditionals([value], place)
+        if not isinstance(value, list | tuple):
+            return self.unconditional(value, place)
+        if not any(map(is_mapping, value)):
+            return self.unconditional(value, place) if value else ()
+        if all(map(is_mapping, value)):
+            return self.conditionals(value, place)
+        self.fault(
+            place,
+            "values and conditional values cannot stand in one list",
+            advice="write a value for all as `- value: ...`",
+        )
+        return ()
+
+    def unconditional(self, value: object, place: Place) -> tuple[Choice, ...]:
+        """Read a value or a gradient for every tensor."""
+        return (Choice(self.values(value, place)),)
+
+    def conditionals(self, items: Sequence[object], place: Place) -> tuple[Choice, ...]:
+        """Read a list of ``{filter, value}``."""
+        read = (self.conditional(item, place.item(index)) for index, item in enumerate(items))
+        return tuple(choice for choice in read if choice is not None)
+
+    def conditional(self, raw: object, place: Place) -> Choice | None:
+        """Read one ``{filter, value}``."""
+        if not self.check_mapping(raw, place, _CHOICE_KEYS):
+            return None
+        pattern = raw.get("filter")
+        if pattern is not None and not isinstance(pattern, str):
+            self.fault(
+                place.key(raw, "filter"),
+                "a part of a tensor name is needed here",
+                found=pattern,
+                advice="write `filter: mlp`, say",
+            )
+            return None
+        if raw.get("value") is None:
+            self.fault(place, "`value` is needed here", advice="write `value: 0.5`, say")
+            return None
+        values = self.values(raw["value"], place.key(raw, "value"))
+        return Choice(values, None if pattern == "*" else pattern)
+
+    def values(self, value: object, place: Place) -> tuple[Scalar, ...]:
+        """Read a value, or the points of a gradient."""
+        points = value if isinstance(value, list | tuple) else (value,)
+        for point in points:
+            if not isinstance(point, bool | int | float | str):
+                self.fault(
+                    place,
+                    "a number, a truth value or text is needed here",
+                    found="nothing" if point is None else point,
+                    advice="write one, or a list of them for a gradient over the layers",
+                )
+                return ()
+        return tuple(points)
+
+
+def _item_place(place: Place, item: object, index: int) -> Place:
+    """Return the place of a list item, on the line of its first key where that is known."""
+    lines = getattr(item, "lines", None)
+    return Place(f"{place.path}[{index}]", min(lines.values()) if lines else place.line)
+
+
+def _whole_numbers(value: object) -> list[int]:
+    """Return the whole numbers that a list is made of; nothing if it is not."""
+    items = value if isinstance(value, list | tuple) else ()
+    if not all(type(item) is int or (type(item) is float and item.is_integer()) for item in items):
+        return []
+    return [int(item) for item in items]
+
+
+def _dtype_advice(name: str) -> str:
+    if name == "int64":
+        return "whole numbers cannot hold weights; integer tensors keep their type anyway"
+    alias = _DTYPE_ALIASES.get(name.lower())
+    if alias is not None:
+        return f"write `{alias}`"
+    return did_you_mean(name, _DTYPES) or "write one of " + ", ".join(
+        f"`{each}`" for each in _DTYPES
+    )

@@ -57,7 +57,7 @@ def problems(tmp_path: Path, models: list[str] | None = None, **more: Any) -> li
         found = error.problems
     else:
         return []
-    assert all(problem.kind == "unsupported" and problem.is_in_recipe for problem in found)
+    assert all(problem.code == "unsupported" and problem.is_in_recipe for problem in found)
     return [(problem.message, problem.advice) for problem in found]
 
 
@@ -143,7 +143,7 @@ def test_vocabularies_of_other_sizes_are_reported_with_it(tmp_path: Path) -> Non
     )
     with pytest.raises(oxmerge.PlanError) as caught:
         oxmerge.plan(recipe)
-    assert [problem.kind for problem in caught.value.problems] == ["shape", "unsupported"]
+    assert [problem.code for problem in caught.value.problems] == ["unsupported", "tensor-shape"]
 
 
 @pytest.mark.parametrize("source", ["base", "union"])

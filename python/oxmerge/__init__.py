@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from oxmerge.models.checkpoints import open_checkpoint as open  # noqa: A004
     from oxmerge.planning.plan_files import load_plan as load_plan
     from oxmerge.planning.plans import Plan as Plan
+    from oxmerge.problems import Problem as Problem
     from oxmerge.recipe.recipe import Recipe as Recipe
     from oxmerge.sweeping import sweep as sweep
 
@@ -57,6 +58,7 @@ __all__ = [
     "OxmergeError",
     "Plan",
     "PlanError",
+    "Problem",
     "Recipe",
     "RecipeError",
     "UnsupportedError",
@@ -101,6 +103,7 @@ _LAZY = {
     "MergeReport": ("oxmerge.merging", "MergeReport"),
     "OpenCheckpoint": ("oxmerge.models.checkpoints", "OpenCheckpoint"),
     "Plan": ("oxmerge.planning.plans", "Plan"),
+    "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -22,19 +21,20 @@ from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import DEFAULT_SHARD_SIZE, build_plan
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.summary import Prediction
+from oxmerge.problems import Findings
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from typing import Any
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import IO, Any
 
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
     #: What a merge may be asked for with.
-    Request = PathLike | Mapping[str, object] | Recipe | Plan
+    Request = PathLike | Mapping[str, object] | Recipe | Plan | IO[bytes]
 
 __all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "merge", "plan"]
 
@@ -146,6 +146,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
 ) -> Plan:
     """Return what a merge would do.
 
@@ -176,6 +177,8 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    ignore_unknown : bool
+        Whether keys and parameters of the recipe that are not known are warnings.
 
     Raises
     ------
@@ -196,6 +199,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         strict=strict,
         with_side_files=True,
         allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown,
     )
     planned = made.with_options(options)
     planned.prediction  # noqa: B018 - what cannot fit is told now
@@ -239,6 +243,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
@@ -275,6 +280,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    ignore_unknown : bool
+        Whether keys and parameters of the recipe that are not known are warnings.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable or bool, optional
@@ -309,6 +316,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         overwrite=overwrite,
         strict=strict,
         allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown,
         read_path=read_path,
         progress=progress,
     )
@@ -327,6 +335,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     overwrite: bool,
     strict: bool,
     allow_mismatch: bool,
+    ignore_unknown: bool,
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
     check: Callable[[list[Plan]], None] | None = None,
@@ -353,6 +362,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             strict=strict,
             with_side_files=True,
             allow_mismatch=allow_mismatch,
+            ignore_unknown=ignore_unknown,
         )
         for recipe, _ in merges
     ]
@@ -433,6 +443,7 @@ def prepare(
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
 ) -> Plan:
     """Return the plan of what was asked for: a recipe, a file or text of one, or a plan."""
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
@@ -440,11 +451,10 @@ def prepare(
     if isinstance(recipe, Plan):
         _check_made(recipe, shard_size, seed, strict=strict)
         return recipe
-    if isinstance(recipe, Mapping):
-        recipe = Recipe.from_mapping(recipe)
+    findings = Findings(ignore_unknown=ignore_unknown)
     if not isinstance(recipe, Recipe):
-        recipe = Recipe.from_yaml(recipe)
-    if not recipe.models and not recipe.slices:
+        recipe = Recipe.read(recipe, findings)
+    elif not recipe.models and not recipe.slices:
         raise TypeError(
             "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
             "`Recipe.from_mapping`"
@@ -456,6 +466,7 @@ def prepare(
         strict=strict,
         with_side_files=with_side_files,
         allow_mismatch=allow_mismatch,
+        findings=findings,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean
+from oxmerge.problems import UNSUPPORTED, Place, Problem, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ DIALECT_PARAMETERS = frozenset((
     "max_iter", "tol", "density", "gamma", "epsilon", "int8_mask", "rescale", "lambda",
     "filter_wise", "select_topk", "r", "alpha", "scale",
 ))  # fmt: skip
+#: Parameters that no method reads, but recipes have: of old releases, and of other tools.
+IDLE_PARAMETERS = {
+    "embed_slerp": "embeddings are merged as other tensors are",
+    "smooth": "it belongs to `mergekit-evolve`; write a gradient as a list of values",
+    "allow_negative_weights": "it belongs to `mergekit-evolve`; weights may be negative",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +205,8 @@ def explain_parameter(row: Mapping[str, Any]) -> str:
     return "; ".join(fact for fact in facts if fact)
 
 
-def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
-    """Return the method called `name`, or why there is none."""
+def find_method(name: str, methods: Mapping[str, Method], where: Place) -> Method | Problem:
+    """Return the method called `name`, or why there is none; `where` is its place."""
     if name in methods:
         return methods[name]
     from oxmerge.arrays.python_methods import registered  # noqa: PLC0415 - needed only for an error
@@ -208,11 +214,11 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
     if name in registered():
         message = f"method `{name}` is written in Python, and merges arrays only"
         advice = "call `oxmerge.merge_tensors` or `oxmerge.merge_state_dicts`"
-        return Problem("method", message, "merge_method", advice=advice)
+        return Problem("unknown-method", message, where, advice=advice)
     known = "use one of " + ", ".join(f"`{each}`" for each in methods)
     if name in DIALECT_METHODS:
         message = f"method `{name}` is not in this release"
-        return Problem(UNSUPPORTED, message, "merge_method", advice=known)
+        return Problem(UNSUPPORTED, message, where, advice=known)
     message = f"there is no merge method `{name}`"
     advice = did_you_mean(name, methods.keys() | DIALECT_METHODS) or known
-    return Problem("method", message, "merge_method", advice=advice)
+    return Problem("unknown-method", message, where, advice=advice)

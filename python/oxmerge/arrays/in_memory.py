@@ -21,7 +21,7 @@ from oxmerge.arrays.views import (
 from oxmerge.methods import find_method, read_methods
 from oxmerge.options import check_seed, check_threads
 from oxmerge.planning.parameters import KINDS, convert, limits_advice, plain_number
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import Place, Problem, did_you_mean
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
@@ -198,7 +198,7 @@ class MethodCall:
             raise TypeError(
                 f"method must be a name, such as 'linear', not a {type(method).__name__}"
             )
-        found = find_method(method, methods())
+        found = find_method(method, methods(), Place("method"))
         if isinstance(found, Problem):
             raise _unknown(found)
         _check_counts(found, others, has_base=has_base)

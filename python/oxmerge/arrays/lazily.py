@@ -107,6 +107,7 @@ def lazy(
     threads: int | None = None,
     strict: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
 ) -> LazyMerge:
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
@@ -130,6 +131,8 @@ def lazy(
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    ignore_unknown : bool
+        Whether keys and parameters of the recipe that are not known are warnings.
 
     Returns
     -------
@@ -161,5 +164,11 @@ def lazy(
     """
     check_options(seed, threads)
     kind = kind_of(framework)
-    plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
+    plan = prepare(
+        recipe,
+        seed=seed,
+        strict=strict,
+        allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown,
+    )
     return LazyMerge(plan, kind, threads)

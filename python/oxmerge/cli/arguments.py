@@ -153,6 +153,11 @@ def add_plan_options(parser: Parser) -> None:
         action="store_true",
         help="merge models of different types, if their tensors fit",
     )
+    parser.add_argument(
+        "--ignore-unknown",
+        action="store_true",
+        help="leave out keys and parameters of the recipe that are not known",
+    )
     add_json_option(parser)
 
 
@@ -196,6 +201,7 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "shard_size": options.shard_size,
         "allow_mismatch": options.allow_mismatch or None,
+        "ignore_unknown": options.ignore_unknown or None,
     }
     return {
         "strict": options.strict,

@@ -15,12 +15,11 @@ from oxmerge.problems import Problem
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any
+    from typing import IO, Any
 
     from oxmerge._core import Checkpoint
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.planning.plans import Plan
-    from oxmerge.recipe.recipe import Recipe
 
     Progress = Callable[[Snapshot], None]
 
@@ -58,12 +57,12 @@ class Engine:
         return _core.open_checkpoint(path)
 
 
-def _recipe(recipe: str) -> Path | Recipe:
-    """Return the path of a recipe, which is no text here, whatever it looks like; - is a recipe."""
+def _recipe(recipe: str) -> Path | IO[bytes]:
+    """Return the path of a recipe, which is no text here, whatever it looks like; - is a file."""
     if recipe == "-":
         if sys.stdin is None:
             raise UsageError("there is no standard input", "name a recipe file")
-        return oxmerge.Recipe.from_yaml(sys.stdin.buffer)
+        return sys.stdin.buffer
     path = Path(recipe)
     if path.is_dir() or not path.exists():
         what = "it is a directory" if path.is_dir() else "there is no such file"

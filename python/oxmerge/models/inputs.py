@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.errors import OxmergeError
@@ -13,6 +13,7 @@ from oxmerge.models.names import find_layer_counts, find_layout
 from oxmerge.models.references import resolve_reference
 from oxmerge.models.vocabularies import folder_beside
 from oxmerge.problems import Problem
+from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.models.names import Layout, Stack
+    from oxmerge.problems import Findings, Place
 
 __all__ = ["InputModel", "Inputs"]
 
@@ -100,62 +102,65 @@ class Inputs:
     ----------
     folders : tuple of str
         Where relative paths may start.
+    findings : Findings
+        Takes models that are not there or broken, and what is odd about the others.
 
     Attributes
     ----------
-    problems, warnings : list of Problem
-        Models that are not there or broken, and what is odd about the others.
     models : list of InputModel
         Those that could be opened, in order of first mention.
     """
 
-    def __init__(self, folders: tuple[str, ...]) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+    def __init__(self, folders: tuple[str, ...], findings: Findings) -> None:
+        self._findings = findings
         self.models: list[InputModel] = []
         self._folders = folders
-        self._paths: dict[str, str | None] = {}
+        self._paths: dict[str, str | Problem] = {}
+        self._missing: set[str] = set()
         self._by_path: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
         path = self._resolve(reference)
-        return reference if path is None else os.path.realpath(path)
+        return reference if isinstance(path, Problem) else os.path.realpath(path)
 
-    def open(self, reference: str) -> InputModel | None:
-        """Return the model, or None after reporting that it cannot be opened."""
+    def open(self, reference: str, where: Place | None = None) -> InputModel | None:
+        """Return the model, or None after reporting that it cannot be opened, and where."""
+        if reference == UNREAD:
+            return None
         path = self._resolve(reference)
-        if path is None:
+        if isinstance(path, Problem):
+            if reference not in self._missing:
+                self._missing.add(reference)
+                self._findings.problems.append(replace(path, where=where))
             return None
         key = os.path.realpath(path)
         if key not in self._by_path:
             self._by_path[key] = self._open(reference, path)
         return self._by_path[key]
 
-    def _resolve(self, reference: str) -> str | None:
+    def _resolve(self, reference: str) -> str | Problem:
         if reference not in self._paths:
-            found = resolve_reference(reference, self._folders)
-            if isinstance(found, Problem):
-                self.problems.append(found)
-            self._paths[reference] = found if isinstance(found, str) else None
+            self._paths[reference] = resolve_reference(reference, self._folders)
         return self._paths[reference]
 
     def _open(self, reference: str, path: str) -> InputModel | None:
         try:
             checkpoint = _core.open_checkpoint(path)
         except OxmergeError as error:
-            self.problems.append(error.as_problem())
+            self._findings.problems.append(error.as_problem())
             return None
         except OSError as error:
             file = path if error.filename is None else os.fspath(error.filename)
             advice = "download the model again, or check the permissions of its files"
-            self.problems.append(
-                Problem("checkpoint", _os_message(error), file=file, advice=advice)
-            )
+            problem = Problem("unreadable-checkpoint", _os_message(error), file=file, advice=advice)
+            self._findings.problems.append(problem)
             return None
         model = self._model(reference, path, checkpoint)
         self.models.append(model)
-        self.warnings += [Problem("checkpoint", text, file=path) for text in checkpoint.warnings]
+        self._findings.warnings += [
+            Problem("odd-checkpoint", text, file=path) for text in checkpoint.warnings
+        ]
         return model
 
     def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
@@ -186,7 +191,8 @@ class Inputs:
             return {}, None
         except (OSError, ValueError) as error:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
-            self.problems.append(Problem("config", message, file=file_name, advice=advice))
+            problem = Problem("unreadable-config", message, file=file_name, advice=advice)
+            self._findings.problems.append(problem)
             return {}, None
         return config if isinstance(config, dict) else {}, FileState.of(status).as_input(file_name)
 

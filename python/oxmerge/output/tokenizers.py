@@ -75,7 +75,7 @@ def check_tokenizer(
         if not folder_of(donor.path).is_dir():
             message = f"the donor `{donor.reference}` is a file, and those beside it are not copied"
             advice = "name its folder, whose tokenizer the output then has"
-            yield Problem("recipe", message, recipe.tokenizer.where, advice=advice)
+            yield Problem("wrong-value", message, recipe.tokenizer.where, advice=advice)
         yield from _check_source(recipe.tokenizer, donor, folders)
         yield from _check_tokens(recipe.tokenizer, models, donor)
         yield from _check_more(recipe.tokenizer)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from oxmerge.planning.parameters import SettingReader
     from oxmerge.planning.sections import Section, SectionSource
     from oxmerge.planning.targets import Run, Target
+    from oxmerge.problems import Findings
     from oxmerge.recipe.recipe import Recipe, Scalar
 
     TensorInfo = _core.TensorInfo
@@ -49,11 +50,8 @@ class Assembler:
         Of random masks.
     reader : SettingReader
         Takes what is wrong with parameters.
-
-    Attributes
-    ----------
-    problems : list of Problem
-        Missing tensors, differences of shape and type, missing parameters.
+    findings : Findings
+        Takes missing tensors, differences of shape and type.
     """
 
     def __init__(
@@ -63,8 +61,9 @@ class Assembler:
         models: list[InputModel],
         seed: int,
         reader: SettingReader,
+        findings: Findings,
     ) -> None:
-        self.problems: list[Problem] = []
+        self._problems = findings.problems
         self._reader = reader
         self._donor = donor
         self._unequal: dict[tuple[int, str], int] = {}
@@ -93,9 +92,9 @@ class Assembler:
         message = f"layer counts differ: `{prefix}` of `{model.reference}`"
         donor = f"{expected}, as in `{self._donor.reference}`"
         advice = "choose layers with `slices`"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "layers",
+                "layer-count",
                 message,
                 file=model.path,
                 expected=donor,
@@ -123,9 +122,9 @@ class Assembler:
         for at, is_twice in found.odd:
             like = donor.checkpoint.tensor(found.tensor(at))
             shapes = self._table.shapes_in_layers(found, at, run.donor_lead) if is_like else []
-            before = len(self.problems)
+            before = len(self._problems)
             complete = self._look(run.target(like.name), like, shapes, is_twice=is_twice)
-            if not complete or len(self.problems) > before:
+            if not complete or len(self._problems) > before:
                 left_out.add(at)
         settings = self._resolve(run, found, left_out)
         if section.is_sound:
@@ -146,7 +145,7 @@ class Assembler:
         for group, (first, has_parameters) in enumerate(groups):
             if not has_parameters:
                 nothing: dict[str, Scalar] = {}
-                origin = {"slice": section.where} if self._is_sliced else {}
+                origin = {"slice": section.where.in_text} if self._is_sliced else {}
                 settings.append(self._enter(nothing, [{} for _ in section.sources], origin))
                 continue
             sound = (at for at in found.members(group) if at not in left_out)
@@ -169,9 +168,9 @@ class Assembler:
             each = zip(resolvers, names, strict=True)
             return [resolver.resolve(name, run.position) for resolver, name in each]
 
-        before = len(self._reader.problems)
+        before = len(self._problems)
         shared, *own = resolve(first)
-        if len(self._reader.problems) > before:
+        if len(self._problems) > before:
             # Every tensor of the group is told of.
             for at in found.members(group):
                 if at != first and at not in left_out:
@@ -183,7 +182,7 @@ class Assembler:
         shared_origin, *origins = (resolver.origins(name, run.position) for resolver, name in names)
         origin: dict[str, object] = {"shared": shared_origin, "own": origins}
         if self._is_sliced:
-            origin["slice"] = run.section.where
+            origin["slice"] = run.section.where.in_text
         return self._enter(shared, values, origin)
 
     def _names(self, found: _core.Run, at: int) -> list[str]:
@@ -229,7 +228,9 @@ class Assembler:
         if is_twice:
             message = "two tensors of the output would have this name"
             advice = "take the first and the last slice from models that name their tensors alike"
-            self.problems.append(Problem("names", message, tensor=target.name, advice=advice))
+            self._problems.append(
+                Problem("duplicate-tensor", message, tensor=target.name, advice=advice)
+            )
         return True
 
     def _report_missing(self, target: Target, model: InputModel, name: str) -> None:
@@ -243,9 +244,9 @@ class Assembler:
         message = f"`{model.reference}` lacks a tensor"
         expected = f"what the donor `{donor}` has"
         advice = "use models of one architecture; or download it again, if it is not complete"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "missing",
+                "missing-tensor",
                 message,
                 file=model.path,
                 tensor=name,
@@ -267,7 +268,9 @@ class Assembler:
             f"write the head of `{model.reference}` out as a copy of its embedding, or make it the "
             "base, so that the output is tied as well"
         )
-        self.problems.append(Problem("tied", message, file=model.path, tensor=name, advice=advice))
+        self._problems.append(
+            Problem("missing-head", message, file=model.path, tensor=name, advice=advice)
+        )
 
     # Comparing.
 
@@ -286,9 +289,9 @@ class Assembler:
     ) -> None:
         donor = self._donor_of(target).reference
         message = f"`{model.reference}` has a tensor of another shape than the donor `{donor}`"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "shape",
+                "tensor-shape",
                 message,
                 file=model.file_of(tensor),
                 tensor=tensor.name,
@@ -312,9 +315,9 @@ class Assembler:
             f"`{model.reference}` has a tensor of another type than the donor `{donor}`, "
             "and only floats can be converted"
         )
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "dtype",
+                "tensor-dtype",
                 message,
                 file=model.file_of(tensor),
                 tensor=tensor.name,
@@ -330,7 +333,7 @@ class Assembler:
         message = f"not supported yet: merging the quantised weights of `{model.reference}`"
         advice = "use the model's 16-bit weights"
         file = model.file_of(tensor)
-        self.problems.append(
+        self._problems.append(
             Problem(UNSUPPORTED, message, file=file, tensor=tensor.name, advice=advice)
         )
 
@@ -340,9 +343,9 @@ class Assembler:
         """Report that a slice's own donor does not fit the model that gives the config."""
         model = target.run.section.donor.model
         message = f"`{model.reference}` does not fit the donor `{self._donor.reference}`"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "shape",
+                "tensor-shape",
                 message,
                 file=model.file_of(like),
                 tensor=like.name,

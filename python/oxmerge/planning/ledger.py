@@ -61,7 +61,7 @@ class Ledger:
 
     def _warn(self, model: InputModel, name: str, reason: str) -> None:
         message = f"a tensor of `{model.reference}` is dropped: {reason}"
-        self.warnings.append(Problem("dropped", message, file=model.path, tensor=name))
+        self.warnings.append(Problem("dropped-tensor", message, file=model.path, tensor=name))
 
 
 def _share(fates: Fates, fate: str) -> Share:

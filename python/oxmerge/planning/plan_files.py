@@ -17,7 +17,7 @@ from oxmerge.output.publish import CONFIG_NAME, INDEX_NAME
 from oxmerge.output.side_files import LeftOut, SideFile, SideFiles
 from oxmerge.planning.accounting import ModelAccount, Share
 from oxmerge.planning.parameters import KINDS
-from oxmerge.problems import Problem, group_problems
+from oxmerge.problems import Place, Problem, group_problems
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,10 +82,7 @@ def _output(plan: Plan) -> dict[str, Any]:
         "layer_map": plan.layer_map,
         "dtype": plan.dtype,
         "accounting": [_account(account) for account in plan.accounting],
-        "warnings": [
-            {name: getattr(warning, name) for name in warning.__dataclass_fields__}
-            for warning in plan.warnings
-        ],
+        "warnings": [warning.as_dict() for warning in plan.warnings],
         "changes": plan.changes,
         "config": plan.config,
         "card": plan.card,
@@ -166,7 +163,7 @@ def load_plan(
 
 def _check_method(table: _core.Plan) -> None:
     """Raise PlanError if the method cannot make one of the tensors."""
-    problems = group_problems(Problem(kind="method", **found) for found in table.problems())
+    problems = group_problems(Problem("unfit-formula", **found) for found in table.problems())
     if problems:
         raise PlanError("cannot merge by the plan", problems=problems)
 
@@ -293,13 +290,26 @@ def _share(raw: object) -> Share:
 
 
 def _read_warning(raw: dict[str, Any]) -> Problem:
-    texts = ("kind", "message", "where", "file", "tensor", "expected", "found", "advice")
+    texts = ("code", "message", "file", "tensor", "expected", "found", "advice")
     reader = _Reader(raw)
     values = {
-        name: reader.get(name, str, optional=name not in {"kind", "message"}) for name in texts
+        name: reader.get(name, str, optional=name not in {"code", "message"}) for name in texts
     }
-    names = tuple(reader.get("tensors", list, str))
-    return Problem(**values, tensors=names, count=reader.get("count", int))
+    where = Place(
+        reader.get("where", str, optional=True) or "",
+        reader.get("line", int, optional=True),
+        reader.get("column", int, optional=True),
+        reader.get("recipe", str, optional=True),
+    )
+    if values["file"] == where.file:
+        values["file"] = None
+    names = tuple(reader.get("tensors", list, str, optional=True) or ())
+    return Problem(
+        **values,
+        where=None if where == Place() else where,
+        tensors=names,
+        count=reader.get("count", int),
+    )
 
 
 def _wrong(message: str, found: object) -> PlanError:

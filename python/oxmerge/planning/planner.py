@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from oxmerge import _core
-from oxmerge.errors import PlanError, ProblemsError
+from oxmerge.errors import PlanError, ProblemsError, RecipeError
 from oxmerge.methods import Method, find_method, read_methods
 from oxmerge.models.inputs import InputModel, Inputs
 from oxmerge.options import check_seed
@@ -24,7 +24,7 @@ from oxmerge.planning.parameters import SettingReader
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.sections import Section, SectionBuilder
 from oxmerge.planning.targets import SlicedTargets, whole_targets
-from oxmerge.problems import Problem, group_problems
+from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.schema import Tensors, is_float
 
 TYPE_CHECKING = False
@@ -50,6 +50,7 @@ def build_plan(
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
+    findings: Findings | None = None,
 ) -> Plan:
     """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
@@ -67,35 +68,50 @@ def build_plan(
         Whether the donor's other files will be copied, and must be such that they can be.
     allow_mismatch : bool
         Whether models may be of another type than the donor.
+    findings : Findings, optional
+        What was wrong with the recipe when it was read.
 
     Raises
     ------
     PlanError
-        With every problem that the headers show.
+        With every problem that the headers show; `RecipeError` if some were found before.
     TypeError, ValueError
         If `seed` is no whole number, or `seed` or `shard_size` is out of range.
     """
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    planner = _Planner(recipe, with_side_files=with_side_files, allow_mismatch=allow_mismatch)
+    planner = _Planner(
+        recipe,
+        findings or Findings(),
+        with_side_files=with_side_files,
+        allow_mismatch=allow_mismatch,
+    )
     return planner.plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
-    """Goes through the steps of one plan, and gathers their problems and warnings."""
+    """Goes through the steps of one plan, which add what they find to one collection."""
 
-    def __init__(self, recipe: Recipe, *, with_side_files: bool, allow_mismatch: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        findings: Findings,
+        *,
+        with_side_files: bool,
+        allow_mismatch: bool,
+    ) -> None:
         self.recipe = recipe
+        self.error = RecipeError if findings.problems else PlanError
+        self.findings = findings
+        findings.warnings[:0] = recipe.warnings
         self.with_side_files = with_side_files
         self.allow_mismatch = allow_mismatch
         self.side_files = SideFiles()
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
         self.folders = tuple(folder for folder in folders if folder is not None)
-        self.inputs = Inputs(self.folders)
-        self.reader = SettingReader()
+        self.inputs = Inputs(self.folders, findings)
+        self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
         self.methods = read_methods(_core.methods())
 
@@ -103,6 +119,7 @@ class _Planner:
         method, is_known = self.method()
         sections = self.sections(method)
         donor = self.donor(sections)
+        problems, warnings = self.findings.problems, self.findings.warnings
         targets = [] if donor is None else list(self.targets(sections, donor))
         table: _core.Plan | None = None
         fates: list[_core.Fates] = []
@@ -114,40 +131,41 @@ class _Planner:
         self.look_beside(donor)
         self.compare_models(sections, donor, table)
         if donor is not None:
-            asked = check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
-            self.problems += asked
-        self.gather(sections)
-        if donor is None and not self.problems:
+            problems += check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
+        self.check_effects(sections)
+        if donor is None and not problems:
             message = "there is no model to take the names from"
-            self.problems.append(Problem("recipe", message, advice="list a model"))
-        if donor is None or table is None or self.problems:
-            raise self.failure(self.problems + (self.warnings if strict else []))
+            problems.append(Problem("missing-key", message, advice="list a model"))
+        if donor is None or table is None or problems:
+            raise self.failure(problems + (warnings if strict else []))
         ledger = Ledger(self.inputs.models, fates)
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
-        self.warnings += ledger.warnings
-        if strict and self.warnings:
-            raise self.failure(self.warnings)
+        warnings += ledger.warnings
+        if strict and warnings:
+            raise self.failure(warnings)
         return self.result(table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
-        found = find_method(self.recipe.method, self.methods)
+        if not self.recipe.method:
+            return Method(""), False  # which is reported
+        where = self.recipe.place("merge_method")
+        found = find_method(self.recipe.method, self.methods, where)
         if isinstance(found, Problem):
-            self.problems.append(found)
+            self.findings.problems.append(found)
             return Method(self.recipe.method), False
         return found, True
 
     def sections(self, method: Method) -> list[Section]:
-        builder = SectionBuilder(self.recipe, method, self.methods, self.inputs, self.reader)
-        sections = builder.build()
-        self.problems += builder.problems
-        self.warnings += builder.warnings
-        return sections
+        builder = SectionBuilder(
+            self.recipe, method, self.methods, self.inputs, self.reader, self.findings
+        )
+        return builder.build()
 
     def donor(self, sections: list[Section]) -> InputModel | None:
         """Return the model that names and config come from: the base, else the first listed."""
         if self.recipe.base_model is not None:
-            return self.inputs.open(self.recipe.base_model)
+            return self.inputs.open(self.recipe.base_model, self.recipe.place("base_model"))
         return sections[0].donor.model if sections else None
 
     def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Run]:
@@ -155,32 +173,24 @@ class _Planner:
             return []
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
-        self.sliced = SlicedTargets(sections, donor)
+        self.sliced = SlicedTargets(sections, donor, self.findings)
         return self.sliced
 
     def assemble(
         self, targets: list[Run], donor: InputModel, seed: int, shard_size: int
     ) -> tuple[_core.Plan, list[_core.Fates]]:
-        assembler = Assembler(self.recipe, donor, self.inputs.models, seed, self.reader)
+        assembler = Assembler(
+            self.recipe, donor, self.inputs.models, seed, self.reader, self.findings
+        )
         if not self.recipe.slices and targets:
             assembler.compare_depths(targets[0].section)
         for run in targets:
             assembler.assemble(run)
-        self.problems += assembler.problems
         return assembler.finish(shard_size)
 
     def check_with_engine(self, table: _core.Plan) -> None:
         for found in table.problems():
-            self.problems.append(
-                Problem(
-                    "method",
-                    found["message"],
-                    tensor=found.get("tensor"),
-                    expected=found.get("expected"),
-                    found=found.get("found"),
-                    advice=found.get("advice"),
-                )
-            )
+            self.findings.problems.append(Problem("unfit-formula", **found))
 
     def check_config(self, donor: InputModel | None) -> None:
         """Find the layer lists and position rules of the config that the new depth breaks."""
@@ -190,13 +200,13 @@ class _Planner:
         try:
             edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
         except PlanError as error:
-            self.problems += error.problems
+            self.findings.problems += error.problems
 
     def look_beside(self, donor: InputModel | None) -> None:
         """Find the donor's other files, and those among them that cannot be copied."""
         if self.with_side_files and donor is not None:
             self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
-            self.problems += self.side_files.problems
+            self.findings.problems += self.side_files.problems
 
     def compare_models(
         self, sections: list[Section], donor: InputModel | None, table: _core.Plan | None
@@ -204,24 +214,19 @@ class _Planner:
         """Find models that do not belong together, whatever their tensors are called."""
         if donor is None or table is None:
             return
-        belonging = Belonging(donor, allow_mismatch=self.allow_mismatch)
+        belonging = Belonging(donor, self.findings, allow_mismatch=self.allow_mismatch)
+        belonging.fold_sizes(self.inputs.models)
         by_layer = bool(self.recipe.slices)
         belonging.compare_configs(self.inputs.models, by_layer=by_layer)
         if by_layer:
             belonging.compare_layers(sections)
         belonging.compare_tokenizers(self.inputs.models, Tensors(table))
-        self.problems += belonging.problems
-        self.warnings += belonging.warnings
 
-    def gather(self, sections: list[Section]) -> None:
-        """Take over what the steps have collected on the way."""
-        self.problems = self.inputs.problems + self.problems + self.reader.problems
-        self.warnings += self.inputs.warnings + self.reader.warnings
-        if self.sliced is not None:
-            self.problems += self.sliced.problems
-        if not self.problems:  # else a filter may have had no chance
-            self.warnings += self.reader.unused_filters()
-        self.warnings += self.gradient_warnings(sections)
+    def check_effects(self, sections: list[Section]) -> None:
+        """Find filters and gradients that have decided nothing."""
+        if not self.findings.problems:  # else a filter may have had no chance
+            self.findings.warnings += self.reader.unused_filters()
+        self.findings.warnings += self.gradient_warnings(sections)
 
     def gradient_warnings(self, sections: list[Section]) -> list[Problem]:
         stackless = [
@@ -234,10 +239,10 @@ class _Planner:
             return []
         message = "gradients have no effect beyond their first value: no layers are known"
         advice = "layers are told by a config.json that counts them"
-        return [Problem("layers", message, file=stackless[0].path, advice=advice)]
+        return [Problem("no-effect", message, file=stackless[0].path, advice=advice)]
 
     def failure(self, problems: list[Problem]) -> ProblemsError:
-        return PlanError.of("cannot merge", group_problems(problems))
+        return self.error.of("cannot merge", group_problems(problems))
 
     def result(
         self,
@@ -269,7 +274,7 @@ class _Planner:
             layer_map=layer_map,
             dtype=dtype,
             accounting=accounting,
-            warnings=group_problems(self.warnings),
+            warnings=group_problems(self.findings.warnings),
             changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
             config=config,
             card=card_of(self.recipe, self.inputs.models, donor),

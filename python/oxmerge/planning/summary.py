@@ -94,7 +94,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "inputs": [account.as_dict() for account in plan.accounting],
         "left_out": list(plan.left_out),
         "notes": list(plan.notes),
-        "warnings": [str(warning) for warning in plan.warnings],
+        "warnings": [warning.as_dict() for warning in plan.warnings],
     }
 
 

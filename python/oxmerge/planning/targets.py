@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oxmerge.models.inputs import InputModel
     from oxmerge.models.names import Stack
     from oxmerge.planning.sections import Section
+    from oxmerge.problems import Findings
 
 __all__ = ["Run", "SlicedTargets", "Target", "loose_side", "whole_targets"]
 
@@ -107,19 +108,19 @@ class SlicedTargets:
         The slices, in order; at least one.
     donor : InputModel
         The model that gives the config.
+    findings : Findings
+        Takes loose tensors that could be on either side, stacks that are called differently.
 
     Attributes
     ----------
-    problems : list of Problem
-        Loose tensors that could be on either side, stacks that are called differently.
     depth : int
         How many layers the output has.
     layer_map : tuple of (int, int)
         The donor's index and its layer, for each layer of the output.
     """
 
-    def __init__(self, sections: list[Section], donor: InputModel) -> None:
-        self.problems: list[Problem] = []
+    def __init__(self, sections: list[Section], donor: InputModel, findings: Findings) -> None:
+        self._problems = findings.problems
         self.depth = sum(section.length for section in sections)
         self.layer_map = tuple(
             (section.donor.model.index, section.donor.start + offset)
@@ -148,9 +149,9 @@ class SlicedTargets:
                 message = f"the layers of `{section.donor.model.reference}` have another name"
                 expected = f"`{stack.prefix}`, as in `{self._donor.reference}`"
                 found = f"`{other.prefix}`"
-                self.problems.append(
+                self._problems.append(
                     Problem(
-                        "layers",
+                        "other-architecture",
                         message,
                         section.where,
                         file=section.donor.model.path,
@@ -179,7 +180,7 @@ class SlicedTargets:
         if side is None and not self._ends_agree():
             message = "cannot tell whether it comes before the layers or after them"
             advice = "make the first and the last slice list the same models and parameters"
-            self.problems.append(Problem("names", message, tensor=name, advice=advice))
+            self._problems.append(Problem("loose-tensor", message, tensor=name, advice=advice))
         return side or "input"
 
     def _ends_agree(self) -> bool:

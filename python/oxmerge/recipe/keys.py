@@ -8,17 +8,18 @@ yet is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from reprlib import Repr
 
-from oxmerge.methods import DIALECT_PARAMETERS
-from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean, shorten
+from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
+from oxmerge.problems import UNSUPPORTED, Place, Problem, did_you_mean, near, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeGuard
 
-__all__ = ["KeyReader", "Place", "is_mapping", "show", "show_key"]
+    from oxmerge.problems import Findings
+
+__all__ = ["KeyReader", "at_item", "at_key", "is_mapping", "show", "show_key"]
 
 #: Letters of a value that a message shows.
 _SHOWN = 60
@@ -45,6 +46,18 @@ _NEVER_ACTS = {
     "residual_weight": "it is part of the dialect, but nothing ever used it",
     "name": "it names one merge of several in one file",
     "override_architecture": "names and shapes come from the files, not from an architecture",
+    "int8_mask": "it saves memory in other tools, and may be left out",
+    **IDLE_PARAMETERS,
+    # Options of mergekit's command line, which does not read them here either.
+    "random_seed": "pass `--seed`",
+    "out_shard_size": "pass `--shard-size`",
+    "allow_crimes": "pass `--allow-mismatch`",
+    "copy_tokenizer": "the donor's tokenizer is copied",
+    "trust_remote_code": "no code of a model is run",
+    "lazy_unpickle": "tensors are read as they are needed",
+    "low_cpu_memory": "pass `--memory`",
+    "cuda": "pass `--device cuda`",
+    "write_model_card": "a model card is written",
 }
 #: What is not done yet, and what to do instead.
 NOT_YET = {
@@ -52,46 +65,44 @@ NOT_YET = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A place in the recipe: its path, and its line where that is known."""
+def at_key(place: Place, mapping: object, key: object) -> Place:
+    """Return the place of a key of the mapping that stands at a place."""
+    line, column = getattr(mapping, "marks", {}).get(key, (place.line, place.column))
+    name = show_key(key)
+    return Place(f"{place.path}.{name}" if place.path else name, line, column, place.file)
 
-    path: str = ""
-    line: int | None = None
 
-    def key(self, mapping: object, key: object) -> Place:
-        """Return the place of a key of the mapping that stands here."""
-        line = getattr(mapping, "lines", {}).get(key, self.line)
-        name = show_key(key)
-        return Place(f"{self.path}.{name}" if self.path else name, line)
-
-    def item(self, index: int) -> Place:
-        """Return the place of an item of the list that stands here."""
-        return Place(f"{self.path}[{index}]", self.line)
-
-    def __str__(self) -> str:
-        return self.path if self.line is None else f"{self.path} (line {self.line})"
+def at_item(place: Place, listed: object, index: int) -> Place:
+    """Return the place of an item of the list that stands at a place."""
+    marks = getattr(listed, "marks", ())
+    line, column = marks[index] if index < len(marks) else (place.line, place.column)
+    return Place(f"{place.path}[{index}]", line, column, place.file)
 
 
 class KeyReader:
-    """Checks the keys of mappings, and collects what is wrong with them."""
+    """Checks the keys of mappings.
 
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+    Parameters
+    ----------
+    findings : Findings
+        Takes what is wrong with them.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
 
     def fault(
         self,
         place: Place,
         message: str,
         *,
-        kind: str = "recipe",
+        code: str = "wrong-value",
         found: object = None,
         advice: str | None,
     ) -> None:
         """Take down that something at a place is wrong."""
         text = None if found is None else show(found)
-        self.problems.append(Problem(kind, message, str(place), found=text, advice=advice))
+        self.findings.problems.append(Problem(code, message, place, found=text, advice=advice))
 
     def check_mapping(
         self, raw: object, place: Place, known: frozenset[str]
@@ -118,7 +129,7 @@ class KeyReader:
         for key, value in raw.items():
             if key not in known:
                 self.check_key(
-                    key, value, place.key(raw, key), known | (set(NOT_YET) if later else set())
+                    key, value, at_key(place, raw, key), known | (set(NOT_YET) if later else set())
                 )
 
     def check_key(self, key: object, value: object, place: Place, known: frozenset[str]) -> None:
@@ -127,18 +138,26 @@ class KeyReader:
             if value is not None:
                 what, advice = NOT_YET[str(key)]
                 message = f"not supported yet: {what} (`{key}`)"
-                self.fault(place, message, kind=UNSUPPORTED, advice=advice)
+                self.fault(place, message, code=UNSUPPORTED, advice=advice)
         elif key in _NEVER_ACTS:
             self.no_effect(place, f"`{key}` has no effect", _NEVER_ACTS[str(key)])
         elif key in _ACTS_IN:
             self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
         else:
             name = show_key(key)
-            self.fault(place, f"unknown key `{name}`", advice=_key_advice(name, known))
+            advice = _key_advice(name, known)
+            self.findings.unknown(
+                Problem("unknown-key", f"unknown key `{name}`", place, advice=advice)
+            )
+
+    def is_misspelt(self, raw: Mapping[str, object], key: str, known: frozenset[str]) -> bool:
+        """Tell whether one of the keys that are not known is probably this one."""
+        unknown = (each for each in raw if isinstance(each, str) and each not in known)
+        return any(near(each, [key]) for each in unknown)
 
     def no_effect(self, place: Place, message: str, advice: str) -> None:
         """Take down that something at a place has no effect."""
-        self.warnings.append(Problem("recipe", message, str(place), advice=advice))
+        self.findings.warnings.append(Problem("no-effect", message, place, advice=advice))
 
 
 def _key_advice(key: str, known: frozenset[str]) -> str:

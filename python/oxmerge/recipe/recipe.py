@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from oxmerge.errors import RecipeError
-from oxmerge.problems import Problem
+from oxmerge.problems import Findings, Place, Problem, group_problems
 from oxmerge.schema import DTYPE_NAMES
 
 TYPE_CHECKING = False
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     Scalar = bool | int | float | str
     Settings = Mapping[str, "Setting"]
 
-__all__ = ["Choice", "Recipe", "Setting", "Slice", "Source", "Template", "Tokenizer"]
+__all__ = ["UNREAD", "Choice", "Recipe", "Setting", "Slice", "Source", "Template", "Tokenizer"]
 
+#: Stands for a reference to a model that cannot be read, which is reported already.
+UNREAD = ""
 #: More bytes than any recipe has; PyYAML takes a hundred times as many to read them.
 MOST_BYTES = 1 << 20
 
@@ -39,10 +41,13 @@ class Choice:
         One value, or the points of a gradient over the layers. Empty: no value at all.
     filter : str, optional
         Only tensors whose name contains it are meant; None means every tensor.
+    is_read : bool
+        False for one that cannot be read, which is reported already.
     """
 
     values: tuple[Scalar, ...]
     filter: str | None = None
+    is_read: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +56,13 @@ class Setting:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     choices : tuple of Choice
         In the order they are written.
     """
 
-    where: str
+    where: Place
     choices: tuple[Choice, ...]
 
 
@@ -69,7 +74,7 @@ class Source:
     ----------
     model : str
         The model reference, as written.
-    where : str
+    where : Place
         The place in the recipe, for messages.
     layer_range : tuple of int, optional
         The source's first layer and the one after its last. None in `models`.
@@ -78,7 +83,7 @@ class Source:
     """
 
     model: str
-    where: str
+    where: Place
     layer_range: tuple[int, int] | None = None
     parameters: Settings = field(default_factory=dict)
 
@@ -89,7 +94,7 @@ class Slice:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     sources : tuple of Source
         In listed order.
@@ -99,7 +104,7 @@ class Slice:
         Settings for this slice.
     """
 
-    where: str
+    where: Place
     sources: tuple[Source, ...]
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
@@ -111,7 +116,7 @@ class Tokenizer:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     source : str
         ``base``, ``union``, or a model reference.
@@ -119,7 +124,7 @@ class Tokenizer:
         What else it asks for: ``tokens``, ``pad_to_multiple_of``.
     """
 
-    where: str
+    where: Place
     source: str
     more: tuple[str, ...] = ()
 
@@ -130,13 +135,13 @@ class Template:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     text : str
         ``auto``, the name of a template, or a template.
     """
 
-    where: str
+    where: Place
     text: str
 
 
@@ -164,6 +169,8 @@ class Recipe:
         What the output's tokenizer is to be; that of the donor unless given.
     chat_template : Template, optional
         What its chat template is to be; likewise.
+    places : mapping of str to Place
+        Where its keys stand.
     text : str
         The recipe as it was written; as JSON, which is YAML too, if it came as a mapping.
     folder : str, optional
@@ -181,9 +188,14 @@ class Recipe:
     out_dtype: str | None = None
     tokenizer: Tokenizer | None = None
     chat_template: Template | None = None
+    places: Mapping[str, Place] = field(default_factory=dict)
     text: str = ""
     folder: str | None = None
     warnings: tuple[Problem, ...] = ()
+
+    def place(self, key: str) -> Place:
+        """Return where a key of the top level stands."""
+        return self.places.get(key) or Place(key)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -196,7 +208,12 @@ class Recipe:
 
     @classmethod
     def from_mapping(
-        cls, mapping: Mapping[str, object], *, text: str | None = None, folder: str | None = None
+        cls,
+        mapping: Mapping[str, object],
+        *,
+        text: str | None = None,
+        folder: str | None = None,
+        ignore_unknown: bool = False,
     ) -> Recipe:
         """Return the recipe that a mapping, as parsed from YAML or JSON, describes.
 
@@ -208,6 +225,8 @@ class Recipe:
             The text it was parsed from; the mapping as JSON unless given.
         folder : str, optional
             Where relative paths may start, after the working directory.
+        ignore_unknown : bool
+            Whether a key that is not known is a warning.
 
         Raises
         ------
@@ -218,10 +237,14 @@ class Recipe:
         from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
 
         _check_extent(mapping)
-        return read_recipe(mapping, text=_as_json(mapping) if text is None else text, folder=folder)
+        findings = Findings(ignore_unknown=ignore_unknown)
+        text = _as_json(mapping) if text is None else text
+        return _sound(read_recipe(mapping, findings, text=text, folder=folder), findings)
 
     @classmethod
-    def from_yaml(cls, source: str | os.PathLike[str] | IO[bytes]) -> Recipe:
+    def from_yaml(
+        cls, source: str | os.PathLike[str] | IO[bytes], *, ignore_unknown: bool = False
+    ) -> Recipe:
         """Return the recipe in a YAML file or text.
 
         Parameters
@@ -229,6 +252,8 @@ class Recipe:
         source : str, path or file
             A path; text, which is told by a line break or a colon and a space in it; or a file that
             is open for reading bytes, such as ``sys.stdin.buffer``.
+        ignore_unknown : bool
+            Whether a key that is not known is a warning.
 
         Raises
         ------
@@ -238,8 +263,8 @@ class Recipe:
         FileNotFoundError
             If `source` is a path and there is no such file.
         """
-        mapping, text, folder = _parsed(source)
-        return cls.from_mapping(mapping, text=text, folder=folder)
+        findings = Findings(ignore_unknown=ignore_unknown)
+        return _sound(cls.read(source, findings), findings)
 
     @classmethod
     def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
@@ -247,6 +272,26 @@ class Recipe:
         from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
         return cls.from_mapping(parse_yaml(text), text=text, folder=folder)
+
+    @classmethod
+    def read(
+        cls,
+        source: str | os.PathLike[str] | IO[bytes] | Mapping[str, object],
+        findings: Findings,
+    ) -> Recipe:
+        """Return a recipe as far as it can be read, and add what is wrong to `findings`.
+
+        `source` is that of `from_yaml` or of `from_mapping`; `RecipeError` is raised for what is
+        not even a mapping.
+        """
+        from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
+
+        if isinstance(source, Mapping):
+            _check_extent(source)
+            return read_recipe(source, findings, text=_as_json(source))
+        mapping, text, path = _parsed(source, findings)
+        folder = None if path is None else os.path.dirname(os.path.abspath(path))
+        return read_recipe(mapping, findings, text=text, folder=folder, file=path)
 
     @staticmethod
     def mapping_of(
@@ -262,8 +307,19 @@ class Recipe:
             return dict(parse_yaml(source.text)), source.text, source.folder
         if isinstance(source, Mapping):
             return dict(source), _as_json(source), None
-        mapping, text, folder = _parsed(source)
+        findings = Findings()
+        mapping, text, path = _parsed(source, findings)
+        if findings.problems:
+            raise RecipeError("cannot read the recipe", problems=findings.problems)
+        folder = None if path is None else os.path.dirname(os.path.abspath(path))
         return dict(mapping), text, folder
+
+
+def _sound(recipe: Recipe, findings: Findings) -> Recipe:
+    """Return a recipe of which nothing is wrong."""
+    if findings.problems:
+        raise RecipeError.of("cannot use the recipe", group_problems(findings.problems))
+    return recipe
 
 
 def _check_extent(mapping: Mapping[str, object]) -> None:
@@ -272,7 +328,7 @@ def _check_extent(mapping: Mapping[str, object]) -> None:
     try:
         check_extent(mapping, _parts)
     except TooMuch as error:
-        problem = Problem("recipe", str(error), advice=error.advice)
+        problem = Problem("not-a-recipe", str(error), advice=error.advice)
         raise RecipeError("cannot use the recipe", problems=[problem]) from None
 
 
@@ -284,26 +340,26 @@ def _parts(value: object) -> Iterable[object] | None:
 
 
 def _parsed(
-    source: str | os.PathLike[str] | IO[bytes],
+    source: str | os.PathLike[str] | IO[bytes], findings: Findings
 ) -> tuple[dict[str, object], str, str | None]:
-    """Return a recipe's mapping, its text, and the folder of its file."""
+    """Return a recipe's mapping, its text, and its file as it was named."""
     from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
 
     if isinstance(source, str) and ("\n" in source or ": " in source):
-        return parse_yaml(source), source, None
+        return parse_yaml(source, None, findings), source, None
     if not isinstance(source, str | os.PathLike):
         if hasattr(source, "read"):
             text = _read_text(source, None)
-            return parse_yaml(text), text, None
+            return parse_yaml(text, None, findings), text, None
         kind = type(source).__name__
         raise TypeError(
             f"a recipe is a path, YAML text or a `Recipe`, not a {kind}; of a mapping, "
             "`Recipe.from_mapping` makes one"
         )
-    path = os.path.abspath(source)
+    path = os.fspath(source)
     with open(path, "rb") as file:
         text = _read_text(file, path)
-    return parse_yaml(text, path), text, os.path.dirname(path)
+    return parse_yaml(text, path, findings), text, path
 
 
 def _read_text(file: IO[bytes], path: str | None) -> str:
@@ -315,7 +371,9 @@ def _read_text(file: IO[bytes], path: str | None) -> str:
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         advice = "name a recipe in YAML, as UTF-8"
-        problem = Problem("recipe", "not a text file", file=path, found=str(error), advice=advice)
+        problem = Problem(
+            "not-a-recipe", "not a text file", file=path, found=str(error), advice=advice
+        )
         raise RecipeError("cannot read the recipe", problems=[problem]) from error
 
 
@@ -323,7 +381,7 @@ def too_long(path: str | None = None) -> RecipeError:
     """Return the error for a text that is longer than a recipe."""
     advice = "name a recipe: it takes some lines for each model"
     message = f"longer than {MOST_BYTES} bytes"
-    problem = Problem("recipe", message, file=path, advice=advice)
+    problem = Problem("not-a-recipe", message, file=path, advice=advice)
     return RecipeError("cannot read the recipe", problems=[problem])
 
 

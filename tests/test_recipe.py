@@ -340,10 +340,6 @@ SYNTAX: list[tuple[str, str]] = [
     ),
     ("- 1\n- 2\n", "a recipe is a mapping of keys to values: found a list"),
     ("# nothing\n", "a recipe is a mapping of keys to values: found nothing"),
-    (
-        "merge_method: linear\n---\nmerge_method: ties\n",
-        "line 2: not supported yet: several merges in one file",
-    ),
     ("a: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
     ("a: !!python/object:os.system x\n", "line 1: recipes have no tags"),
     # The words of YAML's own messages help nobody who does not know YAML.

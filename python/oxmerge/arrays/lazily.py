@@ -8,6 +8,7 @@ from typing import Any
 from oxmerge import _core
 from oxmerge.arrays.in_memory import check_options
 from oxmerge.arrays.views import empty, kind_of
+from oxmerge.errors import PlanError
 from oxmerge.merging import prepare
 from oxmerge.problems import no_such_key
 
@@ -171,4 +172,7 @@ def lazy(
         allow_mismatch=allow_mismatch,
         ignore_unknown=ignore_unknown,
     )
+    if plan.stages:
+        advice = "merge the earlier ones, and name their outputs"
+        raise PlanError("tensors of several merges cannot be computed on demand", advice=advice)
     return LazyMerge(plan, kind, threads)

@@ -48,6 +48,9 @@ def is_saved_plan(path: str | os.PathLike[str]) -> bool:
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan to a file; see `Plan.save`."""
+    if plan.stages:
+        advice = "save the plan of each merge, when those before it have run"
+        raise PlanError("a plan of several merges cannot be saved", advice=advice)
     path = Path(path)
     partial = path.with_name(_core.partial_name(f"{path.name}.{os.getpid()}"))
     output = json.dumps(_output(plan), ensure_ascii=True)

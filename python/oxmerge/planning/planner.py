@@ -7,6 +7,7 @@ goes on after each problem as far as it can, so that one report has them all.
 from __future__ import annotations
 
 import os
+from types import MappingProxyType
 
 from oxmerge import _core
 from oxmerge.errors import PlanError, ProblemsError, RecipeError
@@ -51,6 +52,7 @@ def build_plan(
     with_side_files: bool = False,
     allow_mismatch: bool = False,
     findings: Findings | None = None,
+    stages: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Plan:
     """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
@@ -70,6 +72,8 @@ def build_plan(
         Whether models may be of another type than the donor.
     findings : Findings, optional
         What was wrong with the recipe when it was read.
+    stages : mapping of str to str or None
+        Where the outputs of earlier merges lie, by their names; None for one that cannot be made.
 
     Raises
     ------
@@ -84,6 +88,7 @@ def build_plan(
     planner = _Planner(
         recipe,
         findings or Findings(),
+        stages,
         with_side_files=with_side_files,
         allow_mismatch=allow_mismatch,
     )
@@ -97,6 +102,7 @@ class _Planner:
         self,
         recipe: Recipe,
         findings: Findings,
+        stages: Mapping[str, str | None],
         *,
         with_side_files: bool,
         allow_mismatch: bool,
@@ -110,7 +116,7 @@ class _Planner:
         self.side_files = SideFiles()
         folders = (os.getcwd(), recipe.folder)
         self.folders = tuple(folder for folder in folders if folder is not None)
-        self.inputs = Inputs(self.folders, findings)
+        self.inputs = Inputs(self.folders, stages, findings)
         self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
         self.methods = read_methods(_core.methods())
@@ -133,7 +139,7 @@ class _Planner:
         if donor is not None:
             problems += check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
         self.check_effects(sections)
-        if donor is None and not problems:
+        if donor is None and not problems and not self.inputs.lacks_reported:
             message = "there is no model to take the names from"
             problems.append(Problem("missing-key", message, advice="list a model"))
         if donor is None or table is None or problems:

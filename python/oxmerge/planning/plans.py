@@ -71,6 +71,8 @@ class Plan:
         The donor's other files.
     options : dict
         What the prediction is for: `memory`, `threads`, `device` and `vram`, as `plan` takes them.
+    stages : tuple of Plan
+        The merges that come first, whose outputs this one reads; their outputs are removed again.
     """
 
     table: _core.Plan
@@ -89,6 +91,9 @@ class Plan:
     card: str
     side_files: SideFiles
     options: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[Plan, ...] = ()
+    #: Keeps the files that stand for outputs of `stages`.
+    stand_ins: object = None
 
     @property
     def method(self) -> str:
@@ -148,6 +153,7 @@ class Plan:
         """Return the same plan, with a prediction for other options."""
         plan = copy.copy(self)
         plan.options = options
+        plan.stages = tuple(stage.with_options(options) for stage in self.stages)
         vars(plan).pop("prediction", None)
         return plan
 
@@ -158,8 +164,8 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes that the output needs on the disk."""
-        return disk_bytes(self)
+        """Bytes that the output needs on the disk, and the outputs of the merges before it."""
+        return disk_bytes(self) + sum(stage.disk for stage in self.stages)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -194,6 +200,11 @@ class Plan:
         ----------
         path : path
             The file; one that is there is replaced when the new one is complete.
+
+        Raises
+        ------
+        PlanError
+            If other merges come first: their outputs, which this one reads, are not there.
         """
         save_plan(self, path)
 

@@ -78,6 +78,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     """Return the summary as data; ``inputs`` has every tensor of every model."""
     prediction = plan.prediction
     return {
+        "stages": [stage.as_dict() for stage in plan.stages],
         "method": plan.method,
         "cost": cost(plan),
         "tensors": len(plan.tensors),
@@ -107,6 +108,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     prediction = plan.prediction
     files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     fastest = f"{prediction.fastest.device}: {prediction.fastest.reason}"
+    for stage in plan.stages:
+        writes = f"writes {format_size(stage.bytes_written)}, which are removed again"
+        what = f"{stage.method}, {len(stage.tensors)} tensors, {writes}"
+        yield f"first     `{stage.recipe.name}`: {what}"
     yield f"method    {plan.method}"
     yield f"tensors   {len(plan.tensors)} in {files}"
     yield f"reads     {format_size(plan.bytes_read)}: {cost(plan)}"

@@ -15,9 +15,9 @@ from oxmerge.recipe.values import ValueReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["read_recipe"]
+__all__ = ["read_documents", "read_recipe"]
 
 _TOP_KEYS = frozenset(
     (
@@ -69,17 +69,124 @@ def read_recipe(
     text: str = "",
     folder: str | None = None,
     file: str | None = None,
+    in_stages: bool = False,
 ) -> Recipe:
-    """Return the recipe in `mapping`, as far as it can be read; the faults go to `findings`."""
+    """Return the recipe in `mapping`, as far as it can be read; the faults go to `findings`.
+
+    `in_stages` says that it is one of several merges, which have names.
+    """
     known = Findings(findings.problems, ignore_unknown=findings.ignore_unknown)
-    recipe = _RecipeReader(known).recipe(mapping, Place(file=file))
+    recipe = _RecipeReader(known).recipe(mapping, Place(file=file), in_stages=in_stages)
     return replace(recipe, text=text, folder=folder, warnings=tuple(known.warnings))
+
+
+def read_documents(
+    documents: Sequence[Mapping[str, object]],
+    findings: Findings,
+    *,
+    text: str = "",
+    folder: str | None = None,
+    file: str | None = None,
+) -> Recipe:
+    """Return the recipe that some documents are, as `read_recipe` does.
+
+    One of them has no name, or is used by no other: that is the recipe. Those that it uses,
+    directly or not, are its stages.
+    """
+    in_stages = len(documents) > 1
+    recipes = [
+        read_recipe(each, findings, text=text, folder=folder, file=file, in_stages=in_stages)
+        for each in documents
+    ]
+    return _Stages(recipes, findings).recipe() if in_stages else recipes[0]
+
+
+class _Stages:
+    """Puts the merges of one file in order."""
+
+    def __init__(self, recipes: Sequence[Recipe], findings: Findings) -> None:
+        self.findings = findings
+        self.named: dict[str, Recipe] = {}
+        self.unnamed: list[Recipe] = []
+        for recipe in recipes:
+            self.add(recipe)
+        self.done: list[Recipe] = []
+        self.begun: list[str] = []
+
+    def add(self, recipe: Recipe) -> None:
+        if recipe.name is None:
+            self.unnamed.append(recipe)
+            if len(self.unnamed) > 1:
+                message, advice = "a second merge without a name", "give all but the last a `name`"
+                self.fault(recipe.place("merge_method"), message, advice)
+        elif recipe.name in self.named:
+            message = f"a second merge with the name `{shorten(recipe.name)}`"
+            self.fault(recipe.place("name"), message, "give each a name of its own")
+        else:
+            self.named[recipe.name] = recipe
+
+    def fault(self, place: Place, message: str, advice: str) -> None:
+        self.findings.problems.append(Problem("stages", message, place, advice=advice))
+
+    def recipe(self) -> Recipe:
+        last = self.last()
+        self.visit(last)
+        stages = tuple(each for each in self.done if each is not last)
+        needed = {stage.name for stage in stages}
+        idle = [name for name in self.named if name not in needed and name != last.name]
+        unused = [
+            Problem(
+                "no-effect",
+                f"the output of the merge `{shorten(name)}` is read by no other",
+                self.named[name].place("name"),
+                advice="take it out, or merge it by a recipe of its own",
+            )
+            for name in idle
+        ]
+        return replace(last, stages=stages, warnings=(*last.warnings, *unused))
+
+    def last(self) -> Recipe:
+        """Return the merge whose output is that of the recipe."""
+        if self.unnamed:
+            return self.unnamed[0]
+        used = {name for each in self.named.values() for name in _reads(each)}
+        candidates = [each for name, each in self.named.items() if name not in used]
+        if len(candidates) != 1:
+            several = ", ".join(f"`{shorten(each.name or '')}`" for each in candidates) or "none"
+            message = f"several merges, of which one should be the output: found {several}"
+            place = next(iter(self.named.values())).place("name")
+            self.fault(place, message, "leave the `name` of the last one out")
+        return candidates[0] if candidates else next(iter(self.named.values()))
+
+    def visit(self, recipe: Recipe) -> None:
+        """Add a merge after those whose outputs it reads."""
+        name = recipe.name or ""
+        if name in self.begun:
+            if recipe not in self.done:
+                begun = [each for each in self.begun[self.begun.index(name) :] if each]
+                circle = " -> ".join(f"`{shorten(each)}`" for each in (*begun, name))
+                message = f"these merges read each other's outputs: {circle}"
+                self.fault(recipe.place("name"), message, "let each read earlier ones only")
+            return
+        self.begun.append(name)
+        for read in _reads(recipe):
+            if read in self.named:
+                self.visit(self.named[read])
+        self.done.append(recipe)
+
+
+def _reads(recipe: Recipe) -> list[str]:
+    """Return every model that a recipe names."""
+    listed = (*recipe.models, *(source for part in recipe.slices for source in part.sources))
+    bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
+    tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
+    return [name for name in (*(each.model for each in listed), *bases, *tokenizer) if name]
 
 
 class _RecipeReader(ValueReader):
     """Reads the levels of a recipe, from the top down."""
 
-    def recipe(self, raw: object, place: Place) -> Recipe:
+    def recipe(self, raw: object, place: Place, *, in_stages: bool) -> Recipe:
         if not is_mapping(raw):
             message, advice = "a recipe is a mapping of keys to values", "give it as a mapping"
             self.fault(place, message, code="not-a-recipe", found=raw, advice=advice)
@@ -89,7 +196,8 @@ class _RecipeReader(ValueReader):
             message, advice = other
             self.fault(place, message, code="not-a-recipe", advice=advice)
             return Recipe("")
-        self.check_keys(raw, place, _TOP_KEYS, later=True)
+        known = _TOP_KEYS | {"name"} if in_stages else _TOP_KEYS
+        self.check_keys(raw, place, known, later=True)
         recipe = Recipe(
             method=self.method(raw, place),
             models=self.items(raw, "models", place, self.model),
@@ -100,10 +208,20 @@ class _RecipeReader(ValueReader):
             out_dtype=self.dtype(raw, "out_dtype", place),
             tokenizer=self.tokenizer(raw, place),
             chat_template=self.chat_template(raw, place),
-            places={key: at_key(place, raw, key) for key in raw if key in _TOP_KEYS},
+            places={key: at_key(place, raw, key) for key in raw if key in known},
+            name=self.name(raw, place) if in_stages else None,
         )
         self.check_form(raw, place)
         return recipe
+
+    def name(self, raw: Mapping[str, object], place: Place) -> str | None:
+        """Read what later merges call the output."""
+        name = raw.get("name")
+        if name is None or (isinstance(name, str) and name):
+            return name
+        message, advice = "a name is text", "write `name: first`, say"
+        self.fault(at_key(place, raw, "name"), message, found=name, advice=advice)
+        return None
 
     def check_form(self, raw: Mapping[str, object], place: Place) -> None:
         """Exactly one of `models` and `slices` says what to merge."""

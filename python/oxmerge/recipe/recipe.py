@@ -171,6 +171,10 @@ class Recipe:
         What its chat template is to be; likewise.
     places : mapping of str to Place
         Where its keys stand.
+    name : str, optional
+        What later merges of the same file call its output.
+    stages : tuple of Recipe
+        The merges of the same file whose outputs it reads, in the order in which they run.
     text : str
         The recipe as it was written; as JSON, which is YAML too, if it came as a mapping.
     folder : str, optional
@@ -189,6 +193,8 @@ class Recipe:
     tokenizer: Tokenizer | None = None
     chat_template: Template | None = None
     places: Mapping[str, Place] = field(default_factory=dict)
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
     text: str = ""
     folder: str | None = None
     warnings: tuple[Problem, ...] = ()
@@ -269,9 +275,12 @@ class Recipe:
     @classmethod
     def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
         """Return the recipe in YAML text, whose relative paths may start in `folder`."""
-        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+        from oxmerge.recipe.dialect import read_documents  # noqa: PLC0415 - it needs this module
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
-        return cls.from_mapping(parse_yaml(text), text=text, folder=folder)
+        findings = Findings()
+        documents = parse_documents(text, None, findings)
+        return _sound(read_documents(documents, findings, text=text, folder=folder), findings)
 
     @classmethod
     def read(
@@ -284,14 +293,19 @@ class Recipe:
         `source` is that of `from_yaml` or of `from_mapping`; `RecipeError` is raised for what is
         not even a mapping.
         """
-        from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
+        from oxmerge.recipe.dialect import (  # noqa: PLC0415 - it needs this module
+            read_documents,
+            read_recipe,
+        )
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
         if isinstance(source, Mapping):
             _check_extent(source)
             return read_recipe(source, findings, text=_as_json(source))
-        mapping, text, path = _parsed(source, findings)
+        text, path = _text_of(source)
+        documents = parse_documents(text, path, findings)
         folder = None if path is None else os.path.dirname(os.path.abspath(path))
-        return read_recipe(mapping, findings, text=text, folder=folder, file=path)
+        return read_documents(documents, findings, text=text, folder=folder, file=path)
 
     @staticmethod
     def mapping_of(
@@ -301,18 +315,15 @@ class Recipe:
 
         Parameters and errors are those of `from_yaml`, but only the YAML is checked.
         """
-        if isinstance(source, Recipe):
-            from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
-
-            return dict(parse_yaml(source.text)), source.text, source.folder
         if isinstance(source, Mapping):
             return dict(source), _as_json(source), None
-        findings = Findings()
-        mapping, text, path = _parsed(source, findings)
-        if findings.problems:
-            raise RecipeError("cannot read the recipe", problems=findings.problems)
+        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        if isinstance(source, Recipe):
+            return dict(parse_yaml(source.text)), source.text, source.folder
+        text, path = _text_of(source)
         folder = None if path is None else os.path.dirname(os.path.abspath(path))
-        return dict(mapping), text, folder
+        return dict(parse_yaml(text)), text, folder
 
 
 def _sound(recipe: Recipe, findings: Findings) -> Recipe:
@@ -339,18 +350,13 @@ def _parts(value: object) -> Iterable[object] | None:
     return value if isinstance(value, list | tuple | set | frozenset) else None
 
 
-def _parsed(
-    source: str | os.PathLike[str] | IO[bytes], findings: Findings
-) -> tuple[dict[str, object], str, str | None]:
-    """Return a recipe's mapping, its text, and its file as it was named."""
-    from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
-
+def _text_of(source: str | os.PathLike[str] | IO[bytes]) -> tuple[str, str | None]:
+    """Return a recipe's text, and its file as it was named."""
     if isinstance(source, str) and ("\n" in source or ": " in source):
-        return parse_yaml(source, None, findings), source, None
+        return source, None
     if not isinstance(source, str | os.PathLike):
         if hasattr(source, "read"):
-            text = _read_text(source, None)
-            return parse_yaml(text, None, findings), text, None
+            return _read_text(source, None), None
         kind = type(source).__name__
         raise TypeError(
             f"a recipe is a path, YAML text or a `Recipe`, not a {kind}; of a mapping, "
@@ -358,8 +364,7 @@ def _parsed(
         )
     path = os.fspath(source)
     with open(path, "rb") as file:
-        text = _read_text(file, path)
-    return parse_yaml(text, path, findings), text, path
+        return _read_text(file, path), path
 
 
 def _read_text(file: IO[bytes], path: str | None) -> str:

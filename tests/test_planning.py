@@ -523,6 +523,25 @@ def test_contracts(shelf: Shelf, recipe: dict[str, Any], expected: list[str]) ->
     assert shown == [text.partition(" (39 tensors")[0] for text in expected]
 
 
+def test_parameters_of_a_module_stand_before_those_of_the_recipe(shelf: Shelf) -> None:
+    shelf.put(a=zoo.llama(1), b=zoo.llama(1))
+    module = {
+        "models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 3}}],
+        "parameters": {"weight": [{"filter": "mlp", "value": 2}]},
+    }
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1}}
+    merge = shelf.plan({**recipe, "modules": {"default": module}})
+    found = {
+        tensor.name: [source.parameters["weight"] for source in tensor.sources]
+        for tensor in merge.tensors
+    }
+    assert found["model.layers.0.mlp.up_proj.weight"] == [2, 3]
+    assert found["model.norm.weight"] == [1, 3]
+    unknown = {**module, "parameters": {"wieght": 1}}
+    (problem,) = shelf.problems({**recipe, "modules": {"default": unknown}})
+    assert problem.startswith("modules.default.parameters.wieght: unknown parameter")
+
+
 # Models that are not there, or do not fit.
 
 

@@ -112,6 +112,7 @@ class SectionBuilder:
     ) -> None:
         self._findings = findings
         self._recipe = recipe
+        self._levels = (recipe.module_parameters, recipe.parameters)
         self._method = method
         self._known = {each.name for one in methods.values() for each in one.parameters}
         self._inputs = inputs
@@ -120,6 +121,7 @@ class SectionBuilder:
     def build(self) -> list[Section]:
         """Return the sections that could be made."""
         self._check_base()
+        self._check_names(self._recipe.module_parameters, "all")
         self._check_names(self._recipe.parameters, "all")
         if not self._recipe.models and not self._recipe.slices:
             return []  # which is reported
@@ -254,12 +256,12 @@ class SectionBuilder:
         return Section(part.where, tuple(sources), base, donor, shared, length, _settings(part))
 
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
-        levels = (source.parameters, part.parameters, self._recipe.parameters)
+        levels = (source.parameters, part.parameters, *self._levels)
         parameters = self._method.parameters_of(base=is_base)
         return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
 
     def _shared(self, part: Slice) -> Resolver:
-        levels = (part.parameters, self._recipe.parameters)
+        levels = (part.parameters, *self._levels)
         whose = f" by method `{self._method.name}`"
         return Resolver(self._method.shared_parameters(), levels, self._reader, whose)
 

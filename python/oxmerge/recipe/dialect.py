@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from oxmerge.problems import Findings, Place, Problem, shorten
-from oxmerge.recipe.keys import at_key, is_mapping
+from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
+from oxmerge.recipe.keys import at_key, is_mapping, show_key
 from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer
 from oxmerge.recipe.values import ValueReader
 
@@ -24,6 +24,7 @@ _TOP_KEYS = frozenset(
         "merge_method",
         "models",
         "slices",
+        "modules",
         "base_model",
         "parameters",
         "dtype",
@@ -34,9 +35,12 @@ _TOP_KEYS = frozenset(
     )
 )
 _TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
+_MODULE_KEYS = frozenset(("models", "slices", "parameters"))
 _MODEL_KEYS = frozenset(("model", "parameters"))
 _SLICE_KEYS = frozenset(("sources", "base_model", "parameters"))
 _SOURCE_KEYS = frozenset(("model", "layer_range", "parameters"))
+#: Stands for a module that cannot be read, which is reported already.
+_UNREAD_MODULE: dict[str, object] = {}
 #: Files of other tools by the keys that tell them.
 _OTHER_TOOLS = (
     (
@@ -197,11 +201,13 @@ class _RecipeReader(ValueReader):
             self.fault(place, message, code="not-a-recipe", advice=advice)
             return Recipe("")
         known = _TOP_KEYS | {"name"} if in_stages else _TOP_KEYS
-        self.check_keys(raw, place, known, later=True)
+        self.check_keys(raw, place, known)
+        whole, at = self.module(raw, place)
         recipe = Recipe(
             method=self.method(raw, place),
-            models=self.items(raw, "models", place, self.model),
-            slices=self.items(raw, "slices", place, self.slice),
+            models=self.items(whole, "models", at, self.model),
+            slices=self.items(whole, "slices", at, self.slice),
+            module_parameters={} if whole is raw else self.settings(whole, at),
             base_model=self.reference(raw, "base_model", place),
             parameters=self.settings(raw, place),
             dtype=self.dtype(raw, "dtype", place),
@@ -211,8 +217,27 @@ class _RecipeReader(ValueReader):
             places={key: at_key(place, raw, key) for key in raw if key in known},
             name=self.name(raw, place) if in_stages else None,
         )
-        self.check_form(raw, place)
+        self.check_form(raw, whole, at)
         return recipe
+
+    def module(self, raw: Mapping[str, object], place: Place) -> tuple[Mapping[str, object], Place]:
+        """Return the mapping that has `models` or `slices`: the recipe, or its only module."""
+        modules = raw.get("modules")
+        if not modules or raw.get("models") or raw.get("slices"):
+            return raw, place
+        place = at_key(place, raw, "modules")
+        if not is_mapping(modules):
+            message, advice = "a mapping of names to modules is needed here", "write `default: ...`"
+            self.fault(place, message, found=modules, advice=advice)
+            return _UNREAD_MODULE, place
+        name, module = next(iter(modules.items()))
+        if len(modules) > 1:
+            names = ", ".join(f"`{show_key(each)}`" for each in modules)
+            message = f"not supported yet: merging the modules of a model apart ({names})"
+            self.fault(place, message, code=UNSUPPORTED, advice="list whole models under `models`")
+        place = at_key(place, modules, name)
+        is_read = self.check_mapping(module, place, _MODULE_KEYS)
+        return (module if is_read else _UNREAD_MODULE), place
 
     def name(self, raw: Mapping[str, object], place: Place) -> str | None:
         """Read what later merges call the output."""
@@ -223,10 +248,13 @@ class _RecipeReader(ValueReader):
         self.fault(at_key(place, raw, "name"), message, found=name, advice=advice)
         return None
 
-    def check_form(self, raw: Mapping[str, object], place: Place) -> None:
-        """Exactly one of `models` and `slices` says what to merge."""
-        given = [key for key in ("models", "slices") if raw.get(key)]
-        if len(given) == 1 or (not given and raw.get("modules")):  # which is refused by name
+    def check_form(
+        self, raw: Mapping[str, object], whole: Mapping[str, object], place: Place
+    ) -> None:
+        """Exactly one of `models`, `slices` and `modules` says what to merge."""
+        given = [key for key in ("models", "slices") if whole.get(key)]
+        given += ["modules"] if whole is raw and raw.get("modules") else []
+        if len(given) == 1 or whole is _UNREAD_MODULE:  # which is reported
             return
         found = " and ".join(f"`{key}`" for key in given) or "neither"
         message = "a recipe has exactly one of `models` and `slices`"

@@ -161,6 +161,8 @@ class Recipe:
         The base, and the donor of names and config.
     parameters : mapping of str to Setting
         Settings for everything.
+    module_parameters : mapping of str to Setting
+        Settings of the only module, where `models` or `slices` stand in one; before `parameters`.
     dtype, out_dtype : str, optional
         Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
         `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64
@@ -188,6 +190,7 @@ class Recipe:
     slices: tuple[Slice, ...] = ()
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
+    module_parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: Tokenizer | None = None

@@ -236,8 +236,9 @@ class _RecipeReader(ValueReader):
             message = f"not supported yet: merging the modules of a model apart ({names})"
             self.fault(place, message, code=UNSUPPORTED, advice="list whole models under `models`")
         place = at_key(place, modules, name)
-        is_read = self.check_mapping(module, place, _MODULE_KEYS)
-        return (module if is_read else _UNREAD_MODULE), place
+        if not self.check_mapping(module, place, _MODULE_KEYS):
+            return _UNREAD_MODULE, place
+        return module, place
 
     def name(self, raw: Mapping[str, object], place: Place) -> str | None:
         """Read what later merges call the output."""

@@ -523,6 +523,19 @@ def test_contracts(shelf: Shelf, recipe: dict[str, Any], expected: list[str]) ->
     assert shown == [text.partition(" (39 tensors")[0] for text in expected]
 
 
+def test_layers_of_one_model_are_merged_with_each_other(shelf: Shelf) -> None:
+    shelf.put(a=zoo.llama(4), b=zoo.llama(4))
+    first, second = ({"model": "a", "layer_range": [at, at + 2]} for at in (0, 2))
+    recipe = {"merge_method": "slerp", "base_model": "a", "parameters": {"t": 0.5}}
+    merge = shelf.plan({**recipe, "slices": [{"sources": [first, second]}]})
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert sources(merge, name) == [("a", name), ("a", name.replace("1", "3", 1))]
+    assert merge.tensors[0].base == 0
+    assert [str(warning.message) for warning in merge.warnings] == []
+    merge = shelf.plan({**recipe, "slices": [{"sources": [first, first]}]})
+    assert [warning.code for warning in merge.warnings][:1] == ["duplicate-model"]
+
+
 def test_parameters_of_a_module_stand_before_those_of_the_recipe(shelf: Shelf) -> None:
     shelf.put(a=zoo.llama(1), b=zoo.llama(1))
     module = {
@@ -806,7 +819,7 @@ slices:
 - sources:
   - model: base
     layer_range: [0, 1]
-  - model: base
+  - model: /nowhere
     layer_range: [1, 2]
 - sources:
   - model: base

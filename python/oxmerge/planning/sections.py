@@ -197,16 +197,17 @@ class SectionBuilder:
         )
 
     def _check_duplicates(self, part: Slice) -> None:
-        seen: dict[str, Place] = {}
+        """Find models that are listed twice. Other layers of one model may well be merged."""
+        seen: dict[tuple[str, object], Place] = {}
         for source in part.sources:
-            path = self._inputs.path_of(source.model)
-            if path in seen and source.model != UNREAD:
-                message = f"model `{source.model}` is listed twice, first at {seen[path]}"
+            key = self._inputs.path_of(source.model), source.layer_range
+            if key in seen and source.model != UNREAD:
+                message = f"model `{source.model}` is listed twice, first at {seen[key]}"
                 advice = "list it once, with the weight of both; or name the model that was meant"
-                self._findings.problems.append(
-                    Problem("duplicate-model", message, source.where, advice=advice)
-                )
-            seen.setdefault(path, source.where)
+                problem = Problem("duplicate-model", message, source.where, advice=advice)
+                found = self._findings
+                (found.warnings if self._recipe.slices else found.problems).append(problem)
+            seen.setdefault(key, source.where)
 
     # Making.
 
@@ -240,8 +241,9 @@ class SectionBuilder:
         sources: list[SectionSource] = []
         base: int | None = None
         shared = self._shared(part)
-        for source, model in opened:
-            is_base = self._inputs.path_of(source.model) == base_path
+        bases = [self._inputs.path_of(source.model) == base_path for source, _ in opened]
+        for at, (source, model) in enumerate(opened):
+            is_base = bases[at] and not any(bases[:at])  # the first, if it is listed twice
             self._check_names(source.parameters, "base" if is_base else "input")
             # Also where there is no model: what is wrong with the values is told with that.
             resolver = self._resolver(part, source, is_base=is_base)

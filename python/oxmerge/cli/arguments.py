@@ -37,10 +37,11 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """`ArgumentParser` that raises `UsageError` and knows its own options."""
+    """`ArgumentParser` that raises `UsageError`, knows its own options and those of its help."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401
         self.options: list[str] = []
+        self.shown: list[str] = []
         super().__init__(
             **settings,
             allow_abbrev=False,
@@ -49,7 +50,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:  # noqa: ANN401
         """Add an argument, remembering the names of options."""
-        self.options += [name for name in names if name.startswith("-")]
+        options = [name for name in names if name.startswith("-")]
+        self.options += options
+        self.shown += options if settings.get("help") != argparse.SUPPRESS else []
         return super().add_argument(*names, **settings)
 
     def parse(self, arguments: list[str], printer: Printer) -> argparse.Namespace | None:
@@ -69,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         for word in before_end:
             name = word.split("=", 1)[0]
             if re.match(r"--?[A-Za-z]", name) and name not in self.options:
-                raise UsageError.unknown("option", name, [o for o in self.options if o[1] == "-"])
+                raise UsageError.unknown("option", name, [o for o in self.shown if o[1] == "-"])
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from oxmerge.cli import main
 from oxmerge.cli.mergekit import _FLAGS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 #: Every option that mergekit 0.1.5 has for all of its merges, but those that ours has too.
 OPTIONS = (

@@ -643,7 +643,7 @@ def random_mask_by_rank(
     >>> import numpy as np
     >>> random_mask_by_rank(np.float32([[3, 1, -2], [1, 2, 3]]), 0, 1, seed=1)
     array([[ True, False, False],
-           [False,  True,  True]])
+           [False, False,  True]])
     """
     source = float_view(tensor, "tensor")
     numbers = [finite(lowest, "lowest"), finite(highest, "highest")]

@@ -535,9 +535,9 @@ class Module:
             "there is no merge method `tie`; did you mean `ties`?",
         ),
         (
-            call("della", [X], X),
+            call("zzz", [X], X),
             ValueError,
-            "method `della` is not in this release; use one of "
+            "there is no merge method `zzz`; use one of "
             + ", ".join(f"`{row['name']}`" for row in _core.methods()),
         ),
         (

@@ -227,7 +227,7 @@ def draws(shape: tuple[int, ...], position: int) -> Array:
     name = 0xCBF2_9CE4_8422_2325
     for byte in b"\xff" + position.to_bytes(4, "little"):
         name = (name ^ byte) * 0x0000_0100_0000_01B3 % 2**64
-    index = np.arange(np.prod(shape, dtype=int)).astype(np.uint64)
+    index: Array = np.arange(np.prod(shape, dtype=int)).astype(np.uint64)
     group, within = np.divmod(index, np.uint64(512))
     counter = group * np.uint64(64) + within % np.uint64(64)
     place = within // np.uint64(64)
@@ -441,8 +441,8 @@ CASES: dict[str, list[tuple[int, dict[str, Any]]]] = {
 }  # fmt: skip
 #: Methods that keep or drop elements by what is computed in f32: where the oracle decides otherwise
 #: about an element at the threshold, it is another number altogether.
-CUTS = {"ties", "della", "della_linear", "cabs", "breadcrumbs", "breadcrumbs_ties", "sce", "arcee_fusion", "pcb", "ram",
-        "ramplus_tl", "consensus_ta", "emr", "magmax"}  # fmt: skip
+CUTS = {"ties", "della", "della_linear", "cabs", "breadcrumbs", "breadcrumbs_ties", "sce",
+        "arcee_fusion", "pcb", "ram", "ramplus_tl", "consensus_ta", "emr", "magmax"}  # fmt: skip
 PARAMETERS = [(name, count, options) for name in CASES for count, options in CASES[name]]
 
 

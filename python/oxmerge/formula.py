@@ -387,16 +387,16 @@ def random_mask_by_rank(
 ) -> Value:
     """Return 1 at random, likelier for large elements of a row than for small ones, else 0.
 
-    The probability rises in even steps from the smallest element to the largest. What DELLA keeps of
-    a task vector is this mask of its magnitudes.
+    The probability rises in even steps from the smallest element to the largest. What DELLA keeps
+    of a task vector is this mask of its magnitudes.
 
     Parameters
     ----------
     value : Value
         What to rank.
     lowest, highest : float
-        The probabilities of the smallest and of the largest, from 0 to 1; an element that is alone has
-        the mean of both.
+        The probabilities of the smallest and of the largest, from 0 to 1; an element that is alone
+        has the mean of both.
     stream : int
         Which of the independent masks of a tensor, see `random_mask`.
     every : int, optional

@@ -393,8 +393,8 @@ def row_top_k_mask(
     k : int
         At least 0; all of a row that has no more.
     every : int, optional
-        Take the `k` largest of each so many elements of a row, counted from its first, instead of the
-        whole row: n:m sparsity. The last elements of a row may be fewer.
+        Take the `k` largest of each so many elements of a row, counted from its first, instead of
+        the whole row: n:m sparsity. The last elements of a row may be fewer.
     out, dtype, threads
         As for all kernels, see `oxmerge.kernels`; but the mask is of bool unless asked otherwise.
 
@@ -405,8 +405,8 @@ def row_top_k_mask(
 
     Notes
     -----
-    One read; two where rows are longer than 65536. Each row is sorted once. The balanced sparsity of
-    CABS: https://arxiv.org/abs/2503.01874.
+    One read; two where rows are longer than 65536. Each row is sorted once. The balanced sparsity
+    of CABS: https://arxiv.org/abs/2503.01874.
 
     Examples
     --------
@@ -569,13 +569,11 @@ def random_mask(
 @overload
 def random_mask_by_rank(
     tensor: Tensor,
-    lowest: float,
-    highest: float,
+    probabilities: tuple[float, float],
     *,
     seed: int = 0,
     name: str = "",
     position: int = 0,
-    every: int | None = None,
     out: Tensor | None = None,
     dtype: Any = None,
     threads: int | None = None,
@@ -583,48 +581,42 @@ def random_mask_by_rank(
 @overload
 def random_mask_by_rank(
     tensor: Any,
-    lowest: float,
-    highest: float,
+    probabilities: tuple[float, float],
     *,
     seed: int = 0,
     name: str = "",
     position: int = 0,
-    every: int | None = None,
     out: NDArray[Any] | None = None,
     dtype: Any = None,
     threads: int | None = None,
 ) -> NDArray[Any]: ...
 def random_mask_by_rank(
     tensor: Any,
-    lowest: float,
-    highest: float,
+    probabilities: tuple[float, float],
     *,
     seed: int = 0,
     name: str = "",
     position: int = 0,
-    every: int | None = None,
     out: Any = None,
     dtype: Any = None,
     threads: int | None = None,
 ) -> Any:
     """Return a mask that keeps large elements of a row with a higher probability than small ones.
 
-    The probability rises in even steps from the smallest magnitude to the largest; of equal ones that
-    of lowest index is the largest. The same arguments give the same mask on every machine: the one
-    that DELLA draws in a merge with this seed, for the tensor of this name and the model at this
-    position, where `tensor` is its task vector in float32.
+    The probability rises in even steps from the smallest magnitude to the largest; of equal ones
+    that of lowest index is the largest. The same arguments give the same mask on every machine: the
+    one that DELLA draws in a merge with this seed, for the tensor of this name and the model at
+    this position, where `tensor` is its task vector in float32.
 
     Parameters
     ----------
     tensor : array
         Of floats. Rows are along the last dimension; an array of one dimension is one row.
-    lowest, highest : float
-        The probabilities of the smallest and of the largest of a row, from 0 to 1. An element that is
-        alone has the mean of both. For DELLA they are density - epsilon and density + epsilon.
+    probabilities : pair of float
+        Those of the smallest and of the largest of a row, from 0 to 1. An element that is alone has
+        the mean of both. For DELLA they are density - epsilon and density + epsilon.
     seed, name, position
         As for `random_mask`.
-    every : int, optional
-        As for `row_top_k_mask`.
     out, dtype, threads
         As for all kernels, see `oxmerge.kernels`; but the mask is of bool unless asked otherwise.
 
@@ -641,20 +633,17 @@ def random_mask_by_rank(
     Examples
     --------
     >>> import numpy as np
-    >>> random_mask_by_rank(np.float32([[3, 1, -2], [1, 2, 3]]), 0, 1, seed=1)
+    >>> random_mask_by_rank(np.float32([[3, 1, -2], [1, 2, 3]]), (0, 1), seed=1)
     array([[ True, False, False],
            [False, False,  True]])
     """
     source = float_view(tensor, "tensor")
-    numbers = [finite(lowest, "lowest"), finite(highest, "highest")]
-    for what, number in zip(("lowest", "highest"), numbers, strict=True):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{what} must be from 0 to 1, not {number}")
-    numbers += [float(_position(position)), _every(every, source)]
-    draws = {"name": name, "seed": seed}
-    return _mask(
-        "random_mask_by_rank", [source], numbers, out=out, dtype=dtype, threads=threads, **draws
-    )
+    lowest, highest = (finite(each, "probabilities") for each in probabilities)
+    if not (0 <= lowest <= 1 and 0 <= highest <= 1):
+        raise ValueError(f"probabilities must be from 0 to 1, not {lowest} and {highest}")
+    numbers = [lowest, highest, float(_position(position))]
+    options = {"out": out, "dtype": dtype, "threads": threads}
+    return _mask("random_mask_by_rank", [source], numbers, draws=(name, seed), **options)
 
 
 @overload
@@ -838,14 +827,13 @@ def _mask(
     out: Any,
     dtype: Any,
     threads: int | None,
-    name: str = "",
-    seed: int = 0,
+    draws: tuple[str, int] = ("", 0),
 ) -> Any:
     code = element_type(dtype, MASKS)
     target = None if out is None else output(out)
     if code is None:
         code = "BOOL" if target is None else _mask_type(target)
-    return _run(piece, inputs, numbers, target, code, threads, name, seed)
+    return _run(piece, inputs, numbers, target, code, threads, draws)
 
 
 def _mask_type(target: View) -> str:
@@ -861,9 +849,9 @@ def _run(
     target: View | None,
     code: str,
     threads: int | None,
-    name: str = "",
-    seed: int = 0,
+    draws: tuple[str, int] = ("", 0),
 ) -> Any:
+    name, seed = draws
     check_options(seed, threads, name)
     first = inputs[0]
     if target is None:

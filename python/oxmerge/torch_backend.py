@@ -407,7 +407,7 @@ class _Frame:
     def largest_by_rank(
         self, buffer: memoryview, a: float, spans: tuple[int, int, int], count: int
     ) -> None:
-        """Put a byte an element into the buffer: 1 for the `count` largest of each vector, else 0."""
+        """Put a byte an element into the buffer: 1 for the `count` largest of a vector."""
         place, _ = kernels.places(self.whole(a), self.start, spans)
         self.worker.download((place < count).view(torch.uint8), buffer)
 
@@ -416,14 +416,13 @@ class _Frame:
         buffer: memoryview,
         a: float,
         spans: tuple[int, int, int],
-        lowest: float,
-        highest: float,
+        probabilities: tuple[float, float],
         key: tuple[int, int],
         stream: tuple[int, int],
     ) -> None:
-        """Put a byte an element into the buffer: 1 where its draw is below the bound of its rank."""
+        """Put a byte an element into the buffer: 1 where its draw is below its rank's bound."""
         place, last = kernels.places(self.whole(a), self.start, spans)
-        bounds = kernels.bounds_of_ranks(place, last, lowest, highest)
+        bounds = kernels.bounds_of_ranks(place, last, *probabilities)
         elements = range(self.start, self.start + self.length)
         kept = kernels.draws(key, stream, elements, self.device) < bounds
         self.worker.download(kept.view(torch.uint8), buffer)

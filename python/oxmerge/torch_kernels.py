@@ -285,7 +285,7 @@ def places(
 def bounds_of_ranks(
     place: torch.Tensor, last: torch.Tensor, lowest: float, highest: float
 ) -> torch.Tensor:
-    """Return what the draw of each element must be below for it to be kept; see `kernels/rank.rs`."""
+    """Return what each element's draw must be below for it to be kept; see `kernels/rank.rs`."""
     share = (last - place).double() / last.double()
     share.masked_fill_(last == 0, 0.5)
     return torch.floor((share * (highest - lowest) + lowest) * 2.0**32 + 0.5)

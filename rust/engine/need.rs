@@ -38,6 +38,8 @@ const VECTOR_BYTES: u64 = 64;
 const VALUES_ON_DEVICE: u64 = 4;
 const TEMPORARIES_ON_DEVICE: u64 = 48;
 const VECTOR_COPIES: u64 = 4;
+/// Further temporaries where vectors are ranked: their numbers, orders and places.
+const RANKED_ON_DEVICE: u64 = 48;
 /// What does not grow with the piece; on a device of its own, what torch's allocator takes at once.
 const HOST_TENSORS: u64 = 1 << 20;
 const DEVICE_SEGMENTS: u64 = 64 << 20;
@@ -278,7 +280,8 @@ impl Need {
         let held = (self.sources.len() + self.outputs.len()) as u64 + VALUES_ON_DEVICE;
         let values = held * self.working;
         let fixed = if is_host { HOST_TENSORS } else { DEVICE_SEGMENTS };
-        let each = self.stored() + values + TEMPORARIES_ON_DEVICE;
+        let ranked = if self.rankings > 0 { RANKED_ON_DEVICE } else { 0 };
+        let each = self.stored() + values + TEMPORARIES_ON_DEVICE + ranked;
         self.around(blocks) * each + VECTOR_COPIES * self.vectors + fixed
     }
 

@@ -30,18 +30,15 @@ pub fn top_k_mask(count: u64) -> Value {
 /// 1 for the `count` elements of largest magnitude of each row, or of each `every` elements of a row if
 /// that is not 0; else 0.
 pub fn row_top_k_mask(count: u64, every: u64) -> Value {
-    Value::input(0).abs().picked_by_rank(among(every), Pick::Largest(count))
+    let among = if every == 0 { Among::Row } else { Among::Group(every) };
+    Value::input(0).abs().picked_by_rank(among, Pick::Largest(count))
 }
 
 /// 1 with a probability that rises from the smallest magnitude of a row to the largest, else 0: the mask
 /// that DELLA draws for the input at `position`.
-pub fn random_mask_by_rank((lowest, highest): (f64, f64), position: u32, every: u64) -> Value {
+pub fn random_mask_by_rank(lowest: f64, highest: f64, position: u32) -> Value {
     let pick = Pick::Random { lowest, highest, stream: position };
-    Value::input(0).abs().picked_by_rank(among(every), pick)
-}
-
-fn among(every: u64) -> Among {
-    if every == 0 { Among::Row } else { Among::Group(every) }
+    Value::input(0).abs().picked_by_rank(Among::Row, pick)
 }
 
 /// 1 with probability `density`, else 0: the mask that DARE draws for the input at `position`.

@@ -215,7 +215,8 @@ impl<'py> Encoder<'_, 'py> {
             }
             Pick::Random { lowest, highest, stream } => {
                 let (key, stream) = self.mask_words(stream);
-                ("random_by_rank", a, spans, lowest, highest, key, stream).into_pyobject(self.py)
+                let probabilities = (lowest, highest);
+                ("random_by_rank", a, spans, probabilities, key, stream).into_pyobject(self.py)
             }
         }
     }

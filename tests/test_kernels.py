@@ -535,12 +535,6 @@ class Module:
             "there is no merge method `tie`; did you mean `ties`?",
         ),
         (
-            call("zzz", [X], X),
-            ValueError,
-            "there is no merge method `zzz`; use one of "
-            + ", ".join(f"`{row['name']}`" for row in _core.methods()),
-        ),
-        (
             call("ties", [X], X, weight=1, densty=0.5),
             TypeError,
             "ties has no parameter `densty`; did you mean `density`?",

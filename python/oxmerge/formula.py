@@ -24,6 +24,8 @@ from __future__ import annotations
 import json
 from numbers import Real
 
+from oxmerge.options import whole
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +44,7 @@ __all__ = [
     "dot",
     "exp",
     "largest",
+    "largest_in_row",
     "log",
     "maximum",
     "mean",
@@ -49,6 +52,7 @@ __all__ = [
     "norm",
     "order_statistic",
     "random_mask",
+    "random_mask_by_rank",
     "reduce_max",
     "reduce_min",
     "reduce_sum",
@@ -355,6 +359,66 @@ def largest(value: Value, count: Number) -> Value:
     Exact, without sorting. Of equal elements those of the lowest index are among the largest.
     """
     return Value("largest", of=_value(value, "the argument"), count=_scalar(count, "count"))
+
+
+def largest_in_row(value: Value, count: int, *, every: int | None = None) -> Value:
+    """Return 1 for the `count` largest elements of each row (along the last dimension), else 0.
+
+    Of equal elements those of the lowest index are among the largest.
+
+    Parameters
+    ----------
+    value : Value
+        What to rank.
+    count : int
+        How many are kept; all of a row that has no more.
+    every : int, optional
+        Rank each so many elements of a row among themselves, counted from its first, instead of the
+        whole row: the n:m sparsity of ``largest_in_row(value, n, every=m)``.
+    """
+    if (count := whole(count, "count")) < 0:
+        raise ValueError(f"count must be at least 0, not {count}")
+    of = _value(value, "the argument")
+    return Value("largest_in_row", of=of, count=count, every=_every(every))
+
+
+def random_mask_by_rank(
+    value: Value, lowest: float, highest: float, stream: int, *, every: int | None = None
+) -> Value:
+    """Return 1 at random, likelier for large elements of a row than for small ones, else 0.
+
+    The probability rises in even steps from the smallest element to the largest. What DELLA keeps
+    of a task vector is this mask of its magnitudes.
+
+    Parameters
+    ----------
+    value : Value
+        What to rank.
+    lowest, highest : float
+        The probabilities of the smallest and of the largest, from 0 to 1; an element that is alone
+        has the mean of both.
+    stream : int
+        Which of the independent masks of a tensor, see `random_mask`.
+    every : int, optional
+        As for `largest_in_row`.
+    """
+    for name, probability in (("lowest", lowest), ("highest", highest)):
+        if not 0 <= probability <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, not {probability!r}")
+    return Value(
+        "random_by_rank",
+        of=_value(value, "the argument"),
+        lowest=float(lowest),
+        highest=float(highest),
+        stream=int(stream),
+        every=_every(every),
+    )
+
+
+def _every(every: int | None) -> int | None:
+    if every is not None and (every := whole(every, "every")) < 1:
+        raise ValueError(f"every must be at least 1, not {every}")
+    return every
 
 
 def order_statistic(value: Value, rank: Number) -> Scalar:

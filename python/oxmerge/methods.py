@@ -1,15 +1,13 @@
 """The table of merge methods as the engine describes it, read into typed rows.
 
-The engine is the only place that knows a method. What stands here besides is the list of names
-that the dialect has and this release does not, so that a message can tell a name that is not there
-yet from a typing error.
+The engine is the only place that knows a method.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oxmerge.problems import UNSUPPORTED, Place, Problem, did_you_mean
+from oxmerge.problems import Place, Problem, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,13 +24,7 @@ __all__ = [
     "read_methods",
 ]
 
-#: Every method of the dialect.
-DIALECT_METHODS = frozenset((
-    "linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "model_stock",
-    "arcee_fusion", "nearswap", "sce", "ram", "ramplus_tl", "task_arithmetic", "ties",
-    "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
-))  # fmt: skip
-#: Parameters of the dialect's methods, so that those of a later one are known for what they are.
+#: Parameters of the dialect's methods, so that those of another one are known for what they are.
 DIALECT_PARAMETERS = frozenset((
     "weight", "normalize", "t", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps",
     "max_iter", "tol", "density", "gamma", "epsilon", "int8_mask", "rescale", "lambda",
@@ -216,9 +208,6 @@ def find_method(name: str, methods: Mapping[str, Method], where: Place) -> Metho
         advice = "call `oxmerge.merge_tensors` or `oxmerge.merge_state_dicts`"
         return Problem("unknown-method", message, where, advice=advice)
     known = "use one of " + ", ".join(f"`{each}`" for each in methods)
-    if name in DIALECT_METHODS:
-        message = f"method `{name}` is not in this release"
-        return Problem(UNSUPPORTED, message, where, advice=known)
     message = f"there is no merge method `{name}`"
-    advice = did_you_mean(name, methods.keys() | DIALECT_METHODS) or known
+    advice = did_you_mean(name, methods.keys()) or known
     return Problem("unknown-method", message, where, advice=advice)

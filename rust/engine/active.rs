@@ -9,11 +9,11 @@ use crate::error::Result;
 use crate::formula::bind::Bindings;
 use crate::formula::compile::{Purpose, Staged};
 use crate::formula::machine::BAND;
-use crate::formula::masks::{self, KeptMasks};
+use crate::formula::masks::{self, KeptMasks, Marks};
 use crate::formula::program::{Along, Setting};
 use crate::formula::selection::{self, Counted, Guess, LastKept, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
+use crate::formula::{Chosen, Ranking, Reduction, Scalar, Scope, Selection, Value, ValueNode};
 use crate::kernels::{BLOCK, Real};
 
 struct Searching {
@@ -158,7 +158,7 @@ impl Active {
             return Ok(!self.sweep && self.enter(Pass::Identical, self.units_of_blocks()));
         }
         if self.sweep {
-            let stage = stage::next_stage(&self.values, Scope::Model, false);
+            let stage = stage::next_stage(&self.values, Scope::Model, &self.task.frame);
             return if stage.is_empty() { Ok(false) } else { self.begin_stage(stage) };
         }
         let stored = self.task.frame.stores_rows();
@@ -166,7 +166,7 @@ impl Active {
             if scope == Scope::Row && !stored {
                 continue;
             }
-            let stage = stage::next_stage(&self.values, scope, stored);
+            let stage = stage::next_stage(&self.values, scope, &self.task.frame);
             if scope == Scope::Column && self.task.in_bands && !stage.is_empty() {
                 let bands = self.task.frame.line.div_ceil(BAND);
                 let along = Along::Segments(BLOCK as u64);
@@ -177,6 +177,10 @@ impl Active {
                 return self.begin_stage(stage);
             }
         }
+        let rankings = stage::next_rankings(&self.values, &self.task.frame);
+        if !rankings.is_empty() {
+            return self.enter_rank(rankings);
+        }
         if matches!(self.task.work, Work::Numbers(_)) {
             self.numbers = self.values.iter().map(number).collect();
             return Ok(false);
@@ -185,8 +189,20 @@ impl Active {
         Ok(self.enter(Pass::Combine(code), self.units_of_blocks()))
     }
 
+    fn enter_rank(&mut self, rankings: Vec<Arc<Ranking>>) -> Result<bool> {
+        let frame = &self.task.frame;
+        let spans = frame.spans(rankings[0].among);
+        let units = spans.count(frame.elements) * spans.bands().1;
+        let marks = rankings.iter().map(|_| Marks::new(&(0..frame.elements)).map(Arc::new));
+        let marks = marks.collect::<Result<_>>()?;
+        let keys: Vec<_> =
+            rankings.iter().map(|ranking| Purpose::Keys(ranking.value.clone())).collect();
+        let code = self.code(&keys)?;
+        Ok(self.enter(Pass::Rank { rankings, marks, code }, units))
+    }
+
     fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
-        let Stage { reductions, selections } = stage;
+        let Stage { reductions, selections, .. } = stage;
         let scope = reductions.first().map(|reduction| reduction.scope);
         self.results = vec![Vec::new(); reductions.len()];
         self.reductions.clone_from(&reductions);
@@ -306,6 +322,14 @@ impl Active {
             Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rows(_) | Pass::Columns(_) => self.bind(),
+            Pass::Rank { rankings, marks, .. } => {
+                let mut bindings = Bindings::default();
+                for (ranking, marks) in rankings.iter().zip(marks) {
+                    bindings.ranking(ranking, Arc::clone(marks));
+                }
+                self.values = bindings.bind_all(&self.values);
+                self.next_pass()
+            }
             Pass::Reduce { searches, code } => {
                 for (&kind, blocks) in code.program.kinds.iter().zip(&mut self.results) {
                     *blocks = vec![fold(kind, blocks)];

@@ -154,6 +154,7 @@ fn run_all(
         state: Mutex::new(State::new(memory.kept_room)),
         changed: Condvar::new(),
         backend,
+        level: settings.level,
         tasks,
         memory,
         largest_piece: settings.largest_piece.unwrap_or(u64::MAX).max(1),
@@ -182,6 +183,7 @@ struct Schedule<'a> {
     state: Mutex<State>,
     changed: Condvar,
     backend: &'a dyn Backend,
+    level: Level,
     tasks: &'a dyn Tasks,
     memory: &'a MemoryPlan,
     /// Blocks a piece has at the most.
@@ -288,7 +290,7 @@ impl Schedule<'_> {
             Err(error) => return self.note(&mut self.lock(), Err(error)),
         };
         let whole = self.backend.offload().is_some();
-        let mut worker = Worker::new(arithmetic, self.control, share, whole);
+        let mut worker = Worker::new(arithmetic, self.control, share, whole, self.level);
         let mut state = self.lock();
         loop {
             match self.next(&mut state) {

@@ -1,6 +1,10 @@
 //! The passes over a tensor: what a worker does with each unit, and what it brings back.
 
+use std::sync::Arc;
+
+use crate::formula::Ranking;
 use crate::formula::compile::Staged;
+use crate::formula::masks::Marks;
 use crate::formula::selection::{Counted, Guess, LastKept, Wanted};
 
 /// What the workers do with each unit of a pass. It is compiled when the pass is entered.
@@ -14,6 +18,8 @@ pub(crate) enum Pass {
     Locate { search: usize, key: u64, last: LastKept, code: Staged },
     /// Reduce whole rows, one a unit.
     Rows(Staged),
+    /// Rank long vectors, some of those that lie together a unit, and mark what is kept.
+    Rank { rankings: Vec<Arc<Ranking>>, marks: Vec<Arc<Marks>>, code: Staged },
     /// Reduce columns over some rows, one column block a unit.
     Columns(Staged),
     /// Reduce columns and compute the outputs, one band of columns a unit.

@@ -80,7 +80,8 @@ impl Work {
     /// Whether a piece of the output depends on more of the inputs than that piece, when the passes
     /// before it are done: on the rest of the rows that it touches.
     pub fn reads_around(&self) -> bool {
-        !stage::row_reductions(self.values()).is_empty()
+        let rows = stage::unknown_rows(self.values());
+        !rows.reductions.is_empty() || !rows.rankings.is_empty()
     }
 
     /// Whether columns are reduced and combined band by band.
@@ -173,7 +174,7 @@ impl Task {
     }
 
     pub(crate) fn model_reductions(&self) -> Vec<Arc<Reduction>> {
-        stage::next_stage(self.work.values(), Scope::Model, false).reductions
+        stage::next_stage(self.work.values(), Scope::Model, &self.frame).reductions
     }
 
     pub(crate) fn set_work(&mut self, work: Work) {

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::{
-    BinaryOp, Computation, Reduction, ReductionKind, Scalar, ScalarNode, Scope, UnaryOp, Value,
-    compute,
+    Among, BinaryOp, Computation, Pick, Reduction, ReductionKind, Scalar, ScalarNode, Scope,
+    UnaryOp, Value, compute,
 };
 use crate::error::{Error, Result};
 use crate::kernels::CANCELLED;
@@ -63,6 +63,18 @@ enum Node {
     OrderStatistic {
         of: usize,
         count: usize,
+    },
+    LargestInRow {
+        of: usize,
+        count: u64,
+        every: Option<u64>,
+    },
+    RandomByRank {
+        of: usize,
+        lowest: f64,
+        highest: f64,
+        stream: u32,
+        every: Option<u64>,
     },
     Reduce {
         name: ReductionName,
@@ -178,6 +190,14 @@ impl Reader<'_> {
             Node::OrderStatistic { of, count } => {
                 Built::Scalar(self.value(of)?.order_statistic(self.scalar(count)?))
             }
+            Node::LargestInRow { of, count, every } => {
+                let pick = Pick::Largest(count);
+                Built::Value(self.value(of)?.picked_by_rank(among(every), pick))
+            }
+            Node::RandomByRank { of, lowest, highest, stream, every } => {
+                let pick = Pick::Random { lowest, highest, stream };
+                Built::Value(self.value(of)?.picked_by_rank(among(every), pick))
+            }
             Node::Reduce { name, left, right, over } => {
                 let right = right.map(|right| self.value(right).cloned()).transpose()?;
                 let (kind, left) = (name.into(), self.value(left)?.clone());
@@ -234,6 +254,10 @@ impl Reader<'_> {
             .map(|&(scalar, value)| Ok((self.scalar(scalar)?, self.value(value)?.clone())))
             .collect()
     }
+}
+
+fn among(every: Option<u64>) -> Among {
+    every.map_or(Among::Row, Among::Group)
 }
 
 fn misplaced(index: usize, what: &str) -> Error {

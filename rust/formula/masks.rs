@@ -7,9 +7,11 @@
 //! the same either way.
 
 use std::array;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::{MaskName, Value, stage};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::SharedWords;
 use crate::kernels::{BITS, MaskBits, SPAN};
 
@@ -73,5 +75,53 @@ impl KeptMasks {
         }
         is_drawn.store(1, Ordering::Release);
         bits
+    }
+}
+
+/// What is kept of some elements in a row, a bit each.
+#[derive(Debug)]
+pub(crate) struct Marks {
+    /// Flat index of the first.
+    first: u64,
+    words: SharedWords,
+}
+
+impl Marks {
+    /// Bytes for so many elements.
+    pub(crate) fn bytes(elements: u64) -> u64 {
+        elements.div_ceil(8)
+    }
+
+    /// None of `elements` is kept yet.
+    pub(crate) fn new(elements: &Range<u64>) -> Result<Self> {
+        let count = (elements.end - elements.start).div_ceil(BITS as u64);
+        let words = SharedWords::new(count as usize).ok_or_else(|| {
+            Error::new(ErrorKind::Memory, "the system has no memory for the marks of a tensor")
+                .found(format!("{count} words"))
+        })?;
+        Ok(Self { first: elements.start, words })
+    }
+
+    /// Keeps those of the elements from `first` on whose byte is not 0. Others may do so with other
+    /// elements at the same time.
+    pub(crate) fn keep(&self, first: u64, kept: &[u8]) {
+        let mut at = (first - self.first) as usize;
+        let mut rest = kept;
+        while !rest.is_empty() {
+            let (word, shift) = (at / BITS, at % BITS);
+            let (own, others) = rest.split_at(rest.len().min(BITS - shift));
+            let bit = |(place, &kept): (usize, &u8)| u32::from(kept != 0) << (shift + place);
+            let bits = own.iter().enumerate().map(bit).fold(0, |all, bit| all | bit);
+            self.words.as_slice()[word].fetch_or(bits, Ordering::Relaxed);
+            (at, rest) = (at + own.len(), others);
+        }
+    }
+
+    /// Whether each of the elements from `first` on is kept.
+    pub(crate) fn from(&self, first: u64) -> impl Iterator<Item = bool> {
+        let start = (first - self.first) as usize;
+        let words = self.words.as_slice();
+        let word = move |at: usize| words[at].load(Ordering::Relaxed);
+        (start..BITS * words.len()).map(move |at| word(at / BITS) >> (at % BITS) & 1 != 0)
     }
 }

@@ -6,8 +6,10 @@
 
 mod arcee_fusion;
 mod breadcrumbs;
+mod cabs;
 mod consensus;
 mod dare;
+mod della;
 mod expo;
 mod geometric_median;
 mod gram;
@@ -244,6 +246,8 @@ pub static METHODS: &[&dyn Method] = &[
     &ties::Ties,
     &dare::DareLinear,
     &dare::DareTies,
+    &della::Della,
+    &della::DellaLinear,
     &breadcrumbs::Breadcrumbs,
     &breadcrumbs::BreadcrumbsTies,
     &multislerp::Multislerp,
@@ -265,6 +269,7 @@ pub static METHODS: &[&dyn Method] = &[
     &norms_of_models::Nan,
     &expo::Expo,
     &pcb::Pcb,
+    &cabs::Cabs,
 ];
 
 /// The method of that name.

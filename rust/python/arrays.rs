@@ -317,6 +317,10 @@ pub(super) fn fill_array(
     let number = |at: usize| numbers.get(at).copied().unwrap_or(0.0);
     let value = match (piece, inputs.len()) {
         ("top_k_mask", 1) => pieces::top_k_mask(number(0) as u64),
+        ("row_top_k_mask", 1) => pieces::row_top_k_mask(number(0) as u64, number(1) as u64),
+        ("random_mask_by_rank", 1) => {
+            pieces::random_mask_by_rank(number(0), number(1), number(2) as u32)
+        }
         ("random_mask", 0) => pieces::random_mask(number(0), number(1) as u32),
         (_, count) => elementwise(piece, count, &numbers)?,
     };

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from oxmerge.cli.arguments import Parser, UsageError, add_json_option
-from oxmerge.methods import DIALECT_METHODS, Count, explain_parameter
+from oxmerge.methods import Count, explain_parameter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,9 +47,6 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
 
 def _find(methods: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
     by_name = {method["name"]: method for method in methods}
-    if name in DIALECT_METHODS and name not in by_name:
-        known = ", ".join(by_name)
-        raise UsageError(f"method `{name}` is not in this release", f"known are: {known}")
     if name not in by_name:
         raise UsageError.unknown("method", name, by_name)
     return by_name[name]

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import oxmerge
 import pytest
-from oxmerge import formula, method, per_model, shared
-from oxmerge.arrays import python_methods
+from oxmerge import formula, method, per_model, python_methods, shared
 from oxmerge.errors import PlanError
 from oxmerge.formula import (
     compute,

@@ -146,6 +146,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
     allow_mismatch: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return what a merge would do.
 
@@ -176,6 +177,9 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
 
     Raises
     ------
@@ -196,6 +200,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         strict=strict,
         with_side_files=True,
         allow_mismatch=allow_mismatch,
+        allow_methods=allow_methods,
     )
     planned = made.with_options(options)
     planned.prediction  # noqa: B018 - what cannot fit is told now
@@ -239,6 +244,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
+    allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
@@ -275,6 +281,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable or bool, optional
@@ -309,6 +318,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         overwrite=overwrite,
         strict=strict,
         allow_mismatch=allow_mismatch,
+        allow_methods=allow_methods,
         read_path=read_path,
         progress=progress,
     )
@@ -327,6 +337,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     overwrite: bool,
     strict: bool,
     allow_mismatch: bool,
+    allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
     check: Callable[[list[Plan]], None] | None = None,
@@ -353,6 +364,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             strict=strict,
             with_side_files=True,
             allow_mismatch=allow_mismatch,
+            allow_methods=allow_methods,
         )
         for recipe, _ in merges
     ]
@@ -433,10 +445,11 @@ def prepare(
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return the plan of what was asked for: a recipe, a file or text of one, or a plan."""
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe)
+        recipe = load_plan(recipe, allow_methods=allow_methods)
     if isinstance(recipe, Plan):
         _check_made(recipe, shard_size, seed, strict=strict)
         return recipe
@@ -456,6 +469,7 @@ def prepare(
         strict=strict,
         with_side_files=with_side_files,
         allow_mismatch=allow_mismatch,
+        allow_methods=allow_methods,
     )
 
 

@@ -1,29 +1,35 @@
 """The table of merge methods as the engine describes it, read into typed rows.
 
-The engine is the only place that knows a method. What stands here besides is the list of names
-that the dialect has and this release does not, so that a message can tell a name that is not there
-yet from a typing error.
+The engine knows its own methods, `python_methods` those that are written in Python; here is the one
+place where a name is looked up. What stands here besides is the list of names that the dialect has
+and this release does not, so that a message can tell a name that is not there yet from a typing
+error.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
+from oxmerge import _core
 from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from typing import Any
+
+    from oxmerge.python_methods import PythonMethod
 
 __all__ = [
     "Count",
     "Method",
     "Parameter",
     "Range",
+    "built_in_methods",
     "explain_parameter",
     "find_method",
-    "read_methods",
+    "read_method",
 ]
 
 #: Every method of the dialect.
@@ -147,6 +153,10 @@ class Method:
         How many it takes besides the base.
     parameters : tuple of Parameter
         Everything it can be told.
+    title, cost, paper : str
+        What model cards call it, how often it reads the inputs, and where it comes from.
+    written : PythonMethod, optional
+        The function that it is, if it is written in Python.
     """
 
     name: str
@@ -154,6 +164,10 @@ class Method:
     inputs: Count = Count()
     others: Count = Count()
     parameters: tuple[Parameter, ...] = ()
+    title: str = ""
+    cost: str = ""
+    paper: str = ""
+    written: PythonMethod | None = None
 
     def parameters_of(self, *, base: bool) -> tuple[Parameter, ...]:
         """Return the parameters that an input has, be it the base or another."""
@@ -165,12 +179,14 @@ class Method:
         return tuple(parameter for parameter in self.parameters if parameter.per == "shared")
 
 
-def read_methods(table: Iterable[Mapping[str, Any]]) -> dict[str, Method]:
-    """Return the engine's table of methods by name."""
-    return {row["name"]: _read_method(row) for row in table}
+@cache
+def built_in_methods() -> dict[str, Method]:
+    """Return the engine's own methods by name."""
+    return {row["name"]: read_method(row) for row in _core.methods()}
 
 
-def _read_method(row: Mapping[str, Any]) -> Method:
+def read_method(row: Mapping[str, Any]) -> Method:
+    """Return a method from its description."""
     contract = row["contract"]
     return Method(
         name=row["name"],
@@ -178,6 +194,9 @@ def _read_method(row: Mapping[str, Any]) -> Method:
         inputs=_read_count(contract["inputs"]),
         others=_read_count(contract["others"]),
         parameters=tuple(_read_parameter(parameter) for parameter in row["parameters"]),
+        title=row["title"],
+        cost=row["cost"],
+        paper=row["paper"],
     )
 
 
@@ -199,20 +218,31 @@ def explain_parameter(row: Mapping[str, Any]) -> str:
     return "; ".join(fact for fact in facts if fact)
 
 
-def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
-    """Return the method called `name`, or why there is none."""
+def find_method(name: str, allowed: Collection[str] = ()) -> Method | Problem:
+    """Return the method called `name`, or why there is none.
+
+    Parameters
+    ----------
+    name : str
+        As recipes write it.
+    allowed : collection of str
+        The modules that may be imported for a method ``package.module:name``.
+    """
+    methods = built_in_methods()
     if name in methods:
         return methods[name]
-    from oxmerge.arrays.python_methods import registered  # noqa: PLC0415 - needed only for an error
-
-    if name in registered():
-        message = f"method `{name}` is written in Python, and merges arrays only"
-        advice = "call `oxmerge.merge_tensors` or `oxmerge.merge_state_dicts`"
-        return Problem("method", message, "merge_method", advice=advice)
-    known = "use one of " + ", ".join(f"`{each}`" for each in methods)
     if name in DIALECT_METHODS:
+        known = "use one of " + ", ".join(f"`{each}`" for each in methods)
         message = f"method `{name}` is not in this release"
         return Problem(UNSUPPORTED, message, "merge_method", advice=known)
+    from oxmerge.python_methods import find_written, names  # noqa: PLC0415 - seldom needed
+
+    written = find_written(name, allowed)
+    if isinstance(written, Problem):
+        return written
+    if written is not None:
+        return written.described()
     message = f"there is no merge method `{name}`"
-    advice = did_you_mean(name, methods.keys() | DIALECT_METHODS) or known
+    known = "use one of " + ", ".join(f"`{each}`" for each in (*methods, *names()))
+    advice = did_you_mean(name, {*methods, *DIALECT_METHODS, *names()}) or known
     return Problem("method", message, "merge_method", advice=advice)

@@ -8,7 +8,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::machine::TensorFrame;
-use crate::formula::stage;
+use crate::formula::{listing, stage};
 use crate::formula::{Reduction, Scalar, Scope, Value};
 use crate::io::PAGE;
 use crate::kernels::BLOCK;
@@ -38,9 +38,13 @@ impl Work {
         if !tensor.dtype.is_float() {
             return Ok(Self::Identical);
         }
-        let method = methods::find(method)
-            .ok_or_else(|| Error::plan(format!("there is no merge method `{method}`")))?;
-        Ok(Self::Formulas(vec![method.formula(tensor)?]))
+        let formula = match &tensor.formula {
+            Some(formula) => listing::read(formula, tensor.sources.len())?,
+            None => methods::find(method)
+                .ok_or_else(|| Error::plan(format!("there is no merge method `{method}`")))?
+                .formula(tensor)?,
+        };
+        Ok(Self::Formulas(vec![formula]))
     }
 
     /// Looking for `scalars`, which are of the whole tensor.

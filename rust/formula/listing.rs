@@ -3,6 +3,7 @@
 //! This is how Python hands over what a method of its own returns. The constructors of the language
 //! build it, so the same rules act on it as on a method written in Rust.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -13,9 +14,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::kernels::CANCELLED;
-
-/// A function of numbers that the formula's author wrote.
-pub type HostFunction = Arc<dyn Fn(&[f64]) -> Vec<f64> + Send + Sync>;
+use crate::plan::{Formula, HostFunction};
 
 /// A node; other nodes are named by their index in the list.
 #[derive(Clone, Debug, Deserialize)]
@@ -121,12 +120,16 @@ enum Built {
     Results(Vec<Scalar>),
 }
 
-/// The formula that the last node of `nodes`, which are JSON, stands for.
-///
-/// `inputs` says how many inputs there are, `functions` what `compute` nodes call.
-pub fn read(nodes: &str, inputs: usize, functions: &[HostFunction]) -> Result<Value> {
-    let nodes: Vec<Node> = serde_json::from_str(nodes)
+/// How many nodes may lie one in the other: formulas are gone through from the outside inwards, on
+/// stacks of a thread's size.
+const DEEPEST: usize = 1000;
+
+/// What `formula` stands for, which is its last node, for a tensor with so many inputs.
+pub fn read(formula: &Formula, inputs: usize) -> Result<Value> {
+    let nodes: Vec<Node> = serde_json::from_str(&formula.nodes)
         .map_err(|error| Error::plan(format!("a formula cannot be read: {error}")))?;
+    check(&nodes)?;
+    let functions = &formula.functions;
     let mut reader = Reader { built: Vec::with_capacity(nodes.len()), inputs, functions };
     for node in nodes {
         let built = reader.build(node)?;
@@ -136,6 +139,100 @@ pub fn read(nodes: &str, inputs: usize, functions: &[HostFunction]) -> Result<Va
         Some(Built::Value(value)) => Ok(value),
         Some(Built::Scalar(scalar)) => Ok(Value::scalar(scalar)),
         Some(Built::Results(_)) | None => Err(Error::plan("a formula ends with no value")),
+    }
+}
+
+/// What is known of a node before the formula is built.
+#[derive(Clone, Copy, Debug, Default)]
+struct Facts {
+    /// How many nodes lie one in the other, with it.
+    depth: usize,
+    /// Whether it is a number for each row, and for each column.
+    by_row: bool,
+    by_column: bool,
+    /// Whether a pass over the tensor has to find something first; rows need none.
+    waits: bool,
+}
+
+/// Checks that a formula is not nested too deep, and that some pass can give every number.
+fn check(nodes: &[Node]) -> Result<()> {
+    let mut all: Vec<Facts> = Vec::with_capacity(nodes.len());
+    for node in nodes {
+        // A part that is not there is told when the formula is built.
+        let of = |part: usize| all.get(part).copied().unwrap_or_default();
+        let mut facts = Facts { depth: 1, ..Facts::default() };
+        for part in node.parts().into_iter().map(of) {
+            facts.depth = facts.depth.max(part.depth + 1);
+            facts.by_row |= part.by_row;
+            facts.by_column |= part.by_column;
+            facts.waits |= part.waits;
+        }
+        match *node {
+            Node::Largest { count, .. } | Node::OrderStatistic { count, .. } => {
+                if of(count).by_row || of(count).by_column {
+                    let message = "a count or a rank is one number for the whole tensor";
+                    return Err(Error::plan(message)
+                        .found("one for each row or column")
+                        .advice("reduce it over the tensor"));
+                }
+                facts = Facts { depth: facts.depth, waits: true, ..Facts::default() };
+            }
+            Node::Reduce { over: ScopeName::Model, .. } if facts.waits => {
+                let message = "a number over the model depends on another that comes first";
+                return Err(Error::plan(message)
+                    .expected("elements, and numbers over rows")
+                    .advice("combine numbers over the model with each other instead"));
+            }
+            Node::Reduce { over, .. } => {
+                facts.by_row = matches!(over, ScopeName::Row);
+                facts.by_column = matches!(over, ScopeName::Column);
+                facts.waits |= !facts.by_row;
+            }
+            Node::ScalarBinary { .. } | Node::ScalarSelect { .. } | Node::Compute { .. }
+                if facts.by_row && facts.by_column =>
+            {
+                let message = "a number cannot be of a row and of a column at once";
+                return Err(Error::plan(message).advice("multiply the values by one after the other"));
+            }
+            // Elements may be of both.
+            Node::Spread { .. } | Node::WeightedSum { .. } | Node::Vote { .. } => {
+                (facts.by_row, facts.by_column) = (false, false);
+            }
+            _ => {}
+        }
+        all.push(facts);
+    }
+    match all.iter().map(|facts| facts.depth).max() {
+        Some(depth) if depth > DEEPEST => Err(Error::plan("a formula is nested too deep")
+            .expected(format_args!("at most {DEEPEST} operations one in the other"))
+            .found(depth)
+            .advice("add many values by one `weighted_sum`")),
+        _ => Ok(()),
+    }
+}
+
+impl Node {
+    /// The nodes that it is made of.
+    fn parts(&self) -> Vec<usize> {
+        match self {
+            Self::Input { .. } | Self::Number { .. } | Self::Random { .. } => Vec::new(),
+            Self::Spread { of }
+            | Self::Unary { of, .. }
+            | Self::ScalarUnary { of, .. }
+            | Self::Result { of, .. } => vec![*of],
+            Self::Binary { left, right, .. } | Self::ScalarBinary { left, right, .. } => {
+                vec![*left, *right]
+            }
+            Self::Select { mask, yes, no } | Self::ScalarSelect { mask, yes, no } => {
+                vec![*mask, *yes, *no]
+            }
+            Self::WeightedSum { terms } | Self::Vote { terms, .. } => {
+                terms.iter().flat_map(|&(weight, value)| [weight, value]).collect()
+            }
+            Self::Largest { of, count } | Self::OrderStatistic { of, count } => vec![*of, *count],
+            Self::Reduce { left, right, .. } => [*left].into_iter().chain(*right).collect(),
+            Self::Compute { arguments, .. } => arguments.clone(),
+        }
     }
 }
 
@@ -203,7 +300,10 @@ impl Reader<'_> {
                     .map(|argument| self.scalar(argument))
                     .collect::<Result<Vec<_>>>()?;
                 let computation = Computation { arguments, results, function };
-                Built::Results(computation.simplified())
+                // Of constants it is called at once, and what it raises unwinds.
+                let called = catch_unwind(AssertUnwindSafe(|| computation.simplified()));
+                let failed = |_| Error::plan("a function of a formula failed");
+                Built::Results(called.map_err(failed)?)
             }
             Node::Result { of, index } => match self.built.get(of) {
                 Some(Built::Results(results)) if index < results.len() => {
@@ -328,8 +428,12 @@ impl Value {
 mod tests {
     use super::*;
 
+    fn formula(nodes: &str) -> Result<Value> {
+        read(&Formula { nodes: nodes.into(), functions: Vec::new() }, 1)
+    }
+
     fn message(nodes: &str) -> String {
-        read(nodes, 1, &[]).unwrap_err().to_string()
+        formula(nodes).unwrap_err().to_string()
     }
 
     #[test]
@@ -338,7 +442,7 @@ mod tests {
             {"op": "reduce", "name": "dot", "left": 0, "right": 0, "over": "tensor"},
             {"op": "scalar_unary", "name": "sqrt", "of": 1},
             {"op": "weighted_sum", "terms": [[2, 0]]}]"#;
-        let value = read(nodes, 1, &[]).unwrap();
+        let value = formula(nodes).unwrap();
         assert_eq!(format!("{value:?}"), "{f0([Dot[Tensor](x0, x0)]): x0}");
     }
 

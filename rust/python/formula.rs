@@ -6,84 +6,50 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::error::Result;
-use crate::formula::Value;
-use crate::formula::listing::{self, HostFunction};
-
-/// A Python function, and the length of the sequence that it returns; none for a number.
-type Function = (Py<PyAny>, Option<usize>);
-
-/// What a Python method returned for the parameters of one tensor.
-pub(super) struct Written {
-    nodes: String,
-    functions: Vec<HostFunction>,
-    raised: Raised,
-}
+use super::error::raise;
+use crate::formula::listing;
+use crate::plan::{Formula, HostFunction};
 
 /// The exception that a function of a formula raised, if one did.
 #[derive(Clone, Default)]
 pub(super) struct Raised(Arc<Mutex<Option<PyErr>>>);
 
 impl Raised {
-    /// `result`, or the exception that is behind it.
+    /// `result`; or of a failure, the exception that is behind it.
     pub(super) fn or<R>(&self, result: PyResult<R>) -> PyResult<R> {
-        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(exception) => Err(exception),
-            None => result,
-        }
-    }
-}
-
-impl<'py> FromPyObject<'_, 'py> for Written {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        let (nodes, given): (String, Vec<Function>) = object.extract()?;
-        let raised = Raised::default();
-        let host = |(function, results)| host_function(function, results, raised.clone());
-        Ok(Self { nodes, functions: given.into_iter().map(host).collect(), raised })
-    }
-}
-
-impl Written {
-    /// The formula, for a tensor with so many inputs.
-    pub(super) fn value(&self, inputs: usize) -> Result<Value> {
-        listing::read(&self.nodes, inputs, &self.functions)
-    }
-
-    /// Where exceptions of its functions go.
-    pub(super) fn raised(&self) -> Raised {
-        self.raised.clone()
-    }
-}
-
-/// A Python function as the engine calls it.
-fn host_function(function: Py<PyAny>, results: Option<usize>, raised: Raised) -> HostFunction {
-    Arc::new(move |arguments| {
-        let called = Python::attach(|py| call(py, &function, results, arguments));
-        called.unwrap_or_else(|exception| {
-            *raised.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(exception);
-            // The engine stops as after a panic, and the caller finds the exception.
-            resume_unwind(Box::new("a function of a formula raised an exception"))
+        result.map_err(|failure| {
+            let raised = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+            raised.unwrap_or(failure)
         })
-    })
-}
-
-fn call(
-    py: Python<'_>,
-    function: &Py<PyAny>,
-    results: Option<usize>,
-    arguments: &[f64],
-) -> PyResult<Vec<f64>> {
-    let returned = function.call1(py, PyTuple::new(py, arguments)?)?;
-    let Some(count) = results else { return Ok(vec![returned.extract(py)?]) };
-    let numbers: Vec<f64> = returned.extract(py)?;
-    if numbers.len() == count {
-        return Ok(numbers);
     }
-    let name = function
-        .getattr(py, "__qualname__")
-        .map_or_else(|_| "a function of a formula".to_owned(), |name| format!("`{name}`"));
-    let message = format!("{name} returned {} numbers, not {count} as said", numbers.len());
-    Err(pyo3::exceptions::PyValueError::new_err(message))
+
+    /// The same, if it is one for a tensor with so many inputs.
+    pub(super) fn checked(&self, written: &Bound<'_, PyAny>, inputs: usize) -> PyResult<Formula> {
+        let formula = self.formula(written)?;
+        let read = listing::read(&formula, inputs);
+        self.or(read.map_err(|error| raise(written.py(), &error)))?;
+        Ok(formula)
+    }
+
+    /// What Python hands over as a formula; its functions leave their exceptions here.
+    pub(super) fn formula(&self, written: &Bound<'_, PyAny>) -> PyResult<Formula> {
+        let (nodes, functions): (String, Vec<Py<PyAny>>) = written.extract()?;
+        let functions = functions.into_iter().map(|function| self.host_function(function));
+        Ok(Formula { nodes: nodes.into(), functions: functions.collect() })
+    }
+
+    /// A Python function as the engine calls it: it gets floats and returns a list of them.
+    fn host_function(&self, function: Py<PyAny>) -> HostFunction {
+        let raised = self.clone();
+        Arc::new(move |arguments| {
+            let called = Python::attach(|py| {
+                function.call1(py, PyTuple::new(py, arguments)?)?.extract::<Vec<f64>>(py)
+            });
+            called.unwrap_or_else(|exception| {
+                raised.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(exception);
+                // The engine stops as after a panic, and the caller finds the exception.
+                resume_unwind(Box::new("a function of a formula raised an exception"))
+            })
+        })
+    }
 }

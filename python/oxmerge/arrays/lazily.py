@@ -13,6 +13,8 @@ from oxmerge.problems import no_such_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from oxmerge.arrays.views import Framework, Kind
     from oxmerge.merging import Request
     from oxmerge.planning.plans import Plan
@@ -107,6 +109,7 @@ def lazy(
     threads: int | None = None,
     strict: bool = False,
     allow_mismatch: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> LazyMerge:
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
@@ -130,6 +133,8 @@ def lazy(
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as its method: see `oxmerge.merge`.
 
     Returns
     -------
@@ -161,5 +166,11 @@ def lazy(
     """
     check_options(seed, threads)
     kind = kind_of(framework)
-    plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
+    plan = prepare(
+        recipe,
+        seed=seed,
+        strict=strict,
+        allow_mismatch=allow_mismatch,
+        allow_methods=allow_methods,
+    )
     return LazyMerge(plan, kind, threads)

@@ -153,6 +153,7 @@ def add_plan_options(parser: Parser) -> None:
         action="store_true",
         help="merge models of different types, if their tensors fit",
     )
+    add_methods_option(parser)
     add_json_option(parser)
 
 
@@ -177,6 +178,16 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_methods_option(parser: Parser) -> None:
+    """Add `--allow-methods`."""
+    parser.add_argument(
+        "--allow-methods",
+        metavar="MODULE",
+        action="append",
+        help="import this module, which runs its code, for a method MODULE:NAME; may be repeated",
+    )
+
+
 def add_json_option(parser: Parser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -196,6 +207,7 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "shard_size": options.shard_size,
         "allow_mismatch": options.allow_mismatch or None,
+        "allow_methods": options.allow_methods,
     }
     return {
         "strict": options.strict,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import oxmerge
-from oxmerge import _core
+from oxmerge import _core, python_methods
 from oxmerge.cli.arguments import UsageError
 from oxmerge.models.references import resolve_reference
 from oxmerge.problems import Problem
@@ -47,8 +47,20 @@ class Engine:
         return oxmerge.plan(_recipe(recipe), **options)
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
-        """Describe every merge method."""
+        """Describe the built-in merge methods."""
         return _core.methods()
+
+    def installed_methods(self) -> Sequence[Mapping[str, Any] | Problem]:
+        """Describe the methods that installed packages offer; or say why one cannot be had."""
+        return [
+            each if isinstance(each, Problem) else each.row()
+            for each in python_methods.installed()
+        ]
+
+    def find_method(self, name: str, allowed: Sequence[str]) -> Mapping[str, Any] | Problem | None:
+        """Describe the method written in Python that is called so; or say why it cannot be had."""
+        found = python_methods.find_written(name, allowed)
+        return found.row() if isinstance(found, python_methods.PythonMethod) else found
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 
-from oxmerge import _core
 from oxmerge.errors import PlanError, ProblemsError
-from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.methods import Method, built_in_methods, find_method
 from oxmerge.models.inputs import InputModel, Inputs
-from oxmerge.options import check_seed
+from oxmerge.options import check_allowed, check_seed
 from oxmerge.output.config import edit_config
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
+    from oxmerge import _core
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.targets import Run
     from oxmerge.recipe.recipe import Recipe
@@ -50,6 +50,7 @@ def build_plan(
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
@@ -67,6 +68,8 @@ def build_plan(
         Whether the donor's other files will be copied, and must be such that they can be.
     allow_mismatch : bool
         Whether models may be of another type than the donor.
+    allow_methods : iterable of str
+        Modules that a method written in Python may come from.
 
     Raises
     ------
@@ -78,15 +81,28 @@ def build_plan(
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    planner = _Planner(recipe, with_side_files=with_side_files, allow_mismatch=allow_mismatch)
+    planner = _Planner(
+        recipe,
+        check_allowed(allow_methods),
+        with_side_files=with_side_files,
+        allow_mismatch=allow_mismatch,
+    )
     return planner.plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
     """Goes through the steps of one plan, and gathers their problems and warnings."""
 
-    def __init__(self, recipe: Recipe, *, with_side_files: bool, allow_mismatch: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        allowed: tuple[str, ...],
+        *,
+        with_side_files: bool,
+        allow_mismatch: bool,
+    ) -> None:
         self.recipe = recipe
+        self.allowed = allowed
         self.with_side_files = with_side_files
         self.allow_mismatch = allow_mismatch
         self.side_files = SideFiles()
@@ -97,7 +113,7 @@ class _Planner:
         self.inputs = Inputs(self.folders)
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
-        self.methods = read_methods(_core.methods())
+        self.cause: BaseException | None = None
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
         method, is_known = self.method()
@@ -109,7 +125,7 @@ class _Planner:
         if donor is not None:
             table, fates = self.assemble(targets, donor, seed, shard_size)
             if is_known:
-                self.check_with_engine(table)
+                table = self.with_method(method, table)
         self.check_config(donor)
         self.look_beside(donor)
         self.compare_models(sections, donor, table)
@@ -121,24 +137,26 @@ class _Planner:
             message = "there is no model to take the names from"
             self.problems.append(Problem("recipe", message, advice="list a model"))
         if donor is None or table is None or self.problems:
-            raise self.failure(self.problems + (self.warnings if strict else []))
+            failure = self.failure(self.problems + (self.warnings if strict else []))
+            raise failure from self.cause
         ledger = Ledger(self.inputs.models, fates)
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
         self.warnings += ledger.warnings
         if strict and self.warnings:
             raise self.failure(self.warnings)
-        return self.result(table, donor, accounting, shard_size)
+        return self.result(method, table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
-        found = find_method(self.recipe.method, self.methods)
+        found = find_method(self.recipe.method, self.allowed)
         if isinstance(found, Problem):
             self.problems.append(found)
             return Method(self.recipe.method), False
         return found, True
 
     def sections(self, method: Method) -> list[Section]:
-        builder = SectionBuilder(self.recipe, method, self.methods, self.inputs, self.reader)
+        methods = (*built_in_methods().values(), method)
+        builder = SectionBuilder(self.recipe, method, methods, self.inputs, self.reader)
         sections = builder.build()
         self.problems += builder.problems
         self.warnings += builder.warnings
@@ -168,6 +186,18 @@ class _Planner:
             assembler.assemble(run)
         self.problems += assembler.problems
         return assembler.finish(shard_size)
+
+    def with_method(self, method: Method, table: _core.Plan) -> _core.Plan:
+        """Return the table with the formulas of a method in Python; report what it cannot make."""
+        if method.written is not None:
+            try:
+                table = method.written.write_formulas(table)
+            except PlanError as error:
+                self.problems.append(error.as_problem("method"))
+                self.cause = error.__cause__
+                return table
+        self.check_with_engine(table)
+        return table
 
     def check_with_engine(self, table: _core.Plan) -> None:
         for found in table.problems():
@@ -241,6 +271,7 @@ class _Planner:
 
     def result(
         self,
+        method: Method,
         table: _core.Plan,
         donor: InputModel,
         accounting: tuple[ModelAccount, ...],
@@ -260,6 +291,7 @@ class _Planner:
         )
         plan = Plan(
             table=table,
+            about=method,
             recipe_text=self.recipe.text,
             recipe_folder=self.recipe.folder,
             shard_size=shard_size,
@@ -272,7 +304,7 @@ class _Planner:
             warnings=group_problems(self.warnings),
             changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
             config=config,
-            card=card_of(self.recipe, self.inputs.models, donor),
+            card=card_of(self.recipe, method, self.inputs.models, donor),
             side_files=self.side_files,
         )
         plan.recipe = self.recipe  # it need not be read again

@@ -14,7 +14,7 @@ from oxmerge.recipe.recipe import Slice, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel, Inputs
@@ -85,7 +85,7 @@ class SectionBuilder:
         What the user asked for.
     method : Method
         The recipe's method.
-    methods : mapping of str to Method
+    methods : iterable of Method
         Every method, for what their parameters are called.
     inputs : Inputs
         Opens the models.
@@ -102,7 +102,7 @@ class SectionBuilder:
         self,
         recipe: Recipe,
         method: Method,
-        methods: Mapping[str, Method],
+        methods: Iterable[Method],
         inputs: Inputs,
         reader: SettingReader,
     ) -> None:
@@ -110,7 +110,7 @@ class SectionBuilder:
         self.warnings: list[Problem] = []
         self._recipe = recipe
         self._method = method
-        self._known = {each.name for one in methods.values() for each in one.parameters}
+        self._known = {each.name for one in methods for each in one.parameters}
         self._inputs = inputs
         self._reader = reader
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oxmerge.output.contents import method_description
 from oxmerge.problems import printable
 from oxmerge.sizes import format_duration, format_size
 
@@ -51,7 +50,7 @@ class Prediction:
 def cost(plan: Plan) -> str:
     """Return how often the inputs are read, and from where again."""
     reread_bytes = plan.prediction.reread_bytes
-    often: str = method_description(plan.method)["cost"]
+    often = plan.about.cost
     if reread_bytes is None:
         return often
     if reread_bytes == 0:

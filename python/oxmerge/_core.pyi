@@ -37,8 +37,11 @@ __all__ = [
 # A contiguous object with the buffer protocol, or a tensor of torch; or a pair of that and an
 # element type by its safetensors name, where its own is another of the same size.
 _Array: TypeAlias = Any
-# A formula: its nodes as JSON, and the functions that they call.
-_Written: TypeAlias = tuple[str, list[Callable[..., list[float]]]]
+# A formula: its nodes as JSON, and the functions that they call; and what makes the output instead,
+# a function of arrays, with whether it has to have whole tensors.
+_Written: TypeAlias = tuple[
+    str, list[Callable[..., list[float]]], tuple[Callable[..., bytes], bool] | None
+]
 
 @final
 class TensorInfo:

@@ -157,6 +157,8 @@ class Method:
         What model cards call it, how often it reads the inputs, and where it comes from.
     written : PythonMethod, optional
         The function that it is, if it is written in Python.
+    takes_anything : bool
+        Whether it stands for a method that is not known, of any parameters.
     """
 
     name: str
@@ -168,6 +170,7 @@ class Method:
     cost: str = ""
     paper: str = ""
     written: PythonMethod | None = None
+    takes_anything: bool = False
 
     def parameters_of(self, *, base: bool) -> tuple[Parameter, ...]:
         """Return the parameters that an input has, be it the base or another."""

@@ -28,6 +28,7 @@ import hashlib
 import inspect
 import re
 from array import array
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -49,6 +50,14 @@ if TYPE_CHECKING:
 
     Function: TypeAlias = Callable[..., Any]
     Base: TypeAlias = Literal["required", "optional", "ignored"]
+    Sees: TypeAlias = Literal["elements", "rows", "tensor"]
+    Framework: TypeAlias = Literal["np", "pt"]
+    #: Nodes as JSON, what they call; what makes the output instead, and whether of whole tensors.
+    Written: TypeAlias = tuple[
+        str,
+        list[Callable[..., list[float]]],
+        tuple[Callable[..., bytes], bool] | None,
+    ]
 
 __all__ = [
     "ENTRY_POINTS",
@@ -68,6 +77,11 @@ ENTRY_POINTS = "oxmerge.methods"
 _REQUIRED = object()
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ADDRESS = re.compile(r"https?://[^\s<>\"'`)\]]+")
+_COSTS = {
+    "elements": "as many reads of every input as its formula needs",
+    "rows": "one read of every input, and arrays of some rows",
+    "tensor": "one read of every input, and arrays of whole tensors",
+}
 #: The argument that asks for a `TensorInfo`.
 _TENSOR = "tensor"
 #: The methods of this process, by module and name: two modules may use one name.
@@ -191,6 +205,10 @@ class PythonMethod:
         ``required``, ``optional`` or ``ignored``.
     models : tuple of int
         Fewest and most models besides the base; None for no limit.
+    sees : str
+        ``elements`` for formulas; ``rows`` or ``tensor`` for arrays.
+    framework : str
+        ``np`` or ``pt``: what the arrays are.
 
     Attributes
     ----------
@@ -201,13 +219,22 @@ class PythonMethod:
     """
 
     def __init__(
-        self, function: Function, name: str, base: Base, models: tuple[int, int | None]
+        self,
+        function: Function,
+        name: str,
+        *,
+        base: Base,
+        models: tuple[int, int | None],
+        sees: Sees,
+        framework: Framework,
     ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.name = name
         self.base = base
         self.models = models
+        self.sees = sees
+        self.framework = framework
         arguments = _arguments(function, has_base=base != "ignored")
         self.wants_tensor = _TENSOR in arguments
         self.parameters = {
@@ -248,6 +275,12 @@ class PythonMethod:
 
     # What it is.
 
+    def named(self, name: str) -> PythonMethod:
+        """Return the same method under another name."""
+        renamed = copy(self)
+        renamed.name = name
+        return renamed
+
     def row(self) -> dict[str, Any]:
         """Return the method as the engine describes its own."""
         least, most = self.models
@@ -261,7 +294,7 @@ class PythonMethod:
             "title": title.rstrip("."),
             "formula": " ".join(rest.split()) or title,
             "class": "python",
-            "cost": "the reads that its formula takes",
+            "cost": _COSTS[self.sees],
             "paper": address[0].rstrip(".,;") if address else self._path(),
             "contract": {
                 "base": self.base,
@@ -318,7 +351,7 @@ class PythonMethod:
         shared: Mapping[str, Any],
         own: Sequence[Mapping[str, Any]],
         tensor: tuple[str, Sequence[int], str] | None = None,
-    ) -> tuple[str, list[Callable[..., list[float]]]]:
+    ) -> Written:
         """Return the formula for these parameters, as the engine reads it.
 
         Parameters
@@ -337,14 +370,14 @@ class PythonMethod:
         Returns
         -------
         tuple
-            The nodes as JSON, and the functions that they call.
+            The nodes as JSON, the functions that they call; and for a method of arrays, what makes
+            the output, and whether of the whole tensor.
 
         Raises
         ------
         PlanError
             If the function fails, or returns no formula.
         """
-        values = [Value("input", index=index) for index in range(inputs)]
         others = [at for at in range(inputs) if at != base]
         arguments: dict[str, Any] = {}
         for name, spec in self.parameters.items():
@@ -356,24 +389,58 @@ class PythonMethod:
         if self.wants_tensor and tensor is not None:
             name, shape, dtype = tensor
             arguments[_TENSOR] = TensorInfo(name, tuple(shape), dtype)
-        given: list[Any] = [[values[at] for at in others]]
-        if self.base != "ignored":
-            given.insert(0, None if base is None else values[base])
-        try:
-            returned = self.function(*given, **arguments)
-        except Exception as error:
-            raise self._failure(error, self.function) from error
+
+        def call(inputs: Sequence[Any]) -> Any:
+            given: list[Any] = [[inputs[at] for at in others]]
+            if self.base != "ignored":
+                given.insert(0, None if base is None else inputs[base])
+            try:
+                return self.function(*given, **arguments)
+            except Exception as error:
+                raise self._failure(error, self.function) from error
+
+        if self.sees != "elements":
+            return repr(arguments), [], (self._of_arrays(call), self.sees == "tensor")
+        returned = call([Value("input", index=index) for index in range(inputs)])
         try:
             nodes, functions = as_nodes(returned)
         except TypeError:
-            raise PlanError(
-                f"the merge method `{self.name}` (line {self._line()}) returned no formula",
-                file=self._file(),
-                expected="a value of `oxmerge.formula`",
-                found=f"{returned!r:.80}",
-                advice="return what an element of the output is",
-            ) from None
-        return nodes, [self._guarded(function, results) for function, results in functions]
+            wanted, found = "a value of `oxmerge.formula`", f"{returned!r:.80}"
+            raise self._no_result("formula", wanted, found) from None
+        return nodes, [self._guarded(function, results) for function, results in functions], None
+
+    def _no_result(self, what: str, expected: str, found: str) -> PlanError:
+        return PlanError(
+            f"the merge method `{self.name}` (line {self._line()}) returned no {what}",
+            file=self._file(),
+            expected=expected,
+            found=found,
+            advice="return what the output is",
+        )
+
+    def _of_arrays(self, call: Callable[[Sequence[Any]], Any]) -> Callable[..., bytes]:
+        """Return a method of arrays as the engine calls it, with bytes of the working type."""
+        from oxmerge.arrays.views import kind_of  # noqa: PLC0415 - it loads NumPy
+
+        kind_of(self.framework)  # that torch is not installed is told now
+        from_bytes = _torch_of if self.framework == "pt" else _numpy_of
+
+        def of_bytes(inputs: list[bytearray], shape: tuple[int, ...], dtype: str) -> bytes:
+            import numpy as np  # noqa: PLC0415 - heavy
+
+            returned = call([from_bytes(each, shape, dtype) for each in inputs])
+            if hasattr(returned, "detach"):  # as torch's are
+                returned = returned.detach().double()
+            try:
+                found = np.asarray(returned, "f8" if dtype == "F64" else "f4")
+            except (TypeError, ValueError, RuntimeError):
+                found = None
+            if found is None or found.shape != shape:
+                shown = f"{returned!r:.80}" if found is None else str(found.shape)
+                raise self._no_result("array of the shape that it got", str(shape), shown)
+            return found.tobytes()
+
+        return of_bytes
 
     def _guarded(
         self, function: Callable[..., Any], results: int | None
@@ -420,6 +487,20 @@ class PythonMethod:
         return self.function.__code__.co_firstlineno
 
 
+def _numpy_of(data: bytearray, shape: tuple[int, ...], dtype: str) -> Any:
+    import numpy as np  # noqa: PLC0415 - heavy
+
+    return np.frombuffer(data, "f8" if dtype == "F64" else "f4").reshape(shape)
+
+
+def _torch_of(data: bytearray, shape: tuple[int, ...], dtype: str) -> Any:
+    import torch  # noqa: PLC0415 - heavy
+
+    return torch.frombuffer(data, dtype=torch.float64 if dtype == "F64" else torch.float32).reshape(
+        shape
+    )
+
+
 def _line_of(function: Callable[..., Any]) -> int | None:
     code = getattr(function, "__code__", None)
     return None if code is None else code.co_firstlineno
@@ -459,6 +540,8 @@ def method(
     base: Base = ...,
     models: tuple[int, int | None] = ...,
     name: str | None = ...,
+    sees: Sees = ...,
+    framework: Framework = ...,
 ) -> Callable[[Function], PythonMethod]: ...
 def method(
     function: Function | None = None,
@@ -467,6 +550,8 @@ def method(
     base: Base = "ignored",
     models: tuple[int, int | None] = (1, None),
     name: str | None = None,
+    sees: Sees = "elements",
+    framework: Framework = "np",
 ) -> PythonMethod | Callable[[Function], PythonMethod]:
     """Make a merge method of a function.
 
@@ -486,6 +571,14 @@ def method(
         Fewest and most models besides the base; None for no limit.
     name : str, optional
         What callers name it by, if not by the function's name.
+    sees : str
+        What the function gets: ``elements``, values of `oxmerge.formula`; or, for what that language
+        cannot say, arrays: ``rows``, arrays of some whole rows, of which an output row may depend
+        on the same row of the inputs alone; or ``tensor``, arrays of the tensor's shape. They are
+        float32 (float64 where an input or the output is), and it returns one of that shape. They
+        count in the memory budget, twice over for what the function makes of them.
+    framework : {"np", "pt"}
+        Whether arrays are of NumPy or torch.
 
     Returns
     -------
@@ -499,6 +592,11 @@ def method(
     """
     if base not in {"required", "optional", "ignored"}:
         raise ValueError(f'base must be "required", "optional" or "ignored", not {base!r}')
+    if sees not in _COSTS or framework not in {"np", "pt"}:
+        raise ValueError(
+            'sees must be "elements", "rows" or "tensor", and framework "np" or "pt", not '
+            f"{sees!r} and {framework!r}"
+        )
 
     def register(function: Function) -> PythonMethod:
         chosen = getattr(function, "__name__", repr(function)) if name is None else name
@@ -506,7 +604,9 @@ def method(
             raise ValueError(f"a method's name is a word, not {chosen!r}")
         if any(row["name"] == chosen for row in _core.methods()):
             raise ValueError(f"there is a built-in merge method `{chosen}`; choose another name")
-        made = PythonMethod(function, chosen, base, models)
+        made = PythonMethod(
+            function, chosen, base=base, models=models, sees=sees, framework=framework
+        )
         _METHODS[function.__module__, chosen] = made
         return made
 
@@ -588,7 +688,7 @@ def _method_or_problem(what: str, found: object, name: str) -> PythonMethod | Pr
     if isinstance(found, PythonMethod):
         if found.name == name:
             return found
-        return PythonMethod(found.function, name, found.base, found.models)
+        return found.named(name)
     advice = "decorate the function: `@oxmerge.method`"
     text = f"{what} is none"
     return Problem("method", text, "merge_method", found=f"{found!r:.80}", advice=advice)

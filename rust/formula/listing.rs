@@ -192,7 +192,9 @@ fn check(nodes: &[Node]) -> Result<()> {
                 if facts.by_row && facts.by_column =>
             {
                 let message = "a number cannot be of a row and of a column at once";
-                return Err(Error::plan(message).advice("multiply the values by one after the other"));
+                return Err(
+                    Error::plan(message).advice("multiply the values by one after the other")
+                );
             }
             // Elements may be of both.
             Node::Spread { .. } | Node::WeightedSum { .. } | Node::Vote { .. } => {
@@ -429,7 +431,7 @@ mod tests {
     use super::*;
 
     fn formula(nodes: &str) -> Result<Value> {
-        read(&Formula { nodes: nodes.into(), functions: Vec::new() }, 1)
+        read(&Formula { nodes: nodes.into(), functions: Vec::new(), arrays: None }, 1)
     }
 
     fn message(nodes: &str) -> String {

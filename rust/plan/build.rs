@@ -142,7 +142,8 @@ impl Plan {
         let (mut formulas, mut numbers, mut asked) = (Vec::new(), HashMap::new(), HashMap::new());
         let mut number = |formula: Formula| {
             let functions = formula.functions.iter().map(|each| Arc::as_ptr(each).addr());
-            let key = (Arc::clone(&formula.nodes), functions.collect::<Vec<_>>());
+            let arrays = formula.arrays.iter().map(|each| Arc::as_ptr(&each.call).addr());
+            let key = (Arc::clone(&formula.nodes), functions.chain(arrays).collect::<Vec<_>>());
             *numbers.entry(key).or_insert_with(|| {
                 formulas.push(formula);
                 formulas.len() as u32 - 1

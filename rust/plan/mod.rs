@@ -93,13 +93,44 @@ pub struct Formula {
     pub nodes: Arc<str>,
     /// What its `compute` nodes call.
     pub functions: Vec<HostFunction>,
+    /// What makes the output instead, of a method that the language of formulas has no words for.
+    pub arrays: Option<ArrayFunction>,
 }
 
 impl fmt::Debug for Formula {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.nodes)?;
-        (0..self.functions.len()).try_for_each(|function| write!(f, " f{function}()"))
+        let calls = self.functions.len() + usize::from(self.arrays.is_some());
+        (0..calls).try_for_each(|function| write!(f, " f{function}()"))
     }
+}
+
+/// A function that makes elements of the output of the same elements of every input.
+#[derive(Clone)]
+pub struct ArrayFunction {
+    /// Makes them.
+    pub call: Arc<dyn Fn(&mut ArrayCall<'_>) + Send + Sync>,
+    /// Whether it has to have the whole tensor at once, and not some rows of it.
+    pub whole: bool,
+}
+
+impl fmt::Debug for ArrayFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.whole { "of a tensor" } else { "of rows" })
+    }
+}
+
+/// What an [`ArrayFunction`] gets, and where its result goes.
+#[derive(Debug)]
+pub struct ArrayCall<'a> {
+    /// The shape of each array.
+    pub shape: &'a [u64],
+    /// Type and bytes of each input.
+    pub inputs: &'a [(DType, &'a [u8])],
+    /// Whether to compute in f64.
+    pub double: bool,
+    /// Type and bytes of the output.
+    pub output: (DType, &'a mut [u8]),
 }
 
 /// All that the formula of a tensor depends on: a method makes one of it, however many tensors are of

@@ -11,7 +11,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::{
-    Builder, Input, InputFile, MethodSource, Node, OutputShard, PLAN_VERSION, Parameters, Plan, Settings, Tensor,
+    Builder, Input, InputFile, MethodSource, Node, OutputShard, PLAN_VERSION, Parameters, Plan,
+    Settings, Tensor,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};

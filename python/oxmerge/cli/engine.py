@@ -53,8 +53,7 @@ class Engine:
     def installed_methods(self) -> Sequence[Mapping[str, Any] | Problem]:
         """Describe the methods that installed packages offer; or say why one cannot be had."""
         return [
-            each if isinstance(each, Problem) else each.row()
-            for each in python_methods.installed()
+            each if isinstance(each, Problem) else each.row() for each in python_methods.installed()
         ]
 
     def find_method(self, name: str, allowed: Sequence[str]) -> Mapping[str, Any] | Problem | None:

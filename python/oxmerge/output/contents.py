@@ -130,9 +130,7 @@ def _has_config(path: str) -> bool:
     return (folder_of(path) / "config.json").is_file()
 
 
-def card_of(
-    recipe: Recipe, about: Method, models: Sequence[InputModel], donor: InputModel
-) -> str:
+def card_of(recipe: Recipe, about: Method, models: Sequence[InputModel], donor: InputModel) -> str:
     """Return the model card of a merge by the method `about`."""
     donor_first = sorted(models, key=lambda model: model is not donor)
     return model_card(

@@ -422,6 +422,8 @@ def check_settings(
     for name, setting in settings.items():
         if name not in everything:
             close = did_you_mean(name, own) or did_you_mean(name, everything)
+            if method.takes_anything and close is None:
+                continue
             advice = close or _parameters_of(own)
             message = f"unknown parameter `{name}`"
             problems.append(Problem("parameter", message, setting.where, advice=advice))

@@ -151,7 +151,7 @@ class _Planner:
         found = find_method(self.recipe.method, self.allowed)
         if isinstance(found, Problem):
             self.problems.append(found)
-            return Method(self.recipe.method), False
+            return Method(self.recipe.method, takes_anything=True), False
         return found, True
 
     def sections(self, method: Method) -> list[Section]:

@@ -286,7 +286,7 @@ class PythonMethod:
         least, most = self.models
         has_base = int(self.base == "required")
         inputs = (least + has_base, None if most is None else most + (self.base != "ignored"))
-        text = inspect.getdoc(self.function) or self.name
+        text = inspect.getdoc(self.function) or self.function.__name__
         title, _, rest = text.partition("\n")
         address = _ADDRESS.search(text)
         return {
@@ -572,11 +572,11 @@ def method(
     name : str, optional
         What callers name it by, if not by the function's name.
     sees : str
-        What the function gets: ``elements``, values of `oxmerge.formula`; or, for what that language
-        cannot say, arrays: ``rows``, arrays of some whole rows, of which an output row may depend
-        on the same row of the inputs alone; or ``tensor``, arrays of the tensor's shape. They are
-        float32 (float64 where an input or the output is), and it returns one of that shape. They
-        count in the memory budget, twice over for what the function makes of them.
+        What the function gets. ``elements``: values of `oxmerge.formula`. For what that language
+        cannot say, arrays: ``rows``, some whole rows at a time, so that a row of the output may
+        depend on that row of the inputs alone; or ``tensor``, of the tensor's shape. They are
+        float32 (float64 where an input or the output is), and it returns one of their shape. They
+        count in the memory budget, and as much again for what the function makes on the way.
     framework : {"np", "pt"}
         Whether arrays are of NumPy or torch.
 

@@ -204,7 +204,7 @@ impl OnDemand {
         call.check(&out)?;
         let held = Held::of([&out])?;
         let task = self.0.task(index, Arc::new(sink(&out, true)));
-        let task = task.map_err(|error| raise(py, &error))?;
+        let task = self.1.or(task.map_err(|error| raise(py, &error)))?;
         let level = level(py)?;
         // However little there is to read, a disk may take any time.
         let run = take_part(py, false, |control| {
@@ -287,7 +287,8 @@ pub(super) fn merge_arrays(
         parameters: shared,
         formula,
     };
-    let work = Work::of(built_in.unwrap_or(name), &tensor).map_err(|error| raise(py, &error))?;
+    let work = Work::of(built_in.unwrap_or(name), &tensor).map_err(|error| raise(py, &error));
+    let work = raised.or(work)?;
     let call = Call { name, seed, shape: tensor.shape, threads };
     raised.or(call.fill(py, &inputs, &out, work))
 }

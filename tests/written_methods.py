@@ -92,7 +92,7 @@ def sharpened(base: Any, models: Any, *, weight: Any = per_model(0.5)) -> Any:
     whole = formula.norm(base, over="model")
     middle = formula.order_statistic(abs(vectors[0]), 1)
     mask = formula.random_mask(0.5, 3)
-    share = compute(lambda a, b: (a / (a + b), b / (a + b)), whole, middle, results=2)
+    share = compute(lambda a, b: (a / (a + b + 1), b / (a + b + 1)), whole, middle, results=2)
     return base + where(mask, share[0] * weighted_sum(weight, by_column), share[1] * vectors[0])
 
 

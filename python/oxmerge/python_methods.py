@@ -308,8 +308,13 @@ class PythonMethod:
         """Return the method as planning knows all of them."""
         return replace(read_method(self.row()), written=self)
 
+    @property
+    def module(self) -> str:
+        """The module that it is written in."""
+        return self.function.__module__ or "__main__"  # code that is run from text may have none
+
     def _path(self) -> str:
-        return f"{self.function.__module__}:{self.function.__qualname__}"
+        return f"{self.module}:{self.function.__qualname__}"
 
     @cached_property
     def source(self) -> tuple[str, str, str]:
@@ -326,7 +331,7 @@ class PythonMethod:
             except (OSError, TypeError):
                 continue
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return self.function.__module__, self.function.__qualname__, digest
+        return self.module, self.function.__qualname__, digest
 
     # What it computes.
 
@@ -607,7 +612,7 @@ def method(
         made = PythonMethod(
             function, chosen, base=base, models=models, sees=sees, framework=framework
         )
-        _METHODS[function.__module__, chosen] = made
+        _METHODS[made.module, chosen] = made
         return made
 
     return register if function is None else register(function)
@@ -628,7 +633,7 @@ def find_written(name: str, allowed: Collection[str] = ()) -> PythonMethod | Pro
     """
     here = [each for (_, known), each in _METHODS.items() if known == name]
     if len(here) > 1:
-        places = ", ".join(f"`{each.function.__module__}:{name}`" for each in here)
+        places = ", ".join(f"`{each.module}:{name}`" for each in here)
         message = f"two modules have a merge method `{name}`"
         advice = f"name one of them: {places}, and allow its module"
         return Problem("method", message, "merge_method", advice=advice)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import oxmerge
-from oxmerge import _core, python_methods
+from oxmerge import _core
 from oxmerge.cli.arguments import UsageError
 from oxmerge.models.references import resolve_reference
 from oxmerge.problems import Problem
@@ -52,14 +52,16 @@ class Engine:
 
     def installed_methods(self) -> Sequence[Mapping[str, Any] | Problem]:
         """Describe the methods that installed packages offer; or say why one cannot be had."""
-        return [
-            each if isinstance(each, Problem) else each.row() for each in python_methods.installed()
-        ]
+        from oxmerge.python_methods import installed  # noqa: PLC0415 - seldom needed
+
+        return [each if isinstance(each, Problem) else each.row() for each in installed()]
 
     def find_method(self, name: str, allowed: Sequence[str]) -> Mapping[str, Any] | Problem | None:
         """Describe the method written in Python that is called so; or say why it cannot be had."""
-        found = python_methods.find_written(name, allowed)
-        return found.row() if isinstance(found, python_methods.PythonMethod) else found
+        from oxmerge.python_methods import find_written  # noqa: PLC0415 - seldom needed
+
+        found = find_written(name, allowed)
+        return found if found is None or isinstance(found, Problem) else found.row()
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""

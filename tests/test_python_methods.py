@@ -319,7 +319,7 @@ def test_parameters_are_checked_as_those_of_built_in_methods() -> None:
 
 
 def test_names_are_words_and_not_taken() -> None:
-    with pytest.raises(ValueError, match="built-in merge method `ties`"):
+    with pytest.raises(ValueError, match="merge method `ties` already"):
 
         @method(name="ties")
         def other(models: Any) -> Any:
@@ -335,6 +335,12 @@ def test_names_are_words_and_not_taken() -> None:
 
         @method
         def also_wrong(base: Any, models: Any) -> Any:
+            return models[0]
+
+    with pytest.raises(TypeError, match="cannot have a parameter `seed`"):
+
+        @method
+        def seeded(models: Any, *, seed: Any = shared(1)) -> Any:
             return models[0]
 
     with pytest.raises(TypeError, match="a merge method is a function"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from keyword import iskeyword
 
 from oxmerge import _core
 from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean
@@ -29,6 +30,7 @@ __all__ = [
     "built_in_methods",
     "explain_parameter",
     "find_method",
+    "plain_name",
     "read_method",
 ]
 
@@ -219,6 +221,18 @@ def explain_parameter(row: Mapping[str, Any]) -> str:
     effect = "" if row["acts"] else "has no effect"
     facts = (row["help"], str(Range(*row["limits"])), usual and f"usually {usual}", effect)
     return "; ".join(fact for fact in facts if fact)
+
+
+def plain_name(argument: str) -> str:
+    """Return what recipes call an argument: a word of Python's has an underscore behind it there.
+
+    Examples
+    --------
+    >>> plain_name("lambda_"), plain_name("weight")
+    ('lambda', 'weight')
+    """
+    word = argument.removesuffix("_")
+    return word if iskeyword(word) else argument
 
 
 def find_method(name: str, allowed: Collection[str] = ()) -> Method | Problem:

@@ -35,10 +35,9 @@ from importlib import import_module
 from math import prod
 from typing import overload
 
-from oxmerge import _core
 from oxmerge.errors import PlanError
 from oxmerge.formula import Value, as_nodes
-from oxmerge.methods import read_method
+from oxmerge.methods import DIALECT_METHODS, built_in_methods, plain_name, read_method
 from oxmerge.problems import Problem, did_you_mean
 
 TYPE_CHECKING = False
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Any, Literal, TypeAlias
 
+    from oxmerge import _core
     from oxmerge.methods import Method
 
     Function: TypeAlias = Callable[..., Any]
@@ -84,6 +84,11 @@ _COSTS = {
 }
 #: The argument that asks for a `TensorInfo`.
 _TENSOR = "tensor"
+#: What those who merge arrays take besides the parameters of a method.
+_TAKEN = frozenset((
+    "base", "dtype", "integers", "method", "name", "out", "seed", "state_dicts", "tensors",
+    "threads",
+))  # fmt: skip
 #: The methods of this process, by module and name: two modules may use one name.
 _METHODS: dict[tuple[str, str], PythonMethod] = {}
 
@@ -127,7 +132,7 @@ class ParameterSpec:
         """Return the parameter as the engine describes those of its own methods."""
         kind = {bool: "bool", int: "int"}.get(type(self.default), "float")
         return {
-            "name": name.removesuffix("_"),
+            "name": plain_name(name),
             "kind": kind,
             "default": self.default,
             "required": self.required,
@@ -247,7 +252,7 @@ class PythonMethod:
         Parameters
         ----------
         *inputs : Value or sequence of Value
-            The base, unless it is ignored, and the list of the models.
+            The base, unless it is ignored, and the list of the models; arrays, for a method of those.
         **parameters
             As the function takes them; one number does for a parameter of each model.
         """
@@ -255,7 +260,8 @@ class PythonMethod:
         if len(inputs) != 1 + (self.base != "ignored") or not isinstance(models, list | tuple):
             signature = "models" if self.base == "ignored" else "base, models"
             raise TypeError(f"the merge method `{self.name}` is called with ({signature}, ...)")
-        if not all(isinstance(each, Value) for each in (*inputs[:-1], *models) if each is not None):
+        given = [each for each in (*inputs[:-1], *models) if each is not None]
+        if self.sees == "elements" and not all(isinstance(each, Value) for each in given):
             raise TypeError(
                 f"the merge method `{self.name}` is called with values of `oxmerge.formula`; "
                 f"of arrays, `oxmerge.merge_tensors({self.name}, ...)` merges"
@@ -386,7 +392,7 @@ class PythonMethod:
         others = [at for at in range(inputs) if at != base]
         arguments: dict[str, Any] = {}
         for name, spec in self.parameters.items():
-            key = name.removesuffix("_")
+            key = plain_name(name)
             if spec.per == "shared":
                 arguments[name] = shared.get(key)
             else:
@@ -526,6 +532,11 @@ def _arguments(function: Function, *, has_base: bool) -> dict[str, inspect.Param
             f"the method `{function.__name__}` takes ({', '.join(wanted)}, *, parameters), not "
             f"{inspect.signature(function)}{advice}"
         )
+    if taken := keyword.keys() & _TAKEN:
+        raise TypeError(
+            f"the method `{function.__name__}` cannot have a parameter `{min(taken)}`: "
+            "`oxmerge.merge_tensors` has one; choose another name"
+        )
     return keyword
 
 
@@ -607,8 +618,8 @@ def method(
         chosen = getattr(function, "__name__", repr(function)) if name is None else name
         if not _NAME.fullmatch(chosen):
             raise ValueError(f"a method's name is a word, not {chosen!r}")
-        if any(row["name"] == chosen for row in _core.methods()):
-            raise ValueError(f"there is a built-in merge method `{chosen}`; choose another name")
+        if chosen in built_in_methods() or chosen in DIALECT_METHODS:
+            raise ValueError(f"there is a merge method `{chosen}` already; choose another name")
         made = PythonMethod(
             function, chosen, base=base, models=models, sees=sees, framework=framework
         )
@@ -666,7 +677,7 @@ def _loaded(point: Any) -> PythonMethod | Problem:
     what = f"the merge method `{point.name}` of `{package}`"
     try:
         found = point.load()
-    except Exception as error:  # noqa: BLE001 - a package may do anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a package may do anything
         return _unloadable(what, error)
     return _method_or_problem(what, found, point.name)
 
@@ -684,7 +695,7 @@ def _of_module(name: str, allowed: Collection[str]) -> PythonMethod | Problem:
     try:
         loaded = import_module(module)
         found = functools.reduce(getattr, attribute.split("."), loaded)
-    except Exception as error:  # noqa: BLE001 - a module may do anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a module may do anything
         return _unloadable(what, error)
     return _method_or_problem(what, found, name)
 
@@ -699,7 +710,7 @@ def _method_or_problem(what: str, found: object, name: str) -> PythonMethod | Pr
     return Problem("method", text, "merge_method", found=f"{found!r:.80}", advice=advice)
 
 
-def _unloadable(what: str, error: Exception) -> Problem:
+def _unloadable(what: str, error: BaseException) -> Problem:
     message = f"{what} cannot be loaded: {type(error).__name__}: {error}"
     advice = "see that its module can be imported: `PYTHONPATH` says where else to look"
     return Problem("method", message, "merge_method", advice=advice)

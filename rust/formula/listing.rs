@@ -459,6 +459,53 @@ mod tests {
         assert!(message(calls).contains("function"));
     }
 
+    /// A sum, over `inner`, of input 0 times a sum over `outer` of it; or a count of it.
+    fn nested(inner: &str, outer: &str) -> String {
+        format!(
+            r#"[{{"op": "input", "index": 0}},
+            {{"op": "reduce", "name": "sum", "left": 0, "right": null, "over": "{inner}"}},
+            {{"op": "weighted_sum", "terms": [[1, 0]]}},
+            {{"op": "reduce", "name": "sum", "left": 2, "right": null, "over": "{outer}"}},
+            {{"op": "weighted_sum", "terms": [[3, 0]]}}]"#
+        )
+    }
+
+    #[test]
+    fn what_no_pass_can_give_is_an_error() {
+        for inner in ["model", "tensor", "row", "column"] {
+            for outer in ["tensor", "row", "column"] {
+                assert!(formula(&nested(inner, outer)).is_ok(), "{inner}, {outer}");
+            }
+            let over_the_model = formula(&nested(inner, "model"));
+            assert_eq!(over_the_model.is_ok(), inner == "row", "{inner}");
+        }
+        let product = |left, right| {
+            let sum = |over| {
+                format!(
+                    r#"{{"op": "reduce", "name": "sum", "left": 0, "right": null, "over": "{over}"}}"#
+                )
+            };
+            let product = r#"{"op": "scalar_binary", "name": "mul", "left": 1, "right": 2}"#;
+            let count = r#"{"op": "largest", "of": 0, "count": 3}"#;
+            let input = r#"{"op": "input", "index": 0}"#;
+            format!("[{input}, {}, {}, {product}, {count}]", sum(left), sum(right))
+        };
+        assert!(message(&product("row", "column")).contains("of a row and of a column"));
+        assert!(message(&product("row", "tensor")).contains("one number for the whole tensor"));
+        assert!(formula(&product("tensor", "model")).is_ok());
+    }
+
+    #[test]
+    fn what_is_nested_too_deep_is_an_error() {
+        let nested = |depth: usize| {
+            let negations = (0..depth - 1)
+                .map(|of| format!(r#", {{"op": "unary", "name": "neg", "of": {of}}}"#));
+            format!(r#"[{{"op": "input", "index": 0}}{}]"#, negations.collect::<String>())
+        };
+        assert!(formula(&nested(DEEPEST)).is_ok());
+        assert!(message(&nested(DEEPEST + 1)).contains("nested too deep"));
+    }
+
     #[test]
     fn numbers_are_added_in_f64() {
         let (a, b) = (Scalar::constant(0.1), Scalar::constant(0.2));

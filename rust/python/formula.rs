@@ -12,8 +12,11 @@ use pyo3::types::{PyByteArray, PyTuple};
 use super::error::raise;
 use crate::dtype::DType;
 use crate::formula::listing;
-use crate::kernels::{BLOCK, Level, Real, narrow, widen};
+use crate::kernels::{Level, Real, narrow, widen};
 use crate::plan::{ArrayCall, ArrayFunction, Formula, HostFunction};
+
+/// Elements that are converted at once.
+const AT_ONCE: usize = 4096;
 
 /// The exception that a function of a method raised, if one did.
 #[derive(Clone, Default)]
@@ -112,8 +115,8 @@ fn call_arrays<T: Real>(
 /// The elements of `from` in another type, by way of `T`.
 fn convert<T: Real>(dtype: DType, from: &[u8], other: DType, into: &mut [u8]) {
     let level = Level::from_environment().unwrap_or_else(|_| Level::portable());
-    let mut values = vec![T::ZERO; BLOCK];
-    let parts = from.chunks(BLOCK * dtype.size()).zip(into.chunks_mut(BLOCK * other.size()));
+    let mut values = [T::ZERO; AT_ONCE];
+    let parts = from.chunks(AT_ONCE * dtype.size()).zip(into.chunks_mut(AT_ONCE * other.size()));
     for (from, into) in parts {
         let values = &mut values[..from.len() / dtype.size()];
         widen(level, dtype, from, values);

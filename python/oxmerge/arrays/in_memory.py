@@ -16,7 +16,7 @@ from oxmerge.arrays.views import (
     promoted,
     view,
 )
-from oxmerge.methods import find_method
+from oxmerge.methods import find_method, plain_name
 from oxmerge.options import check_seed, check_threads
 from oxmerge.planning.parameters import KINDS, convert, limits_advice, plain_number
 from oxmerge.problems import Problem, did_you_mean
@@ -44,8 +44,6 @@ __all__ = [
     "merge_tensors",
 ]
 
-#: How Python writes a parameter whose name is a keyword.
-_ALIASES = {"lambda_": "lambda"}
 #: What a call takes besides the parameters, by name.
 _OPTIONS = ("base", "dtype", "name", "out", "seed", "threads")
 
@@ -326,10 +324,10 @@ def _share_out(
     method: Method, others: int, parameters: Parameters, *, has_base: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the parameters that the inputs share, and those of each."""
-    for alias, key in _ALIASES.items():
-        if alias in parameters and key in parameters:
+    for alias in parameters:
+        if (key := plain_name(alias)) != alias and key in parameters:
             raise TypeError(f"`{key}` and `{alias}` are one parameter; give one of them")
-    given = {_ALIASES.get(key, key): value for key, value in parameters.items()}
+    given = {plain_name(key): value for key, value in parameters.items()}
     _check_known(method, given)
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in range(others + has_base)]

@@ -78,6 +78,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     prediction = plan.prediction
     return {
         "method": plan.method,
+        "source": plan.table.source,
         "cost": cost(plan),
         "tensors": len(plan.tensors),
         "files": len(plan.shards),
@@ -106,7 +107,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     prediction = plan.prediction
     files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     fastest = f"{prediction.fastest.device}: {prediction.fastest.reason}"
-    yield f"method    {plan.method}"
+    yield f"method    {plan.method}{_source(plan)}"
     yield f"tensors   {len(plan.tensors)} in {files}"
     yield f"reads     {format_size(plan.bytes_read)}: {cost(plan)}"
     yield f"writes    {format_size(plan.bytes_written)}"
@@ -119,6 +120,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from (f"not copied  {name}" for name in plan.left_out)
     lines = (line for account in plan.accounting for line in account.summary())
     yield from (f"{' ' if at else 'inputs':<10}{line}" for at, line in enumerate(lines))
+
+
+def _source(plan: Plan) -> str:
+    """Say which function a method written in Python is."""
+    if plan.table.source is None:
+        return ""
+    module, function, digest = plan.table.source
+    return f": `{function}` of `{module}`, whose source has the digest {digest[:16]}"
 
 
 def _time(plan: Plan) -> str:

@@ -892,6 +892,7 @@ def test_a_closed_pipe_is_no_error() -> None:
         "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)\n"
         "class Engine:\n"
         "    def methods(self): return [{'name': 'x' * 100000, 'formula': ''}]\n"
+        "    def installed_methods(self): return []\n"
         "sys.stderr.write(str(main(['methods'], engine=Engine())))\n"
     )
     assert done.stderr == "0"

@@ -148,6 +148,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     strict: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return what a merge would do.
 
@@ -180,6 +181,9 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         Whether models may be of another type than the one whose config the output has.
     ignore_unknown : bool
         Whether keys and parameters of the recipe that are not known are warnings.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
 
     Raises
     ------
@@ -201,6 +205,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         with_side_files=True,
         allow_mismatch=allow_mismatch,
         ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
     )
     planned = made.with_options(options)
     for each in (*planned.stages, planned):
@@ -246,6 +251,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     strict: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
@@ -284,6 +290,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether models may be of another type than the one whose config the output has.
     ignore_unknown : bool
         Whether keys and parameters of the recipe that are not known are warnings.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable or bool, optional
@@ -319,6 +328,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         strict=strict,
         allow_mismatch=allow_mismatch,
         ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
         read_path=read_path,
         progress=progress,
     )
@@ -338,6 +348,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     strict: bool,
     allow_mismatch: bool,
     ignore_unknown: bool,
+    allow_methods: Iterable[str],
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
     check: Callable[[list[Plan]], None] | None = None,
@@ -366,6 +377,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             allow_mismatch=allow_mismatch,
             ignore_unknown=ignore_unknown,
             stages=stages,
+            allow_methods=allow_methods,
         )
         for recipe, _ in merges
     ]
@@ -380,6 +392,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             "strict": strict,
             "allow_mismatch": allow_mismatch,
             "ignore_unknown": ignore_unknown,
+            "allow_methods": allow_methods,
             "read_path": read_path,
             "progress": progress,
         }
@@ -488,7 +501,7 @@ def _check_side_files(plans: Iterable[Plan]) -> None:
     _core.check_unchanged(json.dumps(list(files.values())))
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - the options of `plan`
     recipe: Request,
     *,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -498,13 +511,14 @@ def prepare(
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
     stages: Mapping[str, str | None] | None = None,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return the plan of what was asked for: a recipe, a file or text of one, or a plan.
 
     `stages` says where the outputs of earlier merges lie; unless given, they are planned too.
     """
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe)
+        recipe = load_plan(recipe, allow_methods=allow_methods)
     if isinstance(recipe, Plan):
         _check_made(recipe, shard_size, seed, strict=strict)
         return recipe
@@ -525,6 +539,7 @@ def prepare(
             strict=strict,
             with_side_files=with_side_files,
             allow_mismatch=allow_mismatch,
+            allow_methods=allow_methods,
             findings=found,
             stages=places,
         )

@@ -157,6 +157,10 @@ impl Active {
         if matches!(self.task.work, Work::Identical) {
             return Ok(!self.sweep && self.enter(Pass::Identical, self.units_of_blocks()));
         }
+        if let Work::Arrays(arrays) = &self.task.work {
+            let units = self.task.frame.elements.div_ceil(self.task.elements_of_calls(arrays));
+            return Ok(!self.sweep && self.enter(Pass::Arrays, units));
+        }
         if self.sweep {
             let stage = stage::next_stage(&self.values, Scope::Model, &self.task.frame);
             return if stage.is_empty() { Ok(false) } else { self.begin_stage(stage) };
@@ -318,7 +322,7 @@ impl Active {
     pub(crate) fn advance(&mut self) -> Result<bool> {
         let pass = Arc::clone(&self.pass);
         match &*pass {
-            Pass::Combine(_) | Pass::Bands(_) | Pass::Identical => Ok(false),
+            Pass::Combine(_) | Pass::Bands(_) | Pass::Arrays | Pass::Identical => Ok(false),
             Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rows(_) | Pass::Columns(_) => self.bind(),

@@ -49,6 +49,7 @@ impl std::fmt::Display for Pass {
             Self::Columns(code) => write!(f, "columns\n{code}"),
             Self::Bands(code) => write!(f, "bands\n{code}"),
             Self::Combine(code) => write!(f, "combine\n{code}"),
+            Self::Arrays => writeln!(f, "arrays"),
             Self::Identical => writeln!(f, "identical"),
         }
     }

@@ -137,6 +137,8 @@ pub struct Need {
     /// Rankings of short vectors, and what a step of whole ones has at the least.
     rankings: u64,
     least_step: u64,
+    /// Elements that functions of arrays get at once, if they make the outputs.
+    a_call: Option<u64>,
     /// Selections, each of which is searched for.
     searches: u64,
     pub(super) worker_state: Amount,
@@ -181,6 +183,7 @@ impl Need {
         need.working = if is_double { 8 } else { 4 };
         match work {
             Work::Formulas(_) | Work::Numbers(_) => need.add_passes(frame, work.values(), in_bands),
+            Work::Arrays(arrays) => need.a_call = Some(arrays.elements_a_call(frame)),
             // The first is kept while the others are compared with it, one by one.
             Work::Identical => need.sources.truncate(2),
         }
@@ -296,8 +299,21 @@ impl Need {
         }
     }
 
+    /// What a worker holds where functions make `elements` at once: the bytes as they are stored,
+    /// arrays of the working type, the result as an array and as bytes, and as much again for what
+    /// the functions make on the way.
+    fn call(&self, elements: u64) -> Amount {
+        let stored = self.sources.iter().map(|(size, _)| size).chain(&self.outputs);
+        let stored = stored.map(|size| AlignedBuffer::resident((elements * size) as usize + PAGE));
+        let arrays = (self.sources.len() as u64 + 2) * elements * self.working;
+        Amount::certain(stored.sum::<usize>() as u64 + 2 * arrays)
+    }
+
     /// What a worker holds of a piece of `blocks` blocks.
     pub(super) fn piece(&self, blocks: u64) -> Amount {
+        if let Some(elements) = self.a_call {
+            return self.call(elements);
+        }
         let elements = (blocks * BLOCK_ELEMENTS).min(self.elements);
         let output =
             |size: &u64| AlignedBuffer::resident(elements as usize * *size as usize + PAGE) as u64;

@@ -26,6 +26,8 @@ pub(crate) enum Pass {
     Bands(Staged),
     /// Compute the outputs.
     Combine(Staged),
+    /// Call functions of arrays.
+    Arrays,
     /// Compare the sources and copy the first.
     Identical,
 }
@@ -33,7 +35,7 @@ pub(crate) enum Pass {
 impl Pass {
     /// Whether its units end with output that is written.
     pub(crate) fn writes(&self) -> bool {
-        matches!(self, Self::Bands(_) | Self::Combine(_) | Self::Identical)
+        matches!(self, Self::Bands(_) | Self::Combine(_) | Self::Arrays | Self::Identical)
     }
 }
 

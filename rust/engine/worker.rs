@@ -10,7 +10,7 @@ use super::passes::{Found, Pass};
 use super::places::Places;
 use super::simd::{draws_of, picked};
 use super::source::{GRAIN, Place, Sink};
-use super::task::Task;
+use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::compile::{Given, Staged};
@@ -21,6 +21,7 @@ use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
 use crate::formula::{Ranking, Scope};
 use crate::io::{AlignedBuffer, PAGE};
 use crate::kernels::{self, BLOCK, Level, MaskKey};
+use crate::plan::ArrayCall;
 
 /// Elements of a tensor that may be asked for all at once.
 const PREFETCHED_WHOLE: u64 = 32 << 20;
@@ -92,6 +93,7 @@ impl<'a> Worker<'a> {
                 let unit = task.elements_of(blocks);
                 self.combine(task, unit, code, None).map(|()| Found::Nothing)
             }
+            Pass::Arrays => self.arrays(task, unit).map(|()| Found::Nothing),
             Pass::Identical => self.identical(task, blocks),
         };
         self.masks = None;
@@ -401,6 +403,44 @@ impl<'a> Worker<'a> {
             Ok(())
         };
         self.in_steps_and(task, [unit], code, known, compute, put)
+    }
+
+    /// Has functions of arrays make unit `unit` of the outputs.
+    fn arrays(&mut self, task: &Task, unit: u64) -> Result<()> {
+        let Work::Arrays(arrays) = &task.work else {
+            return Err(Error::internal("there are no functions of arrays"));
+        };
+        let length = task.elements_of_calls(arrays);
+        let unit = unit * length..((unit + 1) * length).min(task.frame.elements);
+        let mut outs = std::mem::take(&mut self.outs);
+        let mut places = Places::of(task, &mut outs, &unit)?;
+        let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
+        self.held = outs.iter().map(held).sum();
+        let mut bytes = places.bytes(&mut outs);
+        let all: Vec<usize> = (0..task.sources.len()).collect();
+        for part in steps(unit.clone(), arrays.elements_a_call(&task.frame)) {
+            self.control.check()?;
+            self.make_room(task, &all, part.end - part.start, false);
+            let read = read_inputs(task, &all, &part, &mut self.scratch, false)?;
+            let inputs: Vec<_> =
+                read.iter().flatten().map(|input| (input.dtype, input.bytes)).collect();
+            let count = inputs.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+            self.control.add_read(count);
+            let shape = arrays.shape_of(part.end - part.start, &task.frame);
+            for ((function, sink), out) in arrays.functions.iter().zip(&task.sinks).zip(&mut bytes)
+            {
+                let at = |index: u64| (index - unit.start) as usize * sink.dtype().size();
+                let output = (sink.dtype(), &mut out[at(part.start)..at(part.end)]);
+                let (shape, inputs, double) = (&shape[..], &inputs[..], task.double);
+                (function.call)(&mut ArrayCall { shape, inputs, double, output });
+            }
+            for source in &task.sources {
+                source.release(part.clone());
+            }
+        }
+        let written = places.write(task, &outs, self.control);
+        (self.outs, self.held) = (outs, 0);
+        written
     }
 
     /// Copies what all sources agree on.

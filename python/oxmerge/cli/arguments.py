@@ -161,6 +161,7 @@ def add_plan_options(parser: Parser) -> None:
         action="store_true",
         help="leave out keys and parameters of the recipe that are not known",
     )
+    add_methods_option(parser)
     add_json_option(parser)
 
 
@@ -185,6 +186,16 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_methods_option(parser: Parser) -> None:
+    """Add `--allow-methods`."""
+    parser.add_argument(
+        "--allow-methods",
+        metavar="MODULE",
+        action="append",
+        help="import this module, which runs its code, for a method MODULE:NAME; may be repeated",
+    )
+
+
 def add_json_option(parser: Parser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -205,6 +216,7 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "shard_size": options.shard_size,
         "allow_mismatch": options.allow_mismatch or None,
         "ignore_unknown": options.ignore_unknown or None,
+        "allow_methods": options.allow_methods,
     }
     return {
         "strict": options.strict,

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from types import MappingProxyType
 
-from oxmerge import _core
 from oxmerge.errors import PlanError, ProblemsError, RecipeError
-from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.methods import Method, built_in_methods, find_method
 from oxmerge.models.inputs import InputModel, Inputs
-from oxmerge.options import check_seed
+from oxmerge.options import check_allowed, check_seed
 from oxmerge.output.config import edit_config
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
+    from oxmerge import _core
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.targets import Run
     from oxmerge.recipe.recipe import Recipe
@@ -43,7 +43,7 @@ __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
-def build_plan(
+def build_plan(  # noqa: PLR0913 - the options of `plan`
     recipe: Recipe,
     *,
     shard_size: int = DEFAULT_SHARD_SIZE,
@@ -53,6 +53,7 @@ def build_plan(
     allow_mismatch: bool = False,
     findings: Findings | None = None,
     stages: Mapping[str, str | None] = MappingProxyType({}),
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
@@ -74,6 +75,8 @@ def build_plan(
         What was wrong with the recipe when it was read.
     stages : mapping of str to str or None
         Where the outputs of earlier merges lie, by their names; None for one that cannot be made.
+    allow_methods : iterable of str
+        Modules that a method written in Python may come from.
 
     Raises
     ------
@@ -89,6 +92,7 @@ def build_plan(
         recipe,
         findings or Findings(),
         stages,
+        check_allowed(allow_methods),
         with_side_files=with_side_files,
         allow_mismatch=allow_mismatch,
     )
@@ -103,6 +107,7 @@ class _Planner:
         recipe: Recipe,
         findings: Findings,
         stages: Mapping[str, str | None],
+        allowed: tuple[str, ...],
         *,
         with_side_files: bool,
         allow_mismatch: bool,
@@ -111,6 +116,7 @@ class _Planner:
         self.error = RecipeError if findings.problems else PlanError
         self.findings = findings
         findings.warnings[:0] = recipe.warnings
+        self.allowed = allowed
         self.with_side_files = with_side_files
         self.allow_mismatch = allow_mismatch
         self.side_files = SideFiles()
@@ -119,7 +125,7 @@ class _Planner:
         self.inputs = Inputs(self.folders, stages, findings)
         self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
-        self.methods = read_methods(_core.methods())
+        self.cause: BaseException | None = None
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
         method, is_known = self.method()
@@ -132,7 +138,7 @@ class _Planner:
         if donor is not None:
             table, fates = self.assemble(targets, donor, seed, shard_size)
             if is_known:
-                self.check_with_engine(table)
+                table = self.with_method(method, table)
         self.check_config(donor)
         self.look_beside(donor)
         self.compare_models(sections, donor, table)
@@ -143,28 +149,29 @@ class _Planner:
             message = "there is no model to take the names from"
             problems.append(Problem("missing-key", message, advice="list a model"))
         if donor is None or table is None or problems:
-            raise self.failure(problems + (warnings if strict else []))
+            raise self.failure(problems + (warnings if strict else [])) from self.cause
         ledger = Ledger(self.inputs.models, fates)
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
         warnings += ledger.warnings
         if strict and warnings:
             raise self.failure(warnings)
-        return self.result(table, donor, accounting, shard_size)
+        return self.result(method, table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
         if not self.recipe.method:
-            return Method(""), False  # which is reported
+            return Method("", takes_anything=True), False  # which is reported
         where = self.recipe.place("merge_method")
-        found = find_method(self.recipe.method, self.methods, where)
+        found = find_method(self.recipe.method, where, self.allowed)
         if isinstance(found, Problem):
             self.findings.problems.append(found)
-            return Method(self.recipe.method), False
+            return Method(self.recipe.method, takes_anything=True), False
         return found, True
 
     def sections(self, method: Method) -> list[Section]:
+        methods = (*built_in_methods().values(), method)
         builder = SectionBuilder(
-            self.recipe, method, self.methods, self.inputs, self.reader, self.findings
+            self.recipe, method, methods, self.inputs, self.reader, self.findings
         )
         return builder.build()
 
@@ -193,6 +200,18 @@ class _Planner:
         for run in targets:
             assembler.assemble(run)
         return assembler.finish(shard_size)
+
+    def with_method(self, method: Method, table: _core.Plan) -> _core.Plan:
+        """Return the table with the formulas of a method in Python; report what it cannot make."""
+        if method.written is not None:
+            try:
+                table = method.written.write_formulas(table)
+            except PlanError as error:
+                self.findings.problems.append(error.as_problem("unfit-formula"))
+                self.cause = error.__cause__
+                return table
+        self.check_with_engine(table)
+        return table
 
     def check_with_engine(self, table: _core.Plan) -> None:
         for found in table.problems():
@@ -252,6 +271,7 @@ class _Planner:
 
     def result(
         self,
+        method: Method,
         table: _core.Plan,
         donor: InputModel,
         accounting: tuple[ModelAccount, ...],
@@ -271,6 +291,7 @@ class _Planner:
         )
         plan = Plan(
             table=table,
+            about=method,
             recipe_text=self.recipe.text,
             recipe_folder=self.recipe.folder,
             shard_size=shard_size,
@@ -283,7 +304,7 @@ class _Planner:
             warnings=group_problems(self.findings.warnings),
             changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
             config=config,
-            card=card_of(self.recipe, self.inputs.models, donor),
+            card=card_of(self.recipe, method, self.inputs.models, donor),
             side_files=self.side_files,
         )
         plan.recipe = self.recipe  # it need not be read again

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge import _core
+    from oxmerge.methods import Method
     from oxmerge.output.side_files import SideFiles
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.summary import Prediction
@@ -38,6 +39,8 @@ class Plan:
 
     Attributes
     ----------
+    about : Method
+        What the merge method is.
     table : _core.Plan
         Every output tensor, where its sources lie, and where it goes: what the engine runs.
     recipe_text : str
@@ -75,6 +78,7 @@ class Plan:
         The merges that come first, whose outputs this one reads; their outputs are removed again.
     """
 
+    about: Method
     table: _core.Plan
     recipe_text: str
     recipe_folder: str | None

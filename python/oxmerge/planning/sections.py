@@ -14,7 +14,7 @@ from oxmerge.recipe.recipe import UNREAD, Slice, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel, Inputs
@@ -91,7 +91,7 @@ class SectionBuilder:
         What the user asked for.
     method : Method
         The recipe's method.
-    methods : mapping of str to Method
+    methods : iterable of Method
         Every method, for what their parameters are called.
     inputs : Inputs
         Opens the models.
@@ -105,7 +105,7 @@ class SectionBuilder:
         self,
         recipe: Recipe,
         method: Method,
-        methods: Mapping[str, Method],
+        methods: Iterable[Method],
         inputs: Inputs,
         reader: SettingReader,
         findings: Findings,
@@ -114,7 +114,7 @@ class SectionBuilder:
         self._recipe = recipe
         self._levels = (recipe.module_parameters, recipe.parameters)
         self._method = method
-        self._known = {each.name for one in methods.values() for each in one.parameters}
+        self._known = {each.name for one in methods for each in one.parameters}
         self._inputs = inputs
         self._reader = reader
 

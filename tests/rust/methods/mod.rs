@@ -31,6 +31,7 @@ fn tensor_of(shape: &[u64], weights: &[f64]) -> OutputTensor {
         sources: weights.iter().map(source).collect(),
         base: None,
         parameters: serde_json::Map::new(),
+        formula: None,
     }
 }
 

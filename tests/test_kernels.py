@@ -890,11 +890,9 @@ def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) ->
         act()
 
 
-def test_an_unknown_method_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="there is no merge method `xyzzy`; use one of") as caught:
+def test_an_unknown_method_is_answered_with_where_they_are() -> None:
+    with pytest.raises(ValueError, match="there is no merge method `xyzzy`; `oxmerge methods`"):
         oxmerge.merge_tensors("xyzzy", [X])
-    named = re.findall(r"`(\w+)`", str(caught.value))[1:]
-    assert {row["name"] for row in _core.methods()} <= set(named)
 
 
 # Threads, signals, time.

@@ -256,6 +256,5 @@ def find_method(name: str, where: Place, allowed: Collection[str] = ()) -> Metho
     if written is not None:
         return written.described()
     message = f"there is no merge method `{name}`"
-    known = "use one of " + ", ".join(f"`{each}`" for each in (*methods, *names()))
-    advice = did_you_mean(name, {*methods, *names()}) or known
+    advice = did_you_mean(name, {*methods, *names()}) or "`oxmerge methods` lists those there are"
     return Problem("unknown-method", message, where, advice=advice)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::backend::fold;
-use super::passes::{Found, Pass};
+use super::passes::{Found, Marked, Pass};
 use super::task::{Task, Work};
 use crate::error::Result;
 use crate::formula::bind::Bindings;
@@ -31,22 +31,25 @@ pub(crate) struct Room {
     searches: u64,
     /// Of random masks.
     masks: u64,
+    /// Of what is kept of short rows.
+    marks: u64,
 }
 
 impl Room {
     /// What `task` can use of `left` bytes: keys of its searches, if there are any, and random masks,
-    /// if they are wanted more than once; each all or nothing.
+    /// and marks, if they are wanted more than once; each all or nothing.
     pub(crate) fn of(task: &Task, left: u64) -> Self {
         let (values, elements) = (task.work.values(), task.frame.elements);
         let within = |bytes: u64, left: u64| if bytes <= left { bytes } else { 0 };
         let searches = stage::unknown(values).selections.len() as u64;
         let keys = within(searches * selection::kept_bytes(elements), left);
         let masks = within(masks::bytes(values, elements), left - keys);
-        Self { a_search: keys / searches.max(1), searches, masks }
+        let marks = within(masks::marked_bytes(values, &task.frame), left - keys - masks);
+        Self { a_search: keys / searches.max(1), searches, masks, marks }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.a_search * self.searches + self.masks
+        self.a_search * self.searches + self.masks + self.marks
     }
 }
 
@@ -70,6 +73,8 @@ pub(crate) struct Active {
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
+    /// What the pass it is in ranks for later ones.
+    marked: Vec<Marked>,
     /// The random masks that are kept between its passes.
     pub(crate) masks: Option<Arc<KeptMasks>>,
     /// What masks and searches may take.
@@ -108,6 +113,7 @@ impl Active {
             results: Vec::new(),
             columns: Vec::new(),
             searching: Vec::new(),
+            marked: Vec::new(),
             masks: masks.map(Arc::new),
             room,
             numbers: Vec::new(),
@@ -197,12 +203,16 @@ impl Active {
         let frame = &self.task.frame;
         let spans = frame.spans(rankings[0].among);
         let units = spans.count(frame.elements) * spans.bands().1;
-        let marks = rankings.iter().map(|_| Marks::new(&(0..frame.elements)).map(Arc::new));
-        let marks = marks.collect::<Result<_>>()?;
         let keys: Vec<_> =
             rankings.iter().map(|ranking| Purpose::Keys(ranking.value.clone())).collect();
         let code = self.code(&keys)?;
-        Ok(self.enter(Pass::Rank { rankings, marks, code }, units))
+        let marks = rankings.into_iter().map(|ranking| self.marks_of(ranking));
+        let marks = marks.collect::<Result<_>>()?;
+        Ok(self.enter(Pass::Rank { marks, code }, units))
+    }
+
+    fn marks_of(&self, ranking: Arc<Ranking>) -> Result<Marked> {
+        Ok((ranking, Arc::new(Marks::new(&(0..self.task.frame.elements))?)))
     }
 
     fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
@@ -264,7 +274,12 @@ impl Active {
             return self.locate_or_bind();
         }
         let code = self.code(&purposes)?;
-        Ok(self.enter(Pass::Reduce { searches, code }, self.units_of_blocks()))
+        if self.room.marks > 0 && self.marked.is_empty() {
+            let rankings = code.levels.iter().flat_map(|level| &level.rankings).cloned();
+            self.marked = rankings.map(|ranking| self.marks_of(ranking)).collect::<Result<_>>()?;
+        }
+        let marks = self.marked.clone();
+        Ok(self.enter(Pass::Reduce { searches, marks, code }, self.units_of_blocks()))
     }
 
     fn locate_or_bind(&mut self) -> Result<bool> {
@@ -326,15 +341,11 @@ impl Active {
             Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rows(_) | Pass::Columns(_) => self.bind(),
-            Pass::Rank { rankings, marks, .. } => {
-                let mut bindings = Bindings::default();
-                for (ranking, marks) in rankings.iter().zip(marks) {
-                    bindings.ranking(ranking, Arc::clone(marks));
-                }
-                self.values = bindings.bind_all(&self.values);
-                self.next_pass()
+            Pass::Rank { marks, .. } => {
+                self.marked.clone_from(marks);
+                self.bind()
             }
-            Pass::Reduce { searches, code } => {
+            Pass::Reduce { searches, code, .. } => {
                 for (&kind, blocks) in code.program.kinds.iter().zip(&mut self.results) {
                     *blocks = vec![fold(kind, blocks)];
                 }
@@ -361,6 +372,9 @@ impl Active {
             }
         }
         self.bind_columns(&reductions, &mut bindings);
+        for (ranking, marks) in std::mem::take(&mut self.marked) {
+            bindings.ranking(&ranking, marks);
+        }
         for searching in std::mem::take(&mut self.searching) {
             let chosen = searching.chosen.expect("a bound search is over");
             let value = value_of_key(chosen.threshold, self.task.double);

@@ -210,7 +210,7 @@ impl Need {
         self.shared_state.add(Amount::uncertain(blocks));
         self.searches = searches;
         let kept_keys = searches * selection::kept_bytes(frame.elements);
-        let masks = masks::bytes(formulas, frame.elements);
+        let masks = masks::bytes(formulas, frame.elements) + masks::marked_bytes(formulas, frame);
         self.kept = Amount { expected: masks + kept_keys / 2, most: masks + kept_keys };
         if in_bands {
             // Where two bands meet, in every row, pages are put together.

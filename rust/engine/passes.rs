@@ -7,19 +7,23 @@ use crate::formula::compile::Staged;
 use crate::formula::masks::Marks;
 use crate::formula::selection::{Counted, Guess, LastKept, Wanted};
 
+/// A ranking, and the marks of the whole tensor that it makes.
+pub(crate) type Marked = (Arc<Ranking>, Arc<Marks>);
+
 /// What the workers do with each unit of a pass. It is compiled when the pass is entered.
 #[derive(Debug)]
 pub(crate) enum Pass {
     /// Look at a few elements, to guess where the thresholds lie.
     Sample { wanted: Vec<Wanted>, code: Staged },
-    /// Reduce blocks, and count for some of the task's searches.
-    Reduce { searches: Vec<usize>, code: Staged },
+    /// Reduce blocks, and count for some of the task's searches; mark what is kept of short rows that
+    /// are ranked on the way, for later passes.
+    Reduce { searches: Vec<usize>, marks: Vec<Marked>, code: Staged },
     /// Find the flat index of an element, for one of the searches, in one block.
     Locate { search: usize, key: u64, last: LastKept, code: Staged },
     /// Reduce whole rows, one a unit.
     Rows(Staged),
     /// Rank long vectors, some of those that lie together a unit, and mark what is kept.
-    Rank { rankings: Vec<Arc<Ranking>>, marks: Vec<Arc<Marks>>, code: Staged },
+    Rank { marks: Vec<Marked>, code: Staged },
     /// Reduce columns over some rows, one column block a unit.
     Columns(Staged),
     /// Reduce columns and compute the outputs, one band of columns a unit.

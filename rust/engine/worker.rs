@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
-use super::passes::{Found, Pass};
+use super::passes::{Found, Marked, Pass};
 use super::places::Places;
 use super::simd::{draws_of, picked};
 use super::source::{GRAIN, Place, Sink};
 use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::compile::{Given, Staged};
+use crate::formula::compile::{Given, Level as Rows, Staged};
 use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, TensorFrame};
 use crate::formula::masks::{KeptMasks, Marks};
 use crate::formula::program::{Effect, Program};
@@ -44,6 +44,8 @@ pub(crate) struct Worker<'a> {
     level: Level,
     /// The random masks that the task in hand keeps.
     masks: Option<Arc<KeptMasks>>,
+    /// The rankings whose marks the pass in hand keeps.
+    marks: Vec<Marked>,
 }
 
 impl<'a> Worker<'a> {
@@ -65,6 +67,7 @@ impl<'a> Worker<'a> {
             whole,
             level,
             masks: None,
+            marks: Vec::new(),
         }
     }
 
@@ -83,10 +86,13 @@ impl<'a> Worker<'a> {
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
             Pass::Sample { wanted, code } => self.sample(task, wanted, code),
-            Pass::Reduce { code, .. } => self.reduce(task, blocks, code),
+            Pass::Reduce { marks, code, .. } => {
+                self.marks.clone_from(marks);
+                self.reduce(task, blocks, code)
+            }
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
             Pass::Rows(code) => self.row(task, unit, code),
-            Pass::Rank { rankings, marks, code } => self.rank(task, unit, rankings, marks, code),
+            Pass::Rank { marks, code } => self.rank(task, unit, marks, code),
             Pass::Columns(code) => self.columns(task, unit, code),
             Pass::Bands(code) => self.band(task, unit, code),
             Pass::Combine(code) => {
@@ -96,7 +102,7 @@ impl<'a> Worker<'a> {
             Pass::Arrays => self.arrays(task, unit).map(|()| Found::Nothing),
             Pass::Identical => self.identical(task, blocks),
         };
-        self.masks = None;
+        (self.masks, self.marks) = (None, Vec::new());
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
@@ -158,7 +164,9 @@ impl<'a> Worker<'a> {
                 let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
                 self.control.add_read(bytes.iter().flatten().map(count).sum());
                 let by_row = spans
-                    .map(|_| given_by_row(&*self.arithmetic, frame, &read, &bytes, code))
+                    .map(|_| {
+                        given_by_row(&*self.arithmetic, frame, &read, &bytes, code, &self.marks)
+                    })
                     .transpose()?;
                 let given = by_row.as_ref().unwrap_or(&found);
                 then(&mut *program, Step { elements, inputs: &bytes, given, column: 0 })?;
@@ -259,16 +267,9 @@ impl<'a> Worker<'a> {
     }
 
     /// Ranks some of the vectors that lie interleaved in a long span: as many as can be held.
-    fn rank(
-        &mut self,
-        task: &Task,
-        unit: u64,
-        rankings: &[Arc<Ranking>],
-        marks: &[Arc<Marks>],
-        code: &Staged,
-    ) -> Result<Found> {
+    fn rank(&mut self, task: &Task, unit: u64, marks: &[Marked], code: &Staged) -> Result<Found> {
         let frame = &task.frame;
-        let spans = frame.spans(rankings[0].among);
+        let spans = frame.spans(marks[0].0.among);
         let (width, bands) = spans.bands();
         let span = spans.nth(unit / bands, frame.elements);
         let band = unit % bands * width..(unit % bands * width + width).min(spans.stride);
@@ -285,7 +286,7 @@ impl<'a> Worker<'a> {
         let room = (parts().map(|part| part.end - part.start)).sum::<u64>() as usize;
         results.keys.iter_mut().for_each(|keys| keys.reserve_exact(room));
         self.in_steps(task, parts(), code, None, |program, step| program.run(&step, &mut results))?;
-        for ((ranking, marks), keys) in rankings.iter().zip(marks).zip(results.keys) {
+        for ((ranking, marks), keys) in marks.iter().zip(results.keys) {
             let key = |stream| MaskKey::new(frame.seed, &frame.name, stream);
             let draws = draws_of(self.level, ranking.pick, key, parts());
             let mut kept = vec![0; keys.len()];
@@ -320,9 +321,9 @@ impl<'a> Worker<'a> {
         let columns = unit * BAND..((unit + 1) * BAND).min(line);
         let rows = (0..task.frame.elements).step_by(line as usize);
         let rows = rows.map(|row| row + columns.start..row + columns.end);
-        let reduce = |program: &Program, given: &Given| {
-            let mut results = Results::of_columns(program, columns.end - columns.start);
-            let level = Staged::of(program.clone());
+        let reduce = |level: &Rows, given: &Given| {
+            let mut results = Results::of_columns(&level.program, columns.end - columns.start);
+            let level = Staged::of(level.program.clone());
             self.in_steps(task, rows.clone(), &level, Some(given), |program, step| {
                 let column = (step.elements.start - columns.start) % line;
                 program.run(&Step { column, ..step }, &mut results)
@@ -537,25 +538,31 @@ fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
     }
 }
 
-/// What the program of `code` is given, from the whole rows of `read`.
+/// What the program of `code` is given, from the whole rows of `read`. What rankings keep is put into
+/// `kept` too, if they are there.
 fn given_by_row(
     arithmetic: &dyn Arithmetic,
     frame: &TensorFrame,
     read: &Range<u64>,
     inputs: &[Option<InputBytes<'_>>],
     code: &Staged,
+    kept: &[Marked],
 ) -> Result<Given> {
-    code.given(Scope::Row, read.start / frame.row, |program, given| {
+    code.given(Scope::Row, read.start / frame.row, |level, given| {
+        let Rows { rankings, program, .. } = level;
         let mut results = Results::of(program);
         // Rows begin anywhere, so kept masks are of no use.
         let step = Step { elements: read.clone(), inputs, given, column: 0 };
         arithmetic.begin(frame, program, None)?.run(&step, &mut results)?;
-        let marks = |kept: Vec<u8>| {
+        let marks = |(ranking, bytes): (&Arc<Ranking>, Vec<u8>)| {
             let marks = Marks::new(read)?;
-            marks.keep(read.start, &kept);
+            let whole = kept.iter().filter(|(other, _)| Arc::ptr_eq(ranking, other));
+            for marks in whole.map(|(_, whole)| &**whole).chain([&marks]) {
+                marks.keep(read.start, &bytes);
+            }
             Ok(Arc::new(marks))
         };
-        let marks = results.kept.into_iter().map(marks).collect::<Result<_>>()?;
+        let marks = rankings.iter().zip(results.kept).map(marks).collect::<Result<_>>()?;
         Ok((results.numbers, marks))
     })
 }

@@ -118,7 +118,7 @@ impl Given {
 #[derive(Clone, Debug)]
 pub(crate) struct Level {
     reductions: Vec<Arc<Reduction>>,
-    rankings: Vec<Arc<Ranking>>,
+    pub(crate) rankings: Vec<Arc<Ranking>>,
     pub(crate) program: Program,
 }
 
@@ -222,18 +222,19 @@ impl Staged {
         Ok(Self { levels, among, program, inputs })
     }
 
-    /// Runs the levels with `run`, which gives what each reduction of a program found by row or
-    /// column, from `first` on, and what each of its rankings keeps; what then is given to the
-    /// program itself.
+    /// Runs the levels with `run`, which gives what each reduction of a level found by row or column,
+    /// from `first` on, and what each of its rankings keeps; what then is given to the program
+    /// itself.
     pub(crate) fn given(
         &self,
         axis: Scope,
         first: u64,
-        mut run: impl FnMut(&Program, &Given) -> Result<(Vec<Vec<f64>>, Vec<Arc<Marks>>)>,
+        mut run: impl FnMut(&Level, &Given) -> Result<(Vec<Vec<f64>>, Vec<Arc<Marks>>)>,
     ) -> Result<Given> {
         let mut known = Bindings::default();
-        for Level { reductions, rankings, program } in &self.levels {
-            let (found, marks) = run(program, &Given::of(program, &known))?;
+        for level in &self.levels {
+            let Level { reductions, rankings, program } = level;
+            let (found, marks) = run(level, &Given::of(program, &known))?;
             for (reduction, found) in reductions.iter().zip(found) {
                 known.reduction(reduction, Scalar::vector(axis, first, found));
             }

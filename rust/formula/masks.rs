@@ -1,15 +1,15 @@
-//! Random masks of a task, kept as bits from the pass that drew them to the passes that need them
-//! again.
+//! Masks of a task, kept as bits from the pass that found them to the passes that need them again.
 //!
-//! Drawing is the dearest instruction there is, and a method that rescales draws each mask in the
-//! pass that sums and in the combine. A bit an element is a sixteenth of a bf16 input, so where the
-//! memory budget has room the bits are kept. Where it has none a mask is drawn again: the bits are
-//! the same either way.
+//! Drawing is the dearest instruction there is, and ranking is dearer still; a method that rescales
+//! needs each mask in the pass that sums and in the combine. A bit an element is a sixteenth of a bf16
+//! input, so where the memory budget has room the bits are kept. Where it has none a mask is drawn
+//! again, and short rows are ranked again: the bits are the same either way.
 
 use std::array;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use super::machine::TensorFrame;
 use super::{MaskName, Value, stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::SharedWords;
@@ -37,10 +37,22 @@ pub(crate) fn bytes(values: &[Value], elements: u64) -> u64 {
 
 /// The masks that more than one pass over the tensor needs: those in what is reduced first.
 fn names(values: &[Value]) -> Vec<MaskName> {
+    stage::masks_of(&reduced_first(values))
+}
+
+/// What passes before the last one compute.
+fn reduced_first(values: &[Value]) -> Vec<Value> {
     let waits = stage::unknown(values);
     let reduced = waits.reductions.iter().flat_map(|reduction| stage::operands(reduction));
     let ranked = waits.selections.iter().map(|selection| selection.value.clone());
-    stage::masks_of(&reduced.chain(ranked).collect::<Vec<_>>())
+    reduced.chain(ranked).collect()
+}
+
+/// Bytes that the marks of short rows take which more than one pass over the tensor needs.
+pub(crate) fn marked_bytes(values: &[Value], frame: &TensorFrame) -> u64 {
+    let rankings = stage::unknown(&reduced_first(values)).rankings;
+    let short = rankings.iter().filter(|ranking| !frame.stores_marks(ranking.among));
+    short.count() as u64 * Marks::bytes(frame.elements)
 }
 
 impl KeptMasks {

@@ -14,7 +14,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
-from oxmerge.options import READ_PATHS, check_device, check_threads
+from oxmerge.options import READ_PATHS, check_allowed, check_device, check_threads
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
 from oxmerge.output.publish import OutputDirectory, close, commit, discard, prepare_output, stage
@@ -352,6 +352,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     for _, directory in merges:
         named(directory)
     _check_options(threads, read_path, device, vram)
+    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
     budget, vram = _bytes(memory), _bytes(vram)

@@ -13,7 +13,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
-from oxmerge.options import READ_PATHS, check_device, check_threads
+from oxmerge.options import READ_PATHS, check_allowed, check_device, check_threads
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
 from oxmerge.output.publish import OutputDirectory, close, commit, discard, prepare_output, stage
@@ -365,6 +365,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         named(directory)
     _check_options(threads, read_path, device, vram)
     _check_progress(progress)
+    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
     budget, vram = _bytes(memory), _bytes(vram)
     before = _core.peak_memory()
     plans = [

@@ -252,8 +252,7 @@ class PythonMethod:
         Parameters
         ----------
         *inputs : Value or sequence of Value
-            The base, unless it is ignored, and the list of the models; arrays, for a method of
-            those.
+            The base, unless it is ignored, and the list of the models; arrays if it sees those.
         **parameters
             As the function takes them; one number does for a parameter of each model.
         """

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together, prepare
+from oxmerge.options import check_allowed
 from oxmerge.output.claims import named
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import DEFAULT_SHARD_SIZE
@@ -579,6 +580,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
+    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=allow_methods)
     if isinstance(recipe, Plan):

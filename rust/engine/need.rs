@@ -25,9 +25,9 @@ const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
-/// Bytes of an element that is ranked in a worker: its order key, its draw, and whether it is kept, as
-/// a byte and as a bit; and what sorting a vector takes, of f64 where it may be.
-const RANKED_BYTES: u64 = 14;
+/// Bytes of an element that is ranked in a worker: its order key, whether it is kept, as a byte and as
+/// a bit, and its draw, in a vector that doubles; and what sorting a vector takes.
+const RANKED_BYTES: u64 = 18;
 const DRAWN_BYTES: u64 = 4;
 const SORTED_BYTES: u64 = 16;
 /// What a vector of results takes besides them: itself, and what the allocator adds.

@@ -24,6 +24,7 @@ __all__ = [
     "explain_parameter",
     "find_method",
     "read_methods",
+    "read_modifiers",
 ]
 
 #: Every method of the dialect.
@@ -174,6 +175,11 @@ class Method:
 def read_methods(table: Iterable[Mapping[str, Any]]) -> dict[str, Method]:
     """Return the engine's table of methods by name."""
     return {row["name"]: _read_method(row) for row in table}
+
+
+def read_modifiers(table: Iterable[Mapping[str, Any]]) -> dict[str, Parameter]:
+    """Return the parameters that every method has besides its own, by name."""
+    return {row["name"]: _read_parameter(row) for row in table}
 
 
 def _read_method(row: Mapping[str, Any]) -> Method:

@@ -38,9 +38,17 @@ impl Work {
         if !tensor.dtype.is_float() {
             return Ok(Self::Identical);
         }
+        if methods::is_kept(tensor)? {
+            let is_copy = tensor.sources.iter().all(|source| source.dtype == tensor.dtype);
+            return Ok(if is_copy {
+                Self::Identical
+            } else {
+                Self::Formulas(vec![Value::input(0)])
+            });
+        }
         let method = methods::find(method)
             .ok_or_else(|| Error::plan(format!("there is no merge method `{method}`")))?;
-        Ok(Self::Formulas(vec![method.formula(tensor)?]))
+        Ok(Self::Formulas(vec![methods::formula(method, tensor)?]))
     }
 
     /// Looking for `scalars`, which are of the whole tensor.

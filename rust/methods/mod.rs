@@ -16,6 +16,7 @@ mod karcher;
 mod largest_change;
 mod linear;
 mod model_stock;
+mod modifiers;
 mod multislerp;
 mod nearswap;
 mod norms_of_models;
@@ -36,6 +37,8 @@ use serde::Serialize;
 
 pub use inputs::{Input, Inputs};
 pub use linear::sum_of_weights;
+pub(crate) use modifiers::is_kept;
+pub use modifiers::{MODIFIERS, formula};
 
 use crate::error::Result;
 use crate::formula::Value;

@@ -19,7 +19,7 @@ use crate::engine::{self, Settings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
-use crate::methods::METHODS;
+use crate::methods::{METHODS, MODIFIERS};
 use crate::plan::{self, InputFile};
 
 const MOST_WORKERS: usize = 1024;
@@ -41,6 +41,12 @@ pub(super) fn partial_name(file_name: &str) -> String {
 pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     let descriptions: Vec<_> = METHODS.iter().map(|method| method.description()).collect();
     to_python(py, &descriptions)
+}
+
+/// The parameters that every merge method has besides its own.
+#[pyfunction]
+pub(super) fn modifiers(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    to_python(py, &MODIFIERS)
 }
 
 /// Raises `InputChangedError` if one of the files is not what it was.

@@ -136,8 +136,10 @@ def method_description(name: str) -> dict[str, Any]:
     return next(each for each in _core.methods() if each["name"] == name)
 
 
-def card_of(recipe: Recipe, models: Sequence[InputModel], donor: InputModel) -> str:
-    """Return the model card of a merge."""
+def card_of(
+    recipe: Recipe, models: Sequence[InputModel], donor: InputModel, notes: Sequence[str]
+) -> str:
+    """Return the model card of a merge; `notes` are on tensors that are an exception."""
     about = method_description(recipe.method)
     donor_first = sorted(models, key=lambda model: model is not donor)
     return model_card(
@@ -149,4 +151,5 @@ def card_of(recipe: Recipe, models: Sequence[InputModel], donor: InputModel) -> 
         recipe_text=recipe.text,
         method_title=about["title"],
         paper=about["paper"],
+        notes=notes,
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from oxmerge.problems import Findings, Place, Problem, shorten
+from oxmerge.recipe.extensions import ExtensionReader
 from oxmerge.recipe.keys import at_key, is_mapping
 from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer
-from oxmerge.recipe.values import ValueReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _TOP_KEYS = frozenset(
         "tokenizer",
         "tokenizer_source",
         "chat_template",
+        "oxmerge",
     )
 )
 _TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
@@ -76,7 +77,7 @@ def read_recipe(
     return replace(recipe, text=text, folder=folder, warnings=tuple(known.warnings))
 
 
-class _RecipeReader(ValueReader):
+class _RecipeReader(ExtensionReader):
     """Reads the levels of a recipe, from the top down."""
 
     def recipe(self, raw: object, place: Place) -> Recipe:
@@ -100,6 +101,7 @@ class _RecipeReader(ValueReader):
             out_dtype=self.dtype(raw, "out_dtype", place),
             tokenizer=self.tokenizer(raw, place),
             chat_template=self.chat_template(raw, place),
+            extensions=self.extensions(raw, place),
             places={key: at_key(place, raw, key) for key in raw if key in _TOP_KEYS},
         )
         self.check_form(raw, place)

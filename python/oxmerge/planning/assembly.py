@@ -181,7 +181,7 @@ class Assembler:
         resolvers = [(section.scale, run.depth), (section.shared, run.position), *own]
 
         def resolve(at: int) -> list[dict[str, Scalar] | None]:
-            named = zip(resolvers, self._names(found, at), strict=True)
+            named = zip(resolvers, self._names(found, at, len(own)), strict=True)
             return [resolver.resolve(name, position) for (resolver, position), name in named]
 
         before = len(self._problems)
@@ -194,17 +194,17 @@ class Assembler:
         if any(each is None for each in values):
             return None
         scale, shared, *each = (each or {} for each in values)
-        named = zip(resolvers, self._names(found, first), strict=True)
+        named = zip(resolvers, self._names(found, first, len(own)), strict=True)
         scale_origin, shared_origin, *origins = (
             resolver.origins(name, position) for (resolver, position), name in named
         )
         origin = {"shared": shared_origin | scale_origin, "own": origins}
         return self._enter(run, shared | scale, each, origin)
 
-    def _names(self, found: _core.Run, at: int) -> list[str]:
+    def _names(self, found: _core.Run, at: int, inputs: int) -> list[str]:
         """Return the names that filters look at: twice that in the output, then those of inputs."""
         name, sources = self._table.names(found, at)
-        return [name, name, *(source or "" for source in sources)]
+        return [name, name, *(source or "" for source in sources[:inputs])]
 
     def _enter(
         self,

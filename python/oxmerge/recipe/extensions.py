@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oxmerge.recipe.keys import EXTENSION_KEYS, at_item, at_key, is_mapping
-from oxmerge.recipe.patterns import Rename, check_rename
+from oxmerge.recipe.patterns import Rename, check_pattern, check_rename
 from oxmerge.recipe.recipe import UNREAD, Extensions, Keep, Renames, Setting
 from oxmerge.recipe.values import ValueReader
 
@@ -56,12 +56,11 @@ class ExtensionReader(ValueReader):
 
     def is_pattern(self, value: object, place: Place) -> bool:
         """Tell whether a value can be a pattern of names, and report one that cannot."""
-        if isinstance(value, str) and value:
-            return True
-        message = "a pattern of tensor names is needed here"
-        advice = 'write `"vision_tower.*"`, say'
-        self.fault(place, message, found="nothing" if value is None else value, advice=advice)
-        return False
+        fault = check_pattern(value)
+        if fault is not None:
+            message, advice = fault
+            self.fault(place, message, found="nothing" if value is None else value, advice=advice)
+        return fault is None
 
     def on_mismatch(self, raw: Mapping[str, object], place: Place) -> Place | None:
         """Return where `on_mismatch: base` stands; None if tensors have to match."""

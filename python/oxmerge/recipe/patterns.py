@@ -14,7 +14,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Rename", "check_rename", "renamed"]
+__all__ = ["Rename", "check_pattern", "check_rename", "renamed"]
+
+#: More `*` than any pattern needs; a matcher of many thousand takes long to make.
+MOST_STARS = 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,15 @@ class Rename:
         return f"`{self.pattern}` as `{self.name}`"
 
 
+def check_pattern(pattern: object) -> tuple[str, str] | None:
+    """Return what is wrong with a pattern, and what to do; None if it is sound."""
+    if not isinstance(pattern, str) or not pattern:
+        return "a pattern of tensor names is needed here", 'write `"vision_tower.*"`, say'
+    if pattern.count("*") > MOST_STARS:
+        return f"a pattern has at most {MOST_STARS} `*`", "one `*` stands for any part of a name"
+    return None
+
+
 def check_rename(pattern: object, name: object) -> tuple[str, str] | None:
     """Return what is wrong with a pair of patterns, and what to do; None if it is sound."""
     if not (isinstance(pattern, str) and isinstance(name, str) and pattern and name):
@@ -69,20 +81,20 @@ def check_rename(pattern: object, name: object) -> tuple[str, str] | None:
     if pattern.count("*") != name.count("*"):
         message = f"`{pattern}` needs a name with as many `*`"
         return message, "put a `*` where each part of the name goes"
-    return None
+    return check_pattern(pattern)
 
 
 def renamed(names: Iterable[str], rules: Sequence[Rename]) -> tuple[list[str], list[Rename]]:
     """Return what names become, each by the first rule that is for it, and the rules that acted."""
-    acted: dict[Rename, None] = {}
+    acted = set()
     found = []
     for name in names:
         for rule in rules:
             new = rule(name)
             if new is not None:
                 if new != name:
-                    acted[rule] = None
+                    acted.add(rule)
                 name = new  # noqa: PLW2901 - what it is called from here on
                 break
         found.append(name)
-    return found, list(acted)
+    return found, [rule for rule in rules if rule in acted]

@@ -277,9 +277,9 @@ class Recipe:
     @property
     def donor(self) -> str | None:
         """The model that names and config come from: the base, else the first that is listed."""
-        first = [source.model for part in self.slices[:1] for source in part.sources]
-        listed = [*first, *(source.model for source in self.models)]
-        return self.base_model or next(iter(listed), None)
+        part = self.slices[0] if self.slices else Slice(Place(), self.models)
+        listed = [self.base_model, part.base_model, *(source.model for source in part.sources)]
+        return next(filter(None, listed), None)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 //! what the method adds to the base. They are parameters like a method's own, and have no place in any
 //! of its formulas.
 //!
-//! A scale that grows with depth is LiNeS (<https://arxiv.org/abs/2410.17146>): the first layers, whose
+//! A scale that grows with depth is `LiNeS` (<https://arxiv.org/abs/2410.17146>): the first layers, whose
 //! features are general, stay near the base, and the last ones keep what was learned.
 
 use serde_json::Value as Json;

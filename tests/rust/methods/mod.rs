@@ -87,7 +87,7 @@ fn norm_average_is_the_same_everywhere() {
 fn scaled(name: &str, shape: &[u64], others: usize, scale: f64) -> Result<Value> {
     let mut tensor = tensor_of(shape, &vec![1.0; others + 1]);
     tensor.base = Some(0);
-    tensor.parameters = shared(scale).as_object().unwrap().clone();
+    tensor.parameters.clone_from(shared(scale).as_object().unwrap());
     methods::formula(methods::find(name).unwrap(), &tensor)
 }
 

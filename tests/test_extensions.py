@@ -530,6 +530,39 @@ def test_a_recipe_may_be_a_mapping_a_text_or_a_plan(folder: Path) -> None:
         assert lazily[name].tobytes() == data
 
 
+def test_methods_in_python_are_extended_as_the_built_in_ones(folder: Path) -> None:
+    extensions: dict[str, Any] = {
+        "keep": ["*norm*"],
+        "layer_scale": {"from": 0.25, "to": 2},
+        "on_mismatch": "base",
+    }
+    allowed = {"allow_methods": ["written_methods"]}
+    written = recipe("written_methods:stock", "a", "b", **extensions)
+    assert merged(written, **allowed) == merged(recipe("model_stock", "a", "b", **extensions))
+    planned(written, **allowed).save("plan.json")
+    again = oxmerge.load_plan("plan.json", memory=MEMORY, **allowed)
+    assert merged(again, "out2", **allowed) == merged(written, **allowed)
+
+
+def test_a_function_of_arrays_refuses_a_scale(folder: Path) -> None:
+    def asked(**more: Any) -> dict[str, Any]:
+        return recipe("written_methods:by_row", "a", "b", **more)
+
+    allowed = {"allow_methods": ["written_methods"]}
+    kept = merged(asked(keep=["*norm*"]), **allowed)
+    assert kept["model.norm.weight"] == model("base")["model.norm.weight"]
+    (fault,) = faults(asked(layer_scale=0.5), **allowed)
+    assert "this method is a function of arrays" in fault
+
+
+def test_tensors_may_be_kept_from_an_earlier_merge(folder: Path) -> None:
+    first = {**recipe("linear", "a", "b", base=None), "name": "first"}
+    last = recipe("ties", "a", keep={"lm_head.*": "first"})
+    text = f"{json.dumps(first, indent=1)}\n---\n{json.dumps(last, indent=1)}\n"
+    of_first = merged(recipe("linear", "a", "b", base=None), "first-alone")
+    assert merged(text, "of-two")["lm_head.weight"] == of_first["lm_head.weight"]
+
+
 def test_keys_are_checked(folder: Path) -> None:
     asked = recipe("ties", "a", keep=["*"])
     (fault,) = faults({**asked, "oxmerge": {"kep": ["*"]}})

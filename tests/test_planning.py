@@ -485,16 +485,11 @@ CONTRACTS: list[tuple[dict[str, Any], list[str]]] = [
         ],
     ),
     (
-        {"merge_method": "della", "models": [{"model": "a"}]},
+        {"merge_method": "zzz", "models": [{"model": "a"}]},
         [
             (
-                "merge_method: method `della` is not in this release\n  hint: use one of "
-                "`linear`, "
-                "`slerp`, `nuslerp`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties`, "
-                "`breadcrumbs`, `breadcrumbs_ties`, `multislerp`, `karcher`, `model_stock`, `sce`, "
-                "`nearswap`, `arcee_fusion`, `ram`, `ramplus_tl`, `passthrough`, `soup`, `ema`, "
-                "`geometric_median`, `consensus_ta`, `magmax`, `emr`, `metagpt`, `nan`, `expo`, "
-                "`pcb`"
+                "merge_method: there is no merge method `zzz`\n"
+                "  hint: `oxmerge methods` lists those there are"
             )
         ],
     ),
@@ -521,6 +516,38 @@ def test_contracts(shelf: Shelf, recipe: dict[str, Any], expected: list[str]) ->
     problems = shelf.problems(recipe)
     shown = [problem.partition(" (39 tensors")[0] for problem in problems]
     assert shown == [text.partition(" (39 tensors")[0] for text in expected]
+
+
+def test_layers_of_one_model_are_merged_with_each_other(shelf: Shelf) -> None:
+    shelf.put(a=zoo.llama(4), b=zoo.llama(4))
+    first, second = ({"model": "a", "layer_range": [at, at + 2]} for at in (0, 2))
+    recipe = {"merge_method": "slerp", "base_model": "a", "parameters": {"t": 0.5}}
+    merge = shelf.plan({**recipe, "slices": [{"sources": [first, second]}]})
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert sources(merge, name) == [("a", name), ("a", name.replace("1", "3", 1))]
+    assert merge.tensors[0].base == 0
+    assert [str(warning.message) for warning in merge.warnings] == []
+    merge = shelf.plan({**recipe, "slices": [{"sources": [first, first]}]})
+    assert [warning.code for warning in merge.warnings][:1] == ["duplicate-model"]
+
+
+def test_parameters_of_a_module_stand_before_those_of_the_recipe(shelf: Shelf) -> None:
+    shelf.put(a=zoo.llama(1), b=zoo.llama(1))
+    module = {
+        "models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 3}}],
+        "parameters": {"weight": [{"filter": "mlp", "value": 2}]},
+    }
+    recipe = {"merge_method": "linear", "parameters": {"weight": 1}}
+    merge = shelf.plan({**recipe, "modules": {"default": module}})
+    found = {
+        tensor.name: [source.parameters["weight"] for source in tensor.sources]
+        for tensor in merge.tensors
+    }
+    assert found["model.layers.0.mlp.up_proj.weight"] == [2, 3]
+    assert found["model.norm.weight"] == [1, 3]
+    unknown = {**module, "parameters": {"wieght": 1}}
+    (problem,) = shelf.problems({**recipe, "modules": {"default": unknown}})
+    assert problem.startswith("modules.default.parameters.wieght: unknown parameter")
 
 
 # Models that are not there, or do not fit.
@@ -787,7 +814,7 @@ slices:
 - sources:
   - model: base
     layer_range: [0, 1]
-  - model: base
+  - model: /nowhere
     layer_range: [1, 2]
 - sources:
   - model: base

@@ -63,6 +63,15 @@ def test_the_whole_of_a_recipe_is_read() -> None:
     assert recipe.warnings == ()
 
 
+def test_the_only_module_is_the_recipe() -> None:
+    inside = "{models: [{model: a, parameters: {weight: 1}}], parameters: {normalize: false}}"
+    recipe = Recipe.from_yaml(START + f"modules:\n  default: {inside}\nparameters: {{weight: 2}}\n")
+    assert [source.model for source in recipe.models] == ["a"]
+    assert recipe.models[0].where == Place("modules.default.models[0]", 3, 22)
+    assert recipe.module_parameters["normalize"].choices == (Choice((False,)),)
+    assert recipe.parameters["weight"].choices == (Choice((2,)),)
+
+
 def test_places_have_lines() -> None:
     recipe = Recipe.from_yaml(START + "models:\n- model: a\n  parameters:\n    weight: 1\n")
     assert str(recipe.models[0].where) == "models[0] (line 3)"
@@ -166,10 +175,32 @@ FAULTS: list[tuple[str, list[str]]] = [
     ),
     (
         START + "modules: {default: {}}\n",
+        [NEITHER.replace("a recipe", "modules.default (line 2): a recipe", 1)],
+    ),
+    (
+        START + "modules: {text: {models: [{model: a}]}, vision: {models: [{model: a}]}}\n",
         [
             (
                 "modules (line 2): not supported yet: merging the modules of a model apart "
-                "(`modules`)\n  hint: list whole models under `models`"
+                "(`text`, `vision`)\n  hint: list whole models under `models`"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "modules: {default: {models: [{model: a}]}}\n",
+        [
+            (
+                "a recipe has exactly one of `models` and `slices`: found `models` and `modules`\n"
+                "  hint: list whole models under `models`, or runs of layers under `slices`"
+            )
+        ],
+    ),
+    (
+        START + "modules: [default]\n",
+        [
+            (
+                "modules (line 2): a mapping of names to modules is needed here: found ['default']"
+                "\n  hint: write `default: ...`"
             )
         ],
     ),
@@ -340,10 +371,6 @@ SYNTAX: list[tuple[str, str]] = [
     ),
     ("- 1\n- 2\n", "a recipe is a mapping of keys to values: found a list"),
     ("# nothing\n", "a recipe is a mapping of keys to values: found nothing"),
-    (
-        "merge_method: linear\n---\nmerge_method: ties\n",
-        "line 2: not supported yet: several merges in one file",
-    ),
     ("a: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deeply"),
     ("a: !!python/object:os.system x\n", "line 1: recipes have no tags"),
     # The words of YAML's own messages help nobody who does not know YAML.

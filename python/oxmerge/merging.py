@@ -13,7 +13,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
-from oxmerge.options import READ_PATHS, check_device, check_threads
+from oxmerge.options import READ_PATHS, check_allowed, check_device, check_threads
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
 from oxmerge.output.publish import OutputDirectory, close, commit, discard, prepare_output, stage
@@ -23,7 +23,8 @@ from oxmerge.planning.plans import Plan
 from oxmerge.planning.summary import Prediction
 from oxmerge.problems import Findings
 from oxmerge.recipe.recipe import Recipe
-from oxmerge.sizes import parse_size
+from oxmerge.sizes import format_size, parse_size
+from oxmerge.stages import StageDirectories, plan_stages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     strict: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return what a merge would do.
 
@@ -179,6 +181,9 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         Whether models may be of another type than the one whose config the output has.
     ignore_unknown : bool
         Whether keys and parameters of the recipe that are not known are warnings.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
 
     Raises
     ------
@@ -200,9 +205,11 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         with_side_files=True,
         allow_mismatch=allow_mismatch,
         ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
     )
     planned = made.with_options(options)
-    planned.prediction  # noqa: B018 - what cannot fit is told now
+    for each in (*planned.stages, planned):
+        each.prediction  # noqa: B018 - what cannot fit is told now
     return planned
 
 
@@ -244,6 +251,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     strict: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
@@ -282,6 +290,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether models may be of another type than the one whose config the output has.
     ignore_unknown : bool
         Whether keys and parameters of the recipe that are not known are warnings.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable or bool, optional
@@ -305,7 +316,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     OSError
         If a file cannot be read or written, or the disk is full; no output is left.
     """
-    reports = merge_together(
+    (report,) = merge_together(
         [(recipe, directory)],
         memory=memory,
         threads=threads,
@@ -317,10 +328,11 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         strict=strict,
         allow_mismatch=allow_mismatch,
         ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
         read_path=read_path,
         progress=progress,
     )
-    return reports[0]
+    return report
 
 
 def merge_together(  # noqa: PLR0913 - the options of `merge`
@@ -336,22 +348,24 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     strict: bool,
     allow_mismatch: bool,
     ignore_unknown: bool,
+    allow_methods: Iterable[str],
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
     check: Callable[[list[Plan]], None] | None = None,
+    stages: Mapping[str, str | None] | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Parameters and errors are those of `merge`, for pairs of a recipe and a directory. Outputs that
     are finished when something fails are kept, the others leave nothing. `check` is called with the
-    plans before anything is made.
+    plans before anything is made. `stages` says where the outputs of earlier merges lie.
     """
     started = time.perf_counter()
     for _, directory in merges:
         named(directory)
     _check_options(threads, read_path, device, vram)
-    if not (progress is None or isinstance(progress, bool) or callable(progress)):
-        raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
+    _check_progress(progress)
+    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
     budget, vram = _bytes(memory), _bytes(vram)
     before = _core.peak_memory()
     plans = [
@@ -363,9 +377,27 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             with_side_files=True,
             allow_mismatch=allow_mismatch,
             ignore_unknown=ignore_unknown,
+            stages=stages,
+            allow_methods=allow_methods,
         )
         for recipe, _ in merges
     ]
+    if plans[0].stages:
+        options = {
+            "memory": memory,
+            "threads": threads,
+            "device": device,
+            "vram": vram,
+            "seed": seed,
+            "shard_size": shard_size,
+            "strict": strict,
+            "allow_mismatch": allow_mismatch,
+            "ignore_unknown": ignore_unknown,
+            "allow_methods": allow_methods,
+            "read_path": read_path,
+            "progress": progress,
+        }
+        return [_merge_stages(plans[0], merges[0][1], options, overwrite=overwrite)]
     if check is not None:
         check(plans)
     if device == "auto":
@@ -415,6 +447,41 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     return reports
 
 
+def _merge_stages(
+    plan: Plan, directory: PathLike, options: dict[str, Any], *, overwrite: bool
+) -> MergeReport:
+    """Merge what a plan of several merges says, one after the other."""
+    started = time.perf_counter()
+    # What stands against the last output is told before the first is made.
+    prepare_output(
+        directory,
+        overwrite=overwrite,
+        input_files=[file for file in plan.input_files if os.path.exists(file["path"])],
+        needed_bytes=plan.disk,
+    ).claim.give_up()
+    notes: list[str] = []
+    warnings: list[str] = []
+    with StageDirectories(directory) as made:
+        for stage in plan.recipe.stages:
+            place = made.next()
+            (report,) = merge_together(
+                [(stage, place)], **options, overwrite=True, stages=made.places
+            )
+            made.places[stage.name or ""] = place
+            written = format_size(report.bytes_written)
+            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
+            warnings += report.warnings
+        (report,) = merge_together(
+            [(plan.recipe, directory)], **options, overwrite=overwrite, stages=made.places
+        )
+    return replace(
+        report,
+        notes=(*notes, *report.notes),
+        warnings=(*warnings, *report.warnings),
+        total_seconds=time.perf_counter() - started,
+    )
+
+
 def _order(directories: Sequence[PathLike]) -> list[int]:
     """Return the order in which to claim directories: the same in every run, by their real paths.
 
@@ -435,7 +502,7 @@ def _check_side_files(plans: Iterable[Plan]) -> None:
     _core.check_unchanged(json.dumps(list(files.values())))
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - the options of `plan`
     recipe: Request,
     *,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -444,10 +511,15 @@ def prepare(
     with_side_files: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
+    stages: Mapping[str, str | None] | None = None,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
-    """Return the plan of what was asked for: a recipe, a file or text of one, or a plan."""
+    """Return the plan of what was asked for: a recipe, a file or text of one, or a plan.
+
+    `stages` says where the outputs of earlier merges lie; unless given, they are planned too.
+    """
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe)
+        recipe = load_plan(recipe, allow_methods=allow_methods)
     if isinstance(recipe, Plan):
         _check_made(recipe, shard_size, seed, strict=strict)
         return recipe
@@ -459,15 +531,25 @@ def prepare(
             "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
             "`Recipe.from_mapping`"
         )
-    return build_plan(
-        recipe,
-        shard_size=parse_size(shard_size),
-        seed=seed,
-        strict=strict,
-        with_side_files=with_side_files,
-        allow_mismatch=allow_mismatch,
-        findings=findings,
-    )
+
+    def plan_one(one: Recipe, places: Mapping[str, str | None], found: Findings) -> Plan:
+        return build_plan(
+            one,
+            shard_size=parse_size(shard_size),
+            seed=seed,
+            strict=strict,
+            with_side_files=with_side_files,
+            allow_mismatch=allow_mismatch,
+            allow_methods=allow_methods,
+            findings=found,
+            stages=places,
+        )
+
+    if stages is not None or not recipe.stages:
+        return plan_one(recipe, stages or {}, findings)
+    *earlier, last = plan_stages(recipe, findings, plan_one)
+    last.stages = tuple(earlier)
+    return last
 
 
 def _check_made(plan: Plan, shard_size: int | str, seed: int, *, strict: bool) -> None:
@@ -543,6 +625,11 @@ def _notes_on(output: OutputDirectory) -> tuple[str, ...]:
         return ()
     note = f"`{output.path}` cannot be locked there: let no other run write to it at the same time"
     return (note,)
+
+
+def _check_progress(progress: object) -> None:
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
 
 
 def _check_options(

@@ -64,6 +64,7 @@ CODES = {
     "parameter-unusual": "a parameter has a value that it seldom has",
     "parameter-value": "a parameter has a value of another kind",
     "side-file": "a file beside the weights cannot be copied",
+    "stages": "the merges of one file do not fit each other",
     "tensor-dtype": "a tensor has another type than the donor's",
     "tensor-shape": "a tensor has another shape than the donor's",
     "tokenizer-differs": "tokenizers differ",

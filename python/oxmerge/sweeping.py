@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from oxmerge import _core
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together, prepare
-from oxmerge.methods import read_methods
+from oxmerge.options import check_allowed
 from oxmerge.output.claims import named
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import DEFAULT_SHARD_SIZE
@@ -480,8 +479,7 @@ class _Effects:
 
 def _effect(plan: Plan) -> str:
     """Return a digest of what decides the output."""
-    method = read_methods(_core.methods())[plan.method]
-    idle = {parameter.name for parameter in method.parameters if not parameter.acts}
+    idle = {parameter.name for parameter in plan.about.parameters if not parameter.acts}
     beside = [str(file.source) for file in plan.side_files.copied]
     whole = (plan.config, beside, plan.input_files, plan.table.in_f64)
     digest = hashlib.sha256(repr(whole).encode())
@@ -527,6 +525,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     strict: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> list[MergeReport]:
@@ -553,7 +552,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     together : bool
         Vary all places in step instead of in every combination.
     memory, threads, device, vram, seed, shard_size, overwrite, read_path, progress
-    strict, allow_mismatch, ignore_unknown
+    strict, allow_mismatch, ignore_unknown, allow_methods
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
 
@@ -581,8 +580,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
+    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe)
+        recipe = load_plan(recipe, allow_methods=allow_methods)
     if isinstance(recipe, Plan):
         seed, shard_size = recipe.seed, recipe.shard_size
         recipe = recipe.recipe
@@ -598,6 +598,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
             shard_size=shard_size,
             seed=seed,
             allow_mismatch=allow_mismatch,
+            allow_methods=allow_methods,
         )
 
     effects = _Effects(made, replan, together=together)
@@ -613,6 +614,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         strict=strict,
         allow_mismatch=allow_mismatch,
         ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
         read_path=read_path,
         progress=progress,
         check=effects.check,

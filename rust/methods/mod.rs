@@ -6,8 +6,10 @@
 
 mod arcee_fusion;
 mod breadcrumbs;
+mod cabs;
 mod consensus;
 mod dare;
+mod della;
 mod expo;
 mod geometric_median;
 mod gram;
@@ -37,8 +39,8 @@ use serde::Serialize;
 
 pub use inputs::{Input, Inputs};
 pub use linear::sum_of_weights;
-pub(crate) use modifiers::is_kept;
-pub use modifiers::{MODIFIERS, formula};
+pub use modifiers::{MODIFIERS, scaled};
+pub(crate) use modifiers::{is_kept, keeps, refuse_scale, without_modifiers};
 
 use crate::error::Result;
 use crate::formula::Value;
@@ -247,6 +249,8 @@ pub static METHODS: &[&dyn Method] = &[
     &ties::Ties,
     &dare::DareLinear,
     &dare::DareTies,
+    &della::Della,
+    &della::DellaLinear,
     &breadcrumbs::Breadcrumbs,
     &breadcrumbs::BreadcrumbsTies,
     &multislerp::Multislerp,
@@ -268,6 +272,7 @@ pub static METHODS: &[&dyn Method] = &[
     &norms_of_models::Nan,
     &expo::Expo,
     &pcb::Pcb,
+    &cabs::Cabs,
 ];
 
 /// The method of that name.

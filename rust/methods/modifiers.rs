@@ -7,10 +7,10 @@
 
 use serde_json::Value as Json;
 
-use super::{Base, Inputs, Kind, Method, Parameter, Per, Preset};
+use super::{Inputs, Kind, Parameter, Per, Preset};
 use crate::error::{Error, Result};
 use crate::formula::{BinaryOp, Value, ValueNode};
-use crate::plan::OutputTensor;
+use crate::plan::{OutputTensor, Parameters};
 
 const KEEP: &str = "keep";
 const LAYER_SCALE: &str = "layer_scale";
@@ -35,9 +35,14 @@ pub static MODIFIERS: &[Parameter] = &[
     .factor(),
 ];
 
+/// Whether tensors with these shared parameters are left to one model.
+pub(crate) fn keeps(parameters: &Parameters) -> bool {
+    parameters.get(KEEP).and_then(Json::as_bool).unwrap_or(false)
+}
+
 /// Whether `tensor` is left to its only source.
 pub(crate) fn is_kept(tensor: &OutputTensor) -> Result<bool> {
-    let is_kept = tensor.parameters.get(KEEP).and_then(Json::as_bool).unwrap_or(false);
+    let is_kept = keeps(&tensor.parameters);
     if is_kept && tensor.sources.len() != 1 {
         return Err(Error::plan("a tensor that is kept has one source")
             .found(tensor.sources.len())
@@ -46,29 +51,42 @@ pub(crate) fn is_kept(tensor: &OutputTensor) -> Result<bool> {
     Ok(is_kept)
 }
 
-/// What `method` makes `tensor` by, with what the method adds to the base scaled if that is asked for.
-pub fn formula(method: &dyn Method, tensor: &OutputTensor) -> Result<Value> {
-    let merged = method.formula(tensor)?;
-    let Some(scale) = tensor.parameters.get(LAYER_SCALE).and_then(Json::as_f64) else {
-        return Ok(merged);
-    };
-    let description = method.description();
-    let base = match description.contract.base {
-        Base::Ignored => None,
-        Base::Required | Base::Optional => Inputs::of(tensor).optional_base(),
-    };
-    let base = base.ok_or_else(|| {
-        let name = description.name;
-        Error::plan(format!("`layer_scale` needs a base, and method `{name}` has none here"))
-            .advice("make the plan anew from its recipe")
+/// What a formula makes of `tensor`, with what it adds to the base scaled if that is asked for.
+pub fn scaled(tensor: &OutputTensor, merged: Value) -> Result<Value> {
+    let Some(scale) = layer_scale(tensor) else { return Ok(merged) };
+    let base = Inputs::of(tensor).optional_base().ok_or_else(|| {
+        Error::plan("`layer_scale` scales what is added to a base, and there is none")
+            .advice("name a `base_model`, or leave `layer_scale` out")
     })?;
-    Ok(scaled(merged, &base, scale))
+    Ok(from_base(merged, &base, scale))
+}
+
+/// Of a method that is no formula: an error if a scale is asked for.
+pub(crate) fn refuse_scale(tensor: &OutputTensor) -> Result<()> {
+    if layer_scale(tensor).is_none() {
+        return Ok(());
+    }
+    Err(Error::plan("`layer_scale` scales formulas, and this method is a function of arrays")
+        .advice("scale in the function, or leave `layer_scale` out"))
+}
+
+/// The parameters among `all` that are a method's own.
+pub(crate) fn without_modifiers(all: &Parameters) -> Parameters {
+    let is_own = |name: &str| MODIFIERS.iter().all(|modifier| modifier.name != name);
+    all.iter()
+        .filter(|(name, _)| is_own(name))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
+}
+
+fn layer_scale(tensor: &OutputTensor) -> Option<f64> {
+    tensor.parameters.get(LAYER_SCALE).and_then(Json::as_f64)
 }
 
 /// base + scale · (merged − base). A scale of 1 changes no bit, and one of 0 gives the base's.
 ///
 /// Where the formula adds something to the base, that is what is scaled: it is not rounded before.
-fn scaled(merged: Value, base: &Value, scale: f64) -> Value {
+fn from_base(merged: Value, base: &Value, scale: f64) -> Value {
     if scale == 1.0 || merged.is_same_input(base) {
         return merged;
     }

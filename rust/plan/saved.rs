@@ -11,7 +11,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::{
-    Builder, Input, InputFile, Node, OutputShard, PLAN_VERSION, Parameters, Plan, Settings, Tensor,
+    Builder, Input, InputFile, MethodSource, Node, OutputShard, PLAN_VERSION, Parameters, Plan,
+    Settings, Tensor,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -33,6 +34,7 @@ struct Saved {
 #[serde(deny_unknown_fields)]
 struct Table {
     method: String,
+    source: Option<MethodSource>,
     seed: u64,
     in_f64: bool,
     files: Vec<InputFile>,
@@ -103,6 +105,10 @@ pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
         .collect();
     out.write_all(b"{\"method\":")?;
     put(out, &plan.method)?;
+    if let Some(source) = &plan.source {
+        out.write_all(b",\"source\":")?;
+        put(out, source)?;
+    }
     write!(out, ",\"seed\":{},\"in_f64\":{},\"files\":", plan.seed, plan.in_f64)?;
     put_lines(out, plan.files.iter())?;
     out.write_all(b",\"models\":")?;
@@ -175,8 +181,19 @@ fn read(text: &str, header_bytes: impl Fn(&Plan, usize) -> Result<u64>) -> Resul
 
 /// The plan that a table describes, when all that it refers to is there.
 fn build(table: Table) -> Result<Plan> {
-    let Table { method, seed, in_f64, files, models, names, shapes, settings, shards, tensors } =
-        table;
+    let Table {
+        method,
+        source,
+        seed,
+        in_f64,
+        files,
+        models,
+        names,
+        shapes,
+        settings,
+        shards,
+        tensors,
+    } = table;
     check_file_names(&shards)?;
     let mut builder = Builder::new(Plan::new(method, seed, files, models));
     let owners: Vec<usize> = settings.iter().map(|settings| settings.own.len()).collect();
@@ -225,7 +242,7 @@ fn build(table: Table) -> Result<Plan> {
         return Err(wrong("the plan has no tensors"));
     }
     let mut plan = builder.place(&places)?;
-    plan.in_f64 = in_f64;
+    (plan.in_f64, plan.source) = (in_f64, source);
     let shard = |SavedShard { file_name, size }| OutputShard { file_name, header_bytes: 0, size };
     plan.shards = shards.into_iter().map(shard).collect();
     Ok(plan)

@@ -46,8 +46,21 @@ class Engine:
         return oxmerge.plan(_recipe(recipe), **options)
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
-        """Describe every merge method."""
+        """Describe the built-in merge methods."""
         return _core.methods()
+
+    def installed_methods(self) -> Sequence[Mapping[str, Any] | Problem]:
+        """Describe the methods that installed packages offer; or say why one cannot be had."""
+        from oxmerge.python_methods import installed  # noqa: PLC0415 - seldom needed
+
+        return [each if isinstance(each, Problem) else each.row() for each in installed()]
+
+    def find_method(self, name: str, allowed: Sequence[str]) -> Mapping[str, Any] | Problem | None:
+        """Describe the method written in Python that is called so; or say why it cannot be had."""
+        from oxmerge.python_methods import find_written  # noqa: PLC0415 - seldom needed
+
+        found = find_written(name, allowed)
+        return found if found is None or isinstance(found, Problem) else found.row()
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""

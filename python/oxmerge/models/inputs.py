@@ -18,6 +18,7 @@ from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from oxmerge._core import Checkpoint, TensorInfo
@@ -108,6 +109,8 @@ class Inputs:
     ----------
     folders : tuple of str
         Where relative paths may start.
+    stages : mapping of str to str or None
+        Where the outputs of earlier merges lie, by their names; None for one that failed.
     findings : Findings
         Takes models that are not there or broken, and what is odd about the others.
     donor : str, optional
@@ -119,20 +122,25 @@ class Inputs:
     ----------
     models : list of InputModel
         Those that could be opened, in order of first mention.
+    lacks_reported : bool
+        Whether a model is not there for a reason that is reported elsewhere.
     """
 
     def __init__(
         self,
         folders: tuple[str, ...],
+        stages: Mapping[str, str | None],
         findings: Findings,
         donor: str | None = None,
         renames: tuple[Renames, ...] = (),
     ) -> None:
         self._findings = findings
+        self._stages = stages
         self._donor = donor
         self._renames = renames
         self._checkpoints: dict[str, Checkpoint] = {}
         self.models: list[InputModel] = []
+        self.lacks_reported = False
         self._folders = folders
         self._paths: dict[str, str | Problem] = {}
         self._missing: set[str] = set()
@@ -145,7 +153,8 @@ class Inputs:
 
     def open(self, reference: str, where: Place | None = None) -> InputModel | None:
         """Return the model, or None after reporting that it cannot be opened, and where."""
-        if reference == UNREAD:
+        if reference == UNREAD or self._stages.get(reference, "") is None:
+            self.lacks_reported = True
             return None
         path = self._resolve(reference)
         if isinstance(path, Problem):
@@ -160,7 +169,8 @@ class Inputs:
 
     def _resolve(self, reference: str) -> str | Problem:
         if reference not in self._paths:
-            self._paths[reference] = resolve_reference(reference, self._folders)
+            stage = self._stages.get(reference)
+            self._paths[reference] = stage or resolve_reference(reference, self._folders)
         return self._paths[reference]
 
     def check_renames(self) -> None:

@@ -180,7 +180,9 @@ def _front_matter(hub_names: Iterable[str | None], metadata: Metadata) -> str:
 
 def _method_sentence(method: str, title: str | None, paper: str | None, base: str | None) -> str:
     name = f"`{method}`" if title is None else f"{title} (`{method}`)"
-    linked = name if paper is None else f"[{name}]({paper})"
+    # What is written in Python is from a module.
+    is_address = paper is not None and paper.startswith("http")
+    linked = f"[{name}]({paper})" if is_address else name if paper is None else f"{name}, {paper}"
     basis = "" if base is None else f", with {_code(base)} as the base"
     return f"Merge method: {linked}{basis}."
 

@@ -7,12 +7,12 @@ goes on after each problem as far as it can, so that one report has them all.
 from __future__ import annotations
 
 import os
+from types import MappingProxyType
 
-from oxmerge import _core
 from oxmerge.errors import PlanError, ProblemsError, RecipeError
-from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.methods import Method, built_in_methods, find_method
 from oxmerge.models.inputs import InputModel, Inputs
-from oxmerge.options import check_seed
+from oxmerge.options import check_allowed, check_seed
 from oxmerge.output.config import edit_config
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
+    from oxmerge import _core
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.targets import Run
     from oxmerge.recipe.recipe import Recipe
@@ -43,7 +44,7 @@ __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
-def build_plan(
+def build_plan(  # noqa: PLR0913 - the options of `plan`
     recipe: Recipe,
     *,
     shard_size: int = DEFAULT_SHARD_SIZE,
@@ -52,6 +53,8 @@ def build_plan(
     with_side_files: bool = False,
     allow_mismatch: bool = False,
     findings: Findings | None = None,
+    stages: Mapping[str, str | None] = MappingProxyType({}),
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
@@ -71,6 +74,10 @@ def build_plan(
         Whether models may be of another type than the donor.
     findings : Findings, optional
         What was wrong with the recipe when it was read.
+    stages : mapping of str to str or None
+        Where the outputs of earlier merges lie, by their names; None for one that cannot be made.
+    allow_methods : iterable of str
+        Modules that a method written in Python may come from.
 
     Raises
     ------
@@ -85,6 +92,8 @@ def build_plan(
     planner = _Planner(
         recipe,
         findings or Findings(),
+        stages,
+        check_allowed(allow_methods),
         with_side_files=with_side_files,
         allow_mismatch=allow_mismatch,
     )
@@ -98,6 +107,8 @@ class _Planner:
         self,
         recipe: Recipe,
         findings: Findings,
+        stages: Mapping[str, str | None],
+        allowed: tuple[str, ...],
         *,
         with_side_files: bool,
         allow_mismatch: bool,
@@ -106,16 +117,17 @@ class _Planner:
         self.error = RecipeError if findings.problems else PlanError
         self.findings = findings
         findings.warnings[:0] = recipe.warnings
+        self.allowed = allowed
         self.with_side_files = with_side_files
         self.allow_mismatch = allow_mismatch
         self.side_files = SideFiles()
         folders = (os.getcwd(), recipe.folder)
         self.folders = tuple(folder for folder in folders if folder is not None)
         asked = recipe.extensions
-        self.inputs = Inputs(self.folders, findings, recipe.donor, asked.rename)
+        self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
         self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
-        self.methods = read_methods(_core.methods())
+        self.cause: BaseException | None = None
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
         method, is_known = self.method()
@@ -130,39 +142,40 @@ class _Planner:
         if donor is not None:
             table, fates = self.assemble(targets, donor, seed, shard_size)
             if is_known:
-                self.check_with_engine(table)
+                table = self.with_method(method, table)
         self.check_config(donor)
         self.look_beside(donor)
         self.compare_models(sections, donor, table)
         if donor is not None:
             problems += check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
         self.check_effects(sections)
-        if donor is None and not problems:
+        if donor is None and not problems and not self.inputs.lacks_reported:
             message = "there is no model to take the names from"
             problems.append(Problem("missing-key", message, advice="list a model"))
         if donor is None or table is None or problems:
-            raise self.failure(problems + (warnings if strict else []))
+            raise self.failure(problems + (warnings if strict else [])) from self.cause
         ledger = Ledger(self.inputs.models, fates, self.keeping.passed_over)
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
         warnings += ledger.warnings
         if strict and warnings:
             raise self.failure(warnings)
-        return self.result(table, donor, accounting, shard_size)
+        return self.result(method, table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
         if not self.recipe.method:
-            return Method(""), False  # which is reported
+            return Method("", takes_anything=True), False  # which is reported
         where = self.recipe.place("merge_method")
-        found = find_method(self.recipe.method, self.methods, where)
+        found = find_method(self.recipe.method, where, self.allowed)
         if isinstance(found, Problem):
             self.findings.problems.append(found)
-            return Method(self.recipe.method), False
+            return Method(self.recipe.method, takes_anything=True), False
         return found, True
 
     def sections(self, method: Method) -> list[Section]:
+        methods = (*built_in_methods().values(), method)
         builder = SectionBuilder(
-            self.recipe, method, self.methods, self.inputs, self.reader, self.findings
+            self.recipe, method, methods, self.inputs, self.reader, self.findings
         )
         return builder.build()
 
@@ -197,6 +210,18 @@ class _Planner:
         for run in targets:
             assembler.assemble(run)
         return assembler.finish(shard_size)
+
+    def with_method(self, method: Method, table: _core.Plan) -> _core.Plan:
+        """Return the table with the formulas of a method in Python; report what it cannot make."""
+        if method.written is not None:
+            try:
+                table = method.written.write_formulas(table)
+            except PlanError as error:
+                self.findings.problems.append(error.as_problem("unfit-formula"))
+                self.cause = error.__cause__
+                return table
+        self.check_with_engine(table)
+        return table
 
     def check_with_engine(self, table: _core.Plan) -> None:
         for found in table.problems():
@@ -257,6 +282,7 @@ class _Planner:
 
     def result(
         self,
+        method: Method,
         table: _core.Plan,
         donor: InputModel,
         accounting: tuple[ModelAccount, ...],
@@ -278,6 +304,7 @@ class _Planner:
         notes = (*self.recipe.notes, *extended)
         plan = Plan(
             table=table,
+            about=method,
             recipe_text=self.recipe.text,
             recipe_folder=self.recipe.folder,
             shard_size=shard_size,
@@ -291,7 +318,7 @@ class _Planner:
             notes=notes,
             changes=(*changes, *notes, *notes_on(self.side_files)),
             config=config,
-            card=card_of(self.recipe, self.inputs.models, donor, extended),
+            card=card_of(self.recipe, method, self.inputs.models, donor, extended),
             side_files=self.side_files,
         )
         plan.recipe = self.recipe  # it need not be read again

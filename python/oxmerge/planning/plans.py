@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge import _core
+    from oxmerge.methods import Method
     from oxmerge.output.side_files import SideFiles
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.summary import Prediction
@@ -38,6 +39,8 @@ class Plan:
 
     Attributes
     ----------
+    about : Method
+        What the merge method is.
     table : _core.Plan
         Every output tensor, where its sources lie, and where it goes: what the engine runs.
     recipe_text : str
@@ -74,8 +77,11 @@ class Plan:
         The donor's other files.
     options : dict
         What the prediction is for: `memory`, `threads`, `device` and `vram`, as `plan` takes them.
+    stages : tuple of Plan
+        The merges that come first, whose outputs this one reads; their outputs are removed again.
     """
 
+    about: Method
     table: _core.Plan
     recipe_text: str
     recipe_folder: str | None
@@ -93,6 +99,9 @@ class Plan:
     card: str
     side_files: SideFiles
     options: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[Plan, ...] = ()
+    #: Keeps the files that stand for outputs of `stages`.
+    stand_ins: object = None
 
     @property
     def method(self) -> str:
@@ -152,13 +161,14 @@ class Plan:
         """Return the same plan, with a prediction for other options."""
         plan = copy.copy(self)
         plan.options = options
+        plan.stages = tuple(stage.with_options(options) for stage in self.stages)
         vars(plan).pop("prediction", None)
         return plan
 
     @property
     def disk(self) -> int:
-        """Bytes that the output needs on the disk."""
-        return disk_bytes(self)
+        """Bytes that the output needs on the disk, and the outputs of the merges before it."""
+        return disk_bytes(self) + sum(stage.disk for stage in self.stages)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -193,6 +203,11 @@ class Plan:
         ----------
         path : path
             The file; one that is there is replaced when the new one is complete.
+
+        Raises
+        ------
+        PlanError
+            If other merges come first: their outputs, which this one reads, are not there.
         """
         save_plan(self, path)
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from oxmerge import _core
-from oxmerge.methods import read_modifiers
+from oxmerge.methods import modifiers
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import Problem
 from oxmerge.recipe.recipe import UNREAD, Slice, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel, Inputs
@@ -96,7 +95,7 @@ class SectionBuilder:
         What the user asked for.
     method : Method
         The recipe's method.
-    methods : mapping of str to Method
+    methods : iterable of Method
         Every method, for what their parameters are called.
     inputs : Inputs
         Opens the models.
@@ -110,21 +109,23 @@ class SectionBuilder:
         self,
         recipe: Recipe,
         method: Method,
-        methods: Mapping[str, Method],
+        methods: Iterable[Method],
         inputs: Inputs,
         reader: SettingReader,
         findings: Findings,
     ) -> None:
         self._findings = findings
         self._recipe = recipe
+        self._levels = (recipe.module_parameters, recipe.parameters)
         self._method = method
-        self._known = {each.name for one in methods.values() for each in one.parameters}
+        self._known = {each.name for one in methods for each in one.parameters}
         self._inputs = inputs
         self._reader = reader
 
     def build(self) -> list[Section]:
         """Return the sections that could be made."""
         self._check_base()
+        self._check_names(self._recipe.module_parameters, "all")
         self._check_names(self._recipe.parameters, "all")
         if not self._recipe.models and not self._recipe.slices:
             return []  # which is reported
@@ -200,16 +201,17 @@ class SectionBuilder:
         )
 
     def _check_duplicates(self, part: Slice) -> None:
-        seen: dict[str, Place] = {}
+        """Find models that are listed twice. Other layers of one model may well be merged."""
+        seen: dict[tuple[str, object], Place] = {}
         for source in part.sources:
-            path = self._inputs.path_of(source.model)
-            if path in seen and source.model != UNREAD:
-                message = f"model `{source.model}` is listed twice, first at {seen[path]}"
+            key = self._inputs.path_of(source.model), source.layer_range
+            if key in seen and source.model != UNREAD:
+                message = f"model `{source.model}` is listed twice, first at {seen[key]}"
                 advice = "list it once, with the weight of both; or name the model that was meant"
-                self._findings.problems.append(
-                    Problem("duplicate-model", message, source.where, advice=advice)
-                )
-            seen.setdefault(path, source.where)
+                problem = Problem("duplicate-model", message, source.where, advice=advice)
+                found = self._findings
+                (found.warnings if self._recipe.slices else found.problems).append(problem)
+            seen.setdefault(key, source.where)
 
     # Making.
 
@@ -243,8 +245,9 @@ class SectionBuilder:
         sources: list[SectionSource] = []
         base: int | None = None
         shared = self._shared(part)
-        for source, model in opened:
-            is_base = self._inputs.path_of(source.model) == base_path
+        bases = [self._inputs.path_of(source.model) == base_path for source, _ in opened]
+        for at, (source, model) in enumerate(opened):
+            is_base = bases[at] and not any(bases[:at])  # the first, if it is listed twice
             self._check_names(source.parameters, "base" if is_base else "input")
             # Also where there is no model: what is wrong with the values is told with that.
             resolver = self._resolver(part, source, is_base=is_base)
@@ -261,12 +264,12 @@ class SectionBuilder:
         return Section(part.where, tuple(sources), base, donor, shared, scale, length, settings)
 
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
-        levels = (source.parameters, part.parameters, self._recipe.parameters)
+        levels = (source.parameters, part.parameters, *self._levels)
         parameters = self._method.parameters_of(base=is_base)
         return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
 
     def _shared(self, part: Slice) -> Resolver:
-        levels = (part.parameters, self._recipe.parameters)
+        levels = (part.parameters, *self._levels)
         whose = f" by method `{self._method.name}`"
         return Resolver(self._method.shared_parameters(), levels, self._reader, whose)
 
@@ -277,7 +280,7 @@ class SectionBuilder:
             if setting is not None and self._method.base != "required":  # else it is missed anyway
                 self._report_scale(setting)
             return Resolver((), (), self._reader, "")
-        parameter = read_modifiers(_core.modifiers())["layer_scale"]
+        parameter = modifiers()["layer_scale"]
         return Resolver((parameter,), ({"layer_scale": setting},), self._reader, "")
 
     def _report_scale(self, setting: Setting) -> None:

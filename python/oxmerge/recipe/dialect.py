@@ -8,22 +8,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from oxmerge.problems import Findings, Place, Problem, shorten
+from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extensions import ExtensionReader
-from oxmerge.recipe.keys import at_key, is_mapping
+from oxmerge.recipe.keys import at_key, is_mapping, show_key
 from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["read_recipe"]
+__all__ = ["read_documents", "read_recipe"]
 
 _TOP_KEYS = frozenset(
     (
         "merge_method",
         "models",
         "slices",
+        "modules",
         "base_model",
         "parameters",
         "dtype",
@@ -35,9 +36,12 @@ _TOP_KEYS = frozenset(
     )
 )
 _TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
+_MODULE_KEYS = frozenset(("models", "slices", "parameters"))
 _MODEL_KEYS = frozenset(("model", "parameters"))
 _SLICE_KEYS = frozenset(("sources", "base_model", "parameters"))
 _SOURCE_KEYS = frozenset(("model", "layer_range", "parameters"))
+#: Stands for a module that cannot be read, which is reported already.
+_UNREAD_MODULE: dict[str, object] = {}
 #: Files of other tools by the keys that tell them.
 _OTHER_TOOLS = (
     (
@@ -70,17 +74,125 @@ def read_recipe(
     text: str = "",
     folder: str | None = None,
     file: str | None = None,
+    in_stages: bool = False,
 ) -> Recipe:
-    """Return the recipe in `mapping`, as far as it can be read; the faults go to `findings`."""
+    """Return the recipe in `mapping`, as far as it can be read; the faults go to `findings`.
+
+    `in_stages` says that it is one of several merges, which have names.
+    """
     known = Findings(findings.problems, ignore_unknown=findings.ignore_unknown)
-    recipe = _RecipeReader(known).recipe(mapping, Place(file=file))
+    recipe = _RecipeReader(known).recipe(mapping, Place(file=file), in_stages=in_stages)
     return replace(recipe, text=text, folder=folder, warnings=tuple(known.warnings))
+
+
+def read_documents(
+    documents: Sequence[Mapping[str, object]],
+    findings: Findings,
+    *,
+    text: str = "",
+    folder: str | None = None,
+    file: str | None = None,
+) -> Recipe:
+    """Return the recipe that some documents are, as `read_recipe` does.
+
+    One of them has no name, or is used by no other: that is the recipe. Those that it uses,
+    directly or not, are its stages.
+    """
+    in_stages = len(documents) > 1
+    recipes = [
+        read_recipe(each, findings, text=text, folder=folder, file=file, in_stages=in_stages)
+        for each in documents
+    ]
+    return _Stages(recipes, findings).recipe() if in_stages else recipes[0]
+
+
+class _Stages:
+    """Puts the merges of one file in order."""
+
+    def __init__(self, recipes: Sequence[Recipe], findings: Findings) -> None:
+        self.findings = findings
+        self.named: dict[str, Recipe] = {}
+        self.unnamed: list[Recipe] = []
+        for recipe in recipes:
+            self.add(recipe)
+        self.done: list[Recipe] = []
+        self.begun: list[str] = []
+
+    def add(self, recipe: Recipe) -> None:
+        if recipe.name is None:
+            self.unnamed.append(recipe)
+            if len(self.unnamed) > 1:
+                message, advice = "a second merge without a name", "give all but the last a `name`"
+                self.fault(recipe.place("merge_method"), message, advice)
+        elif recipe.name in self.named:
+            message = f"a second merge with the name `{shorten(recipe.name)}`"
+            self.fault(recipe.place("name"), message, "give each a name of its own")
+        else:
+            self.named[recipe.name] = recipe
+
+    def fault(self, place: Place, message: str, advice: str) -> None:
+        self.findings.problems.append(Problem("stages", message, place, advice=advice))
+
+    def recipe(self) -> Recipe:
+        last = self.last()
+        self.visit(last)
+        stages = tuple(each for each in self.done if each is not last)
+        needed = {stage.name for stage in stages}
+        idle = [name for name in self.named if name not in needed and name != last.name]
+        unused = [
+            Problem(
+                "no-effect",
+                f"the output of the merge `{shorten(name)}` is read by no other",
+                self.named[name].place("name"),
+                advice="take it out, or merge it by a recipe of its own",
+            )
+            for name in idle
+        ]
+        return replace(last, stages=stages, warnings=(*last.warnings, *unused))
+
+    def last(self) -> Recipe:
+        """Return the merge whose output is that of the recipe."""
+        if self.unnamed:
+            return self.unnamed[0]
+        used = {name for each in self.named.values() for name in _reads(each)}
+        candidates = [each for name, each in self.named.items() if name not in used]
+        if len(candidates) != 1:
+            several = ", ".join(f"`{shorten(each.name or '')}`" for each in candidates) or "none"
+            message = f"several merges, of which one should be the output: found {several}"
+            place = next(iter(self.named.values())).place("name")
+            self.fault(place, message, "leave the `name` of the last one out")
+        return candidates[0] if candidates else next(iter(self.named.values()))
+
+    def visit(self, recipe: Recipe) -> None:
+        """Add a merge after those whose outputs it reads."""
+        name = recipe.name or ""
+        if name in self.begun:
+            if recipe not in self.done:
+                begun = [each for each in self.begun[self.begun.index(name) :] if each]
+                circle = " -> ".join(f"`{shorten(each)}`" for each in (*begun, name))
+                message = f"these merges read each other's outputs: {circle}"
+                self.fault(recipe.place("name"), message, "let each read earlier ones only")
+            return
+        self.begun.append(name)
+        for read in _reads(recipe):
+            if read in self.named:
+                self.visit(self.named[read])
+        self.done.append(recipe)
+
+
+def _reads(recipe: Recipe) -> list[str]:
+    """Return every model that a recipe names."""
+    listed = (*recipe.models, *(source for part in recipe.slices for source in part.sources))
+    bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
+    tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
+    kept = (each.model for each in recipe.extensions.keep)
+    return [name for name in (*(each.model for each in listed), *bases, *tokenizer, *kept) if name]
 
 
 class _RecipeReader(ExtensionReader):
     """Reads the levels of a recipe, from the top down."""
 
-    def recipe(self, raw: object, place: Place) -> Recipe:
+    def recipe(self, raw: object, place: Place, *, in_stages: bool) -> Recipe:
         if not is_mapping(raw):
             message, advice = "a recipe is a mapping of keys to values", "give it as a mapping"
             self.fault(place, message, code="not-a-recipe", found=raw, advice=advice)
@@ -90,11 +202,14 @@ class _RecipeReader(ExtensionReader):
             message, advice = other
             self.fault(place, message, code="not-a-recipe", advice=advice)
             return Recipe("")
-        self.check_keys(raw, place, _TOP_KEYS, later=True)
+        known = _TOP_KEYS | {"name"} if in_stages else _TOP_KEYS
+        self.check_keys(raw, place, known)
+        whole, at = self.module(raw, place)
         recipe = Recipe(
             method=self.method(raw, place),
-            models=self.items(raw, "models", place, self.model),
-            slices=self.items(raw, "slices", place, self.slice),
+            models=self.items(whole, "models", at, self.model),
+            slices=self.items(whole, "slices", at, self.slice),
+            module_parameters={} if whole is raw else self.settings(whole, at),
             base_model=self.reference(raw, "base_model", place),
             parameters=self.settings(raw, place),
             dtype=self.dtype(raw, "dtype", place),
@@ -102,15 +217,48 @@ class _RecipeReader(ExtensionReader):
             tokenizer=self.tokenizer(raw, place),
             chat_template=self.chat_template(raw, place),
             extensions=self.extensions(raw, place),
-            places={key: at_key(place, raw, key) for key in raw if key in _TOP_KEYS},
+            places={key: at_key(place, raw, key) for key in raw if key in known},
+            name=self.name(raw, place) if in_stages else None,
         )
-        self.check_form(raw, place)
+        self.check_form(raw, whole, at)
         return recipe
 
-    def check_form(self, raw: Mapping[str, object], place: Place) -> None:
-        """Exactly one of `models` and `slices` says what to merge."""
-        given = [key for key in ("models", "slices") if raw.get(key)]
-        if len(given) == 1 or (not given and raw.get("modules")):  # which is refused by name
+    def module(self, raw: Mapping[str, object], place: Place) -> tuple[Mapping[str, object], Place]:
+        """Return the mapping that has `models` or `slices`: the recipe, or its only module."""
+        modules = raw.get("modules")
+        if not modules or raw.get("models") or raw.get("slices"):
+            return raw, place
+        place = at_key(place, raw, "modules")
+        if not is_mapping(modules):
+            message, advice = "a mapping of names to modules is needed here", "write `default: ...`"
+            self.fault(place, message, found=modules, advice=advice)
+            return _UNREAD_MODULE, place
+        name, module = next(iter(modules.items()))
+        if len(modules) > 1:
+            names = ", ".join(f"`{show_key(each)}`" for each in modules)
+            message = f"not supported yet: merging the modules of a model apart ({names})"
+            self.fault(place, message, code=UNSUPPORTED, advice="list whole models under `models`")
+        place = at_key(place, modules, name)
+        if not self.check_mapping(module, place, _MODULE_KEYS):
+            return _UNREAD_MODULE, place
+        return module, place
+
+    def name(self, raw: Mapping[str, object], place: Place) -> str | None:
+        """Read what later merges call the output."""
+        name = raw.get("name")
+        if name is None or (isinstance(name, str) and name):
+            return name
+        message, advice = "a name is text", "write `name: first`, say"
+        self.fault(at_key(place, raw, "name"), message, found=name, advice=advice)
+        return None
+
+    def check_form(
+        self, raw: Mapping[str, object], whole: Mapping[str, object], place: Place
+    ) -> None:
+        """Exactly one of `models`, `slices` and `modules` says what to merge."""
+        given = [key for key in ("models", "slices") if whole.get(key)]
+        given += ["modules"] if whole is raw and raw.get("modules") else []
+        if len(given) == 1 or whole is _UNREAD_MODULE:  # which is reported
             return
         found = " and ".join(f"`{key}`" for key in given) or "neither"
         message = "a recipe has exactly one of `models` and `slices`"

@@ -1,8 +1,7 @@
-"""Keys of a recipe: each is read, refused by name, without effect, or unknown.
+"""Keys of a recipe: each is read, without effect, or unknown.
 
 A key that the dialect does not know is a problem with a suggestion. One that it knows, but that has
-no effect where it stands, is a warning that says where it would act. One that oxmerge does not do
-yet is refused by name.
+no effect where it stands, is a warning that says where it would act.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from reprlib import Repr
 
 from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
-from oxmerge.problems import UNSUPPORTED, Place, Problem, did_you_mean, near, shorten
+from oxmerge.problems import Place, Problem, did_you_mean, near, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ _ACTS_IN = {
     "merge_method": "at the top level",
     "models": "at the top level",
     "slices": "at the top level",
+    "modules": "at the top level",
     "base_model": "at the top level or in a slice",
     "dtype": "at the top level",
     "out_dtype": "at the top level",
@@ -61,10 +61,6 @@ _NEVER_ACTS = {
     "low_cpu_memory": "pass `--memory`",
     "cuda": "pass `--device cuda`",
     "write_model_card": "a model card is written",
-}
-#: What is not done yet, and what to do instead.
-NOT_YET = {
-    "modules": ("merging the modules of a model apart", "list whole models under `models`"),
 }
 
 
@@ -128,24 +124,15 @@ class KeyReader:
         raw: Mapping[str, object],
         place: Place,
         known: frozenset[str],
-        *,
-        later: bool = False,
     ) -> None:
-        """Check each key that is not read; those refused by name only where `later` says."""
-        for key, value in raw.items():
+        """Check each key that is not read."""
+        for key in raw:
             if key not in known:
-                self.check_key(
-                    key, value, at_key(place, raw, key), known | (set(NOT_YET) if later else set())
-                )
+                self.check_key(key, at_key(place, raw, key), known)
 
-    def check_key(self, key: object, value: object, place: Place, known: frozenset[str]) -> None:
-        """Sort a key that is not read here: refused, without effect, or unknown."""
-        if key in known:
-            if value is not None:
-                what, advice = NOT_YET[str(key)]
-                message = f"not supported yet: {what} (`{key}`)"
-                self.fault(place, message, code=UNSUPPORTED, advice=advice)
-        elif key in _NEVER_ACTS:
+    def check_key(self, key: object, place: Place, known: frozenset[str]) -> None:
+        """Sort a key that is not read here: without effect, or unknown."""
+        if key in _NEVER_ACTS:
             self.no_effect(place, f"`{key}` has no effect", _NEVER_ACTS[str(key)])
         elif key in _ACTS_IN:
             self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
@@ -171,7 +158,7 @@ def _key_advice(key: str, known: frozenset[str]) -> str:
         return "put it under `parameters`"
     if key in EXTENSION_KEYS:
         return "put it under `oxmerge` at the top level"
-    keys = ", ".join(f"`{name}`" for name in sorted(known - set(NOT_YET)))
+    keys = ", ".join(f"`{name}`" for name in sorted(known))
     return did_you_mean(key, known) or f"known here: {keys}"
 
 

@@ -235,6 +235,8 @@ class Recipe:
         The base, and the donor of names and config.
     parameters : mapping of str to Setting
         Settings for everything.
+    module_parameters : mapping of str to Setting
+        Settings of the only module, where `models` or `slices` stand in one; before `parameters`.
     dtype, out_dtype : str, optional
         Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
         `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64
@@ -247,6 +249,10 @@ class Recipe:
         What other tools do not have.
     places : mapping of str to Place
         Where its keys stand.
+    name : str, optional
+        What later merges of the same file call its output.
+    stages : tuple of Recipe
+        The merges of the same file whose outputs it reads, in the order in which they run.
     text : str
         The recipe as it was written; as JSON, which is YAML too, if it came as a mapping.
     folder : str, optional
@@ -260,12 +266,15 @@ class Recipe:
     slices: tuple[Slice, ...] = ()
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
+    module_parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: Tokenizer | None = None
     chat_template: Template | None = None
     extensions: Extensions = Extensions()
     places: Mapping[str, Place] = field(default_factory=dict)
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
     text: str = ""
     folder: str | None = None
     warnings: tuple[Problem, ...] = ()
@@ -353,9 +362,12 @@ class Recipe:
     @classmethod
     def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
         """Return the recipe in YAML text, whose relative paths may start in `folder`."""
-        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+        from oxmerge.recipe.dialect import read_documents  # noqa: PLC0415 - it needs this module
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
-        return cls.from_mapping(parse_yaml(text), text=text, folder=folder)
+        findings = Findings()
+        documents = parse_documents(text, None, findings)
+        return _sound(read_documents(documents, findings, text=text, folder=folder), findings)
 
     @classmethod
     def read(
@@ -368,14 +380,19 @@ class Recipe:
         `source` is that of `from_yaml` or of `from_mapping`; `RecipeError` is raised for what is
         not even a mapping.
         """
-        from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
+        from oxmerge.recipe.dialect import (  # noqa: PLC0415 - it needs this module
+            read_documents,
+            read_recipe,
+        )
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
         if isinstance(source, Mapping):
             _check_extent(source)
             return read_recipe(source, findings, text=_as_json(source))
-        mapping, text, path = _parsed(source, findings)
+        text, path = _text_of(source)
+        documents = parse_documents(text, path, findings)
         folder = None if path is None else os.path.dirname(os.path.abspath(path))
-        return read_recipe(mapping, findings, text=text, folder=folder, file=path)
+        return read_documents(documents, findings, text=text, folder=folder, file=path)
 
     @staticmethod
     def mapping_of(
@@ -385,18 +402,15 @@ class Recipe:
 
         Parameters and errors are those of `from_yaml`, but only the YAML is checked.
         """
-        if isinstance(source, Recipe):
-            from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
-
-            return dict(parse_yaml(source.text)), source.text, source.folder
         if isinstance(source, Mapping):
             return dict(source), _as_json(source), None
-        findings = Findings()
-        mapping, text, path = _parsed(source, findings)
-        if findings.problems:
-            raise RecipeError("cannot read the recipe", problems=findings.problems)
+        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        if isinstance(source, Recipe):
+            return dict(parse_yaml(source.text)), source.text, source.folder
+        text, path = _text_of(source)
         folder = None if path is None else os.path.dirname(os.path.abspath(path))
-        return dict(mapping), text, folder
+        return dict(parse_yaml(text)), text, folder
 
 
 def _sound(recipe: Recipe, findings: Findings) -> Recipe:
@@ -423,18 +437,13 @@ def _parts(value: object) -> Iterable[object] | None:
     return value if isinstance(value, list | tuple | set | frozenset) else None
 
 
-def _parsed(
-    source: str | os.PathLike[str] | IO[bytes], findings: Findings
-) -> tuple[dict[str, object], str, str | None]:
-    """Return a recipe's mapping, its text, and its file as it was named."""
-    from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
-
+def _text_of(source: str | os.PathLike[str] | IO[bytes]) -> tuple[str, str | None]:
+    """Return a recipe's text, and its file as it was named."""
     if isinstance(source, str) and ("\n" in source or ": " in source):
-        return parse_yaml(source, None, findings), source, None
+        return source, None
     if not isinstance(source, str | os.PathLike):
         if hasattr(source, "read"):
-            text = _read_text(source, None)
-            return parse_yaml(text, None, findings), text, None
+            return _read_text(source, None), None
         kind = type(source).__name__
         raise TypeError(
             f"a recipe is a path, YAML text or a `Recipe`, not a {kind}; of a mapping, "
@@ -442,8 +451,7 @@ def _parsed(
         )
     path = os.fspath(source)
     with open(path, "rb") as file:
-        text = _read_text(file, path)
-    return parse_yaml(text, path, findings), text, path
+        return _read_text(file, path), path
 
 
 def _read_text(file: IO[bytes], path: str | None) -> str:

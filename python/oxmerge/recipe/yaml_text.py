@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from yaml import SafeLoader
     from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-__all__ = ["MarkedList", "MarkedMapping", "parse_yaml"]
+__all__ = ["MarkedList", "MarkedMapping", "parse_documents", "parse_yaml"]
 
 _FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?"
@@ -68,19 +68,41 @@ class MarkedList(list[object]):
         self.marks: list[tuple[int, int]] = []
 
 
-def parse_yaml(
-    text: str, path: str | None = None, findings: Findings | None = None
-) -> MarkedMapping:
+def parse_yaml(text: str) -> MarkedMapping:
     """Return the mapping that the YAML text is.
 
     Parameters
     ----------
     text : str
         One YAML document.
+
+    Raises
+    ------
+    RecipeError
+        As `parse_documents`, and if there are several, or a key is written twice.
+    """
+    findings = Findings()
+    documents = parse_documents(text, None, findings)
+    if len(documents) > 1:
+        message = "not supported yet: several merges in one recipe, here"
+        advice = "put the last one into a file of its own, and name the outputs of the others"
+        findings.problems.append(Problem(UNSUPPORTED, message, advice=advice))
+    if findings.problems:
+        raise _unreadable(findings.problems)
+    return documents[0]
+
+
+def parse_documents(text: str, path: str | None, findings: Findings) -> list[MarkedMapping]:
+    """Return the mappings that the documents of a YAML text are; at least one.
+
+    Parameters
+    ----------
+    text : str
+        YAML documents, with ``---`` between them.
     path : str, optional
         Where it comes from, for messages.
-    findings : Findings, optional
-        Takes keys that are written twice; an error unless given.
+    findings : Findings
+        Takes keys that are written twice.
 
     Raises
     ------
@@ -92,26 +114,25 @@ def parse_yaml(
         raise too_long(path)
     import yaml  # noqa: PLC0415 - only here, so that importing oxmerge does not need PyYAML
 
-    duplicates: list[Problem] = []
+    documents: list[object] = []
     try:
-        loader = _loader_class(duplicates, path)(text)
-        node = loader.get_single_node()
-        check_extent(node, _parts)
-        document = None if node is None else loader.construct_document(node)
+        loader = _loader_class(findings.problems, path)(text)
+        while loader.check_node():
+            node = loader.get_node()
+            check_extent(node, _parts)
+            documents.append(loader.construct_document(node))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error, text, path)]) from error
-    if findings is not None:
-        findings.problems.extend(duplicates)
-    elif duplicates:
-        raise _unreadable(duplicates)
-    if not isinstance(document, MarkedMapping):
-        found = "nothing" if document is None else type(document).__name__
-        found = "a list" if isinstance(document, list) else found
+    mappings = [document for document in documents if isinstance(document, MarkedMapping)]
+    others = [each for each in documents if each is not None and each not in mappings]
+    if others or not mappings:
+        found = type(others[0]).__name__ if others else "nothing"
+        found = "a list" if found == "MarkedList" else found
         message = "a recipe is a mapping of keys to values"
         advice = "write `merge_method: linear`, say"
         place = None if path is None else Place(file=path)
         raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
-    return document
+    return mappings
 
 
 def _unreadable(problems: list[Problem]) -> ProblemsError:
@@ -128,7 +149,7 @@ def _parts(node: object) -> Iterable[object] | None:
 
 def _syntax_problem(error: Exception, text: str, path: str | None) -> Problem:
     mark = getattr(error, "problem_mark", None)
-    code, advice = "yaml", "mend the YAML there"
+    advice = "mend the YAML there"
     if mark is None:
         what = shorten(str(error).partition("\n")[0], 240)
     else:
@@ -137,10 +158,8 @@ def _syntax_problem(error: Exception, text: str, path: str | None) -> Problem:
         mark, advice = getattr(error.at, "start_mark", None), error.advice
     if isinstance(error, RecursionError):
         what, advice = "nested too deeply", "write it flatter"
-    if "another document" in what:
-        code, what = UNSUPPORTED, "not supported yet: several merges in one file"
-        advice = "put each into a file of its own"
-    return Problem(code, what, Place(file=path) if mark is None else _at(mark, path), advice=advice)
+    where = Place(file=path) if mark is None else _at(mark, path)
+    return Problem("yaml", what, where, advice=advice)
 
 
 def _at(mark: Any, path: str | None) -> Place:  # noqa: ANN401 - PyYAML has no types

@@ -32,6 +32,7 @@ fn tensor_of(shape: &[u64], weights: &[f64]) -> OutputTensor {
         sources: weights.iter().map(source).collect(),
         base: None,
         parameters: serde_json::Map::new(),
+        formula: None,
     }
 }
 
@@ -88,7 +89,7 @@ fn scaled(name: &str, shape: &[u64], others: usize, scale: f64) -> Result<Value>
     let mut tensor = tensor_of(shape, &vec![1.0; others + 1]);
     tensor.base = Some(0);
     tensor.parameters.clone_from(shared(scale).as_object().unwrap());
-    methods::formula(methods::find(name).unwrap(), &tensor)
+    methods::scaled(&tensor, methods::find(name).unwrap().formula(&tensor)?)
 }
 
 /// What some methods are told; the others take no notice.
@@ -135,8 +136,10 @@ fn a_scale_of_one_changes_nothing_and_one_of_zero_is_the_base() {
 
 #[test]
 fn a_scale_needs_a_base() {
-    let error = scaled("passthrough", &[2], 0, 0.5).unwrap_err().to_string();
-    assert!(error.contains("method `passthrough` has none here"), "{error}");
+    let mut tensor = tensor_of(&[2], &[1.0]);
+    tensor.parameters.clone_from(shared(0.5).as_object().unwrap());
+    let error = methods::scaled(&tensor, Value::input(0)).unwrap_err().to_string();
+    assert!(error.contains("and there is none"), "{error}");
 }
 
 #[test]

@@ -28,6 +28,7 @@ __all__ = [
     "built_in_methods",
     "explain_parameter",
     "find_method",
+    "modifiers",
     "plain_name",
     "read_method",
 ]
@@ -186,6 +187,12 @@ class Method:
 def built_in_methods() -> dict[str, Method]:
     """Return the engine's own methods by name."""
     return {row["name"]: read_method(row) for row in _core.methods()}
+
+
+@cache
+def modifiers() -> dict[str, Parameter]:
+    """Return the parameters that every method has besides its own, by name."""
+    return {row["name"]: _read_parameter(row) for row in _core.modifiers()}
 
 
 def read_method(row: Mapping[str, Any]) -> Method:

@@ -65,8 +65,17 @@ impl Work {
         if !tensor.dtype.is_float() {
             return Ok(Self::Identical);
         }
+        if methods::is_kept(tensor)? {
+            let is_copy = tensor.sources.iter().all(|source| source.dtype == tensor.dtype);
+            return Ok(if is_copy {
+                Self::Identical
+            } else {
+                Self::Formulas(vec![Value::input(0)])
+            });
+        }
         let formula = match &tensor.formula {
             Some(Formula { arrays: Some(function), .. }) => {
+                methods::refuse_scale(tensor)?;
                 let (functions, shape) = (vec![function.clone()], tensor.shape.clone());
                 return Ok(Self::Arrays(Arrays { functions, shape }));
             }
@@ -75,7 +84,7 @@ impl Work {
                 .ok_or_else(|| Error::plan(format!("there is no merge method `{method}`")))?
                 .formula(tensor)?,
         };
-        Ok(Self::Formulas(vec![formula]))
+        Ok(Self::Formulas(vec![methods::scaled(tensor, formula)?]))
     }
 
     /// Looking for `scalars`, which are of the whole tensor.

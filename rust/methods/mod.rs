@@ -18,6 +18,7 @@ mod karcher;
 mod largest_change;
 mod linear;
 mod model_stock;
+mod modifiers;
 mod multislerp;
 mod nearswap;
 mod norms_of_models;
@@ -38,6 +39,8 @@ use serde::Serialize;
 
 pub use inputs::{Input, Inputs};
 pub use linear::sum_of_weights;
+pub use modifiers::{MODIFIERS, scaled};
+pub(crate) use modifiers::{is_kept, keeps, refuse_scale, without_modifiers};
 
 use crate::error::Result;
 use crate::formula::Value;

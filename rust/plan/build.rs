@@ -132,12 +132,12 @@ impl Builder {
 }
 
 impl Plan {
-    /// The same plan, of which `write` gives the formulas of the float tensors. It is asked once for
-    /// those that have the same settings and as many inputs, or for `each` tensor.
+    /// The same plan, of which `write` gives the formulas of the float tensors that have one. It is
+    /// asked once for those that have the same settings and as many inputs, or for `each` tensor.
     pub fn written<E>(
         mut self,
         each: bool,
-        mut write: impl FnMut(Tensor<'_>) -> Result<Formula, E>,
+        mut write: impl FnMut(Tensor<'_>) -> Result<Option<Formula>, E>,
     ) -> Result<Self, E> {
         let (mut formulas, mut numbers, mut asked) = (Vec::new(), HashMap::new(), HashMap::new());
         let mut number = |formula: Formula| {
@@ -155,11 +155,11 @@ impl Plan {
             let key = (settings, base, inputs.len());
             let found = match asked.get(&key) {
                 _ if !tensor.dtype().is_float() => None,
-                Some(&known) if !each => Some(known),
+                Some(&known) if !each => known,
                 _ => {
-                    let formula = number(write(tensor)?);
+                    let formula = write(tensor)?.map(&mut number);
                     asked.insert(key, formula);
-                    Some(formula)
+                    formula
                 }
             };
             of_rows.push(found);

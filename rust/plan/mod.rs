@@ -24,7 +24,7 @@ pub use saved::{load, save};
 use crate::dtype::DType;
 
 /// The version of the plan's schema.
-pub const PLAN_VERSION: u32 = 2;
+pub const PLAN_VERSION: u32 = 3;
 
 /// Parameter values by name, resolved for one tensor.
 pub type Parameters = Map<String, Value>;

@@ -20,7 +20,7 @@ use crate::engine::{self, Settings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
-use crate::methods::{Description, METHODS, Method};
+use crate::methods::{Description, METHODS, MODIFIERS, Method};
 use crate::plan::{self, InputFile};
 
 const MOST_WORKERS: usize = 1024;
@@ -49,6 +49,12 @@ pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     let row =
         |method: &&dyn Method| Row { description: method.description(), differs: method.differs() };
     to_python(py, &METHODS.iter().map(row).collect::<Vec<_>>())
+}
+
+/// The parameters that every merge method has besides its own.
+#[pyfunction]
+pub(super) fn modifiers(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    to_python(py, &MODIFIERS)
 }
 
 /// Raises `InputChangedError` if one of the files is not what it was.

@@ -11,6 +11,7 @@ use super::formula::Raised;
 use super::to_python;
 use crate::checkpoint;
 use crate::engine::files;
+use crate::methods;
 use crate::plan;
 use crate::plan::{MethodSource, Parameters};
 
@@ -90,12 +91,16 @@ impl Plan {
         table.source = Some(MethodSource { module, function, digest });
         let table = table.written(each, |tensor| {
             let settings = tensor.settings();
+            if methods::keeps(&settings.shared) {
+                return Ok(None);
+            }
             let own: Vec<&Parameters> = settings.own.iter().map(|own| &**own).collect();
-            let (shared, own) = (to_python(py, &*settings.shared)?, to_python(py, &own)?);
+            let shared = to_python(py, &methods::without_modifiers(&settings.shared))?;
+            let own = to_python(py, &own)?;
             let about = each.then(|| (tensor.name(), tensor.shape(), tensor.dtype().name()));
             let inputs = tensor.sources().len();
             let written = write.call1((inputs, tensor.base(), shared, own, about))?;
-            raised.checked(&written, inputs)
+            raised.checked(&written, inputs).map(Some)
         });
         Ok(Self(Arc::new(table?), raised))
     }

@@ -10,9 +10,10 @@ from oxmerge.errors import OxmergeError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
 from oxmerge.models.names import find_layer_counts, find_layout
+from oxmerge.models.naming import named_as
 from oxmerge.models.references import resolve_reference
 from oxmerge.models.vocabularies import folder_beside
-from oxmerge.problems import Problem
+from oxmerge.problems import Problem, did_you_mean
 from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.models.names import Layout, Stack
     from oxmerge.problems import Findings, Place
+    from oxmerge.recipe.patterns import Rename
+    from oxmerge.recipe.recipe import Renames
 
 __all__ = ["InputModel", "Inputs"]
 
@@ -50,6 +53,8 @@ class InputModel:
         beginning, the first of them, and how many.
     layout : Layout
         Its stacks.
+    renamed : tuple of Rename
+        How its tensors are called here, where the files call them otherwise.
     """
 
     index: int
@@ -61,6 +66,7 @@ class InputModel:
     paths: tuple[str, ...]
     runs: list[tuple[str, int, int]]
     layout: Layout
+    renamed: tuple[Rename, ...] = ()
 
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
@@ -107,6 +113,10 @@ class Inputs:
         Where the outputs of earlier merges lie, by their names; None for one that failed.
     findings : Findings
         Takes models that are not there or broken, and what is odd about the others.
+    donor : str, optional
+        The model whose names the tensors of the others are to have.
+    renames : tuple of Renames
+        How the recipe says that they are called.
 
     Attributes
     ----------
@@ -117,10 +127,18 @@ class Inputs:
     """
 
     def __init__(
-        self, folders: tuple[str, ...], stages: Mapping[str, str | None], findings: Findings
+        self,
+        folders: tuple[str, ...],
+        stages: Mapping[str, str | None],
+        findings: Findings,
+        donor: str | None = None,
+        renames: tuple[Renames, ...] = (),
     ) -> None:
         self._findings = findings
         self._stages = stages
+        self._donor = donor
+        self._renames = renames
+        self._checkpoints: dict[str, Checkpoint] = {}
         self.models: list[InputModel] = []
         self.lacks_reported = False
         self._folders = folders
@@ -155,9 +173,21 @@ class Inputs:
             self._paths[reference] = stage or resolve_reference(reference, self._folders)
         return self._paths[reference]
 
+    def check_renames(self) -> None:
+        """Report models whose tensors the recipe renames, but which it does not merge."""
+        opened = {model.path: model.reference for model in self.models}
+        for renames in self._renames:
+            if self.path_of(renames.model) not in map(os.path.realpath, opened):
+                message = f"`{renames.model}` is no model of this recipe"
+                known = ", ".join(f"`{each}`" for each in opened.values())
+                advice = did_you_mean(renames.model, opened.values()) or f"its models: {known}"
+                self._findings.problems.append(
+                    Problem("wrong-value", message, renames.where, advice=advice)
+                )
+
     def _open(self, reference: str, path: str) -> InputModel | None:
         try:
-            checkpoint = _core.open_checkpoint(path)
+            checkpoint = self._checkpoint(path)
         except OxmergeError as error:
             self._findings.problems.append(error.as_problem())
             return None
@@ -174,7 +204,39 @@ class Inputs:
         ]
         return model
 
+    def _checkpoint(self, path: str) -> Checkpoint:
+        key = os.path.realpath(path)
+        if key not in self._checkpoints:
+            self._checkpoints[key] = _core.open_checkpoint(path)
+        return self._checkpoints[key]
+
+    # Names.
+
+    def _named(
+        self, reference: str, path: str, checkpoint: Checkpoint
+    ) -> tuple[Checkpoint, list[Rename]]:
+        """Return a model's tensors under the names that they have in the donor."""
+        key = os.path.realpath(path)
+        own = [each for each in self._renames if self.path_of(each.model) == key]
+        if self._donor is None or self.path_of(self._donor) != key:
+            return named_as(self._donor_checkpoint(), checkpoint, own, self._findings)
+        for renames in own:
+            message = f"the output has the names of `{reference}`, which stay as they are"
+            advice = "rename the tensors of the other models to its names"
+            problem = Problem("wrong-value", message, renames.where, advice=advice)
+            self._findings.problems.append(problem)
+        return checkpoint, []
+
+    def _donor_checkpoint(self) -> Checkpoint | None:
+        """Return the donor's headers; None if they cannot be read, which is told later."""
+        path = self._resolve(self._donor) if self._donor else None
+        try:
+            return self._checkpoint(path) if isinstance(path, str) else None
+        except (OxmergeError, OSError):
+            return None
+
     def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
+        checkpoint, rules = self._named(reference, path, checkpoint)
         runs = checkpoint.runs()
         config, config_file = self._read_config(path)
         counts = find_layer_counts(config)
@@ -191,6 +253,7 @@ class Inputs:
             paths=tuple(str(file["path"]) for file in checkpoint.files),
             runs=runs,
             layout=layout,
+            renamed=tuple(rules),
         )
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -130,8 +130,17 @@ def _has_config(path: str) -> bool:
     return (folder_of(path) / "config.json").is_file()
 
 
-def card_of(recipe: Recipe, about: Method, models: Sequence[InputModel], donor: InputModel) -> str:
-    """Return the model card of a merge by the method `about`."""
+def card_of(
+    recipe: Recipe,
+    about: Method,
+    models: Sequence[InputModel],
+    donor: InputModel,
+    notes: Sequence[str],
+) -> str:
+    """Return the model card of a merge by the method `about`.
+
+    `notes` are on tensors that are an exception.
+    """
     donor_first = sorted(models, key=lambda model: model is not donor)
     return model_card(
         method=recipe.method,
@@ -142,4 +151,5 @@ def card_of(recipe: Recipe, about: Method, models: Sequence[InputModel], donor: 
         recipe_text=recipe.text,
         method_title=about.title,
         paper=about.paper,
+        notes=notes,
     )

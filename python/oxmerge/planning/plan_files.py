@@ -11,7 +11,7 @@ from oxmerge import _core
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_start
-from oxmerge.methods import find_method
+from oxmerge.methods import find_method, modifiers
 from oxmerge.options import check_allowed
 from oxmerge.output.card import RECIPE_NAME, REPORT_NAME
 from oxmerge.output.publish import CONFIG_NAME, INDEX_NAME
@@ -87,6 +87,7 @@ def _output(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "accounting": [_account(account) for account in plan.accounting],
         "warnings": [warning.as_dict() for warning in plan.warnings],
+        "notes": plan.notes,
         "changes": plan.changes,
         "config": plan.config,
         "card": plan.card,
@@ -204,7 +205,7 @@ def _shown_source(source: tuple[str, str, str] | None) -> str:
 
 def _check_parameters(table: _core.Plan, about: Method) -> None:
     """Raise PlanError unless every parameter is one of the method's, and of its kind."""
-    known = {each.name: each for each in about.parameters}
+    known = modifiers() | {each.name: each for each in about.parameters}
     for shared, own in table.settings():
         for values, is_shared in ((shared, True), *((each, False) for each in own)):
             for name, value in values.items():
@@ -259,6 +260,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
             _read_account(_Reader(each)) for each in reader.get("accounting", list, dict)
         ),
         "warnings": tuple(_read_warning(each) for each in reader.get("warnings", list, dict)),
+        "notes": tuple(reader.get("notes", list, str)),
         "changes": tuple(reader.get("changes", list, str)),
         "config": reader.get("config", str, optional=True),
         "card": reader.get("card", str),

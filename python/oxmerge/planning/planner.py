@@ -19,6 +19,7 @@ from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
 from oxmerge.output.tokenizers import check_tokenizer
 from oxmerge.planning.assembly import Assembler
 from oxmerge.planning.belonging import Belonging
+from oxmerge.planning.keeping import Keeping
 from oxmerge.planning.ledger import Ledger
 from oxmerge.planning.parameters import SettingReader
 from oxmerge.planning.plans import Plan
@@ -122,7 +123,8 @@ class _Planner:
         self.side_files = SideFiles()
         folders = (os.getcwd(), recipe.folder)
         self.folders = tuple(folder for folder in folders if folder is not None)
-        self.inputs = Inputs(self.folders, stages, findings)
+        asked = recipe.extensions
+        self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
         self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
         self.cause: BaseException | None = None
@@ -131,6 +133,8 @@ class _Planner:
         method, is_known = self.method()
         sections = self.sections(method)
         donor = self.donor(sections)
+        self.keeping = Keeping(self.recipe.extensions, self.inputs, self.findings)
+        self.inputs.check_renames()
         problems, warnings = self.findings.problems, self.findings.warnings
         targets = [] if donor is None else list(self.targets(sections, donor))
         table: _core.Plan | None = None
@@ -150,7 +154,7 @@ class _Planner:
             problems.append(Problem("missing-key", message, advice="list a model"))
         if donor is None or table is None or problems:
             raise self.failure(problems + (warnings if strict else [])) from self.cause
-        ledger = Ledger(self.inputs.models, fates)
+        ledger = Ledger(self.inputs.models, fates, self.keeping.passed_over)
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
         warnings += ledger.warnings
         if strict and warnings:
@@ -193,7 +197,13 @@ class _Planner:
         self, targets: list[Run], donor: InputModel, seed: int, shard_size: int
     ) -> tuple[_core.Plan, list[_core.Fates]]:
         assembler = Assembler(
-            self.recipe, donor, self.inputs.models, seed, self.reader, self.findings
+            self.recipe,
+            donor,
+            self.inputs.models,
+            seed,
+            self.keeping,
+            self.reader,
+            self.findings,
         )
         if not self.recipe.slices and targets:
             assembler.compare_depths(targets[0].section)
@@ -248,9 +258,10 @@ class _Planner:
         belonging.compare_tokenizers(self.inputs.models, Tensors(table))
 
     def check_effects(self, sections: list[Section]) -> None:
-        """Find filters and gradients that have decided nothing."""
+        """Find filters, patterns and gradients that have decided nothing."""
         if not self.findings.problems:  # else a filter may have had no chance
             self.findings.warnings += self.reader.unused_filters()
+            self.findings.warnings += self.keeping.unused()
         self.findings.warnings += self.gradient_warnings(sections)
 
     def gradient_warnings(self, sections: list[Section]) -> list[Problem]:
@@ -282,13 +293,15 @@ class _Planner:
         stack = donor.stack if self.sliced is not None else None
         layer_map = None if self.sliced is None else self.sliced.layer_map
         dtype = _main_dtype(table.bytes_by_dtype())
-        config, notes = config_of(
+        config, changes = config_of(
             donor,
             dtype=dtype,
             layers=None if layer_map is None else self.configs_of(layer_map),
             depth=None if stack is None else stack.depth,
             writes_head=table.has_name_ending("lm_head.weight"),
         )
+        extended = self.extension_notes(donor)
+        notes = (*self.recipe.notes, *extended)
         plan = Plan(
             table=table,
             about=method,
@@ -302,13 +315,24 @@ class _Planner:
             dtype=dtype,
             accounting=accounting,
             warnings=group_problems(self.findings.warnings),
-            changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
+            notes=notes,
+            changes=(*changes, *notes, *notes_on(self.side_files)),
             config=config,
-            card=card_of(self.recipe, method, self.inputs.models, donor),
+            card=card_of(self.recipe, method, self.inputs.models, donor, extended),
             side_files=self.side_files,
         )
         plan.recipe = self.recipe  # it need not be read again
         return plan
+
+    def extension_notes(self, donor: InputModel) -> tuple[str, ...]:
+        """Return which tensors have other names in a model, and which are left to one model."""
+        called = (
+            f"the tensors of `{model.reference}` are matched with those of `{donor.reference}` by "
+            f"other names: {', '.join(map(str, model.renamed))}"
+            for model in self.inputs.models
+            if model.renamed
+        )
+        return (*called, *self.keeping.notes())
 
     def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
         """Return the config and the layer that each output layer comes from."""

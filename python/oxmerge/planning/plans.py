@@ -63,9 +63,12 @@ class Plan:
         What becomes of every tensor of every model.
     warnings : tuple of Problem
         What has no effect, and what is left out.
+    notes : tuple of str
+        What may be taken for something else than it is; which tensors are left to one model, and
+        which have other names in the models.
     changes : tuple of str
-        What is changed in the config, what may be taken for something else than it is, and which of
-        the donor's files are not copied; the report of a merge tells it.
+        What is changed in the config, the notes, and which of the donor's files are not copied; the
+        report of a merge tells it.
     config : str, optional
         Text of ``config.json``.
     card : str
@@ -90,6 +93,7 @@ class Plan:
     dtype: str | None
     accounting: tuple[ModelAccount, ...]
     warnings: tuple[Problem, ...]
+    notes: tuple[str, ...]
     changes: tuple[str, ...]
     config: str | None
     card: str
@@ -160,11 +164,6 @@ class Plan:
         plan.stages = tuple(stage.with_options(options) for stage in self.stages)
         vars(plan).pop("prediction", None)
         return plan
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What may be taken for something else than it is."""
-        return self.recipe.notes
 
     @property
     def disk(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from oxmerge.methods import modifiers
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import Problem
 from oxmerge.recipe.recipe import UNREAD, Slice, Source
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel, Inputs
     from oxmerge.problems import Findings, Place
-    from oxmerge.recipe.recipe import Recipe, Settings
+    from oxmerge.recipe.recipe import Recipe, Setting, Settings
 
 __all__ = ["Section", "SectionBuilder", "SectionSource"]
 
@@ -64,6 +65,8 @@ class Section:
         The one whose tensors the output has.
     shared : Resolver
         The parameters that the inputs of a tensor share.
+    scale : Resolver
+        The factor of what the method adds to the base, if the recipe has one.
     length : int
         How many layers it has; 0 in a recipe of whole models.
     settings : tuple
@@ -77,6 +80,7 @@ class Section:
     base: int | None
     donor: SectionSource
     shared: Resolver
+    scale: Resolver
     length: int
     settings: tuple[object, ...]
     is_sound: bool = True
@@ -255,7 +259,9 @@ class SectionBuilder:
         if lacks_donor or not sources:
             return None
         donor = sources[base or 0]
-        return Section(part.where, tuple(sources), base, donor, shared, length, _settings(part))
+        settings = _settings(part)
+        scale = self._scale(has_base=base_path is not None)
+        return Section(part.where, tuple(sources), base, donor, shared, scale, length, settings)
 
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
         levels = (source.parameters, part.parameters, *self._levels)
@@ -266,6 +272,25 @@ class SectionBuilder:
         levels = (part.parameters, *self._levels)
         whose = f" by method `{self._method.name}`"
         return Resolver(self._method.shared_parameters(), levels, self._reader, whose)
+
+    def _scale(self, *, has_base: bool) -> Resolver:
+        """Return what resolves `layer_scale`, for which there has to be a base."""
+        setting = self._recipe.extensions.layer_scale
+        if setting is None or not has_base:
+            if setting is not None and self._method.base != "required":  # else it is missed anyway
+                self._report_scale(setting)
+            return Resolver((), (), self._reader, "")
+        parameter = modifiers()["layer_scale"]
+        return Resolver((parameter,), ({"layer_scale": setting},), self._reader, "")
+
+    def _report_scale(self, setting: Setting) -> None:
+        name = self._method.name
+        message = f"`layer_scale` scales what a method adds to the base, and `{name}` has none here"
+        advice = "name a `base_model`, or leave `layer_scale` out"
+        if self._method.base == "ignored":
+            advice = "use a method that has a base (`oxmerge methods`), or leave `layer_scale` out"
+        problem = Problem("unfit-formula", message, setting.where, advice=advice)
+        self._findings.problems.append(problem)
 
     # Layers.
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
+from oxmerge.recipe.extensions import ExtensionReader
 from oxmerge.recipe.keys import at_key, is_mapping, show_key
 from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer
-from oxmerge.recipe.values import ValueReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _TOP_KEYS = frozenset(
         "tokenizer",
         "tokenizer_source",
         "chat_template",
+        "oxmerge",
     )
 )
 _TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
@@ -184,10 +185,11 @@ def _reads(recipe: Recipe) -> list[str]:
     listed = (*recipe.models, *(source for part in recipe.slices for source in part.sources))
     bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
     tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
-    return [name for name in (*(each.model for each in listed), *bases, *tokenizer) if name]
+    kept = (each.model for each in recipe.extensions.keep)
+    return [name for name in (*(each.model for each in listed), *bases, *tokenizer, *kept) if name]
 
 
-class _RecipeReader(ValueReader):
+class _RecipeReader(ExtensionReader):
     """Reads the levels of a recipe, from the top down."""
 
     def recipe(self, raw: object, place: Place, *, in_stages: bool) -> Recipe:
@@ -214,6 +216,7 @@ class _RecipeReader(ValueReader):
             out_dtype=self.dtype(raw, "out_dtype", place),
             tokenizer=self.tokenizer(raw, place),
             chat_template=self.chat_template(raw, place),
+            extensions=self.extensions(raw, place),
             places={key: at_key(place, raw, key) for key in raw if key in known},
             name=self.name(raw, place) if in_stages else None,
         )

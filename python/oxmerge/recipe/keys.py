@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from oxmerge.problems import Findings
 
-__all__ = ["KeyReader", "at_item", "at_key", "is_mapping", "show", "show_key"]
+__all__ = ["EXTENSION_KEYS", "KeyReader", "at_item", "at_key", "is_mapping", "show", "show_key"]
 
 #: Letters of a value that a message shows.
 _SHOWN = 60
@@ -36,12 +36,15 @@ _ACTS_IN = {
     "tokenizer": "at the top level",
     "tokenizer_source": "at the top level",
     "chat_template": "at the top level",
+    "oxmerge": "at the top level",
     "sources": "in a slice",
     "model": "in an entry of `models` or `sources`",
     "layer_range": "in a source of a slice",
     "filter": "in a conditional value",
     "value": "in a conditional value",
 }
+#: The keys under `oxmerge`.
+EXTENSION_KEYS = frozenset(("keep", "on_mismatch", "layer_scale", "rename"))
 _NEVER_ACTS = {
     "residual_weight": "it is part of the dialect, but nothing ever used it",
     "name": "it names one merge of several in one file",
@@ -93,12 +96,15 @@ class KeyReader:
         message: str,
         *,
         code: str = "wrong-value",
+        expected: str | None = None,
         found: object = None,
         advice: str | None,
     ) -> None:
         """Take down that something at a place is wrong."""
         text = None if found is None else show(found)
-        self.findings.problems.append(Problem(code, message, place, found=text, advice=advice))
+        self.findings.problems.append(
+            Problem(code, message, place, expected=expected, found=text, advice=advice)
+        )
 
     def check_mapping(
         self, raw: object, place: Place, known: frozenset[str]
@@ -150,6 +156,8 @@ class KeyReader:
 def _key_advice(key: str, known: frozenset[str]) -> str:
     if key in DIALECT_PARAMETERS and "parameters" in known:
         return "put it under `parameters`"
+    if key in EXTENSION_KEYS:
+        return "put it under `oxmerge` at the top level"
     keys = ", ".join(f"`{name}`" for name in sorted(known))
     return did_you_mean(key, known) or f"known here: {keys}"
 

@@ -20,10 +20,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import IO
 
+    from oxmerge.recipe.patterns import Rename
+
     Scalar = bool | int | float | str
     Settings = Mapping[str, "Setting"]
 
-__all__ = ["UNREAD", "Choice", "Recipe", "Setting", "Slice", "Source", "Template", "Tokenizer"]
+__all__ = [
+    "UNREAD",
+    "Choice",
+    "Extensions",
+    "Keep",
+    "Recipe",
+    "Renames",
+    "Setting",
+    "Slice",
+    "Source",
+    "Template",
+    "Tokenizer",
+]
 
 #: Stands for a reference to a model that cannot be read, which is reported already.
 UNREAD = ""
@@ -146,6 +160,66 @@ class Template:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Tensors that are left to one model.
+
+    Attributes
+    ----------
+    where : Place
+        The place in the recipe, for messages.
+    pattern : str
+        What they are called in the output, as a shell would match it.
+    model : str, optional
+        The model; the base, or the donor where there is none, unless given.
+    """
+
+    where: Place
+    pattern: str
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Renames:
+    """How a model's tensors are called.
+
+    Attributes
+    ----------
+    where : Place
+        The place in the recipe, for messages.
+    model : str
+        The model reference, as written.
+    rules : tuple of Rename
+        From its names to those of the donor; the first that is for a name counts.
+    """
+
+    where: Place
+    model: str
+    rules: tuple[Rename, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """What stands under `oxmerge`.
+
+    Attributes
+    ----------
+    keep : tuple of Keep
+        Tensors that are left to one model; the first that is for a name counts.
+    on_mismatch : Place, optional
+        Where it says to take the base's tensor where a model lacks it or has another shape.
+    layer_scale : Setting, optional
+        A factor, by depth, of what the method adds to the base.
+    rename : tuple of Renames
+        How the tensors of models are called.
+    """
+
+    keep: tuple[Keep, ...] = ()
+    on_mismatch: Place | None = None
+    layer_scale: Setting | None = None
+    rename: tuple[Renames, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A merge as asked for. Exactly one of `models` and `slices` is not empty.
 
@@ -171,6 +245,8 @@ class Recipe:
         What the output's tokenizer is to be; that of the donor unless given.
     chat_template : Template, optional
         What its chat template is to be; likewise.
+    extensions : Extensions
+        What other tools do not have.
     places : mapping of str to Place
         Where its keys stand.
     name : str, optional
@@ -195,6 +271,7 @@ class Recipe:
     out_dtype: str | None = None
     tokenizer: Tokenizer | None = None
     chat_template: Template | None = None
+    extensions: Extensions = Extensions()
     places: Mapping[str, Place] = field(default_factory=dict)
     name: str | None = None
     stages: tuple[Recipe, ...] = ()
@@ -205,6 +282,13 @@ class Recipe:
     def place(self, key: str) -> Place:
         """Return where a key of the top level stands."""
         return self.places.get(key) or Place(key)
+
+    @property
+    def donor(self) -> str | None:
+        """The model that names and config come from: the base, else the first that is listed."""
+        part = self.slices[0] if self.slices else Slice(Place(), self.models)
+        listed = [self.base_model, part.base_model, *(source.model for source in part.sources)]
+        return next(filter(None, listed), None)
 
     @property
     def notes(self) -> tuple[str, ...]:

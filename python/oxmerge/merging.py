@@ -13,12 +13,12 @@ from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
-from oxmerge.options import READ_PATHS, check_allowed, check_device, check_threads
+from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
 from oxmerge.output.publish import OutputDirectory, close, commit, discard, prepare_output, stage
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
-from oxmerge.planning.planner import DEFAULT_SHARD_SIZE, build_plan
+from oxmerge.planning.planner import build_plan
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.summary import Prediction
 from oxmerge.problems import Findings
@@ -195,17 +195,13 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         If there is no such device, or torch is not installed.
     """
     options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
-    _check_options(threads, "auto", device, vram)
+    RunOptions(memory, threads, device, vram)  # which checks them
     _bytes(memory), _bytes(vram)
     made = prepare(
         recipe,
-        shard_size=shard_size,
-        seed=seed,
-        strict=strict,
-        with_side_files=True,
-        allow_mismatch=allow_mismatch,
-        ignore_unknown=ignore_unknown,
-        allow_methods=allow_methods,
+        PlanOptions(
+            seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods=allow_methods
+        ),
     )
     planned = made.with_options(options)
     for each in (*planned.stages, planned):
@@ -222,7 +218,7 @@ def predict(
     vram: int | str | None = None,
 ) -> Prediction:
     """Return how a plan would run with these options of `merge`."""
-    _check_options(threads, "auto", device, vram)
+    RunOptions(memory, threads, device, vram)  # which checks them
     budget, vram = _bytes(memory), _bytes(vram)
     fastest = choose([plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
@@ -318,90 +314,39 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     """
     (report,) = merge_together(
         [(recipe, directory)],
-        memory=memory,
-        threads=threads,
-        device=device,
-        vram=vram,
-        seed=seed,
-        shard_size=shard_size,
-        overwrite=overwrite,
-        strict=strict,
-        allow_mismatch=allow_mismatch,
-        ignore_unknown=ignore_unknown,
-        allow_methods=allow_methods,
-        read_path=read_path,
-        progress=progress,
+        PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
+        RunOptions(memory, threads, device, vram, overwrite, read_path, progress),
     )
     return report
 
 
-def merge_together(  # noqa: PLR0913 - the options of `merge`
+def merge_together(
     merges: Sequence[tuple[Request, PathLike]],
+    planning: PlanOptions,
+    running: RunOptions,
     *,
-    memory: int | str | None,
-    threads: int | None,
-    device: str,
-    vram: int | str | None,
-    seed: int,
-    shard_size: int | str,
-    overwrite: bool,
-    strict: bool,
-    allow_mismatch: bool,
-    ignore_unknown: bool,
-    allow_methods: Iterable[str],
-    read_path: str = "auto",
-    progress: Callable[[Snapshot], None] | bool | None = None,
     check: Callable[[list[Plan]], None] | None = None,
     stages: Mapping[str, str | None] | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
-    Parameters and errors are those of `merge`, for pairs of a recipe and a directory. Outputs that
-    are finished when something fails are kept, the others leave nothing. `check` is called with the
-    plans before anything is made. `stages` says where the outputs of earlier merges lie.
+    Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are finished
+    when something fails are kept, the others leave nothing. `check` is called with the plans before
+    anything is made. `stages` says where the outputs of earlier merges lie.
     """
     started = time.perf_counter()
     for _, directory in merges:
         named(directory)
-    _check_options(threads, read_path, device, vram)
-    _check_progress(progress)
-    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
-    budget, vram = _bytes(memory), _bytes(vram)
+    budget, vram = _bytes(running.memory), _bytes(running.vram)
     before = _core.peak_memory()
-    plans = [
-        prepare(
-            recipe,
-            shard_size=shard_size,
-            seed=seed,
-            strict=strict,
-            with_side_files=True,
-            allow_mismatch=allow_mismatch,
-            ignore_unknown=ignore_unknown,
-            stages=stages,
-            allow_methods=allow_methods,
-        )
-        for recipe, _ in merges
-    ]
+    plans = [prepare(recipe, planning, stages) for recipe, _ in merges]
     if plans[0].stages:
-        options = {
-            "memory": memory,
-            "threads": threads,
-            "device": device,
-            "vram": vram,
-            "seed": seed,
-            "shard_size": shard_size,
-            "strict": strict,
-            "allow_mismatch": allow_mismatch,
-            "ignore_unknown": ignore_unknown,
-            "allow_methods": allow_methods,
-            "read_path": read_path,
-            "progress": progress,
-        }
-        return [_merge_stages(plans[0], merges[0][1], options, overwrite=overwrite)]
+        return [_merge_stages(plans[0], merges[0][1], planning, running)]
     if check is not None:
         check(plans)
+    device = running.device
     if device == "auto":
-        device = choose(plans, threads, vram, load=True).device
+        device = choose(plans, running.threads, vram, load=True).device
     backend = open_backend(device, vram)
     needed = sum(plan.disk for plan in plans)
     peak = _core.peak_memory()
@@ -411,7 +356,7 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         for at in _order([directory for _, directory in merges]):
             claimed[at] = prepare_output(
                 merges[at][1],
-                overwrite=overwrite,
+                overwrite=running.overwrite,
                 input_files=plans[at].input_files,
                 needed_bytes=needed,
                 names=contents_of(plans[at]).names,
@@ -420,12 +365,12 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
         outputs = [claimed[at] for at in range(len(merges))]
         for plan, output in zip(plans, outputs, strict=True):
             stage(output, contents_of(plan))
-        with backend or nullcontext(), watched(progress) as callback:
+        with backend or nullcontext(), watched(running.progress) as callback:
             done = _core.execute(
                 [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
                 memory=_room(budget),
-                threads=threads,
-                read_path=read_path,
+                threads=running.threads,
+                read_path=running.read_path,
                 progress=_reporter(plans, callback),
                 device=backend,
                 descriptors=[output.descriptor for output in outputs],
@@ -448,14 +393,14 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
 
 
 def _merge_stages(
-    plan: Plan, directory: PathLike, options: dict[str, Any], *, overwrite: bool
+    plan: Plan, directory: PathLike, planning: PlanOptions, running: RunOptions
 ) -> MergeReport:
     """Merge what a plan of several merges says, one after the other."""
     started = time.perf_counter()
     # What stands against the last output is told before the first is made.
     prepare_output(
         directory,
-        overwrite=overwrite,
+        overwrite=running.overwrite,
         input_files=[file for file in plan.input_files if os.path.exists(file["path"])],
         needed_bytes=plan.disk,
     ).claim.give_up()
@@ -465,14 +410,14 @@ def _merge_stages(
         for stage in plan.recipe.stages:
             place = made.next()
             (report,) = merge_together(
-                [(stage, place)], **options, overwrite=True, stages=made.places
+                [(stage, place)], planning, replace(running, overwrite=True), stages=made.places
             )
             made.places[stage.name or ""] = place
             written = format_size(report.bytes_written)
             notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
         (report,) = merge_together(
-            [(plan.recipe, directory)], **options, overwrite=overwrite, stages=made.places
+            [(plan.recipe, directory)], planning, running, stages=made.places
         )
     return replace(
         report,
@@ -502,28 +447,19 @@ def _check_side_files(plans: Iterable[Plan]) -> None:
     _core.check_unchanged(json.dumps(list(files.values())))
 
 
-def prepare(  # noqa: PLR0913 - the options of `plan`
-    recipe: Request,
-    *,
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
-    seed: int = 0,
-    strict: bool = False,
-    with_side_files: bool = False,
-    allow_mismatch: bool = False,
-    ignore_unknown: bool = False,
-    stages: Mapping[str, str | None] | None = None,
-    allow_methods: Iterable[str] = (),
+def prepare(
+    recipe: Request, options: PlanOptions, stages: Mapping[str, str | None] | None = None
 ) -> Plan:
     """Return the plan of what was asked for: a recipe, a file or text of one, or a plan.
 
     `stages` says where the outputs of earlier merges lie; unless given, they are planned too.
     """
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe, allow_methods=allow_methods)
+        recipe = load_plan(recipe, allow_methods=options.allow_methods)
     if isinstance(recipe, Plan):
-        _check_made(recipe, shard_size, seed, strict=strict)
+        _check_made(recipe, options)
         return recipe
-    findings = Findings(ignore_unknown=ignore_unknown)
+    findings = Findings(ignore_unknown=options.ignore_unknown)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.read(recipe, findings)
     elif not recipe.models and not recipe.slices:
@@ -535,12 +471,12 @@ def prepare(  # noqa: PLR0913 - the options of `plan`
     def plan_one(one: Recipe, places: Mapping[str, str | None], found: Findings) -> Plan:
         return build_plan(
             one,
-            shard_size=parse_size(shard_size),
-            seed=seed,
-            strict=strict,
-            with_side_files=with_side_files,
-            allow_mismatch=allow_mismatch,
-            allow_methods=allow_methods,
+            shard_size=parse_size(options.shard_size),
+            seed=options.seed,
+            strict=options.strict,
+            with_side_files=options.with_side_files,
+            allow_mismatch=options.allow_mismatch,
+            allow_methods=options.allow_methods,
             findings=found,
             stages=places,
         )
@@ -552,14 +488,15 @@ def prepare(  # noqa: PLR0913 - the options of `plan`
     return last
 
 
-def _check_made(plan: Plan, shard_size: int | str, seed: int, *, strict: bool) -> None:
+def _check_made(plan: Plan, options: PlanOptions) -> None:
     """Refuse what a plan that is made cannot take any more."""
-    given = {"seed": (seed, 0, plan.seed)}
-    given["shard_size"] = (parse_size(shard_size), DEFAULT_SHARD_SIZE, plan.shard_size)
+    given: dict[str, tuple[object, object, object]] = {"seed": (options.seed, 0, plan.seed)}
+    size = parse_size(options.shard_size)
+    given["shard_size"] = (size, DEFAULT_SHARD_SIZE, plan.shard_size)
     for name, (value, default, own) in given.items():
         if value not in {default, own}:
             raise ValueError(f"the plan has its own {name}, {own}: make another for {value}")
-    if strict and plan.warnings:
+    if options.strict and plan.warnings:
         raise PlanError("cannot merge", problems=plan.warnings)
 
 
@@ -625,22 +562,6 @@ def _notes_on(output: OutputDirectory) -> tuple[str, ...]:
         return ()
     note = f"`{output.path}` cannot be locked there: let no other run write to it at the same time"
     return (note,)
-
-
-def _check_progress(progress: object) -> None:
-    if not (progress is None or isinstance(progress, bool) or callable(progress)):
-        raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
-
-
-def _check_options(
-    threads: int | None, read_path: str, device: str, vram: int | str | None
-) -> None:
-    check_threads(threads)
-    check_device(device)
-    if vram is not None and device == "cpu":
-        raise ValueError('vram has no effect on the CPU; pass device="cuda", or leave vram out')
-    if read_path not in READ_PATHS:
-        raise ValueError(f"read_path must be one of {', '.join(READ_PATHS)}, not {read_path!r}")
 
 
 def _free_memory() -> int:

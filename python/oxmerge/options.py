@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from operator import index
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
+    from oxmerge.merging import Snapshot
+
 __all__ = [
+    "DEFAULT_SHARD_SIZE",
     "MOST_SEED",
     "MOST_THREADS",
     "READ_PATHS",
+    "PlanOptions",
+    "RunOptions",
     "check_allowed",
     "check_device",
     "check_seed",
@@ -21,6 +27,8 @@ __all__ = [
     "whole",
 ]
 
+#: Bytes in an output shard at most, as in mergekit.
+DEFAULT_SHARD_SIZE = 5_000_000_000
 #: The largest seed of random masks.
 MOST_SEED = (1 << 64) - 1
 #: More threads than that are a slip of the keyboard.
@@ -28,6 +36,56 @@ MOST_THREADS = (1 << 32) - 1
 
 #: How inputs can be read.
 READ_PATHS = ("auto", "mapped", "positioned", "direct")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What decides a plan besides the recipe; the parameters of `oxmerge.plan` of these names.
+
+    Attributes
+    ----------
+    with_side_files : bool
+        Whether the donor's other files will be copied, and must be such that they can be.
+    """
+
+    seed: int = 0
+    shard_size: int | str = DEFAULT_SHARD_SIZE
+    strict: bool = False
+    allow_mismatch: bool = False
+    ignore_unknown: bool = False
+    allow_methods: Iterable[str] = ()
+    with_side_files: bool = True
+
+    def __post_init__(self) -> None:
+        """Take the modules down: they may come from an iterator."""
+        object.__setattr__(self, "allow_methods", check_allowed(self.allow_methods))
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What decides how a merge runs; the parameters of `oxmerge.merge` of these names."""
+
+    memory: int | str | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    vram: int | str | None = None
+    overwrite: bool = False
+    read_path: str = "auto"
+    progress: Callable[[Snapshot], None] | bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `TypeError` or `ValueError` for what is out of range."""
+        check_threads(self.threads)
+        check_device(self.device)
+        if self.vram is not None and self.device == "cpu":
+            raise ValueError('vram has no effect on the CPU; pass device="cuda", or leave vram out')
+        if self.read_path not in READ_PATHS:
+            known = ", ".join(READ_PATHS)
+            raise ValueError(f"read_path must be one of {known}, not {self.read_path!r}")
+        if not (
+            self.progress is None or isinstance(self.progress, bool) or callable(self.progress)
+        ):
+            raise TypeError(f"progress must be a function of a snapshot, not {self.progress!r}")
 
 
 def whole(value: Any, what: str) -> int:  # noqa: ANN401 - it is what it is to find out

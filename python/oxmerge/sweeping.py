@@ -11,15 +11,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together, prepare
-from oxmerge.options import check_allowed
+from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
-from oxmerge.planning.planner import DEFAULT_SHARD_SIZE
 from oxmerge.planning.plans import Plan
 from oxmerge.problems import Problem, did_you_mean
 from oxmerge.recipe.recipe import Recipe
@@ -580,42 +579,22 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
-    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
+    planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
+    running = RunOptions(memory, threads, device, vram, overwrite, read_path, progress)
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe, allow_methods=allow_methods)
+        recipe = load_plan(recipe, allow_methods=planning.allow_methods)
     if isinstance(recipe, Plan):
-        seed, shard_size = recipe.seed, recipe.shard_size
+        planning = replace(planning, seed=recipe.seed, shard_size=recipe.shard_size)
         recipe = recipe.recipe
     if not isinstance(recipe, str | os.PathLike | Mapping | Recipe):
         recipe = Recipe.from_yaml(recipe, ignore_unknown=ignore_unknown)
     source = _Source.of(recipe, ignore_unknown=ignore_unknown)
     made = variants(recipe, pattern, axes, together=together, ignore_unknown=ignore_unknown)
+    replanning = replace(planning, strict=False, with_side_files=False)
 
     def replan(settings: dict[str, Scalar]) -> Plan:
-        varied = source.recipe_with(settings)
-        return prepare(
-            varied,
-            shard_size=shard_size,
-            seed=seed,
-            allow_mismatch=allow_mismatch,
-            allow_methods=allow_methods,
-        )
+        return prepare(source.recipe_with(settings), replanning)
 
     effects = _Effects(made, replan, together=together)
-    return merge_together(
-        [(variant.recipe, variant.directory) for variant in made],
-        memory=memory,
-        threads=threads,
-        device=device,
-        vram=vram,
-        seed=seed,
-        shard_size=shard_size,
-        overwrite=overwrite,
-        strict=strict,
-        allow_mismatch=allow_mismatch,
-        ignore_unknown=ignore_unknown,
-        allow_methods=allow_methods,
-        read_path=read_path,
-        progress=progress,
-        check=effects.check,
-    )
+    merges = [(variant.recipe, variant.directory) for variant in made]
+    return merge_together(merges, planning, running, check=effects.check)

@@ -10,6 +10,7 @@ from oxmerge.arrays.in_memory import check_options
 from oxmerge.arrays.views import empty, kind_of
 from oxmerge.errors import PlanError
 from oxmerge.merging import prepare
+from oxmerge.options import PlanOptions
 from oxmerge.problems import no_such_key
 
 TYPE_CHECKING = False
@@ -172,11 +173,14 @@ def lazy(
     kind = kind_of(framework)
     plan = prepare(
         recipe,
-        seed=seed,
-        strict=strict,
-        allow_mismatch=allow_mismatch,
-        ignore_unknown=ignore_unknown,
-        allow_methods=allow_methods,
+        PlanOptions(
+            seed,
+            strict=strict,
+            allow_mismatch=allow_mismatch,
+            ignore_unknown=ignore_unknown,
+            allow_methods=allow_methods,
+            with_side_files=False,
+        ),
     )
     if plan.stages:
         advice = "merge the earlier ones, and name their outputs"

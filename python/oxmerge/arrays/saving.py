@@ -21,6 +21,7 @@ from oxmerge.arrays.state_dicts import check_mapping
 from oxmerge.arrays.views import is_narrow, view
 from oxmerge.errors import OutputError, PlanError
 from oxmerge.file_state import FileState
+from oxmerge.options import DEFAULT_SHARD_SIZE
 from oxmerge.output.claims import named, try_lock
 from oxmerge.output.publish import (
     CONFIG_NAME,
@@ -32,7 +33,6 @@ from oxmerge.output.publish import (
     prepare_output,
     stage,
 )
-from oxmerge.planning.planner import DEFAULT_SHARD_SIZE
 from oxmerge.problems import Problem, group_problems
 from oxmerge.schema import DTYPE_SIZES
 from oxmerge.signals import put_off

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from oxmerge.errors import PlanError, ProblemsError, RecipeError
 from oxmerge.methods import Method, built_in_methods, find_method
 from oxmerge.models.inputs import InputModel, Inputs
-from oxmerge.options import check_allowed, check_seed
+from oxmerge.options import DEFAULT_SHARD_SIZE, check_allowed, check_seed
 from oxmerge.output.config import edit_config
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
@@ -38,10 +38,7 @@ if TYPE_CHECKING:
     from oxmerge.planning.targets import Run
     from oxmerge.recipe.recipe import Recipe
 
-__all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
-
-#: Bytes in an output shard at most, as in mergekit.
-DEFAULT_SHARD_SIZE = 5_000_000_000
+__all__ = ["build_plan"]
 
 
 def build_plan(  # noqa: PLR0913 - the options of `plan`

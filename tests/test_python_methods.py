@@ -88,6 +88,8 @@ def test_state_dicts_and_kinds_of_bases() -> None:
     dicts = [{"w": other, "b": other[0]} for other in others]
     merged = oxmerge.merge_state_dicts("plain", dicts)
     assert np.allclose(merged["b"], sum(others)[0] / 3)
+    again = oxmerge.merge_state_dicts(plain, dicts)
+    assert all(np.array_equal(again[name], merged[name]) for name in merged)
 
 
 def test_sum_adds_no_zero() -> None:
@@ -286,7 +288,10 @@ def test_functions_of_arrays(sees: str, shape: tuple[int, ...]) -> None:
     assert np.array_equal(into, expected)
 
 
-@pytest.mark.parametrize("result", [None, 1.0, np.ones(3), np.ones((2, 2)), "text"])
+@pytest.mark.parametrize(
+    "result",
+    [None, 1.0, np.ones(3), np.ones((2, 2)), "text", np.ones((2, 3), "c8"), np.full((2, 3), "1")],
+)
 def test_a_function_of_arrays_that_returns_another_shape_is_told(result: Any) -> None:
     @method(sees="tensor")
     def wrong(models: Any) -> Any:
@@ -294,6 +299,13 @@ def test_a_function_of_arrays_that_returns_another_shape_is_told(result: Any) ->
 
     with pytest.raises(PlanError, match=r"`wrong` .*no array of the shape .*expected \(2, 3\)"):
         oxmerge.merge_tensors(wrong, [np.ones((2, 3), "f4")])
+
+    @method(sees="rows")
+    def ragged(models: Any) -> Any:
+        return [[1.0], [1.0, 2.0]]
+
+    with pytest.raises(PlanError, match="`ragged` failed in line"):
+        oxmerge.merge_tensors(ragged, [np.ones((2, 3), "f4")])
 
 
 def test_a_method_that_returns_no_formula_is_told_with_its_place() -> None:

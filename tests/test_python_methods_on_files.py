@@ -96,7 +96,7 @@ def test_a_sweep_gives_what_each_merge_gives(tmp_path: Path, family: Path, name:
     recipe = recipe_of(tmp_path, family, name)
     axes = {"models[a].parameters.weight": "0.1,0.4"}
     options: dict[str, Any] = {"memory": "4GiB", "allow_methods": [MODULE]}
-    oxmerge.sweep(recipe, tmp_path / "w{weight}", axes, **options)
+    oxmerge.sweep(recipe, tmp_path / "w{weight}", axes, memory="4GiB", allow_methods=iter([MODULE]))
     text = recipe.read_text()
     for weight in ("0.1", "0.4"):
         recipe.write_text(text.replace("weight: 0.3", f"weight: {weight}", 1))
@@ -318,7 +318,7 @@ def test_what_fails_leaves_nothing(
         for device in ("cpu", "torch"):
             with pytest.raises(PlanError, match=told) as caught:
                 merge(recipe, tmp_path / "out", device=device)
-            assert name in str(caught.value) or name == "fits_nothing"
+            assert f"`{name}`" in str(caught.value)
             assert __file__ in str(caught.value)
         assert main(["merge", str(recipe), str(tmp_path / "out")]) in {1, 2}
         told_to_people = capsys.readouterr().err

@@ -82,6 +82,8 @@ _COSTS = {
     "rows": "one read of every input, and arrays of some rows",
     "tensor": "one read of every input, and arrays of whole tensors",
 }
+#: Kinds of NumPy's types that are no numbers of an output: complex ones, texts, times, objects.
+_NO_NUMBERS = "cSUMmO"
 #: The argument that asks for a `TensorInfo`.
 _TENSOR = "tensor"
 #: What those who merge arrays take besides the parameters of a method.
@@ -352,7 +354,10 @@ class PythonMethod:
         try:
             return table.with_formulas(self.source, self.formula, self.wants_tensor)
         except PlanError as error:
-            error.file = error.file or self._file()
+            if error.file is None:  # the engine cannot know whose formula it is
+                where = f"the merge method `{self.name}` (line {self._line()})"
+                error.message = f"{where} returned what cannot be computed: {error.message}"
+                error.file = self._file()
             raise
 
     def formula(
@@ -441,15 +446,16 @@ class PythonMethod:
 
             returned = call([from_bytes(each, shape, dtype) for each in inputs])
             if hasattr(returned, "detach"):  # as torch's are
-                returned = returned.detach().double()
+                returned = returned.detach()
+                returned = returned.double() if dtype == "F64" else returned.float()
             try:
-                found = np.asarray(returned, "f8" if dtype == "F64" else "f4")
-            except (TypeError, ValueError, RuntimeError):
-                found = None
-            if found is None or found.shape != shape:
-                shown = f"{returned!r:.80}" if found is None else str(found.shape)
-                raise self._no_result("array of the shape that it got", str(shape), shown)
-            return found.tobytes()
+                found = np.asarray(returned)
+                if found.shape == shape and found.dtype.kind not in _NO_NUMBERS:
+                    return found.astype("f8" if dtype == "F64" else "f4", copy=False).tobytes()
+            except (TypeError, ValueError) as error:  # lists of several lengths, say
+                raise self._failure(error, self.function) from error
+            wanted, shown = f"{shape} of numbers", f"{found.shape} of {found.dtype}"
+            raise self._no_result("array of the shape that it got", wanted, shown)
 
         return of_bytes
 

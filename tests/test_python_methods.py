@@ -57,6 +57,30 @@ def stock(base: Any, models: Any) -> Any:
 
 
 @method(base="required")
+def by_rank(base: Any, models: Any, *, weight: Any = per_model(1.0)) -> Any:
+    """DELLA of density 0.5 without rescaling, once more."""
+    vectors = [model - base for model in models]
+    masks = [
+        formula.random_mask_by_rank(abs(vector), 0.35, 0.65, position)
+        for position, vector in enumerate(vectors)
+    ]
+    kept = [where(mask, vector, 0) for mask, vector in zip(masks, vectors, strict=True)]
+    return base + weighted_sum(weight, kept)
+
+
+@method(base="required")
+def in_turn(base: Any, models: Any) -> Any:
+    """CABS of 3:8, once more."""
+    parts: list[Any] = []
+    taken = 0
+    for model in models:
+        free = where(taken, 0, model - base)
+        parts.append(where(formula.largest_in_row(abs(free), 3, every=8), free, 0))
+        taken = taken + parts[-1]
+    return base + weighted_sum([1] * len(parts), parts)
+
+
+@method(base="required")
 def crumbs(
     base: Any,
     models: Any,
@@ -115,6 +139,8 @@ def test_the_bits_are_those_of_the_methods_in_rust(shape: tuple[int, ...], threa
     pairs: list[Any] = [
         (("stock", {}), ("model_stock", {})),
         (("selected", {}), ("sce", {"select_topk": 0.3})),
+        (("in_turn", {}), ("cabs", {"n": 3, "m": 8})),
+        (("by_rank", {}), ("della_linear", {"weight": 1, "density": 0.5, "rescale": False})),
     ]
     if math.prod(shape) > 100:
         weights = {"weight": [0.5, -0.2, 0.7], "density": 0.6, "lambda_": 0.8}
@@ -192,6 +218,9 @@ n: Any = formula.norm(x)
         (lambda: weighted_sum([x], [x]), "a `Scalar`"),
         (lambda: formula.norm(x, over=WRONG), "over must be one of"),
         (lambda: formula.random_mask(1.5, 0), "density"),
+        (lambda: formula.random_mask_by_rank(x, 0, 1.5, 0), "highest"),
+        (lambda: formula.largest_in_row(x, -1), "count"),
+        (lambda: formula.largest_in_row(x, 1, every=0), "every"),
         (lambda: formula.maximum(WRONG, 1), "numbers"),
         (lambda: compute(WRONG, n), "function"),
     ],

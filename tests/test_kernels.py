@@ -137,6 +137,38 @@ def test_random_masks_are_those_of_dare(
     assert np.array_equal(mask, drawn == 1)
 
 
+@given(tensors(), st.integers(0, 300), st.integers(1, 400), st.integers(1, 70_000), threads)
+@settings(deadline=None, max_examples=40)
+def test_the_largest_of_each_few_elements_of_a_row(
+    arrays: list[Any], k: int, every: int, width: int, workers: int | None
+) -> None:
+    values = arrays[0]
+    width = min(width, values.size)
+    rows = values[: values.size // width * width].reshape(-1, width)
+    padded = np.pad(np.abs(rows), ((0, 0), (0, -width % every)), constant_values=-1)
+    order = np.argsort(-padded.reshape(-1, every), axis=1, kind="stable")
+    place = np.argsort(order, axis=1).reshape(padded.shape)[:, :width]
+    mask = kernels.row_top_k_mask(rows, k, every=every, threads=workers)
+    assert np.array_equal(mask, place < k)
+
+
+@given(st.integers(0, 2**64 - 1), st.floats(0.2, 0.8), st.integers(0, 3), LENGTHS, threads)
+@settings(deadline=None, max_examples=30)
+def test_masks_by_rank_are_those_of_della(
+    seed: int, density: float, position: int, length: int, workers: int | None
+) -> None:
+    vector = np.random.default_rng(length).normal(size=(2, length)).astype(np.float32)
+    zeros = np.zeros_like(vector)
+    options: dict[str, Any] = {"weight": 1, "density": density, "epsilon": 0.125, "rescale": False}
+    inputs = [zeros] * position + [vector]
+    drawn = kernels.della_linear(inputs, zeros, seed=seed, name="layer", **options)
+    bounds = (density - 0.125, density + 0.125)
+    mask = kernels.random_mask_by_rank(
+        vector, bounds, seed=seed, name="layer", position=position, threads=workers
+    )
+    assert np.array_equal(np.where(mask, vector, 0), drawn)
+
+
 def test_random_masks_have_shape_and_density() -> None:
     mask = kernels.random_mask((300, 400), 0.25, dtype="float32")
     assert mask.shape == (300, 400)

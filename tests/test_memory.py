@@ -198,6 +198,24 @@ def test_kept_masks_stay_within_the_budget(work: Path, method: str) -> None:
     check(report_of(merge(recipe, memory=80 * MIB)))
 
 
+@pytest.mark.parametrize("shape", [(9000, 4096), (300, 60_000), (1_000_001,), (12, 1500, 1024)])
+def test_ranked_rows_stay_within_the_budget(work: Path, shape: tuple[int, ...]) -> None:
+    """Short rows, longer ones, one that is ranked a part at a time, and stacked experts."""
+    for model in ("base", "a", "b"):
+        write_sparse(work / model / "model.safetensors", {"x": shape, "y": shape})
+    recipe = write_recipe(
+        work / "r.yml",
+        "della",
+        [work / "a", work / "b"],
+        base=work / "base",
+        each={"weight": 1, "density": 0.5},
+    )
+    for memory in (96 * MIB, 160 * MIB):
+        report = report_of(merge(recipe, memory=memory))
+        assert report["measured"] <= memory
+        shutil.rmtree(work / "out")
+
+
 def test_tensors_of_all_kinds_one_after_the_other(work: Path) -> None:
     """Buffers that one tensor needed do not add up with those of the next."""
     for model, dtypes in {"a": ("F32", "BF16"), "b": ("BF16", "F32")}.items():

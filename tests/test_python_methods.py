@@ -42,6 +42,8 @@ def test_the_bits_are_those_of_the_methods_in_rust(shape: tuple[int, ...], threa
     pairs: list[Any] = [
         (("stock", {}), ("model_stock", {})),
         (("selected", {}), ("sce", {"select_topk": 0.3})),
+        (("in_turn", {}), ("cabs", {"n": 3, "m": 8})),
+        (("by_rank", {}), ("della_linear", {"weight": 1, "density": 0.5, "rescale": False})),
     ]
     if math.prod(shape) > 100:
         weights = {"weight": [0.5, -0.2, 0.7], "density": 0.6, "lambda_": 0.8}
@@ -120,6 +122,9 @@ n: Any = formula.norm(x)
         (lambda: weighted_sum([x], [x]), "a `Scalar`"),
         (lambda: formula.norm(x, over=WRONG), "over must be one of"),
         (lambda: formula.random_mask(1.5, 0), "density"),
+        (lambda: formula.random_mask_by_rank(x, 0, 1.5, 0), "highest"),
+        (lambda: formula.largest_in_row(x, -1), "count"),
+        (lambda: formula.largest_in_row(x, 1, every=0), "every"),
         (lambda: formula.maximum(WRONG, 1), "numbers"),
         (lambda: compute(WRONG, n), "function"),
     ],

@@ -18,6 +18,8 @@ KERNELS = {
     "weighted_sum": "[x, x], [1, 2]",
     "task_vector": "x, x",
     "top_k_mask": "x, 1",
+    "row_top_k_mask": "x, 1, every=2",
+    "random_mask_by_rank": "x, (0.2, 0.7)",
     "sign_consensus": "[x, x]",
     "convert": "x, 'float16'",
     "linear": "[x, x], weight=1",

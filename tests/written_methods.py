@@ -1,4 +1,4 @@
-"""Merge methods in Python: three that there are in Rust too, and some of arrays."""
+"""Merge methods in Python: some that there are in Rust too, and some of arrays."""
 
 from __future__ import annotations
 
@@ -121,3 +121,27 @@ def in_torch(base: Any, models: Any, *, weight: Any = per_model(0.5)) -> Any:
         float(np.float32(w)) * (model - base).sort(dim=-1).values
         for w, model in zip(weight, models, strict=True)
     )
+
+
+@method(base="required")
+def by_rank(base: Any, models: Any, *, weight: Any = per_model(1.0)) -> Any:
+    """DELLA of density 0.5 without rescaling, once more."""
+    vectors = [model - base for model in models]
+    masks = [
+        formula.random_mask_by_rank(abs(vector), 0.35, 0.65, position)
+        for position, vector in enumerate(vectors)
+    ]
+    kept = [where(mask, vector, 0) for mask, vector in zip(masks, vectors, strict=True)]
+    return base + weighted_sum(weight, kept)
+
+
+@method(base="required")
+def in_turn(base: Any, models: Any) -> Any:
+    """CABS of 3:8, once more."""
+    parts: list[Any] = []
+    taken = 0
+    for model in models:
+        free = where(taken, 0, model - base)
+        parts.append(where(formula.largest_in_row(abs(free), 3, every=8), free, 0))
+        taken = taken + parts[-1]
+    return base + weighted_sum([1] * len(parts), parts)

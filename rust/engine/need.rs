@@ -25,12 +25,13 @@ const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
-/// Bytes of an element that is ranked in a worker: its order key, whether it is kept, as a byte and as
-/// a bit, and its draw, in a vector that doubles; of a long vector, that and what sorting takes, or two
-/// keys with indices and a place; and what sorting a short one takes.
-const RANKED_BYTES: u64 = 18;
-const HELD_BYTES: u64 = 56;
-const DRAWN_BYTES: u64 = 4;
+/// Bytes of an element that is ranked in a worker: its order key, and whether it is kept, as a byte and
+/// as a bit; of a vector that is gone through again and again, two keys with indices.
+const RANKED_BYTES: u64 = 10;
+const DESCENT_BYTES: u64 = 32;
+/// Bytes of an element of one ranking at a time: its draw, in a vector that doubles, and what sorting
+/// its vector takes.
+const DRAWN_BYTES: u64 = 8;
 const SORTED_BYTES: u64 = 16;
 /// What a vector of results takes besides them: itself, and what the allocator adds.
 const VECTOR_BYTES: u64 = 64;
@@ -219,19 +220,24 @@ impl Need {
             let seams = 2 * (frame.elements / frame.line) * PAGE as u64;
             self.worker_state.add(Amount::uncertain(formulas.len() as u64 * seams));
         }
+        let mut one_ranking = 0;
         for ranking in &waits.rankings {
             let spans = frame.spans(ranking.among);
-            if frame.stores_marks(ranking.among) {
+            let vector = spans.size / spans.stride;
+            let (held, sorted) = if frame.stores_marks(ranking.among) {
                 self.shared_state.add(Amount::certain(Marks::bytes(frame.elements)));
-                self.worker_state.add(Amount::certain(HELD_BYTES * spans.held()));
+                let each = if vector > spans.held() { DESCENT_BYTES } else { RANKED_BYTES };
+                self.worker_state.add(Amount::uncertain(each * spans.held()));
+                (spans.held(), vector.min(spans.held()))
             } else {
-                self.worker_state.add(Amount::certain(SORTED_BYTES * spans.size / spans.stride));
-                self.worker_state.add(Amount::certain(DRAWN_BYTES * spans.size));
                 self.edge = self.edge.max(2 * spans.size);
                 self.least_step = self.least_step.max(spans.least_step());
                 self.rankings += 1;
-            }
+                (spans.size, vector)
+            };
+            one_ranking = one_ranking.max(DRAWN_BYTES * held + SORTED_BYTES * sorted);
         }
+        self.worker_state.add(Amount::uncertain(one_ranking));
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {
@@ -327,7 +333,7 @@ impl Need {
         let rows = (step + self.edge).min(self.elements) / self.row.max(1);
         amount.add(Amount::uncertain(self.row_reductions * ROW_BYTES * rows));
         let ranked = (step + self.edge).min(self.elements);
-        amount.add(Amount::certain(self.rankings * RANKED_BYTES * ranked));
+        amount.add(Amount::uncertain(self.rankings * RANKED_BYTES * ranked));
         for &(size, way) in &self.sources {
             amount.add(self.input(size, way, step, elements));
         }

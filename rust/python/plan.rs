@@ -1,5 +1,6 @@
 //! The plan's table, for Python to look at and to hand on.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use pyo3::exceptions::PyIndexError;
@@ -205,7 +206,8 @@ impl Plan {
     /// said to be.
     fn write_effects(&self, kinds: Vec<String>, write: Bound<'_, PyAny>) -> PyResult<()> {
         for tensor in self.0.tensors() {
-            let places: Vec<_> = tensor.sources().map(|each| (each.file, each.start)).collect();
+            let place = |each: plan::Source<'_>| (each.file, each.start, digest(each.rows));
+            let places: Vec<_> = tensor.sources().map(place).collect();
             let kind = kinds.get(tensor.kind());
             let of_tensor = (tensor.name(), tensor.dtype(), tensor.base(), places, kind);
             write.call1((PyBytes::new(write.py(), format!("{of_tensor:?}").as_bytes()),))?;
@@ -271,6 +273,13 @@ impl Plan {
             .collect();
         to_python(py, &described)
     }
+}
+
+/// A number that tells apart which rows are taken.
+fn digest(rows: Option<plan::Rows<'_>>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    rows.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Numbers and switches by name, as a plan has them.

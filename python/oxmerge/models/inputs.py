@@ -122,6 +122,12 @@ class Inputs:
         path = self._resolve(reference)
         return reference if path is None else os.path.realpath(path)
 
+    def by_folder(self, folder: str) -> InputModel | None:
+        """Return the opened model whose files lie in a folder, if there is one."""
+        path = os.path.realpath(folder)
+        each = (m for m in self.models if os.path.realpath(folder_beside(m.path)) == path)
+        return next(each, None)
+
     def open(self, reference: str) -> InputModel | None:
         """Return the model, or None after reporting that it cannot be opened."""
         path = self._resolve(reference)

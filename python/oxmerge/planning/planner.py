@@ -7,16 +7,21 @@ goes on after each problem as far as it can, so that one report has them all.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from oxmerge import _core
 from oxmerge.errors import PlanError, ProblemsError
+from oxmerge.json_files import read_object
 from oxmerge.methods import Method, find_method, read_methods
 from oxmerge.models.inputs import InputModel, Inputs
+from oxmerge.models.vocabularies import folder_beside
 from oxmerge.options import check_seed
-from oxmerge.output.config import edit_config
+from oxmerge.output.chat_templates import choose_template
+from oxmerge.output.config import edit_config, json_text
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
-from oxmerge.output.tokenizers import check_tokenizer
+from oxmerge.output.token_ids import GENERATION_CONFIG, edit_tokens
+from oxmerge.output.tokenizers import side_files_with
 from oxmerge.planning.assembly import Assembler
 from oxmerge.planning.belonging import Belonging
 from oxmerge.planning.ledger import Ledger
@@ -24,6 +29,7 @@ from oxmerge.planning.parameters import SettingReader
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.sections import Section, SectionBuilder
 from oxmerge.planning.targets import SlicedTargets, whole_targets
+from oxmerge.planning.tokens import TokenPlanner
 from oxmerge.problems import Problem, group_problems
 from oxmerge.schema import Tensors, is_float
 
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.targets import Run
+    from oxmerge.planning.tokens import Alignment
     from oxmerge.recipe.recipe import Recipe
 
 __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
@@ -97,6 +104,7 @@ class _Planner:
         self.inputs = Inputs(self.folders)
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
+        self.alignment: Alignment | None = None
         self.methods = read_methods(_core.methods())
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
@@ -107,15 +115,13 @@ class _Planner:
         table: _core.Plan | None = None
         fates: list[_core.Fates] = []
         if donor is not None:
+            self.align(donor, sections)
             table, fates = self.assemble(targets, donor, seed, shard_size)
             if is_known:
                 self.check_with_engine(table)
         self.check_config(donor)
         self.look_beside(donor)
         self.compare_models(sections, donor, table)
-        if donor is not None:
-            asked = check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
-            self.problems += asked
         self.gather(sections)
         if donor is None and not self.problems:
             message = "there is no model to take the names from"
@@ -158,10 +164,19 @@ class _Planner:
         self.sliced = SlicedTargets(sections, donor)
         return self.sliced
 
+    def align(self, donor: InputModel, sections: list[Section]) -> None:
+        """Find which rows of the models stand for which tokens, where the recipe asks for that."""
+        if self.recipe.tokenizer is not None:
+            tokens = TokenPlanner(self.recipe, self.inputs, donor, sections, self.folders)
+            self.alignment = tokens.align(self.recipe.tokenizer)
+            self.problems += tokens.problems
+            self.warnings += tokens.warnings
+
     def assemble(
         self, targets: list[Run], donor: InputModel, seed: int, shard_size: int
     ) -> tuple[_core.Plan, list[_core.Fates]]:
-        assembler = Assembler(self.recipe, donor, self.inputs.models, seed, self.reader)
+        models, alignment = self.inputs.models, self.alignment
+        assembler = Assembler(self.recipe, donor, models, seed, self.reader, alignment)
         if not self.recipe.slices and targets:
             assembler.compare_depths(targets[0].section)
         for run in targets:
@@ -193,10 +208,42 @@ class _Planner:
             self.problems += error.problems
 
     def look_beside(self, donor: InputModel | None) -> None:
-        """Find the donor's other files, and those among them that cannot be copied."""
-        if self.with_side_files and donor is not None:
-            self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
+        """Find the files beside the weights, and those among them that cannot be copied."""
+        if donor is None:
+            return
+        tokenizer = None if self.alignment is None else self.alignment.tokenizer
+        own = folder_beside(donor.path)
+        template = None
+        if self.recipe.chat_template is not None:
+            folders = [folder_beside(model.path) for model in self.inputs.models]
+            whose = own if tokenizer is None else tokenizer.folder
+            template, problem = choose_template(self.recipe.chat_template, folders, whose)
+            self.problems += [] if problem is None else [problem]
+        if self.with_side_files:
+            found = find_side_files(folder_of(donor.path), donor.file_names)
+            self.side_files = side_files_with(found, own, tokenizer, template)
             self.problems += self.side_files.problems
+            self.look_at_generation(donor)
+
+    def look_at_generation(self, donor: InputModel) -> None:
+        """Have the config of generation name the same tokens."""
+        config = read_object(os.path.join(folder_beside(donor.path), GENERATION_CONFIG))
+        edited, _ = self.with_tokens(config, donor, GENERATION_CONFIG)
+        if edited != config:
+            texts = {**self.side_files.texts, GENERATION_CONFIG: json_text(edited)}
+            copied = [each for each in self.side_files.copied if each.name != GENERATION_CONFIG]
+            self.side_files = replace(self.side_files, copied=tuple(copied), texts=texts)
+
+    def with_tokens(
+        self, config: dict[str, Any], donor: InputModel, name: str
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Return a config of the donor for the tokens of the output, and notes on that."""
+        found = self.alignment
+        if found is None:
+            return config, []
+        instead = read_object(os.path.join(found.tokenizer.folder, name))
+        rows = None if found.total == found.rows_of[donor.index] else found.total
+        return edit_tokens(config, rows, found.ids, instead)
 
     def compare_models(
         self, sections: list[Section], donor: InputModel | None, table: _core.Plan | None
@@ -209,7 +256,8 @@ class _Planner:
         belonging.compare_configs(self.inputs.models, by_layer=by_layer)
         if by_layer:
             belonging.compare_layers(sections)
-        belonging.compare_tokenizers(self.inputs.models, Tensors(table))
+        if self.alignment is None:
+            belonging.compare_tokenizers(self.inputs.models, Tensors(table))
         self.problems += belonging.problems
         self.warnings += belonging.warnings
 
@@ -257,6 +305,7 @@ class _Planner:
             layers=None if layer_map is None else self.configs_of(layer_map),
             depth=None if stack is None else stack.depth,
             writes_head=table.has_name_ending("lm_head.weight"),
+            edit=lambda config: self.with_tokens(config, donor, "config.json"),
         )
         plan = Plan(
             table=table,

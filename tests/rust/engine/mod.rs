@@ -5,6 +5,7 @@ mod formulas;
 mod memory_io;
 mod model_wide;
 mod programs;
+mod rows;
 mod selections;
 
 pub(crate) use memory_io::{ArraySink, ArraySource};

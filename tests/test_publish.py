@@ -74,7 +74,7 @@ def read_all(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in paths}
 
 
-def new_contents(folder: Path) -> tuple[Contents, dict[str, str]]:
+def new_contents(folder: Path) -> tuple[Contents, dict[str, str | bytes]]:
     """Return what to commit, and the files that should come of it."""
     donor = folder / "donor"
     (donor / "1_Pooling").mkdir(parents=True)

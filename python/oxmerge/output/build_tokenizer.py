@@ -1,12 +1,12 @@
-"""Build a tokenizer that has the tokens of several: a program of its own, which imports `tokenizers`.
+"""Build a tokenizer that has the tokens of several, with the library `tokenizers`.
 
-It reads a job from standard input and writes the tokenizer to the file that the job names. Its
-memory is its own, and ends with it. What goes wrong with the input is a line on standard error and
-the exit code 3.
+A program of its own: its memory ends with it. It reads a job from standard input and writes the
+tokenizer to the file that the job names. Exit code 3 says that the tokenizers do not fit, 4 that
+there is no library; a line on standard error says more.
 
-The result is the first tokenizer with more added tokens: its own tokens keep their ids, and what it
-does with text that has none of the new ones stays the same. Merges of other tokenizers are not taken:
-their ranks and scores mean nothing beside those of the first.
+The result is the first tokenizer with more added tokens: its own tokens keep their ids, and text
+that has none of the new ones becomes the same tokens. Merges and scores of the others are not
+taken: they mean nothing beside those of the first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 #: Bytes of addresses; far more than the largest tokenizers take.
 _MOST_ADDRESSES = 8 << 30
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_ALL_FLAGS = (*_FLAGS, "special")
+_UNFIT, _NO_LIBRARY = 3, 4
 
 
 class _UnfitError(Exception):
@@ -81,58 +83,42 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
     from tokenizers import AddedToken, Tokenizer  # noqa: PLC0415 - what can fail first, does
 
     base = _read(job["base"])
-    kind = _kind(base)
     _strip(base, job["rows"])
     tokenizer = Tokenizer.from_str(json.dumps(base))
-    defined = {each["content"] for each in base["added_tokens"]}
     known = set(tokenizer.get_vocab(with_added_tokens=True))
-    del base
-
-    def add(content: str, flags: dict[str, Any] | None = None) -> None:
-        if flags is None:
-            tokenizer.add_tokens([content])
-        else:
-            token = AddedToken(content, **{key: bool(flags.get(key)) for key in _FLAGS})
-            is_special = flags.get("special")
-            (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
-            defined.add(content)
-        known.add(content)
-
     ordinary: dict[str, int] = {}
-    added = []
-    for each in job["others"]:
-        other = _read(each["path"])
-        if _kind(other) != kind:
-            raise _UnfitError(
-                f"`{each['path']}` is of the kind {_kind(other)}, and `{job['base']}` is {kind}"
-            )
-        new = [token for token in _tokens(other, each["rows"]) if token and token not in known]
-        marked = {each["content"] for each in _added(other, each["rows"])}
-        ordinary[each["path"]] = len(set(new) - marked)
-        if new:
-            tokenizer.add_tokens(new)
-            known.update(new)
-        added += _added(other, each["rows"])
-    for token in added:
-        if token["content"] and token["content"] not in defined:
-            add(token["content"], token)
-    for content in job["tokens"]:
-        if content not in known:
-            add(content)
+    # The first definition of an added token counts.
+    marked = {each["content"]: each for each in base["added_tokens"]}
+    own = set(marked)
+    for path, rows in job["others"]:
+        other = _read(path)
+        if _kind(other) != _kind(base):
+            message = f"`{path}` is {_kind(other)}, and `{job['base']}` is {_kind(base)}"
+            raise _UnfitError(message)
+        for each in _added(other, rows):
+            marked.setdefault(each["content"], each)
+        new = [token for token in _tokens(other, rows) if token and token not in known]
+        ordinary[path] = sum(token not in marked for token in new)
+        tokenizer.add_tokens(new)
+        known.update(new)
+    for content, flags in marked.items():
+        if content and content not in own:
+            token = AddedToken(content, **{key: bool(flags.get(key)) for key in _FLAGS})
+            is_special = bool(flags.get("special"))
+            (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
+            known.add(content)
+    tokenizer.add_tokens([content for content in job["tokens"] if content not in known])
     ids = tokenizer.get_vocab(with_added_tokens=True)
     if len(set(ids.values())) < len(ids):
-        raise _UnfitError(f"ids of `{job['base']}` have gaps, in which added tokens would collide")
+        message = f"the ids of `{job['base']}` have gaps, in which added tokens would collide"
+        raise _UnfitError(message)
     tokenizer.save(job["out"])
-    decoder = tokenizer.get_added_tokens_decoder()
-    described = {
-        str(number): {
-            "content": token.content,
-            **{key: getattr(token, key) for key in (*_FLAGS, "special")},
-        }
-        for number, token in sorted(decoder.items())
+    added = {
+        str(number): {"content": token.content, **{key: getattr(token, key) for key in _ALL_FLAGS}}
+        for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"added": described, "ordinary": ordinary, "peak": peak}
+    return {"added": added, "ordinary": ordinary, "peak": peak}
 
 
 def main() -> int:
@@ -142,16 +128,18 @@ def main() -> int:
     try:
         result = _build(job)
     except _UnfitError as error:
-        print(error, file=sys.stderr)
-        return 3
-    except ImportError:
-        print("there is no `tokenizers` library", file=sys.stderr)
-        return 4
-    except Exception as error:  # noqa: BLE001 - the library raises plain ones; the input is at fault
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 3
+        return _failed(_UNFIT, str(error))
+    except ImportError as error:
+        return _failed(_NO_LIBRARY, str(error))
+    except Exception as error:  # noqa: BLE001 - the library raises plain ones, of any input
+        return _failed(_UNFIT, f"{type(error).__name__}: {error}")
     json.dump(result, sys.stdout)
     return 0
+
+
+def _failed(code: int, message: str) -> int:
+    sys.stderr.write(f"{message}\n")
+    return code
 
 
 if __name__ == "__main__":

@@ -118,13 +118,12 @@ class SideFiles:
     left_out: tuple[LeftOut, ...] = ()
     problems: tuple[Problem, ...] = ()
     #: Files of other content than the donor's, by name.
-    texts: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
         """Return the bytes that they take."""
-        written = sum(len(text.encode(errors="backslashreplace")) for text in self.texts.values())
-        return written + sum(file.state.size for file in self.copied)
+        return sum(map(len, self.texts.values())) + sum(file.state.size for file in self.copied)
 
 
 def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFiles:

@@ -48,7 +48,7 @@ class Built:
 
     Attributes
     ----------
-    text : str
+    data : bytes
         Its `tokenizer.json`.
     added : dict
         Its added tokens by id, each with its flags.
@@ -58,7 +58,7 @@ class Built:
         Bytes that the process took which built it.
     """
 
-    text: str
+    data: bytes
     added: dict[str, Any]
     ordinary: dict[str, int]
     memory: int
@@ -121,15 +121,13 @@ def _build(
     tokens: tuple[str, ...],
 ) -> Built:
     base, *paths = (file[0] for file in files)
-    others = [
-        {"path": path, "rows": number} for path, number in zip(paths, rows_of_others, strict=True)
-    ]
+    others = list(zip(paths, rows_of_others, strict=True))
     with tempfile.TemporaryDirectory(prefix="oxmerge-") as folder:
         out = os.path.join(folder, "tokenizer.json")
         job = {"base": base, "rows": rows, "others": others, "tokens": tokens, "out": out}
         found = _run(json.dumps(job))
-        text = Path(out).read_text(encoding="utf-8")
-    return Built(text, found["added"], found["ordinary"], found["peak"])
+        data = Path(out).read_bytes()
+    return Built(data, found["added"], found["ordinary"], found["peak"])
 
 
 def _run(job: str) -> dict[str, Any]:
@@ -189,28 +187,28 @@ def side_files_with(
         copied = [file for file in copied if not _is_of_tokenizer(file.name)]
         copied += [file for file in theirs.copied if _is_of_tokenizer(file.name)]
         problems += theirs.problems
-    texts: dict[str, str] = dict(found.texts)
+    texts = dict(found.texts)
     names = {file.name for file in copied}
     config, more = read_object(os.path.join(folder, _CONFIG)), dict[str, Any]()
     if tokenizer is not None and tokenizer.built is not None:
         built = tokenizer.built
-        texts["tokenizer.json"] = built.text
+        texts["tokenizer.json"] = built.data
         if "added_tokens_decoder" in config:
             more["added_tokens_decoder"] = built.added
         if "added_tokens.json" in names:
             ids = {token["content"]: int(number) for number, token in built.added.items()}
-            texts["added_tokens.json"] = json_text(ids)
+            texts["added_tokens.json"] = json_text(ids).encode()
         if "tekken.json" in names:
             left_out.append(LeftOut("tekken.json", "it lacks the tokens that were added"))
             names.discard("tekken.json")
     if template is not None:
         # Which of the two a loader reads is a question of its age.
-        texts["chat_template.jinja"] = template
+        texts["chat_template.jinja"] = template.encode(errors="backslashreplace")
         if config:
             more["chat_template"] = template
         names.discard("chat_template.json")
     if more:
-        texts[_CONFIG] = json_text({**config, **more})
+        texts[_CONFIG] = json_text({**config, **more}).encode()
     kept = sorted(
         (file for file in copied if file.name in names and file.name not in texts),
         key=lambda file: file.name,

@@ -94,7 +94,7 @@ def _output(plan: Plan) -> dict[str, Any]:
             for file in files.copied
         ],
         "left_out": [{"name": entry.name, "reason": entry.reason} for entry in files.left_out],
-        "texts": dict(files.texts),
+        "texts": {name: data.decode(errors="replace") for name, data in files.texts.items()},
     }
 
 
@@ -215,11 +215,12 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         if file.name in taken or file.name.lower() == "readme.md":
             raise _wrong("two files of the output have one name", file.name)
         taken.add(file.name)
-    texts = reader.get("texts", dict)
-    for name, text in texts.items():
+    texts = {}
+    for name, text in reader.get("texts", dict).items():
         if not isinstance(text, str):
             raise _wrong("a file of the output must be text", text)
         _check_name(name)
+        texts[name] = text.encode(errors="backslashreplace")
         if name in taken or name.lower() == "readme.md":
             raise _wrong("two files of the output have one name", name)
         taken.add(name)

@@ -230,7 +230,7 @@ class _Planner:
         config = read_object(os.path.join(folder_beside(donor.path), GENERATION_CONFIG))
         edited, _ = self.with_tokens(config, donor, GENERATION_CONFIG)
         if edited != config:
-            texts = {**self.side_files.texts, GENERATION_CONFIG: json_text(edited)}
+            texts = {**self.side_files.texts, GENERATION_CONFIG: json_text(edited).encode()}
             copied = [each for each in self.side_files.copied if each.name != GENERATION_CONFIG]
             self.side_files = replace(self.side_files, copied=tuple(copied), texts=texts)
 

@@ -238,7 +238,9 @@ class TokenPlanner:
             shapes = {name: _shape(model, name) for name in loose}
             counts = Counter(shape[0] for shape in shapes.values() if len(shape) == _TABLE)
             stated = model.config.get("vocab_size")
-            rows = stated if stated in counts else max(counts, default=0)
+            rows = max(counts, default=0)
+            if isinstance(stated, int) and stated in counts:
+                rows = stated
             rows_of.append(rows)
             names |= {name for name, shape in shapes.items() if shape and shape[0] == rows}
         return frozenset(names), tuple(rows_of)
@@ -289,8 +291,8 @@ class TokenPlanner:
         built = build_tokenizer(base[0], limit, others, new)
         with tempfile.TemporaryDirectory(prefix="oxmerge-") as folder:
             file = os.path.join(folder, "tokenizer.json")
-            with open(file, "w", encoding="utf-8") as out:
-                out.write(built.text)
+            with open(file, "wb") as out:
+                out.write(built.data)
             rows = _core.TokenRows([file], _MOST_ROWS, models, self._base)
         return OutputTokenizer(source.reference, source.folder, built), rows
 
@@ -301,8 +303,8 @@ class TokenPlanner:
         for file, count in tokenizer.built.ordinary.items():
             if count:
                 message = (
-                    f"{count} tokens are added to those of `{tokenizer.reference}`, and text is cut "
-                    "at them before anything else: merges and scores of two tokenizers do not mix"
+                    f"{count} tokens are added to those of `{tokenizer.reference}`, and text is "
+                    "cut at them first: merges and scores of two tokenizers do not mix"
                 )
                 advice = "write `tokenizer_source: base` to leave them out"
                 self.warnings.append(

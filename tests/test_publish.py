@@ -74,19 +74,20 @@ def read_all(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in paths}
 
 
-def new_contents(folder: Path) -> tuple[Contents, dict[str, str | bytes]]:
+def new_contents(folder: Path) -> tuple[Contents, dict[str, str]]:
     """Return what to commit, and the files that should come of it."""
     donor = folder / "donor"
     (donor / "1_Pooling").mkdir(parents=True)
     write_all(donor, {"tokenizer.json": "tokenizer"})
     (donor / "1_Pooling" / "config.json").write_text("pooling")
     names = ("1_Pooling/config.json", "tokenizer.json")
+    texts = {"README.md": "card", "oxmerge_recipe.yml": "recipe"}
     contents = Contents(
         shards=SHARDS,
         index=json.dumps({"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}),
         config="new config",
         side_files=[SideFile(name, donor / name, state_of(donor / name)) for name in names],
-        texts={"README.md": "card", "oxmerge_recipe.yml": "recipe"},
+        texts=texts,
         late=tuple(REPORT),
     )
     expected = {
@@ -95,7 +96,7 @@ def new_contents(folder: Path) -> tuple[Contents, dict[str, str | bytes]]:
         "config.json": "new config",
         "tokenizer.json": "tokenizer",
         "1_Pooling/config.json": "pooling",
-        **contents.texts,
+        **texts,
         **REPORT,
     }
     return contents, expected

@@ -186,8 +186,8 @@ impl TokenRows {
 
     /// How many tokens of `model` the output lacks.
     pub fn foreign(&self, model: usize) -> usize {
-        let tokens = &self.models[model].token_of;
-        tokens.iter().filter(|(token, _)| *token == FOREIGN).count()
+        let tokens = self.models[model].token_of.iter().filter(|(token, _)| *token != NONE);
+        tokens.filter(|(token, _)| self.output.row(*token).is_none()).count()
     }
 
     /// The row that `model` has for row `row` of the output.

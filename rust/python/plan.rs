@@ -155,7 +155,8 @@ impl Plan {
     }
 
     /// A row: name, shape, element type, shard, first byte, base, shared parameters, where they
-    /// come from; and for each source model, name, element type, file, first byte, parameters.
+    /// come from; and for each source model, name, element type, file, first byte, parameters,
+    /// and whether its rows are taken by token.
     fn row<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyTuple>> {
         if index >= self.0.len() {
             return Err(PyIndexError::new_err(format!("the plan has no tensor {index}")));
@@ -171,6 +172,7 @@ impl Plan {
                 source.file,
                 source.start,
                 to_python(py, &**own)?,
+                source.rows.is_some(),
             ))?;
         }
         (

@@ -113,9 +113,10 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
         message = f"the ids of `{job['base']}` have gaps, in which added tokens would collide"
         raise _UnfitError(message)
     tokenizer.save(job["out"])
+    decoder = tokenizer.get_added_tokens_decoder() if job["tells_added"] else {}
     added = {
         str(number): {"content": token.content, **{key: getattr(token, key) for key in _ALL_FLAGS}}
-        for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        for number, token in sorted(decoder.items())
     }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"added": added, "ordinary": ordinary, "peak": peak}

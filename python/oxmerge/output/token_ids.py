@@ -10,11 +10,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["GENERATION_CONFIG", "edit_tokens", "ids_in"]
+__all__ = ["COUNTS", "GENERATION_CONFIG", "edit_tokens", "ids_in"]
 
 GENERATION_CONFIG = "generation_config.json"
 
-_COUNTS = ("vocab_size", "padded_vocab_size")
+#: Keys that count tokens.
+COUNTS = ("vocab_size", "padded_vocab_size")
 _ENDS = ("_token_id", "_token_ids")
 
 
@@ -46,7 +47,7 @@ def edit_tokens(
             inner = instead.get(key)
             new, more = edit_tokens(value, rows, ids, inner if isinstance(inner, dict) else instead)
             notes += more
-        elif rows is not None and key in _COUNTS and type(value) is int:
+        elif rows is not None and key in COUNTS and type(value) is int:
             new = rows
         elif ids is not None and key.endswith(_ENDS):
             new = _moved(value, ids)

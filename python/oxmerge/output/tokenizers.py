@@ -36,6 +36,7 @@ _FILES = (
     "tokenizer_config.json", "chat_template.*", "additional_chat_templates/*", "tokenization_*.py",
 )  # fmt: skip
 _CONFIG = "tokenizer_config.json"
+_DECODER = "added_tokens_decoder"
 _PROGRAM = Path(__file__).with_name("build_tokenizer.py")
 #: Seconds; the largest tokenizers take half a minute.
 _LONGEST = 600
@@ -51,7 +52,7 @@ class Built:
     data : bytes
         Its `tokenizer.json`.
     added : dict
-        Its added tokens by id, each with its flags.
+        Its added tokens by id, each with its flags, if a file beside `base` tells them.
     ordinary : dict of str to int
         How many tokens that are none of the added ones each file gave it.
     memory : int
@@ -124,10 +125,23 @@ def _build(
     others = list(zip(paths, rows_of_others, strict=True))
     with tempfile.TemporaryDirectory(prefix="oxmerge-") as folder:
         out = os.path.join(folder, "tokenizer.json")
-        job = {"base": base, "rows": rows, "others": others, "tokens": tokens, "out": out}
+        job = {
+            "base": base,
+            "rows": rows,
+            "others": others,
+            "tokens": tokens,
+            "out": out,
+            "tells_added": _tells_added(os.path.dirname(base)),
+        }
         found = _run(json.dumps(job))
         data = Path(out).read_bytes()
     return Built(data, found["added"], found["ordinary"], found["peak"])
+
+
+def _tells_added(folder: str) -> bool:
+    """Tell whether a file beside a tokenizer tells its added tokens again."""
+    listed = os.path.exists(os.path.join(folder, "added_tokens.json"))
+    return listed or _DECODER in read_object(os.path.join(folder, _CONFIG))
 
 
 def _run(job: str) -> dict[str, Any]:
@@ -193,8 +207,8 @@ def side_files_with(
     if tokenizer is not None and tokenizer.built is not None:
         built = tokenizer.built
         texts["tokenizer.json"] = built.data
-        if "added_tokens_decoder" in config:
-            more["added_tokens_decoder"] = built.added
+        if _DECODER in config:
+            more[_DECODER] = built.added
         if "added_tokens.json" in names:
             ids = {token["content"]: int(number) for number, token in built.added.items()}
             texts["added_tokens.json"] = json_text(ids).encode()

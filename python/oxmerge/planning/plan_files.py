@@ -81,6 +81,7 @@ def _output(plan: Plan) -> dict[str, Any]:
         "base": plan.base,
         "layer_map": plan.layer_map,
         "dtype": plan.dtype,
+        "tokenizer_memory": plan.tokenizer_memory,
         "accounting": [_account(account) for account in plan.accounting],
         "warnings": [
             {name: getattr(warning, name) for name in warning.__dataclass_fields__}
@@ -237,6 +238,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         "base": base,
         "layer_map": _pairs(reader.get("layer_map", list, list, optional=True)),
         "dtype": reader.get("dtype", str, optional=True),
+        "tokenizer_memory": reader.get("tokenizer_memory", int, optional=True),
         "accounting": tuple(
             _read_account(_Reader(each)) for each in reader.get("accounting", list, dict)
         ),

@@ -14,6 +14,7 @@ from oxmerge.errors import PlanError, ProblemsError
 from oxmerge.json_files import read_object
 from oxmerge.methods import Method, find_method, read_methods
 from oxmerge.models.inputs import InputModel, Inputs
+from oxmerge.models.names import is_vocabulary
 from oxmerge.models.vocabularies import folder_beside
 from oxmerge.options import check_seed
 from oxmerge.output.chat_templates import choose_template
@@ -105,6 +106,7 @@ class _Planner:
         self.reader = SettingReader()
         self.sliced: SlicedTargets | None = None
         self.alignment: Alignment | None = None
+        self.lacks_tokens = False
         self.methods = read_methods(_core.methods())
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
@@ -170,6 +172,7 @@ class _Planner:
             tokens = TokenPlanner(self.recipe, self.inputs, donor, sections, self.folders)
             self.alignment = tokens.align(self.recipe.tokenizer)
             self.problems += tokens.problems
+            self.lacks_tokens = bool(tokens.problems)
             self.warnings += tokens.warnings
 
     def assemble(
@@ -181,8 +184,13 @@ class _Planner:
             assembler.compare_depths(targets[0].section)
         for run in targets:
             assembler.assemble(run)
-        self.problems += assembler.problems
+        self.problems += (p for p in assembler.problems if not self.is_told(p))
         return assembler.finish(shard_size)
+
+    def is_told(self, problem: Problem) -> bool:
+        """Tell whether rows cannot be compared for a reason that is told with the tokenizer."""
+        is_of_rows = problem.kind == "shape" and is_vocabulary(problem.tensor or "")
+        return is_of_rows and self.lacks_tokens
 
     def check_with_engine(self, table: _core.Plan) -> None:
         for found in table.problems():
@@ -323,6 +331,7 @@ class _Planner:
             config=config,
             card=card_of(self.recipe, self.inputs.models, donor),
             side_files=self.side_files,
+            tokenizer_memory=None if self.alignment is None else self.alignment.memory,
         )
         plan.recipe = self.recipe  # it need not be read again
         return plan

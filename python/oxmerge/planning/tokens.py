@@ -19,13 +19,14 @@ from oxmerge.models.names import is_vocabulary
 from oxmerge.models.references import resolve_reference
 from oxmerge.models.vocabularies import OPAQUE, folder_beside, present, same_files, token_files
 from oxmerge.output.side_files import folder_of
-from oxmerge.output.token_ids import GENERATION_CONFIG, ids_in
+from oxmerge.output.token_ids import COUNTS, GENERATION_CONFIG, ids_in
 from oxmerge.output.tokenizers import OutputTokenizer, build_tokenizer
 from oxmerge.problems import UNSUPPORTED, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from oxmerge.models.inputs import InputModel, Inputs
     from oxmerge.planning.sections import Section
@@ -63,6 +64,11 @@ class Alignment:
     total: int
     tokenizer: OutputTokenizer
     ids: dict[int, int | None] | None
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the process took which built the tokenizer; None if none was built."""
+        return None if self.tokenizer.built is None else self.tokenizer.built.memory
 
 
 class TokenPlanner:
@@ -150,6 +156,7 @@ class TokenPlanner:
             return None
         total = self._resize(asked, rows, source, rows_of)
         self._warn(asked, tokenizer)
+        self._check_others(asked, names, rows_of, total)
         ids = None
         if not self._is_donor(source):
             ids = self._moved_ids(of_models[self._donor.index], rows)
@@ -311,6 +318,22 @@ class TokenPlanner:
                     Problem("tokenizer", message, asked.where, file=file, advice=advice)
                 )
 
+    def _check_others(
+        self, asked: Tokenizer, names: frozenset[str], rows_of: tuple[int, ...], total: int
+    ) -> None:
+        """Report a tensor that seems to have a place for each token along another dimension."""
+        rows = rows_of[self._donor.index]
+        if total == rows or rows in _other_numbers(self._donor.config):
+            return
+        for _, name in _loose(self._donor):
+            if name not in names and rows in _shape(self._donor, name):
+                message = (
+                    f"not supported yet: another number of tokens, where `{name}` of "
+                    f"`{self._donor.reference}` has {rows} numbers that may belong to tokens"
+                )
+                advice = "write `tokenizer_source: base`"
+                self._report(asked, message, advice, kind=UNSUPPORTED)
+
     # Single tokens.
 
     def _fill(
@@ -374,6 +397,17 @@ def _loose(model: InputModel) -> list[tuple[str, str]]:
         if model.layout.place(lead) is None
         for at in range(first, first + count)
     ]
+
+
+def _other_numbers(config: dict[str, Any]) -> set[int]:
+    """Return the whole numbers in a config that are no counts of tokens."""
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _other_numbers(value)
+        elif isinstance(value, int) and key not in COUNTS:
+            found.add(value)
+    return found
 
 
 def _shape(model: InputModel, name: str) -> tuple[int, ...]:

@@ -203,6 +203,7 @@ def side_files_with(
         problems += theirs.problems
     texts = dict(found.texts)
     names = {file.name for file in copied}
+    outdated: dict[str, str] = {}
     config, more = read_object(os.path.join(folder, _CONFIG)), dict[str, Any]()
     if tokenizer is not None and tokenizer.built is not None:
         built = tokenizer.built
@@ -212,23 +213,19 @@ def side_files_with(
         if "added_tokens.json" in names:
             ids = {token["content"]: int(number) for number, token in built.added.items()}
             texts["added_tokens.json"] = json_text(ids).encode()
-        if "tekken.json" in names:
-            left_out.append(LeftOut("tekken.json", "it lacks the tokens that were added"))
-            names.discard("tekken.json")
+        outdated["tekken.json"] = "it lacks the tokens that were added"
     if template is not None:
         # Which of the two a loader reads is a question of its age.
         texts["chat_template.jinja"] = template.encode(errors="backslashreplace")
         if config:
             more["chat_template"] = template
-        names.discard("chat_template.json")
+        outdated["chat_template.json"] = "the chat template is another"
     if more:
         texts[_CONFIG] = json_text({**config, **more}).encode()
-    kept = sorted(
-        (file for file in copied if file.name in names and file.name not in texts),
-        key=lambda file: file.name,
-    )
+    left_out += [LeftOut(name, outdated[name]) for name in outdated if name in names]
+    kept = [file for file in copied if file.name not in texts and file.name not in outdated]
     return SideFiles(
-        tuple(kept),
+        tuple(sorted(kept, key=lambda file: file.name)),
         tuple(sorted(left_out, key=lambda entry: entry.name)),
         tuple(problems),
         dict(sorted(texts.items())),

@@ -184,7 +184,7 @@ def test_long_and_short_rows(work: Path, name: str, shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("read_path", ["mapped", "positioned"])
 def test_rows_by_token(work: Path, read_path: str) -> None:
-    """Embeddings of eight budgets in other orders, with means for missing tokens and for padding."""
+    """Embeddings in other orders, with means for missing tokens and for padding."""
     tokens, width = 40_000, 4800
     order = np.random.default_rng(3).permutation(tokens)
     for model, ids in {"a": range(tokens), "b": order[: tokens - 2000], "c": order[900:]}.items():
@@ -204,7 +204,7 @@ def test_rows_by_token(work: Path, read_path: str) -> None:
     )
     report = report_of(merge(recipe, read_path=read_path, memory=72 * MIB))
     assert report["bytes_written"] == 2 * width * 40_960
-    assert report["measured"] <= report["memory"]
+    check(report)
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])

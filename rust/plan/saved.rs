@@ -335,7 +335,7 @@ fn check_input(
             let map = known("map", &plan.maps, *map)?;
             known("part", parts, *own)?;
             let (rows, rest) = shape.split_first().unwrap_or((&0, &[]));
-            if map.rows() != *rows || rest.contains(&0) {
+            if map.rows() != *rows || shape.is_empty() || shape.contains(&0) {
                 return Err(wrong("an input has other rows than the tensor")
                     .expected(format_args!("{} rows that are not empty", map.rows()))
                     .found(format_args!("{shape:?}")));

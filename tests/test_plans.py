@@ -276,7 +276,7 @@ WRONG_ROWS: dict[str, tuple[Callable[[Saved], None], str]] = {
     "no floats": (rows(7, [[0, 0, "I32", 4]] * 2), "rows can be taken of floats only"),
     "few rows": (rows(7, [[0, 0, "F32", 4]] * 2), "a row is taken from where there is none"),
     "type": (rows(3, "F64"), "an input has another type than its rows"),
-    "shape": (rows(4, 1), "an input has another shape"),
+    "shape": (rows(4, 1), "the plan has no shape of that number"),
     "fewer rows than the tensor": (maps([first_rows(3)]), "other rows than the tensor"),
     "no rows": (maps([]), "other rows than the tensor"),
     "too many rows": (maps([first_rows(HUGE)]), "more rows than a vocabulary has"),

@@ -101,13 +101,18 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
         ordinary[path] = sum(token not in marked for token in new)
         tokenizer.add_tokens(new)
         known.update(new)
-    for content, flags in marked.items():
-        if content and content not in own:
-            token = AddedToken(content, **{key: bool(flags.get(key)) for key in _FLAGS})
-            is_special = bool(flags.get("special"))
-            (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
-            known.add(content)
-    tokenizer.add_tokens([content for content in job["tokens"] if content not in known])
+    marked.pop("", None)
+    # All at once, for each call goes over all added tokens: their ids in order, then their flags.
+    new = [*marked, *job["tokens"]]
+    tokenizer.add_tokens([content for content in new if content not in known])
+    for is_special, add in ((False, tokenizer.add_tokens), (True, tokenizer.add_special_tokens)):
+        add(
+            [
+                AddedToken(content, **{key: bool(flags.get(key)) for key in _FLAGS})
+                for content, flags in marked.items()
+                if content not in own and bool(flags.get("special")) is is_special
+            ]
+        )
     ids = tokenizer.get_vocab(with_added_tokens=True)
     if len(set(ids.values())) < len(ids):
         message = f"the ids of `{job['base']}` have gaps, in which added tokens would collide"

@@ -107,6 +107,7 @@ class _Planner:
         self.sliced: SlicedTargets | None = None
         self.alignment: Alignment | None = None
         self.lacks_tokens = False
+        self.notes: list[str] = []
         self.methods = read_methods(_core.methods())
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
@@ -236,7 +237,8 @@ class _Planner:
     def look_at_generation(self, donor: InputModel) -> None:
         """Have the config of generation name the same tokens."""
         config = read_object(os.path.join(folder_beside(donor.path), GENERATION_CONFIG))
-        edited, _ = self.with_tokens(config, donor, GENERATION_CONFIG)
+        edited, notes = self.with_tokens(config, donor, GENERATION_CONFIG)
+        self.notes += (f"{GENERATION_CONFIG}: {note}" for note in notes)
         if edited != config:
             texts = {**self.side_files.texts, GENERATION_CONFIG: json_text(edited).encode()}
             copied = [each for each in self.side_files.copied if each.name != GENERATION_CONFIG]
@@ -327,7 +329,7 @@ class _Planner:
             dtype=dtype,
             accounting=accounting,
             warnings=group_problems(self.warnings),
-            changes=(*notes, *self.recipe.notes, *notes_on(self.side_files)),
+            changes=(*notes, *self.notes, *self.recipe.notes, *notes_on(self.side_files)),
             config=config,
             card=card_of(self.recipe, self.inputs.models, donor),
             side_files=self.side_files,

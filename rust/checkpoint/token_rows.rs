@@ -194,6 +194,8 @@ impl TokenRows {
     pub fn row(&self, model: usize, row: u64) -> Option<u32> {
         let model = &self.models[model];
         match self.output.token(row) {
+            // Of several rows with one token, the one that is in the same place.
+            Some(token) if model.token(row) == Some(token) => Some(row as u32),
             Some(token) => model.row(token),
             None => (row < model.limit && model.token(row).is_none()).then_some(row as u32),
         }

@@ -39,7 +39,7 @@ struct Desk {
 
 impl RowsSource {
     /// Bytes that a worker needs besides its buffer while it reads.
-    pub(crate) const DESK_BYTES: u64 = CHUNK * 3 * size_of::<f64>() as u64;
+    const DESK_BYTES: u64 = CHUNK * 3 * size_of::<f64>() as u64;
 
     /// The rows of `parts`, of `width` elements each. `map` was checked against the parts.
     pub fn new(map: Arc<RowMap>, parts: Vec<Arc<dyn Source>>, width: u64) -> Self {
@@ -49,9 +49,9 @@ impl RowsSource {
         Self { map, parts, dtype, width, mean_above, search }
     }
 
-    /// Bytes that all workers together need for rows of `width` elements: the sums and the mean.
-    pub(crate) fn shared_bytes(width: u64) -> u64 {
-        width.saturating_mul(2 * size_of::<f64>() as u64)
+    /// Bytes that all workers together need to find the mean of rows: sums, the mean, and a chunk.
+    fn search_bytes(&self) -> u64 {
+        (2 * self.width).saturating_add(CHUNK).saturating_mul(size_of::<f64>() as u64)
     }
 
     /// What `elements` are, if they are consecutive in one part that can be handed on as it is.
@@ -198,7 +198,7 @@ impl Source for RowsSource {
 
     fn memory(&self) -> (u64, u64) {
         let has_mean = self.map.runs().any(|(_, origin)| matches!(origin, Origin::MeanAbove));
-        (Self::DESK_BYTES, if has_mean { Self::shared_bytes(self.width) } else { 0 })
+        (Self::DESK_BYTES, if has_mean { self.search_bytes() } else { 0 })
     }
 
     fn read<'a>(

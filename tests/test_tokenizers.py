@@ -162,6 +162,20 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
         oxmerge.plan(recipe)
 
 
+def test_the_same_tokens_beside_another_config(tmp_path: Path) -> None:
+    for name, config in {"a": "{}", "b": "[]"}.items():
+        folder = make(tmp_path / name, tokenizer_json="", tokenizer_config_json=config)
+        (folder / "tokenizer.model").write_bytes(b"x")
+    assert problems(tmp_path, tokenizer_source="base") == []
+
+
+def test_the_tokenizer_of_a_model_that_has_none(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", tokenizer_json="")
+    ((message, _),) = problems(tmp_path, tokenizer_source="b")
+    assert message == "the tokens of `b` cannot be matched: it has no tokenizer"
+
+
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     make(tmp_path / "a")
     make(tmp_path / "b")

@@ -31,10 +31,11 @@ KINDS = (
 #: Files that only their own programs read: their bytes can be compared.
 OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
+#: Everything that tells tokens.
+_TOKENS = (*dict.fromkeys(name for names in KINDS for name in names), *OPAQUE)
 #: Everything that makes a tokenizer what it is.
 _WHOLE = (
-    *dict.fromkeys(name for names in KINDS for name in names),
-    *OPAQUE,
+    *_TOKENS,
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -72,12 +73,21 @@ def token_files(folder: str) -> list[str]:
     return next(iter(_by_kind(folder)), [])
 
 
-def same_files(one: str, other: str) -> bool:
-    """Tell whether two folders have the same tokenizer: each file that makes it, byte for byte."""
+def same_files(one: str, other: str, *, only_tokens: bool = False) -> bool:
+    """Tell whether two folders have the same tokenizer: each file that makes it, byte for byte.
+
+    Parameters
+    ----------
+    one, other : str
+        The folders.
+    only_tokens : bool
+        Whether only the files count that tell tokens.
+    """
     if os.path.realpath(one) == os.path.realpath(other):
         return True
-    shared = present(one, _WHOLE)
-    if not shared or shared != present(other, _WHOLE):
+    names = _TOKENS if only_tokens else _WHOLE
+    shared = present(one, names)
+    if not shared or shared != present(other, names):
         return False
     try:
         _, different, unreadable = filecmp.cmpfiles(one, other, shared, shallow=False)

@@ -195,17 +195,16 @@ class TokenPlanner:
         references = [model.reference for model in self._inputs.models]
         folders.append(source.folder)
         references.append(source.reference)
+        before = len(self.problems)
         found: list[list[str]] = []
-        unreadable = False
-        for reference, folder in zip(references, folders, strict=True):
+        for at, (reference, folder) in enumerate(zip(references, folders, strict=True)):
             files, opaque = token_files(folder), present(folder, OPAQUE)
-            if not files and not (opaque and same_files(own, folder)):
-                if opaque:
-                    unreadable = True
-                    self._report_opaque(asked, reference, opaque[0])
+            if not files and not same_files(own, folder, only_tokens=True):
+                if opaque or at == len(self._inputs.models):
+                    self._report_opaque(asked, reference, opaque[0] if opaque else None)
                 files = token_files(own)
             found.append(files)
-        if unreadable:
+        if len(self.problems) > before:
             return None
         if not token_files(own):
             # All have the donor's, in a file that only its own program reads; or none has any.

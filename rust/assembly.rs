@@ -7,6 +7,7 @@
 //! say what is wrong with it.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::checkpoint::token_rows::TokenRows;
@@ -68,6 +69,18 @@ pub struct Run {
     groups: Vec<usize>,
     /// Whether its rows are taken by token.
     by_token: Vec<bool>,
+    keeping: Keeping,
+}
+
+/// Which tensors of a run are made of one column alone.
+#[derive(Clone, Debug)]
+pub struct Keeping {
+    /// How many columns are inputs of the method; those behind them are only kept from.
+    pub inputs: usize,
+    /// The column that a tensor is kept from, by its position in the run.
+    pub kept: HashMap<usize, usize>,
+    /// The column for tensors that an input lacks or has in another shape; without it they are odd.
+    pub otherwise: Option<usize>,
 }
 
 /// A tensor of a run that needs a look.
@@ -149,6 +162,7 @@ impl Assembly {
         columns: Vec<Column>,
         is_like: bool,
         quantised: &[bool],
+        mut keeping: Keeping,
     ) -> (Run, Vec<Odd>) {
         let (mut names, mut found, mut odd) = (Vec::new(), Vec::new(), Vec::new());
         let mut by_token = Vec::new();
@@ -173,11 +187,11 @@ impl Assembly {
             let is_twice = !self.builder.take_name(&name);
             let tokens = self.tokens_of(like.name);
             by_token.push(tokens.is_some());
-            let agrees = each.iter().zip(&columns).all(|(found, column)| {
-                let model = column.model;
-                found.is_some_and(|at| {
-                    let tensor = self.models[model].tensor(at);
-                    let has_shape = match (tokens, tensor.shape) {
+            let is_shaped = |column: usize| {
+                let model = columns[column].model;
+                each[column].is_some_and(|found| {
+                    let tensor = self.models[model].tensor(found);
+                    match (tokens, tensor.shape) {
                         (Some(tokens), [rows, rest @ ..]) => {
                             *rows == tokens.limit_of(model)
                                 && like.shape.get(1..) == Some(rest)
@@ -185,12 +199,25 @@ impl Assembly {
                                 && !rest.contains(&0)
                         }
                         _ => tensor.shape == like.shape,
-                    };
-                    has_shape
-                        && (tensor.dtype == like.dtype
-                            || tensor.dtype.is_float() && like.dtype.is_float())
-                        && (tensor.dtype.is_float() || columns.len() == 1 || !quantised[model])
+                    }
                 })
+            };
+            if !keeping.kept.contains_key(&at)
+                && let Some(otherwise) = keeping.otherwise
+                && !keeping.used(at).all(is_shaped)
+            {
+                keeping.kept.insert(at, otherwise);
+            }
+            let used = keeping.used(at);
+            let is_alone = used.len() == 1;
+            let agrees = used.clone().zip(&each[used]).all(|(column, found)| {
+                let model = columns[column].model;
+                is_shaped(column)
+                    && found.is_some_and(|found| {
+                        let dtype = self.models[model].tensor(found).dtype;
+                        (dtype == like.dtype || dtype.is_float() && like.dtype.is_float())
+                            && (dtype.is_float() || is_alone || !quantised[model])
+                    })
             });
             let fits = !is_like || self.fits(&like, donor_lead, &name);
             if is_twice || !agrees || !fits {
@@ -200,7 +227,7 @@ impl Assembly {
             found.push(each);
         }
         let groups = vec![0; tensors.len()];
-        (Run { donor, tensors, names, columns, found, groups, by_token }, odd)
+        (Run { donor, tensors, names, columns, found, groups, by_token, keeping }, odd)
     }
 
     /// The shapes that the layers of the model that gives the config have at the place of a tensor;
@@ -231,9 +258,10 @@ impl Assembly {
         let mut groups = Vec::new();
         for at in 0..run.tensors.len() {
             let is_float = self.models[run.donor].tensor(run.tensors[at]).dtype.is_float();
+            let kept = run.keeping.kept.get(&at).copied();
             let mut key = vec![is_float];
             for (column, filters) in filters.iter().enumerate() {
-                if is_float && !filters.is_empty() {
+                if is_float && kept.is_none() && !filters.is_empty() {
                     let name = match column.checked_sub(1) {
                         None => Some(&*run.names[at]),
                         Some(column) => self.source(run, at, column).map(|tensor| tensor.name),
@@ -242,7 +270,7 @@ impl Assembly {
                     key.extend(filters.iter().map(|filter| name.contains(&**filter)));
                 }
             }
-            run.groups[at] = *numbers.entry(key).or_insert_with(|| {
+            run.groups[at] = *numbers.entry((kept, key)).or_insert_with(|| {
                 groups.push((at, is_float));
                 groups.len() - 1
             });
@@ -269,15 +297,17 @@ impl Assembly {
         base: Option<usize>,
         left_out: &HashSet<usize>,
     ) -> Result<()> {
-        let models: Vec<usize> = run.columns.iter().map(|column| column.model).collect();
         for at in (0..run.tensors.len()).filter(|at| !left_out.contains(at)) {
             let Some(settings) = settings.get(run.groups[at]).copied().flatten() else { continue };
-            let Some(found) = run.found[at].iter().copied().collect::<Option<Vec<usize>>>() else {
+            let used = run.keeping.used(at);
+            let (columns, found) = (&run.columns[used.clone()], &run.found[at][used]);
+            let Some(found) = found.iter().copied().collect::<Option<Vec<usize>>>() else {
                 continue;
             };
+            let models: Vec<usize> = columns.iter().map(|column| column.model).collect();
+            let base = base.filter(|_| !run.keeping.kept.contains_key(&at));
             let like = self.models[run.donor].tensor(run.tensors[at]);
-            let sources: Vec<Tensor<'_>> = run
-                .columns
+            let sources: Vec<Tensor<'_>> = columns
                 .iter()
                 .zip(&found)
                 .map(|(column, &found)| self.models[column.model].tensor(found))
@@ -331,7 +361,7 @@ impl Assembly {
                 let gathered = map.and_then(|map| self.builder.map(map));
                 inputs.push(Input {
                     model: models[own],
-                    name: tensor.name,
+                    name: tensor.written,
                     dtype: gathered.map_or(tensor.dtype, |map| map.dtype(&types)),
                     file: first_files[models[own]] + tensor.file,
                     start: tensor.start,
@@ -340,7 +370,7 @@ impl Assembly {
             }
             let name = &run.names[at];
             self.builder.push(name, dtype, &shape, settings, base, inputs.into_iter());
-            for (column, &found) in run.columns.iter().zip(&found) {
+            for (column, &found) in columns.iter().zip(&found) {
                 let fate = &mut self.fates[column.model][found];
                 *fate = match (*fate, is_copy) {
                     (Fate::Merged, _) | (_, false) => Fate::Merged,
@@ -368,7 +398,19 @@ impl Assembly {
     }
 }
 
+impl Keeping {
+    /// The columns that a tensor is made of.
+    fn used(&self, at: usize) -> Range<usize> {
+        self.kept.get(&at).map_or(0..self.inputs, |&column| column..column + 1)
+    }
+}
+
 impl Run {
+    /// The tensors that are made of one column alone, and which it is.
+    pub fn kept(&self) -> &HashMap<usize, usize> {
+        &self.keeping.kept
+    }
+
     /// How many tensors it has.
     pub fn len(&self) -> usize {
         self.tensors.len()

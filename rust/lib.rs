@@ -5,9 +5,9 @@
 //! loaded whole: not a model, not a shard, not a tensor. `ARCHITECTURE.md` beside this file tells
 //! how it is built and why; `kernels/NUMERICS.md` is the numeric contract.
 //!
-//! A module uses only those before it in this list: `error`, `dtype`, `plan` (data only), `io`,
-//! `checkpoint`, `assembly`, `kernels`, `formula`, `methods`, `engine`, `python`. Only `python` knows
-//! Python.
+//! A module uses only those before it in this list: `error`, `dtype`, `plan` (data, and functions
+//! that it only holds), `io`, `checkpoint`, `assembly`, `kernels`, `formula`, `methods`, `engine`,
+//! `python`. Only `python` knows Python.
 
 pub mod assembly;
 pub mod checkpoint;

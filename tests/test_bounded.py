@@ -103,7 +103,7 @@ def test_aliases_that_stand_for_a_recipe_are_taken() -> None:
 
 def test_more_values_than_a_recipe_has_are_not_read() -> None:
     started = time.monotonic()
-    with pytest.raises(RecipeError, match=f"line 3, column .*: more than {MOST_VALUES} values"):
+    with pytest.raises(RecipeError, match=f"line 3: more than {MOST_VALUES} values"):
         Recipe.from_yaml(RECIPE + "x: [" + "1," * 200_000 + "]\n")
     assert time.monotonic() - started < 20
 

@@ -353,7 +353,6 @@ RECIPE = "{models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: 
 #: A recipe, and what is said of it.
 WRONG_RECIPES = {
     "method typo": (RECIPE % (1, "merge_method: linaer"), "did you mean `linear`?"),
-    "method to come": (RECIPE % (1, "merge_method: della"), "`della` is not in this release"),
     "unknown parameter": (
         RECIPE % (1, "merge_method: linear, parameters: {wieght: 1}"),
         "did you mean `weight`?",

@@ -535,12 +535,6 @@ class Module:
             "there is no merge method `tie`; did you mean `ties`?",
         ),
         (
-            call("della", [X], X),
-            ValueError,
-            "method `della` is not in this release; use one of "
-            + ", ".join(f"`{row['name']}`" for row in _core.methods()),
-        ),
-        (
             call("ties", [X], X, weight=1, densty=0.5),
             TypeError,
             "ties has no parameter `densty`; did you mean `density`?",
@@ -896,6 +890,11 @@ def test_errors_say_what_to_do(act: Any, kind: type[Exception], message: str) ->
         act()
 
 
+def test_an_unknown_method_is_answered_with_where_they_are() -> None:
+    with pytest.raises(ValueError, match="there is no merge method `xyzzy`; `oxmerge methods`"):
+        oxmerge.merge_tensors("xyzzy", [X])
+
+
 # Threads, signals, time.
 
 
@@ -931,19 +930,6 @@ def test_an_interrupt_stops_a_long_call() -> None:
         merge()
     assert time.perf_counter() - started < 5
     timer.join()
-
-
-def test_a_small_tensor_takes_microseconds() -> None:
-    values = [np.ones(1024, np.float32) for _ in range(2)]
-    out = np.empty(1024, np.float32)
-    best = math.inf
-    for _ in range(50):
-        started = time.perf_counter()
-        for _ in range(20):
-            oxmerge.merge_tensors("linear", values, weight=0.5, out=out)
-        best = min(best, (time.perf_counter() - started) / 20)
-    # The target is 20; the rest is for a busy machine.
-    assert best < 60e-6
 
 
 def test_importing_needs_neither_numpy_nor_torch() -> None:

@@ -23,8 +23,8 @@ DTYPES = {"float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bf
 #: How far from the oracle an element may be, of the largest around it.
 TOLERANCE = {"float64": 1e-9, "float32": 2e-6, "bfloat16": 9e-3, "float16": 1.2e-3}
 METHODS = {row["name"]: row for row in _core.methods()}
-#: Methods with random masks, and with numbers over the model, are tested elsewhere.
-ELSEWHERE = {"dare_linear", "dare_ties", "metagpt", "nan"}
+#: Methods with numbers over the model are tested elsewhere.
+ELSEWHERE = {"metagpt", "nan"}
 
 # The formulas. Inputs are in f64; `base` comes first, then the others, then the parameters.
 
@@ -206,6 +206,107 @@ def breadcrumbs_ties(
     return arithmetic(base, vs, weight, votes=True, normalize=False)
 
 
+def philox(key: list[int], counter: list[Array]) -> list[Array]:
+    """Philox4x32-10, for many counters: words of 32 bits in 64."""
+    low = np.uint64(0xFFFF_FFFF)
+    for _ in range(10):
+        first = np.uint64(0xD251_1F53) * counter[0]
+        second = np.uint64(0xCD9E_8D57) * counter[2]
+        counter = [
+            second >> np.uint64(32) ^ counter[1] ^ np.uint64(key[0]),
+            second & low,
+            first >> np.uint64(32) ^ counter[3] ^ np.uint64(key[1]),
+            first & low,
+        ]
+        key = [(key[0] + 0x9E37_79B9) % 2**32, (key[1] + 0xBB67_AE85) % 2**32]
+    return counter
+
+
+def draws(shape: tuple[int, ...], position: int) -> Array:
+    """The draws of 32 bits of a tensor without a name, under seed 0, as NUMERICS.md has them."""
+    name = 0xCBF2_9CE4_8422_2325
+    for byte in b"\xff" + position.to_bytes(4, "little"):
+        name = (name ^ byte) * 0x0000_0100_0000_01B3 % 2**64
+    index: Array = np.arange(np.prod(shape, dtype=int)).astype(np.uint64)
+    group, within = np.divmod(index, np.uint64(512))
+    counter = group * np.uint64(64) + within % np.uint64(64)
+    place = within // np.uint64(64)
+
+    def halves(counter: Array) -> Array:
+        low, high = counter & np.uint64(0xFFFF_FFFF), counter >> np.uint64(32)
+        stream = [np.full_like(counter, name % 2**32), np.full_like(counter, name >> 32)]
+        words = np.array(philox([0, 0], [low, high, *stream]))
+        word = np.take_along_axis(words, (place % np.uint64(4)).astype(int)[None], 0)[0]
+        return np.where(place < 4, word & np.uint64(0xFFFF), word >> np.uint64(16))
+
+    drawn = halves(counter) << np.uint64(16) | halves(counter | np.uint64(1 << 63))
+    return drawn.astype(np.float64).reshape(shape)
+
+
+def rescaled(v: Array, kept: Array) -> Array:
+    before, after = np.abs(v).sum(), np.abs(v * kept).sum()
+    return v * kept * (before / after if min(before, after) >= 1e-7 else 1)
+
+
+def dare_linear(base: Array, xs: list[Array], weight: list[float], density: float) -> Array:
+    vs = [dropped(x - base, density, position) for position, x in enumerate(xs)]
+    return arithmetic(base, vs, weight, votes=False, normalize=False)
+
+
+def dare_ties(base: Array, xs: list[Array], weight: list[float], density: float) -> Array:
+    vs = [dropped(x - base, density, position) for position, x in enumerate(xs)]
+    return arithmetic(base, vs, weight, votes=True, normalize=False)
+
+
+def dropped(v: Array, density: float, position: int) -> Array:
+    return rescaled(v, draws(v.shape, position) < round(density * 2**32))
+
+
+def dropped_by_rank(v: Array, density: float, epsilon: float, position: int) -> Array:
+    magnitudes = -np.abs(np.atleast_1d(v))
+    axis = min(magnitudes.ndim - 1, 1)
+    length = magnitudes.shape[axis]
+    # Of equal ones the first is the largest, which has the last rank.
+    place = magnitudes.argsort(axis, kind="stable").argsort(axis, kind="stable")
+    rank = (length - 1 - place) / (length - 1) if length > 1 else 0.5
+    probability = density - epsilon + 2 * epsilon * rank
+    bound = np.floor(probability * 2**32 + 0.5) + np.zeros_like(magnitudes)
+    return rescaled(v, draws(v.shape, position) < bound.reshape(v.shape))
+
+
+def della_linear(
+    base: Array, xs: list[Array], weight: list[float], density: float, epsilon: float = 0.15
+) -> Array:
+    vs = [dropped_by_rank(x - base, density, epsilon, position) for position, x in enumerate(xs)]
+    return arithmetic(base, vs, weight, votes=False, normalize=False)
+
+
+def della(
+    base: Array, xs: list[Array], weight: list[float], density: float, epsilon: float = 0.15
+) -> Array:
+    vs = [dropped_by_rank(x - base, density, epsilon, position) for position, x in enumerate(xs)]
+    return arithmetic(base, vs, weight, votes=True, normalize=True)
+
+
+def cabs(base: Array, xs: list[Array], weight: list[float], n: int = 64, m: int = 256) -> Array:
+    if not base.size:
+        return base
+    merged = base.copy()
+    taken = np.zeros(base.shape, bool)
+    for w, x in zip(weight, xs, strict=True):
+        free = np.atleast_1d((x - base) * ~taken)
+        kept = np.zeros(free.shape, bool)
+        for row, marks in zip(
+            free.reshape(-1, free.shape[-1]), kept.reshape(-1, free.shape[-1]), strict=True
+        ):
+            for start in range(0, row.size, m):
+                marks[start : start + m] = largest(np.abs(row[start : start + m]), n)
+        part = (free * kept).reshape(base.shape)
+        taken |= part != 0
+        merged = merged + w * part
+    return merged
+
+
 def sce(base: Array, xs: list[Array], select_topk: float = 1.0) -> Array:
     vs = np.array([x - base for x in xs])
     if not base.size:
@@ -321,6 +422,12 @@ CASES: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "breadcrumbs": [(2, {"weight": [0.5, 0.2], "density": 0.5, "gamma": 0.1}),
                     (1, {"weight": [0.5], "density": 0.95, "gamma": 0.3})],
     "breadcrumbs_ties": [(3, {"weight": [0.5, 0.2, 0.7], "density": 0.5, "gamma": 0.1})],
+    "dare_linear": [(2, {"weight": [0.5, -0.2], "density": 0.3})],
+    "dare_ties": [(3, {"weight": [0.5, 0.2, 0.7], "density": 0.6})],
+    "della": [(1, {"weight": [0.5], "density": 0.5}),
+              (3, {"weight": [0.5, 0.2, 0.7], "density": 0.4, "epsilon": 0.3})],
+    "della_linear": [(2, {"weight": [0.5, -0.2], "density": 0.7, "epsilon": 0.25})],
+    "cabs": [(1, {"weight": [0.5]}), (3, {"weight": [1.0, 0.5, -0.4], "n": 3, "m": 8})],
     "sce": [(1, {}), (3, {}), (3, {"select_topk": 0.4}), (2, {"select_topk": 0.1})],
     "nearswap": [(1, {"t": 0.01})],
     "arcee_fusion": [(1, {})],
@@ -334,8 +441,8 @@ CASES: dict[str, list[tuple[int, dict[str, Any]]]] = {
 }  # fmt: skip
 #: Methods that keep or drop elements by what is computed in f32: where the oracle decides otherwise
 #: about an element at the threshold, it is another number altogether.
-CUTS = {"ties", "breadcrumbs", "breadcrumbs_ties", "sce", "arcee_fusion", "pcb", "ram",
-        "ramplus_tl", "consensus_ta", "emr", "magmax"}  # fmt: skip
+CUTS = {"ties", "della", "della_linear", "cabs", "breadcrumbs", "breadcrumbs_ties", "sce",
+        "arcee_fusion", "pcb", "ram", "ramplus_tl", "consensus_ta", "emr", "magmax"}  # fmt: skip
 PARAMETERS = [(name, count, options) for name in CASES for count, options in CASES[name]]
 
 
@@ -408,6 +515,7 @@ def test_ends_return_an_input(name: str) -> None:
         ("ties", {"normalize": True}),
         ("breadcrumbs_ties", {}),
         ("dare_ties", {}),
+        ("della", {"normalize": True}),
     ],
 )
 def test_density_one_is_the_method_without_its_sparsifier(
@@ -418,7 +526,8 @@ def test_density_one_is_the_method_without_its_sparsifier(
     merged = merge(sparse, base, others, options)
     voted = merge("ties", base, others, options | {"normalize": dense.get("normalize", False)})
     assert np.array_equal(merged, voted)
-    linear = sparse.replace("_ties", "_linear") if sparse == "dare_ties" else "breadcrumbs"
+    linears = {"dare_ties": "dare_linear", "della": "della_linear"}
+    linear = linears.get(sparse, "breadcrumbs")
     plain = merge("task_arithmetic", base, others, {"weight": [0.5, 0.2, 0.7]})
     assert np.array_equal(merge(linear, base, others, options), plain)
 

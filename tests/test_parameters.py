@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge.methods import Parameter
 from oxmerge.planning.parameters import Resolver, SettingReader, convert, interpolate
+from oxmerge.problems import Findings
 from oxmerge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -87,10 +88,11 @@ def settings(**values: object) -> Settings:
 def resolve(
     parameter: Parameter, *levels: Settings, name: str = "x.mlp.weight", position: float = 0.0
 ) -> tuple[Scalar | None, list[str]]:
-    reader = SettingReader()
+    findings = Findings()
+    reader = SettingReader(findings)
     resolver = Resolver((parameter,), levels, reader, " for model `a`")
     values = resolver.resolve(name, position) or {}
-    return values.get(parameter.name), [str(problem) for problem in reader.problems]
+    return values.get(parameter.name), [str(problem) for problem in findings.problems]
 
 
 def test_the_nearest_level_counts() -> None:
@@ -139,11 +141,12 @@ def test_a_missing_parameter_is_reported() -> None:
 
 
 def test_a_value_of_the_wrong_kind_is_reported_once() -> None:
-    reader = SettingReader()
+    findings = Findings()
+    reader = SettingReader(findings)
     level = settings(weight=["x", 1])
     for _ in range(2):
         Resolver((WEIGHT,), (level,), reader, "").resolve("a", 0.5)
-    assert [str(problem) for problem in reader.problems] == [
+    assert [str(problem) for problem in findings.problems] == [
         (
             "parameters.weight: `weight` is a finite number: found 'x'\n"
             "  hint: write a finite number, or a list of such for a gradient"
@@ -168,7 +171,7 @@ def test_a_truth_value_goes_by_steps() -> None:
 
 
 def test_filters_without_effect_are_found() -> None:
-    reader = SettingReader()
+    reader = SettingReader(Findings())
     level = settings(weight=[{"filter": "mpl", "value": 1}, {"value": 2}])
     Resolver((WEIGHT,), (level,), reader, "").resolve("a.mlp", 0.5)
     assert [str(warning) for warning in reader.unused_filters()] == [

@@ -6,13 +6,13 @@ import pickle
 
 import pytest
 from oxmerge import errors
-from oxmerge.problems import Problem, did_you_mean, group_problems, near, shorten
+from oxmerge.problems import Place, Problem, did_you_mean, group_problems, near, shorten
 from oxmerge.sizes import format_size, parse_size
 
 
 def test_a_problem_reads_as_one_or_two_lines() -> None:
     problem = Problem(
-        "shape", "shapes differ", "models[1]", "b.safetensors", "x", "[1]", "[2]", "look"
+        "shape", "shapes differ", Place("models[1]"), "b.safetensors", "x", "[1]", "[2]", "look"
     )
     assert str(problem) == (
         "models[1]: `b.safetensors`: tensor `x`: shapes differ: expected [1], found [2]\n"
@@ -106,7 +106,7 @@ def test_the_text_of_an_error_is_in_its_repr() -> None:
 
 
 def test_what_is_not_supported_is_one_error() -> None:
-    lora, other = Problem("unsupported", "a LoRA", "models[0]"), Problem("recipe", "a typo")
+    lora, other = Problem("unsupported", "a LoRA", Place("models[0]")), Problem("recipe", "a typo")
     for kind in (errors.PlanError, errors.RecipeError):
         assert type(kind.of("cannot merge", [lora, lora])) is errors.UnsupportedError
         assert type(kind.of("cannot merge", [lora, other])) is kind
@@ -114,7 +114,7 @@ def test_what_is_not_supported_is_one_error() -> None:
         assert kind.of("cannot merge", [lora]).problems == (lora,)
     for general in (errors.PlanError, errors.RecipeError, errors.CheckpointError, ValueError):
         assert issubclass(errors.UnsupportedError, general)
-    assert errors.UnsupportedError("packed").as_problem().kind == "unsupported"
+    assert errors.UnsupportedError("packed").as_problem().code == "unsupported"
 
 
 def test_a_report_shows_a_hundred_problems() -> None:
@@ -129,7 +129,13 @@ def test_long_names_are_shortened_in_the_middle() -> None:
     assert shorten("abcdefghijk", 10) == "abcd...ijk"
     name = "x" * 1000
     problem = Problem(
-        "shape", f"`{name}` differs", name, tensor=name, expected=name, found=name, advice="look"
+        "shape",
+        f"`{name}` differs",
+        Place(name),
+        tensor=name,
+        expected=name,
+        found=name,
+        advice="look",
     )
     assert len(str(problem)) < 1200
     many = Problem("shape", "differs", tensors=(name, name), count=2)

@@ -8,20 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import oxmerge
 import pytest
-from oxmerge import formula, method, per_model, shared
-from oxmerge.arrays import python_methods
+import written_methods
+from oxmerge import formula, method, per_model, python_methods, shared
 from oxmerge.errors import PlanError
-from oxmerge.formula import (
-    compute,
-    dot,
-    largest,
-    maximum,
-    reduce_sum,
-    sign,
-    vote,
-    weighted_sum,
-    where,
-)
+from oxmerge.formula import compute, vote, weighted_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,69 +26,6 @@ def registry() -> Iterator[None]:
     yield
     python_methods._METHODS.clear()
     python_methods._METHODS.update(before)
-
-
-@method(base="required", models=(2, None))
-def stock(base: Any, models: Any) -> Any:
-    """Model stock, once more."""
-    vectors = [model - base for model in models]
-    count = len(vectors)
-    cosines = 0
-    for first in range(count):
-        for second in range(first + 1, count):
-            a, b = vectors[first], vectors[second]
-            product = maximum(formula.norm(a) * formula.norm(b), 1e-6)
-            cosine = formula.minimum(maximum(dot(a, b) / product, -1), 1)
-            cosines = cosines + cosine
-    cosine = cosines / (count * (count - 1) // 2)
-    divisor = 1 + (count - 1) * cosine
-    share = where(abs(divisor) < 1e-6, 0, cosine / divisor)
-    return base + weighted_sum([share] * count, vectors)
-
-
-@method(base="required")
-def crumbs(
-    base: Any,
-    models: Any,
-    *,
-    weight: Any = per_model(),
-    density: Any = per_model(1.0, min=0, max=1),
-    lambda_: Any = shared(1.0),
-    elements: Any = shared(1),
-) -> Any:
-    """Breadcrumbs with votes, once more."""
-    vectors = []
-    for model, share in zip(models, density, strict=True):
-        vector = model - base
-        kept, dropped = int(share * elements), int(0.01 * elements)
-        outer = largest(abs(vector), kept + dropped)
-        inner = largest(abs(vector), dropped)
-        vectors.append(where(where(inner, 0, outer), vector, 0))
-    return base + weighted_sum([lambda_], [vote(weight, vectors)])
-
-
-@method(base="required")
-def selected(base: Any, models: Any, *, share: Any = shared(0.3)) -> Any:
-    """SCE, once more."""
-    vectors = [model - base for model in models]
-    part = 1 / len(vectors)
-    mean = weighted_sum([part] * len(vectors), vectors)
-    squares = [(vector - mean) * (vector - mean) for vector in vectors]
-    variance = weighted_sum([part] * len(vectors), squares)
-    count = compute(lambda n: math.trunc(n * share), reduce_sum(variance > 0))
-    mask = largest(variance, count)
-    vectors = [where(mask, vector, 0) for vector in vectors]
-    elements = formula.count()
-    means = [dot(vector, vector) / elements for vector in vectors]
-    total = 0.0
-    for each in means:
-        total = total + each
-    weights = [where(abs(total) < 1e-6, part, each / total) for each in means]
-    elected = where(weighted_sum([1] * len(vectors), vectors) >= 0, 1, -1)
-    agree = [sign(vector) == elected for vector in vectors]
-    kept = [where(yes, vector, 0) for yes, vector in zip(agree, vectors, strict=True)]
-    divisor = maximum(weighted_sum(weights, agree), 1e-6)
-    return base + weighted_sum(weights, kept) / divisor
 
 
 def models(shape: tuple[int, ...], count: int = 3) -> tuple[Any, list[Any]]:
@@ -118,8 +45,7 @@ def test_the_bits_are_those_of_the_methods_in_rust(shape: tuple[int, ...], threa
     ]
     if math.prod(shape) > 100:
         weights = {"weight": [0.5, -0.2, 0.7], "density": 0.6, "lambda_": 0.8}
-        elements = {"elements": math.prod(shape)}
-        pairs.append((("crumbs", weights | elements), ("breadcrumbs_ties", weights)))
+        pairs.append((("crumbs", weights), ("breadcrumbs_ties", weights)))
     for (ours, given), (theirs, also) in pairs:
         if not math.prod(shape) and ours == "selected":
             continue
@@ -201,42 +127,181 @@ def test_what_cannot_be_said_is_told(wrong: Any, hint: str) -> None:
         wrong()
 
 
-def test_numpy_leaves_formulas_alone() -> None:
+def test_numbers_of_numpy_are_numbers() -> None:
     assert isinstance(np.float32(2) * x, formula.Value)
     assert isinstance(np.float64(2) - n, formula.Scalar)
-    with pytest.raises(TypeError):
-        np.ones(3) * x
+    shown = "greater(x0, 2.0) greater_equal(2.0, x0) sub(1.0, equal(3.0, x0))"
+    compared = (np.float32(2) < x, np.float64(2) >= x, np.float32(3) != x)
+    assert " ".join(map(repr, compared)) == shown
 
 
-def test_an_exception_in_a_function_is_raised_as_it_is() -> None:
+@pytest.mark.parametrize(
+    ("call", "instead"),
+    [
+        (lambda: np.maximum(x, 1), "`formula.maximum`"),
+        (lambda: np.sqrt(n), "`formula.sqrt`"),
+        (lambda: np.where(x, 1, 2), "`formula.where`"),
+        (lambda: np.sum(x), "`formula.reduce_sum`"),
+        (lambda: np.linalg.norm(x), "`formula.norm`"),
+        (lambda: np.abs(x), "`abs`"),
+        (lambda: np.asarray(x), "see `oxmerge.formula`"),
+        (lambda: np.ones(3) * x, "needs arrays"),
+        (lambda: x < np.ones(3), "needs arrays"),
+    ],
+)
+def test_functions_of_numpy_are_told_what_to_use_instead(call: Any, instead: str) -> None:
+    with pytest.raises(TypeError, match=instead):
+        call()
+
+
+def test_an_exception_in_a_function_is_told_with_method_and_line() -> None:
     class MineError(Exception):
         pass
 
     def fails(_: float) -> float:
         raise MineError("no")
 
-    @method()
+    @method
     def broken(models: Any) -> Any:
         return models[0] * compute(fails, formula.norm(models[0]))
 
-    with pytest.raises(MineError, match="no"):
-        oxmerge.merge_tensors("broken", [np.ones((400, 400), "f4")])
+    stack = [np.ones((400, 400), "f4")]
+    with pytest.raises(PlanError, match=r"`broken` failed in line \d+: MineError: no") as caught:
+        oxmerge.merge_tensors(broken, stack)
+    assert isinstance(caught.value.__cause__, MineError)
+    assert caught.value.file == __file__
 
-    @method()
-    def miscounted(models: Any) -> Any:
-        first, _ = compute(lambda _: [1.0], formula.norm(models[0]), results=2)
-        return models[0] * first
+    @method
+    def fails_at_once(models: Any) -> Any:
+        return models[0] * compute(lambda one: 1 / (one - 1), 1.0)
 
-    with pytest.raises(ValueError, match="returned 1 numbers, not 2"):
-        oxmerge.merge_tensors("miscounted", [np.ones(3, "f4")])
+    with pytest.raises(PlanError, match=r"`fails_at_once` failed in line \d+: ZeroDivision"):
+        oxmerge.merge_tensors(fails_at_once, stack)
+
+    @method
+    def cannot(models: Any) -> Any:
+        return models[0] / 0 + models[1]
+
+    with pytest.raises(PlanError, match=r"`cannot` failed in line \d+: IndexError"):
+        oxmerge.merge_tensors(cannot, stack)
+
+
+@pytest.mark.parametrize(
+    ("function", "results", "told"),
+    [
+        (lambda _: None, None, "TypeError"),
+        (lambda _: "1", None, "TypeError"),
+        (lambda _: 1.0, 2, "TypeError"),
+        (lambda _: [1.0], 2, "another number of results.*expected 2, found 1"),
+        (lambda _: [1.0, 2.0, 3.0], 2, "another number of results.*expected 2, found 3"),
+    ],
+)
+def test_what_is_no_number_is_told(function: Any, results: int | None, told: str) -> None:
+    @method
+    def wrong(models: Any) -> Any:
+        given = compute(function, formula.norm(models[0]), results=results)  # type: ignore[arg-type]
+        return models[0] * (given if results is None else given[0])
+
+    with pytest.raises(PlanError, match=told) as caught:
+        oxmerge.merge_tensors(wrong, [np.ones(3, "f4")])
+    assert "`wrong`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("formula_of", "told"),
+    [
+        (lambda v: v / formula.norm(v / formula.norm(v), over="model"), "over the model depends"),
+        (lambda v: formula.largest(v, formula.count(over="row")), "one number for the whole"),
+        (lambda v: v * (formula.count("row") * formula.count("column")), "of a row and of a col"),
+        (lambda v: deep(v, 5000), "nested too deep: expected at most 1000"),
+    ],
+)
+def test_what_no_pass_can_give_is_told_before(formula_of: Any, told: str) -> None:
+    @method
+    def impossible(models: Any) -> Any:
+        return formula_of(models[0])
+
+    with pytest.raises(PlanError, match=told):
+        oxmerge.merge_tensors(impossible, [np.ones((3, 3), "f4")])
+
+
+def deep(value: Any, levels: int) -> Any:
+    for _ in range(levels):
+        value = value + 1
+    return value
+
+
+def test_as_deep_as_it_may_be() -> None:
+    @method
+    def sums(models: Any) -> Any:
+        return deep(models[0], 990)
+
+    for threads in (1, 2):
+        merged = oxmerge.merge_tensors(sums, [np.zeros((300, 300), "f4")], threads=threads)
+        assert (merged == 990).all()
+
+
+def test_a_method_is_called_with_values_and_has_its_defaults() -> None:
+    @method(base="required")
+    def twice(base: Any, models: Any) -> Any:
+        return 2 * written_methods.sharpened(base, models, weight=0.1)
+
+    @method(base="required")
+    def once(
+        base: Any, models: Any, *, weight: Any = per_model(0.25), least: Any = shared(0)
+    ) -> Any:
+        return base + weighted_sum(weight, models) * least
+
+    base, others = formula.Value("input", index=0), [formula.Value("input", index=1)]
+    assert isinstance(twice(base, others), formula.Value)
+    assert repr(once(base, others, least=2)) == repr(base + weighted_sum([0.25], others) * 2)
+    array = np.ones(3, "f4")
+    with pytest.raises(TypeError, match=r"oxmerge.merge_tensors\(once, ...\)"):
+        once(array, [array])
+    with pytest.raises(TypeError, match=r"called with \(base, models, ...\)"):
+        once(others)
+    with pytest.raises(TypeError, match="needs the parameter `weight`"):
+        written_methods.crumbs(base, others)
+    with pytest.raises(TypeError, match="make one of a function"):
+        oxmerge.merge_tensors(deep, [array])  # type: ignore[call-overload]
+    assert once.__doc__ is None
+    assert written_methods.stock.__doc__ == "Model stock, once more."
+    assert repr(written_methods.stock) == "<merge method 'stock': written_methods:stock>"
+
+
+@pytest.mark.parametrize("sees", ["by_row", "turned", "in_torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_functions_of_arrays(sees: str, shape: tuple[int, ...]) -> None:
+    base, others = models(shape)
+    vectors = [np.atleast_1d(other - base) for other in others]
+    axis = 0 if sees == "turned" else -1
+    total = base.reshape(vectors[0].shape)
+    parts = [np.float32(0.3) * np.sort(vector, axis=axis) for vector in vectors]
+    expected = (total + sum(parts)).reshape(shape)
+    for threads in (1, 2):
+        merged = oxmerge.merge_tensors(sees, others, base, weight=0.3, threads=threads)
+        assert np.array_equal(merged, expected)
+    into = np.array(others[0])
+    oxmerge.merge_tensors(sees, [into, *others[1:]], base, weight=0.3, out=into)
+    assert np.array_equal(into, expected)
+
+
+@pytest.mark.parametrize("result", [None, 1.0, np.ones(3), np.ones((2, 2)), "text"])
+def test_a_function_of_arrays_that_returns_another_shape_is_told(result: Any) -> None:
+    @method(sees="tensor")
+    def wrong(models: Any) -> Any:
+        return result
+
+    with pytest.raises(PlanError, match=r"`wrong` .*no array of the shape .*expected \(2, 3\)"):
+        oxmerge.merge_tensors(wrong, [np.ones((2, 3), "f4")])
 
 
 def test_a_method_that_returns_no_formula_is_told_with_its_place() -> None:
-    @method()
+    @method
     def nothing(models: Any) -> Any:
         return None
 
-    with pytest.raises(PlanError, match=r"`nothing` returned no formula.*NoneType") as caught:
+    with pytest.raises(PlanError, match=r"`nothing` .line \d+. returned no formula") as caught:
         oxmerge.merge_tensors("nothing", [np.ones(3, "f4")])
     assert __file__ in str(caught.value)
 
@@ -254,7 +319,7 @@ def test_parameters_are_checked_as_those_of_built_in_methods() -> None:
 
 
 def test_names_are_words_and_not_taken() -> None:
-    with pytest.raises(ValueError, match="built-in merge method `ties`"):
+    with pytest.raises(ValueError, match="merge method `ties` already"):
 
         @method(name="ties")
         def other(models: Any) -> Any:
@@ -266,8 +331,21 @@ def test_names_are_words_and_not_taken() -> None:
         def wrong(models: Any) -> Any:
             return models[0]
 
+    with pytest.raises(TypeError, match=r'for a base write `@method\(base="required"\)`'):
 
-def test_recipes_say_that_they_do_not_take_them_yet() -> None:
-    recipe = {"merge_method": "stock", "models": [{"model": "a"}, {"model": "b"}]}
-    with pytest.raises(PlanError, match="`stock` is written in Python"):
-        oxmerge.plan(recipe)
+        @method
+        def also_wrong(base: Any, models: Any) -> Any:
+            return models[0]
+
+    with pytest.raises(TypeError, match="cannot have a parameter `seed`"):
+
+        @method
+        def seeded(models: Any, *, seed: Any = shared(1)) -> Any:
+            return models[0]
+
+    with pytest.raises(TypeError, match="a merge method is a function"):
+        method(name="one")(print)
+    with pytest.raises(ValueError, match="is not from 0 to 1"):
+        shared(2.0, min=0, max=1)
+    with pytest.raises(ValueError, match="sees must be"):
+        method(sees="columns")  # type: ignore[call-overload]

@@ -76,9 +76,9 @@ def test_on_every_level_and_all_at_once(folder: Path) -> None:
     mapping = {"merge_method": "ties", "base_model": "base", "models": models}
     with pytest.raises(PlanError) as caught:
         oxmerge.plan(Recipe.from_mapping(mapping, folder=str(folder)))
-    kinds = [problem.kind for problem in caught.value.problems]
-    assert kinds.count("parameter") == 1
-    assert len(kinds) == 2
+    codes = [problem.code for problem in caught.value.problems]
+    assert codes.count("parameter-limits") == 1
+    assert len(codes) == 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), ".nan", "-inf", "nan"])

@@ -42,6 +42,21 @@ METHODS: dict[str, dict[str, Any]] = {
         "each": {"density": 0.4},
     },
     "dare_ties": {"method": "dare_ties", "models": "abc", "base": True, "each": {"density": 0.3}},
+    "della": {"method": "della", "models": "abc", "base": True, "each": {"density": 0.4}},
+    "della_linear": {
+        "method": "della_linear",
+        "models": "ab",
+        "base": True,
+        "each": {"density": 0.6, "epsilon": 0.05},
+        "shared": {"rescale": False},
+    },
+    "cabs": {
+        "method": "cabs",
+        "models": "abc",
+        "base": True,
+        "each": {"n": 5},
+        "shared": {"m": 16},
+    },
     "nuslerp": {"method": "nuslerp", "models": "ab", "base": True},
     "nuslerp_rows": {"method": "nuslerp", "models": "ab", "shared": {"nuslerp_flatten": False}},
     "nuslerp_columns": {

@@ -223,7 +223,7 @@ def test_aliases_of_what_is_set_keep_what_they_had(family: Path) -> None:
     )
     assert variant.recipe.text == expected
     # Lines of messages are those of the text.
-    assert "(line 8)" in variant.recipe.models[1].parameters["weight"].where
+    assert variant.recipe.models[1].parameters["weight"].where.line == 8
 
 
 EDITS: list[tuple[str, list[str | int], Any, str]] = [

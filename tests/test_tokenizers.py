@@ -54,7 +54,7 @@ def problems(tmp_path: Path, models: list[str] | None = None, **more: Any) -> li
         found = error.problems
     else:
         return []
-    assert all(problem.kind == "unsupported" and problem.is_in_recipe for problem in found)
+    assert all(problem.code == "unsupported" and problem.is_in_recipe for problem in found)
     return [(problem.message, problem.advice) for problem in found]
 
 

@@ -396,7 +396,7 @@ def test_a_mask_may_begin_anywhere(start: int) -> None:
         instructions: list[Any] = [("random", 0, [], (bound, key, stream))]
         program = worker.program(instructions, [("store", 0, "F32")], 1, 1, False)
         out = bytearray(4 * count)
-        program.run(start, count, [], [], 0, [memoryview(out)])
+        program.run(start, count, [], ([], []), 0, [memoryview(out)])
         assert list(np.frombuffer(out, np.float32)) == [draw < bound for draw in draws]
 
 

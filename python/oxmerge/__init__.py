@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from oxmerge.arrays.in_memory import merge_tensors as merge_tensors
     from oxmerge.arrays.lazily import LazyMerge as LazyMerge
     from oxmerge.arrays.lazily import lazy as lazy
-    from oxmerge.arrays.python_methods import method as method
-    from oxmerge.arrays.python_methods import per_model as per_model
-    from oxmerge.arrays.python_methods import shared as shared
     from oxmerge.arrays.saving import save as save
     from oxmerge.arrays.state_dicts import merge_state_dicts as merge_state_dicts
     from oxmerge.merging import MergeReport as MergeReport
@@ -41,6 +38,10 @@ if TYPE_CHECKING:
     from oxmerge.models.checkpoints import open_checkpoint as open  # noqa: A004
     from oxmerge.planning.plan_files import load_plan as load_plan
     from oxmerge.planning.plans import Plan as Plan
+    from oxmerge.problems import Problem as Problem
+    from oxmerge.python_methods import method as method
+    from oxmerge.python_methods import per_model as per_model
+    from oxmerge.python_methods import shared as shared
     from oxmerge.recipe.recipe import Recipe as Recipe
     from oxmerge.sweeping import sweep as sweep
 
@@ -57,6 +58,7 @@ __all__ = [
     "OxmergeError",
     "Plan",
     "PlanError",
+    "Problem",
     "Recipe",
     "RecipeError",
     "UnsupportedError",
@@ -101,18 +103,19 @@ _LAZY = {
     "MergeReport": ("oxmerge.merging", "MergeReport"),
     "OpenCheckpoint": ("oxmerge.models.checkpoints", "OpenCheckpoint"),
     "Plan": ("oxmerge.planning.plans", "Plan"),
+    "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),
     "merge_state_dicts": ("oxmerge.arrays.state_dicts", "merge_state_dicts"),
     "merge_tensors": ("oxmerge.arrays.in_memory", "merge_tensors"),
-    "method": ("oxmerge.arrays.python_methods", "method"),
+    "method": ("oxmerge.python_methods", "method"),
     "open": ("oxmerge.models.checkpoints", "open_checkpoint"),
-    "per_model": ("oxmerge.arrays.python_methods", "per_model"),
+    "per_model": ("oxmerge.python_methods", "per_model"),
     "plan": ("oxmerge.merging", "plan"),
     "save": ("oxmerge.arrays.saving", "save"),
-    "shared": ("oxmerge.arrays.python_methods", "shared"),
+    "shared": ("oxmerge.python_methods", "shared"),
     "sweep": ("oxmerge.sweeping", "sweep"),
 }
 

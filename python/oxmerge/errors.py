@@ -55,10 +55,10 @@ class OxmergeError(Exception):
         self.found = found
         self.advice = advice
 
-    def as_problem(self, kind: str = "checkpoint") -> Problem:
+    def as_problem(self, code: str = "unreadable-checkpoint") -> Problem:
         """Return the same story as an entry of a report."""
         return Problem(
-            kind,
+            code,
             self.message,
             file=self.file,
             tensor=self.tensor,
@@ -109,7 +109,7 @@ class ProblemsError(OxmergeError, ValueError):
     def of(cls, message: str, problems: Iterable[Problem]) -> ProblemsError:
         """Return the error for problems: `UnsupportedError` if nothing else is wrong."""
         problems = tuple(problems)
-        is_sound = problems and all(problem.kind == UNSUPPORTED for problem in problems)
+        is_sound = problems and all(problem.code == UNSUPPORTED for problem in problems)
         return (UnsupportedError if is_sound else cls)(message, problems=problems)
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ class ProblemsError(OxmergeError, ValueError):
 
 
 class RecipeError(ProblemsError):
-    """A recipe that cannot be read: `problems` has every fault in it."""
+    """A recipe that cannot be read: `problems` has every fault in it, and in what it names."""
 
 
 class PlanError(ProblemsError):
@@ -142,9 +142,9 @@ class UnsupportedError(RecipeError, PlanError, CheckpointError):
     So it is what each of them raises, where nothing is wrong but that.
     """
 
-    def as_problem(self, kind: str = UNSUPPORTED) -> Problem:
+    def as_problem(self, code: str = UNSUPPORTED) -> Problem:
         """Return the same story as an entry of a report."""
-        return super().as_problem(kind)
+        return super().as_problem(code)
 
 
 class MemoryBudgetError(OxmergeError):

@@ -24,6 +24,8 @@ from __future__ import annotations
 import json
 from numbers import Real
 
+from oxmerge.options import whole
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +44,7 @@ __all__ = [
     "dot",
     "exp",
     "largest",
+    "largest_in_row",
     "log",
     "maximum",
     "mean",
@@ -49,6 +52,7 @@ __all__ = [
     "norm",
     "order_statistic",
     "random_mask",
+    "random_mask_by_rank",
     "reduce_max",
     "reduce_min",
     "reduce_sum",
@@ -60,14 +64,22 @@ __all__ = [
 ]
 
 _SCOPES = ("tensor", "row", "column", "model")
+#: What stands here for functions of NumPy whose names differ.
+_INSTEAD = {
+    "absolute": "abs",
+    "sum": "reduce_sum",
+    "max": "reduce_max",
+    "amax": "reduce_max",
+    "min": "reduce_min",
+    "amin": "reduce_min",
+    "clip": "maximum",
+}
 
 
 class _Expression:
     """What values and scalars have in common."""
 
     __slots__ = ("_fields", "_op")
-    # NumPy leaves the operators to the expression, instead of making an array of expressions.
-    __array_ufunc__ = None
 
     def __init__(self, op: str, **fields: Any) -> None:
         self._op = op
@@ -153,6 +165,26 @@ class _Expression:
 
     __hash__ = object.__hash__
 
+    def __array_ufunc__(self, ufunc: Any, way: str, *inputs: Any, **options: Any) -> Any:
+        """Do arithmetic with NumPy's numbers; raise TypeError for all else."""
+        # Comparisons bring numbers as arrays without dimensions.
+        inputs = tuple(each.item() if getattr(each, "ndim", 1) == 0 else each for each in inputs)
+        operation = _UFUNCS.get(ufunc.__name__)
+        are_fit = all(isinstance(each, _Expression) or _is_number(each) for each in inputs)
+        if operation is None or way != "__call__" or options or not are_fit:
+            raise _no_array(ufunc.__name__)
+        return operation(*inputs)
+
+    def __array_function__(
+        self, function: Any, _types: Any, _arguments: Any, _options: Any
+    ) -> NoReturn:
+        """Raise TypeError: NumPy computes with arrays."""
+        raise _no_array(function.__name__)
+
+    def __array__(self, *_arguments: Any, **_options: Any) -> NoReturn:
+        """Raise TypeError: there is no array yet."""
+        raise _no_array("asarray")
+
     def __repr__(self) -> str:
         """Return the expression in prefix form."""
         return _shown(self, _SHOWN_LEVELS)
@@ -168,6 +200,16 @@ class Scalar(_Expression):
     """One number about a tensor, row, column or the model, in float64."""
 
     __slots__ = ()
+
+
+def _no_array(name: str) -> TypeError:
+    """Return the error for a function of NumPy, with what does the same for a formula."""
+    instead = _INSTEAD.get(name, name)
+    known = "`abs`" if instead == "abs" else f"`formula.{instead}`" if instead in __all__ else None
+    advice = f"use {known}" if known else "see `oxmerge.formula` for what can be said"
+    return TypeError(
+        f"NumPy's `{name}` needs arrays, and a formula is computed when the merge runs; {advice}"
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -207,6 +249,21 @@ def _binary(name: str, left: Any, right: Any) -> Any:
     if isinstance(left, Value) or isinstance(right, Value):
         return Value("binary", name=name, left=_value(left, "left"), right=_value(right, "right"))
     return Scalar("scalar_binary", name=name, left=_scalar(left, ""), right=_scalar(right, ""))
+
+
+#: What NumPy calls the operators, where its number stands on the left.
+_UFUNCS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": lambda left, right: _binary("add", left, right),
+    "subtract": lambda left, right: _binary("sub", left, right),
+    "multiply": lambda left, right: _binary("mul", left, right),
+    "divide": lambda left, right: _binary("div", left, right),
+    "greater": lambda left, right: _binary("greater", left, right),
+    "greater_equal": lambda left, right: _binary("greater_equal", left, right),
+    "less": lambda left, right: _binary("greater", right, left),
+    "less_equal": lambda left, right: _binary("greater_equal", right, left),
+    "equal": lambda left, right: _binary("equal", left, right),
+    "not_equal": lambda left, right: 1 - _binary("equal", left, right),
+}
 
 
 def _both(name: str, left: Anything, right: Anything) -> Any:
@@ -355,6 +412,66 @@ def largest(value: Value, count: Number) -> Value:
     Exact, without sorting. Of equal elements those of the lowest index are among the largest.
     """
     return Value("largest", of=_value(value, "the argument"), count=_scalar(count, "count"))
+
+
+def largest_in_row(value: Value, count: int, *, every: int | None = None) -> Value:
+    """Return 1 for the `count` largest elements of each row (along the last dimension), else 0.
+
+    Of equal elements those of the lowest index are among the largest.
+
+    Parameters
+    ----------
+    value : Value
+        What to rank.
+    count : int
+        How many are kept; all of a row that has no more.
+    every : int, optional
+        Rank each so many elements of a row among themselves, counted from its first, instead of the
+        whole row: the n:m sparsity of ``largest_in_row(value, n, every=m)``.
+    """
+    if (count := whole(count, "count")) < 0:
+        raise ValueError(f"count must be at least 0, not {count}")
+    of = _value(value, "the argument")
+    return Value("largest_in_row", of=of, count=count, every=_every(every))
+
+
+def random_mask_by_rank(
+    value: Value, lowest: float, highest: float, stream: int, *, every: int | None = None
+) -> Value:
+    """Return 1 at random, likelier for large elements of a row than for small ones, else 0.
+
+    The probability rises in even steps from the smallest element to the largest. What DELLA keeps
+    of a task vector is this mask of its magnitudes.
+
+    Parameters
+    ----------
+    value : Value
+        What to rank.
+    lowest, highest : float
+        The probabilities of the smallest and of the largest, from 0 to 1; an element that is alone
+        has the mean of both.
+    stream : int
+        Which of the independent masks of a tensor, see `random_mask`.
+    every : int, optional
+        As for `largest_in_row`.
+    """
+    for name, probability in (("lowest", lowest), ("highest", highest)):
+        if not 0 <= probability <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, not {probability!r}")
+    return Value(
+        "random_by_rank",
+        of=_value(value, "the argument"),
+        lowest=float(lowest),
+        highest=float(highest),
+        stream=int(stream),
+        every=_every(every),
+    )
+
+
+def _every(every: int | None) -> int | None:
+    if every is not None and (every := whole(every, "every")) < 1:
+        raise ValueError(f"every must be at least 1, not {every}")
+    return every
 
 
 def order_statistic(value: Value, rank: Number) -> Scalar:

@@ -72,6 +72,8 @@ __all__ = [
     "convert",
     "lerp",
     "random_mask",
+    "random_mask_by_rank",
+    "row_top_k_mask",
     "sign_consensus",
     "task_vector",
     "top_k_mask",
@@ -352,6 +354,74 @@ def top_k_mask(
 
 
 @overload
+def row_top_k_mask(
+    tensor: Tensor,
+    k: int,
+    *,
+    every: int | None = None,
+    out: Tensor | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Tensor: ...
+@overload
+def row_top_k_mask(
+    tensor: Any,
+    k: int,
+    *,
+    every: int | None = None,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def row_top_k_mask(
+    tensor: Any,
+    k: int,
+    *,
+    every: int | None = None,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Return where the `k` elements of largest magnitude of each row are, exactly.
+
+    Of equal magnitudes those of lowest index are taken. NaN counts as the largest.
+
+    Parameters
+    ----------
+    tensor : array
+        Of floats. Rows are along the last dimension; an array of one dimension is one row.
+    k : int
+        At least 0; all of a row that has no more.
+    every : int, optional
+        Take the `k` largest of each so many elements of a row, counted from its first, instead of
+        the whole row: n:m sparsity. The last elements of a row may be fewer.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`; but the mask is of bool unless asked otherwise.
+
+    Returns
+    -------
+    array
+        True (1) for the elements taken, False (0) for the others.
+
+    Notes
+    -----
+    One read; two where rows are longer than 65536. Each row is sorted once. The balanced sparsity
+    of CABS: https://arxiv.org/abs/2503.01874.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> row_top_k_mask(np.float32([0.5, -3, 2, -0.5]), 1, every=2)
+    array([False,  True,  True, False])
+    """
+    source = float_view(tensor, "tensor")
+    if (k := whole(k, "k")) < 0:
+        raise ValueError(f"k must be at least 0, not {k}")
+    numbers = [float(min(k, source.count)), _every(every, source)]
+    return _mask("row_top_k_mask", [source], numbers, out=out, dtype=dtype, threads=threads)
+
+
+@overload
 def sign_consensus(
     tensors: Sequence[Tensor],
     weights: Sequence[float] | None = None,
@@ -482,8 +552,7 @@ def random_mask(
     """
     if not 0 <= (density := finite(density, "density")) <= 1:
         raise ValueError(f"density must be from 0 to 1, not {density}")
-    if not 0 <= (position := whole(position, "position")) < 1 << 32:
-        raise ValueError(f"position must be from 0 to 2**32 - 1, not {position}")
+    position = _position(position)
     shape = _shape(shape)
     check_options(seed, threads, name)
     code = element_type(dtype, MASKS)
@@ -495,6 +564,86 @@ def random_mask(
     mark_overwritten(target.array)
     _core.fill_array("random_mask", [], target.exporter, shape, numbers, name, seed, threads)
     return target.given
+
+
+@overload
+def random_mask_by_rank(
+    tensor: Tensor,
+    probabilities: tuple[float, float],
+    *,
+    seed: int = 0,
+    name: str = "",
+    position: int = 0,
+    out: Tensor | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Tensor: ...
+@overload
+def random_mask_by_rank(
+    tensor: Any,
+    probabilities: tuple[float, float],
+    *,
+    seed: int = 0,
+    name: str = "",
+    position: int = 0,
+    out: NDArray[Any] | None = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> NDArray[Any]: ...
+def random_mask_by_rank(
+    tensor: Any,
+    probabilities: tuple[float, float],
+    *,
+    seed: int = 0,
+    name: str = "",
+    position: int = 0,
+    out: Any = None,
+    dtype: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """Return a mask that keeps large elements of a row with a higher probability than small ones.
+
+    The probability rises in even steps from the smallest magnitude to the largest; of equal ones
+    that of lowest index is the largest. The same arguments give the same mask on every machine: the
+    one that DELLA draws in a merge with this seed, for the tensor of this name and the model at
+    this position, where `tensor` is its task vector in float32.
+
+    Parameters
+    ----------
+    tensor : array
+        Of floats. Rows are along the last dimension; an array of one dimension is one row.
+    probabilities : pair of float
+        Those of the smallest and of the largest of a row, from 0 to 1. An element that is alone has
+        the mean of both. For DELLA they are density - epsilon and density + epsilon.
+    seed, name, position
+        As for `random_mask`.
+    out, dtype, threads
+        As for all kernels, see `oxmerge.kernels`; but the mask is of bool unless asked otherwise.
+
+    Returns
+    -------
+    array
+        True (1) where an element is kept, else False (0).
+
+    Notes
+    -----
+    One read; two where rows are longer than 65536. Each row is sorted once. From "DELLA-Merging",
+    https://arxiv.org/abs/2406.11617.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> random_mask_by_rank(np.float32([[3, 1, -2], [1, 2, 3]]), (0, 1), seed=1)
+    array([[ True, False, False],
+           [False, False,  True]])
+    """
+    source = float_view(tensor, "tensor")
+    lowest, highest = (finite(each, "probabilities") for each in probabilities)
+    if not (0 <= lowest <= 1 and 0 <= highest <= 1):
+        raise ValueError(f"probabilities must be from 0 to 1, not {lowest} and {highest}")
+    numbers = [lowest, highest, float(_position(position))]
+    options = {"out": out, "dtype": dtype, "threads": threads}
+    return _mask("random_mask_by_rank", [source], numbers, draws=(name, seed), **options)
 
 
 @overload
@@ -546,6 +695,21 @@ def _weights(weights: Sequence[float], count: int) -> list[float]:
     if len(given) != count:
         raise ValueError(f"there are {len(given)} weights for {count} tensors; give one for each")
     return [finite(weight, f"weights[{at}]") for at, weight in enumerate(given)]
+
+
+def _position(position: int) -> int:
+    if not 0 <= (position := whole(position, "position")) < 1 << 32:
+        raise ValueError(f"position must be from 0 to 2**32 - 1, not {position}")
+    return position
+
+
+def _every(every: int | None, source: View) -> float:
+    """Return how many elements of a row are ranked together; 0 for all."""
+    if every is None:
+        return 0.0
+    if (every := whole(every, "every")) < 1:
+        raise ValueError(f"every must be at least 1, not {every}")
+    return float(min(every, max(source.count, 1)))
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
@@ -663,12 +827,13 @@ def _mask(
     out: Any,
     dtype: Any,
     threads: int | None,
+    draws: tuple[str, int] = ("", 0),
 ) -> Any:
     code = element_type(dtype, MASKS)
     target = None if out is None else output(out)
     if code is None:
         code = "BOOL" if target is None else _mask_type(target)
-    return _run(piece, inputs, numbers, target, code, threads)
+    return _run(piece, inputs, numbers, target, code, threads, draws)
 
 
 def _mask_type(target: View) -> str:
@@ -684,13 +849,15 @@ def _run(
     target: View | None,
     code: str,
     threads: int | None,
+    draws: tuple[str, int] = ("", 0),
 ) -> Any:
-    check_options(0, threads)
+    name, seed = draws
+    check_options(seed, threads, name)
     first = inputs[0]
     if target is None:
         target = empty(first.shape, code, first.kind)
     check_out(target, first.shape, code)
     exporters = [each.exporter for each in inputs]
     mark_overwritten(target.array)
-    _core.fill_array(piece, exporters, target.exporter, first.shape, numbers, "", 0, threads)
+    _core.fill_array(piece, exporters, target.exporter, first.shape, numbers, name, seed, threads)
     return target.given

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
-from oxmerge.options import READ_PATHS, check_device, check_threads
+from oxmerge.options import READ_PATHS, check_allowed, check_device, check_threads
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
 from oxmerge.output.publish import OutputDirectory, close, commit, discard, prepare_output, stage
@@ -22,19 +21,21 @@ from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import DEFAULT_SHARD_SIZE, build_plan
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.summary import Prediction
+from oxmerge.problems import Findings
 from oxmerge.recipe.recipe import Recipe
-from oxmerge.sizes import parse_size
+from oxmerge.sizes import format_size, parse_size
+from oxmerge.stages import StageDirectories, plan_stages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from typing import Any
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from typing import IO, Any
 
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
     #: What a merge may be asked for with.
-    Request = PathLike | Mapping[str, object] | Recipe | Plan
+    Request = PathLike | Mapping[str, object] | Recipe | Plan | IO[bytes]
 
 __all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "merge", "plan"]
 
@@ -146,6 +147,8 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return what a merge would do.
 
@@ -176,6 +179,11 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    ignore_unknown : bool
+        Whether keys and parameters of the recipe that are not known are warnings.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
 
     Raises
     ------
@@ -196,9 +204,12 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         strict=strict,
         with_side_files=True,
         allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
     )
     planned = made.with_options(options)
-    planned.prediction  # noqa: B018 - what cannot fit is told now
+    for each in (*planned.stages, planned):
+        each.prediction  # noqa: B018 - what cannot fit is told now
     return planned
 
 
@@ -239,6 +250,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> MergeReport:
@@ -275,6 +288,11 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    ignore_unknown : bool
+        Whether keys and parameters of the recipe that are not known are warnings.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as ``merge_method: package.module:name``: they
+        are imported, which runs their code.
     read_path : str
         ``auto``, ``mapped``, ``positioned`` or ``direct``: how inputs are read.
     progress : callable or bool, optional
@@ -298,7 +316,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     OSError
         If a file cannot be read or written, or the disk is full; no output is left.
     """
-    reports = merge_together(
+    (report,) = merge_together(
         [(recipe, directory)],
         memory=memory,
         threads=threads,
@@ -309,10 +327,12 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         overwrite=overwrite,
         strict=strict,
         allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
         read_path=read_path,
         progress=progress,
     )
-    return reports[0]
+    return report
 
 
 def merge_together(  # noqa: PLR0913 - the options of `merge`
@@ -327,22 +347,25 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     overwrite: bool,
     strict: bool,
     allow_mismatch: bool,
+    ignore_unknown: bool,
+    allow_methods: Iterable[str],
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
     check: Callable[[list[Plan]], None] | None = None,
+    stages: Mapping[str, str | None] | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Parameters and errors are those of `merge`, for pairs of a recipe and a directory. Outputs that
     are finished when something fails are kept, the others leave nothing. `check` is called with the
-    plans before anything is made.
+    plans before anything is made. `stages` says where the outputs of earlier merges lie.
     """
     started = time.perf_counter()
     for _, directory in merges:
         named(directory)
     _check_options(threads, read_path, device, vram)
-    if not (progress is None or isinstance(progress, bool) or callable(progress)):
-        raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
+    _check_progress(progress)
+    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
     budget, vram = _bytes(memory), _bytes(vram)
     before = _core.peak_memory()
     plans = [
@@ -353,9 +376,28 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
             strict=strict,
             with_side_files=True,
             allow_mismatch=allow_mismatch,
+            ignore_unknown=ignore_unknown,
+            stages=stages,
+            allow_methods=allow_methods,
         )
         for recipe, _ in merges
     ]
+    if plans[0].stages:
+        options = {
+            "memory": memory,
+            "threads": threads,
+            "device": device,
+            "vram": vram,
+            "seed": seed,
+            "shard_size": shard_size,
+            "strict": strict,
+            "allow_mismatch": allow_mismatch,
+            "ignore_unknown": ignore_unknown,
+            "allow_methods": allow_methods,
+            "read_path": read_path,
+            "progress": progress,
+        }
+        return [_merge_stages(plans[0], merges[0][1], options, overwrite=overwrite)]
     if check is not None:
         check(plans)
     if device == "auto":
@@ -405,6 +447,41 @@ def merge_together(  # noqa: PLR0913 - the options of `merge`
     return reports
 
 
+def _merge_stages(
+    plan: Plan, directory: PathLike, options: dict[str, Any], *, overwrite: bool
+) -> MergeReport:
+    """Merge what a plan of several merges says, one after the other."""
+    started = time.perf_counter()
+    # What stands against the last output is told before the first is made.
+    prepare_output(
+        directory,
+        overwrite=overwrite,
+        input_files=[file for file in plan.input_files if os.path.exists(file["path"])],
+        needed_bytes=plan.disk,
+    ).claim.give_up()
+    notes: list[str] = []
+    warnings: list[str] = []
+    with StageDirectories(directory) as made:
+        for stage in plan.recipe.stages:
+            place = made.next()
+            (report,) = merge_together(
+                [(stage, place)], **options, overwrite=True, stages=made.places
+            )
+            made.places[stage.name or ""] = place
+            written = format_size(report.bytes_written)
+            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
+            warnings += report.warnings
+        (report,) = merge_together(
+            [(plan.recipe, directory)], **options, overwrite=overwrite, stages=made.places
+        )
+    return replace(
+        report,
+        notes=(*notes, *report.notes),
+        warnings=(*warnings, *report.warnings),
+        total_seconds=time.perf_counter() - started,
+    )
+
+
 def _order(directories: Sequence[PathLike]) -> list[int]:
     """Return the order in which to claim directories: the same in every run, by their real paths.
 
@@ -425,7 +502,7 @@ def _check_side_files(plans: Iterable[Plan]) -> None:
     _core.check_unchanged(json.dumps(list(files.values())))
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - the options of `plan`
     recipe: Request,
     *,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -433,30 +510,46 @@ def prepare(
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
+    stages: Mapping[str, str | None] | None = None,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
-    """Return the plan of what was asked for: a recipe, a file or text of one, or a plan."""
+    """Return the plan of what was asked for: a recipe, a file or text of one, or a plan.
+
+    `stages` says where the outputs of earlier merges lie; unless given, they are planned too.
+    """
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe)
+        recipe = load_plan(recipe, allow_methods=allow_methods)
     if isinstance(recipe, Plan):
         _check_made(recipe, shard_size, seed, strict=strict)
         return recipe
-    if isinstance(recipe, Mapping):
-        recipe = Recipe.from_mapping(recipe)
+    findings = Findings(ignore_unknown=ignore_unknown)
     if not isinstance(recipe, Recipe):
-        recipe = Recipe.from_yaml(recipe)
-    if not recipe.models and not recipe.slices:
+        recipe = Recipe.read(recipe, findings)
+    elif not recipe.models and not recipe.slices:
         raise TypeError(
             "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
             "`Recipe.from_mapping`"
         )
-    return build_plan(
-        recipe,
-        shard_size=parse_size(shard_size),
-        seed=seed,
-        strict=strict,
-        with_side_files=with_side_files,
-        allow_mismatch=allow_mismatch,
-    )
+
+    def plan_one(one: Recipe, places: Mapping[str, str | None], found: Findings) -> Plan:
+        return build_plan(
+            one,
+            shard_size=parse_size(shard_size),
+            seed=seed,
+            strict=strict,
+            with_side_files=with_side_files,
+            allow_mismatch=allow_mismatch,
+            allow_methods=allow_methods,
+            findings=found,
+            stages=places,
+        )
+
+    if stages is not None or not recipe.stages:
+        return plan_one(recipe, stages or {}, findings)
+    *earlier, last = plan_stages(recipe, findings, plan_one)
+    last.stages = tuple(earlier)
+    return last
 
 
 def _check_made(plan: Plan, shard_size: int | str, seed: int, *, strict: bool) -> None:
@@ -532,6 +625,11 @@ def _notes_on(output: OutputDirectory) -> tuple[str, ...]:
         return ()
     note = f"`{output.path}` cannot be locked there: let no other run write to it at the same time"
     return (note,)
+
+
+def _check_progress(progress: object) -> None:
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be a function of a snapshot, not {progress!r}")
 
 
 def _check_options(

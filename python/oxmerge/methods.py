@@ -1,43 +1,50 @@
 """The table of merge methods as the engine describes it, read into typed rows.
 
-The engine is the only place that knows a method. What stands here besides is the list of names
-that the dialect has and this release does not, so that a message can tell a name that is not there
-yet from a typing error.
+The engine knows its own methods, `python_methods` those that are written in Python; here is the one
+place where a name is looked up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from keyword import iskeyword
 
-from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean
+from oxmerge import _core
+from oxmerge.problems import Place, Problem, did_you_mean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from typing import Any
+
+    from oxmerge.python_methods import PythonMethod
 
 __all__ = [
     "Count",
     "Method",
     "Parameter",
     "Range",
+    "built_in_methods",
     "explain_parameter",
     "find_method",
-    "read_methods",
+    "modifiers",
+    "plain_name",
+    "read_method",
 ]
 
-#: Every method of the dialect.
-DIALECT_METHODS = frozenset((
-    "linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough", "model_stock",
-    "arcee_fusion", "nearswap", "sce", "ram", "ramplus_tl", "task_arithmetic", "ties",
-    "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear",
-))  # fmt: skip
-#: Parameters of the dialect's methods, so that those of a later one are known for what they are.
+#: Parameters of the dialect's methods, so that those of another one are known for what they are.
 DIALECT_PARAMETERS = frozenset((
     "weight", "normalize", "t", "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "eps",
     "max_iter", "tol", "density", "gamma", "epsilon", "int8_mask", "rescale", "lambda",
     "filter_wise", "select_topk", "r", "alpha", "scale",
 ))  # fmt: skip
+#: Parameters that no method reads, but recipes have: of old releases, and of other tools.
+IDLE_PARAMETERS = {
+    "embed_slerp": "embeddings are merged as other tensors are",
+    "smooth": "it belongs to `mergekit-evolve`; write a gradient as a list of values",
+    "allow_negative_weights": "it belongs to `mergekit-evolve`; weights may be negative",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +154,12 @@ class Method:
         How many it takes besides the base.
     parameters : tuple of Parameter
         Everything it can be told.
+    title, cost, paper : str
+        What model cards call it, how often it reads the inputs, and where it comes from.
+    written : PythonMethod, optional
+        The function that it is, if it is written in Python.
+    takes_anything : bool
+        Whether it stands for a method that is not known, of any parameters.
     """
 
     name: str
@@ -154,6 +167,11 @@ class Method:
     inputs: Count = Count()
     others: Count = Count()
     parameters: tuple[Parameter, ...] = ()
+    title: str = ""
+    cost: str = ""
+    paper: str = ""
+    written: PythonMethod | None = None
+    takes_anything: bool = False
 
     def parameters_of(self, *, base: bool) -> tuple[Parameter, ...]:
         """Return the parameters that an input has, be it the base or another."""
@@ -165,12 +183,20 @@ class Method:
         return tuple(parameter for parameter in self.parameters if parameter.per == "shared")
 
 
-def read_methods(table: Iterable[Mapping[str, Any]]) -> dict[str, Method]:
-    """Return the engine's table of methods by name."""
-    return {row["name"]: _read_method(row) for row in table}
+@cache
+def built_in_methods() -> dict[str, Method]:
+    """Return the engine's own methods by name."""
+    return {row["name"]: read_method(row) for row in _core.methods()}
 
 
-def _read_method(row: Mapping[str, Any]) -> Method:
+@cache
+def modifiers() -> dict[str, Parameter]:
+    """Return the parameters that every method has besides its own, by name."""
+    return {row["name"]: _read_parameter(row) for row in _core.modifiers()}
+
+
+def read_method(row: Mapping[str, Any]) -> Method:
+    """Return a method from its description."""
     contract = row["contract"]
     return Method(
         name=row["name"],
@@ -178,6 +204,9 @@ def _read_method(row: Mapping[str, Any]) -> Method:
         inputs=_read_count(contract["inputs"]),
         others=_read_count(contract["others"]),
         parameters=tuple(_read_parameter(parameter) for parameter in row["parameters"]),
+        title=row["title"],
+        cost=row["cost"],
+        paper=row["paper"],
     )
 
 
@@ -199,20 +228,40 @@ def explain_parameter(row: Mapping[str, Any]) -> str:
     return "; ".join(fact for fact in facts if fact)
 
 
-def find_method(name: str, methods: Mapping[str, Method]) -> Method | Problem:
-    """Return the method called `name`, or why there is none."""
+def plain_name(argument: str) -> str:
+    """Return what recipes call an argument: a word of Python's has an underscore behind it there.
+
+    Examples
+    --------
+    >>> plain_name("lambda_"), plain_name("weight")
+    ('lambda', 'weight')
+    """
+    word = argument.removesuffix("_")
+    return word if iskeyword(word) else argument
+
+
+def find_method(name: str, where: Place, allowed: Collection[str] = ()) -> Method | Problem:
+    """Return the method called `name`, or why there is none.
+
+    Parameters
+    ----------
+    name : str
+        As recipes write it.
+    where : Place
+        The place that names it.
+    allowed : collection of str
+        The modules that may be imported for a method ``package.module:name``.
+    """
+    methods = built_in_methods()
     if name in methods:
         return methods[name]
-    from oxmerge.arrays.python_methods import registered  # noqa: PLC0415 - needed only for an error
+    from oxmerge.python_methods import find_written, names  # noqa: PLC0415 - seldom needed
 
-    if name in registered():
-        message = f"method `{name}` is written in Python, and merges arrays only"
-        advice = "call `oxmerge.merge_tensors` or `oxmerge.merge_state_dicts`"
-        return Problem("method", message, "merge_method", advice=advice)
-    known = "use one of " + ", ".join(f"`{each}`" for each in methods)
-    if name in DIALECT_METHODS:
-        message = f"method `{name}` is not in this release"
-        return Problem(UNSUPPORTED, message, "merge_method", advice=known)
+    written = find_written(name, allowed)
+    if isinstance(written, Problem):
+        return replace(written, where=where)
+    if written is not None:
+        return written.described()
     message = f"there is no merge method `{name}`"
-    advice = did_you_mean(name, methods.keys() | DIALECT_METHODS) or known
-    return Problem("method", message, "merge_method", advice=advice)
+    advice = did_you_mean(name, {*methods, *names()}) or "`oxmerge methods` lists those there are"
+    return Problem("unknown-method", message, where, advice=advice)

@@ -7,12 +7,14 @@ from operator import index
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 __all__ = [
     "MOST_SEED",
     "MOST_THREADS",
     "READ_PATHS",
+    "check_allowed",
     "check_device",
     "check_seed",
     "check_threads",
@@ -50,6 +52,14 @@ def check_threads(threads: Any) -> None:  # noqa: ANN401 - see `whole`
         raise ValueError(f"threads must be at least 1, not {threads}")
     if threads is not None and threads > MOST_THREADS:
         raise ValueError(f"threads must be at most {MOST_THREADS}, not {threads}")
+
+
+def check_allowed(modules: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules that methods may come from; raise `TypeError` unless they are names."""
+    listed = () if isinstance(modules, str) else tuple(modules)
+    if isinstance(modules, str) or not all(isinstance(each, str) for each in listed):
+        raise TypeError(f"allow_methods is a list of names of modules, not {modules!r}")
+    return listed
 
 
 def check_device(device: str) -> None:

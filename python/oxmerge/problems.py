@@ -1,18 +1,20 @@
 """Problems: what is wrong with a recipe or a checkpoint, kept in parts until someone prints it.
 
-Checking goes on after the first problem, so that one report shows them all. The same fault in two
-hundred tensors is one entry of that report, not two hundred.
+Checking goes on after the first problem: every stage, from the first key of a recipe to the last
+shape, adds to one `Findings`. The same fault in two hundred tensors is one entry of its report.
 """
 
 from __future__ import annotations
 
 import os.path
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import inf
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
 #: How many tensor names a grouped problem shows.
 SHOWN_TENSORS = 3
@@ -31,10 +33,92 @@ _COMPARED = 200
 _HINT = "\n  hint: "
 #: Controls of terminals, ends of lines, and what turns the direction of writing around.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-#: The kind of a problem that is no fault: it asks for what cannot be done yet.
+#: The code of a problem that is no fault: it asks for what cannot be done yet.
 UNSUPPORTED = "unsupported"
-#: Kinds of problems that are mended in the recipe, also where they have no place in it.
-_KINDS_OF_RECIPES = frozenset(("recipe", "method", "parameter", "contract", "model"))
+#: What problems are called, for scripts: a code never changes its meaning.
+CODES = {
+    "base-not-listed": "a slice does not list the base model",
+    "config-differs": "two models say different things of themselves, but for their sizes",
+    "config-layers": "the config says something of single layers that cannot follow them",
+    "dropped-tensor": "the output lacks a tensor of an input",
+    "duplicate-key": "a key is written twice",
+    "duplicate-model": "a model is listed twice",
+    "duplicate-tensor": "two tensors of the output would have one name",
+    "input-count": "the method takes more or fewer models",
+    "layer-count": "models have not equally many layers",
+    "layer-range": "a range of layers that its model does not have, or another length than others",
+    "loose-tensor": "a tensor outside the layers could come before or after them",
+    "missing-base": "the method needs a base model",
+    "missing-head": "a model has no head of its own, the donor has one",
+    "missing-key": "a key that is needed is not there",
+    "missing-model": "there is no such model",
+    "missing-parameter": "a parameter that is needed is not there",
+    "missing-tensor": "a model lacks a tensor",
+    "no-effect": "something acts on nothing",
+    "no-layers": "a model has no stack of layers, or several",
+    "not-a-recipe": "it is not a recipe",
+    "odd-checkpoint": "a checkpoint is unusual",
+    "other-architecture": "models are of different architectures",
+    "other-size": "models of one architecture have other sizes",
+    "parameter-limits": "a parameter is outside its limits",
+    "parameter-unusual": "a parameter has a value that it seldom has",
+    "parameter-value": "a parameter has a value of another kind",
+    "side-file": "a file beside the weights cannot be copied",
+    "stages": "the merges of one file do not fit each other",
+    "tensor-dtype": "a tensor has another type than the donor's",
+    "tensor-shape": "a tensor has another shape than the donor's",
+    "tokenizer-differs": "tokenizers differ",
+    "unfit-formula": "the method cannot be computed so",
+    "unknown-key": "a key that recipes do not have",
+    "unknown-method": "there is no such method",
+    "unknown-parameter": "a parameter that no method has",
+    "unreadable-checkpoint": "a checkpoint is broken, or cannot be read",
+    "unreadable-config": "a config or tokenizer cannot be read",
+    UNSUPPORTED: "something that is sound, but not done yet",
+    "wrong-value": "a value of another kind stands where it is",
+    "unsaved-tensor": "a tensor cannot be saved",
+    "yaml": "it is not YAML",
+}
+#: Codes of problems that are mended in the recipe, also where they have no place in it.
+_OF_RECIPES = frozenset((
+    "input-count", "missing-base", "missing-model", "missing-parameter", "not-a-recipe",
+    "parameter-limits", "parameter-value", "unfit-formula", "unknown-method", "wrong-value", "yaml",
+))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a recipe.
+
+    Attributes
+    ----------
+    path : str
+        The keys and numbers of items that lead there, ``models[1].parameters.weight``; empty at the
+        top.
+    line, column : int, optional
+        Where it stands in the text, from 1, if it was a text.
+    file : str, optional
+        The file it stands in, as it was named, if it was a file.
+    """
+
+    path: str = ""
+    line: int | None = None
+    column: int | None = None
+    file: str | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        """Return it for people, such as ``models[1].parameters.weight (recipe.yml:7:5)``."""
+        if self.line is None:
+            return self.path or self.file or ""
+        at = f"line {self.line}"
+        if self.file is not None:
+            at = f"{self.file}:{self.line}" + (f":{self.column}" if self.column else "")
+        return f"{self.path} ({at})" if self.path else at
+
+    @property
+    def in_text(self) -> str:
+        """Return it without the file, such as ``models[1].parameters.weight (line 7)``."""
+        return str(replace(self, file=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +127,12 @@ class Problem:
 
     Attributes
     ----------
-    kind : str
-        What sort of thing: ``recipe``, ``parameter``, ``contract``, ``layers``, ``missing``, ...
+    code : str
+        What sort of thing, such as ``unknown-key``: one of `CODES`, for scripts.
     message : str
         Lower case, names in backticks, no full stop.
-    where : str, optional
-        The place in the recipe, such as ``models[1].parameters.weight (line 7)``.
+    where : Place, optional
+        The place in the recipe.
     file : str, optional
         The file it is about.
     tensor : str, optional
@@ -63,9 +147,9 @@ class Problem:
         How many tensors share the problem.
     """
 
-    kind: str
+    code: str
     message: str
-    where: str | None = None
+    where: Place | None = None
     file: str | None = None
     tensor: str | None = None
     expected: str | None = None
@@ -77,7 +161,31 @@ class Problem:
     @property
     def is_in_recipe(self) -> bool:
         """Whether it is the recipe that is wrong, rather than a checkpoint."""
-        return self.where is not None or self.kind in _KINDS_OF_RECIPES
+        return self.where is not None or self.code in _OF_RECIPES
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return its parts as data, without those that are empty.
+
+        ``where``, ``line``, ``column`` and ``recipe`` are the parts of the place in the recipe;
+        ``file`` is what it is about, be it the recipe or another file.
+        """
+        where = self.where or Place()
+        parts = {
+            "code": self.code,
+            "message": self.message,
+            "where": where.path,
+            "line": where.line,
+            "column": where.column,
+            "recipe": where.file,
+            "file": self.file or where.file,
+            "tensor": self.tensor,
+            "expected": self.expected,
+            "found": self.found,
+            "advice": self.advice,
+            "tensors": list(self.tensors),
+            "count": self.count,
+        }
+        return {name: value for name, value in parts.items() if value}
 
     def __str__(self) -> str:
         """Return one line, and a second one with the hint if there is one."""
@@ -86,7 +194,8 @@ class Problem:
         return line if self.advice is None else line + _HINT + self.advice
 
     def _place(self) -> str:
-        places = [f"{shorten(self.where, _LONGEST_VALUE)}: "] if self.where else []
+        where = str(self.where or "")
+        places = [f"{shorten(where, _LONGEST_VALUE)}: "] if where else []
         if self.file is not None:
             places.append(f"`{self.file}`: ")
         if self.tensor is not None and self.count == 1:
@@ -108,6 +217,33 @@ class Problem:
         return f" ({self.count} tensors: {names}{more})"
 
 
+@dataclass(slots=True)
+class Findings:
+    """What the stages of a plan have found so far.
+
+    Attributes
+    ----------
+    problems, warnings : list of Problem
+        What is wrong, and what is odd but can be merged.
+    ignore_unknown : bool
+        Whether keys and parameters that are not known are odd only.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    ignore_unknown: bool = False
+
+    def unknown(self, problem: Problem) -> None:
+        """Add a problem with a key or a parameter that is not known."""
+        if self.ignore_unknown:
+            self.warnings.append(replace(problem, message=f"{problem.message}, which is ignored"))
+        else:
+            advice = problem.advice or ""
+            if not advice.startswith(("did you mean", "put it")):
+                advice += " (`--ignore-unknown` makes it a warning)"
+            self.problems.append(replace(problem, advice=advice))
+
+
 def without_hint(story: object) -> tuple[str, str | None]:
     """Return the text of a problem, or of an error, and its hint apart, if it has one."""
     text, _, hint = str(story).partition(_HINT)
@@ -115,27 +251,34 @@ def without_hint(story: object) -> tuple[str, str | None]:
 
 
 def group_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """Fold problems that differ only in tensor and file into one entry each.
+    """Fold problems that differ only in tensor and file into one entry each, and sort them.
 
     Parameters
     ----------
     problems : iterable of Problem
-        In the order they were found, which the result keeps.
+        In the order they were found.
 
     Returns
     -------
     tuple of Problem
-        One for each distinct fault, with a count and the first few tensors.
+        One for each distinct fault, with a count and the first few tensors. Those with a line come
+        first, in the order of lines, the others as they were found.
     """
-    groups: dict[tuple[str | None, ...], list[Problem]] = {}
+    groups: dict[tuple[object, ...], list[Problem]] = {}
     for problem in problems:
         groups.setdefault(_group_key(problem), []).append(problem)
-    return tuple(_fold(group) for group in groups.values())
+    return tuple(sorted(map(_fold, groups.values()), key=_line))
 
 
-def _group_key(problem: Problem) -> tuple[str | None, ...]:
+def _group_key(problem: Problem) -> tuple[object, ...]:
     parts = (problem.expected, problem.found, problem.advice)
-    return (problem.kind, problem.message, problem.where, *parts)
+    file = problem.file if problem.tensor is None else None
+    return (problem.code, problem.message, problem.where, file, *parts)
+
+
+def _line(problem: Problem) -> tuple[float, int]:
+    where = problem.where
+    return (inf, 0) if where is None or where.line is None else (where.line, where.column or 0)
 
 
 def _fold(group: list[Problem]) -> Problem:

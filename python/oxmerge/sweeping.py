@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from oxmerge import _core
 from oxmerge.errors import RecipeError
 from oxmerge.merging import merge_together, prepare
-from oxmerge.methods import read_methods
+from oxmerge.options import check_allowed
 from oxmerge.output.claims import named
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import DEFAULT_SHARD_SIZE
@@ -171,12 +170,13 @@ def variants(
     axes: Axes,
     *,
     together: bool = False,
+    ignore_unknown: bool = False,
 ) -> list[Variant]:
     """Return the merges of a sweep: every combination of the values of `axes`.
 
     Parameters
     ----------
-    recipe, pattern, axes, together
+    recipe, pattern, axes, together, ignore_unknown
         As in `sweep`.
 
     Raises
@@ -191,7 +191,7 @@ def variants(
             advice="name a place and its values: models[chat].parameters.weight=0.1:0.9:9",
         )
     named(pattern)
-    source = _Source.of(recipe)
+    source = _Source.of(recipe, ignore_unknown=ignore_unknown)
     pattern = os.fspath(pattern)
     names = _Names(values)
     made = [
@@ -233,10 +233,16 @@ class _Source:
     mapping: Mapping[str, object]
     text: str
     folder: str | None
+    ignore_unknown: bool
 
     @classmethod
-    def of(cls, recipe: PathLike | Mapping[str, object] | Recipe) -> _Source:
-        return cls(*Recipe.mapping_of(recipe))
+    def of(
+        cls,
+        recipe: PathLike | Mapping[str, object] | Recipe,
+        *,
+        ignore_unknown: bool,
+    ) -> _Source:
+        return cls(*Recipe.mapping_of(recipe), ignore_unknown)
 
     def recipe_with(self, settings: Mapping[str, Scalar]) -> Recipe:
         """Return the recipe with values at places; its text differs there only."""
@@ -249,8 +255,13 @@ class _Source:
             mapping = changed
         edited = self._edited(stages)
         if edited is None:  # what is written in a way that cannot be edited is written anew
-            return Recipe.from_mapping(mapping, folder=self.folder)
-        return Recipe.from_mapping(edited[0], text=edited[1], folder=self.folder)
+            return self._recipe(mapping, None)
+        return self._recipe(*edited)
+
+    def _recipe(self, mapping: Mapping[str, object], text: str | None) -> Recipe:
+        return Recipe.from_mapping(
+            mapping, text=text, folder=self.folder, ignore_unknown=self.ignore_unknown
+        )
 
     def _edited(
         self, stages: Sequence[tuple[list[str | int], Any, Any]]
@@ -468,8 +479,7 @@ class _Effects:
 
 def _effect(plan: Plan) -> str:
     """Return a digest of what decides the output."""
-    method = read_methods(_core.methods())[plan.method]
-    idle = {parameter.name for parameter in method.parameters if not parameter.acts}
+    idle = {parameter.name for parameter in plan.about.parameters if not parameter.acts}
     beside = [str(file.source) for file in plan.side_files.copied]
     texts = {n: hashlib.sha256(data).digest() for n, data in plan.side_files.texts.items()}
     whole = (plan.config, beside, texts, plan.input_files, plan.table.in_f64)
@@ -488,8 +498,8 @@ def _no_effect(place: str, variant: Variant, plan: Plan) -> Problem:
     recipe = variant.recipe
     path, name = variant.paths[place], place.rpartition(".")[2]
     entries = [*recipe.models, *(entry for part in recipe.slices for entry in part.sources)]
-    nearer = [entry.parameters[name].where for entry in entries if name in entry.parameters]
-    told = [each for each in plan.warnings if each.where and each.where.split()[0] == path]
+    nearer = [entry.parameters[name].where.in_text for entry in entries if name in entry.parameters]
+    told = [each for each in plan.warnings if each.where and each.where.path == path]
     found, advice = "every tensor has the same formula with each value", "name another place"
     if told:
         found, advice = told[0].message, told[0].advice or advice
@@ -497,7 +507,7 @@ def _no_effect(place: str, variant: Variant, plan: Plan) -> Problem:
         found = f"what stands at a model counts: {nearer[0]}"
         advice = "name that, or take it out"
     message = f"the values of `{place}` make no difference"
-    return Problem("parameter", message, found=found, advice=advice)
+    return Problem("no-effect", message, found=found, advice=advice)
 
 
 def sweep(  # noqa: PLR0913 - the options of the command, keyword only
@@ -515,6 +525,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
 ) -> list[MergeReport]:
@@ -541,7 +553,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     together : bool
         Vary all places in step instead of in every combination.
     memory, threads, device, vram, seed, shard_size, overwrite, read_path, progress
-    strict, allow_mismatch
+    strict, allow_mismatch, ignore_unknown, allow_methods
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
 
@@ -569,17 +581,26 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
+    allow_methods = check_allowed(allow_methods)  # once for all: it may be an iterator
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe)
+        recipe = load_plan(recipe, allow_methods=allow_methods)
     if isinstance(recipe, Plan):
         seed, shard_size = recipe.seed, recipe.shard_size
         recipe = recipe.recipe
-    made = variants(recipe, pattern, axes, together=together)
-    source = _Source.of(recipe)
+    if not isinstance(recipe, str | os.PathLike | Mapping | Recipe):
+        recipe = Recipe.from_yaml(recipe, ignore_unknown=ignore_unknown)
+    source = _Source.of(recipe, ignore_unknown=ignore_unknown)
+    made = variants(recipe, pattern, axes, together=together, ignore_unknown=ignore_unknown)
 
     def replan(settings: dict[str, Scalar]) -> Plan:
         varied = source.recipe_with(settings)
-        return prepare(varied, shard_size=shard_size, seed=seed, allow_mismatch=allow_mismatch)
+        return prepare(
+            varied,
+            shard_size=shard_size,
+            seed=seed,
+            allow_mismatch=allow_mismatch,
+            allow_methods=allow_methods,
+        )
 
     effects = _Effects(made, replan, together=together)
     return merge_together(
@@ -593,6 +614,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         overwrite=overwrite,
         strict=strict,
         allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
         read_path=read_path,
         progress=progress,
         check=effects.check,

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     Effect = tuple[Any, ...]
     #: Axis, first entry, and the numbers as bytes of f64.
     Vector = tuple[str, int, bytearray]
+    #: The vectors of a program, and a byte an element for each ranking: 1 where it is kept, else 0.
+    Given = tuple[Sequence[Vector], Sequence[bytearray]]
 
 __all__ = ["Backend", "Program", "Worker", "explain"]
 
@@ -257,7 +259,7 @@ class Program:
         start: int,
         count: int,
         inputs: Inputs,
-        vectors: Sequence[Vector],
+        given: Given,
         column: int,
         buffers: Sequence[memoryview],
     ) -> None:
@@ -267,10 +269,10 @@ class Program:
         """
         with self.worker.at_work():
             stored = [
-                None if given is None else self.worker.upload(given[1], STORED[given[0]], place)
-                for place, given in enumerate(inputs)
+                None if each is None else self.worker.upload(each[1], STORED[each[0]], place)
+                for place, each in enumerate(inputs)
             ]
-            frame = _Frame(self, start, count, column, stored, vectors)
+            frame = _Frame(self, start, count, column, stored, given)
             for name, out, dead, operands in self.instructions:
                 value = getattr(frame, name)(*operands)
                 for slot in dead:
@@ -290,13 +292,13 @@ class _Frame:
         count: int,
         column: int,
         inputs: list[torch.Tensor | None],
-        vectors: Sequence[Vector],
+        given: Given,
     ) -> None:
         self.start = start
         self.length = count
         self.column = column
         self.inputs = inputs
-        self.vectors = vectors
+        self.vectors, self.marks = given
         self.worker = program.worker
         self.row = program.row
         self.line = program.line
@@ -384,6 +386,10 @@ class _Frame:
         elements = range(self.start, self.start + self.length)
         return kernels.random_mask(key, stream, elements, keep_below, self.device).to(self.real)
 
+    def marked(self, index: int) -> torch.Tensor:
+        kept = torch.frombuffer(self.marks[index], dtype=torch.uint8)
+        return kept.to(self.device).to(self.real)
+
     # Effects.
 
     def store(self, buffer: memoryview, a: float, dtype: str) -> None:
@@ -397,6 +403,29 @@ class _Frame:
         terms = kernels.terms(kind, self.whole(a), None if b is None else self.whole(b))
         sums = kernels.reduce_segments(kind, terms, segment, self.worker.running_sum)
         self.worker.download(sums, buffer)
+
+    def largest_by_rank(
+        self, buffer: memoryview, a: float, spans: tuple[int, int, int], count: int
+    ) -> None:
+        """Put a byte an element into the buffer: 1 for the `count` largest of a vector."""
+        place, _ = kernels.places(self.whole(a), self.start, spans)
+        self.worker.download((place < count).view(torch.uint8), buffer)
+
+    def random_by_rank(
+        self,
+        buffer: memoryview,
+        a: float,
+        spans: tuple[int, int, int],
+        probabilities: tuple[float, float],
+        key: tuple[int, int],
+        stream: tuple[int, int],
+    ) -> None:
+        """Put a byte an element into the buffer: 1 where its draw is below its rank's bound."""
+        place, last = kernels.places(self.whole(a), self.start, spans)
+        bounds = kernels.bounds_of_ranks(place, last, *probabilities)
+        elements = range(self.start, self.start + self.length)
+        kept = kernels.draws(key, stream, elements, self.device) < bounds
+        self.worker.download(kept.view(torch.uint8), buffer)
 
     def columns(self, buffer: memoryview, kind: str, a: float, b: float | None) -> None:
         """Add to the f64 that the buffer has for each column."""

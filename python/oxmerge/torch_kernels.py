@@ -226,10 +226,69 @@ def random_mask(
     return kept[skipped : skipped + len(elements)]
 
 
+def draws(
+    key: tuple[int, int], stream: tuple[int, int], elements: range, device: torch.device
+) -> torch.Tensor:
+    """Return the draws of some elements in a row, of 32 bits each, as i64."""
+    first, last = elements.start // _GROUP, -(-elements.stop // _GROUP)
+    counters = torch.arange(first * _COUNTERS, last * _COUNTERS, device=device)
+    drawn = _halves(philox(key, counters, stream)) << 16
+    drawn |= _halves(philox(key, counters | _LOW_HALVES, stream))
+    skipped = elements.start - first * _GROUP
+    return drawn[skipped : skipped + len(elements)]
+
+
 def _halves(words: list[torch.Tensor]) -> torch.Tensor:
     """Return the halves of the words of counters, in the order of the elements that take them."""
     halves = [word & 0xFFFF for word in words] + [word >> 16 for word in words]
     return torch.stack([half.view(-1, _COUNTERS) for half in halves], 1).view(-1)
+
+
+# Ranks.
+
+
+def places(
+    values: torch.Tensor, start: int, spans: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the place of each element in its vector, 0 being the largest, and the last place.
+
+    Of equal elements the first is the largest.
+
+    Parameters
+    ----------
+    values : Tensor
+        Whole vectors, the first of which begins with element `start` of the tensor.
+    start : int
+        Where a span begins.
+    spans : tuple of int
+        Elements of a span, after how many spans begin anew, and how many vectors lie interleaved in
+        a span.
+    """
+    size, within, stride = spans
+    elements = torch.arange(start, start + len(values), device=values.device)
+    begun = elements % within
+    span = (elements - begun) // within * -(-within // size) + begun // size
+    vector = span * stride + begun % size % stride
+    # By vector, then from the largest down, then by index: sorts that keep the order of equals.
+    order = torch.argsort(~ordinals(values), stable=True)
+    order = order[torch.argsort(vector[order], stable=True)]
+    _, own, counts = torch.unique_consecutive(
+        vector[order], return_inverse=True, return_counts=True
+    )
+    first = counts.cumsum(0) - counts
+    place, last = torch.empty_like(elements), torch.empty_like(elements)
+    place[order] = elements - start - first[own]
+    last[order] = counts[own] - 1
+    return place, last
+
+
+def bounds_of_ranks(
+    place: torch.Tensor, last: torch.Tensor, lowest: float, highest: float
+) -> torch.Tensor:
+    """Return what each element's draw must be below for it to be kept; see `kernels/rank.rs`."""
+    share = (last - place).double() / last.double()
+    share.masked_fill_(last == 0, 0.5)
+    return torch.floor((share * (highest - lowest) + lowest) * 2.0**32 + 0.5)
 
 
 # Sums and counts.

@@ -30,6 +30,7 @@ pub mod vocabulary;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
@@ -59,6 +60,8 @@ pub struct Checkpoint {
     pub warnings: Vec<String>,
     /// The tensors' names, by number in file order.
     names: Names,
+    /// The names in the files, if the tensors are called otherwise here.
+    written: Option<Arc<Names>>,
     rows: Vec<Row>,
     /// The distinct shapes.
     shapes: Vec<Vec<u64>>,
@@ -79,6 +82,8 @@ struct Row {
 pub struct Tensor<'a> {
     /// Its name.
     pub name: &'a str,
+    /// Its name in the file, which is another where the checkpoint was renamed.
+    pub written: &'a str,
     /// Its element type.
     pub dtype: DType,
     /// Its shape; empty for a single number.
@@ -132,6 +137,7 @@ impl Checkpoint {
             index: None,
             warnings,
             names: Names::default(),
+            written: None,
             rows: Vec::new(),
             shapes: Vec::new(),
             shape_numbers: HashMap::new(),
@@ -163,7 +169,8 @@ impl Checkpoint {
     pub fn tensor(&self, index: usize) -> Tensor<'_> {
         let Row { dtype, shape, file, start } = self.rows[index];
         let (name, shape) = (self.names.get(index as u32), &self.shapes[shape as usize]);
-        Tensor { name, dtype, shape, file: file as usize, start }
+        let written = self.written.as_ref().map_or(name, |names| names.get(index as u32));
+        Tensor { name, written, dtype, shape, file: file as usize, start }
     }
 
     /// The tensors in file order.
@@ -179,6 +186,28 @@ impl Checkpoint {
     /// The tensor of that name.
     pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
         self.find(name).map(|index| self.tensor(index))
+    }
+
+    /// How many tensors have a name that `other` has too.
+    pub fn shared_names(&self, other: &Self) -> usize {
+        self.names.iter().filter(|name| other.find(name).is_some()).count()
+    }
+
+    /// The same tensors under these names, in file order.
+    pub fn renamed<'a>(&self, names: impl ExactSizeIterator<Item = &'a str>) -> Result<Self> {
+        if names.len() != self.len() {
+            return Err(Error::internal("a checkpoint needs a name for each tensor"));
+        }
+        let mut renamed = Names::default();
+        for name in names {
+            if !renamed.intern(name).1 {
+                let message = "two tensors of a checkpoint cannot have one name";
+                return Err(Error::checkpoint(message).file(&self.path).tensor(name));
+            }
+        }
+        renamed.shrink();
+        let written = self.written.clone().unwrap_or_else(|| Arc::new(self.names.clone()));
+        Ok(Self { names: renamed, written: Some(written), ..self.clone() })
     }
 
     /// The bytes of all tensors.

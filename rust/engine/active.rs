@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use super::backend::fold;
-use super::passes::{Found, Pass};
+use super::passes::{Found, Marked, Pass};
 use super::task::{Task, Work};
 use crate::error::Result;
 use crate::formula::bind::Bindings;
 use crate::formula::compile::{Purpose, Staged};
 use crate::formula::machine::BAND;
-use crate::formula::masks::{self, KeptMasks};
+use crate::formula::masks::{self, KeptMasks, Marks};
 use crate::formula::program::{Along, Setting};
 use crate::formula::selection::{self, Counted, Guess, LastKept, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
+use crate::formula::{Chosen, Ranking, Reduction, Scalar, Scope, Selection, Value, ValueNode};
 use crate::kernels::{BLOCK, Real};
 
 struct Searching {
@@ -31,22 +31,25 @@ pub(crate) struct Room {
     searches: u64,
     /// Of random masks.
     masks: u64,
+    /// Of what is kept of short rows.
+    ranked: u64,
 }
 
 impl Room {
     /// What `task` can use of `left` bytes: keys of its searches, if there are any, and random masks,
-    /// if they are wanted more than once; each all or nothing.
+    /// and marks, if they are wanted more than once; each all or nothing.
     pub(crate) fn of(task: &Task, left: u64) -> Self {
         let (values, elements) = (task.work.values(), task.frame.elements);
         let within = |bytes: u64, left: u64| if bytes <= left { bytes } else { 0 };
         let searches = stage::unknown(values).selections.len() as u64;
         let keys = within(searches * selection::kept_bytes(elements), left);
         let masks = within(masks::bytes(values, elements), left - keys);
-        Self { a_search: keys / searches.max(1), searches, masks }
+        let ranked = within(masks::marked_bytes(values, &task.frame), left - keys - masks);
+        Self { a_search: keys / searches.max(1), searches, masks, ranked }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.a_search * self.searches + self.masks
+        self.a_search * self.searches + self.masks + self.ranked
     }
 }
 
@@ -70,6 +73,8 @@ pub(crate) struct Active {
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
+    /// What the pass it is in ranks for later ones.
+    marked: Vec<Marked>,
     /// The random masks that are kept between its passes.
     pub(crate) masks: Option<Arc<KeptMasks>>,
     /// What masks and searches may take.
@@ -108,6 +113,7 @@ impl Active {
             results: Vec::new(),
             columns: Vec::new(),
             searching: Vec::new(),
+            marked: Vec::new(),
             masks: masks.map(Arc::new),
             room,
             numbers: Vec::new(),
@@ -157,8 +163,12 @@ impl Active {
         if matches!(self.task.work, Work::Identical) {
             return Ok(!self.sweep && self.enter(Pass::Identical, self.units_of_blocks()));
         }
+        if let Work::Arrays(arrays) = &self.task.work {
+            let units = self.task.frame.elements.div_ceil(self.task.elements_of_calls(arrays));
+            return Ok(!self.sweep && self.enter(Pass::Arrays, units));
+        }
         if self.sweep {
-            let stage = stage::next_stage(&self.values, Scope::Model, false);
+            let stage = stage::next_stage(&self.values, Scope::Model, &self.task.frame);
             return if stage.is_empty() { Ok(false) } else { self.begin_stage(stage) };
         }
         let stored = self.task.frame.stores_rows();
@@ -166,7 +176,7 @@ impl Active {
             if scope == Scope::Row && !stored {
                 continue;
             }
-            let stage = stage::next_stage(&self.values, scope, stored);
+            let stage = stage::next_stage(&self.values, scope, &self.task.frame);
             if scope == Scope::Column && self.task.in_bands && !stage.is_empty() {
                 let bands = self.task.frame.line.div_ceil(BAND);
                 let along = Along::Segments(BLOCK as u64);
@@ -177,6 +187,10 @@ impl Active {
                 return self.begin_stage(stage);
             }
         }
+        let rankings = stage::next_rankings(&self.values, &self.task.frame);
+        if !rankings.is_empty() {
+            return self.enter_rank(rankings);
+        }
         if matches!(self.task.work, Work::Numbers(_)) {
             self.numbers = self.values.iter().map(number).collect();
             return Ok(false);
@@ -185,8 +199,24 @@ impl Active {
         Ok(self.enter(Pass::Combine(code), self.units_of_blocks()))
     }
 
+    fn enter_rank(&mut self, rankings: Vec<Arc<Ranking>>) -> Result<bool> {
+        let frame = &self.task.frame;
+        let spans = frame.spans(rankings[0].among);
+        let units = spans.count(frame.elements) * spans.bands().1;
+        let keys: Vec<_> =
+            rankings.iter().map(|ranking| Purpose::Keys(ranking.value.clone())).collect();
+        let code = self.code(&keys)?;
+        let marks = rankings.into_iter().map(|ranking| self.marks_of(ranking));
+        let marks = marks.collect::<Result<_>>()?;
+        Ok(self.enter(Pass::Rank { marks, code }, units))
+    }
+
+    fn marks_of(&self, ranking: Arc<Ranking>) -> Result<Marked> {
+        Ok((ranking, Arc::new(Marks::new(&(0..self.task.frame.elements))?)))
+    }
+
     fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
-        let Stage { reductions, selections } = stage;
+        let Stage { reductions, selections, .. } = stage;
         let scope = reductions.first().map(|reduction| reduction.scope);
         self.results = vec![Vec::new(); reductions.len()];
         self.reductions.clone_from(&reductions);
@@ -244,7 +274,12 @@ impl Active {
             return self.locate_or_bind();
         }
         let code = self.code(&purposes)?;
-        Ok(self.enter(Pass::Reduce { searches, code }, self.units_of_blocks()))
+        if self.room.ranked > 0 && self.marked.is_empty() {
+            let rankings = code.levels.iter().flat_map(|level| &level.rankings).cloned();
+            self.marked = rankings.map(|ranking| self.marks_of(ranking)).collect::<Result<_>>()?;
+        }
+        let marks = self.marked.clone();
+        Ok(self.enter(Pass::Reduce { searches, marks, code }, self.units_of_blocks()))
     }
 
     fn locate_or_bind(&mut self) -> Result<bool> {
@@ -302,11 +337,15 @@ impl Active {
     pub(crate) fn advance(&mut self) -> Result<bool> {
         let pass = Arc::clone(&self.pass);
         match &*pass {
-            Pass::Combine(_) | Pass::Bands(_) | Pass::Identical => Ok(false),
+            Pass::Combine(_) | Pass::Bands(_) | Pass::Arrays | Pass::Identical => Ok(false),
             Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rows(_) | Pass::Columns(_) => self.bind(),
-            Pass::Reduce { searches, code } => {
+            Pass::Rank { marks, .. } => {
+                self.marked.clone_from(marks);
+                self.bind()
+            }
+            Pass::Reduce { searches, code, .. } => {
                 for (&kind, blocks) in code.program.kinds.iter().zip(&mut self.results) {
                     *blocks = vec![fold(kind, blocks)];
                 }
@@ -333,6 +372,9 @@ impl Active {
             }
         }
         self.bind_columns(&reductions, &mut bindings);
+        for (ranking, marks) in std::mem::take(&mut self.marked) {
+            bindings.ranking(&ranking, marks);
+        }
         for searching in std::mem::take(&mut self.searching) {
             let chosen = searching.chosen.expect("a bound search is over");
             let value = value_of_key(chosen.threshold, self.task.double);

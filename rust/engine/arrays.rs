@@ -21,7 +21,7 @@ use super::{Goal, Settings, run_all};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::Value;
-use crate::formula::compile::Purpose;
+use crate::formula::compile::{Given, Purpose};
 use crate::formula::machine::{InputBytes, TensorFrame};
 use crate::formula::program::{Along, Effect, Fused, Program, Setting};
 use crate::io::AlignedBuffer;
@@ -394,7 +394,8 @@ impl Loop<'_> {
                 };
                 let inputs: Vec<_> = inputs.iter().map(input).collect();
                 let elements = elements.clone();
-                let step = Step { elements, inputs: &inputs, vectors: &[], column: 0 };
+                let given = &Given::default();
+                let step = Step { elements, inputs: &inputs, given, column: 0 };
                 let mut results = Results { outputs: vec![bytes], ..Results::default() };
                 store(run, program, &step, &mut results)
             };

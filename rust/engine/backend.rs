@@ -10,11 +10,12 @@ use std::ops::Range;
 
 use super::need::Offload;
 use crate::error::Result;
+use crate::formula::ReductionKind;
+use crate::formula::compile::Given;
 use crate::formula::machine::{InputBytes, TensorFrame};
 use crate::formula::masks::KeptMasks;
 use crate::formula::program::Program;
 use crate::formula::selection::Counted;
-use crate::formula::{ReductionKind, Scalar};
 use crate::kernels::fold_halves;
 
 /// A kind of arithmetic, shared by the workers of a run.
@@ -53,8 +54,8 @@ pub(crate) struct Step<'a> {
     pub(crate) elements: Range<u64>,
     /// The bytes of the inputs that are used.
     pub(crate) inputs: &'a [Option<InputBytes<'a>>],
-    /// The vectors of the program.
-    pub(crate) vectors: &'a [Scalar],
+    /// The vectors and marks of the program.
+    pub(crate) given: &'a Given,
     /// Where columns are reduced: which of them the first element belongs to.
     pub(crate) column: u64,
 }
@@ -70,6 +71,8 @@ pub(crate) struct Results<'a> {
     pub(crate) counts: Vec<Counted>,
     /// For each sample: a key an element.
     pub(crate) keys: Vec<Vec<u64>>,
+    /// For each ranking: a byte an element of a step, 1 where it is kept, else 0.
+    pub(crate) kept: Vec<Vec<u8>>,
 }
 
 impl Results<'_> {
@@ -80,6 +83,7 @@ impl Results<'_> {
             numbers: vec![Vec::new(); program.kinds.len()],
             counts: program.searches.iter().map(Counted::new).collect(),
             keys: vec![Vec::new(); program.samples],
+            kept: vec![Vec::new(); program.rankings],
         }
     }
 

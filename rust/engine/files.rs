@@ -591,7 +591,11 @@ pub fn formulas(plan: &Plan) -> Result<Vec<(String, Settings)>> {
     for tensor in plan.tensors() {
         let kind = &mut kinds[tensor.kind()];
         if kind.is_none() {
-            *kind = Some((format!("{:?}", work(plan, tensor)?), tensor.settings().clone()));
+            let formula = match tensor.formula() {
+                Some(formula) => format!("{formula:?}"),
+                None => format!("{:?}", work(plan, tensor)?),
+            };
+            *kind = Some((formula, tensor.settings().clone()));
         }
     }
     Ok(kinds.into_iter().flatten().collect())

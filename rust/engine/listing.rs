@@ -17,7 +17,7 @@ use crate::kernels::Level;
 /// depends on what those before it found.
 pub fn programs(task: Task, level: Level) -> Result<String> {
     let (backend, control) = (Simd(level), Control::default());
-    let mut worker = Worker::new(backend.worker()?, &control, usize::MAX, false);
+    let mut worker = Worker::new(backend.worker()?, &control, usize::MAX, false, level);
     let task = Arc::new(task);
     let (blocks, room) = (task.blocks(), Room::of(&task, u64::MAX));
     let mut text = String::new();
@@ -44,10 +44,12 @@ impl std::fmt::Display for Pass {
             Self::Sample { code, .. } => write!(f, "sample\n{code}"),
             Self::Reduce { code, .. } => write!(f, "reduce\n{code}"),
             Self::Locate { code, .. } => write!(f, "locate\n{code}"),
+            Self::Rank { code, .. } => write!(f, "rank\n{code}"),
             Self::Rows(code) => write!(f, "rows\n{code}"),
             Self::Columns(code) => write!(f, "columns\n{code}"),
             Self::Bands(code) => write!(f, "bands\n{code}"),
             Self::Combine(code) => write!(f, "combine\n{code}"),
+            Self::Arrays => writeln!(f, "arrays"),
             Self::Identical => writeln!(f, "identical"),
         }
     }

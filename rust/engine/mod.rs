@@ -155,6 +155,7 @@ fn run_all(
         state: Mutex::new(State::new(memory.kept_room)),
         changed: Condvar::new(),
         backend,
+        level: settings.level,
         tasks,
         memory,
         largest_piece: settings.largest_piece.unwrap_or(u64::MAX).max(1),
@@ -183,6 +184,7 @@ struct Schedule<'a> {
     state: Mutex<State>,
     changed: Condvar,
     backend: &'a dyn Backend,
+    level: Level,
     tasks: &'a dyn Tasks,
     memory: &'a MemoryPlan,
     /// Blocks a piece has at the most.
@@ -268,6 +270,15 @@ enum Next {
     Over,
 }
 
+/// What `work` gives. A panic in it, or in a function that a formula calls, is an error: it must not
+/// leave the other workers waiting.
+fn guarded<R>(tensor: &str, work: impl FnOnce() -> Result<R>) -> Result<R> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        let error = Error::internal("a worker of the engine panicked");
+        Err(if tensor.is_empty() { error } else { error.tensor(tensor) })
+    })
+}
+
 /// Stops the others when a worker panics outside of a unit: they would wait for it for ever.
 struct Alarm<'a>(&'a Schedule<'a>);
 
@@ -289,7 +300,7 @@ impl Schedule<'_> {
             Err(error) => return self.note(&mut self.lock(), Err(error)),
         };
         let whole = self.backend.offload().is_some();
-        let mut worker = Worker::new(arithmetic, self.control, share, whole);
+        let mut worker = Worker::new(arithmetic, self.control, share, whole, self.level);
         let mut state = self.lock();
         loop {
             match self.next(&mut state) {
@@ -312,7 +323,7 @@ impl Schedule<'_> {
                         drop(state);
                         let (index, room, task) = (unit.index, active.room, Arc::clone(&unit.task));
                         drop(unit);
-                        let advanced = active.advance();
+                        let advanced = guarded(&task.frame.name, || active.advance());
                         let advanced = advanced.map(|goes_on| {
                             let numbers = std::mem::take(&mut active.numbers);
                             if goes_on { Ok(active) } else { Err(numbers) }
@@ -331,13 +342,7 @@ impl Schedule<'_> {
 
     fn run(worker: &mut Worker<'_>, unit: &Unit) -> Result<Found> {
         let Unit { task, pass, masks, number, blocks, .. } = unit;
-        // A panic in a worker must not leave the others waiting for its unit.
-        let run = std::panic::AssertUnwindSafe(|| {
-            worker.run(task, pass, *number, *blocks, masks.as_ref())
-        });
-        std::panic::catch_unwind(run).unwrap_or_else(|_| {
-            Err(Error::internal("a worker of the engine panicked").tensor(&task.frame.name))
-        })
+        guarded(&task.frame.name, || worker.run(task, pass, *number, *blocks, masks.as_ref()))
     }
 
     fn next(&self, state: &mut State) -> Next {
@@ -384,14 +389,14 @@ impl Schedule<'_> {
     /// Begins a task, or does small ones whole.
     fn begin(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> MutexGuard<'_, State> {
         if tasks.len() > 1 {
-            let outcome = self.do_neighbours(worker, tasks);
+            let outcome = guarded("", || self.do_neighbours(worker, tasks));
             let mut state = self.lock();
             state.between_passes -= 1;
             self.note(&mut state, outcome);
             return state;
         }
         let index = tasks.start;
-        let task = match self.make(index) {
+        let task = match guarded("", || self.make(index)) {
             Ok(task) => Arc::new(task),
             Err(error) => {
                 let mut state = self.lock();

@@ -10,7 +10,7 @@ use super::source::Source;
 use super::task::{LARGEST_PIECE, Task, Work, step_elements};
 use crate::dtype::DType;
 use crate::formula::machine::{BAND, CHUNK, TensorFrame};
-use crate::formula::masks;
+use crate::formula::masks::{self, Marks};
 use crate::formula::selection::{self, HISTOGRAM_BYTES, SEARCH_BYTES, SEARCH_BYTES_A_BLOCK};
 use crate::formula::stage::unknown;
 use crate::formula::{Scope, Value};
@@ -25,6 +25,13 @@ const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
+/// Bytes of an element that is ranked in a worker: its order key, whether it is kept, as a byte and as
+/// a bit, and its draw, in a vector that doubles; of a long vector, that and what sorting takes, or two
+/// keys with indices and a place; and what sorting a short one takes.
+const RANKED_BYTES: u64 = 18;
+const HELD_BYTES: u64 = 56;
+const DRAWN_BYTES: u64 = 4;
+const SORTED_BYTES: u64 = 16;
 /// What a vector of results takes besides them: itself, and what the allocator adds.
 const VECTOR_BYTES: u64 = 64;
 /// What a piece has on a device, an element: values of the working type beside one an input;
@@ -33,6 +40,8 @@ const VECTOR_BYTES: u64 = 64;
 const VALUES_ON_DEVICE: u64 = 4;
 const TEMPORARIES_ON_DEVICE: u64 = 48;
 const VECTOR_COPIES: u64 = 4;
+/// Further temporaries where vectors are ranked: their numbers, orders and places.
+const RANKED_ON_DEVICE: u64 = 48;
 /// What does not grow with the piece; on a device of its own, what torch's allocator takes at once.
 const HOST_TENSORS: u64 = 1 << 20;
 const DEVICE_SEGMENTS: u64 = 64 << 20;
@@ -127,6 +136,11 @@ pub struct Need {
     /// Reductions over the rows of a piece, and the length of a row.
     row_reductions: u64,
     row: u64,
+    /// Rankings of short vectors, and what a step of whole ones has at the least.
+    rankings: u64,
+    least_step: u64,
+    /// Elements that functions of arrays get at once, if they make the outputs.
+    a_call: Option<u64>,
     /// Selections, each of which is searched for.
     searches: u64,
     pub(super) worker_state: Amount,
@@ -178,6 +192,7 @@ impl Need {
         need.working = if is_double { 8 } else { 4 };
         match work {
             Work::Formulas(_) | Work::Numbers(_) => need.add_passes(frame, work.values(), in_bands),
+            Work::Arrays(arrays) => need.a_call = Some(arrays.elements_a_call(frame)),
             // The first is kept while the others are compared with it, one by one.
             Work::Identical => need.sources.truncate(2),
         }
@@ -204,12 +219,25 @@ impl Need {
         self.shared_state.add(Amount::uncertain(blocks));
         self.searches = searches;
         let kept_keys = searches * selection::kept_bytes(frame.elements);
-        let masks = masks::bytes(formulas, frame.elements);
+        let masks = masks::bytes(formulas, frame.elements) + masks::marked_bytes(formulas, frame);
         self.kept = Amount { expected: masks + kept_keys / 2, most: masks + kept_keys };
         if in_bands {
             // Where two bands meet, in every row, pages are put together.
             let seams = 2 * (frame.elements / frame.line) * PAGE as u64;
             self.worker_state.add(Amount::uncertain(formulas.len() as u64 * seams));
+        }
+        for ranking in &waits.rankings {
+            let spans = frame.spans(ranking.among);
+            if frame.stores_marks(ranking.among) {
+                self.shared_state.add(Amount::certain(Marks::bytes(frame.elements)));
+                self.worker_state.add(Amount::certain(HELD_BYTES * spans.held()));
+            } else {
+                self.worker_state.add(Amount::certain(SORTED_BYTES * spans.size / spans.stride));
+                self.worker_state.add(Amount::certain(DRAWN_BYTES * spans.size));
+                self.edge = self.edge.max(2 * spans.size);
+                self.least_step = self.least_step.max(spans.least_step());
+                self.rankings += 1;
+            }
         }
         for reduction in &waits.reductions {
             match reduction.scope {
@@ -218,7 +246,7 @@ impl Need {
                     self.shared_state.add(Amount::certain(8 * frame.rows()));
                 }
                 Scope::Row => {
-                    self.edge = 2 * frame.row;
+                    self.edge = self.edge.max(2 * frame.row);
                     self.row_reductions += 1;
                 }
                 Scope::Column if in_bands => {
@@ -263,7 +291,8 @@ impl Need {
         let held = (self.sources.len() + self.outputs.len()) as u64 + VALUES_ON_DEVICE;
         let values = held * self.working;
         let fixed = if is_host { HOST_TENSORS } else { DEVICE_SEGMENTS };
-        let each = self.stored() + values + TEMPORARIES_ON_DEVICE;
+        let ranked = if self.rankings > 0 { RANKED_ON_DEVICE } else { 0 };
+        let each = self.stored() + values + TEMPORARIES_ON_DEVICE + ranked;
         self.around(blocks) * each + VECTOR_COPIES * self.vectors + fixed
     }
 
@@ -278,19 +307,34 @@ impl Need {
         }
     }
 
+    /// What a worker holds where functions make `elements` at once: the bytes as they are stored,
+    /// arrays of the working type, the result as an array and as bytes, and as much again for what
+    /// the functions make on the way.
+    fn call(&self, elements: u64) -> Amount {
+        let stored = self.sources.iter().map(|(size, _)| size).chain(&self.outputs);
+        let stored = stored.map(|size| AlignedBuffer::resident((elements * size) as usize + PAGE));
+        let arrays = (self.sources.len() as u64 + 2) * elements * self.working;
+        Amount::certain(stored.sum::<usize>() as u64 + 2 * arrays)
+    }
+
     /// What a worker holds of a piece of `blocks` blocks.
     pub(super) fn piece(&self, blocks: u64) -> Amount {
+        if let Some(elements) = self.a_call {
+            return self.call(elements);
+        }
         let elements = (blocks * BLOCK_ELEMENTS).min(self.elements);
         let output =
             |size: &u64| AlignedBuffer::resident(elements as usize * *size as usize + PAGE) as u64;
         let mut amount = Amount::certain(self.outputs.iter().map(output).sum());
         let widths = self.sources.iter().filter(|(_, way)| *way != Way::InPlace);
         let step = match self.offload {
-            None => step_elements(widths.map(|(size, _)| *size)).min(elements),
+            None => step_elements(widths.map(|(size, _)| *size)).max(self.least_step).min(elements),
             Some(_) => elements,
         };
         let rows = (step + self.edge).min(self.elements) / self.row.max(1);
         amount.add(Amount::uncertain(self.row_reductions * ROW_BYTES * rows));
+        let ranked = (step + self.edge).min(self.elements);
+        amount.add(Amount::certain(self.rankings * RANKED_BYTES * ranked));
         for &(size, way) in &self.sources {
             amount.add(self.input(size, way, step, elements));
         }

@@ -1,25 +1,37 @@
 //! The passes over a tensor: what a worker does with each unit, and what it brings back.
 
+use std::sync::Arc;
+
+use crate::formula::Ranking;
 use crate::formula::compile::Staged;
+use crate::formula::masks::Marks;
 use crate::formula::selection::{Counted, Guess, LastKept, Wanted};
+
+/// A ranking, and the marks of the whole tensor that it makes.
+pub(crate) type Marked = (Arc<Ranking>, Arc<Marks>);
 
 /// What the workers do with each unit of a pass. It is compiled when the pass is entered.
 #[derive(Debug)]
 pub(crate) enum Pass {
     /// Look at a few elements, to guess where the thresholds lie.
     Sample { wanted: Vec<Wanted>, code: Staged },
-    /// Reduce blocks, and count for some of the task's searches.
-    Reduce { searches: Vec<usize>, code: Staged },
+    /// Reduce blocks, and count for some of the task's searches; mark what is kept of short rows that
+    /// are ranked on the way, for later passes.
+    Reduce { searches: Vec<usize>, marks: Vec<Marked>, code: Staged },
     /// Find the flat index of an element, for one of the searches, in one block.
     Locate { search: usize, key: u64, last: LastKept, code: Staged },
     /// Reduce whole rows, one a unit.
     Rows(Staged),
+    /// Rank long vectors, some of those that lie together a unit, and mark what is kept.
+    Rank { marks: Vec<Marked>, code: Staged },
     /// Reduce columns over some rows, one column block a unit.
     Columns(Staged),
     /// Reduce columns and compute the outputs, one band of columns a unit.
     Bands(Staged),
     /// Compute the outputs.
     Combine(Staged),
+    /// Call functions of arrays.
+    Arrays,
     /// Compare the sources and copy the first.
     Identical,
 }
@@ -27,7 +39,7 @@ pub(crate) enum Pass {
 impl Pass {
     /// Whether its units end with output that is written.
     pub(crate) fn writes(&self) -> bool {
-        matches!(self, Self::Bands(_) | Self::Combine(_) | Self::Identical)
+        matches!(self, Self::Bands(_) | Self::Combine(_) | Self::Arrays | Self::Identical)
     }
 }
 

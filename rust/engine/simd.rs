@@ -10,9 +10,10 @@ use crate::formula::machine::{CHUNK, InputBytes, Machine, TensorFrame};
 use crate::formula::masks::KeptMasks;
 use crate::formula::program::{Along, Effect, Fused, Keep, Program, TaskVector, ThinnedSum};
 use crate::formula::selection::{Counted, Interval, Look};
-use crate::formula::{Chosen, MaskName, ReductionKind};
+use crate::formula::{Among, Chosen, MaskName, Pick, ReductionKind};
 use crate::kernels::{
-    self, BLOCK, Counts, Ends, LANES, Lanes, Level, MaskBits, Real, SPAN, ThinnedTerm,
+    self, BLOCK, Counts, Ends, LANES, Lanes, Level, MaskBits, MaskKey, Picked, Real, SPAN,
+    ThinnedTerm,
 };
 
 /// The kernels of one instruction set.
@@ -49,12 +50,21 @@ impl<T: Real> Run for Machine<'_, T> {
         };
         // What runs from bytes to bytes needs no buffers, and so no chunks.
         let chunk = if self.program.instructions.is_empty() { segment } else { CHUNK as u64 };
+        let room =
+            if self.program.rankings > 0 { step.elements.end - step.elements.start } else { 0 };
+        let mut ranked = vec![Vec::with_capacity(room as usize); self.program.rankings];
         for segment in steps(step.elements.clone(), segment) {
             let mut lanes: Vec<Lanes> = kinds.iter().map(|&kind| [start_of(kind); LANES]).collect();
             for chunk in steps(segment, chunk) {
-                self.compute(&chunk, step.inputs, step.vectors);
+                self.compute(&chunk, step.inputs, step.given);
                 for effect in &self.program.effects {
-                    apply(self, effect, step, &chunk, &mut lanes, results);
+                    match effect {
+                        Effect::Rank { ranking, a, .. } => {
+                            let values = self.chunk(*a);
+                            ranked[*ranking].extend(values.iter().map(|value| value.key()));
+                        }
+                        _ => apply(self, effect, step, &chunk, &mut lanes, results),
+                    }
                 }
             }
             if matches!(self.program.along, Along::Segments(_)) {
@@ -65,7 +75,55 @@ impl<T: Real> Run for Machine<'_, T> {
                 }
             }
         }
+        for effect in &self.program.effects {
+            if let Effect::Rank { ranking, among, pick, .. } = *effect {
+                let keys = std::mem::take(&mut ranked[ranking]);
+                results.kept[ranking] = self.picked(&keys, &step.elements, among, pick);
+            }
+        }
         Ok(())
+    }
+}
+
+impl<T: Real> Machine<'_, T> {
+    /// What is kept of `elements`, which are whole vectors and have these keys.
+    fn picked(&self, keys: &[u64], elements: &Range<u64>, among: Among, pick: Pick) -> Vec<u8> {
+        let spans = self.frame.spans(among);
+        let mut kept = vec![0; keys.len()];
+        for span in spans.each(elements) {
+            let own = (span.start - elements.start) as usize..(span.end - elements.start) as usize;
+            let key = |stream: u32| self.keys[&stream];
+            let draws = draws_of(self.level(), pick, key, std::iter::once(span));
+            let (keys, kept) = (&keys[own.clone()], &mut kept[own]);
+            kernels::pick_by_rank(keys, spans.stride as usize, picked(pick, &draws), kept);
+        }
+        kept
+    }
+}
+
+/// The draws of some elements, if `pick` is at random.
+pub(super) fn draws_of(
+    level: Level,
+    pick: Pick,
+    key: impl Fn(u32) -> MaskKey,
+    parts: impl Iterator<Item = Range<u64>>,
+) -> Vec<u32> {
+    let mut draws = Vec::new();
+    if let Pick::Random { stream, .. } = pick {
+        for part in parts {
+            let before = draws.len();
+            draws.resize(before + (part.end - part.start) as usize, 0);
+            kernels::draws(level, &key(stream), part.start, &mut draws[before..]);
+        }
+    }
+    draws
+}
+
+/// `pick`, with the draws that it needs.
+pub(super) fn picked(pick: Pick, draws: &[u32]) -> Picked<'_> {
+    match pick {
+        Pick::Largest(count) => Picked::Largest(count),
+        Pick::Random { lowest, highest, .. } => Picked::Random { lowest, highest, draws },
     }
 }
 
@@ -80,8 +138,8 @@ fn apply<T: Real>(
 ) {
     let level = machine.level();
     match effect {
-        // Done by who has the bytes.
-        Effect::Copy { .. } => {}
+        // Done by who has the bytes, and when all are at hand.
+        Effect::Copy { .. } | Effect::Rank { .. } => {}
         Effect::Store { output, dtype, a } => {
             let out = part(results.outputs[*output], *dtype, step, chunk);
             if *dtype == DType::Bool {

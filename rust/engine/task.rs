@@ -8,12 +8,12 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::machine::TensorFrame;
-use crate::formula::stage;
 use crate::formula::{Reduction, Scalar, Scope, Value};
+use crate::formula::{listing, stage};
 use crate::io::PAGE;
 use crate::kernels::BLOCK;
 use crate::methods;
-use crate::plan::OutputTensor;
+use crate::plan::{ArrayFunction, Formula, OutputTensor};
 
 /// Input bytes of one source that a piece has at the most: more gains nothing. A page less than
 /// two huge pages, so that an output buffer with its odd start fills no third.
@@ -28,8 +28,35 @@ pub enum Work {
     Formulas(Vec<Value>),
     /// Numbers of the whole tensor, each as a value; there is no output.
     Numbers(Vec<Value>),
+    /// What functions of arrays make, one for each output.
+    Arrays(Arrays),
     /// Every source must have the same bytes, which are each output.
     Identical,
+}
+
+/// Functions of arrays, and the shape of the tensor.
+#[derive(Clone, Debug)]
+pub struct Arrays {
+    pub(crate) functions: Vec<ArrayFunction>,
+    pub(crate) shape: Vec<u64>,
+}
+
+impl Arrays {
+    fn is_whole(&self) -> bool {
+        self.functions.iter().any(|function| function.whole)
+    }
+
+    /// Elements that the functions get at once. They do not depend on threads or memory, so neither
+    /// does the output, whatever a function does with rows that come together.
+    pub(crate) fn elements_a_call(&self, frame: &TensorFrame) -> u64 {
+        let rows = (BLOCK as u64 / frame.row).max(1) * frame.row;
+        if self.is_whole() { frame.elements } else { rows.min(frame.elements) }
+    }
+
+    /// The shape of so many elements: that of the tensor, or of rows.
+    pub(crate) fn shape_of(&self, elements: u64, frame: &TensorFrame) -> Vec<u64> {
+        if self.is_whole() { self.shape.clone() } else { vec![elements / frame.row, frame.row] }
+    }
 }
 
 impl Work {
@@ -38,9 +65,26 @@ impl Work {
         if !tensor.dtype.is_float() {
             return Ok(Self::Identical);
         }
-        let method = methods::find(method)
-            .ok_or_else(|| Error::plan(format!("there is no merge method `{method}`")))?;
-        Ok(Self::Formulas(vec![method.formula(tensor)?]))
+        if methods::is_kept(tensor)? {
+            let is_copy = tensor.sources.iter().all(|source| source.dtype == tensor.dtype);
+            return Ok(if is_copy {
+                Self::Identical
+            } else {
+                Self::Formulas(vec![Value::input(0)])
+            });
+        }
+        let formula = match &tensor.formula {
+            Some(Formula { arrays: Some(function), .. }) => {
+                methods::refuse_scale(tensor)?;
+                let (functions, shape) = (vec![function.clone()], tensor.shape.clone());
+                return Ok(Self::Arrays(Arrays { functions, shape }));
+            }
+            Some(formula) => listing::read(formula, tensor.sources.len())?,
+            None => methods::find(method)
+                .ok_or_else(|| Error::plan(format!("there is no merge method `{method}`")))?
+                .formula(tensor)?,
+        };
+        Ok(Self::Formulas(vec![methods::scaled(tensor, formula)?]))
     }
 
     /// Looking for `scalars`, which are of the whole tensor.
@@ -52,7 +96,7 @@ impl Work {
     pub(crate) fn values(&self) -> &[Value] {
         match self {
             Self::Formulas(values) | Self::Numbers(values) => values,
-            Self::Identical => &[],
+            Self::Arrays(_) | Self::Identical => &[],
         }
     }
 
@@ -62,9 +106,17 @@ impl Work {
             (Self::Formulas(formulas), Self::Formulas(others)) => {
                 Ok(Self::Formulas([formulas, others].concat()))
             }
+            (Self::Arrays(arrays), Self::Arrays(others))
+                if arrays.is_whole() == others.is_whole() =>
+            {
+                let functions = [arrays.functions, others.functions].concat();
+                Ok(Self::Arrays(Arrays { functions, ..arrays }))
+            }
             (Self::Identical, Self::Identical) => Ok(Self::Identical),
-            (_, _) => Err(Error::plan("a tensor cannot be both merged and copied in one pass")
-                .advice("run the merges one by one")),
+            (_, _) => {
+                Err(Error::plan("a tensor cannot be made in such different ways in one pass")
+                    .advice("run the merges one by one"))
+            }
         }
     }
 
@@ -73,21 +125,22 @@ impl Work {
         match self {
             Self::Formulas(formulas) => Self::Formulas(Bindings::default().bind_all(&formulas)),
             Self::Numbers(numbers) => Self::Numbers(Bindings::default().bind_all(&numbers)),
-            Self::Identical => Self::Identical,
+            Self::Arrays(_) | Self::Identical => self,
         }
     }
 
     /// Whether a piece of the output depends on more of the inputs than that piece, when the passes
     /// before it are done: on the rest of the rows that it touches.
     pub fn reads_around(&self) -> bool {
-        !stage::row_reductions(self.values()).is_empty()
+        let rows = stage::unknown_rows(self.values());
+        !rows.reductions.is_empty() || !rows.rankings.is_empty()
     }
 
     /// Whether columns are reduced and combined band by band.
     pub(crate) fn in_bands(&self, frame: &TensorFrame) -> bool {
         match self {
             Self::Formulas(values) => frame.has_bands() && stage::columns_come_last(values),
-            Self::Numbers(_) | Self::Identical => false,
+            Self::Numbers(_) | Self::Arrays(_) | Self::Identical => false,
         }
     }
 
@@ -173,7 +226,7 @@ impl Task {
     }
 
     pub(crate) fn model_reductions(&self) -> Vec<Arc<Reduction>> {
-        stage::next_stage(self.work.values(), Scope::Model, false).reductions
+        stage::next_stage(self.work.values(), Scope::Model, &self.frame).reductions
     }
 
     pub(crate) fn set_work(&mut self, work: Work) {
@@ -191,6 +244,13 @@ impl Task {
 
     pub(crate) fn blocks(&self) -> u64 {
         self.frame.blocks()
+    }
+
+    /// Elements of a unit of functions of arrays: those of one call, or all where outputs take no
+    /// pieces that begin anywhere.
+    pub(crate) fn elements_of_calls(&self, arrays: &Arrays) -> u64 {
+        let in_pieces = self.sinks.iter().all(|sink| sink.takes_any_piece());
+        if in_pieces { arrays.elements_a_call(&self.frame) } else { self.frame.elements }
     }
 
     /// How many elements of the sources `inputs` a worker reads at once.

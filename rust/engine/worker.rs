@@ -6,20 +6,22 @@ use std::sync::Arc;
 
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
-use super::passes::{Found, Pass};
+use super::passes::{Found, Marked, Pass};
 use super::places::Places;
+use super::simd::{draws_of, picked};
 use super::source::{GRAIN, Place, Sink};
-use super::task::Task;
+use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::compile::Staged;
-use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, TensorFrame};
-use crate::formula::masks::KeptMasks;
+use crate::formula::compile::{Given, Level as Rows, Staged};
+use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, RANKED_AT_ONCE, TensorFrame};
+use crate::formula::masks::{KeptMasks, Marks};
 use crate::formula::program::{Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
-use crate::formula::{Scalar, Scope};
+use crate::formula::{Pick, Ranking, Scope};
 use crate::io::{AlignedBuffer, PAGE};
-use crate::kernels::BLOCK;
+use crate::kernels::{self, BLOCK, Descent, Level, MaskKey, SPAN};
+use crate::plan::ArrayCall;
 
 /// Elements of a tensor that may be asked for all at once.
 const PREFETCHED_WHOLE: u64 = 32 << 20;
@@ -38,8 +40,12 @@ pub(crate) struct Worker<'a> {
     most: u64,
     /// Whether the arithmetic wants as many at once.
     whole: bool,
+    /// The instruction set of what is not the backend's.
+    level: Level,
     /// The random masks that the task in hand keeps.
     masks: Option<Arc<KeptMasks>>,
+    /// The rankings whose marks the pass in hand keeps.
+    marks: Vec<Marked>,
 }
 
 impl<'a> Worker<'a> {
@@ -48,6 +54,7 @@ impl<'a> Worker<'a> {
         control: &'a Control,
         allowance: usize,
         whole: bool,
+        level: Level,
     ) -> Self {
         Self {
             arithmetic,
@@ -58,7 +65,9 @@ impl<'a> Worker<'a> {
             allowance,
             most: 0,
             whole,
+            level,
             masks: None,
+            marks: Vec::new(),
         }
     }
 
@@ -77,32 +86,37 @@ impl<'a> Worker<'a> {
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
             Pass::Sample { wanted, code } => self.sample(task, wanted, code),
-            Pass::Reduce { code, .. } => self.reduce(task, blocks, code),
+            Pass::Reduce { marks, code, .. } => {
+                self.marks.clone_from(marks);
+                self.reduce(task, blocks, code)
+            }
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
             Pass::Rows(code) => self.row(task, unit, code),
+            Pass::Rank { marks, code } => self.rank(task, unit, marks, code),
             Pass::Columns(code) => self.columns(task, unit, code),
             Pass::Bands(code) => self.band(task, unit, code),
             Pass::Combine(code) => {
                 let unit = task.elements_of(blocks);
                 self.combine(task, unit, code, None).map(|()| Found::Nothing)
             }
+            Pass::Arrays => self.arrays(task, unit).map(|()| Found::Nothing),
             Pass::Identical => self.identical(task, blocks),
         };
-        self.masks = None;
+        (self.masks, self.marks) = (None, Vec::new());
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
     /// Runs `code` over the elements of `parts`, in steps: reads the inputs of a step, hands it to
     /// `then` with the program that can run it, and releases the inputs.
     ///
-    /// Where the program needs numbers by row, whole rows are read and reduced first; `known` are
-    /// its vectors where they are known.
+    /// Where the program needs numbers by row, or ranks, whole rows are read, reduced and ranked
+    /// first; `known` is what it is given where that is known.
     fn in_steps(
         &mut self,
         task: &Task,
         parts: impl IntoIterator<Item = Range<u64>>,
         code: &Staged,
-        known: Option<&[Scalar]>,
+        known: Option<&Given>,
         then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
     ) -> Result<()> {
         self.in_steps_and(task, parts, code, known, then, || Ok(()))
@@ -114,20 +128,19 @@ impl<'a> Worker<'a> {
         task: &Task,
         parts: impl IntoIterator<Item = Range<u64>>,
         code: &Staged,
-        known: Option<&[Scalar]>,
+        known: Option<&Given>,
         mut then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
         mut after: impl FnMut() -> Result<()>,
     ) -> Result<()> {
         let frame = &task.frame;
-        let reduces_rows = known.is_none() && !code.levels.is_empty();
-        let inputs = if reduces_rows { &code.inputs } else { &code.program.inputs };
+        let spans = frame.widest(&code.among).filter(|_| known.is_none());
+        let inputs = if spans.is_some() { &code.inputs } else { &code.program.inputs };
         let masks = self.masks.clone();
         let mut program = self.arithmetic.begin(frame, &code.program, masks.as_deref())?;
-        // Vectors that were found by earlier passes.
         let found = match known {
-            Some(known) => known.to_vec(),
-            None if reduces_rows => Vec::new(),
-            None => code.program.vectors.clone(),
+            Some(known) => known.clone(),
+            None if spans.is_some() => Given::default(),
+            None => Given::found(&code.program),
         };
         for part in parts {
             let far = inputs.iter().any(|&index| task.sources[index].is_far(part.clone()));
@@ -135,24 +148,29 @@ impl<'a> Worker<'a> {
             let at_once = if once || self.whole {
                 self.most
             } else {
-                task.step_elements(inputs).min(self.most)
+                task.step_elements(inputs).max(code.least_step(frame)).min(self.most)
             };
             if far && !once {
                 inputs.iter().for_each(|&index| task.sources[index].prefetch(part.clone()));
             }
             for elements in steps(part, at_once) {
                 self.control.check()?;
-                let read =
-                    if reduces_rows { frame.whole_rows(&elements) } else { elements.clone() };
+                let read = match spans {
+                    Some(spans) => spans.whole(&elements, frame.elements),
+                    None => elements.clone(),
+                };
                 self.make_room(task, inputs, read.end - read.start, once);
                 let bytes = read_inputs(task, inputs, &read, &mut self.scratch, once)?;
                 let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
                 self.control.add_read(bytes.iter().flatten().map(count).sum());
-                let reduced = reduces_rows
-                    .then(|| reduce_rows(&*self.arithmetic, frame, &read, &bytes, code))
+                let by_row = spans
+                    .map(|_| {
+                        given_by_row(&*self.arithmetic, frame, &read, &bytes, code, &self.marks)
+                    })
                     .transpose()?;
-                let vectors = reduced.as_deref().unwrap_or(&found);
-                then(&mut *program, Step { elements, inputs: &bytes, vectors, column: 0 })?;
+                let given = by_row.as_ref().unwrap_or(&found);
+                then(&mut *program, Step { elements, inputs: &bytes, given, column: 0 })?;
+                drop(by_row);
                 drop(bytes);
                 after()?;
                 for &index in inputs {
@@ -248,6 +266,89 @@ impl<'a> Worker<'a> {
         Ok(Found::Row(blocks.map(|(&kind, blocks)| fold(kind, blocks)).collect()))
     }
 
+    /// Ranks some of the vectors that lie interleaved in a long span: as many as can be held.
+    fn rank(&mut self, task: &Task, unit: u64, marks: &[Marked], code: &Staged) -> Result<Found> {
+        let frame = &task.frame;
+        let spans = frame.spans(marks[0].0.among);
+        let (width, bands) = spans.bands();
+        let span = spans.nth(unit / bands, frame.elements);
+        let band = unit % bands * width..(unit % bands * width + width).min(spans.stride);
+        let parts = || spans.parts(&span, &band);
+        if spans.size / spans.stride > RANKED_AT_ONCE {
+            return self.descend(task, &span, &band, marks, code);
+        }
+        let mut results = Results::of(&code.program);
+        let room = (parts().map(|part| part.end - part.start)).sum::<u64>() as usize;
+        results.keys.iter_mut().for_each(|keys| keys.reserve_exact(room));
+        self.in_steps(task, parts(), code, None, |program, step| program.run(&step, &mut results))?;
+        for ((ranking, marks), keys) in marks.iter().zip(results.keys) {
+            let key = |stream| MaskKey::new(frame.seed, &frame.name, stream);
+            let draws = draws_of(self.level, ranking.pick, key, parts());
+            let mut kept = vec![0; keys.len()];
+            let stride = (band.end - band.start) as usize;
+            kernels::pick_by_rank(&keys, stride, picked(ranking.pick, &draws), &mut kept);
+            let mut rest = kept.as_slice();
+            for part in parts() {
+                let (own, others) = rest.split_at((part.end - part.start) as usize);
+                marks.keep(part.start, own);
+                rest = others;
+            }
+        }
+        Ok(Found::Nothing)
+    }
+
+    /// Ranks one vector that is too long to be held, by going through it again and again.
+    fn descend(
+        &mut self,
+        task: &Task,
+        span: &Range<u64>,
+        band: &Range<u64>,
+        marks: &[Marked],
+        code: &Staged,
+    ) -> Result<Found> {
+        let frame = &task.frame;
+        let spans = frame.spans(marks[0].0.among);
+        let (start, stride) = (span.start + band.start, spans.stride);
+        let length = (span.end - start).div_ceil(stride);
+        let descent = |_| Descent::new(RANKED_AT_ONCE as usize);
+        let mut descents: Vec<Descent> = marks.iter().map(descent).collect();
+        for _ in 0..length.div_ceil(RANKED_AT_ONCE) {
+            let (mut results, mut index) = (Results::of(&code.program), 0);
+            let parts = spans.parts(span, band);
+            self.in_steps(task, parts, code, None, |program, step| {
+                program.run(&step, &mut results)?;
+                for (descent, keys) in descents.iter_mut().zip(&mut results.keys) {
+                    descent.take(index, keys);
+                    keys.clear();
+                }
+                index += step.elements.end - step.elements.start;
+                Ok(())
+            })?;
+            for ((ranking, marks), descent) in marks.iter().zip(&mut descents) {
+                let (mut begun, mut draws) = (u64::MAX, Vec::new());
+                for (index, place) in descent.next_down() {
+                    let element = start + index * stride;
+                    let is_kept = match ranking.pick {
+                        Pick::Largest(count) => place < count,
+                        Pick::Random { lowest, highest, .. } => {
+                            let key = |stream| MaskKey::new(frame.seed, &frame.name, stream);
+                            let first = element / SPAN as u64 * SPAN as u64;
+                            if first != begun {
+                                let part = std::iter::once(first..first + SPAN as u64);
+                                draws = draws_of(self.level, ranking.pick, key, part);
+                                begun = first;
+                            }
+                            let (last, draw) = (length - 1, draws[(element - first) as usize]);
+                            u64::from(draw) < kernels::bound(last - place, last, lowest, highest)
+                        }
+                    };
+                    marks.keep(element, &[u8::from(is_kept)]);
+                }
+            }
+        }
+        Ok(Found::Nothing)
+    }
+
     /// Sums a column over the rows of column block `unit`, in row order.
     fn columns(&mut self, task: &Task, unit: u64, code: &Staged) -> Result<Found> {
         let line = task.frame.line;
@@ -267,18 +368,18 @@ impl<'a> Worker<'a> {
         let columns = unit * BAND..((unit + 1) * BAND).min(line);
         let rows = (0..task.frame.elements).step_by(line as usize);
         let rows = rows.map(|row| row + columns.start..row + columns.end);
-        let reduce = |program: &Program, vectors: &[Scalar]| {
-            let mut results = Results::of_columns(program, columns.end - columns.start);
-            let level = Staged::of(program.clone());
-            self.in_steps(task, rows.clone(), &level, Some(vectors), |program, step| {
+        let reduce = |level: &Rows, given: &Given| {
+            let mut results = Results::of_columns(&level.program, columns.end - columns.start);
+            let level = Staged::of(level.program.clone());
+            self.in_steps(task, rows.clone(), &level, Some(given), |program, step| {
                 let column = (step.elements.start - columns.start) % line;
                 program.run(&Step { column, ..step }, &mut results)
             })?;
-            Ok(results.numbers)
+            Ok((results.numbers, Vec::new()))
         };
-        let vectors = code.vectors(Scope::Column, columns.start, reduce)?;
+        let given = code.given(Scope::Column, columns.start, reduce)?;
         for row in rows {
-            self.combine(task, row, code, Some(&vectors))?;
+            self.combine(task, row, code, Some(&given))?;
         }
         Ok(Found::Nothing)
     }
@@ -288,7 +389,7 @@ impl<'a> Worker<'a> {
         task: &Task,
         unit: Range<u64>,
         code: &Staged,
-        known: Option<&[Scalar]>,
+        known: Option<&Given>,
     ) -> Result<()> {
         if !task.sinks.iter().all(|sink| sink.is_apart()) {
             return self.replace(task, unit, code, known);
@@ -322,7 +423,7 @@ impl<'a> Worker<'a> {
         task: &Task,
         unit: Range<u64>,
         code: &Staged,
-        known: Option<&[Scalar]>,
+        known: Option<&Given>,
     ) -> Result<()> {
         self.most = self.most.min(GRAIN as u64);
         let apart = RefCell::new((unit.start..unit.start, vec![Vec::new(); task.sinks.len()]));
@@ -350,6 +451,44 @@ impl<'a> Worker<'a> {
             Ok(())
         };
         self.in_steps_and(task, [unit], code, known, compute, put)
+    }
+
+    /// Has functions of arrays make unit `unit` of the outputs.
+    fn arrays(&mut self, task: &Task, unit: u64) -> Result<()> {
+        let Work::Arrays(arrays) = &task.work else {
+            return Err(Error::internal("there are no functions of arrays"));
+        };
+        let length = task.elements_of_calls(arrays);
+        let unit = unit * length..((unit + 1) * length).min(task.frame.elements);
+        let mut outs = std::mem::take(&mut self.outs);
+        let mut places = Places::of(task, &mut outs, &unit)?;
+        let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
+        self.held = outs.iter().map(held).sum();
+        let mut bytes = places.bytes(&mut outs);
+        let all: Vec<usize> = (0..task.sources.len()).collect();
+        for part in steps(unit.clone(), arrays.elements_a_call(&task.frame)) {
+            self.control.check()?;
+            self.make_room(task, &all, part.end - part.start, false);
+            let read = read_inputs(task, &all, &part, &mut self.scratch, false)?;
+            let inputs: Vec<_> =
+                read.iter().flatten().map(|input| (input.dtype, input.bytes)).collect();
+            let count = inputs.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+            self.control.add_read(count);
+            let shape = arrays.shape_of(part.end - part.start, &task.frame);
+            for ((function, sink), out) in arrays.functions.iter().zip(&task.sinks).zip(&mut bytes)
+            {
+                let at = |index: u64| (index - unit.start) as usize * sink.dtype().size();
+                let output = (sink.dtype(), &mut out[at(part.start)..at(part.end)]);
+                let (shape, inputs, double) = (&shape[..], &inputs[..], task.double);
+                (function.call)(&mut ArrayCall { shape, inputs, double, output });
+            }
+            for source in &task.sources {
+                source.release(part.clone());
+            }
+        }
+        let written = places.write(task, &outs, self.control);
+        (self.outs, self.held) = (outs, 0);
+        written
     }
 
     /// Copies what all sources agree on.
@@ -446,19 +585,31 @@ fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
     }
 }
 
-/// The vectors of the program of `code`, from the rows of `read`.
-fn reduce_rows(
+/// What the program of `code` is given, from the whole rows of `read`. What rankings keep is put into
+/// `kept` too, if they are there.
+fn given_by_row(
     arithmetic: &dyn Arithmetic,
     frame: &TensorFrame,
     read: &Range<u64>,
     inputs: &[Option<InputBytes<'_>>],
     code: &Staged,
-) -> Result<Vec<Scalar>> {
-    code.vectors(Scope::Row, read.start / frame.row, |program, vectors| {
+    kept: &[Marked],
+) -> Result<Given> {
+    code.given(Scope::Row, read.start / frame.row, |level, given| {
+        let Rows { rankings, program, .. } = level;
         let mut results = Results::of(program);
         // Rows begin anywhere, so kept masks are of no use.
-        let step = Step { elements: read.clone(), inputs, vectors, column: 0 };
+        let step = Step { elements: read.clone(), inputs, given, column: 0 };
         arithmetic.begin(frame, program, None)?.run(&step, &mut results)?;
-        Ok(results.numbers)
+        let marks = |(ranking, bytes): (&Arc<Ranking>, Vec<u8>)| {
+            let marks = Marks::new(read)?;
+            let whole = kept.iter().filter(|(other, _)| Arc::ptr_eq(ranking, other));
+            for marks in whole.map(|(_, whole)| &**whole).chain([&marks]) {
+                marks.keep(read.start, &bytes);
+            }
+            Ok(Arc::new(marks))
+        };
+        let marks = rankings.iter().zip(results.kept).map(marks).collect::<Result<_>>()?;
+        Ok((results.numbers, marks))
     })
 }

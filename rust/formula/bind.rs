@@ -9,9 +9,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::masks::Marks;
 use super::unify::Unified;
 use super::{
-    Chosen, Computation, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode,
+    Chosen, Computation, Ranking, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode,
     simplify_weighted_sum,
 };
 
@@ -20,6 +21,7 @@ use super::{
 pub struct Bindings {
     reductions: HashMap<*const Reduction, Scalar>,
     selections: HashMap<*const Selection, (Chosen, f64)>,
+    rankings: HashMap<*const Ranking, Arc<Marks>>,
 }
 
 impl Bindings {
@@ -29,6 +31,10 @@ impl Bindings {
 
     pub(crate) fn selection(&mut self, selection: &Arc<Selection>, chosen: Chosen, value: f64) {
         self.selections.insert(Arc::as_ptr(selection), (chosen, value));
+    }
+
+    pub(crate) fn ranking(&mut self, ranking: &Arc<Ranking>, marks: Arc<Marks>) {
+        self.rankings.insert(Arc::as_ptr(ranking), marks);
     }
 
     /// Several values with everything known put in; what they share stays shared.
@@ -51,6 +57,7 @@ struct Binder<'a> {
     scalars: HashMap<*const ScalarNode, Scalar>,
     reductions: HashMap<*const Reduction, Arc<Reduction>>,
     selections: HashMap<*const Selection, Arc<Selection>>,
+    rankings: HashMap<*const Ranking, Arc<Ranking>>,
     computations: HashMap<*const Computation, Vec<Scalar>>,
 }
 
@@ -63,6 +70,7 @@ impl<'a> Binder<'a> {
             scalars: HashMap::new(),
             reductions: HashMap::new(),
             selections: HashMap::new(),
+            rankings: HashMap::new(),
             computations: HashMap::new(),
         }
     }
@@ -80,7 +88,7 @@ impl<'a> Binder<'a> {
 
     fn rebuild(&mut self, value: &Value) -> Value {
         match &*value.0 {
-            ValueNode::Input(_) | ValueNode::Random { .. } => value.clone(),
+            ValueNode::Input(_) | ValueNode::Random { .. } | ValueNode::Marked(_) => value.clone(),
             ValueNode::Scalar(scalar) => Value::scalar(self.scalar(scalar)),
             ValueNode::Unary(op, a) => self.value(a).unary(*op),
             ValueNode::Binary(op, a, b) => {
@@ -108,6 +116,12 @@ impl<'a> Binder<'a> {
             }
             ValueNode::Kept { value, chosen } => {
                 Value::new(ValueNode::Kept { value: self.value(value), chosen: *chosen })
+            }
+            ValueNode::ByRank(ranking) => {
+                Value::new(match self.known.rankings.get(&Arc::as_ptr(ranking)) {
+                    Some(marks) => ValueNode::Marked(Arc::clone(marks)),
+                    None => ValueNode::ByRank(self.ranking(ranking)),
+                })
             }
         }
     }
@@ -158,6 +172,17 @@ impl<'a> Binder<'a> {
         let (kind, scope) = (reduction.kind, reduction.scope);
         let bound = self.unified.reduction(Reduction { kind, left, right, scope });
         self.reductions.insert(Arc::as_ptr(reduction), Arc::clone(&bound));
+        bound
+    }
+
+    fn ranking(&mut self, ranking: &Arc<Ranking>) -> Arc<Ranking> {
+        if let Some(done) = self.rankings.get(&Arc::as_ptr(ranking)) {
+            return Arc::clone(done);
+        }
+        let Ranking { among, pick, .. } = **ranking;
+        let value = self.value(&ranking.value);
+        let bound = self.unified.ranking(Ranking { value, among, pick });
+        self.rankings.insert(Arc::as_ptr(ranking), Arc::clone(&bound));
         bound
     }
 

@@ -9,10 +9,14 @@ use crate::error::{Error, Result};
 
 use super::bind::Bindings;
 use super::fuse;
+use super::machine::{Spans, TensorFrame};
+use super::masks::Marks;
 use super::program::{self, Along, Argument, Effect, Operation, Program, Setting, Slot};
 use super::selection::Interval;
-use super::stage::{operands, row_reductions, unknown};
-use super::{BinaryOp, Reduction, ReductionKind, Scalar, ScalarNode, Scope, Value, ValueNode};
+use super::stage::{Stage, operands, unknown, unknown_rows};
+use super::{
+    Among, BinaryOp, Ranking, Reduction, ReductionKind, Scalar, ScalarNode, Scope, Value, ValueNode,
+};
 
 /// An effect of a value, to be compiled.
 #[derive(Clone, Debug)]
@@ -25,6 +29,8 @@ pub(crate) enum Purpose {
     Count(Value, Interval),
     /// The next sample.
     Keys(Value),
+    /// The next ranking.
+    Rank(Arc<Ranking>),
 }
 
 impl Purpose {
@@ -35,6 +41,7 @@ impl Purpose {
                 vec![value.clone()]
             }
             Self::Reduce(reduction) => operands(reduction),
+            Self::Rank(ranking) => vec![ranking.value.clone()],
         }
     }
 }
@@ -47,11 +54,9 @@ impl Program {
         let effects = purposes.iter().map(|purpose| emitter.effect(purpose, &mut seen, setting));
         let effects = effects.collect();
         if let Some(unknown) = emitter.unknown.take() {
-            return Err(Error::plan("a formula needs a number that no pass can give")
-                .found(unknown)
-                .advice("see what a scalar may depend on, in rust/methods/ADDING.md"));
+            return Err(missing(&unknown));
         }
-        let Emitter { operations, vectors, .. } = emitter;
+        let Emitter { operations, vectors, marks, .. } = emitter;
         let (operations, effects) = if setting.fuses {
             fuse::fused(operations, effects, along, setting)
         } else {
@@ -66,7 +71,9 @@ impl Program {
             kinds: seen.kinds,
             searches: seen.searches,
             samples: seen.samples,
+            rankings: seen.rankings,
             vectors,
+            marks,
             inputs,
             double: setting.double,
         };
@@ -75,11 +82,53 @@ impl Program {
     }
 }
 
-/// A program, and the reductions by row or column that each of its steps needs first.
+#[cold]
+fn missing(unknown: &str) -> Error {
+    Error::plan("a formula needs a number that no pass can give")
+        .found(unknown)
+        .advice("see what a scalar may depend on, in rust/methods/ADDING.md")
+}
+
+/// What is given to a program for the elements of a step.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Given {
+    /// Its vectors.
+    pub(crate) vectors: Vec<Scalar>,
+    /// Its marks.
+    pub(crate) marks: Vec<Arc<Marks>>,
+}
+
+impl Given {
+    /// What `program` needs, with what is known put in.
+    fn of(program: &Program, known: &Bindings) -> Self {
+        let marks = known.bind_all(&program.marks).into_iter().map(|value| match &*value.0 {
+            ValueNode::Marked(marks) => Arc::clone(marks),
+            _ => unreachable!("what is marked was ranked before"),
+        });
+        Self { vectors: known.bind_scalars(&program.vectors), marks: marks.collect() }
+    }
+
+    /// What earlier passes found for `program`, which waits for nothing else.
+    pub(crate) fn found(program: &Program) -> Self {
+        Self::of(program, &Bindings::default())
+    }
+}
+
+/// What is reduced and ranked by one program, before others need it.
+#[derive(Clone, Debug)]
+pub(crate) struct Level {
+    reductions: Vec<Arc<Reduction>>,
+    pub(crate) rankings: Vec<Arc<Ranking>>,
+    pub(crate) program: Program,
+}
+
+/// A program, and the reductions and rankings by row or column that each of its steps needs first.
 #[derive(Clone, Debug)]
 pub(crate) struct Staged {
     /// Each level needs only earlier ones.
-    pub(crate) levels: Vec<(Vec<Arc<Reduction>>, Program)>,
+    pub(crate) levels: Vec<Level>,
+    /// What of whole vectors a step of them needs.
+    pub(crate) among: Vec<Among>,
     pub(crate) program: Program,
     /// All inputs that they read, in order.
     pub(crate) inputs: Vec<usize>,
@@ -89,7 +138,15 @@ impl Staged {
     /// A program whose vectors are known.
     pub(crate) fn of(program: Program) -> Self {
         let inputs = program.inputs.clone();
-        Self { levels: Vec::new(), program, inputs }
+        Self { levels: Vec::new(), among: Vec::new(), program, inputs }
+    }
+
+    /// Elements that a step has at the least, to rank few vectors twice: those where two steps meet.
+    pub(crate) fn least_step(&self, frame: &TensorFrame) -> u64 {
+        if self.levels.iter().all(|level| level.rankings.is_empty()) {
+            return 0;
+        }
+        frame.widest(&self.among).map_or(0, Spans::least_step)
     }
 
     /// Compiles effects that may need numbers by row.
@@ -100,66 +157,92 @@ impl Staged {
         setting: &Setting,
     ) -> Result<Self> {
         let values: Vec<Value> = purposes.iter().flat_map(Purpose::values).collect();
-        let waiting = row_reductions(&values);
-        Self::compile(purposes, along, waiting, Along::Segments(row), setting)
+        Self::compile(purposes, along, unknown_rows(&values), Along::Segments(row), setting)
     }
 
     /// Compiles effects that need numbers by column.
     pub(crate) fn by_column(purposes: &[Purpose], along: Along, setting: &Setting) -> Result<Self> {
         let values: Vec<Value> = purposes.iter().flat_map(Purpose::values).collect();
-        let mut waiting = unknown(&values).reductions;
-        waiting.retain(|reduction| reduction.scope == Scope::Column);
+        let mut waiting = unknown(&values);
+        waiting.reductions.retain(|reduction| reduction.scope == Scope::Column);
         Self::compile(purposes, along, waiting, Along::Columns, setting)
     }
 
     fn compile(
         purposes: &[Purpose],
         along: Along,
-        mut waiting: Vec<Arc<Reduction>>,
+        waiting: Stage,
         within: Along,
         setting: &Setting,
     ) -> Result<Self> {
+        let Stage { mut reductions, mut rankings, .. } = waiting;
+        let mut vectors: Vec<Among> = rankings.iter().map(|ranking| ranking.among).collect();
+        if !reductions.is_empty() {
+            vectors.push(Among::Row);
+        }
         let (mut levels, mut known) = (Vec::new(), HashSet::new());
-        while !waiting.is_empty() {
-            let is_ready = |reduction: &Arc<Reduction>| {
-                let needs = unknown(&operands(reduction)).reductions;
-                needs.iter().all(|needed| known.contains(&Arc::as_ptr(needed)))
+        while !reductions.is_empty() || !rankings.is_empty() {
+            let is_known = |values: &[Value]| {
+                let needs = unknown(values);
+                let reductions = needs.reductions.iter().map(|needed| Arc::as_ptr(needed).cast());
+                let rankings = needs.rankings.iter().map(|needed| Arc::as_ptr(needed).cast());
+                reductions.chain(rankings).all(|needed: *const ()| known.contains(&needed))
             };
-            let (ready, rest): (Vec<_>, Vec<_>) = waiting.into_iter().partition(is_ready);
-            if ready.is_empty() {
+            let (reduced, rest): (Vec<_>, Vec<_>) =
+                reductions.into_iter().partition(|reduction| is_known(&operands(reduction)));
+            let (ranked, others): (Vec<_>, Vec<_>) = rankings
+                .into_iter()
+                .partition(|ranking| is_known(std::slice::from_ref(&ranking.value)));
+            if let (true, true, Some(ranking)) =
+                (reduced.is_empty(), ranked.is_empty(), others.first())
+            {
+                return Err(missing(&format!("{:?}", ranking.value)));
+            }
+            if reduced.is_empty() && ranked.is_empty() {
                 // The program will say what it misses.
                 break;
             }
-            known.extend(ready.iter().map(Arc::as_ptr));
-            let purposes: Vec<Purpose> = ready.iter().cloned().map(Purpose::Reduce).collect();
-            levels.push((ready, Program::compile(&purposes, within, setting)?));
-            waiting = rest;
+            known.extend(reduced.iter().map(|reduction| Arc::as_ptr(reduction).cast()));
+            known.extend(ranked.iter().map(|ranking| Arc::as_ptr(ranking).cast()));
+            let purposes = reduced.iter().cloned().map(Purpose::Reduce);
+            let purposes: Vec<Purpose> =
+                purposes.chain(ranked.iter().cloned().map(Purpose::Rank)).collect();
+            // What is only ranked has no segments.
+            let within = if reduced.is_empty() { along } else { within };
+            let program = Program::compile(&purposes, within, setting)?;
+            levels.push(Level { reductions: reduced, rankings: ranked, program });
+            (reductions, rankings) = (rest, others);
         }
         let program = Program::compile(purposes, along, setting)?;
-        let programs = levels.iter().map(|(_, level)| level).chain([&program]);
+        let programs = levels.iter().map(|level| &level.program).chain([&program]);
         let mut inputs: Vec<usize> =
             programs.flat_map(|program| &program.inputs).copied().collect();
         inputs.sort_unstable();
         inputs.dedup();
-        Ok(Self { levels, program, inputs })
+        Ok(Self { levels, among: vectors, program, inputs })
     }
 
-    /// Runs the levels with `reduce`, which gives what each reduction of a program found by row or
-    /// column, from `first` on; what then are the vectors of the program itself.
-    pub(crate) fn vectors(
+    /// Runs the levels with `run`, which gives what each reduction of a level found by row or column,
+    /// from `first` on, and what each of its rankings keeps; what then is given to the program
+    /// itself.
+    pub(crate) fn given(
         &self,
         axis: Scope,
         first: u64,
-        mut reduce: impl FnMut(&Program, &[Scalar]) -> Result<Vec<Vec<f64>>>,
-    ) -> Result<Vec<Scalar>> {
+        mut run: impl FnMut(&Level, &Given) -> Result<(Vec<Vec<f64>>, Vec<Arc<Marks>>)>,
+    ) -> Result<Given> {
         let mut known = Bindings::default();
-        for (reductions, level) in &self.levels {
-            let found = reduce(level, &known.bind_scalars(&level.vectors))?;
+        for level in &self.levels {
+            let Level { reductions, rankings, program } = level;
+            let (found, marks) = run(level, &Given::of(program, &known))?;
             for (reduction, found) in reductions.iter().zip(found) {
                 known.reduction(reduction, Scalar::vector(axis, first, found));
             }
+            for (ranking, marks) in rankings.iter().zip(marks) {
+                known.ranking(ranking, marks);
+            }
         }
-        Ok(known.bind_scalars(&self.program.vectors))
+        Ok(Given::of(&self.program, &known))
     }
 }
 
@@ -170,6 +253,7 @@ struct Seen {
     kinds: Vec<ReductionKind>,
     searches: Vec<Interval>,
     samples: usize,
+    rankings: usize,
 }
 
 /// Emits instructions in single-assignment form.
@@ -180,6 +264,7 @@ struct Emitter {
     loads: HashMap<usize, Slot>,
     vectors: Vec<Scalar>,
     spreads: HashMap<*const ScalarNode, Slot>,
+    marks: Vec<Value>,
     /// The first scalar or selection that is not known.
     unknown: Option<String>,
 }
@@ -216,6 +301,11 @@ impl Emitter {
             Purpose::Keys(value) => {
                 Effect::Keys { sample: next(&mut seen.samples), a: self.value(value) }
             }
+            Purpose::Rank(ranking) => {
+                let Ranking { among, pick, .. } = **ranking;
+                let a = self.value(&ranking.value);
+                Effect::Rank { ranking: next(&mut seen.rankings), among, pick, a }
+            }
         }
     }
 
@@ -227,6 +317,10 @@ impl Emitter {
         let argument = match &*value.0 {
             ValueNode::Scalar(scalar) => self.scalar(scalar),
             ValueNode::Input(index) => Argument::Slot(self.load(*index)),
+            ValueNode::ByRank(_) | ValueNode::Marked(_) => {
+                self.marks.push(value.clone());
+                Argument::Slot(self.emit(Operation::Marked { marks: self.marks.len() - 1 }))
+            }
             node => {
                 let operation = self.operation(node);
                 Argument::Slot(self.emit(operation))
@@ -265,7 +359,10 @@ impl Emitter {
 
     fn operation(&mut self, node: &ValueNode) -> Operation {
         match node {
-            ValueNode::Input(_) | ValueNode::Scalar(_) => unreachable!("these are arguments"),
+            ValueNode::Input(_)
+            | ValueNode::Scalar(_)
+            | ValueNode::ByRank(_)
+            | ValueNode::Marked(_) => unreachable!("these are arguments"),
             ValueNode::Unary(op, a) => Operation::Unary { op: *op, a: self.slot(a) },
             ValueNode::Binary(op, a, b) => {
                 let (a, b) = (self.value(a), self.value(b));
@@ -339,8 +436,8 @@ impl Emitter {
 /// The levels, then the program.
 impl fmt::Display for Staged {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (_, level) in &self.levels {
-            write!(f, "  first\n{level}  then\n")?;
+        for level in &self.levels {
+            write!(f, "  first\n{}  then\n", level.program)?;
         }
         write!(f, "{}", self.program)
     }

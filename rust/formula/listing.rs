@@ -3,19 +3,18 @@
 //! This is how Python hands over what a method of its own returns. The constructors of the language
 //! build it, so the same rules act on it as on a method written in Rust.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::{
-    BinaryOp, Computation, Reduction, ReductionKind, Scalar, ScalarNode, Scope, UnaryOp, Value,
-    compute,
+    Among, BinaryOp, Computation, Pick, Reduction, ReductionKind, Scalar, ScalarNode, Scope,
+    UnaryOp, Value, compute,
 };
 use crate::error::{Error, Result};
 use crate::kernels::CANCELLED;
-
-/// A function of numbers that the formula's author wrote.
-pub type HostFunction = Arc<dyn Fn(&[f64]) -> Vec<f64> + Send + Sync>;
+use crate::plan::{Formula, HostFunction};
 
 /// A node; other nodes are named by their index in the list.
 #[derive(Clone, Debug, Deserialize)]
@@ -63,6 +62,18 @@ enum Node {
     OrderStatistic {
         of: usize,
         count: usize,
+    },
+    LargestInRow {
+        of: usize,
+        count: u64,
+        every: Option<u64>,
+    },
+    RandomByRank {
+        of: usize,
+        lowest: f64,
+        highest: f64,
+        stream: u32,
+        every: Option<u64>,
     },
     Reduce {
         name: ReductionName,
@@ -121,12 +132,16 @@ enum Built {
     Results(Vec<Scalar>),
 }
 
-/// The formula that the last node of `nodes`, which are JSON, stands for.
-///
-/// `inputs` says how many inputs there are, `functions` what `compute` nodes call.
-pub fn read(nodes: &str, inputs: usize, functions: &[HostFunction]) -> Result<Value> {
-    let nodes: Vec<Node> = serde_json::from_str(nodes)
+/// How many nodes may lie one in the other: formulas are gone through from the outside inwards, on
+/// stacks of a thread's size.
+const DEEPEST: usize = 1000;
+
+/// What `formula` stands for, which is its last node, for a tensor with so many inputs.
+pub fn read(formula: &Formula, inputs: usize) -> Result<Value> {
+    let nodes: Vec<Node> = serde_json::from_str(&formula.nodes)
         .map_err(|error| Error::plan(format!("a formula cannot be read: {error}")))?;
+    check(&nodes)?;
+    let functions = &formula.functions;
     let mut reader = Reader { built: Vec::with_capacity(nodes.len()), inputs, functions };
     for node in nodes {
         let built = reader.build(node)?;
@@ -136,6 +151,108 @@ pub fn read(nodes: &str, inputs: usize, functions: &[HostFunction]) -> Result<Va
         Some(Built::Value(value)) => Ok(value),
         Some(Built::Scalar(scalar)) => Ok(Value::scalar(scalar)),
         Some(Built::Results(_)) | None => Err(Error::plan("a formula ends with no value")),
+    }
+}
+
+/// What is known of a node before the formula is built.
+#[derive(Clone, Copy, Debug, Default)]
+struct Facts {
+    /// How many nodes lie one in the other, with it.
+    depth: usize,
+    /// Whether it is a number for each row, and for each column.
+    by_row: bool,
+    by_column: bool,
+    /// Whether a pass over the tensor has to find something first; rows need none.
+    waits: bool,
+}
+
+/// Checks that a formula is not nested too deep, and that some pass can give every number.
+fn check(nodes: &[Node]) -> Result<()> {
+    let mut all: Vec<Facts> = Vec::with_capacity(nodes.len());
+    for node in nodes {
+        // A part that is not there is told when the formula is built.
+        let of = |part: usize| all.get(part).copied().unwrap_or_default();
+        let mut facts = Facts { depth: 1, ..Facts::default() };
+        for part in node.parts().into_iter().map(of) {
+            facts.depth = facts.depth.max(part.depth + 1);
+            facts.by_row |= part.by_row;
+            facts.by_column |= part.by_column;
+            facts.waits |= part.waits;
+        }
+        match *node {
+            Node::Largest { count, .. } | Node::OrderStatistic { count, .. } => {
+                if of(count).by_row || of(count).by_column {
+                    let message = "a count or a rank is one number for the whole tensor";
+                    return Err(Error::plan(message)
+                        .found("one for each row or column")
+                        .advice("reduce it over the tensor"));
+                }
+                facts = Facts { depth: facts.depth, waits: true, ..Facts::default() };
+            }
+            Node::Reduce { over: ScopeName::Model, .. } if facts.waits => {
+                let message = "a number over the model depends on another that comes first";
+                return Err(Error::plan(message)
+                    .expected("elements, and numbers over rows")
+                    .advice("combine numbers over the model with each other instead"));
+            }
+            Node::Reduce { over, .. } => {
+                facts.by_row = matches!(over, ScopeName::Row);
+                facts.by_column = matches!(over, ScopeName::Column);
+                facts.waits |= !facts.by_row;
+            }
+            Node::ScalarBinary { .. } | Node::ScalarSelect { .. } | Node::Compute { .. }
+                if facts.by_row && facts.by_column =>
+            {
+                let message = "a number cannot be of a row and of a column at once";
+                return Err(
+                    Error::plan(message).advice("multiply the values by one after the other")
+                );
+            }
+            // Elements may be of both.
+            Node::Spread { .. }
+            | Node::WeightedSum { .. }
+            | Node::Vote { .. }
+            | Node::LargestInRow { .. }
+            | Node::RandomByRank { .. } => {
+                (facts.by_row, facts.by_column) = (false, false);
+            }
+            _ => {}
+        }
+        all.push(facts);
+    }
+    match all.iter().map(|facts| facts.depth).max() {
+        Some(depth) if depth > DEEPEST => Err(Error::plan("a formula is nested too deep")
+            .expected(format_args!("at most {DEEPEST} operations one in the other"))
+            .found(depth)
+            .advice("add many values by one `weighted_sum`")),
+        _ => Ok(()),
+    }
+}
+
+impl Node {
+    /// The nodes that it is made of.
+    fn parts(&self) -> Vec<usize> {
+        match self {
+            Self::Input { .. } | Self::Number { .. } | Self::Random { .. } => Vec::new(),
+            Self::Spread { of }
+            | Self::Unary { of, .. }
+            | Self::ScalarUnary { of, .. }
+            | Self::LargestInRow { of, .. }
+            | Self::RandomByRank { of, .. }
+            | Self::Result { of, .. } => vec![*of],
+            Self::Binary { left, right, .. } | Self::ScalarBinary { left, right, .. } => {
+                vec![*left, *right]
+            }
+            Self::Select { mask, yes, no } | Self::ScalarSelect { mask, yes, no } => {
+                vec![*mask, *yes, *no]
+            }
+            Self::WeightedSum { terms } | Self::Vote { terms, .. } => {
+                terms.iter().flat_map(|&(weight, value)| [weight, value]).collect()
+            }
+            Self::Largest { of, count } | Self::OrderStatistic { of, count } => vec![*of, *count],
+            Self::Reduce { left, right, .. } => [*left].into_iter().chain(*right).collect(),
+            Self::Compute { arguments, .. } => arguments.clone(),
+        }
     }
 }
 
@@ -178,6 +295,14 @@ impl Reader<'_> {
             Node::OrderStatistic { of, count } => {
                 Built::Scalar(self.value(of)?.order_statistic(self.scalar(count)?))
             }
+            Node::LargestInRow { of, count, every } => {
+                let pick = Pick::Largest(count);
+                Built::Value(self.value(of)?.picked_by_rank(among(every), pick))
+            }
+            Node::RandomByRank { of, lowest, highest, stream, every } => {
+                let pick = Pick::Random { lowest, highest, stream };
+                Built::Value(self.value(of)?.picked_by_rank(among(every), pick))
+            }
             Node::Reduce { name, left, right, over } => {
                 let right = right.map(|right| self.value(right).cloned()).transpose()?;
                 let (kind, left) = (name.into(), self.value(left)?.clone());
@@ -203,7 +328,10 @@ impl Reader<'_> {
                     .map(|argument| self.scalar(argument))
                     .collect::<Result<Vec<_>>>()?;
                 let computation = Computation { arguments, results, function };
-                Built::Results(computation.simplified())
+                // Of constants it is called at once, and what it raises unwinds.
+                let called = catch_unwind(AssertUnwindSafe(|| computation.simplified()));
+                let failed = |_| Error::plan("a function of a formula failed");
+                Built::Results(called.map_err(failed)?)
             }
             Node::Result { of, index } => match self.built.get(of) {
                 Some(Built::Results(results)) if index < results.len() => {
@@ -234,6 +362,10 @@ impl Reader<'_> {
             .map(|&(scalar, value)| Ok((self.scalar(scalar)?, self.value(value)?.clone())))
             .collect()
     }
+}
+
+fn among(every: Option<u64>) -> Among {
+    every.map_or(Among::Row, Among::Group)
 }
 
 fn misplaced(index: usize, what: &str) -> Error {
@@ -328,8 +460,12 @@ impl Value {
 mod tests {
     use super::*;
 
+    fn formula(nodes: &str) -> Result<Value> {
+        read(&Formula { nodes: nodes.into(), functions: Vec::new(), arrays: None }, 1)
+    }
+
     fn message(nodes: &str) -> String {
-        read(nodes, 1, &[]).unwrap_err().to_string()
+        formula(nodes).unwrap_err().to_string()
     }
 
     #[test]
@@ -338,7 +474,7 @@ mod tests {
             {"op": "reduce", "name": "dot", "left": 0, "right": 0, "over": "tensor"},
             {"op": "scalar_unary", "name": "sqrt", "of": 1},
             {"op": "weighted_sum", "terms": [[2, 0]]}]"#;
-        let value = read(nodes, 1, &[]).unwrap();
+        let value = formula(nodes).unwrap();
         assert_eq!(format!("{value:?}"), "{f0([Dot[Tensor](x0, x0)]): x0}");
     }
 
@@ -351,6 +487,53 @@ mod tests {
         assert!(message(r#"[{"op": "what"}]"#).contains("cannot be read"));
         let calls = r#"[{"op": "compute", "function": 0, "arguments": [], "results": 1}]"#;
         assert!(message(calls).contains("function"));
+    }
+
+    /// A sum, over `inner`, of input 0 times a sum over `outer` of it; or a count of it.
+    fn nested(inner: &str, outer: &str) -> String {
+        format!(
+            r#"[{{"op": "input", "index": 0}},
+            {{"op": "reduce", "name": "sum", "left": 0, "right": null, "over": "{inner}"}},
+            {{"op": "weighted_sum", "terms": [[1, 0]]}},
+            {{"op": "reduce", "name": "sum", "left": 2, "right": null, "over": "{outer}"}},
+            {{"op": "weighted_sum", "terms": [[3, 0]]}}]"#
+        )
+    }
+
+    #[test]
+    fn what_no_pass_can_give_is_an_error() {
+        for inner in ["model", "tensor", "row", "column"] {
+            for outer in ["tensor", "row", "column"] {
+                assert!(formula(&nested(inner, outer)).is_ok(), "{inner}, {outer}");
+            }
+            let over_the_model = formula(&nested(inner, "model"));
+            assert_eq!(over_the_model.is_ok(), inner == "row", "{inner}");
+        }
+        let product = |left, right| {
+            let sum = |over| {
+                format!(
+                    r#"{{"op": "reduce", "name": "sum", "left": 0, "right": null, "over": "{over}"}}"#
+                )
+            };
+            let product = r#"{"op": "scalar_binary", "name": "mul", "left": 1, "right": 2}"#;
+            let count = r#"{"op": "largest", "of": 0, "count": 3}"#;
+            let input = r#"{"op": "input", "index": 0}"#;
+            format!("[{input}, {}, {}, {product}, {count}]", sum(left), sum(right))
+        };
+        assert!(message(&product("row", "column")).contains("of a row and of a column"));
+        assert!(message(&product("row", "tensor")).contains("one number for the whole tensor"));
+        assert!(formula(&product("tensor", "model")).is_ok());
+    }
+
+    #[test]
+    fn what_is_nested_too_deep_is_an_error() {
+        let nested = |depth: usize| {
+            let negations = (0..depth - 1)
+                .map(|of| format!(r#", {{"op": "unary", "name": "neg", "of": {of}}}"#));
+            format!(r#"[{{"op": "input", "index": 0}}{}]"#, negations.collect::<String>())
+        };
+        assert!(formula(&nested(DEEPEST)).is_ok());
+        assert!(message(&nested(DEEPEST + 1)).contains("nested too deep"));
     }
 
     #[test]

@@ -4,9 +4,10 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 
+use super::compile::Given;
 use super::masks::KeptMasks;
 use super::program::{Argument, Operation, Program, Slot};
-use super::{Chosen, MaskName, Scalar, Scope};
+use super::{Among, Chosen, MaskName, Scalar, Scope};
 use crate::dtype::DType;
 use crate::kernels::{self, BLOCK, Level, MaskBits, MaskKey, Operand, Real, SPAN};
 
@@ -18,6 +19,88 @@ pub(crate) const COLUMN_BLOCK: u64 = 1024;
 
 /// Columns of a band, in which they are reduced and combined together where there are many.
 pub(crate) const BAND: u64 = BLOCK as u64;
+
+/// Elements in a row that are whole vectors, and those that come next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Spans {
+    /// Elements of a span.
+    pub(crate) size: u64,
+    /// Spans begin anew after so many elements: a row, or the span itself.
+    pub(crate) within: u64,
+    /// How many vectors lie interleaved in a span.
+    pub(crate) stride: u64,
+}
+
+impl Spans {
+    /// The span that element `at` lies in, of a tensor of `elements`.
+    pub(crate) fn around(&self, at: u64, elements: u64) -> Range<u64> {
+        let begin = at / self.within * self.within;
+        let start = begin + (at - begin) / self.size * self.size;
+        start..(start + self.size).min(begin + self.within).min(elements)
+    }
+
+    /// Elements of a step that needs whole spans: whole blocks, and some spans.
+    pub(crate) fn least_step(self) -> u64 {
+        (SPANS_A_STEP * self.size).next_multiple_of(BLOCK as u64)
+    }
+
+    /// How many vectors of a long span are ranked at once, and how often that is until all are.
+    pub(crate) fn bands(&self) -> (u64, u64) {
+        let length = (self.size / self.stride).max(1);
+        let width = (RANKED_AT_ONCE / length).clamp(1, self.stride);
+        (width, self.stride.div_ceil(width))
+    }
+
+    /// Elements that are ranked at once of a long span.
+    pub(crate) fn held(&self) -> u64 {
+        ((self.size / self.stride).max(1) * self.bands().0).min(RANKED_AT_ONCE)
+    }
+
+    /// The elements of a `band` of the vectors of `span`, in order, as parts that lie together.
+    pub(crate) fn parts(
+        self,
+        span: &Range<u64>,
+        band: &Range<u64>,
+    ) -> impl Iterator<Item = Range<u64>> {
+        let is_whole = band.end - band.start == self.stride;
+        let (step, first) = if is_whole { (BLOCK as u64, 0) } else { (self.stride, band.start) };
+        let length = if is_whole { step } else { band.end - band.start };
+        let end = span.end;
+        let starts = (span.start + first..end).step_by(step as usize);
+        starts.map(move |start| start..(start + length).min(end))
+    }
+
+    /// How many there are in a tensor of `elements`.
+    pub(crate) fn count(&self, elements: u64) -> u64 {
+        elements.div_ceil(self.within) * self.within.div_ceil(self.size)
+    }
+
+    /// The span of that number.
+    pub(crate) fn nth(&self, number: u64, elements: u64) -> Range<u64> {
+        let each = self.within.div_ceil(self.size);
+        self.around(number / each * self.within + number % each * self.size, elements)
+    }
+
+    /// The spans that some of `elements` touch, whole.
+    pub(crate) fn whole(&self, part: &Range<u64>, elements: u64) -> Range<u64> {
+        let last = part.end.saturating_sub(1).max(part.start);
+        self.around(part.start, elements).start..self.around(last, elements).end
+    }
+
+    /// The spans of `part`, which begins and ends with one.
+    pub(crate) fn each(self, part: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let end = part.end;
+        let first = self.around(part.start, end);
+        std::iter::successors(Some(first), move |span| {
+            (span.end < end).then(|| self.around(span.end, end))
+        })
+    }
+}
+
+/// Spans of a step at the least. Two more may be read, around it.
+const SPANS_A_STEP: u64 = 8;
+/// Elements of interleaved vectors, or of one, that are ranked at once.
+pub(crate) const RANKED_AT_ONCE: u64 = 1 << 18;
 
 /// What a tensor's elements are called when random masks are drawn, and how they lie in rows.
 #[derive(Clone, Debug)]
@@ -49,10 +132,28 @@ impl TensorFrame {
         self.elements / self.row
     }
 
-    /// The rows that `elements` touch, whole.
-    pub(crate) fn whole_rows(&self, elements: &Range<u64>) -> Range<u64> {
-        let row = self.row;
-        elements.start / row * row..(elements.end.div_ceil(row) * row).min(self.elements)
+    /// How what is ranked among each other lies.
+    pub(crate) fn spans(&self, among: Among) -> Spans {
+        let (row, elements) = (self.row, self.elements.max(1));
+        match among {
+            Among::Row => Spans { size: row, within: row, stride: 1 },
+            Among::Group(size) => Spans { size: size.clamp(1, row), within: row, stride: 1 },
+            Among::Vector { length, stride } => {
+                let stride = stride.clamp(1, elements);
+                let size = length.saturating_mul(stride).clamp(1, elements);
+                Spans { size, within: size, stride }
+            }
+        }
+    }
+
+    /// The widest spans of what is ranked or reduced: all others begin anew where they do.
+    pub(crate) fn widest(&self, among: &[Among]) -> Option<Spans> {
+        among.iter().map(|&among| self.spans(among)).max_by_key(|spans| (spans.size, spans.within))
+    }
+
+    /// Vectors that do not lie within a block are ranked once, in a pass of their own.
+    pub(crate) fn stores_marks(&self, among: Among) -> bool {
+        self.spans(among).size > BLOCK as u64
     }
 
     /// Rows that are longer than a block are reduced once, in a pass of their own.
@@ -109,10 +210,10 @@ impl<'a> InputBytes<'a> {
 #[derive(Debug)]
 pub(crate) struct Machine<'a, T> {
     level: Level,
-    frame: &'a TensorFrame,
+    pub(crate) frame: &'a TensorFrame,
     pub(crate) program: &'a Program,
     /// The keys of the random masks, by stream.
-    keys: HashMap<u32, MaskKey>,
+    pub(crate) keys: HashMap<u32, MaskKey>,
     masks: Option<&'a KeptMasks>,
     slots: Vec<Vec<T>>,
     length: usize,
@@ -138,12 +239,12 @@ impl<'a, T: Real> Machine<'a, T> {
         &mut self,
         range: &Range<u64>,
         inputs: &[Option<InputBytes<'_>>],
-        vectors: &[Scalar],
+        given: &Given,
     ) {
         self.length = (range.end - range.start) as usize;
         for instruction in &self.program.instructions {
             let mut out = std::mem::take(&mut self.slots[instruction.out]);
-            self.step(&instruction.operation, range, inputs, vectors, &mut out[..self.length]);
+            self.step(&instruction.operation, range, inputs, given, &mut out[..self.length]);
             self.slots[instruction.out] = out;
         }
     }
@@ -167,7 +268,7 @@ impl<'a, T: Real> Machine<'a, T> {
         operation: &Operation,
         range: &Range<u64>,
         inputs: &[Option<InputBytes<'_>>],
-        vectors: &[Scalar],
+        given: &Given,
         out: &mut [T],
     ) {
         match operation {
@@ -181,7 +282,11 @@ impl<'a, T: Real> Machine<'a, T> {
                 kernels::widen_difference(self.level, input.dtype, bytes, base, out);
             }
             Operation::Fill { number } => out.fill(T::from_f64(*number)),
-            Operation::Spread { vector } => self.spread(&vectors[*vector], range.start, out),
+            Operation::Spread { vector } => self.spread(&given.vectors[*vector], range.start, out),
+            Operation::Marked { marks } => {
+                let kept = given.marks[*marks].from(range.start);
+                out.iter_mut().zip(kept).for_each(|(out, kept)| *out = T::truth(kept));
+            }
             Operation::Unary { op, a } => kernels::unary(self.level, *op, self.slot(*a), out),
             Operation::Binary { op, a, b } => {
                 kernels::binary(self.level, *op, self.operand(*a), self.operand(*b), out);

@@ -1,15 +1,17 @@
-//! Random masks of a task, kept as bits from the pass that drew them to the passes that need them
-//! again.
+//! Masks of a task, kept as bits from the pass that found them to the passes that need them again.
 //!
-//! Drawing is the dearest instruction there is, and a method that rescales draws each mask in the
-//! pass that sums and in the combine. A bit an element is a sixteenth of a bf16 input, so where the
-//! memory budget has room the bits are kept. Where it has none a mask is drawn again: the bits are
-//! the same either way.
+//! Drawing is the dearest instruction there is, and ranking is dearer still; a method that rescales
+//! needs each mask in the pass that sums and in the combine. A bit an element is a sixteenth of a bf16
+//! input, so where the memory budget has room the bits are kept. Where it has none a mask is drawn
+//! again, and short rows are ranked again: the bits are the same either way.
 
 use std::array;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use super::machine::TensorFrame;
 use super::{MaskName, Value, stage};
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::SharedWords;
 use crate::kernels::{BITS, MaskBits, SPAN};
 
@@ -35,10 +37,22 @@ pub(crate) fn bytes(values: &[Value], elements: u64) -> u64 {
 
 /// The masks that more than one pass over the tensor needs: those in what is reduced first.
 fn names(values: &[Value]) -> Vec<MaskName> {
+    stage::masks_of(&reduced_first(values))
+}
+
+/// What passes before the last one compute.
+fn reduced_first(values: &[Value]) -> Vec<Value> {
     let waits = stage::unknown(values);
     let reduced = waits.reductions.iter().flat_map(|reduction| stage::operands(reduction));
     let ranked = waits.selections.iter().map(|selection| selection.value.clone());
-    stage::masks_of(&reduced.chain(ranked).collect::<Vec<_>>())
+    reduced.chain(ranked).collect()
+}
+
+/// Bytes that the marks of short rows take which more than one pass over the tensor needs.
+pub(crate) fn marked_bytes(values: &[Value], frame: &TensorFrame) -> u64 {
+    let rankings = stage::unknown(&reduced_first(values)).rankings;
+    let short = rankings.iter().filter(|ranking| !frame.stores_marks(ranking.among));
+    short.count() as u64 * Marks::bytes(frame.elements)
 }
 
 impl KeptMasks {
@@ -73,5 +87,53 @@ impl KeptMasks {
         }
         is_drawn.store(1, Ordering::Release);
         bits
+    }
+}
+
+/// What is kept of some elements in a row, a bit each.
+#[derive(Debug)]
+pub(crate) struct Marks {
+    /// Flat index of the first.
+    first: u64,
+    words: SharedWords,
+}
+
+impl Marks {
+    /// Bytes for so many elements.
+    pub(crate) fn bytes(elements: u64) -> u64 {
+        elements.div_ceil(8)
+    }
+
+    /// None of `elements` is kept yet.
+    pub(crate) fn new(elements: &Range<u64>) -> Result<Self> {
+        let count = (elements.end - elements.start).div_ceil(BITS as u64);
+        let words = SharedWords::new(count as usize).ok_or_else(|| {
+            Error::new(ErrorKind::Memory, "the system has no memory for the marks of a tensor")
+                .found(format!("{count} words"))
+        })?;
+        Ok(Self { first: elements.start, words })
+    }
+
+    /// Keeps those of the elements from `first` on whose byte is not 0. Others may do so with other
+    /// elements at the same time.
+    pub(crate) fn keep(&self, first: u64, kept: &[u8]) {
+        let mut at = (first - self.first) as usize;
+        let mut rest = kept;
+        while !rest.is_empty() {
+            let (word, shift) = (at / BITS, at % BITS);
+            let (own, others) = rest.split_at(rest.len().min(BITS - shift));
+            let bit = |(place, &kept): (usize, &u8)| u32::from(kept != 0) << (shift + place);
+            let bits = own.iter().enumerate().map(bit).fold(0, |all, bit| all | bit);
+            self.words.as_slice()[word].fetch_or(bits, Ordering::Relaxed);
+            (at, rest) = (at + own.len(), others);
+        }
+    }
+
+    /// Whether each of the elements from `first` on is kept.
+    pub(crate) fn from(&self, first: u64) -> impl Iterator<Item = bool> {
+        let start = (first - self.first) as usize;
+        let words = self.words.as_slice();
+        let word = move |at: usize| words[at].load(Ordering::Relaxed);
+        (start..BITS * words.len()).map(move |at| word(at / BITS) >> (at % BITS) & 1 != 0)
     }
 }

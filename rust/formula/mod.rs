@@ -43,6 +43,7 @@ use std::ops;
 use std::sync::Arc;
 
 pub use crate::kernels::{BinaryOp, UnaryOp};
+use masks::Marks;
 
 /// What a reduction runs over, and so what a [`Scalar`] may differ by. Ordered from wide to narrow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -106,6 +107,10 @@ pub(crate) enum ValueNode {
         keep_below: u64,
         stream: u32,
     },
+    /// 1 where the element is kept for its rank among others, else 0.
+    ByRank(Arc<Ranking>),
+    /// The same, after they were ranked.
+    Marked(Arc<Marks>),
 }
 
 pub(crate) enum ScalarNode {
@@ -147,6 +152,47 @@ pub struct Chosen {
     pub threshold: u64,
     /// Flat index just past the last kept element whose key equals the threshold.
     pub equals_end: u64,
+}
+
+/// Elements that are ranked among each other, and which of them are kept.
+#[derive(Debug)]
+pub(crate) struct Ranking {
+    pub(crate) value: Value,
+    pub(crate) among: Among,
+    pub(crate) pick: Pick,
+}
+
+/// Among which elements an element is ranked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Among {
+    /// Its row.
+    Row,
+    /// Each so many elements of a row, counted from its first; the last of a row may be fewer.
+    Group(u64),
+    /// `length` elements that lie `stride` apart: the vectors along any dimension.
+    Vector {
+        /// Elements of a vector.
+        length: u64,
+        /// From one of its elements to the next; as many vectors lie interleaved.
+        stride: u64,
+    },
+}
+
+/// What is kept of elements that are ranked. Of equal ones, that of the lowest index is the largest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Pick {
+    /// The largest: so many, or all if there are fewer.
+    Largest(u64),
+    /// Each with a probability that rises evenly from the smallest to the largest. One that is alone
+    /// has the mean of both.
+    Random {
+        /// The probability of the smallest.
+        lowest: f64,
+        /// The probability of the largest.
+        highest: f64,
+        /// Which of the independent random masks of a tensor.
+        stream: u32,
+    },
 }
 
 /// Which random mask: its stream, and the bound of its draw.
@@ -380,6 +426,12 @@ impl Value {
         Scalar(Arc::new(ScalarNode::Threshold(self.selection(count))))
     }
 
+    /// 1 for the elements that are kept for their rank among others, else 0. Exact.
+    pub fn picked_by_rank(&self, among: Among, pick: Pick) -> Self {
+        let value = self.clone();
+        Self::new(ValueNode::ByRank(Arc::new(Ranking { value, among, pick })))
+    }
+
     fn selection(&self, count: impl Into<Scalar>) -> Arc<Selection> {
         Arc::new(Selection { value: self.clone(), count: count.into() })
     }
@@ -458,6 +510,11 @@ impl fmt::Debug for Value {
             ValueNode::Random { keep_below, stream } => {
                 write!(f, "Random({keep_below}, {stream})")
             }
+            ValueNode::ByRank(ranking) => {
+                let Ranking { value, among, pick } = &**ranking;
+                write!(f, "{pick:?} in {among:?} of {value:?}")
+            }
+            ValueNode::Marked(_) => f.write_str("Marked"),
         }
     }
 }

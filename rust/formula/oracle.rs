@@ -4,8 +4,13 @@
 //! with, bit for bit. It knows neither blocks nor passes: a reduction is computed when it is met,
 //! a selection sorts.
 
+use std::collections::BTreeMap;
+
 use super::machine::{COLUMN_BLOCK, TensorFrame};
-use super::{Reduction, ReductionKind, Scalar, ScalarNode, Scope, Selection, Value, ValueNode};
+use super::{
+    Among, Pick, Ranking, Reduction, ReductionKind, Scalar, ScalarNode, Scope, Selection, Value,
+    ValueNode,
+};
 use crate::kernels::{BLOCK, LANES, MaskKey, Real, oracle};
 
 /// A tensor's inputs, widened, and what its masks are drawn from.
@@ -50,6 +55,8 @@ impl<T: Real> Oracle<T> {
             ValueNode::Keep(selection) => self.kept(selection),
             ValueNode::Kept { .. } => unreachable!("only the engine binds selections"),
             ValueNode::Random { keep_below, stream } => self.random(*keep_below, *stream),
+            ValueNode::ByRank(ranking) => self.picked(ranking),
+            ValueNode::Marked(_) => unreachable!("only the engine binds rankings"),
         }
     }
 
@@ -113,6 +120,44 @@ impl<T: Real> Oracle<T> {
         let mut order: Vec<usize> = (0..values.len()).collect();
         order.sort_by_key(|&index| std::cmp::Reverse(oracle::key(values[index])));
         (values, order)
+    }
+
+    /// The vectors whose elements are ranked among each other, each in the order of its elements.
+    fn vectors(&self, among: Among) -> Vec<Vec<usize>> {
+        let row = self.frame.row;
+        // The row or slab that an element lies in, and what tells vectors apart there.
+        let name = |index: u64| match among {
+            Among::Row => (index / row, 0),
+            Among::Group(size) => (index / row, index % row / size),
+            Among::Vector { length, stride } => (index / (length * stride), index % stride),
+        };
+        let mut vectors = BTreeMap::<_, Vec<usize>>::new();
+        for index in 0..self.frame.elements {
+            vectors.entry(name(index)).or_default().push(index as usize);
+        }
+        vectors.into_values().collect()
+    }
+
+    fn picked(&self, ranking: &Ranking) -> Vec<T> {
+        let values = self.evaluate(&ranking.value);
+        let mut picked = vec![T::ZERO; values.len()];
+        for mut vector in self.vectors(ranking.among) {
+            // Of equal ones the first stays first, and so is the largest.
+            vector.sort_by_key(|&index| std::cmp::Reverse(oracle::key(values[index])));
+            let last = vector.len() as u64 - 1;
+            for (place, &index) in (0..).zip(&vector) {
+                let is_picked = match ranking.pick {
+                    Pick::Largest(count) => place < count,
+                    Pick::Random { lowest, highest, stream } => {
+                        let key = MaskKey::new(self.frame.seed, &self.frame.name, stream);
+                        let draw = f64::from(oracle::draw(&key, index as u64));
+                        draw < oracle::bound_of_rank(last - place, last, lowest, highest)
+                    }
+                };
+                picked[index] = T::truth(is_picked);
+            }
+        }
+        picked
     }
 
     fn count(&self, selection: &Selection) -> usize {

@@ -16,7 +16,7 @@ use crate::dtype::DType;
 use crate::kernels::Votes;
 
 use super::selection::Interval;
-use super::{BinaryOp, Chosen, MaskName, ReductionKind, Scalar, UnaryOp};
+use super::{Among, BinaryOp, Chosen, MaskName, Pick, ReductionKind, Scalar, UnaryOp, Value};
 
 /// The index of a buffer of one chunk.
 pub(crate) type Slot = usize;
@@ -81,6 +81,10 @@ pub(crate) enum Operation {
     Random {
         mask: MaskName,
     },
+    /// What was kept of elements that were ranked.
+    Marked {
+        marks: usize,
+    },
     /// What a random mask keeps, else 0, times a number.
     Drop {
         a: Slot,
@@ -110,8 +114,10 @@ pub(crate) enum Effect {
     Reduce { number: usize, kind: ReductionKind, a: Argument, b: Option<Argument> },
     /// Counts for a search.
     Count { search: usize, interval: Interval, a: Argument },
-    /// The order keys of each element. For the few elements of a sample.
+    /// The order keys of each element. For the few elements of a sample, and of what is ranked.
     Keys { sample: usize, a: Argument },
+    /// Ranks elements, of which a step has whole vectors.
+    Rank { ranking: usize, among: Among, pick: Pick, a: Argument },
     /// Does the work of effects and of the instructions that they alone needed.
     Fused(Fused),
 }
@@ -231,8 +237,12 @@ pub(crate) struct Program {
     pub(crate) searches: Vec<Interval>,
     /// How many samples it takes.
     pub(crate) samples: usize,
+    /// How many rankings it makes.
+    pub(crate) rankings: usize,
     /// Numbers by row or column that are put in at each step.
     pub(crate) vectors: Vec<Scalar>,
+    /// What was kept of rankings; short vectors are ranked at each step.
+    pub(crate) marks: Vec<Value>,
     /// The inputs that it reads, in order.
     pub(crate) inputs: Vec<usize>,
     pub(crate) double: bool,
@@ -282,10 +292,11 @@ impl Program {
             _ => None,
         });
         let effects = self.effects.iter().flat_map(|effect| match effect {
-            Effect::Fused(fused) => fused.masks(),
+            Effect::Fused(fused) => fused.masks().into_iter().map(|mask| mask.0).collect(),
+            Effect::Rank { pick: Pick::Random { stream, .. }, .. } => vec![*stream],
             _ => Vec::new(),
         });
-        instructions.chain(effects.map(|mask| mask.0)).collect()
+        instructions.chain(effects).collect()
     }
 
     /// Whether nothing is left to compute when bytes were copied.
@@ -323,7 +334,11 @@ fn each_slot_of(argument: &mut Argument, visit: &mut impl FnMut(&mut Slot)) {
 impl Operation {
     pub(super) fn each_slot(&mut self, mut visit: impl FnMut(&mut Slot)) {
         match self {
-            Self::Load { .. } | Self::Fill { .. } | Self::Spread { .. } | Self::Random { .. } => {}
+            Self::Load { .. }
+            | Self::Fill { .. }
+            | Self::Spread { .. }
+            | Self::Random { .. }
+            | Self::Marked { .. } => {}
             Self::Unary { a, .. }
             | Self::Kept { a, .. }
             | Self::Trim { a, .. }
@@ -349,9 +364,10 @@ impl Effect {
     pub(super) fn each_slot(&mut self, mut visit: impl FnMut(&mut Slot)) {
         match self {
             Self::Copy { .. } | Self::Fused(_) => {}
-            Self::Store { a, .. } | Self::Count { a, .. } | Self::Keys { a, .. } => {
-                each_slot_of(a, &mut visit);
-            }
+            Self::Store { a, .. }
+            | Self::Count { a, .. }
+            | Self::Keys { a, .. }
+            | Self::Rank { a, .. } => each_slot_of(a, &mut visit),
             Self::Reduce { a, b, .. } => {
                 each_slot_of(a, &mut visit);
                 b.iter_mut().for_each(|b| each_slot_of(b, &mut visit));
@@ -390,6 +406,7 @@ impl fmt::Display for Operation {
             Self::Kept { a, .. } => write!(f, "among the largest s{a}"),
             Self::Trim { a, .. } => write!(f, "trim s{a}"),
             Self::Random { mask: (stream, _) } => write!(f, "random m{stream}"),
+            Self::Marked { marks } => write!(f, "marked r{marks}"),
             Self::Drop { a, mask: (stream, _), scale } => write!(f, "{scale} drop m{stream} s{a}"),
         }
     }
@@ -406,6 +423,9 @@ impl fmt::Display for Effect {
             }
             Self::Count { search, a, .. } => write!(f, "count q{search} {a}"),
             Self::Keys { sample, a } => write!(f, "keys k{sample} {a}"),
+            Self::Rank { ranking, among, pick, a } => {
+                write!(f, "r{ranking} = {pick:?} in {among:?} {a}")
+            }
             Self::Fused(fused) => write!(f, "{fused}"),
         }
     }

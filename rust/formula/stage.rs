@@ -3,18 +3,20 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::{MaskName, Reduction, Scalar, ScalarNode, Scope, Selection, Value, ValueNode};
+use super::machine::TensorFrame;
+use super::{MaskName, Ranking, Reduction, Scalar, ScalarNode, Scope, Selection, Value, ValueNode};
 
-/// Reductions and selections that can run in the same pass over the tensor.
+/// Reductions, selections and rankings that can run in the same pass over the tensor.
 #[derive(Default, Clone)]
 pub(crate) struct Stage {
     pub(crate) reductions: Vec<Arc<Reduction>>,
     pub(crate) selections: Vec<Arc<Selection>>,
+    pub(crate) rankings: Vec<Arc<Ranking>>,
 }
 
 impl Stage {
     pub(crate) fn is_empty(&self) -> bool {
-        self.reductions.is_empty() && self.selections.is_empty()
+        self.reductions.is_empty() && self.selections.is_empty() && self.rankings.is_empty()
     }
 }
 
@@ -54,6 +56,7 @@ impl Dependencies {
                     self.masks.push(name);
                 }
             }
+            ValueNode::Marked(_) => {}
             ValueNode::Scalar(scalar) => self.scalar(scalar),
             ValueNode::Unary(_, a) | ValueNode::Kept { value: a, .. } => self.value(a),
             ValueNode::Binary(_, a, b) => {
@@ -73,6 +76,7 @@ impl Dependencies {
             }
             ValueNode::Elect { terms, .. } => terms.iter().for_each(|(_, term)| self.value(term)),
             ValueNode::Keep(selection) => self.selection(selection),
+            ValueNode::ByRank(ranking) => self.ranking(ranking),
         }
     }
 
@@ -94,6 +98,13 @@ impl Dependencies {
             self.value(&reduction.left);
             reduction.right.iter().for_each(|right| self.value(right));
             self.stage.reductions.push(Arc::clone(reduction));
+        }
+    }
+
+    fn ranking(&mut self, ranking: &Arc<Ranking>) {
+        if self.is_new(ranking) {
+            self.value(&ranking.value);
+            self.stage.rankings.push(Arc::clone(ranking));
         }
     }
 
@@ -128,16 +139,23 @@ pub(crate) fn operands(reduction: &Reduction) -> Vec<Value> {
     std::iter::once(&reduction.left).chain(&reduction.right).cloned().collect()
 }
 
-/// The next pass: reductions over `scope` whose operands wait for nothing that a pass has to give.
+/// Whether `values` wait for nothing that a pass over a tensor has to give.
 ///
-/// Rows are no such thing: short rows are reduced again wherever they are needed. `stored_rows`
-/// says that rows are long, and are reduced once, in a pass of their own.
-pub(crate) fn next_stage(values: &[Value], scope: Scope, stored_rows: bool) -> Stage {
-    let needs_pass = |scope: Scope| scope != Scope::Row || stored_rows;
-    let is_ready = |values: &[Value]| {
-        let waits = unknown(values);
-        waits.selections.is_empty() && !waits.reductions.iter().any(|r| needs_pass(r.scope))
-    };
+/// Rows are no such thing: short rows are reduced and ranked again wherever they are needed. Long
+/// ones are so once, in a pass of their own, but not in a sweep over the model, which has no other.
+fn is_ready(values: &[Value], frame: &TensorFrame, is_sweep: bool) -> bool {
+    let waits = unknown(values);
+    let stored_rows = frame.stores_rows() && !is_sweep;
+    let needs_pass = |reduction: &Arc<Reduction>| reduction.scope != Scope::Row || stored_rows;
+    let needs_ranks = |ranking: &Arc<Ranking>| is_sweep || frame.stores_marks(ranking.among);
+    waits.selections.is_empty()
+        && !waits.reductions.iter().any(needs_pass)
+        && !waits.rankings.iter().any(needs_ranks)
+}
+
+/// The next pass: reductions over `scope`, and selections, that are ready.
+pub(crate) fn next_stage(values: &[Value], scope: Scope, frame: &TensorFrame) -> Stage {
+    let is_ready = |values: &[Value]| is_ready(values, frame, scope == Scope::Model);
     let all = unknown(values);
     let mut stage = Stage::default();
     for reduction in all.reductions {
@@ -156,6 +174,18 @@ pub(crate) fn next_stage(values: &[Value], scope: Scope, stored_rows: bool) -> S
     stage
 }
 
+/// The next pass that ranks long vectors: those of one shape, whose values are ready.
+pub(crate) fn next_rankings(values: &[Value], frame: &TensorFrame) -> Vec<Arc<Ranking>> {
+    let mut rankings = unknown(values).rankings;
+    rankings.retain(|ranking| {
+        let value = std::slice::from_ref(&ranking.value);
+        frame.stores_marks(ranking.among) && is_ready(value, frame, false)
+    });
+    let first = rankings.first().map(|ranking| ranking.among);
+    rankings.retain(|ranking| Some(ranking.among) == first);
+    rankings
+}
+
 /// Whether nothing but the values themselves, and columns, wait for a column to be reduced, and
 /// nothing for a row: then columns can be reduced and combined band by band.
 pub(crate) fn columns_come_last(values: &[Value]) -> bool {
@@ -165,6 +195,7 @@ pub(crate) fn columns_come_last(values: &[Value]) -> bool {
     };
     let reductions = &all.reductions;
     reductions.iter().any(|reduction| reduction.scope == Scope::Column)
+        && all.rankings.is_empty()
         && reductions.iter().all(|reduction| match reduction.scope {
             Scope::Column => true,
             Scope::Row => false,
@@ -176,11 +207,11 @@ pub(crate) fn columns_come_last(values: &[Value]) -> bool {
         })
 }
 
-/// The row reductions that `values` wait for, level by level: each level needs only earlier ones.
+/// The rows that `values` wait for to be reduced or ranked.
 ///
 /// Call it when nothing of a wider scope is left.
-pub(crate) fn row_reductions(values: &[Value]) -> Vec<Arc<Reduction>> {
-    let mut reductions = unknown(values).reductions;
-    reductions.retain(|reduction| reduction.scope == Scope::Row);
-    reductions
+pub(crate) fn unknown_rows(values: &[Value]) -> Stage {
+    let mut stage = unknown(values);
+    stage.reductions.retain(|reduction| reduction.scope == Scope::Row);
+    stage
 }

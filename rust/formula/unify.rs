@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Reduction, Scalar, ScalarNode, Selection, Value, ValueNode};
+use super::{Among, Pick, Ranking, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode};
 
 /// What makes two nodes equal.
 type Key = Vec<u64>;
@@ -20,6 +20,7 @@ pub(super) struct Unified {
     scalars: HashMap<Key, Scalar>,
     reductions: HashMap<Key, Arc<Reduction>>,
     selections: HashMap<Key, Arc<Selection>>,
+    rankings: HashMap<Key, Arc<Ranking>>,
 }
 
 impl Unified {
@@ -42,6 +43,22 @@ impl Unified {
         let mut key = vec![address_of(&selection.value)];
         key.extend(scalar_key(&selection.count));
         Arc::clone(self.selections.entry(key).or_insert_with(|| Arc::new(selection)))
+    }
+
+    pub(super) fn ranking(&mut self, ranking: Ranking) -> Arc<Ranking> {
+        let among = match ranking.among {
+            Among::Row => [0, 0, 0],
+            Among::Group(elements) => [1, elements, 0],
+            Among::Vector { length, stride } => [2, length, stride],
+        };
+        let pick = match ranking.pick {
+            Pick::Largest(count) => vec![count],
+            Pick::Random { lowest, highest, stream } => {
+                vec![lowest.to_bits(), highest.to_bits(), u64::from(stream)]
+            }
+        };
+        let key = [vec![address_of(&ranking.value)], among.to_vec(), pick].concat();
+        Arc::clone(self.rankings.entry(key).or_insert_with(|| Arc::new(ranking)))
     }
 }
 
@@ -75,6 +92,8 @@ fn value_key(node: &ValueNode) -> Key {
             vec![8, address_of(value), chosen.threshold, chosen.equals_end]
         }
         ValueNode::Random { keep_below, stream } => vec![9, *keep_below, u64::from(*stream)],
+        ValueNode::ByRank(ranking) => vec![10, address(ranking)],
+        ValueNode::Marked(marks) => vec![11, address(marks)],
     }
 }
 

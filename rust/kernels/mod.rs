@@ -36,6 +36,7 @@ pub mod norms;
 pub mod oracle;
 pub mod order;
 pub mod random;
+pub mod rank;
 pub mod real;
 pub mod reduce;
 pub mod sum_bytes;
@@ -55,7 +56,8 @@ pub use norms::norms_into;
 pub use order::{
     Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_largest, trim,
 };
-pub use random::{GENERATOR_VERSION, MaskKey, random_bits, random_mask};
+pub use random::{GENERATOR_VERSION, MaskKey, draws, random_bits, random_mask};
+pub use rank::{Descent, Picked, bound, pick_by_rank};
 pub use real::Real;
 pub use reduce::{
     BLOCK, LANES, Lanes, REDUCTION_VERSION, absolute_sum_into, dot_into, fold_halves, max_into,

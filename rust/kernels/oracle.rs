@@ -186,6 +186,14 @@ pub fn key<T: Real>(value: T) -> u64 {
     }
 }
 
+/// What a draw must be below for the element of a rank, 0 being the smallest and `last` the largest, to
+/// be kept: its probability goes from `lowest` to `highest` in even steps. A lone one has their mean.
+pub fn bound_of_rank(rank: u64, last: u64, lowest: f64, highest: f64) -> f64 {
+    let share = if last == 0 { 0.5 } else { rank as f64 / last as f64 };
+    let probability = lowest + (highest - lowest) * share;
+    (probability * 4_294_967_296.0 + 0.5).floor()
+}
+
 /// Adds the keys inside the interval to their bins, and counts.
 pub fn histogram<T: Real>(
     values: &[T],

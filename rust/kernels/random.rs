@@ -142,6 +142,30 @@ impl Draw<'_> {
     }
 }
 
+/// The draws themselves of a span of elements.
+struct Draws<'a> {
+    of: Draw<'a>,
+    out: &'a mut [u32; SPAN],
+}
+
+impl Kernel for Draws<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { of, out } = self;
+        let (high, low) = (of.words(of.first), of.words(of.first | LOW_HALVES));
+        for (at, out) in out.as_chunks_mut::<COUNTERS>().0.iter_mut().enumerate() {
+            let (group, place) = (at / HALVES, at % HALVES);
+            let (word, shift) = (place % 4, 16 * (place / 4) as u32);
+            for (counter, out) in out.iter_mut().enumerate() {
+                let at = group * COUNTERS + counter;
+                *out = half(high[word][at], shift) << 16 | half(low[word][at], shift);
+            }
+        }
+    }
+}
+
 impl Kernel for Draw<'_> {
     type Output = ();
 
@@ -195,6 +219,26 @@ pub fn random_bits(level: Level, key: &MaskKey, first_index: u64, keep_below: u6
         bits[at % COUNTERS] |= bit(&spans[from / SPAN], from % SPAN) << (at / COUNTERS);
     }
     bits
+}
+
+/// The draws of the elements from `first_index` on: 32 bits each.
+///
+/// # Panics
+///
+/// If the indices exceed u64.
+pub fn draws(level: Level, key: &MaskKey, first_index: u64, out: &mut [u32]) {
+    assert!(first_index.checked_add(out.len() as u64).is_some(), "the indices must fit 64 bits");
+    let (mut index, mut rest) = (first_index, out);
+    while !rest.is_empty() {
+        let skipped = (index % SPAN as u64) as usize;
+        let (mut span, mut bits) = ([0; SPAN], [0; COUNTERS]);
+        let first = (index - skipped as u64) / HALVES as u64;
+        let of = Draw { key: *key, first, keep_below: 0, bits: &mut bits };
+        level.run(Draws { of, out: &mut span });
+        let (own, others) = rest.split_at_mut(rest.len().min(SPAN - skipped));
+        own.copy_from_slice(&span[skipped..skipped + own.len()]);
+        (index, rest) = (index + own.len() as u64, others);
+    }
 }
 
 /// The same for any number of elements, as numbers: `out[i]` is 1 if element `first_index + i` is

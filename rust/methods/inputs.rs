@@ -33,6 +33,11 @@ impl<'a> Inputs<'a> {
         self.tensor.elements()
     }
 
+    /// Its shape.
+    pub fn shape(&self) -> &'a [u64] {
+        &self.tensor.shape
+    }
+
     /// The base model's elements.
     pub fn base(&self) -> Result<Value> {
         self.optional_base().ok_or_else(|| {
@@ -101,6 +106,11 @@ impl Input<'_> {
     pub fn number(&self, name: &str) -> Result<f64> {
         required_number(&self.source.parameters, name)
             .map_err(|error| error.found(format!("none for `{}`", self.source.model)))
+    }
+
+    /// The model it is from.
+    pub fn model(&self) -> &str {
+        &self.source.model
     }
 
     /// A number of this input that the recipe may leave out.

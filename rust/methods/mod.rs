@@ -6,8 +6,10 @@
 
 mod arcee_fusion;
 mod breadcrumbs;
+mod cabs;
 mod consensus;
 mod dare;
+mod della;
 mod expo;
 mod geometric_median;
 mod gram;
@@ -16,6 +18,7 @@ mod karcher;
 mod largest_change;
 mod linear;
 mod model_stock;
+mod modifiers;
 mod multislerp;
 mod nearswap;
 mod norms_of_models;
@@ -36,6 +39,8 @@ use serde::Serialize;
 
 pub use inputs::{Input, Inputs};
 pub use linear::sum_of_weights;
+pub use modifiers::{MODIFIERS, scaled};
+pub(crate) use modifiers::{is_kept, keeps, refuse_scale, without_modifiers};
 
 use crate::error::Result;
 use crate::formula::Value;
@@ -229,6 +234,11 @@ pub trait Method: Debug + Sync {
     /// What it is and needs.
     fn description(&self) -> Description;
 
+    /// What other tools that have it do otherwise, but for rounding; nothing if that is all.
+    fn differs(&self) -> &'static str {
+        ""
+    }
+
     /// What an element of the output is, from the elements of the sources.
     ///
     /// Parameters that make no sense together are an error of the plan.
@@ -244,6 +254,8 @@ pub static METHODS: &[&dyn Method] = &[
     &ties::Ties,
     &dare::DareLinear,
     &dare::DareTies,
+    &della::Della,
+    &della::DellaLinear,
     &breadcrumbs::Breadcrumbs,
     &breadcrumbs::BreadcrumbsTies,
     &multislerp::Multislerp,
@@ -265,6 +277,7 @@ pub static METHODS: &[&dyn Method] = &[
     &norms_of_models::Nan,
     &expo::Expo,
     &pcb::Pcb,
+    &cabs::Cabs,
 ];
 
 /// The method of that name.

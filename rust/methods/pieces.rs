@@ -2,7 +2,7 @@
 //!
 //! Each is a formula like a method's, over inputs that are numbered in the order they are given.
 
-use crate::formula::{Scalar, Scope, Value};
+use crate::formula::{Among, Pick, Scalar, Scope, Value};
 
 /// Σ wᵢ·xᵢ.
 pub fn weighted_sum(weights: &[f64]) -> Value {
@@ -25,6 +25,20 @@ pub fn task_vector() -> Value {
 /// 1 for the `count` elements of largest magnitude, of equal ones those of lowest index; else 0.
 pub fn top_k_mask(count: u64) -> Value {
     Value::input(0).abs().largest(count as f64)
+}
+
+/// 1 for the `count` elements of largest magnitude of each row, or of each `every` elements of a row if
+/// that is not 0; else 0.
+pub fn row_top_k_mask(count: u64, every: u64) -> Value {
+    let among = if every == 0 { Among::Row } else { Among::Group(every) };
+    Value::input(0).abs().picked_by_rank(among, Pick::Largest(count))
+}
+
+/// 1 with a probability that rises from the smallest magnitude of a row to the largest, else 0: the mask
+/// that DELLA draws for the input at `position`.
+pub fn random_mask_by_rank(lowest: f64, highest: f64, position: u32) -> Value {
+    let pick = Pick::Random { lowest, highest, stream: position };
+    Value::input(0).abs().picked_by_rank(Among::Row, pick)
 }
 
 /// 1 with probability `density`, else 0: the mask that DARE draws for the input at `position`.

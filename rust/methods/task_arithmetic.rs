@@ -143,6 +143,16 @@ impl Thinning<'_> {
         self.input.number(name)
     }
 
+    /// The model whose task vector it is.
+    pub(super) fn model(&self) -> &str {
+        self.input.model()
+    }
+
+    /// The tensor's shape.
+    pub(super) fn shape(&self) -> &[u64] {
+        self.inputs.shape()
+    }
+
     /// Whether all elements are kept.
     pub(super) fn keeps_all(&self) -> bool {
         self.density >= 1.0

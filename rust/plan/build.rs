@@ -3,10 +3,11 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-
 use std::sync::Arc;
 
-use super::{ByteRange, Gathered, Kind, Names, Node, Part, Plan, Row, RowMap, Settings};
+use super::{
+    ByteRange, Formula, Gathered, Kind, Names, Node, Part, Plan, Row, RowMap, Settings, Tensor,
+};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -129,7 +130,7 @@ impl Builder {
             self.plan.nodes.push(node);
         }
         let base = base.map(|base| base as u32);
-        let kind = Kind { settings, shape, dtype, base, inputs: types };
+        let kind = Kind { settings, shape, dtype, base, inputs: types, formula: None };
         let row = Row {
             name: self.plan.names.intern(name).0,
             kind: numbered(&mut self.kinds, &mut self.plan.kinds, kind),
@@ -174,6 +175,47 @@ impl Builder {
 }
 
 impl Plan {
+    /// The same plan, of which `write` gives the formulas of the float tensors that have one. It is
+    /// asked once for those that have the same settings and as many inputs, or for `each` tensor.
+    pub fn written<E>(
+        mut self,
+        each: bool,
+        mut write: impl FnMut(Tensor<'_>) -> Result<Option<Formula>, E>,
+    ) -> Result<Self, E> {
+        let (mut formulas, mut numbers, mut asked) = (Vec::new(), HashMap::new(), HashMap::new());
+        let mut number = |formula: Formula| {
+            let functions = formula.functions.iter().map(|each| Arc::as_ptr(each).addr());
+            let arrays = formula.arrays.iter().map(|each| Arc::as_ptr(&each.call).addr());
+            let key = (Arc::clone(&formula.nodes), functions.chain(arrays).collect::<Vec<_>>());
+            *numbers.entry(key).or_insert_with(|| {
+                formulas.push(formula);
+                formulas.len() as u32 - 1
+            })
+        };
+        let mut of_rows = Vec::with_capacity(self.rows.len());
+        for tensor in self.tensors() {
+            let Kind { settings, base, ref inputs, .. } = *tensor.kind_of();
+            let key = (settings, base, inputs.len());
+            let found = match asked.get(&key) {
+                _ if !tensor.dtype().is_float() => None,
+                Some(&known) if !each => known,
+                _ => {
+                    let formula = write(tensor)?.map(&mut number);
+                    asked.insert(key, formula);
+                    formula
+                }
+            };
+            of_rows.push(found);
+        }
+        let (mut numbers, mut kinds) = (HashMap::new(), Vec::new());
+        for (row, formula) in self.rows.iter_mut().zip(of_rows) {
+            let kind = Kind { formula, ..self.kinds[row.kind as usize].clone() };
+            row.kind = numbered(&mut numbers, &mut kinds, kind);
+        }
+        (self.kinds, self.formulas) = (kinds, formulas);
+        Ok(self)
+    }
+
     /// Gives back the room that was kept for more.
     fn shrink(&mut self) {
         let Self { names, nodes, inputs, rows, .. } = self;

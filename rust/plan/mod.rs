@@ -11,6 +11,7 @@ mod names;
 mod rows;
 mod saved;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -25,7 +26,7 @@ pub use saved::{load, save};
 use crate::dtype::DType;
 
 /// The version of the plan's schema.
-pub const PLAN_VERSION: u32 = 3;
+pub const PLAN_VERSION: u32 = 4;
 
 /// Parameter values by name, resolved for one tensor.
 pub type Parameters = Map<String, Value>;
@@ -35,6 +36,8 @@ pub type Parameters = Map<String, Value>;
 pub struct Plan {
     /// The merge method's name.
     pub method: String,
+    /// Where the method is written, if it is none of the crate's own.
+    pub source: Option<MethodSource>,
     /// The seed of random masks.
     pub seed: u64,
     /// Every file that must stay as it is: those that sources lie in, then configs and indexes.
@@ -49,6 +52,7 @@ pub struct Plan {
     shapes: Vec<Vec<u64>>,
     settings: Vec<Settings>,
     kinds: Vec<Kind>,
+    formulas: Vec<Formula>,
     nodes: Vec<Node>,
     /// What rows by token are taken from; those of each node one after the other.
     parts: Vec<Part>,
@@ -72,6 +76,68 @@ pub struct Settings {
     pub origin: Value,
 }
 
+/// Where a merge method is written that is none of the crate's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MethodSource {
+    /// The module that it is in.
+    pub module: String,
+    /// Its name there.
+    pub function: String,
+    /// A digest of its source, in hexadecimal.
+    pub digest: String,
+}
+
+/// A function of numbers that the author of a formula wrote.
+pub type HostFunction = Arc<dyn Fn(&[f64]) -> Vec<f64> + Send + Sync>;
+
+/// A formula as plain data, as a method that is none of the crate's own hands it over.
+#[derive(Clone)]
+pub struct Formula {
+    /// Its nodes as JSON; `formula::listing` reads them.
+    pub nodes: Arc<str>,
+    /// What its `compute` nodes call.
+    pub functions: Vec<HostFunction>,
+    /// What makes the output instead, of a method that the language of formulas has no words for.
+    pub arrays: Option<ArrayFunction>,
+}
+
+impl fmt::Debug for Formula {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.nodes)?;
+        let calls = self.functions.len() + usize::from(self.arrays.is_some());
+        (0..calls).try_for_each(|function| write!(f, " f{function}()"))
+    }
+}
+
+/// A function that makes elements of the output of the same elements of every input.
+#[derive(Clone)]
+pub struct ArrayFunction {
+    /// Makes them.
+    pub call: Arc<dyn Fn(&mut ArrayCall<'_>) + Send + Sync>,
+    /// Whether it has to have the whole tensor at once, and not some rows of it.
+    pub whole: bool,
+}
+
+impl fmt::Debug for ArrayFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.whole { "of a tensor" } else { "of rows" })
+    }
+}
+
+/// What an [`ArrayFunction`] gets, and where its result goes.
+#[derive(Debug)]
+pub struct ArrayCall<'a> {
+    /// The shape of each array.
+    pub shape: &'a [u64],
+    /// Type and bytes of each input.
+    pub inputs: &'a [(DType, &'a [u8])],
+    /// Whether to compute in f64.
+    pub double: bool,
+    /// Type and bytes of the output.
+    pub output: (DType, &'a mut [u8]),
+}
+
 /// All that the formula of a tensor depends on: a method makes one of it, however many tensors are of
 /// that kind.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -81,6 +147,8 @@ pub(crate) struct Kind {
     dtype: DType,
     base: Option<u32>,
     inputs: Vec<DType>,
+    /// The formula, where the method is none of the crate's own.
+    formula: Option<u32>,
 }
 
 /// A node of a source tree: elements of a type and shape.
@@ -319,6 +387,11 @@ impl<'a> Tensor<'a> {
         self.sources().any(|source| source.rows.is_some())
     }
 
+    /// The formula, where the method is none of the crate's own.
+    pub fn formula(self) -> Option<&'a Formula> {
+        self.kind_of().formula.map(|formula| &self.plan.formulas[formula as usize])
+    }
+
     /// Its kind: tensors of one kind are made by one formula.
     pub(crate) fn kind(self) -> usize {
         self.row.kind as usize
@@ -348,6 +421,7 @@ impl<'a> Tensor<'a> {
             sources: self.sources().zip(&settings.own).map(source).collect(),
             base: self.base(),
             parameters: Parameters::clone(&settings.shared),
+            formula: self.formula().cloned(),
         }
     }
 }
@@ -387,6 +461,8 @@ pub struct OutputTensor {
     pub base: Option<usize>,
     /// The method's shared parameters.
     pub parameters: Parameters,
+    /// The formula, where the method is none of the crate's own.
+    pub formula: Option<Formula>,
 }
 
 /// One input of an output tensor.

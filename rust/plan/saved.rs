@@ -13,8 +13,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::{
-    Builder, ByToken, ByteRange, Gathered, Input, InputFile, Node, Origin, OutputShard,
-    PLAN_VERSION, Parameters, Part, Plan, RowMap, Settings, Tensor,
+    Builder, ByToken, ByteRange, Gathered, Input, InputFile, MethodSource, Node, Origin,
+    OutputShard, PLAN_VERSION, Parameters, Part, Plan, RowMap, Settings, Tensor,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -36,6 +36,7 @@ struct Saved {
 #[serde(deny_unknown_fields)]
 struct Table {
     method: String,
+    source: Option<MethodSource>,
     seed: u64,
     in_f64: bool,
     files: Vec<InputFile>,
@@ -142,6 +143,10 @@ pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
         .collect();
     out.write_all(b"{\"method\":")?;
     put(out, &plan.method)?;
+    if let Some(source) = &plan.source {
+        out.write_all(b",\"source\":")?;
+        put(out, source)?;
+    }
     write!(out, ",\"seed\":{},\"in_f64\":{},\"files\":", plan.seed, plan.in_f64)?;
     put_lines(out, plan.files.iter())?;
     out.write_all(b",\"models\":")?;
@@ -235,6 +240,7 @@ fn read(text: &str, header_bytes: impl Fn(&Plan, usize) -> Result<u64>) -> Resul
 fn build(table: Table) -> Result<Plan> {
     let Table {
         method,
+        source,
         seed,
         in_f64,
         files,
@@ -302,7 +308,7 @@ fn build(table: Table) -> Result<Plan> {
         return Err(wrong("the plan has no tensors"));
     }
     let mut plan = builder.place(&places)?;
-    plan.in_f64 = in_f64;
+    (plan.in_f64, plan.source) = (in_f64, source);
     let shard = |SavedShard { file_name, size }| OutputShard { file_name, header_bytes: 0, size };
     plan.shards = shards.into_iter().map(shard).collect();
     Ok(plan)

@@ -15,7 +15,7 @@ use pyo3::types::PyDict;
 use super::enter::take_part;
 use super::error::raise;
 use super::exported::{Array, Given, Held, export, export_all, may_wait};
-use super::formula::Written;
+use super::formula::Raised;
 use super::plan::{Plan, parameters};
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource, Many};
@@ -174,7 +174,7 @@ fn overlapping() -> PyErr {
 
 /// A plan whose tensors are computed when they are asked for.
 #[pyclass(frozen, module = "oxmerge._core")]
-pub(super) struct OnDemand(files::OnDemand);
+pub(super) struct OnDemand(files::OnDemand, Raised);
 
 #[pymethods]
 impl OnDemand {
@@ -183,7 +183,8 @@ impl OnDemand {
     fn open(py: Python<'_>, plan: PyRef<'_, Plan>) -> PyResult<Self> {
         let table = plan.table();
         let opened = py.detach(|| files::OnDemand::open(table, ReadPath::Auto));
-        opened.map(Self).map_err(|error| raise(py, &error))
+        let opened = opened.map_err(|error| raise(py, &error))?;
+        Ok(Self(opened, plan.raised()))
     }
 
     /// Computes tensor `index` of the plan into `out`.
@@ -203,15 +204,15 @@ impl OnDemand {
         call.check(&out)?;
         let held = Held::of([&out])?;
         let task = self.0.task(index, Arc::new(sink(&out, true)));
-        let task = task.map_err(|error| raise(py, &error))?;
+        let task = self.1.or(task.map_err(|error| raise(py, &error)))?;
         let level = level(py)?;
         // However little there is to read, a disk may take any time.
-        take_part(py, false, |control| {
+        let run = take_part(py, false, |control| {
             arrays::run(task, level, threads, control)?;
             self.0.check_unchanged(index)
-        })?;
+        });
         drop(held);
-        Ok(())
+        self.1.or(run)
     }
 }
 
@@ -262,11 +263,9 @@ pub(super) fn merge_arrays(
     // What may run a program's code comes first: it could change an array that was looked at.
     let own: Vec<Parameters> = own.iter().map(parameters).collect::<PyResult<_>>()?;
     let shared = parameters(shared)?;
+    let raised = Raised::default();
     let built_in = method.extract::<&str>().ok();
-    let written: Option<Written> = match built_in {
-        Some(_) => None,
-        None => Some(method.extract()?),
-    };
+    let formula = built_in.is_none().then(|| raised.formula(method)).transpose()?;
     let (inputs, out) = export(inputs, out)?;
     let source = |(index, (input, parameters)): (usize, (&Array<'_>, Parameters))| SourceTensor {
         model: format!("input {index}"),
@@ -286,16 +285,10 @@ pub(super) fn merge_arrays(
         sources,
         base,
         parameters: shared,
+        formula,
     };
-    let raised = written.as_ref().map(Written::raised).unwrap_or_default();
-    let work = match (built_in, written) {
-        (Some(method), _) => Work::of(method, &tensor),
-        (None, Some(formula)) if tensor.dtype.is_float() => {
-            formula.value(inputs.len()).map(|value| Work::Formulas(vec![value]))
-        }
-        (None, _) => Ok(Work::Identical),
-    };
-    let work = work.map_err(|error| raise(py, &error))?;
+    let work = Work::of(built_in.unwrap_or(name), &tensor).map_err(|error| raise(py, &error));
+    let work = raised.or(work)?;
     let call = Call { name, seed, shape: tensor.shape, threads };
     raised.or(call.fill(py, &inputs, &out, work))
 }
@@ -317,6 +310,10 @@ pub(super) fn fill_array(
     let number = |at: usize| numbers.get(at).copied().unwrap_or(0.0);
     let value = match (piece, inputs.len()) {
         ("top_k_mask", 1) => pieces::top_k_mask(number(0) as u64),
+        ("row_top_k_mask", 1) => pieces::row_top_k_mask(number(0) as u64, number(1) as u64),
+        ("random_mask_by_rank", 1) => {
+            pieces::random_mask_by_rank(number(0), number(1), number(2) as u32)
+        }
         ("random_mask", 0) => pieces::random_mask(number(0), number(1) as u32),
         (_, count) => elementwise(piece, count, &numbers)?,
     };

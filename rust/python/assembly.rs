@@ -1,6 +1,6 @@
 //! Putting a plan together from Python, run by run.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use super::checkpoint::Checkpoint;
 use super::enter::enter;
 use super::error::raise;
 use super::plan::{Plan, parameters};
-use crate::assembly::{self, Column, Fate};
+use crate::assembly::{self, Column, Fate, Keeping};
 use crate::checkpoint;
 use crate::checkpoint::token_rows::{self, Filling};
 use crate::dtype::DType;
@@ -104,7 +104,8 @@ impl Assembly {
     }
 
     /// Finds the tensors of a run: of the donor (the first, and how many from there on), in the output,
-    /// and in each column's model.
+    /// and in each column's model. Of the columns, `keeping` says how many are inputs, which tensors are
+    /// made of one column alone, and of which those that an input lacks or has in another shape.
     #[expect(clippy::too_many_arguments, reason = "what a run is")]
     fn find(
         &mut self,
@@ -115,11 +116,19 @@ impl Assembly {
         columns: Vec<(usize, String)>,
         is_like: bool,
         quantised: Vec<bool>,
+        keeping: (usize, HashMap<usize, usize>, Option<usize>),
     ) -> PyResult<Run> {
+        let (inputs, kept, otherwise) = keeping;
+        let known = |&column: &usize| column < columns.len();
+        if inputs > columns.len() || !kept.values().chain(&otherwise).all(known) {
+            return Err(PyIndexError::new_err("a tensor is kept from a column that is not there"));
+        }
+        let keeping = Keeping { inputs, kept, otherwise };
         let tensors = tensors.into_iter().flat_map(|(first, count)| first..first + count).collect();
         let columns = columns.into_iter().map(|(model, lead)| Column { model, lead }).collect();
+        let inner = self.inner()?;
         let (run, odd) =
-            self.inner()?.find(donor, tensors, donor_lead, lead, columns, is_like, &quantised);
+            inner.find(donor, tensors, donor_lead, lead, columns, is_like, &quantised, keeping);
         Ok(Run { run, odd: odd.into_iter().map(|odd| (odd.at, odd.is_twice)).collect() })
     }
 
@@ -189,6 +198,11 @@ impl Run {
     /// How many tensors it has.
     fn __len__(&self) -> usize {
         self.run.len()
+    }
+
+    /// The tensors that are made of one column alone, and which it is.
+    fn kept(&self) -> HashMap<usize, usize> {
+        self.run.kept().clone()
     }
 
     /// The tensor's index in the donor.

@@ -30,6 +30,8 @@ pub(super) struct Checkpoint(Arc<checkpoint::Checkpoint>);
 pub(super) struct TensorInfo {
     /// Its name.
     name: String,
+    /// Its name in the file.
+    written: String,
     /// Its element type, by its safetensors name.
     dtype: &'static str,
     /// Its shape.
@@ -52,6 +54,7 @@ impl TensorInfo {
     fn of(py: Python<'_>, tensor: checkpoint::Tensor<'_>) -> PyResult<Self> {
         Ok(Self {
             name: tensor.name.to_owned(),
+            written: tensor.written.to_owned(),
             dtype: tensor.dtype.name(),
             shape: PyTuple::new(py, tensor.shape)?.unbind(),
             file: tensor.file,
@@ -114,6 +117,18 @@ impl Checkpoint {
     /// The names in file order.
     fn names(&self) -> Vec<&str> {
         self.0.tensors().map(|tensor| tensor.name).collect()
+    }
+
+    /// How many tensors have a name that another checkpoint has too.
+    fn shared_names(&self, py: Python<'_>, other: PyRef<'_, Self>) -> usize {
+        let other = other.shared();
+        py.detach(|| self.0.shared_names(&other))
+    }
+
+    /// The same tensors under these names, in file order.
+    fn renamed(&self, py: Python<'_>, names: Vec<String>) -> PyResult<Self> {
+        let renamed = self.0.renamed(names.iter().map(String::as_str));
+        renamed.map(|renamed| Self(Arc::new(renamed))).map_err(|error| raise(py, &error))
     }
 
     /// The tensors in file order, in runs whose names begin alike up to the layer's number: that

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use super::enter::enter;
 use super::error::raise;
+use super::formula::Raised;
 use super::plan::Plan;
 use super::to_python;
 use super::torch::Device;
@@ -19,7 +20,7 @@ use crate::engine::{self, Settings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
-use crate::methods::METHODS;
+use crate::methods::{Description, METHODS, MODIFIERS, Method};
 use crate::plan::{self, InputFile};
 
 const MOST_WORKERS: usize = 1024;
@@ -39,8 +40,21 @@ pub(super) fn partial_name(file_name: &str) -> String {
 /// Every merge method: name, formula, inputs, parameters.
 #[pyfunction]
 pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
-    let descriptions: Vec<_> = METHODS.iter().map(|method| method.description()).collect();
-    to_python(py, &descriptions)
+    #[derive(serde::Serialize)]
+    struct Row {
+        #[serde(flatten)]
+        description: Description,
+        differs: &'static str,
+    }
+    let row =
+        |method: &&dyn Method| Row { description: method.description(), differs: method.differs() };
+    to_python(py, &METHODS.iter().map(row).collect::<Vec<_>>())
+}
+
+/// The parameters that every merge method has besides its own.
+#[pyfunction]
+pub(super) fn modifiers(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    to_python(py, &MODIFIERS)
 }
 
 /// Raises `InputChangedError` if one of the files is not what it was.
@@ -63,13 +77,15 @@ pub(super) fn predict<'py>(
     device: Option<Device<'py>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let offload = device.as_ref().map(Device::offload).transpose()?;
+    let raised: Vec<Raised> = plans.iter().map(|plan| plan.raised()).collect();
     let plans: Vec<Arc<plan::Plan>> = plans.iter().map(|plan| plan.table()).collect();
     let plan = || {
         let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
         let workers = worker_count(threads, plans.len());
         engine::predict(&plans, FileModes::default(), offload, memory, workers)
     };
-    let (planned, rereads) = py.detach(plan).map_err(|error| raise(py, &error))?;
+    let planned = py.detach(plan).map_err(|error| raise(py, &error));
+    let (planned, rereads) = first_raised(&raised, planned)?;
     let mut described = describe_memory(&planned);
     described["rereads"] = rereads.into();
     to_python(py, &described)
@@ -83,14 +99,20 @@ pub(super) fn rehearse(
     threads: Option<usize>,
     device: Option<Device<'_>>,
 ) -> PyResult<f64> {
-    let plan = plan.table();
+    let (plan, raised) = (plan.table(), plan.raised());
     let level = Level::from_environment().map_err(|error| raise(py, &error))?;
-    with_backend(py, device, level, |backend| {
+    let rate = with_backend(py, device, level, |backend| {
         enter(py, None, |control| {
             let workers = worker_count(threads, 1);
             rehearsal::rate(backend, &plan, level, workers, control)
         })
-    })
+    });
+    raised.or(rate)
+}
+
+/// `result`; or of a failure, the exception that a function of a formula raised, if one did.
+fn first_raised<R>(raised: &[Raised], result: PyResult<R>) -> PyResult<R> {
+    raised.iter().fold(result, |result, raised| raised.or(result))
 }
 
 /// Calls `run` with what computes on `device`, or with the engine's own kernels. An exception of
@@ -146,10 +168,11 @@ pub(super) fn execute<'py>(
     let write = if direct { DirectMode::Auto } else { DirectMode::Never };
     let level = Level::from_environment().map_err(|error| raise(py, &error))?;
     let tables: Vec<Arc<plan::Plan>> = merges.iter().map(|(plan, _)| plan.table()).collect();
+    let raised: Vec<Raised> = merges.iter().map(|(plan, _)| plan.raised()).collect();
     let directories: Vec<PathBuf> = merges.into_iter().map(|(_, directory)| directory).collect();
     let workers = worker_count(threads, tables.len());
     let settings = Settings { level, workers, memory, largest_piece };
-    let (report, files) = with_backend(py, device, level, |backend| {
+    let done = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
             let open = |(index, path): (usize, &PathBuf)| {
                 let descriptor = descriptors.as_ref().and_then(|all| all.get(index));
@@ -164,7 +187,8 @@ pub(super) fn execute<'py>(
             let modes = FileModes { read, write };
             engine::merge(backend, &merges, modes, &settings, planned, control)
         })
-    })?;
+    });
+    let (report, files) = first_raised(&raised, done)?;
     let described = serde_json::json!({
         "seconds": report.seconds,
         "bytes_read": report.bytes_read,

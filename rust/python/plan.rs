@@ -8,11 +8,13 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyDict, PyList, PyTuple};
 
 use super::error::raise;
+use super::formula::Raised;
 use super::to_python;
 use crate::checkpoint;
 use crate::engine::files;
+use crate::methods;
 use crate::plan;
-use crate::plan::Parameters;
+use crate::plan::{MethodSource, Parameters};
 
 /// Hands what is written to a function of Python.
 struct Parts<'a, 'py> {
@@ -38,18 +40,23 @@ impl std::io::Write for Parts<'_, '_> {
 
 /// The table of a plan.
 #[pyclass(frozen, module = "oxmerge._core")]
-pub(super) struct Plan(Arc<plan::Plan>);
+pub(super) struct Plan(Arc<plan::Plan>, Raised);
 
 impl Plan {
     /// The table itself.
     pub(super) fn table(&self) -> Arc<plan::Plan> {
         Arc::clone(&self.0)
     }
+
+    /// Where the functions of its formulas leave their exceptions.
+    pub(super) fn raised(&self) -> Raised {
+        self.1.clone()
+    }
 }
 
 impl From<plan::Plan> for Plan {
     fn from(plan: plan::Plan) -> Self {
-        Self(Arc::new(plan))
+        Self(Arc::new(plan), Raised::default())
     }
 }
 
@@ -59,6 +66,44 @@ impl Plan {
     #[getter]
     fn method(&self) -> &str {
         &self.0.method
+    }
+
+    /// Module, name and digest of the Python function that is the merge method, if it is one.
+    #[getter]
+    fn source(&self) -> Option<(&str, &str, &str)> {
+        let source = self.0.source.as_ref()?;
+        Some((&source.module, &source.function, &source.digest))
+    }
+
+    /// The same plan, whose method is a Python function: `source` says which. `write` returns the
+    /// formula of each distinct setting, or of `each` tensor.
+    ///
+    /// It is called with the number of inputs, the base, the shared parameters and those of each input;
+    /// and, for `each` tensor, with its name, shape and element type.
+    fn with_formulas(
+        &self,
+        source: (String, String, String),
+        write: Bound<'_, PyAny>,
+        each: bool,
+    ) -> PyResult<Self> {
+        let (py, raised) = (write.py(), Raised::default());
+        let (module, function, digest) = source;
+        let mut table = plan::Plan::clone(&self.0);
+        table.source = Some(MethodSource { module, function, digest });
+        let table = table.written(each, |tensor| {
+            let settings = tensor.settings();
+            if methods::keeps(&settings.shared) {
+                return Ok(None);
+            }
+            let own: Vec<&Parameters> = settings.own.iter().map(|own| &**own).collect();
+            let shared = to_python(py, &methods::without_modifiers(&settings.shared))?;
+            let own = to_python(py, &own)?;
+            let about = each.then(|| (tensor.name(), tensor.shape(), tensor.dtype().name()));
+            let inputs = tensor.sources().len();
+            let written = write.call1((inputs, tensor.base(), shared, own, about))?;
+            raised.checked(&written, inputs).map(Some)
+        });
+        Ok(Self(Arc::new(table?), raised))
     }
 
     /// The seed of random masks.

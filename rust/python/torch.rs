@@ -15,11 +15,11 @@ use crate::engine::backend::{Arithmetic, Backend, Results, Run, Step};
 use crate::engine::need::Offload;
 use crate::engine::simd::Simd;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::machine::{InputBytes, TensorFrame};
+use crate::formula::machine::{InputBytes, Spans, TensorFrame};
 use crate::formula::masks::KeptMasks;
 use crate::formula::program::{Along, Argument, Effect, Instruction, Operation, Program, Slot};
 use crate::formula::selection::{Interval, Look, ordinal_of_key};
-use crate::formula::{Scalar, Scope};
+use crate::formula::{Among, Pick, Scalar, Scope};
 use crate::kernels::{Ends, Level, MaskKey};
 
 /// A `torch_backend.Backend`, and what went wrong in it.
@@ -197,9 +197,28 @@ impl<'py> Encoder<'_, 'py> {
                 ("count", self.argument(*a)?, low, high, shift, bins(interval), length)
                     .into_pyobject(py)
             })(),
+            Effect::Rank { among, pick, a, .. } => self.rank(*among, *pick, *a),
             Effect::Keys { .. } | Effect::Fused(_) => unreachable!("the host's kernels do that"),
         };
         Some(encoded)
+    }
+
+    /// How the vectors lie, and how many of the largest are kept, or which random mask it is.
+    fn rank(&self, among: Among, pick: Pick, a: Argument) -> PyResult<Bound<'py, PyTuple>> {
+        let Spans { size, within, stride } = self.frame.spans(among);
+        let (a, spans) = (self.argument(a)?, (size, within, stride));
+        match pick {
+            Pick::Largest(count) => {
+                // No vector has more elements than an i64 can say.
+                let count = count.min(i64::MAX.cast_unsigned());
+                ("largest_by_rank", a, spans, count).into_pyobject(self.py)
+            }
+            Pick::Random { lowest, highest, stream } => {
+                let (key, stream) = self.mask_words(stream);
+                let probabilities = (lowest, highest);
+                ("random_by_rank", a, spans, probabilities, key, stream).into_pyobject(self.py)
+            }
+        }
     }
 
     fn operation(&self, operation: &Operation) -> PyResult<(&'static str, Bound<'py, PyTuple>)> {
@@ -227,6 +246,7 @@ impl<'py> Encoder<'_, 'py> {
                 let threshold = ordinal_of_key(chosen.threshold, self.double);
                 ("kept", (*a, threshold, chosen.equals_end).into_pyobject(py)?)
             }
+            Operation::Marked { marks } => ("marked", (*marks,).into_pyobject(py)?),
             Operation::Random { mask: (stream, keep_below) } => {
                 let (key, stream) = self.mask_words(*stream);
                 ("random", (*keep_below, key, stream).into_pyobject(py)?)
@@ -279,6 +299,7 @@ impl Run for TorchRun<'_> {
         };
         let before = results.numbers.first().map_or(0, Vec::len);
         results.numbers.iter_mut().for_each(|numbers| numbers.resize(before + segments, 0.0));
+        results.kept.iter_mut().for_each(|kept| kept.resize((end - start) as usize, 0));
         let mut counted: Vec<Vec<i64>> = self
             .program
             .searches
@@ -289,13 +310,20 @@ impl Run for TorchRun<'_> {
             let mut lent = Lent::default();
             let called = (|| {
                 let inputs = lend_inputs(py, &mut lent, step)?;
-                let vectors = step.vectors.iter().map(|vector| encode_vector(py, vector));
+                let vectors = step.given.vectors.iter().map(|vector| encode_vector(py, vector));
                 let vectors = vectors.collect::<PyResult<Vec<_>>>()?;
+                let count = (end - start) as usize;
+                let marks = step.given.marks.iter().map(|marks| {
+                    let kept: Vec<u8> = marks.from(start).take(count).map(u8::from).collect();
+                    PyByteArray::new(py, &kept)
+                });
+                let marks: Vec<_> = marks.collect();
                 let skipped = if segments > 0 { before } else { 0 };
                 let mut buffers = Buffers {
                     outputs: results.outputs.iter_mut().map(|output| Some(&mut **output)).collect(),
                     numbers: results.numbers.iter_mut(),
                     counted: counted.iter_mut(),
+                    kept: results.kept.iter_mut(),
                 };
                 let mut found = Vec::new();
                 for effect in &self.program.effects {
@@ -303,7 +331,8 @@ impl Run for TorchRun<'_> {
                         found.push(lent.writable(py, bytes)?);
                     }
                 }
-                let arguments = (start, end - start, inputs, vectors, step.column, found);
+                let given = (vectors, marks);
+                let arguments = (start, end - start, inputs, given, step.column, found);
                 self.ready.call_method1(py, "run", arguments)
             })();
             let called = called.map_err(|exception| self.failure.note(py, exception));
@@ -332,16 +361,18 @@ impl Run for TorchRun<'_> {
 }
 
 /// Where effects put what they find, in their order.
-struct Buffers<'a, N, C> {
+struct Buffers<'a, N, C, K> {
     outputs: Vec<Option<&'a mut [u8]>>,
     numbers: N,
     counted: C,
+    kept: K,
 }
 
-impl<'a, N, C> Buffers<'a, N, C>
+impl<'a, N, C, K> Buffers<'a, N, C, K>
 where
     N: Iterator<Item = &'a mut Vec<f64>>,
     C: Iterator<Item = &'a mut Vec<i64>>,
+    K: Iterator<Item = &'a mut Vec<u8>>,
 {
     /// The bytes for `effect`; numbers begin behind those of earlier steps.
     fn of(&mut self, effect: &Effect, before: usize) -> Option<&'a mut [u8]> {
@@ -353,6 +384,7 @@ where
             Effect::Count { .. } => {
                 self.counted.next().map(|counted| bytemuck::cast_slice_mut(counted))
             }
+            Effect::Rank { .. } => self.kept.next().map(Vec::as_mut_slice),
             Effect::Copy { .. } | Effect::Keys { .. } | Effect::Fused(_) => None,
         }
     }

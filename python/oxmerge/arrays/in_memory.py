@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import overload
 
 from oxmerge import _core
-from oxmerge.arrays.python_methods import registered
 from oxmerge.arrays.views import (
     View,
     check_same_shape,
@@ -18,10 +16,10 @@ from oxmerge.arrays.views import (
     promoted,
     view,
 )
-from oxmerge.methods import find_method, read_methods
+from oxmerge.methods import find_method, plain_name
 from oxmerge.options import check_seed, check_threads
 from oxmerge.planning.parameters import KINDS, convert, limits_advice, plain_number
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import Place, Problem, did_you_mean
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
 
     from oxmerge.arrays.views import Tensor
     from oxmerge.methods import Method, Parameter
+    from oxmerge.python_methods import PythonMethod
 
     Out = TypeVar("Out")
     Parameters = Mapping[str, Any]
@@ -43,18 +42,15 @@ __all__ = [
     "check_out",
     "finite",
     "merge_tensors",
-    "methods",
 ]
 
-#: How Python writes a parameter whose name is a keyword.
-_ALIASES = {"lambda_": "lambda"}
 #: What a call takes besides the parameters, by name.
 _OPTIONS = ("base", "dtype", "name", "out", "seed", "threads")
 
 
 @overload
 def merge_tensors(
-    method: str,
+    method: str | PythonMethod,
     tensors: Sequence[Tensor],
     base: Tensor | None = None,
     *,
@@ -67,7 +63,7 @@ def merge_tensors(
 ) -> Tensor: ...
 @overload
 def merge_tensors(
-    method: str,
+    method: str | PythonMethod,
     tensors: Sequence[Any],
     base: Any = None,
     *,
@@ -80,7 +76,7 @@ def merge_tensors(
 ) -> NDArray[Any]: ...
 @overload
 def merge_tensors(
-    method: str,
+    method: str | PythonMethod,
     tensors: Sequence[Any],
     base: Any = None,
     *,
@@ -92,7 +88,7 @@ def merge_tensors(
     **parameters: Any,
 ) -> Out: ...
 def merge_tensors(
-    method: str,
+    method: str | PythonMethod,
     tensors: Sequence[Any],
     base: Any = None,
     *,
@@ -107,8 +103,9 @@ def merge_tensors(
 
     Parameters
     ----------
-    method : str
-        A merge method; ``oxmerge methods`` lists them.
+    method : str or PythonMethod
+        A merge method: its name, of which ``oxmerge methods`` lists those there are, or what
+        `oxmerge.method` made.
     tensors : sequence of array
         NumPy arrays, torch tensors on the CPU, or what has the buffer protocol or DLPack; all of
         the same shape. Contiguous ones are used where they are, others are copied first. Floats of
@@ -181,8 +178,8 @@ class MethodCall:
 
     Parameters
     ----------
-    method : str
-        Its name.
+    method : str or PythonMethod
+        Its name, or one written in Python.
     others : int
         How many inputs there are besides the base.
     parameters : mapping
@@ -193,16 +190,17 @@ class MethodCall:
 
     __slots__ = ("_base", "_method", "_own", "_shared", "names")
 
-    def __init__(self, method: str, others: int, parameters: Parameters, *, has_base: bool) -> None:
-        if not isinstance(method, str):
-            raise TypeError(
-                f"method must be a name, such as 'linear', not a {type(method).__name__}"
-            )
-        found = find_method(method, methods())
-        if isinstance(found, Problem):
-            raise _unknown(found)
+    def __init__(
+        self,
+        method: str | PythonMethod,
+        others: int,
+        parameters: Parameters,
+        *,
+        has_base: bool,
+    ) -> None:
+        found = _found(method)
         _check_counts(found, others, has_base=has_base)
-        self._method = method
+        self._method = found
         self._base = others if has_base else None
         self._shared, self._own = _share_out(found, others, parameters, has_base=has_base)
         self.names = [f"tensors[{at}]" for at in range(others)]
@@ -228,9 +226,10 @@ class MethodCall:
             out = empty(first.shape, code, first.kind)
         check_out(out, first.shape, code)
         mark_overwritten(out.array)
-        method: Any = self._method
-        if (written := registered().get(method)) is not None:
-            method = written.formula(len(inputs), self._base, self._shared, self._own)
+        method: Any = self._method.name
+        if (written := self._method.written) is not None:
+            tensor = (name, first.shape, code)
+            method = written.formula(len(inputs), self._base, self._shared, self._own, tensor)
         _core.merge_arrays(
             method,
             [each.exporter for each in inputs],
@@ -291,19 +290,21 @@ def check_out(out: View, shape: tuple[int, ...], code: str, what: str = "out") -
         raise ValueError(f"{what} is of {out.code}, and the result of {code}; {advice}")
 
 
-def methods() -> dict[str, Method]:
-    """Return every method by name."""
-    return _built_in() | read_methods(each.row() for each in registered().values())
+def _found(method: str | PythonMethod) -> Method:
+    """Return a method by its name, or one written in Python as it is."""
+    if not isinstance(method, str):
+        from oxmerge.python_methods import PythonMethod  # noqa: PLC0415 - seldom needed
 
-
-@cache
-def _built_in() -> dict[str, Method]:
-    return read_methods(_core.methods())
-
-
-def _unknown(problem: Problem) -> ValueError:
-    advice = "" if problem.advice is None else f"; {problem.advice}"
-    return ValueError(problem.message + advice)
+        if not isinstance(method, PythonMethod):
+            kind = type(method).__name__
+            advice = "; make one of a function with `@oxmerge.method`" if callable(method) else ""
+            raise TypeError(f"method must be a name, such as 'linear', not a {kind}{advice}")
+        return method.described()
+    found = find_method(method, Place("method"))
+    if isinstance(found, Problem):
+        advice = "" if found.advice is None else f"; {found.advice}"
+        raise ValueError(found.message + advice)  # noqa: TRY004 - a name that is not there
+    return found
 
 
 def _check_counts(method: Method, others: int, *, has_base: bool) -> None:
@@ -323,10 +324,10 @@ def _share_out(
     method: Method, others: int, parameters: Parameters, *, has_base: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the parameters that the inputs share, and those of each."""
-    for alias, key in _ALIASES.items():
-        if alias in parameters and key in parameters:
+    for alias in parameters:
+        if (key := plain_name(alias)) != alias and key in parameters:
             raise TypeError(f"`{key}` and `{alias}` are one parameter; give one of them")
-    given = {_ALIASES.get(key, key): value for key, value in parameters.items()}
+    given = {plain_name(key): value for key, value in parameters.items()}
     _check_known(method, given)
     shared: dict[str, Any] = {}
     own: list[dict[str, Any]] = [{} for _ in range(others + has_base)]

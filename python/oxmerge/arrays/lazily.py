@@ -8,11 +8,14 @@ from typing import Any
 from oxmerge import _core
 from oxmerge.arrays.in_memory import check_options
 from oxmerge.arrays.views import empty, kind_of
+from oxmerge.errors import PlanError
 from oxmerge.merging import prepare
 from oxmerge.problems import no_such_key
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from oxmerge.arrays.views import Framework, Kind
     from oxmerge.merging import Request
     from oxmerge.planning.plans import Plan
@@ -107,6 +110,8 @@ def lazy(
     threads: int | None = None,
     strict: bool = False,
     allow_mismatch: bool = False,
+    ignore_unknown: bool = False,
+    allow_methods: Iterable[str] = (),
 ) -> LazyMerge:
     """Return the merge of a recipe as a mapping whose tensors are computed when asked for.
 
@@ -130,6 +135,10 @@ def lazy(
         Whether warnings count as problems.
     allow_mismatch : bool
         Whether models may be of another type than the one whose config the output has.
+    ignore_unknown : bool
+        Whether keys and parameters of the recipe that are not known are warnings.
+    allow_methods : iterable of str
+        Modules whose functions a recipe may name as its method: see `oxmerge.merge`.
 
     Returns
     -------
@@ -161,5 +170,15 @@ def lazy(
     """
     check_options(seed, threads)
     kind = kind_of(framework)
-    plan = prepare(recipe, seed=seed, strict=strict, allow_mismatch=allow_mismatch)
+    plan = prepare(
+        recipe,
+        seed=seed,
+        strict=strict,
+        allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown,
+        allow_methods=allow_methods,
+    )
+    if plan.stages:
+        advice = "merge the earlier ones, and name their outputs"
+        raise PlanError("tensors of several merges cannot be computed on demand", advice=advice)
     return LazyMerge(plan, kind, threads)

@@ -10,8 +10,8 @@ from inspect import Parameter as Argument
 from inspect import Signature
 
 from oxmerge import _core
-from oxmerge.arrays.in_memory import merge_tensors, methods
-from oxmerge.methods import explain_parameter
+from oxmerge.arrays.in_memory import merge_tensors
+from oxmerge.methods import built_in_methods, explain_parameter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,4 +103,6 @@ def _example(method: Method) -> list[str]:
 
 
 __all__ += [row["name"] for row in _core.methods()]
-globals().update((row["name"], _function(methods()[row["name"]], row)) for row in _core.methods())
+globals().update(
+    (row["name"], _function(built_in_methods()[row["name"]], row)) for row in _core.methods()
+)

@@ -199,7 +199,7 @@ def _described(tensors: Mapping[str, Any]) -> list[_Tensor]:
                 code, array = _stored(tensors[name])
                 found.append(_Tensor(name, code, tuple(array.shape)))
         except (TypeError, ValueError) as error:
-            problems.append(Problem("tensor", str(error), tensor=str(name)))
+            problems.append(Problem("unsaved-tensor", str(error), tensor=str(name)))
     if problems:
         raise PlanError("the tensors cannot be saved", problems=group_problems(problems))
     return found

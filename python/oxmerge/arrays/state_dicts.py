@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from oxmerge.arrays.views import Place, Tensor
+    from oxmerge.python_methods import PythonMethod
 
     Out = TypeVar("Out", bound=MutableMapping[str, Any])
 
@@ -42,7 +43,7 @@ _SCALES = ("_scale", "_scale_inv")
 
 @overload
 def merge_state_dicts(
-    method: str,
+    method: str | PythonMethod,
     state_dicts: Sequence[Mapping[str, Any]],
     base: Mapping[str, Any] | None = None,
     *,
@@ -55,7 +56,7 @@ def merge_state_dicts(
 ) -> Out: ...
 @overload
 def merge_state_dicts(
-    method: str,
+    method: str | PythonMethod,
     state_dicts: Sequence[Mapping[str, Tensor]],
     base: Mapping[str, Tensor] | None = None,
     *,
@@ -68,7 +69,7 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]: ...
 @overload
 def merge_state_dicts(
-    method: str,
+    method: str | PythonMethod,
     state_dicts: Sequence[Mapping[str, Any]],
     base: Mapping[str, Any] | None = None,
     *,
@@ -80,7 +81,7 @@ def merge_state_dicts(
     **parameters: Any,
 ) -> dict[str, NDArray[Any]]: ...
 def merge_state_dicts(
-    method: str,
+    method: str | PythonMethod,
     state_dicts: Sequence[Mapping[str, Any]],
     base: Mapping[str, Any] | None = None,
     *,
@@ -95,8 +96,9 @@ def merge_state_dicts(
 
     Parameters
     ----------
-    method : str
-        A merge method; ``oxmerge methods`` lists them.
+    method : str or PythonMethod
+        A merge method: its name, of which ``oxmerge methods`` lists those there are, or what
+        `oxmerge.method` made.
     state_dicts : sequence of mapping
         Arrays by name, as `merge_tensors` takes them: a model's ``state_dict()``, or a checkpoint
         that `oxmerge.open` opened, whose tensors are read when their turn comes. All have the same

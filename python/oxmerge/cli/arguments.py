@@ -37,10 +37,11 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """`ArgumentParser` that raises `UsageError` and knows its own options."""
+    """`ArgumentParser` that raises `UsageError`, knows its own options and those of its help."""
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401
         self.options: list[str] = []
+        self.shown: list[str] = []
         super().__init__(
             **settings,
             allow_abbrev=False,
@@ -49,7 +50,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:  # noqa: ANN401
         """Add an argument, remembering the names of options."""
-        self.options += [name for name in names if name.startswith("-")]
+        options = [name for name in names if name.startswith("-")]
+        self.options += options
+        self.shown += options if settings.get("help") != argparse.SUPPRESS else []
         return super().add_argument(*names, **settings)
 
     def parse(self, arguments: list[str], printer: Printer) -> argparse.Namespace | None:
@@ -69,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         for word in before_end:
             name = word.split("=", 1)[0]
             if re.match(r"--?[A-Za-z]", name) and name not in self.options:
-                raise UsageError.unknown("option", name, [o for o in self.options if o[1] == "-"])
+                raise UsageError.unknown("option", name, [o for o in self.shown if o[1] == "-"])
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -153,6 +156,12 @@ def add_plan_options(parser: Parser) -> None:
         action="store_true",
         help="merge models of different types, if their tensors fit",
     )
+    parser.add_argument(
+        "--ignore-unknown",
+        action="store_true",
+        help="leave out keys and parameters of the recipe that are not known",
+    )
+    add_methods_option(parser)
     add_json_option(parser)
 
 
@@ -177,6 +186,16 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def add_methods_option(parser: Parser) -> None:
+    """Add `--allow-methods`."""
+    parser.add_argument(
+        "--allow-methods",
+        metavar="MODULE",
+        action="append",
+        help="import this module, which runs its code, for a method MODULE:NAME; may be repeated",
+    )
+
+
 def add_json_option(parser: Parser) -> None:
     """Add `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -196,6 +215,8 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "shard_size": options.shard_size,
         "allow_mismatch": options.allow_mismatch or None,
+        "ignore_unknown": options.ignore_unknown or None,
+        "allow_methods": options.allow_methods,
     }
     return {
         "strict": options.strict,

@@ -15,12 +15,11 @@ from oxmerge.problems import Problem
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any
+    from typing import IO, Any
 
     from oxmerge._core import Checkpoint
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.planning.plans import Plan
-    from oxmerge.recipe.recipe import Recipe
 
     Progress = Callable[[Snapshot], None]
 
@@ -47,8 +46,21 @@ class Engine:
         return oxmerge.plan(_recipe(recipe), **options)
 
     def methods(self) -> Sequence[Mapping[str, Any]]:
-        """Describe every merge method."""
+        """Describe the built-in merge methods."""
         return _core.methods()
+
+    def installed_methods(self) -> Sequence[Mapping[str, Any] | Problem]:
+        """Describe the methods that installed packages offer; or say why one cannot be had."""
+        from oxmerge.python_methods import installed  # noqa: PLC0415 - seldom needed
+
+        return [each if isinstance(each, Problem) else each.row() for each in installed()]
+
+    def find_method(self, name: str, allowed: Sequence[str]) -> Mapping[str, Any] | Problem | None:
+        """Describe the method written in Python that is called so; or say why it cannot be had."""
+        from oxmerge.python_methods import find_written  # noqa: PLC0415 - seldom needed
+
+        found = find_written(name, allowed)
+        return found if found is None or isinstance(found, Problem) else found.row()
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""
@@ -58,12 +70,12 @@ class Engine:
         return _core.open_checkpoint(path)
 
 
-def _recipe(recipe: str) -> Path | Recipe:
-    """Return the path of a recipe, which is no text here, whatever it looks like; - is a recipe."""
+def _recipe(recipe: str) -> Path | IO[bytes]:
+    """Return the path of a recipe, which is no text here, whatever it looks like; - is a file."""
     if recipe == "-":
         if sys.stdin is None:
             raise UsageError("there is no standard input", "name a recipe file")
-        return oxmerge.Recipe.from_yaml(sys.stdin.buffer)
+        return sys.stdin.buffer
     path = Path(recipe)
     if path.is_dir() or not path.exists():
         what = "it is a directory" if path.is_dir() else "there is no such file"

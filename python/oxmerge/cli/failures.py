@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge.cli.printer import Printer
-    from oxmerge.problems import Problem
 
 DONE, FAILED, USAGE, ENDED = 0, 1, 2, 128
 
@@ -77,7 +76,7 @@ def as_data(error: BaseException) -> dict[str, Any]:
     """Return an exception as data, its parts kept apart and empty ones left out."""
     if isinstance(error, OxmergeError):
         parts = {name: getattr(error, name, None) for name in _PARTS}
-        problems = [_problem_data(problem) for problem in getattr(error, "problems", ())]
+        problems = [problem.as_dict() for problem in getattr(error, "problems", ())]
         story = {"message": error.message, **parts, "problems": problems}
     elif isinstance(error, OSError):
         story = {
@@ -89,12 +88,6 @@ def as_data(error: BaseException) -> dict[str, Any]:
     else:
         story = {"message": _headline(error), "advice": getattr(error, "advice", None)}
     return {"kind": type(error).__name__, **{k: v for k, v in story.items() if v}}
-
-
-def _problem_data(problem: Problem) -> dict[str, Any]:
-    names = ("kind", "message", "where", *_PARTS, "tensors", "count")
-    values = {name: getattr(problem, name, None) for name in names}
-    return {name: value for name, value in values.items() if value}
 
 
 def _headline(error: BaseException) -> str:

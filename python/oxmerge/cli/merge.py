@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from oxmerge.cli import mergekit
 from oxmerge.cli.arguments import Parser, add_run_options, run_options
 from oxmerge.cli.progress import format_rate, show_progress
 from oxmerge.sizes import format_duration, format_size
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     add_run_options(parser)
+    mergekit.add_options(parser)
     parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Merge and tell how it went."""
     settings = run_options(options)
+    for note in mergekit.notes(options):
+        printer.say(f"note: {note}")
     with show_progress(printer) as progress:
         report = engine.merge(options.recipe, options.directory, **settings, progress=progress)
     tell(report, printer)

@@ -1,11 +1,12 @@
-"""List the merge methods, or explain one: formula, parameters, class, cost, paper."""
+"""List the merge methods, or explain one: formula, parameters, cost, paper, an example."""
 
 from __future__ import annotations
 
 import textwrap
 
-from oxmerge.cli.arguments import Parser, UsageError, add_json_option
-from oxmerge.methods import DIALECT_METHODS, Count, explain_parameter
+from oxmerge.cli.arguments import Parser, UsageError, add_json_option, add_methods_option
+from oxmerge.methods import Count, explain_parameter
+from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,14 +29,19 @@ _PER = {
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     parser.add_argument("name", metavar="NAME", nargs="?", help="the method to explain")
+    add_methods_option(parser)
     add_json_option(parser)
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Print all methods, or one."""
     methods = list(engine.methods())
-    if options.name is not None:
-        methods = [_find(methods, options.name)]
+    if options.name is None:
+        offered = engine.installed_methods()
+        methods += [each for each in offered if not isinstance(each, Problem)]
+        printer.warnings(each for each in offered if isinstance(each, Problem))
+    else:
+        methods = [_find(methods, options.name, options.allow_methods or (), engine)]
     if printer.as_json:
         printer.json({"methods": methods} if options.name is None else methods[0])
     elif options.name is None:
@@ -45,11 +51,15 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     return 0
 
 
-def _find(methods: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+def _find(
+    methods: Sequence[Mapping[str, Any]], name: str, allowed: Sequence[str], engine: Engine
+) -> Mapping[str, Any]:
     by_name = {method["name"]: method for method in methods}
-    if name in DIALECT_METHODS and name not in by_name:
-        known = ", ".join(by_name)
-        raise UsageError(f"method `{name}` is not in this release", f"known are: {known}")
+    if name not in by_name:
+        written = engine.find_method(name, allowed)
+        if isinstance(written, Problem):
+            raise UsageError(written.message, written.advice)
+        by_name |= {} if written is None else {name: written}
     if name not in by_name:
         raise UsageError.unknown("method", name, by_name)
     return by_name[name]
@@ -66,13 +76,25 @@ def _page(method: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     contract = method["contract"]
     facts = {**method, "base": contract["base"], "inputs": _inputs(contract)}
-    for label in ("formula", "base", "inputs", "class", "cost", "paper"):
+    for label in ("formula", "base", "inputs", "class", "cost", "paper", "differs"):
         yield from _entry(label, facts[label])
     if method["parameters"]:
         yield ""
         yield "parameters"
     for parameter in method["parameters"]:
         yield from _parameter(parameter)
+    yield ""
+    yield "example"
+    yield from textwrap.indent(_example(method), "  ").splitlines()
+
+
+def _example(method: Mapping[str, Any]) -> str:
+    """Return a recipe, of a case that `oxmerge bench` measures."""
+    from oxmerge.bench.cases import case_of  # noqa: PLC0415 - needed only here
+
+    case = case_of(method)
+    names = ["base", "a", "b", "c"] if case.has_base else ["a", "b", "c"]
+    return case.recipe([f"models/{name}" for name in names[: case.models]])
 
 
 def _inputs(contract: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 
+from oxmerge.cli import mergekit
 from oxmerge.cli.arguments import Parser, add_plan_options, plan_options
 
 TYPE_CHECKING = False
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     add_plan_options(parser)
+    mergekit.add_options(parser)
     parser.add_argument(
         "--explain",
         metavar="TENSORS",
@@ -30,6 +32,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Plan and print the plan."""
+    for note in mergekit.notes(options):
+        printer.say(f"note: {note}")
     plan = engine.plan(options.recipe, **plan_options(options))
     printer.warnings(plan.warnings)
     if options.save is not None:

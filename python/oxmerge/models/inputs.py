@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
 from oxmerge.models.names import find_layer_counts, find_layout
+from oxmerge.models.naming import named_as
 from oxmerge.models.references import resolve_reference
 from oxmerge.models.vocabularies import folder_beside
-from oxmerge.problems import Problem
+from oxmerge.problems import Problem, did_you_mean
+from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.models.names import Layout, Stack
+    from oxmerge.problems import Findings, Place
+    from oxmerge.recipe.patterns import Rename
+    from oxmerge.recipe.recipe import Renames
 
 __all__ = ["InputModel", "Inputs"]
 
@@ -47,6 +53,8 @@ class InputModel:
         beginning, the first of them, and how many.
     layout : Layout
         Its stacks.
+    renamed : tuple of Rename
+        How its tensors are called here, where the files call them otherwise.
     """
 
     index: int
@@ -58,6 +66,7 @@ class InputModel:
     paths: tuple[str, ...]
     runs: list[tuple[str, int, int]]
     layout: Layout
+    renamed: tuple[Rename, ...] = ()
 
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
@@ -100,27 +109,51 @@ class Inputs:
     ----------
     folders : tuple of str
         Where relative paths may start.
+    stages : mapping of str to str or None
+        Where the outputs of earlier merges lie, by their names; None for one that failed.
+    findings : Findings
+        Takes models that are not there or broken, and what is odd about the others.
+    donor : str, optional
+        The model whose names the tensors of the others are to have.
+    renames : tuple of Renames
+        How the recipe says that they are called.
 
     Attributes
     ----------
-    problems, warnings : list of Problem
-        Models that are not there or broken, and what is odd about the others.
     models : list of InputModel
         Those that could be opened, in order of first mention.
+    lacks_reported : bool
+        Whether a model is not there for a reason that is reported elsewhere.
     """
 
-    def __init__(self, folders: tuple[str, ...]) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+    def __init__(
+        self,
+        folders: tuple[str, ...],
+        stages: Mapping[str, str | None],
+        findings: Findings,
+        donor: str | None = None,
+        renames: tuple[Renames, ...] = (),
+    ) -> None:
+        self._findings = findings
+        self._stages = stages
+        self._donor = donor
+        self._renames = renames
+        self._checkpoints: dict[str, Checkpoint] = {}
         self.models: list[InputModel] = []
+        self.lacks_reported = False
         self._folders = folders
-        self._paths: dict[str, str | None] = {}
+        self._paths: dict[str, str | Problem] = {}
+        self._missing: set[str] = set()
         self._by_path: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
         path = self._resolve(reference)
-        return reference if path is None else os.path.realpath(path)
+        return reference if isinstance(path, Problem) else os.path.realpath(path)
+
+    def locate(self, reference: str) -> str | Problem:
+        """Return where a model lies, or why that is not known."""
+        return self._resolve(reference)
 
     def by_folder(self, folder: str) -> InputModel | None:
         """Return the opened model whose files lie in a folder, if there is one."""
@@ -128,43 +161,92 @@ class Inputs:
         each = (m for m in self.models if os.path.realpath(folder_beside(m.path)) == path)
         return next(each, None)
 
-    def open(self, reference: str) -> InputModel | None:
-        """Return the model, or None after reporting that it cannot be opened."""
+    def open(self, reference: str, where: Place | None = None) -> InputModel | None:
+        """Return the model, or None after reporting that it cannot be opened, and where."""
+        if reference == UNREAD or self._stages.get(reference, "") is None:
+            self.lacks_reported = True
+            return None
         path = self._resolve(reference)
-        if path is None:
+        if isinstance(path, Problem):
+            if reference not in self._missing:
+                self._missing.add(reference)
+                self._findings.problems.append(replace(path, where=where))
             return None
         key = os.path.realpath(path)
         if key not in self._by_path:
             self._by_path[key] = self._open(reference, path)
         return self._by_path[key]
 
-    def _resolve(self, reference: str) -> str | None:
+    def _resolve(self, reference: str) -> str | Problem:
         if reference not in self._paths:
-            found = resolve_reference(reference, self._folders)
-            if isinstance(found, Problem):
-                self.problems.append(found)
-            self._paths[reference] = found if isinstance(found, str) else None
+            stage = self._stages.get(reference)
+            self._paths[reference] = stage or resolve_reference(reference, self._folders)
         return self._paths[reference]
+
+    def check_renames(self) -> None:
+        """Report models whose tensors the recipe renames, but which it does not merge."""
+        opened = {model.path: model.reference for model in self.models}
+        for renames in self._renames:
+            if self.path_of(renames.model) not in map(os.path.realpath, opened):
+                message = f"`{renames.model}` is no model of this recipe"
+                known = ", ".join(f"`{each}`" for each in opened.values())
+                advice = did_you_mean(renames.model, opened.values()) or f"its models: {known}"
+                self._findings.problems.append(
+                    Problem("wrong-value", message, renames.where, advice=advice)
+                )
 
     def _open(self, reference: str, path: str) -> InputModel | None:
         try:
-            checkpoint = _core.open_checkpoint(path)
+            checkpoint = self._checkpoint(path)
         except OxmergeError as error:
-            self.problems.append(error.as_problem())
+            self._findings.problems.append(error.as_problem())
             return None
         except OSError as error:
             file = path if error.filename is None else os.fspath(error.filename)
             advice = "download the model again, or check the permissions of its files"
-            self.problems.append(
-                Problem("checkpoint", _os_message(error), file=file, advice=advice)
-            )
+            problem = Problem("unreadable-checkpoint", _os_message(error), file=file, advice=advice)
+            self._findings.problems.append(problem)
             return None
         model = self._model(reference, path, checkpoint)
         self.models.append(model)
-        self.warnings += [Problem("checkpoint", text, file=path) for text in checkpoint.warnings]
+        self._findings.warnings += [
+            Problem("odd-checkpoint", text, file=path) for text in checkpoint.warnings
+        ]
         return model
 
+    def _checkpoint(self, path: str) -> Checkpoint:
+        key = os.path.realpath(path)
+        if key not in self._checkpoints:
+            self._checkpoints[key] = _core.open_checkpoint(path)
+        return self._checkpoints[key]
+
+    # Names.
+
+    def _named(
+        self, reference: str, path: str, checkpoint: Checkpoint
+    ) -> tuple[Checkpoint, list[Rename]]:
+        """Return a model's tensors under the names that they have in the donor."""
+        key = os.path.realpath(path)
+        own = [each for each in self._renames if self.path_of(each.model) == key]
+        if self._donor is None or self.path_of(self._donor) != key:
+            return named_as(self._donor_checkpoint(), checkpoint, own, self._findings)
+        for renames in own:
+            message = f"the output has the names of `{reference}`, which stay as they are"
+            advice = "rename the tensors of the other models to its names"
+            problem = Problem("wrong-value", message, renames.where, advice=advice)
+            self._findings.problems.append(problem)
+        return checkpoint, []
+
+    def _donor_checkpoint(self) -> Checkpoint | None:
+        """Return the donor's headers; None if they cannot be read, which is told later."""
+        path = self._resolve(self._donor) if self._donor else None
+        try:
+            return self._checkpoint(path) if isinstance(path, str) else None
+        except (OxmergeError, OSError):
+            return None
+
     def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
+        checkpoint, rules = self._named(reference, path, checkpoint)
         runs = checkpoint.runs()
         config, config_file = self._read_config(path)
         counts = find_layer_counts(config)
@@ -181,6 +263,7 @@ class Inputs:
             paths=tuple(str(file["path"]) for file in checkpoint.files),
             runs=runs,
             layout=layout,
+            renamed=tuple(rules),
         )
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -192,7 +275,8 @@ class Inputs:
             return {}, None
         except (OSError, ValueError) as error:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
-            self.problems.append(Problem("config", message, file=file_name, advice=advice))
+            problem = Problem("unreadable-config", message, file=file_name, advice=advice)
+            self._findings.problems.append(problem)
             return {}, None
         return config if isinstance(config, dict) else {}, FileState.of(status).as_input(file_name)
 

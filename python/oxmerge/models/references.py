@@ -32,7 +32,7 @@ def parse_reference(text: str) -> str | Problem:
         A path. A LoRA (``model+lora``) or a revision (``model@revision``) is refused by name.
     """
     if not text.strip():
-        return Problem("recipe", "an empty model reference", advice="name the model's folder")
+        return Problem("wrong-value", "an empty model reference", advice="name the model's folder")
     if os.path.exists(os.path.expanduser(text)):
         return text  # whatever letters it has
     if "+" in text:
@@ -82,7 +82,7 @@ def _not_found(reference: str, places: list[str]) -> Problem:
         advice = f"download it, and name its folder: `hf download {reference} --local-dir FOLDER`"
     if meant := _meant(reference, places):
         advice = f"did you mean `{meant}`? If not, {advice}"
-    return Problem("model", message, advice=advice)
+    return Problem("missing-model", message, advice=advice)
 
 
 def _meant(reference: str, places: list[str]) -> str | None:

@@ -109,7 +109,7 @@ def hub_name(reference: str, path: str) -> str | None:
     return name.strip("-._") or None
 
 
-def model_card(
+def model_card(  # noqa: PLR0913 - what a card says, keyword only
     *,
     method: str,
     models: Sequence[str],
@@ -119,6 +119,7 @@ def model_card(
     recipe_text: str,
     method_title: str | None = None,
     paper: str | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Write the text of the card.
 
@@ -140,6 +141,8 @@ def model_card(
         The method's full name.
     paper
         Address of its paper.
+    notes
+        On tensors that are not merged as others are.
     """
     everyone = list(dict.fromkeys([*([base] if base else []), *models]))
     sections = [
@@ -150,6 +153,8 @@ def model_card(
         _method_sentence(method, method_title, paper, base),
         "## Models",
         "\n".join(f"- {_code(model)}" for model in everyone if model != base or base in models),
+        "## Tensors" if notes else "",
+        "\n".join(f"- {_code(note)}" for note in notes),
         "## Recipe",
         f"It is also in `{RECIPE_NAME}`. Relative paths in it hold where it was first run.",
         _fenced(recipe_text),
@@ -175,7 +180,9 @@ def _front_matter(hub_names: Iterable[str | None], metadata: Metadata) -> str:
 
 def _method_sentence(method: str, title: str | None, paper: str | None, base: str | None) -> str:
     name = f"`{method}`" if title is None else f"{title} (`{method}`)"
-    linked = name if paper is None else f"[{name}]({paper})"
+    # What is written in Python is from a module.
+    is_address = paper is not None and paper.startswith("http")
+    linked = f"[{name}]({paper})" if is_address else name if paper is None else f"{name}, {paper}"
     basis = "" if base is None else f", with {_code(base)} as the base"
     return f"Merge method: {linked}{basis}."
 

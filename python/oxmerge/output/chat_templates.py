@@ -108,7 +108,7 @@ def choose_template(
         message = f"`{asked.text}` is no chat template, and the name of none"
         names = ", ".join(f"`{name}`" for name in ("auto", *_NAMED))
         advice = did_you_mean(asked.text, _NAMED) or f"write one of {names}, or a Jinja template"
-        return None, Problem("recipe", message, asked.where, advice=advice)
+        return None, Problem("wrong-value", message, asked.where, advice=advice)
     return (None if text == present else text), None
 
 

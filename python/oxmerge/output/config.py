@@ -95,7 +95,7 @@ def edit_config(
         if donor_depth is None:
             message = "the donor's number of layers is not known"
             advice = "put the config.json that counts them beside the donor's weights"
-            raise _misfit([Problem("config", message, advice=advice)])
+            raise _misfit([Problem("config-layers", message, advice=advice)])
         _edit_layers(edit, donor_config, list(layer_map), donor_depth)
     if writes_head and says_tied(edit.config):
         edit.notes.append(
@@ -162,7 +162,7 @@ class _Edit:
 
     def problem(self, message: str, advice: str | None = None) -> None:
         """Record a reason why there can be no config."""
-        self.problems.append(Problem("config", message, file="config.json", advice=advice))
+        self.problems.append(Problem("config-layers", message, file="config.json", advice=advice))
 
     def set(self, path: Path, value: Any) -> None:  # noqa: ANN401
         """Put `value` at `path`, noting the change if it is one."""
@@ -249,7 +249,9 @@ def _scopes(config: Config, depth: int) -> list[Path]:
     names = ", ".join(f"`{'.'.join(path)}`" for path in found)
     message = f"several nested configs have {depth} layers, and it is not clear which is meant"
     advice = "merge whole models with `models`"
-    raise _misfit([Problem("config", message, file="config.json", found=names, advice=advice)])
+    raise _misfit(
+        [Problem("config-layers", message, file="config.json", found=names, advice=advice)]
+    )
 
 
 def _depth_keys(config: Config, depth: int) -> list[str]:

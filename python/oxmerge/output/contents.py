@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from oxmerge import _core
 from oxmerge.output.card import (
     CARD_NAME,
     RECIPE_NAME,
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
+    from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel
     from oxmerge.output.side_files import LeftOut
     from oxmerge.planning.plans import Plan
@@ -32,7 +32,6 @@ __all__ = [
     "disk_bytes",
     "late_texts",
     "left_out",
-    "method_description",
     "notes_on",
 ]
 
@@ -137,14 +136,17 @@ def _has_config(path: str) -> bool:
     return (folder_of(path) / "config.json").is_file()
 
 
-def method_description(name: str) -> dict[str, Any]:
-    """Return what the engine says of a merge method."""
-    return next(each for each in _core.methods() if each["name"] == name)
+def card_of(
+    recipe: Recipe,
+    about: Method,
+    models: Sequence[InputModel],
+    donor: InputModel,
+    notes: Sequence[str],
+) -> str:
+    """Return the model card of a merge by the method `about`.
 
-
-def card_of(recipe: Recipe, models: Sequence[InputModel], donor: InputModel) -> str:
-    """Return the model card of a merge."""
-    about = method_description(recipe.method)
+    `notes` are on tensors that are an exception.
+    """
     donor_first = sorted(models, key=lambda model: model is not donor)
     return model_card(
         method=recipe.method,
@@ -153,6 +155,7 @@ def card_of(recipe: Recipe, models: Sequence[InputModel], donor: InputModel) -> 
         metadata=read_metadata(folder_of(donor.path)),
         base=None if recipe.base_model is None else donor.reference,
         recipe_text=recipe.text,
-        method_title=about["title"],
-        paper=about["paper"],
+        method_title=about.title,
+        paper=about.paper,
+        notes=notes,
     )

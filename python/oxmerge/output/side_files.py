@@ -298,7 +298,7 @@ class _Search:
     def _problem(
         self, message: str, *, found: str | None = None, advice: str | None = None
     ) -> None:
-        problem = Problem("side file", message, file=self.donor, found=found, advice=advice)
+        problem = Problem("side-file", message, file=self.donor, found=found, advice=advice)
         self.problems.append(problem)
 
 

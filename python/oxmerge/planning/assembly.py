@@ -18,18 +18,20 @@ from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from typing import Any
 
     from oxmerge.models.inputs import InputModel
+    from oxmerge.planning.keeping import Column, Keeping, KeptOfRun
     from oxmerge.planning.parameters import SettingReader
-    from oxmerge.planning.sections import Section, SectionSource
+    from oxmerge.planning.sections import Section
     from oxmerge.planning.targets import Run, Target
     from oxmerge.planning.tokens import Alignment
+    from oxmerge.problems import Findings
     from oxmerge.recipe.recipe import Recipe, Scalar
 
     TensorInfo = _core.TensorInfo
 
-    Found = list[tuple[SectionSource, TensorInfo]]
+    Found = list[tuple[InputModel, TensorInfo]]
 
 __all__ = ["Assembler"]
 
@@ -49,15 +51,14 @@ class Assembler:
         Every model.
     seed : int
         Of random masks.
+    keeping : Keeping
+        Says which tensors are left to one model, and takes down which those are.
     reader : SettingReader
         Takes what is wrong with parameters.
+    findings : Findings
+        Takes missing tensors, differences of shape and type.
     alignment : Alignment, optional
         How rows are taken by token, where they are.
-
-    Attributes
-    ----------
-    problems : list of Problem
-        Missing tensors, differences of shape and type, missing parameters.
     """
 
     def __init__(
@@ -66,10 +67,13 @@ class Assembler:
         donor: InputModel,
         models: list[InputModel],
         seed: int,
+        keeping: Keeping,
         reader: SettingReader,
+        findings: Findings,
         alignment: Alignment | None = None,
     ) -> None:
-        self.problems: list[Problem] = []
+        self._keeping = keeping
+        self._problems = findings.problems
         self._alignment = alignment
         self._reader = reader
         self._donor = donor
@@ -101,9 +105,9 @@ class Assembler:
         message = f"layer counts differ: `{prefix}` of `{model.reference}`"
         donor = f"{expected}, as in `{self._donor.reference}`"
         advice = "choose layers with `slices`"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "layers",
+                "layer-count",
                 message,
                 file=model.path,
                 expected=donor,
@@ -115,29 +119,36 @@ class Assembler:
     def assemble(self, run: Run) -> None:
         """Add the output tensors of a run, but for those of which something was reported."""
         donor, section = run.donor, run.section
-        models = [source.model for source in section.sources]
-        columns = list(zip((model.index for model in models), run.leads, strict=True))
+        keeping = self._keeping.of(run)
+        models = (source.model for source in section.sources)
+        columns = [*zip(models, run.leads, strict=True), *keeping.columns]
         is_like = self._is_sliced and section.donor.model is not self._donor
         found = self._table.find(
             donor.index,
             list(run.tensors),
             run.donor_lead,
             run.lead,
-            columns,
+            [(model.index, lead) for model, lead in columns],
             is_like,
             self._quantised,
+            (keeping.inputs, keeping.kept, keeping.otherwise),
         )
+        keeping.kept = found.kept()
         left_out = set()
         for at, is_twice in found.odd:
             like = donor.checkpoint.tensor(found.tensor(at))
             shapes = self._table.shapes_in_layers(found, at, run.donor_lead) if is_like else []
-            before = len(self.problems)
-            complete = self._look(run.target(like.name), like, shapes, is_twice=is_twice)
-            if not complete or len(self.problems) > before:
+            before = len(self._problems)
+            kept = keeping.kept.get(at)
+            used = columns[: keeping.inputs] if kept is None else [columns[kept]]
+            complete = self._look(run.target(like.name), like, shapes, used, is_twice=is_twice)
+            if not complete or len(self._problems) > before:
                 left_out.add(at)
-        settings = self._resolve(run, found, left_out)
+        settings = self._resolve(run, found, keeping, left_out)
         if section.is_sound:
             self._table.add(found, settings, section.base, left_out)
+        if keeping.kept:
+            self._keeping.take_down(keeping, run, self._table, found)
 
     def finish(self, shard_size: int) -> tuple[_core.Plan, list[_core.Fates]]:
         """Lay the output out, and return the plan's table and what becomes of every tensor."""
@@ -145,66 +156,74 @@ class Assembler:
 
     # Parameters.
 
-    def _resolve(self, run: Run, found: _core.Run, left_out: set[int]) -> list[int | None]:
+    def _resolve(
+        self, run: Run, found: _core.Run, keeping: KeptOfRun, left_out: set[int]
+    ) -> list[int | None]:
         """Return the number of the settings of each group of a run; None where some are missing."""
         section = run.section
-        resolvers = (section.shared, *(source.resolver for source in section.sources))
-        groups = self._table.group(found, [list(resolver.filters) for resolver in resolvers])
+        own = [list(source.resolver.filters) for source in section.sources]
+        filters = [[*section.shared.filters, *section.scale.filters], *own]
         settings: list[int | None] = []
-        for group, (first, has_parameters) in enumerate(groups):
-            if not has_parameters:
-                nothing: dict[str, Scalar] = {}
-                origin = {"slice": section.where} if self._is_sliced else {}
-                settings.append(self._enter(nothing, [{} for _ in section.sources], origin))
-                continue
-            sound = (at for at in found.members(group) if at not in left_out)
-            standing = next(sound, None) if first in left_out else first
-            settings.append(
-                None
-                if standing is None
-                else self._settings_of(run, found, group, standing, left_out)
-            )
+        for group, (first, has_parameters) in enumerate(self._table.group(found, filters)):
+            if first in keeping.kept:
+                where = keeping.place(keeping.kept[first]).in_text
+                origin = {"shared": {"keep": {"where": where}}, "own": [{}]}
+                settings.append(self._enter(run, {"keep": True}, [{}], origin))
+            elif not has_parameters:
+                settings.append(self._enter(run, {}, [{} for _ in section.sources], {}))
+            else:
+                settings.append(self._settings_of(run, found, group, first, left_out))
         return settings
 
     def _settings_of(
         self, run: Run, found: _core.Run, group: int, first: int, left_out: set[int]
     ) -> int | None:
-        """Return the number of the settings of a group, of which `first` stands for all."""
-        resolvers = (run.section.shared, *(source.resolver for source in run.section.sources))
+        """Return the number of the settings of a group whose first tensor is `first`."""
+        if first in left_out:
+            sound = (at for at in found.members(group) if at not in left_out)
+            first = next(sound, -1)
+            if first < 0:
+                return None
+        section = run.section
+        own = [(source.resolver, run.position) for source in section.sources]
+        resolvers = [(section.scale, run.depth), (section.shared, run.position), *own]
 
         def resolve(at: int) -> list[dict[str, Scalar] | None]:
-            names = self._names(found, at)
-            each = zip(resolvers, names, strict=True)
-            return [resolver.resolve(name, run.position) for resolver, name in each]
+            named = zip(resolvers, self._names(found, at, len(own)), strict=True)
+            return [resolver.resolve(name, position) for (resolver, position), name in named]
 
-        before = len(self._reader.problems)
-        shared, *own = resolve(first)
-        if len(self._reader.problems) > before:
+        before = len(self._problems)
+        values = resolve(first)
+        if len(self._problems) > before:
             # Every tensor of the group is told of.
             for at in found.members(group):
                 if at != first and at not in left_out:
                     resolve(at)
-        values = [each for each in own if each is not None]
-        if shared is None or len(values) < len(own):
+        if any(each is None for each in values):
             return None
-        names = zip(resolvers, self._names(found, first), strict=True)
-        shared_origin, *origins = (resolver.origins(name, run.position) for resolver, name in names)
-        origin: dict[str, object] = {"shared": shared_origin, "own": origins}
-        if self._is_sliced:
-            origin["slice"] = run.section.where
-        return self._enter(shared, values, origin)
+        scale, shared, *each = (each or {} for each in values)
+        named = zip(resolvers, self._names(found, first, len(own)), strict=True)
+        scale_origin, shared_origin, *origins = (
+            resolver.origins(name, position) for (resolver, position), name in named
+        )
+        origin = {"shared": shared_origin | scale_origin, "own": origins}
+        return self._enter(run, shared | scale, each, origin)
 
-    def _names(self, found: _core.Run, at: int) -> list[str]:
+    def _names(self, found: _core.Run, at: int, inputs: int) -> list[str]:
+        """Return the names that filters look at: twice that in the output, then those of inputs."""
         name, sources = self._table.names(found, at)
-        return [name, *(source or "" for source in sources)]
+        return [name, name, *(source or "" for source in sources[:inputs])]
 
     def _enter(
         self,
+        run: Run,
         shared: dict[str, Scalar],
         own: list[dict[str, Scalar]],
-        origin: Mapping[str, object],
+        origin: dict[str, Any],
     ) -> int:
         """Return the number of settings; equal ones have one."""
+        if self._is_sliced:
+            origin["slice"] = run.section.where.in_text
         described = json.dumps(origin)
         key = json.dumps([shared, own]) + described
         if key not in self._settings:
@@ -218,18 +237,20 @@ class Assembler:
         target: Target,
         like: TensorInfo,
         shapes: list[list[int]],
+        columns: list[Column],
         *,
         is_twice: bool,
     ) -> bool:
-        """Report what is wrong with a tensor; False if a source lacks it."""
+        """Report what is wrong with a tensor of these models; False if one lacks it."""
         found: Found = []
-        for source, name in zip(target.run.section.sources, target.names, strict=True):
-            tensor = source.model.checkpoint.get(name)
+        for model, lead in columns:
+            name = lead + target.rest
+            tensor = model.checkpoint.get(name)
             if tensor is None:
-                self._report_missing(target, source.model, name)
+                self._report_missing(target, model, name)
             else:
-                found.append((source, tensor))
-        if len(found) < len(target.names):
+                found.append((model, tensor))
+        if len(found) < len(columns):
             return False
         self._compare(target, like, found)
         if shapes and list(like.shape) not in shapes:
@@ -237,7 +258,9 @@ class Assembler:
         if is_twice:
             message = "two tensors of the output would have this name"
             advice = "take the first and the last slice from models that name their tensors alike"
-            self.problems.append(Problem("names", message, tensor=target.name, advice=advice))
+            self._problems.append(
+                Problem("duplicate-tensor", message, tensor=target.name, advice=advice)
+            )
         return True
 
     def _report_missing(self, target: Target, model: InputModel, name: str) -> None:
@@ -251,9 +274,9 @@ class Assembler:
         message = f"`{model.reference}` lacks a tensor"
         expected = f"what the donor `{donor}` has"
         advice = "use models of one architecture; or download it again, if it is not complete"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "missing",
+                "missing-tensor",
                 message,
                 file=model.path,
                 tensor=name,
@@ -275,34 +298,36 @@ class Assembler:
             f"write the head of `{model.reference}` out as a copy of its embedding, or make it the "
             "base, so that the output is tied as well"
         )
-        self.problems.append(Problem("tied", message, file=model.path, tensor=name, advice=advice))
+        self._problems.append(
+            Problem("missing-head", message, file=model.path, tensor=name, advice=advice)
+        )
 
     # Comparing.
 
     def _compare(self, target: Target, like: TensorInfo, found: Found) -> None:
         expected = tuple(like.shape)
-        for source, tensor in found:
+        for model, tensor in found:
             if self._alignment is not None and like.name in self._alignment.names:
                 # Rows are taken by token: each model has its own number of them.
-                expected = (self._alignment.rows_of[source.model.index], *like.shape[1:])
-                self._check_vocabulary(source.model, tensor)
+                expected = (self._alignment.rows_of[model.index], *like.shape[1:])
+                self._check_vocabulary(model, tensor)
             if tuple(tensor.shape) != expected:
-                self._report_shape(target, source.model, tensor, expected)
+                self._report_shape(target, model, tensor, expected)
             elif tensor.dtype != like.dtype:
-                self._check_types(target, source.model, tensor, like)
+                self._check_types(target, model, tensor, like)
             if not is_float(tensor.dtype):
-                self._check_quantised(source.model, tensor, len(found))
+                self._check_quantised(model, tensor, len(found))
 
     def _check_vocabulary(self, model: InputModel, tensor: TensorInfo) -> None:
         if is_float(tensor.dtype) and 0 not in tensor.shape:
             return
         message = f"not supported yet: rows by token of such a tensor of `{model.reference}`"
-        self.problems.append(
+        self._problems.append(
             Problem(
                 UNSUPPORTED,
                 message,
                 file=model.file_of(tensor),
-                tensor=tensor.name,
+                tensor=tensor.written,
                 expected="rows of floats",
                 found=f"{tensor.dtype} {list(tensor.shape)}",
                 advice="use the model's 16-bit weights",
@@ -314,12 +339,12 @@ class Assembler:
     ) -> None:
         donor = self._donor_of(target).reference
         message = f"`{model.reference}` has a tensor of another shape than the donor `{donor}`"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "shape",
+                "tensor-shape",
                 message,
                 file=model.file_of(tensor),
-                tensor=tensor.name,
+                tensor=tensor.written,
                 expected=str(list(expected)),
                 found=str(list(tensor.shape)),
                 advice=self._shape_advice(model, tensor, expected),
@@ -360,12 +385,12 @@ class Assembler:
             f"`{model.reference}` has a tensor of another type than the donor `{donor}`, "
             "and only floats can be converted"
         )
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "dtype",
+                "tensor-dtype",
                 message,
                 file=model.file_of(tensor),
-                tensor=tensor.name,
+                tensor=tensor.written,
                 expected=like.dtype,
                 found=tensor.dtype,
                 advice="use models that were saved in one way",
@@ -378,8 +403,8 @@ class Assembler:
         message = f"not supported yet: merging the quantised weights of `{model.reference}`"
         advice = "use the model's 16-bit weights"
         file = model.file_of(tensor)
-        self.problems.append(
-            Problem(UNSUPPORTED, message, file=file, tensor=tensor.name, advice=advice)
+        self._problems.append(
+            Problem(UNSUPPORTED, message, file=file, tensor=tensor.written, advice=advice)
         )
 
     def _report_unlike_layers(
@@ -388,9 +413,9 @@ class Assembler:
         """Report that a slice's own donor does not fit the model that gives the config."""
         model = target.run.section.donor.model
         message = f"`{model.reference}` does not fit the donor `{self._donor.reference}`"
-        self.problems.append(
+        self._problems.append(
             Problem(
-                "shape",
+                "tensor-shape",
                 message,
                 file=model.file_of(like),
                 tensor=like.name,

@@ -21,7 +21,7 @@ from oxmerge.models.config_meaning import Statement, meaning_of, same, types_of
 from oxmerge.models.names import is_vocabulary
 from oxmerge.models.vocabularies import OPAQUE, compare, folder_beside, vocabularies
 from oxmerge.output.config import describe_layers, without_layers
-from oxmerge.problems import Problem
+from oxmerge.problems import SHOWN_TENSORS, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from oxmerge.models.inputs import InputModel
     from oxmerge.planning.sections import Section
+    from oxmerge.problems import Findings
     from oxmerge.schema import Tensors
 
 __all__ = ["Belonging"]
@@ -38,6 +39,11 @@ __all__ = ["Belonging"]
 _SHOWN = 12
 _ALLOW = "if they are known to fit each other, pass `--allow-mismatch` (`allow_mismatch=True`)"
 _CHECK = "check that these models were made from one; the output has the donor's value"
+#: What configs say of sizes, but for the number of layers.
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_experts", "moe_intermediate_size",
+)  # fmt: skip
 _TOKENS = "merge models with one tokenizer; the output has the donor's"
 
 
@@ -50,16 +56,12 @@ class Belonging:
         The model whose config and tokenizer the output has.
     allow_mismatch : bool
         Whether a model of another type is a warning only.
-
-    Attributes
-    ----------
-    problems, warnings : list of Problem
-        Models of another type, and other differences.
+    findings : Findings
+        Takes models of another type, and other differences.
     """
 
-    def __init__(self, donor: InputModel, *, allow_mismatch: bool) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+    def __init__(self, donor: InputModel, findings: Findings, *, allow_mismatch: bool) -> None:
+        self._findings = findings
         self._donor = donor
         self._allow = allow_mismatch
 
@@ -69,6 +71,34 @@ class Belonging:
             if model is not self._donor and model.config and self._donor.config:
                 self._compare_types(model)
                 self._compare_keys(model, by_layer=by_layer)
+
+    def fold_sizes(self, models: Sequence[InputModel]) -> None:
+        """Make one problem of all unequal shapes of a model whose config has other sizes."""
+        problems = self._findings.problems
+        for model in models:
+            ours, theirs = (_sizes(each) for each in (self._donor, model))
+            differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+            files = {model.path, *model.paths}
+            folded = [
+                problem
+                for problem in problems
+                if problem.code in {"layer-count", "tensor-shape"} and problem.file in files
+            ]
+            if not folded or not any(key in _SIZES for key in differing):
+                continue
+            tensors = [problem.tensor for problem in folded if problem.tensor is not None]
+            problem = Problem(
+                "other-size",
+                f"`{model.reference}` has other sizes than the donor `{self._donor.reference}`",
+                file=_config_path(model),
+                expected=", ".join(f"`{key}` {ours[key]}" for key in differing),
+                found=", ".join(f"{theirs[key]}" for key in differing),
+                advice="use models of one architecture and size",
+                tensors=tuple(tensors[:SHOWN_TENSORS]),
+                count=max(1, len(tensors)),
+            )
+            gone = set(map(id, folded))
+            problems[:] = [each for each in problems if id(each) not in gone] + [problem]
 
     def compare_layers(self, sections: Sequence[Section]) -> None:
         """Compare what configs say of layers that are merged with each other."""
@@ -97,7 +127,7 @@ class Belonging:
         most = max((tensor.shape[0] for tensor in rows), default=0)
         for model in models:
             if model is not self._donor and model.reference in used:
-                self.warnings += self._compare_tokens(model, most)
+                self._findings.warnings += self._compare_tokens(model, most)
 
     # Configs.
 
@@ -119,14 +149,14 @@ class Belonging:
         refuse = refuse and not self._allow
         advice = f"merge models of one architecture; {_ALLOW}" if refuse else _CHECK
         problem = Problem(
-            "mismatch",
+            "other-architecture",
             f"{message} by `{key}`",
             file=_config_path(model),
             expected=expected,
             found=found,
             advice=advice,
         )
-        (self.problems if refuse else self.warnings).append(problem)
+        (self._findings.problems if refuse else self._findings.warnings).append(problem)
 
     def _compare_keys(self, model: InputModel, *, by_layer: bool) -> None:
         ours, theirs = (_meaning(each, by_layer=by_layer) for each in (self._donor, model))
@@ -136,15 +166,14 @@ class Belonging:
             if key in theirs and not same(value.value, theirs[key].value)
         ]
         for key in differing[:_SHOWN]:
-            self.warnings.append(self._key_differs(key, model, ours[key], theirs[key]))
+            self._findings.warnings.append(self._key_differs(key, model, ours[key], theirs[key]))
         if len(differing) > _SHOWN:
             names = ", ".join(f"`{key}`" for key in differing[_SHOWN : 2 * _SHOWN])
             more = ", ..." if len(differing) > 2 * _SHOWN else ""
             message = f"`{model.reference}` differs from `{self._donor.reference}` in more keys"
-            found = f"{len(differing) - _SHOWN}: {names}{more}"
-            self.warnings.append(
-                Problem("mismatch", message, file=_config_path(model), found=found, advice=_CHECK)
-            )
+            found, file = f"{len(differing) - _SHOWN}: {names}{more}", _config_path(model)
+            problem = Problem("config-differs", message, file=file, found=found, advice=_CHECK)
+            self._findings.warnings.append(problem)
 
     def _key_differs(
         self, key: str, model: InputModel, ours: Statement, theirs: Statement
@@ -157,7 +186,7 @@ class Belonging:
             message = message[:-1] + f"[{at}]`"
             ours, theirs = Statement(one[at]), Statement(other[at])
         return Problem(
-            "mismatch",
+            "config-differs",
             message,
             file=_config_path(model),
             expected=str(ours),
@@ -182,9 +211,9 @@ class Belonging:
                     f"`{section.donor.model.reference}`, and is of another kind by `{key}`"
                 )
                 advice = "choose ranges in which layers of one kind meet"
-                self.warnings.append(
+                self._findings.warnings.append(
                     Problem(
-                        "mismatch",
+                        "config-differs",
                         message,
                         section.where,
                         expected=str(Statement(kind)),
@@ -219,7 +248,7 @@ class Belonging:
             )
             message = f"{names} have other tokens for the same ids, which are the same rows"
             count = f"{difference['differing']} of {difference['shared']}: {shown}"
-            yield Problem("tokenizer", message, file=other[0], found=count, advice=_TOKENS)
+            yield Problem("tokenizer-differs", message, file=other[0], found=count, advice=_TOKENS)
         if lacking or lacked:
             alone = [each for each in examples if each[1] is None or each[2] is None]
             shown = ", ".join(
@@ -228,13 +257,20 @@ class Belonging:
             )
             message = f"{names} do not have tokens for the same ids"
             count = f"{lacking} only in the donor, {lacked} only here: {shown}"
-            yield Problem("tokenizer", message, file=other[0], found=count, advice=_TOKENS)
+            yield Problem("tokenizer-differs", message, file=other[0], found=count, advice=_TOKENS)
 
 
 def _meaning(model: InputModel, *, by_layer: bool) -> dict[str, Statement]:
     if by_layer and model.stack is not None:
         return meaning_of(without_layers(model.config, model.stack.depth))
     return meaning_of(model.config)
+
+
+def _sizes(model: InputModel) -> dict[str, int]:
+    """Return the sizes that a model's config states, its number of layers among them."""
+    said = {key: value.value for key, value in meaning_of(model.config).items()}
+    sizes = {key: said[key] for key in _SIZES if type(said.get(key)) is int}
+    return sizes | ({} if model.stack is None else {"num_hidden_layers": model.stack.depth})
 
 
 def _classes(config: dict[str, Any]) -> dict[str, str]:
@@ -271,7 +307,7 @@ def _compare_opaque(names: str, one: str, other: str) -> Iterator[Problem]:
             if not equal:
                 message = f"{names} have other tokenizers, whose tokens cannot be compared"
                 advice = f"{_TOKENS}; with a `tokenizer.json` beside each, tokens are compared"
-                yield Problem("tokenizer", message, file=theirs, advice=advice)
+                yield Problem("tokenizer-differs", message, file=theirs, advice=advice)
             return
 
 
@@ -280,5 +316,5 @@ def _not_compared(names: str, error: Exception, file: str) -> Problem:
     if isinstance(error, OxmergeError):
         story = error.as_problem()
         reason = story.message if story.found is None else f"{story.message}: {story.found}"
-        return Problem("tokenizer", message, file=story.file or file, found=reason)
-    return Problem("tokenizer", message, file=file, found=str(error))
+        return Problem("unreadable-config", message, file=story.file or file, found=reason)
+    return Problem("unreadable-config", message, file=file, found=str(error))

@@ -9,6 +9,8 @@ from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from oxmerge._core import Fates
     from oxmerge.models.inputs import InputModel
     from oxmerge.planning.sections import Section
@@ -25,6 +27,8 @@ class Ledger:
         Every model.
     fates : list of Fates
         What becomes of the tensors of each.
+    passed_over : mapping of (int, str) to str
+        Why a tensor is not taken though it is there, by its model's number and its name.
 
     Attributes
     ----------
@@ -32,7 +36,13 @@ class Ledger:
         Tensors that are dropped though nothing in the recipe says so.
     """
 
-    def __init__(self, models: list[InputModel], fates: list[Fates]) -> None:
+    def __init__(
+        self,
+        models: list[InputModel],
+        fates: list[Fates],
+        passed_over: Mapping[tuple[int, str], str],
+    ) -> None:
+        self._passed_over = passed_over
         self.warnings: list[Problem] = []
         self._models = models
         self._fates = fates
@@ -48,7 +58,10 @@ class Ledger:
     def _account(self, model: InputModel, fates: Fates, reasons: _Reasons) -> ModelAccount:
         dropped: dict[str, list[str]] = {}
         for name in fates.names("dropped"):
-            reason, is_expected = reasons.of(model, name)
+            passed_over = self._passed_over.get((model.index, name))
+            reason, is_expected = (
+                reasons.of(model, name) if passed_over is None else (passed_over, True)
+            )
             dropped.setdefault(reason, []).append(name)
             if not is_expected:
                 self._warn(model, name, reason)
@@ -61,7 +74,7 @@ class Ledger:
 
     def _warn(self, model: InputModel, name: str, reason: str) -> None:
         message = f"a tensor of `{model.reference}` is dropped: {reason}"
-        self.warnings.append(Problem("dropped", message, file=model.path, tensor=name))
+        self.warnings.append(Problem("dropped-tensor", message, file=model.path, tensor=name))
 
 
 def _share(fates: Fates, fate: str) -> Share:
@@ -91,7 +104,8 @@ class _Reasons:
     def of(self, model: InputModel, name: str) -> tuple[str, bool]:
         """Return the reason, and whether it was to be expected."""
         if model.index not in self._members:
-            return "the model is no input, it gives names and config", True
+            what = "names and config" if model is self._donor else "what is kept from it"
+            return f"the model is no input, it gives {what}", True
         return self._in_slices(model, name) if self._is_sliced else self._in_whole(name)
 
     def _in_whole(self, name: str) -> tuple[str, bool]:

@@ -10,9 +10,10 @@ Only + - * / is used here, so that every machine computes the same values.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from oxmerge.methods import DIALECT_PARAMETERS
+from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
 from oxmerge.problems import Problem, did_you_mean
 
 TYPE_CHECKING = False
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from oxmerge.methods import Method, Parameter
+    from oxmerge.problems import Findings, Place
     from oxmerge.recipe.recipe import Choice, Scalar, Setting, Settings
 
 __all__ = [
@@ -43,6 +45,7 @@ KINDS = {
 }
 #: Stands in for a value that cannot be read, so that planning can go on to the next problem.
 _NEUTRAL: dict[str, Scalar] = {"float": 1.0, "int": 1, "bool": True}
+_DECIMAL_COMMA = re.compile(r"'(-?\d+),(\d+)'", re.ASCII)
 #: Percent that make a whole.
 _PERCENT = 100
 
@@ -158,7 +161,7 @@ class ReadChoice:
         Of the parameter's kind.
     filter : str, optional
         As in the recipe.
-    where : str
+    where : Place
         As in the recipe.
     used : bool
         Whether it has decided any value so far.
@@ -166,24 +169,22 @@ class ReadChoice:
 
     values: tuple[Scalar, ...]
     filter: str | None
-    where: str
+    where: Place
     used: bool = False
 
 
 class SettingReader:
-    """Converts settings once, however many slices they serve, and collects what is wrong.
+    """Converts settings once, however many slices they serve.
 
-    Attributes
+    Parameters
     ----------
-    problems : list of Problem
-        Values of the wrong kind or beyond the limits, missing ones.
-    warnings : list of Problem
-        Values that are probably a slip.
+    findings : Findings
+        Takes values of the wrong kind or beyond the limits, missing ones, and what is probably a
+        slip.
     """
 
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
         self._read: dict[tuple[int, str], tuple[ReadChoice, ...]] = {}
         self._kept: list[Setting] = []
 
@@ -198,14 +199,21 @@ class SettingReader:
         return self._read[key]
 
     def _convert(self, choice: Choice, setting: Setting, parameter: Parameter) -> ReadChoice:
+        if not choice.is_read:
+            return ReadChoice((_NEUTRAL[parameter.kind],), choice.filter, setting.where)
         try:
             values = tuple(convert(value, parameter.kind) for value in choice.values)
         except ValueError as error:
             found = repr(error.args[0]) if error.args else None
             message = f"`{parameter.name}` is {KINDS[parameter.kind]}"
             advice = f"write {KINDS[parameter.kind]}, or a list of such for a gradient"
-            self.problems.append(
-                Problem("parameter", message, setting.where, found=_plain(found), advice=advice)
+            comma = _DECIMAL_COMMA.fullmatch(_plain(found) or "")
+            if comma is not None and parameter.kind == "float":
+                advice = f"did you mean `{comma[1]}.{comma[2]}`? decimals have a point, not a comma"
+            self.findings.problems.append(
+                Problem(
+                    "parameter-value", message, setting.where, found=_plain(found), advice=advice
+                )
             )
             values = (_NEUTRAL[parameter.kind],)
         else:
@@ -222,8 +230,8 @@ class SettingReader:
                 message = f"`{parameter.name}` is {parameter.limits}"
                 advice = limits_advice(value, parameter)
                 found = plain_number(value)
-                self.problems.append(
-                    Problem("parameter", message, setting.where, found=found, advice=advice)
+                self.findings.problems.append(
+                    Problem("parameter-limits", message, setting.where, found=found, advice=advice)
                 )
                 return
         for value in numbers:
@@ -231,8 +239,8 @@ class SettingReader:
                 message = f"`{parameter.name}` is usually {parameter.usual}"
                 advice = "it is used as it is; check that no decimal point is missing"
                 found = plain_number(value)
-                self.warnings.append(
-                    Problem("parameter", message, setting.where, found=found, advice=advice)
+                self.findings.warnings.append(
+                    Problem("parameter-unusual", message, setting.where, found=found, advice=advice)
                 )
                 return
 
@@ -240,7 +248,7 @@ class SettingReader:
         """Return a warning for each filter that has decided nothing."""
         return [
             Problem(
-                "parameter",
+                "no-effect",
                 f"filter `{choice.filter}` has no effect",
                 choice.where,
                 advice="no tensor that gets this far has it in its name",
@@ -346,7 +354,8 @@ class Resolver:
         if parameter.required:
             message = f"`{parameter.name}` is required{self._whose}"
             advice = "give it there, or for all under `parameters` at the top level"
-            self._reader.problems.append(Problem("parameter", message, tensor=name, advice=advice))
+            problem = Problem("missing-parameter", message, tensor=name, advice=advice)
+            self._reader.findings.problems.append(problem)
         return not parameter.required
 
     def _whole(self, parameter: Parameter, value: Scalar, name: str) -> Scalar:
@@ -355,7 +364,8 @@ class Resolver:
         except ValueError:
             message = f"`{parameter.name}` is a whole number, but its gradient is not"
             advice = "write one whole number, the same for every layer"
-            self._reader.problems.append(Problem("parameter", message, tensor=name, advice=advice))
+            problem = Problem("parameter-value", message, tensor=name, advice=advice)
+            self._reader.findings.problems.append(problem)
             return _NEUTRAL["int"]
 
 
@@ -387,7 +397,7 @@ def _chosen(chain: list[tuple[ReadChoice, ...]], name: str) -> ReadChoice | None
 
 
 def _origin(choice: ReadChoice, position: float) -> dict[str, object]:
-    origin: dict[str, object] = {"where": choice.where}
+    origin: dict[str, object] = {"where": choice.where.in_text}
     if choice.filter is not None:
         origin["filter"] = choice.filter
     if len(choice.values) > 1:
@@ -396,8 +406,8 @@ def _origin(choice: ReadChoice, position: float) -> dict[str, object]:
 
 
 def check_settings(
-    settings: Settings, method: Method, known: Iterable[str], *, level: str
-) -> tuple[list[Problem], list[Problem]]:
+    settings: Settings, method: Method, known: Iterable[str], findings: Findings, *, level: str
+) -> None:
     """Check the names of the parameters that stand in one place of a recipe.
 
     Parameters
@@ -408,47 +418,40 @@ def check_settings(
         The recipe's method.
     known : iterable of str
         The parameters of all methods.
+    findings : Findings
+        Takes names that no method has, and names that have no effect there.
     level : str
         ``all`` where shared parameters count; ``input`` under a model, ``base`` under the base.
-
-    Returns
-    -------
-    tuple of two lists of Problem
-        Names that no method has, and warnings: names that have no effect there.
     """
     own = {parameter.name: parameter for parameter in method.parameters}
     everything = set(known) | own.keys() | DIALECT_PARAMETERS
-    problems, warnings = [], []
     for name, setting in settings.items():
-        if name not in everything:
-            close = did_you_mean(name, own) or did_you_mean(name, everything)
-            advice = close or _parameters_of(own)
-            message = f"unknown parameter `{name}`"
-            problems.append(Problem("parameter", message, setting.where, advice=advice))
+        if name in everything or name in IDLE_PARAMETERS:
+            effect = _without_effect(name, own, method, level)
+            if effect is not None:
+                message = f"parameter `{name}` has no effect{effect[0]}"
+                problem = Problem("no-effect", message, setting.where, advice=effect[1])
+                findings.warnings.append(problem)
         else:
-            warnings += _without_effect(name, setting, own, method, level)
-    return problems, warnings
+            close = did_you_mean(name, own) or did_you_mean(name, everything)
+            advice = close or (_parameters_of(own) if own else "no method has one like it")
+            message = f"unknown parameter `{name}`"
+            findings.unknown(Problem("unknown-parameter", message, setting.where, advice=advice))
 
 
 def _without_effect(
-    name: str, setting: Setting, own: Mapping[str, Parameter], method: Method, level: str
-) -> list[Problem]:
+    name: str, own: Mapping[str, Parameter], method: Method, level: str
+) -> tuple[str, str] | None:
+    """Return where a parameter has no effect, and what to do about it; None if it has one."""
     if name not in own:
-        return [_idle(name, setting, f" with method `{method.name}`", _parameters_of(own))]
+        advice = IDLE_PARAMETERS.get(name) or _parameters_of(own)
+        return f" with method `{method.name}`", advice
     if level != "all" and own[name].per == "shared":
-        advice = "it acts under `parameters` of a slice or at the top level"
-        return [_idle(name, setting, " under a model", advice)]
+        return " under a model", "it acts under `parameters` of a slice or at the top level"
     if level == "base" and own[name].per == "other":
-        return [_idle(name, setting, " on the base model", "it acts on the other models")]
-    if not own[name].acts:
-        return [_idle(name, setting, " on the result", "it may be left out")]
-    return []
+        return " on the base model", "it acts on the other models"
+    return None if own[name].acts else (" on the result", "it may be left out")
 
 
 def _parameters_of(own: Mapping[str, Parameter]) -> str:
     return "its parameters: " + (", ".join(f"`{each}`" for each in own) or "none")
-
-
-def _idle(name: str, setting: Setting, where: str, advice: str) -> Problem:
-    message = f"parameter `{name}` has no effect{where}"
-    return Problem("parameter", message, setting.where, advice=advice)

@@ -11,20 +11,21 @@ from oxmerge import _core
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_start
-from oxmerge.methods import read_methods
+from oxmerge.methods import find_method, modifiers
+from oxmerge.options import check_allowed
 from oxmerge.output.card import RECIPE_NAME, REPORT_NAME
 from oxmerge.output.publish import CONFIG_NAME, INDEX_NAME
 from oxmerge.output.side_files import LeftOut, SideFile, SideFiles
 from oxmerge.planning.accounting import ModelAccount, Share
 from oxmerge.planning.parameters import KINDS
-from oxmerge.problems import Problem, group_problems
+from oxmerge.problems import Place, Problem, group_problems
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from typing import Any
 
-    from oxmerge.methods import Parameter
+    from oxmerge.methods import Method, Parameter
     from oxmerge.planning.plans import Plan
 
 __all__ = ["is_saved_plan", "load_plan", "save_plan"]
@@ -48,6 +49,9 @@ def is_saved_plan(path: str | os.PathLike[str]) -> bool:
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan to a file; see `Plan.save`."""
+    if plan.stages:
+        advice = "save the plan of each merge, when those before it have run"
+        raise PlanError("a plan of several merges cannot be saved", advice=advice)
     path = Path(path)
     partial = path.with_name(_core.partial_name(f"{path.name}.{os.getpid()}"))
     output = json.dumps(_output(plan), ensure_ascii=True)
@@ -83,10 +87,8 @@ def _output(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "tokenizer_memory": plan.tokenizer_memory,
         "accounting": [_account(account) for account in plan.accounting],
-        "warnings": [
-            {name: getattr(warning, name) for name in warning.__dataclass_fields__}
-            for warning in plan.warnings
-        ],
+        "warnings": [warning.as_dict() for warning in plan.warnings],
+        "notes": plan.notes,
         "changes": plan.changes,
         "config": plan.config,
         "card": plan.card,
@@ -118,6 +120,7 @@ def load_plan(
     threads: int | None = None,
     device: str = "cpu",
     vram: int | str | None = None,
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return the plan in a file that `Plan.save` wrote.
 
@@ -131,11 +134,14 @@ def load_plan(
         The file.
     memory, threads, device, vram
         As in `plan`: what the summary is for.
+    allow_methods : iterable of str
+        Modules that a method written in Python may come from, as in `merge`.
 
     Raises
     ------
     PlanError
-        If it is no plan, one of another version of oxmerge, or wrong in any way.
+        If it is no plan, one of another version of oxmerge, or wrong in any way; or if its method
+        is written in Python, and is not allowed or has changed.
     OSError
         If the file cannot be read.
 
@@ -152,7 +158,10 @@ def load_plan(
     try:
         table, rest = _core.Plan.load(data.decode())
         del data
-        _check_parameters(table)
+        about = _method_of(table, check_allowed(allow_methods))
+        _check_parameters(table, about)
+        if about.written is not None:
+            table = about.written.write_formulas(table)
         _check_method(table)
         fields = _read_output(json.loads(rest), table)
     except UnicodeDecodeError as error:
@@ -163,22 +172,42 @@ def load_plan(
         error.file = error.file or os.fspath(path)
         raise
     options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
-    return Plan(table=table, options=options, **fields)
+    return Plan(about=about, table=table, options=options, **fields)
 
 
 def _check_method(table: _core.Plan) -> None:
     """Raise PlanError if the method cannot make one of the tensors."""
-    problems = group_problems(Problem(kind="method", **found) for found in table.problems())
+    problems = group_problems(Problem("unfit-formula", **found) for found in table.problems())
     if problems:
         raise PlanError("cannot merge by the plan", problems=problems)
 
 
-def _check_parameters(table: _core.Plan) -> None:
+def _method_of(table: _core.Plan, allowed: tuple[str, ...]) -> Method:
+    """Return the method of a table; raise PlanError unless it is the one that it was made by."""
+    found = find_method(table.method, Place(), allowed)
+    if isinstance(found, Problem):
+        raise PlanError.of("cannot merge by the plan", [found])
+    source = None if found.written is None else found.written.source
+    if source != table.source:
+        raise PlanError(
+            f"the merge method `{table.method}` is not what it was when the plan was made",
+            expected=_shown_source(table.source),
+            found=_shown_source(source),
+            advice=_MAKE_ANEW,
+        )
+    return found
+
+
+def _shown_source(source: tuple[str, str, str] | None) -> str:
+    if source is None:
+        return "one of oxmerge's own"
+    module, function, digest = source
+    return f"`{module}:{function}` with the digest {digest[:16]}"
+
+
+def _check_parameters(table: _core.Plan, about: Method) -> None:
     """Raise PlanError unless every parameter is one of the method's, and of its kind."""
-    methods = read_methods(_core.methods())
-    if table.method not in methods:
-        raise PlanError(f"there is no merge method `{table.method}`", advice=_MAKE_ANEW)
-    known = {each.name: each for each in methods[table.method].parameters}
+    known = modifiers() | {each.name: each for each in about.parameters}
     for shared, own in table.settings():
         for values, is_shared in ((shared, True), *((each, False) for each in own)):
             for name, value in values.items():
@@ -243,6 +272,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
             _read_account(_Reader(each)) for each in reader.get("accounting", list, dict)
         ),
         "warnings": tuple(_read_warning(each) for each in reader.get("warnings", list, dict)),
+        "notes": tuple(reader.get("notes", list, str)),
         "changes": tuple(reader.get("changes", list, str)),
         "config": reader.get("config", str, optional=True),
         "card": reader.get("card", str),
@@ -309,13 +339,26 @@ def _share(raw: object) -> Share:
 
 
 def _read_warning(raw: dict[str, Any]) -> Problem:
-    texts = ("kind", "message", "where", "file", "tensor", "expected", "found", "advice")
+    texts = ("code", "message", "file", "tensor", "expected", "found", "advice")
     reader = _Reader(raw)
     values = {
-        name: reader.get(name, str, optional=name not in {"kind", "message"}) for name in texts
+        name: reader.get(name, str, optional=name not in {"code", "message"}) for name in texts
     }
-    names = tuple(reader.get("tensors", list, str))
-    return Problem(**values, tensors=names, count=reader.get("count", int))
+    where = Place(
+        reader.get("where", str, optional=True) or "",
+        reader.get("line", int, optional=True),
+        reader.get("column", int, optional=True),
+        reader.get("recipe", str, optional=True),
+    )
+    if values["file"] == where.file:
+        values["file"] = None
+    names = tuple(reader.get("tensors", list, str, optional=True) or ())
+    return Problem(
+        **values,
+        where=None if where == Place() else where,
+        tensors=names,
+        count=reader.get("count", int),
+    )
 
 
 def _wrong(message: str, found: object) -> PlanError:

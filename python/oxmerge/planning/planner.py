@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from types import MappingProxyType
 
-from oxmerge import _core
-from oxmerge.errors import PlanError, ProblemsError
+from oxmerge.errors import PlanError, ProblemsError, RecipeError
 from oxmerge.json_files import read_object
-from oxmerge.methods import Method, find_method, read_methods
+from oxmerge.methods import Method, built_in_methods, find_method
 from oxmerge.models.inputs import InputModel, Inputs
 from oxmerge.models.names import is_vocabulary
 from oxmerge.models.vocabularies import folder_beside
-from oxmerge.options import check_seed
+from oxmerge.options import check_allowed, check_seed
 from oxmerge.output.chat_templates import choose_template
 from oxmerge.output.config import edit_config, json_text
 from oxmerge.output.contents import card_of, config_of, notes_on
@@ -25,13 +25,14 @@ from oxmerge.output.token_ids import GENERATION_CONFIG, edit_tokens
 from oxmerge.output.tokenizers import side_files_with
 from oxmerge.planning.assembly import Assembler
 from oxmerge.planning.belonging import Belonging
+from oxmerge.planning.keeping import Keeping
 from oxmerge.planning.ledger import Ledger
 from oxmerge.planning.parameters import SettingReader
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.sections import Section, SectionBuilder
 from oxmerge.planning.targets import SlicedTargets, whole_targets
 from oxmerge.planning.tokens import TokenPlanner
-from oxmerge.problems import Problem, group_problems
+from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.schema import Tensors, is_float
 
 TYPE_CHECKING = False
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
 
+    from oxmerge import _core
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.targets import Run
     from oxmerge.planning.tokens import Alignment
@@ -50,7 +52,7 @@ __all__ = ["DEFAULT_SHARD_SIZE", "build_plan"]
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
-def build_plan(
+def build_plan(  # noqa: PLR0913 - the options of `plan`
     recipe: Recipe,
     *,
     shard_size: int = DEFAULT_SHARD_SIZE,
@@ -58,6 +60,9 @@ def build_plan(
     strict: bool = False,
     with_side_files: bool = False,
     allow_mismatch: bool = False,
+    findings: Findings | None = None,
+    stages: Mapping[str, str | None] = MappingProxyType({}),
+    allow_methods: Iterable[str] = (),
 ) -> Plan:
     """Return the plan of a merge. Reads headers, configs and tokenizers only.
 
@@ -75,45 +80,73 @@ def build_plan(
         Whether the donor's other files will be copied, and must be such that they can be.
     allow_mismatch : bool
         Whether models may be of another type than the donor.
+    findings : Findings, optional
+        What was wrong with the recipe when it was read.
+    stages : mapping of str to str or None
+        Where the outputs of earlier merges lie, by their names; None for one that cannot be made.
+    allow_methods : iterable of str
+        Modules that a method written in Python may come from.
 
     Raises
     ------
     PlanError
-        With every problem that the headers show.
+        With every problem that the headers show; `RecipeError` if some were found before.
     TypeError, ValueError
         If `seed` is no whole number, or `seed` or `shard_size` is out of range.
     """
     seed = check_seed(seed)
     if shard_size < 1:
         raise ValueError(f"shard size must be at least one byte, not {shard_size}")
-    planner = _Planner(recipe, with_side_files=with_side_files, allow_mismatch=allow_mismatch)
+    planner = _Planner(
+        recipe,
+        findings or Findings(),
+        stages,
+        check_allowed(allow_methods),
+        with_side_files=with_side_files,
+        allow_mismatch=allow_mismatch,
+    )
     return planner.plan(shard_size, seed, strict=strict)
 
 
 class _Planner:
-    """Goes through the steps of one plan, and gathers their problems and warnings."""
+    """Goes through the steps of one plan, which add what they find to one collection."""
 
-    def __init__(self, recipe: Recipe, *, with_side_files: bool, allow_mismatch: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        findings: Findings,
+        stages: Mapping[str, str | None],
+        allowed: tuple[str, ...],
+        *,
+        with_side_files: bool,
+        allow_mismatch: bool,
+    ) -> None:
         self.recipe = recipe
+        self.error = RecipeError if findings.problems else PlanError
+        self.findings = findings
+        findings.warnings[:0] = recipe.warnings
+        self.allowed = allowed
         self.with_side_files = with_side_files
         self.allow_mismatch = allow_mismatch
         self.side_files = SideFiles()
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = list(recipe.warnings)
         folders = (os.getcwd(), recipe.folder)
         self.folders = tuple(folder for folder in folders if folder is not None)
-        self.inputs = Inputs(self.folders)
-        self.reader = SettingReader()
+        asked = recipe.extensions
+        self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
+        self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
         self.alignment: Alignment | None = None
         self.lacks_tokens = False
-        self.notes: list[str] = []
-        self.methods = read_methods(_core.methods())
+        self.token_notes: list[str] = []
+        self.cause: BaseException | None = None
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
         method, is_known = self.method()
         sections = self.sections(method)
         donor = self.donor(sections)
+        self.keeping = Keeping(self.recipe.extensions, self.inputs, self.findings)
+        self.inputs.check_renames()
+        problems, warnings = self.findings.problems, self.findings.warnings
         targets = [] if donor is None else list(self.targets(sections, donor))
         table: _core.Plan | None = None
         fates: list[_core.Fates] = []
@@ -121,42 +154,45 @@ class _Planner:
             self.align(donor, sections)
             table, fates = self.assemble(targets, donor, seed, shard_size)
             if is_known:
-                self.check_with_engine(table)
+                table = self.with_method(method, table)
         self.check_config(donor)
         self.look_beside(donor)
         self.compare_models(sections, donor, table)
-        self.gather(sections)
-        if donor is None and not self.problems:
+        self.check_effects(sections)
+        if donor is None and not problems and not self.inputs.lacks_reported:
             message = "there is no model to take the names from"
-            self.problems.append(Problem("recipe", message, advice="list a model"))
-        if donor is None or table is None or self.problems:
-            raise self.failure(self.problems + (self.warnings if strict else []))
-        ledger = Ledger(self.inputs.models, fates)
+            problems.append(Problem("missing-key", message, advice="list a model"))
+        if donor is None or table is None or problems:
+            raise self.failure(problems + (warnings if strict else [])) from self.cause
+        ledger = Ledger(self.inputs.models, fates, self.keeping.passed_over)
         accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
-        self.warnings += ledger.warnings
-        if strict and self.warnings:
-            raise self.failure(self.warnings)
-        return self.result(table, donor, accounting, shard_size)
+        warnings += ledger.warnings
+        if strict and warnings:
+            raise self.failure(warnings)
+        return self.result(method, table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
         """Return the recipe's method, or one that takes anything after reporting that."""
-        found = find_method(self.recipe.method, self.methods)
+        if not self.recipe.method:
+            return Method("", takes_anything=True), False  # which is reported
+        where = self.recipe.place("merge_method")
+        found = find_method(self.recipe.method, where, self.allowed)
         if isinstance(found, Problem):
-            self.problems.append(found)
-            return Method(self.recipe.method), False
+            self.findings.problems.append(found)
+            return Method(self.recipe.method, takes_anything=True), False
         return found, True
 
     def sections(self, method: Method) -> list[Section]:
-        builder = SectionBuilder(self.recipe, method, self.methods, self.inputs, self.reader)
-        sections = builder.build()
-        self.problems += builder.problems
-        self.warnings += builder.warnings
-        return sections
+        methods = (*built_in_methods().values(), method)
+        builder = SectionBuilder(
+            self.recipe, method, methods, self.inputs, self.reader, self.findings
+        )
+        return builder.build()
 
     def donor(self, sections: list[Section]) -> InputModel | None:
         """Return the model that names and config come from: the base, else the first listed."""
         if self.recipe.base_model is not None:
-            return self.inputs.open(self.recipe.base_model)
+            return self.inputs.open(self.recipe.base_model, self.recipe.place("base_model"))
         return sections[0].donor.model if sections else None
 
     def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Run]:
@@ -164,47 +200,54 @@ class _Planner:
             return []
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
-        self.sliced = SlicedTargets(sections, donor)
+        self.sliced = SlicedTargets(sections, donor, self.findings)
         return self.sliced
 
     def align(self, donor: InputModel, sections: list[Section]) -> None:
         """Find which rows of the models stand for which tokens, where the recipe asks for that."""
         if self.recipe.tokenizer is not None:
-            tokens = TokenPlanner(self.recipe, self.inputs, donor, sections, self.folders)
+            tokens = TokenPlanner(self.recipe, self.inputs, donor, sections, self.findings)
             self.alignment = tokens.align(self.recipe.tokenizer)
-            self.problems += tokens.problems
-            self.lacks_tokens = bool(tokens.problems)
-            self.warnings += tokens.warnings
+            self.lacks_tokens = tokens.found_problems
 
     def assemble(
         self, targets: list[Run], donor: InputModel, seed: int, shard_size: int
     ) -> tuple[_core.Plan, list[_core.Fates]]:
-        models, alignment = self.inputs.models, self.alignment
-        assembler = Assembler(self.recipe, donor, models, seed, self.reader, alignment)
+        assembler = Assembler(
+            self.recipe,
+            donor,
+            self.inputs.models,
+            seed,
+            self.keeping,
+            self.reader,
+            self.findings,
+            self.alignment,
+        )
         if not self.recipe.slices and targets:
             assembler.compare_depths(targets[0].section)
         for run in targets:
             assembler.assemble(run)
-        self.problems += (p for p in assembler.problems if not self.is_told(p))
+        # Rows that cannot be compared for a reason that is told with the tokenizer.
+        if self.lacks_tokens:
+            problems = self.findings.problems
+            problems[:] = [each for each in problems if not _is_of_rows(each)]
         return assembler.finish(shard_size)
 
-    def is_told(self, problem: Problem) -> bool:
-        """Tell whether rows cannot be compared for a reason that is told with the tokenizer."""
-        is_of_rows = problem.kind == "shape" and is_vocabulary(problem.tensor or "")
-        return is_of_rows and self.lacks_tokens
+    def with_method(self, method: Method, table: _core.Plan) -> _core.Plan:
+        """Return the table with the formulas of a method in Python; report what it cannot make."""
+        if method.written is not None:
+            try:
+                table = method.written.write_formulas(table)
+            except PlanError as error:
+                self.findings.problems.append(error.as_problem("unfit-formula"))
+                self.cause = error.__cause__
+                return table
+        self.check_with_engine(table)
+        return table
 
     def check_with_engine(self, table: _core.Plan) -> None:
         for found in table.problems():
-            self.problems.append(
-                Problem(
-                    "method",
-                    found["message"],
-                    tensor=found.get("tensor"),
-                    expected=found.get("expected"),
-                    found=found.get("found"),
-                    advice=found.get("advice"),
-                )
-            )
+            self.findings.problems.append(Problem("unfit-formula", **found))
 
     def check_config(self, donor: InputModel | None) -> None:
         """Find the layer lists and position rules of the config that the new depth breaks."""
@@ -214,12 +257,13 @@ class _Planner:
         try:
             edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
         except PlanError as error:
-            self.problems += error.problems
+            self.findings.problems += error.problems
 
     def look_beside(self, donor: InputModel | None) -> None:
         """Find the files beside the weights, and those among them that cannot be copied."""
         if donor is None:
             return
+        problems = self.findings.problems
         tokenizer = None if self.alignment is None else self.alignment.tokenizer
         own = folder_beside(donor.path)
         template = None
@@ -227,18 +271,18 @@ class _Planner:
             folders = [folder_beside(model.path) for model in self.inputs.models]
             whose = own if tokenizer is None else tokenizer.folder
             template, problem = choose_template(self.recipe.chat_template, folders, whose)
-            self.problems += [] if problem is None else [problem]
+            problems += [] if problem is None else [problem]
         if self.with_side_files:
             found = find_side_files(folder_of(donor.path), donor.file_names)
             self.side_files = side_files_with(found, own, tokenizer, template)
-            self.problems += self.side_files.problems
+            problems += self.side_files.problems
             self.look_at_generation(donor)
 
     def look_at_generation(self, donor: InputModel) -> None:
         """Have the config of generation name the same tokens."""
         config = read_object(os.path.join(folder_beside(donor.path), GENERATION_CONFIG))
         edited, notes = self.with_tokens(config, donor, GENERATION_CONFIG)
-        self.notes += (f"{GENERATION_CONFIG}: {note}" for note in notes)
+        self.token_notes += (f"{GENERATION_CONFIG}: {note}" for note in notes)
         if edited != config:
             texts = {**self.side_files.texts, GENERATION_CONFIG: json_text(edited).encode()}
             copied = [each for each in self.side_files.copied if each.name != GENERATION_CONFIG]
@@ -261,25 +305,21 @@ class _Planner:
         """Find models that do not belong together, whatever their tensors are called."""
         if donor is None or table is None:
             return
-        belonging = Belonging(donor, allow_mismatch=self.allow_mismatch)
+        belonging = Belonging(donor, self.findings, allow_mismatch=self.allow_mismatch)
+        belonging.fold_sizes(self.inputs.models)
         by_layer = bool(self.recipe.slices)
         belonging.compare_configs(self.inputs.models, by_layer=by_layer)
         if by_layer:
             belonging.compare_layers(sections)
         if self.alignment is None:
             belonging.compare_tokenizers(self.inputs.models, Tensors(table))
-        self.problems += belonging.problems
-        self.warnings += belonging.warnings
 
-    def gather(self, sections: list[Section]) -> None:
-        """Take over what the steps have collected on the way."""
-        self.problems = self.inputs.problems + self.problems + self.reader.problems
-        self.warnings += self.inputs.warnings + self.reader.warnings
-        if self.sliced is not None:
-            self.problems += self.sliced.problems
-        if not self.problems:  # else a filter may have had no chance
-            self.warnings += self.reader.unused_filters()
-        self.warnings += self.gradient_warnings(sections)
+    def check_effects(self, sections: list[Section]) -> None:
+        """Find filters, patterns and gradients that have decided nothing."""
+        if not self.findings.problems:  # else a filter may have had no chance
+            self.findings.warnings += self.reader.unused_filters()
+            self.findings.warnings += self.keeping.unused()
+        self.findings.warnings += self.gradient_warnings(sections)
 
     def gradient_warnings(self, sections: list[Section]) -> list[Problem]:
         stackless = [
@@ -292,13 +332,14 @@ class _Planner:
             return []
         message = "gradients have no effect beyond their first value: no layers are known"
         advice = "layers are told by a config.json that counts them"
-        return [Problem("layers", message, file=stackless[0].path, advice=advice)]
+        return [Problem("no-effect", message, file=stackless[0].path, advice=advice)]
 
     def failure(self, problems: list[Problem]) -> ProblemsError:
-        return PlanError.of("cannot merge", group_problems(problems))
+        return self.error.of("cannot merge", group_problems(problems))
 
     def result(
         self,
+        method: Method,
         table: _core.Plan,
         donor: InputModel,
         accounting: tuple[ModelAccount, ...],
@@ -309,7 +350,7 @@ class _Planner:
         stack = donor.stack if self.sliced is not None else None
         layer_map = None if self.sliced is None else self.sliced.layer_map
         dtype = _main_dtype(table.bytes_by_dtype())
-        config, notes = config_of(
+        config, changes = config_of(
             donor,
             dtype=dtype,
             layers=None if layer_map is None else self.configs_of(layer_map),
@@ -317,8 +358,11 @@ class _Planner:
             writes_head=table.has_name_ending("lm_head.weight"),
             edit=lambda config: self.with_tokens(config, donor, "config.json"),
         )
+        extended = self.extension_notes(donor)
+        notes = (*self.recipe.notes, *extended)
         plan = Plan(
             table=table,
+            about=method,
             recipe_text=self.recipe.text,
             recipe_folder=self.recipe.folder,
             shard_size=shard_size,
@@ -328,19 +372,34 @@ class _Planner:
             layer_map=layer_map,
             dtype=dtype,
             accounting=accounting,
-            warnings=group_problems(self.warnings),
-            changes=(*notes, *self.notes, *self.recipe.notes, *notes_on(self.side_files)),
+            warnings=group_problems(self.findings.warnings),
+            notes=notes,
+            changes=(*changes, *self.token_notes, *notes, *notes_on(self.side_files)),
             config=config,
-            card=card_of(self.recipe, self.inputs.models, donor),
+            card=card_of(self.recipe, method, self.inputs.models, donor, extended),
             side_files=self.side_files,
             tokenizer_memory=None if self.alignment is None else self.alignment.memory,
         )
         plan.recipe = self.recipe  # it need not be read again
         return plan
 
+    def extension_notes(self, donor: InputModel) -> tuple[str, ...]:
+        """Return which tensors have other names in a model, and which are left to one model."""
+        called = (
+            f"the tensors of `{model.reference}` are matched with those of `{donor.reference}` by "
+            f"other names: {', '.join(map(str, model.renamed))}"
+            for model in self.inputs.models
+            if model.renamed
+        )
+        return (*called, *self.keeping.notes())
+
     def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
         """Return the config and the layer that each output layer comes from."""
         return [(self.inputs.models[model].config, layer) for model, layer in layer_map]
+
+
+def _is_of_rows(problem: Problem) -> bool:
+    return problem.code == "tensor-shape" and is_vocabulary(problem.tensor or "")
 
 
 def _main_dtype(sizes: Mapping[str, int]) -> str | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge import _core
+    from oxmerge.methods import Method
     from oxmerge.output.side_files import SideFiles
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.summary import Prediction
@@ -38,6 +39,8 @@ class Plan:
 
     Attributes
     ----------
+    about : Method
+        What the merge method is.
     table : _core.Plan
         Every output tensor, where its sources lie, and where it goes: what the engine runs.
     recipe_text : str
@@ -60,9 +63,12 @@ class Plan:
         What becomes of every tensor of every model.
     warnings : tuple of Problem
         What has no effect, and what is left out.
+    notes : tuple of str
+        What may be taken for something else than it is; which tensors are left to one model, and
+        which have other names in the models.
     changes : tuple of str
-        What is changed in the config, what may be taken for something else than it is, and which of
-        the donor's files are not copied; the report of a merge tells it.
+        What is changed in the config, the notes, and which of the donor's files are not copied; the
+        report of a merge tells it.
     config : str, optional
         Text of ``config.json``.
     card : str
@@ -73,8 +79,11 @@ class Plan:
         Bytes that the process took which built the output's tokenizer, if one was built.
     options : dict
         What the prediction is for: `memory`, `threads`, `device` and `vram`, as `plan` takes them.
+    stages : tuple of Plan
+        The merges that come first, whose outputs this one reads; their outputs are removed again.
     """
 
+    about: Method
     table: _core.Plan
     recipe_text: str
     recipe_folder: str | None
@@ -86,12 +95,16 @@ class Plan:
     dtype: str | None
     accounting: tuple[ModelAccount, ...]
     warnings: tuple[Problem, ...]
+    notes: tuple[str, ...]
     changes: tuple[str, ...]
     config: str | None
     card: str
     side_files: SideFiles
     tokenizer_memory: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[Plan, ...] = ()
+    #: Keeps the files that stand for outputs of `stages`.
+    stand_ins: object = None
 
     @property
     def method(self) -> str:
@@ -151,18 +164,14 @@ class Plan:
         """Return the same plan, with a prediction for other options."""
         plan = copy.copy(self)
         plan.options = options
+        plan.stages = tuple(stage.with_options(options) for stage in self.stages)
         vars(plan).pop("prediction", None)
         return plan
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What may be taken for something else than it is."""
-        return self.recipe.notes
-
-    @property
     def disk(self) -> int:
-        """Bytes that the output needs on the disk."""
-        return disk_bytes(self)
+        """Bytes that the output needs on the disk, and the outputs of the merges before it."""
+        return disk_bytes(self) + sum(stage.disk for stage in self.stages)
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -197,6 +206,11 @@ class Plan:
         ----------
         path : path
             The file; one that is there is replaced when the new one is complete.
+
+        Raises
+        ------
+        PlanError
+            If other merges come first: their outputs, which this one reads, are not there.
         """
         save_plan(self, path)
 

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from oxmerge.methods import modifiers
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import Problem
-from oxmerge.recipe.recipe import Slice, Source
+from oxmerge.recipe.recipe import UNREAD, Slice, Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
     from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel, Inputs
-    from oxmerge.recipe.recipe import Recipe, Settings
+    from oxmerge.problems import Findings, Place
+    from oxmerge.recipe.recipe import Recipe, Setting, Settings
 
 __all__ = ["Section", "SectionBuilder", "SectionSource"]
+
+#: What makes a section one whose tensors are checked, not planned.
+_UNSOUND = frozenset(
+    ("base-not-listed", "duplicate-model", "input-count", "layer-range", "no-layers")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class Section:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe.
     sources : tuple of SectionSource
         In listed order, those whose model could be opened.
@@ -58,6 +65,8 @@ class Section:
         The one whose tensors the output has.
     shared : Resolver
         The parameters that the inputs of a tensor share.
+    scale : Resolver
+        The factor of what the method adds to the base, if the recipe has one.
     length : int
         How many layers it has; 0 in a recipe of whole models.
     settings : tuple
@@ -66,11 +75,12 @@ class Section:
         Whether nothing about it was reported. What an unsound one makes is checked, not planned.
     """
 
-    where: str
+    where: Place
     sources: tuple[SectionSource, ...]
     base: int | None
     donor: SectionSource
     shared: Resolver
+    scale: Resolver
     length: int
     settings: tuple[object, ...]
     is_sound: bool = True
@@ -85,39 +95,40 @@ class SectionBuilder:
         What the user asked for.
     method : Method
         The recipe's method.
-    methods : mapping of str to Method
+    methods : iterable of Method
         Every method, for what their parameters are called.
     inputs : Inputs
         Opens the models.
     reader : SettingReader
         Converts the settings.
-
-    Attributes
-    ----------
-    problems, warnings : list of Problem
-        What does not fit, and what has no effect.
+    findings : Findings
+        Takes what does not fit, and what has no effect.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         method: Method,
-        methods: Mapping[str, Method],
+        methods: Iterable[Method],
         inputs: Inputs,
         reader: SettingReader,
+        findings: Findings,
     ) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+        self._findings = findings
         self._recipe = recipe
+        self._levels = (recipe.module_parameters, recipe.parameters)
         self._method = method
-        self._known = {each.name for one in methods.values() for each in one.parameters}
+        self._known = {each.name for one in methods for each in one.parameters}
         self._inputs = inputs
         self._reader = reader
 
     def build(self) -> list[Section]:
         """Return the sections that could be made."""
         self._check_base()
+        self._check_names(self._recipe.module_parameters, "all")
         self._check_names(self._recipe.parameters, "all")
+        if not self._recipe.models and not self._recipe.slices:
+            return []  # which is reported
         slices = self._recipe.slices or (self._whole_models(),)
         sections = [self._section(each) for each in slices]
         return [section for section in sections if section is not None]
@@ -127,8 +138,8 @@ class SectionBuilder:
         sources = self._recipe.models
         base = self._base_reference(None)
         if base is not None and not self._lists(sources, base):
-            sources = (*sources, Source(base, "base_model"))
-        return Slice("models", sources)
+            sources = (*sources, Source(base, self._recipe.place("base_model")))
+        return Slice(self._recipe.place("models"), sources)
 
     def _base_reference(self, part: Slice | None) -> str | None:
         """Return the base that takes part in the arithmetic."""
@@ -147,7 +158,10 @@ class SectionBuilder:
         if method.base == "required" and recipe.base_model is None and not has_own:
             message = f"method `{method.name}` needs a `base_model`"
             advice = "name the model that the others were made from"
-            self.problems.append(Problem("contract", message, advice=advice))
+            if method.inputs.most == 2:  # noqa: PLR2004 - from one to the other
+                advice = "name the one of the two models that it begins with"
+            where = recipe.place("merge_method")
+            self._findings.problems.append(Problem("missing-base", message, where, advice=advice))
         if method.base == "ignored" and recipe.base_model is not None:
             self._check_ignored_base(recipe.base_model)
 
@@ -157,12 +171,11 @@ class SectionBuilder:
             return
         message = f"`base_model` is no input of method `{self._method.name}`"
         advice = "it gives the names, the config and the tokenizer; to merge it, list it"
-        self.warnings.append(Problem("contract", message, "base_model", advice=advice))
+        where = self._recipe.place("base_model")
+        self._findings.warnings.append(Problem("no-effect", message, where, advice=advice))
 
     def _check_names(self, settings: Settings, level: str) -> None:
-        found = check_settings(settings, self._method, self._known, level=level)
-        self.problems += found[0]
-        self.warnings += found[1]
+        check_settings(settings, self._method, self._known, self._findings, level=level)
 
     def _check_counts(self, part: Slice, *, has_base: bool) -> None:
         method, count = self._method, len(part.sources)
@@ -170,32 +183,42 @@ class SectionBuilder:
             return  # the missing base is reported, and how many others it needs can be seen then
         if not method.inputs.allows(count):
             words = " (the base included)" if has_base else ""
-            self._contract(part, method.inputs.of("model") + words, count)
+            self._report_count(part, method.inputs.of("model") + words, count)
         elif not method.others.allows(count - has_base):
             words = " besides the base" if has_base else ""
-            self._contract(part, method.others.of("model") + words, count - has_base)
+            self._report_count(part, method.others.of("model") + words, count - has_base)
 
-    def _contract(self, part: Slice, counts: str, found: int) -> None:
-        message = f"method `{self._method.name}` takes {counts}"
+    def _report_count(self, part: Slice, counts: str, count: int) -> None:
+        message, found = f"method `{self._method.name}` takes {counts}", str(count)
         advice = "list so many, or use another method: `oxmerge methods` shows what each takes"
-        self.problems.append(
-            Problem("contract", message, part.where, found=str(found), advice=advice)
+        listed = self._recipe.models
+        if listed and count == len(listed) + 1:
+            found += f": {len(listed)} are listed, and the base `{part.sources[-1].model}` is not"
+            if self._method.inputs.allows(len(listed)):
+                advice = "make one of those that are listed the `base_model`, or list the base"
+        self._findings.problems.append(
+            Problem("input-count", message, part.where, found=found, advice=advice)
         )
 
     def _check_duplicates(self, part: Slice) -> None:
-        seen: dict[str, str] = {}
+        """Find models that are listed twice. Other layers of one model may well be merged."""
+        seen: dict[tuple[str, object], Place] = {}
         for source in part.sources:
-            path = self._inputs.path_of(source.model)
-            if path in seen:
-                message = f"model `{source.model}` is listed twice, first at {seen[path]}"
+            key = self._inputs.path_of(source.model), source.layer_range
+            if key in seen and source.model != UNREAD:
+                message = f"model `{source.model}` is listed twice, first at {seen[key]}"
                 advice = "list it once, with the weight of both; or name the model that was meant"
-                self.problems.append(Problem("contract", message, source.where, advice=advice))
-            seen.setdefault(path, source.where)
+                problem = Problem("duplicate-model", message, source.where, advice=advice)
+                found = self._findings
+                (found.warnings if self._recipe.slices else found.problems).append(problem)
+            seen.setdefault(key, source.where)
 
     # Making.
 
     def _section(self, part: Slice) -> Section | None:
-        before = len(self.problems)
+        if not part.sources:
+            return None  # which is reported
+        before = len(self._findings.problems)
         base = self._base_reference(part)
         has_base = base is not None and self._lists(part.sources, base)
         self._check_names(part.parameters, "all")
@@ -204,24 +227,27 @@ class SectionBuilder:
         if base is not None and not has_base:
             message = f"the base model `{base}` is not among the sources of this slice"
             advice = "list it there, with its own `layer_range`"
-            self.problems.append(Problem("contract", message, part.where, advice=advice))
+            self._findings.problems.append(
+                Problem("base-not-listed", message, part.where, advice=advice)
+            )
         base_path = self._inputs.path_of(base) if base is not None and has_base else None
         section = self._open_section(part, base_path)
-        found = any(problem.kind != "parameter" for problem in self.problems[before:])
-        is_sound = not found and not self._lacks_base(base)
+        found = {problem.code for problem in self._findings.problems[before:]}
+        is_sound = found.isdisjoint(_UNSOUND) and not self._lacks_base(base)
         return section if section is None or is_sound else replace(section, is_sound=False)
 
     def _lacks_base(self, base: str | None) -> bool:
         return base is None and self._method.base == "required"
 
     def _open_section(self, part: Slice, base_path: str | None) -> Section | None:
-        opened = [(source, self._inputs.open(source.model)) for source in part.sources]
+        opened = [(each, self._inputs.open(each.model, each.where)) for each in part.sources]
         length = self._length(part, opened)
         sources: list[SectionSource] = []
         base: int | None = None
         shared = self._shared(part)
-        for source, model in opened:
-            is_base = self._inputs.path_of(source.model) == base_path
+        bases = [self._inputs.path_of(source.model) == base_path for source, _ in opened]
+        for at, (source, model) in enumerate(opened):
+            is_base = bases[at] and not any(bases[:at])  # the first, if it is listed twice
             self._check_names(source.parameters, "base" if is_base else "input")
             # Also where there is no model: what is wrong with the values is told with that.
             resolver = self._resolver(part, source, is_base=is_base)
@@ -233,17 +259,38 @@ class SectionBuilder:
         if lacks_donor or not sources:
             return None
         donor = sources[base or 0]
-        return Section(part.where, tuple(sources), base, donor, shared, length, _settings(part))
+        settings = _settings(part)
+        scale = self._scale(has_base=base_path is not None)
+        return Section(part.where, tuple(sources), base, donor, shared, scale, length, settings)
 
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
-        levels = (source.parameters, part.parameters, self._recipe.parameters)
+        levels = (source.parameters, part.parameters, *self._levels)
         parameters = self._method.parameters_of(base=is_base)
         return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
 
     def _shared(self, part: Slice) -> Resolver:
-        levels = (part.parameters, self._recipe.parameters)
+        levels = (part.parameters, *self._levels)
         whose = f" by method `{self._method.name}`"
         return Resolver(self._method.shared_parameters(), levels, self._reader, whose)
+
+    def _scale(self, *, has_base: bool) -> Resolver:
+        """Return what resolves `layer_scale`, for which there has to be a base."""
+        setting = self._recipe.extensions.layer_scale
+        if setting is None or not has_base:
+            if setting is not None and self._method.base != "required":  # else it is missed anyway
+                self._report_scale(setting)
+            return Resolver((), (), self._reader, "")
+        parameter = modifiers()["layer_scale"]
+        return Resolver((parameter,), ({"layer_scale": setting},), self._reader, "")
+
+    def _report_scale(self, setting: Setting) -> None:
+        name = self._method.name
+        message = f"`layer_scale` scales what a method adds to the base, and `{name}` has none here"
+        advice = "name a `base_model`, or leave `layer_scale` out"
+        if self._method.base == "ignored":
+            advice = "use a method that has a base (`oxmerge methods`), or leave `layer_scale` out"
+        problem = Problem("unfit-formula", message, setting.where, advice=advice)
+        self._findings.problems.append(problem)
 
     # Layers.
 
@@ -260,7 +307,9 @@ class SectionBuilder:
             )
             message = "the sources of a slice must have equally many layers"
             advice = "give each a `layer_range` of the same length"
-            self.problems.append(Problem("layers", message, part.where, found=found, advice=advice))
+            self._findings.problems.append(
+                Problem("layer-range", message, part.where, found=found, advice=advice)
+            )
         fitting = [self._fitting(source, model) for source, model in opened if model is not None]
         return max(0, min(lengths + fitting))
 
@@ -274,9 +323,9 @@ class SectionBuilder:
             message = f"`layer_range` goes past the last layer of `{source.model}`"
             layers = f"at most {stack.depth}, the number of its layers"
             advice = f"choose from `[0, {stack.depth}]`, which is all of them"
-            self.problems.append(
+            self._findings.problems.append(
                 Problem(
-                    "layers",
+                    "layer-range",
                     message,
                     source.where,
                     file=model.path,
@@ -297,9 +346,9 @@ class SectionBuilder:
         if not layout.stacks:
             advice += ", or put the config.json that counts the layers beside the weights"
         found = f"{len(numbered)} {which} ({names})"
-        problem = Problem("layers", message, file=model.path, found=found, advice=advice)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        problem = Problem("no-layers", message, file=model.path, found=found, advice=advice)
+        if problem not in self._findings.problems:
+            self._findings.problems.append(problem)
         return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oxmerge.output.contents import method_description
 from oxmerge.problems import printable
 from oxmerge.sizes import format_duration, format_size
 
@@ -51,7 +50,7 @@ class Prediction:
 def cost(plan: Plan) -> str:
     """Return how often the inputs are read, and from where again."""
     reread_bytes = plan.prediction.reread_bytes
-    often: str = method_description(plan.method)["cost"]
+    often = plan.about.cost
     if reread_bytes is None:
         return often
     if reread_bytes == 0:
@@ -78,7 +77,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     """Return the summary as data; ``inputs`` has every tensor of every model."""
     prediction = plan.prediction
     return {
+        "stages": [stage.as_dict() for stage in plan.stages],
         "method": plan.method,
+        "source": plan.table.source,
         "cost": cost(plan),
         "tensors": len(plan.tensors),
         "files": len(plan.shards),
@@ -95,7 +96,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "inputs": [account.as_dict() for account in plan.accounting],
         "left_out": list(plan.left_out),
         "notes": list(plan.notes),
-        "warnings": [str(warning) for warning in plan.warnings],
+        "warnings": [warning.as_dict() for warning in plan.warnings],
     }
 
 
@@ -108,7 +109,11 @@ def _lines(plan: Plan) -> Iterator[str]:
     prediction = plan.prediction
     files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     fastest = f"{prediction.fastest.device}: {prediction.fastest.reason}"
-    yield f"method    {plan.method}"
+    for stage in plan.stages:
+        writes = f"writes {format_size(stage.bytes_written)}, which are removed again"
+        what = f"{stage.method}, {len(stage.tensors)} tensors, {writes}"
+        yield f"first     `{stage.recipe.name}`: {what}"
+    yield f"method    {plan.method}{_source(plan)}"
     yield f"tensors   {len(plan.tensors)} in {files}"
     yield f"reads     {format_size(plan.bytes_read)}: {cost(plan)}"
     yield f"writes    {format_size(plan.bytes_written)}"
@@ -124,6 +129,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from (f"not copied  {name}" for name in plan.left_out)
     lines = (line for account in plan.accounting for line in account.summary())
     yield from (f"{' ' if at else 'inputs':<10}{line}" for at, line in enumerate(lines))
+
+
+def _source(plan: Plan) -> str:
+    """Say which function a method written in Python is."""
+    if plan.table.source is None:
+        return ""
+    module, function, digest = plan.table.source
+    return f": `{function}` of `{module}`, whose source has the digest {digest[:16]}"
 
 
 def _time(plan: Plan) -> str:

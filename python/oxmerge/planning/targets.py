@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from oxmerge.models.inputs import InputModel
     from oxmerge.models.names import Stack
     from oxmerge.planning.sections import Section
+    from oxmerge.problems import Findings
 
 __all__ = ["Run", "SlicedTargets", "Target", "loose_side", "whole_targets"]
 
@@ -33,16 +34,13 @@ class Target:
         Its name in the output.
     run : Run
         The run it belongs to.
-    donor_name : str
-        Its name in the donor.
-    names : tuple of str
-        Its name in each source of the section.
+    rest : str
+        What follows the run's lead in it, in the output and in every model.
     """
 
     name: str
     run: Run
-    donor_name: str
-    names: tuple[str, ...]
+    rest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,8 @@ class Run:
         The section they belong to.
     position : float
         Where their layer is in the section, from 0 to 1; 0 for loose tensors.
+    depth : float
+        The same in the output.
     donor : InputModel
         The model that they are like.
     tensors : tuple of (int, int)
@@ -69,6 +69,7 @@ class Run:
 
     section: Section
     position: float
+    depth: float
     donor: InputModel
     tensors: tuple[tuple[int, int], ...]
     place: Place | None
@@ -79,8 +80,7 @@ class Run:
     def target(self, donor_name: str) -> Target:
         """Return the tensor that has that name in the donor."""
         rest = donor_name[len(self.donor_lead) :]
-        names = tuple(lead + rest for lead in self.leads)
-        return Target(self.lead + rest, self, donor_name, names)
+        return Target(self.lead + rest, self, rest)
 
 
 def loose_side(name: str, place: Place | None) -> str | None:
@@ -95,7 +95,7 @@ def whole_targets(section: Section, donor: InputModel) -> Iterator[Run]:
         place = donor.layout.place(lead)
         in_stack = place is not None and not place.is_extra
         where = position(place.layer, place.stack.depth) if place and in_stack else 0.0
-        yield Run(section, where, donor, ((first, count),), place, "", "", leads)
+        yield Run(section, where, where, donor, ((first, count),), place, "", "", leads)
 
 
 class SlicedTargets:
@@ -107,19 +107,19 @@ class SlicedTargets:
         The slices, in order; at least one.
     donor : InputModel
         The model that gives the config.
+    findings : Findings
+        Takes loose tensors that could be on either side, stacks that are called differently.
 
     Attributes
     ----------
-    problems : list of Problem
-        Loose tensors that could be on either side, stacks that are called differently.
     depth : int
         How many layers the output has.
     layer_map : tuple of (int, int)
         The donor's index and its layer, for each layer of the output.
     """
 
-    def __init__(self, sections: list[Section], donor: InputModel) -> None:
-        self.problems: list[Problem] = []
+    def __init__(self, sections: list[Section], donor: InputModel, findings: Findings) -> None:
+        self._problems = findings.problems
         self.depth = sum(section.length for section in sections)
         self.layer_map = tuple(
             (section.donor.model.index, section.donor.start + offset)
@@ -148,9 +148,9 @@ class SlicedTargets:
                 message = f"the layers of `{section.donor.model.reference}` have another name"
                 expected = f"`{stack.prefix}`, as in `{self._donor.reference}`"
                 found = f"`{other.prefix}`"
-                self.problems.append(
+                self._problems.append(
                     Problem(
-                        "layers",
+                        "other-architecture",
                         message,
                         section.where,
                         file=section.donor.model.path,
@@ -168,18 +168,18 @@ class SlicedTargets:
                 same = ("",) * len(section.sources)
                 for at in range(first, first + count):
                     if self._side(donor.checkpoint.tensor(at).name, None) == side:
-                        yield Run(section, 0.0, donor, ((at, 1),), None, "", "", same)
+                        yield Run(section, 0.0, 0.0, donor, ((at, 1),), None, "", "", same)
             elif place.is_extra and self._side(lead, place) == side:
                 leads = tuple(_loose_lead(lead, place, each.model) for each in section.sources)
                 output, stretch = self._extra_lead(place, stack), ((first, count),)
-                yield Run(section, 0.0, donor, stretch, place, lead, output, leads)
+                yield Run(section, 0.0, 0.0, donor, stretch, place, lead, output, leads)
 
     def _side(self, name: str, place: Place | None) -> str:
         side = loose_side(name, place)
         if side is None and not self._ends_agree():
             message = "cannot tell whether it comes before the layers or after them"
             advice = "make the first and the last slice list the same models and parameters"
-            self.problems.append(Problem("names", message, tensor=name, advice=advice))
+            self._problems.append(Problem("loose-tensor", message, tensor=name, advice=advice))
         return side or "input"
 
     def _ends_agree(self) -> bool:
@@ -196,7 +196,9 @@ class SlicedTargets:
             for offset in range(section.length):
                 found = stretches.get(section.donor.start + offset)
                 if found:
-                    yield _layer(section, offset, tuple(found), join(stack.prefix, number))
+                    depth = position(number, self.depth)
+                    lead = join(stack.prefix, number)
+                    yield _layer(section, offset, depth, tuple(found), lead)
                 number += 1
 
     def _stretches_of(self, model: InputModel) -> dict[int, list[tuple[int, int]]]:
@@ -205,13 +207,15 @@ class SlicedTargets:
         return self._stretches[model.index]
 
 
-def _layer(section: Section, offset: int, tensors: tuple[tuple[int, int], ...], lead: str) -> Run:
+def _layer(
+    section: Section, offset: int, depth: float, tensors: tuple[tuple[int, int], ...], lead: str
+) -> Run:
     leads = tuple(_layer_lead(each.model, each.start + offset) for each in section.sources)
     donor = section.donor
     donor_lead = _layer_lead(donor.model, donor.start + offset)
     place = donor.model.layout.place(donor_lead)
     where = position(offset, section.length)
-    return Run(section, where, donor.model, tensors, place, donor_lead, lead, leads)
+    return Run(section, where, depth, donor.model, tensors, place, donor_lead, lead, leads)
 
 
 def _layer_lead(model: InputModel, layer: int) -> str:

@@ -16,7 +16,6 @@ from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.json_files import read_object
 from oxmerge.models.names import is_vocabulary
-from oxmerge.models.references import resolve_reference
 from oxmerge.models.vocabularies import OPAQUE, folder_beside, present, same_files, token_files
 from oxmerge.output.side_files import folder_of
 from oxmerge.output.token_ids import COUNTS, GENERATION_CONFIG, ids_in
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from oxmerge.models.inputs import InputModel, Inputs
     from oxmerge.planning.sections import Section
+    from oxmerge.problems import Findings
     from oxmerge.recipe.recipe import Recipe, Tokenizer, TokenRow
 
 __all__ = ["Alignment", "TokenPlanner"]
@@ -84,13 +84,8 @@ class TokenPlanner:
         The model that the output is like.
     sections : sequence of Section
         The slices.
-    folders : tuple of str
-        Where relative paths may start.
-
-    Attributes
-    ----------
-    problems, warnings : list of Problem
-        Tokenizers that cannot be read or matched, tokens that are not there.
+    findings : Findings
+        Takes tokenizers that cannot be read or matched, tokens that are not there.
     """
 
     def __init__(
@@ -99,15 +94,20 @@ class TokenPlanner:
         inputs: Inputs,
         donor: InputModel,
         sections: Sequence[Section],
-        folders: tuple[str, ...],
+        findings: Findings,
     ) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+        self._problems = findings.problems
+        self._warnings = findings.warnings
+        self._before = len(self._problems)
         self._base = None if recipe.base_model is None else donor.index
         self._inputs = inputs
         self._donor = donor
         self._sections = sections
-        self._folders = folders
+
+    @property
+    def found_problems(self) -> bool:
+        """Whether something was reported."""
+        return len(self._problems) > self._before
 
     def align(self, asked: Tokenizer) -> Alignment | None:
         """Return how rows are taken; None if they are as they are, or something was reported."""
@@ -119,16 +119,18 @@ class TokenPlanner:
         try:
             return self._align(asked)
         except OxmergeError as error:
-            self.problems.append(error.as_problem("tokenizer"))
+            self._problems.append(error.as_problem("unreadable-config"))
         except OSError as error:
             message, found = "a tokenizer cannot be read", os.strerror(error.errno or 0)
-            self.problems.append(Problem("tokenizer", message, file=error.filename, found=found))
+            self._problems.append(
+                Problem("unreadable-config", message, file=error.filename, found=found)
+            )
         return None
 
     def _report(
-        self, asked: Tokenizer | TokenRow, message: str, advice: str, *, kind: str = "recipe"
+        self, asked: Tokenizer | TokenRow, message: str, advice: str, *, code: str = "wrong-value"
     ) -> None:
-        self.problems.append(Problem(kind, message, asked.where, advice=advice))
+        self._problems.append(Problem(code, message, asked.where, advice=advice))
 
     def _align(self, asked: Tokenizer) -> Alignment | None:
         source = self._source(asked)
@@ -149,10 +151,10 @@ class TokenPlanner:
             if found is None:
                 return None
             tokenizer, rows = found
-        before = len(self.problems)
+        before = len(self._problems)
         for token in asked.tokens:
             self._fill(token, rows, of_models, rows_of)
-        if len(self.problems) > before:
+        if len(self._problems) > before:
             return None
         total = self._resize(asked, rows, source, rows_of)
         self._warn(asked, tokenizer)
@@ -169,10 +171,10 @@ class TokenPlanner:
         own = folder_beside(self._donor.path)
         if asked.source in ("base", "union"):
             return OutputTokenizer(self._donor.reference, own)
-        path = resolve_reference(asked.source, self._folders)
+        path = self._inputs.locate(asked.source)
         if isinstance(path, Problem):
             advice = f"{path.advice}; or write `base` for the tokenizer of the donor"
-            self._report(asked, path.message, advice, kind=path.kind)
+            self._report(asked, path.message, advice, code=path.code)
             return None
         folder = folder_beside(path)
         if same_files(own, folder):
@@ -195,7 +197,7 @@ class TokenPlanner:
         references = [model.reference for model in self._inputs.models]
         folders.append(source.folder)
         references.append(source.reference)
-        before = len(self.problems)
+        before = len(self._problems)
         found: list[list[str]] = []
         for at, (reference, folder) in enumerate(zip(references, folders, strict=True)):
             files, opaque = token_files(folder), present(folder, OPAQUE)
@@ -204,7 +206,7 @@ class TokenPlanner:
                     self._report_opaque(asked, reference, opaque[0] if opaque else None)
                 files = token_files(own)
             found.append(files)
-        if len(self.problems) > before:
+        if len(self._problems) > before:
             return None
         if not token_files(own):
             # All have the donor's, in a file that only its own program reads; or none has any.
@@ -223,7 +225,7 @@ class TokenPlanner:
         )
         if file == "tekken.json":
             advice = "take the repository of the same model that has a `tokenizer.json`"
-        self._report(asked, message, advice, kind=UNSUPPORTED)
+        self._report(asked, message, advice, code=UNSUPPORTED)
 
     def _moved_ids(self, files: list[str], rows: _core.TokenRows) -> dict[int, int | None]:
         """Return what becomes of the ids in the donor's configs."""
@@ -313,8 +315,8 @@ class TokenPlanner:
                     "cut at them first: merges and scores of two tokenizers do not mix"
                 )
                 advice = "write `tokenizer_source: base` to leave them out"
-                self.warnings.append(
-                    Problem("tokenizer", message, asked.where, file=file, advice=advice)
+                self._warnings.append(
+                    Problem("tokenizer-differs", message, asked.where, file=file, advice=advice)
                 )
 
     def _check_others(
@@ -331,7 +333,7 @@ class TokenPlanner:
                     f"`{self._donor.reference}` has {rows} numbers that may belong to tokens"
                 )
                 advice = "write `tokenizer_source: base`"
-                self._report(asked, message, advice, kind=UNSUPPORTED)
+                self._report(asked, message, advice, code=UNSUPPORTED)
 
     # Single tokens.
 

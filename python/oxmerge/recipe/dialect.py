@@ -1,24 +1,30 @@
-"""The dialect: what a recipe's levels are made of. Every fault is collected."""
+"""The dialect: what a recipe's levels are made of.
+
+Every fault is taken down, and what cannot be read has a stand-in, so that planning can go on to
+what else is wrong.
+"""
 
 from __future__ import annotations
 
-from oxmerge.errors import RecipeError
-from oxmerge.problems import Problem, shorten
-from oxmerge.recipe.keys import Place, is_mapping, show
-from oxmerge.recipe.recipe import Recipe, Slice, Source, Template, Tokenizer, TokenRow
-from oxmerge.recipe.values import ValueReader
+from dataclasses import replace
+
+from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
+from oxmerge.recipe.extensions import ExtensionReader
+from oxmerge.recipe.keys import at_key, is_mapping, show_key
+from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer, TokenRow
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["read_recipe"]
+__all__ = ["read_documents", "read_recipe"]
 
 _TOP_KEYS = frozenset(
     (
         "merge_method",
         "models",
         "slices",
+        "modules",
         "base_model",
         "parameters",
         "dtype",
@@ -26,6 +32,7 @@ _TOP_KEYS = frozenset(
         "tokenizer",
         "tokenizer_source",
         "chat_template",
+        "oxmerge",
     )
 )
 _TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
@@ -33,66 +40,247 @@ _TOKEN_KEYS = frozenset(("source", "force"))
 _MODEL_TOKEN_KEYS = frozenset(("kind", "model", "token", "token_id"))
 #: More rows than any vocabulary has.
 _MOST_ROWS = 1 << 22
+_MODULE_KEYS = frozenset(("models", "slices", "parameters"))
 _MODEL_KEYS = frozenset(("model", "parameters"))
 _SLICE_KEYS = frozenset(("sources", "base_model", "parameters"))
 _SOURCE_KEYS = frozenset(("model", "layer_range", "parameters"))
+#: Stands for a module that cannot be read, which is reported already.
+_UNREAD_MODULE: dict[str, object] = {}
+#: Files of other tools by the keys that tell them.
+_OTHER_TOOLS = (
+    (
+        {"experts"},
+        "for `mergekit-moe`, which builds a model of experts from dense ones",
+        "oxmerge does not build experts: run `mergekit-moe`",
+    ),
+    (
+        {"genome"},
+        "for `mergekit-evolve`, which searches for a recipe",
+        "run the search there, and merge the recipe that it finds here",
+    ),
+    (
+        {"datasets", "base_model"},
+        "for training",
+        "train with it, and merge the models that come of it",
+    ),
+    (
+        {"model_name_or_path"},
+        "for training",
+        "train with it, and merge the models that come of it",
+    ),
+)
 
 
 def read_recipe(
-    mapping: Mapping[str, object], *, text: str = "", folder: str | None = None
+    mapping: Mapping[str, object],
+    findings: Findings,
+    *,
+    text: str = "",
+    folder: str | None = None,
+    file: str | None = None,
+    in_stages: bool = False,
 ) -> Recipe:
-    """Return the recipe in `mapping`; raise `RecipeError` with every fault in it."""
-    reader = _RecipeReader()
-    recipe = reader.recipe(mapping, text, folder)
-    if reader.problems:
-        raise RecipeError.of("cannot use the recipe", reader.problems)
-    return recipe
+    """Return the recipe in `mapping`, as far as it can be read; the faults go to `findings`.
+
+    `in_stages` says that it is one of several merges, which have names.
+    """
+    known = Findings(findings.problems, ignore_unknown=findings.ignore_unknown)
+    recipe = _RecipeReader(known).recipe(mapping, Place(file=file), in_stages=in_stages)
+    return replace(recipe, text=text, folder=folder, warnings=tuple(known.warnings))
 
 
-class _RecipeReader(ValueReader):
+def read_documents(
+    documents: Sequence[Mapping[str, object]],
+    findings: Findings,
+    *,
+    text: str = "",
+    folder: str | None = None,
+    file: str | None = None,
+) -> Recipe:
+    """Return the recipe that some documents are, as `read_recipe` does.
+
+    One of them has no name, or is used by no other: that is the recipe. Those that it uses,
+    directly or not, are its stages.
+    """
+    in_stages = len(documents) > 1
+    recipes = [
+        read_recipe(each, findings, text=text, folder=folder, file=file, in_stages=in_stages)
+        for each in documents
+    ]
+    return _Stages(recipes, findings).recipe() if in_stages else recipes[0]
+
+
+class _Stages:
+    """Puts the merges of one file in order."""
+
+    def __init__(self, recipes: Sequence[Recipe], findings: Findings) -> None:
+        self.findings = findings
+        self.named: dict[str, Recipe] = {}
+        self.unnamed: list[Recipe] = []
+        for recipe in recipes:
+            self.add(recipe)
+        self.done: list[Recipe] = []
+        self.begun: list[str] = []
+
+    def add(self, recipe: Recipe) -> None:
+        if recipe.name is None:
+            self.unnamed.append(recipe)
+            if len(self.unnamed) > 1:
+                message, advice = "a second merge without a name", "give all but the last a `name`"
+                self.fault(recipe.place("merge_method"), message, advice)
+        elif recipe.name in self.named:
+            message = f"a second merge with the name `{shorten(recipe.name)}`"
+            self.fault(recipe.place("name"), message, "give each a name of its own")
+        else:
+            self.named[recipe.name] = recipe
+
+    def fault(self, place: Place, message: str, advice: str) -> None:
+        self.findings.problems.append(Problem("stages", message, place, advice=advice))
+
+    def recipe(self) -> Recipe:
+        last = self.last()
+        self.visit(last)
+        stages = tuple(each for each in self.done if each is not last)
+        needed = {stage.name for stage in stages}
+        idle = [name for name in self.named if name not in needed and name != last.name]
+        unused = [
+            Problem(
+                "no-effect",
+                f"the output of the merge `{shorten(name)}` is read by no other",
+                self.named[name].place("name"),
+                advice="take it out, or merge it by a recipe of its own",
+            )
+            for name in idle
+        ]
+        return replace(last, stages=stages, warnings=(*last.warnings, *unused))
+
+    def last(self) -> Recipe:
+        """Return the merge whose output is that of the recipe."""
+        if self.unnamed:
+            return self.unnamed[0]
+        used = {name for each in self.named.values() for name in _reads(each)}
+        candidates = [each for name, each in self.named.items() if name not in used]
+        if len(candidates) != 1:
+            several = ", ".join(f"`{shorten(each.name or '')}`" for each in candidates) or "none"
+            message = f"several merges, of which one should be the output: found {several}"
+            place = next(iter(self.named.values())).place("name")
+            self.fault(place, message, "leave the `name` of the last one out")
+        return candidates[0] if candidates else next(iter(self.named.values()))
+
+    def visit(self, recipe: Recipe) -> None:
+        """Add a merge after those whose outputs it reads."""
+        name = recipe.name or ""
+        if name in self.begun:
+            if recipe not in self.done:
+                begun = [each for each in self.begun[self.begun.index(name) :] if each]
+                circle = " -> ".join(f"`{shorten(each)}`" for each in (*begun, name))
+                message = f"these merges read each other's outputs: {circle}"
+                self.fault(recipe.place("name"), message, "let each read earlier ones only")
+            return
+        self.begun.append(name)
+        for read in _reads(recipe):
+            if read in self.named:
+                self.visit(self.named[read])
+        self.done.append(recipe)
+
+
+def _reads(recipe: Recipe) -> list[str]:
+    """Return every model that a recipe names."""
+    listed = (*recipe.models, *(source for part in recipe.slices for source in part.sources))
+    bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
+    tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
+    kept = (each.model for each in recipe.extensions.keep)
+    return [name for name in (*(each.model for each in listed), *bases, *tokenizer, *kept) if name]
+
+
+class _RecipeReader(ExtensionReader):
     """Reads the levels of a recipe, from the top down."""
 
-    def recipe(self, raw: object, text: str, folder: str | None) -> Recipe:
-        place = Place()
+    def recipe(self, raw: object, place: Place, *, in_stages: bool) -> Recipe:
         if not is_mapping(raw):
             message, advice = "a recipe is a mapping of keys to values", "give it as a mapping"
-            self.problems.append(Problem("recipe", message, found=show(raw), advice=advice))
+            self.fault(place, message, code="not-a-recipe", found=raw, advice=advice)
             return Recipe("")
-        self.check_keys(raw, place, _TOP_KEYS, later=True)
+        other = _other_tool(raw)
+        if other is not None:
+            message, advice = other
+            self.fault(place, message, code="not-a-recipe", advice=advice)
+            return Recipe("")
+        known = _TOP_KEYS | {"name"} if in_stages else _TOP_KEYS
+        self.check_keys(raw, place, known)
+        whole, at = self.module(raw, place)
         recipe = Recipe(
             method=self.method(raw, place),
-            models=self.items(raw, "models", place, self.model),
-            slices=self.items(raw, "slices", place, self.slice),
+            models=self.items(whole, "models", at, self.model),
+            slices=self.items(whole, "slices", at, self.slice),
+            module_parameters={} if whole is raw else self.settings(whole, at),
             base_model=self.reference(raw, "base_model", place),
             parameters=self.settings(raw, place),
             dtype=self.dtype(raw, "dtype", place),
             out_dtype=self.dtype(raw, "out_dtype", place),
             tokenizer=self.tokenizer(raw, place),
             chat_template=self.chat_template(raw, place),
-            text=text,
-            folder=folder,
-            warnings=tuple(self.warnings),
+            extensions=self.extensions(raw, place),
+            places={key: at_key(place, raw, key) for key in raw if key in known},
+            name=self.name(raw, place) if in_stages else None,
         )
-        self.check_form(raw)
+        self.check_form(raw, whole, at)
         return recipe
 
-    def check_form(self, raw: Mapping[str, object]) -> None:
-        """Exactly one of `models` and `slices` says what to merge."""
-        given = [key for key in ("models", "slices") if raw.get(key)]
-        if len(given) == 1 or (not given and raw.get("modules")):  # which is refused by name
+    def module(self, raw: Mapping[str, object], place: Place) -> tuple[Mapping[str, object], Place]:
+        """Return the mapping that has `models` or `slices`: the recipe, or its only module."""
+        modules = raw.get("modules")
+        if not modules or raw.get("models") or raw.get("slices"):
+            return raw, place
+        place = at_key(place, raw, "modules")
+        if not is_mapping(modules):
+            message, advice = "a mapping of names to modules is needed here", "write `default: ...`"
+            self.fault(place, message, found=modules, advice=advice)
+            return _UNREAD_MODULE, place
+        name, module = next(iter(modules.items()))
+        if len(modules) > 1:
+            names = ", ".join(f"`{show_key(each)}`" for each in modules)
+            message = f"not supported yet: merging the modules of a model apart ({names})"
+            self.fault(place, message, code=UNSUPPORTED, advice="list whole models under `models`")
+        place = at_key(place, modules, name)
+        if not self.check_mapping(module, place, _MODULE_KEYS):
+            return _UNREAD_MODULE, place
+        return module, place
+
+    def name(self, raw: Mapping[str, object], place: Place) -> str | None:
+        """Read what later merges call the output."""
+        name = raw.get("name")
+        if name is None or (isinstance(name, str) and name):
+            return name
+        message, advice = "a name is text", "write `name: first`, say"
+        self.fault(at_key(place, raw, "name"), message, found=name, advice=advice)
+        return None
+
+    def check_form(
+        self, raw: Mapping[str, object], whole: Mapping[str, object], place: Place
+    ) -> None:
+        """Exactly one of `models`, `slices` and `modules` says what to merge."""
+        given = [key for key in ("models", "slices") if whole.get(key)]
+        given += ["modules"] if whole is raw and raw.get("modules") else []
+        if len(given) == 1 or whole is _UNREAD_MODULE:  # which is reported
             return
         found = " and ".join(f"`{key}`" for key in given) or "neither"
         message = "a recipe has exactly one of `models` and `slices`"
         advice = "list whole models under `models`, or runs of layers under `slices`"
-        self.problems.append(Problem("recipe", message, found=found, advice=advice))
+        self.findings.problems.append(
+            Problem("wrong-value", message, place, found=found, advice=advice)
+        )
 
     def method(self, raw: Mapping[str, object], place: Place) -> str:
         method = raw.get("merge_method")
         if isinstance(method, str) and method:
             return method
+        if self.is_misspelt(raw, "merge_method", _TOP_KEYS):
+            return ""
         self.fault(
-            place.key(raw, "merge_method"),
+            at_key(place, raw, "merge_method"),
             "the name of a merge method is needed here",
+            code="missing-key" if method is None else "wrong-value",
             found="nothing" if method is None else method,
             advice="write `merge_method: linear`, say; `oxmerge methods` lists them",
         )
@@ -103,15 +291,15 @@ class _RecipeReader(ValueReader):
         given = [key for key in ("tokenizer_source", "tokenizer") if raw.get(key) is not None]
         if not given:
             return None
-        value, place = raw[given[0]], place.key(raw, given[0])
+        value, place = raw[given[0]], at_key(place, raw, given[0])
         if len(given) > 1:
             message = "`tokenizer_source` and `tokenizer` both say what the tokenizer is"
             self.fault(place, message, advice="leave one of them out")
             return None
         if given == ["tokenizer_source"]:
-            source = self.reference_value(value, place)
+            named = self.reference_value(value, place)
             # As recipes for earlier versions of mergekit write it.
-            return Tokenizer(str(place), source.removeprefix("model:")) if source else None
+            return Tokenizer(place, named.removeprefix("model:")) if named else None
         if isinstance(value, str):
             message, name = "a mapping of keys to values is needed here", shorten(value)
             advice = f"write `tokenizer: {{source: {name}}}`, or `tokenizer_source: {name}`"
@@ -122,7 +310,7 @@ class _RecipeReader(ValueReader):
         tokens = self.token_rows(value, place)
         multiple = self.multiple(value, place)
         source = self.reference(value, "source", place) if value.get("source") else "union"
-        return Tokenizer(str(place), source, tokens, multiple) if source else None
+        return Tokenizer(place, source, tokens, multiple) if source else None
 
     def multiple(self, raw: Mapping[str, object], place: Place) -> int | None:
         """Read `pad_to_multiple_of`."""
@@ -130,7 +318,10 @@ class _RecipeReader(ValueReader):
         if value is None or (type(value) is int and 1 <= value <= _MOST_ROWS):
             return value
         message = f"a whole number from 1 to {_MOST_ROWS} is needed here"
-        place, advice = place.key(raw, "pad_to_multiple_of"), "write `pad_to_multiple_of: 64`, say"
+        place, advice = (
+            at_key(place, raw, "pad_to_multiple_of"),
+            "write `pad_to_multiple_of: 64`, say",
+        )
         self.fault(place, message, found=value, advice=advice)
         return None
 
@@ -139,13 +330,13 @@ class _RecipeReader(ValueReader):
         values = raw.get("tokens")
         if values is None:
             return ()
-        place = place.key(raw, "tokens")
+        place = at_key(place, raw, "tokens")
         if not is_mapping(values):
             message, advice = "a mapping from tokens is needed here", "write `<token>: {source: x}`"
             self.fault(place, message, found=values, advice=advice)
             return ()
         read = (
-            self.token_row(token, value, place.key(values, token))
+            self.token_row(token, value, at_key(place, values, token))
             for token, value in values.items()
         )
         return tuple(row for row in read if row is not None)
@@ -159,15 +350,15 @@ class _RecipeReader(ValueReader):
         force, source = raw.get("force", False), raw.get("source")
         if not isinstance(force, bool):
             message, advice = "true or false is needed here", "write `force: true`"
-            self.fault(place.key(raw, "force"), message, found=force, advice=advice)
+            self.fault(at_key(place, raw, "force"), message, found=force, advice=advice)
             return None
         if source is None:
-            return TokenRow(str(place), token, force=force)
-        place = place.key(raw, "source")
+            return TokenRow(place, token, force=force)
+        place = at_key(place, raw, "source")
         if is_mapping(source) and "kind" in source:
             return self.token_of_kind(token, source, place, force=force)
         model = self.reference_value(source, place)
-        return TokenRow(str(place), token, "model", model, force=force) if model else None
+        return TokenRow(place, token, "model", model, force=force) if model else None
 
     def token_of_kind(
         self, token: str, raw: Mapping[str, object], place: Place, *, force: bool
@@ -175,10 +366,10 @@ class _RecipeReader(ValueReader):
         """Read ``{kind: zero}``, or ``{kind: model_token, model: path, token: text}``."""
         if raw["kind"] == "zero":
             self.check_keys(raw, place, frozenset(("kind",)))
-            return TokenRow(str(place), token, "zero", force=force)
+            return TokenRow(place, token, "zero", force=force)
         if raw["kind"] != "model_token":
             message, advice = "unknown kind of row", "write `zero` or `model_token`"
-            self.fault(place.key(raw, "kind"), message, found=raw["kind"], advice=advice)
+            self.fault(at_key(place, raw, "kind"), message, found=raw["kind"], advice=advice)
             return None
         self.check_keys(raw, place, _MODEL_TOKEN_KEYS)
         given = [raw[key] for key in ("token", "token_id") if raw.get(key) is not None]
@@ -190,49 +381,60 @@ class _RecipeReader(ValueReader):
             advice = "write `{kind: model_token, model: path, token: text}`"
             self.fault(place, message, advice=advice)
             return None
-        return TokenRow(str(place), token, "row", model, of, force)  # type: ignore[arg-type]
+        return TokenRow(place, token, "row", model, of, force)  # type: ignore[arg-type]
 
     def chat_template(self, raw: Mapping[str, object], place: Place) -> Template | None:
         """Read `chat_template`."""
         value = raw.get("chat_template")
         if value is None:
             return None
-        place = place.key(raw, "chat_template")
+        place = at_key(place, raw, "chat_template")
         if isinstance(value, str) and value:
-            return Template(str(place), value)
+            return Template(place, value)
         message, advice = "a chat template is text", "write `chat_template: auto`, or leave it out"
         self.fault(place, message, found=value, advice=advice)
         return None
 
-    def model(self, raw: object, place: Place) -> Source | None:
+    def model(self, raw: object, place: Place) -> Source:
         return self.source(raw, place, _MODEL_KEYS)
 
-    def slice(self, raw: object, place: Place) -> Slice | None:
+    def slice(self, raw: object, place: Place) -> Slice:
         if not self.check_mapping(raw, place, _SLICE_KEYS):
-            return None
+            return Slice(place, ())
         sources = self.items(raw, "sources", place, self.slice_source)
         if not raw.get("sources"):
             self.fault(
                 place,
                 "a slice needs `sources`",
+                code="missing-key",
                 advice="list them: `sources: [{model: path, layer_range: [0, 8]}]`",
             )
         return Slice(
-            where=str(place),
+            where=place,
             sources=sources,
             base_model=self.reference(raw, "base_model", place),
             parameters=self.settings(raw, place),
         )
 
-    def slice_source(self, raw: object, place: Place) -> Source | None:
+    def slice_source(self, raw: object, place: Place) -> Source:
         return self.source(raw, place, _SOURCE_KEYS)
 
-    def source(self, raw: object, place: Place, keys: frozenset[str]) -> Source | None:
+    def source(self, raw: object, place: Place, keys: frozenset[str]) -> Source:
         if not self.check_mapping(raw, place, keys):
-            return None
+            return Source(UNREAD, place)
         layers = self.layer_range(raw, place) if "layer_range" in keys else None
         model = self.reference(raw, "model", place)
-        if raw.get("model") is None:
-            self.fault(place, "`model` is needed here", advice="write `model: path`")
-        parameters = self.settings(raw, place)
-        return None if model is None else Source(model, str(place), layers, parameters)
+        if raw.get("model") is None and not self.is_misspelt(raw, "model", keys):
+            message, advice = "`model` is needed here", "write `model: path`"
+            self.fault(place, message, code="missing-key", advice=advice)
+        return Source(model or UNREAD, place, layers, self.settings(raw, place))
+
+
+def _other_tool(raw: Mapping[str, object]) -> tuple[str, str] | None:
+    """Return what a file is that is no recipe for merging weights, and what to do."""
+    if "merge_method" in raw:
+        return None
+    for keys, what, advice in _OTHER_TOOLS:
+        if keys <= raw.keys():
+            return f"this file is {what}, not a recipe for merging weights", advice
+    return None

@@ -1,24 +1,24 @@
-"""Keys of a recipe: each is read, refused by name, without effect, or unknown.
+"""Keys of a recipe: each is read, without effect, or unknown.
 
 A key that the dialect does not know is a problem with a suggestion. One that it knows, but that has
-no effect where it stands, is a warning that says where it would act. One that oxmerge does not do
-yet is refused by name.
+no effect where it stands, is a warning that says where it would act.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from reprlib import Repr
 
-from oxmerge.methods import DIALECT_PARAMETERS
-from oxmerge.problems import UNSUPPORTED, Problem, did_you_mean, shorten
+from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
+from oxmerge.problems import Place, Problem, did_you_mean, near, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeGuard
 
-__all__ = ["KeyReader", "Place", "is_mapping", "show", "show_key"]
+    from oxmerge.problems import Findings
+
+__all__ = ["EXTENSION_KEYS", "KeyReader", "at_item", "at_key", "is_mapping", "show", "show_key"]
 
 #: Letters of a value that a message shows.
 _SHOWN = 60
@@ -28,6 +28,7 @@ _ACTS_IN = {
     "merge_method": "at the top level",
     "models": "at the top level",
     "slices": "at the top level",
+    "modules": "at the top level",
     "base_model": "at the top level or in a slice",
     "dtype": "at the top level",
     "out_dtype": "at the top level",
@@ -35,63 +36,75 @@ _ACTS_IN = {
     "tokenizer": "at the top level",
     "tokenizer_source": "at the top level",
     "chat_template": "at the top level",
+    "oxmerge": "at the top level",
     "sources": "in a slice",
     "model": "in an entry of `models` or `sources`",
     "layer_range": "in a source of a slice",
     "filter": "in a conditional value",
     "value": "in a conditional value",
 }
+#: The keys under `oxmerge`.
+EXTENSION_KEYS = frozenset(("keep", "on_mismatch", "layer_scale", "rename"))
 _NEVER_ACTS = {
     "residual_weight": "it is part of the dialect, but nothing ever used it",
     "name": "it names one merge of several in one file",
     "override_architecture": "names and shapes come from the files, not from an architecture",
+    "int8_mask": "it saves memory in other tools, and may be left out",
+    **IDLE_PARAMETERS,
+    # Options of mergekit's command line, which does not read them here either.
+    "random_seed": "pass `--seed`",
+    "out_shard_size": "pass `--shard-size`",
+    "allow_crimes": "pass `--allow-mismatch`",
+    "copy_tokenizer": "the donor's tokenizer is copied",
+    "trust_remote_code": "no code of a model is run",
+    "lazy_unpickle": "tensors are read as they are needed",
+    "low_cpu_memory": "pass `--memory`",
+    "cuda": "pass `--device cuda`",
+    "write_model_card": "a model card is written",
 }
-#: What is not done yet, and what to do instead.
-NOT_YET = {
-    "modules": ("merging the modules of a model apart", "list whole models under `models`"),
-}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A place in the recipe: its path, and its line where that is known."""
+def at_key(place: Place, mapping: object, key: object) -> Place:
+    """Return the place of a key of the mapping that stands at a place."""
+    line, column = getattr(mapping, "marks", {}).get(key, (place.line, place.column))
+    name = show_key(key)
+    return Place(f"{place.path}.{name}" if place.path else name, line, column, place.file)
 
-    path: str = ""
-    line: int | None = None
 
-    def key(self, mapping: object, key: object) -> Place:
-        """Return the place of a key of the mapping that stands here."""
-        line = getattr(mapping, "lines", {}).get(key, self.line)
-        name = show_key(key)
-        return Place(f"{self.path}.{name}" if self.path else name, line)
-
-    def item(self, index: int) -> Place:
-        """Return the place of an item of the list that stands here."""
-        return Place(f"{self.path}[{index}]", self.line)
-
-    def __str__(self) -> str:
-        return self.path if self.line is None else f"{self.path} (line {self.line})"
+def at_item(place: Place, listed: object, index: int) -> Place:
+    """Return the place of an item of the list that stands at a place."""
+    marks = getattr(listed, "marks", ())
+    line, column = marks[index] if index < len(marks) else (place.line, place.column)
+    return Place(f"{place.path}[{index}]", line, column, place.file)
 
 
 class KeyReader:
-    """Checks the keys of mappings, and collects what is wrong with them."""
+    """Checks the keys of mappings.
 
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self.warnings: list[Problem] = []
+    Parameters
+    ----------
+    findings : Findings
+        Takes what is wrong with them.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
 
     def fault(
         self,
         place: Place,
         message: str,
         *,
-        kind: str = "recipe",
+        code: str = "wrong-value",
+        expected: str | None = None,
         found: object = None,
         advice: str | None,
     ) -> None:
         """Take down that something at a place is wrong."""
         text = None if found is None else show(found)
-        self.problems.append(Problem(kind, message, str(place), found=text, advice=advice))
+        self.findings.problems.append(
+            Problem(code, message, place, expected=expected, found=text, advice=advice)
+        )
 
     def check_mapping(
         self, raw: object, place: Place, known: frozenset[str]
@@ -111,40 +124,41 @@ class KeyReader:
         raw: Mapping[str, object],
         place: Place,
         known: frozenset[str],
-        *,
-        later: bool = False,
     ) -> None:
-        """Check each key that is not read; those refused by name only where `later` says."""
-        for key, value in raw.items():
+        """Check each key that is not read."""
+        for key in raw:
             if key not in known:
-                self.check_key(
-                    key, value, place.key(raw, key), known | (set(NOT_YET) if later else set())
-                )
+                self.check_key(key, at_key(place, raw, key), known)
 
-    def check_key(self, key: object, value: object, place: Place, known: frozenset[str]) -> None:
-        """Sort a key that is not read here: refused, without effect, or unknown."""
-        if key in known:
-            if value is not None:
-                what, advice = NOT_YET[str(key)]
-                message = f"not supported yet: {what} (`{key}`)"
-                self.fault(place, message, kind=UNSUPPORTED, advice=advice)
-        elif key in _NEVER_ACTS:
+    def check_key(self, key: object, place: Place, known: frozenset[str]) -> None:
+        """Sort a key that is not read here: without effect, or unknown."""
+        if key in _NEVER_ACTS:
             self.no_effect(place, f"`{key}` has no effect", _NEVER_ACTS[str(key)])
         elif key in _ACTS_IN:
             self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
         else:
             name = show_key(key)
-            self.fault(place, f"unknown key `{name}`", advice=_key_advice(name, known))
+            advice = _key_advice(name, known)
+            self.findings.unknown(
+                Problem("unknown-key", f"unknown key `{name}`", place, advice=advice)
+            )
+
+    def is_misspelt(self, raw: Mapping[str, object], key: str, known: frozenset[str]) -> bool:
+        """Tell whether one of the keys that are not known is probably this one."""
+        unknown = (each for each in raw if isinstance(each, str) and each not in known)
+        return any(near(each, [key]) for each in unknown)
 
     def no_effect(self, place: Place, message: str, advice: str) -> None:
         """Take down that something at a place has no effect."""
-        self.warnings.append(Problem("recipe", message, str(place), advice=advice))
+        self.findings.warnings.append(Problem("no-effect", message, place, advice=advice))
 
 
 def _key_advice(key: str, known: frozenset[str]) -> str:
     if key in DIALECT_PARAMETERS and "parameters" in known:
         return "put it under `parameters`"
-    keys = ", ".join(f"`{name}`" for name in sorted(known - set(NOT_YET)))
+    if key in EXTENSION_KEYS:
+        return "put it under `oxmerge` at the top level"
+    keys = ", ".join(f"`{name}`" for name in sorted(known))
     return did_you_mean(key, known) or f"known here: {keys}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from oxmerge.errors import RecipeError
-from oxmerge.problems import Problem
+from oxmerge.problems import Findings, Place, Problem, group_problems
 from oxmerge.schema import DTYPE_NAMES
 
 TYPE_CHECKING = False
@@ -20,11 +20,28 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import IO
 
+    from oxmerge.recipe.patterns import Rename
+
     Scalar = bool | int | float | str
     Settings = Mapping[str, "Setting"]
 
-__all__ = ["Choice", "Recipe", "Setting", "Slice", "Source", "Template", "TokenRow", "Tokenizer"]
+__all__ = [
+    "UNREAD",
+    "Choice",
+    "Extensions",
+    "Keep",
+    "Recipe",
+    "Renames",
+    "Setting",
+    "Slice",
+    "Source",
+    "Template",
+    "TokenRow",
+    "Tokenizer",
+]
 
+#: Stands for a reference to a model that cannot be read, which is reported already.
+UNREAD = ""
 #: More bytes than any recipe has; PyYAML takes a hundred times as many to read them.
 MOST_BYTES = 1 << 20
 
@@ -39,10 +56,13 @@ class Choice:
         One value, or the points of a gradient over the layers. Empty: no value at all.
     filter : str, optional
         Only tensors whose name contains it are meant; None means every tensor.
+    is_read : bool
+        False for one that cannot be read, which is reported already.
     """
 
     values: tuple[Scalar, ...]
     filter: str | None = None
+    is_read: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +71,13 @@ class Setting:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     choices : tuple of Choice
         In the order they are written.
     """
 
-    where: str
+    where: Place
     choices: tuple[Choice, ...]
 
 
@@ -69,7 +89,7 @@ class Source:
     ----------
     model : str
         The model reference, as written.
-    where : str
+    where : Place
         The place in the recipe, for messages.
     layer_range : tuple of int, optional
         The source's first layer and the one after its last. None in `models`.
@@ -78,7 +98,7 @@ class Source:
     """
 
     model: str
-    where: str
+    where: Place
     layer_range: tuple[int, int] | None = None
     parameters: Settings = field(default_factory=dict)
 
@@ -89,7 +109,7 @@ class Slice:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     sources : tuple of Source
         In listed order.
@@ -99,7 +119,7 @@ class Slice:
         Settings for this slice.
     """
 
-    where: str
+    where: Place
     sources: tuple[Source, ...]
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
@@ -111,7 +131,7 @@ class TokenRow:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     token : str
         The token.
@@ -126,7 +146,7 @@ class TokenRow:
         Whether models that have the token get it, too.
     """
 
-    where: str
+    where: Place
     token: str
     kind: str | None = None
     model: str = ""
@@ -140,7 +160,7 @@ class Tokenizer:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     source : str
         ``base``, ``union``, or a model reference.
@@ -150,7 +170,7 @@ class Tokenizer:
         What the number of rows is a multiple of.
     """
 
-    where: str
+    where: Place
     source: str
     tokens: tuple[TokenRow, ...] = ()
     multiple: int | None = None
@@ -162,14 +182,74 @@ class Template:
 
     Attributes
     ----------
-    where : str
+    where : Place
         The place in the recipe, for messages.
     text : str
         ``auto``, the name of a template, or a template.
     """
 
-    where: str
+    where: Place
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Tensors that are left to one model.
+
+    Attributes
+    ----------
+    where : Place
+        The place in the recipe, for messages.
+    pattern : str
+        What they are called in the output, as a shell would match it.
+    model : str, optional
+        The model; the base, or the donor where there is none, unless given.
+    """
+
+    where: Place
+    pattern: str
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Renames:
+    """How a model's tensors are called.
+
+    Attributes
+    ----------
+    where : Place
+        The place in the recipe, for messages.
+    model : str
+        The model reference, as written.
+    rules : tuple of Rename
+        From its names to those of the donor; the first that is for a name counts.
+    """
+
+    where: Place
+    model: str
+    rules: tuple[Rename, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """What stands under `oxmerge`.
+
+    Attributes
+    ----------
+    keep : tuple of Keep
+        Tensors that are left to one model; the first that is for a name counts.
+    on_mismatch : Place, optional
+        Where it says to take the base's tensor where a model lacks it or has another shape.
+    layer_scale : Setting, optional
+        A factor, by depth, of what the method adds to the base.
+    rename : tuple of Renames
+        How the tensors of models are called.
+    """
+
+    keep: tuple[Keep, ...] = ()
+    on_mismatch: Place | None = None
+    layer_scale: Setting | None = None
+    rename: tuple[Renames, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +268,8 @@ class Recipe:
         The base, and the donor of names and config.
     parameters : mapping of str to Setting
         Settings for everything.
+    module_parameters : mapping of str to Setting
+        Settings of the only module, where `models` or `slices` stand in one; before `parameters`.
     dtype, out_dtype : str, optional
         Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
         `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64
@@ -196,6 +278,14 @@ class Recipe:
         What the output's tokenizer is to be; that of the donor unless given.
     chat_template : Template, optional
         What its chat template is to be; likewise.
+    extensions : Extensions
+        What other tools do not have.
+    places : mapping of str to Place
+        Where its keys stand.
+    name : str, optional
+        What later merges of the same file call its output.
+    stages : tuple of Recipe
+        The merges of the same file whose outputs it reads, in the order in which they run.
     text : str
         The recipe as it was written; as JSON, which is YAML too, if it came as a mapping.
     folder : str, optional
@@ -209,13 +299,29 @@ class Recipe:
     slices: tuple[Slice, ...] = ()
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
+    module_parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer: Tokenizer | None = None
     chat_template: Template | None = None
+    extensions: Extensions = Extensions()
+    places: Mapping[str, Place] = field(default_factory=dict)
+    name: str | None = None
+    stages: tuple[Recipe, ...] = ()
     text: str = ""
     folder: str | None = None
     warnings: tuple[Problem, ...] = ()
+
+    def place(self, key: str) -> Place:
+        """Return where a key of the top level stands."""
+        return self.places.get(key) or Place(key)
+
+    @property
+    def donor(self) -> str | None:
+        """The model that names and config come from: the base, else the first that is listed."""
+        part = self.slices[0] if self.slices else Slice(Place(), self.models)
+        listed = [self.base_model, part.base_model, *(source.model for source in part.sources)]
+        return next(filter(None, listed), None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -228,7 +334,12 @@ class Recipe:
 
     @classmethod
     def from_mapping(
-        cls, mapping: Mapping[str, object], *, text: str | None = None, folder: str | None = None
+        cls,
+        mapping: Mapping[str, object],
+        *,
+        text: str | None = None,
+        folder: str | None = None,
+        ignore_unknown: bool = False,
     ) -> Recipe:
         """Return the recipe that a mapping, as parsed from YAML or JSON, describes.
 
@@ -240,6 +351,8 @@ class Recipe:
             The text it was parsed from; the mapping as JSON unless given.
         folder : str, optional
             Where relative paths may start, after the working directory.
+        ignore_unknown : bool
+            Whether a key that is not known is a warning.
 
         Raises
         ------
@@ -250,10 +363,14 @@ class Recipe:
         from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
 
         _check_extent(mapping)
-        return read_recipe(mapping, text=_as_json(mapping) if text is None else text, folder=folder)
+        findings = Findings(ignore_unknown=ignore_unknown)
+        text = _as_json(mapping) if text is None else text
+        return _sound(read_recipe(mapping, findings, text=text, folder=folder), findings)
 
     @classmethod
-    def from_yaml(cls, source: str | os.PathLike[str] | IO[bytes]) -> Recipe:
+    def from_yaml(
+        cls, source: str | os.PathLike[str] | IO[bytes], *, ignore_unknown: bool = False
+    ) -> Recipe:
         """Return the recipe in a YAML file or text.
 
         Parameters
@@ -261,6 +378,8 @@ class Recipe:
         source : str, path or file
             A path; text, which is told by a line break or a colon and a space in it; or a file that
             is open for reading bytes, such as ``sys.stdin.buffer``.
+        ignore_unknown : bool
+            Whether a key that is not known is a warning.
 
         Raises
         ------
@@ -270,15 +389,43 @@ class Recipe:
         FileNotFoundError
             If `source` is a path and there is no such file.
         """
-        mapping, text, folder = _parsed(source)
-        return cls.from_mapping(mapping, text=text, folder=folder)
+        findings = Findings(ignore_unknown=ignore_unknown)
+        return _sound(cls.read(source, findings), findings)
 
     @classmethod
     def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
         """Return the recipe in YAML text, whose relative paths may start in `folder`."""
-        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+        from oxmerge.recipe.dialect import read_documents  # noqa: PLC0415 - it needs this module
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
-        return cls.from_mapping(parse_yaml(text), text=text, folder=folder)
+        findings = Findings()
+        documents = parse_documents(text, None, findings)
+        return _sound(read_documents(documents, findings, text=text, folder=folder), findings)
+
+    @classmethod
+    def read(
+        cls,
+        source: str | os.PathLike[str] | IO[bytes] | Mapping[str, object],
+        findings: Findings,
+    ) -> Recipe:
+        """Return a recipe as far as it can be read, and add what is wrong to `findings`.
+
+        `source` is that of `from_yaml` or of `from_mapping`; `RecipeError` is raised for what is
+        not even a mapping.
+        """
+        from oxmerge.recipe.dialect import (  # noqa: PLC0415 - it needs this module
+            read_documents,
+            read_recipe,
+        )
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
+
+        if isinstance(source, Mapping):
+            _check_extent(source)
+            return read_recipe(source, findings, text=_as_json(source))
+        text, path = _text_of(source)
+        documents = parse_documents(text, path, findings)
+        folder = None if path is None else os.path.dirname(os.path.abspath(path))
+        return read_documents(documents, findings, text=text, folder=folder, file=path)
 
     @staticmethod
     def mapping_of(
@@ -288,14 +435,22 @@ class Recipe:
 
         Parameters and errors are those of `from_yaml`, but only the YAML is checked.
         """
-        if isinstance(source, Recipe):
-            from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
-
-            return dict(parse_yaml(source.text)), source.text, source.folder
         if isinstance(source, Mapping):
             return dict(source), _as_json(source), None
-        mapping, text, folder = _parsed(source)
-        return dict(mapping), text, folder
+        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+
+        if isinstance(source, Recipe):
+            return dict(parse_yaml(source.text)), source.text, source.folder
+        text, path = _text_of(source)
+        folder = None if path is None else os.path.dirname(os.path.abspath(path))
+        return dict(parse_yaml(text)), text, folder
+
+
+def _sound(recipe: Recipe, findings: Findings) -> Recipe:
+    """Return a recipe of which nothing is wrong."""
+    if findings.problems:
+        raise RecipeError.of("cannot use the recipe", group_problems(findings.problems))
+    return recipe
 
 
 def _check_extent(mapping: Mapping[str, object]) -> None:
@@ -304,7 +459,7 @@ def _check_extent(mapping: Mapping[str, object]) -> None:
     try:
         check_extent(mapping, _parts)
     except TooMuch as error:
-        problem = Problem("recipe", str(error), advice=error.advice)
+        problem = Problem("not-a-recipe", str(error), advice=error.advice)
         raise RecipeError("cannot use the recipe", problems=[problem]) from None
 
 
@@ -315,27 +470,21 @@ def _parts(value: object) -> Iterable[object] | None:
     return value if isinstance(value, list | tuple | set | frozenset) else None
 
 
-def _parsed(
-    source: str | os.PathLike[str] | IO[bytes],
-) -> tuple[dict[str, object], str, str | None]:
-    """Return a recipe's mapping, its text, and the folder of its file."""
-    from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
-
+def _text_of(source: str | os.PathLike[str] | IO[bytes]) -> tuple[str, str | None]:
+    """Return a recipe's text, and its file as it was named."""
     if isinstance(source, str) and ("\n" in source or ": " in source):
-        return parse_yaml(source), source, None
+        return source, None
     if not isinstance(source, str | os.PathLike):
         if hasattr(source, "read"):
-            text = _read_text(source, None)
-            return parse_yaml(text), text, None
+            return _read_text(source, None), None
         kind = type(source).__name__
         raise TypeError(
             f"a recipe is a path, YAML text or a `Recipe`, not a {kind}; of a mapping, "
             "`Recipe.from_mapping` makes one"
         )
-    path = os.path.abspath(source)
+    path = os.fspath(source)
     with open(path, "rb") as file:
-        text = _read_text(file, path)
-    return parse_yaml(text, path), text, os.path.dirname(path)
+        return _read_text(file, path), path
 
 
 def _read_text(file: IO[bytes], path: str | None) -> str:
@@ -347,7 +496,9 @@ def _read_text(file: IO[bytes], path: str | None) -> str:
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         advice = "name a recipe in YAML, as UTF-8"
-        problem = Problem("recipe", "not a text file", file=path, found=str(error), advice=advice)
+        problem = Problem(
+            "not-a-recipe", "not a text file", file=path, found=str(error), advice=advice
+        )
         raise RecipeError("cannot read the recipe", problems=[problem]) from error
 
 
@@ -355,7 +506,7 @@ def too_long(path: str | None = None) -> RecipeError:
     """Return the error for a text that is longer than a recipe."""
     advice = "name a recipe: it takes some lines for each model"
     message = f"longer than {MOST_BYTES} bytes"
-    problem = Problem("recipe", message, file=path, advice=advice)
+    problem = Problem("not-a-recipe", message, file=path, advice=advice)
     return RecipeError("cannot read the recipe", problems=[problem])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 
 from oxmerge.models.references import DOWNLOAD_REVISION, MERGE_LORA, parse_reference
 from oxmerge.problems import UNSUPPORTED, did_you_mean
-from oxmerge.recipe.keys import KeyReader, Place, is_mapping, show, show_key
-from oxmerge.recipe.recipe import Choice, Setting
+from oxmerge.recipe.keys import KeyReader, at_item, at_key, is_mapping, show, show_key
+from oxmerge.recipe.recipe import UNREAD, Choice, Setting
 from oxmerge.schema import DTYPE_NAMES, FLOATS
 
 TYPE_CHECKING = False
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import TypeVar
 
+    from oxmerge.problems import Place
     from oxmerge.recipe.recipe import Scalar, Settings
 
     Item = TypeVar("Item")
@@ -35,40 +37,40 @@ _DTYPE_ALIASES = {
     "f64": "float64",
     "double": "float64",
 }
+_OF_FEW_BITS = re.compile(r"(float|fp|f|int|uint|i|u|nf|mxfp|nvfp)[48]($|\D)")
+#: Stands for a setting that cannot be read, which is reported already.
+_UNREAD_CHOICE = Choice((), is_read=False)
 
 
 class ValueReader(KeyReader):
-    """Reads the values of a recipe, and collects what is wrong with them."""
+    """Reads the values of a recipe."""
 
     def items(
         self,
         raw: Mapping[str, object],
         key: str,
         place: Place,
-        read: Callable[[object, Place], Item | None],
+        read: Callable[[object, Place], Item],
     ) -> tuple[Item, ...]:
-        """Read each item of the list under `key`; those that cannot be read are left out."""
+        """Read each item of the list under `key`."""
         listed = raw.get(key)
         if listed is None:
             return ()
-        place = place.key(raw, key)
+        place = at_key(place, raw, key)
         if not isinstance(listed, list | tuple):
             self.fault(
                 place, "a list is needed here", found=listed, advice="put `- ` before each entry"
             )
             return ()
-        read_items = [
-            read(item, _item_place(place, item, index)) for index, item in enumerate(listed)
-        ]
-        return tuple(item for item in read_items if item is not None)
+        return tuple(read(item, at_item(place, listed, at)) for at, item in enumerate(listed))
 
     def reference(self, raw: Mapping[str, object], key: str, place: Place) -> str | None:
-        """Read the model reference under `key`, if there is one."""
+        """Read the model reference under `key`, if there is one; `UNREAD` after reporting it."""
         value = raw.get(key)
-        return None if value is None else self.reference_value(value, place.key(raw, key))
+        return None if value is None else self.reference_value(value, at_key(place, raw, key))
 
-    def reference_value(self, value: object, place: Place) -> str | None:
-        """Read a model reference, in its short or its long form."""
+    def reference_value(self, value: object, place: Place) -> str:
+        """Read a model reference, in its short or its long form; `UNREAD` after reporting it."""
         if is_mapping(value):
             return self.reference_mapping(value, place)
         if isinstance(value, os.PathLike):
@@ -77,14 +79,14 @@ class ValueReader(KeyReader):
             listed = isinstance(value, list | tuple)
             advice = "name one model" if listed else "put it in quotes"
             self.fault(place, "a model reference is text", found=value, advice=advice)
-            return None
+            return UNREAD
         parsed = parse_reference(value)
         if isinstance(parsed, str):
             return parsed
-        self.fault(place, parsed.message, kind=parsed.kind, advice=parsed.advice)
-        return None
+        self.fault(place, parsed.message, code=parsed.code, advice=parsed.advice)
+        return UNREAD
 
-    def reference_mapping(self, raw: Mapping[str, object], place: Place) -> str | None:
+    def reference_mapping(self, raw: Mapping[str, object], place: Place) -> str:
         """Read the long form: ``{model: path or {path: ...}, lora: ..., ...}``."""
         long_form = "model" in raw
         self.check_keys(
@@ -96,19 +98,21 @@ class ValueReader(KeyReader):
         ):
             if raw.get(key) is not None:
                 self.fault(
-                    place.key(raw, key),
+                    at_key(place, raw, key),
                     f"not supported yet: {what} (`{key}`)",
-                    kind=UNSUPPORTED,
+                    code=UNSUPPORTED,
                     advice=advice,
                 )
+                return UNREAD
         key = "model" if long_form else "path"
         if raw.get(key) is None:
-            self.fault(place, "`model` is needed here", advice="write `model: path`")
-        return self.reference(raw, key, place)
+            message, advice = "`model` is needed here", "write `model: path`"
+            self.fault(place, message, code="missing-key", advice=advice)
+        return self.reference(raw, key, place) or UNREAD
 
     def layer_range(self, raw: Mapping[str, object], place: Place) -> tuple[int, int] | None:
         """Read a source's first layer and the one after its last."""
-        value, place = raw.get("layer_range"), place.key(raw, "layer_range")
+        value, place = raw.get("layer_range"), at_key(place, raw, "layer_range")
         bounds = _whole_numbers(value)
         if len(bounds) != 2:  # noqa: PLR2004 - a start and an end
             self.fault(
@@ -138,7 +142,7 @@ class ValueReader(KeyReader):
         name = value.removeprefix("torch.") if isinstance(value, str) else show(value)
         if name not in _DTYPES:
             self.fault(
-                place.key(raw, key),
+                at_key(place, raw, key),
                 f"cannot write weights as `{show_key(value)}`",
                 advice=_dtype_advice(name),
             )
@@ -151,17 +155,26 @@ class ValueReader(KeyReader):
         values = raw.get("parameters")
         if values is None:
             return {}
-        place = place.key(raw, "parameters")
+        place = at_key(place, raw, "parameters")
         if not is_mapping(values):
             message = "a mapping of parameters to values is needed here"
             self.fault(place, message, found=values, advice="write `weight: 0.5`, say")
             return {}
-        return {
-            (name if isinstance(name, str) else show(name)): Setting(
-                str(place.key(values, name)), self.choices(value, place.key(values, name))
-            )
-            for name, value in values.items()
-        }
+        settings = {}
+        for name, value in values.items():
+            where = at_key(place, values, name)
+            if value is None and not isinstance(
+                name, str
+            ):  # YAML reads `{t: 0,5}` as `{t: 0, 5: null}`
+                message, advice = (
+                    f"`{name}` stands alone here",
+                    "decimals have a point, not a comma",
+                )
+                self.fault(where, message, advice=advice)
+            else:
+                key = name if isinstance(name, str) else show(name)
+                settings[key] = Setting(where, self.choices(value, where))
+        return settings
 
     def choices(self, value: object, place: Place) -> tuple[Choice, ...]:
         """Read a setting: a value, a gradient, a conditional, or a list of conditionals."""
@@ -178,38 +191,43 @@ class ValueReader(KeyReader):
             "values and conditional values cannot stand in one list",
             advice="write a value for all as `- value: ...`",
         )
-        return ()
+        return (_UNREAD_CHOICE,)
 
     def unconditional(self, value: object, place: Place) -> tuple[Choice, ...]:
         """Read a value or a gradient for every tensor."""
-        return (Choice(self.values(value, place)),)
+        values = self.values(value, place)
+        return (_UNREAD_CHOICE if values is None else Choice(values),)
 
     def conditionals(self, items: Sequence[object], place: Place) -> tuple[Choice, ...]:
         """Read a list of ``{filter, value}``."""
-        read = (self.conditional(item, place.item(index)) for index, item in enumerate(items))
-        return tuple(choice for choice in read if choice is not None)
+        return tuple(
+            self.conditional(item, at_item(place, items, at)) for at, item in enumerate(items)
+        )
 
-    def conditional(self, raw: object, place: Place) -> Choice | None:
+    def conditional(self, raw: object, place: Place) -> Choice:
         """Read one ``{filter, value}``."""
         if not self.check_mapping(raw, place, _CHOICE_KEYS):
-            return None
+            return _UNREAD_CHOICE
         pattern = raw.get("filter")
         if pattern is not None and not isinstance(pattern, str):
             self.fault(
-                place.key(raw, "filter"),
+                at_key(place, raw, "filter"),
                 "a part of a tensor name is needed here",
                 found=pattern,
                 advice="write `filter: mlp`, say",
             )
-            return None
+            return _UNREAD_CHOICE
         if raw.get("value") is None:
-            self.fault(place, "`value` is needed here", advice="write `value: 0.5`, say")
-            return None
-        values = self.values(raw["value"], place.key(raw, "value"))
+            message, advice = "`value` is needed here", "write `value: 0.5`, say"
+            self.fault(place, message, code="missing-key", advice=advice)
+            return _UNREAD_CHOICE
+        values = self.values(raw["value"], at_key(place, raw, "value"))
+        if values is None:
+            return _UNREAD_CHOICE
         return Choice(values, None if pattern == "*" else pattern)
 
-    def values(self, value: object, place: Place) -> tuple[Scalar, ...]:
-        """Read a value, or the points of a gradient."""
+    def values(self, value: object, place: Place) -> tuple[Scalar, ...] | None:
+        """Read a value, or the points of a gradient; None after reporting one that is neither."""
         points = value if isinstance(value, list | tuple) else (value,)
         for point in points:
             if not isinstance(point, bool | int | float | str):
@@ -219,14 +237,8 @@ class ValueReader(KeyReader):
                     found="nothing" if point is None else point,
                     advice="write one, or a list of them for a gradient over the layers",
                 )
-                return ()
+                return None
         return tuple(points)
-
-
-def _item_place(place: Place, item: object, index: int) -> Place:
-    """Return the place of a list item, on the line of its first key where that is known."""
-    lines = getattr(item, "lines", None)
-    return Place(f"{place.path}[{index}]", min(lines.values()) if lines else place.line)
 
 
 def _whole_numbers(value: object) -> list[int]:
@@ -240,6 +252,8 @@ def _whole_numbers(value: object) -> list[int]:
 def _dtype_advice(name: str) -> str:
     if name == "int64":
         return "whole numbers cannot hold weights; integer tensors keep their type anyway"
+    if _OF_FEW_BITS.match(name):
+        return "write `bfloat16`, and quantise the merged model afterwards"
     alias = _DTYPE_ALIASES.get(name.lower())
     if alias is not None:
         return f"write `{alias}`"

@@ -10,9 +10,10 @@ import re
 from itertools import chain
 
 from oxmerge.errors import ProblemsError, RecipeError
-from oxmerge.problems import UNSUPPORTED, Problem, shorten
+from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extent import MOST_VALUES, TooMuch, check_extent
 from oxmerge.recipe.recipe import MOST_BYTES, too_long
+from oxmerge.recipe.yaml_faults import explain_fault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from yaml import SafeLoader
-    from yaml.nodes import MappingNode, ScalarNode
+    from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-__all__ = ["MarkedMapping", "parse_yaml"]
+__all__ = ["MarkedList", "MarkedMapping", "parse_documents", "parse_yaml"]
 
 _FLOAT = re.compile(
     r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d[\d_]*(?:[eE][-+]?\d+)?"
@@ -36,64 +37,106 @@ _REPLACED_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("float", "int", "time
 
 
 class MarkedMapping(dict[str, object]):
-    """A mapping that remembers the line that each key stands on.
+    """A mapping that remembers where each key stands.
 
     Attributes
     ----------
-    lines : dict
-        Line number, from 1, by key.
+    marks : dict
+        Line and column, from 1, by key.
     """
 
-    __slots__ = ("lines",)
+    __slots__ = ("marks",)
 
     def __init__(self) -> None:
         super().__init__()
-        self.lines: dict[str, int] = {}
+        self.marks: dict[str, tuple[int, int]] = {}
 
 
-def parse_yaml(text: str, path: str | None = None) -> MarkedMapping:
+class MarkedList(list[object]):
+    """A list that remembers where each item stands.
+
+    Attributes
+    ----------
+    marks : list
+        Line and column, from 1, of each item.
+    """
+
+    __slots__ = ("marks",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[tuple[int, int]] = []
+
+
+def parse_yaml(text: str) -> MarkedMapping:
     """Return the mapping that the YAML text is.
 
     Parameters
     ----------
     text : str
         One YAML document.
-    path : str, optional
-        Where it comes from, for messages.
 
     Raises
     ------
     RecipeError
-        If it is no YAML, no mapping, or has a key twice; if it is longer than a recipe, or stands
-        for more than one by its aliases.
+        As `parse_documents`, and if there are several, or a key is written twice.
+    """
+    findings = Findings()
+    documents = parse_documents(text, None, findings)
+    if len(documents) > 1:
+        message = "not supported yet: several merges in one recipe, here"
+        advice = "put the last one into a file of its own, and name the outputs of the others"
+        findings.problems.append(Problem(UNSUPPORTED, message, advice=advice))
+    if findings.problems:
+        raise _unreadable(findings.problems)
+    return documents[0]
+
+
+def parse_documents(text: str, path: str | None, findings: Findings) -> list[MarkedMapping]:
+    """Return the mappings that the documents of a YAML text are; at least one.
+
+    Parameters
+    ----------
+    text : str
+        YAML documents, with ``---`` between them.
+    path : str, optional
+        Where it comes from, for messages.
+    findings : Findings
+        Takes keys that are written twice.
+
+    Raises
+    ------
+    RecipeError
+        If it is no YAML, or no mapping; if it is longer than a recipe, or stands for more than one
+        by its aliases.
     """
     if len(text) > MOST_BYTES:
         raise too_long(path)
     import yaml  # noqa: PLC0415 - only here, so that importing oxmerge does not need PyYAML
 
-    duplicates: list[Problem] = []
+    documents: list[object] = []
     try:
-        loader = _loader_class(duplicates)(text)
-        node = loader.get_single_node()
-        check_extent(node, _parts)
-        document = None if node is None else loader.construct_document(node)
+        loader = _loader_class(findings.problems, path)(text)
+        while loader.check_node():
+            node = loader.get_node()
+            check_extent(node, _parts)
+            documents.append(loader.construct_document(node))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _unreadable([_syntax_problem(error)], path) from error
-    if duplicates:
-        raise _unreadable(duplicates, path)
-    if not isinstance(document, MarkedMapping):
-        found = "nothing" if document is None else type(document).__name__
+        raise _unreadable([_syntax_problem(error, text, path)]) from error
+    mappings = [document for document in documents if isinstance(document, MarkedMapping)]
+    others = [each for each in documents if each is not None and each not in mappings]
+    if others or not mappings:
+        found = type(others[0]).__name__ if others else "nothing"
+        found = "a list" if found == "MarkedList" else found
         message = "a recipe is a mapping of keys to values"
-        problem = Problem(
-            "recipe", message, found=found, advice="write `merge_method: linear`, say"
-        )
-        raise _unreadable([problem], path)
-    return document
+        advice = "write `merge_method: linear`, say"
+        place = None if path is None else Place(file=path)
+        raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
+    return mappings
 
 
-def _unreadable(problems: list[Problem], path: str | None) -> ProblemsError:
-    message = "cannot read the recipe" + (f" `{path}`" if path else "")
-    return RecipeError.of(message, problems)
+def _unreadable(problems: list[Problem]) -> ProblemsError:
+    return RecipeError.of("cannot read the recipe", problems)
 
 
 def _parts(node: object) -> Iterable[object] | None:
@@ -104,23 +147,26 @@ def _parts(node: object) -> Iterable[object] | None:
     return chain.from_iterable(value) if getattr(node, "id", None) == "mapping" else value
 
 
-def _syntax_problem(error: Exception) -> Problem:
+def _syntax_problem(error: Exception, text: str, path: str | None) -> Problem:
     mark = getattr(error, "problem_mark", None)
-    where = None if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
-    what = shorten(getattr(error, "problem", None) or str(error).partition("\n")[0], 240)
-    kind, advice = "recipe", "mend the YAML there"
+    advice = "mend the YAML there"
+    if mark is None:
+        what = shorten(str(error).partition("\n")[0], 240)
+    else:
+        what, advice = explain_fault(error, text)
     if isinstance(error, TooMuch):
-        line = getattr(getattr(error.at, "start_mark", None), "line", None)
-        where, advice = None if line is None else f"line {line + 1}", error.advice
+        mark, advice = getattr(error.at, "start_mark", None), error.advice
     if isinstance(error, RecursionError):
         what, advice = "nested too deeply", "write it flatter"
-    if "another document" in what:
-        kind, what = UNSUPPORTED, "not supported yet: several merges in one file"
-        advice = "put each into a file of its own"
-    return Problem(kind, what, where=where, advice=advice)
+    where = Place(file=path) if mark is None else _at(mark, path)
+    return Problem("yaml", what, where, advice=advice)
 
 
-def _loader_class(duplicates: list[Problem]) -> type[SafeLoader]:
+def _at(mark: Any, path: str | None) -> Place:  # noqa: ANN401 - PyYAML has no types
+    return Place("", mark.line + 1, mark.column + 1, path)
+
+
+def _loader_class(duplicates: list[Problem], path: str | None) -> type[SafeLoader]:
     """Return a loader that appends what is written twice to `duplicates`."""
     from yaml import SafeLoader  # noqa: PLC0415 - see parse_yaml
     from yaml.composer import ComposerError  # noqa: PLC0415
@@ -139,10 +185,16 @@ def _loader_class(duplicates: list[Problem]) -> type[SafeLoader]:
             return super().compose_node(parent, index)
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:
-        duplicates.extend(_duplicates(node))
+        duplicates.extend(_duplicates(node, path))
         mapping = MarkedMapping()
         yield mapping
         _fill(loader, node, mapping)
+
+    def construct_list(loader: SafeLoader, node: SequenceNode) -> object:
+        listed = MarkedList()
+        yield listed
+        listed.extend(loader.construct_sequence(node))
+        listed.marks = [_position(each) for each in node.value]
 
     def construct_int(loader: SafeLoader, node: ScalarNode) -> int:
         if len(node.value) > _LONGEST_NUMBER:
@@ -151,6 +203,7 @@ def _loader_class(duplicates: list[Problem]) -> type[SafeLoader]:
         return int(loader.construct_yaml_int(node))
 
     Loader.add_constructor("tag:yaml.org,2002:map", construct)
+    Loader.add_constructor("tag:yaml.org,2002:seq", construct_list)
     Loader.add_constructor("tag:yaml.org,2002:int", construct_int)
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
@@ -164,7 +217,11 @@ def _kept_resolvers(resolvers: dict[str, list[tuple[str, object]]]) -> dict[str,
     }
 
 
-def _duplicates(node: MappingNode) -> list[Problem]:
+def _position(node: Any) -> tuple[int, int]:  # noqa: ANN401 - PyYAML has no types
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _duplicates(node: MappingNode, path: str | None) -> list[Problem]:
     first_lines: dict[str, int] = {}
     problems = []
     for key_node, _ in node.value:
@@ -172,7 +229,8 @@ def _duplicates(node: MappingNode) -> list[Problem]:
         if key in first_lines and key != "<<":
             text = f"`{shorten(key)}` is written twice, first on line {first_lines[key]}"
             advice = "leave one of them out"
-            problems.append(Problem("recipe", text, where=f"line {line}", advice=advice))
+            place = _at(key_node.start_mark, path)
+            problems.append(Problem("duplicate-key", text, place, advice=advice))
         first_lines.setdefault(key, line)
     return problems
 
@@ -184,4 +242,4 @@ def _fill(loader: SafeLoader, node: MappingNode, mapping: MarkedMapping) -> None
     mapping.update(content)
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
-        mapping.lines[key] = key_node.start_mark.line + 1
+        mapping.marks[key] = _position(key_node)

@@ -5,6 +5,7 @@ mod formulas;
 mod memory_io;
 mod model_wide;
 mod programs;
+mod rankings;
 mod rows;
 mod selections;
 

@@ -36,6 +36,7 @@ fn formula(method: &str, count: usize, each: &Json, shared: &Json) -> Value {
         sources: (0..count).map(source).collect(),
         base: Some(0),
         parameters: parameters(shared),
+        formula: None,
     };
     methods::find(method).unwrap().formula(&tensor).unwrap()
 }

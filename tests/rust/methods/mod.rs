@@ -4,9 +4,10 @@
 mod norm_average;
 
 use oxmerge::dtype::DType;
+use oxmerge::error::Result;
 use oxmerge::formula::Value;
 use oxmerge::formula::oracle::Oracle;
-use oxmerge::methods::{Input, Inputs, Method};
+use oxmerge::methods::{self, Input, Inputs, Method};
 use oxmerge::plan::{OutputTensor, SourceTensor};
 use serde_json::{Value as Json, json};
 
@@ -31,6 +32,7 @@ fn tensor_of(shape: &[u64], weights: &[f64]) -> OutputTensor {
         sources: weights.iter().map(source).collect(),
         base: None,
         parameters: serde_json::Map::new(),
+        formula: None,
     }
 }
 
@@ -39,7 +41,7 @@ pub(crate) fn released(name: &str, shape: &[u64], others: usize, shared: &Json) 
     let mut tensor = tensor_of(shape, &vec![1.0; others + 1]);
     tensor.base = Some(0);
     tensor.parameters.clone_from(shared.as_object().unwrap());
-    oxmerge::methods::find(name).unwrap().formula(&tensor).unwrap()
+    methods::find(name).unwrap().formula(&tensor).unwrap()
 }
 
 /// The norm-preserving average by these weights.
@@ -79,6 +81,75 @@ fn norm_average_is_the_same_everywhere() {
     for shape in [&[300_u64, 501][..], &[131_073], &[1]] {
         let inputs = inputs(3, shape.iter().product(), DType::Bf16);
         check::<f32>(&norm_average(shape, &[0.2, 0.5, 0.3]), shape, &inputs, DType::Bf16);
+    }
+}
+
+/// The same with what the method adds to the base scaled.
+fn scaled(name: &str, shape: &[u64], others: usize, scale: f64) -> Result<Value> {
+    let mut tensor = tensor_of(shape, &vec![1.0; others + 1]);
+    tensor.base = Some(0);
+    tensor.parameters.clone_from(shared(scale).as_object().unwrap());
+    methods::scaled(&tensor, methods::find(name).unwrap().formula(&tensor)?)
+}
+
+/// What some methods are told; the others take no notice.
+fn shared(scale: f64) -> Json {
+    json!({
+        "select_topk": 0.5, "filter_wise": true, "t": 0.01, "lambda": 0.25, "layer_scale": scale,
+    })
+}
+
+#[test]
+fn what_is_added_to_the_base_is_scaled() {
+    let inputs = vec![vec![1.0_f32, -2.0, 0.5], vec![1.5, -2.25, 4.0]];
+    let evaluate = |formula: &Value| Oracle::new("t", 0, &[3], inputs.clone()).evaluate(formula);
+    for name in ["slerp", "nearswap"] {
+        let merged = evaluate(&released(name, &[3], 1, &shared(1.0)));
+        let pairs = inputs[0].iter().zip(&merged);
+        let expected: Vec<f32> = pairs.map(|(base, x)| base + 0.25 * (x - base)).collect();
+        assert_eq!(evaluate(&scaled(name, &[3], 1, 0.25).unwrap()), expected, "{name}");
+    }
+}
+
+/// A quarter of the step at 1000 is lost when it is added, but not when it is scaled first.
+#[test]
+fn what_a_method_adds_is_not_rounded_before() {
+    let step = 2.0_f32.powi(-14);
+    let inputs = vec![vec![1000.0_f32], vec![1000.0 + step]];
+    let evaluate = |scale: f64| {
+        Oracle::new("t", 0, &[1], inputs.clone())
+            .evaluate(&scaled("magmax", &[1], 1, scale).unwrap())
+    };
+    assert_eq!(evaluate(1.0), inputs[0]);
+    assert_eq!(evaluate(4.0), inputs[1]);
+}
+
+#[test]
+fn a_scale_of_one_changes_nothing_and_one_of_zero_is_the_base() {
+    for (name, others) in [("sce", 2), ("model_stock", 2), ("slerp", 1), ("arcee_fusion", 1)] {
+        let plain = released(name, &[3, 5], others, &shared(1.0));
+        let one = scaled(name, &[3, 5], others, 1.0).unwrap();
+        assert_eq!(format!("{one:?}"), format!("{plain:?}"));
+        assert_eq!(format!("{:?}", scaled(name, &[3, 5], others, 0.0).unwrap()), "x0");
+    }
+}
+
+#[test]
+fn a_scale_needs_a_base() {
+    let mut tensor = tensor_of(&[2], &[1.0]);
+    tensor.parameters.clone_from(shared(0.5).as_object().unwrap());
+    let error = methods::scaled(&tensor, Value::input(0)).unwrap_err().to_string();
+    assert!(error.contains("and there is none"), "{error}");
+}
+
+#[test]
+fn scaled_methods_are_the_same_everywhere() {
+    for shape in [&[300_u64, 501][..], &[1]] {
+        for (name, others) in [("sce", 2), ("model_stock", 2), ("slerp", 1), ("arcee_fusion", 1)] {
+            let inputs = inputs(others as u64 + 1, shape.iter().product(), DType::Bf16);
+            let formula = scaled(name, shape, others, 0.3).unwrap();
+            check::<f32>(&formula, shape, &inputs, DType::Bf16);
+        }
     }
 }
 

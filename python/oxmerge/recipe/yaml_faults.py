@@ -1,0 +1,108 @@
+"""What is wrong with a text that is no YAML, in words for people who do not know YAML."""
+
+from __future__ import annotations
+
+import re
+
+from oxmerge.problems import shorten
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["explain_fault"]
+
+#: Letters of a line that a message shows.
+_SHOWN = 60
+_CLOSED_BY = {"[": "]", "{": "}"}
+_QUOTES = "put the value in quotes"
+
+
+def explain_fault(  # noqa: PLR0911 - a line for each kind
+    error: Any,  # noqa: ANN401 - PyYAML has no types
+    text: str,
+) -> tuple[str, str]:
+    """Return what an error of PyYAML means, and what to do about it.
+
+    Parameters
+    ----------
+    error : yaml.MarkedYAMLError
+        The error; it knows the line that it is on, and mostly where the block around it began.
+    text : str
+        The text.
+    """
+    mark, context = error.problem_mark, str(error.context or "")
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    problem = str(error.problem or "")
+    if r"'\t'" in problem:
+        return _tab(line)
+    if "is not a key" in problem or "not allowed here" in problem:
+        return _second_value(lines, mark.line, mark.column)
+    if "quoted scalar" in context:
+        opened = f"the quote that opens on line {error.context_mark.line + 1} is never closed"
+        return opened, "close it, or take it out"
+    if "while parsing a flow" in context:
+        return _unclosed(error, lines)
+    if "while parsing a block" in context:
+        return _wrong_block(error, lines, line)
+    if "alias" in problem or "alias" in context:
+        name = shorten(line[(error.context_mark or mark).column :].strip(), _SHOWN)
+        return f"`{name}` refers to another value, which is not there", _QUOTES
+    if "cannot start any token" in problem:
+        return f"`{line[mark.column : mark.column + 1]}` cannot begin a value", _QUOTES
+    if "constructor for the tag" in problem:
+        return "recipes have no tags", "take out what begins with `!`"
+    return shorten(problem or str(error).partition("\n")[0], 240), "mend the YAML there"
+
+
+def _tab(line: str) -> tuple[str, str]:
+    if line[: len(line) - len(line.lstrip())].find("\t") < 0:
+        return "a tab stands here, where YAML has spaces", "replace it by a space"
+    advice = "replace the tab by spaces, as many as the lines of the same block begin with"
+    return "this line is indented by a tab; YAML is indented by spaces", advice
+
+
+def _second_value(lines: list[str], number: int, column: int) -> tuple[str, str]:
+    """Explain a `: ` where none can be."""
+    line = lines[number]
+    if re.search(r":\s", line[:column]):
+        return "this line has a second `: ` in its value", _QUOTES
+    before = next((each for each in reversed(lines[:number]) if _says(each)), "")
+    begun = f"the line before it, `{shorten(before.strip(), _SHOWN)}`,"
+    if not re.search(r":(\s|$)", before):
+        missing = "no space behind its colon" if ":" in before else "no colon"
+        return f"{begun} has {missing}", "write `key: value`"
+    found = f"this line is indented by {_indent(line)}, more than {begun} which has its value"
+    return found, f"indent it by {_indent(before)}, or take the value of the line before out"
+
+
+def _unclosed(error: Any, lines: list[str]) -> tuple[str, str]:  # noqa: ANN401 - as above
+    at = error.context_mark
+    bracket = lines[at.line][at.column : at.column + 1]
+    message = f"the `{bracket}` that opens on line {at.line + 1} is not closed before this"
+    return message, f"close it with `{_CLOSED_BY.get(bracket, bracket)}`, or put a comma here"
+
+
+def _wrong_block(error: Any, lines: list[str], line: str) -> tuple[str, str]:  # noqa: ANN401
+    """Explain a line that does not fit the block that is open."""
+    at, opened = error.problem_mark, error.context_mark
+    shown = shorten(lines[opened.line][opened.column :].strip(), _SHOWN)
+    block = f"the block that is open began on line {opened.line + 1} with `{shown}`"
+    if line[: at.column].strip():
+        return "something stands behind a value that has ended", _QUOTES
+    if at.column == opened.column:
+        kind = "an item of a list" if line[at.column :].startswith("-") else "a key"
+        rest = "a list has items only" if shown.startswith("-") else "keys and items do not mix"
+        return f"{kind} stands here, but {block}: {rest}", "put `- ` before each item of a list"
+    found = f"this line is indented by {at.column}, which fits no block: {block}, indented by "
+    return f"{found}{opened.column}", f"indent it by {opened.column}, or as what it belongs to"
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
+
+
+def _says(line: str) -> bool:
+    """Tell whether a line says anything."""
+    return bool(line.strip()) and not line.lstrip().startswith("#")

@@ -1,0 +1,209 @@
+"""Recipes of several merges: later ones read what earlier ones make."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import oxmerge
+import pytest
+import zoo
+from oxmerge.cli import main
+from oxmerge.output import publish
+from writers import random_arrays, write_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SHAPES = {"embed.weight": (70, 33), "layers.0.weight": (257, 129), "scale": (7,)}
+FIRST = """\
+merge_method: ties
+base_model: a
+models:
+- model: b
+  parameters: {weight: 1, density: 0.4}
+- model: c
+  parameters: {weight: 0.5, density: 0.6}
+dtype: bfloat16
+"""
+SECOND = """\
+merge_method: linear
+models:
+- model: FIRST
+  parameters: {weight: 0.7}
+- model: d
+  parameters: {weight: 0.6}
+"""
+LAST = """\
+merge_method: slerp
+base_model: SECOND
+models:
+- model: SECOND
+- model: FIRST
+parameters: {t: 0.3}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for seed, name in enumerate("abcd"):
+        write_model(tmp_path / name, random_arrays(SHAPES, seed), "BF16")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stream(*documents: str) -> str:
+    return "---\n".join(documents).replace("FIRST", "first").replace("SECOND", "second")
+
+
+ALL = (f"name: second\n{SECOND}", f"name: first\n{FIRST}", LAST)
+
+
+def weights(folder: str | Path) -> bytes:
+    return Path(folder, "model.safetensors").read_bytes()
+
+
+def in_steps() -> bytes:
+    """Merge the same one by one."""
+    oxmerge.merge(FIRST, "by-hand/first")
+    oxmerge.merge(SECOND.replace("FIRST", "by-hand/first"), "by-hand/second")
+    last = LAST.replace("FIRST", "by-hand/first").replace("SECOND", "by-hand/second")
+    oxmerge.merge(last, "by-hand/last")
+    return weights("by-hand/last")
+
+
+def test_the_bytes_are_those_of_one_merge_after_another(folder: Path) -> None:
+    Path("recipe.yml").write_text(stream(*ALL))
+    report = oxmerge.merge("recipe.yml", "out")
+    assert weights("out") == in_steps()
+    assert [note.partition(":")[0] for note in report.notes[:2]] == [
+        "`first` was merged first",
+        "`second` was merged first",
+    ]
+    # The outputs of the first two are gone, the recipe is kept whole.
+    assert sorted(os.listdir()) == sorted(["a", "b", "by-hand", "c", "d", "out", "recipe.yml"])
+    assert Path("out", "oxmerge_recipe.yml").read_text() == stream(*ALL)
+
+
+def test_a_plan_of_several_merges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = oxmerge.plan(stream(*ALL))
+    assert [stage.recipe.name for stage in plan.stages] == ["first", "second"]
+    assert plan.disk > sum(stage.disk for stage in plan.stages) > 0
+    assert str(plan).startswith("first     `first`: ties, 3 tensors, writes")
+    assert plan.as_dict()["stages"][1]["method"] == "linear"
+    oxmerge.merge(plan, "out")
+    assert weights("out") == in_steps()
+    with pytest.raises(oxmerge.PlanError, match="a plan of several merges cannot be saved"):
+        plan.save("plan.json")
+    with pytest.raises(oxmerge.PlanError, match="cannot be computed on demand"):
+        oxmerge.lazy(stream(*ALL))
+    with pytest.raises(oxmerge.UnsupportedError, match="several merges in one recipe"):
+        oxmerge.sweep(stream(*ALL), "x{n}", {"parameters.t": [0.1, 0.2]})
+    Path("recipe.yml").write_text(stream(*ALL))
+    assert main(["plan", "recipe.yml", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["stages"]) == 2
+
+
+def test_stand_ins_go_with_the_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "tmp"))
+    plan = oxmerge.plan(stream(*ALL))
+    assert len(os.listdir("tmp")) == 1
+    del plan
+    assert os.listdir("tmp") == []
+    with pytest.raises(oxmerge.PlanError):
+        oxmerge.plan(stream(*ALL).replace("model: d", "model: none"))
+    assert os.listdir("tmp") == []
+
+
+def test_nothing_is_left_of_earlier_merges_when_a_later_one_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out").mkdir()
+    Path("out", "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError):
+        oxmerge.merge(stream(*ALL), "out")
+    assert sorted(os.listdir()) == ["a", "b", "c", "d", "out"]
+
+    claim = publish.prepare_output
+
+    def stop(directory: str, **options: Any) -> publish.OutputDirectory:
+        if str(directory).endswith(".stage-2"):
+            assert weights("new.stage-1")
+            raise RuntimeError("enough")
+        return claim(directory, **options)
+
+    monkeypatch.setattr("oxmerge.merging.prepare_output", stop)
+    with pytest.raises(RuntimeError, match="enough"):
+        oxmerge.merge(stream(*ALL), "new")
+    assert sorted(os.listdir()) == ["a", "b", "c", "d", "out"]
+
+
+FAULTS: list[tuple[Sequence[str], str]] = [
+    ((FIRST, SECOND), "merge_method (line 10): a second merge without a name"),
+    (
+        (f"name: x\n{FIRST}", f"name: x\n{FIRST}", SECOND),
+        "name (line 11): a second merge with the name `x`",
+    ),
+    (
+        (f"name: first\n{FIRST}", f"name: second\n{FIRST}"),
+        "name (line 1): several merges, of which one should be the output: found `first`, `second`",
+    ),
+    (
+        (f"name: first\n{SECOND.replace('FIRST', 'SECOND')}", f"name: second\n{SECOND}", LAST),
+        "name (line 9): these merges read each other's outputs: `second` -> `first` -> `second`",
+    ),
+    ((f"name: [1]\n{FIRST}", LAST), "name (line 1): a name is text: found [1]"),
+]
+
+
+@pytest.mark.parametrize(("documents", "message"), FAULTS)
+def test_merges_that_do_not_fit_each_other(
+    folder: Path, documents: Sequence[str], message: str
+) -> None:
+    with pytest.raises(oxmerge.RecipeError) as caught:
+        oxmerge.plan(stream(*documents))
+    assert message in str(caught.value)
+
+
+def test_every_merge_is_checked_before_the_first_runs(folder: Path) -> None:
+    text = stream(*ALL).replace("t: 0.3", "q: 0.3").replace("model: d", "model: none")
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.merge(text, "out")
+    assert [problem.code for problem in caught.value.problems] == [
+        "missing-model",
+        "unknown-parameter",
+    ]
+    assert not Path("out").exists()
+
+
+def test_a_merge_that_no_other_reads_is_told_and_left_out(folder: Path) -> None:
+    plan = oxmerge.plan(stream(f"name: idle\n{FIRST}", FIRST))
+    assert plan.stages == ()
+    (warning,) = plan.warnings
+    assert str(warning).startswith("name (line 1): the output of the merge `idle` is read by no")
+
+
+def test_the_last_merge_may_have_a_name(folder: Path) -> None:
+    named = (*ALL[:2], f"name: last\n{LAST}")
+    oxmerge.merge(stream(*named), "out")
+    assert weights("out") == in_steps()
+
+
+def test_empty_documents_are_passed_over(folder: Path) -> None:
+    plan = oxmerge.plan(f"---\n{FIRST}---\n")
+    assert plan.stages == ()
+
+
+def test_configs_and_tokenizers_go_through_all_merges(folder: Path) -> None:
+    for name in ("x", "y"):
+        zoo.write(folder / name, zoo.llama(2))
+        Path(name, "tokenizer_config.json").write_text("{}")
+    first = "name: first\nmerge_method: passthrough\nslices:\n- sources: [{model: x, layer_range: "
+    first += "[0, 2]}]\n- sources: [{model: y, layer_range: [1, 2]}]\n"
+    second = "merge_method: linear\nmodels:\n- {model: first, parameters: {weight: 1}}\n"
+    oxmerge.merge(stream(first, second), "out")
+    assert json.loads(Path("out", "config.json").read_text())["num_hidden_layers"] == 3
+    assert Path("out", "tokenizer_config.json").read_text() == "{}"

@@ -693,3 +693,27 @@ def test_broken_tokenizers_are_told(tmp_path: Path) -> None:
         (tmp_path / "b/tokenizer.json").write_text(text)
         found = refused(tmp_path, tokenizer_source="union")
         assert any("b/tokenizer.json" in each or "cannot be" in each for each in found), text
+
+
+def test_tensors_that_are_left_to_one_model(tmp_path: Path) -> None:
+    """Its rows are in the order of the output's tokens; those that it lacks are zeros."""
+    models = three(tmp_path)
+    out = merge(tmp_path, models, tokenizer_source="union", oxmerge={"keep": {"lm_head.*": "b"}})
+    check_rows(out, HEADS[0], models)
+    check_rows(out, HEADS[1], models[1:2])
+
+
+def test_the_output_of_an_earlier_merge(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    first = {
+        "name": "both", "merge_method": "linear", "models": [{"model": "b"}, {"model": "c"}],
+        "parameters": {"weight": 1}, "dtype": "float32", "tokenizer_source": "union",
+    }  # fmt: skip
+    last = {
+        "merge_method": "passthrough", "models": [{"model": "a"}], "tokenizer_source": "both",
+    }  # fmt: skip
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"{json.dumps(first)}\n---\n{json.dumps(last)}\n")
+    oxmerge.merge(recipe, tmp_path / "out")
+    assert vocabulary(tmp_path / "out").keys() == models[1].ids.keys() | models[2].ids.keys()
+    check_rows(tmp_path / "out", HEADS[0], models[:1])

@@ -10,10 +10,11 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::checkpoint::token_rows::TokenRows;
 use crate::checkpoint::{Checkpoint, Tensor, lay_out, lead};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::plan::{Builder, Input, InputFile, Plan, Settings};
+use crate::plan::{Builder, ByToken, Input, InputFile, Part, Plan, Settings};
 
 /// What becomes of a tensor of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +40,10 @@ pub struct Assembly {
     fates: Vec<Vec<Fate>>,
     /// The shapes that tensors have in any layer of the model that gives the config.
     layer_shapes: HashMap<String, HashSet<Vec<u64>>>,
+    /// The rows of tokens, and the tensors that have a row for each.
+    tokens: Option<(TokenRows, HashSet<String>)>,
+    /// The maps of rows that inputs of these models have.
+    maps: HashMap<Vec<usize>, Vec<u32>>,
 }
 
 /// Where the tensors of a run are in one model: names there begin with `lead`.
@@ -62,6 +67,8 @@ pub struct Run {
     found: Vec<Vec<Option<usize>>>,
     /// The group of each tensor.
     groups: Vec<usize>,
+    /// Whether its rows are taken by token.
+    by_token: Vec<bool>,
     keeping: Keeping,
 }
 
@@ -107,7 +114,26 @@ impl Assembly {
         plan.in_f64 = in_f64;
         let fates = models.iter().map(|model| vec![Fate::Dropped; model.len()]).collect();
         let builder = Builder::new(plan);
-        Self { models, first_files, dtype, builder, fates, layer_shapes: HashMap::new() }
+        Self {
+            models,
+            first_files,
+            dtype,
+            builder,
+            fates,
+            layer_shapes: HashMap::new(),
+            tokens: None,
+            maps: HashMap::new(),
+        }
+    }
+
+    /// Takes the rows of the tensors of these names by token, from then on.
+    pub fn align(&mut self, tokens: TokenRows, names: HashSet<String>) {
+        self.tokens = Some((tokens, names));
+    }
+
+    /// The rows of tokens, if a tensor of that name has a row for each.
+    fn tokens_of(&self, name: &str) -> Option<&TokenRows> {
+        self.tokens.as_ref().filter(|(_, names)| names.contains(name)).map(|(tokens, _)| tokens)
     }
 
     /// Takes down the shapes in layers of `donor`, whose stacks have these prefixes. From then on, what
@@ -139,6 +165,7 @@ impl Assembly {
         mut keeping: Keeping,
     ) -> (Run, Vec<Odd>) {
         let (mut names, mut found, mut odd) = (Vec::new(), Vec::new(), Vec::new());
+        let mut by_token = Vec::new();
         let mut buffer = String::new();
         let source = Arc::clone(&self.models[donor]);
         for (at, &tensor) in tensors.iter().enumerate() {
@@ -158,9 +185,22 @@ impl Assembly {
                 .collect();
             let name = format!("{lead}{rest}");
             let is_twice = !self.builder.take_name(&name);
+            let tokens = self.tokens_of(like.name);
+            by_token.push(tokens.is_some());
             let is_shaped = |column: usize| {
-                let model = &self.models[columns[column].model];
-                each[column].is_some_and(|found| model.tensor(found).shape == like.shape)
+                let model = columns[column].model;
+                each[column].is_some_and(|found| {
+                    let tensor = self.models[model].tensor(found);
+                    match (tokens, tensor.shape) {
+                        (Some(tokens), [rows, rest @ ..]) => {
+                            *rows == tokens.limit_of(model)
+                                && like.shape.get(1..) == Some(rest)
+                                && tensor.dtype.is_float()
+                                && !rest.contains(&0)
+                        }
+                        _ => tensor.shape == like.shape,
+                    }
+                })
             };
             if !keeping.kept.contains_key(&at)
                 && let Some(otherwise) = keeping.otherwise
@@ -187,7 +227,7 @@ impl Assembly {
             found.push(each);
         }
         let groups = vec![0; tensors.len()];
-        (Run { donor, tensors, names, columns, found, groups, keeping }, odd)
+        (Run { donor, tensors, names, columns, found, groups, by_token, keeping }, odd)
     }
 
     /// The shapes that the layers of the model that gives the config have at the place of a tensor;
@@ -264,6 +304,7 @@ impl Assembly {
             let Some(found) = found.iter().copied().collect::<Option<Vec<usize>>>() else {
                 continue;
             };
+            let models: Vec<usize> = columns.iter().map(|column| column.model).collect();
             let base = base.filter(|_| !run.keeping.kept.contains_key(&at));
             let like = self.models[run.donor].tensor(run.tensors[at]);
             let sources: Vec<Tensor<'_>> = columns
@@ -274,7 +315,9 @@ impl Assembly {
             let dtype = match self.dtype {
                 _ if !like.dtype.is_float() => like.dtype,
                 Some(dtype) => dtype,
-                None => sources.iter().map(|s| s.dtype).reduce(promote).unwrap_or(like.dtype),
+                None => {
+                    sources.iter().map(|s| s.dtype).reduce(DType::promote).unwrap_or(like.dtype)
+                }
             };
             let has_parameters = self
                 .builder
@@ -283,17 +326,50 @@ impl Assembly {
                 .own
                 .first()
                 .is_some_and(|own| !own.is_empty());
+            let mut shape = like.shape.to_vec();
+            let mut rows = vec![None; sources.len()];
+            if let (true, Some((tokens, _))) = (run.by_token[at], &self.tokens) {
+                shape[0] = tokens.rows();
+                let maps = maps(tokens, &models, &mut self.maps, &mut self.builder)?;
+                let whole = |(column, (&map, tensor)): (usize, (&u32, &Tensor<'_>))| {
+                    let known = self.builder.map(map);
+                    let is_whole =
+                        known.is_some_and(|map| map.is_whole(column as u32, tensor.shape[0]));
+                    (!is_whole).then_some(map)
+                };
+                rows = maps.iter().zip(&sources).enumerate().map(whole).collect();
+            }
             let is_copy = !dtype.is_float()
-                || sources.len() == 1 && sources[0].dtype == dtype && !has_parameters;
+                || sources.len() == 1
+                    && sources[0].dtype == dtype
+                    && !has_parameters
+                    && rows[0].is_none();
             let first_files = &self.first_files;
-            let inputs = columns.iter().zip(&sources).map(|(column, tensor)| Input {
-                model: column.model,
-                name: tensor.written,
-                dtype: tensor.dtype,
-                file: first_files[column.model] + tensor.file,
-                start: tensor.start,
-            });
-            self.builder.push(&run.names[at], dtype, like.shape, settings, base, inputs);
+            let parts: Vec<Part> = models
+                .iter()
+                .zip(&sources)
+                .map(|(&model, tensor)| Part {
+                    file: (first_files[model] + tensor.file) as u32,
+                    start: tensor.start,
+                    dtype: tensor.dtype,
+                    rows: tensor.shape.first().copied().unwrap_or(1),
+                })
+                .collect();
+            let types: Vec<DType> = parts.iter().map(|part| part.dtype).collect();
+            let mut inputs = Vec::with_capacity(sources.len());
+            for (own, (tensor, map)) in sources.iter().zip(rows).enumerate() {
+                let gathered = map.and_then(|map| self.builder.map(map));
+                inputs.push(Input {
+                    model: models[own],
+                    name: tensor.written,
+                    dtype: gathered.map_or(tensor.dtype, |map| map.dtype(&types)),
+                    file: first_files[models[own]] + tensor.file,
+                    start: tensor.start,
+                    rows: map.map(|map| ByToken { map, parts: &parts, own }),
+                });
+            }
+            let name = &run.names[at];
+            self.builder.push(name, dtype, &shape, settings, base, inputs.into_iter());
             for (column, &found) in columns.iter().zip(&found) {
                 let fate = &mut self.fates[column.model][found];
                 *fate = match (*fate, is_copy) {
@@ -366,13 +442,19 @@ impl Run {
     }
 }
 
-/// The smallest float type that holds both exactly.
-fn promote(one: DType, other: DType) -> DType {
-    match (one, other) {
-        _ if one == other => one,
-        (DType::F64, _) | (_, DType::F64) => DType::F64,
-        _ => DType::F32,
+/// The numbers of the maps of rows that inputs of `models` have.
+fn maps<'a>(
+    tokens: &TokenRows,
+    models: &[usize],
+    known: &'a mut HashMap<Vec<usize>, Vec<u32>>,
+    builder: &mut Builder,
+) -> Result<&'a [u32]> {
+    if !known.contains_key(models) {
+        let map = |column| Ok(builder.add_map(tokens.map(models, column)?));
+        let numbers = (0..models.len()).map(map).collect::<Result<_>>()?;
+        known.insert(models.to_vec(), numbers);
     }
+    Ok(&known[models])
 }
 
 /// What tensors of several layers have in common: the rest of a name behind `lead`.

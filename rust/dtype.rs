@@ -80,6 +80,22 @@ impl DType {
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F16 | Self::Bf16 | Self::F32 | Self::F64)
     }
+
+    /// The smallest float type that holds both of two exactly.
+    #[must_use]
+    pub fn promote(self, other: Self) -> Self {
+        match (self, other) {
+            _ if self == other => self,
+            (Self::F64, _) | (_, Self::F64) => Self::F64,
+            _ => Self::F32,
+        }
+    }
+
+    /// The type that arithmetic on it is done in.
+    #[must_use]
+    pub const fn arithmetic(self) -> Self {
+        if matches!(self, Self::F64) { Self::F64 } else { Self::F32 }
+    }
 }
 
 impl fmt::Display for DType {

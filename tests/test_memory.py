@@ -182,6 +182,31 @@ def test_long_and_short_rows(work: Path, name: str, shape: tuple[int, ...]) -> N
     assert report["measured"] <= BUDGET
 
 
+@pytest.mark.parametrize("read_path", ["mapped", "positioned"])
+def test_rows_by_token(work: Path, read_path: str) -> None:
+    """Embeddings in other orders, with means for missing tokens and for padding."""
+    tokens, width = 40_000, 4800
+    order = np.random.default_rng(3).permutation(tokens)
+    for model, ids in {"a": range(tokens), "b": order[: tokens - 2000], "c": order[900:]}.items():
+        folder = work / model
+        write_sparse(folder / "model.safetensors", {"embed_tokens.weight": (len(ids), width)})
+        model_of = {"type": "WordLevel", "unk_token": "t0"}
+        vocabulary = {f"t{token}": row for row, token in enumerate(ids)}
+        text = json.dumps({"added_tokens": [], "model": {**model_of, "vocab": vocabulary}})
+        (folder / "tokenizer.json").write_text(text)
+    recipe = write_recipe(
+        work / "r.yml",
+        "ties",
+        [work / "b", work / "c"],
+        base=work / "a",
+        each={"weight": 1, "density": 0.5},
+        tokenizer={"source": "base", "pad_to_multiple_of": 1 << 12},
+    )
+    report = report_of(merge(recipe, read_path=read_path, memory=72 * MIB))
+    assert report["bytes_written"] == 2 * width * 40_960
+    check(report)
+
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_kept_masks_stay_within_the_budget(work: Path, method: str) -> None:
     """Six tensors whose random masks have room in the budget only a few at a time."""

@@ -661,8 +661,8 @@ def test_vocabularies_that_differ_are_named(shelf: Shelf) -> None:
         (
             "`b/model.safetensors`: `b` has a tensor of another shape than the donor `a`: expected "
             "[40, 16], found [41, 16] (2 tensors: `model.embed_tokens.weight`, `lm_head.weight`)\n"
-            "  hint: the vocabularies differ; matching tokens by their text (`tokenizer`) is not "
-            "supported yet, so the models must have the same tokenizer"
+            "  hint: the vocabularies differ; with a `tokenizer.json` beside each model, "
+            "`tokenizer_source: union` matches their rows by token"
         )
     ]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import oxmerge
 import pytest
 import zoo
 from oxmerge.cli import main
 from oxmerge.recipe.recipe import Recipe
-from writers import directory_bytes, write_recipe
+from writers import directory_bytes, write_model, write_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,7 +191,8 @@ WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
     "settings": (change(*TABLE, 5, to=99), "the plan has no settings of that number"),
     "base": (change(*TABLE, 6, to=2), "a tensor's base is none of its inputs"),
     "inputs": (change(*TABLE, 7, to=[]), "parameters for other inputs than it has"),
-    "kind of input": (change(*INPUT, 0, to="rows"), "there is no kind of input `rows`"),
+    "kind of input": (change(*INPUT, 0, to="row"), "there is no kind of input `row`"),
+    "input of another kind": (change(*INPUT, 0, to="rows"), "an input ends early"),
     "model": (change(*INPUT, 1, to=7), "the plan has no model of that number"),
     "file": (change(*INPUT, 5, to=7), "the plan has no file of that number"),
     "past the end": (change(*INPUT, 6, to=10**9), "an input lies past the end of its file"),
@@ -228,9 +230,101 @@ WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
         change("output", "side_files", 0, "name", to="model.safetensors.index.json"),
         "two files of the output have one name",
     ),
+    "text": (change("output", "texts", to={"a/../../x": ""}), "a name within its directory"),
+    "text that is a file": (
+        change("output", "texts", to={"tokenizer.json": "", "config.json": ""}),
+        "two files of the output have one name",
+    ),
+    "text that is none": (change("output", "texts", to={"x": 1}), "must be text"),
     "output": (change("output", to=[]), "`models` in the plan is not as it should be"),
     "table": (change("table", to=[]), "the plan's table cannot be read"),
 }
+
+
+def rows(at: int, to: Any) -> Callable[[Saved], None]:
+    """Return what sets a part of the first input whose rows are taken by token."""
+
+    def apply(saved: Saved) -> None:
+        tensors = saved["table"]["tensors"]
+        found = next(each for tensor in tensors for each in tensor[7] if each[0] == "rows")
+        found[at] = to
+
+    return apply
+
+
+def maps(to: list[Any]) -> Callable[[Saved], None]:
+    """Return what replaces every map of rows."""
+
+    def apply(saved: Saved) -> None:
+        saved["table"]["maps"] = [to for _ in saved["table"]["maps"]]
+
+    return apply
+
+
+def first_rows(count: int) -> list[Any]:
+    return [count, {"part": {"part": 0, "first": 0}}]
+
+
+HUGE = 2**32 - 1
+WRONG_ROWS: dict[str, tuple[Callable[[Saved], None], str]] = {
+    "map": (rows(5, 99), "the plan has no map of that number"),
+    "own part": (rows(6, 2), "the plan has no part of that number"),
+    "no part": (rows(7, []), "the plan has no part of that number"),
+    "part of no file": (rows(7, [[99, 0, "F32", 4]] * 2), "the plan has no file of that number"),
+    "past the end": (rows(7, [[0, 2**63, "F32", 4]] * 2), "an input lies past the end"),
+    "many rows": (rows(7, [[0, 0, "F32", 2**62]] * 2), "an input lies past the end"),
+    "no floats": (rows(7, [[0, 0, "I32", 4]] * 2), "rows can be taken of floats only"),
+    "few rows": (rows(7, [[0, 0, "F32", 4]] * 2), "a row is taken from where there is none"),
+    "type": (rows(3, "F64"), "an input has another type than its rows"),
+    "shape": (rows(4, 1), "the plan has no shape of that number"),
+    "fewer rows than the tensor": (maps([first_rows(3)]), "other rows than the tensor"),
+    "no rows": (maps([]), "other rows than the tensor"),
+    "too many rows": (maps([first_rows(HUGE)]), "more rows than a vocabulary has"),
+    "a row beyond": (
+        maps([[2, {"part": {"part": 0, "first": HUGE}}], first_rows(8)]),
+        "a row is taken from where there is none",
+    ),
+    "a part beyond": (
+        maps([[10, {"part": {"part": HUGE, "first": 0}}]]),
+        "a row is taken from where there is none",
+    ),
+    "a mean of none": (maps([[1, {"mean": []}], first_rows(9)]), "the mean of no rows"),
+    "a mean of what is not above": (maps([[1, "mean_above"], first_rows(9)]), "mean of no rows"),
+    "a mean before the end": (
+        maps([first_rows(8), [1, "mean_above"], [1, "zero"]]),
+        "that are the mean of those above come last",
+    ),
+    "unknown": (maps([[10, "median"]]), "unknown variant `median`"),
+}
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe for two models whose rows are taken by token."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    for name, step in {"a": 1, "b": 3}.items():
+        ids = {f"t{number}": number * step % 10 for number in range(10)}
+        write_model(folder / name, {"embed_tokens.weight": np.ones((10, 4), np.float32)})
+        text = json.dumps({"model": {"type": "WordLevel", "vocab": ids}})
+        (folder / name / "tokenizer.json").write_text(text)
+    each = {"weight": 1}
+    write_recipe(folder / "r.yml", "linear", ["a", "b"], each=each, tokenizer_source="base")
+    return folder
+
+
+@pytest.mark.parametrize("name", WRONG_ROWS)
+def test_what_is_wrong_with_saved_rows_is_named(
+    vocabularies: Path, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "plan.json"
+    oxmerge.plan(vocabularies / "r.yml").save(path)
+    oxmerge.merge(path, tmp_path / "sound")
+    saved = json.loads(path.read_text())
+    edit, message = WRONG_ROWS[name]
+    edit(saved)
+    path.write_text(json.dumps(saved, separators=(",", ":")))
+    with pytest.raises(oxmerge.PlanError, match=message):
+        oxmerge.merge(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -81,12 +81,13 @@ def new_contents(folder: Path) -> tuple[Contents, dict[str, str]]:
     write_all(donor, {"tokenizer.json": "tokenizer"})
     (donor / "1_Pooling" / "config.json").write_text("pooling")
     names = ("1_Pooling/config.json", "tokenizer.json")
+    texts = {"README.md": "card", "oxmerge_recipe.yml": "recipe"}
     contents = Contents(
         shards=SHARDS,
         index=json.dumps({"weight_map": {"x": SHARDS[0], "y": SHARDS[1]}}),
         config="new config",
         side_files=[SideFile(name, donor / name, state_of(donor / name)) for name in names],
-        texts={"README.md": "card", "oxmerge_recipe.yml": "recipe"},
+        texts=texts,
         late=tuple(REPORT),
     )
     expected = {
@@ -95,7 +96,7 @@ def new_contents(folder: Path) -> tuple[Contents, dict[str, str]]:
         "config.json": "new config",
         "tokenizer.json": "tokenizer",
         "1_Pooling/config.json": "pooling",
-        **contents.texts,
+        **texts,
         **REPORT,
     }
     return contents, expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import oxmerge
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
 
 TOKENS = {"a": 0, "b": 1, "c": 2}
 ROWS = 6
-OTHER_WAYS = (
-    "merge this recipe with mergekit, or give the models one vocabulary first, as "
-    "`mergekit-tokensurgeon` does"
-)
 
 
 def tokenizer(tokens: Mapping[str, int], added: Mapping[str, int] | None = None) -> str:
@@ -86,18 +83,6 @@ def test_the_tokenizer_of_the_donor(tmp_path: Path, source: Any) -> None:
     }
 
 
-def test_the_base_model_is_the_donor(tmp_path: Path) -> None:
-    make(tmp_path / "a")
-    make(tmp_path / "b", tokenizer_json=tokenizer(TOKENS, {"d": 3}))
-    recipe = tmp_path / "r.yml"
-    each = {"weight": 1}
-    write_recipe(recipe, "task_arithmetic", ["a"], base="b", each=each, tokenizer_source="b")
-    with pytest.raises(UnsupportedError, match="their text: those of `a` and the donor `b` differ"):
-        oxmerge.plan(recipe)
-    (tmp_path / "a/tokenizer.json").write_text(tokenizer(TOKENS, {"d": 3}))
-    oxmerge.plan(recipe)
-
-
 UNIONS: list[dict[str, Any]] = [
     {"tokenizer_source": "union"},
     {"tokenizer": {"source": "union"}},
@@ -111,39 +96,6 @@ def test_a_union_of_the_same_tokens(tmp_path: Path, union: dict[str, Any]) -> No
     make(tmp_path / "a")
     make(tmp_path / "b", tokenizer_json=tokenizer({"a": 0, "b": 1}, {"c": 2}))
     assert problems(tmp_path, **union) == []
-
-
-def test_a_union_that_has_more_tokens(tmp_path: Path) -> None:
-    make(tmp_path / "a")
-    make(tmp_path / "b", tokenizer_json=tokenizer(TOKENS, {"<x>": 4}))
-    message = "not supported yet: a union of tokenizers: `b` has tokens that the donor `a` lacks"
-    advice = "write `base`, which leaves those tokens out of the output"
-    assert problems(tmp_path, tokenizer_source="union") == [(message, advice)]
-    assert problems(tmp_path, tokenizer_source="base") == []
-
-
-@pytest.mark.parametrize("source", ["base", "union", "a"])
-@pytest.mark.parametrize(
-    "tokens", [{"a": 0, "b": 2, "c": 1}, {"a": 0, "b": 1}, {"a": 0, "b": 1, "x": 2}], ids=str
-)
-def test_other_tokens(tmp_path: Path, source: str, tokens: dict[str, int]) -> None:
-    make(tmp_path / "a")
-    make(tmp_path / "b", tokenizer_json=tokenizer(tokens))
-    message = (
-        "not supported yet: matching tokens by their text: those of `b` and the donor `a` differ"
-    )
-    assert problems(tmp_path, tokenizer_source=source) == [(message, OTHER_WAYS)]
-
-
-def test_vocabularies_of_other_sizes_are_reported_with_it(tmp_path: Path) -> None:
-    make(tmp_path / "a")
-    make(tmp_path / "b", rows=7, tokenizer_json=tokenizer({**TOKENS, "d": 3}))
-    recipe = write_recipe(
-        tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 1}, tokenizer_source="union"
-    )
-    with pytest.raises(oxmerge.PlanError) as caught:
-        oxmerge.plan(recipe)
-    assert [problem.code for problem in caught.value.problems] == ["unsupported", "tensor-shape"]
 
 
 @pytest.mark.parametrize("source", ["base", "union"])
@@ -161,97 +113,173 @@ def test_tokenizers_that_only_their_program_reads(
 ) -> None:
     make(tmp_path / "a", tokenizer_json="", tokenizer_model=own)
     make(tmp_path / "b", tokenizer_json="", tokenizer_model=theirs)
-    message = "cannot tell whether `b` and the donor `a` have the same tokens"
-    advice = "leave it out, if they have: the output has the donor's tokenizer"
+    message = "the tokens of `b` cannot be matched: it has its tokens in a `tokenizer.model` only"
+    advice = (
+        "put a `tokenizer.json` beside it: in Python with transformers, "
+        '`AutoTokenizer.from_pretrained("b").save_pretrained("b")`'
+    )
     refused = [] if is_taken else [(message, advice)]
     assert problems(tmp_path, tokenizer_source="base") == refused
 
 
-def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [{"tokenizer": {"pad_to_multiple_of": 8}}, {}], ids=str)
+def test_a_donor_that_only_its_program_reads(tmp_path: Path, asked: dict[str, Any]) -> None:
+    make(tmp_path / "a", tokenizer_json="", tekken_json="{}")
+    make(tmp_path / "b", tokenizer_json="" if asked else tokenizer(TOKENS), tekken_json="{}")
+    ((message, advice),) = problems(tmp_path, **(asked or {"tokenizer_source": "union"}))
+    assert message == (
+        "the tokens of `a` cannot be matched: it has its tokens in a `tekken.json` only"
+    )
+    assert advice == "take the repository of the same model that has a `tokenizer.json`"
+
+
+def test_a_union_needs_a_tokenizer_json(tmp_path: Path) -> None:
+    make(tmp_path / "a", tokenizer_json="", vocab_json=json.dumps(TOKENS))
+    make(tmp_path / "b", tokenizer_json=tokenizer({**TOKENS, "d": 3}))
+    ((message, _),) = problems(tmp_path, tokenizer_source="union")
+    assert (
+        message == "the tokens of `a` cannot be matched: it has its tokens in a `vocab.json` only"
+    )
+    assert problems(tmp_path, tokenizer_source="base") == []
+
+
+def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
     make(tmp_path / "a")
     make(tmp_path / "b", tokenizer_json="{")
-    ((message, _),) = problems(tmp_path, tokenizer_source="base")
-    assert message == "cannot tell whether `b` and the donor `a` have the same tokens"
+    recipe = write_recipe(tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 1},
+                          tokenizer_source="base")  # fmt: skip
+    with pytest.raises(
+        oxmerge.PlanError, match=r"b/tokenizer.json`: the vocabulary cannot be read"
+    ):
+        oxmerge.plan(recipe)
+    (tmp_path / "b/tokenizer.json").write_text(tokenizer({"a": 0, "b": 0}))
+    with pytest.raises(oxmerge.PlanError, match="two tokens have the id 0"):
+        oxmerge.plan(recipe)
+    (tmp_path / "b/tokenizer.json").write_text(tokenizer({"a": 0, "b": 1 << 60}))
+    oxmerge.plan(recipe)  # there is no such row
+    (tmp_path / "a/tokenizer.json").write_text(tokenizer({"a": 0, "b": 1 << 60}))
+    with pytest.raises(oxmerge.PlanError, match="is more than any vocabulary has"):
+        oxmerge.plan(recipe)
 
 
-def test_the_tokenizer_of_another_model(tmp_path: Path) -> None:
+def test_the_same_tokens_beside_another_config(tmp_path: Path) -> None:
+    for name, config in {"a": "{}", "b": "[]"}.items():
+        folder = make(tmp_path / name, tokenizer_json="", tokenizer_config_json=config)
+        (folder / "tokenizer.model").write_bytes(b"x")
+    assert problems(tmp_path, tokenizer_source="base") == []
+
+
+def test_the_tokenizer_of_a_model_that_has_none(tmp_path: Path) -> None:
     make(tmp_path / "a")
-    make(tmp_path / "b", tokenizer_json=tokenizer(TOKENS) + "\n")
-    make(tmp_path / "c", tokenizer_json=tokenizer({**TOKENS, "d": 3}))
-    make(tmp_path / "twin")
-    message = "not supported yet: the tokenizer of another model than the donor `a` (`{}`)"
-    copy = (
-        "write `base` for the donor's; where this one has the same tokens with the same ids, copy "
-        "its files over those of the output"
-    )
-    for source, advice in {"b": copy, "c": OTHER_WAYS, "org/nowhere": copy}.items():
-        assert problems(tmp_path, tokenizer_source=source) == [(message.format(source), advice)]
-    assert problems(tmp_path, tokenizer_source="twin") == []
+    make(tmp_path / "b", tokenizer_json="")
+    ((message, _),) = problems(tmp_path, tokenizer_source="b")
+    assert message == "the tokens of `b` cannot be matched: it has no tokenizer"
 
 
-def test_what_else_a_tokenizer_may_ask_for(tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     make(tmp_path / "a")
     make(tmp_path / "b")
-    asked = {"source": "base", "tokens": {"d": {"source": "b"}}, "pad_to_multiple_of": 64}
-    assert problems(tmp_path, tokenizer=asked) == [
-        (
-            "not supported yet: rows for single tokens (`tokens`)",
-            "leave it out, or take mergekit for this recipe",
-        ),
-        (
-            "not supported yet: another number of rows (`pad_to_multiple_of`)",
-            "leave it out: the output has as many rows as the donor",
-        ),
-    ]
+    recipe = write_recipe(tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 1},
+                          tokenizer_source="org/nowhere")  # fmt: skip
+    with pytest.raises(oxmerge.PlanError, match="or write `base` for the tokenizer of the donor"):
+        oxmerge.plan(recipe)
 
 
 ONE, TWO = "{% for m in messages %}one{% endfor %}", "{% for m in messages %}two{% endfor %}"
 NAMED = [{"name": "tool", "template": TWO}, {"name": "default", "template": ONE}]
-#: What three models have for a template, and whether the first one's is what `auto` takes.
-AUTO: list[tuple[tuple[object, object, object], bool]] = [
-    ((None, None, None), True),
-    ((ONE, None, None), True),
-    ((ONE, ONE, TWO), True),
-    ((ONE, TWO, None), True),  # mergekit takes any of them
-    ((ONE, TWO, TWO), False),
-    ((None, TWO, None), False),
-    ((NAMED, ONE + "\n", TWO), True),
-    ((TWO, NAMED, ONE), False),
-    ((7, [], [1]), True),
+#: What three models have for a template, and which of them `auto` takes; none: the first one's.
+AUTO: list[tuple[tuple[object, object, object], str | None]] = [
+    ((None, None, None), None),
+    ((ONE, None, None), None),
+    ((ONE, ONE, TWO), None),
+    ((ONE, TWO, None), None),  # mergekit takes any of them
+    ((ONE, TWO, TWO), TWO),
+    ((None, TWO, None), TWO),
+    ((NAMED, ONE + "\n", TWO), None),
+    ((TWO, NAMED, ONE), ONE),
+    ((7, [], [1]), None),
 ]
 
 
-@pytest.mark.parametrize(("templates", "is_taken"), AUTO)
+@pytest.mark.parametrize(("templates", "taken"), AUTO)
 def test_the_usual_chat_template(
-    tmp_path: Path, templates: tuple[object, ...], *, is_taken: bool
+    tmp_path: Path, templates: tuple[object, ...], taken: str | None
 ) -> None:
     for name, text in zip("abc", templates, strict=True):
         make(tmp_path / name, tokenizer_config_json=template(text))
-    found = problems(tmp_path, ["a", "b", "c"], chat_template="auto")
-    assert bool(found) is not is_taken
-    if found:
-        ((message, advice),) = found
-        assert message.endswith("a chat template that most models have and the donor `a` has not")
-        assert advice == (
-            "leave it out, and save that of `b` in the output as `chat_template.jinja`"
-        )
+    assert written(tmp_path, list("abc"), chat_template="auto") == taken
+    own = templates[0] if taken is None else taken
+    config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert config["chat_template"] == own
 
 
-def test_a_chat_template_in_a_file_of_its_own(tmp_path: Path) -> None:
+def written(tmp_path: Path, models: list[str], **more: Any) -> str | None:
+    """Merge, and return the chat template in a file of its own."""
+    recipe = write_recipe(tmp_path / "r.yml", "linear", models, each={"weight": 1}, **more)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    oxmerge.merge(recipe, tmp_path / "out")
+    path = tmp_path / "out/chat_template.jinja"
+    return path.read_text() if path.exists() else None
+
+
+def test_another_chat_template(tmp_path: Path) -> None:
     make(tmp_path / "a", tokenizer_config_json=template(TWO), chat_template_jinja=ONE)
     make(tmp_path / "b", tokenizer_config_json=template(TWO))
-    assert problems(tmp_path, chat_template=ONE) == []
-    for text in (TWO, "chatml", ONE + "\n"):
-        ((message, advice),) = problems(tmp_path, chat_template=text)
-        assert message == "not supported yet: another chat template than the donor's"
-        assert advice == (
-            "leave it out, and save the template in the output as `chat_template.jinja`"
-        )
+    (tmp_path / "a/chat_template.json").write_text("{}")
+    # Its own, in which nothing changes.
+    assert written(tmp_path, ["a", "b"], chat_template=ONE) == ONE
+    assert (tmp_path / "out/chat_template.json").exists()
+    for text in (TWO, ONE + "\n"):
+        assert written(tmp_path, ["a", "b"], chat_template=text) == text
+        config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+        assert config == {"chat_template": text}
+        assert not (tmp_path / "out/chat_template.json").exists()
 
 
-def test_the_advice_on_templates_works(tmp_path: Path) -> None:
+SAID = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Bye"},
+]
+RENDERED = {
+    "alpaca": "Be kind.\n\n### Instruction:\nHello\n\n### Response:\nHi</s>\n\n"
+    "### Instruction:\nBye\n\n### Response:\n",
+    "chatml": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+    "<|im_start|>assistant\nHi<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "exaone": "[|system|]Be kind.[|endofturn|]\n[|user|]Hello\n[|assistant|]Hi[|endofturn|]\n"
+    "[|user|]Bye\n[|assistant|]",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHi<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistral": "<s>[INST] Be kind.\n\nHello [/INST] Hi</s>[INST] Bye [/INST]",
+}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_chat_templates_by_name(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    donor = make(tmp_path / "a", tokenizer_config_json=template(ONE))
-    (donor / "chat_template.jinja").write_text(TWO)
-    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(donor)
-    assert loaded.chat_template == TWO
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    make(tmp_path / "a", tokenizer_config_json=json.dumps(about))
+    make(tmp_path / "b")
+    assert written(tmp_path, ["a", "b"], chat_template=name)
+    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    said = loaded.apply_chat_template(SAID, tokenize=False, add_generation_prompt=True)
+    assert said == RENDERED[name]
+
+
+@pytest.mark.parametrize("text", ["chatlm", "{{x}}", "no template, but a long text"])
+def test_what_is_no_chat_template(tmp_path: Path, text: str) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    recipe = write_recipe(
+        tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 1}, chat_template=text
+    )
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(recipe)
+    (problem,) = caught.value.problems
+    assert problem.message == f"`{text}` is no chat template, and the name of none"
+    assert "`chatml`" in (problem.advice or "")

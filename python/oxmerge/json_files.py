@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["read_json", "read_start"]
+__all__ = ["read_json", "read_object", "read_start"]
 
 #: Real configs take some kilobytes; those with thousands of labels, a megabyte or two. All of one
 #: is kept, for the output has all of it too, and Python takes up to a hundred bytes for a value of
@@ -44,6 +44,15 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, os.stat_result]:
     if not _is_within(value, _DEEPEST):
         raise _too_deep()
     return value, status
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file says as an object; an empty one if it cannot be read, or is none."""
+    try:
+        value, _ = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_start(path: str | os.PathLike[str], most: int) -> tuple[bytes, os.stat_result]:

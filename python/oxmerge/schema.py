@@ -69,6 +69,9 @@ class SourceTensor:
         First byte in that file.
     parameters : dict
         The method's parameters for this input.
+    by_token : bool
+        Whether its rows are taken by token, some perhaps from other inputs; then `file` and `start`
+        are those of its own tensor, and `dtype` is the type of the rows that are taken.
     """
 
     model: str
@@ -77,6 +80,7 @@ class SourceTensor:
     file: int
     start: int
     parameters: dict[str, Scalar]
+    by_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Recipes of several merges: earlier ones make models that later ones read.
 
 A later merge can only be planned from the headers of what the earlier ones write. So each of them
-is planned first, and a *stand-in* is written for its output: headers, config and links to
-tokenizers, without a byte of weights. So what is wrong with any is told before the first runs.
+is planned first, and a *stand-in* is written for its output: headers, config and tokenizer (links to
+what is only copied), without a byte of weights. So what is wrong with any is told before the first
+runs.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def _stand_in(plan: Plan, folder: Path) -> str:
         link = folder / side_file.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(side_file.source)
+    for name, data in plan.side_files.texts.items():
+        (folder / name).write_bytes(data)
     return str(folder)
 
 

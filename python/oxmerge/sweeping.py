@@ -480,7 +480,8 @@ def _effect(plan: Plan) -> str:
     """Return a digest of what decides the output."""
     idle = {parameter.name for parameter in plan.about.parameters if not parameter.acts}
     beside = [str(file.source) for file in plan.side_files.copied]
-    whole = (plan.config, beside, plan.input_files, plan.table.in_f64)
+    texts = {n: hashlib.sha256(data).digest() for n, data in plan.side_files.texts.items()}
+    whole = (plan.config, beside, texts, plan.input_files, plan.table.in_f64)
     digest = hashlib.sha256(repr(whole).encode())
     kinds = []
     for formula, shared, own in plan.table.kinds():

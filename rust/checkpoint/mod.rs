@@ -14,6 +14,7 @@
 //! - `quantised`: checkpoints that hold packed numbers, recognised and refused by name;
 //! - `lead`: the part of a name up to its layer's number;
 //! - `vocabulary`: which token each row of two models stands for;
+//! - `token_rows`: which row of each model stands for which token of the output;
 //! - `layout`: the way out, from tensors to shards with all offsets known.
 
 mod conversion;
@@ -24,6 +25,7 @@ mod layout;
 mod lead;
 mod locate;
 mod quantised;
+pub mod token_rows;
 pub mod vocabulary;
 
 use std::collections::HashMap;

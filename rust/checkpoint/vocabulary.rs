@@ -250,10 +250,10 @@ fn shortened(token: &str) -> String {
 }
 
 /// Takes id, whether the token was added to the model's own, and the token.
-type Sink<'a> = dyn FnMut(u64, bool, &str) -> Result<(), String> + 'a;
+pub(super) type Sink<'a> = dyn FnMut(u64, bool, &str) -> Result<(), String> + 'a;
 
 /// Calls `sink` for each token of a file.
-fn each_token(path: &Path, sink: &mut Sink<'_>) -> Result<()> {
+pub(super) fn each_token(path: &Path, sink: &mut Sink<'_>) -> Result<()> {
     let (file, size) = open(path)?;
     let reader = BufReader::with_capacity(CHUNK, file.take(size));
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::need::{Need, SMALL};
+use super::rows::RowsSource;
 use super::source::{Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
 use crate::checkpoint::put_header;
@@ -183,6 +184,8 @@ impl<'a> Merges<'a> {
         let kind_of = (0..first.len())
             .map(|at| {
                 let each: Vec<usize> = plans.iter().map(|plan| plan.tensor(at).kind()).collect();
+                // Sources by token need memory of their own.
+                let each = (each, first.tensor(at).is_by_token());
                 let next = numbers.len() as u32;
                 *numbers.entry(each).or_insert(next)
             })
@@ -253,8 +256,7 @@ impl<'a> Merges<'a> {
 
     fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
         let tensor = self.plans[0].tensor(at);
-        let source = |source| -> Arc<dyn Source> { Arc::new(file_source(&self.readers, source)) };
-        let sources = tensor.sources().map(source).collect();
+        let sources = sources_of(&self.readers, tensor);
         self.task_of(at, sources, sinks)
     }
 
@@ -273,8 +275,8 @@ impl<'a> Merges<'a> {
     }
 
     fn is_small(&self, at: usize) -> bool {
-        let elements = self.plans[0].tensor(at).elements();
-        (1..=SMALL).contains(&elements)
+        let tensor = self.plans[0].tensor(at);
+        (1..=SMALL).contains(&tensor.elements()) && !tensor.is_by_token()
     }
 
     /// Whether tensor `at` follows the one before it in the same shard of every plan.
@@ -529,7 +531,7 @@ impl Sink for FileLike {
 }
 
 /// Whether two plans make the same tensors, in the same order, of the same bytes.
-fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
+fn check_same_tensors<'a>(plan: &'a Plan, other: &'a Plan) -> Result<()> {
     let differs = |what: &str| {
         Error::plan(format!("merges that are made together must have the same {what}"))
             .advice("run them one by one")
@@ -549,7 +551,7 @@ fn check_same_tensors(plan: &Plan, other: &Plan) -> Result<()> {
     if one.map(|tensor| double(plan, tensor)).ne(two.map(|tensor| double(other, tensor))) {
         return Err(differs("working type: all of them float64, or none"));
     }
-    let place = |source: plan::Source<'_>| (source.file, source.start, source.dtype);
+    let place = |source: plan::Source<'a>| (source.file, source.start, source.dtype, source.rows);
     for (tensor, other) in plan.tensors().zip(other.tensors()) {
         let is_same = tensor.name() == other.name()
             && tensor.shape() == other.shape()
@@ -628,12 +630,11 @@ impl OnDemand {
     pub fn task(&self, index: usize, sink: Arc<dyn Sink>) -> Result<Task> {
         let tensor = self.plan.tensor(index);
         let work = work(&self.plan, tensor)?;
-        let source = |source| -> Arc<dyn Source> { Arc::new(file_source(&self.readers, source)) };
         Ok(Task::new(
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            tensor.sources().map(source).collect(),
+            sources_of(&self.readers, tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -643,8 +644,8 @@ impl OnDemand {
 
     /// Fails if a file that tensor `index` is made of is not what it was.
     pub fn check_unchanged(&self, index: usize) -> Result<()> {
-        let sources = self.plan.tensor(index).sources();
-        let files = sources.map(|source| self.plan.files[source.file].clone());
+        let files = self.plan.tensor(index).sources().flat_map(files_of);
+        let files = files.map(|file| self.plan.files[file].clone());
         io::check_unchanged(&files.collect::<Vec<_>>())
     }
 }
@@ -653,8 +654,8 @@ impl OnDemand {
 fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader>>>> {
     io::raise_open_file_limit();
     let mut used = vec![false; plan.files.len()];
-    for source in plan.tensors().flat_map(Tensor::sources) {
-        used[source.file] = true;
+    for file in plan.tensors().flat_map(Tensor::sources).flat_map(files_of) {
+        used[file] = true;
     }
     let open = |(file, used): (&InputFile, bool)| {
         used.then(|| InputReader::open(file, read).map(Arc::new)).transpose()
@@ -662,9 +663,27 @@ fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader
     plan.files.iter().zip(used).map(open).collect()
 }
 
-fn file_source(readers: &[Option<Arc<InputReader>>], source: plan::Source<'_>) -> FileSource {
-    let reader = readers[source.file].clone().expect("every file with a source is opened");
-    FileSource { reader, dtype: source.dtype, start: source.start }
+/// The files that a source lies in.
+fn files_of(source: plan::Source<'_>) -> impl Iterator<Item = usize> {
+    let parts = source.rows.map_or(&[][..], |rows| rows.parts);
+    std::iter::once(source.file).chain(parts.iter().map(|part| part.file as usize))
+}
+
+/// The sources of a tensor, in opened files.
+fn sources_of(readers: &[Option<Arc<InputReader>>], tensor: Tensor<'_>) -> Vec<Arc<dyn Source>> {
+    let range = |file: usize, dtype: DType, start: u64| -> Arc<dyn Source> {
+        let reader = readers[file].clone().expect("every file with a source is opened");
+        Arc::new(FileSource { reader, dtype, start })
+    };
+    let source = |source: plan::Source<'_>| match source.rows {
+        None => range(source.file, source.dtype, source.start),
+        Some(plan::Rows { map, parts }) => {
+            let parts = parts.iter().map(|part| range(part.file as usize, part.dtype, part.start));
+            let width = tensor.shape()[1..].iter().product();
+            Arc::new(RowsSource::new(Arc::clone(map), parts.collect(), width))
+        }
+    };
+    tensor.sources().map(source).collect()
 }
 
 fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {

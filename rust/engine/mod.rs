@@ -22,6 +22,7 @@ pub(crate) mod passes;
 mod places;
 #[cfg(feature = "python")]
 pub(crate) mod rehearsal;
+pub mod rows;
 pub(crate) mod simd;
 pub mod source;
 pub mod task;

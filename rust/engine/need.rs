@@ -162,7 +162,14 @@ impl Need {
             (source.dtype(), Way::of(&**source, task.frame.elements, task.reads_once))
         });
         let outputs = task.sinks.iter().map(|sink| sink.dtype());
-        Self::new(&task.frame, &task.work, task.in_bands, sources, outputs).in_f64(task.double)
+        let mut need = Self::new(&task.frame, &task.work, task.in_bands, sources, outputs);
+        let memory = task.sources.iter().map(|source| source.memory());
+        // A worker reads one source after the other.
+        let (worker, shared) =
+            memory.fold((0, 0), |(most, sum), (worker, shared)| (worker.max(most), sum + shared));
+        need.worker_state.add(Amount::certain(worker));
+        need.shared_state.add(Amount::certain(shared));
+        need.in_f64(task.double)
     }
 
     /// The need of a tensor made by `work` from sources of these types that come this way.

@@ -21,6 +21,11 @@ pub trait Source: Debug + Send + Sync {
         false
     }
 
+    /// Bytes that reading takes besides the caller's buffer: in each worker, and in all.
+    fn memory(&self) -> (u64, u64) {
+        (0, 0)
+    }
+
     /// Whether reading `elements` would wait for a device, since they are in no cache.
     fn is_far(&self, elements: Range<u64>) -> bool {
         let _ = elements;

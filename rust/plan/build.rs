@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-use super::{ByteRange, Formula, Kind, Names, Node, Plan, Row, Settings, Tensor};
+use super::{
+    ByteRange, Formula, Gathered, Kind, Names, Node, Part, Plan, Row, RowMap, Settings, Tensor,
+};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
@@ -32,6 +34,19 @@ pub struct Input<'a> {
     pub file: usize,
     /// First byte in that file.
     pub start: u64,
+    /// Rows that are taken instead of those there.
+    pub rows: Option<ByToken<'a>>,
+}
+
+/// Rows of an input to be.
+#[derive(Clone, Copy, Debug)]
+pub struct ByToken<'a> {
+    /// The number of their map; see [`Builder::add_map`].
+    pub map: u32,
+    /// What they are taken from.
+    pub parts: &'a [Part],
+    /// Which part is the model's own.
+    pub own: usize,
 }
 
 impl Builder {
@@ -60,6 +75,17 @@ impl Builder {
         self.plan.settings.get(number as usize)
     }
 
+    /// Adds a map of rows; its number.
+    pub fn add_map(&mut self, map: RowMap) -> u32 {
+        self.plan.maps.push(Arc::new(map));
+        self.plan.maps.len() as u32 - 1
+    }
+
+    /// The map of that number, if there is one.
+    pub fn map(&self, number: u32) -> Option<&RowMap> {
+        self.plan.maps.get(number as usize).map(|map| &**map)
+    }
+
     /// Adds an output tensor, whose place is not yet known.
     pub fn push<'a>(
         &mut self,
@@ -75,14 +101,31 @@ impl Builder {
         let mut types = Vec::new();
         for input in inputs {
             types.push(input.dtype);
-            let node = Node::Bytes(ByteRange {
-                model: input.model as u32,
-                name: self.plan.names.intern(input.name).0,
-                file: input.file as u32,
-                shape,
-                dtype: input.dtype,
-                start: input.start,
-            });
+            let (model, name) = (input.model as u32, self.plan.names.intern(input.name).0);
+            let node = match input.rows {
+                None => Node::Bytes(ByteRange {
+                    model,
+                    name,
+                    file: input.file as u32,
+                    shape,
+                    dtype: input.dtype,
+                    start: input.start,
+                }),
+                Some(ByToken { map, parts, own }) => {
+                    let first = self.plan.parts.len() as u32;
+                    self.plan.parts.extend_from_slice(parts);
+                    Node::Rows(Gathered {
+                        model,
+                        name,
+                        shape,
+                        dtype: input.dtype,
+                        map,
+                        parts: first,
+                        count: parts.len() as u32,
+                        own: own as u32,
+                    })
+                }
+            };
             self.plan.inputs.push(self.plan.nodes.len() as u32);
             self.plan.nodes.push(node);
         }

@@ -3,11 +3,12 @@
 //! Python resolves recipe, names and parameters into a plan; the engine knows no YAML, no layer
 //! numbers and no model names. A plan is one table, held once: a model with experts has 100,000
 //! tensors, so a row is some fifty bytes. Names, models, shapes and the few distinct settings are
-//! interned, and a row refers to them. What a tensor is made of are nodes of a source tree; a range
-//! of bytes is the only kind of node there is so far.
+//! interned, and a row refers to them. What a tensor is made of are nodes of a source tree: ranges of
+//! bytes, and rows by token of several such ranges.
 
 mod build;
 mod names;
+mod rows;
 mod saved;
 
 use std::fmt;
@@ -17,14 +18,15 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-pub use build::{Builder, Input};
+pub use build::{Builder, ByToken, Input};
 pub use names::Names;
+pub use rows::{MOST_ROWS, Origin, RowMap};
 pub use saved::{load, save};
 
 use crate::dtype::DType;
 
 /// The version of the plan's schema.
-pub const PLAN_VERSION: u32 = 3;
+pub const PLAN_VERSION: u32 = 4;
 
 /// Parameter values by name, resolved for one tensor.
 pub type Parameters = Map<String, Value>;
@@ -52,6 +54,9 @@ pub struct Plan {
     kinds: Vec<Kind>,
     formulas: Vec<Formula>,
     nodes: Vec<Node>,
+    /// What rows by token are taken from; those of each node one after the other.
+    parts: Vec<Part>,
+    maps: Vec<Arc<RowMap>>,
     /// Nodes that are inputs of tensors, those of each tensor one after the other.
     inputs: Vec<u32>,
     /// The output tensors, in the donor's order.
@@ -150,6 +155,7 @@ pub(crate) struct Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Node {
     Bytes(ByteRange),
+    Rows(Gathered),
 }
 
 /// A tensor of a file.
@@ -161,6 +167,33 @@ struct ByteRange {
     shape: u32,
     dtype: DType,
     start: u64,
+}
+
+/// Rows by token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Gathered {
+    model: u32,
+    name: u32,
+    shape: u32,
+    dtype: DType,
+    map: u32,
+    /// The first of its parts, how many there are, and which of them is the model's own.
+    parts: u32,
+    count: u32,
+    own: u32,
+}
+
+/// A tensor that rows are taken from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// Index into [`Plan::files`].
+    pub file: u32,
+    /// First byte in that file.
+    pub start: u64,
+    /// Its element type.
+    pub dtype: DType,
+    /// How many rows it has.
+    pub rows: u64,
 }
 
 /// An output tensor.
@@ -181,8 +214,17 @@ pub struct Tensor<'a> {
     row: &'a Row,
 }
 
-/// A range of bytes that an output tensor is made of.
-#[derive(Clone, Copy, Debug)]
+/// Which rows an input takes, and from where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rows<'a> {
+    /// Which they are.
+    pub map: &'a Arc<RowMap>,
+    /// What they are taken from.
+    pub parts: &'a [Part],
+}
+
+/// An input that an output tensor is made of: a range of bytes, or rows by token.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Source<'a> {
     /// The model it belongs to, as an index into [`Plan::models`].
     pub model: usize,
@@ -194,6 +236,8 @@ pub struct Source<'a> {
     pub file: usize,
     /// First byte in that file.
     pub start: u64,
+    /// The rows, where they are not those of that range.
+    pub rows: Option<Rows<'a>>,
 }
 
 impl Plan {
@@ -313,15 +357,34 @@ impl<'a> Tensor<'a> {
         let plan = self.plan;
         let first = self.row.inputs as usize;
         plan.inputs[first..first + self.kind_of().inputs.len()].iter().map(|&node| {
-            let Node::Bytes(range) = plan.nodes[node as usize];
-            Source {
-                model: range.model as usize,
-                name: plan.names.get(range.name),
-                dtype: range.dtype,
-                file: range.file as usize,
-                start: range.start,
+            match plan.nodes[node as usize] {
+                Node::Bytes(range) => Source {
+                    model: range.model as usize,
+                    name: plan.names.get(range.name),
+                    dtype: range.dtype,
+                    file: range.file as usize,
+                    start: range.start,
+                    rows: None,
+                },
+                Node::Rows(rows) => {
+                    let parts = &plan.parts[rows.parts as usize..][..rows.count as usize];
+                    let own = parts[rows.own as usize];
+                    Source {
+                        model: rows.model as usize,
+                        name: plan.names.get(rows.name),
+                        dtype: rows.dtype,
+                        file: own.file as usize,
+                        start: own.start,
+                        rows: Some(Rows { map: &plan.maps[rows.map as usize], parts }),
+                    }
+                }
             }
         })
+    }
+
+    /// Whether rows of some input are taken by token.
+    pub fn is_by_token(self) -> bool {
+        self.sources().any(|source| source.rows.is_some())
     }
 
     /// The formula, where the method is none of the crate's own.

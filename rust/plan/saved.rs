@@ -1,18 +1,20 @@
 //! A plan as a file: JSON, which is checked when it is read, since anyone may have written it.
 //!
-//! An input of a tensor is an expression, `["bytes", model, name, type, shape, file, start]`, so that
-//! further kinds of nodes need no other format.
+//! An input of a tensor is an expression, `["bytes", model, name, type, shape, file, start]` or
+//! `["rows", model, name, type, shape, map, own part, parts]`, so that further kinds of nodes need no
+//! other format.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::io::{self, Write};
 
-use serde::de::Error as _;
+use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::{
-    Builder, Input, InputFile, MethodSource, Node, OutputShard, PLAN_VERSION, Parameters, Plan,
-    Settings, Tensor,
+    Builder, ByToken, ByteRange, Gathered, Input, InputFile, MethodSource, Node, Origin,
+    OutputShard, PLAN_VERSION, Parameters, Part, Plan, RowMap, Settings, Tensor,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -43,6 +45,7 @@ struct Table {
     shapes: Vec<Vec<u64>>,
     settings: Vec<SavedSettings>,
     shards: Vec<SavedShard>,
+    maps: Vec<Vec<(u32, Origin)>>,
     tensors: Vec<SavedTensor>,
 }
 
@@ -65,24 +68,59 @@ struct SavedShard {
 #[derive(Deserialize)]
 struct SavedTensor(usize, DType, usize, usize, u64, usize, Option<usize>, Vec<SavedNode>);
 
-/// A node of a source tree.
+/// A node of a source tree: kind, model, name, type, shape; and what the kind asks for.
 struct SavedNode {
     model: usize,
     name: usize,
     dtype: DType,
     shape: usize,
-    file: usize,
-    start: u64,
+    content: Content,
 }
+
+enum Content {
+    /// File, first byte.
+    Bytes(usize, u64),
+    /// Map, the model's own part, parts.
+    Rows(usize, usize, Vec<SavedPart>),
+}
+
+/// File, first byte, type, rows.
+#[derive(Deserialize)]
+struct SavedPart(usize, u64, DType, u64);
 
 impl<'de> Deserialize<'de> for SavedNode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        type Bytes = (String, usize, usize, DType, usize, usize, u64);
-        let (kind, model, name, dtype, shape, file, start) = Bytes::deserialize(deserializer)?;
-        if kind != "bytes" {
-            return Err(D::Error::custom(format_args!("there is no kind of input `{kind}`")));
+        struct Parts;
+
+        impl<'de> Visitor<'de> for Parts {
+            type Value = SavedNode;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an input as a list")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<SavedNode, A::Error> {
+                fn next<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
+                    list: &mut A,
+                ) -> Result<T, A::Error> {
+                    list.next_element()?.ok_or_else(|| A::Error::custom("an input ends early"))
+                }
+                let kind: String = next(&mut list)?;
+                let (model, name) = (next(&mut list)?, next(&mut list)?);
+                let (dtype, shape) = (next(&mut list)?, next(&mut list)?);
+                let content = match &*kind {
+                    "bytes" => Content::Bytes(next(&mut list)?, next(&mut list)?),
+                    "rows" => Content::Rows(next(&mut list)?, next(&mut list)?, next(&mut list)?),
+                    _ => {
+                        let message = format_args!("there is no kind of input `{kind}`");
+                        return Err(A::Error::custom(message));
+                    }
+                };
+                Ok(SavedNode { model, name, dtype, shape, content })
+            }
         }
-        Ok(Self { model, name, dtype, shape, file, start })
+
+        deserializer.deserialize_seq(Parts)
     }
 }
 
@@ -119,11 +157,24 @@ pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
     put_lines(out, settings.iter())?;
     out.write_all(b",\"shards\":")?;
     put_lines(out, shards.iter())?;
+    out.write_all(b",\"maps\":")?;
+    let runs = |map: &RowMap| -> Vec<(u64, Origin)> {
+        map.runs().map(|(rows, origin)| (rows.end - rows.start, origin.clone())).collect()
+    };
+    put_lines(out, plan.maps.iter().map(|map| runs(map)))?;
     out.write_all(b",\"names\":")?;
     put_lines(out, plan.names.iter())?;
     out.write_all(b",\"tensors\":")?;
     put_lines(out, plan.tensors().map(described))?;
     out.write_all(b"}")
+}
+
+/// A node as it is saved.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Described {
+    Bytes(&'static str, u32, u32, DType, u32, u32, u64),
+    Rows(&'static str, u32, u32, DType, u32, u32, u32, Vec<(u32, u64, DType, u64)>),
 }
 
 fn described(tensor: Tensor<'_>) -> impl Serialize {
@@ -133,9 +184,15 @@ fn described(tensor: Tensor<'_>) -> impl Serialize {
     let nodes = &plan.inputs[first..first + kind.inputs.len()];
     let inputs: Vec<_> = nodes
         .iter()
-        .map(|&node| {
-            let Node::Bytes(range) = plan.nodes[node as usize];
-            ("bytes", range.model, range.name, range.dtype, range.shape, range.file, range.start)
+        .map(|&node| match plan.nodes[node as usize] {
+            Node::Bytes(ByteRange { model, name, file, shape, dtype, start }) => {
+                Described::Bytes("bytes", model, name, dtype, shape, file, start)
+            }
+            Node::Rows(Gathered { model, name, shape, dtype, map, parts, count, own }) => {
+                let parts = &plan.parts[parts as usize..][..count as usize];
+                let parts = parts.iter().map(|part| (part.file, part.start, part.dtype, part.rows));
+                Described::Rows("rows", model, name, dtype, shape, map, own, parts.collect())
+            }
         })
         .collect();
     let place = (row.shard, row.start);
@@ -192,6 +249,7 @@ fn build(table: Table) -> Result<Plan> {
         shapes,
         settings,
         shards,
+        maps,
         tensors,
     } = table;
     check_file_names(&shards)?;
@@ -200,6 +258,9 @@ fn build(table: Table) -> Result<Plan> {
     for SavedSettings { shared, own, origin } in settings {
         let own = own.into_iter().map(Into::into).collect();
         builder.add_settings(Settings { shared: shared.into(), own, origin });
+    }
+    for runs in maps {
+        builder.add_map(RowMap::of(runs.into_iter().map(Ok))?);
     }
     let name_of = |number: usize| known("name", &names, number).map(String::as_str);
     let mut places = Vec::with_capacity(tensors.len());
@@ -219,7 +280,7 @@ fn build(table: Table) -> Result<Plan> {
             }
             let shape = known("shape", &shapes, shape)?;
             for input in &inputs {
-                check_input(builder.plan(), input, dtype, shape, &shapes)?;
+                check_input(&builder, input, dtype, shape, &shapes)?;
                 name_of(input.name)?;
             }
             Ok(())
@@ -228,12 +289,17 @@ fn build(table: Table) -> Result<Plan> {
         if !builder.take_name(name) || name == "__metadata__" {
             return Err(wrong("the output cannot have this tensor name, or not twice").tensor(name));
         }
-        let inputs = inputs.iter().map(|input| Input {
-            model: input.model,
-            name: &names[input.name],
-            dtype: input.dtype,
-            file: input.file,
-            start: input.start,
+        let parts: Vec<Vec<Part>> = inputs.iter().map(SavedNode::parts).collect();
+        let inputs = inputs.iter().zip(&parts).map(|(input, parts)| {
+            let (file, start, rows) = match input.content {
+                Content::Bytes(file, start) => (file, start, None),
+                Content::Rows(map, own, _) => {
+                    let rows = ByToken { map: map as u32, parts, own };
+                    (parts[own].file as usize, parts[own].start, Some(rows))
+                }
+            };
+            let SavedNode { model, dtype, .. } = *input;
+            Input { model, name: &names[input.name], dtype, file, start, rows }
         });
         builder.push(name, dtype, &shapes[shape], settings as u32, base, inputs);
         places.push((shard, start));
@@ -250,14 +316,14 @@ fn build(table: Table) -> Result<Plan> {
 
 /// Checks that an input is there, and that its elements can become the output's.
 fn check_input(
-    plan: &Plan,
+    builder: &Builder,
     input: &SavedNode,
     dtype: DType,
     shape: &[u64],
     shapes: &[Vec<u64>],
 ) -> Result<()> {
+    let plan = builder.plan();
     known("model", &plan.models, input.model)?;
-    let file = known("file", &plan.files, input.file)?;
     if known("shape", shapes, input.shape)? != shape {
         return Err(wrong("an input has another shape than the tensor")
             .expected(format_args!("{shape:?}"))
@@ -269,14 +335,64 @@ fn check_input(
             .expected(if dtype.is_float() { "a float type" } else { dtype.name() })
             .found(input.dtype));
     }
-    let end = bytes(input.dtype, shape).and_then(|bytes| input.start.checked_add(bytes));
+    match &input.content {
+        Content::Bytes(file, start) => check_range(plan, *file, *start, input.dtype, shape),
+        Content::Rows(map, own, parts) => {
+            let map = known("map", &plan.maps, *map)?;
+            known("part", parts, *own)?;
+            let (rows, rest) = shape.split_first().unwrap_or((&0, &[]));
+            if map.rows() != *rows || shape.is_empty() || shape.contains(&0) {
+                return Err(wrong("an input has other rows than the tensor")
+                    .expected(format_args!("{} rows that are not empty", map.rows()))
+                    .found(format_args!("{shape:?}")));
+            }
+            for &SavedPart(file, start, dtype, rows) in parts {
+                if !dtype.is_float() {
+                    return Err(wrong("rows can be taken of floats only").found(dtype));
+                }
+                let shape = [&[rows], rest].concat();
+                check_range(plan, file, start, dtype, &shape)?;
+            }
+            let (types, rows): (Vec<_>, Vec<_>) =
+                parts.iter().map(|&SavedPart(_, _, dtype, rows)| (dtype, rows)).unzip();
+            map.check(&rows)?;
+            if map.dtype(&types) != input.dtype {
+                return Err(wrong("an input has another type than its rows")
+                    .expected(map.dtype(&types))
+                    .found(input.dtype));
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Checks that a tensor lies within its file.
+fn check_range(plan: &Plan, file: usize, start: u64, dtype: DType, shape: &[u64]) -> Result<()> {
+    let file = known("file", &plan.files, file)?;
+    let end = bytes(dtype, shape).and_then(|bytes| start.checked_add(bytes));
     if end.is_none_or(|end| end > file.size) {
         return Err(wrong("an input lies past the end of its file")
             .file(&file.path)
             .expected(format_args!("at most {} bytes", file.size))
-            .found(format_args!("{} {shape:?} from byte {}", input.dtype, input.start)));
+            .found(format_args!("{dtype} {shape:?} from byte {start}")));
     }
     Ok(())
+}
+
+impl SavedNode {
+    /// What its rows are taken from, when that was checked.
+    fn parts(&self) -> Vec<Part> {
+        let part = |&SavedPart(file, start, dtype, rows): &SavedPart| Part {
+            file: file as u32,
+            start,
+            dtype,
+            rows,
+        };
+        match &self.content {
+            Content::Bytes(..) => Vec::new(),
+            Content::Rows(_, _, parts) => parts.iter().map(part).collect(),
+        }
+    }
 }
 
 /// Checks that the tensors fill the shards without overlap or hole, behind their headers.

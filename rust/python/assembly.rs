@@ -1,6 +1,7 @@
 //! Putting a plan together from Python, run by run.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::exceptions::{PyIndexError, PyValueError};
@@ -8,10 +9,12 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::checkpoint::Checkpoint;
+use super::enter::enter;
 use super::error::raise;
 use super::plan::{Plan, parameters};
 use crate::assembly::{self, Column, Fate, Keeping};
 use crate::checkpoint;
+use crate::checkpoint::token_rows::{self, Filling};
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::plan::{InputFile, Settings};
@@ -28,6 +31,10 @@ pub(super) struct Run {
     #[pyo3(get)]
     odd: Vec<(usize, bool)>,
 }
+
+/// Which row of each model stands for which token of the output.
+#[pyclass(module = "oxmerge._core")]
+pub(super) struct TokenRows(Option<token_rows::TokenRows>);
 
 /// What becomes of every tensor of a model.
 #[pyclass(frozen, module = "oxmerge._core")]
@@ -64,6 +71,19 @@ impl Assembly {
         let models = models.into_iter().map(|(label, model)| (label, model.shared())).collect();
         let dtype = dtype.transpose()?;
         Ok(Self(Some(assembly::Assembly::new(method, seed, models, other_files, dtype, in_f64))))
+    }
+
+    /// Takes the rows of the tensors of these names by token.
+    fn align(
+        &mut self,
+        mut tokens: PyRefMut<'_, TokenRows>,
+        names: HashSet<String>,
+    ) -> PyResult<()> {
+        tokens.inner()?;
+        if let Some(tokens) = tokens.0.take() {
+            self.inner()?.align(tokens, names);
+        }
+        Ok(())
     }
 
     /// Takes down the shapes in the layers of the model that gives the config.
@@ -210,6 +230,105 @@ impl Fates {
         let named = self.model.tensors().zip(&self.fates);
         Ok(named.filter(|(_, each)| **each == fate).map(|(tensor, _)| tensor.name).collect())
     }
+}
+
+impl TokenRows {
+    fn inner(&mut self) -> PyResult<&mut token_rows::TokenRows> {
+        self.0.as_mut().ok_or_else(|| PyValueError::new_err("the tokens are in a plan"))
+    }
+}
+
+#[pymethods]
+impl TokenRows {
+    /// Reads the tokens of the output, whose ids are below `limit`, and those of models, each with how
+    /// many rows it has; `base` is the base among them.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        output: Vec<PathBuf>,
+        limit: u64,
+        models: Vec<(Vec<PathBuf>, u64)>,
+        base: Option<usize>,
+    ) -> PyResult<Self> {
+        let read = enter(py, None, |_| token_rows::TokenRows::read(&output, limit, &models, base))?;
+        Ok(Self(Some(read)))
+    }
+
+    /// How many rows the output has.
+    #[getter]
+    fn rows(&mut self) -> PyResult<u64> {
+        Ok(self.inner()?.rows())
+    }
+
+    /// Gives the output so many rows; those behind its tokens are the mean of the others, or matched
+    /// by number.
+    fn resize(&mut self, py: Python<'_>, rows: u64, with_mean: bool) -> PyResult<()> {
+        self.inner()?.resize(rows, with_mean).map_err(|error| raise(py, &error))
+    }
+
+    /// The id of a token of the output.
+    fn find(&mut self, token: &str) -> PyResult<Option<u64>> {
+        Ok(self.inner()?.find(token))
+    }
+
+    /// How many tokens of the output a model lacks.
+    fn lacking(&mut self, model: usize) -> PyResult<usize> {
+        Ok(self.inner()?.lacking(model))
+    }
+
+    /// How many tokens of a model the output lacks.
+    fn foreign(&mut self, model: usize) -> PyResult<usize> {
+        Ok(self.inner()?.foreign(model))
+    }
+
+    /// Whether a model has the token of row `row` of the output.
+    fn has(&mut self, model: usize, row: u64) -> PyResult<bool> {
+        Ok(self.inner()?.row(model, row).is_some())
+    }
+
+    /// Says what models are given that lack row `row` of the output, or all with `force`: zeros, the
+    /// row of the token in `model`, or row `of` there; without a kind, what is usual.
+    #[pyo3(signature = (row, kind, model=0, of=0, *, force))]
+    fn fill(
+        &mut self,
+        row: u64,
+        kind: Option<&str>,
+        model: usize,
+        of: u32,
+        force: bool,
+    ) -> PyResult<()> {
+        let filling = match kind {
+            None => Filling::Usual,
+            Some("zero") => Filling::Zero,
+            Some("model") => Filling::Model(model),
+            Some("row") => Filling::Row(model, of),
+            Some(kind) => {
+                return Err(PyValueError::new_err(format!("a row cannot be filled with `{kind}`")));
+            }
+        };
+        self.inner()?.fill(row, filling, force);
+        Ok(())
+    }
+}
+
+/// The tokens that have these ids in the vocabulary of `files`.
+#[pyfunction]
+pub(super) fn tokens_of(
+    py: Python<'_>,
+    files: Vec<PathBuf>,
+    ids: Vec<u64>,
+) -> PyResult<BTreeMap<u64, String>> {
+    enter(py, None, |_| token_rows::tokens_of(&files, &ids))
+}
+
+/// The id of a token in the vocabulary of `files`.
+#[pyfunction]
+pub(super) fn find_token(
+    py: Python<'_>,
+    files: Vec<PathBuf>,
+    token: &str,
+) -> PyResult<Option<u64>> {
+    enter(py, None, |_| token_rows::find_token(&files, token))
 }
 
 fn fate_of(name: &str) -> PyResult<Fate> {

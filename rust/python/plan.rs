@@ -1,5 +1,6 @@
 //! The plan's table, for Python to look at and to hand on.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use pyo3::exceptions::PyIndexError;
@@ -199,7 +200,8 @@ impl Plan {
     }
 
     /// A row: name, shape, element type, shard, first byte, base, shared parameters, where they
-    /// come from; and for each source model, name, element type, file, first byte, parameters.
+    /// come from; and for each source model, name, element type, file, first byte, parameters,
+    /// and whether its rows are taken by token.
     fn row<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyTuple>> {
         if index >= self.0.len() {
             return Err(PyIndexError::new_err(format!("the plan has no tensor {index}")));
@@ -215,6 +217,7 @@ impl Plan {
                 source.file,
                 source.start,
                 to_python(py, &**own)?,
+                source.rows.is_some(),
             ))?;
         }
         (
@@ -250,7 +253,8 @@ impl Plan {
     /// said to be.
     fn write_effects(&self, kinds: Vec<String>, write: Bound<'_, PyAny>) -> PyResult<()> {
         for tensor in self.0.tensors() {
-            let places: Vec<_> = tensor.sources().map(|each| (each.file, each.start)).collect();
+            let place = |each: plan::Source<'_>| (each.file, each.start, digest(each.rows));
+            let places: Vec<_> = tensor.sources().map(place).collect();
             let kind = kinds.get(tensor.kind());
             let of_tensor = (tensor.name(), tensor.dtype(), tensor.base(), places, kind);
             write.call1((PyBytes::new(write.py(), format!("{of_tensor:?}").as_bytes()),))?;
@@ -316,6 +320,13 @@ impl Plan {
             .collect();
         to_python(py, &described)
     }
+}
+
+/// A number that tells apart which rows are taken.
+fn digest(rows: Option<plan::Rows<'_>>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    rows.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Numbers and switches by name, as a plan has them.

@@ -9,3 +9,4 @@ mod io;
 mod kernels;
 mod layout;
 mod methods;
+mod token_rows;

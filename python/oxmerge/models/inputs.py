@@ -151,6 +151,16 @@ class Inputs:
         path = self._resolve(reference)
         return reference if isinstance(path, Problem) else os.path.realpath(path)
 
+    def locate(self, reference: str) -> str | Problem:
+        """Return where a model lies, or why that is not known."""
+        return self._resolve(reference)
+
+    def by_folder(self, folder: str) -> InputModel | None:
+        """Return the opened model whose files lie in a folder, if there is one."""
+        path = os.path.realpath(folder)
+        each = (m for m in self.models if os.path.realpath(folder_beside(m.path)) == path)
+        return next(each, None)
+
     def open(self, reference: str, where: Place | None = None) -> InputModel | None:
         """Return the model, or None after reporting that it cannot be opened, and where."""
         if reference == UNREAD or self._stages.get(reference, "") is None:

@@ -68,7 +68,7 @@ _OUTPUT_ENDS = ("_head", "final_norm", "final_layernorm", "final_layer_norm")
 _HEAD_MODULES = frozenset(("lm_head", "embed_out", "output", "output_layer", "decoder"))
 _VOCABULARY_MODULES = _HEAD_MODULES | frozenset((
     "embed_tokens", "word_embedding", "word_embeddings", "wte", "tok_embeddings", "embedding",
-    "embeddings", "shared", "embed_in",
+    "embeddings", "shared", "embed_in", "embed_tokens_per_layer", "predictions", "vocab_projector",
 ))  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from functools import lru_cache
 
@@ -12,7 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["KINDS", "OPAQUE", "compare", "folder_beside", "present", "vocabularies"]
+__all__ = [
+    "KINDS",
+    "OPAQUE",
+    "compare",
+    "folder_beside",
+    "present",
+    "same_files",
+    "token_files",
+    "vocabularies",
+]
 
 #: Files that tell each token's id, by kind. A kind is there if its first file is.
 KINDS = (
@@ -20,6 +30,17 @@ KINDS = (
 )  # fmt: skip
 #: Files that only their own programs read: their bytes can be compared.
 OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+
+#: Everything that tells tokens.
+_TOKENS = (*dict.fromkeys(name for names in KINDS for name in names), *OPAQUE)
+#: Everything that makes a tokenizer what it is.
+_WHOLE = (
+    *_TOKENS,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def folder_beside(path: str) -> str:
@@ -45,6 +66,34 @@ def vocabularies(one: str, other: str) -> tuple[list[str], list[str]] | None:
             if os.path.basename(ours[0]) == os.path.basename(theirs[0]):
                 return ours, theirs
     return found[0][0], found[1][0]
+
+
+def token_files(folder: str) -> list[str]:
+    """Return the files that tell the tokens in a folder, of the first kind that it has."""
+    return next(iter(_by_kind(folder)), [])
+
+
+def same_files(one: str, other: str, *, only_tokens: bool = False) -> bool:
+    """Tell whether two folders have the same tokenizer: each file that makes it, byte for byte.
+
+    Parameters
+    ----------
+    one, other : str
+        The folders.
+    only_tokens : bool
+        Whether only the files count that tell tokens.
+    """
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    names = _TOKENS if only_tokens else _WHOLE
+    shared = present(one, names)
+    if not shared or shared != present(other, names):
+        return False
+    try:
+        _, different, unreadable = filecmp.cmpfiles(one, other, shared, shallow=False)
+    except OSError:
+        return False
+    return not different and not unreadable
 
 
 def _by_kind(folder: str) -> list[list[str]]:

@@ -16,7 +16,7 @@ from oxmerge.output.side_files import WRITTEN_ANEW, SideFiles, folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from oxmerge.methods import Method
@@ -48,7 +48,7 @@ def contents_of(plan: Plan) -> Contents:
         index=plan.index,
         config=plan.config,
         side_files=plan.side_files.copied,
-        texts={CARD_NAME: plan.card, RECIPE_NAME: plan.recipe_text},
+        texts={**plan.side_files.texts, CARD_NAME: plan.card, RECIPE_NAME: plan.recipe_text},
         late=[REPORT_NAME],
     )
 
@@ -97,6 +97,7 @@ def config_of(
     layers: Sequence[tuple[dict[str, Any], int]] | None,
     depth: int | None,
     writes_head: bool,
+    edit: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str]]] | None = None,
 ) -> tuple[str | None, tuple[str, ...]]:
     """Return the text of the output's config, and notes on what was changed.
 
@@ -112,6 +113,8 @@ def config_of(
         With slices: how many layers the donor has.
     writes_head : bool
         Whether the output has a head of its own.
+    edit : callable, optional
+        Edits it further, and returns notes on that.
 
     Raises
     ------
@@ -123,6 +126,9 @@ def config_of(
     edited, notes = edit_config(
         donor.config, dtype=dtype, layer_map=layers, donor_depth=depth, writes_head=writes_head
     )
+    if edit is not None:
+        edited, more = edit(edited)
+        notes += more
     return json_text(edited), tuple(notes)
 
 

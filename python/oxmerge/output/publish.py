@@ -142,7 +142,7 @@ class Contents:
     index: str | None = None
     config: str | None = None
     side_files: Sequence[SideFile] = ()
-    texts: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str | bytes] = field(default_factory=dict)
     late: Sequence[str] = ()
 
     @property
@@ -486,9 +486,10 @@ def _probe(output: OutputDirectory) -> None:
 # Writing under temporary names.
 
 
-def _write_texts(output: OutputDirectory, texts: Mapping[str, str]) -> None:
+def _write_texts(output: OutputDirectory, texts: Mapping[str, str | bytes]) -> None:
     for name, text in texts.items():
-        _complete(output, name, partial(_write_all, text.encode(errors="backslashreplace")))
+        data = text.encode(errors="backslashreplace") if isinstance(text, str) else text
+        _complete(output, name, partial(_write_all, data))
 
 
 def _complete(output: OutputDirectory, name: str, write: Callable[[int], None]) -> None:

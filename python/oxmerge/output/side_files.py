@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import IO, BinaryIO
 
 _INDEXES = ("*.index.json",)
@@ -117,11 +117,13 @@ class SideFiles:
     copied: tuple[SideFile, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     problems: tuple[Problem, ...] = ()
+    #: Files of other content than the donor's, by name.
+    texts: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
-        """Return the bytes that copying takes."""
-        return sum(file.state.size for file in self.copied)
+        """Return the bytes that they take."""
+        return sum(map(len, self.texts.values())) + sum(file.state.size for file in self.copied)
 
 
 def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFiles:

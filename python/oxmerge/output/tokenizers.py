@@ -1,237 +1,236 @@
-"""What a recipe asks of the output's tokenizer and chat template, beside the donor's own.
+"""The output's tokenizer: whose files it has, or what is built of them.
 
-The output has the donor's tokenizer files as they are. A recipe that asks for that in other words
-gets it: the tokenizer of the base, or of the donor by its name, or the union of tokenizers that
-have the same tokens; and a chat template that the donor has already. mergekit moves the rows of
-embeddings where the models' tokens differ. oxmerge does not, so that is refused.
+The output has the tokenizer of one model, file by file, as it is. Only where it needs tokens that
+this one lacks, a tokenizer is built: by the `tokenizers` library, in a process of its own, whose
+memory ends with it. Nothing else imports that library.
 """
 
 from __future__ import annotations
 
-import filecmp
+import json
 import os
-from collections import Counter
-from contextlib import suppress
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from oxmerge.errors import OxmergeError
-from oxmerge.json_files import read_json, read_start
-from oxmerge.models.names import is_vocabulary
-from oxmerge.models.references import resolve_reference
-from oxmerge.models.vocabularies import KINDS, OPAQUE, compare, folder_beside, present, vocabularies
-from oxmerge.output.side_files import folder_of
-from oxmerge.problems import UNSUPPORTED, Problem
+from oxmerge.errors import PlanError
+from oxmerge.json_files import read_object
+from oxmerge.output.config import json_text
+from oxmerge.output.side_files import LeftOut, SideFiles, find_side_files, folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from oxmerge.models.inputs import InputModel
-    from oxmerge.recipe.recipe import Recipe, Template, Tokenizer
+__all__ = ["Built", "OutputTokenizer", "build_tokenizer", "side_files_with"]
 
-__all__ = ["check_tokenizer"]
-
-#: Everything that makes a tokenizer what it is.
-_TOKENS = (*dict.fromkeys(name for names in KINDS for name in names), *OPAQUE)
+#: Files that make a tokenizer what it is, by the names that loaders look for.
 _FILES = (
-    *_TOKENS,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-#: More than any chat template has.
-_MOST_BYTES = 1 << 20
-_EVERY_ROW = 1 << 62
-_MORE_ADVICE = {
-    "tokens": ("rows for single tokens", "leave it out, or take mergekit for this recipe"),
-    "pad_to_multiple_of": (
-        "another number of rows",
-        "leave it out: the output has as many rows as the donor",
-    ),
-}
-_OTHER_WAYS = (
-    "merge this recipe with mergekit, or give the models one vocabulary first, as "
-    "`mergekit-tokensurgeon` does"
-)
+    "tokenizer.json", "tokenizer.model*", "spiece.model", "sentencepiece*.model", "tekken.json",
+    "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "tokenizer_config.json", "chat_template.*", "additional_chat_templates/*", "tokenization_*.py",
+)  # fmt: skip
+_CONFIG = "tokenizer_config.json"
+_DECODER = "added_tokens_decoder"
+_PROGRAM = Path(__file__).with_name("build_tokenizer.py")
+#: Seconds; the largest tokenizers take half a minute.
+_LONGEST = 600
+_UNFIT, _NO_LIBRARY = 3, 4
 
 
-def check_tokenizer(
-    recipe: Recipe, models: Sequence[InputModel], donor: InputModel, folders: tuple[str, ...]
-) -> Iterator[Problem]:
-    """Yield what a recipe asks of the tokenizer that the donor's own files do not give.
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A tokenizer that was built.
+
+    Attributes
+    ----------
+    data : bytes
+        Its `tokenizer.json`.
+    added : dict
+        Its added tokens by id, each with its flags, if a file beside `base` tells them.
+    ordinary : dict of str to int
+        How many tokens that are none of the added ones each file gave it.
+    memory : int
+        Bytes that the process took which built it.
+    """
+
+    data: bytes
+    added: dict[str, Any]
+    ordinary: dict[str, int]
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTokenizer:
+    """The tokenizer that the output has.
+
+    Attributes
+    ----------
+    reference : str
+        The model that its files come from, as the recipe writes it.
+    folder : str
+        Where they lie.
+    built : Built, optional
+        What is built of them; None if they are taken as they are.
+    """
+
+    reference: str
+    folder: str
+    built: Built | None = field(default=None)
+
+
+def build_tokenizer(
+    base: str, rows: int, others: Sequence[tuple[str, int]], tokens: Sequence[str]
+) -> Built:
+    """Return the tokenizer of `base` with the tokens of others, and further ones.
 
     Parameters
     ----------
-    recipe : Recipe
-        What is asked for.
-    models : sequence of InputModel
-        All models of the merge.
-    donor : InputModel
-        Whose files the output has.
-    folders : tuple of str
-        Where relative paths may start.
+    base : str
+        Its `tokenizer.json`; tokens whose ids are not below `rows` are left out.
+    rows : int
+        How many rows its model has.
+    others : sequence of (str, int)
+        The same of each other.
+    tokens : sequence of str
+        Further tokens.
+
+    Raises
+    ------
+    PlanError
+        If the library is not there, or cannot make one tokenizer of these.
     """
-    if recipe.tokenizer is not None:
-        if not folder_of(donor.path).is_dir():
-            message = f"the donor `{donor.reference}` is a file, and those beside it are not copied"
-            advice = "name its folder, whose tokenizer the output then has"
-            yield Problem("wrong-value", message, recipe.tokenizer.where, advice=advice)
-        yield from _check_source(recipe.tokenizer, donor, folders)
-        yield from _check_tokens(recipe.tokenizer, models, donor)
-        yield from _check_more(recipe.tokenizer)
-    if recipe.chat_template is not None:
-        yield from _check_template(recipe.chat_template, models, donor)
+    files = tuple(_identity(path) for path in (base, *(path for path, _ in others)))
+    return _build(files, rows, tuple(number for _, number in others), tuple(tokens))
 
 
-def _check_source(
-    asked: Tokenizer, donor: InputModel, folders: tuple[str, ...]
-) -> Iterator[Problem]:
-    """Check that the tokenizer of a model that is named is the donor's."""
-    if asked.source in ("base", "union"):
-        return
-    path = resolve_reference(asked.source, folders)
-    own = _folder(donor.path)
-    theirs = None if isinstance(path, Problem) else _folder(path)
-    if theirs is not None and _has_same_files(own, theirs):
-        return
-    message = (
-        "not supported yet: the tokenizer of another model than the donor "
-        f"`{donor.reference}` (`{asked.source}`)"
-    )
-    advice = "write `base` for the donor's; where this one has the same tokens with the same ids, "
-    advice += "copy its files over those of the output"
-    if theirs is not None and _differs(own, theirs, _rows(donor)) != _SAME:
-        advice = _OTHER_WAYS
-    yield Problem(UNSUPPORTED, message, asked.where, advice=advice)
+def _identity(path: str) -> tuple[str, int, int, int, int]:
+    status = os.stat(path)
+    return (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _check_tokens(
-    asked: Tokenizer, models: Sequence[InputModel], donor: InputModel
-) -> Iterator[Problem]:
-    """Check that no row of an embedding stands for another token than in the donor."""
-    own, rows = _folder(donor.path), _rows(donor)
-    for model in models:
-        found = _differs(own, _folder(model.path), rows)
-        if found == _SAME or (found == _MORE and asked.source != "union"):
-            continue
-        names = f"`{model.reference}` and the donor `{donor.reference}`"
-        message = f"not supported yet: matching tokens by their text: those of {names} differ"
-        advice = _OTHER_WAYS
-        if found == _MORE:
-            message = (
-                "not supported yet: a union of tokenizers: "
-                f"`{model.reference}` has tokens that the donor `{donor.reference}` lacks"
-            )
-            advice = "write `base`, which leaves those tokens out of the output"
-        elif found == _UNKNOWN:
-            message = f"cannot tell whether {names} have the same tokens"
-            advice = "leave it out, if they have: the output has the donor's tokenizer"
-        yield Problem(UNSUPPORTED, message, asked.where, advice=advice)
+@lru_cache(maxsize=1)  # a sweep plans the same merge often
+def _build(
+    files: tuple[tuple[str, int, int, int, int], ...],
+    rows: int,
+    rows_of_others: tuple[int, ...],
+    tokens: tuple[str, ...],
+) -> Built:
+    base, *paths = (file[0] for file in files)
+    others = list(zip(paths, rows_of_others, strict=True))
+    with tempfile.TemporaryDirectory(prefix="oxmerge-") as folder:
+        out = os.path.join(folder, "tokenizer.json")
+        job = {
+            "base": base,
+            "rows": rows,
+            "others": others,
+            "tokens": tokens,
+            "out": out,
+            "tells_added": _tells_added(os.path.dirname(base)),
+        }
+        found = _run(json.dumps(job))
+        data = Path(out).read_bytes()
+    return Built(data, found["added"], found["ordinary"], found["peak"])
 
 
-def _check_more(asked: Tokenizer) -> Iterator[Problem]:
-    for key in asked.more:
-        what, advice = _MORE_ADVICE[key]
-        message = f"not supported yet: {what} (`{key}`)"
-        yield Problem(UNSUPPORTED, message, asked.where, advice=advice)
+def _tells_added(folder: str) -> bool:
+    """Tell whether a file beside a tokenizer tells its added tokens again."""
+    listed = os.path.exists(os.path.join(folder, "added_tokens.json"))
+    return listed or _DECODER in read_object(os.path.join(folder, _CONFIG))
 
 
-# Which tokens models have.
-
-_SAME, _MORE, _DIFFERENT, _UNKNOWN = "same", "more", "different", "unknown"
-
-
-def _differs(own: str, theirs: str, rows: int) -> str:
-    """Tell how the tokens of a model differ from the donor's.
-
-    ``same``: it has no tokenizer, or one that gives each id the same token. ``more``: it has tokens
-    for ids that stand for none in the donor. ``different``: for an id that stands for one.
-    """
-    if own == theirs or not present(theirs, _TOKENS) or _equal(own, theirs, _TOKENS):
-        return _SAME
-    found = vocabularies(own, theirs)
-    if found is None:
-        return _UNKNOWN
+def _run(job: str) -> dict[str, Any]:
+    """Run the program that builds tokenizers; what it found."""
+    # `-P`: modules beside the program are not to be taken for the library.
+    command = [sys.executable, "-P", os.fspath(_PROGRAM)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     try:
-        difference = compare(*found, rows)
-    except (OxmergeError, OSError):
-        return _UNKNOWN
-    if difference is None:
-        return _SAME
-    lacking, _ = difference["lacking"]
-    return _DIFFERENT if difference["differing"] or lacking else _MORE
-
-
-def _has_same_files(own: str, theirs: str) -> bool:
-    return own == theirs or bool(present(own, _FILES) and _equal(own, theirs, _FILES))
-
-
-def _equal(own: str, theirs: str, names: Sequence[str]) -> bool:
-    """Tell whether both folders have the same of these files, with the same bytes."""
-    shared = present(own, names)
-    if shared != present(theirs, names):
-        return False
-    try:
-        _, different, unreadable = filecmp.cmpfiles(own, theirs, shared, shallow=False)
-    except OSError:
-        return False
-    return not different and not unreadable
-
-
-def _folder(path: str) -> str:
-    return os.path.realpath(folder_beside(path))
-
-
-def _rows(model: InputModel) -> int:
-    """Return how many ids have a row in the model's embeddings."""
-    named = enumerate(model.checkpoint.names())
-    shapes = [model.checkpoint.tensor(at).shape for at, name in named if is_vocabulary(name)]
-    return max((shape[0] for shape in shapes if shape), default=_EVERY_ROW)
-
-
-# Chat templates.
-
-
-def _check_template(
-    asked: Template, models: Sequence[InputModel], donor: InputModel
-) -> Iterator[Problem]:
-    """Check that the chat template is the donor's."""
-    own = _template(_folder(donor.path))
-    if asked.text != "auto":
-        if asked.text != own:
-            message = "not supported yet: another chat template than the donor's"
-            yield _template_problem(asked, message, "the template")
-        return
-    # mergekit takes the one that most models have; of several, any.
-    folders = list(dict.fromkeys(_folder(model.path) for model in models))
-    templates = [text.strip() for text in map(_template, folders) if text is not None]
-    counts = Counter(templates)
-    if counts and counts[(own or "").strip()] < max(counts.values()):
-        most = counts.most_common(1)[0][0]
-        model = next(m for m in models if (_template(_folder(m.path)) or "").strip() == most)
-        message = (
-            "not supported yet: a chat template that most models have and the donor "
-            f"`{donor.reference}` has not"
+        done = subprocess.run(  # noqa: S603 - our own program
+            command, input=job, capture_output=True, text=True, timeout=_LONGEST, check=False,
+            env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise PlanError(
+            "the output's tokenizer cannot be built",
+            found=f"no end after {_LONGEST} seconds",
+            advice="take the tokenizer of one model: `tokenizer_source: base`",
+        ) from None
+    if done.returncode == 0:
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+    if done.returncode == _NO_LIBRARY:
+        raise PlanError(
+            "building a tokenizer needs the `tokenizers` library",
+            advice="install it: `pip install tokenizers`; `tokenizer_source: base` does without",
         )
-        yield _template_problem(asked, message, f"that of `{model.reference}`")
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    raise PlanError(
+        "the output's tokenizer cannot be built of those of the models",
+        found=lines[-1][:500],
+        advice="take the tokenizer of one model: `tokenizer_source: base`",
+    )
 
 
-def _template_problem(asked: Template, message: str, which: str) -> Problem:
-    advice = f"leave it out, and save {which} in the output as `chat_template.jinja`"
-    return Problem(UNSUPPORTED, message, asked.where, advice=advice)
+def side_files_with(
+    found: SideFiles, donor: str, tokenizer: OutputTokenizer | None, template: str | None
+) -> SideFiles:
+    """Return the files beside the weights with those of the output's tokenizer.
+
+    Parameters
+    ----------
+    found : SideFiles
+        The donor's.
+    donor : str
+        The donor's folder.
+    tokenizer : OutputTokenizer, optional
+        Unless it is the donor's as it is.
+    template : str, optional
+        A chat template that the tokenizer has not.
+    """
+    folder = donor if tokenizer is None else tokenizer.folder
+    copied, left_out, problems = list(found.copied), list(found.left_out), list(found.problems)
+    if tokenizer is not None and os.path.realpath(folder) != os.path.realpath(donor):
+        theirs = find_side_files(folder_of(folder))
+        reason = f"the tokenizer is that of `{tokenizer.reference}`"
+        left_out += [LeftOut(file.name, reason) for file in copied if _is_of_tokenizer(file.name)]
+        copied = [file for file in copied if not _is_of_tokenizer(file.name)]
+        copied += [file for file in theirs.copied if _is_of_tokenizer(file.name)]
+        problems += theirs.problems
+    texts = dict(found.texts)
+    names = {file.name for file in copied}
+    outdated: dict[str, str] = {}
+    config, more = read_object(os.path.join(folder, _CONFIG)), dict[str, Any]()
+    if tokenizer is not None and tokenizer.built is not None:
+        built = tokenizer.built
+        texts["tokenizer.json"] = built.data
+        if _DECODER in config:
+            more[_DECODER] = built.added
+        if "added_tokens.json" in names:
+            ids = {token["content"]: int(number) for number, token in built.added.items()}
+            texts["added_tokens.json"] = json_text(ids).encode()
+        outdated["tekken.json"] = "it lacks the tokens that were added"
+    if template is not None:
+        # Which of the two a loader reads is a question of its age.
+        texts["chat_template.jinja"] = template.encode(errors="backslashreplace")
+        if config:
+            more["chat_template"] = template
+        outdated["chat_template.json"] = "the chat template is another"
+    if more:
+        texts[_CONFIG] = json_text({**config, **more}).encode()
+    left_out += [LeftOut(name, outdated[name]) for name in outdated if name in names]
+    kept = [file for file in copied if file.name not in texts and file.name not in outdated]
+    return SideFiles(
+        tuple(sorted(kept, key=lambda file: file.name)),
+        tuple(sorted(left_out, key=lambda entry: entry.name)),
+        tuple(problems),
+        dict(sorted(texts.items())),
+    )
 
 
-def _template(folder: str) -> str | None:
-    """Return the chat template of a model: of a file of its own, or in the tokenizer's config."""
-    with suppress(OSError, ValueError):
-        text, _ = read_start(os.path.join(folder, "chat_template.jinja"), _MOST_BYTES)
-        return text.decode(errors="replace")
-    try:
-        config, _ = read_json(os.path.join(folder, "tokenizer_config.json"))
-    except (OSError, ValueError):
-        return None
-    found = config.get("chat_template") if isinstance(config, dict) else None
-    if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+def _is_of_tokenizer(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _FILES)

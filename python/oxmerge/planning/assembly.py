@@ -12,6 +12,7 @@ import json
 
 from oxmerge import _core
 from oxmerge.models.names import is_head, is_vocabulary
+from oxmerge.models.vocabularies import folder_beside, token_files
 from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.schema import is_float
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from oxmerge.planning.parameters import SettingReader
     from oxmerge.planning.sections import Section
     from oxmerge.planning.targets import Run, Target
+    from oxmerge.planning.tokens import Alignment
     from oxmerge.problems import Findings
     from oxmerge.recipe.recipe import Recipe, Scalar
 
@@ -55,6 +57,8 @@ class Assembler:
         Takes what is wrong with parameters.
     findings : Findings
         Takes missing tensors, differences of shape and type.
+    alignment : Alignment, optional
+        How rows are taken by token, where they are.
     """
 
     def __init__(
@@ -66,9 +70,11 @@ class Assembler:
         keeping: Keeping,
         reader: SettingReader,
         findings: Findings,
+        alignment: Alignment | None = None,
     ) -> None:
         self._keeping = keeping
         self._problems = findings.problems
+        self._alignment = alignment
         self._reader = reader
         self._donor = donor
         self._unequal: dict[tuple[int, str], int] = {}
@@ -81,6 +87,8 @@ class Assembler:
         self._table = _core.Assembly(
             recipe.method, seed, opened, json.dumps(others), dtype, recipe.dtype == "F64"
         )
+        if alignment is not None:
+            self._table.align(alignment.rows, set(alignment.names))
         if self._is_sliced:
             self._table.like_layers_of(donor.index, set(donor.layout.stacks))
 
@@ -299,12 +307,32 @@ class Assembler:
     def _compare(self, target: Target, like: TensorInfo, found: Found) -> None:
         expected = tuple(like.shape)
         for model, tensor in found:
+            if self._alignment is not None and like.name in self._alignment.names:
+                # Rows are taken by token: each model has its own number of them.
+                expected = (self._alignment.rows_of[model.index], *like.shape[1:])
+                self._check_vocabulary(model, tensor)
             if tuple(tensor.shape) != expected:
                 self._report_shape(target, model, tensor, expected)
             elif tensor.dtype != like.dtype:
                 self._check_types(target, model, tensor, like)
             if not is_float(tensor.dtype):
                 self._check_quantised(model, tensor, len(found))
+
+    def _check_vocabulary(self, model: InputModel, tensor: TensorInfo) -> None:
+        if is_float(tensor.dtype) and 0 not in tensor.shape:
+            return
+        message = f"not supported yet: rows by token of such a tensor of `{model.reference}`"
+        self._problems.append(
+            Problem(
+                UNSUPPORTED,
+                message,
+                file=model.file_of(tensor),
+                tensor=tensor.written,
+                expected="rows of floats",
+                found=f"{tensor.dtype} {list(tensor.shape)}",
+                advice="use the model's 16-bit weights",
+            )
+        )
 
     def _report_shape(
         self, target: Target, model: InputModel, tensor: TensorInfo, expected: tuple[int, ...]
@@ -319,8 +347,28 @@ class Assembler:
                 tensor=tensor.written,
                 expected=str(list(expected)),
                 found=str(list(tensor.shape)),
-                advice=_shape_advice(tensor, expected),
+                advice=self._shape_advice(model, tensor, expected),
             )
+        )
+
+    def _shape_advice(
+        self, model: InputModel, tensor: TensorInfo, expected: tuple[int, ...]
+    ) -> str:
+        same_rest = tuple(tensor.shape)[1:] == expected[1:] and len(tensor.shape) == len(expected)
+        if not same_rest or not is_vocabulary(tensor.name):
+            return _SAME_SIZE
+        if self._alignment is not None:
+            return "the embedding and the head of a model must have a row for the same tokens"
+        if not all(token_files(folder_beside(each.path)) for each in (self._donor, model)):
+            return (
+                "the vocabularies differ; with a `tokenizer.json` beside each model, "
+                "`tokenizer_source: union` matches their rows by token"
+            )
+        return (
+            "the vocabularies differ; match their rows by token with one of these lines: "
+            "`tokenizer_source: union` (the output has the tokens of all models), "
+            "`tokenizer_source: base` (those of the donor), or "
+            f"`tokenizer_source: {json.dumps(model.reference, ensure_ascii=False)}`"
         )
 
     def _donor_of(self, target: Target) -> InputModel:
@@ -376,13 +424,3 @@ class Assembler:
                 advice=_SAME_SIZE,
             )
         )
-
-
-def _shape_advice(tensor: TensorInfo, expected: tuple[int, ...]) -> str:
-    same_rest = tuple(tensor.shape)[1:] == expected[1:] and len(tensor.shape) == len(expected)
-    if same_rest and is_vocabulary(tensor.name):
-        return (
-            "the vocabularies differ; matching tokens by their text (`tokenizer`) is not supported "
-            "yet, so the models must have the same tokenizer"
-        )
-    return _SAME_SIZE

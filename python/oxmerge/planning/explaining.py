@@ -43,7 +43,8 @@ def _lines(plan: Plan, tensor: OutputTensor) -> Iterator[str]:
     for at, (source, own) in enumerate(zip(tensor.sources, owns, strict=True)):
         role = " (base)" if at == tensor.base else ""
         place = f"`{files[source.file]['path']}` from byte {source.start}"
-        yield f"  {source.model}{role}: {source.name}, {source.dtype}, {place}"
+        rows = ", rows by token" if source.by_token else ""
+        yield f"  {source.model}{role}: {source.name}, {source.dtype}, {place}{rows}"
         yield from _parameters("    ", source.parameters, own)
 
 

@@ -85,6 +85,7 @@ def _output(plan: Plan) -> dict[str, Any]:
         "base": plan.base,
         "layer_map": plan.layer_map,
         "dtype": plan.dtype,
+        "tokenizer_memory": plan.tokenizer_memory,
         "accounting": [_account(account) for account in plan.accounting],
         "warnings": [warning.as_dict() for warning in plan.warnings],
         "notes": plan.notes,
@@ -96,6 +97,7 @@ def _output(plan: Plan) -> dict[str, Any]:
             for file in files.copied
         ],
         "left_out": [{"name": entry.name, "reason": entry.reason} for entry in files.left_out],
+        "texts": {name: data.decode(errors="replace") for name, data in files.texts.items()},
     }
 
 
@@ -243,6 +245,15 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         if file.name in taken or file.name.lower() == "readme.md":
             raise _wrong("two files of the output have one name", file.name)
         taken.add(file.name)
+    texts = {}
+    for name, text in reader.get("texts", dict).items():
+        if not isinstance(text, str):
+            raise _wrong("a file of the output must be text", text)
+        _check_name(name)
+        texts[name] = text.encode(errors="backslashreplace")
+        if name in taken or name.lower() == "readme.md":
+            raise _wrong("two files of the output have one name", name)
+        taken.add(name)
     left_out = [
         LeftOut(_Reader(each).get("name", str), _Reader(each).get("reason", str))
         for each in reader.get("left_out", list, dict)
@@ -256,6 +267,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         "base": base,
         "layer_map": _pairs(reader.get("layer_map", list, list, optional=True)),
         "dtype": reader.get("dtype", str, optional=True),
+        "tokenizer_memory": reader.get("tokenizer_memory", int, optional=True),
         "accounting": tuple(
             _read_account(_Reader(each)) for each in reader.get("accounting", list, dict)
         ),
@@ -264,7 +276,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         "changes": tuple(reader.get("changes", list, str)),
         "config": reader.get("config", str, optional=True),
         "card": reader.get("card", str),
-        "side_files": SideFiles(tuple(copied), tuple(left_out)),
+        "side_files": SideFiles(tuple(copied), tuple(left_out), texts=texts),
     }
 
 
@@ -291,12 +303,16 @@ class _Reader:
 
 def _side_file(reader: _Reader) -> SideFile:
     name = reader.get("name", str)
-    # A name leads nowhere but into the output directory.
+    _check_name(name)
+    state = FileState(*(reader.get(each, int) for each in FileState._fields))
+    return SideFile(name, Path(reader.get("source", str)), state)
+
+
+def _check_name(name: str) -> None:
+    """Raise PlanError for a name that leads elsewhere than into the output directory."""
     parts = name.split("/")
     if "\0" in name or "\\" in name or not all(parts) or {".", ".."} & set(parts):
         raise _wrong("a file of the output must have a name within its directory", name)
-    state = FileState(*(reader.get(each, int) for each in FileState._fields))
-    return SideFile(name, Path(reader.get("source", str)), state)
 
 
 def _pairs(raw: list[list[Any]] | None) -> tuple[tuple[int, int], ...] | None:

@@ -7,16 +7,22 @@ goes on after each problem as far as it can, so that one report has them all.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import MappingProxyType
 
 from oxmerge.errors import PlanError, ProblemsError, RecipeError
+from oxmerge.json_files import read_object
 from oxmerge.methods import Method, built_in_methods, find_method
 from oxmerge.models.inputs import InputModel, Inputs
+from oxmerge.models.names import is_vocabulary
+from oxmerge.models.vocabularies import folder_beside
 from oxmerge.options import DEFAULT_SHARD_SIZE, check_allowed, check_seed
-from oxmerge.output.config import edit_config
+from oxmerge.output.chat_templates import choose_template
+from oxmerge.output.config import edit_config, json_text
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
-from oxmerge.output.tokenizers import check_tokenizer
+from oxmerge.output.token_ids import GENERATION_CONFIG, edit_tokens
+from oxmerge.output.tokenizers import side_files_with
 from oxmerge.planning.assembly import Assembler
 from oxmerge.planning.belonging import Belonging
 from oxmerge.planning.keeping import Keeping
@@ -25,6 +31,7 @@ from oxmerge.planning.parameters import SettingReader
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.sections import Section, SectionBuilder
 from oxmerge.planning.targets import SlicedTargets, whole_targets
+from oxmerge.planning.tokens import TokenPlanner
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.schema import Tensors, is_float
 
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from oxmerge import _core
     from oxmerge.planning.accounting import ModelAccount
     from oxmerge.planning.targets import Run
+    from oxmerge.planning.tokens import Alignment
     from oxmerge.recipe.recipe import Recipe
 
 __all__ = ["build_plan"]
@@ -124,6 +132,9 @@ class _Planner:
         self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
         self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
+        self.alignment: Alignment | None = None
+        self.lacks_tokens = False
+        self.token_notes: list[str] = []
         self.cause: BaseException | None = None
 
     def plan(self, shard_size: int, seed: int, *, strict: bool) -> Plan:
@@ -137,14 +148,13 @@ class _Planner:
         table: _core.Plan | None = None
         fates: list[_core.Fates] = []
         if donor is not None:
+            self.align(donor, sections)
             table, fates = self.assemble(targets, donor, seed, shard_size)
             if is_known:
                 table = self.with_method(method, table)
         self.check_config(donor)
         self.look_beside(donor)
         self.compare_models(sections, donor, table)
-        if donor is not None:
-            problems += check_tokenizer(self.recipe, self.inputs.models, donor, self.folders)
         self.check_effects(sections)
         if donor is None and not problems and not self.inputs.lacks_reported:
             message = "there is no model to take the names from"
@@ -190,6 +200,13 @@ class _Planner:
         self.sliced = SlicedTargets(sections, donor, self.findings)
         return self.sliced
 
+    def align(self, donor: InputModel, sections: list[Section]) -> None:
+        """Find which rows of the models stand for which tokens, where the recipe asks for that."""
+        if self.recipe.tokenizer is not None:
+            tokens = TokenPlanner(self.recipe, self.inputs, donor, sections, self.findings)
+            self.alignment = tokens.align(self.recipe.tokenizer)
+            self.lacks_tokens = tokens.found_problems
+
     def assemble(
         self, targets: list[Run], donor: InputModel, seed: int, shard_size: int
     ) -> tuple[_core.Plan, list[_core.Fates]]:
@@ -201,11 +218,16 @@ class _Planner:
             self.keeping,
             self.reader,
             self.findings,
+            self.alignment,
         )
         if not self.recipe.slices and targets:
             assembler.compare_depths(targets[0].section)
         for run in targets:
             assembler.assemble(run)
+        # Rows that cannot be compared for a reason that is told with the tokenizer.
+        if self.lacks_tokens:
+            problems = self.findings.problems
+            problems[:] = [each for each in problems if not _is_of_rows(each)]
         return assembler.finish(shard_size)
 
     def with_method(self, method: Method, table: _core.Plan) -> _core.Plan:
@@ -235,10 +257,44 @@ class _Planner:
             self.findings.problems += error.problems
 
     def look_beside(self, donor: InputModel | None) -> None:
-        """Find the donor's other files, and those among them that cannot be copied."""
-        if self.with_side_files and donor is not None:
-            self.side_files = find_side_files(folder_of(donor.path), donor.file_names)
-            self.findings.problems += self.side_files.problems
+        """Find the files beside the weights, and those among them that cannot be copied."""
+        if donor is None:
+            return
+        problems = self.findings.problems
+        tokenizer = None if self.alignment is None else self.alignment.tokenizer
+        own = folder_beside(donor.path)
+        template = None
+        if self.recipe.chat_template is not None:
+            folders = [folder_beside(model.path) for model in self.inputs.models]
+            whose = own if tokenizer is None else tokenizer.folder
+            template, problem = choose_template(self.recipe.chat_template, folders, whose)
+            problems += [] if problem is None else [problem]
+        if self.with_side_files:
+            found = find_side_files(folder_of(donor.path), donor.file_names)
+            self.side_files = side_files_with(found, own, tokenizer, template)
+            problems += self.side_files.problems
+            self.look_at_generation(donor)
+
+    def look_at_generation(self, donor: InputModel) -> None:
+        """Have the config of generation name the same tokens."""
+        config = read_object(os.path.join(folder_beside(donor.path), GENERATION_CONFIG))
+        edited, notes = self.with_tokens(config, donor, GENERATION_CONFIG)
+        self.token_notes += (f"{GENERATION_CONFIG}: {note}" for note in notes)
+        if edited != config:
+            texts = {**self.side_files.texts, GENERATION_CONFIG: json_text(edited).encode()}
+            copied = [each for each in self.side_files.copied if each.name != GENERATION_CONFIG]
+            self.side_files = replace(self.side_files, copied=tuple(copied), texts=texts)
+
+    def with_tokens(
+        self, config: dict[str, Any], donor: InputModel, name: str
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Return a config of the donor for the tokens of the output, and notes on that."""
+        found = self.alignment
+        if found is None:
+            return config, []
+        instead = read_object(os.path.join(found.tokenizer.folder, name))
+        rows = None if found.total == found.rows_of[donor.index] else found.total
+        return edit_tokens(config, rows, found.ids, instead)
 
     def compare_models(
         self, sections: list[Section], donor: InputModel | None, table: _core.Plan | None
@@ -252,7 +308,8 @@ class _Planner:
         belonging.compare_configs(self.inputs.models, by_layer=by_layer)
         if by_layer:
             belonging.compare_layers(sections)
-        belonging.compare_tokenizers(self.inputs.models, Tensors(table))
+        if self.alignment is None:
+            belonging.compare_tokenizers(self.inputs.models, Tensors(table))
 
     def check_effects(self, sections: list[Section]) -> None:
         """Find filters, patterns and gradients that have decided nothing."""
@@ -296,6 +353,7 @@ class _Planner:
             layers=None if layer_map is None else self.configs_of(layer_map),
             depth=None if stack is None else stack.depth,
             writes_head=table.has_name_ending("lm_head.weight"),
+            edit=lambda config: self.with_tokens(config, donor, "config.json"),
         )
         extended = self.extension_notes(donor)
         notes = (*self.recipe.notes, *extended)
@@ -313,10 +371,11 @@ class _Planner:
             accounting=accounting,
             warnings=group_problems(self.findings.warnings),
             notes=notes,
-            changes=(*changes, *notes, *notes_on(self.side_files)),
+            changes=(*changes, *self.token_notes, *notes, *notes_on(self.side_files)),
             config=config,
             card=card_of(self.recipe, method, self.inputs.models, donor, extended),
             side_files=self.side_files,
+            tokenizer_memory=None if self.alignment is None else self.alignment.memory,
         )
         plan.recipe = self.recipe  # it need not be read again
         return plan
@@ -334,6 +393,10 @@ class _Planner:
     def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
         """Return the config and the layer that each output layer comes from."""
         return [(self.inputs.models[model].config, layer) for model, layer in layer_map]
+
+
+def _is_of_rows(problem: Problem) -> bool:
+    return problem.code == "tensor-shape" and is_vocabulary(problem.tensor or "")
 
 
 def _main_dtype(sizes: Mapping[str, int]) -> str | None:

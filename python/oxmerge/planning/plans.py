@@ -75,6 +75,8 @@ class Plan:
         Text of the model card.
     side_files : SideFiles
         The donor's other files.
+    tokenizer_memory : int, optional
+        Bytes that the process took which built the output's tokenizer, if one was built.
     options : dict
         What the prediction is for: `memory`, `threads`, `device` and `vram`, as `plan` takes them.
     stages : tuple of Plan
@@ -98,6 +100,7 @@ class Plan:
     config: str | None
     card: str
     side_files: SideFiles
+    tokenizer_memory: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Plan, ...] = ()
     #: Keeps the files that stand for outputs of `stages`.

@@ -88,6 +88,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "bytes_written": plan.bytes_written,
         "disk": plan.disk,
         "memory": prediction.memory,
+        "tokenizer_memory": plan.tokenizer_memory,
         "threads": prediction.threads,
         "device": prediction.device,
         "fastest": {"device": prediction.fastest.device, "reason": prediction.fastest.reason},
@@ -117,6 +118,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"reads     {format_size(plan.bytes_read)}: {cost(plan)}"
     yield f"writes    {format_size(plan.bytes_written)}"
     yield f"memory    {format_size(prediction.memory, binary=True)} at the peak"
+    if plan.tokenizer_memory is not None:
+        size = format_size(plan.tokenizer_memory, binary=True)
+        yield f"tokenizer built from several, in a process of its own that took {size}"
     yield f"threads   {prediction.threads}"
     yield f"device    {prediction.device}; the fastest should be {fastest}"
     yield f"disk      {format_size(plan.disk)} needed"

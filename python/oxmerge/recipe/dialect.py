@@ -11,7 +11,7 @@ from dataclasses import replace
 from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extensions import ExtensionReader
 from oxmerge.recipe.keys import at_key, is_mapping, show_key
-from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer
+from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer, TokenRow
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ _TOP_KEYS = frozenset(
     )
 )
 _TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
+_TOKEN_KEYS = frozenset(("source", "force"))
+_MODEL_TOKEN_KEYS = frozenset(("kind", "model", "token", "token_id"))
+#: More rows than any vocabulary has.
+_MOST_ROWS = 1 << 22
 _MODULE_KEYS = frozenset(("models", "slices", "parameters"))
 _MODEL_KEYS = frozenset(("model", "parameters"))
 _SLICE_KEYS = frozenset(("sources", "base_model", "parameters"))
@@ -303,11 +307,81 @@ class _RecipeReader(ExtensionReader):
             return None
         if not self.check_mapping(value, place, _TOKENIZER_KEYS):
             return None
-        more = ["tokens"] if value.get("tokens") else []
-        # A multiple of one is any number.
-        more += ["pad_to_multiple_of"] if value.get("pad_to_multiple_of") not in (None, 1) else []
+        tokens = self.token_rows(value, place)
+        multiple = self.multiple(value, place)
         source = self.reference(value, "source", place) if value.get("source") else "union"
-        return Tokenizer(place, source, tuple(more)) if source else None
+        return Tokenizer(place, source, tokens, multiple) if source else None
+
+    def multiple(self, raw: Mapping[str, object], place: Place) -> int | None:
+        """Read `pad_to_multiple_of`."""
+        value = raw.get("pad_to_multiple_of")
+        if value is None or (type(value) is int and 1 <= value <= _MOST_ROWS):
+            return value
+        message = f"a whole number from 1 to {_MOST_ROWS} is needed here"
+        place, advice = (
+            at_key(place, raw, "pad_to_multiple_of"),
+            "write `pad_to_multiple_of: 64`, say",
+        )
+        self.fault(place, message, found=value, advice=advice)
+        return None
+
+    def token_rows(self, raw: Mapping[str, object], place: Place) -> tuple[TokenRow, ...]:
+        """Read `tokens`: from each token to what becomes of its row."""
+        values = raw.get("tokens")
+        if values is None:
+            return ()
+        place = at_key(place, raw, "tokens")
+        if not is_mapping(values):
+            message, advice = "a mapping from tokens is needed here", "write `<token>: {source: x}`"
+            self.fault(place, message, found=values, advice=advice)
+            return ()
+        read = (
+            self.token_row(token, value, at_key(place, values, token))
+            for token, value in values.items()
+        )
+        return tuple(row for row in read if row is not None)
+
+    def token_row(self, token: object, raw: object, place: Place) -> TokenRow | None:
+        if not isinstance(token, str) or not token:
+            self.fault(place, "a token is text", found=token, advice="put it in quotes")
+            return None
+        if not self.check_mapping(raw, place, _TOKEN_KEYS):
+            return None
+        force, source = raw.get("force", False), raw.get("source")
+        if not isinstance(force, bool):
+            message, advice = "true or false is needed here", "write `force: true`"
+            self.fault(at_key(place, raw, "force"), message, found=force, advice=advice)
+            return None
+        if source is None:
+            return TokenRow(place, token, force=force)
+        place = at_key(place, raw, "source")
+        if is_mapping(source) and "kind" in source:
+            return self.token_of_kind(token, source, place, force=force)
+        model = self.reference_value(source, place)
+        return TokenRow(place, token, "model", model, force=force) if model else None
+
+    def token_of_kind(
+        self, token: str, raw: Mapping[str, object], place: Place, *, force: bool
+    ) -> TokenRow | None:
+        """Read ``{kind: zero}``, or ``{kind: model_token, model: path, token: text}``."""
+        if raw["kind"] == "zero":
+            self.check_keys(raw, place, frozenset(("kind",)))
+            return TokenRow(place, token, "zero", force=force)
+        if raw["kind"] != "model_token":
+            message, advice = "unknown kind of row", "write `zero` or `model_token`"
+            self.fault(at_key(place, raw, "kind"), message, found=raw["kind"], advice=advice)
+            return None
+        self.check_keys(raw, place, _MODEL_TOKEN_KEYS)
+        given = [raw[key] for key in ("token", "token_id") if raw.get(key) is not None]
+        model = self.reference(raw, "model", place)
+        of = given[0] if len(given) == 1 else None
+        is_row = raw.get("token_id") is not None and type(of) is int and 0 <= of < _MOST_ROWS
+        if model is None or not (is_row or (raw.get("token") is not None and isinstance(of, str))):
+            message = "a model, and a token of it or the number of its row, are needed here"
+            advice = "write `{kind: model_token, model: path, token: text}`"
+            self.fault(place, message, advice=advice)
+            return None
+        return TokenRow(place, token, "row", model, of, force)  # type: ignore[arg-type]
 
     def chat_template(self, raw: Mapping[str, object], place: Place) -> Template | None:
         """Read `chat_template`."""

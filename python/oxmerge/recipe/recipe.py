@@ -36,6 +36,7 @@ __all__ = [
     "Slice",
     "Source",
     "Template",
+    "TokenRow",
     "Tokenizer",
 ]
 
@@ -125,6 +126,35 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRow:
+    """What a recipe says of the row of one token.
+
+    Attributes
+    ----------
+    where : Place
+        The place in the recipe, for messages.
+    token : str
+        The token.
+    kind : str, optional
+        What a model gets that lacks it: ``zero``, the row that `model` has for the token
+        (``model``), or another row of `model` (``row``). None: what is usual.
+    model : str
+        The model reference, for ``model`` and ``row``.
+    of : int or str
+        For ``row``: the number of the row, or the token that it stands for.
+    force : bool
+        Whether models that have the token get it, too.
+    """
+
+    where: Place
+    token: str
+    kind: str | None = None
+    model: str = ""
+    of: int | str = 0
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Tokenizer:
     """What a recipe says of the output's tokenizer.
 
@@ -134,13 +164,16 @@ class Tokenizer:
         The place in the recipe, for messages.
     source : str
         ``base``, ``union``, or a model reference.
-    more : tuple of str
-        What else it asks for: ``tokens``, ``pad_to_multiple_of``.
+    tokens : tuple of TokenRow
+        Tokens that get rows of their own; those that are new are added.
+    multiple : int, optional
+        What the number of rows is a multiple of.
     """
 
     where: Place
     source: str
-    more: tuple[str, ...] = ()
+    tokens: tuple[TokenRow, ...] = ()
+    multiple: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ mod memory_io;
 mod model_wide;
 mod programs;
 mod rankings;
+mod rows;
 mod selections;
 
 pub(crate) use memory_io::{ArraySink, ArraySource};

@@ -95,7 +95,7 @@ impl Plan {
                 return Ok(None);
             }
             let own: Vec<&Parameters> = settings.own.iter().map(|own| &**own).collect();
-            let shared = to_python(py, &methods::without_modifiers(&settings.shared))?;
+            let shared = to_python(py, &without_modifiers(&settings.shared))?;
             let own = to_python(py, &own)?;
             let about = each.then(|| (tensor.name(), tensor.shape(), tensor.dtype().name()));
             let inputs = tensor.sources().len();
@@ -316,6 +316,13 @@ impl Plan {
             .collect();
         to_python(py, &described)
     }
+}
+
+/// The parameters that are a method's own.
+fn without_modifiers(all: &Parameters) -> Parameters {
+    let mut own = all.clone();
+    own.retain(|name, _| methods::MODIFIERS.iter().all(|modifier| modifier.name != name));
+    own
 }
 
 /// Numbers and switches by name, as a plan has them.

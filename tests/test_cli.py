@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
+from oxmerge import _core
 from oxmerge.cli import VERBS, main
 from oxmerge.cli.engine import Engine
 from oxmerge.cli.printer import Printer
@@ -38,7 +40,7 @@ from oxmerge.errors import (
 from oxmerge.merging import Snapshot
 from oxmerge.problems import Problem
 from oxmerge.sizes import format_duration
-from writers import random_arrays, write_model
+from writers import random_arrays, tuned, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +53,7 @@ METHODS: list[dict[str, Any]] = [
         "class": "elementwise",
         "cost": "one read of every input",
         "paper": "https://example.org/linear",
+        "differs": "",
         "contract": {"base": "ignored", "inputs": [1, None], "others": [0, None]},
         "parameters": [],
     },
@@ -61,6 +64,7 @@ METHODS: list[dict[str, Any]] = [
         "class": "gram",
         "cost": "2 reads of each input, 1 write",
         "paper": "https://example.org/slerp",
+        "differs": "others round more often",
         "contract": {"base": "required", "inputs": [2, 2], "others": [1, 1]},
         "parameters": [
             {
@@ -395,6 +399,7 @@ def test_one_method(run: Any) -> None:
         "class       gram\n"
         "cost        2 reads of each input, 1 write\n"
         "paper       https://example.org/slerp\n"
+        "differs     others round more often\n"
         "\n"
         "parameters\n"
         "  t (float, one for all models, required)\n"
@@ -403,8 +408,31 @@ def test_one_method(run: Any) -> None:
         "      usually from -0.5 to 1.5\n"
         "  flatten (bool, one for all models, default true)\n"
         "      one vector a tensor\n"
+        "\n"
+        "example\n"
+        "  merge_method: slerp\n"
+        '  base_model: "models/base"\n'
+        "  models:\n"
+        '    - model: "models/a"\n'
+        "  parameters:\n"
+        "    t: 0.4\n"
+        "  dtype: bfloat16\n"
     )
     assert json.loads(run("methods", "slerp", "--json")[1]) == METHODS[1]
+
+
+def test_the_example_of_each_method_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = random_arrays({"w": (40, 300), "b": (7,)}, 0)
+    for seed, name in enumerate(["base", "a", "b", "c"]):
+        write_model(tmp_path / "models" / name, tuned(base, seed), "BF16")
+    monkeypatch.chdir(tmp_path)
+    for method in _core.methods():
+        assert main(["methods", method["name"]]) == 0
+        page = capsys.readouterr().out
+        example = textwrap.dedent(page.partition("\nexample\n")[2])
+        oxmerge.merge(oxmerge.Recipe.from_yaml(example), tmp_path / method["name"])
 
 
 def checkpoint() -> Checkpoint:

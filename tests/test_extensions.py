@@ -536,7 +536,7 @@ def test_methods_in_python_are_extended_as_the_built_in_ones(folder: Path) -> No
         "layer_scale": {"from": 0.25, "to": 2},
         "on_mismatch": "base",
     }
-    allowed = {"allow_methods": ["written_methods"]}
+    allowed: dict[str, Any] = {"allow_methods": ["written_methods"]}
     written = recipe("written_methods:stock", "a", "b", **extensions)
     assert merged(written, **allowed) == merged(recipe("model_stock", "a", "b", **extensions))
     planned(written, **allowed).save("plan.json")
@@ -548,7 +548,7 @@ def test_a_function_of_arrays_refuses_a_scale(folder: Path) -> None:
     def asked(**more: Any) -> dict[str, Any]:
         return recipe("written_methods:by_row", "a", "b", **more)
 
-    allowed = {"allow_methods": ["written_methods"]}
+    allowed: dict[str, Any] = {"allow_methods": ["written_methods"]}
     kept = merged(asked(keep=["*norm*"]), **allowed)
     assert kept["model.norm.weight"] == model("base")["model.norm.weight"]
     (fault,) = faults(asked(layer_scale=0.5), **allowed)

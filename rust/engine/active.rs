@@ -32,7 +32,7 @@ pub(crate) struct Room {
     /// Of random masks.
     masks: u64,
     /// Of what is kept of short rows.
-    marks: u64,
+    ranked: u64,
 }
 
 impl Room {
@@ -44,12 +44,12 @@ impl Room {
         let searches = stage::unknown(values).selections.len() as u64;
         let keys = within(searches * selection::kept_bytes(elements), left);
         let masks = within(masks::bytes(values, elements), left - keys);
-        let marks = within(masks::marked_bytes(values, &task.frame), left - keys - masks);
-        Self { a_search: keys / searches.max(1), searches, masks, marks }
+        let ranked = within(masks::marked_bytes(values, &task.frame), left - keys - masks);
+        Self { a_search: keys / searches.max(1), searches, masks, ranked }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.a_search * self.searches + self.masks + self.marks
+        self.a_search * self.searches + self.masks + self.ranked
     }
 }
 
@@ -274,7 +274,7 @@ impl Active {
             return self.locate_or_bind();
         }
         let code = self.code(&purposes)?;
-        if self.room.marks > 0 && self.marked.is_empty() {
+        if self.room.ranked > 0 && self.marked.is_empty() {
             let rankings = code.levels.iter().flat_map(|level| &level.rankings).cloned();
             self.marked = rankings.map(|ranking| self.marks_of(ranking)).collect::<Result<_>>()?;
         }

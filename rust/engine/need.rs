@@ -25,9 +25,11 @@ const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
-/// Bytes of an element that is ranked in a worker: its order key, its draw, and whether it is kept, as
-/// a byte and as a bit; and what sorting a vector takes, of f64 where it may be.
-const RANKED_BYTES: u64 = 14;
+/// Bytes of an element that is ranked in a worker: its order key, whether it is kept, as a byte and as
+/// a bit, and its draw, in a vector that doubles; of a long vector, that and what sorting takes, or two
+/// keys with indices and a place; and what sorting a short one takes.
+const RANKED_BYTES: u64 = 18;
+const HELD_BYTES: u64 = 56;
 const DRAWN_BYTES: u64 = 4;
 const SORTED_BYTES: u64 = 16;
 /// What a vector of results takes besides them: itself, and what the allocator adds.
@@ -219,12 +221,11 @@ impl Need {
         }
         for ranking in &waits.rankings {
             let spans = frame.spans(ranking.among);
-            let length = (spans.size / spans.stride).max(1);
-            self.worker_state.add(Amount::certain(SORTED_BYTES * length));
             if frame.stores_marks(ranking.among) {
                 self.shared_state.add(Amount::certain(Marks::bytes(frame.elements)));
-                self.worker_state.add(Amount::certain(RANKED_BYTES * spans.held()));
+                self.worker_state.add(Amount::certain(HELD_BYTES * spans.held()));
             } else {
+                self.worker_state.add(Amount::certain(SORTED_BYTES * spans.size / spans.stride));
                 self.worker_state.add(Amount::certain(DRAWN_BYTES * spans.size));
                 self.edge = self.edge.max(2 * spans.size);
                 self.least_step = self.least_step.max(spans.least_step());

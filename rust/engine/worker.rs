@@ -14,13 +14,13 @@ use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::compile::{Given, Level as Rows, Staged};
-use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, TensorFrame};
+use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, RANKED_AT_ONCE, TensorFrame};
 use crate::formula::masks::{KeptMasks, Marks};
 use crate::formula::program::{Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
-use crate::formula::{Ranking, Scope};
+use crate::formula::{Pick, Ranking, Scope};
 use crate::io::{AlignedBuffer, PAGE};
-use crate::kernels::{self, BLOCK, Level, MaskKey};
+use crate::kernels::{self, BLOCK, Descent, Level, MaskKey, SPAN};
 use crate::plan::ArrayCall;
 
 /// Elements of a tensor that may be asked for all at once.
@@ -273,15 +273,10 @@ impl<'a> Worker<'a> {
         let (width, bands) = spans.bands();
         let span = spans.nth(unit / bands, frame.elements);
         let band = unit % bands * width..(unit % bands * width + width).min(spans.stride);
-        let step = if width == spans.stride { span.end - span.start } else { spans.stride };
-        let parts = || {
-            let starts = (span.start..span.end).step_by(step as usize);
-            let part = |start: u64| match step == spans.stride {
-                true => start + band.start..(start + band.end).min(span.end),
-                false => start..span.end,
-            };
-            starts.map(part).filter(|part| !part.is_empty())
-        };
+        let parts = || spans.parts(&span, &band);
+        if spans.size / spans.stride > RANKED_AT_ONCE {
+            return self.descend(task, &span, &band, marks, code);
+        }
         let mut results = Results::of(&code.program);
         let room = (parts().map(|part| part.end - part.start)).sum::<u64>() as usize;
         results.keys.iter_mut().for_each(|keys| keys.reserve_exact(room));
@@ -297,6 +292,58 @@ impl<'a> Worker<'a> {
                 let (own, others) = rest.split_at((part.end - part.start) as usize);
                 marks.keep(part.start, own);
                 rest = others;
+            }
+        }
+        Ok(Found::Nothing)
+    }
+
+    /// Ranks one vector that is too long to be held, by going through it again and again.
+    fn descend(
+        &mut self,
+        task: &Task,
+        span: &Range<u64>,
+        band: &Range<u64>,
+        marks: &[Marked],
+        code: &Staged,
+    ) -> Result<Found> {
+        let frame = &task.frame;
+        let spans = frame.spans(marks[0].0.among);
+        let (start, stride) = (span.start + band.start, spans.stride);
+        let length = (span.end - start).div_ceil(stride);
+        let descent = |_| Descent::new(RANKED_AT_ONCE as usize);
+        let mut descents: Vec<Descent> = marks.iter().map(descent).collect();
+        for _ in 0..length.div_ceil(RANKED_AT_ONCE) {
+            let (mut results, mut index) = (Results::of(&code.program), 0);
+            let parts = spans.parts(span, band);
+            self.in_steps(task, parts, code, None, |program, step| {
+                program.run(&step, &mut results)?;
+                for (descent, keys) in descents.iter_mut().zip(&mut results.keys) {
+                    descent.take(index, keys);
+                    keys.clear();
+                }
+                index += step.elements.end - step.elements.start;
+                Ok(())
+            })?;
+            for ((ranking, marks), descent) in marks.iter().zip(&mut descents) {
+                let (mut begun, mut draws) = (u64::MAX, Vec::new());
+                for (index, place) in descent.next_down() {
+                    let element = start + index * stride;
+                    let is_kept = match ranking.pick {
+                        Pick::Largest(count) => place < count,
+                        Pick::Random { lowest, highest, .. } => {
+                            let key = |stream| MaskKey::new(frame.seed, &frame.name, stream);
+                            let first = element / SPAN as u64 * SPAN as u64;
+                            if first != begun {
+                                let part = std::iter::once(first..first + SPAN as u64);
+                                draws = draws_of(self.level, ranking.pick, key, part);
+                                begun = first;
+                            }
+                            let (last, draw) = (length - 1, draws[(element - first) as usize]);
+                            u64::from(draw) < kernels::bound(last - place, last, lowest, highest)
+                        }
+                    };
+                    marks.keep(element, &[u8::from(is_kept)]);
+                }
             }
         }
         Ok(Found::Nothing)

@@ -176,9 +176,9 @@ impl Staged {
         setting: &Setting,
     ) -> Result<Self> {
         let Stage { mut reductions, mut rankings, .. } = waiting;
-        let mut among: Vec<Among> = rankings.iter().map(|ranking| ranking.among).collect();
+        let mut vectors: Vec<Among> = rankings.iter().map(|ranking| ranking.among).collect();
         if !reductions.is_empty() {
-            among.push(Among::Row);
+            vectors.push(Among::Row);
         }
         let (mut levels, mut known) = (Vec::new(), HashSet::new());
         while !reductions.is_empty() || !rankings.is_empty() {
@@ -219,7 +219,7 @@ impl Staged {
             programs.flat_map(|program| &program.inputs).copied().collect();
         inputs.sort_unstable();
         inputs.dedup();
-        Ok(Self { levels, among, program, inputs })
+        Ok(Self { levels, among: vectors, program, inputs })
     }
 
     /// Runs the levels with `run`, which gives what each reduction of a level found by row or column,

@@ -53,7 +53,21 @@ impl Spans {
 
     /// Elements that are ranked at once of a long span.
     pub(crate) fn held(&self) -> u64 {
-        (self.size / self.stride).max(1) * self.bands().0
+        ((self.size / self.stride).max(1) * self.bands().0).min(RANKED_AT_ONCE)
+    }
+
+    /// The elements of a `band` of the vectors of `span`, in order, as parts that lie together.
+    pub(crate) fn parts(
+        self,
+        span: &Range<u64>,
+        band: &Range<u64>,
+    ) -> impl Iterator<Item = Range<u64>> {
+        let is_whole = band.end - band.start == self.stride;
+        let (step, first) = if is_whole { (BLOCK as u64, 0) } else { (self.stride, band.start) };
+        let length = if is_whole { step } else { band.end - band.start };
+        let end = span.end;
+        let starts = (span.start + first..end).step_by(step as usize);
+        starts.map(move |start| start..(start + length).min(end))
     }
 
     /// How many there are in a tensor of `elements`.
@@ -85,8 +99,8 @@ impl Spans {
 
 /// Spans of a step at the least. Two more may be read, around it.
 const SPANS_A_STEP: u64 = 8;
-/// Elements of interleaved vectors that are ranked at once, if one vector does not have more.
-const RANKED_AT_ONCE: u64 = 1 << 18;
+/// Elements of interleaved vectors, or of one, that are ranked at once.
+pub(crate) const RANKED_AT_ONCE: u64 = 1 << 18;
 
 /// What a tensor's elements are called when random masks are drawn, and how they lie in rows.
 #[derive(Clone, Debug)]

@@ -57,7 +57,7 @@ pub use order::{
     Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_largest, trim,
 };
 pub use random::{GENERATOR_VERSION, MaskKey, draws, random_bits, random_mask};
-pub use rank::{Picked, pick_by_rank};
+pub use rank::{Descent, Picked, bound, pick_by_rank};
 pub use real::Real;
 pub use reduce::{
     BLOCK, LANES, Lanes, REDUCTION_VERSION, absolute_sum_into, dot_into, fold_halves, max_into,

@@ -4,6 +4,9 @@
 //! are the halves of one integer, so that the sort moves and compares nothing else. An element's place
 //! in the order says whether it is among the largest, or what its draw must be below.
 //!
+//! A vector that is too long to be sorted at once is gone through again and again ([`Descent`]): each
+//! time the largest elements that are left are taken, so many as can be held.
+//!
 //! Where keys are of 32 bits and the vector is not short, it is sorted digit by digit: a third of the
 //! time of a sort that compares.
 
@@ -65,7 +68,7 @@ fn sort(order: &mut Vec<u64>, spare: &mut Vec<u64>) {
         order.sort_unstable();
         return;
     }
-    let mut counts = [[0_u32; 1 << DIGIT]; DIGITS.len()];
+    let mut counts = vec![[0_u32; 1 << DIGIT]; DIGITS.len()];
     for &each in order.iter() {
         for (counts, shift) in counts.iter_mut().zip(DIGITS) {
             counts[digit(each, shift)] += 1;
@@ -118,8 +121,66 @@ fn mark(
     }
 }
 
+/// The elements of one vector from the largest down, so many at a time.
+#[derive(Debug)]
+pub struct Descent {
+    most: usize,
+    /// Those that were given before come up to this one in the order, which is by key and index.
+    done: Option<u128>,
+    /// No later one is among the largest that are left.
+    last: u128,
+    held: Vec<u128>,
+    place: u64,
+}
+
+impl Descent {
+    /// Gives `most` elements at a time.
+    ///
+    /// # Panics
+    ///
+    /// If that is none.
+    pub fn new(most: usize) -> Self {
+        assert!(most > 0, "a descent goes down by some elements at a time");
+        let held = Vec::with_capacity(2 * most);
+        Self { most, done: None, last: u128::MAX, held, place: 0 }
+    }
+
+    /// Takes what it needs of the elements from `first` on, which have these order keys.
+    pub fn take(&mut self, first: u64, keys: &[u64]) {
+        for (index, &key) in (first..).zip(keys) {
+            let each = u128::from(!key) << 64 | u128::from(index);
+            if each > self.last || self.done.is_some_and(|done| each <= done) {
+                continue;
+            }
+            if self.held.len() == 2 * self.most {
+                self.last = *self.held.select_nth_unstable(self.most - 1).1;
+                self.held.truncate(self.most);
+                if each > self.last {
+                    continue;
+                }
+            }
+            self.held.push(each);
+        }
+    }
+
+    /// The next elements, when all of the vector were taken: index and place of each, in the order of
+    /// their indices. None if there are no more.
+    pub fn next_down(&mut self) -> Vec<(u64, u64)> {
+        self.held.sort_unstable();
+        self.held.truncate(self.most);
+        self.done = self.held.last().copied().or(self.done);
+        let mut next: Vec<(u64, u64)> =
+            self.held.iter().zip(self.place..).map(|(&each, place)| (each as u64, place)).collect();
+        next.sort_unstable();
+        self.place += next.len() as u64;
+        self.last = u128::MAX;
+        self.held.clear();
+        next
+    }
+}
+
 /// What a draw must be below for the element of a rank, counted from the smallest, to be kept.
-fn bound(rank: u64, last: u64, lowest: f64, highest: f64) -> u64 {
+pub fn bound(rank: u64, last: u64, lowest: f64, highest: f64) -> u64 {
     let share = if last == 0 { 0.5 } else { rank as f64 / last as f64 };
     // Truncation is the floor: it is not negative.
     ((lowest + (highest - lowest) * share) * 4_294_967_296.0 + 0.5) as u64

@@ -34,6 +34,11 @@ impl Method for ArceeFusion {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "the quartiles are exact, where mergekit samples tensors of more than a million \
+         elements; the result has the type of the inputs, where mergekit writes f32"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let base = inputs.base()?;

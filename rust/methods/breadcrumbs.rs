@@ -14,6 +14,8 @@ pub(crate) struct Breadcrumbs;
 #[derive(Debug)]
 pub(crate) struct BreadcrumbsTies;
 
+const DIFFERS: &str = "of equal magnitudes at the threshold those of lowest index are kept; mergekit keeps \
+    any of them";
 const PAPER: &str = "https://arxiv.org/abs/2312.06795";
 const COST: &str = "two to four reads of every input";
 const PARAMETERS: [Parameter; 7] = {
@@ -44,6 +46,10 @@ impl Method for Breadcrumbs {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        DIFFERS
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         merge_task_vectors(tensor, Votes::None, drop_both_ends)
     }
@@ -62,6 +68,10 @@ impl Method for BreadcrumbsTies {
             contract: CONTRACT,
             parameters: const { &PARAMETERS },
         }
+    }
+
+    fn differs(&self) -> &'static str {
+        DIFFERS
     }
 
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {

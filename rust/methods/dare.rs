@@ -18,6 +18,8 @@ pub(crate) struct DareLinear;
 #[derive(Debug)]
 pub(crate) struct DareTies;
 
+const DIFFERS: &str = "random masks are drawn for each element by seed, tensor name and model, so they are \
+    not those of mergekit for the same seed";
 const PAPER: &str = "https://arxiv.org/abs/2311.03099";
 const COST: &str = "two reads of every input; one with rescale: false";
 
@@ -33,6 +35,10 @@ impl Method for DareLinear {
             contract: CONTRACT,
             parameters: const { &family(false, true) },
         }
+    }
+
+    fn differs(&self) -> &'static str {
+        DIFFERS
     }
 
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
@@ -53,6 +59,10 @@ impl Method for DareTies {
             contract: CONTRACT,
             parameters: const { &family(false, true) },
         }
+    }
+
+    fn differs(&self) -> &'static str {
+        DIFFERS
     }
 
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {

@@ -22,6 +22,11 @@ pub(crate) struct Della;
 #[derive(Debug)]
 pub(crate) struct DellaLinear;
 
+const DIFFERS: &str = "random masks are drawn for each element by seed, tensor name and model, so they are \
+    not those of mergekit for the same seed; an element that is alone in its row is kept \
+    with probability density, where mergekit fails; probabilities of exactly 0 or 1 are \
+    taken; the paper divides by each element's probability instead of rescaling by the \
+    L1 norm";
 const PAPER: &str = "https://arxiv.org/abs/2406.11617";
 const COST: &str =
     "two reads of every input; one with rescale: false; one more where rows are long";
@@ -54,6 +59,10 @@ impl Method for Della {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        DIFFERS
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         merge_task_vectors(tensor, Votes::Sum, drop_by_rank)
     }
@@ -72,6 +81,10 @@ impl Method for DellaLinear {
             contract: CONTRACT,
             parameters: const { &parameters(false) },
         }
+    }
+
+    fn differs(&self) -> &'static str {
+        DIFFERS
     }
 
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {

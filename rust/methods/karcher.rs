@@ -53,6 +53,12 @@ impl Method for Karcher {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "inner products and the iteration are in f64, where mergekit iterates in the type of \
+         the tensors; an input that points away from the mean is left out of the step, where \
+         mergekit divides by nearly zero"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let (steps, tolerance) = (inputs.number("max_iter")?, inputs.number("tol")?);

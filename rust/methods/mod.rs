@@ -234,6 +234,11 @@ pub trait Method: Debug + Sync {
     /// What it is and needs.
     fn description(&self) -> Description;
 
+    /// What other tools that have it do otherwise, but for rounding; nothing if that is all.
+    fn differs(&self) -> &'static str {
+        ""
+    }
+
     /// What an element of the output is, from the elements of the sources.
     ///
     /// Parameters that make no sense together are an error of the plan.

@@ -56,6 +56,11 @@ impl Method for Multislerp {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "more than two directions that cancel out are averaged linearly, where mergekit gives \
+         up"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let others = inputs.others();

@@ -54,6 +54,11 @@ impl Method for Nuslerp {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "nearly opposite vectors are interpolated linearly, where mergekit's result can be a \
+         thousand times too long"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let [first, second] = inputs.others().try_into().map_err(|_| two_models())?;

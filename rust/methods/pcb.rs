@@ -52,6 +52,10 @@ impl Method for Pcb {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "each tensor competes for itself, where the paper looks at the whole model"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let base = inputs.base()?;

@@ -90,6 +90,10 @@ impl Method for RamPlus {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "the result has the type of the inputs, where mergekit writes f32"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let changes = Changes::of(&inputs)?;

@@ -53,6 +53,11 @@ impl Method for Sce {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "of equal magnitudes at the threshold those of lowest index are kept; mergekit keeps \
+         any of them"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         let inputs = Inputs::of(tensor);
         let (base, share) = (inputs.base()?, inputs.number("select_topk")?);

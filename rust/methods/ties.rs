@@ -25,6 +25,11 @@ impl Method for Ties {
         }
     }
 
+    fn differs(&self) -> &'static str {
+        "of equal magnitudes at the threshold those of lowest index are kept; mergekit keeps \
+         any of them; the paper cuts over the whole model instead of each tensor"
+    }
+
     fn formula(&self, tensor: &OutputTensor) -> Result<Value> {
         merge_task_vectors(tensor, Votes::Sum, keep_largest)
     }

@@ -20,7 +20,7 @@ use crate::engine::{self, Settings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
-use crate::methods::{METHODS, MODIFIERS};
+use crate::methods::{Description, METHODS, MODIFIERS, Method};
 use crate::plan::{self, InputFile};
 
 const MOST_WORKERS: usize = 1024;
@@ -40,8 +40,15 @@ pub(super) fn partial_name(file_name: &str) -> String {
 /// Every merge method: name, formula, inputs, parameters.
 #[pyfunction]
 pub(super) fn methods(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
-    let descriptions: Vec<_> = METHODS.iter().map(|method| method.description()).collect();
-    to_python(py, &descriptions)
+    #[derive(serde::Serialize)]
+    struct Row {
+        #[serde(flatten)]
+        description: Description,
+        differs: &'static str,
+    }
+    let row =
+        |method: &&dyn Method| Row { description: method.description(), differs: method.differs() };
+    to_python(py, &METHODS.iter().map(row).collect::<Vec<_>>())
 }
 
 /// The parameters that every merge method has besides its own.

@@ -1,4 +1,4 @@
-"""List the merge methods, or explain one: formula, parameters, class, cost, paper."""
+"""List the merge methods, or explain one: formula, parameters, cost, paper, an example."""
 
 from __future__ import annotations
 
@@ -76,13 +76,25 @@ def _page(method: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     contract = method["contract"]
     facts = {**method, "base": contract["base"], "inputs": _inputs(contract)}
-    for label in ("formula", "base", "inputs", "class", "cost", "paper"):
+    for label in ("formula", "base", "inputs", "class", "cost", "paper", "differs"):
         yield from _entry(label, facts[label])
     if method["parameters"]:
         yield ""
         yield "parameters"
     for parameter in method["parameters"]:
         yield from _parameter(parameter)
+    yield ""
+    yield "example"
+    yield from textwrap.indent(_example(method), "  ").splitlines()
+
+
+def _example(method: Mapping[str, Any]) -> str:
+    """Return a recipe, of a case that `oxmerge bench` measures."""
+    from oxmerge.bench.cases import case_of  # noqa: PLC0415 - needed only here
+
+    case = case_of(method)
+    names = ["base", "a", "b", "c"] if case.has_base else ["a", "b", "c"]
+    return case.recipe([f"models/{name}" for name in names[: case.models]])
 
 
 def _inputs(contract: Mapping[str, Any]) -> str:

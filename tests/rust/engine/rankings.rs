@@ -42,6 +42,18 @@ fn rows_short_and_long() {
     check_picks::<f32>(&[], Among::Row, &[3.0], DType::F32);
 }
 
+/// Rows that are gone through several times, a part of the largest at a time: also of equal ones.
+#[test]
+fn rows_longer_than_what_is_held_at_once() {
+    let elements = 700_001;
+    check_picks::<f32>(&[elements], Among::Row, &weights(elements, 9), DType::Bf16);
+    check_picks::<f64>(&[elements], Among::Row, &weights(elements, 9), DType::F64);
+    let inputs = [ArraySource::new(&vec![0.5_f32; 700_001], DType::F32)];
+    for pick in [Pick::Largest(500_000), RANDOM] {
+        check::<f32>(&picked(0, Among::Row, pick), &[elements], &inputs, DType::F32);
+    }
+}
+
 #[test]
 fn groups_begin_anew_in_each_row() {
     for (shape, group) in [
@@ -66,6 +78,7 @@ fn vectors_along_an_inner_dimension() {
         (vec![20, 3, 14, 14], 3, 196),
         (vec![3, 500, 200], 500, 200),
         (vec![2, 3000, 150], 3000, 150),
+        (vec![1, 300_000, 2], 300_000, 2),
         (vec![7, 1000], 600, 3),
     ] {
         let values = weights(shape.iter().product(), length);

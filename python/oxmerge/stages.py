@@ -1,9 +1,9 @@
 """Recipes of several merges: earlier ones make models that later ones read.
 
 A later merge can only be planned from the headers of what the earlier ones write. So each of them
-is planned first, and a *stand-in* is written for its output: headers, config and tokenizer (links to
-what is only copied), without a byte of weights. So what is wrong with any is told before the first
-runs.
+is planned first, and a *stand-in* is written for its output: headers, config, what is built of the
+tokenizer and links to what is copied, without a byte of weights. So what is wrong with any is told
+before the first runs.
 """
 
 from __future__ import annotations

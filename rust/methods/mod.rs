@@ -39,8 +39,8 @@ use serde::Serialize;
 
 pub use inputs::{Input, Inputs};
 pub use linear::sum_of_weights;
-pub use modifiers::{MODIFIERS, scaled};
-pub(crate) use modifiers::{is_kept, keeps, refuse_scale, without_modifiers};
+pub use modifiers::{MODIFIERS, keeps, scaled};
+pub(crate) use modifiers::{is_kept, refuse_scale};
 
 use crate::error::Result;
 use crate::formula::Value;

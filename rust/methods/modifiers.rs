@@ -36,7 +36,7 @@ pub static MODIFIERS: &[Parameter] = &[
 ];
 
 /// Whether tensors with these shared parameters are left to one model.
-pub(crate) fn keeps(parameters: &Parameters) -> bool {
+pub fn keeps(parameters: &Parameters) -> bool {
     parameters.get(KEEP).and_then(Json::as_bool).unwrap_or(false)
 }
 
@@ -68,15 +68,6 @@ pub(crate) fn refuse_scale(tensor: &OutputTensor) -> Result<()> {
     }
     Err(Error::plan("`layer_scale` scales formulas, and this method is a function of arrays")
         .advice("scale in the function, or leave `layer_scale` out"))
-}
-
-/// The parameters among `all` that are a method's own.
-pub(crate) fn without_modifiers(all: &Parameters) -> Parameters {
-    let is_own = |name: &str| MODIFIERS.iter().all(|modifier| modifier.name != name);
-    all.iter()
-        .filter(|(name, _)| is_own(name))
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect()
 }
 
 fn layer_scale(tensor: &OutputTensor) -> Option<f64> {

@@ -96,7 +96,7 @@ impl Plan {
                 return Ok(None);
             }
             let own: Vec<&Parameters> = settings.own.iter().map(|own| &**own).collect();
-            let shared = to_python(py, &methods::without_modifiers(&settings.shared))?;
+            let shared = to_python(py, &without_modifiers(&settings.shared))?;
             let own = to_python(py, &own)?;
             let about = each.then(|| (tensor.name(), tensor.shape(), tensor.dtype().name()));
             let inputs = tensor.sources().len();
@@ -327,6 +327,13 @@ fn digest(rows: Option<plan::Rows<'_>>) -> u64 {
     let mut hasher = DefaultHasher::new();
     rows.hash(&mut hasher);
     hasher.finish()
+}
+
+/// The parameters that are a method's own.
+fn without_modifiers(all: &Parameters) -> Parameters {
+    let mut own = all.clone();
+    own.retain(|name, _| methods::MODIFIERS.iter().all(|modifier| modifier.name != name));
+    own
 }
 
 /// Numbers and switches by name, as a plan has them.

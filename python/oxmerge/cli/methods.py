@@ -77,7 +77,7 @@ def _page(method: Mapping[str, Any]) -> Iterator[str]:
     contract = method["contract"]
     facts = {**method, "base": contract["base"], "inputs": _inputs(contract)}
     for label in ("formula", "base", "inputs", "class", "cost", "paper", "differs"):
-        yield from _entry(label, facts[label])
+        yield from _entry(label, facts.get(label, ""))
     if method["parameters"]:
         yield ""
         yield "parameters"

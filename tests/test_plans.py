@@ -174,6 +174,14 @@ def duplicate(saved: Saved) -> None:
     saved["table"]["tensors"][1][0] = saved["table"]["tensors"][0][0]
 
 
+def overflow(saved: Saved) -> None:
+    """Make an output wider than its input, which is as large as a file may be."""
+    saved["table"]["shapes"] = [[2**62]] * len(saved["table"]["shapes"])
+    for file in saved["table"]["files"]:
+        file["size"] = 2**64 - 1
+    saved["table"]["tensors"][0][1] = "F64"
+
+
 TABLE = ("table", "tensors", 0)
 INPUT = (*TABLE, 7, 0)
 WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
@@ -197,6 +205,7 @@ WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
     "file": (change(*INPUT, 5, to=7), "the plan has no file of that number"),
     "past the end": (change(*INPUT, 6, to=10**9), "an input lies past the end of its file"),
     "overflow": (change(*INPUT, 6, to=2**64 - 1), "an input lies past the end of its file"),
+    "a wide output": (overflow, "an output tensor's size overflows"),
     "overlap": (overlap, "overlaps what is before it"),
     "hole": (hole, "leaves a hole after what is before it"),
     "file without tensors": (empty_shard, "an output file has no tensors"),

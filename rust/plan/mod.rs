@@ -279,14 +279,14 @@ impl Plan {
         self.by_place[first..end].iter().map(|&row| self.tensor(row as usize))
     }
 
-    /// Bytes of all sources.
+    /// Bytes of all sources; no more than a number can say, whatever a saved plan claims.
     pub fn bytes_read(&self) -> u64 {
-        self.tensors().map(Tensor::source_bytes).sum()
+        self.tensors().map(Tensor::source_bytes).fold(0, u64::saturating_add)
     }
 
     /// Bytes of all output tensors.
     pub fn bytes_written(&self) -> u64 {
-        self.tensors().map(Tensor::bytes).sum()
+        self.tensors().map(Tensor::bytes).fold(0, u64::saturating_add)
     }
 
     /// The distinct settings.
@@ -329,7 +329,7 @@ impl<'a> Tensor<'a> {
     /// Bytes of all sources.
     pub fn source_bytes(self) -> u64 {
         let widths = self.kind_of().inputs.iter().map(|dtype| dtype.size() as u64);
-        self.elements() * widths.sum::<u64>()
+        self.elements().saturating_mul(widths.sum())
     }
 
     /// Index into [`Plan::shards`].

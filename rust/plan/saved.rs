@@ -283,6 +283,8 @@ fn build(table: Table) -> Result<Plan> {
                 check_input(&builder, input, dtype, shape, &shapes)?;
                 name_of(input.name)?;
             }
+            // Of an input that fits its file, a wider output may still be too large for a number.
+            bytes(dtype, shape).ok_or_else(|| wrong("an output tensor's size overflows"))?;
             Ok(())
         };
         place().map_err(|error| error.tensor(name))?;
@@ -416,10 +418,9 @@ fn check_shards(
                     .expected(format_args!("byte {end}"))
                     .found(tensor.start()));
             }
-            let bytes = bytes(tensor.dtype(), tensor.shape());
-            end = bytes
-                .and_then(|bytes| end.checked_add(bytes))
-                .ok_or_else(|| wrong("an output tensor's size overflows").tensor(tensor.name()))?;
+            end = end
+                .checked_add(tensor.bytes())
+                .ok_or_else(|| wrong("an output file's size overflows").tensor(tensor.name()))?;
         }
         let shard = &mut plan.shards[index];
         if shard.size != end {

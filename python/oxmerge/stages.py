@@ -1,7 +1,7 @@
 """Recipes of several merges: earlier ones make models that later ones read.
 
 A later merge can only be planned from the headers of what the earlier ones write. So each of them
-is planned first, and a *stand-in* is written for its output: headers, config and tokenizer (links to
+is planned first, and a *stand-in* is written for its output: headers, config, tokenizer (links to
 what is only copied), without a byte of weights. So what is wrong with any is told before the first
 runs.
 """

@@ -178,9 +178,6 @@ FAULTS: list[tuple[str, list[str]]] = [
         [NEITHER.replace("a recipe", "modules.default (line 2): a recipe", 1)],
     ),
     (
-        START + "modules: {text: {models: [{model: a}]}, vision: {models: [{model: a}]}}\n",
-        [
-            (
                 "modules (line 2): not supported yet: merging the modules of a model apart "
                 "(`text`, `vision`)\n  hint: list whole models under `models`"
             )

@@ -462,7 +462,7 @@ def prepare(
     findings = Findings(ignore_unknown=options.ignore_unknown)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.read(recipe, findings)
-    elif not recipe.models and not recipe.slices:
+    elif not recipe.sources:
         raise TypeError(
             "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
             "`Recipe.from_mapping`"

@@ -496,8 +496,8 @@ def _no_effect(place: str, variant: Variant, plan: Plan) -> Problem:
     """Return why a place makes no difference, as far as it is known."""
     recipe = variant.recipe
     path, name = variant.paths[place], place.rpartition(".")[2]
-    entries = [*recipe.models, *(entry for part in recipe.slices for entry in part.sources)]
-    nearer = [entry.parameters[name].where.in_text for entry in entries if name in entry.parameters]
+    entries = (entry.parameters for entry in recipe.sources)
+    nearer = [parameters[name].where.in_text for parameters in entries if name in parameters]
     told = [each for each in plan.warnings if each.where and each.where.path == path]
     found, advice = "every tensor has the same formula with each value", "name another place"
     if told:

@@ -109,6 +109,10 @@ class Keeping:
     def of(self, run: Run) -> KeptOfRun:
         """Return which tensors of a run are left to one model, before the others are compared."""
         found = KeptOfRun(len(run.section.sources))
+        if run.section.is_carried:
+            whole = found.add((run.donor, run.donor_lead), run.section.where)
+            found.kept.update(dict.fromkeys(range(sum(n for _, n in run.tensors)), whole))
+            return found
         columns: dict[int, int] = {}
         for at, name in enumerate(_names(run) if self._rules else ()):
             rule = self._rule_for(name)

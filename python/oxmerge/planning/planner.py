@@ -30,7 +30,7 @@ from oxmerge.planning.ledger import Ledger
 from oxmerge.planning.parameters import SettingReader
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.sections import Section, SectionBuilder
-from oxmerge.planning.targets import SlicedTargets, whole_targets
+from oxmerge.planning.targets import SlicedTargets, module_targets, whole_targets
 from oxmerge.planning.tokens import TokenPlanner
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.schema import Tensors, is_float
@@ -184,6 +184,7 @@ class _Planner:
         builder = SectionBuilder(
             self.recipe, method, methods, self.inputs, self.reader, self.findings
         )
+        self.builder = builder
         return builder.build()
 
     def donor(self, sections: list[Section]) -> InputModel | None:
@@ -195,6 +196,9 @@ class _Planner:
     def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Run]:
         if not sections:
             return []
+        if self.recipe.modules:
+            of = {section.module: section for section in sections if section.module is not None}
+            return module_targets(of, self.builder.carried(donor), donor, self.findings)
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
         self.sliced = SlicedTargets(sections, donor, self.findings)
@@ -220,8 +224,9 @@ class _Planner:
             self.findings,
             self.alignment,
         )
-        if not self.recipe.slices and targets:
-            assembler.compare_depths(targets[0].section)
+        if not self.recipe.slices:
+            for section in {id(run.section): run.section for run in targets}.values():
+                assembler.compare_depths(section)
         for run in targets:
             assembler.assemble(run)
         # Rows that cannot be compared for a reason that is told with the tokenizer.

@@ -71,6 +71,10 @@ class Section:
         How many layers it has; 0 in a recipe of whole models.
     settings : tuple
         What the recipe says here; two sections that agree in it treat a loose tensor alike.
+    module : str, optional
+        The module that it is for, in a recipe of several.
+    is_carried : bool
+        Whether its tensors are the donor's as they are.
     is_sound : bool
         Whether nothing about it was reported. What an unsound one makes is checked, not planned.
     """
@@ -83,6 +87,8 @@ class Section:
     scale: Resolver
     length: int
     settings: tuple[object, ...]
+    module: str | None = None
+    is_carried: bool = False
     is_sound: bool = True
 
 
@@ -127,19 +133,21 @@ class SectionBuilder:
         self._check_base()
         self._check_names(self._recipe.module_parameters, "all")
         self._check_names(self._recipe.parameters, "all")
-        if not self._recipe.models and not self._recipe.slices:
+        if not self._recipe.sources:
             return []  # which is reported
-        slices = self._recipe.slices or (self._whole_models(),)
+        recipe = self._recipe
+        whole = recipe.modules or (Slice(recipe.place("models"), recipe.models),)
+        slices = recipe.slices or [self._with_base(part) for part in whole]
         sections = [self._section(each) for each in slices]
         return [section for section in sections if section is not None]
 
-    def _whole_models(self) -> Slice:
-        """Return the slice that a recipe of whole models is, with the base as an input."""
-        sources = self._recipe.models
+    def _with_base(self, part: Slice) -> Slice:
+        """Return a slice of whole models with the base as an input."""
         base = self._base_reference(None)
-        if base is not None and not self._lists(sources, base):
-            sources = (*sources, Source(base, self._recipe.place("base_model")))
-        return Slice(self._recipe.place("models"), sources)
+        if base is None or not part.sources or self._lists(part.sources, base):
+            return part
+        source = Source(base, self._recipe.place("base_model"))
+        return replace(part, sources=(*part.sources, source))
 
     def _base_reference(self, part: Slice | None) -> str | None:
         """Return the base that takes part in the arithmetic."""
@@ -166,8 +174,7 @@ class SectionBuilder:
             self._check_ignored_base(recipe.base_model)
 
     def _check_ignored_base(self, base: str) -> None:
-        listed = (source for part in self._recipe.slices for source in part.sources)
-        if self._lists((*self._recipe.models, *listed), base):
+        if self._lists(self._recipe.sources, base):
             return
         message = f"`base_model` is no input of method `{self._method.name}`"
         advice = "it gives the names, the config and the tokenizer; to merge it, list it"
@@ -261,7 +268,16 @@ class SectionBuilder:
         donor = sources[base or 0]
         settings = _settings(part)
         scale = self._scale(has_base=base_path is not None)
-        return Section(part.where, tuple(sources), base, donor, shared, scale, length, settings)
+        return Section(
+            part.where, tuple(sources), base, donor, shared, scale, length, settings, part.module
+        )
+
+    def carried(self, donor: InputModel) -> Section:
+        """Return the section of tensors of no module, which are the donor's as they are."""
+        nothing = Resolver((), (), self._reader, "")
+        source = SectionSource(donor, nothing)
+        where = self._recipe.place("modules")
+        return Section(where, (source,), None, source, nothing, nothing, 0, (), is_carried=True)
 
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
         levels = (source.parameters, part.parameters, *self._levels)

@@ -7,21 +7,22 @@ loose tensors of the output side from the last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from oxmerge.models.modules import find_modules
 from oxmerge.models.names import Place, join, position, side_of
 from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from oxmerge.models.inputs import InputModel
     from oxmerge.models.names import Stack
     from oxmerge.planning.sections import Section
     from oxmerge.problems import Findings
 
-__all__ = ["Run", "SlicedTargets", "Target", "loose_side", "whole_targets"]
+__all__ = ["Run", "SlicedTargets", "Target", "loose_side", "module_targets", "whole_targets"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,51 @@ def whole_targets(section: Section, donor: InputModel) -> Iterator[Run]:
         in_stack = place is not None and not place.is_extra
         where = position(place.layer, place.stack.depth) if place and in_stack else 0.0
         yield Run(section, where, where, donor, ((first, count),), place, "", "", leads)
+
+
+def module_targets(
+    sections: dict[str, Section], carried: Section, donor: InputModel, findings: Findings
+) -> Iterator[Run]:
+    """Yield the tensors of a model whose modules are merged apart.
+
+    Parameters
+    ----------
+    sections : dict of str to Section
+        What each module is made of.
+    carried : Section
+        For the tensors that are of none of them.
+    donor : InputModel
+        The model that gives the names.
+    findings : Findings
+        Takes modules that it does not have.
+    """
+    names = donor.checkpoint.names()
+    module_of, missing = find_modules(sections, names, donor.layout)
+    for module in missing:
+        message, file = f"`{donor.reference}` has no module `{module}`", donor.path
+        known = ", ".join(f"`{prefix}`" for prefix in donor.layout.stacks) or "none"
+        advice = "name what its tensors begin with, such as the part of a stack's before the layers"
+        where = sections[module].where
+        problem = Problem("no-layers", message, where, file, found=known, advice=advice)
+        findings.problems.append(problem)
+    for run in whole_targets(carried, donor):
+        for first, count in run.tensors:
+            for of, at, length in _stretches(names, module_of, first, count):
+                section = carried if of is None else sections[of]
+                leads = ("",) * len(section.sources)
+                yield replace(run, section=section, tensors=((at, length),), leads=leads)
+
+
+def _stretches(
+    names: Sequence[str], module_of: Callable[[str], str | None], first: int, count: int
+) -> Iterator[tuple[str | None, int, int]]:
+    """Yield stretches of neighbours of one module: which, the first, and how many."""
+    of = [module_of(name) for name in names[first : first + count]]
+    begun = 0
+    for at in range(1, count + 1):
+        if at == count or of[at] != of[begun]:
+            yield of[begun], first + begun, at - begun
+            begun = at
 
 
 class SlicedTargets:

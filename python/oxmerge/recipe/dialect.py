@@ -186,11 +186,14 @@ class _Stages:
 
 def _reads(recipe: Recipe) -> list[str]:
     """Return every model that a recipe names."""
-    listed = (*recipe.models, *(source for part in recipe.slices for source in part.sources))
     bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
     tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
     kept = (each.model for each in recipe.extensions.keep)
-    return [name for name in (*(each.model for each in listed), *bases, *tokenizer, *kept) if name]
+    return [
+        name
+        for name in (*(each.model for each in recipe.sources), *bases, *tokenizer, *kept)
+        if name
+    ]
 
 
 class _RecipeReader(ExtensionReader):
@@ -213,6 +216,7 @@ class _RecipeReader(ExtensionReader):
             method=self.method(raw, place),
             models=self.items(whole, "models", at, self.model),
             slices=self.items(whole, "slices", at, self.slice),
+            modules=self.modules(raw, place),
             module_parameters={} if whole is raw else self.settings(whole, at),
             base_model=self.reference(raw, "base_model", place),
             parameters=self.settings(raw, place),
@@ -237,15 +241,37 @@ class _RecipeReader(ExtensionReader):
             message, advice = "a mapping of names to modules is needed here", "write `default: ...`"
             self.fault(place, message, found=modules, advice=advice)
             return _UNREAD_MODULE, place
-        name, module = next(iter(modules.items()))
         if len(modules) > 1:
-            names = ", ".join(f"`{show_key(each)}`" for each in modules)
-            message = f"not supported yet: merging the modules of a model apart ({names})"
-            self.fault(place, message, code=UNSUPPORTED, advice="list whole models under `models`")
+            return raw, place
+        name, module = next(iter(modules.items()))
         place = at_key(place, modules, name)
         if not self.check_mapping(module, place, _MODULE_KEYS):
             return _UNREAD_MODULE, place
         return module, place
+
+    def modules(self, raw: Mapping[str, object], place: Place) -> tuple[Slice, ...]:
+        """Read several modules, each with whole models."""
+        modules = raw.get("modules")
+        if not is_mapping(modules) or len(modules) == 1:
+            return ()
+        place = at_key(place, raw, "modules")
+        return tuple(
+            self.one_of_modules(name, module, at_key(place, modules, name))
+            for name, module in modules.items()
+        )
+
+    def one_of_modules(self, name: object, raw: object, place: Place) -> Slice:
+        if not self.check_mapping(raw, place, _MODULE_KEYS):
+            return Slice(place, ())
+        models = self.items(raw, "models", place, self.model)
+        if raw.get("slices"):
+            message = "not supported yet: slices of one of several modules"
+            advice = "list whole models under `models` of the module"
+            self.fault(place, message, code=UNSUPPORTED, advice=advice)
+        elif not raw.get("models"):
+            message, advice = "a module needs `models`", "list them: `models: [{model: path}]`"
+            self.fault(place, message, code="missing-key", advice=advice)
+        return Slice(place, models, None, self.settings(raw, place), show_key(name))
 
     def name(self, raw: Mapping[str, object], place: Place) -> str | None:
         """Read what later merges call the output."""

@@ -117,12 +117,15 @@ class Slice:
         The base for this slice, instead of the recipe's.
     parameters : mapping of str to Setting
         Settings for this slice.
+    module : str, optional
+        The module that it is for, in a recipe of several.
     """
 
     where: Place
     sources: tuple[Source, ...]
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
+    module: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +257,7 @@ class Extensions:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A merge as asked for. Exactly one of `models` and `slices` is not empty.
+    """A merge as asked for. Exactly one of `models`, `slices` and `modules` is not empty.
 
     Attributes
     ----------
@@ -264,6 +267,8 @@ class Recipe:
         Whole models, in listed order.
     slices : tuple of Slice
         Output slices, in order.
+    modules : tuple of Slice
+        Modules with the whole models that each is made of; the others are the donor's.
     base_model : str, optional
         The base, and the donor of names and config.
     parameters : mapping of str to Setting
@@ -297,6 +302,7 @@ class Recipe:
     method: str
     models: tuple[Source, ...] = ()
     slices: tuple[Slice, ...] = ()
+    modules: tuple[Slice, ...] = ()
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
     module_parameters: Settings = field(default_factory=dict)
@@ -312,6 +318,12 @@ class Recipe:
     folder: str | None = None
     warnings: tuple[Problem, ...] = ()
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every entry that names a model."""
+        parts = (*self.slices, *self.modules)
+        return (*self.models, *(source for part in parts for source in part.sources))
+
     def place(self, key: str) -> Place:
         """Return where a key of the top level stands."""
         return self.places.get(key) or Place(key)
@@ -319,7 +331,7 @@ class Recipe:
     @property
     def donor(self) -> str | None:
         """The model that names and config come from: the base, else the first that is listed."""
-        part = self.slices[0] if self.slices else Slice(Place(), self.models)
+        part = next(iter((*self.slices, *self.modules)), Slice(Place(), self.models))
         listed = [self.base_model, part.base_model, *(source.model for source in part.sources)]
         return next(filter(None, listed), None)
 

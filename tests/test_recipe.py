@@ -178,12 +178,6 @@ FAULTS: list[tuple[str, list[str]]] = [
         [NEITHER.replace("a recipe", "modules.default (line 2): a recipe", 1)],
     ),
     (
-                "modules (line 2): not supported yet: merging the modules of a model apart "
-                "(`text`, `vision`)\n  hint: list whole models under `models`"
-            )
-        ],
-    ),
-    (
         START + MODELS + "modules: {default: {models: [{model: a}]}}\n",
         [
             (

@@ -540,3 +540,18 @@ def test_zeros_and_opposites_give_finite_numbers(name: str) -> None:
     for others in ([zero] * count, [first, -first, zero, first, zero][:count]):
         merged = merge(name, zero, others, options)
         assert np.isfinite(merged).all()
+
+
+def test_probabilities_beyond_0_and_1_are_refused() -> None:
+    base, other = models((4, 5), 1, "float32")
+    for density, epsilon in ((0.1, 0.15), (0.9, 0.15)):
+        options = {"weight": 1.0, "density": density, "epsilon": epsilon}
+        with pytest.raises(oxmerge.OxmergeError, match="choose a smaller `epsilon`"):
+            merge("della", base, [other], options)
+    merge("della", base, [other], {"weight": 1.0, "density": 0.25, "epsilon": 0.25})
+
+
+def test_a_model_takes_no_more_than_there_is() -> None:
+    base, other = models((4, 5), 1, "float32")
+    with pytest.raises(oxmerge.OxmergeError, match="choose a smaller `n`"):
+        merge("cabs", base, [other], {"n": 5, "m": 4})

@@ -188,7 +188,9 @@ def test_hard_values_of_every_type(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["slerp", "nuslerp", "nuslerp_columns", "dare_linear"])
+@pytest.mark.parametrize(
+    "name", ["slerp", "nuslerp", "nuslerp_columns", "dare_linear", "della", "cabs"]
+)
 def test_hard_values_in_sums(tmp_path: Path, hard_family: Path, name: str, device: str) -> None:
     plan = build_plan(Recipe.from_yaml(recipe_of(tmp_path, hard_family, name)), seed=3).table
     expected, _ = shards_of(plan, tmp_path / "expected")

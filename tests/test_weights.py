@@ -81,7 +81,7 @@ def test_gradients_that_cancel_in_one_layer(models: Path) -> None:
     assert [problem.tensor for problem in caught.value.problems] == ["model.layers.1.w"]
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear", "della_linear"])
 @pytest.mark.parametrize("weights", [NEARLY_ZERO, ZERO])
 def test_task_vectors_are_divided_by_one(
     tmp_path: Path, models: Path, method: str, weights: Any
@@ -102,7 +102,7 @@ def test_nuslerp_goes_half_of_the_way(tmp_path: Path, models: Path) -> None:
     assert small == merged(recipe_of(tmp_path, models, "nuslerp", [1, 3]), tmp_path / "large")
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_votes_of_weights_that_cancel_are_divided_by_one(method: str, dtype: str) -> None:
     """By element: the weights of those that won."""

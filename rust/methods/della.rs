@@ -119,7 +119,9 @@ fn drop_by_rank(vector: &Value, thinning: &Thinning<'_>) -> Result<Value> {
 fn rows(shape: &[u64]) -> Among {
     match shape {
         [_, length, rest @ ..] if !rest.is_empty() => {
-            Among::Vector { length: *length, stride: rest.iter().product() }
+            // An empty tensor may have any other dimensions.
+            let stride = rest.iter().fold(1, |stride: u64, extent| stride.saturating_mul(*extent));
+            Among::Vector { length: *length, stride }
         }
         _ => Among::Row,
     }

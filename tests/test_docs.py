@@ -39,6 +39,24 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "rust/ARCHITECTURE.md", "rust/methods/ADDING.md", "python/MERGEKIT.md"],
+)
+def test_files_that_pages_name_are_there(page: str) -> None:
+    places = [
+        ROOT,
+        *(ROOT / name for name in ("rust", "python/oxmerge", "tests", "benches", "python")),
+    ]
+    named = set(re.findall(r"`([\w/.-]+\.(?:py|pyi|rs|md))`", (ROOT / page).read_text("utf-8")))
+    files = [path for place in places for path in place.rglob("*") if path.suffix != ".pyc"]
+    missing = {name for name in named if not any(str(f).endswith(f"/{name}") for f in files)}
+    assert missing <= {"rust/methods/NAME.rs"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
     if name.startswith("oxmerge.torch_"):

@@ -572,7 +572,7 @@ def test_keys_are_checked(folder: Path) -> None:
     assert "put it under `oxmerge` at the top level" in fault
     found = faults({**asked, "oxmerge": {"keep": "x", "on_mismatch": "skip", "rename": [1]}})
     assert len(found) == 3
-    assert "expected `error` or `base`, found 'skip'" in found[1]
+    assert "says `error` or `base`: found 'skip'" in found[1]
 
 
 def test_a_plan_that_keeps_of_two_models_is_refused(folder: Path) -> None:

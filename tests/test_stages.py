@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +86,7 @@ def test_the_bytes_are_those_of_one_merge_after_another(folder: Path) -> None:
         "`second` was merged first",
     ]
     # The outputs of the first two are gone, the recipe is kept whole.
+    assert not [name for name in os.listdir("out") if name.startswith(".")]
     assert sorted(os.listdir()) == sorted(["a", "b", "by-hand", "c", "d", "out", "recipe.yml"])
     assert Path("out", "oxmerge_recipe.yml").read_text() == stream(*ALL)
 
@@ -130,8 +134,8 @@ def test_nothing_is_left_of_earlier_merges_when_a_later_one_fails(
     claim = publish.prepare_output
 
     def stop(directory: str, **options: Any) -> publish.OutputDirectory:
-        if str(directory).endswith(".stage-2"):
-            assert weights("new.stage-1")
+        if str(directory).endswith("oxmerge-partial/2"):
+            assert weights("new/.stages.oxmerge-partial/1")
             raise RuntimeError("enough")
         return claim(directory, **options)
 
@@ -155,7 +159,7 @@ FAULTS: list[tuple[Sequence[str], str]] = [
         (f"name: first\n{SECOND.replace('FIRST', 'SECOND')}", f"name: second\n{SECOND}", LAST),
         "name (line 9): these merges read each other's outputs: `second` -> `first` -> `second`",
     ),
-    ((f"name: [1]\n{FIRST}", LAST), "name (line 1): a name is text: found [1]"),
+    ((f"name: [1]\n{FIRST}", LAST), "name (line 1): a name is text without `+` and `@`: found [1]"),
 ]
 
 
@@ -207,3 +211,48 @@ def test_configs_and_tokenizers_go_through_all_merges(folder: Path) -> None:
     oxmerge.merge(stream(first, second), "out")
     assert json.loads(Path("out", "config.json").read_text())["num_hidden_layers"] == 3
     assert Path("out", "tokenizer_config.json").read_text() == "{}"
+
+
+def test_the_card_names_what_all_merges_were_made_from(folder: Path) -> None:
+    oxmerge.merge(stream(*ALL), "out")
+    front = Path("out", "README.md").read_text().split("---")[1]
+    assert "base_model:\n- a\n- b\n- c\n- d\n" in front or set("abcd") == {
+        line.removeprefix("- ") for line in front.splitlines() if len(line) == 3
+    }
+
+
+def test_a_run_that_was_killed_leaves_nothing_in_the_way(folder: Path) -> None:
+    Path("recipe.yml").write_text(stream(*ALL))
+    program = (
+        "import os, signal, oxmerge\n"
+        "from oxmerge.output import publish\n"
+        "claim = publish.prepare_output\n"
+        "def stop(directory, **options):\n"
+        "    if str(directory).endswith('partial/2'):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return claim(directory, **options)\n"
+        "import oxmerge.merging\n"
+        "oxmerge.merging.prepare_output = stop\n"
+        "oxmerge.merge('recipe.yml', 'out')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert os.listdir("out") == [".stages.oxmerge-partial"]
+    oxmerge.merge("recipe.yml", "out")
+    assert weights("out") == in_steps()
+    assert not [name for name in os.listdir("out") if name.startswith(".")]
+
+
+def test_nothing_beside_the_output_is_touched(folder: Path) -> None:
+    Path("out.stage-1").mkdir()
+    Path("out.stage-1", "mine.txt").write_text("mine")
+    oxmerge.merge(stream(*ALL), "out")
+    assert Path("out.stage-1", "mine.txt").read_text() == "mine"
+
+
+def test_a_temporary_directory_that_cannot_be_used_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "nowhere"))
+    with pytest.raises(oxmerge.OutputError, match="set `TMPDIR`"):
+        oxmerge.plan(stream(*ALL))

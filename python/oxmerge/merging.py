@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -16,7 +17,15 @@ from oxmerge.file_state import FileState
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
-from oxmerge.output.publish import OutputDirectory, close, commit, discard, prepare_output, stage
+from oxmerge.output.publish import (
+    OutputDirectory,
+    close,
+    commit,
+    discard,
+    prepare_output,
+    stage,
+    stages_folder,
+)
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import build_plan
 from oxmerge.planning.plans import Plan
@@ -24,7 +33,7 @@ from oxmerge.planning.summary import Prediction
 from oxmerge.problems import Findings
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import format_size, parse_size
-from oxmerge.stages import StageDirectories, plan_stages
+from oxmerge.stages import plan_stages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -152,8 +161,10 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
 ) -> Plan:
     """Return what a merge would do.
 
-    Reads headers, configs and tokenizers only. Where there is a GPU, measures the CPU and the disk
-    for some milliseconds too; with ``device="auto"``, the GPU, if it could be worth it.
+    Reads headers, configs and tokenizers only; of a recipe of several merges it writes what the
+    earlier ones will look like, without weights, into the temporary directory. Where there is a
+    GPU, measures the CPU and the disk for some milliseconds too; with ``device="auto"``, the GPU, if it
+    could be worth it.
 
     Parameters
     ----------
@@ -327,12 +338,14 @@ def merge_together(
     *,
     check: Callable[[list[Plan]], None] | None = None,
     stages: Mapping[str, str | None] | None = None,
+    owned: OutputDirectory | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are finished
     when something fails are kept, the others leave nothing. `check` is called with the plans before
-    anything is made. `stages` says where the outputs of earlier merges lie.
+    anything is made. `stages` says where the outputs of earlier merges lie, and `owned` is the
+    directory of the only merge, if this run owns it already.
     """
     started = time.perf_counter()
     for _, directory in merges:
@@ -354,7 +367,7 @@ def merge_together(
     claimed: dict[int, OutputDirectory] = {}
     try:
         for at in _order([directory for _, directory in merges]):
-            claimed[at] = prepare_output(
+            claimed[at] = owned or prepare_output(
                 merges[at][1],
                 overwrite=running.overwrite,
                 input_files=plans[at].input_files,
@@ -397,28 +410,34 @@ def _merge_stages(
 ) -> MergeReport:
     """Merge what a plan of several merges says, one after the other."""
     started = time.perf_counter()
-    # What stands against the last output is told before the first is made.
-    prepare_output(
+    recipe = plan.recipe
+    asked = (recipe.text, planning.seed, planning.shard_size, contents_of(plan).names)
+    output = prepare_output(
         directory,
         overwrite=running.overwrite,
         input_files=[file for file in plan.input_files if os.path.exists(file["path"])],
         needed_bytes=plan.disk,
-    ).claim.give_up()
+        names=contents_of(plan).names,
+        purpose=hashlib.sha256(repr(asked).encode()).hexdigest(),
+    )
     notes: list[str] = []
     warnings: list[str] = []
-    with StageDirectories(directory) as made:
-        for stage in plan.recipe.stages:
-            place = made.next()
-            (report,) = merge_together(
-                [(stage, place)], planning, replace(running, overwrite=True), stages=made.places
-            )
-            made.places[stage.name or ""] = place
+    places: dict[str, str | None] = {}
+    try:
+        folder = stages_folder(output)
+        for number, stage in enumerate(recipe.stages, start=1):
+            place = os.path.join(folder, str(number))
+            (report,) = merge_together([(stage, place)], planning, running, stages=places)
+            places[stage.name or ""] = place
             written = format_size(report.bytes_written)
             notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
-        (report,) = merge_together(
-            [(plan.recipe, directory)], planning, running, stages=made.places
-        )
+        merges = [(recipe, directory)]
+        (report,) = merge_together(merges, planning, running, stages=places, owned=output)
+    except BaseException:
+        if output.claim.is_held:
+            discard(output)
+        raise
     return replace(
         report,
         notes=(*notes, *report.notes),

@@ -15,14 +15,14 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from oxmerge.errors import PlanError, ProblemsError, RecipeError
+from oxmerge.errors import OutputError, PlanError, ProblemsError, RecipeError
+from oxmerge.output.card import CARD_NAME
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.schema import DTYPE_SIZES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from typing import Self
+    from collections.abc import Callable, Mapping
 
     from oxmerge.planning.plans import Plan
     from oxmerge.recipe.recipe import Recipe
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     #: Plans a recipe whose models may be outputs of earlier merges, which lie at these places.
     Planner = Callable[[Recipe, Mapping[str, str | None], Findings], Plan]
 
-__all__ = ["StageDirectories", "plan_stages"]
+__all__ = ["plan_stages"]
 
 
 def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan, ...]:
@@ -55,7 +55,10 @@ def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan
     problems: list[Problem] = []
     plans: list[Plan] = []
     places: dict[str, str | None] = {}
-    stand_ins = _StandIns()
+    try:
+        stand_ins = _StandIns()
+    except OSError as error:
+        raise _unusable(error) from error
     for number, stage in enumerate((*recipe.stages, recipe)):
         mine = Findings(ignore_unknown=findings.ignore_unknown)
         name = stage.name or ""
@@ -67,7 +70,7 @@ def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan
         else:
             plans[-1].stand_ins = stand_ins
             if stage is not recipe:
-                places[name] = _stand_in(plans[-1], Path(stand_ins.folder, str(number)))
+                places[name] = _made_stand_in(plans[-1], Path(stand_ins.folder, str(number)))
     problems = findings.problems + problems
     if problems:
         kind = RecipeError if findings.problems else PlanError
@@ -83,6 +86,21 @@ class _StandIns:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
+def _made_stand_in(plan: Plan, folder: Path) -> str:
+    try:
+        return _stand_in(plan, folder)
+    except OSError as error:
+        raise _unusable(error) from error
+
+
+def _unusable(error: OSError) -> OutputError:
+    """Return the error for a temporary directory in which no stand-in can be made."""
+    message = "what earlier merges will make cannot be written down in the temporary directory"
+    file = None if error.filename is None else os.fspath(error.filename)
+    advice = "set `TMPDIR` to a folder that can be written to, or merge one recipe after the other"
+    return OutputError(message, file=file, found=(error.strerror or "").lower(), advice=advice)
+
+
 def _stand_in(plan: Plan, folder: Path) -> str:
     """Write what a merge's output will look like from outside, and return where."""
     folder.mkdir()
@@ -96,6 +114,7 @@ def _stand_in(plan: Plan, folder: Path) -> str:
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+    (folder / CARD_NAME).write_text(plan.card)
     if plan.config is not None:
         (folder / "config.json").write_text(plan.config)
     for side_file in plan.side_files.copied:
@@ -105,31 +124,3 @@ def _stand_in(plan: Plan, folder: Path) -> str:
     for name, data in plan.side_files.texts.items():
         (folder / name).write_bytes(data)
     return str(folder)
-
-
-class StageDirectories:
-    """The directories of the earlier merges beside the output; they are gone at the end.
-
-    Parameters
-    ----------
-    output : path
-        The directory of the last merge.
-    """
-
-    def __init__(self, output: str | os.PathLike[str]) -> None:
-        self._output = os.path.abspath(os.fspath(output))
-        self.places: dict[str, str | None] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def next(self) -> str:
-        """Return where the next of them goes."""
-        return f"{self._output}.stage-{len(self.places) + 1}"
-
-    def __exit__(self, *_: object) -> None:
-        for place in self._made():
-            shutil.rmtree(place, ignore_errors=True)
-
-    def _made(self) -> Iterator[str]:
-        return (place for place in self.places.values() if place is not None)

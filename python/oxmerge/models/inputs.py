@@ -187,7 +187,10 @@ class Inputs:
         """Report models whose tensors the recipe renames, but which it does not merge."""
         opened = {model.path: model.reference for model in self.models}
         for renames in self._renames:
-            if self.path_of(renames.model) not in map(os.path.realpath, opened):
+            is_asked_for = (
+                renames.model in self._missing or self.path_of(renames.model) in self._by_path
+            )
+            if not is_asked_for:
                 message = f"`{renames.model}` is no model of this recipe"
                 known = ", ".join(f"`{each}`" for each in opened.values())
                 advice = did_you_mean(renames.model, opened.values()) or f"its models: {known}"

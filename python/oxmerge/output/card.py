@@ -25,6 +25,9 @@ REPORT_NAME = "oxmerge_report.json"
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 _TAG = re.compile(r"[\w][\w .:/+-]{0,79}")
 _MOST_TAGS = 50
+#: A model as cards name their base models: on the Hub, or a folder's name.
+_BASE = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_MOST_BASES = 1000
 #: As much of a card as may hold its front matter.
 _MOST_BYTES = 1 << 16
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
@@ -48,11 +51,14 @@ class Metadata:
         The library that loads it, and what it is for.
     tags : tuple of str
         Further words.
+    base_models : tuple of str
+        What it was made from.
     """
 
     library_name: str | None = None
     pipeline_tag: str | None = None
     tags: tuple[str, ...] = ()
+    base_models: tuple[str, ...] = ()
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
@@ -69,10 +75,13 @@ def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
         values = {}
     tags = values.get("tags")
     listed = tags if isinstance(tags, list) else []
+    base = values.get("base_model")
+    bases = base if isinstance(base, list) else [base]
     return Metadata(
         library_name=_matching(_WORD, values.get("library_name")),
         pipeline_tag=_matching(_WORD, values.get("pipeline_tag")),
         tags=tuple(filter(None, (_matching(_TAG, tag) for tag in listed)))[:_MOST_TAGS],
+        base_models=tuple(filter(None, (_matching(_BASE, name) for name in bases)))[:_MOST_BASES],
     )
 
 

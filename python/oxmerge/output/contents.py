@@ -16,7 +16,7 @@ from oxmerge.output.side_files import WRITTEN_ANEW, SideFiles, folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import Any
 
     from oxmerge.methods import Method
@@ -142,16 +142,23 @@ def card_of(
     models: Sequence[InputModel],
     donor: InputModel,
     notes: Sequence[str],
+    stages: Collection[str] = (),
 ) -> str:
     """Return the model card of a merge by the method `about`.
 
-    `notes` are on tensors that are an exception.
+    `notes` are on tensors that are an exception, `stages` the models that are made for the merge:
+    those that they were made from stand for them.
     """
-    donor_first = sorted(models, key=lambda model: model is not donor)
+    hub_names: list[str | None] = []
+    for model in sorted(models, key=lambda model: model is not donor):
+        if model.reference in stages:
+            hub_names += read_metadata(model.path).base_models
+        else:
+            hub_names.append(hub_name(model.reference, model.path))
     return model_card(
         method=recipe.method,
         models=[model.reference for model in models],
-        hub_names=[hub_name(model.reference, model.path) for model in donor_first],
+        hub_names=hub_names,
         metadata=read_metadata(folder_of(donor.path)),
         base=None if recipe.base_model is None else donor.reference,
         recipe_text=recipe.text,

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 PARTIAL_SUFFIX = partial_name("").removeprefix(".")
+STAGES_NAME = partial_name("stages")
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _SIGNS_OF_A_MODEL = (CONFIG_NAME, INDEX_NAME, "model.safetensors", "oxmerge_report.json")
@@ -283,6 +285,7 @@ def commit(
         with put_off():
             _write_journal(output, contents)
             _switch(output, contents)
+            remove_stages(output)
         return _leftovers(output)
 
 
@@ -456,6 +459,22 @@ def _remove_leftovers(output: OutputDirectory) -> None:
     _remove_partials(output)
 
 
+def stages_folder(output: OutputDirectory) -> str:
+    """Make the folder for what earlier merges make, and return where it is.
+
+    It lies in the output, under a partial name: it goes with the other partial files, after a
+    finished run, a failed one, and one that was killed.
+    """
+    with _told_in_full(output):
+        os.mkdir(STAGES_NAME, dir_fd=output.descriptor)
+    return os.path.join(os.path.abspath(output.path), STAGES_NAME)
+
+
+def remove_stages(output: OutputDirectory) -> None:
+    """Remove what earlier merges have made."""
+    shutil.rmtree(STAGES_NAME, ignore_errors=True, dir_fd=output.descriptor)
+
+
 def _is_partial(entry: os.DirEntry[str]) -> bool:
     is_ours = entry.name.startswith(".") and entry.name.endswith(PARTIAL_SUFFIX)
     return is_ours and not entry.is_dir(follow_symlinks=False)
@@ -464,6 +483,7 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
 def _remove_partials(output: OutputDirectory) -> None:
     """Remove all partial files; the journal stays while it says something."""
     failure = None
+    remove_stages(output)
     for entry in _entries(output):
         if _is_partial(entry) and not (entry.name == JOURNAL_NAME and output.journal.last):
             try:

@@ -129,6 +129,7 @@ class _Planner:
         folders = (os.getcwd(), recipe.folder)
         self.folders = tuple(folder for folder in folders if folder is not None)
         asked = recipe.extensions
+        self.stages = stages
         self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
         self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
@@ -378,7 +379,7 @@ class _Planner:
             notes=notes,
             changes=(*changes, *self.token_notes, *notes, *notes_on(self.side_files)),
             config=config,
-            card=card_of(self.recipe, method, self.inputs.models, donor, extended),
+            card=card_of(self.recipe, method, self.inputs.models, donor, extended, self.stages),
             side_files=self.side_files,
             tokenizer_memory=None if self.alignment is None else self.alignment.memory,
         )

@@ -66,9 +66,9 @@ class ExtensionReader(ValueReader):
         """Return where `on_mismatch: base` stands; None if tensors have to match."""
         value, place = raw.get("on_mismatch"), at_key(place, raw, "on_mismatch")
         if value not in (None, "error", "base"):
-            message = "what becomes of a tensor that a model lacks or has in another shape"
-            advice = "write `base`, which takes the base's, or `error`"
-            self.fault(place, message, expected="`error` or `base`", found=value, advice=advice)
+            message = "`on_mismatch` says `error` or `base`"
+            advice = "write `base`: where a model lacks a tensor, the base's is taken"
+            self.fault(place, message, found=value, advice=advice)
         return place if value == "base" else None
 
     def layer_scale(self, raw: Mapping[str, object], place: Place) -> Setting | None:

@@ -96,15 +96,12 @@ class KeyReader:
         message: str,
         *,
         code: str = "wrong-value",
-        expected: str | None = None,
         found: object = None,
         advice: str | None,
     ) -> None:
         """Take down that something at a place is wrong."""
         text = None if found is None else show(found)
-        self.findings.problems.append(
-            Problem(code, message, place, expected=expected, found=text, advice=advice)
-        )
+        self.findings.problems.append(Problem(code, message, place, found=text, advice=advice))
 
     def check_mapping(
         self, raw: object, place: Place, known: frozenset[str]

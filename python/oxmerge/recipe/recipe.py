@@ -407,7 +407,7 @@ class Recipe:
     @classmethod
     def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
         """Return the recipe in YAML text, whose relative paths may start in `folder`."""
-        from oxmerge.recipe.dialect import read_documents  # noqa: PLC0415 - it needs this module
+        from oxmerge.recipe.documents import read_documents  # noqa: PLC0415 - it needs this module
         from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
         findings = Findings()
@@ -425,10 +425,8 @@ class Recipe:
         `source` is that of `from_yaml` or of `from_mapping`; `RecipeError` is raised for what is
         not even a mapping.
         """
-        from oxmerge.recipe.dialect import (  # noqa: PLC0415 - it needs this module
-            read_documents,
-            read_recipe,
-        )
+        from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
+        from oxmerge.recipe.documents import read_documents  # noqa: PLC0415 - the same
         from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
         if isinstance(source, Mapping):

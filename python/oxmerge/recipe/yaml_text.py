@@ -84,7 +84,7 @@ def parse_yaml(text: str) -> MarkedMapping:
     findings = Findings()
     documents = parse_documents(text, None, findings)
     if len(documents) > 1:
-        message = "not supported yet: several merges in one recipe, here"
+        message = "not supported yet: several merges in one recipe"
         advice = "put the last one into a file of its own, and name the outputs of the others"
         findings.problems.append(Problem(UNSUPPORTED, message, advice=advice))
     if findings.problems:
@@ -126,13 +126,19 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
     mappings = [document for document in documents if isinstance(document, MarkedMapping)]
     others = [each for each in documents if each is not None and each not in mappings]
     if others or not mappings:
-        found = type(others[0]).__name__ if others else "nothing"
-        found = "a list" if found == "MarkedList" else found
+        found = _kind(others[0]) if others else "nothing"
         message = "a recipe is a mapping of keys to values"
         advice = "write `merge_method: linear`, say"
         place = None if path is None else Place(file=path)
         raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
     return mappings
+
+
+def _kind(value: object) -> str:
+    """Return what a value is, in words."""
+    if isinstance(value, list):
+        return "a list"
+    return "text" if isinstance(value, str) else "a number or a truth value"
 
 
 def _unreadable(problems: list[Problem]) -> ProblemsError:

@@ -163,8 +163,8 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
 
     Reads headers, configs and tokenizers only; of a recipe of several merges it writes what the
     earlier ones will look like, without weights, into the temporary directory. Where there is a
-    GPU, measures the CPU and the disk for some milliseconds too; with ``device="auto"``, the GPU, if it
-    could be worth it.
+    GPU, measures the CPU and the disk for some milliseconds too; with ``device="auto"``, the GPU,
+    if it could be worth it.
 
     Parameters
     ----------

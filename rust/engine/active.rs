@@ -8,7 +8,7 @@ use super::task::{Task, Work};
 use crate::error::Result;
 use crate::formula::bind::Bindings;
 use crate::formula::compile::{Purpose, Staged};
-use crate::formula::machine::BAND;
+use crate::formula::machine::{BAND, Known};
 use crate::formula::masks::{self, KeptMasks};
 use crate::formula::program::{Along, Setting};
 use crate::formula::selection::{self, Counted, Guess, LastKept, Progress, Search, value_of_key};
@@ -50,9 +50,27 @@ impl Room {
     }
 }
 
+/// A stage that a task entered: its formula then, what is to be found, and the first pass.
+#[derive(Clone)]
+struct Entered {
+    values: Vec<Value>,
+    stage: Stage,
+    pass: Arc<Pass>,
+    units: u64,
+}
+
+/// The stages of tasks of one kind. As long as no numbers were found they are the same for all of
+/// them, so that formulas are bound and compiled for the first one only.
+#[derive(Default)]
+pub(crate) struct Way(Vec<Entered>);
+
 /// A task that has begun.
-pub(crate) struct Active {
+pub(crate) struct Active<'a> {
     pub(crate) task: Arc<Task>,
+    /// The way that others of its kind went, as long as it goes the same.
+    way: Option<&'a mut Way>,
+    /// How many stages it has entered.
+    stages: usize,
     /// What to compute, with everything put in that finished passes found; nothing for a copy.
     values: Vec<Value>,
     setting: Setting,
@@ -64,37 +82,42 @@ pub(crate) struct Active {
     pub(crate) finished: u64,
     /// Blocks a unit of a pass over the tensor has.
     pub(crate) blocks_a_unit: u64,
-    /// The reductions of the stage it is in, and whether a pass has summed them.
-    reductions: Vec<Arc<Reduction>>,
+    /// The stage it is in, and whether a pass has summed its reductions.
+    stage: Stage,
     summed: bool,
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
-    /// The random masks that are kept between its passes.
-    pub(crate) masks: Option<Arc<KeptMasks>>,
+    /// What was found for later passes, and random masks.
+    pub(crate) known: Arc<Known>,
     /// What masks and searches may take.
     pub(crate) room: Room,
     /// The numbers it looked for: of a sweep, in the order of the formula's model-wide reductions.
     pub(crate) numbers: Vec<f64>,
 }
 
-impl Active {
+impl<'a> Active<'a> {
     /// Begins `task`; with `sweep`, only its model-wide reductions. Nothing if there is nothing to
-    /// do. `fuses` says whether the backend has kernels for what is fused.
+    /// do. `fuses` says whether the backend has kernels for what is fused. `way` is that of tasks of
+    /// the same kind, blocks and room.
     pub(crate) fn begin(
         task: Arc<Task>,
         blocks_a_unit: u64,
         sweep: bool,
         fuses: bool,
         room: Room,
+        way: Option<&'a mut Way>,
     ) -> Result<Option<Self>> {
         let values = task.work.values().to_vec();
         let elements = task.frame.elements;
         let masks = (room.masks > 0).then(|| KeptMasks::new(&values, elements)).flatten();
         let inputs = task.sources.iter().map(|source| source.dtype()).collect();
         let setting = Setting { inputs, double: task.double, fuses };
+        let known = Known { chosen: Vec::new(), masks: masks.map(Arc::new) };
         let mut active = Self {
             task,
+            way,
+            stages: 0,
             values,
             setting,
             sweep,
@@ -103,20 +126,20 @@ impl Active {
             issued: 0,
             finished: 0,
             blocks_a_unit,
-            reductions: Vec::new(),
+            stage: Stage::default(),
             summed: false,
             results: Vec::new(),
             columns: Vec::new(),
             searching: Vec::new(),
-            masks: masks.map(Arc::new),
+            known: Arc::new(known),
             room,
             numbers: Vec::new(),
         };
-        Ok(active.next_pass()?.then_some(active))
+        Ok(active.next_stage()?.then_some(active))
     }
 
-    fn enter(&mut self, pass: Pass, units: u64) -> bool {
-        self.pass = Arc::new(pass);
+    fn enter(&mut self, pass: impl Into<Arc<Pass>>, units: u64) -> bool {
+        self.pass = pass.into();
         (self.units, self.issued, self.finished) = (units, 0, 0);
         true
     }
@@ -152,8 +175,39 @@ impl Active {
         self.task.blocks().div_ceil(self.blocks_a_unit)
     }
 
-    /// Enters the pass that comes next; false if there is none.
-    fn next_pass(&mut self) -> Result<bool> {
+    /// Enters the stage that comes next; false if there is none.
+    fn next_stage(&mut self) -> Result<bool> {
+        if self.follows_others() {
+            return Ok(true);
+        }
+        let (way, before) = (self.way.take(), self.stages);
+        let goes_on = self.find_stage()?;
+        // A stage in which there is nothing to look for is over by now, and has no pass to follow.
+        if self.stages == before
+            && let Some(way) = way
+        {
+            let (values, stage) = (self.values.clone(), self.stage.clone());
+            let (pass, units) = (Arc::clone(&self.pass), self.units);
+            way.0.push(Entered { values, stage, pass, units });
+            self.way = Some(way);
+        }
+        self.stages += 1;
+        Ok(goes_on)
+    }
+
+    /// Enters the next stage as others of its kind did, if some did.
+    fn follows_others(&mut self) -> bool {
+        let entered = self.way.as_ref().and_then(|Way(stages)| stages.get(self.stages).cloned());
+        let Some(Entered { values, stage, pass, units }) = entered else { return false };
+        self.values = values;
+        self.prepare(stage);
+        self.summed = matches!(*pass, Pass::Reduce { .. });
+        self.stages += 1;
+        self.enter(pass, units)
+    }
+
+    /// Finds the next stage of the formula, and compiles its first pass.
+    fn find_stage(&mut self) -> Result<bool> {
         if matches!(self.task.work, Work::Identical) {
             return Ok(!self.sweep && self.enter(Pass::Identical, self.units_of_blocks()));
         }
@@ -185,38 +239,41 @@ impl Active {
         Ok(self.enter(Pass::Combine(code), self.units_of_blocks()))
     }
 
-    fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
-        let Stage { reductions, selections } = stage;
-        let scope = reductions.first().map(|reduction| reduction.scope);
-        self.results = vec![Vec::new(); reductions.len()];
-        self.reductions.clone_from(&reductions);
+    /// Makes room for what the passes of `stage` find.
+    fn prepare(&mut self, stage: Stage) {
+        let frame = &self.task.frame;
+        let (results, columns) = match stage.scope() {
+            Some(Scope::Row) => (frame.rows(), 0),
+            Some(Scope::Column) => (0, frame.column_blocks()),
+            _ => (frame.blocks(), 0),
+        };
+        self.results = vec![vec![0.0; results as usize]; stage.reductions.len()];
+        self.columns = vec![Vec::new(); columns as usize];
+        let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
+        let begin = |selection| begin(selection, &self.task, self.room.a_search);
+        self.searching = stage.selections.iter().map(begin).collect();
+        self.stage = stage;
         self.summed = false;
+    }
+
+    fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
+        let scope = stage.scope();
+        let purposes = Self::reductions(&stage.reductions);
+        self.prepare(stage);
         match scope {
             Some(Scope::Row) => {
-                let rows = self.task.frame.rows();
-                self.results.iter_mut().for_each(|rows_of| rows_of.resize(rows as usize, 0.0));
-                let code = self.code(&Self::reductions(&reductions))?;
-                Ok(self.enter(Pass::Rows(code), rows))
+                Ok(self.enter(Pass::Rows(self.code(&purposes)?), self.task.frame.rows()))
             }
             Some(Scope::Column) => {
-                let blocks = self.task.frame.column_blocks();
-                self.columns = vec![Vec::new(); blocks as usize];
-                let (purposes, row) = (Self::reductions(&reductions), self.task.frame.row);
+                let row = self.task.frame.row;
                 let code = Staged::by_row(&purposes, Along::Columns, row, &self.setting)?;
-                Ok(self.enter(Pass::Columns(code), blocks))
+                Ok(self.enter(Pass::Columns(code), self.task.frame.column_blocks()))
             }
-            _ => {
-                let blocks = self.task.blocks() as usize;
-                self.results.iter_mut().for_each(|sums| sums.resize(blocks, 0.0));
-                self.begin_searches(&selections)
-            }
+            _ => self.begin_searches(),
         }
     }
 
-    fn begin_searches(&mut self, selections: &[Arc<Selection>]) -> Result<bool> {
-        let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
-        let begin = |selection| begin(selection, &self.task, self.room.a_search);
-        self.searching = selections.iter().map(begin).collect();
+    fn begin_searches(&mut self) -> Result<bool> {
         let open = self.searching.iter().filter(|searching| searching.chosen.is_none());
         let open = open.map(|s| (Purpose::Keys(s.selection.value.clone()), s.search.wanted()));
         let (purposes, wanted): (Vec<_>, Vec<_>) = open.unzip();
@@ -237,7 +294,7 @@ impl Active {
         let (searches, counts): (Vec<_>, Vec<_>) = open.unzip();
         // Sums are taken in the stage's first pass; later ones only narrow the searches.
         let mut purposes =
-            if self.summed { Vec::new() } else { Self::reductions(&self.reductions) };
+            if self.summed { Vec::new() } else { Self::reductions(&self.stage.reductions) };
         self.summed = true;
         purposes.extend(counts);
         if purposes.is_empty() {
@@ -320,11 +377,21 @@ impl Active {
 
     /// Puts the stage's results into the formula and goes on to the next pass.
     fn bind(&mut self) -> Result<bool> {
-        let reductions = std::mem::take(&mut self.reductions);
+        let Stage { reductions, gives_numbers, .. } = std::mem::take(&mut self.stage);
         let results = std::mem::take(&mut self.results);
         if self.sweep {
             self.numbers = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
             return Ok(false);
+        }
+        let searching = std::mem::take(&mut self.searching);
+        let chosen = searching.iter().map(|found| found.chosen.expect("a bound search is over"));
+        let known = Arc::make_mut(&mut self.known);
+        let first = known.chosen.len();
+        known.chosen.extend(chosen);
+        if gives_numbers {
+            self.way = None;
+        } else if self.follows_others() {
+            return Ok(true);
         }
         let mut bindings = Bindings::default();
         for (reduction, values) in reductions.iter().zip(results) {
@@ -333,13 +400,13 @@ impl Active {
             }
         }
         self.bind_columns(&reductions, &mut bindings);
-        for searching in std::mem::take(&mut self.searching) {
-            let chosen = searching.chosen.expect("a bound search is over");
+        let found = searching.iter().zip(&self.known.chosen[first..]);
+        for (which, (Searching { selection, .. }, chosen)) in (first..).zip(found) {
             let value = value_of_key(chosen.threshold, self.task.double);
-            bindings.selection(&searching.selection, chosen, value);
+            bindings.selection(selection, which, value);
         }
         self.values = bindings.bind_all(&self.values);
-        self.next_pass()
+        self.next_stage()
     }
 
     /// What a reduction gave; of columns `bind_columns` knows.

@@ -10,8 +10,7 @@ use std::ops::Range;
 
 use super::need::Offload;
 use crate::error::Result;
-use crate::formula::machine::{InputBytes, TensorFrame};
-use crate::formula::masks::KeptMasks;
+use crate::formula::machine::{InputBytes, Known, TensorFrame};
 use crate::formula::program::Program;
 use crate::formula::selection::Counted;
 use crate::formula::{ReductionKind, Scalar};
@@ -31,13 +30,12 @@ pub(crate) trait Backend: Debug + Send + Sync {
 
 /// One thread's arithmetic.
 pub(crate) trait Arithmetic {
-    /// Makes ready to run `program` over elements of one tensor. Random masks that are in `masks`
-    /// need not be drawn.
+    /// Makes ready to run `program` over elements of one tensor, of which so much is `known`.
     fn begin<'a>(
         &self,
         frame: &'a TensorFrame,
         program: &'a Program,
-        masks: Option<&'a KeptMasks>,
+        known: &'a Known,
     ) -> Result<Box<dyn Run + 'a>>;
 }
 

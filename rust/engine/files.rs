@@ -306,6 +306,10 @@ impl Tasks for Merges<'_> {
         self.make(index, self.plans.iter().zip(&self.shards).map(sink).collect())
     }
 
+    fn kind(&self, index: usize) -> usize {
+        self.kind_of[index] as usize
+    }
+
     fn reads_once(&self, index: usize) -> bool {
         // What cannot be made is an error when its turn comes.
         self.prepared(index).is_ok_and(|prepared| prepared.reads_once)

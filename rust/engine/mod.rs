@@ -27,7 +27,7 @@ pub mod source;
 pub mod task;
 mod worker;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -36,7 +36,7 @@ use std::time::Instant;
 #[cfg(feature = "python")]
 pub(crate) use merge::{merge, predict};
 
-use active::{Active, Room};
+use active::{Active, Room, Way};
 use backend::Backend;
 use control::Control;
 use memory::{MemoryPlan, tasks_under_way};
@@ -49,7 +49,7 @@ use task::{Task, Tasks};
 use worker::Worker;
 
 use crate::error::{Error, Result};
-use crate::formula::masks::KeptMasks;
+use crate::formula::machine::Known;
 use crate::kernels::Level;
 
 /// How a run is to be done. None of it changes a byte of the output.
@@ -81,6 +81,9 @@ pub struct Report {
     /// The instruction set used.
     pub level: Level,
 }
+
+/// How many kinds of small neighbours are remembered by who does them: few are of many kinds.
+const MOST_WAYS: usize = 32;
 
 /// How many of them write at once, where others have something to prepare.
 fn most_writing(workers: usize) -> usize {
@@ -195,7 +198,7 @@ struct Schedule<'a> {
 
 struct State {
     next_task: usize,
-    active: VecDeque<(usize, Active)>,
+    active: VecDeque<(usize, Active<'static>)>,
     /// What each task found, if it looks for numbers.
     numbers: BTreeMap<usize, Vec<f64>>,
     failure: Option<Error>,
@@ -223,7 +226,7 @@ impl State {
     /// The next unit of the oldest task that has one, and is in a pass that is `wanted`.
     fn issue(&mut self, wanted: impl Fn(&Pass) -> bool) -> Option<Unit> {
         let active = self.active.iter_mut().filter(|(_, active)| wanted(&active.pass));
-        let unit = |(index, active): &mut (usize, Active)| {
+        let unit = |(index, active): &mut (usize, Active<'_>)| {
             let number = active.issue()?;
             Some(Unit::of(active, *index, number))
         };
@@ -238,26 +241,26 @@ struct Unit {
     index: usize,
     task: Arc<Task>,
     pass: Arc<Pass>,
-    masks: Option<Arc<KeptMasks>>,
+    known: Arc<Known>,
     number: u64,
     blocks: u64,
 }
 
 impl Unit {
-    fn of(active: &Active, index: usize, number: u64) -> Self {
+    fn of(active: &Active<'_>, index: usize, number: u64) -> Self {
         Self {
             number,
             index,
             task: Arc::clone(&active.task),
             pass: Arc::clone(&active.pass),
-            masks: active.masks.clone(),
+            known: Arc::clone(&active.known),
             blocks: active.blocks_a_unit,
         }
     }
 }
 
 /// A task that goes on, or the numbers of one that is over.
-type Advanced = std::result::Result<Active, Vec<f64>>;
+type Advanced = std::result::Result<Active<'static>, Vec<f64>>;
 
 enum Next {
     Do(Unit),
@@ -304,7 +307,7 @@ impl Schedule<'_> {
                 Next::Do(mut unit) => {
                     drop(state);
                     let found = Self::run(&mut worker, &unit);
-                    unit.masks = None;
+                    unit.known = Arc::default();
                     state = self.lock();
                     if let Some(mut active) = self.take(&mut state, &unit, found) {
                         // What is computed from numbers takes its time; others go on meanwhile.
@@ -329,11 +332,9 @@ impl Schedule<'_> {
     }
 
     fn run(worker: &mut Worker<'_>, unit: &Unit) -> Result<Found> {
-        let Unit { task, pass, masks, number, blocks, .. } = unit;
+        let Unit { task, pass, known, number, blocks, .. } = unit;
         // A panic in a worker must not leave the others waiting for its unit.
-        let run = std::panic::AssertUnwindSafe(|| {
-            worker.run(task, pass, *number, *blocks, masks.as_ref())
-        });
+        let run = std::panic::AssertUnwindSafe(|| worker.run(task, pass, *number, *blocks, known));
         std::panic::catch_unwind(run).unwrap_or_else(|_| {
             Err(Error::internal("a worker of the engine panicked").tensor(&task.frame.name))
         })
@@ -426,23 +427,32 @@ impl Schedule<'_> {
         let offload = self.backend.offload();
         let blocks = self.memory.piece_blocks(&Need::of(task).on(offload)).min(self.largest_piece);
         let is_sweep = matches!(self.goal, Goal::Sweep);
-        let active = Active::begin(Arc::clone(task), blocks, is_sweep, offload.is_none(), room)?;
+        let fuses = offload.is_none();
+        let active = Active::begin(Arc::clone(task), blocks, is_sweep, fuses, room, None)?;
         Ok(active.map_or_else(|| Err(Vec::new()), Ok))
     }
 
     /// Does small tasks that lie together, one after the other.
     fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
         let gathered = self.tasks.gather(tasks.clone())?;
-        self.control.begin_tensor(&gathered.task(tasks.start)?.frame.name);
+        // Half is for their inputs and outputs, half for what one keeps between its passes: with all
+        // of its keys at hand a selection is over in one pass, and needs no histogram. A device
+        // always counts, so there it keeps none.
+        let fuses = self.backend.offload().is_none();
+        let left = if fuses { self.memory.group_bytes / 2 } else { 0 };
+        let mut ways = HashMap::new();
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
-            // Half is for their inputs and outputs, half for what one keeps between its passes: with
-            // all of its keys at hand a selection is over in one pass, and needs no histogram. A
-            // device always counts, so there it keeps none.
-            let fuses = self.backend.offload().is_none();
-            let room = Room::of(&task, if fuses { self.memory.group_bytes / 2 } else { 0 });
-            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, room);
+            if index == tasks.start {
+                self.control.begin_tensor(&task.frame.name);
+            }
+            if ways.len() == MOST_WAYS {
+                ways.clear();
+            }
+            let way = ways.entry(self.tasks.kind(index));
+            let (room, way) = way.or_insert_with(|| (Room::of(&task, left), Way::default()));
+            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, *room, Some(way));
             let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {
                 return Err(Error::internal("a small tensor has nothing to do"));
             };
@@ -461,7 +471,12 @@ impl Schedule<'_> {
     }
 
     /// Puts a result where it belongs; the task if that was the last of its pass.
-    fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<Active> {
+    fn take(
+        &self,
+        state: &mut State,
+        unit: &Unit,
+        found: Result<Found>,
+    ) -> Option<Active<'static>> {
         state.writing -= usize::from(unit.pass.writes());
         let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
         match found.map(|found| state.active[at].1.take(unit.number, found)) {

@@ -225,6 +225,11 @@ pub(crate) trait Tasks: Sync {
     /// Task `index`. It may be made more than once.
     fn task(&self, index: usize) -> Result<Task>;
 
+    /// Which kind of task it is: those of one kind have the same formula, shape and types.
+    fn kind(&self, index: usize) -> usize {
+        index
+    }
+
     /// Whether nothing has to be reduced before task `index` is computed.
     fn reads_once(&self, index: usize) -> bool;
 

@@ -13,8 +13,7 @@ use super::task::Task;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::compile::Staged;
-use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, TensorFrame};
-use crate::formula::masks::KeptMasks;
+use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, Known, TensorFrame};
 use crate::formula::program::{Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
 use crate::formula::{Scalar, Scope};
@@ -38,8 +37,8 @@ pub(crate) struct Worker<'a> {
     most: u64,
     /// Whether the arithmetic wants as many at once.
     whole: bool,
-    /// The random masks that the task in hand keeps.
-    masks: Option<Arc<KeptMasks>>,
+    /// What is known of the task in hand.
+    known: Arc<Known>,
 }
 
 impl<'a> Worker<'a> {
@@ -58,7 +57,7 @@ impl<'a> Worker<'a> {
             allowance,
             most: 0,
             whole,
-            masks: None,
+            known: Arc::default(),
         }
     }
 
@@ -69,9 +68,9 @@ impl<'a> Worker<'a> {
         pass: &Pass,
         unit: u64,
         blocks_a_unit: u64,
-        masks: Option<&Arc<KeptMasks>>,
+        known: &Arc<Known>,
     ) -> Result<Found> {
-        self.masks = masks.cloned();
+        self.known = Arc::clone(known);
         self.most = blocks_a_unit * BLOCK as u64;
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
@@ -88,7 +87,7 @@ impl<'a> Worker<'a> {
             }
             Pass::Identical => self.identical(task, blocks),
         };
-        self.masks = None;
+        self.known = Arc::default();
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
@@ -121,8 +120,8 @@ impl<'a> Worker<'a> {
         let frame = &task.frame;
         let reduces_rows = known.is_none() && !code.levels.is_empty();
         let inputs = if reduces_rows { &code.inputs } else { &code.program.inputs };
-        let masks = self.masks.clone();
-        let mut program = self.arithmetic.begin(frame, &code.program, masks.as_deref())?;
+        let task_known = Arc::clone(&self.known);
+        let mut program = self.arithmetic.begin(frame, &code.program, &task_known)?;
         // Vectors that were found by earlier passes.
         let found = match known {
             Some(known) => known.to_vec(),
@@ -149,7 +148,9 @@ impl<'a> Worker<'a> {
                 let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
                 self.control.add_read(bytes.iter().flatten().map(count).sum());
                 let reduced = reduces_rows
-                    .then(|| reduce_rows(&*self.arithmetic, frame, &read, &bytes, code))
+                    .then(|| {
+                        reduce_rows(&*self.arithmetic, frame, &task_known, &read, &bytes, code)
+                    })
                     .transpose()?;
                 let vectors = reduced.as_deref().unwrap_or(&found);
                 then(&mut *program, Step { elements, inputs: &bytes, vectors, column: 0 })?;
@@ -450,15 +451,15 @@ fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
 fn reduce_rows(
     arithmetic: &dyn Arithmetic,
     frame: &TensorFrame,
+    known: &Known,
     read: &Range<u64>,
     inputs: &[Option<InputBytes<'_>>],
     code: &Staged,
 ) -> Result<Vec<Scalar>> {
     code.vectors(Scope::Row, read.start / frame.row, |program, vectors| {
         let mut results = Results::of(program);
-        // Rows begin anywhere, so kept masks are of no use.
         let step = Step { elements: read.clone(), inputs, vectors, column: 0 };
-        arithmetic.begin(frame, program, None)?.run(&step, &mut results)?;
+        arithmetic.begin(frame, program, known)?.run(&step, &mut results)?;
         Ok(results.numbers)
     })
 }

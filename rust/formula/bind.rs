@@ -11,15 +11,14 @@ use std::sync::Arc;
 
 use super::unify::Unified;
 use super::{
-    Chosen, Computation, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode,
-    simplify_weighted_sum,
+    Computation, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode, simplify_weighted_sum,
 };
 
 /// Known results, by the address of what they are results of.
 #[derive(Debug, Default)]
 pub struct Bindings {
     reductions: HashMap<*const Reduction, Scalar>,
-    selections: HashMap<*const Selection, (Chosen, f64)>,
+    selections: HashMap<*const Selection, (usize, f64)>,
 }
 
 impl Bindings {
@@ -27,8 +26,9 @@ impl Bindings {
         self.reductions.insert(Arc::as_ptr(reduction), result);
     }
 
-    pub(crate) fn selection(&mut self, selection: &Arc<Selection>, chosen: Chosen, value: f64) {
-        self.selections.insert(Arc::as_ptr(selection), (chosen, value));
+    /// `which` of those of the task it is, and the smallest value that it keeps.
+    pub(crate) fn selection(&mut self, selection: &Arc<Selection>, which: usize, value: f64) {
+        self.selections.insert(Arc::as_ptr(selection), (which, value));
     }
 
     /// Several values with everything known put in; what they share stays shared.
@@ -100,14 +100,14 @@ impl<'a> Binder<'a> {
             }
             ValueNode::Keep(selection) => {
                 match self.known.selections.get(&Arc::as_ptr(selection)) {
-                    Some(&(chosen, _)) => {
-                        Value::new(ValueNode::Kept { value: self.value(&selection.value), chosen })
+                    Some(&(which, _)) => {
+                        Value::new(ValueNode::Kept { value: self.value(&selection.value), which })
                     }
                     None => Value::new(ValueNode::Keep(self.selection(selection))),
                 }
             }
-            ValueNode::Kept { value, chosen } => {
-                Value::new(ValueNode::Kept { value: self.value(value), chosen: *chosen })
+            ValueNode::Kept { value, which } => {
+                Value::new(ValueNode::Kept { value: self.value(value), which: *which })
             }
         }
     }

@@ -285,8 +285,8 @@ impl Emitter {
                 self.unknown("a selection".to_owned());
                 Operation::Fill { number: f64::NAN }
             }
-            ValueNode::Kept { value, chosen } => {
-                Operation::Kept { a: self.slot(value), chosen: *chosen }
+            ValueNode::Kept { value, which } => {
+                Operation::Kept { a: self.slot(value), which: *which }
             }
             ValueNode::Random { keep_below, stream } => {
                 Operation::Random { mask: (*stream, *keep_below) }

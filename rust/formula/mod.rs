@@ -96,10 +96,10 @@ pub(crate) enum ValueNode {
     },
     /// 1 where the element is among the kept, else 0.
     Keep(Arc<Selection>),
-    /// The same, after the selection was found.
+    /// The same, after the selection was found: `which` of those of the task it is.
     Kept {
         value: Value,
-        chosen: Chosen,
+        which: usize,
     },
     /// 1 where a draw of 32 bits is below the bound, else 0; independent for each stream and element.
     Random {
@@ -454,7 +454,7 @@ impl fmt::Debug for Value {
             ValueNode::Keep(selection) => {
                 write!(f, "Largest({:?} of {:?})", selection.count, selection.value)
             }
-            ValueNode::Kept { value, chosen } => write!(f, "Kept({value:?}, {chosen:?})"),
+            ValueNode::Kept { value, which } => write!(f, "Kept({value:?}, {which})"),
             ValueNode::Random { keep_below, stream } => {
                 write!(f, "Random({keep_below}, {stream})")
             }

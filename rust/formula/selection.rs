@@ -320,11 +320,12 @@ impl Search {
 
     /// The `nth` largest of the kept keys, and how many are larger; digit by digit.
     fn largest(&self, mut nth: u64) -> (u32, u64) {
-        const DIGIT: u32 = 11;
+        // Few, since most tensors are small, and their keys fewer than larger digits are.
+        const DIGIT: u32 = 8;
         let (mut prefix, mut before) = (0_u32, 0);
-        for shift in [2 * DIGIT, DIGIT, 0] {
+        for shift in [3 * DIGIT, 2 * DIGIT, DIGIT, 0] {
             let mut counts = [0_u64; 1 << DIGIT];
-            // 33 bits, so that the whole of a key can be shifted out.
+            // 64 bits, so that the whole of a key can be shifted out.
             let rest = |key: u32| u64::from(key) >> shift >> DIGIT;
             for &key in self.kept.iter().flat_map(|kept| &kept.keys) {
                 if rest(key) == u64::from(prefix) {
@@ -351,30 +352,40 @@ impl Search {
         all: u64,
         equals: impl Fn(&[u32], &InBlock) -> u32,
     ) -> Progress {
+        let low = self.interval.low;
+        (self.interval.low, self.interval.high) = (threshold, threshold);
+        let done = |equals_end| Progress::Done(Chosen { threshold, equals_end });
+        let kept = std::mem::take(&mut self.kept);
+        if wanted == all {
+            return done(u64::MAX);
+        }
         let mut counts = Vec::new();
-        for Kept { blocks, keys } in std::mem::take(&mut self.kept) {
+        for Kept { blocks, keys } in &kept {
             let mut keys = keys.as_slice();
             for block in blocks {
                 let between = if self.has_all_keys { block.between as usize } else { 0 };
                 let (own, rest) = keys.split_at(between);
-                counts.push((block.block, u64::from(equals(own, &block))));
+                counts.push((block.block, u64::from(equals(own, block)), own));
                 keys = rest;
             }
         }
-        (self.interval.low, self.interval.high) = (threshold, threshold);
-        let done = Progress::Done(Chosen { threshold, equals_end: u64::MAX });
-        if wanted == all {
-            return done;
-        }
         counts.sort_unstable();
         let mut nth = wanted;
-        for (block, count) in counts {
+        for (block, count, keys) in counts {
             if nth <= count {
+                let first = block * BLOCK as u64;
+                let elements = (self.wanted.elements - first).min(BLOCK as u64);
+                // Where none lies on an end, the keys of a block are those of its elements in order.
+                if keys.len() as u64 == elements {
+                    let equal = |(_, key): &(u64, &u32)| low + u64::from(**key) == threshold;
+                    let last = (first..).zip(keys).filter(equal).nth(nth as usize - 1);
+                    return done(last.map_or(u64::MAX, |(index, _)| index + 1));
+                }
                 return Progress::Locate(LastKept { block, nth });
             }
             nth -= count;
         }
-        done
+        done(u64::MAX)
     }
 
     /// The key that was found, when only an index is still looked for.

@@ -10,11 +10,18 @@ use super::{MaskName, Reduction, Scalar, ScalarNode, Scope, Selection, Value, Va
 pub(crate) struct Stage {
     pub(crate) reductions: Vec<Arc<Reduction>>,
     pub(crate) selections: Vec<Arc<Selection>>,
+    /// Whether it gives numbers, which become part of the formula. What a selection keeps does not.
+    pub(crate) gives_numbers: bool,
 }
 
 impl Stage {
     pub(crate) fn is_empty(&self) -> bool {
         self.reductions.is_empty() && self.selections.is_empty()
+    }
+
+    /// What its reductions run over; selections are of the tensor.
+    pub(crate) fn scope(&self) -> Option<Scope> {
+        self.reductions.first().map(|reduction| reduction.scope)
     }
 }
 
@@ -80,7 +87,10 @@ impl Dependencies {
         match &*scalar.0 {
             ScalarNode::Constant(_) | ScalarNode::Vector { .. } => {}
             ScalarNode::Reduction(reduction) => self.reduction(reduction),
-            ScalarNode::Threshold(selection) => self.selection(selection),
+            ScalarNode::Threshold(selection) => {
+                self.stage.gives_numbers = true;
+                self.selection(selection);
+            }
             ScalarNode::Computed { of, .. } => {
                 if self.is_new(of) {
                     of.arguments.iter().for_each(|argument| self.scalar(argument));
@@ -93,6 +103,7 @@ impl Dependencies {
         if self.is_new(reduction) {
             self.value(&reduction.left);
             reduction.right.iter().for_each(|right| self.value(right));
+            self.stage.gives_numbers = true;
             self.stage.reductions.push(Arc::clone(reduction));
         }
     }
@@ -139,7 +150,7 @@ pub(crate) fn next_stage(values: &[Value], scope: Scope, stored_rows: bool) -> S
         waits.selections.is_empty() && !waits.reductions.iter().any(|r| needs_pass(r.scope))
     };
     let all = unknown(values);
-    let mut stage = Stage::default();
+    let mut stage = Stage { gives_numbers: all.gives_numbers, ..Stage::default() };
     for reduction in all.reductions {
         if reduction.scope == scope && is_ready(&operands(&reduction)) {
             stage.reductions.push(reduction);

@@ -62,13 +62,13 @@ struct Entered {
 /// The stages of tasks of one kind. As long as no numbers were found they are the same for all of
 /// them, so that formulas are bound and compiled for the first one only.
 #[derive(Default)]
-pub(crate) struct Way(Vec<Entered>);
+pub(crate) struct Stages(Vec<Entered>);
 
 /// A task that has begun.
 pub(crate) struct Active<'a> {
     pub(crate) task: Arc<Task>,
-    /// The way that others of its kind went, as long as it goes the same.
-    way: Option<&'a mut Way>,
+    /// The stages of others of its kind, as long as they are its own.
+    others: Option<&'a mut Stages>,
     /// How many stages it has entered.
     stages: usize,
     /// What to compute, with everything put in that finished passes found; nothing for a copy.
@@ -98,15 +98,15 @@ pub(crate) struct Active<'a> {
 
 impl<'a> Active<'a> {
     /// Begins `task`; with `sweep`, only its model-wide reductions. Nothing if there is nothing to
-    /// do. `fuses` says whether the backend has kernels for what is fused. `way` is that of tasks of
-    /// the same kind, blocks and room.
+    /// do. `fuses` says whether the backend has kernels for what is fused. `others` are tasks of
+    /// the same kind, with as many blocks and as much room.
     pub(crate) fn begin(
         task: Arc<Task>,
         blocks_a_unit: u64,
         sweep: bool,
         fuses: bool,
         room: Room,
-        way: Option<&'a mut Way>,
+        others: Option<&'a mut Stages>,
     ) -> Result<Option<Self>> {
         let values = task.work.values().to_vec();
         let elements = task.frame.elements;
@@ -116,7 +116,7 @@ impl<'a> Active<'a> {
         let known = Known { chosen: Vec::new(), masks: masks.map(Arc::new) };
         let mut active = Self {
             task,
-            way,
+            others,
             stages: 0,
             values,
             setting,
@@ -180,16 +180,16 @@ impl<'a> Active<'a> {
         if self.follows_others() {
             return Ok(true);
         }
-        let (way, before) = (self.way.take(), self.stages);
+        let (others, before) = (self.others.take(), self.stages);
         let goes_on = self.find_stage()?;
         // A stage in which there is nothing to look for is over by now, and has no pass to follow.
         if self.stages == before
-            && let Some(way) = way
+            && let Some(others) = others
         {
             let (values, stage) = (self.values.clone(), self.stage.clone());
             let (pass, units) = (Arc::clone(&self.pass), self.units);
-            way.0.push(Entered { values, stage, pass, units });
-            self.way = Some(way);
+            others.0.push(Entered { values, stage, pass, units });
+            self.others = Some(others);
         }
         self.stages += 1;
         Ok(goes_on)
@@ -197,7 +197,8 @@ impl<'a> Active<'a> {
 
     /// Enters the next stage as others of its kind did, if some did.
     fn follows_others(&mut self) -> bool {
-        let entered = self.way.as_ref().and_then(|Way(stages)| stages.get(self.stages).cloned());
+        let others = self.others.as_ref();
+        let entered = others.and_then(|Stages(others)| others.get(self.stages).cloned());
         let Some(Entered { values, stage, pass, units }) = entered else { return false };
         self.values = values;
         self.prepare(stage);
@@ -389,7 +390,7 @@ impl<'a> Active<'a> {
         let first = known.chosen.len();
         known.chosen.extend(chosen);
         if gives_numbers {
-            self.way = None;
+            self.others = None;
         } else if self.follows_others() {
             return Ok(true);
         }

@@ -71,14 +71,19 @@ pub(crate) struct Results<'a> {
 }
 
 impl Results<'_> {
-    /// Nothing found yet by `program`, which reduces segments.
+    /// Nothing found yet by `program`, which reduces segments and has no searches.
     pub(crate) fn of(program: &Program) -> Self {
         Self {
-            outputs: Vec::new(),
             numbers: vec![Vec::new(); program.kinds.len()],
-            counts: program.searches.iter().map(Counted::new).collect(),
             keys: vec![Vec::new(); program.samples],
+            ..Self::default()
         }
+    }
+
+    /// Nothing found yet by `program`, which reduces and searches a unit of `elements`.
+    pub(crate) fn of_unit(program: &Program, elements: u64) -> Self {
+        let counted = |interval| Counted::new(interval, elements);
+        Self { counts: program.searches.iter().map(counted).collect(), ..Self::of(program) }
     }
 
     /// Nothing found yet by `program`, which reduces `columns` columns.

@@ -36,7 +36,7 @@ use std::time::Instant;
 #[cfg(feature = "python")]
 pub(crate) use merge::{merge, predict};
 
-use active::{Active, Room, Way};
+use active::{Active, Room, Stages};
 use backend::Backend;
 use control::Control;
 use memory::{MemoryPlan, tasks_under_way};
@@ -83,7 +83,7 @@ pub struct Report {
 }
 
 /// How many kinds of small neighbours are remembered by who does them: few are of many kinds.
-const MOST_WAYS: usize = 32;
+const MOST_KINDS: usize = 32;
 
 /// How many of them write at once, where others have something to prepare.
 fn most_writing(workers: usize) -> usize {
@@ -119,7 +119,7 @@ pub(crate) fn run_planned(
 ) -> Result<Report> {
     let started = Instant::now();
     let mut model = None;
-    if tasks.needs_sweep()? {
+    if tasks.needs_sweep() {
         let found = run_all(backend, tasks, settings, &memory, control, Goal::Sweep)?;
         model = Some(ModelResults::fold(tasks, &found)?);
     }
@@ -440,19 +440,19 @@ impl Schedule<'_> {
         // always counts, so there it keeps none.
         let fuses = self.backend.offload().is_none();
         let left = if fuses { self.memory.group_bytes / 2 } else { 0 };
-        let mut ways = HashMap::new();
+        let mut kinds = HashMap::new();
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
             if index == tasks.start {
                 self.control.begin_tensor(&task.frame.name);
             }
-            if ways.len() == MOST_WAYS {
-                ways.clear();
+            if kinds.len() == MOST_KINDS {
+                kinds.clear();
             }
-            let way = ways.entry(self.tasks.kind(index));
-            let (room, way) = way.or_insert_with(|| (Room::of(&task, left), Way::default()));
-            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, *room, Some(way));
+            let kind = kinds.entry(self.tasks.kind(index));
+            let (room, others) = kind.or_insert_with(|| (Room::of(&task, left), Stages::default()));
+            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, *room, Some(others));
             let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {
                 return Err(Error::internal("a small tensor has nothing to do"));
             };

@@ -234,7 +234,7 @@ pub(crate) trait Tasks: Sync {
     fn reads_once(&self, index: usize) -> bool;
 
     /// Whether something has to be reduced over the whole model first.
-    fn needs_sweep(&self) -> Result<bool>;
+    fn needs_sweep(&self) -> bool;
 
     /// How many tasks from `index` on are so small, and lie so close, that a worker does them in one
     /// go, when it may hold `bytes` of them.
@@ -272,7 +272,7 @@ impl Tasks for Vec<Task> {
         self[index].reads_once
     }
 
-    fn needs_sweep(&self) -> Result<bool> {
-        Ok(self.iter().any(Task::needs_sweep))
+    fn needs_sweep(&self) -> bool {
+        self.iter().any(Task::needs_sweep)
     }
 }

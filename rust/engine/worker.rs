@@ -212,12 +212,9 @@ impl<'a> Worker<'a> {
 
     fn reduce(&mut self, task: &Task, blocks: Range<u64>, code: &Staged) -> Result<Found> {
         let elements = task.elements_of(blocks.clone());
-        let unit = elements.end - elements.start;
-        let mut results = Results::of(&code.program);
+        let mut results = Results::of_unit(&code.program, elements.end - elements.start);
         self.in_steps(task, [elements], code, None, |program, step| {
-            program.run(&step, &mut results)?;
-            results.counts.iter_mut().for_each(|counted| counted.bound(unit));
-            Ok(())
+            program.run(&step, &mut results)
         })?;
         let Results { numbers: sums, mut counts, .. } = results;
         counts.iter_mut().for_each(Counted::shrink);

@@ -71,9 +71,14 @@ fn most_in_a_unit(elements: u64) -> u64 {
     (elements / 8).max(BLOCK as u64).min(elements)
 }
 
-/// Bytes of the keys of a search that a unit of `elements` may keep.
+/// The same for a moment: a block is looked at whole before keys that are too many go.
+fn most_at_once(elements: u64) -> u64 {
+    (most_in_a_unit(elements) + BLOCK as u64).min(elements)
+}
+
+/// Bytes of the keys of a search that a unit of `elements` may have.
 pub(crate) fn unit_bytes(elements: u64) -> u64 {
-    KEY_BYTES * most_in_a_unit(elements)
+    KEY_BYTES * most_at_once(elements)
 }
 
 /// A closed interval of order keys, and what to find out about the elements in it.
@@ -155,6 +160,8 @@ pub(crate) struct Counted {
     pub(crate) bins: Vec<u32>,
     kept: Kept,
     has_all_keys: bool,
+    /// How many keys may be kept.
+    most: usize,
 }
 
 /// What a finished pass says.
@@ -327,11 +334,9 @@ impl Search {
             let mut counts = [0_u64; 1 << DIGIT];
             // 64 bits, so that the whole of a key can be shifted out.
             let rest = |key: u32| u64::from(key) >> shift >> DIGIT;
-            for &key in self.kept.iter().flat_map(|kept| &kept.keys) {
-                if rest(key) == u64::from(prefix) {
-                    counts[(key >> shift) as usize % counts.len()] += 1;
-                }
-            }
+            let alike = self.kept.iter().flat_map(|kept| &kept.keys);
+            let alike = alike.filter(|&&key| rest(key) == u64::from(prefix));
+            alike.for_each(|key| counts[(key >> shift) as usize % (1 << DIGIT)] += 1);
             let mut digit = counts.len() - 1;
             while nth > counts[digit] {
                 nth -= counts[digit];
@@ -442,20 +447,26 @@ fn spread(sample: &[u64], middle: u64) -> f64 {
 }
 
 impl Counted {
-    pub(crate) fn new(interval: &Interval) -> Self {
-        let bins = match interval.look {
-            Look::Bins(bins) => bins,
-            Look::Keys => 0,
+    /// Nothing counted yet of a unit of `elements`.
+    pub(crate) fn new(interval: &Interval, elements: u64) -> Self {
+        let (bins, room) = match interval.look {
+            Look::Bins(bins) => (bins, 0),
+            Look::Keys if interval.low == interval.high => (0, 0),
+            Look::Keys => (0, most_at_once(elements)),
         };
-        Self { above: 0, bins: vec![0; bins], kept: Kept::default(), has_all_keys: true }
+        let kept = Kept { blocks: Vec::new(), keys: Vec::with_capacity(room as usize) };
+        let most = most_in_a_unit(elements) as usize;
+        Self { above: 0, bins: vec![0; bins], kept, has_all_keys: true, most }
     }
 
-    /// Takes what a part of `block` has; `collect` adds the keys between the ends.
+    /// Takes what a part of `block` has; `collect` adds the keys between the ends. If they are more
+    /// than a unit may keep, none are kept.
     pub(crate) fn count(&mut self, block: u64, collect: impl FnOnce(&mut Vec<u32>) -> Ends) {
         let Kept { blocks, keys } = &mut self.kept;
         let before = keys.len();
         let ends = collect(keys);
         let between = (keys.len() - before) as u32;
+        self.has_all_keys &= keys.len() <= self.most;
         self.above += ends.above;
         let (high, low) = (ends.high as u32, ends.low as u32);
         match blocks.last_mut() {
@@ -468,14 +479,6 @@ impl Counted {
         }
         if !self.has_all_keys {
             keys.clear();
-        }
-    }
-
-    /// Lets go of the keys of a unit of `elements` if they are more than a unit may keep.
-    pub(crate) fn bound(&mut self, elements: u64) {
-        if self.kept.keys.len() as u64 > most_in_a_unit(elements) {
-            self.has_all_keys = false;
-            self.kept.keys = Vec::new();
         }
     }
 

@@ -23,6 +23,39 @@ use crate::kernels::BLOCK;
 /// Elements of a tensor that may be asked for all at once.
 const PREFETCHED_WHOLE: u64 = 32 << 20;
 
+/// A program, and where it gets its vectors.
+#[derive(Clone, Copy)]
+struct Code<'a> {
+    program: &'a Program,
+    /// The inputs that are read for both.
+    inputs: &'a [usize],
+    vectors: Vectors<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Vectors<'a> {
+    Known(&'a [Scalar]),
+    /// Whole rows are read at each step, and reduced first.
+    OfRows(&'a Staged),
+}
+
+impl<'a> Code<'a> {
+    fn known(program: &'a Program, vectors: &'a [Scalar]) -> Self {
+        Self { program, inputs: &program.inputs, vectors: Vectors::Known(vectors) }
+    }
+}
+
+impl<'a> From<&'a Staged> for Code<'a> {
+    fn from(code: &'a Staged) -> Self {
+        let Staged { program, inputs, levels } = code;
+        if levels.is_empty() {
+            Self::known(program, &program.vectors)
+        } else {
+            Self { program, inputs, vectors: Vectors::OfRows(code) }
+        }
+    }
+}
+
 /// One thread's buffers.
 pub(crate) struct Worker<'a> {
     arithmetic: Box<dyn Arithmetic + 'a>,
@@ -83,7 +116,7 @@ impl<'a> Worker<'a> {
             Pass::Bands(code) => self.band(task, unit, code),
             Pass::Combine(code) => {
                 let unit = task.elements_of(blocks);
-                self.combine(task, unit, code, None).map(|()| Found::Nothing)
+                self.combine(task, unit, code.into()).map(|()| Found::Nothing)
             }
             Pass::Identical => self.identical(task, blocks),
         };
@@ -93,18 +126,14 @@ impl<'a> Worker<'a> {
 
     /// Runs `code` over the elements of `parts`, in steps: reads the inputs of a step, hands it to
     /// `then` with the program that can run it, and releases the inputs.
-    ///
-    /// Where the program needs numbers by row, whole rows are read and reduced first; `known` are
-    /// its vectors where they are known.
-    fn in_steps(
+    fn in_steps<'b>(
         &mut self,
         task: &Task,
         parts: impl IntoIterator<Item = Range<u64>>,
-        code: &Staged,
-        known: Option<&[Scalar]>,
+        code: impl Into<Code<'b>>,
         then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.in_steps_and(task, parts, code, known, then, || Ok(()))
+        self.in_steps_and(task, parts, code.into(), then, || Ok(()))
     }
 
     /// The same; `after` is called when the inputs of a step are not in use any more.
@@ -112,22 +141,13 @@ impl<'a> Worker<'a> {
         &mut self,
         task: &Task,
         parts: impl IntoIterator<Item = Range<u64>>,
-        code: &Staged,
-        known: Option<&[Scalar]>,
+        Code { program, inputs, vectors }: Code<'_>,
         mut then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
         mut after: impl FnMut() -> Result<()>,
     ) -> Result<()> {
         let frame = &task.frame;
-        let reduces_rows = known.is_none() && !code.levels.is_empty();
-        let inputs = if reduces_rows { &code.inputs } else { &code.program.inputs };
-        let task_known = Arc::clone(&self.known);
-        let mut program = self.arithmetic.begin(frame, &code.program, &task_known)?;
-        // Vectors that were found by earlier passes.
-        let found = match known {
-            Some(known) => known.to_vec(),
-            None if reduces_rows => Vec::new(),
-            None => code.program.vectors.clone(),
-        };
+        let known = Arc::clone(&self.known);
+        let mut program = self.arithmetic.begin(frame, program, &known)?;
         for part in parts {
             let far = inputs.iter().any(|&index| task.sources[index].is_far(part.clone()));
             let once = far && task.reads_once;
@@ -141,18 +161,23 @@ impl<'a> Worker<'a> {
             }
             for elements in steps(part, at_once) {
                 self.control.check()?;
-                let read =
-                    if reduces_rows { frame.whole_rows(&elements) } else { elements.clone() };
+                let read = match vectors {
+                    Vectors::OfRows(_) => frame.whole_rows(&elements),
+                    Vectors::Known(_) => elements.clone(),
+                };
                 self.make_room(task, inputs, read.end - read.start, once);
                 let bytes = read_inputs(task, inputs, &read, &mut self.scratch, once)?;
                 let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
                 self.control.add_read(bytes.iter().flatten().map(count).sum());
-                let reduced = reduces_rows
-                    .then(|| {
-                        reduce_rows(&*self.arithmetic, frame, &task_known, &read, &bytes, code)
-                    })
-                    .transpose()?;
-                let vectors = reduced.as_deref().unwrap_or(&found);
+                let reduced;
+                let vectors = match vectors {
+                    Vectors::Known(vectors) => vectors,
+                    Vectors::OfRows(code) => {
+                        reduced =
+                            reduce_rows(&*self.arithmetic, frame, &known, &read, &bytes, code)?;
+                        &reduced
+                    }
+                };
                 then(&mut *program, Step { elements, inputs: &bytes, vectors, column: 0 })?;
                 drop(bytes);
                 after()?;
@@ -205,7 +230,7 @@ impl<'a> Worker<'a> {
                 parts.clone().for_each(|part| source.prefetch(part));
             }
         }
-        self.in_steps(task, parts, code, None, |program, step| program.run(&step, &mut results))?;
+        self.in_steps(task, parts, code, |program, step| program.run(&step, &mut results))?;
         let guesses = wanted.iter().zip(&results.keys).map(|(wanted, keys)| wanted.guess(keys));
         Ok(Found::Guesses(guesses.collect()))
     }
@@ -213,9 +238,7 @@ impl<'a> Worker<'a> {
     fn reduce(&mut self, task: &Task, blocks: Range<u64>, code: &Staged) -> Result<Found> {
         let elements = task.elements_of(blocks.clone());
         let mut results = Results::of_unit(&code.program, elements.end - elements.start);
-        self.in_steps(task, [elements], code, None, |program, step| {
-            program.run(&step, &mut results)
-        })?;
+        self.in_steps(task, [elements], code, |program, step| program.run(&step, &mut results))?;
         let Results { numbers: sums, mut counts, .. } = results;
         counts.iter_mut().for_each(Counted::shrink);
         Ok(Found::Blocks { first: blocks.start, sums, counts })
@@ -225,9 +248,7 @@ impl<'a> Worker<'a> {
         let elements = task.elements_of(last.block..last.block + 1);
         let first = elements.start;
         let mut results = Results::of(&code.program);
-        self.in_steps(task, [elements], code, None, |program, step| {
-            program.run(&step, &mut results)
-        })?;
+        self.in_steps(task, [elements], code, |program, step| program.run(&step, &mut results))?;
         let mut equals = (first..).zip(&results.keys[0]).filter(|(_, found)| **found == key);
         let found = equals.nth(last.nth as usize - 1);
         found.map(|(index, _)| Found::Index(index)).ok_or_else(|| {
@@ -241,7 +262,7 @@ impl<'a> Worker<'a> {
         let start = row * task.frame.row;
         let mut results = Results::of(&code.program);
         let row = std::iter::once(start..start + task.frame.row);
-        self.in_steps(task, row, code, None, |program, step| program.run(&step, &mut results))?;
+        self.in_steps(task, row, code, |program, step| program.run(&step, &mut results))?;
         let blocks = code.program.kinds.iter().zip(&mut results.numbers);
         Ok(Found::Row(blocks.map(|(&kind, blocks)| fold(kind, blocks)).collect()))
     }
@@ -252,7 +273,7 @@ impl<'a> Worker<'a> {
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
         let mut results = Results::of_columns(&code.program, line);
         let rows = std::iter::once(unit * COLUMN_BLOCK * line..end);
-        self.in_steps(task, rows, code, None, |program, step| {
+        self.in_steps(task, rows, code, |program, step| {
             let column = step.elements.start % line;
             program.run(&Step { column, ..step }, &mut results)
         })?;
@@ -267,8 +288,8 @@ impl<'a> Worker<'a> {
         let rows = rows.map(|row| row + columns.start..row + columns.end);
         let reduce = |program: &Program, vectors: &[Scalar]| {
             let mut results = Results::of_columns(program, columns.end - columns.start);
-            let level = Staged::of(program.clone());
-            self.in_steps(task, rows.clone(), &level, Some(vectors), |program, step| {
+            let code = Code::known(program, vectors);
+            self.in_steps(task, rows.clone(), code, |program, step| {
                 let column = (step.elements.start - columns.start) % line;
                 program.run(&Step { column, ..step }, &mut results)
             })?;
@@ -276,27 +297,21 @@ impl<'a> Worker<'a> {
         };
         let vectors = code.vectors(Scope::Column, columns.start, reduce)?;
         for row in rows {
-            self.combine(task, row, code, Some(&vectors))?;
+            self.combine(task, row, Code::known(&code.program, &vectors))?;
         }
         Ok(Found::Nothing)
     }
 
-    fn combine(
-        &mut self,
-        task: &Task,
-        unit: Range<u64>,
-        code: &Staged,
-        known: Option<&[Scalar]>,
-    ) -> Result<()> {
+    fn combine(&mut self, task: &Task, unit: Range<u64>, code: Code<'_>) -> Result<()> {
         if !task.sinks.iter().all(|sink| sink.is_apart()) {
-            return self.replace(task, unit, code, known);
+            return self.replace(task, unit, code);
         }
         let mut outs = std::mem::take(&mut self.outs);
         let mut places = Places::of(task, &mut outs, &unit)?;
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
-        let computed = self.in_steps(task, [unit.clone()], code, known, |program, step| {
+        let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
             let part = |(sink, bytes): (&Arc<dyn Sink>, _)| {
                 let size = sink.dtype().size();
                 let at = |index: u64| (index - unit.start) as usize * size;
@@ -306,7 +321,7 @@ impl<'a> Worker<'a> {
             let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
             let mut results =
                 Results { outputs: outputs.map(part).collect(), ..Results::default() };
-            store(program, &code.program, &step, &mut results)
+            store(program, code.program, &step, &mut results)
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
@@ -315,13 +330,7 @@ impl<'a> Worker<'a> {
 
     /// The same where outputs are inputs: a few elements at a time are computed apart, and put where
     /// they belong when their inputs are not in use any more.
-    fn replace(
-        &mut self,
-        task: &Task,
-        unit: Range<u64>,
-        code: &Staged,
-        known: Option<&[Scalar]>,
-    ) -> Result<()> {
+    fn replace(&mut self, task: &Task, unit: Range<u64>, code: Code<'_>) -> Result<()> {
         self.most = self.most.min(GRAIN as u64);
         let apart = RefCell::new((unit.start..unit.start, vec![Vec::new(); task.sinks.len()]));
         let compute = |program: &mut dyn Run, step: Step<'_>| {
@@ -334,7 +343,7 @@ impl<'a> Worker<'a> {
             task.sinks.iter().zip(&mut *buffers).for_each(part);
             let outputs = buffers.iter_mut().map(Vec::as_mut_slice).collect();
             let mut results = Results { outputs, ..Results::default() };
-            store(program, &code.program, &step, &mut results)
+            store(program, code.program, &step, &mut results)
         };
         let control = self.control;
         let put = || {
@@ -347,7 +356,7 @@ impl<'a> Worker<'a> {
             }
             Ok(())
         };
-        self.in_steps_and(task, [unit], code, known, compute, put)
+        self.in_steps_and(task, [unit], code, compute, put)
     }
 
     /// Copies what all sources agree on.

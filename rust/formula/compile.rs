@@ -86,12 +86,6 @@ pub(crate) struct Staged {
 }
 
 impl Staged {
-    /// A program whose vectors are known.
-    pub(crate) fn of(program: Program) -> Self {
-        let inputs = program.inputs.clone();
-        Self { levels: Vec::new(), program, inputs }
-    }
-
     /// Compiles effects that may need numbers by row.
     pub(crate) fn by_row(
         purposes: &[Purpose],

@@ -82,8 +82,9 @@ pub struct Report {
     pub level: Level,
 }
 
-/// How many kinds of small neighbours are remembered by who does them: few are of many kinds.
-const MOST_KINDS: usize = 32;
+/// Of how many kinds of small neighbours a worker remembers the passes: a layer has few kinds, and
+/// this memory is not in the plan but in what is allowed for each worker.
+const MOST_KINDS: usize = 8;
 
 /// How many of them write at once, where others have something to prepare.
 fn most_writing(workers: usize) -> usize {

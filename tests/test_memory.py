@@ -14,7 +14,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import oxmerge
 import pytest
+from oxmerge.demo import make_demo
 from writers import (
     evict,
     random_arrays,
@@ -349,6 +351,45 @@ def test_many_small_tensors(work: Path, many: Path, method: str) -> None:
     report = report_of(merge(recipe, memory=256 * MIB, threads=8))
     assert report["tensors"] == int((many / "tensors").read_text())
     assert report["threads"] == 8
+    check(report)
+
+
+def only_shards(plan: Path, wanted: list[int]) -> Path:
+    """Write the part of a saved plan that makes these shards, which is a plan too."""
+    saved = json.loads(plan.read_text())
+    table = saved["table"]
+    number = {shard: place for place, shard in enumerate(wanted)}
+    table["shards"] = [table["shards"][shard] for shard in wanted]
+    rows = (row for row in table["tensors"] if row[3] in number)
+    table["tensors"] = [[*row[:3], number[row[3]], *row[4:]] for row in rows]
+    part = plan.with_name("part.json")
+    part.write_text(json.dumps(saved))
+    return part
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_some_shards_of_671_billion_parameters(work: Path, method: str) -> None:
+    """Three models of the layout and the real sizes of DeepSeek-V3, in sparse files."""
+    models = make_demo(work / "models", "experts-671b", spreads=(1e-4, 1e-4)).models
+    each = {"weight": 0.5} if method == "linear" else {"weight": 0.5, "density": 0.5}
+    base, *others = models
+    recipe = write_recipe(
+        work / "r.yml",
+        method,
+        others if method == "ties" else models,
+        base=base if method == "ties" else None,
+        each=each,
+    )
+    plan = oxmerge.plan(recipe, shard_size=64 * MIB)
+    assert len(plan.table) == 45_395
+    assert sum(size for _, size in plan.shards) > 2 * 671_000_000_000
+    plan.save(work / "plan.json")
+    wanted = list(range(100, len(plan.shards), 2_000))
+    part = only_shards(work / "plan.json", wanted)
+    report = report_of(merge(part, memory=256 * MIB, threads=8))
+    assert report["threads"] == 8
+    names = {path.name for path in (work / "out").glob("*.safetensors")}
+    assert names == {plan.shards[shard][0] for shard in wanted}
     check(report)
 
 

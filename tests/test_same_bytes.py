@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import oxmerge
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +14,14 @@ from oxmerge import _core
 from oxmerge.errors import MemoryBudgetError
 from oxmerge.planning.planner import build_plan
 from oxmerge.recipe.recipe import Recipe
-from writers import directory_bytes, evict, write_recipe
+from writers import (
+    directory_bytes,
+    evict,
+    random_arrays,
+    tuned,
+    write_model,
+    write_recipe,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,6 +205,44 @@ def test_inputs_on_the_disk_give_the_same(
     plan, expected = case
     evict(family)
     assert shards_of(plan, tmp_path / "out")[0] == expected
+
+
+@pytest.fixture(scope="module")
+def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small tensors of few kinds and all sorts: random, equal in all models, constant, NaN."""
+    folder = tmp_path_factory.mktemp("neighbours")
+    shapes = {f"{number:02}": [(8, 16), (5,), (64, 33)][number % 3] for number in range(36)}
+    base = random_arrays(shapes, seed=0)
+    for seed, name in enumerate(["base", *"abc"]):
+        tensors = tuned(base, seed, 1e-3 * seed)
+        for number, values in enumerate(tensors.values()):
+            if number % 12 in (3, 4):
+                values[...] = base[f"{number:02}"]
+            elif number % 12 == 7:
+                values[...] = number + seed
+            elif number % 12 == 9:
+                values.flat[:: 3 + seed] = np.nan
+        write_model(folder / name, tensors, "BF16")
+    return folder
+
+
+#: Not those of sums over the model, which make every tensor by itself.
+ALONE = [name for name in METHODS if name not in {"metagpt", "nan"}]
+
+
+@pytest.mark.parametrize("name", [*ALONE, "ties, nothing kept"])
+def test_small_neighbours_are_made_as_each_alone(
+    tmp_path: Path, neighbours: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    nothing = {**METHODS["ties_0.5"], "each": {"density": 0.0}}
+    monkeypatch.setitem(METHODS, "ties, nothing kept", nothing)
+    recipe = recipe_of(tmp_path, neighbours, name)
+    oxmerge.merge(recipe, tmp_path / "out", threads=2)
+    alone = oxmerge.lazy(recipe)
+    with oxmerge.open(tmp_path / "out") as together:
+        assert set(together) == set(alone)
+        for each in together:
+            assert together[each][...].tobytes() == alone[each][...].tobytes(), each
 
 
 @pytest.mark.parametrize("name", ["linear", "ties_0.5", "dare_ties", "nuslerp_columns"])

@@ -8,12 +8,12 @@ use super::task::{Task, Work};
 use crate::error::Result;
 use crate::formula::bind::Bindings;
 use crate::formula::compile::{Purpose, Staged};
-use crate::formula::machine::BAND;
+use crate::formula::machine::{BAND, Known};
 use crate::formula::masks::{self, KeptMasks, Marks};
 use crate::formula::program::{Along, Setting};
 use crate::formula::selection::{self, Counted, Guess, LastKept, Progress, Search, value_of_key};
 use crate::formula::stage::{self, Stage};
-use crate::formula::{Chosen, Ranking, Reduction, Scalar, Scope, Selection, Value, ValueNode};
+use crate::formula::{Among, Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
 use crate::kernels::{BLOCK, Real};
 
 struct Searching {
@@ -53,9 +53,27 @@ impl Room {
     }
 }
 
+/// A stage that a task entered: its formula then, what is to be found, and the first pass.
+#[derive(Clone)]
+struct Entered {
+    values: Vec<Value>,
+    stage: Stage,
+    pass: Arc<Pass>,
+    units: u64,
+}
+
+/// The stages of tasks of one kind. As long as no numbers were found they are the same for all of
+/// them, so that formulas are bound and compiled for the first one only.
+#[derive(Default)]
+pub(crate) struct Stages(Vec<Entered>);
+
 /// A task that has begun.
-pub(crate) struct Active {
+pub(crate) struct Active<'a> {
     pub(crate) task: Arc<Task>,
+    /// The stages of others of its kind, as long as they are its own.
+    others: Option<&'a mut Stages>,
+    /// How many stages it has entered.
+    stages: usize,
     /// What to compute, with everything put in that finished passes found; nothing for a copy.
     values: Vec<Value>,
     setting: Setting,
@@ -67,39 +85,42 @@ pub(crate) struct Active {
     pub(crate) finished: u64,
     /// Blocks a unit of a pass over the tensor has.
     pub(crate) blocks_a_unit: u64,
-    /// The reductions of the stage it is in, and whether a pass has summed them.
-    reductions: Vec<Arc<Reduction>>,
+    /// The stage it is in, and whether a pass has summed its reductions.
+    stage: Stage,
     summed: bool,
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
-    /// What the pass it is in ranks for later ones.
-    marked: Vec<Marked>,
-    /// The random masks that are kept between its passes.
-    pub(crate) masks: Option<Arc<KeptMasks>>,
+    /// What was found for later passes, and random masks.
+    pub(crate) known: Arc<Known>,
     /// What masks and searches may take.
     pub(crate) room: Room,
     /// The numbers it looked for: of a sweep, in the order of the formula's model-wide reductions.
     pub(crate) numbers: Vec<f64>,
 }
 
-impl Active {
+impl<'a> Active<'a> {
     /// Begins `task`; with `sweep`, only its model-wide reductions. Nothing if there is nothing to
-    /// do. `fuses` says whether the backend has kernels for what is fused.
+    /// do. `fuses` says whether the backend has kernels for what is fused. `others` are tasks of
+    /// the same kind, with as many blocks and as much room.
     pub(crate) fn begin(
         task: Arc<Task>,
         blocks_a_unit: u64,
         sweep: bool,
         fuses: bool,
         room: Room,
+        others: Option<&'a mut Stages>,
     ) -> Result<Option<Self>> {
         let values = task.work.values().to_vec();
         let elements = task.frame.elements;
         let masks = (room.masks > 0).then(|| KeptMasks::new(&values, elements)).flatten();
         let inputs = task.sources.iter().map(|source| source.dtype()).collect();
         let setting = Setting { inputs, double: task.double, fuses };
+        let known = Known { masks: masks.map(Arc::new), ..Known::default() };
         let mut active = Self {
             task,
+            others,
+            stages: 0,
             values,
             setting,
             sweep,
@@ -108,21 +129,20 @@ impl Active {
             issued: 0,
             finished: 0,
             blocks_a_unit,
-            reductions: Vec::new(),
+            stage: Stage::default(),
             summed: false,
             results: Vec::new(),
             columns: Vec::new(),
             searching: Vec::new(),
-            marked: Vec::new(),
-            masks: masks.map(Arc::new),
+            known: Arc::new(known),
             room,
             numbers: Vec::new(),
         };
-        Ok(active.next_pass()?.then_some(active))
+        Ok(active.next_stage()?.then_some(active))
     }
 
-    fn enter(&mut self, pass: Pass, units: u64) -> bool {
-        self.pass = Arc::new(pass);
+    fn enter(&mut self, pass: impl Into<Arc<Pass>>, units: u64) -> bool {
+        self.pass = pass.into();
         (self.units, self.issued, self.finished) = (units, 0, 0);
         true
     }
@@ -158,8 +178,40 @@ impl Active {
         self.task.blocks().div_ceil(self.blocks_a_unit)
     }
 
-    /// Enters the pass that comes next; false if there is none.
-    fn next_pass(&mut self) -> Result<bool> {
+    /// Enters the stage that comes next; false if there is none.
+    fn next_stage(&mut self) -> Result<bool> {
+        if self.follows_others()? {
+            return Ok(true);
+        }
+        let (others, before) = (self.others.take(), self.stages);
+        let goes_on = self.find_stage()?;
+        // A stage in which there is nothing to look for is over by now, and has no pass to follow.
+        if self.stages == before
+            && let Some(others) = others
+        {
+            let (values, stage) = (self.values.clone(), self.stage.clone());
+            let (pass, units) = (Arc::clone(&self.pass), self.units);
+            others.0.push(Entered { values, stage, pass, units });
+            self.others = Some(others);
+        }
+        self.stages += 1;
+        Ok(goes_on)
+    }
+
+    /// Enters the next stage as others of its kind did, if some did.
+    fn follows_others(&mut self) -> Result<bool> {
+        let others = self.others.as_ref();
+        let entered = others.and_then(|Stages(others)| others.get(self.stages).cloned());
+        let Some(Entered { values, stage, pass, units }) = entered else { return Ok(false) };
+        self.values = values;
+        self.prepare(stage)?;
+        self.summed = matches!(*pass, Pass::Reduce { .. });
+        self.stages += 1;
+        Ok(self.enter(pass, units))
+    }
+
+    /// Finds the next stage of the formula, and compiles its first pass.
+    fn find_stage(&mut self) -> Result<bool> {
         if matches!(self.task.work, Work::Identical) {
             return Ok(!self.sweep && self.enter(Pass::Identical, self.units_of_blocks()));
         }
@@ -187,9 +239,9 @@ impl Active {
                 return self.begin_stage(stage);
             }
         }
-        let rankings = stage::next_rankings(&self.values, &self.task.frame);
-        if !rankings.is_empty() {
-            return self.enter_rank(rankings);
+        let stage = stage::next_rankings(&self.values, &self.task.frame);
+        if !stage.is_empty() {
+            return self.begin_stage(stage);
         }
         if matches!(self.task.work, Work::Numbers(_)) {
             self.numbers = self.values.iter().map(number).collect();
@@ -199,54 +251,72 @@ impl Active {
         Ok(self.enter(Pass::Combine(code), self.units_of_blocks()))
     }
 
-    fn enter_rank(&mut self, rankings: Vec<Arc<Ranking>>) -> Result<bool> {
+    /// Makes room for what the passes of `stage` find.
+    fn prepare(&mut self, stage: Stage) -> Result<()> {
         let frame = &self.task.frame;
-        let spans = frame.spans(rankings[0].among);
+        let (results, columns) = match stage.scope() {
+            Some(Scope::Row) => (frame.rows(), 0),
+            Some(Scope::Column) => (0, frame.column_blocks()),
+            _ => (frame.blocks(), 0),
+        };
+        self.results = vec![vec![0.0; results as usize]; stage.reductions.len()];
+        self.columns = vec![Vec::new(); columns as usize];
+        let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
+        let begin = |selection| begin(selection, &self.task, self.room.a_search);
+        self.searching = stage.selections.iter().map(begin).collect();
+        self.add_marks(stage.rankings.len())?;
+        self.stage = stage;
+        self.summed = false;
+        Ok(())
+    }
+
+    /// Makes room for what the rankings of the stage keep, which are so many.
+    fn add_marks(&mut self, count: usize) -> Result<()> {
+        let marks = |_| Marks::new(&(0..self.task.frame.elements)).map(Arc::new);
+        let marks = (0..count).map(marks).collect::<Result<Vec<_>>>()?;
+        Arc::make_mut(&mut self.known).marks.extend(marks);
+        Ok(())
+    }
+
+    /// The rankings of the stage, and which of the task's they are: the last ones.
+    fn marked(&self) -> Vec<Marked> {
+        let rankings = &self.stage.rankings;
+        rankings.iter().cloned().zip(self.known.marks.len() - rankings.len()..).collect()
+    }
+
+    fn enter_rank(&mut self, among: Among) -> Result<bool> {
+        let frame = &self.task.frame;
+        let spans = frame.spans(among);
         let units = spans.count(frame.elements) * spans.bands().1;
+        let marks = self.marked();
         let keys: Vec<_> =
-            rankings.iter().map(|ranking| Purpose::Keys(ranking.value.clone())).collect();
+            marks.iter().map(|(ranking, _)| Purpose::Keys(ranking.value.clone())).collect();
         let code = self.code(&keys)?;
-        let marks = rankings.into_iter().map(|ranking| self.marks_of(ranking));
-        let marks = marks.collect::<Result<_>>()?;
         Ok(self.enter(Pass::Rank { marks, code }, units))
     }
 
-    fn marks_of(&self, ranking: Arc<Ranking>) -> Result<Marked> {
-        Ok((ranking, Arc::new(Marks::new(&(0..self.task.frame.elements))?)))
-    }
-
     fn begin_stage(&mut self, stage: Stage) -> Result<bool> {
-        let Stage { reductions, selections, .. } = stage;
-        let scope = reductions.first().map(|reduction| reduction.scope);
-        self.results = vec![Vec::new(); reductions.len()];
-        self.reductions.clone_from(&reductions);
-        self.summed = false;
+        let scope = stage.scope();
+        let purposes = Self::reductions(&stage.reductions);
+        let among = stage.rankings.first().map(|ranking| ranking.among);
+        self.prepare(stage)?;
+        if let Some(among) = among {
+            return self.enter_rank(among);
+        }
         match scope {
             Some(Scope::Row) => {
-                let rows = self.task.frame.rows();
-                self.results.iter_mut().for_each(|rows_of| rows_of.resize(rows as usize, 0.0));
-                let code = self.code(&Self::reductions(&reductions))?;
-                Ok(self.enter(Pass::Rows(code), rows))
+                Ok(self.enter(Pass::Rows(self.code(&purposes)?), self.task.frame.rows()))
             }
             Some(Scope::Column) => {
-                let blocks = self.task.frame.column_blocks();
-                self.columns = vec![Vec::new(); blocks as usize];
-                let (purposes, row) = (Self::reductions(&reductions), self.task.frame.row);
+                let row = self.task.frame.row;
                 let code = Staged::by_row(&purposes, Along::Columns, row, &self.setting)?;
-                Ok(self.enter(Pass::Columns(code), blocks))
+                Ok(self.enter(Pass::Columns(code), self.task.frame.column_blocks()))
             }
-            _ => {
-                let blocks = self.task.blocks() as usize;
-                self.results.iter_mut().for_each(|sums| sums.resize(blocks, 0.0));
-                self.begin_searches(&selections)
-            }
+            _ => self.begin_searches(),
         }
     }
 
-    fn begin_searches(&mut self, selections: &[Arc<Selection>]) -> Result<bool> {
-        let begin = if self.task.double { begin_search::<f64> } else { begin_search::<f32> };
-        let begin = |selection| begin(selection, &self.task, self.room.a_search);
-        self.searching = selections.iter().map(begin).collect();
+    fn begin_searches(&mut self) -> Result<bool> {
         let open = self.searching.iter().filter(|searching| searching.chosen.is_none());
         let open = open.map(|s| (Purpose::Keys(s.selection.value.clone()), s.search.wanted()));
         let (purposes, wanted): (Vec<_>, Vec<_>) = open.unzip();
@@ -267,18 +337,19 @@ impl Active {
         let (searches, counts): (Vec<_>, Vec<_>) = open.unzip();
         // Sums are taken in the stage's first pass; later ones only narrow the searches.
         let mut purposes =
-            if self.summed { Vec::new() } else { Self::reductions(&self.reductions) };
+            if self.summed { Vec::new() } else { Self::reductions(&self.stage.reductions) };
         self.summed = true;
         purposes.extend(counts);
         if purposes.is_empty() {
             return self.locate_or_bind();
         }
         let code = self.code(&purposes)?;
-        if self.room.ranked > 0 && self.marked.is_empty() {
-            let rankings = code.levels.iter().flat_map(|level| &level.rankings).cloned();
-            self.marked = rankings.map(|ranking| self.marks_of(ranking)).collect::<Result<_>>()?;
+        if self.room.ranked > 0 && self.stage.rankings.is_empty() {
+            let rankings = code.levels.iter().flat_map(|level| &level.rankings);
+            self.stage.rankings.extend(rankings.cloned());
+            self.add_marks(self.stage.rankings.len())?;
         }
-        let marks = self.marked.clone();
+        let marks = self.marked();
         Ok(self.enter(Pass::Reduce { searches, marks, code }, self.units_of_blocks()))
     }
 
@@ -340,11 +411,7 @@ impl Active {
             Pass::Combine(_) | Pass::Bands(_) | Pass::Arrays | Pass::Identical => Ok(false),
             Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
-            Pass::Rows(_) | Pass::Columns(_) => self.bind(),
-            Pass::Rank { marks, .. } => {
-                self.marked.clone_from(marks);
-                self.bind()
-            }
+            Pass::Rank { .. } | Pass::Rows(_) | Pass::Columns(_) => self.bind(),
             Pass::Reduce { searches, code, .. } => {
                 for (&kind, blocks) in code.program.kinds.iter().zip(&mut self.results) {
                     *blocks = vec![fold(kind, blocks)];
@@ -359,11 +426,22 @@ impl Active {
 
     /// Puts the stage's results into the formula and goes on to the next pass.
     fn bind(&mut self) -> Result<bool> {
-        let reductions = std::mem::take(&mut self.reductions);
+        let marked = self.marked();
+        let Stage { reductions, gives_numbers, .. } = std::mem::take(&mut self.stage);
         let results = std::mem::take(&mut self.results);
         if self.sweep {
             self.numbers = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
             return Ok(false);
+        }
+        let searching = std::mem::take(&mut self.searching);
+        let chosen = searching.iter().map(|found| found.chosen.expect("a bound search is over"));
+        let known = Arc::make_mut(&mut self.known);
+        let first = known.chosen.len();
+        known.chosen.extend(chosen);
+        if gives_numbers {
+            self.others = None;
+        } else if self.follows_others()? {
+            return Ok(true);
         }
         let mut bindings = Bindings::default();
         for (reduction, values) in reductions.iter().zip(results) {
@@ -372,16 +450,16 @@ impl Active {
             }
         }
         self.bind_columns(&reductions, &mut bindings);
-        for (ranking, marks) in std::mem::take(&mut self.marked) {
-            bindings.ranking(&ranking, marks);
+        for (ranking, which) in &marked {
+            bindings.ranking(ranking, *which);
         }
-        for searching in std::mem::take(&mut self.searching) {
-            let chosen = searching.chosen.expect("a bound search is over");
+        let found = searching.iter().zip(&self.known.chosen[first..]);
+        for (which, (Searching { selection, .. }, chosen)) in (first..).zip(found) {
             let value = value_of_key(chosen.threshold, self.task.double);
-            bindings.selection(&searching.selection, chosen, value);
+            bindings.selection(selection, which, value);
         }
         self.values = bindings.bind_all(&self.values);
-        self.next_pass()
+        self.next_stage()
     }
 
     /// What a reduction gave; of columns `bind_columns` knows.

@@ -22,7 +22,7 @@ use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::Value;
 use crate::formula::compile::{Given, Purpose};
-use crate::formula::machine::{InputBytes, TensorFrame};
+use crate::formula::machine::{InputBytes, Known, TensorFrame};
 use crate::formula::program::{Along, Effect, Fused, Program, Setting};
 use crate::io::AlignedBuffer;
 use crate::kernels::{self, BLOCK, Level, Update};
@@ -292,7 +292,8 @@ pub fn run_many(
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
         let (simd, frame) = (Simd(level), TensorFrame::new("", 0, &[]));
-        let begin = |program| simd.begin(&frame, program, None);
+        let known = Known::default();
+        let begin = |program| simd.begin(&frame, program, &known);
         let mut loops = Loop {
             level,
             runs: programs.distinct.iter().map(begin).collect::<Result<_>>()?,

@@ -12,8 +12,7 @@ use super::need::Offload;
 use crate::error::Result;
 use crate::formula::ReductionKind;
 use crate::formula::compile::Given;
-use crate::formula::machine::{InputBytes, TensorFrame};
-use crate::formula::masks::KeptMasks;
+use crate::formula::machine::{InputBytes, Known, TensorFrame};
 use crate::formula::program::Program;
 use crate::formula::selection::Counted;
 use crate::kernels::fold_halves;
@@ -32,13 +31,12 @@ pub(crate) trait Backend: Debug + Send + Sync {
 
 /// One thread's arithmetic.
 pub(crate) trait Arithmetic {
-    /// Makes ready to run `program` over elements of one tensor. Random masks that are in `masks`
-    /// need not be drawn.
+    /// Makes ready to run `program` over elements of one tensor, of which so much is `known`.
     fn begin<'a>(
         &self,
         frame: &'a TensorFrame,
         program: &'a Program,
-        masks: Option<&'a KeptMasks>,
+        known: &'a Known,
     ) -> Result<Box<dyn Run + 'a>>;
 }
 
@@ -76,15 +74,20 @@ pub(crate) struct Results<'a> {
 }
 
 impl Results<'_> {
-    /// Nothing found yet by `program`, which reduces segments.
+    /// Nothing found yet by `program`, which reduces segments and has no searches.
     pub(crate) fn of(program: &Program) -> Self {
         Self {
-            outputs: Vec::new(),
             numbers: vec![Vec::new(); program.kinds.len()],
-            counts: program.searches.iter().map(Counted::new).collect(),
             keys: vec![Vec::new(); program.samples],
             kept: vec![Vec::new(); program.rankings],
+            ..Self::default()
         }
+    }
+
+    /// Nothing found yet by `program`, which reduces and searches a unit of `elements`.
+    pub(crate) fn of_unit(program: &Program, elements: u64) -> Self {
+        let counted = |interval| Counted::new(interval, elements);
+        Self { counts: program.searches.iter().map(counted).collect(), ..Self::of(program) }
     }
 
     /// Nothing found yet by `program`, which reduces `columns` columns.

@@ -155,9 +155,12 @@ pub struct Merges<'a> {
     readers: Vec<Option<Arc<InputReader>>>,
     /// The models' names, for messages.
     labels: Vec<Arc<str>>,
-    /// How many kinds of tensors there are in all plans together, and which of them each tensor is.
-    kinds: usize,
+    /// Which of the kinds of tensors that there are in all plans together each tensor is.
     kind_of: Vec<u32>,
+    /// Of each kind, whether nothing has to be reduced before it is computed.
+    reads_once: Vec<bool>,
+    /// Whether something has to be reduced over the whole model first.
+    needs_sweep: bool,
     /// What was made for kinds that came up lately.
     prepared: Mutex<HashMap<u32, Prepared>>,
     /// The shards of each plan, when there are any yet.
@@ -172,8 +175,9 @@ const MOST_NEIGHBOURS: usize = 512;
 const MOST_PREPARED: usize = 256;
 
 impl<'a> Merges<'a> {
-    /// Opens the inputs of `plans`, which must be merges of the same tensors.
-    pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<Self> {
+    /// Opens the inputs of `plans`, which must be merges of the same tensors. Also tells what the
+    /// tensors need in memory, and how many need that.
+    pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<(Self, Vec<(Need, usize)>)> {
         let Some((first, others)) = plans.split_first() else {
             return Err(Error::internal("there is no merge to run"));
         };
@@ -192,33 +196,36 @@ impl<'a> Merges<'a> {
             .collect();
         let readers = open_inputs(first, read)?;
         let labels = first.models.iter().map(|model| Arc::from(&**model)).collect();
-        Ok(Self {
+        let mut merges = Self {
             readers,
             labels,
-            kinds: numbers.len(),
             kind_of,
+            reads_once: Vec::new(),
+            needs_sweep: false,
             plans,
             prepared: Mutex::default(),
             shards: Vec::new(),
             spare: Mutex::default(),
-        })
+        };
+        let needs = merges.look_at_kinds(numbers.len())?;
+        Ok((merges, needs))
     }
 
-    /// What the tensors need in memory, and how many need that.
-    pub fn needs(&self) -> Result<Vec<(Need, usize)>> {
-        let need = |(at, count)| Ok((Need::of(&self.make(at, nowhere(self, at))?), count));
-        self.one_of_each_kind().map(need).collect()
-    }
-
-    /// The first tensor of each kind, and how many are of that kind.
-    fn one_of_each_kind(&self) -> impl Iterator<Item = (usize, usize)> {
-        let mut found = vec![(0, 0); self.kinds];
+    /// Finds out what there is to know of each kind; what its tensors need, and how many they are.
+    fn look_at_kinds(&mut self, kinds: usize) -> Result<Vec<(Need, usize)>> {
+        let mut found = vec![(0, 0); kinds];
         for (at, &kind) in self.kind_of.iter().enumerate() {
             let (first, count) = &mut found[kind as usize];
             *first = if *count == 0 { at } else { *first };
             *count += 1;
         }
-        found.into_iter()
+        let look = |(at, count)| {
+            let task = self.make(at, nowhere(self, at))?;
+            self.reads_once.push(task.reads_once);
+            self.needs_sweep |= task.needs_sweep();
+            Ok((Need::of(&task), count))
+        };
+        found.into_iter().map(look).collect()
     }
 
     /// Creates the shards of each plan, under partial names, in its folder.
@@ -308,18 +315,16 @@ impl Tasks for Merges<'_> {
         self.make(index, self.plans.iter().zip(&self.shards).map(sink).collect())
     }
 
-    fn reads_once(&self, index: usize) -> bool {
-        // What cannot be made is an error when its turn comes.
-        self.prepared(index).is_ok_and(|prepared| prepared.reads_once)
+    fn kind(&self, index: usize) -> usize {
+        self.kind_of[index] as usize
     }
 
-    fn needs_sweep(&self) -> Result<bool> {
-        for (at, _) in self.one_of_each_kind() {
-            if self.make(at, nowhere(self, at))?.needs_sweep() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+    fn reads_once(&self, index: usize) -> bool {
+        self.reads_once[self.kind(index)]
+    }
+
+    fn needs_sweep(&self) -> bool {
+        self.needs_sweep
     }
 
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
@@ -338,22 +343,34 @@ impl Tasks for Merges<'_> {
         let mut buffers = spare.unwrap_or_default();
         let places = self.read_neighbours(&tasks, &mut buffers.input)?;
         buffers.outputs.resize_with(self.plans.len(), Default::default);
-        for (plan, output) in self.plans.iter().zip(&buffers.outputs) {
-            let (first, last) = (plan.tensor(tasks.start), plan.tensor(tasks.end - 1));
-            let shard = &self.shards_of(plan)[first.shard()];
-            let skip = shard.writer.buffer_offset(first.start());
-            let bytes = (last.start() + last.bytes() - first.start()) as usize;
+        for (written, output) in self.written_by(&tasks).zip(&buffers.outputs) {
             let output = &mut *output.lock().unwrap_or_else(PoisonError::into_inner);
-            output.grow(skip + bytes)?;
+            output.grow(written.bytes.end)?;
         }
         Ok(Box::new(Neighbours { merges: self, tasks, places, buffers }))
     }
 }
 
+/// What small neighbours write in one go.
+struct Written<'a> {
+    shard: &'a Shard,
+    /// Where in the shard they begin.
+    start: u64,
+    /// Where in a buffer they lie.
+    bytes: Range<usize>,
+}
+
 impl Merges<'_> {
-    fn shards_of(&self, plan: &Plan) -> &[Arc<Shard>] {
-        let at = self.plans.iter().position(|each| std::ptr::eq(*each, plan)).unwrap_or(0);
-        &self.shards[at]
+    /// What `tasks`, which are neighbours, write of each merge.
+    fn written_by(&self, tasks: &Range<usize>) -> impl Iterator<Item = Written<'_>> {
+        let (first, last) = (tasks.start, tasks.end - 1);
+        self.plans.iter().zip(&self.shards).map(move |(plan, shards)| {
+            let (first, last) = (plan.tensor(first), plan.tensor(last));
+            let (shard, start) = (&*shards[first.shard()], first.start());
+            let skip = shard.writer.buffer_offset(start);
+            let bytes = (last.start() + last.bytes() - start) as usize;
+            Written { shard, start, bytes: skip..skip + bytes }
+        })
     }
 
     /// Reads the inputs of small neighbours into `buffer`, those that lie together in one go. Where in
@@ -429,27 +446,23 @@ impl Gathered for Neighbours<'_> {
         };
         let sources =
             tensor.sources().zip(&self.places[index - self.tasks.start]).map(source).collect();
-        let sink = |(plan, buffer): (&&Plan, &Arc<Mutex<AlignedBuffer>>)| -> Arc<dyn Sink> {
-            let (first, tensor) = (plan.tensor(self.tasks.start), plan.tensor(index));
-            let skip =
-                self.merges.shards_of(plan)[first.shard()].writer.buffer_offset(first.start());
-            let start = skip + (tensor.start() - first.start()) as usize;
+        let outputs = self.merges.written_by(&self.tasks).zip(&self.buffers.outputs);
+        let sink = |(plan, (written, buffer)): (&&Plan, (Written<'_>, &Arc<_>))| -> Arc<dyn Sink> {
+            let tensor = plan.tensor(index);
+            let start = written.bytes.start + (tensor.start() - written.start) as usize;
             let buffer = Arc::clone(buffer);
             Arc::new(BufferSink { buffer, dtype: tensor.dtype(), start })
         };
-        let sinks = plans.iter().zip(&self.buffers.outputs).map(sink).collect();
+        let sinks = plans.iter().zip(outputs).map(sink).collect();
         self.merges.task_of(index, sources, sinks)
     }
 
     fn finish(self: Box<Self>) -> Result<()> {
         let Self { merges, tasks, buffers, .. } = *self;
-        for (plan, output) in merges.plans.iter().zip(&buffers.outputs) {
-            let (first, last) = (plan.tensor(tasks.start), plan.tensor(tasks.end - 1));
-            let shard = &merges.shards_of(plan)[first.shard()];
-            let skip = shard.writer.buffer_offset(first.start());
-            let end = skip + (last.start() + last.bytes() - first.start()) as usize;
+        for (written, output) in merges.written_by(&tasks).zip(&buffers.outputs) {
+            let Written { shard, start, bytes } = written;
             let output = output.lock().unwrap_or_else(PoisonError::into_inner);
-            shard.writer.write(first.start(), &output, skip..end)?;
+            shard.writer.write(start, &output, bytes)?;
             shard.finish(tasks.len())?;
         }
         merges.spare.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);

@@ -21,15 +21,16 @@ pub fn programs(task: Task, level: Level) -> Result<String> {
     let task = Arc::new(task);
     let (blocks, room) = (task.blocks(), Room::of(&task, u64::MAX));
     let mut text = String::new();
-    let Some(mut active) = Active::begin(Arc::clone(&task), blocks, false, true, room)? else {
+    let Some(mut active) = Active::begin(Arc::clone(&task), blocks, false, true, room, None)?
+    else {
         return Ok(text);
     };
     loop {
         // Writing to a text does not fail.
         let _ = write!(text, "{}", active.pass);
         while let Some(unit) = active.issue() {
-            let (pass, masks) = (Arc::clone(&active.pass), active.masks.clone());
-            let found = worker.run(&task, &pass, unit, blocks, masks.as_ref())?;
+            let (pass, known) = (Arc::clone(&active.pass), Arc::clone(&active.known));
+            let found = worker.run(&task, &pass, unit, blocks, &known)?;
             active.take(unit, found);
         }
         if !active.advance()? {

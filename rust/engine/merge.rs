@@ -28,8 +28,8 @@ pub(crate) fn merge(
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
-    let mut tasks = Merges::open(plans.clone(), modes.read)?;
-    let needs = needs_on(&tasks, backend.offload())?;
+    let (mut tasks, needs) = Merges::open(plans.clone(), modes.read)?;
+    let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);
     let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
     drop(needs);
@@ -48,13 +48,14 @@ pub(crate) fn predict(
     memory: u64,
     workers: usize,
 ) -> Result<(MemoryPlan, bool)> {
-    let tasks = Merges::open(plans.to_vec(), modes.read)?;
-    let needs = needs_on(&tasks, offload)?;
+    let (tasks, needs) = Merges::open(plans.to_vec(), modes.read)?;
+    drop(tasks);
+    let needs = on(needs, offload);
     let memory = MemoryPlan::new(&needs, memory, workers, memory::resident(), 0)?;
     Ok((memory, needs.iter().any(|(need, _)| !need.reads_once())))
 }
 
-fn needs_on(tasks: &Merges<'_>, offload: Option<Offload>) -> Result<Vec<(Need, usize)>> {
-    let needs = tasks.needs()?;
-    Ok(needs.into_iter().map(|(need, count)| (need.on(offload), count)).collect())
+/// The same needs where the arithmetic is done on `offload`.
+fn on(needs: Vec<(Need, usize)>, offload: Option<Offload>) -> Vec<(Need, usize)> {
+    needs.into_iter().map(|(need, count)| (need.on(offload), count)).collect()
 }

@@ -28,7 +28,7 @@ pub mod source;
 pub mod task;
 mod worker;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -37,7 +37,7 @@ use std::time::Instant;
 #[cfg(feature = "python")]
 pub(crate) use merge::{merge, predict};
 
-use active::{Active, Room};
+use active::{Active, Room, Stages};
 use backend::Backend;
 use control::Control;
 use memory::{MemoryPlan, tasks_under_way};
@@ -50,7 +50,7 @@ use task::{Task, Tasks};
 use worker::Worker;
 
 use crate::error::{Error, Result};
-use crate::formula::masks::KeptMasks;
+use crate::formula::machine::Known;
 use crate::kernels::Level;
 
 /// How a run is to be done. None of it changes a byte of the output.
@@ -82,6 +82,10 @@ pub struct Report {
     /// The instruction set used.
     pub level: Level,
 }
+
+/// Of how many kinds of small neighbours a worker remembers the passes: a layer has few kinds, and
+/// this memory is not in the plan but in what is allowed for each worker.
+const MOST_KINDS: usize = 8;
 
 /// How many of them write at once, where others have something to prepare.
 fn most_writing(workers: usize) -> usize {
@@ -117,7 +121,7 @@ pub(crate) fn run_planned(
 ) -> Result<Report> {
     let started = Instant::now();
     let mut model = None;
-    if tasks.needs_sweep()? {
+    if tasks.needs_sweep() {
         let found = run_all(backend, tasks, settings, &memory, control, Goal::Sweep)?;
         model = Some(ModelResults::fold(tasks, &found)?);
     }
@@ -198,7 +202,7 @@ struct Schedule<'a> {
 
 struct State {
     next_task: usize,
-    active: VecDeque<(usize, Active)>,
+    active: VecDeque<(usize, Active<'static>)>,
     /// What each task found, if it looks for numbers.
     numbers: BTreeMap<usize, Vec<f64>>,
     failure: Option<Error>,
@@ -226,7 +230,7 @@ impl State {
     /// The next unit of the oldest task that has one, and is in a pass that is `wanted`.
     fn issue(&mut self, wanted: impl Fn(&Pass) -> bool) -> Option<Unit> {
         let active = self.active.iter_mut().filter(|(_, active)| wanted(&active.pass));
-        let unit = |(index, active): &mut (usize, Active)| {
+        let unit = |(index, active): &mut (usize, Active<'_>)| {
             let number = active.issue()?;
             Some(Unit::of(active, *index, number))
         };
@@ -241,26 +245,26 @@ struct Unit {
     index: usize,
     task: Arc<Task>,
     pass: Arc<Pass>,
-    masks: Option<Arc<KeptMasks>>,
+    known: Arc<Known>,
     number: u64,
     blocks: u64,
 }
 
 impl Unit {
-    fn of(active: &Active, index: usize, number: u64) -> Self {
+    fn of(active: &Active<'_>, index: usize, number: u64) -> Self {
         Self {
             number,
             index,
             task: Arc::clone(&active.task),
             pass: Arc::clone(&active.pass),
-            masks: active.masks.clone(),
+            known: Arc::clone(&active.known),
             blocks: active.blocks_a_unit,
         }
     }
 }
 
 /// A task that goes on, or the numbers of one that is over.
-type Advanced = std::result::Result<Active, Vec<f64>>;
+type Advanced = std::result::Result<Active<'static>, Vec<f64>>;
 
 enum Next {
     Do(Unit),
@@ -316,7 +320,7 @@ impl Schedule<'_> {
                 Next::Do(mut unit) => {
                     drop(state);
                     let found = Self::run(&mut worker, &unit);
-                    unit.masks = None;
+                    unit.known = Arc::default();
                     state = self.lock();
                     if let Some(mut active) = self.take(&mut state, &unit, found) {
                         // What is computed from numbers takes its time; others go on meanwhile.
@@ -341,8 +345,8 @@ impl Schedule<'_> {
     }
 
     fn run(worker: &mut Worker<'_>, unit: &Unit) -> Result<Found> {
-        let Unit { task, pass, masks, number, blocks, .. } = unit;
-        guarded(&task.frame.name, || worker.run(task, pass, *number, *blocks, masks.as_ref()))
+        let Unit { task, pass, known, number, blocks, .. } = unit;
+        guarded(&task.frame.name, || worker.run(task, pass, *number, *blocks, known))
     }
 
     fn next(&self, state: &mut State) -> Next {
@@ -432,23 +436,32 @@ impl Schedule<'_> {
         let offload = self.backend.offload();
         let blocks = self.memory.piece_blocks(&Need::of(task).on(offload)).min(self.largest_piece);
         let is_sweep = matches!(self.goal, Goal::Sweep);
-        let active = Active::begin(Arc::clone(task), blocks, is_sweep, offload.is_none(), room)?;
+        let fuses = offload.is_none();
+        let active = Active::begin(Arc::clone(task), blocks, is_sweep, fuses, room, None)?;
         Ok(active.map_or_else(|| Err(Vec::new()), Ok))
     }
 
     /// Does small tasks that lie together, one after the other.
     fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
         let gathered = self.tasks.gather(tasks.clone())?;
-        self.control.begin_tensor(&gathered.task(tasks.start)?.frame.name);
+        // Half is for their inputs and outputs, half for what one keeps between its passes: with all
+        // of its keys at hand a selection is over in one pass, and needs no histogram. A device
+        // always counts, so there it keeps none.
+        let fuses = self.backend.offload().is_none();
+        let left = if fuses { self.memory.group_bytes / 2 } else { 0 };
+        let mut kinds = HashMap::new();
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
-            // Half is for their inputs and outputs, half for what one keeps between its passes: with
-            // all of its keys at hand a selection is over in one pass, and needs no histogram. A
-            // device always counts, so there it keeps none.
-            let fuses = self.backend.offload().is_none();
-            let room = Room::of(&task, if fuses { self.memory.group_bytes / 2 } else { 0 });
-            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, room);
+            if index == tasks.start {
+                self.control.begin_tensor(&task.frame.name);
+            }
+            if kinds.len() == MOST_KINDS {
+                kinds.clear();
+            }
+            let kind = kinds.entry(self.tasks.kind(index));
+            let (room, others) = kind.or_insert_with(|| (Room::of(&task, left), Stages::default()));
+            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, *room, Some(others));
             let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {
                 return Err(Error::internal("a small tensor has nothing to do"));
             };
@@ -467,7 +480,12 @@ impl Schedule<'_> {
     }
 
     /// Puts a result where it belongs; the task if that was the last of its pass.
-    fn take(&self, state: &mut State, unit: &Unit, found: Result<Found>) -> Option<Active> {
+    fn take(
+        &self,
+        state: &mut State,
+        unit: &Unit,
+        found: Result<Found>,
+    ) -> Option<Active<'static>> {
         state.writing -= usize::from(unit.pass.writes());
         let at = state.active.iter().position(|(index, _)| *index == unit.index)?;
         match found.map(|found| state.active[at].1.take(unit.number, found)) {

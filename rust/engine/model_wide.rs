@@ -1,6 +1,6 @@
 //! What is reduced over the whole model: folded over the tensors, and put into their formulas.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use super::backend::fold;
@@ -19,7 +19,11 @@ impl ModelResults {
         let mut merged = found.keys().copied();
         let Some(first) = merged.next() else { return Ok(Self(Vec::new())) };
         let reductions = tasks.task(first)?.model_reductions();
+        let mut kinds = HashSet::from([tasks.kind(first)]);
         for at in merged {
+            if !kinds.insert(tasks.kind(at)) {
+                continue;
+            }
             let task = tasks.task(at)?;
             if !task.model_reductions().iter().map(identity).eq(reductions.iter().map(identity)) {
                 let message =

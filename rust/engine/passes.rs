@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use crate::formula::Ranking;
 use crate::formula::compile::Staged;
-use crate::formula::masks::Marks;
 use crate::formula::selection::{Counted, Guess, LastKept, Wanted};
 
-/// A ranking, and the marks of the whole tensor that it makes.
-pub(crate) type Marked = (Arc<Ranking>, Arc<Marks>);
+/// A ranking, and which of the task's it is, by which its marks are known.
+pub(crate) type Marked = (Arc<Ranking>, usize);
 
 /// What the workers do with each unit of a pass. It is compiled when the pass is entered.
 #[derive(Debug)]

@@ -6,8 +6,7 @@ use std::ops::Range;
 use super::backend::{Arithmetic, Backend, Results, Run, Step, fold, max, start_of, steps};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::formula::machine::{CHUNK, InputBytes, Machine, TensorFrame};
-use crate::formula::masks::KeptMasks;
+use crate::formula::machine::{CHUNK, InputBytes, Known, Machine, TensorFrame};
 use crate::formula::program::{Along, Effect, Fused, Keep, Program, TaskVector, ThinnedSum};
 use crate::formula::selection::{Counted, Interval, Look};
 use crate::formula::{Among, Chosen, MaskName, Pick, ReductionKind};
@@ -31,12 +30,12 @@ impl Arithmetic for Simd {
         &self,
         frame: &'a TensorFrame,
         program: &'a Program,
-        masks: Option<&'a KeptMasks>,
+        known: &'a Known,
     ) -> Result<Box<dyn Run + 'a>> {
         Ok(if program.double {
-            Box::new(Machine::<f64>::new(self.0, frame, program, masks))
+            Box::new(Machine::<f64>::new(self.0, frame, program, known))
         } else {
-            Box::new(Machine::<f32>::new(self.0, frame, program, masks))
+            Box::new(Machine::<f32>::new(self.0, frame, program, known))
         })
     }
 }
@@ -317,7 +316,8 @@ fn thinned<T: Real>(
         let bits = sum.terms.iter().map(|term| match term.keep {
             Keep::All => [u32::MAX; _],
             Keep::Random(mask) => machine.random_bits(mask, span.start),
-            Keep::Largest(Chosen { threshold, equals_end }) => {
+            Keep::Largest(which) => {
+                let Chosen { threshold, equals_end } = machine.chosen(which);
                 let end = equals_end.saturating_sub(span.start).min(SPAN as u64) as usize;
                 let x = stored(inputs, term.x, &span).1;
                 kernels::mark_largest(level, dtype, x, base, threshold, end)

@@ -285,11 +285,16 @@ pub(crate) trait Tasks: Sync {
     /// Task `index`. It may be made more than once.
     fn task(&self, index: usize) -> Result<Task>;
 
+    /// Which kind of task it is: those of one kind have the same formula, shape and types.
+    fn kind(&self, index: usize) -> usize {
+        index
+    }
+
     /// Whether nothing has to be reduced before task `index` is computed.
     fn reads_once(&self, index: usize) -> bool;
 
     /// Whether something has to be reduced over the whole model first.
-    fn needs_sweep(&self) -> Result<bool>;
+    fn needs_sweep(&self) -> bool;
 
     /// How many tasks from `index` on are so small, and lie so close, that a worker does them in one
     /// go, when it may hold `bytes` of them.
@@ -327,7 +332,7 @@ impl Tasks for Vec<Task> {
         self[index].reads_once
     }
 
-    fn needs_sweep(&self) -> Result<bool> {
-        Ok(self.iter().any(Task::needs_sweep))
+    fn needs_sweep(&self) -> bool {
+        self.iter().any(Task::needs_sweep)
     }
 }

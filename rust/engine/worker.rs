@@ -14,8 +14,8 @@ use super::task::{Task, Work};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::compile::{Given, Level as Rows, Staged};
-use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, RANKED_AT_ONCE, TensorFrame};
-use crate::formula::masks::{KeptMasks, Marks};
+use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, Known, RANKED_AT_ONCE, TensorFrame};
+use crate::formula::masks::Marks;
 use crate::formula::program::{Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
 use crate::formula::{Pick, Ranking, Scope};
@@ -25,6 +25,31 @@ use crate::plan::ArrayCall;
 
 /// Elements of a tensor that may be asked for all at once.
 const PREFETCHED_WHOLE: u64 = 32 << 20;
+
+/// A program, and how it comes to what it is given.
+#[derive(Clone, Copy)]
+enum Code<'a> {
+    /// Every step is given the same.
+    Given(&'a Program, &'a Given),
+    /// What whole vectors give is found in each step, whose elements they lie around. Of these rankings
+    /// what is kept is marked for later passes.
+    Staged(&'a Staged, &'a [Marked]),
+}
+
+impl<'a> Code<'a> {
+    fn program(&self) -> &'a Program {
+        match self {
+            Self::Given(program, _) => program,
+            Self::Staged(code, _) => &code.program,
+        }
+    }
+}
+
+impl<'a> From<&'a Staged> for Code<'a> {
+    fn from(code: &'a Staged) -> Self {
+        Self::Staged(code, &[])
+    }
+}
 
 /// One thread's buffers.
 pub(crate) struct Worker<'a> {
@@ -42,10 +67,8 @@ pub(crate) struct Worker<'a> {
     whole: bool,
     /// The instruction set of what is not the backend's.
     level: Level,
-    /// The random masks that the task in hand keeps.
-    masks: Option<Arc<KeptMasks>>,
-    /// The rankings whose marks the pass in hand keeps.
-    marks: Vec<Marked>,
+    /// What is known of the task in hand.
+    known: Arc<Known>,
 }
 
 impl<'a> Worker<'a> {
@@ -66,8 +89,7 @@ impl<'a> Worker<'a> {
             most: 0,
             whole,
             level,
-            masks: None,
-            marks: Vec::new(),
+            known: Arc::default(),
         }
     }
 
@@ -78,18 +100,15 @@ impl<'a> Worker<'a> {
         pass: &Pass,
         unit: u64,
         blocks_a_unit: u64,
-        masks: Option<&Arc<KeptMasks>>,
+        known: &Arc<Known>,
     ) -> Result<Found> {
-        self.masks = masks.cloned();
+        self.known = Arc::clone(known);
         self.most = blocks_a_unit * BLOCK as u64;
         let first = unit * blocks_a_unit;
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
             Pass::Sample { wanted, code } => self.sample(task, wanted, code),
-            Pass::Reduce { marks, code, .. } => {
-                self.marks.clone_from(marks);
-                self.reduce(task, blocks, code)
-            }
+            Pass::Reduce { marks, code, .. } => self.reduce(task, blocks, marks, code),
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
             Pass::Rows(code) => self.row(task, unit, code),
             Pass::Rank { marks, code } => self.rank(task, unit, marks, code),
@@ -97,29 +116,25 @@ impl<'a> Worker<'a> {
             Pass::Bands(code) => self.band(task, unit, code),
             Pass::Combine(code) => {
                 let unit = task.elements_of(blocks);
-                self.combine(task, unit, code, None).map(|()| Found::Nothing)
+                self.combine(task, unit, code.into()).map(|()| Found::Nothing)
             }
             Pass::Arrays => self.arrays(task, unit).map(|()| Found::Nothing),
             Pass::Identical => self.identical(task, blocks),
         };
-        (self.masks, self.marks) = (None, Vec::new());
+        self.known = Arc::default();
         found.map_err(|error| error.tensor(&task.frame.name))
     }
 
     /// Runs `code` over the elements of `parts`, in steps: reads the inputs of a step, hands it to
     /// `then` with the program that can run it, and releases the inputs.
-    ///
-    /// Where the program needs numbers by row, or ranks, whole rows are read, reduced and ranked
-    /// first; `known` is what it is given where that is known.
-    fn in_steps(
+    fn in_steps<'b>(
         &mut self,
         task: &Task,
         parts: impl IntoIterator<Item = Range<u64>>,
-        code: &Staged,
-        known: Option<&Given>,
+        code: impl Into<Code<'b>>,
         then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.in_steps_and(task, parts, code, known, then, || Ok(()))
+        self.in_steps_and(task, parts, code.into(), then, || Ok(()))
     }
 
     /// The same; `after` is called when the inputs of a step are not in use any more.
@@ -127,20 +142,18 @@ impl<'a> Worker<'a> {
         &mut self,
         task: &Task,
         parts: impl IntoIterator<Item = Range<u64>>,
-        code: &Staged,
-        known: Option<&Given>,
+        code: Code<'_>,
         mut then: impl FnMut(&mut dyn Run, Step<'_>) -> Result<()>,
         mut after: impl FnMut() -> Result<()>,
     ) -> Result<()> {
         let frame = &task.frame;
-        let spans = frame.widest(&code.among).filter(|_| known.is_none());
-        let inputs = if spans.is_some() { &code.inputs } else { &code.program.inputs };
-        let masks = self.masks.clone();
-        let mut program = self.arithmetic.begin(frame, &code.program, masks.as_deref())?;
-        let found = match known {
-            Some(known) => known.clone(),
-            None if spans.is_some() => Given::default(),
-            None => Given::found(&code.program),
+        let known = Arc::clone(&self.known);
+        let mut program = self.arithmetic.begin(frame, code.program(), &known)?;
+        let (inputs, spans, least) = match code {
+            Code::Given(program, _) => (&program.inputs, None, 0),
+            Code::Staged(code, _) => {
+                (&code.inputs, frame.widest(&code.among), code.least_step(frame))
+            }
         };
         for part in parts {
             let far = inputs.iter().any(|&index| task.sources[index].is_far(part.clone()));
@@ -148,7 +161,7 @@ impl<'a> Worker<'a> {
             let at_once = if once || self.whole {
                 self.most
             } else {
-                task.step_elements(inputs).max(code.least_step(frame)).min(self.most)
+                task.step_elements(inputs).max(least).min(self.most)
             };
             if far && !once {
                 inputs.iter().for_each(|&index| task.sources[index].prefetch(part.clone()));
@@ -163,14 +176,17 @@ impl<'a> Worker<'a> {
                 let bytes = read_inputs(task, inputs, &read, &mut self.scratch, once)?;
                 let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
                 self.control.add_read(bytes.iter().flatten().map(count).sum());
-                let by_row = spans
-                    .map(|_| {
-                        given_by_row(&*self.arithmetic, frame, &read, &bytes, code, &self.marks)
-                    })
-                    .transpose()?;
-                let given = by_row.as_ref().unwrap_or(&found);
+                let found;
+                let given = match code {
+                    Code::Given(_, given) => given,
+                    Code::Staged(code, marks) => {
+                        let arithmetic = &*self.arithmetic;
+                        found =
+                            given_by_row(arithmetic, frame, &known, &read, &bytes, code, marks)?;
+                        &found
+                    }
+                };
                 then(&mut *program, Step { elements, inputs: &bytes, given, column: 0 })?;
-                drop(by_row);
                 drop(bytes);
                 after()?;
                 for &index in inputs {
@@ -222,20 +238,22 @@ impl<'a> Worker<'a> {
                 parts.clone().for_each(|part| source.prefetch(part));
             }
         }
-        self.in_steps(task, parts, code, None, |program, step| program.run(&step, &mut results))?;
+        self.in_steps(task, parts, code, |program, step| program.run(&step, &mut results))?;
         let guesses = wanted.iter().zip(&results.keys).map(|(wanted, keys)| wanted.guess(keys));
         Ok(Found::Guesses(guesses.collect()))
     }
 
-    fn reduce(&mut self, task: &Task, blocks: Range<u64>, code: &Staged) -> Result<Found> {
+    fn reduce(
+        &mut self,
+        task: &Task,
+        blocks: Range<u64>,
+        marks: &[Marked],
+        code: &Staged,
+    ) -> Result<Found> {
         let elements = task.elements_of(blocks.clone());
-        let unit = elements.end - elements.start;
-        let mut results = Results::of(&code.program);
-        self.in_steps(task, [elements], code, None, |program, step| {
-            program.run(&step, &mut results)?;
-            results.counts.iter_mut().for_each(|counted| counted.bound(unit));
-            Ok(())
-        })?;
+        let mut results = Results::of_unit(&code.program, elements.end - elements.start);
+        let code = Code::Staged(code, marks);
+        self.in_steps(task, [elements], code, |program, step| program.run(&step, &mut results))?;
         let Results { numbers: sums, mut counts, .. } = results;
         counts.iter_mut().for_each(Counted::shrink);
         Ok(Found::Blocks { first: blocks.start, sums, counts })
@@ -245,9 +263,7 @@ impl<'a> Worker<'a> {
         let elements = task.elements_of(last.block..last.block + 1);
         let first = elements.start;
         let mut results = Results::of(&code.program);
-        self.in_steps(task, [elements], code, None, |program, step| {
-            program.run(&step, &mut results)
-        })?;
+        self.in_steps(task, [elements], code, |program, step| program.run(&step, &mut results))?;
         let mut equals = (first..).zip(&results.keys[0]).filter(|(_, found)| **found == key);
         let found = equals.nth(last.nth as usize - 1);
         found.map(|(index, _)| Found::Index(index)).ok_or_else(|| {
@@ -261,7 +277,7 @@ impl<'a> Worker<'a> {
         let start = row * task.frame.row;
         let mut results = Results::of(&code.program);
         let row = std::iter::once(start..start + task.frame.row);
-        self.in_steps(task, row, code, None, |program, step| program.run(&step, &mut results))?;
+        self.in_steps(task, row, code, |program, step| program.run(&step, &mut results))?;
         let blocks = code.program.kinds.iter().zip(&mut results.numbers);
         Ok(Found::Row(blocks.map(|(&kind, blocks)| fold(kind, blocks)).collect()))
     }
@@ -280,8 +296,8 @@ impl<'a> Worker<'a> {
         let mut results = Results::of(&code.program);
         let room = (parts().map(|part| part.end - part.start)).sum::<u64>() as usize;
         results.keys.iter_mut().for_each(|keys| keys.reserve_exact(room));
-        self.in_steps(task, parts(), code, None, |program, step| program.run(&step, &mut results))?;
-        for ((ranking, marks), keys) in marks.iter().zip(results.keys) {
+        self.in_steps(task, parts(), code, |program, step| program.run(&step, &mut results))?;
+        for ((ranking, which), keys) in marks.iter().zip(results.keys) {
             let key = |stream| MaskKey::new(frame.seed, &frame.name, stream);
             let draws = draws_of(self.level, ranking.pick, key, parts());
             let mut kept = vec![0; keys.len()];
@@ -290,7 +306,7 @@ impl<'a> Worker<'a> {
             let mut rest = kept.as_slice();
             for part in parts() {
                 let (own, others) = rest.split_at((part.end - part.start) as usize);
-                marks.keep(part.start, own);
+                self.known.marks[*which].keep(part.start, own);
                 rest = others;
             }
         }
@@ -315,7 +331,7 @@ impl<'a> Worker<'a> {
         for _ in 0..length.div_ceil(RANKED_AT_ONCE) {
             let (mut results, mut index) = (Results::of(&code.program), 0);
             let parts = spans.parts(span, band);
-            self.in_steps(task, parts, code, None, |program, step| {
+            self.in_steps(task, parts, code, |program, step| {
                 program.run(&step, &mut results)?;
                 for (descent, keys) in descents.iter_mut().zip(&mut results.keys) {
                     descent.take(index, keys);
@@ -324,7 +340,7 @@ impl<'a> Worker<'a> {
                 index += step.elements.end - step.elements.start;
                 Ok(())
             })?;
-            for ((ranking, marks), descent) in marks.iter().zip(&mut descents) {
+            for ((ranking, which), descent) in marks.iter().zip(&mut descents) {
                 let (mut begun, mut draws) = (u64::MAX, Vec::new());
                 for (index, place) in descent.next_down() {
                     let element = start + index * stride;
@@ -342,7 +358,7 @@ impl<'a> Worker<'a> {
                             u64::from(draw) < kernels::bound(last - place, last, lowest, highest)
                         }
                     };
-                    marks.keep(element, &[u8::from(is_kept)]);
+                    self.known.marks[*which].keep(element, &[u8::from(is_kept)]);
                 }
             }
         }
@@ -355,7 +371,7 @@ impl<'a> Worker<'a> {
         let end = ((unit + 1) * COLUMN_BLOCK * line).min(task.frame.elements);
         let mut results = Results::of_columns(&code.program, line);
         let rows = std::iter::once(unit * COLUMN_BLOCK * line..end);
-        self.in_steps(task, rows, code, None, |program, step| {
+        self.in_steps(task, rows, code, |program, step| {
             let column = step.elements.start % line;
             program.run(&Step { column, ..step }, &mut results)
         })?;
@@ -368,38 +384,33 @@ impl<'a> Worker<'a> {
         let columns = unit * BAND..((unit + 1) * BAND).min(line);
         let rows = (0..task.frame.elements).step_by(line as usize);
         let rows = rows.map(|row| row + columns.start..row + columns.end);
-        let reduce = |level: &Rows, given: &Given| {
-            let mut results = Results::of_columns(&level.program, columns.end - columns.start);
-            let level = Staged::of(level.program.clone());
-            self.in_steps(task, rows.clone(), &level, Some(given), |program, step| {
+        let known = Arc::clone(&self.known);
+        let reduce = |Rows { program, .. }: &Rows, given: &Given| {
+            let mut results = Results::of_columns(program, columns.end - columns.start);
+            let code = Code::Given(program, given);
+            self.in_steps(task, rows.clone(), code, |program, step| {
                 let column = (step.elements.start - columns.start) % line;
                 program.run(&Step { column, ..step }, &mut results)
             })?;
             Ok((results.numbers, Vec::new()))
         };
-        let given = code.given(Scope::Column, columns.start, reduce)?;
+        let given = code.given(Scope::Column, columns.start, &known, reduce)?;
         for row in rows {
-            self.combine(task, row, code, Some(&given))?;
+            self.combine(task, row, Code::Given(&code.program, &given))?;
         }
         Ok(Found::Nothing)
     }
 
-    fn combine(
-        &mut self,
-        task: &Task,
-        unit: Range<u64>,
-        code: &Staged,
-        known: Option<&Given>,
-    ) -> Result<()> {
+    fn combine(&mut self, task: &Task, unit: Range<u64>, code: Code<'_>) -> Result<()> {
         if !task.sinks.iter().all(|sink| sink.is_apart()) {
-            return self.replace(task, unit, code, known);
+            return self.replace(task, unit, code);
         }
         let mut outs = std::mem::take(&mut self.outs);
         let mut places = Places::of(task, &mut outs, &unit)?;
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
-        let computed = self.in_steps(task, [unit.clone()], code, known, |program, step| {
+        let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
             let part = |(sink, bytes): (&Arc<dyn Sink>, _)| {
                 let size = sink.dtype().size();
                 let at = |index: u64| (index - unit.start) as usize * size;
@@ -409,7 +420,7 @@ impl<'a> Worker<'a> {
             let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
             let mut results =
                 Results { outputs: outputs.map(part).collect(), ..Results::default() };
-            store(program, &code.program, &step, &mut results)
+            store(program, code.program(), &step, &mut results)
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
@@ -418,13 +429,7 @@ impl<'a> Worker<'a> {
 
     /// The same where outputs are inputs: a few elements at a time are computed apart, and put where
     /// they belong when their inputs are not in use any more.
-    fn replace(
-        &mut self,
-        task: &Task,
-        unit: Range<u64>,
-        code: &Staged,
-        known: Option<&Given>,
-    ) -> Result<()> {
+    fn replace(&mut self, task: &Task, unit: Range<u64>, code: Code<'_>) -> Result<()> {
         self.most = self.most.min(GRAIN as u64);
         let apart = RefCell::new((unit.start..unit.start, vec![Vec::new(); task.sinks.len()]));
         let compute = |program: &mut dyn Run, step: Step<'_>| {
@@ -437,7 +442,7 @@ impl<'a> Worker<'a> {
             task.sinks.iter().zip(&mut *buffers).for_each(part);
             let outputs = buffers.iter_mut().map(Vec::as_mut_slice).collect();
             let mut results = Results { outputs, ..Results::default() };
-            store(program, &code.program, &step, &mut results)
+            store(program, code.program(), &step, &mut results)
         };
         let control = self.control;
         let put = || {
@@ -450,7 +455,7 @@ impl<'a> Worker<'a> {
             }
             Ok(())
         };
-        self.in_steps_and(task, [unit], code, known, compute, put)
+        self.in_steps_and(task, [unit], code, compute, put)
     }
 
     /// Has functions of arrays make unit `unit` of the outputs.
@@ -586,25 +591,25 @@ fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
 }
 
 /// What the program of `code` is given, from the whole rows of `read`. What rankings keep is put into
-/// `kept` too, if they are there.
+/// the task's marks too, if they are `kept`.
 fn given_by_row(
     arithmetic: &dyn Arithmetic,
     frame: &TensorFrame,
+    known: &Known,
     read: &Range<u64>,
     inputs: &[Option<InputBytes<'_>>],
     code: &Staged,
     kept: &[Marked],
 ) -> Result<Given> {
-    code.given(Scope::Row, read.start / frame.row, |level, given| {
+    code.given(Scope::Row, read.start / frame.row, known, |level, given| {
         let Rows { rankings, program, .. } = level;
         let mut results = Results::of(program);
-        // Rows begin anywhere, so kept masks are of no use.
         let step = Step { elements: read.clone(), inputs, given, column: 0 };
-        arithmetic.begin(frame, program, None)?.run(&step, &mut results)?;
+        arithmetic.begin(frame, program, known)?.run(&step, &mut results)?;
         let marks = |(ranking, bytes): (&Arc<Ranking>, Vec<u8>)| {
             let marks = Marks::new(read)?;
             let whole = kept.iter().filter(|(other, _)| Arc::ptr_eq(ranking, other));
-            for marks in whole.map(|(_, whole)| &**whole).chain([&marks]) {
+            for marks in whole.map(|(_, which)| &*known.marks[*which]).chain([&marks]) {
                 marks.keep(read.start, &bytes);
             }
             Ok(Arc::new(marks))

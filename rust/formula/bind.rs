@@ -9,10 +9,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::masks::Marks;
 use super::unify::Unified;
 use super::{
-    Chosen, Computation, Ranking, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode,
+    Computation, Ranking, Reduction, Scalar, ScalarNode, Selection, Value, ValueNode,
     simplify_weighted_sum,
 };
 
@@ -20,8 +19,8 @@ use super::{
 #[derive(Debug, Default)]
 pub struct Bindings {
     reductions: HashMap<*const Reduction, Scalar>,
-    selections: HashMap<*const Selection, (Chosen, f64)>,
-    rankings: HashMap<*const Ranking, Arc<Marks>>,
+    selections: HashMap<*const Selection, (usize, f64)>,
+    rankings: HashMap<*const Ranking, usize>,
 }
 
 impl Bindings {
@@ -29,12 +28,14 @@ impl Bindings {
         self.reductions.insert(Arc::as_ptr(reduction), result);
     }
 
-    pub(crate) fn selection(&mut self, selection: &Arc<Selection>, chosen: Chosen, value: f64) {
-        self.selections.insert(Arc::as_ptr(selection), (chosen, value));
+    /// `which` of those of the task it is, and the smallest value that it keeps.
+    pub(crate) fn selection(&mut self, selection: &Arc<Selection>, which: usize, value: f64) {
+        self.selections.insert(Arc::as_ptr(selection), (which, value));
     }
 
-    pub(crate) fn ranking(&mut self, ranking: &Arc<Ranking>, marks: Arc<Marks>) {
-        self.rankings.insert(Arc::as_ptr(ranking), marks);
+    /// `which` of those of the task, or of a step of it, it is.
+    pub(crate) fn ranking(&mut self, ranking: &Arc<Ranking>, which: usize) {
+        self.rankings.insert(Arc::as_ptr(ranking), which);
     }
 
     /// Several values with everything known put in; what they share stays shared.
@@ -108,18 +109,18 @@ impl<'a> Binder<'a> {
             }
             ValueNode::Keep(selection) => {
                 match self.known.selections.get(&Arc::as_ptr(selection)) {
-                    Some(&(chosen, _)) => {
-                        Value::new(ValueNode::Kept { value: self.value(&selection.value), chosen })
+                    Some(&(which, _)) => {
+                        Value::new(ValueNode::Kept { value: self.value(&selection.value), which })
                     }
                     None => Value::new(ValueNode::Keep(self.selection(selection))),
                 }
             }
-            ValueNode::Kept { value, chosen } => {
-                Value::new(ValueNode::Kept { value: self.value(value), chosen: *chosen })
+            ValueNode::Kept { value, which } => {
+                Value::new(ValueNode::Kept { value: self.value(value), which: *which })
             }
             ValueNode::ByRank(ranking) => {
                 Value::new(match self.known.rankings.get(&Arc::as_ptr(ranking)) {
-                    Some(marks) => ValueNode::Marked(Arc::clone(marks)),
+                    Some(&which) => ValueNode::Marked(which),
                     None => ValueNode::ByRank(self.ranking(ranking)),
                 })
             }

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 
 use super::bind::Bindings;
 use super::fuse;
-use super::machine::{Spans, TensorFrame};
+use super::machine::{Known, Spans, TensorFrame};
 use super::masks::Marks;
 use super::program::{self, Along, Argument, Effect, Operation, Program, Setting, Slot};
 use super::selection::Interval;
@@ -99,18 +99,13 @@ pub(crate) struct Given {
 }
 
 impl Given {
-    /// What `program` needs, with what is known put in.
-    fn of(program: &Program, known: &Bindings) -> Self {
-        let marks = known.bind_all(&program.marks).into_iter().map(|value| match &*value.0 {
-            ValueNode::Marked(marks) => Arc::clone(marks),
+    /// What `program` needs, with what was found put in; `marks` are all that there are.
+    fn of(program: &Program, found: &Bindings, marks: &[Arc<Marks>]) -> Self {
+        let needed = found.bind_all(&program.marks).into_iter().map(|value| match *value.0 {
+            ValueNode::Marked(which) => Arc::clone(&marks[which]),
             _ => unreachable!("what is marked was ranked before"),
         });
-        Self { vectors: known.bind_scalars(&program.vectors), marks: marks.collect() }
-    }
-
-    /// What earlier passes found for `program`, which waits for nothing else.
-    pub(crate) fn found(program: &Program) -> Self {
-        Self::of(program, &Bindings::default())
+        Self { vectors: found.bind_scalars(&program.vectors), marks: needed.collect() }
     }
 }
 
@@ -135,12 +130,6 @@ pub(crate) struct Staged {
 }
 
 impl Staged {
-    /// A program whose vectors are known.
-    pub(crate) fn of(program: Program) -> Self {
-        let inputs = program.inputs.clone();
-        Self { levels: Vec::new(), among: Vec::new(), program, inputs }
-    }
-
     /// Elements that a step has at the least, to rank few vectors twice: those where two steps meet.
     pub(crate) fn least_step(&self, frame: &TensorFrame) -> u64 {
         if self.levels.iter().all(|level| level.rankings.is_empty()) {
@@ -224,25 +213,27 @@ impl Staged {
 
     /// Runs the levels with `run`, which gives what each reduction of a level found by row or column,
     /// from `first` on, and what each of its rankings keeps; what then is given to the program
-    /// itself.
+    /// itself. So much is `known` from earlier passes.
     pub(crate) fn given(
         &self,
         axis: Scope,
         first: u64,
+        known: &Known,
         mut run: impl FnMut(&Level, &Given) -> Result<(Vec<Vec<f64>>, Vec<Arc<Marks>>)>,
     ) -> Result<Given> {
-        let mut known = Bindings::default();
+        let (mut found, mut marks) = (Bindings::default(), known.marks.clone());
         for level in &self.levels {
             let Level { reductions, rankings, program } = level;
-            let (found, marks) = run(level, &Given::of(program, &known))?;
-            for (reduction, found) in reductions.iter().zip(found) {
-                known.reduction(reduction, Scalar::vector(axis, first, found));
+            let (numbers, kept) = run(level, &Given::of(program, &found, &marks))?;
+            for (reduction, numbers) in reductions.iter().zip(numbers) {
+                found.reduction(reduction, Scalar::vector(axis, first, numbers));
             }
-            for (ranking, marks) in rankings.iter().zip(marks) {
-                known.ranking(ranking, marks);
+            for (ranking, kept) in rankings.iter().zip(kept) {
+                found.ranking(ranking, marks.len());
+                marks.push(kept);
             }
         }
-        Ok(Given::of(&self.program, &known))
+        Ok(Given::of(&self.program, &found, &marks))
     }
 }
 
@@ -382,8 +373,8 @@ impl Emitter {
                 self.unknown("a selection".to_owned());
                 Operation::Fill { number: f64::NAN }
             }
-            ValueNode::Kept { value, chosen } => {
-                Operation::Kept { a: self.slot(value), chosen: *chosen }
+            ValueNode::Kept { value, which } => {
+                Operation::Kept { a: self.slot(value), which: *which }
             }
             ValueNode::Random { keep_below, stream } => {
                 Operation::Random { mask: (*stream, *keep_below) }

@@ -80,9 +80,9 @@ fn join_instructions(operations: &mut [Operation]) {
             Operation::Select { mask, yes: Argument::Slot(a), no } if is_zero(*no) => {
                 match operations[*mask] {
                     Operation::Random { mask } => Some(Operation::Drop { a: *a, mask, scale: 1.0 }),
-                    Operation::Kept { a: magnitude, chosen } => match operations[magnitude] {
+                    Operation::Kept { a: magnitude, which } => match operations[magnitude] {
                         Operation::Unary { op: UnaryOp::Abs, a: of } if of == *a => {
-                            Some(Operation::Trim { a: *a, chosen })
+                            Some(Operation::Trim { a: *a, which })
                         }
                         _ => None,
                     },
@@ -297,8 +297,8 @@ impl Code<'_> {
         };
         let keep = match self.operations[mask] {
             Operation::Random { mask } => Keep::Random(mask),
-            Operation::Kept { a, chosen } => match self.operations[a] {
-                Operation::Unary { op: UnaryOp::Abs, a } if a == whole => Keep::Largest(chosen),
+            Operation::Kept { a, which } => match self.operations[a] {
+                Operation::Unary { op: UnaryOp::Abs, a } if a == whole => Keep::Largest(which),
                 _ => return None,
             },
             _ => return None,

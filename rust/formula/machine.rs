@@ -3,9 +3,10 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::compile::Given;
-use super::masks::KeptMasks;
+use super::masks::{KeptMasks, Marks};
 use super::program::{Argument, Operation, Program, Slot};
 use super::{Among, Chosen, MaskName, Scalar, Scope};
 use crate::dtype::DType;
@@ -189,6 +190,17 @@ impl TensorFrame {
     }
 }
 
+/// What passes over a tensor found for the programs of later ones.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Known {
+    /// What each selection keeps.
+    pub(crate) chosen: Vec<Chosen>,
+    /// What each ranking keeps.
+    pub(crate) marks: Vec<Arc<Marks>>,
+    /// Random masks that need not be drawn.
+    pub(crate) masks: Option<Arc<KeptMasks>>,
+}
+
 /// The bytes of one input around a piece.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct InputBytes<'a> {
@@ -214,7 +226,7 @@ pub(crate) struct Machine<'a, T> {
     pub(crate) program: &'a Program,
     /// The keys of the random masks, by stream.
     pub(crate) keys: HashMap<u32, MaskKey>,
-    masks: Option<&'a KeptMasks>,
+    known: &'a Known,
     slots: Vec<Vec<T>>,
     length: usize,
 }
@@ -224,13 +236,13 @@ impl<'a, T: Real> Machine<'a, T> {
         level: Level,
         frame: &'a TensorFrame,
         program: &'a Program,
-        masks: Option<&'a KeptMasks>,
+        known: &'a Known,
     ) -> Self {
         let streams = program.streams();
         let key = |stream| (stream, MaskKey::new(frame.seed, &frame.name, stream));
         let keys = streams.into_iter().map(key).collect();
-        let slots = vec![vec![T::ZERO; CHUNK]; program.slots];
-        Self { level, frame, program, keys, masks, slots, length: 0 }
+        let slots = vec![Vec::new(); program.slots];
+        Self { level, frame, program, keys, known, slots, length: 0 }
     }
 
     /// Computes elements `range` (at most a chunk) from `inputs`, which are indexed as the
@@ -244,7 +256,8 @@ impl<'a, T: Real> Machine<'a, T> {
         self.length = (range.end - range.start) as usize;
         for instruction in &self.program.instructions {
             let mut out = std::mem::take(&mut self.slots[instruction.out]);
-            self.step(&instruction.operation, range, inputs, given, &mut out[..self.length]);
+            out.resize(self.length, T::ZERO);
+            self.step(&instruction.operation, range, inputs, given, &mut out);
             self.slots[instruction.out] = out;
         }
     }
@@ -301,11 +314,11 @@ impl<'a, T: Real> Machine<'a, T> {
             Operation::Elect { terms, average } => {
                 kernels::elect(self.level, &self.terms(terms), *average, out);
             }
-            Operation::Kept { a, chosen } => {
-                self.cut(kernels::keep, *chosen, range.start, self.slot(*a), out);
+            Operation::Kept { a, which } => {
+                self.cut(kernels::keep, self.chosen(*which), range.start, self.slot(*a), out);
             }
-            Operation::Trim { a, chosen } => {
-                self.cut(kernels::trim, *chosen, range.start, self.slot(*a), out);
+            Operation::Trim { a, which } => {
+                self.cut(kernels::trim, self.chosen(*which), range.start, self.slot(*a), out);
             }
             Operation::Random { mask } => {
                 let bits = self.random_bits(*mask, range.start);
@@ -318,10 +331,15 @@ impl<'a, T: Real> Machine<'a, T> {
         }
     }
 
+    /// What a selection keeps.
+    pub(crate) fn chosen(&self, which: usize) -> Chosen {
+        self.known.chosen[which]
+    }
+
     /// The random mask of a chunk.
     pub(crate) fn random_bits(&self, name: MaskName, first: u64) -> MaskBits {
         let draw = || kernels::random_bits(self.level, &self.keys[&name.0], first, name.1);
-        match self.masks {
+        match &self.known.masks {
             Some(masks) if first.is_multiple_of(SPAN as u64) => masks.span(name, first, draw),
             _ => draw(),
         }
@@ -332,7 +350,7 @@ impl<'a, T: Real> Machine<'a, T> {
     }
 
     fn slot(&self, slot: Slot) -> &[T] {
-        &self.slots[slot][..self.length]
+        &self.slots[slot]
     }
 
     fn operand(&self, argument: Argument) -> Operand<'_, T> {

@@ -25,11 +25,17 @@ pub(crate) struct KeptMasks {
     words: SharedWords,
 }
 
+/// Elements whose masks are drawn again sooner than memory to keep them is had.
+const DRAWN_AGAIN: u64 = 4 * SPAN as u64;
 /// Words of one span of a mask.
 const SPAN_WORDS: usize = 1 + SPAN / BITS;
 
-/// Bytes that the masks of `values` take over a tensor of `elements`; 0 if each is drawn only once.
+/// Bytes that the masks of `values` take over a tensor of `elements`; 0 if each is drawn only once, or
+/// none is worth keeping.
 pub(crate) fn bytes(values: &[Value], elements: u64) -> u64 {
+    if elements <= DRAWN_AGAIN {
+        return 0;
+    }
     names(values).len() as u64
         * elements.div_ceil(SPAN as u64)
         * (SPAN_WORDS * size_of::<u32>()) as u64

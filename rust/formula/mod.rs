@@ -43,7 +43,6 @@ use std::ops;
 use std::sync::Arc;
 
 pub use crate::kernels::{BinaryOp, UnaryOp};
-use masks::Marks;
 
 /// What a reduction runs over, and so what a [`Scalar`] may differ by. Ordered from wide to narrow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -97,10 +96,10 @@ pub(crate) enum ValueNode {
     },
     /// 1 where the element is among the kept, else 0.
     Keep(Arc<Selection>),
-    /// The same, after the selection was found.
+    /// The same, after the selection was found: `which` of those of the task it is.
     Kept {
         value: Value,
-        chosen: Chosen,
+        which: usize,
     },
     /// 1 where a draw of 32 bits is below the bound, else 0; independent for each stream and element.
     Random {
@@ -109,8 +108,8 @@ pub(crate) enum ValueNode {
     },
     /// 1 where the element is kept for its rank among others, else 0.
     ByRank(Arc<Ranking>),
-    /// The same, after they were ranked.
-    Marked(Arc<Marks>),
+    /// The same, after they were ranked: which of the rankings of the task it is.
+    Marked(usize),
 }
 
 pub(crate) enum ScalarNode {
@@ -506,7 +505,7 @@ impl fmt::Debug for Value {
             ValueNode::Keep(selection) => {
                 write!(f, "Largest({:?} of {:?})", selection.count, selection.value)
             }
-            ValueNode::Kept { value, chosen } => write!(f, "Kept({value:?}, {chosen:?})"),
+            ValueNode::Kept { value, which } => write!(f, "Kept({value:?}, {which})"),
             ValueNode::Random { keep_below, stream } => {
                 write!(f, "Random({keep_below}, {stream})")
             }
@@ -514,7 +513,7 @@ impl fmt::Debug for Value {
                 let Ranking { value, among, pick } = &**ranking;
                 write!(f, "{pick:?} in {among:?} of {value:?}")
             }
-            ValueNode::Marked(_) => f.write_str("Marked"),
+            ValueNode::Marked(which) => write!(f, "Marked({which})"),
         }
     }
 }

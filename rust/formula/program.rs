@@ -8,7 +8,10 @@
 //! that the whole working set stays in the first-level cache.
 //!
 //! Numbers by row or column that are not known before a step is computed are *vectors* of the
-//! program: who runs it supplies them for each step.
+//! program, and what is kept of rankings are its *marks*: who runs it supplies both for each step
+//! ([`Given`](super::compile::Given)). What selections and rankings of earlier passes keep is not in
+//! the program either, but [`Known`](super::machine::Known) to who runs it: so tensors of which no
+//! other numbers are needed share their programs.
 
 use std::fmt;
 
@@ -16,7 +19,7 @@ use crate::dtype::DType;
 use crate::kernels::Votes;
 
 use super::selection::Interval;
-use super::{Among, BinaryOp, Chosen, MaskName, Pick, ReductionKind, Scalar, UnaryOp, Value};
+use super::{Among, BinaryOp, MaskName, Pick, ReductionKind, Scalar, UnaryOp, Value};
 
 /// The index of a buffer of one chunk.
 pub(crate) type Slot = usize;
@@ -69,14 +72,15 @@ pub(crate) enum Operation {
         terms: Vec<(f64, Slot)>,
         average: bool,
     },
+    /// 1 where a selection keeps an element, else 0.
     Kept {
         a: Slot,
-        chosen: Chosen,
+        which: usize,
     },
-    /// What a cut of the magnitudes keeps, else 0.
+    /// What a selection by magnitude keeps, else 0.
     Trim {
         a: Slot,
-        chosen: Chosen,
+        which: usize,
     },
     Random {
         mask: MaskName,
@@ -188,8 +192,8 @@ pub(crate) struct ThinnedVector {
 pub(crate) enum Keep {
     All,
     Random(MaskName),
-    /// The largest magnitudes.
-    Largest(Chosen),
+    /// The largest magnitudes: of which selection.
+    Largest(usize),
 }
 
 impl Fused {

@@ -71,9 +71,14 @@ fn most_in_a_unit(elements: u64) -> u64 {
     (elements / 8).max(BLOCK as u64).min(elements)
 }
 
-/// Bytes of the keys of a search that a unit of `elements` may keep.
+/// The same for a moment: a block is looked at whole before keys that are too many go.
+fn most_at_once(elements: u64) -> u64 {
+    (most_in_a_unit(elements) + BLOCK as u64).min(elements)
+}
+
+/// Bytes of the keys of a search that a unit of `elements` may have.
 pub(crate) fn unit_bytes(elements: u64) -> u64 {
-    KEY_BYTES * most_in_a_unit(elements)
+    KEY_BYTES * most_at_once(elements)
 }
 
 /// A closed interval of order keys, and what to find out about the elements in it.
@@ -155,6 +160,8 @@ pub(crate) struct Counted {
     pub(crate) bins: Vec<u32>,
     kept: Kept,
     has_all_keys: bool,
+    /// How many keys may be kept.
+    most: usize,
 }
 
 /// What a finished pass says.
@@ -320,17 +327,16 @@ impl Search {
 
     /// The `nth` largest of the kept keys, and how many are larger; digit by digit.
     fn largest(&self, mut nth: u64) -> (u32, u64) {
-        const DIGIT: u32 = 11;
+        // Few, since most tensors are small, and their keys fewer than larger digits are.
+        const DIGIT: u32 = 8;
         let (mut prefix, mut before) = (0_u32, 0);
-        for shift in [2 * DIGIT, DIGIT, 0] {
+        for shift in [3 * DIGIT, 2 * DIGIT, DIGIT, 0] {
             let mut counts = [0_u64; 1 << DIGIT];
-            // 33 bits, so that the whole of a key can be shifted out.
+            // 64 bits, so that the whole of a key can be shifted out.
             let rest = |key: u32| u64::from(key) >> shift >> DIGIT;
-            for &key in self.kept.iter().flat_map(|kept| &kept.keys) {
-                if rest(key) == u64::from(prefix) {
-                    counts[(key >> shift) as usize % counts.len()] += 1;
-                }
-            }
+            let alike = self.kept.iter().flat_map(|kept| &kept.keys);
+            let alike = alike.filter(|&&key| rest(key) == u64::from(prefix));
+            alike.for_each(|key| counts[(key >> shift) as usize % (1 << DIGIT)] += 1);
             let mut digit = counts.len() - 1;
             while nth > counts[digit] {
                 nth -= counts[digit];
@@ -351,30 +357,40 @@ impl Search {
         all: u64,
         equals: impl Fn(&[u32], &InBlock) -> u32,
     ) -> Progress {
+        let low = self.interval.low;
+        (self.interval.low, self.interval.high) = (threshold, threshold);
+        let done = |equals_end| Progress::Done(Chosen { threshold, equals_end });
+        let kept = std::mem::take(&mut self.kept);
+        if wanted == all {
+            return done(u64::MAX);
+        }
         let mut counts = Vec::new();
-        for Kept { blocks, keys } in std::mem::take(&mut self.kept) {
+        for Kept { blocks, keys } in &kept {
             let mut keys = keys.as_slice();
             for block in blocks {
                 let between = if self.has_all_keys { block.between as usize } else { 0 };
                 let (own, rest) = keys.split_at(between);
-                counts.push((block.block, u64::from(equals(own, &block))));
+                counts.push((block.block, u64::from(equals(own, block)), own));
                 keys = rest;
             }
         }
-        (self.interval.low, self.interval.high) = (threshold, threshold);
-        let done = Progress::Done(Chosen { threshold, equals_end: u64::MAX });
-        if wanted == all {
-            return done;
-        }
         counts.sort_unstable();
         let mut nth = wanted;
-        for (block, count) in counts {
+        for (block, count, keys) in counts {
             if nth <= count {
+                let first = block * BLOCK as u64;
+                let elements = (self.wanted.elements - first).min(BLOCK as u64);
+                // Where none lies on an end, the keys of a block are those of its elements in order.
+                if keys.len() as u64 == elements {
+                    let equal = |(_, key): &(u64, &u32)| low + u64::from(**key) == threshold;
+                    let last = (first..).zip(keys).filter(equal).nth(nth as usize - 1);
+                    return done(last.map_or(u64::MAX, |(index, _)| index + 1));
+                }
                 return Progress::Locate(LastKept { block, nth });
             }
             nth -= count;
         }
-        done
+        done(u64::MAX)
     }
 
     /// The key that was found, when only an index is still looked for.
@@ -431,20 +447,26 @@ fn spread(sample: &[u64], middle: u64) -> f64 {
 }
 
 impl Counted {
-    pub(crate) fn new(interval: &Interval) -> Self {
-        let bins = match interval.look {
-            Look::Bins(bins) => bins,
-            Look::Keys => 0,
+    /// Nothing counted yet of a unit of `elements`.
+    pub(crate) fn new(interval: &Interval, elements: u64) -> Self {
+        let (bins, room) = match interval.look {
+            Look::Bins(bins) => (bins, 0),
+            Look::Keys if interval.low == interval.high => (0, 0),
+            Look::Keys => (0, most_at_once(elements)),
         };
-        Self { above: 0, bins: vec![0; bins], kept: Kept::default(), has_all_keys: true }
+        let kept = Kept { blocks: Vec::new(), keys: Vec::with_capacity(room as usize) };
+        let most = most_in_a_unit(elements) as usize;
+        Self { above: 0, bins: vec![0; bins], kept, has_all_keys: true, most }
     }
 
-    /// Takes what a part of `block` has; `collect` adds the keys between the ends.
+    /// Takes what a part of `block` has; `collect` adds the keys between the ends. If they are more
+    /// than a unit may keep, none are kept.
     pub(crate) fn count(&mut self, block: u64, collect: impl FnOnce(&mut Vec<u32>) -> Ends) {
         let Kept { blocks, keys } = &mut self.kept;
         let before = keys.len();
         let ends = collect(keys);
         let between = (keys.len() - before) as u32;
+        self.has_all_keys &= keys.len() <= self.most;
         self.above += ends.above;
         let (high, low) = (ends.high as u32, ends.low as u32);
         match blocks.last_mut() {
@@ -457,14 +479,6 @@ impl Counted {
         }
         if !self.has_all_keys {
             keys.clear();
-        }
-    }
-
-    /// Lets go of the keys of a unit of `elements` if they are more than a unit may keep.
-    pub(crate) fn bound(&mut self, elements: u64) {
-        if self.kept.keys.len() as u64 > most_in_a_unit(elements) {
-            self.has_all_keys = false;
-            self.kept.keys = Vec::new();
         }
     }
 

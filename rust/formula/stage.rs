@@ -12,11 +12,18 @@ pub(crate) struct Stage {
     pub(crate) reductions: Vec<Arc<Reduction>>,
     pub(crate) selections: Vec<Arc<Selection>>,
     pub(crate) rankings: Vec<Arc<Ranking>>,
+    /// Whether it gives numbers, which become part of the formula. What is kept does not.
+    pub(crate) gives_numbers: bool,
 }
 
 impl Stage {
     pub(crate) fn is_empty(&self) -> bool {
         self.reductions.is_empty() && self.selections.is_empty() && self.rankings.is_empty()
+    }
+
+    /// What its reductions run over; selections are of the tensor.
+    pub(crate) fn scope(&self) -> Option<Scope> {
+        self.reductions.first().map(|reduction| reduction.scope)
     }
 }
 
@@ -84,7 +91,10 @@ impl Dependencies {
         match &*scalar.0 {
             ScalarNode::Constant(_) | ScalarNode::Vector { .. } => {}
             ScalarNode::Reduction(reduction) => self.reduction(reduction),
-            ScalarNode::Threshold(selection) => self.selection(selection),
+            ScalarNode::Threshold(selection) => {
+                self.stage.gives_numbers = true;
+                self.selection(selection);
+            }
             ScalarNode::Computed { of, .. } => {
                 if self.is_new(of) {
                     of.arguments.iter().for_each(|argument| self.scalar(argument));
@@ -97,6 +107,7 @@ impl Dependencies {
         if self.is_new(reduction) {
             self.value(&reduction.left);
             reduction.right.iter().for_each(|right| self.value(right));
+            self.stage.gives_numbers = true;
             self.stage.reductions.push(Arc::clone(reduction));
         }
     }
@@ -157,7 +168,7 @@ fn is_ready(values: &[Value], frame: &TensorFrame, is_sweep: bool) -> bool {
 pub(crate) fn next_stage(values: &[Value], scope: Scope, frame: &TensorFrame) -> Stage {
     let is_ready = |values: &[Value]| is_ready(values, frame, scope == Scope::Model);
     let all = unknown(values);
-    let mut stage = Stage::default();
+    let mut stage = Stage { gives_numbers: all.gives_numbers, ..Stage::default() };
     for reduction in all.reductions {
         if reduction.scope == scope && is_ready(&operands(&reduction)) {
             stage.reductions.push(reduction);
@@ -175,15 +186,15 @@ pub(crate) fn next_stage(values: &[Value], scope: Scope, frame: &TensorFrame) ->
 }
 
 /// The next pass that ranks long vectors: those of one shape, whose values are ready.
-pub(crate) fn next_rankings(values: &[Value], frame: &TensorFrame) -> Vec<Arc<Ranking>> {
-    let mut rankings = unknown(values).rankings;
+pub(crate) fn next_rankings(values: &[Value], frame: &TensorFrame) -> Stage {
+    let Stage { mut rankings, gives_numbers, .. } = unknown(values);
     rankings.retain(|ranking| {
         let value = std::slice::from_ref(&ranking.value);
         frame.stores_marks(ranking.among) && is_ready(value, frame, false)
     });
     let first = rankings.first().map(|ranking| ranking.among);
     rankings.retain(|ranking| Some(ranking.among) == first);
-    rankings
+    Stage { rankings, gives_numbers, ..Stage::default() }
 }
 
 /// Whether nothing but the values themselves, and columns, wait for a column to be reduced, and

@@ -88,12 +88,10 @@ fn value_key(node: &ValueNode) -> Key {
             [vec![6, u64::from(*average)], terms.iter().flat_map(term).collect()].concat()
         }
         ValueNode::Keep(selection) => vec![7, address(selection)],
-        ValueNode::Kept { value, chosen } => {
-            vec![8, address_of(value), chosen.threshold, chosen.equals_end]
-        }
+        ValueNode::Kept { value, which } => vec![8, address_of(value), *which as u64],
         ValueNode::Random { keep_below, stream } => vec![9, *keep_below, u64::from(*stream)],
         ValueNode::ByRank(ranking) => vec![10, address(ranking)],
-        ValueNode::Marked(marks) => vec![11, address(marks)],
+        ValueNode::Marked(which) => vec![11, *which as u64],
     }
 }
 

@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::{
     Builder, ByToken, ByteRange, Gathered, Input, InputFile, MethodSource, Node, Origin,
@@ -22,13 +23,15 @@ use crate::error::{Error, Result};
 /// What to do about a plan that is not as it should be.
 const MAKE_ANEW: &str = "make the plan anew from its recipe";
 
-/// A saved plan, and what belongs to it besides the table.
+/// A saved plan, and what belongs to it besides the table, which is large: it stays text until its
+/// version is known.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Saved {
+struct Saved<'a> {
     oxmerge_plan: Value,
     output: Value,
-    table: Value,
+    #[serde(borrow)]
+    table: &'a RawValue,
 }
 
 /// The table as it is saved.
@@ -223,14 +226,14 @@ pub fn load(
 }
 
 fn read(text: &str, header_bytes: impl Fn(&Plan, usize) -> Result<u64>) -> Result<(Plan, Value)> {
-    let saved: Saved = serde_json::from_str(text)
+    let saved: Saved<'_> = serde_json::from_str(text)
         .map_err(|error| Error::plan(format!("this is no plan that oxmerge saved: {error}")))?;
     if saved.oxmerge_plan != PLAN_VERSION {
         return Err(Error::plan("the plan was saved by another version of oxmerge")
             .expected(format_args!("plan version {PLAN_VERSION}"))
             .found(saved.oxmerge_plan));
     }
-    let table: Table = serde_json::from_value(saved.table)
+    let table: Table = serde_json::from_str(saved.table.get())
         .map_err(|error| Error::plan(format!("the plan's table cannot be read: {error}")))?;
     let plan = check_shards(build(table)?, header_bytes)?;
     Ok((plan, saved.output))

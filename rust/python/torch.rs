@@ -15,8 +15,7 @@ use crate::engine::backend::{Arithmetic, Backend, Results, Run, Step};
 use crate::engine::need::Offload;
 use crate::engine::simd::Simd;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formula::machine::{InputBytes, Spans, TensorFrame};
-use crate::formula::masks::KeptMasks;
+use crate::formula::machine::{InputBytes, Known, Spans, TensorFrame};
 use crate::formula::program::{Along, Argument, Effect, Instruction, Operation, Program, Slot};
 use crate::formula::selection::{Interval, Look, ordinal_of_key};
 use crate::formula::{Among, Pick, Scalar, Scope};
@@ -136,13 +135,13 @@ impl Arithmetic for TorchWorker {
         &self,
         frame: &'a TensorFrame,
         program: &'a Program,
-        masks: Option<&'a KeptMasks>,
+        known: &'a Known,
     ) -> Result<Box<dyn Run + 'a>> {
         if program.effects.iter().any(|effect| matches!(effect, Effect::Keys { .. })) {
-            return self.host.begin(frame, program, masks);
+            return self.host.begin(frame, program, known);
         }
         let ready = Python::attach(|py| {
-            let encoder = Encoder { py, frame, double: program.double };
+            let encoder = Encoder { py, frame, known, double: program.double };
             let ready = encoder.program(program).and_then(|(instructions, effects)| {
                 let arguments = (instructions, effects, frame.row, frame.line, program.double);
                 self.worker.call_method1(py, "program", arguments)
@@ -158,6 +157,7 @@ impl Arithmetic for TorchWorker {
 struct Encoder<'a, 'py> {
     py: Python<'py>,
     frame: &'a TensorFrame,
+    known: &'a Known,
     double: bool,
 }
 
@@ -242,7 +242,8 @@ impl<'py> Encoder<'_, 'py> {
             Operation::Elect { terms, average } => {
                 ("elect", (self.terms(terms), *average).into_pyobject(py)?)
             }
-            Operation::Kept { a, chosen } => {
+            Operation::Kept { a, which } => {
+                let chosen = self.known.chosen[*which];
                 let threshold = ordinal_of_key(chosen.threshold, self.double);
                 ("kept", (*a, threshold, chosen.equals_end).into_pyobject(py)?)
             }

@@ -153,11 +153,9 @@ def load_plan(
     """
     from oxmerge.planning.plans import Plan  # noqa: PLC0415 - it needs this module
 
-    with open(path, "rb") as file:
-        data = file.read()
     try:
-        table, rest = _core.Plan.load(data.decode())
-        del data
+        with open(path, encoding="utf-8") as file:
+            table, rest = _core.Plan.load(file.read())
         about = _method_of(table, check_allowed(allow_methods))
         _check_parameters(table, about)
         if about.written is not None:

@@ -40,6 +40,7 @@ T5 = {
     **{f"decoder.block.{n}.layer.0.weight": (12, 12) for n in range(3)},
     "decoder.final_layer_norm.weight": (12,),
 }
+CLIP = ("text_model.encoder", "vision_model.encoder")
 CONFIGS: dict[str, Any] = {
     "llava": {
         "model_type": "llava",
@@ -55,11 +56,17 @@ def modules(
     wanted: list[str], shapes: Mapping[str, Any], counts: set[int]
 ) -> dict[str | None, list[str]]:
     layout = find_layout(dict.fromkeys(shapes), frozenset(counts))
-    module_of, missing = find_modules(wanted, list(shapes), layout)
+    module_of, roots = find_modules(wanted, list(shapes), layout)
+    assert all(len(each) == 1 for each in roots.values())
     found: dict[str | None, list[str]] = {}
     for name in shapes:
         found.setdefault(module_of(name), []).append(name)
-    return found | ({"missing": missing} if missing else {})
+    return found
+
+
+def roots(wanted: list[str], shapes: Mapping[str, Any], counts: set[int]) -> list[list[str]]:
+    layout = find_layout(dict.fromkeys(shapes), frozenset(counts))
+    return list(find_modules(wanted, list(shapes), layout)[1].values())
 
 
 def begin(names: list[str], *beginnings: str) -> bool:
@@ -82,7 +89,22 @@ def test_modules_are_found_by_name_and_by_kind() -> None:
     found = modules(["encoder", "decoder"], T5, {2, 3})
     assert begin(found["encoder"], "encoder.")
     assert found[None] == ["shared.weight"]
-    assert modules(["audio_tower", "x"], QWEN, {2, 3})["missing"] == ["audio_tower", "x"]
+    assert roots(["audio_tower", "x"], QWEN, {2, 3}) == [[], []]
+
+
+def test_a_name_that_fits_several_parts_means_the_outermost_or_nothing() -> None:
+    shapes = [f"{part}.layers.{n}.w" for part in CLIP for n in range(2)]
+    both = ["text_model.encoder", "vision_model.encoder"]
+    assert roots(["encoder"], dict.fromkeys(shapes), {2}) == [both]
+    assert roots(both, dict.fromkeys(shapes), {2}) == [[name] for name in both]
+    inside = [*shapes, "encoder.x.encoder.w"]
+    assert roots(["encoder"], dict.fromkeys(inside), {2}) == [["encoder"]]
+    assert roots(["x.encoder"], dict.fromkeys(inside), {2}) == [["encoder.x.encoder"]]
+    # Letters do not count: these are as far out as each other.
+    uneven = dict.fromkeys(["a.part.w", "longer.part.w"])
+    assert roots(["part"], uneven, {2}) == [["a.part", "longer.part"]]
+    # Of a kind, there are two stacks of text.
+    assert roots(["text_decoder"], T5, {2, 3}) == [["encoder", "decoder"]]
 
 
 @pytest.fixture

@@ -89,6 +89,14 @@ def test_modules_are_found_by_name_and_by_kind() -> None:
     found = modules(["encoder", "decoder"], T5, {2, 3})
     assert begin(found["encoder"], "encoder.")
     assert found[None] == ["shared.weight"]
+    # As the first LLaVA has it: the layers of the text are beside the vision tower.
+    first = {f"model.{name}": shape for name, shape in LLAVA.items() if name[0] in "mv"}
+    first |= {name: shape for name, shape in QWEN.items() if not name.startswith("visual")}
+    vision = [name for name in first if name.startswith("model.vision_tower.")]
+    assert modules(["text_decoder"], first, {2, 3})[None] == vision
+    assert modules(["text_decoder", "vision_tower"], first, {2, 3})["vision_tower"] == vision
+    assert modules(["text_decoder", "vision_model"], first, {2, 3})["vision_model"] == vision
+    assert None not in modules(["model", "lm_head"], first, {2, 3})
     assert roots(["audio_tower", "x"], QWEN, {2, 3}) == [[], []]
 
 

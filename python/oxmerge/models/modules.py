@@ -3,7 +3,8 @@
 A recipe names them as mergekit does (``text_decoder``, ``vision_tower``, ``encoder``), or by what
 the names of their tensors begin with or have in them. They are found among these names: a module is
 what has its name, or what has a stack of layers of its kind. A name that fits several parts means
-the outermost one; where several are as far out, nothing is chosen.
+the outermost one; where several are as far out, nothing is chosen. Text that is found by its layers
+may have other kinds inside (``model.layers`` and ``model.vision_tower``): these are not of it.
 """
 
 from __future__ import annotations
@@ -57,14 +58,18 @@ def find_modules(
     parts = {part for name in names for part in _beginnings(name)}
     roots = {module: _roots(module, parts, layout) for module in wanted}
     single = [(each[0], module) for module, each in roots.items() if len(each) == 1]
-    text = next((module for _, module in single if _kind(module) is _READ), None)
     found = sorted(single, key=lambda pair: len(pair[0]), reverse=True)
+    root, text = next((pair for pair in single if _kind(pair[1]) is _READ), ("", None))
+    apart: list[str] = []
+    if text is not None and not f".{root}".endswith(f".{text}"):
+        stacks = ((prefix, kind) for prefix in layout.stacks for kind in (_SEEN, _HEARD))
+        apart = [_cut(prefix, kind) for prefix, kind in stacks if _is_of(prefix, kind)]
 
     def module_of(name: str) -> str | None:
-        for root, module in found:
-            if not root or name == root or name.startswith(f"{root}."):
-                return module
-        return text if is_head(name) else None
+        module = next((each for root, each in found if _is_in(name, root)), None)
+        if module is None:
+            return text if is_head(name) else None
+        return None if module == text and any(_is_in(name, root) for root in apart) else module
 
     return module_of, roots
 
@@ -75,6 +80,10 @@ def _beginnings(name: str) -> Iterable[str]:
     while at >= 0:
         yield name[:at]
         at = name.find(".", at + 1)
+
+
+def _is_in(name: str, root: str) -> bool:
+    return not root or name == root or name.startswith(f"{root}.")
 
 
 def _roots(module: str, parts: set[str], layout: Layout) -> list[str]:

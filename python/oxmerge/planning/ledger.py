@@ -120,7 +120,7 @@ class _Reasons:
         if self._modules is not None:
             section = self._modules.section_of(name)
             if section.is_carried:
-                return "it is of none of the modules", True
+                return "it is in no module that the recipe names", True
             if all(each.model is not model for each in section.sources):
                 return f"the module `{shorten(section.module or '')}` does not list the model", True
         if model.index not in self._members:

@@ -208,6 +208,8 @@ class _Planner:
             return runs
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
+        if donor.stack is None:
+            self.builder.report_no_stack(donor, sections[0].module)
         self.sliced = SlicedTargets(sections, donor, self.findings)
         return self.sliced
 

@@ -340,7 +340,8 @@ class SectionBuilder:
         start, end = source.layer_range or (0, 0)
         stack = model.stack
         if stack is None:
-            return self._no_stack(model, part.module)
+            self.report_no_stack(model, part.module)
+            return 0
         if end > stack.depth:
             message = f"`layer_range` goes past the last layer of `{source.model}`"
             layers = f"at most {stack.depth}, the number of its layers"
@@ -358,7 +359,8 @@ class SectionBuilder:
             )
         return stack.depth - start
 
-    def _no_stack(self, model: InputModel, module: str | None) -> int:
+    def report_no_stack(self, model: InputModel, module: str | None) -> None:
+        """Report a model that slices cannot be taken of, once."""
         layout = model.layout
         numbered = layout.stacks or layout.numbered
         names = ", ".join(f"`{name}`" for name in list(numbered)[:4]) or "none"
@@ -372,7 +374,6 @@ class SectionBuilder:
         problem = Problem("no-layers", message, file=model.path, found=found, advice=advice)
         if problem not in self._findings.problems:
             self._findings.problems.append(problem)
-        return 0
 
 
 def _settings(part: Slice) -> tuple[object, ...]:

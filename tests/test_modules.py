@@ -40,6 +40,7 @@ T5 = {
     **{f"decoder.block.{n}.layer.0.weight": (12, 12) for n in range(3)},
     "decoder.final_layer_norm.weight": (12,),
 }
+CLIP = ("text_model.encoder", "vision_model.encoder")
 CONFIGS: dict[str, Any] = {
     "llava": {
         "model_type": "llava",
@@ -55,11 +56,17 @@ def modules(
     wanted: list[str], shapes: Mapping[str, Any], counts: set[int]
 ) -> dict[str | None, list[str]]:
     layout = find_layout(dict.fromkeys(shapes), frozenset(counts))
-    module_of, missing = find_modules(wanted, list(shapes), layout)
+    module_of, roots = find_modules(wanted, list(shapes), layout)
+    assert all(len(each) == 1 for each in roots.values())
     found: dict[str | None, list[str]] = {}
     for name in shapes:
         found.setdefault(module_of(name), []).append(name)
-    return found | ({"missing": missing} if missing else {})
+    return found
+
+
+def roots(wanted: list[str], shapes: Mapping[str, Any], counts: set[int]) -> list[list[str]]:
+    layout = find_layout(dict.fromkeys(shapes), frozenset(counts))
+    return list(find_modules(wanted, list(shapes), layout)[1].values())
 
 
 def begin(names: list[str], *beginnings: str) -> bool:
@@ -82,7 +89,30 @@ def test_modules_are_found_by_name_and_by_kind() -> None:
     found = modules(["encoder", "decoder"], T5, {2, 3})
     assert begin(found["encoder"], "encoder.")
     assert found[None] == ["shared.weight"]
-    assert modules(["audio_tower", "x"], QWEN, {2, 3})["missing"] == ["audio_tower", "x"]
+    # As the first LLaVA has it: the layers of the text are beside the vision tower.
+    first = {f"model.{name}": shape for name, shape in LLAVA.items() if name[0] in "mv"}
+    first |= {name: shape for name, shape in QWEN.items() if not name.startswith("visual")}
+    vision = [name for name in first if name.startswith("model.vision_tower.")]
+    assert modules(["text_decoder"], first, {2, 3})[None] == vision
+    assert modules(["text_decoder", "vision_tower"], first, {2, 3})["vision_tower"] == vision
+    assert modules(["text_decoder", "vision_model"], first, {2, 3})["vision_model"] == vision
+    assert None not in modules(["model", "lm_head"], first, {2, 3})
+    assert roots(["audio_tower", "x"], QWEN, {2, 3}) == [[], []]
+
+
+def test_a_name_that_fits_several_parts_means_the_outermost_or_nothing() -> None:
+    shapes = [f"{part}.layers.{n}.w" for part in CLIP for n in range(2)]
+    both = ["text_model.encoder", "vision_model.encoder"]
+    assert roots(["encoder"], dict.fromkeys(shapes), {2}) == [both]
+    assert roots(both, dict.fromkeys(shapes), {2}) == [[name] for name in both]
+    inside = [*shapes, "encoder.x.encoder.w"]
+    assert roots(["encoder"], dict.fromkeys(inside), {2}) == [["encoder"]]
+    assert roots(["x.encoder"], dict.fromkeys(inside), {2}) == [["encoder.x.encoder"]]
+    # Letters do not count: these are as far out as each other.
+    uneven = dict.fromkeys(["a.part.w", "longer.part.w"])
+    assert roots(["part"], uneven, {2}) == [["a.part", "longer.part"]]
+    # Of a kind, there are two stacks of text.
+    assert roots(["text_decoder"], T5, {2, 3}) == [["encoder", "decoder"]]
 
 
 @pytest.fixture
@@ -152,3 +182,136 @@ def test_sweeps_and_lazy_merges_know_modules(folder: Path) -> None:
     with oxmerge.open("out") as merged:
         for name in merged:
             np.testing.assert_array_equal(lazy[name], np.asarray(merged[name]))
+
+
+VISION = """\
+merge_method: linear
+base_model: base
+modules: {vision_tower: {models: [{model: a}]}}
+parameters: {weight: 1}
+"""
+
+
+def problems_of(text: str) -> list[str]:
+    with pytest.raises(oxmerge.OxmergeError) as caught:
+        oxmerge.plan(text)
+    assert isinstance(caught.value, oxmerge.PlanError | oxmerge.RecipeError)
+    return [str(problem.message) for problem in caught.value.problems]
+
+
+def test_a_single_module_is_not_the_whole_model(folder: Path) -> None:
+    oxmerge.merge(VISION, "out")
+    oxmerge.merge(VISION.replace("vision_tower", "default"), "whole")
+    models = {name: oxmerge.open(name) for name in ("base", "a", "out", "whole")}
+    for name in LLAVA:
+        base, a, out, whole = (np.asarray(models[model][name]) for model in models)
+        expected = a if name.startswith("vision_tower") else base
+        np.testing.assert_array_equal(out, expected, err_msg=name)
+        np.testing.assert_array_equal(whole, a, err_msg=name)
+
+
+def test_accounts_tell_which_module_does_without_a_model(folder: Path) -> None:
+    plan = oxmerge.plan(RECIPE, strict=True)
+    assert plan.warnings == ()
+    accounts = {each.model: each for each in plan.accounting}
+    dropped = {
+        model: {reason: len(names) for reason, names in each.dropped.items()}
+        for model, each in accounts.items()
+    }
+    nowhere = "it is in no module that the recipe names"
+    unseen, unread = (
+        f"the module `{module}` does not list the model"
+        for module in ("vision_tower", "text_decoder")
+    )
+    assert dropped == {
+        "a": {nowhere: 1},
+        "b": {unseen: 3, nowhere: 1},
+        "base": {unseen: 3, unread: 6},
+    }
+    assert list(accounts["base"].copied.names) == ["multi_modal_projector.linear_1.weight"]
+    text = str(plan)
+    assert "dropped: the module `vision_tower` does not list the model (3)" in text
+    assert "note      1 tensor kept from `base` (modules): multi_modal_projector" in text
+
+
+def test_a_tensor_that_only_a_listed_model_has_is_warned_about(folder: Path) -> None:
+    extra = {"vision_tower.extra.weight": (3,), "language_model.extra.weight": (3,)}
+    write_model(folder / "more", random_arrays(LLAVA | extra, 1), "F32", config=CONFIGS["llava"])
+    text = VISION.replace("model: a", "model: more")
+    plan = oxmerge.plan(text)
+    (warning,) = plan.warnings
+    assert (warning.code, warning.tensor) == ("dropped-tensor", "vision_tower.extra.weight")
+    with pytest.raises(oxmerge.PlanError, match="the donor `base` does not have it"):
+        oxmerge.plan(text, strict=True)
+
+
+def test_the_base_is_no_input_where_modules_leave_nothing_to_it(folder: Path) -> None:
+    every = ", ".join(
+        f"{module}: {{models: [{{model: a}}]}}"
+        for module in ("vision_tower", "multi_modal_projector", "language_model")
+    )
+    plan = oxmerge.plan(VISION.replace("vision_tower: {models: [{model: a}]}", every))
+    (warning,) = plan.warnings
+    assert "`base_model` is no input of method `linear`" in str(warning)
+
+
+def test_modules_that_are_the_same_or_unclear_are_refused(folder: Path) -> None:
+    twice = VISION.replace(
+        "{vision_tower:", "{vision_encoder: {models: [{model: b}]}, vision_tower:"
+    )
+    message = "the module `vision_tower` is `vision_encoder` too"
+    assert problems_of(twice) == [message]
+    inside = VISION.replace(
+        "{vision_tower:", "{vision_model: {models: [{model: b}]}, vision_tower:"
+    )
+    (warning,) = oxmerge.plan(inside).warnings
+    assert (warning.code, str(warning.where)) == ("no-effect", "modules.vision_tower (line 3)")
+    unclear = {f"{part}.layers.{n}.w": (2,) for part in CLIP for n in range(2)}
+    for seed, name in enumerate(("base", "a")):
+        config = {"num_hidden_layers": 2}
+        write_model(folder / f"clip-{name}", random_arrays(unclear, seed), "F32", config=config)
+    text = VISION.replace("vision_tower", "encoder").replace(": base", ": clip-base")
+    text = text.replace(": a}", ": clip-a}")
+    assert problems_of(text) == ["`clip-base` has more than one module `encoder`"]
+    with pytest.raises(oxmerge.PlanError, match=r"`text_model.encoder`, `vision_model.encoder`"):
+        oxmerge.plan(text)
+    oxmerge.plan(text.replace("{encoder", "{text_model.encoder"))
+
+
+def test_slices_of_a_module_are_those_of_all_of_the_model(folder: Path) -> None:
+    for seed, name in enumerate(("text", "other")):
+        shapes = {name: shape for name, shape in QWEN.items() if not name.startswith("visual")}
+        config = {"num_hidden_layers": 3}
+        write_model(folder / name, random_arrays(shapes, seed), "F32", config=config)
+    parts = [
+        f"{{sources: [{{model: {model}, layer_range: [{start}, {start + 2}]}}]}}"
+        for model, start in (("text", 0), ("other", 1))
+    ]
+    slices = f"slices: [{', '.join(parts)}]"
+    text = "merge_method: passthrough\n"
+    oxmerge.merge(f"{text}{slices}\n", "expected")
+    oxmerge.merge(f"{text}modules: {{text_decoder: {{{slices}}}}}\n", "out")
+    weights = [Path(name, "model.safetensors").read_bytes() for name in ("expected", "out")]
+    assert weights[0] == weights[1]
+    seen = f"{text}modules: {{vision_tower: {{{slices}}}}}\n"
+    assert problems_of(seen) == ["`text` has no module `vision_tower`"]
+    norm = f"{text}modules: {{norm: {{{slices}}}}}\n"
+    assert problems_of(norm) == ["slices of the module `norm`, which has no layers"]
+    # Where there is another module, whether the slices are of that model or not.
+    several = "`slices` of the module `vision_tower` needs a model with exactly one stack of layers"
+    assert problems_of(f"{seen}base_model: base\n") == [several]
+    assert set(problems_of(seen.replace("model: text", "model: a"))) >= {several}
+
+
+def test_what_no_module_has_may_be_kept_from_another_model(folder: Path) -> None:
+    keep = "oxmerge: {keep: {'multi_modal_*': b, 'language_model.lm_head.*': base}}\n"
+    plan = oxmerge.plan(VISION + keep, strict=True)
+    assert [note.partition(":")[0] for note in plan.notes] == [
+        "1 tensor kept from `b` (oxmerge.keep.multi_modal_*)",
+        "5 tensors kept from `base` (modules)",
+        "1 tensor kept from `base` (oxmerge.keep.language_model.lm_head.*)",
+    ]
+    oxmerge.merge(plan, "out")
+    name = "multi_modal_projector.linear_1.weight"
+    with oxmerge.open("out") as out, oxmerge.open("b") as b:
+        np.testing.assert_array_equal(np.asarray(out[name]), np.asarray(b[name]))

@@ -16,8 +16,9 @@ from oxmerge.recipe.recipe import Choice, Recipe
 MODELS = "models: [{model: a}, {model: b}]\n"
 START = "merge_method: linear\n"
 NEITHER = (
-    "a recipe has exactly one of `models` and `slices`: found neither\n"
+    "a recipe has exactly one of `models`, `slices` and `modules`: found none of them\n"
     "  hint: list whole models under `models`, or runs of layers under `slices`"
+    ", or parts of the model under `modules`"
 )
 
 
@@ -116,10 +117,11 @@ FAULTS: list[tuple[str, list[str]]] = [
         ],
     ),
     (START, [NEITHER]),
-    (START + "models: []\n", [NEITHER]),
+    (START + "models: []\n", [NEITHER.replace("none of them", "an empty `models`")]),
+    (START + "modules: {}\n", [NEITHER.replace("none of them", "an empty `modules`")]),
     (
         START + MODELS + "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
-        [NEITHER.replace("neither", "`models` and `slices`")],
+        [NEITHER.replace("none of them", "`models` and `slices`")],
     ),
     (
         START + MODELS + "paramters: {}\n",
@@ -175,16 +177,26 @@ FAULTS: list[tuple[str, list[str]]] = [
     ),
     (
         START + "modules: {default: {}}\n",
-        [NEITHER.replace("a recipe", "modules.default (line 2): a recipe", 1)],
-    ),
-    (
-        START + MODELS + "modules: {default: {models: [{model: a}]}}\n",
         [
             (
-                "a recipe has exactly one of `models` and `slices`: found `models` and `modules`\n"
+                "modules.default (line 2): a module has exactly one of `models` and `slices`: "
+                "found none of them\n"
                 "  hint: list whole models under `models`, or runs of layers under `slices`"
             )
         ],
+    ),
+    (
+        START + "modules: {1: {models: [{model: a}]}}\n",
+        [
+            (
+                "modules.1 (line 2): the name of a module is text: found 1\n"
+                "  hint: write `text_decoder: ...`, say"
+            )
+        ],
+    ),
+    (
+        START + MODELS + "modules: {default: {models: [{model: a}]}}\n",
+        [NEITHER.replace("none of them", "`models` and `modules`")],
     ),
     (
         START + "modules: [default]\n",

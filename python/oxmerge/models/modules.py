@@ -2,7 +2,9 @@
 
 A recipe names them as mergekit does (``text_decoder``, ``vision_tower``, ``encoder``), or by what
 the names of their tensors begin with or have in them. They are found among these names: a module is
-what has its name, or what has a stack of layers of its kind.
+what has its name, or what has a stack of layers of its kind. A name that fits several parts means
+the outermost one; where several are as far out, nothing is chosen. Text that is found by its layers
+may have other kinds inside (``model.layers`` and ``model.vision_tower``): these are not of it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _KINDS = (
 
 def find_modules(
     wanted: Iterable[str], names: Iterable[str], layout: Layout
-) -> tuple[Callable[[str], str | None], list[str]]:
+) -> tuple[Callable[[str], str | None], dict[str, list[str]]]:
     """Find modules of a model.
 
     Parameters
@@ -48,25 +50,28 @@ def find_modules(
     -------
     function
         From the name of a tensor to the module it is of, or None.
-    list of str
-        The modules that the model does not have.
+    dict of str to list of str
+        What the names of each module's tensors begin with: its root. None if the model does not
+        have the module, several if it cannot be told which is meant. Two modules may have one root;
+        the tensors are then of the first.
     """
     parts = {part for name in names for part in _beginnings(name)}
-    roots = {module: _root(module, parts, layout) for module in wanted}
-    text = next((m for m, root in roots.items() if root is not None and _kind(m) is _READ), None)
-    found = sorted(
-        ((root, module) for module, root in roots.items() if root is not None),
-        key=lambda pair: len(pair[0]),
-        reverse=True,
-    )
+    roots = {module: _roots(module, parts, layout) for module in wanted}
+    single = [(each[0], module) for module, each in roots.items() if len(each) == 1]
+    found = sorted(single, key=lambda pair: len(pair[0]), reverse=True)
+    root, text = next((pair for pair in single if _kind(pair[1]) is _READ), ("", None))
+    apart: list[str] = []
+    if text is not None and not f".{root}".endswith(f".{text}"):
+        stacks = ((prefix, kind) for prefix in layout.stacks for kind in (_SEEN, _HEARD))
+        apart = [_cut(prefix, kind) for prefix, kind in stacks if _is_of(prefix, kind)]
 
     def module_of(name: str) -> str | None:
-        for root, module in found:
-            if not root or name == root or name.startswith(f"{root}."):
-                return module
-        return text if is_head(name) else None
+        module = next((each for root, each in found if _is_in(name, root)), None)
+        if module is None:
+            return text if is_head(name) else None
+        return None if module == text and any(_is_in(name, root) for root in apart) else module
 
-    return module_of, [module for module, root in roots.items() if root is None]
+    return module_of, roots
 
 
 def _beginnings(name: str) -> Iterable[str]:
@@ -77,29 +82,32 @@ def _beginnings(name: str) -> Iterable[str]:
         at = name.find(".", at + 1)
 
 
-def _root(module: str, parts: set[str], layout: Layout) -> str | None:
-    """Return what the names of a module's tensors begin with."""
-    if module in parts:
-        return module
-    inside = sorted((part for part in parts if part.endswith(f".{module}")), key=len)
-    if inside:
-        return inside[0]
+def _is_in(name: str, root: str) -> bool:
+    return not root or name == root or name.startswith(f"{root}.")
+
+
+def _roots(module: str, parts: set[str], layout: Layout) -> list[str]:
+    """Return what the names of a module's tensors may begin with."""
+    named = [part for part in parts if f".{part}".endswith(f".{module}")]
+    if named:
+        least = min(part.count(".") for part in named)
+        return sorted(part for part in named if part.count(".") == least)
     kind = _kind(module)
-    of_kind = [prefix for prefix in layout.stacks if _is_of(prefix, kind)]
-    if kind is None or len(of_kind) != 1:
-        return None
-    return _cut(of_kind[0], kind)
+    if kind is None:
+        return []
+    of_kind = (_cut(prefix, kind) for prefix in layout.stacks if _is_of(prefix, kind))
+    return list(dict.fromkeys(of_kind))
 
 
 def _kind(module: str) -> re.Pattern[str] | None:
     return next((pattern for aliases, pattern in _KINDS if module in aliases), None)
 
 
-def _is_of(prefix: str, kind: re.Pattern[str] | None) -> bool:
+def _is_of(prefix: str, kind: re.Pattern[str]) -> bool:
     """Tell whether a stack is of a kind: text is what is neither seen nor heard."""
     if kind is _READ:
         return not _SEEN.search(prefix) and not _HEARD.search(prefix)
-    return kind is not None and kind.search(prefix) is not None
+    return kind.search(prefix) is not None
 
 
 def _cut(prefix: str, kind: re.Pattern[str]) -> str:

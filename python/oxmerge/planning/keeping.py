@@ -112,7 +112,6 @@ class Keeping:
         if run.section.is_carried:
             whole = found.add((run.donor, run.donor_lead), run.section.where)
             found.kept.update(dict.fromkeys(range(sum(n for _, n in run.tensors)), whole))
-            return found
         columns: dict[int, int] = {}
         for at, name in enumerate(_names(run) if self._rules else ()):
             rule = self._rule_for(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from oxmerge.models.names import is_head
 from oxmerge.planning.accounting import ModelAccount, Share
 from oxmerge.planning.targets import loose_side
-from oxmerge.problems import Problem
+from oxmerge.problems import Problem, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from oxmerge._core import Fates
     from oxmerge.models.inputs import InputModel
     from oxmerge.planning.sections import Section
+    from oxmerge.planning.targets import ModuleTargets
 
 __all__ = ["Ledger"]
 
@@ -48,10 +49,15 @@ class Ledger:
         self._fates = fates
 
     def close(
-        self, sections: list[Section], donor: InputModel, *, is_sliced: bool
+        self,
+        sections: list[Section],
+        donor: InputModel,
+        *,
+        is_sliced: bool,
+        modules: ModuleTargets | None = None,
     ) -> tuple[ModelAccount, ...]:
         """Return the account of every model."""
-        reasons = _Reasons(sections, donor, is_sliced=is_sliced)
+        reasons = _Reasons(sections, donor, is_sliced=is_sliced, modules=modules)
         each = zip(self._models, self._fates, strict=True)
         return tuple(self._account(model, fates, reasons) for model, fates in each)
 
@@ -84,9 +90,17 @@ def _share(fates: Fates, fate: str) -> Share:
 class _Reasons:
     """Tells why a tensor does not get into the output, and whether the recipe says so."""
 
-    def __init__(self, sections: list[Section], donor: InputModel, *, is_sliced: bool) -> None:
+    def __init__(
+        self,
+        sections: list[Section],
+        donor: InputModel,
+        *,
+        is_sliced: bool,
+        modules: ModuleTargets | None,
+    ) -> None:
         self._donor = donor
         self._is_sliced = is_sliced
+        self._modules = modules
         self._members = {each.model.index for section in sections for each in section.sources}
         self._layers: dict[int, set[int]] = {}
         self._ends = [
@@ -103,6 +117,12 @@ class _Reasons:
 
     def of(self, model: InputModel, name: str) -> tuple[str, bool]:
         """Return the reason, and whether it was to be expected."""
+        if self._modules is not None:
+            section = self._modules.section_of(name)
+            if section.is_carried:
+                return "it is in no module that the recipe names", True
+            if all(each.model is not model for each in section.sources):
+                return f"the module `{shorten(section.module or '')}` does not list the model", True
         if model.index not in self._members:
             what = "names and config" if model is self._donor else "what is kept from it"
             return f"the model is no input, it gives {what}", True

@@ -30,7 +30,7 @@ from oxmerge.planning.ledger import Ledger
 from oxmerge.planning.parameters import SettingReader
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.sections import Section, SectionBuilder
-from oxmerge.planning.targets import SlicedTargets, module_targets, whole_targets
+from oxmerge.planning.targets import ModuleTargets, SlicedTargets, whole_targets
 from oxmerge.planning.tokens import TokenPlanner
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.schema import Tensors, is_float
@@ -133,6 +133,7 @@ class _Planner:
         self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
         self.reader = SettingReader(findings)
         self.sliced: SlicedTargets | None = None
+        self.modules: ModuleTargets | None = None
         self.alignment: Alignment | None = None
         self.lacks_tokens = False
         self.token_notes: list[str] = []
@@ -163,7 +164,9 @@ class _Planner:
         if donor is None or table is None or problems:
             raise self.failure(problems + (warnings if strict else [])) from self.cause
         ledger = Ledger(self.inputs.models, fates, self.keeping.passed_over)
-        accounting = ledger.close(sections, donor, is_sliced=self.sliced is not None)
+        accounting = ledger.close(
+            sections, donor, is_sliced=self.sliced is not None, modules=self.modules
+        )
         warnings += ledger.warnings
         if strict and warnings:
             raise self.failure(warnings)
@@ -199,9 +202,15 @@ class _Planner:
             return []
         if self.recipe.modules:
             of = {section.module: section for section in sections if section.module is not None}
-            return module_targets(of, self.builder.carried(donor), donor, self.findings)
+            self.modules = ModuleTargets(of, self.builder.carried(donor), donor, self.findings)
+            runs = list(self.modules)
+            if not any(run.section.is_carried for run in runs):
+                self.builder.check_ignored_base()
+            return runs
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
+        if donor.stack is None:
+            self.builder.report_no_stack(donor, sections[0].module)
         self.sliced = SlicedTargets(sections, donor, self.findings)
         return self.sliced
 

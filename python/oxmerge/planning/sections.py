@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from oxmerge.methods import modifiers
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
-from oxmerge.problems import Problem
+from oxmerge.problems import Problem, shorten
 from oxmerge.recipe.recipe import UNREAD, Slice, Source
 
 TYPE_CHECKING = False
@@ -72,7 +72,7 @@ class Section:
     settings : tuple
         What the recipe says here; two sections that agree in it treat a loose tensor alike.
     module : str, optional
-        The module that it is for, in a recipe of several.
+        The module that it is for.
     is_carried : bool
         Whether its tensors are the donor's as they are.
     is_sound : bool
@@ -170,10 +170,14 @@ class SectionBuilder:
                 advice = "name the one of the two models that it begins with"
             where = recipe.place("merge_method")
             self._findings.problems.append(Problem("missing-base", message, where, advice=advice))
-        if method.base == "ignored" and recipe.base_model is not None:
-            self._check_ignored_base(recipe.base_model)
+        if not recipe.modules:  # else tensors may be carried from it
+            self.check_ignored_base()
 
-    def _check_ignored_base(self, base: str) -> None:
+    def check_ignored_base(self) -> None:
+        """Warn of a base that the output has no numbers of."""
+        base = self._recipe.base_model
+        if self._method.base != "ignored" or base is None:
+            return
         if self._lists(self._recipe.sources, base):
             return
         message = f"`base_model` is no input of method `{self._method.name}`"
@@ -326,15 +330,18 @@ class SectionBuilder:
             self._findings.problems.append(
                 Problem("layer-range", message, part.where, found=found, advice=advice)
             )
-        fitting = [self._fitting(source, model) for source, model in opened if model is not None]
+        fitting = [
+            self._fitting(part, source, model) for source, model in opened if model is not None
+        ]
         return max(0, min(lengths + fitting))
 
-    def _fitting(self, source: Source, model: InputModel) -> int:
+    def _fitting(self, part: Slice, source: Source, model: InputModel) -> int:
         """Return how many layers of a range its model has; report a range that goes too far."""
         start, end = source.layer_range or (0, 0)
         stack = model.stack
         if stack is None:
-            return self._no_stack(model)
+            self.report_no_stack(model, part.module)
+            return 0
         if end > stack.depth:
             message = f"`layer_range` goes past the last layer of `{source.model}`"
             layers = f"at most {stack.depth}, the number of its layers"
@@ -352,12 +359,14 @@ class SectionBuilder:
             )
         return stack.depth - start
 
-    def _no_stack(self, model: InputModel) -> int:
+    def report_no_stack(self, model: InputModel, module: str | None) -> None:
+        """Report a model that slices cannot be taken of, once."""
         layout = model.layout
         numbered = layout.stacks or layout.numbered
         names = ", ".join(f"`{name}`" for name in list(numbered)[:4]) or "none"
         which = "stacks" if layout.stacks else "numbered prefixes, none of which the config counts"
-        message = "`slices` needs a model with exactly one stack of layers"
+        of = "" if module is None else f" of the module `{shorten(module)}`"
+        message = f"`slices`{of} needs a model with exactly one stack of layers"
         advice = "merge whole models with `models`"
         if not layout.stacks:
             advice += ", or put the config.json that counts the layers beside the weights"
@@ -365,7 +374,6 @@ class SectionBuilder:
         problem = Problem("no-layers", message, file=model.path, found=found, advice=advice)
         if problem not in self._findings.problems:
             self._findings.problems.append(problem)
-        return 0
 
 
 def _settings(part: Slice) -> tuple[object, ...]:

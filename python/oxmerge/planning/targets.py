@@ -11,18 +11,21 @@ from dataclasses import dataclass, replace
 
 from oxmerge.models.modules import find_modules
 from oxmerge.models.names import Place, join, position, side_of
-from oxmerge.problems import Problem
+from oxmerge.problems import Problem, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from oxmerge.models.inputs import InputModel
     from oxmerge.models.names import Stack
     from oxmerge.planning.sections import Section
     from oxmerge.problems import Findings
 
-__all__ = ["Run", "SlicedTargets", "Target", "loose_side", "module_targets", "whole_targets"]
+__all__ = ["ModuleTargets", "Run", "SlicedTargets", "Target", "loose_side", "whole_targets"]
+
+#: Candidates for a module that a message shows.
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +102,8 @@ def whole_targets(section: Section, donor: InputModel) -> Iterator[Run]:
         yield Run(section, where, where, donor, ((first, count),), place, "", "", leads)
 
 
-def module_targets(
-    sections: dict[str, Section], carried: Section, donor: InputModel, findings: Findings
-) -> Iterator[Run]:
-    """Yield the tensors of a model whose modules are merged apart.
+class ModuleTargets:
+    """The targets of a recipe whose modules are merged apart.
 
     Parameters
     ----------
@@ -113,23 +114,77 @@ def module_targets(
     donor : InputModel
         The model that gives the names.
     findings : Findings
-        Takes modules that it does not have.
+        Takes modules that it does not have, or that are the same, and those without a tensor.
     """
-    names = donor.checkpoint.names()
-    module_of, missing = find_modules(sections, names, donor.layout)
-    for module in missing:
-        message, file = f"`{donor.reference}` has no module `{module}`", donor.path
-        known = ", ".join(f"`{prefix}`" for prefix in donor.layout.stacks) or "none"
-        advice = "name what its tensors begin with, such as the part of a stack's before the layers"
-        where = sections[module].where
-        problem = Problem("no-layers", message, where, file, found=known, advice=advice)
+
+    def __init__(
+        self, sections: dict[str, Section], carried: Section, donor: InputModel, findings: Findings
+    ) -> None:
+        self._sections = sections
+        self._carried = carried
+        self._donor = donor
+        self._findings = findings
+        self._names = donor.checkpoint.names()
+        self._module_of, roots = find_modules(sections, self._names, donor.layout)
+        self._found = _check_roots(roots, sections, donor, findings)
+
+    def section_of(self, name: str) -> Section:
+        """Return the section that decides a tensor of this name."""
+        module = self._module_of(name)
+        return self._carried if module is None else self._sections[module]
+
+    def __iter__(self) -> Iterator[Run]:
+        idle = set(self._found)
+        for run in whole_targets(self._carried, self._donor):
+            for first, count in run.tensors:
+                for of, at, length in _stretches(self._names, self._module_of, first, count):
+                    section = self._carried if of is None else self._sections[of]
+                    leads = ("",) * len(section.sources)
+                    yield replace(run, section=section, tensors=((at, length),), leads=leads)
+                    idle.discard(of or "")
+        for module, section in self._sections.items():
+            if module in idle:
+                message = f"the module `{shorten(module)}` gets no tensor"
+                advice = "other modules, named more closely, have all of it: take it or them out"
+                problem = Problem("no-effect", message, section.where, advice=advice)
+                self._findings.warnings.append(problem)
+
+
+def _check_roots(
+    roots: Mapping[str, list[str]],
+    sections: Mapping[str, Section],
+    donor: InputModel,
+    findings: Findings,
+) -> dict[str, str]:
+    """Return the root of each module that has one of its own; report the others."""
+    found: dict[str, str] = {}
+    for module, candidates in roots.items():
+        where, called = sections[module].where, f"module `{shorten(module)}`"
+        if not candidates:
+            message = f"`{donor.reference}` has no {called}"
+            known = ", ".join(f"`{prefix}`" for prefix in donor.layout.stacks) or "none"
+            advice = (
+                "name what its tensors begin with, such as the part of a stack's before the layers"
+            )
+            problem = Problem("no-layers", message, where, donor.path, found=known, advice=advice)
+        elif len(candidates) > 1:
+            message = f"`{donor.reference}` has more than one {called}"
+            listed = ", ".join(f"`{shorten(root)}`" for root in candidates[:_SHOWN])
+            listed += ", ..." if len(candidates) > _SHOWN else ""
+            advice = "name the one that is meant in full"
+            problem = Problem("no-layers", message, where, donor.path, found=listed, advice=advice)
+        elif candidates[0] in found.values():
+            root = candidates[0]
+            other = next(each for each, known in found.items() if known == root)
+            message = f"the {called} is `{shorten(other)}` too"
+            same = f"the tensors of `{shorten(root)}`" if root else "all tensors"
+            advice = "list its models under one of the two names"
+            problem = Problem("wrong-value", message, where, found=same, advice=advice)
+        else:
+            found[module] = candidates[0]
+            continue
         findings.problems.append(problem)
-    for run in whole_targets(carried, donor):
-        for first, count in run.tensors:
-            for of, at, length in _stretches(names, module_of, first, count):
-                section = carried if of is None else sections[of]
-                leads = ("",) * len(section.sources)
-                yield replace(run, section=section, tensors=((at, length),), leads=leads)
+    return found
 
 
 def _stretches(
@@ -154,7 +209,8 @@ class SlicedTargets:
     donor : InputModel
         The model that gives the config.
     findings : Findings
-        Takes loose tensors that could be on either side, stacks that are called differently.
+        Takes loose tensors that could be on either side, stacks that are called differently, and
+        slices of a module that is not the one with the layers.
 
     Attributes
     ----------
@@ -165,6 +221,7 @@ class SlicedTargets:
     """
 
     def __init__(self, sections: list[Section], donor: InputModel, findings: Findings) -> None:
+        self._findings = findings
         self._problems = findings.problems
         self.depth = sum(section.length for section in sections)
         self.layer_map = tuple(
@@ -181,10 +238,25 @@ class SlicedTargets:
         stack = self._donor.stack
         if stack is None:
             return
+        self._check_module(first, stack)
         self._check_prefixes(stack)
         yield from self._loose(first, "input", stack)
         yield from self._layers(stack)
         yield from self._loose(last, "output", stack)
+
+    def _check_module(self, section: Section, stack: Stack) -> None:
+        """Check that a module whose slices are listed has the layers; then it is all there is."""
+        if section.module is None:
+            return
+        donor, module = self._donor, section.module
+        module_of, roots = find_modules([module], donor.checkpoint.names(), donor.layout)
+        found = _check_roots(roots, {module: section}, donor, self._findings)
+        if found and module_of(join(stack.prefix, 0)) is None:
+            message = f"slices of the module `{shorten(module)}`, which has no layers"
+            known = f"`{found[module]}`, and the layers `{stack.prefix}` of `{donor.reference}`"
+            advice = "list whole models under `models` of the module"
+            problem = Problem("no-layers", message, section.where, found=known, advice=advice)
+            self._problems.append(problem)
 
     def _check_prefixes(self, stack: Stack) -> None:
         """Check that the output's layers have one name, whichever slice they come from."""

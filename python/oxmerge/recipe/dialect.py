@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extensions import ExtensionReader
-from oxmerge.recipe.keys import at_key, is_mapping, show_key
+from oxmerge.recipe.keys import at_key, is_mapping
 from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer, TokenRow
 
 TYPE_CHECKING = False
@@ -104,12 +104,13 @@ class _RecipeReader(ExtensionReader):
             return Recipe("")
         known = _TOP_KEYS | {"name"} if in_stages else _TOP_KEYS
         self.check_keys(raw, place, known)
-        whole, at = self.module(raw, place)
+        whole, at, module = self.whole(raw, place)
+        slices = self.items(whole, "slices", at, self.slice)
         recipe = Recipe(
             method=self.method(raw, place),
             models=self.items(whole, "models", at, self.model),
-            slices=self.items(whole, "slices", at, self.slice),
-            modules=self.modules(raw, place),
+            slices=tuple(replace(part, module=module) for part in slices),
+            modules=self.modules(raw, place) if whole is raw else (),
             module_parameters={} if whole is raw else self.settings(whole, at),
             base_model=self.reference(raw, "base_model", place),
             parameters=self.settings(raw, place),
@@ -124,28 +125,35 @@ class _RecipeReader(ExtensionReader):
         self.check_form(raw, whole, at)
         return recipe
 
-    def module(self, raw: Mapping[str, object], place: Place) -> tuple[Mapping[str, object], Place]:
-        """Return the mapping that has `models` or `slices`: the recipe, or its only module."""
+    def whole(
+        self, raw: Mapping[str, object], place: Place
+    ) -> tuple[Mapping[str, object], Place, str | None]:
+        """Return what has `models` or `slices` of all of the model, and which module it claims.
+
+        That is the recipe, or its only module: `default`, or one with slices, which only a model
+        without other modules has.
+        """
         modules = raw.get("modules")
         if not modules or raw.get("models") or raw.get("slices"):
-            return raw, place
-        place = at_key(place, raw, "modules")
+            return raw, place, None
+        at = at_key(place, raw, "modules")
         if not is_mapping(modules):
             message, advice = "a mapping of names to modules is needed here", "write `default: ...`"
-            self.fault(place, message, found=modules, advice=advice)
-            return _UNREAD_MODULE, place
-        if len(modules) > 1:
-            return raw, place
+            self.fault(at, message, found=modules, advice=advice)
+            return _UNREAD_MODULE, at, None
         name, module = next(iter(modules.items()))
-        place = at_key(place, modules, name)
-        if not self.check_mapping(module, place, _MODULE_KEYS):
-            return _UNREAD_MODULE, place
-        return module, place
+        has_slices = isinstance(name, str) and is_mapping(module) and module.get("slices")
+        if len(modules) > 1 or not (name == "default" or has_slices):
+            return raw, place, None
+        at = at_key(at, modules, name)
+        if not self.check_mapping(module, at, _MODULE_KEYS):
+            return _UNREAD_MODULE, at, None
+        return module, at, None if name == "default" else str(name)
 
     def modules(self, raw: Mapping[str, object], place: Place) -> tuple[Slice, ...]:
-        """Read several modules, each with whole models."""
+        """Read the modules that are merged apart, each with whole models."""
         modules = raw.get("modules")
-        if not is_mapping(modules) or len(modules) == 1:
+        if not is_mapping(modules) or raw.get("models") or raw.get("slices"):
             return ()
         place = at_key(place, raw, "modules")
         return tuple(
@@ -154,6 +162,10 @@ class _RecipeReader(ExtensionReader):
         )
 
     def one_of_modules(self, name: object, raw: object, place: Place) -> Slice:
+        if not isinstance(name, str) or not name:
+            message, advice = "the name of a module is text", "write `text_decoder: ...`, say"
+            self.fault(place, message, found=name, advice=advice)
+            return Slice(place, ())
         if not self.check_mapping(raw, place, _MODULE_KEYS):
             return Slice(place, ())
         models = self.items(raw, "models", place, self.model)
@@ -164,7 +176,7 @@ class _RecipeReader(ExtensionReader):
         elif not raw.get("models"):
             message, advice = "a module needs `models`", "list them: `models: [{model: path}]`"
             self.fault(place, message, code="missing-key", advice=advice)
-        return Slice(place, models, None, self.settings(raw, place), show_key(name))
+        return Slice(place, models, None, self.settings(raw, place), name)
 
     def name(self, raw: Mapping[str, object], place: Place) -> str | None:
         """Read what later merges call the output."""
@@ -180,13 +192,17 @@ class _RecipeReader(ExtensionReader):
         self, raw: Mapping[str, object], whole: Mapping[str, object], place: Place
     ) -> None:
         """Exactly one of `models`, `slices` and `modules` says what to merge."""
-        given = [key for key in ("models", "slices") if whole.get(key)]
-        given += ["modules"] if whole is raw and raw.get("modules") else []
+        keys = ["models", "slices", "modules"] if whole is raw else ["models", "slices"]
+        given = [f"`{key}`" for key in keys if whole.get(key)]
         if len(given) == 1 or whole is _UNREAD_MODULE:  # which is reported
             return
-        found = " and ".join(f"`{key}`" for key in given) or "neither"
-        message = "a recipe has exactly one of `models` and `slices`"
+        empty = [f"an empty `{key}`" for key in keys if key in whole]
+        found = " and ".join(given or empty) or "none of them"
+        message = "a module has exactly one of `models` and `slices`"
         advice = "list whole models under `models`, or runs of layers under `slices`"
+        if whole is raw:
+            message = "a recipe has exactly one of `models`, `slices` and `modules`"
+            advice += ", or parts of the model under `modules`"
         self.findings.problems.append(
             Problem("wrong-value", message, place, found=found, advice=advice)
         )

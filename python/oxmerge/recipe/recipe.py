@@ -118,7 +118,7 @@ class Slice:
     parameters : mapping of str to Setting
         Settings for this slice.
     module : str, optional
-        The module that it is for, in a recipe of several.
+        The module that it is for, unless that is all of the model.
     """
 
     where: Place
@@ -274,7 +274,8 @@ class Recipe:
     parameters : mapping of str to Setting
         Settings for everything.
     module_parameters : mapping of str to Setting
-        Settings of the only module, where `models` or `slices` stand in one; before `parameters`.
+        Settings of the module that is all of the model, where `models` or `slices` stand in one;
+        before `parameters`.
     dtype, out_dtype : str, optional
         Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
         `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64

@@ -314,7 +314,7 @@ class _RecipeReader(ExtensionReader):
             at_key(place, raw, "merge_method"),
             "the name of a merge method is needed here",
             code="missing-key" if method is None else "wrong-value",
-            found="nothing" if method is None else method,
+            found=method,
             advice="write `merge_method: linear`, say; `oxmerge methods` lists them",
         )
         return ""

@@ -85,6 +85,7 @@ SAME: list[tuple[Config, Config]] = [
         {"attention_dropout": 0.0, "initializer_range": 0.2, "pretraining_tp": 1},
     ),
     ({"eos_token_id": [1, 2], "bos_token_id": 0}, {"eos_token_id": 3, "bos_token_id": 1}),
+    ({"image_token_index": 7, "bad_words_ids": [[1]]}, {"image_token_id": 8}),
     ({"max_position_embeddings": 2048}, {"max_position_embeddings": 4096}),
     ({"a_key_of_tomorrow": 1}, {}),
     ({"a_key_of_tomorrow": None}, {"another": 2}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,19 @@ def test_kept_tensors_are_written_in_the_type_that_is_asked_for(folder: Path) ->
     kept = merged(recipe("ties", "a", keep=["lm_head.*"], dtype="float32"))["lm_head.weight"]
     assert kept[0] == "F32"
     assert kept[2] == widened("base", "lm_head.weight").tobytes()
+
+
+def test_only_a_star_stands_for_something(folder: Path) -> None:
+    odd = {"a[0].weight": (8,), "a0.weight": (8,), "a1.weight": (8,)}
+    for seed, name in enumerate(("base", "a")):
+        shutil.rmtree(folder / name)
+        write_model(folder / name, random_arrays(odd, seed), "F32", CONFIG)
+    plain = merged(recipe("ties", "a"))
+    kept = merged(recipe("ties", "a", keep=["a[0].*"]))
+    assert plain["a[0].weight"] != kept["a[0].weight"] == model("base")["a[0].weight"]
+    assert all(kept[name] == plain[name] for name in ("a0.weight", "a1.weight"))
+    (warning,) = planned(recipe("ties", "a", keep=["a?.weight"])).warnings
+    assert warning.code == "no-effect"
 
 
 def test_patterns_that_are_for_nothing_are_told(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from oxmerge.errors import PlanError
 from oxmerge.output.config import edit_config, json_text
+from oxmerge.output.token_ids import edit_tokens, ids_in
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -471,3 +472,43 @@ def test_text_is_what_transformers_writes() -> None:
     text = json_text({"name": "Größe", "list": [1], "empty": {}})
     assert text == '{\n  "name": "Größe",\n  "list": [\n    1\n  ],\n  "empty": {}\n}\n'
     assert json.loads(json_text({"odd": "\ud800"})) == {"odd": "\ud800"}
+
+
+def test_ids_follow_their_tokens_wherever_they_are() -> None:
+    config = {
+        "image_token_index": 30,
+        "eos_token_ids": [30, 31],
+        "pad_token_id": -1,
+        "sep_token_id": 7,
+        "mask_token_id": None,
+        "suppress_tokens": [5, 30],
+        "begin_suppress_tokens": [],
+        "bad_words_ids": [[30, 31], [30, 7], [7]],
+        "force_words_ids": [[[30], [31]], [[7], [30]]],
+        "sequence_bias": [[[30, 31], -0.5], [[7], 0.5]],
+        "text_config": {"boi_token_index": 31, "hidden_size": 31},
+        "hidden_size": 30,
+        "vocab_size": 40,
+    }
+    assert set(ids_in(config)) == {5, 7, 30, 31}
+    ids = {5: None, 7: None, 30: 45, 31: 0}
+    edited, notes = edit_tokens(config, 50, ids, {"sep_token_id": 9, "suppress_tokens": [9]})
+    expected = {
+        **config,
+        "image_token_index": 45,
+        "eos_token_ids": [45, 0],
+        "sep_token_id": 9,
+        "suppress_tokens": [45],
+        "bad_words_ids": [[45, 0]],
+        "force_words_ids": [[[45], [0]]],
+        "sequence_bias": [[[45, 0], -0.5]],
+        "text_config": {"boi_token_index": 0, "hidden_size": 31},
+        "vocab_size": 50,
+    }
+    assert edited == expected
+    assert len(notes) == 9
+    told = "`image_token_index` is 45, and was 30: the output has other tokens"
+    assert told in notes
+    # Where no token is left, that of the tokenizer's own model is taken.
+    edited, _ = edit_tokens({"suppress_tokens": [5]}, None, ids, {"suppress_tokens": [9]})
+    assert edited == {"suppress_tokens": [9]}

@@ -142,6 +142,9 @@ def test_the_command_line_explains_and_saves(
     assert told.out.splitlines()[0].startswith("model.layers.3.mlp.up_proj.weight: BF16 [")
     assert "at position 0.75\n" in told.out
     assert "saved the plan as" in told.err
+    # Only `*` stands for something.
+    assert main([*arguments, "--explain", "*.layers.[3].*"]) != 0
+    assert "*.layers.[3].*" in capsys.readouterr().err
     assert main(["merge", str(saved), str(tmp_path / "out"), "--memory", "16GiB", "-q"]) == 0
     assert directory_bytes(tmp_path / "out") == merged(shelf / "recipe.yml", tmp_path / "out2")
 

@@ -248,6 +248,38 @@ def test_as_deep_as_it_may_be() -> None:
         assert (merged == 990).all()
 
 
+def test_a_parameter_takes_any_number_unless_it_is_of_another_kind() -> None:
+    @method
+    def scaled(
+        models: Any,
+        *,
+        strength: Any = shared(1, min=0),
+        count: Any = shared(1, kind=int),
+        plain: Any = 1,
+        is_on: Any = shared(True),
+        weight: Any = per_model(kind=int),
+    ) -> Any:
+        assert [type(each) for each in (strength, count, is_on, *weight)] == [float, int, bool, int]
+        return models[0] * (strength * count * plain)
+
+    kinds = [(each.name, each.kind) for each in scaled.described().parameters]
+    assert kinds == [
+        ("strength", "float"), ("count", "int"), ("plain", "float"), ("is_on", "bool"),
+        ("weight", "int"),
+    ]  # fmt: skip
+    array = np.ones(2, "f4")
+    merged = oxmerge.merge_tensors(scaled, [array], strength=0.5, count=3, plain=0.5, weight=1)
+    assert (merged == 0.75).all()
+    assert (oxmerge.merge_tensors(scaled, [array], weight=1) == 1).all()
+    with pytest.raises(ValueError, match=r"`count` is a whole number, not 0\.5"):
+        oxmerge.merge_tensors(scaled, [array], count=0.5, weight=1)
+    for default, kind in ((1.5, int), (True, int), (True, float), (1, bool), ("1", None)):
+        with pytest.raises(TypeError, match="of its kind"):
+            shared(default, kind=kind)
+    with pytest.raises(TypeError, match="the kind of a parameter is"):
+        shared(1, kind=str)  # type: ignore[arg-type]
+
+
 def test_a_method_is_called_with_values_and_has_its_defaults() -> None:
     @method(base="required")
     def twice(base: Any, models: Any) -> Any:

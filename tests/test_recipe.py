@@ -167,6 +167,24 @@ FAULTS: list[tuple[str, list[str]]] = [
         ],
     ),
     (
+        START + MODELS + "tokenizer: nothing\n",  # a word, in quotes; not the lack of one
+        [
+            (
+                "tokenizer (line 3): a mapping of keys to values is needed here: found 'nothing'\n"
+                "  hint: write `tokenizer: {source: nothing}`, or `tokenizer_source: nothing`"
+            )
+        ],
+    ),
+    (
+        START + "models: [null]\n",
+        [
+            (
+                "models[0] (line 2): a mapping of keys to values is needed here: found nothing\n"
+                "  hint: write `key: value`"
+            )
+        ],
+    ),
+    (
         START + MODELS + "chat_template: [auto]\n",
         [
             (

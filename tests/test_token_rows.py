@@ -7,7 +7,10 @@ rows can be worked out with NumPy.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +20,6 @@ from writers import directory_bytes, write_file, write_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -324,6 +326,30 @@ def test_the_tokenizer_of_another_model(tmp_path: Path) -> None:
     assert generation == {
         "bos_token_id": ids["<s>"], "eos_token_id": [ids["</s>"], ids["<unk>"]], "temperature": 0.6
     }  # fmt: skip
+
+
+def test_all_ids_in_configs_follow_their_tokens(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    shared = sorted(models[0].ids.keys() & models[1].ids.keys())
+    alone = models[0].ids[min(models[0].ids.keys() - models[1].ids.keys())]
+    moved = [token for token in shared if models[0].ids[token] != models[1].ids[token]]
+    before, after = ([model.ids[token] for token in moved[:3]] for model in models[:2])
+
+    def says(ids: list[int], gone: list[int]) -> dict[str, Any]:
+        words = [[ids[0], gone[0]]] if gone else []
+        return {
+            "image_token_index": ids[0], "pad_token_id": -1, "suppress_tokens": [*ids, *gone],
+            "bad_words_ids": [ids, *words, ids[:1]], "eos_token_id": ids[1],
+        }  # fmt: skip
+
+    for file in ("config.json", "generation_config.json"):
+        path = models[0].folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **says(before, [alone])}))
+    out = merge(tmp_path, models[:2], tokenizer_source="b")
+    for file in ("config.json", "generation_config.json"):
+        found = json.loads((out / file).read_text())
+        expected = says(after, [])
+        assert {key: found[key] for key in expected} == expected
 
 
 def test_a_tokenizer_of_no_model_of_the_merge(tmp_path: Path) -> None:
@@ -682,6 +708,25 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (found,) = refused(tmp_path, tokenizer_source="union")
     assert "needs the `tokenizers` library" in found
     assert "pip install tokenizers" in found
+
+
+def test_a_tokenizer_is_built_under_a_limit_on_addresses(tmp_path: Path) -> None:
+    """The limit of the system is below that of the program, which may not raise it."""
+    three(tmp_path)
+    program = Path(oxmerge.__file__).with_name("output") / "build_tokenizer.py"
+    base, other = (str(tmp_path / name / "tokenizer.json") for name in "ab")
+    (tmp_path / "out").mkdir()
+    job = {
+        "base": base, "rows": 1000, "others": [[other, 1000]], "tokens": ["<new>"],
+        "out": str(tmp_path / "out/tokenizer.json"), "tells_added": False,
+    }  # fmt: skip
+    shell = f'ulimit -v {7 << 20} && exec "$0" -P "$1"'  # KiB, of both limits
+    command = ["bash", "-c", shell, sys.executable, str(program)]
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<new>" in vocabulary(tmp_path / "out")
 
 
 def test_broken_tokenizers_are_told(tmp_path: Path) -> None:

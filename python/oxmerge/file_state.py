@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
+    from collections.abc import Iterable
     from typing import Any
 
-__all__ = ["FileState"]
+__all__ = ["FileState", "states_of"]
 
 
 class FileState(NamedTuple):
@@ -38,3 +39,8 @@ class FileState(NamedTuple):
     def as_input(self, path: str) -> dict[str, Any]:
         """Return the file at `path` as a plan lists it."""
         return {"path": path, **self._asdict()}
+
+
+def states_of(paths: Iterable[str]) -> tuple[tuple[str, FileState], ...]:
+    """Return each path with the state of its file now: a key for what was read of them."""
+    return tuple((path, FileState.of(os.stat(path))) for path in paths)

@@ -233,13 +233,21 @@ class Findings:
     warnings: list[Problem] = field(default_factory=list)
     ignore_unknown: bool = False
 
-    def unknown(self, problem: Problem) -> None:
-        """Add a problem with a key or a parameter that is not known."""
+    def unknown(self, problem: Problem, *, is_corrected: bool) -> None:
+        """Add a problem with a key or a parameter that is not known.
+
+        Parameters
+        ----------
+        problem : Problem
+            The problem.
+        is_corrected : bool
+            Whether its advice is what to write instead: then there is no need to ignore it.
+        """
         if self.ignore_unknown:
             self.warnings.append(replace(problem, message=f"{problem.message}, which is ignored"))
         else:
             advice = problem.advice or ""
-            if not advice.startswith(("did you mean", "put it")):
+            if not is_corrected:
                 advice += " (`--ignore-unknown` makes it a warning)"
             self.problems.append(replace(problem, advice=advice))
 

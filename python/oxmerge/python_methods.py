@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     Function: TypeAlias = Callable[..., Any]
     Base: TypeAlias = Literal["required", "optional", "ignored"]
+    Kind: TypeAlias = type[bool | int | float]
     Sees: TypeAlias = Literal["elements", "rows", "tensor"]
     Framework: TypeAlias = Literal["np", "pt"]
     #: Nodes as JSON, what they call; what makes the output instead, and whether of whole tensors.
@@ -121,9 +122,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """A parameter as `shared` or `per_model` declares it: its default, its range."""
+    """A parameter as `shared` or `per_model` declares it: its kind, its default, its range."""
 
     per: str
+    kind: str = "float"
     default: Any = None
     required: bool = True
     least: float | None = None
@@ -132,10 +134,9 @@ class ParameterSpec:
 
     def row(self, name: str) -> dict[str, Any]:
         """Return the parameter as the engine describes those of its own methods."""
-        kind = {bool: "bool", int: "int"}.get(type(self.default), "float")
         return {
             "name": plain_name(name),
-            "kind": kind,
+            "kind": self.kind,
             "default": self.default,
             "required": self.required,
             "per": self.per,
@@ -149,6 +150,7 @@ class ParameterSpec:
 def shared(
     default: Any = _REQUIRED,
     *,
+    kind: Kind | None = None,
     min: float | None = None,  # noqa: A002 - reads as what it is in a signature
     max: float | None = None,  # noqa: A002
     help: str = "",  # noqa: A002
@@ -158,7 +160,10 @@ def shared(
     Parameters
     ----------
     default : float, int or bool, optional
-        Also says of what kind it is; without it, it is a number that recipes must give.
+        Without it, recipes must give a value.
+    kind : type, optional
+        `float`, `int` or `bool`. Unless it is given, a parameter is any number, also where the
+        default is a whole one; it is a truth value where the default is one.
     min, max : float, optional
         The least and the greatest value it may have.
     help : str
@@ -167,33 +172,47 @@ def shared(
     Raises
     ------
     TypeError, ValueError
-        If the default is no number, or not within the range.
+        If the default is not of the kind, or not within the range; if there is no such kind.
     """
-    return _spec("shared", default, min, max, help)
+    return _spec("shared", default, kind, min, max, help)
 
 
 def per_model(
     default: Any = _REQUIRED,
     *,
+    kind: Kind | None = None,
     min: float | None = None,  # noqa: A002
     max: float | None = None,  # noqa: A002
     help: str = "",  # noqa: A002
 ) -> Any:
     """Declare a parameter that has one value for each model but the base; see `shared`."""
-    return _spec("other", default, min, max, help)
+    return _spec("other", default, kind, min, max, help)
 
 
 def _spec(
-    per: str, default: Any, least: float | None, most: float | None, text: str
+    per: str,
+    default: Any,
+    kind: Kind | None,
+    least: float | None,
+    most: float | None,
+    text: str,
 ) -> ParameterSpec:
+    if kind is None:
+        kind = bool if isinstance(default, bool) else float
+    if kind not in (bool, int, float):
+        raise TypeError(f"the kind of a parameter is `float`, `int` or `bool`, not {kind!r}")
+    name = kind.__name__
     if default is _REQUIRED:
-        return ParameterSpec(per, None, required=True, least=least, most=most, help=text)
-    if not isinstance(default, bool | int | float):
-        raise TypeError(f"the default of a parameter is a number or a truth value, not {default!r}")
+        return ParameterSpec(per, name, None, required=True, least=least, most=most, help=text)
+    if isinstance(default, bool) != (kind is bool) or not isinstance(default, (kind, int)):
+        raise TypeError(
+            f"the default of a parameter is of its kind, which is `{name}`, not {default!r}"
+        )
+    default = kind(default)
     below = least is not None and not least <= default
     if below or (most is not None and not default <= most):
         raise ValueError(f"the default {default!r} is not from {least} to {most}")
-    return ParameterSpec(per, default, required=False, least=least, most=most, help=text)
+    return ParameterSpec(per, name, default, required=False, least=least, most=most, help=text)
 
 
 class PythonMethod:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 
 from oxmerge.cli import mergekit
 from oxmerge.cli.arguments import Parser, add_plan_options, plan_options
+from oxmerge.recipe.patterns import compile_pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
         "--explain",
         metavar="TENSORS",
         help="tell where each number for these tensors comes from: a name, or a pattern such as "
-        "'model.layers.3.*'",
+        "'model.layers.3.*', where `*` is any part of a name",
     )
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that merge takes")
 
@@ -49,8 +49,8 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
 
 
 def _explain(plan: Plan, pattern: str, printer: Printer) -> None:
-    names = plan.tensors.names
-    chosen = [name for name in names if fnmatchcase(name, pattern)] or [pattern]
+    is_chosen = compile_pattern(pattern).fullmatch
+    chosen = [name for name in plan.tensors.names if is_chosen(name)] or [pattern]
     if printer.as_json:
         tensors = (plan.tensors.find(name) for name in chosen)
         data = {tensor.name: asdict(tensor) for tensor in tensors if tensor is not None}

@@ -8,8 +8,8 @@ difference in one of them is better shown than passed over. Known not to count a
 - element types and quantisation, which the tensors' headers and other checks tell;
 - how a model is run (caches, kernels, what is returned) and how text is generated;
 - how it was trained: dropout, initial values, losses;
-- the ids of special tokens, and how many positions and tokens there may be: shapes and tokenizers
-  tell what the rows are;
+- the ids of tokens, and how many positions and tokens there may be: shapes and tokenizers tell what
+  the rows are;
 - how many layers there are, which the tensors tell.
 
 A key has one meaning in all its spellings: those that transformers takes for each other, rotary
@@ -33,10 +33,22 @@ if TYPE_CHECKING:
 
     Config = Mapping[str, Any]
 
-__all__ = ["Statement", "is_language_config", "is_model_config", "meaning_of", "same", "types_of"]
+__all__ = [
+    "Statement",
+    "holds_token_ids",
+    "is_language_config",
+    "is_model_config",
+    "meaning_of",
+    "same",
+    "types_of",
+]
 
 _LANGUAGE_CONFIG = re.compile(r"(^|_)(text|language|llm|decoder|thinker)(_|$)")
 _NOT_OF_THE_MODEL = re.compile(r"quantization|compression|generation")
+#: Keys whose whole numbers, also those in lists, are ids of tokens.
+_TOKEN_IDS = re.compile(
+    r"_token_(id|ids|index)$|^(begin_)?suppress_tokens$|^(bad|force)_words_ids$|^sequence_bias$"
+)
 
 #: Keys that give weights no other meaning.
 _WITHOUT_MEANING = frozenset((
@@ -67,11 +79,10 @@ _WITHOUT_MEANING = frozenset((
     # How text is generated.
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
     "diversity_penalty", "temperature", "typical_p", "top_p", "repetition_penalty",
-    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
-    "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id",
-    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
-    "suppress_tokens", "begin_suppress_tokens", "generation_config", "max_new_tokens",
-    "max_window_size", "prefix", "chat_format",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
+    "exponential_decay_length_penalty", "generation_config", "max_new_tokens", "max_window_size",
+    "prefix", "chat_format",
     # How it was trained.
     "init_config", "rescale_prenorm_residual", "embd_init", "time_step_floor",
     "time_step_init_scheme", "time_step_max", "time_step_min", "time_step_scale", "aux_loss_alpha",
@@ -79,10 +90,9 @@ _WITHOUT_MEANING = frozenset((
     "input_jitter_noise", "jitter_eps", "label_smoothing", "emb_dropout_prob",
     "router_bias_update_rate", "moe_aux_loss_coeff", "mtp_loss_scaling_factor", "scale_lr",
     "apply_spec_augment", "ignore_index",
-    # Ids of special tokens, and how many tokens and positions there are.
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id",
-    "decoder_start_token_id", "vocab_size", "padded_vocab_size", "n_positions", "n_ctx",
-    "max_position_embeddings", "max_position_embedding", "max_sequence_length", "max_seq_len",
+    # How many tokens and positions there are.
+    "vocab_size", "padded_vocab_size", "n_positions", "n_ctx", "max_position_embeddings",
+    "max_position_embedding", "max_sequence_length", "max_seq_len",
     "seq_length", "model_max_length", "max_seq_length", "seq_len", "context_length",
     # How many layers there are.
     *DEPTH_KEYS, "num_layer", "num_hidden_blocks", "num_nextn_predict_layers", "num_mtp_modules",
@@ -112,9 +122,6 @@ _SPELLINGS = (
     ("routed_scaling_factor", "moe_router_scaling_factor"),
     ("sliding_window_pattern", "_sliding_window_pattern"),
     ("tie_word_embeddings", "tie_embeddings", "tie_embedding"),
-    ("image_token_id", "image_token_index"),
-    ("video_token_id", "video_token_index"),
-    ("audio_token_id", "audio_token_index"),
 )  # fmt: skip
 #: Names of one function.
 _ACTIVATIONS = {
@@ -294,6 +301,11 @@ def is_language_config(key: str) -> bool:
     return is_model_config(key) and _LANGUAGE_CONFIG.search(key) is not None
 
 
+def holds_token_ids(key: str) -> bool:
+    """Tell whether the whole numbers under a key, also those in lists, are ids of tokens."""
+    return _TOKEN_IDS.search(key) is not None
+
+
 def _parts(config: Config) -> tuple[dict[str, Any], dict[str, Config]]:
     """Return what is said of the language model, in whichever config, and the other configs."""
     language: dict[str, Any] = {}
@@ -345,7 +357,8 @@ def _spelled(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _counts(key: str) -> bool:
-    return key not in _WITHOUT_MEANING and _PATTERNS_WITHOUT_MEANING.search(key) is None
+    is_known = key in _WITHOUT_MEANING or _PATTERNS_WITHOUT_MEANING.search(key) is not None
+    return not is_known and not holds_token_ids(key)
 
 
 def _settle_activation(given: dict[str, Any], kind: str) -> None:

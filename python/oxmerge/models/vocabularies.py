@@ -7,11 +7,14 @@ import os
 from functools import lru_cache
 
 from oxmerge import _core
+from oxmerge.file_state import states_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
+
+    from oxmerge.file_state import FileState
 
 __all__ = [
     "KINDS",
@@ -110,19 +113,14 @@ def compare(one: Sequence[str], other: Sequence[str], rows: int) -> dict[str, An
 
     Files are read once as long as they do not change: a sweep plans the same merge often.
     """
-    return _compare(_identified(one), _identified(other), rows)
-
-
-def _identified(files: Sequence[str]) -> tuple[tuple[str, int, int, int, int], ...]:
-    status = [(file, os.stat(file)) for file in files]
-    return tuple((f, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for f, s in status)
+    return _compare(states_of(one), states_of(other), rows)
 
 
 @lru_cache(maxsize=64)
 def _compare(
-    one: tuple[tuple[str, int, int, int, int], ...],
-    other: tuple[tuple[str, int, int, int, int], ...],
+    one: tuple[tuple[str, FileState], ...],
+    other: tuple[tuple[str, FileState], ...],
     rows: int,
 ) -> dict[str, Any] | None:
-    files, others = ([each[0] for each in identified] for identified in (one, other))
+    files, others = ([path for path, _ in states] for states in (one, other))
     return _core.compare_vocabularies(files, others, rows)

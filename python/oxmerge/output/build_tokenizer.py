@@ -129,10 +129,9 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     """Do the job that standard input describes."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESSES, _MOST_ADDRESSES))
-    job = json.load(sys.stdin)
     try:
-        result = _build(job)
+        _limit_addresses()
+        result = _build(json.load(sys.stdin))
     except _UnfitError as error:
         return _failed(_UNFIT, str(error))
     except ImportError as error:
@@ -141,6 +140,13 @@ def main() -> int:
         return _failed(_UNFIT, f"{type(error).__name__}: {error}")
     json.dump(result, sys.stdout)
     return 0
+
+
+def _limit_addresses() -> None:
+    """Lower the limit that counts, unless a lower one is set; nobody may raise the other one."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    given = [each for each in limits if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([_MOST_ADDRESSES, *given]), limits[1]))
 
 
 def _failed(code: int, message: str) -> int:

@@ -1,14 +1,15 @@
-"""What configs say of tokens: how many there are, and which of them begin and end a text."""
+"""What configs say of tokens: how many there are, and which of them mean something to programs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from oxmerge.models.config_meaning import is_language_config
+from oxmerge.models.config_meaning import holds_token_ids, is_language_config
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from typing import TypeGuard
 
 __all__ = ["COUNTS", "GENERATION_CONFIG", "edit_tokens", "ids_in"]
 
@@ -16,7 +17,6 @@ GENERATION_CONFIG = "generation_config.json"
 
 #: Keys that count tokens.
 COUNTS = ("vocab_size", "padded_vocab_size")
-_ENDS = ("_token_id", "_token_ids")
 
 
 def edit_tokens(
@@ -37,7 +37,13 @@ def edit_tokens(
         From an id to that of the same token in the output, if ids change; None for a token that is
         not there.
     instead : mapping
-        What the model says whose tokenizer the output has: taken where a token is not there.
+        What the model says whose tokenizer the output has: taken where no token is left.
+
+    Notes
+    -----
+    A list loses the ids of tokens that are not there. A list in it is a sequence of tokens, such as
+    a word that is not to be generated: without one of them it would be another, so it goes whole.
+    A negative number is no id: it says that there is no such token.
     """
     edited: dict[str, Any] = {}
     notes: list[str] = []
@@ -49,9 +55,10 @@ def edit_tokens(
             notes += more
         elif rows is not None and key in COUNTS and type(value) is int:
             new = rows
-        elif ids is not None and key.endswith(_ENDS):
+        elif ids is not None and holds_token_ids(key):
             new = _moved(value, ids)
-            new = instead.get(key) if new in (None, []) else new
+            if new is None or (new == [] and value):
+                new = instead.get(key)
         if new != value and not isinstance(value, dict):
             notes.append(f"`{key}` is {new}, and was {value}: the output has other tokens")
         edited[key] = new
@@ -59,11 +66,18 @@ def edit_tokens(
 
 
 def _moved(value: object, ids: Mapping[int, int | None]) -> object:
-    if type(value) is int:
-        return ids.get(value)
-    if isinstance(value, list) and all(type(each) is int for each in value):
-        return [number for number in map(ids.get, value) if number is not None]
-    return value
+    """Return an id, or a list of them, for the output; None for a token that is not there."""
+    if isinstance(value, list):
+        return [new for each in value if (new := _moved_whole(each, ids)) is not None]
+    return ids.get(value) if _is_id(value) else value
+
+
+def _moved_whole(value: object, ids: Mapping[int, int | None]) -> object:
+    """Return an id, or a sequence of them, for the output; None if a token is not there."""
+    if isinstance(value, list):
+        sequence = [_moved_whole(each, ids) for each in value]
+        return None if None in sequence else sequence
+    return _moved(value, ids)
 
 
 def ids_in(config: Mapping[str, Any]) -> Iterator[int]:
@@ -71,7 +85,17 @@ def ids_in(config: Mapping[str, Any]) -> Iterator[int]:
     for key, value in config.items():
         if isinstance(value, dict) and is_language_config(key):
             yield from ids_in(value)
-        elif key.endswith(_ENDS):
-            for each in value if isinstance(value, list) else [value]:
-                if type(each) is int and each >= 0:
-                    yield each
+        elif holds_token_ids(key):
+            yield from _numbers(value)
+
+
+def _numbers(value: object) -> Iterator[int]:
+    if isinstance(value, list):
+        for each in value:
+            yield from _numbers(each)
+    elif _is_id(value):
+        yield value
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0

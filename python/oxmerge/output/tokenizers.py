@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from oxmerge.errors import PlanError
+from oxmerge.file_state import states_of
 from oxmerge.json_files import read_object
 from oxmerge.output.config import json_text
 from oxmerge.output.side_files import LeftOut, SideFiles, find_side_files, folder_of
@@ -26,6 +27,8 @@ from oxmerge.output.side_files import LeftOut, SideFiles, find_side_files, folde
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from oxmerge.file_state import FileState
 
 __all__ = ["Built", "OutputTokenizer", "build_tokenizer", "side_files_with"]
 
@@ -40,7 +43,8 @@ _DECODER = "added_tokens_decoder"
 _PROGRAM = Path(__file__).with_name("build_tokenizer.py")
 #: Seconds; the largest tokenizers take half a minute.
 _LONGEST = 600
-_UNFIT, _NO_LIBRARY = 3, 4
+#: The exit code of the program where the library is not there.
+_NO_LIBRARY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +109,18 @@ def build_tokenizer(
     PlanError
         If the library is not there, or cannot make one tokenizer of these.
     """
-    files = tuple(_identity(path) for path in (base, *(path for path, _ in others)))
+    files = states_of((base, *(path for path, _ in others)))
     return _build(files, rows, tuple(number for _, number in others), tuple(tokens))
-
-
-def _identity(path: str) -> tuple[str, int, int, int, int]:
-    status = os.stat(path)
-    return (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1)  # a sweep plans the same merge often
 def _build(
-    files: tuple[tuple[str, int, int, int, int], ...],
+    files: tuple[tuple[str, FileState], ...],
     rows: int,
     rows_of_others: tuple[int, ...],
     tokens: tuple[str, ...],
 ) -> Built:
-    base, *paths = (file[0] for file in files)
+    base, *paths = (path for path, _ in files)
     others = list(zip(paths, rows_of_others, strict=True))
     with tempfile.TemporaryDirectory(prefix="oxmerge-") as folder:
         out = os.path.join(folder, "tokenizer.json")

@@ -6,15 +6,15 @@ or has them in another shape (`on_mismatch: base`). The plan tells which these a
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from fnmatch import translate
 
 from oxmerge.planning.accounting import compact_names
 from oxmerge.problems import Problem
+from oxmerge.recipe.patterns import compile_pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import re
     from collections.abc import Iterator
 
     from oxmerge import _core
@@ -101,7 +101,7 @@ class Keeping:
         self._notes: dict[str, list[str]] = {}
         self._rules: list[_Rule] = []
         for keep in extensions.keep:
-            pattern = re.compile(translate(keep.pattern))
+            pattern = compile_pattern(keep.pattern)
             model = None if keep.model is None else inputs.open(keep.model, keep.where)
             if model is not None or keep.model is None:
                 self._rules.append(_Rule(keep.where, pattern, model))
@@ -125,7 +125,7 @@ class Keeping:
         return found
 
     def _rule_for(self, name: str) -> _Rule | None:
-        rule = next((rule for rule in self._rules if rule.pattern.match(name)), None)
+        rule = next((rule for rule in self._rules if rule.pattern.fullmatch(name)), None)
         if rule is not None:
             rule.is_used = True
         return rule

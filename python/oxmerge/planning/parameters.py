@@ -436,7 +436,8 @@ def check_settings(
             close = did_you_mean(name, own) or did_you_mean(name, everything)
             advice = close or (_parameters_of(own) if own else "no method has one like it")
             message = f"unknown parameter `{name}`"
-            findings.unknown(Problem("unknown-parameter", message, setting.where, advice=advice))
+            problem = Problem("unknown-parameter", message, setting.where, advice=advice)
+            findings.unknown(problem, is_corrected=close is not None)
 
 
 def _without_effect(

@@ -21,6 +21,7 @@ from oxmerge.output.side_files import folder_of
 from oxmerge.output.token_ids import COUNTS, GENERATION_CONFIG, ids_in
 from oxmerge.output.tokenizers import OutputTokenizer, build_tokenizer
 from oxmerge.problems import UNSUPPORTED, Problem
+from oxmerge.recipe.recipe import MOST_ROWS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Alignment", "TokenPlanner"]
 
-_MOST_ROWS = 1 << 22
 _TABLE = 2
 
 
@@ -143,7 +143,7 @@ class TokenPlanner:
         names, rows_of = self._vocabulary_tensors()
         models = list(zip(of_models, rows_of, strict=True))
         # A token of the base that has no row is none of the output's.
-        limit = rows_of[self._donor.index] if self._is_donor(source) else _MOST_ROWS
+        limit = rows_of[self._donor.index] if self._is_donor(source) else MOST_ROWS
         rows = _core.TokenRows(of_source, limit, models, self._base)
         tokenizer = source
         if asked.source == "union" or any(rows.find(each.token) is None for each in asked.tokens):
@@ -242,7 +242,7 @@ class TokenPlanner:
         names: set[str] = set()
         rows_of: list[int] = []
         for model in self._inputs.models:
-            loose = (name for lead, name in _loose(model) if is_vocabulary(name))
+            loose = filter(is_vocabulary, _loose(model))
             shapes = {name: _shape(model, name) for name in loose}
             counts = Counter(shape[0] for shape in shapes.values() if len(shape) == _TABLE)
             stated = model.config.get("vocab_size")
@@ -294,14 +294,14 @@ class TokenPlanner:
             if os.path.basename(files[0]) != "tokenizer.json":
                 self._report_opaque(asked, reference, os.path.basename(files[0]))
                 return None
-        limit = models[self._donor.index][1] if self._is_donor(source) else _MOST_ROWS
+        limit = models[self._donor.index][1] if self._is_donor(source) else MOST_ROWS
         others = [(models[model.index][0][0], models[model.index][1]) for model in more]
         built = build_tokenizer(base[0], limit, others, new)
         with tempfile.TemporaryDirectory(prefix="oxmerge-") as folder:
             file = os.path.join(folder, "tokenizer.json")
             with open(file, "wb") as out:
                 out.write(built.data)
-            rows = _core.TokenRows([file], _MOST_ROWS, models, self._base)
+            rows = _core.TokenRows([file], MOST_ROWS, models, self._base)
         return OutputTokenizer(source.reference, source.folder, built), rows
 
     def _warn(self, asked: Tokenizer, tokenizer: OutputTokenizer) -> None:
@@ -326,7 +326,7 @@ class TokenPlanner:
         rows = rows_of[self._donor.index]
         if total == rows or rows in _other_numbers(self._donor.config):
             return
-        for _, name in _loose(self._donor):
+        for name in _loose(self._donor):
             if name not in names and rows in _shape(self._donor, name):
                 message = (
                     f"not supported yet: another number of tokens, where `{name}` of "
@@ -390,10 +390,10 @@ class TokenPlanner:
         return each[0]
 
 
-def _loose(model: InputModel) -> list[tuple[str, str]]:
-    """Return the tensors that are in no layer, each with what its name begins with."""
+def _loose(model: InputModel) -> list[str]:
+    """Return the names of the tensors that are in no layer."""
     return [
-        (lead, model.checkpoint.tensor(at).name)
+        model.checkpoint.tensor(at).name
         for lead, first, count in model.runs
         if model.layout.place(lead) is None
         for at in range(first, first + count)

@@ -11,7 +11,16 @@ from dataclasses import replace
 from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extensions import ExtensionReader
 from oxmerge.recipe.keys import at_key, is_mapping
-from oxmerge.recipe.recipe import UNREAD, Recipe, Slice, Source, Template, Tokenizer, TokenRow
+from oxmerge.recipe.recipe import (
+    MOST_ROWS,
+    UNREAD,
+    Recipe,
+    Slice,
+    Source,
+    Template,
+    Tokenizer,
+    TokenRow,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,8 +47,6 @@ _TOP_KEYS = frozenset(
 _TOKENIZER_KEYS = frozenset(("source", "tokens", "pad_to_multiple_of"))
 _TOKEN_KEYS = frozenset(("source", "force"))
 _MODEL_TOKEN_KEYS = frozenset(("kind", "model", "token", "token_id"))
-#: More rows than any vocabulary has.
-_MOST_ROWS = 1 << 22
 _MODULE_KEYS = frozenset(("models", "slices", "parameters"))
 _MODEL_KEYS = frozenset(("model", "parameters"))
 _SLICE_KEYS = frozenset(("sources", "base_model", "parameters"))
@@ -217,7 +224,7 @@ class _RecipeReader(ExtensionReader):
             at_key(place, raw, "merge_method"),
             "the name of a merge method is needed here",
             code="missing-key" if method is None else "wrong-value",
-            found="nothing" if method is None else method,
+            found=method,
             advice="write `merge_method: linear`, say; `oxmerge methods` lists them",
         )
         return ""
@@ -251,9 +258,9 @@ class _RecipeReader(ExtensionReader):
     def multiple(self, raw: Mapping[str, object], place: Place) -> int | None:
         """Read `pad_to_multiple_of`."""
         value = raw.get("pad_to_multiple_of")
-        if value is None or (type(value) is int and 1 <= value <= _MOST_ROWS):
+        if value is None or (type(value) is int and 1 <= value <= MOST_ROWS):
             return value
-        message = f"a whole number from 1 to {_MOST_ROWS} is needed here"
+        message = f"a whole number from 1 to {MOST_ROWS} is needed here"
         place, advice = (
             at_key(place, raw, "pad_to_multiple_of"),
             "write `pad_to_multiple_of: 64`, say",
@@ -311,7 +318,7 @@ class _RecipeReader(ExtensionReader):
         given = [raw[key] for key in ("token", "token_id") if raw.get(key) is not None]
         model = self.reference(raw, "model", place)
         of = given[0] if len(given) == 1 else None
-        is_row = raw.get("token_id") is not None and type(of) is int and 0 <= of < _MOST_ROWS
+        is_row = raw.get("token_id") is not None and type(of) is int and 0 <= of < MOST_ROWS
         if model is None or not (is_row or (raw.get("token") is not None and isinstance(of, str))):
             message = "a model, and a token of it or the number of its row, are needed here"
             advice = "write `{kind: model_token, model: path, token: text}`"

@@ -59,7 +59,7 @@ class ExtensionReader(ValueReader):
         fault = check_pattern(value)
         if fault is not None:
             message, advice = fault
-            self.fault(place, message, found="nothing" if value is None else value, advice=advice)
+            self.fault(place, message, found=value, advice=advice)
         return fault is None
 
     def on_mismatch(self, raw: Mapping[str, object], place: Place) -> Place | None:

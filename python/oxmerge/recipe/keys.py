@@ -22,6 +22,8 @@ __all__ = ["EXTENSION_KEYS", "KeyReader", "at_item", "at_key", "is_mapping", "sh
 
 #: Letters of a value that a message shows.
 _SHOWN = 60
+#: Stands for a value that a message has no need of.
+_UNSAID = object()
 
 #: Every key of the dialect, and where it acts.
 _ACTS_IN = {
@@ -96,11 +98,13 @@ class KeyReader:
         message: str,
         *,
         code: str = "wrong-value",
-        found: object = None,
+        found: object = _UNSAID,
         advice: str | None,
     ) -> None:
-        """Take down that something at a place is wrong."""
-        text = None if found is None else show(found)
+        """Take down that something at a place is wrong; `found` None says that nothing is there."""
+        text = None
+        if found is not _UNSAID:
+            text = "nothing" if found is None else show(found)
         self.findings.problems.append(Problem(code, message, place, found=text, advice=advice))
 
     def check_mapping(
@@ -135,9 +139,12 @@ class KeyReader:
             self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
         else:
             name = show_key(key)
-            advice = _key_advice(name, known)
+            correction = _correction(name, known)
+            keys = ", ".join(f"`{each}`" for each in sorted(known))
+            advice = correction or f"known here: {keys}"
             self.findings.unknown(
-                Problem("unknown-key", f"unknown key `{name}`", place, advice=advice)
+                Problem("unknown-key", f"unknown key `{name}`", place, advice=advice),
+                is_corrected=correction is not None,
             )
 
     def is_misspelt(self, raw: Mapping[str, object], key: str, known: frozenset[str]) -> bool:
@@ -150,13 +157,13 @@ class KeyReader:
         self.findings.warnings.append(Problem("no-effect", message, place, advice=advice))
 
 
-def _key_advice(key: str, known: frozenset[str]) -> str:
+def _correction(key: str, known: frozenset[str]) -> str | None:
+    """Return what the key was probably meant to be; None if nothing is like it."""
     if key in DIALECT_PARAMETERS and "parameters" in known:
         return "put it under `parameters`"
     if key in EXTENSION_KEYS:
         return "put it under `oxmerge` at the top level"
-    keys = ", ".join(f"`{name}`" for name in sorted(known))
-    return did_you_mean(key, known) or f"known here: {keys}"
+    return did_you_mean(key, known)
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
@@ -167,7 +174,7 @@ def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
 def show(value: object) -> str:
     """Return a value as messages show it, cut to a line's worth, however much it holds."""
     if isinstance(value, str):
-        return value if value in ("nothing", "neither") else repr(shorten(value, _SHOWN))
+        return repr(shorten(value, _SHOWN))
     if isinstance(value, Mapping):
         return "a mapping"
     text = _Shown().repr(value)

@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Rename", "check_pattern", "check_rename", "renamed"]
+__all__ = ["Rename", "check_pattern", "check_rename", "compile_pattern", "renamed"]
 
 #: More `*` than any pattern needs; a matcher of many thousand takes long to make.
 MOST_STARS = 16
@@ -42,10 +42,7 @@ class Rename:
 
     @cached_property
     def _match(self) -> re.Pattern[str]:
-        first, *others = map(re.escape, self.pattern.split("*"))
-        # Each part but the last is found where it comes first, and not looked for again.
-        inner = "".join(f"(?>(.*?){part})" for part in others[:-1])
-        return re.compile(first + inner + "".join(f"(.*){part}" for part in others[-1:]), re.DOTALL)
+        return compile_pattern(self.pattern)
 
     def __call__(self, name: str) -> str | None:
         """Return what a name becomes; None if it is not for that name."""
@@ -63,6 +60,14 @@ class Rename:
     def __str__(self) -> str:
         """Return it as messages show it."""
         return f"`{self.pattern}` as `{self.name}`"
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Return an expression for whole names (`fullmatch`), with a group for each `*`."""
+    first, *others = map(re.escape, pattern.split("*"))
+    # Each part but the last is found where it comes first, and not looked for again.
+    inner = "".join(f"(?>(.*?){part})" for part in others[:-1])
+    return re.compile(first + inner + "".join(f"(.*){part}" for part in others[-1:]), re.DOTALL)
 
 
 def check_pattern(pattern: object) -> tuple[str, str] | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Settings = Mapping[str, "Setting"]
 
 __all__ = [
+    "MOST_ROWS",
     "UNREAD",
     "Choice",
     "Extensions",
@@ -42,6 +43,8 @@ __all__ = [
 
 #: Stands for a reference to a model that cannot be read, which is reported already.
 UNREAD = ""
+#: More rows than any vocabulary has.
+MOST_ROWS = 1 << 22
 #: More bytes than any recipe has; PyYAML takes a hundred times as many to read them.
 MOST_BYTES = 1 << 20
 

@@ -118,7 +118,7 @@ class ValueReader(KeyReader):
             self.fault(
                 place,
                 "two whole numbers are needed here: the first layer, and the one after the last",
-                found="nothing" if value is None else value,
+                found=value,
                 advice="write `layer_range: [0, 8]` for the first eight layers",
             )
             return None
@@ -234,7 +234,7 @@ class ValueReader(KeyReader):
                 self.fault(
                     place,
                     "a number, a truth value or text is needed here",
-                    found="nothing" if point is None else point,
+                    found=point,
                     advice="write one, or a list of them for a gradient over the layers",
                 )
                 return None

@@ -35,6 +35,8 @@ from oxmerge.sizes import three_digits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 RECORDS = sorted((Path(__file__).parent.parent / "benches" / "record").glob("*.json"))
 METHODS = [method["name"] for method in _core.methods()]
 SMALL = demo.Shape(64, 2, 96, 4, 2, 300, tied=True, shards=2, filled=True)

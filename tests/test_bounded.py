@@ -22,6 +22,8 @@ from writers import random_arrays, write_model, write_recipe
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
 
 

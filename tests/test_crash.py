@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     Process = subprocess.Popen[str]
 
+pytestmark = pytest.mark.slow
+
 CONFIG = '{"model_type": "test"}'
 LOADABLE = ("config.json", "model.safetensors", "model.safetensors.index.json")
 

@@ -24,6 +24,8 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 SMALL = demo_module.Shape(64, 2, 96, 4, 2, 300, tied=True, shards=3, filled=True)
 

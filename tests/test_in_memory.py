@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     Stored = dict[str, tuple[str, tuple[int, ...], bytes]]
 
+pytestmark = pytest.mark.slow
+
 SEED = 7
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int64": "I64"}
 

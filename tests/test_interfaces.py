@@ -31,6 +31,8 @@ from writers import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the interpreter."""

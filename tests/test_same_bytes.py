@@ -26,6 +26,8 @@ from writers import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 LEVELS = oxmerge.build_info()["simd_available"]
 
 #: Arguments of `write_recipe`, the models being a, b and c.

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from writers import Array, Arrays
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 NO_GPU = f"torch {torch.__version__} finds no GPU here"

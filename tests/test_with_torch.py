@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("file", ["torch_arrays.py"])
 def test_with_torch(file: str) -> None:

@@ -17,7 +17,7 @@ import written_methods
 from oxmerge import formula, method, per_model, python_methods, shared
 from oxmerge.cli import main
 from oxmerge.errors import MemoryBudgetError, PlanError
-from oxmerge.formula import compute, weighted_sum
+from oxmerge.formula import compute, weighted_sum, where
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
@@ -108,6 +108,33 @@ def test_a_sweep_gives_what_each_merge_gives(tmp_path: Path, family: Path, name:
     recipe.write_text(text)
     with pytest.raises(oxmerge.RecipeError, match="make no difference"):
         oxmerge.sweep(recipe, tmp_path / "x{t}", {"parameters.t": "0.1,0.4"}, **options)
+
+
+def test_what_is_ranked_and_then_cut_is_of_each_small_neighbour(tmp_path: Path) -> None:
+    """What rows keep is remembered for the combine, beside passes that all of a kind share."""
+
+    @method(base="required")
+    def cut(base: Any, models: Any) -> Any:
+        vectors = [model - base for model in models]
+        masks = [formula.random_mask_by_rank(abs(v), 0.2, 0.9, i) for i, v in enumerate(vectors)]
+        kept = [where(mask, v, 0) for mask, v in zip(masks, vectors, strict=True)]
+        kept = [where(formula.largest(abs(v), 20), v, 0) for v in kept]
+        return base + weighted_sum([0.5] * len(kept), kept)
+
+    shapes = {f"{number:02}": [(8, 16), (64, 33)][number % 2] for number in range(24)}
+    base = random_arrays(shapes, seed=0)
+    write_model(tmp_path / "base", base, "F32")
+    for seed, name in enumerate("ab"):
+        write_model(tmp_path / name, tuned(base, seed), "F32")
+    models = [tmp_path / "a", tmp_path / "b"]
+    recipe = write_recipe(tmp_path / "r.yml", "cut", models, base=tmp_path / "base")
+    oxmerge.merge(recipe, tmp_path / "out", memory="4GiB")
+    alone = oxmerge.lazy(recipe)
+    with oxmerge.open(tmp_path / "out") as together:
+        for name in shapes:
+            assert together[name][...].tobytes() == alone[name][...].tobytes(), name
+            changed = np.count_nonzero(together[name][...] != base[name])
+            assert 20 <= changed <= 40, name
 
 
 def test_the_function_runs_once_for_each_setting(tmp_path: Path) -> None:

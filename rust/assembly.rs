@@ -198,7 +198,8 @@ impl Assembly {
                                 && tensor.dtype.is_float()
                                 && !rest.contains(&0)
                         }
-                        _ => tensor.shape == like.shape,
+                        (Some(_), []) => false,
+                        (None, _) => tensor.shape == like.shape,
                     }
                 })
             };
@@ -331,6 +332,10 @@ impl Assembly {
             if let (true, Some((tokens, _))) = (run.by_token[at], &self.tokens) {
                 shape[0] = tokens.rows();
                 let maps = maps(tokens, &models, &mut self.maps, &mut self.builder)?;
+                let own: Vec<u64> = sources.iter().map(|source| source.shape[0]).collect();
+                for map in maps.iter().filter_map(|&map| self.builder.map(map)) {
+                    map.check(&own)?;
+                }
                 let whole = |(column, (&map, tensor)): (usize, (&u32, &Tensor<'_>))| {
                     let known = self.builder.map(map);
                     let is_whole =

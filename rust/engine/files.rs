@@ -189,7 +189,7 @@ impl<'a> Merges<'a> {
             .map(|at| {
                 let each: Vec<usize> = plans.iter().map(|plan| plan.tensor(at).kind()).collect();
                 // Sources by token need memory of their own.
-                let each = (each, first.tensor(at).is_by_token());
+                let each = (each, first.tensor(at).means());
                 let next = numbers.len() as u32;
                 *numbers.entry(each).or_insert(next)
             })

@@ -456,10 +456,11 @@ impl Schedule<'_> {
             if index == tasks.start {
                 self.control.begin_tensor(&task.frame.name);
             }
-            if kinds.len() == MOST_KINDS {
+            let kind = self.tasks.kind(index);
+            if kinds.len() == MOST_KINDS && !kinds.contains_key(&kind) {
                 kinds.clear();
             }
-            let kind = kinds.entry(self.tasks.kind(index));
+            let kind = kinds.entry(kind);
             let (room, others) = kind.or_insert_with(|| (Room::of(&task, left), Stages::default()));
             let begun = Active::begin(Arc::clone(&task), 1, false, fuses, *room, Some(others));
             let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {

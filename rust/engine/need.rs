@@ -6,6 +6,8 @@
 //! shares are too small for that, pieces stay below [`MAPPED_FROM`] and are read by position,
 //! which is as fast there.
 
+use std::sync::Arc;
+
 use super::source::Source;
 use super::task::{LARGEST_PIECE, Task, Work, step_elements};
 use crate::dtype::DType;
@@ -13,7 +15,7 @@ use crate::formula::machine::{BAND, CHUNK, TensorFrame};
 use crate::formula::masks::{self, Marks};
 use crate::formula::selection::{self, HISTOGRAM_BYTES, SEARCH_BYTES, SEARCH_BYTES_A_BLOCK};
 use crate::formula::stage::unknown;
-use crate::formula::{Scope, Value};
+use crate::formula::{Among, Reduction, Scope, Value};
 use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
 use crate::kernels::BLOCK;
 
@@ -228,6 +230,7 @@ impl Need {
             self.worker_state.add(Amount::uncertain(formulas.len() as u64 * seams));
         }
         let mut one_ranking = 0;
+        let mut in_steps = Vec::new();
         for ranking in &waits.rankings {
             let spans = frame.spans(ranking.among);
             let vector = spans.size / spans.stride;
@@ -237,14 +240,21 @@ impl Need {
                 self.worker_state.add(Amount::uncertain(each * spans.held()));
                 (spans.held(), vector.min(spans.held()))
             } else {
-                self.edge = self.edge.max(2 * spans.size);
-                self.least_step = self.least_step.max(spans.least_step());
+                in_steps.push(ranking.among);
                 self.rankings += 1;
                 (spans.size, vector)
             };
             one_ranking = one_ranking.max(DRAWN_BYTES * held + SORTED_BYTES * sorted);
         }
         self.worker_state.add(Amount::uncertain(one_ranking));
+        let by_row = |reduction: &Arc<Reduction>| reduction.scope == Scope::Row;
+        if !in_steps.is_empty() && !frame.stores_rows() && waits.reductions.iter().any(by_row) {
+            in_steps.push(Among::Row);
+        }
+        if let Some(spans) = frame.widest(&in_steps) {
+            self.edge = self.edge.max(2 * spans.size);
+            self.least_step = self.least_step.max(spans.least_step());
+        }
         for reduction in &waits.reductions {
             match reduction.scope {
                 Scope::Row if frame.stores_rows() => {

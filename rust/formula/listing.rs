@@ -164,6 +164,8 @@ struct Facts {
     by_column: bool,
     /// Whether a pass over the tensor has to find something first; rows need none.
     waits: bool,
+    /// Whether something is ranked, which a sweep over the model does not do.
+    ranked: bool,
 }
 
 /// Checks that a formula is not nested too deep, and that some pass can give every number.
@@ -178,6 +180,7 @@ fn check(nodes: &[Node]) -> Result<()> {
             facts.by_row |= part.by_row;
             facts.by_column |= part.by_column;
             facts.waits |= part.waits;
+            facts.ranked |= part.ranked;
         }
         match *node {
             Node::Largest { count, .. } | Node::OrderStatistic { count, .. } => {
@@ -187,9 +190,10 @@ fn check(nodes: &[Node]) -> Result<()> {
                         .found("one for each row or column")
                         .advice("reduce it over the tensor"));
                 }
-                facts = Facts { depth: facts.depth, waits: true, ..Facts::default() };
+                let (depth, ranked) = (facts.depth, facts.ranked);
+                facts = Facts { depth, waits: true, ranked, ..Facts::default() };
             }
-            Node::Reduce { over: ScopeName::Model, .. } if facts.waits => {
+            Node::Reduce { over: ScopeName::Model, .. } if facts.waits || facts.ranked => {
                 let message = "a number over the model depends on another that comes first";
                 return Err(Error::plan(message)
                     .expected("elements, and numbers over rows")
@@ -215,6 +219,8 @@ fn check(nodes: &[Node]) -> Result<()> {
             | Node::LargestInRow { .. }
             | Node::RandomByRank { .. } => {
                 (facts.by_row, facts.by_column) = (false, false);
+                facts.ranked |=
+                    matches!(node, Node::LargestInRow { .. } | Node::RandomByRank { .. });
             }
             _ => {}
         }

@@ -98,6 +98,15 @@ impl Spans {
     }
 }
 
+/// The least number that both divide.
+fn common_multiple(one: u64, other: u64) -> u64 {
+    let (mut divisor, mut rest) = (one, other);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
+    }
+    (one / divisor.max(1)).saturating_mul(other)
+}
+
 /// Spans of a step at the least. Two more may be read, around it.
 const SPANS_A_STEP: u64 = 8;
 /// Elements of interleaved vectors, or of one, that are ranked at once.
@@ -147,9 +156,16 @@ impl TensorFrame {
         }
     }
 
-    /// The widest spans of what is ranked or reduced: all others begin anew where they do.
+    /// The least spans in which whole vectors of all of `among` lie: the widest of them, where the
+    /// others begin anew; of groups of several sizes, what all of these divide, or the row.
     pub(crate) fn widest(&self, among: &[Among]) -> Option<Spans> {
-        among.iter().map(|&among| self.spans(among)).max_by_key(|spans| (spans.size, spans.within))
+        let all = || among.iter().map(|&among| self.spans(among));
+        let widest = all().max_by_key(|spans| (spans.size, spans.within))?;
+        if widest.size >= self.row {
+            return Some(widest);
+        }
+        let common = all().fold(1, |common, spans| common_multiple(common, spans.size));
+        Some(Spans { size: common.min(self.row), ..widest })
     }
 
     /// Vectors that do not lie within a block are ranked once, in a pass of their own.

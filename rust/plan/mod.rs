@@ -387,6 +387,15 @@ impl<'a> Tensor<'a> {
         self.sources().any(|source| source.rows.is_some())
     }
 
+    /// For each input whose rows are taken by token, whether some are the mean of those above them,
+    /// which takes memory; nothing if there is no such input.
+    pub fn means(self) -> Vec<Option<bool>> {
+        let has_mean =
+            |rows: Rows<'_>| rows.map.runs().any(|(_, origin)| matches!(origin, Origin::MeanAbove));
+        let means: Vec<_> = self.sources().map(|source| source.rows.map(has_mean)).collect();
+        if means.iter().any(Option::is_some) { means } else { Vec::new() }
+    }
+
     /// The formula, where the method is none of the crate's own.
     pub fn formula(self) -> Option<&'a Formula> {
         self.kind_of().formula.map(|formula| &self.plan.formulas[formula as usize])

@@ -355,12 +355,16 @@ fn check_input(
                 if !dtype.is_float() {
                     return Err(wrong("rows can be taken of floats only").found(dtype));
                 }
+                if rows == 0 {
+                    return Err(wrong("rows are taken of a tensor that has none"));
+                }
                 let shape = [&[rows], rest].concat();
                 check_range(plan, file, start, dtype, &shape)?;
             }
             let (types, rows): (Vec<_>, Vec<_>) =
                 parts.iter().map(|&SavedPart(_, _, dtype, rows)| (dtype, rows)).unzip();
             map.check(&rows)?;
+            bytes(input.dtype, shape).ok_or_else(|| wrong("an input's size overflows"))?;
             if map.dtype(&types) != input.dtype {
                 return Err(wrong("an input has another type than its rows")
                     .expected(map.dtype(&types))

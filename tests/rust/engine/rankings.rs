@@ -137,6 +137,20 @@ fn ranks_may_need_ranks_and_numbers() {
     }
 }
 
+/// Groups of which none divides the other do not begin anew together, but where rows do.
+#[test]
+fn groups_of_several_sizes_are_ranked_together() {
+    for shape in [[50, 5120], [300, 274], [900, 192], [12, 14_336]] {
+        let inputs = inputs(3, shape[0] * shape[1], DType::F32);
+        let group = |input: usize, size: u64, count: u64| {
+            let a = Value::input(input);
+            a.masked(&a.abs().picked_by_rank(Among::Group(size), Pick::Largest(count)))
+        };
+        let parts = [(1.0, group(0, 48, 7)), (0.5, group(1, 64, 9)), (0.25, group(2, 36, 5))];
+        check::<f32>(&Value::weighted_sum(parts), &shape, &inputs, DType::F32);
+    }
+}
+
 #[test]
 fn columns_and_selections_may_need_ranks() {
     let inputs = inputs(1, 120_000, DType::F32);

@@ -15,12 +15,14 @@ __all__ = [
     "Run",
     "Shard",
     "TensorInfo",
+    "TokenRows",
     "build_info",
     "check_unchanged",
     "compare_vocabularies",
     "execute",
     "fill_array",
     "fill_arrays",
+    "find_token",
     "index_json",
     "is_remote",
     "merge_arrays",
@@ -32,6 +34,7 @@ __all__ = [
     "peak_memory",
     "predict",
     "rehearse",
+    "tokens_of",
     "ulp_distance",
 ]
 

@@ -156,6 +156,7 @@ pub fn read(formula: &Formula, inputs: usize) -> Result<Value> {
 
 /// What is known of a node before the formula is built.
 #[derive(Clone, Copy, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each says one thing of a node, by itself")]
 struct Facts {
     /// How many nodes lie one in the other, with it.
     depth: usize,

@@ -190,6 +190,24 @@ def test_a_merge_that_no_other_reads_is_told_and_left_out(folder: Path) -> None:
     assert str(warning).startswith("name (line 1): the output of the merge `idle` is read by no")
 
 
+def test_a_plan_keeps_its_seed_and_sizes(folder: Path) -> None:
+    text = stream(*ALL).replace("merge_method: ties", "merge_method: dare_ties")
+    oxmerge.merge(text, "direct", seed=7, shard_size=20_000)
+    oxmerge.merge(oxmerge.plan(text, seed=7, shard_size=20_000), "planned")
+    files = sorted(path.name for path in Path("direct").glob("*.safetensors"))
+    assert len(files) > 1
+    for name in files:
+        assert Path("planned", name).read_bytes() == Path("direct", name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["b", "d"])
+def test_no_input_of_any_merge_is_replaced(folder: Path, name: str) -> None:
+    before = weights(name)
+    with pytest.raises(oxmerge.OutputError, match="which is an input of the merge"):
+        oxmerge.merge(stream(*ALL), name, overwrite=True)
+    assert weights(name) == before
+
+
 def test_the_last_merge_may_have_a_name(folder: Path) -> None:
     named = (*ALL[:2], f"name: last\n{LAST}")
     oxmerge.merge(stream(*named), "out")

@@ -411,11 +411,14 @@ def _merge_stages(
     """Merge what a plan of several merges says, one after the other."""
     started = time.perf_counter()
     recipe = plan.recipe
+    # A plan has its own seed and sizes, and which models may differ was settled when it was made.
+    planning = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
     asked = (recipe.text, planning.seed, planning.shard_size, contents_of(plan).names)
+    inputs = [file for each in (*plan.stages, plan) for file in each.input_files]
     output = prepare_output(
         directory,
         overwrite=running.overwrite,
-        input_files=[file for file in plan.input_files if os.path.exists(file["path"])],
+        input_files=inputs,
         needed_bytes=plan.disk,
         names=contents_of(plan).names,
         purpose=hashlib.sha256(repr(asked).encode()).hexdigest(),

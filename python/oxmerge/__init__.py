@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from oxmerge.merging import plan as plan
     from oxmerge.models.checkpoints import OpenCheckpoint as OpenCheckpoint
     from oxmerge.models.checkpoints import open_checkpoint as open  # noqa: A004
+    from oxmerge.output.publish import clean as clean
     from oxmerge.planning.plan_files import load_plan as load_plan
     from oxmerge.planning.plans import Plan as Plan
     from oxmerge.problems import Problem as Problem
@@ -64,6 +65,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "build_info",
+    "clean",
     "formula",
     "kernels",
     "lazy",
@@ -105,6 +107,7 @@ _LAZY = {
     "Plan": ("oxmerge.planning.plans", "Plan"),
     "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
+    "clean": ("oxmerge.output.publish", "clean"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),

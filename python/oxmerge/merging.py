@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from oxmerge import _core
 from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
-from oxmerge.errors import PlanError
+from oxmerge.errors import InputChangedError, PlanError, ProblemsError
 from oxmerge.file_state import FileState
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
@@ -26,6 +26,7 @@ from oxmerge.output.publish import (
     stage,
     stages_folder,
 )
+from oxmerge.output.resume import how_to_go_on, key_of
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import build_plan
 from oxmerge.planning.plans import Plan
@@ -261,6 +262,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
+    resume: bool = True,
+    fresh: bool = False,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -306,6 +309,11 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether to show a bar, on standard error or below a notebook's cell; unless given, only
         there. Or what is called ten times a second with a `Snapshot`: ``bytes_done``,
         ``bytes_total`` and so on; what it raises ends the merge.
+    resume : bool
+        Keep finished tensors if the merge is interrupted, and go on with those that are there. What
+        is kept never loads as a model; the exception has a note on it.
+    fresh : bool
+        Remove what an interrupted merge has kept there, instead of going on with it.
 
     Raises
     ------
@@ -313,7 +321,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         With every problem that the recipe and the headers show, before any tensor is read. And when
         integer tensors, which can only be copied, turn out to differ; no output is left.
     OutputError, FileExistsError
-        If the output cannot go to `directory`.
+        If the output cannot go to `directory`; or if another merge was interrupted there, and
+        `fresh` is not set.
     MemoryBudgetError
         If the budget, or `vram`, cannot hold one block of every input.
     DeviceError
@@ -321,12 +330,12 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     InputChangedError
         If an input, its config or index changed while the merge ran; no output is left.
     OSError
-        If a file cannot be read or written, or the disk is full; no output is left.
+        If a file cannot be read or written, or the disk is full.
     """
     (report,) = merge_together(
         [(recipe, directory)],
         PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
-        RunOptions(memory, threads, device, vram, overwrite, read_path, progress),
+        RunOptions(memory, threads, device, vram, overwrite, read_path, progress, resume, fresh),
     )
     return report
 
@@ -342,8 +351,8 @@ def merge_together(
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
-    Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are finished
-    when something fails are kept, the others leave nothing. `check` is called with the plans before
+    Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are complete
+    when something fails stay, the others keep what is finished, if the same merge can go on with it. `check` is called with the plans before
     anything is made. `stages` says where the outputs of earlier merges lie, and `owned` is the
     directory of the only merge, if this run owns it already.
     """
@@ -374,6 +383,8 @@ def merge_together(
                 needed_bytes=needed,
                 names=contents_of(plans[at]).names,
                 purpose=plans[at].digest(),
+                key=key_of(plans[at], plans) if running.resume else None,
+                fresh=running.fresh,
             )
         outputs = [claimed[at] for at in range(len(merges))]
         for plan, output in zip(plans, outputs, strict=True):
@@ -388,6 +399,7 @@ def merge_together(
                 device=backend,
                 descriptors=[output.descriptor for output in outputs],
                 planned=planned,
+                keys=[output.key for output in outputs] if running.resume else None,
             )
         _check_side_files(plans)
         done |= {"device": _name(backend), "notes": _notes(backend)}
@@ -395,10 +407,9 @@ def merge_together(
             _finish(plan, output, done | {"files": files}, started)
             for plan, output, files in zip(plans, outputs, done["files"], strict=True)
         ]
-    except BaseException:
+    except BaseException as error:
         # Backwards: the first made the folders that they have in common.
-        for output in reversed(claimed.values()):
-            discard(output)
+        _give_up(list(reversed(claimed.values())), error)
         raise
     for output in outputs:
         close(output)
@@ -437,9 +448,9 @@ def _merge_stages(
             warnings += report.warnings
         merges = [(recipe, directory)]
         (report,) = merge_together(merges, planning, running, stages=places, owned=output)
-    except BaseException:
+    except BaseException as error:
         if output.claim.is_held:
-            discard(output)
+            _give_up([output], error)
         raise
     return replace(
         report,
@@ -447,6 +458,17 @@ def _merge_stages(
         warnings=(*warnings, *report.warnings),
         total_seconds=time.perf_counter() - started,
     )
+
+
+def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
+    """Leave outputs unfinished because of `error`, which is told how to go on where that is possible.
+
+    What the inputs or the recipe are to blame for would be so again: nothing of it is kept.
+    """
+    keep = not isinstance(error, InputChangedError | ProblemsError)
+    kept = [output.path for output in outputs if discard(output, keep=keep)]
+    if kept:
+        error.add_note(how_to_go_on(reversed(kept)))
 
 
 def _order(directories: Sequence[PathLike]) -> list[int]:
@@ -543,7 +565,7 @@ def _finish(
         simd=done["simd"],
         device=done["device"],
         warnings=tuple(map(str, plan.warnings)),
-        notes=(*plan.changes, *done["notes"], *_notes_on(output)),
+        notes=(*plan.changes, *done["notes"], *_kept(done["kept"], plan), *_notes_on(output)),
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
@@ -577,6 +599,12 @@ def _name(backend: Backend | None) -> str:
 
 def _notes(backend: Backend | None) -> tuple[str, ...]:
     return () if backend is None or backend.is_host else (UNTRIED,)
+
+
+def _kept(tensors: int, plan: Plan) -> tuple[str, ...]:
+    if not tensors:
+        return ()
+    return (f"an interrupted run had finished {tensors} of {len(plan.tensors)} tensors",)
 
 
 def _notes_on(output: OutputDirectory) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ class RunOptions:
     overwrite: bool = False
     read_path: str = "auto"
     progress: Callable[[Snapshot], None] | bool | None = None
+    resume: bool = True
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         """Raise `TypeError` or `ValueError` for what is out of range."""

@@ -528,6 +528,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
+    resume: bool = True,
+    fresh: bool = False,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 
@@ -551,7 +553,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         the list, from 0.
     together : bool
         Vary all places in step instead of in every combination.
-    memory, threads, device, vram, seed, shard_size, overwrite, read_path, progress
+    memory, threads, device, vram, seed, shard_size, overwrite, read_path, progress, resume, fresh
     strict, allow_mismatch, ignore_unknown, allow_methods
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
@@ -569,7 +571,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     PlanError
         If the merges do not read the same tensors, or some compute in float64 and some do not.
     OSError, OxmergeError
-        As `merge`. Outputs that are complete by then are kept, the others leave nothing.
+        As `merge`. Outputs that are complete by then stay.
 
     Examples
     --------
@@ -581,7 +583,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     (9, 'out/w0.1')
     """
     planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
-    running = RunOptions(memory, threads, device, vram, overwrite, read_path, progress)
+    running = RunOptions(
+        memory, threads, device, vram, overwrite, read_path, progress, resume, fresh
+    )
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)
     if isinstance(recipe, Plan):

@@ -1,12 +1,14 @@
 //! Sources and sinks that are byte ranges of files, and the tasks of a plan over them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::need::{Need, SMALL};
+use super::resume::Resumed;
 use super::rows::RowsSource;
 use super::source::{Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
@@ -80,7 +82,7 @@ impl Source for FileSource {
 
 /// An output shard; it is flushed when its last tensor is finished.
 #[derive(Debug)]
-struct Shard {
+pub(super) struct Shard {
     writer: ShardWriter,
     unfinished: AtomicUsize,
     /// Which file it is, and how it was left.
@@ -124,6 +126,12 @@ impl Sink for FileSink {
 }
 
 impl Shard {
+    /// Brings what was written to the disk.
+    pub(super) fn flush(&self) -> Result<()> {
+        // The last tensor brings all of it there.
+        if self.finished.get().is_some() { Ok(()) } else { self.writer.flush() }
+    }
+
     /// Takes down that so many tensors are finished.
     fn finish(&self, tensors: usize) -> Result<()> {
         if self.unfinished.fetch_sub(tensors, Ordering::AcqRel) == tensors {
@@ -151,7 +159,7 @@ pub fn partial_name(file_name: &str) -> String {
 /// Merges of the same tensors, each read once for all of them.
 #[derive(Debug)]
 pub struct Merges<'a> {
-    plans: Vec<&'a Plan>,
+    pub(super) plans: Vec<&'a Plan>,
     readers: Vec<Option<Arc<InputReader>>>,
     /// The models' names, for messages.
     labels: Vec<Arc<str>>,
@@ -164,7 +172,9 @@ pub struct Merges<'a> {
     /// What was made for kinds that came up lately.
     prepared: Mutex<HashMap<u32, Prepared>>,
     /// The shards of each plan, when there are any yet.
-    shards: Vec<Vec<Arc<Shard>>>,
+    pub(super) shards: Vec<Vec<Arc<Shard>>>,
+    /// What earlier runs have done, where that is wanted.
+    pub(super) resumed: Option<Resumed<'a>>,
     /// Buffers of small neighbours that nobody uses now.
     spare: Mutex<Vec<Buffers>>,
 }
@@ -205,6 +215,7 @@ impl<'a> Merges<'a> {
             plans,
             prepared: Mutex::default(),
             shards: Vec::new(),
+            resumed: None,
             spare: Mutex::default(),
         };
         let needs = merges.look_at_kinds(numbers.len())?;
@@ -228,10 +239,38 @@ impl<'a> Merges<'a> {
         found.into_iter().map(look).collect()
     }
 
-    /// Creates the shards of each plan, under partial names, in its folder.
+    /// Creates the shards of each plan, under partial names, in its folder; or opens those that an
+    /// earlier run has left, with the tensors that it has done.
     pub fn create_shards(&mut self, folders: &[&OutputFolder], mode: DirectMode) -> Result<()> {
-        let create = |(plan, folder): (&&Plan, &&OutputFolder)| create_shards(plan, folder, mode);
-        self.shards = self.plans.iter().zip(folders).map(create).collect::<Result<_>>()?;
+        let outputs = self.plans.iter().zip(folders);
+        let Some(resumed) = &self.resumed else {
+            let create = |(plan, folder): (&&Plan, &&OutputFolder)| {
+                (0..plan.shards.len())
+                    .map(|at| create_shard(plan, at, folder, mode, false))
+                    .collect()
+            };
+            self.shards = outputs.map(create).collect::<Result<_>>()?;
+            return Ok(());
+        };
+        let files = self.open_shards(folders)?;
+        let create = |((plan, folder), files): ((&&Plan, &&OutputFolder), &Vec<Option<File>>)| {
+            let create = |(at, file): (usize, &Option<File>)| {
+                let shard = create_shard(plan, at, folder, mode, true)?;
+                let kept = plan.by_place_in(at).filter(|&index| resumed.is_done[index]);
+                let mut count = 0;
+                for tensor in kept.map(|index| plan.tensor(index)) {
+                    let file = file.as_ref().ok_or_else(|| Error::internal("a shard is gone"))?;
+                    shard.writer.keep(file, tensor.start(), tensor.bytes())?;
+                    count += 1;
+                }
+                if count > 0 {
+                    shard.finish(count)?;
+                }
+                Ok(shard)
+            };
+            files.iter().enumerate().map(create).collect()
+        };
+        self.shards = outputs.zip(&files).map(create).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -327,11 +366,32 @@ impl Tasks for Merges<'_> {
         self.needs_sweep
     }
 
+    fn is_done(&self, index: usize) -> bool {
+        self.resumed.as_ref().is_some_and(|resumed| resumed.is_done[index])
+    }
+
+    fn known_numbers(&self) -> BTreeMap<usize, Vec<f64>> {
+        self.resumed.as_ref().map(|resumed| resumed.numbers.clone()).unwrap_or_default()
+    }
+
+    fn finished(&self, index: usize) {
+        if let Some(resumed) = &self.resumed {
+            resumed.journal.tensor(index);
+        }
+    }
+
+    fn found(&self, index: usize, numbers: &[f64]) {
+        if let Some(resumed) = &self.resumed {
+            resumed.journal.numbers(index, numbers);
+        }
+    }
+
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
         let mut left = bytes;
         let fits = |&at: &usize| {
             let wanted = self.bytes(at);
-            let fits = self.is_small(at) && wanted <= left && (at == index || self.follows(at));
+            let fits = self.is_small(at) && !self.is_done(at);
+            let fits = fits && wanted <= left && (at == index || self.follows(at));
             left -= if fits { wanted } else { 0 };
             fits
         };
@@ -699,14 +759,22 @@ fn sources_of(readers: &[Option<Arc<InputReader>>], tensor: Tensor<'_>) -> Vec<A
     tensor.sources().map(source).collect()
 }
 
-fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
-    let create = |(index, shard): (usize, &OutputShard)| {
-        let name = partial_name(&shard.file_name);
-        let OutputShard { header_bytes, size, .. } = *shard;
-        let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
-        let writer = ShardWriter::create(folder, &name, header_bytes, header, size, mode)?;
-        let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
-        Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
+/// Creates a shard, or with `resume` opens the one that an earlier run has left.
+fn create_shard(
+    plan: &Plan,
+    index: usize,
+    folder: &OutputFolder,
+    mode: DirectMode,
+    resume: bool,
+) -> Result<Arc<Shard>> {
+    let OutputShard { ref file_name, header_bytes, size } = plan.shards[index];
+    let name = partial_name(file_name);
+    let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
+    let writer = if resume {
+        ShardWriter::resume(folder, &name, header_bytes, header, size, mode)?
+    } else {
+        ShardWriter::create(folder, &name, header_bytes, header, size, mode)?
     };
-    plan.shards.iter().enumerate().map(create).collect()
+    let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
+    Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
 }

@@ -1,6 +1,8 @@
 //! A merge from beginning to end: what it needs, whether that is allowed, the run, and whether the
 //! inputs are still what they were.
 
+use std::time::Duration;
+
 use super::backend::Backend;
 use super::control::Control;
 use super::files::{FileModes, Merges};
@@ -11,9 +13,17 @@ use crate::error::Result;
 use crate::io::{self, OutputFolder};
 use crate::plan::{InputFile, Plan};
 
+/// The journals of outputs: their keys, and how long something finished waits to be written down.
+pub(crate) struct Journals<'a> {
+    pub(crate) keys: &'a [&'a str],
+    pub(crate) every: Duration,
+}
+
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
 /// under partial names, into its folder. Also tells which files of each were written, and how they
 /// were left.
+///
+/// With `journals` it goes on where an earlier run was interrupted, and writes down what it finishes.
 ///
 /// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
 /// most that was resident while the merge was planned, where that was the peak of the process.
@@ -23,6 +33,7 @@ pub(crate) fn merge(
     modes: FileModes,
     settings: &Settings,
     planned: u64,
+    journals: Option<Journals<'_>>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
@@ -33,8 +44,12 @@ pub(crate) fn merge(
     let (budget, workers) = (settings.memory, settings.workers);
     let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
     drop(needs);
-    tasks.create_shards(&folders, modes.write)?;
-    let report = run_planned(backend, &tasks, settings, memory, control)?;
+    if let Some(Journals { keys, every }) = journals {
+        tasks.resume(&folders, keys, every, workers, control)?;
+    }
+    tasks.create_shards(&folders, modes.write).inspect_err(|_| tasks.remove_unvouched())?;
+    let run = || run_planned(backend, &tasks, settings, memory, control);
+    let report = tasks.journaled(control, run)?;
     io::check_unchanged(files)?;
     Ok((report, tasks.written()))
 }

@@ -21,7 +21,7 @@ use serde_json::{Map, Value};
 pub use build::{Builder, ByToken, Input};
 pub use names::Names;
 pub use rows::{MOST_ROWS, Origin, RowMap};
-pub use saved::{load, save};
+pub use saved::{load, save, save_without_files};
 
 use crate::dtype::DType;
 
@@ -273,10 +273,15 @@ impl Plan {
 
     /// The tensors of output shard `index`, as they lie there.
     pub fn tensors_of_shard(&self, index: usize) -> impl ExactSizeIterator<Item = Tensor<'_>> {
+        self.by_place_in(index).map(|row| self.tensor(row))
+    }
+
+    /// The indices of the tensors of output shard `index`, as they lie there.
+    pub fn by_place_in(&self, index: usize) -> impl ExactSizeIterator<Item = usize> {
         let shard = |&row: &u32| self.rows[row as usize].shard as usize;
         let first = self.by_place.partition_point(|row| shard(row) < index);
         let end = self.by_place.partition_point(|row| shard(row) <= index);
-        self.by_place[first..end].iter().map(|&row| self.tensor(row as usize))
+        self.by_place[first..end].iter().map(|&row| row as usize)
     }
 
     /// Bytes of all sources; no more than a number can say, whatever a saved plan claims.

@@ -129,6 +129,15 @@ impl<'de> Deserialize<'de> for SavedNode {
 
 /// Writes the table of `plan`: the same plan gives the same bytes.
 pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
+    put_table(plan, &plan.files, out)
+}
+
+/// Writes the same without the input files: what is made of them, wherever and whenever they are.
+pub fn save_without_files(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
+    put_table(plan, &[], out)
+}
+
+fn put_table(plan: &Plan, files: &[InputFile], out: &mut impl Write) -> io::Result<()> {
     let settings: Vec<_> = plan
         .settings
         .iter()
@@ -151,7 +160,7 @@ pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
         put(out, source)?;
     }
     write!(out, ",\"seed\":{},\"in_f64\":{},\"files\":", plan.seed, plan.in_f64)?;
-    put_lines(out, plan.files.iter())?;
+    put_lines(out, files.iter())?;
     out.write_all(b",\"models\":")?;
     put(out, &plan.models)?;
     out.write_all(b",\"shapes\":")?;

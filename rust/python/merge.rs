@@ -3,6 +3,7 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 
@@ -14,9 +15,10 @@ use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
 use crate::engine::files::{self, FileModes};
+use crate::engine::journal::{self, JOURNAL_EVERY};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Settings, rehearsal};
+use crate::engine::{self, Journals, Settings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -136,10 +138,14 @@ fn with_backend<R>(
 /// and writes the shards of each, under partial names, into its directory: the one that is open as
 /// the descriptor in `descriptors`, if they are given. Tells which files it wrote.
 ///
+/// With `keys`, one for each, it goes on with what interrupted runs with those keys have finished, and
+/// writes down what it finishes, `journal_every` so many seconds.
+///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
-                    largest_piece=None, progress=None, device=None, descriptors=None, planned=0))]
+                    largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
+                    keys=None, journal_every=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -153,6 +159,8 @@ pub(super) fn execute<'py>(
     device: Option<Device<'py>>,
     descriptors: Option<Vec<RawFd>>,
     planned: u64,
+    keys: Option<Vec<String>>,
+    journal_every: Option<f64>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let read = match read_path {
         "auto" => ReadPath::Auto,
@@ -185,7 +193,11 @@ pub(super) fn execute<'py>(
             let plans = tables.iter().map(|plan| &**plan);
             let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
             let modes = FileModes { read, write };
-            engine::merge(backend, &merges, modes, &settings, planned, control)
+            let keys: Option<Vec<&str>> =
+                keys.as_ref().map(|keys| keys.iter().map(|key| &**key).collect());
+            let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
+            let journals = keys.as_ref().map(|keys| Journals { keys, every });
+            engine::merge(backend, &merges, modes, &settings, planned, journals, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;
@@ -193,12 +205,25 @@ pub(super) fn execute<'py>(
         "seconds": report.seconds,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
+        "kept": report.tensors_kept,
         "peak_memory": report.peak_memory,
         "simd": report.level.name(),
         "memory": describe_memory(&report.memory),
         "files": describe_files(files),
     });
     to_python(py, &described)
+}
+
+/// What the journal of an interrupted run says in its first record, if there is one in the directory
+/// that is open as `descriptor`.
+#[pyfunction]
+pub(super) fn journal_key(
+    py: Python<'_>,
+    descriptor: RawFd,
+    path: PathBuf,
+) -> PyResult<Option<String>> {
+    let read = || journal::journal_key(&OutputFolder::of_descriptor(descriptor, &path)?);
+    py.detach(read).map_err(|error| raise(py, &error))
 }
 
 /// Whether a directory lies on a network or FUSE mount, or cannot be asked.

@@ -39,8 +39,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::merge::{
-        check_unchanged, execute, is_remote, methods, modifiers, partial_name, peak_memory,
-        predict, rehearse,
+        check_unchanged, execute, is_remote, journal_key, methods, modifiers, partial_name,
+        peak_memory, predict, rehearse,
     };
     #[pymodule_export]
     use super::plan::Plan;

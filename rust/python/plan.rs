@@ -268,11 +268,13 @@ impl Plan {
         self.0.in_f64
     }
 
-    /// Hands the table as JSON to `write`, part by part.
-    fn write(&self, write: Bound<'_, PyAny>) -> PyResult<()> {
+    /// Hands the table as JSON to `write`, part by part; the input files are in it, if it is `with_files`.
+    #[pyo3(signature = (write, *, with_files=true))]
+    fn write(&self, write: Bound<'_, PyAny>, with_files: bool) -> PyResult<()> {
         let mut parts = Parts { write: &write, failure: None };
         let mut out = std::io::BufWriter::with_capacity(64 << 10, &mut parts);
-        let saved = plan::save(&self.0, &mut out).and_then(|()| std::io::Write::flush(&mut out));
+        let save = if with_files { plan::save } else { plan::save_without_files };
+        let saved = save(&self.0, &mut out).and_then(|()| std::io::Write::flush(&mut out));
         drop(out);
         match (parts.failure, saved) {
             (Some(failure), _) => Err(failure),

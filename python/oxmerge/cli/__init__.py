@@ -30,6 +30,7 @@ __all__ = ["main"]
 VERBS = {
     "merge": "merge checkpoints by a recipe",
     "sweep": "merge several times with other parameters, in one pass",
+    "clean": "remove what an interrupted merge has left",
     "plan": "show what a merge would do, without doing it",
     "inspect": "show what is in a checkpoint",
     "methods": "list the merge methods, or explain one",

@@ -174,6 +174,16 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is in the output directory"
     )
+    parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="keep nothing of a run that is interrupted, and go on with nothing",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="remove what an interrupted run has finished, instead of going on with it",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
@@ -183,6 +193,8 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
         **plan_options(options),
         "overwrite": options.overwrite,
         "read_path": options.read_path,
+        "resume": not options.no_resume,
+        "fresh": options.fresh,
     }
 
 

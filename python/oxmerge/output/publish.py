@@ -36,6 +36,7 @@ from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
 from oxmerge.output.claims import Claim, claim, named
 from oxmerge.output.journal import JOURNAL_NAME, MOST_BYTES, Journal, mark
+from oxmerge.output.resume import RESUME_NAME, check_same
 from oxmerge.output.side_files import SideFile, copy_bytes, is_index, is_loadable_weight
 from oxmerge.signals import put_off
 from oxmerge.sizes import format_size
@@ -76,6 +77,13 @@ class OutputDirectory:
         Whether it is on a network mount, where times may be told differently a moment later.
     journal
         That of a run that was killed here while it replaced files; an empty one if there is none.
+    key
+        What a journal of finished tensors has to say, for this run to go on with them; None for a run
+        that keeps none.
+    is_resumed
+        Whether an earlier run left such a journal.
+    weights
+        The names of the weight files.
     complete
         By its final name, each file that waits for its name.
     placed
@@ -91,6 +99,9 @@ class OutputDirectory:
     purpose: str = ""
     is_remote: bool = False
     journal: Journal = field(default_factory=Journal)
+    key: str | None = None
+    is_resumed: bool = False
+    weights: tuple[str, ...] = ()
     complete: dict[str, _Partial] = field(default_factory=dict)
     placed: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
@@ -162,10 +173,12 @@ def prepare_output(
     needed_bytes: int,
     names: Iterable[str] = (),
     purpose: str = "",
+    key: str | None = None,
+    fresh: bool = False,
 ) -> OutputDirectory:
     """Check that the output can go to `directory`, make it ready, and own it.
 
-    What a run that was killed has left there is removed.
+    What an interrupted run has left there is removed, but for what this run goes on with.
 
     Parameters
     ----------
@@ -181,6 +194,10 @@ def prepare_output(
         The files that will be written, as `Contents` names them.
     purpose
         A digest of the plan: the same merge may go on where one was killed.
+    key
+        See `OutputDirectory`.
+    fresh
+        Remove what another merge has finished.
 
     Raises
     ------
@@ -188,16 +205,19 @@ def prepare_output(
         If the directory holds something and `overwrite` is not set.
     OutputError
         If the output would replace an input, or the directory holds something else than a model
-        or something in the place of a file, or another run writes there, or it has no name.
+        or something in the place of a file, or another run writes there, or it has no name; or if
+        another merge was interrupted there.
     OSError
         If it cannot be written to, or (ENOSPC) does not have the space.
     """
-    output = OutputDirectory(claim(named(directory)), overwrite, purpose)
+    output = OutputDirectory(claim(named(directory)), overwrite, purpose, key=key)
     try:
         with _told_in_full(output):
             output.is_remote = _core.is_remote(f"/proc/self/fd/{output.descriptor}")
             output.journal = _read_journal(output)
             names = tuple(names)
+            output.weights = tuple(n for n in names if is_loadable_weight(n) and not is_index(n))
+            output.is_resumed = not fresh and _is_resumed(output)
             inputs = {(file["device"], file["inode"]) for file in input_files}
             _check_existing(output, inputs, names)
             _check_places(output, names)
@@ -291,32 +311,93 @@ def commit(
 
 def close(output: OutputDirectory) -> None:
     """Let others have a finished directory. Those of a sweep are closed when all are finished."""
-    with contextlib.suppress(OSError):  # it does no harm there, and the model is complete
-        os.unlink(JOURNAL_NAME, dir_fd=output.descriptor)
+    for name in (RESUME_NAME, JOURNAL_NAME):
+        with contextlib.suppress(OSError):  # it does no harm there, and the model is complete
+            os.unlink(name, dir_fd=output.descriptor)
     output.claim.release()
 
 
-def discard(output: OutputDirectory) -> None:
+def discard(output: OutputDirectory, *, keep: bool = False) -> bool:
     """Remove what an unfinished run wrote, and nothing else; do nothing after a finished one.
 
     That is: partial files, files that were already renamed in (without config and index they are
     no use), and the directories that were made for the output, as far as they are empty. What
     cannot be removed is left: the error that ended the run is the one to report.
+
+    Parameters
+    ----------
+    output
+        From `prepare_output`.
+    keep
+        Leave the journal of finished tensors, if there is one, and the weight files with them.
+
+    Returns
+    -------
+    bool
+        Whether something is kept, with which another run goes on.
     """
     with put_off():
         if output.finished:
             close(output)
-            return
+            return False
+        output.is_resumed = False
         if output.claim.is_held:
             with contextlib.suppress(OSError):
+                output.is_resumed = keep and output.key is not None and _has_finished(output)
                 _roll_back(output)
         output.claim.give_up()
+        return output.is_resumed
+
+
+def clean(directory: str | os.PathLike[str]) -> bool:
+    """Remove what an interrupted run left in an output directory, and the directory if it is empty.
+
+    A model that is there stays as it is.
+
+    Parameters
+    ----------
+    directory : path
+        The output of that run.
+
+    Returns
+    -------
+    bool
+        Whether there was something to remove.
+
+    Raises
+    ------
+    OutputError
+        If a run is writing there.
+    OSError
+        If there is no such directory, or something cannot be removed.
+
+    Examples
+    --------
+    >>> import oxmerge
+    >>> oxmerge.clean("merged/")
+    False
+    """
+    path = named(directory)
+    status = os.stat(path)
+    output = OutputDirectory(claim(path), overwrite=False)
+    try:
+        with _told_in_full(output):
+            output.journal = _read_journal(output)
+            is_left = any(entry.name.endswith(PARTIAL_SUFFIX) for entry in _entries(output))
+            _remove_leftovers(output)
+            output.journal = Journal()
+            _remove_partials(output)
+            if is_left:
+                output.claim.created.append((path.absolute(), (status.st_dev, status.st_ino)))
+    finally:
+        output.claim.give_up()
+    return is_left
 
 
 def _roll_back(output: OutputDirectory) -> None:
     # Back to front: the config, if it is there, is the last that was placed and goes first.
     for name in reversed(output.placed):
-        _remove_if(output, name, output.is_written)
+        _take_back(output, name, output.is_written)
     _remove_folders(output, reversed(output.folders))
     output.journal = _read_journal(output)
     _remove_partials(output)
@@ -444,6 +525,20 @@ def _is_there(output: OutputDirectory, name: str, is_it: Callable[[str, FileStat
     return False
 
 
+def _has_finished(output: OutputDirectory) -> bool:
+    return any(entry.name == RESUME_NAME for entry in _entries(output))
+
+
+def _is_resumed(output: OutputDirectory) -> bool:
+    """Tell whether an earlier run left finished tensors that this one goes on with."""
+    if output.key is None or not _has_finished(output):
+        return False
+    journal = _core.journal_key(output.descriptor, output.path)
+    if journal is not None:
+        check_same(journal, output.key, output.path)
+    return journal is not None
+
+
 def _leftover_bytes(output: OutputDirectory) -> int:
     """Return the space that the partial files of a dead run will give back."""
     partials = (entry for entry in _entries(output) if _is_partial(entry))
@@ -454,7 +549,7 @@ def _remove_leftovers(output: OutputDirectory) -> None:
     journal = output.journal
     if not _is_there(output, journal.last, journal.is_ours):  # else the model is complete
         for name in journal.ours:
-            _remove_if(output, name, journal.is_ours)
+            _take_back(output, name, journal.is_ours)
         _remove_folders(output, journal.folders)
     _remove_partials(output)
 
@@ -481,11 +576,13 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
 
 
 def _remove_partials(output: OutputDirectory) -> None:
-    """Remove all partial files; the journal stays while it says something."""
+    """Remove all partial files, but for journals that say something and what they speak of."""
     failure = None
     remove_stages(output)
+    kept = {JOURNAL_NAME} if output.journal.last else set()
+    kept |= {RESUME_NAME, *map(partial_name, output.weights)} if output.is_resumed else set()
     for entry in _entries(output):
-        if _is_partial(entry) and not (entry.name == JOURNAL_NAME and output.journal.last):
+        if _is_partial(entry) and entry.name not in kept:
             try:
                 os.unlink(entry.name, dir_fd=output.descriptor)
             except OSError as error:
@@ -681,6 +778,18 @@ def _has_folder(output: OutputDirectory, folder: str) -> bool:
         return False
 
 
+def _take_back(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> None:
+    """Remove a file that was put in place, if it is the one that is meant.
+
+    Weights get their temporary name back, where a run goes on with them.
+    """
+    if not (output.is_resumed and name in output.weights):
+        _remove_if(output, name, is_it)
+    elif _is_there(output, name, is_it):
+        at = output.descriptor
+        os.rename(name, partial_name(name), src_dir_fd=at, dst_dir_fd=at)
+
+
 def _remove_if(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> None:
     """Remove a file, if it is the one that is meant."""
     with contextlib.suppress(OSError, OutputError), _place(output, name) as (folder, last):
@@ -717,6 +826,6 @@ def _leftovers(output: OutputDirectory) -> list[str]:
         f"`{entry.name}` was in the output directory before and is still there"
         for entry in entries
         if entry.name not in ours
-        and entry.name != JOURNAL_NAME
+        and entry.name not in {JOURNAL_NAME, RESUME_NAME}
         and not entry.is_dir(follow_symlinks=False)
     ]

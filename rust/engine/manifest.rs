@@ -19,6 +19,8 @@ struct Line<'a> {
     file: &'a str,
     dtype: DType,
     shape: &'a [u64],
+    /// Which of the plan's.
+    settings: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     blake3: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,6 +75,7 @@ fn line<'a>(plan: &'a Plan, tensor: Tensor<'a>, known: Option<&TensorDigest>) ->
         file: &plan.shards[tensor.shard()].file_name,
         dtype: tensor.dtype(),
         shape: tensor.shape(),
+        settings: tensor.settings_index(),
         blake3: known.map(|known| blake3::Hash::from(known.blake3).to_hex().to_string()),
         statistics: known.and_then(|known| known.statistics).map(Statistics::from),
     }

@@ -289,6 +289,20 @@ impl Plan {
         in_parts(&write, |out| plan::save(&self.0, out))
     }
 
+    /// Hands what of the table decides the output to `write`, part by part: the same on any machine.
+    fn write_portable(&self, write: Bound<'_, PyAny>) -> PyResult<()> {
+        in_parts(&write, |out| plan::save_effects(&self.0, out))
+    }
+
+    /// For each model, the files that its tensors are read from, as indices.
+    fn files_of_models(&self) -> Vec<Vec<usize>> {
+        let mut files = vec![std::collections::BTreeSet::new(); self.0.models.len()];
+        for source in self.0.tensors().flat_map(plan::Tensor::sources) {
+            files[source.model].insert(source.file);
+        }
+        files.into_iter().map(|files| files.into_iter().collect()).collect()
+    }
+
     /// Hands the list of the output tensors as JSON to `write`, part by part, with what is known of
     /// each.
     #[pyo3(signature = (write, digests=None))]

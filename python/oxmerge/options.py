@@ -72,8 +72,16 @@ class RunOptions:
     overwrite: bool = False
     read_path: str = "auto"
     progress: Callable[[Snapshot], None] | bool | None = None
+    digests: bool = True
+    hash_inputs: bool = False
+    allow_nonfinite: bool = False
     resume: bool = True
     fresh: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether finished tensors are kept: their digests vouch for them."""
+        return self.resume and self.digests
 
     def __post_init__(self) -> None:
         """Raise `TypeError` or `ValueError` for what is out of range."""

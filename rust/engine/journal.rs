@@ -13,17 +13,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::digest::TensorDigest;
 use super::files::partial_name;
 use crate::error::{Error, Result};
 use crate::io::{JournalFile, OutputFolder, damaged};
+use crate::kernels::Comparison;
 
 /// How long something that is finished waits until it is written down.
 pub const JOURNAL_EVERY: Duration = Duration::from_secs(2);
 /// Tensors, or tasks with numbers, that a record tells of at the most.
 const MOST_IN_RECORD: usize = 4096;
-
-/// The hash of a tensor's bytes.
-pub(crate) type Digest = blake3::Hash;
 
 /// The name of a journal.
 pub fn journal_name() -> String {
@@ -44,16 +43,43 @@ pub fn journal_key(folder: &OutputFolder) -> Result<Option<String>> {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "lowercase")]
 enum Record {
-    /// The number of each tensor in the plan, and its hash in hexadecimal.
-    Tensors(Vec<(usize, String)>),
+    /// Tensors that are finished.
+    Tensors(Vec<Finished>),
     /// The number of each tensor, and the bits of what was found.
     Numbers(Vec<(usize, Vec<u64>)>),
+}
+
+/// The number of a tensor in the plan, its hash in hexadecimal, and its statistics: counts, and the bits
+/// of sums.
+#[derive(Serialize, Deserialize)]
+struct Finished(usize, String, Option<([u64; 5], [u64; 2])>);
+
+impl Finished {
+    fn new(index: usize, digest: &TensorDigest) -> Self {
+        let statistics = digest.statistics.map(|found| {
+            let Comparison { nan, infinite, saturated, compared, changed, difference, norm } =
+                found;
+            let counts = [nan, infinite, saturated, compared, changed];
+            (counts, [difference.to_bits(), norm.to_bits()])
+        });
+        Self(index, blake3::Hash::from(digest.blake3).to_hex().to_string(), statistics)
+    }
+
+    fn digest(&self) -> Option<TensorDigest> {
+        let blake3 = *blake3::Hash::from_hex(&self.1).ok()?.as_bytes();
+        let statistics = self.2.map(|(counts, sums)| {
+            let [nan, infinite, saturated, compared, changed] = counts;
+            let [difference, norm] = sums.map(f64::from_bits);
+            Comparison { nan, infinite, saturated, compared, changed, difference, norm }
+        });
+        Some(TensorDigest { blake3, statistics })
+    }
 }
 
 /// What earlier runs have written down of one output.
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
-    pub(crate) tensors: BTreeMap<usize, Digest>,
+    pub(crate) tensors: BTreeMap<usize, TensorDigest>,
     pub(crate) numbers: BTreeMap<usize, Vec<f64>>,
 }
 
@@ -136,7 +162,7 @@ impl<'a> Journal<'a> {
     }
 
     /// Writes down what is finished, now and then, until [`end`](Self::end) is called. `flush` brings
-    /// the bytes of tensors to the disk, and gives their hashes, for each output.
+    /// the bytes of tensors to the disk, and tells what is known of them, for each output.
     pub(crate) fn keep_writing(&self, flush: &Flush<'_>) -> Result<()> {
         loop {
             let mut waiting = lock(&self.waiting);
@@ -178,8 +204,8 @@ impl<'a> Journal<'a> {
         for tensors in tensors.chunks(MOST_IN_RECORD) {
             let digests = flush(tensors)?;
             for (at, digests) in digests.iter().enumerate() {
-                let digests = digests.iter().map(|digest| digest.to_hex().to_string());
-                let each = tensors.iter().copied().zip(digests);
+                let each = tensors.iter().zip(digests);
+                let each = each.map(|(&index, digest)| Finished::new(index, digest));
                 self.append(&mut files, at, &Record::Tensors(each.collect()))?;
             }
         }
@@ -206,7 +232,7 @@ impl<'a> Journal<'a> {
 }
 
 /// See [`Journal::keep_writing`].
-pub(crate) type Flush<'a> = dyn Fn(&[usize]) -> Result<Vec<Vec<Digest>>> + Sync + 'a;
+pub(crate) type Flush<'a> = dyn Fn(&[usize]) -> Result<Vec<Vec<TensorDigest>>> + Sync + 'a;
 
 impl Kept {
     /// Takes over a record of a journal of so many tensors. Later records count.
@@ -214,10 +240,9 @@ impl Kept {
         let is_known = |index: usize| if index < tensors { Ok(()) } else { Err(damaged()) };
         match serde_json::from_str(record).map_err(|_| damaged())? {
             Record::Tensors(found) => {
-                for (index, digest) in found {
-                    is_known(index)?;
-                    let digest = Digest::from_hex(digest).map_err(|_| damaged())?;
-                    self.tensors.insert(index, digest);
+                for finished in found {
+                    is_known(finished.0)?;
+                    self.tensors.insert(finished.0, finished.digest().ok_or_else(damaged)?);
                 }
             }
             Record::Numbers(found) => {

@@ -1,10 +1,12 @@
 //! A merge from beginning to end: what it needs, whether that is allowed, the run, and whether the
 //! inputs are still what they were.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::backend::Backend;
 use super::control::Control;
+use super::digest::{Digests, Observer};
 use super::files::{FileModes, Merges};
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
@@ -13,9 +15,11 @@ use crate::error::Result;
 use crate::io::{self, OutputFolder};
 use crate::plan::{InputFile, Plan};
 
-/// The journals of outputs: their keys, and how long something finished waits to be written down.
+/// The journals of outputs.
 pub(crate) struct Journals<'a> {
+    /// One for each output.
     pub(crate) keys: &'a [&'a str],
+    /// How long something finished waits.
     pub(crate) every: Duration,
 }
 
@@ -27,12 +31,14 @@ pub(crate) struct Journals<'a> {
 ///
 /// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
 /// most that was resident while the merge was planned, where that was the peak of the process.
+/// `digests` is told of each tensor that is finished; without it there are none, and no journal.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
     planned: u64,
+    digests: Option<&Arc<Digests>>,
     journals: Option<Journals<'_>>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
@@ -44,10 +50,13 @@ pub(crate) fn merge(
     let (budget, workers) = (settings.memory, settings.workers);
     let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
     drop(needs);
-    if let Some(Journals { keys, every }) = journals {
-        tasks.resume(&folders, keys, every, workers, control)?;
+    if let (Some(digests), Some(journals)) = (digests, journals) {
+        tasks.resume(&folders, journals, digests, workers, control)?;
     }
     tasks.create_shards(&folders, modes.write).inspect_err(|_| tasks.remove_unvouched())?;
+    if let Some(digests) = digests {
+        tasks.observe(Arc::clone(digests) as Arc<dyn Observer>);
+    }
     let run = || run_planned(backend, &tasks, settings, memory, control);
     let report = tasks.journaled(control, run)?;
     io::check_unchanged(files)?;

@@ -11,9 +11,11 @@ mod active;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
+pub mod digest;
 pub mod files;
 pub mod journal;
 pub mod listing;
+pub mod manifest;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;

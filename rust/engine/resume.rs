@@ -1,17 +1,17 @@
 //! Going on where an earlier run was interrupted: which of its tensors hold, and what of this run is
 //! written down for the next one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
 
 use super::control::Control;
+use super::digest::{Digests, Observer, TensorDigest};
 use super::files::{Merges, partial_name};
-use super::journal::{Digest, Journal, Kept};
+use super::journal::{Journal, Kept};
+use super::merge::Journals;
 use super::task::Tasks;
 use crate::error::{Error, Result};
 use crate::io::{self, OutputFolder};
@@ -23,23 +23,24 @@ const AT_ONCE: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Resumed<'a> {
     pub(super) journal: Journal<'a>,
+    digests: Arc<Digests>,
     pub(super) folders: Vec<&'a OutputFolder>,
     /// Of each task, whether all of its outputs are kept.
     pub(super) is_done: Vec<bool>,
     /// What was found for tasks, by their numbers.
-    pub(super) numbers: std::collections::BTreeMap<usize, Vec<f64>>,
+    pub(super) numbers: BTreeMap<usize, Vec<f64>>,
     /// For each output, which shards have a tensor that the journal tells of.
     vouched: Vec<Vec<AtomicBool>>,
 }
 
 impl<'a> Merges<'a> {
-    /// Opens the journals of the outputs in `folders`, which have these keys. What they tell of is read
+    /// Opens the journals of the outputs in `folders`. What they tell of is read
     /// again and hashed, by so many threads; what does not hold is to be made again.
     pub(crate) fn resume(
         &mut self,
         folders: &[&'a OutputFolder],
-        keys: &[&'a str],
-        every: Duration,
+        Journals { keys, every }: Journals<'a>,
+        digests: &Arc<Digests>,
         threads: usize,
         control: &Control,
     ) -> Result<()> {
@@ -53,6 +54,7 @@ impl<'a> Merges<'a> {
             .map(|plan| plan.shards.iter().map(|_| AtomicBool::new(false)).collect());
         let resumed = Resumed {
             journal,
+            digests: Arc::clone(digests),
             folders: folders.to_vec(),
             is_done,
             numbers: numbers.unwrap_or_default(),
@@ -60,6 +62,9 @@ impl<'a> Merges<'a> {
         };
         for index in (0..self.len()).filter(|&index| resumed.is_done[index]) {
             resumed.vouch(self, index);
+            for (merge, kept) in kept.iter().enumerate() {
+                digests.finished(merge, index, kept.tensors[&index])?;
+            }
             let bytes = self.plans.iter().map(|plan| plan.tensor(index).bytes()).sum();
             control.keep(1, bytes);
         }
@@ -88,7 +93,7 @@ impl<'a> Merges<'a> {
                 let Some(file) = &files[tensor.shard()] else { return false };
                 // What cannot be read is made again.
                 let found = hash(file, tensor.start(), tensor.bytes(), buffer, control);
-                found.is_ok_and(|found| kept.tensors.get(&index) == Some(&found))
+                found.is_ok_and(|found| kept.tensors[&index].blake3 == found)
             })
         };
         let is_done = Mutex::new(vec![false; self.len()]);
@@ -170,26 +175,16 @@ impl<'a> Merges<'a> {
         }
     }
 
-    /// Brings the bytes of tensors to the disk; their hashes, for each output.
-    fn flush(&self, resumed: &Resumed<'_>, tensors: &[usize]) -> Result<Vec<Vec<Digest>>> {
-        let files = self.open_shards(&resumed.folders)?;
-        let mut buffer = vec![0; AT_ONCE];
+    /// Brings the bytes of tensors to the disk; what is known of them, for each output.
+    fn flush(&self, resumed: &Resumed<'_>, tensors: &[usize]) -> Result<Vec<Vec<TensorDigest>>> {
         let mut all = Vec::new();
-        for ((plan, shards), files) in self.plans.iter().zip(&self.shards).zip(&files) {
+        for (merge, (plan, shards)) in self.plans.iter().zip(&self.shards).enumerate() {
             let touched: BTreeSet<usize> =
                 tensors.iter().map(|&index| plan.tensor(index).shard()).collect();
-            for shard in touched {
-                shards[shard].flush()?;
-            }
-            let mut digests = Vec::new();
-            for &index in tensors {
-                let tensor = plan.tensor(index);
-                let file = files[tensor.shard()].as_ref();
-                let file = file.ok_or_else(|| Error::internal("a shard is gone"))?;
-                let control = Control::default();
-                digests.push(hash(file, tensor.start(), tensor.bytes(), &mut buffer, &control)?);
-            }
-            all.push(digests);
+            touched.into_iter().try_for_each(|shard| shards[shard].flush())?;
+            let digests = resumed.digests.of(merge);
+            let known = tensors.iter().map(|&index| digests[index]).collect::<Option<_>>();
+            all.push(known.ok_or_else(|| Error::internal("a finished tensor has no digest"))?);
         }
         for &index in tensors {
             resumed.vouch(self, index);
@@ -214,7 +209,7 @@ fn hash(
     bytes: u64,
     buffer: &mut [u8],
     control: &Control,
-) -> Result<Digest> {
+) -> Result<[u8; 32]> {
     let mut hasher = blake3::Hasher::new();
     let mut done = 0;
     while done < bytes {
@@ -225,5 +220,5 @@ fn hash(
         hasher.update(part);
         done += length as u64;
     }
-    Ok(hasher.finalize())
+    Ok(hasher.finalize().into())
 }

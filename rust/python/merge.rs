@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pyo3::prelude::*;
 
+use super::digests::Digests;
 use super::enter::enter;
 use super::error::raise;
 use super::formula::Raised;
@@ -14,6 +15,7 @@ use super::plan::Plan;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
+use crate::engine::digest;
 use crate::engine::files::{self, FileModes};
 use crate::engine::journal::{self, JOURNAL_EVERY};
 use crate::engine::memory::{self, MemoryPlan};
@@ -136,7 +138,8 @@ fn with_backend<R>(
 
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
 /// and writes the shards of each, under partial names, into its directory: the one that is open as
-/// the descriptor in `descriptors`, if they are given. Tells which files it wrote.
+/// the descriptor in `descriptors`, if they are given. Tells which files it wrote; with `digests`, also
+/// what is known of the tensors of each.
 ///
 /// With `keys`, one for each, it goes on with what interrupted runs with those keys have finished, and
 /// writes down what it finishes, `journal_every` so many seconds.
@@ -145,7 +148,7 @@ fn with_backend<R>(
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
                     largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
-                    keys=None, journal_every=None))]
+                    digests=false, keys=None, journal_every=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -159,6 +162,7 @@ pub(super) fn execute<'py>(
     device: Option<Device<'py>>,
     descriptors: Option<Vec<RawFd>>,
     planned: u64,
+    digests: bool,
     keys: Option<Vec<String>>,
     journal_every: Option<f64>,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -180,6 +184,8 @@ pub(super) fn execute<'py>(
     let directories: Vec<PathBuf> = merges.into_iter().map(|(_, directory)| directory).collect();
     let workers = worker_count(threads, tables.len());
     let settings = Settings { level, workers, memory, largest_piece };
+    let tensors = tables.first().map_or(0, |plan| plan.len());
+    let digests = digests.then(|| Arc::new(digest::Digests::new(tables.len(), tensors)));
     let done = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
             let open = |(index, path): (usize, &PathBuf)| {
@@ -197,7 +203,8 @@ pub(super) fn execute<'py>(
                 keys.as_ref().map(|keys| keys.iter().map(|key| &**key).collect());
             let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
             let journals = keys.as_ref().map(|keys| Journals { keys, every });
-            engine::merge(backend, &merges, modes, &settings, planned, journals, control)
+            let digests = digests.as_ref();
+            engine::merge(backend, &merges, modes, &settings, planned, digests, journals, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;
@@ -211,7 +218,13 @@ pub(super) fn execute<'py>(
         "memory": describe_memory(&report.memory),
         "files": describe_files(files),
     });
-    to_python(py, &described)
+    let described = to_python(py, &described)?;
+    if let Some(all) = digests {
+        let each = tables.into_iter().enumerate();
+        let each = each.map(|(merge, plan)| Digests::new(plan, Arc::clone(&all), merge));
+        described.set_item("digests", each.collect::<Vec<_>>())?;
+    }
+    Ok(described)
 }
 
 /// What the journal of an interrupted run says in its first record, if there is one in the directory

@@ -184,6 +184,22 @@ def add_run_options(parser: Parser) -> None:
         action="store_true",
         help="remove what an interrupted run has finished, instead of going on with it",
     )
+    parser.add_argument(
+        "--no-digests",
+        action="store_true",
+        help="leave digests and statistics of the tensors out of the manifest, oxmerge.json; "
+        "then an interrupted run keeps nothing",
+    )
+    parser.add_argument(
+        "--hash-inputs",
+        action="store_true",
+        help="put the SHA-256 of every input file into the manifest: reads them once more",
+    )
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="keep NaN and infinity that come up where no input has them",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
@@ -195,6 +211,9 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
         "read_path": options.read_path,
         "resume": not options.no_resume,
         "fresh": options.fresh,
+        "digests": not options.no_digests,
+        "hash_inputs": options.hash_inputs,
+        "allow_nonfinite": options.allow_nonfinite,
     }
 
 

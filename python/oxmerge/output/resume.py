@@ -16,6 +16,7 @@ from pathlib import Path
 from oxmerge import __version__
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
+from oxmerge.output.manifest import plan_digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ _PARTS = {
 def key_of(plan: Plan, together: Sequence[Plan]) -> str:
     """Return the key of a plan that is run with others in one pass."""
     plans = [each for last in together for each in (*last.stages, last)]
-    digests = [each.digest(with_files=False) for each in plans]
+    digests = [plan_digest(each) for each in plans]
     whole = hashlib.sha256(repr(digests).encode()).hexdigest()
     key = {
         "version": _VERSION,
@@ -55,7 +56,7 @@ def key_of(plan: Plan, together: Sequence[Plan]) -> str:
         "method": plan.method,
         "seed": plan.seed,
         "shard_size": plan.shard_size,
-        "plan": plan.digest(with_files=False),
+        "plan": plan_digest(plan),
         "together": whole,
         "inputs": sorted(_identities(plan)),
     }
@@ -65,8 +66,8 @@ def key_of(plan: Plan, together: Sequence[Plan]) -> str:
 def _identities(plan: Plan) -> set[tuple[str, int, int, int]]:
     """Return what the input files are known by.
 
-    No device: its number can change when the system starts anew. What merges that come first make is
-    known by how it is made.
+    No device: its number can change when the system starts anew. What merges that come first
+    make is known by how it is made.
     """
     made = None if plan.stand_ins is None else f"{plan.stand_ins.folder}{os.sep}"
     files = [file for each in (*plan.stages, plan) for file in each.input_files]

@@ -214,10 +214,10 @@ class Plan:
         """
         save_plan(self, path)
 
-    def digest(self, *, with_files: bool = True) -> str:
-        """Return a number, in hexadecimal, for the plan's table, with or without its input files."""
+    def digest(self) -> str:
+        """Return a number, in hexadecimal, for the plan's table."""
         whole = hashlib.sha256()
-        self.table.write(whole.update, with_files=with_files)
+        self.table.write(whole.update)
         return whole.hexdigest()
 
     def as_dict(self) -> dict[str, Any]:

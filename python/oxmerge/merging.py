@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -20,6 +19,7 @@ from oxmerge.output.contents import contents_of, late_texts
 from oxmerge.output.manifest import manifest_writer
 from oxmerge.output.outcome import outcome_of
 from oxmerge.output.publish import (
+    STAGES_NAME,
     OutputDirectory,
     close,
     commit,
@@ -365,13 +365,14 @@ def merge_together(
     check: Callable[[list[Plan]], None] | None = None,
     stages: Mapping[str, str | None] | None = None,
     owned: OutputDirectory | None = None,
+    purpose: str | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are complete
     when something fails stay, the others keep what is finished, if the same merge can go on with it. `check` is called with the plans before
-    anything is made. `stages` says where the outputs of earlier merges lie, and `owned` is the
-    directory of the only merge, if this run owns it already.
+    anything is made. `stages` says where the outputs of earlier merges lie. The only merge may have
+    an `owned` directory, if this run owns it already, or a `purpose`, if others will read its output.
     """
     started = time.perf_counter()
     for _, directory in merges:
@@ -399,8 +400,8 @@ def merge_together(
                 input_files=plans[at].input_files,
                 needed_bytes=needed,
                 names=contents_of(plans[at]).names,
-                purpose=plans[at].digest(),
-                key=key_of(plans[at], plans) if running.keeps else None,
+                purpose=purpose or key_of(plans[at], plans),
+                resume=running.keeps,
                 fresh=running.fresh,
             )
         outputs = [claimed[at] for at in range(len(merges))]
@@ -417,7 +418,7 @@ def merge_together(
                 descriptors=[output.descriptor for output in outputs],
                 planned=planned,
                 digests=running.digests,
-                keys=[output.key for output in outputs] if running.keeps else None,
+                keys=[output.purpose for output in outputs] if running.keeps else None,
             )
         _check_side_files(plans)
         done |= {"device": _name(backend), "notes": _notes(backend)}
@@ -429,7 +430,7 @@ def merge_together(
         _give_up(list(reversed(claimed.values())), error)
         raise
     for output in outputs:
-        close(output)
+        close(output, keep=purpose is not None)
     return reports
 
 
@@ -441,7 +442,6 @@ def _merge_stages(
     recipe = plan.recipe
     # A plan has its own seed and sizes, and which models may differ was settled when it was made.
     planning = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
-    asked = (recipe.text, planning.seed, planning.shard_size, contents_of(plan).names)
     inputs = [file for each in (*plan.stages, plan) for file in each.input_files]
     output = prepare_output(
         directory,
@@ -449,7 +449,9 @@ def _merge_stages(
         input_files=inputs,
         needed_bytes=plan.disk,
         names=contents_of(plan).names,
-        purpose=hashlib.sha256(repr(asked).encode()).hexdigest(),
+        purpose=key_of(plan, [*plan.stages, plan]),
+        resume=running.keeps,
+        fresh=running.fresh,
     )
     notes: list[str] = []
     warnings: list[str] = []
@@ -458,7 +460,10 @@ def _merge_stages(
         folder = stages_folder(output)
         for number, stage in enumerate(recipe.stages, start=1):
             place = os.path.join(folder, str(number))
-            (report,) = merge_together([(stage, place)], planning, running, stages=places)
+            done = plan.stages[:number]
+            (report,) = merge_together(
+                [(stage, place)], planning, running, stages=places, purpose=key_of(done[-1], done)
+            )
             places[stage.name or ""] = place
             written = format_size(report.bytes_written)
             notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
@@ -484,7 +489,8 @@ def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
     """
     keep = not isinstance(error, InputChangedError | ProblemsError)
     kept = [output.path for output in outputs if discard(output, keep=keep)]
-    if kept:
+    # Of merges that come first only the last one tells: theirs are no outputs that users know.
+    if kept and kept[0].parent.name != STAGES_NAME:
         error.add_note(how_to_go_on(reversed(kept)))
 
 

@@ -64,9 +64,11 @@ impl OutputFile {
         reserved.map_err(|error| self.failed("reserve space for the shard", error, size))
     }
 
-    /// From here on past the page cache, if writing `header`'s first page shows that it works.
-    pub(super) fn probe_direct(&mut self, header: &AlignedBuffer) {
-        let page = &header.as_slice()[..PAGE];
+    /// From here on past the page cache, if writing the first page as it is shows that it works.
+    pub(super) fn probe_direct(&mut self, scratch: &mut AlignedBuffer) {
+        let page = &mut scratch.as_mut_slice()[..PAGE];
+        // A file that an earlier run left has something there; a new one need not be readable.
+        let _ = self.file.read_at(page, 0);
         self.direct = self.set_direct(true) && self.file.write_all_at(page, 0).is_ok();
         if !self.direct {
             self.set_direct(false);

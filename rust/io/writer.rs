@@ -94,7 +94,7 @@ impl ShardWriter {
         let mut buffer = AlignedBuffer::new((header_bytes as usize).min(HEADER_PART))?;
         output.reserve(size)?;
         if mode == DirectMode::Auto {
-            output.probe_direct(&buffer);
+            output.probe_direct(&mut buffer);
         }
         let length = header_bytes - size_of::<u64>() as u64;
         buffer.as_mut_slice()[..size_of::<u64>()].copy_from_slice(&length.to_le_bytes());

@@ -72,16 +72,15 @@ class OutputDirectory:
     overwrite
         Whether a model that is there may be replaced.
     purpose
-        What is being made: a digest of the plan.
+        What is being made: everything that decides the bytes; see `oxmerge.output.resume`.
     is_remote
         Whether it is on a network mount, where times may be told differently a moment later.
     journal
         That of a run that was killed here while it replaced files; an empty one if there is none.
-    key
-        What a journal of finished tensors has to say, for this run to go on with them; None for a run
-        that keeps none.
+    resume
+        Whether finished tensors are kept, and those of an earlier run are gone on with.
     is_resumed
-        Whether an earlier run left such a journal.
+        Whether an earlier run left some.
     weights
         The names of the weight files.
     complete
@@ -99,7 +98,7 @@ class OutputDirectory:
     purpose: str = ""
     is_remote: bool = False
     journal: Journal = field(default_factory=Journal)
-    key: str | None = None
+    resume: bool = False
     is_resumed: bool = False
     weights: tuple[str, ...] = ()
     complete: dict[str, _Partial] = field(default_factory=dict)
@@ -173,7 +172,7 @@ def prepare_output(
     needed_bytes: int,
     names: Iterable[str] = (),
     purpose: str = "",
-    key: str | None = None,
+    resume: bool = False,
     fresh: bool = False,
 ) -> OutputDirectory:
     """Check that the output can go to `directory`, make it ready, and own it.
@@ -193,11 +192,11 @@ def prepare_output(
     names
         The files that will be written, as `Contents` names them.
     purpose
-        A digest of the plan: the same merge may go on where one was killed.
-    key
-        See `OutputDirectory`.
+        What is being made: the same merge may go on where one was interrupted.
+    resume
+        Keep what was finished by the same merge; refuse to go on where another one was interrupted.
     fresh
-        Remove what another merge has finished.
+        Remove what was finished.
 
     Raises
     ------
@@ -210,7 +209,7 @@ def prepare_output(
     OSError
         If it cannot be written to, or (ENOSPC) does not have the space.
     """
-    output = OutputDirectory(claim(named(directory)), overwrite, purpose, key=key)
+    output = OutputDirectory(claim(named(directory)), overwrite, purpose, resume=resume)
     try:
         with _told_in_full(output):
             output.is_remote = _core.is_remote(f"/proc/self/fd/{output.descriptor}")
@@ -309,9 +308,12 @@ def commit(
         return _leftovers(output)
 
 
-def close(output: OutputDirectory) -> None:
-    """Let others have a finished directory. Those of a sweep are closed when all are finished."""
-    for name in (RESUME_NAME, JOURNAL_NAME):
+def close(output: OutputDirectory, *, keep: bool = False) -> None:
+    """Let others have a finished directory. Those of a sweep are closed when all are finished.
+
+    With `keep` its journals stay: the same merge finds what is in it, and has nothing to do.
+    """
+    for name in () if keep else (RESUME_NAME, JOURNAL_NAME):
         with contextlib.suppress(OSError):  # it does no harm there, and the model is complete
             os.unlink(name, dir_fd=output.descriptor)
     output.claim.release()
@@ -343,7 +345,7 @@ def discard(output: OutputDirectory, *, keep: bool = False) -> bool:
         output.is_resumed = False
         if output.claim.is_held:
             with contextlib.suppress(OSError):
-                output.is_resumed = keep and output.key is not None and _has_finished(output)
+                output.is_resumed = keep and output.resume and _has_finished(output)
                 _roll_back(output)
         output.claim.give_up()
         return output.is_resumed
@@ -526,28 +528,45 @@ def _is_there(output: OutputDirectory, name: str, is_it: Callable[[str, FileStat
 
 
 def _has_finished(output: OutputDirectory) -> bool:
-    return any(entry.name == RESUME_NAME for entry in _entries(output))
+    """Tell whether there are finished tensors of this merge, or of one before it."""
+    is_there = _core.journal_key(output.descriptor, output.path) is not None
+    return is_there or any(name == RESUME_NAME for name, _ in _files_of_stages(output))
 
 
 def _is_resumed(output: OutputDirectory) -> bool:
     """Tell whether an earlier run left finished tensors that this one goes on with."""
-    if output.key is None or not _has_finished(output):
+    if not output.resume:
         return False
     journal = _core.journal_key(output.descriptor, output.path)
     if journal is not None:
-        check_same(journal, output.key, output.path)
-    return journal is not None
+        check_same(journal, output.purpose, output.path)
+    return _has_finished(output)
+
+
+def _files_of_stages(output: OutputDirectory) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the name and the status of each file that earlier merges have made."""
+    with contextlib.suppress(FileNotFoundError):
+        for _, _, names, folder in os.fwalk(STAGES_NAME, dir_fd=output.descriptor):
+            for name in names:
+                yield name, os.stat(name, dir_fd=folder, follow_symlinks=False)
 
 
 def _leftover_bytes(output: OutputDirectory) -> int:
-    """Return the space that the partial files of a dead run will give back."""
-    partials = (entry for entry in _entries(output) if _is_partial(entry))
-    return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in partials)
+    """Return the space that the files of an earlier run will give back, or have already."""
+    found = [(entry, entry.stat(follow_symlinks=False)) for entry in _entries(output)]
+    files = [
+        status
+        for entry, status in found
+        if _is_partial(entry) or output.journal.is_ours(entry.name, FileState.of(status))
+    ]
+    files += [status for _, status in _files_of_stages(output)]
+    return sum(status.st_blocks * 512 for status in files)
 
 
 def _remove_leftovers(output: OutputDirectory) -> None:
     journal = output.journal
-    if not _is_there(output, journal.last, journal.is_ours):  # else the model is complete
+    is_complete = _is_there(output, journal.last, journal.is_ours)
+    if output.is_resumed or not is_complete:
         for name in journal.ours:
             _take_back(output, name, journal.is_ours)
         _remove_folders(output, journal.folders)
@@ -557,10 +576,10 @@ def _remove_leftovers(output: OutputDirectory) -> None:
 def stages_folder(output: OutputDirectory) -> str:
     """Make the folder for what earlier merges make, and return where it is.
 
-    It lies in the output, under a partial name: it goes with the other partial files, after a
-    finished run, a failed one, and one that was killed.
+    It lies in the output, under a partial name: it goes with the other partial files, unless a run
+    goes on with what is in it.
     """
-    with _told_in_full(output):
+    with _told_in_full(output), contextlib.suppress(FileExistsError):
         os.mkdir(STAGES_NAME, dir_fd=output.descriptor)
     return os.path.join(os.path.abspath(output.path), STAGES_NAME)
 
@@ -578,7 +597,8 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
 def _remove_partials(output: OutputDirectory) -> None:
     """Remove all partial files, but for journals that say something and what they speak of."""
     failure = None
-    remove_stages(output)
+    if not output.is_resumed:
+        remove_stages(output)
     kept = {JOURNAL_NAME} if output.journal.last else set()
     kept |= {RESUME_NAME, *map(partial_name, output.weights)} if output.is_resumed else set()
     for entry in _entries(output):

@@ -1,8 +1,8 @@
 """Which merge an interrupted run was making: whether another one may go on with what it finished.
 
-The engine writes a journal of what is finished into the output directory (`rust/engine/journal.rs`).
-Its first record is the *key*: everything that decides the bytes of the output. A run with another key
-is refused, with what differs.
+The engine writes a journal of what is finished into the output directory
+(`rust/engine/journal.rs`). Its first record is the *key*: everything that decides the bytes of the
+output. A run with another key is refused, with what differs.
 """
 
 from __future__ import annotations
@@ -46,10 +46,8 @@ _PARTS = {
 
 
 def key_of(plan: Plan, together: Sequence[Plan]) -> str:
-    """Return the key of a plan that is run with others in one pass."""
-    plans = [each for last in together for each in (*last.stages, last)]
-    digests = [plan_digest(each) for each in plans]
-    whole = hashlib.sha256(repr(digests).encode()).hexdigest()
+    """Return the key of a plan; what is made with it in one pass, or before it, is `together`."""
+    digests = [plan_digest(each) for each in together]
     key = {
         "version": _VERSION,
         "oxmerge": __version__,
@@ -57,8 +55,8 @@ def key_of(plan: Plan, together: Sequence[Plan]) -> str:
         "seed": plan.seed,
         "shard_size": plan.shard_size,
         "plan": plan_digest(plan),
-        "together": whole,
-        "inputs": sorted(_identities(plan)),
+        "together": hashlib.sha256(repr(digests).encode()).hexdigest(),
+        "inputs": sorted(set().union(*map(_identities, together))),
     }
     return json.dumps(key)
 
@@ -70,10 +68,9 @@ def _identities(plan: Plan) -> set[tuple[str, int, int, int]]:
     make is known by how it is made.
     """
     made = None if plan.stand_ins is None else f"{plan.stand_ins.folder}{os.sep}"
-    files = [file for each in (*plan.stages, plan) for file in each.input_files]
     return {
         ("/".join(Path(file["path"]).parts[-2:]), file["size"], file["modified_ns"], file["inode"])
-        for file in files
+        for file in plan.input_files
         if made is None or not file["path"].startswith(made)
     }
 

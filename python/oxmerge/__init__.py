@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from oxmerge.models.checkpoints import OpenCheckpoint as OpenCheckpoint
     from oxmerge.models.checkpoints import open_checkpoint as open  # noqa: A004
     from oxmerge.output.publish import clean as clean
+    from oxmerge.parts import finish as finish
     from oxmerge.planning.plan_files import load_plan as load_plan
     from oxmerge.planning.plans import Plan as Plan
     from oxmerge.problems import Problem as Problem
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "build_info",
     "clean",
+    "finish",
     "formula",
     "kernels",
     "lazy",
@@ -108,6 +110,7 @@ _LAZY = {
     "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
     "clean": ("oxmerge.output.publish", "clean"),
+    "finish": ("oxmerge.parts", "finish"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),

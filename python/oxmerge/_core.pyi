@@ -1,6 +1,6 @@
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, final
 
 from oxmerge.torch_backend import Backend
@@ -220,6 +220,11 @@ class Plan:
 
 @final
 class Digests:
+    @staticmethod
+    def of_parts(
+        plan: Plan, folders: Sequence[str | os.PathLike[str]], key: str
+    ) -> Digests: ...
+    def first_unknown(self) -> str | None: ...
     def nonfinite(self) -> list[tuple[int, int, int]]: ...
     def changes(self) -> tuple[int, int]: ...
     def have_odd_inputs(self, indices: Sequence[int]) -> list[bool]: ...
@@ -258,6 +263,7 @@ def execute(
     digests: bool = False,
     keys: Sequence[str | None] | None = None,
     journal_every: float | None = None,
+    part: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]: ...
 def merge_arrays(
     method: str | _Written,

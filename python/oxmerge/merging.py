@@ -270,6 +270,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     allow_nonfinite: bool = False,
     resume: bool = True,
     fresh: bool = False,
+    part: tuple[int, int] | None = None,
+    finish: bool = False,
+    wait: float = 600,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -327,6 +330,13 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         is kept never loads as a model; the exception has a note on it. Not without `digests`.
     fresh : bool
         Remove what an interrupted merge has kept there, instead of going on with it.
+    part : tuple of int, optional
+        ``(3, 16)`` makes the third of sixteen parts, and leaves the others to other runs, on other
+        machines perhaps, with the same `directory`. `oxmerge.finish` completes it.
+    finish : bool
+        Complete the directory, if this part is the last one that is made.
+    wait : float
+        Seconds to wait for other parts, where a method needs numbers over the whole model.
 
     Raises
     ------
@@ -336,7 +346,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         are not finite though all inputs are; no output is left.
     OutputError, FileExistsError
         If the output cannot go to `directory`; or if another merge was interrupted there, and
-        `fresh` is not set.
+        `fresh` is not set; or if other parts there are not of this merge, or have not found their
+        numbers within `wait`.
     MemoryBudgetError
         If the budget, or `vram`, cannot hold one block of every input.
     DeviceError
@@ -351,7 +362,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
         RunOptions(
             memory, threads, device, vram, overwrite, read_path, progress,
-            digests, hash_inputs, allow_nonfinite, resume, fresh,
+            digests, hash_inputs, allow_nonfinite, resume, fresh, part, finish, wait,
         ),
     )  # fmt: skip
     return report
@@ -377,17 +388,18 @@ def merge_together(
     started = time.perf_counter()
     for _, directory in merges:
         named(directory)
-    budget, vram = _bytes(running.memory), _bytes(running.vram)
+    _bytes(running.memory), _bytes(running.vram)
     before = _core.peak_memory()
     plans = [prepare(recipe, planning, stages) for recipe, _ in merges]
+    if running.part is not None:
+        from oxmerge.parts import merge_part  # noqa: PLC0415 - it needs this module
+
+        return [merge_part(plans[0], merges[0][1], planning, running, started)]
     if plans[0].stages:
         return [_merge_stages(plans[0], merges[0][1], planning, running)]
     if check is not None:
         check(plans)
-    device = running.device
-    if device == "auto":
-        device = choose(plans, running.threads, vram, load=True).device
-    backend = open_backend(device, vram)
+    backend = open_device(plans, running)
     needed = sum(plan.disk for plan in plans)
     peak = _core.peak_memory()
     planned = peak if peak > before else 0
@@ -407,22 +419,9 @@ def merge_together(
         outputs = [claimed[at] for at in range(len(merges))]
         for plan, output in zip(plans, outputs, strict=True):
             stage(output, contents_of(plan))
-        with backend or nullcontext(), watched(running.progress) as callback:
-            done = _core.execute(
-                [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
-                memory=_room(budget),
-                threads=running.threads,
-                read_path=running.read_path,
-                progress=_reporter(plans, callback),
-                device=backend,
-                descriptors=[output.descriptor for output in outputs],
-                planned=planned,
-                digests=running.digests,
-                keys=[output.purpose for output in outputs] if running.keeps else None,
-            )
+        done = execute(plans, outputs, running, backend, planned)
         _check_side_files(plans)
-        done |= {"device": _name(backend), "notes": _notes(backend)}
-        reports = _finish_all(
+        reports = finish_all(
             list(zip(plans, outputs, strict=True)), done, planning, running, started
         )
     except BaseException as error:
@@ -432,6 +431,44 @@ def merge_together(
     for output in outputs:
         close(output, keep=purpose is not None)
     return reports
+
+
+def open_device(plans: Sequence[Plan], running: RunOptions) -> Backend | None:
+    """Open what computes, if it is not the engine itself."""
+    device, vram = running.device, _bytes(running.vram)
+    if device == "auto":
+        device = choose(plans, running.threads, vram, load=True).device
+    return open_backend(device, vram)
+
+
+def execute(  # noqa: PLR0913, PLR0917 - of this package only
+    plans: Sequence[Plan],
+    outputs: Sequence[OutputDirectory],
+    running: RunOptions,
+    backend: Backend | None,
+    planned: int,
+    part: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the weights of plans, and say how it went; see `_core.execute`.
+
+    Of the `part` of a plan that is made, `bytes` says how many it has.
+    """
+    total = sum(plan.bytes_written for plan in plans) if part is None else part["bytes"]
+    with backend or nullcontext(), watched(running.progress) as callback:
+        done = _core.execute(
+            [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
+            memory=_room(_bytes(running.memory)),
+            threads=running.threads,
+            read_path=running.read_path,
+            progress=_reporter(total, callback),
+            device=backend,
+            descriptors=[output.descriptor for output in outputs],
+            planned=planned,
+            digests=running.digests,
+            keys=[output.purpose for output in outputs] if running.keeps else None,
+            part=part,
+        )
+    return done | {"device": _name(backend), "notes": _notes(backend)}
 
 
 def _merge_stages(
@@ -567,7 +604,7 @@ def _check_made(plan: Plan, options: PlanOptions) -> None:
         raise PlanError("cannot merge", problems=plan.warnings)
 
 
-def _finish_all(
+def finish_all(
     merges: Sequence[tuple[Plan, OutputDirectory]],
     done: dict[str, Any],
     planning: PlanOptions,
@@ -600,23 +637,14 @@ def _finish(
     manifest: Callable[[int], None],
     started: float,
 ) -> MergeReport:
-    report = MergeReport(
+    report = report_of(
+        done,
         directory=os.fspath(output.path),
         tensors=len(plan.tensors),
         files=len(plan.shards),
-        bytes_read=done["bytes_read"],
         bytes_written=plan.bytes_written,
         input_bytes=plan.bytes_read,
-        seconds=done["seconds"],
-        read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
-        written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
         total_seconds=time.perf_counter() - started,
-        peak_memory=done["peak_memory"],
-        predicted_memory=done["memory"]["predicted"],
-        memory=done["memory"]["budget"],
-        threads=done["memory"]["workers"],
-        simd=done["simd"],
-        device=done["device"],
         warnings=done["warnings"],
         notes=(*plan.changes, *done["notes"], *_kept(done["kept"], plan), *_notes_on(output)),
     )
@@ -626,6 +654,23 @@ def _finish(
     leftovers = commit(output, contents_of(plan), states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
+
+
+def report_of(done: Mapping[str, Any], **known: Any) -> MergeReport:  # noqa: ANN401
+    """Return the report of a run, of which `execute` says what is not known otherwise."""
+    return MergeReport(
+        bytes_read=done["bytes_read"],
+        seconds=done["seconds"],
+        read_gb_per_second=_gb_per_second(done["bytes_read"], done["seconds"]),
+        written_gb_per_second=_gb_per_second(done["bytes_written"], done["seconds"]),
+        peak_memory=done["peak_memory"],
+        predicted_memory=done["memory"]["predicted"],
+        memory=done["memory"]["budget"],
+        threads=done["memory"]["workers"],
+        simd=done["simd"],
+        device=done["device"],
+        **known,
+    )
 
 
 def _gb_per_second(size: int, seconds: float) -> float:
@@ -674,11 +719,10 @@ def _free_memory() -> int:
 
 
 def _reporter(
-    plans: Sequence[Plan], progress: Callable[[Snapshot], None] | None
+    total: int, progress: Callable[[Snapshot], None] | None
 ) -> Callable[[int, int, int, str, int], None] | None:
     if progress is None:
         return None
-    total = sum(plan.bytes_written for plan in plans)
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
         progress(Snapshot(written, total, read, tensors, current, peak))

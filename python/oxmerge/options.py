@@ -22,6 +22,7 @@ __all__ = [
     "RunOptions",
     "check_allowed",
     "check_device",
+    "check_part",
     "check_seed",
     "check_threads",
     "whole",
@@ -77,6 +78,9 @@ class RunOptions:
     allow_nonfinite: bool = False
     resume: bool = True
     fresh: bool = False
+    part: tuple[int, int] | None = None
+    finish: bool = False
+    wait: float = 600
 
     @property
     def keeps(self) -> bool:
@@ -89,6 +93,12 @@ class RunOptions:
         check_device(self.device)
         if self.vram is not None and self.device == "cpu":
             raise ValueError('vram has no effect on the CPU; pass device="cuda", or leave vram out')
+        if self.part is not None:
+            check_part(self.part)
+            if not self.keeps:
+                raise ValueError("a part needs digests and resume: others learn from them what it made")
+        elif self.finish:
+            raise ValueError("finish is for the last part: pass part, or leave finish out")
         if self.read_path not in READ_PATHS:
             known = ", ".join(READ_PATHS)
             raise ValueError(f"read_path must be one of {known}, not {self.read_path!r}")
@@ -128,6 +138,15 @@ def check_allowed(modules: Iterable[str]) -> tuple[str, ...]:
     if isinstance(modules, str) or not all(isinstance(each, str) for each in listed):
         raise TypeError(f"allow_methods is a list of names of modules, not {modules!r}")
     return listed
+
+
+def check_part(part: Any) -> None:  # noqa: ANN401 - see `whole`
+    """Raise `TypeError` or `ValueError` unless it is a number from 1, and of how many parts."""
+    if not isinstance(part, tuple) or len(part) != 2:  # noqa: PLR2004
+        raise TypeError(f"part must be its number and how many there are, not {part!r}")
+    number, parts = whole(part[0], "part"), whole(part[1], "part")
+    if not 1 <= number <= parts:
+        raise ValueError(f"part must be from 1 to {parts} of {parts}, not {number}")
 
 
 def check_device(device: str) -> None:

@@ -65,6 +65,7 @@ CODES = {
     "parameter-limits": "a parameter is outside its limits",
     "parameter-unusual": "a parameter has a value that it seldom has",
     "parameter-value": "a parameter has a value of another kind",
+    "part-count": "a merge has more parts than its output has files",
     "side-file": "a file beside the weights cannot be copied",
     "stages": "the merges of one file do not fit each other",
     "tensor-dtype": "a tensor has another type than the donor's",

@@ -58,6 +58,11 @@ impl Digests {
         Self((0..merges).map(|_| Mutex::new(vec![None; tensors])).collect())
     }
 
+    /// Of one merge.
+    pub(crate) fn of_one(known: Vec<Option<TensorDigest>>) -> Self {
+        Self(vec![Mutex::new(known)])
+    }
+
     /// What is known of each tensor of merge `merge`.
     pub fn of(&self, merge: usize) -> MutexGuard<'_, Vec<Option<TensorDigest>>> {
         self.0[merge].lock().unwrap_or_else(PoisonError::into_inner)

@@ -11,6 +11,7 @@ use super::backend::steps;
 use super::control::Control;
 use super::digest::{Digester, Observer};
 use super::need::{Need, SMALL};
+use super::part::Part;
 use super::resume::Resumed;
 use super::rows::RowsSource;
 use super::source::{Sink, Source};
@@ -196,8 +197,10 @@ pub struct Merges<'a> {
     needs_sweep: bool,
     /// What was made for kinds that came up lately.
     prepared: Mutex<HashMap<u32, Prepared>>,
-    /// The shards of each plan, when there are any yet.
-    pub(super) shards: Vec<Vec<Arc<Shard>>>,
+    /// The shards of each plan, when there are any yet; of a part, none for those of others.
+    pub(super) shards: Vec<Vec<Option<Arc<Shard>>>>,
+    /// Which part of the only plan is made, unless it is all of it.
+    pub(super) part: Option<Part>,
     /// What earlier runs have done, where that is wanted.
     pub(super) resumed: Option<Resumed<'a>>,
     /// Who is told of finished tensors.
@@ -242,6 +245,7 @@ impl<'a> Merges<'a> {
             plans,
             prepared: Mutex::default(),
             shards: Vec::new(),
+            part: None,
             resumed: None,
             observer: None,
             spare: Mutex::default(),
@@ -273,9 +277,9 @@ impl<'a> Merges<'a> {
         let outputs = self.plans.iter().zip(folders);
         let Some(resumed) = &self.resumed else {
             let create = |(plan, folder): (&&Plan, &&OutputFolder)| {
-                (0..plan.shards.len())
-                    .map(|at| create_shard(plan, at, folder, mode, false))
-                    .collect()
+                let create = |at| create_shard(plan, at, folder, mode, false);
+                let shards = 0..plan.shards.len();
+                shards.map(|at| self.makes(at).then(|| create(at)).transpose()).collect()
             };
             self.shards = outputs.map(create).collect::<Result<_>>()?;
             return Ok(());
@@ -283,6 +287,9 @@ impl<'a> Merges<'a> {
         let files = self.open_shards(folders)?;
         let create = |((plan, folder), files): ((&&Plan, &&OutputFolder), &Vec<Option<File>>)| {
             let create = |(at, file): (usize, &Option<File>)| {
+                if !self.makes(at) {
+                    return Ok(None);
+                }
                 let shard = create_shard(plan, at, folder, mode, true)?;
                 let kept = plan.by_place_in(at).filter(|&index| resumed.is_done[index]);
                 let mut count = 0;
@@ -294,12 +301,17 @@ impl<'a> Merges<'a> {
                 if count > 0 {
                     shard.finish(count)?;
                 }
-                Ok(shard)
+                Ok(Some(shard))
             };
             files.iter().enumerate().map(create).collect()
         };
         self.shards = outputs.zip(&files).map(create).collect::<Result<_>>()?;
         Ok(())
+    }
+
+    /// Whether this run makes shard `at`.
+    fn makes(&self, at: usize) -> bool {
+        self.part.as_ref().is_none_or(|part| part.makes(at))
     }
 
     /// Tells `observer` of each tensor that is finished.
@@ -317,8 +329,8 @@ impl<'a> Merges<'a> {
 
     /// For each merge, which files were written and how they were left, when all are finished.
     pub fn written(&self) -> Vec<Vec<InputFile>> {
-        let states = |shards: &Vec<Arc<Shard>>| {
-            shards.iter().filter_map(|shard| shard.finished.get().cloned()).collect()
+        let states = |shards: &Vec<Option<Arc<Shard>>>| {
+            shards.iter().flatten().filter_map(|shard| shard.finished.get().cloned()).collect()
         };
         self.shards.iter().map(states).collect()
     }
@@ -389,7 +401,9 @@ impl Tasks for Merges<'_> {
     fn task(&self, index: usize) -> Result<Task> {
         let sink = |(merge, plan): (usize, &&Plan)| -> Arc<dyn Sink> {
             let tensor = plan.tensor(index);
-            let shard = Arc::clone(&self.shards[merge][tensor.shard()]);
+            let Some(shard) = self.shards[merge][tensor.shard()].clone() else {
+                return Arc::new(FileLike(tensor.dtype()));
+            };
             let told = self.told(merge, index);
             Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start(), told })
         };
@@ -408,12 +422,29 @@ impl Tasks for Merges<'_> {
         self.needs_sweep
     }
 
+    fn is_ours(&self, index: usize) -> bool {
+        self.makes(self.plans[0].tensor(index).shard())
+    }
+
     fn is_done(&self, index: usize) -> bool {
         self.resumed.as_ref().is_some_and(|resumed| resumed.is_done[index])
     }
 
     fn known_numbers(&self) -> BTreeMap<usize, Vec<f64>> {
-        self.resumed.as_ref().map(|resumed| resumed.numbers.clone()).unwrap_or_default()
+        let mut known = self.part.as_ref().map(|part| part.swept().clone()).unwrap_or_default();
+        known.extend(self.resumed.iter().flat_map(|resumed| resumed.numbers.clone()));
+        known
+    }
+
+    fn with_others(
+        &self,
+        found: BTreeMap<usize, Vec<f64>>,
+        control: &Control,
+    ) -> Result<BTreeMap<usize, Vec<f64>>> {
+        match &self.part {
+            None => Ok(found),
+            Some(part) => part.exchange(found, self.len(), control),
+        }
     }
 
     fn finished(&self, index: usize) {
@@ -432,7 +463,7 @@ impl Tasks for Merges<'_> {
         let mut left = bytes;
         let fits = |&at: &usize| {
             let wanted = self.bytes(at);
-            let fits = self.is_small(at) && !self.is_done(at);
+            let fits = self.is_small(at) && self.is_ours(at) && !self.is_done(at);
             let fits = fits && wanted <= left && (at == index || self.follows(at));
             left -= if fits { wanted } else { 0 };
             fits
@@ -470,7 +501,9 @@ impl Merges<'_> {
         let (first, last) = (tasks.start, tasks.end - 1);
         self.plans.iter().zip(&self.shards).map(move |(plan, shards)| {
             let (first, last) = (plan.tensor(first), plan.tensor(last));
-            let (shard, start) = (&*shards[first.shard()], first.start());
+            let shard = shards[first.shard()].as_deref();
+            let shard = shard.expect("what is written lies in a shard of this run");
+            let start = first.start();
             let skip = shard.writer.buffer_offset(start);
             let bytes = (last.start() + last.bytes() - start) as usize;
             Written { shard, start, bytes: skip..skip + bytes }
@@ -643,7 +676,7 @@ fn nowhere(merges: &Merges<'_>, at: usize) -> Vec<Arc<dyn Sink>> {
     merges.plans.iter().map(sink).collect()
 }
 
-/// Stands in for an output that is not yet there.
+/// Stands in for an output that is not yet there, or that another run makes.
 #[derive(Debug)]
 struct FileLike(DType);
 

@@ -49,6 +49,13 @@ enum Record {
     Numbers(Vec<(usize, Vec<u64>)>),
 }
 
+impl Record {
+    fn text(&self) -> Result<String> {
+        serde_json::to_string(self)
+            .map_err(|_| Error::internal("a record of the journal cannot be written"))
+    }
+}
+
 /// The number of a tensor in the plan, its hash in hexadecimal, and its statistics: counts, and the bits
 /// of sums.
 #[derive(Serialize, Deserialize)]
@@ -210,9 +217,7 @@ impl<'a> Journal<'a> {
             }
         }
         for numbers in numbers.chunks(MOST_IN_RECORD) {
-            let bits = |(index, found): &(usize, Vec<f64>)| {
-                (*index, found.iter().map(|number| number.to_bits()).collect())
-            };
+            let bits = |(index, found): &(usize, Vec<f64>)| (*index, to_bits(found));
             // They are of all outputs together, so the first stands for all.
             self.append(&mut files, 0, &Record::Numbers(numbers.iter().map(bits).collect()))?;
         }
@@ -220,8 +225,7 @@ impl<'a> Journal<'a> {
     }
 
     fn append(&self, files: &mut [Option<JournalFile>], at: usize, record: &Record) -> Result<()> {
-        let text = serde_json::to_string(record)
-            .map_err(|_| Error::internal("a record of the journal cannot be written"))?;
+        let text = record.text()?;
         let (folder, key) = self.outputs[at];
         let file = match files[at].take() {
             Some(file) => file,
@@ -254,6 +258,67 @@ impl Kept {
         }
         Ok(())
     }
+}
+
+/// Writes what a sweep has found for tensors to the file `name` in `folder`: there is none until it is
+/// whole.
+pub(crate) fn write_numbers(
+    folder: &OutputFolder,
+    name: &str,
+    key: &str,
+    numbers: &BTreeMap<usize, Vec<f64>>,
+) -> Result<()> {
+    let unfinished = partial_name(name);
+    folder.remove(&unfinished)?;
+    let mut file = JournalFile::create(folder, &unfinished, key)?;
+    let numbers: Vec<_> = numbers.iter().map(|(&index, found)| (index, to_bits(found))).collect();
+    for numbers in numbers.chunks(MOST_IN_RECORD) {
+        file.append(&Record::Numbers(numbers.to_vec()).text()?)?;
+    }
+    file.append(&Record::Numbers(Vec::new()).text()?)?;
+    folder.rename(&unfinished, name)
+}
+
+/// What a sweep of so many tensors has found, if there is a file of [`write_numbers`].
+pub(crate) fn read_numbers(
+    folder: &OutputFolder,
+    name: &str,
+    key: &str,
+    tensors: usize,
+) -> Result<Option<BTreeMap<usize, Vec<f64>>>> {
+    let (mut kept, mut is_first, mut is_whole) = (Kept::default(), true, false);
+    let file = JournalFile::open(folder, name, |record| {
+        if std::mem::take(&mut is_first) {
+            return if record == key { Ok(()) } else { Err(damaged().found("another merge")) };
+        }
+        is_whole = record == Record::Numbers(Vec::new()).text()?;
+        kept.read(record, tensors)
+    })?;
+    match file {
+        Some(_) if !is_whole => Err(damaged().file(folder.path_of(name))),
+        file => Ok(file.map(|_| kept.numbers)),
+    }
+}
+
+/// What the journals in `folders`, of parts of one plan, say of its tensors: something of each of
+/// them.
+pub(crate) fn read_digests(
+    folders: &[OutputFolder],
+    key: &str,
+    tensors: usize,
+) -> Result<Vec<Option<TensorDigest>>> {
+    let mut digests = vec![None; tensors];
+    for folder in folders {
+        let (_, kept) = Journal::open([(folder, key)].into_iter(), tensors, JOURNAL_EVERY)?;
+        for (index, digest) in kept.into_iter().flat_map(|kept| kept.tensors) {
+            digests[index] = Some(digest);
+        }
+    }
+    Ok(digests)
+}
+
+fn to_bits(found: &[f64]) -> Vec<u64> {
+    found.iter().map(|number| number.to_bits()).collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -10,6 +10,7 @@ use super::digest::{Digests, Observer};
 use super::files::{FileModes, Merges};
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
+use super::part::Part;
 use super::{Report, Settings, run_planned};
 use crate::error::Result;
 use crate::io::{self, OutputFolder};
@@ -31,6 +32,7 @@ pub(crate) struct Journals<'a> {
 ///
 /// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
 /// most that was resident while the merge was planned, where that was the peak of the process.
+/// Of a `part` of the only plan, only the shards are written that are its own.
 /// `digests` is told of each tensor that is finished; without it there are none, and no journal.
 pub(crate) fn merge(
     backend: &dyn Backend,
@@ -40,12 +42,14 @@ pub(crate) fn merge(
     planned: u64,
     digests: Option<&Arc<Digests>>,
     journals: Option<Journals<'_>>,
+    part: Option<Part>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
     let (mut tasks, needs) = Merges::open(plans.clone(), modes.read)?;
+    tasks.part = part;
     let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);
     let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;

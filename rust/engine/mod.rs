@@ -21,6 +21,8 @@ pub mod memory;
 mod merge;
 mod model_wide;
 pub mod need;
+#[cfg_attr(not(feature = "python"), expect(dead_code, reason = "only Python makes parts"))]
+mod part;
 pub(crate) mod passes;
 mod places;
 #[cfg(feature = "python")]
@@ -40,6 +42,8 @@ use std::time::Instant;
 
 #[cfg(feature = "python")]
 pub(crate) use merge::{Journals, merge, predict};
+#[cfg(feature = "python")]
+pub(crate) use part::{Exchange, Part};
 
 use active::{Active, Room, Stages};
 use backend::Backend;
@@ -79,7 +83,9 @@ pub struct Report {
     pub bytes_read: u64,
     /// Bytes of tensors written.
     pub bytes_written: u64,
-    /// Tensors that an earlier run had finished.
+    /// Tensors finished.
+    pub tensors: u64,
+    /// Those of them that an earlier run had finished.
     pub tensors_kept: u64,
     /// How the memory was shared out.
     pub memory: MemoryPlan,
@@ -128,8 +134,10 @@ pub(crate) fn run_planned(
     let started = Instant::now();
     let mut model = None;
     // What an earlier run has made needs no numbers any more.
-    if tasks.needs_sweep() && !(0..tasks.len()).all(|index| tasks.is_done(index)) {
+    let is_left = |index| tasks.is_ours(index) && !tasks.is_done(index);
+    if tasks.needs_sweep() && (0..tasks.len()).any(is_left) {
         let found = run_all(backend, tasks, settings, &memory, control, Goal::Sweep)?;
+        let found = tasks.with_others(found, control)?;
         model = Some(ModelResults::fold(tasks, &found)?);
     }
     run_all(backend, tasks, settings, &memory, control, Goal::Merge(model.as_ref()))?;
@@ -138,6 +146,7 @@ pub(crate) fn run_planned(
         seconds: started.elapsed().as_secs_f64(),
         bytes_read: counted.bytes_read,
         bytes_written: counted.bytes_written - counted.bytes_kept,
+        tensors: counted.tensors,
         tensors_kept: (0..tasks.len()).filter(|&index| tasks.is_done(index)).count() as u64,
         memory,
         peak_memory: memory::peak_resident(),
@@ -390,8 +399,11 @@ impl Schedule<'_> {
         if state.active.is_empty() && state.between_passes == 0 { Next::Over } else { Next::Wait }
     }
 
-    /// Whether an earlier run has done what this one is to do with a task.
+    /// Whether there is nothing to do with a task: another run does it, or an earlier one has.
     fn is_done(&self, state: &State, index: usize) -> bool {
+        if !self.tasks.is_ours(index) {
+            return true;
+        }
         match self.goal {
             Goal::Sweep => state.numbers.contains_key(&index),
             Goal::Merge(_) => self.tasks.is_done(index),

@@ -154,6 +154,10 @@ impl<'a> Merges<'a> {
             written.and(outcome)
         });
         // The failure that ended the run is the one to report.
+        if outcome.is_ok() && self.part.is_some() {
+            // Who finishes the output learns from the journal what this run has made.
+            return resumed.journal.write(&flush).and(outcome);
+        }
         if outcome.is_err() || resumed.journal.is_begun() {
             let _ = resumed.journal.write(&flush);
         }
@@ -181,7 +185,8 @@ impl<'a> Merges<'a> {
         for (merge, (plan, shards)) in self.plans.iter().zip(&self.shards).enumerate() {
             let touched: BTreeSet<usize> =
                 tensors.iter().map(|&index| plan.tensor(index).shard()).collect();
-            touched.into_iter().try_for_each(|shard| shards[shard].flush())?;
+            let mut touched = touched.into_iter().filter_map(|shard| shards[shard].as_ref());
+            touched.try_for_each(|shard| shard.flush())?;
             let digests = resumed.digests.of(merge);
             let known = tensors.iter().map(|&index| digests[index]).collect::<Option<_>>();
             all.push(known.ok_or_else(|| Error::internal("a finished tensor has no digest"))?);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::control::Control;
 use super::source::{Sink, Source};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -307,6 +308,12 @@ pub(crate) trait Tasks: Sync {
     /// Whether something has to be reduced over the whole model first.
     fn needs_sweep(&self) -> bool;
 
+    /// Whether task `index` is this run's; if not, another run does it.
+    fn is_ours(&self, index: usize) -> bool {
+        let _ = index;
+        true
+    }
+
     /// Whether an earlier run has done task `index`.
     fn is_done(&self, index: usize) -> bool {
         let _ = index;
@@ -316,6 +323,16 @@ pub(crate) trait Tasks: Sync {
     /// What earlier runs have found on the way to what is reduced over all tasks.
     fn known_numbers(&self) -> BTreeMap<usize, Vec<f64>> {
         BTreeMap::new()
+    }
+
+    /// With what a sweep has `found`, what other runs have found for their tasks.
+    fn with_others(
+        &self,
+        found: BTreeMap<usize, Vec<f64>>,
+        control: &Control,
+    ) -> Result<BTreeMap<usize, Vec<f64>>> {
+        let _ = control;
+        Ok(found)
     }
 
     /// Called when task `index` is done.

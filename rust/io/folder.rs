@@ -81,6 +81,13 @@ impl OutputFolder {
         }
     }
 
+    /// Gives a file another name, also where there is one of that name.
+    pub fn rename(&self, name: &str, to: &str) -> Result<()> {
+        rustix::fs::renameat(&self.folder, name, &self.folder, to)
+            .map_err(|error| Error::io("rename the file", error.into()).file(self.path_of(name)))?;
+        self.flush()
+    }
+
     /// Waits until the names of its files are on the disk.
     pub(super) fn flush(&self) -> Result<()> {
         rustix::fs::fsync(&self.folder)

@@ -1,13 +1,17 @@
 //! What is known of the tensors that a merge has made.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 
 use super::enter::enter;
+use super::error::raise;
 use crate::engine::digest;
 use crate::engine::files::OnDemand;
-use crate::io::ReadPath;
+use crate::engine::journal;
+use crate::error::Result;
+use crate::io::{OutputFolder, ReadPath};
 use crate::plan::Plan;
 
 /// Digests and statistics of the tensors of one merge.
@@ -31,6 +35,34 @@ impl Digests {
 
 #[pymethods]
 impl Digests {
+    /// What the journals in `folders` say of the tensors of `plan`, of which parts were made there, by
+    /// that `key`.
+    #[staticmethod]
+    fn of_parts(
+        py: Python<'_>,
+        plan: PyRef<'_, super::plan::Plan>,
+        folders: Vec<PathBuf>,
+        key: &str,
+    ) -> PyResult<Self> {
+        let plan = plan.table();
+        let read = || {
+            let folders = folders.iter().map(|folder| OutputFolder::open(folder));
+            let folders = folders.collect::<Result<Vec<_>>>()?;
+            journal::read_digests(&folders, key, plan.len())
+        };
+        let known = py.detach(read).map_err(|error| raise(py, &error))?;
+        let all = Arc::new(digest::Digests::of_one(known));
+        Ok(Self { plan, all, merge: 0 })
+    }
+
+    /// The first tensor of which nothing is known.
+    fn first_unknown(&self) -> Option<String> {
+        self.look(|known| {
+            let at = known.iter().position(Option::is_none)?;
+            Some(self.plan.tensor(at).name().to_owned())
+        })
+    }
+
     /// The tensors that have elements which are NaN or infinite: index, and how many are which.
     fn nonfinite(&self) -> Vec<(usize, u64, u64)> {
         self.look(|known| {

@@ -20,7 +20,7 @@ use crate::engine::files::{self, FileModes};
 use crate::engine::journal::{self, JOURNAL_EVERY};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Journals, Settings, rehearsal};
+use crate::engine::{self, Exchange, Journals, Part, Settings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -136,6 +136,42 @@ fn with_backend<R>(
     })
 }
 
+/// Which part of a plan to execute; see `engine::part`.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(super) struct PartOf {
+    /// The numbers of its shards.
+    shards: Vec<usize>,
+    /// The folder that the runs share, open, and what messages call it.
+    descriptor: RawFd,
+    folder: PathBuf,
+    /// The name of each part's file of numbers, which of them is this one's, and how many seconds to
+    /// wait for the others.
+    names: Vec<String>,
+    own: usize,
+    wait: f64,
+}
+
+impl PartOf {
+    /// Bytes of the sources of its tensors.
+    fn bytes_read(&self, plan: &plan::Plan) -> u64 {
+        let own = plan.tensors().filter(|tensor| self.shards.contains(&tensor.shard()));
+        own.map(|tensor| tensor.source_bytes()).sum()
+    }
+
+    fn open(&self, plan: &plan::Plan, key: &str) -> Result<Part> {
+        let makes = (0..plan.shards.len()).map(|shard| self.shards.contains(&shard)).collect();
+        let exchange = Exchange {
+            folder: OutputFolder::of_descriptor(self.descriptor, &self.folder)?,
+            key: key.to_owned(),
+            names: self.names.clone(),
+            own: self.own,
+            wait: Duration::from_secs_f64(self.wait),
+        };
+        Part::new(makes, exchange, plan.len())
+    }
+}
+
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
 /// and writes the shards of each, under partial names, into its directory: the one that is open as
 /// the descriptor in `descriptors`, if they are given. Tells which files it wrote; with `digests`, also
@@ -144,11 +180,14 @@ fn with_backend<R>(
 /// With `keys`, one for each, it goes on with what interrupted runs with those keys have finished, and
 /// writes down what it finishes, `journal_every` so many seconds.
 ///
+/// Of a `part` of the only plan, which has a key, it writes only the shards that are its own, and always a
+/// journal.
+///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
                     largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
-                    digests=false, keys=None, journal_every=None))]
+                    digests=false, keys=None, journal_every=None, part=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -165,6 +204,7 @@ pub(super) fn execute<'py>(
     digests: bool,
     keys: Option<Vec<String>>,
     journal_every: Option<f64>,
+    part: Option<PartOf>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let read = match read_path {
         "auto" => ReadPath::Auto,
@@ -186,6 +226,7 @@ pub(super) fn execute<'py>(
     let settings = Settings { level, workers, memory, largest_piece };
     let tensors = tables.first().map_or(0, |plan| plan.len());
     let digests = digests.then(|| Arc::new(digest::Digests::new(tables.len(), tensors)));
+    let input_bytes = part.as_ref().zip(tables.first()).map(|(part, plan)| part.bytes_read(plan));
     let done = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
             let open = |(index, path): (usize, &PathBuf)| {
@@ -204,7 +245,12 @@ pub(super) fn execute<'py>(
             let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
             let journals = keys.as_ref().map(|keys| Journals { keys, every });
             let digests = digests.as_ref();
-            engine::merge(backend, &merges, modes, &settings, planned, digests, journals, control)
+            let key = journals.as_ref().and_then(|journals| journals.keys.first());
+            let part = part.as_ref().zip(key).map(|(part, key)| part.open(&tables[0], key));
+            let part = part.transpose()?;
+            engine::merge(
+                backend, &merges, modes, &settings, planned, digests, journals, part, control,
+            )
         })
     });
     let (report, files) = first_raised(&raised, done)?;
@@ -212,6 +258,7 @@ pub(super) fn execute<'py>(
         "seconds": report.seconds,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
+        "tensors": report.tensors,
         "kept": report.tensors_kept,
         "peak_memory": report.peak_memory,
         "simd": report.level.name(),
@@ -219,6 +266,9 @@ pub(super) fn execute<'py>(
         "files": describe_files(files),
     });
     let described = to_python(py, &described)?;
+    if let Some(input_bytes) = input_bytes {
+        described.set_item("input_bytes", input_bytes)?;
+    }
     if let Some(all) = digests {
         let each = tables.into_iter().enumerate();
         let each = each.map(|(merge, plan)| Digests::new(plan, Arc::clone(&all), merge));

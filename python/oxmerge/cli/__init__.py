@@ -30,6 +30,7 @@ __all__ = ["main"]
 VERBS = {
     "merge": "merge checkpoints by a recipe",
     "sweep": "merge several times with other parameters, in one pass",
+    "finish": "complete a merge of which all parts are made",
     "clean": "remove what an interrupted merge has left",
     "plan": "show what a merge would do, without doing it",
     "inspect": "show what is in a checkpoint",

@@ -105,6 +105,16 @@ def positive(text: str) -> int:
     return _whole(text, 1, MOST_THREADS)
 
 
+def part(text: str) -> tuple[int, int]:
+    """Parse a part such as `3/16`, for an argument."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is no part: the third of sixteen is 3/16, the first 1/16"
+        )
+    return int(match[1]), int(match[2])
+
+
 def natural(text: str) -> int:
     """Parse a whole number from 0, for an argument."""
     return _whole(text, 0, MOST_SEED)

@@ -41,6 +41,10 @@ class Engine:
         """Merge several times in one pass, calling `options["progress"]` now and then."""
         return oxmerge.sweep(_recipe(recipe), pattern, axes, **options)
 
+    def finish(self, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
+        """Complete an output of which all parts are made."""
+        return oxmerge.finish(directory, **options)
+
     def clean(self, directory: str) -> bool:
         """Remove what an interrupted merge has left; whether there was something."""
         return oxmerge.clean(directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oxmerge.cli import mergekit
-from oxmerge.cli.arguments import Parser, add_run_options, run_options
+from oxmerge.cli.arguments import Parser, UsageError, add_run_options, natural, part, run_options
 from oxmerge.cli.progress import format_rate, show_progress
 from oxmerge.sizes import format_duration, format_size
 
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     add_run_options(parser)
+    parser.add_argument(
+        "--part",
+        type=part,
+        metavar="K/N",
+        help="make part K of N and leave the others to other runs, on other machines perhaps",
+    )
+    parser.add_argument(
+        "--finish",
+        action="store_true",
+        help="with --part: complete the output if it is the last; else `oxmerge finish OUT` does",
+    )
+    parser.add_argument(
+        "--wait",
+        type=natural,
+        metavar="SECONDS",
+        help="with --part: how long to wait for numbers that other parts find (600)",
+    )
     mergekit.add_options(parser)
     parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
 
@@ -26,6 +43,16 @@ def add_arguments(parser: Parser) -> None:
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Merge and tell how it went."""
     settings = run_options(options)
+    if options.part is not None:
+        if options.no_digests or options.no_resume:
+            raise UsageError(
+                "`--part` needs digests and the journal: others learn from them what it made",
+                "leave out `--no-digests` and `--no-resume`",
+            )
+        settings |= {"part": options.part, "finish": options.finish}
+        settings |= {} if options.wait is None else {"wait": options.wait}
+    elif options.finish or options.wait is not None:
+        raise UsageError("`--finish` and `--wait` are for parts", "add `--part K/N`")
     for note in mergekit.notes(options):
         printer.say(f"note: {note}")
     with show_progress(printer) as progress:

@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Claim", "claim", "claimed", "named"]
+__all__ = ["BusyError", "Claim", "claim", "claimed", "locked_file", "named"]
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: How often a directory may be removed by other runs, each of which had made it, before this one
@@ -32,6 +32,10 @@ _SECONDS_BETWEEN_TRIES = 0.02
 
 #: Device and inode.
 _Identity = tuple[int, int]
+
+
+class BusyError(OutputError):
+    """Another run owns the directory."""
 
 
 @dataclass
@@ -99,10 +103,11 @@ def named(directory: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
-def claim(path: Path) -> Claim:
+def claim(path: Path, *, shared: bool = False) -> Claim:
     """Make a directory, if it is not there, and become its one owner.
 
-    Of many runs that try at once, one succeeds.
+    Of many runs that try at once, one succeeds; or all that want to share it. What these make stays:
+    another one may be about to use it.
 
     Raises
     ------
@@ -120,9 +125,11 @@ def claim(path: Path) -> Claim:
             try:
                 _make(held)
                 held.descriptor = os.open(path, _DIRECTORY)
-                held.is_locked = _lock(held)
+                held.is_locked = _lock(held, shared=shared)
                 # Another run may have removed, before it let go of the lock, what it had made.
                 if _identity(os.stat(path)) == _identity(os.fstat(held.descriptor)):
+                    if shared:
+                        held.created.clear()
                     return held
             except FileNotFoundError:
                 if left == 0:
@@ -166,30 +173,45 @@ def _make(held: Claim) -> None:
         _flush(folder.parent)
 
 
-def _lock(held: Claim) -> bool:
+def _lock(held: Claim, *, shared: bool) -> bool:
     """Lock the directory; whether its file system can."""
     for left in reversed(range(_MOST_LOCK_TRIES)):
         try:
-            return try_lock(held.descriptor)
+            return try_lock(held.descriptor, shared=shared)
         except BlockingIOError:
             if left:
                 time.sleep(_SECONDS_BETWEEN_TRIES)
     # Not this run's, so not this run's to remove.
     os.close(held.descriptor)
     held.descriptor = -1
-    raise OutputError(
+    raise BusyError(
         "another run is writing here",
         file=str(held.path),
         advice="wait for it, or name another directory",
     )
 
 
-def try_lock(descriptor: int) -> bool:
+@contextlib.contextmanager
+def locked_file(name: str, folder: int) -> Iterator[None]:
+    """Hold the lock of a file in an open folder; BlockingIOError if another run has it.
+
+    Network file systems that cannot lock a directory can lock a file that is open for writing.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(name, flags, 0o666, dir_fd=folder)
+    try:
+        try_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Lock an open directory; whether its file system can. BlockingIOError if another has it."""
     import fcntl  # noqa: PLC0415 - not on every system
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError:

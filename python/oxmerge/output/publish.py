@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 PARTIAL_SUFFIX = partial_name("").removeprefix(".")
 STAGES_NAME = partial_name("stages")
+PARTS_NAME = partial_name("parts")
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _SIGNS_OF_A_MODEL = (CONFIG_NAME, INDEX_NAME, "model.safetensors", "oxmerge_report.json")
@@ -83,6 +84,8 @@ class OutputDirectory:
         Whether an earlier run left some.
     weights
         The names of the weight files.
+    places
+        Where in the directory weight files wait that are not under their partial names, by name.
     complete
         By its final name, each file that waits for its name.
     placed
@@ -101,6 +104,7 @@ class OutputDirectory:
     resume: bool = False
     is_resumed: bool = False
     weights: tuple[str, ...] = ()
+    places: dict[str, str] = field(default_factory=dict)
     complete: dict[str, _Partial] = field(default_factory=dict)
     placed: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
@@ -174,6 +178,7 @@ def prepare_output(
     purpose: str = "",
     resume: bool = False,
     fresh: bool = False,
+    parts: bool = False,
 ) -> OutputDirectory:
     """Check that the output can go to `directory`, make it ready, and own it.
 
@@ -197,6 +202,8 @@ def prepare_output(
         Keep what was finished by the same merge; refuse to go on where another one was interrupted.
     fresh
         Remove what was finished.
+    parts
+        Take what parts of the merge have made there.
 
     Raises
     ------
@@ -216,7 +223,9 @@ def prepare_output(
             output.journal = _read_journal(output)
             names = tuple(names)
             output.weights = tuple(n for n in names if is_loadable_weight(n) and not is_index(n))
-            output.is_resumed = not fresh and _is_resumed(output)
+            if not fresh and not parts:
+                _refuse_parts(output)
+            output.is_resumed = parts or (not fresh and _is_resumed(output))
             inputs = {(file["device"], file["inode"]) for file in input_files}
             _check_existing(output, inputs, names)
             _check_places(output, names)
@@ -225,6 +234,40 @@ def prepare_output(
             _probe(output)
     except BaseException:
         # What is there is as it was.
+        output.claim.give_up()
+        raise
+    return output
+
+
+def share_output(
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    input_files: Iterable[Mapping[str, Any]],
+    names: Iterable[str],
+) -> OutputDirectory:
+    """Check that parts of a merge can go to `directory`, and own it together with other parts.
+
+    Parameters and errors are those of `prepare_output`; nothing is removed.
+    """
+    output = OutputDirectory(claim(named(directory), shared=True), overwrite)
+    try:
+        with _told_in_full(output):
+            names = tuple(names)
+            output.journal = _read_journal(output)
+            inputs = {(file["device"], file["inode"]) for file in input_files}
+            _check_existing(output, inputs, names)
+            _check_places(output, names)
+            entries = [entry.name for entry in _entries(output)]
+            if PARTS_NAME not in entries and any(n.endswith(PARTIAL_SUFFIX) for n in entries):
+                raise OutputError(
+                    "a merge that is not in parts was begun here",
+                    file=str(output.path),
+                    advice="remove what it has left with `oxmerge clean`; or go on without `--part`",
+                )
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(PARTS_NAME, dir_fd=output.descriptor)
+    except BaseException:
         output.claim.give_up()
         raise
     return output
@@ -296,7 +339,8 @@ def commit(
     with _told_in_full(output):
         _write_texts(output, late)
         for name, state in zip(contents.shards, shards, strict=True):
-            output.complete[name] = _Partial(partial_name(name), state)
+            place = output.places.get(name, partial_name(name))
+            output.complete[name] = _Partial(place, state)
         os.fsync(output.descriptor)
         # Again: much can have happened here while the weights were written.
         _check_places(output, contents.names)
@@ -304,7 +348,7 @@ def commit(
         with put_off():
             _write_journal(output, contents)
             _switch(output, contents)
-            remove_stages(output)
+            _remove_folders_of_runs(output)
         return _leftovers(output)
 
 
@@ -529,8 +573,24 @@ def _is_there(output: OutputDirectory, name: str, is_it: Callable[[str, FileStat
 
 def _has_finished(output: OutputDirectory) -> bool:
     """Tell whether there are finished tensors of this merge, or of one before it."""
-    is_there = _core.journal_key(output.descriptor, output.path) is not None
-    return is_there or any(name == RESUME_NAME for name, _ in _files_of_stages(output))
+    if _core.journal_key(output.descriptor, output.path) is not None or _has_parts(output):
+        return True
+    return any(name == RESUME_NAME for name, _ in _files_of_stages(output))
+
+
+def _has_parts(output: OutputDirectory) -> bool:
+    return any(entry.name == PARTS_NAME for entry in _entries(output))
+
+
+def _refuse_parts(output: OutputDirectory) -> None:
+    """Raise OutputError if parts of a merge were made here: this run would make all of it again."""
+    if _has_parts(output):
+        raise OutputError(
+            "parts of a merge were made here",
+            file=str(output.path),
+            advice="make the others with `--part`, and complete them with `oxmerge finish`; or "
+            "start over with `--fresh`, which removes them",
+        )
 
 
 def _is_resumed(output: OutputDirectory) -> bool:
@@ -584,9 +644,10 @@ def stages_folder(output: OutputDirectory) -> str:
     return os.path.join(os.path.abspath(output.path), STAGES_NAME)
 
 
-def remove_stages(output: OutputDirectory) -> None:
-    """Remove what earlier merges have made."""
-    shutil.rmtree(STAGES_NAME, ignore_errors=True, dir_fd=output.descriptor)
+def _remove_folders_of_runs(output: OutputDirectory) -> None:
+    """Remove what earlier merges have made, and what is left of parts."""
+    for name in (STAGES_NAME, PARTS_NAME):
+        shutil.rmtree(name, ignore_errors=True, dir_fd=output.descriptor)
 
 
 def _is_partial(entry: os.DirEntry[str]) -> bool:
@@ -598,7 +659,7 @@ def _remove_partials(output: OutputDirectory) -> None:
     """Remove all partial files, but for journals that say something and what they speak of."""
     failure = None
     if not output.is_resumed:
-        remove_stages(output)
+        _remove_folders_of_runs(output)
     kept = {JOURNAL_NAME} if output.journal.last else set()
     kept |= {RESUME_NAME, *map(partial_name, output.weights)} if output.is_resumed else set()
     for entry in _entries(output):

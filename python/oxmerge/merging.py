@@ -441,7 +441,7 @@ def open_device(plans: Sequence[Plan], running: RunOptions) -> Backend | None:
     return open_backend(device, vram)
 
 
-def execute(  # noqa: PLR0913, PLR0917 - of this package only
+def execute(
     plans: Sequence[Plan],
     outputs: Sequence[OutputDirectory],
     running: RunOptions,

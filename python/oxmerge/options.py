@@ -96,7 +96,9 @@ class RunOptions:
         if self.part is not None:
             check_part(self.part)
             if not self.keeps:
-                raise ValueError("a part needs digests and resume: others learn from them what it made")
+                raise ValueError(
+                    "a part needs digests and resume: others learn from them what it made"
+                )
         elif self.finish:
             raise ValueError("finish is for the last part: pass part, or leave finish out")
         if self.read_path not in READ_PATHS:

@@ -84,7 +84,7 @@ def merge_part(
             if made is None or not is_made:
                 files.forget_made()
                 done = _make(plan, shards, files, purpose, running, backend)
-                states = map(lambda state: FileState(**state), done["files"][0])
+                states = [FileState(**state) for state in done["files"][0]]
                 names = [plan.shards[shard][0] for shard in shards]
                 kept = {name: done[name] for name in _KEPT} | {"host": socket.gethostname()}
                 made = Made(purpose.key, dict(zip(names, states, strict=True)), kept)
@@ -121,7 +121,7 @@ _KEPT = (
 )  # fmt: skip
 
 
-def finish(  # noqa: PLR0913 - the options of the command, keyword only
+def finish(
     directory: PathLike,
     *,
     overwrite: bool = False,
@@ -212,7 +212,7 @@ def _shared_folder(directory: Path, part: int, parts: int) -> Iterator[PartFiles
         os.close(folder)
 
 
-def _make(  # noqa: PLR0913, PLR0917 - of this module only
+def _make(
     plan: Plan,
     shards: list[int],
     files: PartFiles,
@@ -253,7 +253,7 @@ def _make(  # noqa: PLR0913, PLR0917 - of this module only
     return done
 
 
-def _finish(  # noqa: PLR0913, PLR0917 - of this module only
+def _finish(
     plan: Plan,
     parts: int,
     path: Path,
@@ -283,10 +283,6 @@ def _finish(  # noqa: PLR0913, PLR0917 - of this module only
             stage(output, contents)
             folders = [files.of(at).path for at in made]
             digests = _core.Digests.of_parts(plan.table, folders, made[1].key)
-        unknown = digests.first_unknown()
-        if unknown is not None:
-            message = "a tensor is in none of the parts that were made"
-            raise OutputError(message, tensor=unknown, file=str(path), advice=_AGAIN)
         done = _together([each.done for each in made.values()])
         done |= {"files": [[state._asdict() for state in states]], "digests": [digests]}
         (report,) = finish_all([(plan, output)], done, planning, running, started)
@@ -298,6 +294,7 @@ def _finish(  # noqa: PLR0913, PLR0917 - of this module only
     return report
 
 
+#: What to do where something of a part does not hold.
 _AGAIN = "run that part again: it goes on with what holds"
 
 

@@ -18,6 +18,7 @@ use super::files::partial_name;
 use crate::error::{Error, Result};
 use crate::io::{JournalFile, OutputFolder, damaged};
 use crate::kernels::Comparison;
+use crate::plan::Plan;
 
 /// How long something that is finished waits until it is written down.
 pub const JOURNAL_EVERY: Duration = Duration::from_secs(2);
@@ -305,16 +306,19 @@ pub(crate) fn read_numbers(
 pub(crate) fn read_digests(
     folders: &[OutputFolder],
     key: &str,
-    tensors: usize,
+    plan: &Plan,
 ) -> Result<Vec<Option<TensorDigest>>> {
-    let mut digests = vec![None; tensors];
+    let mut digests = vec![None; plan.len()];
     for folder in folders {
-        let (_, kept) = Journal::open([(folder, key)].into_iter(), tensors, JOURNAL_EVERY)?;
+        let (_, kept) = Journal::open([(folder, key)].into_iter(), plan.len(), JOURNAL_EVERY)?;
         for (index, digest) in kept.into_iter().flat_map(|kept| kept.tensors) {
             digests[index] = Some(digest);
         }
     }
-    Ok(digests)
+    match digests.iter().position(Option::is_none) {
+        Some(unknown) => Err(damaged().tensor(plan.tensor(unknown).name())),
+        None => Ok(digests),
+    }
 }
 
 fn to_bits(found: &[f64]) -> Vec<u64> {

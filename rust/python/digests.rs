@@ -48,19 +48,11 @@ impl Digests {
         let read = || {
             let folders = folders.iter().map(|folder| OutputFolder::open(folder));
             let folders = folders.collect::<Result<Vec<_>>>()?;
-            journal::read_digests(&folders, key, plan.len())
+            journal::read_digests(&folders, key, &plan)
         };
         let known = py.detach(read).map_err(|error| raise(py, &error))?;
         let all = Arc::new(digest::Digests::of_one(known));
         Ok(Self { plan, all, merge: 0 })
-    }
-
-    /// The first tensor of which nothing is known.
-    fn first_unknown(&self) -> Option<String> {
-        self.look(|known| {
-            let at = known.iter().position(Option::is_none)?;
-            Some(self.plan.tensor(at).name().to_owned())
-        })
     }
 
     /// The tensors that have elements which are NaN or infinite: index, and how many are which.

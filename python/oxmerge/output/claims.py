@@ -106,8 +106,8 @@ def named(directory: str | os.PathLike[str]) -> Path:
 def claim(path: Path, *, shared: bool = False) -> Claim:
     """Make a directory, if it is not there, and become its one owner.
 
-    Of many runs that try at once, one succeeds; or all that want to share it. What these make stays:
-    another one may be about to use it.
+    Of many runs that try at once, one succeeds; or all that want to share it. What these make
+    stays: another one may be about to use it.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def _make(held: Claim) -> None:
         _flush(folder.parent)
 
 
-def _lock(held: Claim, *, shared: bool) -> bool:
+def _lock(held: Claim, *, shared: bool = False) -> bool:
     """Lock the directory; whether its file system can."""
     for left in reversed(range(_MOST_LOCK_TRIES)):
         try:

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from oxmerge.planning.plans import Plan
     from oxmerge.problems import Problem
 
-__all__ = ["MANIFEST_NAME", "MANIFEST_VERSION", "known_sha256", "manifest_bytes", "manifest_writer", "plan_digest"]
+__all__ = [
+    "MANIFEST_NAME",
+    "MANIFEST_VERSION",
+    "known_sha256",
+    "manifest_bytes",
+    "manifest_writer",
+    "plan_digest",
+]
 
 MANIFEST_NAME = "oxmerge.json"
 #: Another number when a reader of this one would misread a later one.

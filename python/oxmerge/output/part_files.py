@@ -40,7 +40,16 @@ if TYPE_CHECKING:
 
     from oxmerge.planning.plans import Plan
 
-__all__ = ["PLAN_NAME", "Made", "PartFiles", "Purpose", "missing_parts", "parts_in", "shards_of_parts", "shown"]
+__all__ = [
+    "PLAN_NAME",
+    "Made",
+    "PartFiles",
+    "Purpose",
+    "missing_parts",
+    "parts_in",
+    "shards_of_parts",
+    "shown",
+]
 
 PLAN_NAME = "plan"
 _VERSION = 1
@@ -108,7 +117,9 @@ class Purpose:
             "parts": parts,
             "seed": plan.seed,
             "shard_size": plan.shard_size,
-            "recipe": hashlib.sha256(plan.recipe_text.encode(errors="backslashreplace")).hexdigest(),
+            "recipe": hashlib.sha256(
+                plan.recipe_text.encode(errors="backslashreplace")
+            ).hexdigest(),
             "plan": plan_digest(plan),
             # Neither paths nor inodes nor times: those may differ from one machine to another.
             "inputs": [
@@ -214,7 +225,7 @@ class PartFiles:
             yield
 
     def join(self, purpose: Purpose) -> None:
-        """Write down what this is a part of; OutputError if others there are parts of something else.
+        """Write down what this is a part of; OutputError if others are parts of something else.
 
         Others may write theirs at the same time. So it is looked both before and after.
         """

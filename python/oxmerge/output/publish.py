@@ -168,7 +168,7 @@ class Contents:
         return (*self.shards, *copied, *self.texts, *self.late, INDEX_NAME, CONFIG_NAME)
 
 
-def prepare_output(
+def prepare_output(  # noqa: PLR0913 - of this package only
     directory: str | os.PathLike[str],
     *,
     overwrite: bool,
@@ -258,13 +258,7 @@ def share_output(
             inputs = {(file["device"], file["inode"]) for file in input_files}
             _check_existing(output, inputs, names)
             _check_places(output, names)
-            entries = [entry.name for entry in _entries(output)]
-            if PARTS_NAME not in entries and any(n.endswith(PARTIAL_SUFFIX) for n in entries):
-                raise OutputError(
-                    "a merge that is not in parts was begun here",
-                    file=str(output.path),
-                    advice="remove what it has left with `oxmerge clean`; or go on without `--part`",
-                )
+            _refuse_a_whole(output)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(PARTS_NAME, dir_fd=output.descriptor)
     except BaseException:
@@ -590,6 +584,18 @@ def _refuse_parts(output: OutputDirectory) -> None:
             file=str(output.path),
             advice="make the others with `--part`, and complete them with `oxmerge finish`; or "
             "start over with `--fresh`, which removes them",
+        )
+
+
+def _refuse_a_whole(output: OutputDirectory) -> None:
+    """Raise OutputError if a merge that is not in parts was begun here."""
+    is_begun = any(entry.name.endswith(PARTIAL_SUFFIX) for entry in _entries(output))
+    if is_begun and not _has_parts(output):
+        raise OutputError(
+            "a merge that is not in parts was begun here",
+            file=str(output.path),
+            advice="go on with it, without `--part`; or remove what it has left with "
+            "`oxmerge clean`",
         )
 
 

@@ -1,0 +1,399 @@
+"""A merge in parts gives the bytes of one run, and parts of something else are told apart."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import oxmerge
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oxmerge import cli
+from oxmerge.errors import OutputError, PlanError, UnsupportedError
+from oxmerge.output import publish
+from oxmerge.output.part_files import PartFiles, shards_of_parts
+from oxmerge.output.publish import PARTS_NAME
+from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+#: Small tensors that lie together, some of several blocks, and integers; eleven files of weights.
+SHAPES: dict[str, tuple[int, ...]] = {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
+SHAPES |= {"layers.3.bias": (70000,), "layers.9.rows": (5, 7), "scale": (1,)}
+SHARD, FILES = 40_000, 11
+
+#: Arguments of `write_recipe`, the models being a and b: one of each class of method.
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"each": {"weight": 0.5}},
+    "slerp": {"models": "a", "base": True, "shared": {"t": 0.3}},
+    "ties": {"base": True, "each": {"weight": 0.5, "density": 0.3}},
+    "dare_ties": {"base": True, "each": {"weight": 0.5, "density": 0.3}},
+    "della": {"base": True, "each": {"weight": 0.5, "density": 0.4}},
+    "model_stock": {"base": True},
+    "nuslerp": {"each": {"weight": 0.5}},
+    # Numbers over the whole model.
+    "metagpt": {"base": True},
+    "nan": {"base": True, "each": {"weight": 0.5}},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, two fine-tunes of it, and a recipe for each method."""
+    folder = tmp_path_factory.mktemp("models")
+    base = random_arrays(SHAPES, seed=0)
+    ids = {"position_ids": np.arange(77, dtype=np.int64)}
+    write_model(folder / "base", base | ids, "BF16")
+    for seed, name in enumerate("ab", start=1):
+        write_model(folder / name, tuned(base, seed) | ids, "BF16")
+    for method, about in METHODS.items():
+        names = list(about.get("models", "ab"))
+        more = {name: about[name] for name in ("each", "shared") if name in about}
+        base_name = "base" if about.get("base") else None
+        write_recipe(folder / f"{method}.yml", method, names, base=base_name, **more)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What one run makes by each method."""
+    folder = tmp_path_factory.mktemp("whole")
+    made = {}
+    for method in METHODS:
+        oxmerge.merge(models / f"{method}.yml", folder / method, shard_size=SHARD, seed=5)
+        made[method] = directory_bytes(folder / method)
+    return made
+
+
+def make(recipe: Path, output: Path, part: int, parts: int, **options: Any) -> oxmerge.MergeReport:
+    options = {"shard_size": SHARD, "seed": 5, "threads": 2, "wait": 30} | options
+    return oxmerge.merge(recipe, output, part=(part, parts), **options)
+
+
+def make_all(recipe: Path, output: Path, parts: int, **options: Any) -> None:
+    """Make all parts at the same time."""
+    with ThreadPoolExecutor(parts) as pool:
+        runs = [
+            pool.submit(make, recipe, output, part, parts, **options)
+            for part in range(1, parts + 1)
+        ]
+        for run in runs:
+            run.result(timeout=120)
+
+
+@given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.data())
+def test_parts_are_of_nearly_equal_bytes(sizes: list[int], data: st.DataObject) -> None:
+    parts = data.draw(st.integers(1, len(sizes)))
+    shards = shards_of_parts(sizes, parts)
+    assert sorted(shard for part in shards for shard in part) == list(range(len(sizes)))
+    assert all(shards)
+    # The last shard that the fullest part was given went to the emptiest.
+    most = max(sum(sizes[shard] for shard in part) for part in shards)
+    assert most <= sum(sizes) / parts + max(sizes)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_are_those_of_one_run(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]], method: str, parts: int
+) -> None:
+    output = tmp_path / "out"
+    make_all(models / f"{method}.yml", output, parts)
+    assert not (output / "config.json").exists()
+    report = oxmerge.finish(output)
+    assert directory_bytes(output) == whole[method]
+    assert report.files == FILES
+    assert f"made in {parts} parts on 1 machine" in report.notes
+
+
+def test_the_last_part_completes_the_output(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    output = tmp_path / "out"
+    make_all(models / "metagpt.yml", output, 3, finish=True)
+    assert directory_bytes(output) == whole["metagpt"]
+
+
+def test_parts_one_after_the_other(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    """Without numbers over the model none waits for another."""
+    output = tmp_path / "out"
+    for part in (3, 1, 2):
+        report = make(models / "ties.yml", output, part, 3, finish=True, wait=0)
+    assert report.files == FILES
+    assert directory_bytes(output) == whole["ties"]
+
+
+def test_sweeps_are_waited_for_so_long(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    recipe, output = models / "nan.yml", tmp_path / "out"
+    for part in (1, 2):
+        with pytest.raises(OutputError, match="other parts have not found") as caught:
+            make(recipe, output, part, 3, wait=0)
+        assert "3" in str(caught.value.found)
+    make(recipe, output, 3, 3, wait=0)
+    for part in (1, 2):
+        make(recipe, output, part, 3, wait=0, finish=True)
+    assert directory_bytes(output) == whole["nan"]
+
+
+def test_a_part_that_is_made_is_not_made_again(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make_all(recipe, output, 3)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob(".model*")}
+    assert before
+    assert "part 2 of 3 is made already" in make(recipe, output, 2, 3).notes[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob(".model*")}
+    # One whose file is not as it was left is.
+    spoilt = next(path for path in before if "2of3" in str(path))
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    with pytest.raises(OutputError, match="part 2 are not as it left them"):
+        oxmerge.finish(output)
+    make(recipe, output, 2, 3, finish=True)
+    assert directory_bytes(output) == whole["linear"]
+
+
+def test_a_missing_part_is_told(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make(models / "linear.yml", output, 2, 3)
+    with pytest.raises(OutputError, match="not all parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "not yet parts 1, 3"
+    with pytest.raises(OutputError, match="no parts of a merge"):
+        oxmerge.finish(tmp_path)
+
+
+def test_more_parts_than_files(tmp_path: Path, models: Path) -> None:
+    with pytest.raises(PlanError, match="at most 11 parts") as caught:
+        make(models / "linear.yml", tmp_path / "out", 1, 12)
+    assert "--shard-size" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [({"seed": 6}, "another seed"), ({"shard_size": 50_000}, "shard size")]
+)
+def test_parts_of_another_plan(
+    tmp_path: Path, models: Path, change: dict[str, Any], what: str
+) -> None:
+    output = tmp_path / "out"
+    make(models / "ties.yml", output, 1, 2)
+    with pytest.raises(OutputError, match=what):
+        make(models / "ties.yml", output, 2, 2, **change)
+    with pytest.raises(OutputError, match="another number of parts"):
+        make(models / "ties.yml", output, 2, 3)
+    with pytest.raises(OutputError, match="another text of the recipe"):
+        make(models / "linear.yml", output, 2, 2)
+    # Who was refused has left nothing that refuses others.
+    make(models / "ties.yml", output, 2, 2, finish=True)
+
+
+def test_inputs_lie_elsewhere_on_another_machine(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    """A copy has another path, other inodes and other times."""
+    output, copy = tmp_path / "out", tmp_path / "copy"
+    shutil.copytree(models, copy)
+    make(models / "linear.yml", output, 1, 2)
+    make(copy / "linear.yml", output, 2, 2, finish=True)
+    assert directory_bytes(output) == whole["linear"]
+
+
+def test_an_input_is_another_file_on_another_machine(tmp_path: Path, models: Path) -> None:
+    output, copy = tmp_path / "out", tmp_path / "copy"
+    shutil.copytree(models, copy)
+    make(models / "linear.yml", output, 1, 2)
+    weights = copy / "b" / "model.safetensors"
+    arrays = {name: values + np.float32(1) for name, values in random_arrays(SHAPES, 0).items()}
+    ids = {"position_ids": np.arange(77, dtype=np.int64)}
+    shutil.rmtree(copy / "b")
+    write_model(copy / "b", arrays | ids, "BF16")
+    assert weights.stat().st_size == (models / "b" / "model.safetensors").stat().st_size
+    with pytest.raises(OutputError, match="another file on another machine") as caught:
+        make(copy / "linear.yml", output, 2, 2)
+    assert caught.value.file == str(weights)
+    assert str(models / "b" / "model.safetensors") in str(caught.value.expected)
+
+
+def test_a_merge_and_its_parts_exclude_each_other(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    with pytest.raises(OutputError, match="parts of a merge were made here"):
+        oxmerge.merge(recipe, output, shard_size=SHARD)
+    assert oxmerge.clean(output)
+    assert not output.exists()
+    make(recipe, output, 1, 2)
+    oxmerge.merge(recipe, output, shard_size=SHARD, fresh=True)
+    assert not list(output.glob(".*"))
+    with pytest.raises(FileExistsError):
+        make(recipe, output, 1, 2)
+
+
+def test_a_part_keeps_out_what_was_begun_whole(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / ".model.safetensors.oxmerge-partial").write_bytes(b"")
+    with pytest.raises(OutputError, match="not in parts was begun"):
+        make(models / "linear.yml", output, 1, 2)
+
+
+def test_two_runs_of_one_part(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make(models / "linear.yml", output, 1, 2)
+    folder = os.open(output / PARTS_NAME, os.O_RDONLY)
+    try:
+        with PartFiles(2, 2, folder, output).locked():
+            with pytest.raises(OutputError, match="another run makes part 2"):
+                make(models / "linear.yml", output, 2, 2)
+            make(models / "linear.yml", output, 1, 2)
+    finally:
+        os.close(folder)
+
+
+def test_a_model_that_is_there_is_replaced_at_the_end(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    write_model(output, random_arrays({"old": (3,)}, 0), "BF16")
+    with pytest.raises(FileExistsError):
+        make(recipe, output, 1, 2)
+    make_all(recipe, output, 2, overwrite=True)
+    assert (output / "model.safetensors").exists()
+    with pytest.raises(FileExistsError):
+        oxmerge.finish(output)
+    oxmerge.finish(output, overwrite=True)
+    assert directory_bytes(output) == whole["linear"]
+
+
+def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:
+    base = random_arrays({f"layers.{i}.weight": (64, 100) for i in range(8)}, 0)
+    huge = {name: np.full_like(values, 3e38) for name, values in base.items()}
+    for name in "ab":
+        write_model(tmp_path / name, huge, "BF16")
+    recipe = write_recipe(
+        tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 3}, shared={"normalize": False}
+    )
+    output = tmp_path / "out"
+    make_all(recipe, output, 2)
+    with pytest.raises(PlanError, match=r"not finite|infinit"):
+        oxmerge.finish(output)
+    assert oxmerge.finish(output, allow_nonfinite=True).warnings
+
+
+def test_what_cannot_be_made_in_parts(tmp_path: Path, models: Path) -> None:
+    one = "merge_method: linear\nmodels:\n- model: {}\n  parameters: {{weight: 1}}\n"
+    recipe = tmp_path / "two.yml"
+    recipe.write_text(f"name: first\n{one.format(models / 'a')}---\n{one.format('first')}")
+    with pytest.raises(UnsupportedError, match="several merges cannot be made in parts"):
+        make(recipe, tmp_path / "out", 1, 2)
+    with pytest.raises(ValueError, match="digests"):
+        make(models / "linear.yml", tmp_path / "out", 1, 2, digests=False)
+    with pytest.raises(ValueError, match="from 1 to 2"):
+        make(models / "linear.yml", tmp_path / "out", 3, 2)
+
+
+def test_finishing_goes_on_after_it_failed_half_way(
+    tmp_path: Path,
+    models: Path,
+    whole: dict[str, dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    make_all(models / "linear.yml", output, 3)
+    rename, renamed = publish._rename, []
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        renamed.append(arguments)
+        if len(renamed) == 5:
+            raise OSError(errno.EIO, "the disk is gone")
+        rename(*arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(publish, "_rename", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            oxmerge.finish(output)
+    assert not (output / "config.json").exists()
+    assert not list(output.glob("model*"))
+    oxmerge.finish(output)
+    assert directory_bytes(output) == whole["linear"]
+
+
+def test_the_command_line(tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "out")
+    command = ["merge", str(models / "linear.yml"), output, f"--shard-size={SHARD}"]
+    assert cli.main([*command, "--part=1/2"]) == 0
+    assert "part 1 of 2 is made, but not yet part 2" in capsys.readouterr().err
+    assert cli.main(["finish", output]) == 1
+    assert "not yet part 2" in capsys.readouterr().err
+    assert cli.main([*command, "--part=2/2"]) == 0
+    assert "`oxmerge finish` completes" in capsys.readouterr().err
+    assert cli.main(["finish", output, "--json"]) == 0
+    assert cli.main([*command, "--part=3/2"]) == 2
+    assert cli.main([*command, "--finish"]) == 2
+    assert cli.main([*command, "--part=1/2", "--no-digests"]) == 2
+
+
+#: The command line, which writes down at once what is finished.
+OFTEN = """
+import functools, sys
+from oxmerge import _core, cli
+_core.execute = functools.partial(_core.execute, journal_every=0.01)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start(command: Sequence[str], output: Path) -> subprocess.Popen[str]:
+    """Start a command, and wait until it has written down something that is finished."""
+    process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    # The first line is the key.
+    while not any(path.read_bytes().count(b"\n") > 1 for path in output.rglob(".oxmerge_resume*")):
+        assert process.poll() is None, "it ended before it wrote anything down"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A recipe that one thread merges in a second, in four files."""
+    folder = tmp_path_factory.mktemp("slow")
+    for name in ("base", "a", "b"):
+        shapes = {f"layers.{i}": (1 << 9, 1 << 12) for i in range(20)}
+        write_sparse(folder / name / "model.safetensors", shapes)
+        (folder / name / "config.json").write_text('{"model_type": "test"}')
+    each = {"weight": 0.5, "density": 0.5}
+    yield write_recipe(folder / "slow.yml", "ties", ["a", "b"], base="base", each=each)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_killed_part_goes_on(tmp_path: Path, slow: Path) -> None:
+    output = tmp_path / "out"
+    options = ["--shard-size=25MB", "--threads=1", "--quiet", "--part=1/2"]
+    command = [sys.executable, "-c", OFTEN, "merge", str(slow), str(output), *options]
+    process = start(command, output)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    for part in (1, 2):
+        report = oxmerge.merge(
+            slow, output, shard_size="25MB", memory="2GiB", part=(part, 2), finish=True
+        )
+    assert any("an interrupted run had finished" in note for note in report.notes)
+    assert not list(output.glob(".*"))

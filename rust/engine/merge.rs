@@ -2,26 +2,18 @@
 //! inputs are still what they were.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::backend::Backend;
 use super::control::Control;
 use super::digest::{Digests, Observer};
 use super::files::{FileModes, Merges};
+use super::journal::Journals;
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::{Report, Settings, run_planned};
 use crate::error::Result;
 use crate::io::{self, OutputFolder};
 use crate::plan::{InputFile, Plan};
-
-/// The journals of outputs.
-pub(crate) struct Journals<'a> {
-    /// One for each output.
-    pub(crate) keys: &'a [&'a str],
-    /// How long something finished waits.
-    pub(crate) every: Duration,
-}
 
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
 /// under partial names, into its folder. Also tells which files of each were written, and how they

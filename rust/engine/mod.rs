@@ -39,7 +39,7 @@ use std::thread;
 use std::time::Instant;
 
 #[cfg(feature = "python")]
-pub(crate) use merge::{Journals, merge, predict};
+pub(crate) use merge::{merge, predict};
 
 use active::{Active, Room, Stages};
 use backend::Backend;

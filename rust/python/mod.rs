@@ -8,6 +8,7 @@
 mod arrays;
 mod assembly;
 mod checkpoint;
+mod digests;
 mod enter;
 mod error;
 mod exported;
@@ -38,6 +39,8 @@ mod _core {
         Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,
     };
     #[pymodule_export]
+    use super::digests::Digests;
+    #[pymodule_export]
     use super::merge::{
         check_unchanged, execute, is_remote, methods, modifiers, partial_name, peak_memory,
         predict, rehearse,
@@ -58,6 +61,7 @@ mod _core {
             "plan_version": crate::plan::PLAN_VERSION,
             "generator_version": crate::kernels::GENERATOR_VERSION,
             "reduction_version": crate::kernels::REDUCTION_VERSION,
+            "comparison_version": crate::kernels::COMPARISON_VERSION,
         });
         to_python(py, &info)
     }

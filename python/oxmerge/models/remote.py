@@ -231,10 +231,12 @@ def _of_status(answer: Any) -> _Failure:  # noqa: ANN401 - of httpx
         )
     if status not in _PASSING:
         return _Failure(reason, passes=False, advice="check the name, the token and its rights")
-    advice = "the server limits how often it may be asked: wait some minutes, or sign in"
     after = answer.headers.get("Retry-After", "")
     seconds = float(after) if re.fullmatch(r"\d{1,6}", after) else None
-    return _Failure(reason, after=seconds, **({"advice": advice} if status == 429 else {}))  # noqa: PLR2004
+    if status == 429:  # noqa: PLR2004 - too many requests
+        advice = "the server limits how often it may be asked: wait some minutes, or sign in"
+        return _Failure(reason, after=seconds, advice=advice)
+    return _Failure(reason, after=seconds)
 
 
 def _is_of_transport(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from oxmerge.output.side_files import WRITTEN_ANEW, SideFiles, folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from typing import Any
 
     from oxmerge.methods import Method
@@ -55,7 +55,12 @@ def contents_of(plan: Plan) -> Contents:
 
 
 def _recipe_of(plan: Plan) -> str:
-    return pinned_recipe(plan.recipe_text, plan.models, plan.pinned)
+    return pinned_recipe(plan.recipe_text, _pins(zip(plan.models, plan.pinned, strict=True)))
+
+
+def _pins(models: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """Return the commits of the models that are written without them."""
+    return {model: pin for model, pin in models if pin is not None and pin != model}
 
 
 def late_texts(plan: Plan, report: dict[str, Any]) -> dict[str, str]:
@@ -163,7 +168,7 @@ def card_of(
     return model_card(
         method=recipe.method,
         models=[model.reference for model in models],
-        pinned=[model.located.pinned for model in models],
+        pinned=_pins((model.reference, model.located.pinned) for model in models),
         hub_names=hub_names,
         metadata=read_metadata(folder_of(donor.path)),
         base=None if recipe.base_model is None else donor.reference,

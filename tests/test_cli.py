@@ -38,6 +38,7 @@ from oxmerge.errors import (
     RecipeError,
 )
 from oxmerge.merging import Snapshot
+from oxmerge.models.references import Located
 from oxmerge.problems import Problem
 from oxmerge.sizes import format_duration
 from writers import random_arrays, tuned, write_model
@@ -189,8 +190,11 @@ class FakeEngine(Engine):
     def methods(self) -> Any:
         return self._answer("methods") or METHODS
 
-    def open_checkpoint(self, path: str) -> Any:
-        return self._answer("open_checkpoint", path)
+    def locate(self, reference: str) -> Located:
+        return Located(reference)
+
+    def open_checkpoint(self, located: Located) -> Any:
+        return self._answer("open_checkpoint", located.path)
 
 
 Output = tuple[int, str, str]
@@ -950,6 +954,7 @@ def test_a_merge_goes_on_when_nobody_reads_its_progress() -> None:
         "progress._SECONDS_BETWEEN_LINES = 0\n"
         "class Snapshot:\n"
         "    bytes_done = bytes_total = bytes_read = peak_memory = 1; tensor = 'x'\n"
+        "    bytes_fetched = bytes_to_fetch = 0\n"
         "class Engine:\n"
         "    def merge(self, recipe, directory, *, progress, **options):\n"
         "        for _ in range(3): progress(Snapshot)\n"

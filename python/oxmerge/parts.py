@@ -244,7 +244,6 @@ def _make(
     }
     try:
         done = execute([plan], [own], running, backend, 0, part)
-        _core.check_unchanged(json.dumps(plan.input_files))
     except BaseException as error:
         if discard(own, keep=not isinstance(error, InputChangedError | ProblemsError)):
             error.add_note("what is finished is kept: the same command goes on from there")

@@ -40,6 +40,15 @@ pub fn journal_key(folder: &OutputFolder) -> Result<Option<String>> {
     Ok(key)
 }
 
+/// The journals of outputs that are made together.
+#[derive(Clone, Copy, Debug)]
+pub struct Journals<'a> {
+    /// One for each output.
+    pub keys: &'a [&'a str],
+    /// How long something finished waits.
+    pub every: Duration,
+}
+
 /// A record behind the key.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "lowercase")]

@@ -2,12 +2,12 @@
 //! inputs are still what they were.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::backend::Backend;
 use super::control::Control;
 use super::digest::{Digests, Observer};
-use super::files::{FileModes, Merges};
+use super::files::{self, FileModes, Merges};
+use super::journal::Journals;
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::part::Part;
@@ -15,14 +15,6 @@ use super::{Report, Settings, run_planned};
 use crate::error::Result;
 use crate::io::{self, OutputFolder};
 use crate::plan::{InputFile, Plan};
-
-/// The journals of outputs.
-pub(crate) struct Journals<'a> {
-    /// One for each output.
-    pub(crate) keys: &'a [&'a str],
-    /// How long something finished waits.
-    pub(crate) every: Duration,
-}
 
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
 /// under partial names, into its folder. Also tells which files of each were written, and how they
@@ -48,6 +40,7 @@ pub(crate) fn merge(
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
+    plans.first().map_or(Ok(()), |plan| files::check_placed(plan))?;
     let (mut tasks, needs) = Merges::open(plans.clone(), modes.read)?;
     tasks.part = part;
     let needs = on(needs, backend.offload());

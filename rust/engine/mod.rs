@@ -41,7 +41,7 @@ use std::thread;
 use std::time::Instant;
 
 #[cfg(feature = "python")]
-pub(crate) use merge::{Journals, merge, predict};
+pub(crate) use merge::{merge, predict};
 #[cfg(feature = "python")]
 pub(crate) use part::{Exchange, Part};
 

@@ -10,8 +10,7 @@ use std::thread;
 use super::control::Control;
 use super::digest::{Digests, Observer, TensorDigest};
 use super::files::{Merges, partial_name};
-use super::journal::{Journal, Kept};
-use super::merge::Journals;
+use super::journal::{Journal, Journals, Kept};
 use super::task::Tasks;
 use crate::error::{Error, Result};
 use crate::io::{self, OutputFolder};
@@ -36,7 +35,7 @@ pub(super) struct Resumed<'a> {
 impl<'a> Merges<'a> {
     /// Opens the journals of the outputs in `folders`. What they tell of is read
     /// again and hashed, by so many threads; what does not hold is to be made again.
-    pub(crate) fn resume(
+    pub fn resume(
         &mut self,
         folders: &[&'a OutputFolder],
         Journals { keys, every }: Journals<'a>,
@@ -134,11 +133,7 @@ impl<'a> Merges<'a> {
 
     /// Calls `run`, and writes down meanwhile what it finishes. After a failure all that is finished is
     /// written down, and shards with nothing of it are removed.
-    pub(crate) fn journaled<R>(
-        &self,
-        control: &Control,
-        run: impl FnOnce() -> Result<R>,
-    ) -> Result<R> {
+    pub fn journaled<R>(&self, control: &Control, run: impl FnOnce() -> Result<R>) -> Result<R> {
         let Some(resumed) = &self.resumed else { return run() };
         let flush = |tensors: &[usize]| self.flush(resumed, tensors);
         let outcome = thread::scope(|scope| {
@@ -168,7 +163,7 @@ impl<'a> Merges<'a> {
     }
 
     /// Removes the shards of which no journal tells anything.
-    pub(crate) fn remove_unvouched(&self) {
+    pub fn remove_unvouched(&self) {
         let Some(resumed) = &self.resumed else { return };
         let outputs = self.plans.iter().zip(&resumed.folders).zip(&resumed.vouched);
         for ((plan, folder), vouched) in outputs {

@@ -58,14 +58,9 @@ impl OutputFolder {
             .map_err(|error| Error::io("create the file", error.into()).file(self.path_of(name)))
     }
 
-    /// Opens a file that an earlier run left, to write to it; nothing if there is none.
+    /// Opens a file that an earlier run left, to read it and to write to it; nothing if there is none.
     pub(super) fn reopen(&self, name: &str) -> Result<Option<File>> {
         self.open_own(name, OFlags::RDWR)
-    }
-
-    /// The same, to read it and to append to it.
-    pub(super) fn open_to_append(&self, name: &str) -> Result<Option<File>> {
-        self.open_own(name, OFlags::RDWR | OFlags::APPEND)
     }
 
     /// The same, to read it.

@@ -5,7 +5,8 @@
 //! damaged later, and then nothing in the file can be trusted.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use super::OutputFolder;
@@ -23,12 +24,14 @@ const LARGEST_FILE: u64 = 1 << 30;
 pub struct JournalFile {
     file: File,
     path: PathBuf,
+    /// Where the last record ends.
+    end: u64,
 }
 
 impl JournalFile {
     /// Creates the file `name` in `folder`, with its first record.
     pub fn create(folder: &OutputFolder, name: &str, first: &str) -> Result<Self> {
-        let mut created = Self { file: folder.create(name)?, path: folder.path_of(name) };
+        let mut created = Self { file: folder.create(name)?, path: folder.path_of(name), end: 0 };
         created.append(first)?;
         folder.flush()?;
         Ok(created)
@@ -42,31 +45,36 @@ impl JournalFile {
         mut take: impl FnMut(&str) -> Result<()>,
     ) -> Result<Option<Self>> {
         let path = folder.path_of(name);
-        let Some(file) = folder.open_to_append(name)? else { return Ok(None) };
-        let opened = Self { file, path };
+        let Some(file) = folder.reopen(name)? else { return Ok(None) };
+        let mut opened = Self { file, path, end: 0 };
         let size = opened.file.metadata().map_err(|error| opened.failed("read", error))?.len();
         if size > LARGEST_FILE {
             return Err(damaged().file(&opened.path).found(format_args!("{size} bytes")));
         }
-        let whole = opened.read(&mut take)?;
-        if whole < size {
-            let cut = opened.file.set_len(whole).and_then(|()| opened.file.sync_data());
+        opened.end = opened.read(&mut take)?;
+        if opened.end < size {
+            let cut = opened.file.set_len(opened.end).and_then(|()| opened.file.sync_data());
             cut.map_err(|error| opened.failed("cut off the end", error))?;
         }
-        Ok((whole > 0).then_some(opened))
+        Ok((opened.end > 0).then_some(opened))
     }
 
     /// Writes a record, and waits until it is on the disk.
     pub fn append(&mut self, record: &str) -> Result<()> {
         let line = format!("{} {record}\n", check(record));
-        let written = self.file.write_all(line.as_bytes()).and_then(|()| self.file.sync_data());
-        written.map_err(|error| self.failed("write", error))
+        let written = self.file.write_all_at(line.as_bytes(), self.end);
+        if let Err(error) = written.and_then(|()| self.file.sync_data()) {
+            // Nothing that is not whole may come before another record.
+            let _ = self.file.set_len(self.end);
+            return Err(self.failed("write", error));
+        }
+        self.end += line.len() as u64;
+        Ok(())
     }
 
     /// Calls `take` with each record; where the last whole one ends.
     fn read(&self, take: &mut dyn FnMut(&str) -> Result<()>) -> Result<u64> {
         let mut lines = BufReader::new(&self.file);
-        lines.seek(SeekFrom::Start(0)).map_err(|error| self.failed("read", error))?;
         let (mut line, mut start, mut whole, mut number) = (Vec::new(), 0, 0, 0);
         loop {
             line.clear();

@@ -6,6 +6,7 @@ mod disassembly;
 mod engine;
 mod hostile;
 mod io;
+mod journal;
 mod kernels;
 mod layout;
 mod methods;

@@ -22,14 +22,7 @@ if TYPE_CHECKING:
     from oxmerge.planning.plans import Plan
     from oxmerge.problems import Problem
 
-__all__ = [
-    "MANIFEST_NAME",
-    "MANIFEST_VERSION",
-    "known_sha256",
-    "manifest_bytes",
-    "manifest_writer",
-    "plan_digest",
-]
+__all__ = ["MANIFEST_NAME", "MANIFEST_VERSION", "manifest_bytes", "manifest_writer", "plan_digest"]
 
 MANIFEST_NAME = "oxmerge.json"
 #: Another number when a reader of this one would misread a later one.
@@ -144,18 +137,13 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
 
 
 def _file(path: str, size: int, hash_it: bool) -> dict[str, Any]:  # noqa: FBT001 - of this file
-    """Return an input file."""
-    known = known_sha256(path)
+    """Return an input file. The Hub's cache names what is large by its SHA-256."""
+    *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
+    known = blob if folder == "blobs" and _SHA256.fullmatch(blob) else None
     if hash_it:
         with open(path, "rb") as file:
             known = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": os.path.basename(path), "size": size, "sha256": known}
-
-
-def known_sha256(path: str) -> str | None:
-    """Return the SHA-256 of a file, if it can be told unread: the Hub's cache has it as a name."""
-    *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
-    return blob if folder == "blobs" and _SHA256.fullmatch(blob) else None
 
 
 def _told(warning: Problem) -> dict[str, Any]:

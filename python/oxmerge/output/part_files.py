@@ -30,8 +30,9 @@ from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_object
 from oxmerge.output.claims import locked_file
-from oxmerge.output.manifest import known_sha256, plan_digest
+from oxmerge.output.manifest import plan_digest
 from oxmerge.output.publish import PARTS_NAME, OutputDirectory
+from oxmerge.output.resume import etag_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ _PLACES = 4
 _PLACE_BYTES = 4096
 #: Numbers of parts that a message names.
 _SHOWN = 8
+#: Letters that a message shows of what another run has written.
+_LONGEST = 40
 _ADVICE = (
     "give every part the same recipe, options, inputs and version of oxmerge; "
     "`oxmerge clean` removes what was made"
@@ -96,72 +99,74 @@ class Purpose:
     Attributes
     ----------
     key : str
-        What all parts must have in common, on any machine.
+        What all parts have in common, on any machine.
     paths : tuple of str
         Where the inputs are here.
-    known : tuple of (str or None)
-        The SHA-256 of each input, where the Hub's cache tells it.
+    marks : tuple of dict
+        What tells whether an input is the same file: its ETag, where the Hub told one, and a hash
+        of a few of its bytes, where it is here.
     """
 
     key: str
     paths: tuple[str, ...]
-    known: tuple[str | None, ...]
+    marks: tuple[dict[str, str], ...]
 
     @classmethod
     def of(cls, plan: Plan, parts: int) -> Purpose:
         """Return that of a plan in so many parts: reads a few bytes of every input."""
-        files = plan.input_files
+        recipe = plan.recipe_text.encode(errors="backslashreplace")
         story = {
             "version": _VERSION,
             "oxmerge": __version__,
             "parts": parts,
             "seed": plan.seed,
             "shard_size": plan.shard_size,
-            "recipe": hashlib.sha256(
-                plan.recipe_text.encode(errors="backslashreplace")
-            ).hexdigest(),
+            "recipe": hashlib.sha256(recipe).hexdigest(),
             "plan": plan_digest(plan),
-            # Neither paths nor inodes nor times: those may differ from one machine to another.
-            "inputs": [
-                (Path(file["path"]).name, file["size"], _sample(file["path"], file["size"]))
-                for file in files
-            ],
+            # Neither paths nor inodes nor times: they may be others on another machine.
+            "inputs": [(Path(file["path"]).name, file["size"]) for file in plan.input_files],
         }
-        paths = tuple(file["path"] for file in files)
-        return cls(json.dumps(story), paths, tuple(map(known_sha256, paths)))
+        paths = tuple(file["path"] for file in plan.input_files)
+        return cls(json.dumps(story), paths, tuple(map(_marks, plan.input_files)))
 
     def check_same(self, other: Mapping[str, Any], part: int, directory: Path) -> None:
         """Raise OutputError unless what another part has written down says the same."""
-        there = f"part {part} on {other['host']}"
+        there, here = f"as part {part} on {other['host']}", f"on {socket.gethostname()}"
         mine, theirs = json.loads(self.key), json.loads(other["key"])
         for name, what in _NAMES.items():
             if mine[name] != theirs.get(name):
                 raise OutputError(
                     f"another {what} than that of the parts that were made here",
                     file=str(directory),
-                    expected=f"{str(theirs.get(name))[:40]}, as {there}",
-                    found=f"{str(mine[name])[:40]} on {socket.gethostname()}",
+                    expected=f"{str(theirs.get(name))[:_LONGEST]}, {there}",
+                    found=f"{str(mine[name])[:_LONGEST]} {here}",
                     advice=_ADVICE,
                 )
-        known = [mine["inputs"], theirs["inputs"], self.known, other["known"], other["paths"]]
-        for path, mine_, theirs_, sha, other_sha, other_path in zip(
-            self.paths, *known, strict=True
+        inputs = zip(mine["inputs"], theirs["inputs"], self.marks, other["marks"], strict=True)
+        paths = zip(self.paths, other["paths"], strict=True)
+        for (file, other_file, marks, other_marks), (path, other_path) in zip(
+            inputs, paths, strict=True
         ):
-            same_hash = None in {sha, other_sha} or sha == other_sha
-            if mine_ != theirs_ or not same_hash:
+            known = marks.keys() & other_marks.keys()
+            if file != other_file or any(marks[kind] != other_marks[kind] for kind in known):
                 raise OutputError(
-                    f"the input `{mine_[0]}` is another file on another machine",
+                    f"the input `{file[0]}` is another file on another machine",
                     file=path,
-                    expected=f"{_told(theirs_, other_sha)}, as {there} has `{other_path}`",
-                    found=f"{_told(mine_, sha)} on {socket.gethostname()}",
+                    expected=f"{_told(other_file, other_marks)}, {there} has `{other_path}`",
+                    found=f"{_told(file, marks)} {here}",
                     advice=_ADVICE,
                 )
 
 
-def _told(file: Sequence[Any], sha256: str | None) -> str:
-    name, size, sample = file
-    mark = f"SHA-256 {sha256[:16]}" if sha256 else f"sample {sample[:16]}"
-    return f"`{name}` of {size} bytes, {mark}"
+def _told(file: Sequence[Any], marks: Mapping[str, str]) -> str:
+    name, size = file
+    return ", ".join([f"`{name}`", f"{size} bytes", *(f"{k} {v[:16]}" for k, v in marks.items())])
+
+
+def _marks(file: Mapping[str, Any]) -> dict[str, str]:
+    etag = etag_of(file)
+    marks = {} if etag is None else {"ETag": etag}
+    return marks if "remote" in file else marks | {"sample": _sample(file["path"], file["size"])}
 
 
 def _sample(path: str, size: int) -> str:
@@ -234,7 +239,7 @@ class PartFiles:
             "key": purpose.key,
             "host": socket.gethostname(),
             "paths": purpose.paths,
-            "known": purpose.known,
+            "marks": purpose.marks,
         }
         before = self._read("key")
         self._write("key", story)

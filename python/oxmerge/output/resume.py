@@ -20,12 +20,12 @@ from oxmerge.output.manifest import plan_digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
     from oxmerge.planning.plans import Plan
 
-__all__ = ["RESUME_NAME", "check_same", "how_to_go_on", "key_of"]
+__all__ = ["RESUME_NAME", "check_same", "etag_of", "how_to_go_on", "key_of"]
 
 #: The journal; see `JOURNAL_NAME` for why no file of a model is called so.
 RESUME_NAME = partial_name("oxmerge_resume")
@@ -61,18 +61,34 @@ def key_of(plan: Plan, together: Sequence[Plan]) -> str:
     return json.dumps(key)
 
 
-def _identities(plan: Plan) -> set[tuple[str, int, int, int]]:
-    """Return what the input files are known by.
+def _identities(plan: Plan) -> set[tuple[str, int, str]]:
+    """Return what the input files are known by: name, size and state.
 
-    No device: its number can change when the system starts anew. What merges that come first
-    make is known by how it is made.
+    What merges that come first make is known by how it is made.
     """
     made = None if plan.stand_ins is None else f"{plan.stand_ins.folder}{os.sep}"
     return {
-        ("/".join(Path(file["path"]).parts[-2:]), file["size"], file["modified_ns"], file["inode"])
+        ("/".join(Path(file["path"]).parts[-2:]), file["size"], _state(file))
         for file in plan.input_files
         if made is None or not file["path"].startswith(made)
     }
+
+
+def _state(file: Mapping[str, Any]) -> str:
+    """Return what tells whether a file is the same: an ETag, or when it was written.
+
+    No device: its number can change when the system starts anew.
+    """
+    return etag_of(file) or f"{file['modified_ns']} {file['inode']}"
+
+
+def etag_of(file: Mapping[str, Any]) -> str | None:
+    """Return the ETag of an input file, if it is of the Hub."""
+    if "remote" in file:
+        return str(file["remote"]["etag"])
+    # In the Hub's cache, where a file may have come to since, contents are called by their ETags.
+    content = Path(os.path.realpath(file["path"]))
+    return content.name if content.parent.name == "blobs" else None
 
 
 def check_same(journal: str, key: str, directory: os.PathLike[str]) -> None:

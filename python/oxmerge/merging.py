@@ -279,6 +279,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     part: tuple[int, int] | None = None,
     finish: bool = False,
     wait: float = 600,
+    ray: str | bool | None = None,
+    parts: int | None = None,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -343,6 +345,11 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Complete the directory, if this part is the last one that is made.
     wait : float
         Seconds to wait for other parts, where a method needs numbers over the whole model.
+    ray : str or bool, optional
+        Make the parts on a Ray cluster: the one of this address; or, with True, the one that this
+        process is connected to, or that Ray finds. Its nodes share the file system of `directory`.
+    parts : int, optional
+        How many parts to make on Ray; two for each node unless given.
 
     Raises
     ------
@@ -365,14 +372,16 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     OSError
         If a file cannot be read or written, or the disk is full.
     """
-    (report,) = merge_together(
-        [(recipe, directory)],
-        PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
-        RunOptions(
+    planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
+    running = RunOptions(
             memory, threads, device, vram, overwrite, read_path, progress,
-            digests, hash_inputs, allow_nonfinite, resume, fresh, part, finish, wait,
-        ),
+            digests, hash_inputs, allow_nonfinite, resume, fresh, part, finish, wait, ray, parts,
     )  # fmt: skip
+    if ray is not None and ray is not False:
+        from oxmerge.on_ray import merge_on_ray  # noqa: PLC0415 - it needs this module
+
+        return merge_on_ray(recipe, directory, planning, running)
+    (report,) = merge_together([(recipe, directory)], planning, running)
     return report
 
 

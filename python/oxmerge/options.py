@@ -81,6 +81,8 @@ class RunOptions:
     part: tuple[int, int] | None = None
     finish: bool = False
     wait: float = 600
+    ray: str | bool | None = None
+    parts: int | None = None
 
     @property
     def keeps(self) -> bool:
@@ -93,14 +95,7 @@ class RunOptions:
         check_device(self.device)
         if self.vram is not None and self.device == "cpu":
             raise ValueError('vram has no effect on the CPU; pass device="cuda", or leave vram out')
-        if self.part is not None:
-            check_part(self.part)
-            if not self.keeps:
-                raise ValueError(
-                    "a part needs digests and resume: others learn from them what it made"
-                )
-        elif self.finish:
-            raise ValueError("finish is for the last part: pass part, or leave finish out")
+        self._check_parts()
         if self.read_path not in READ_PATHS:
             known = ", ".join(READ_PATHS)
             raise ValueError(f"read_path must be one of {known}, not {self.read_path!r}")
@@ -108,6 +103,22 @@ class RunOptions:
             self.progress is None or isinstance(self.progress, bool) or callable(self.progress)
         ):
             raise TypeError(f"progress must be a function of a snapshot, not {self.progress!r}")
+
+    def _check_parts(self) -> None:
+        on_ray = self.ray is not None and self.ray is not False
+        if self.part is not None:
+            check_part(self.part)
+            if on_ray:
+                raise ValueError("ray makes all parts: leave part out")
+        elif self.finish:
+            raise ValueError("finish is for the last part: pass part, or leave finish out")
+        if self.parts is not None:
+            if not on_ray:
+                raise ValueError("parts is how many are made on ray: pass ray, or leave parts out")
+            if whole(self.parts, "parts") < 1:
+                raise ValueError(f"parts must be at least 1, not {self.parts}")
+        if (self.part is not None or on_ray) and not self.keeps:
+            raise ValueError("parts need digests and resume: others learn from them what is made")
 
 
 def whole(value: Any, what: str) -> int:  # noqa: ANN401 - it is what it is to find out

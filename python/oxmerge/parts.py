@@ -54,7 +54,12 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
-__all__ = ["finish", "merge_part"]
+__all__ = ["WaitsForOthersError", "check_parts", "complete", "finish", "merge_part"]
+
+
+class WaitsForOthersError(OutputError):
+    """Other parts have not swept their tensors in the time that was given; the own one has."""
+
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -64,7 +69,7 @@ def merge_part(
 ) -> MergeReport:
     """Make the part of a plan that `running` names; see `oxmerge.merge`."""
     number, parts = running.part or (1, 1)
-    _check_parts(plan, parts)
+    check_parts(plan, parts)
     sizes = [size for _, size in plan.shards]
     shards = shards_of_parts(sizes, parts)[number - 1]
     purpose = Purpose.of(plan, parts)
@@ -95,7 +100,7 @@ def merge_part(
     note = f"part {number} of {parts} is made" + (" already" if is_made else "")
     if not left and running.finish:
         with contextlib.suppress(BusyError):
-            return _finish(plan, parts, output.path, planning, running, started)
+            return complete(plan, parts, output.path, planning, running, started)
         note += "; another run completes the output"
     elif left:
         note += f", but not yet {shown(left)}"
@@ -179,10 +184,10 @@ def finish(
     running = RunOptions(
         overwrite=overwrite, hash_inputs=hash_inputs, allow_nonfinite=allow_nonfinite
     )
-    return _finish(plan, parts, path, planning, running, started)
+    return complete(plan, parts, path, planning, running, started)
 
 
-def _check_parts(plan: Plan, parts: int) -> None:
+def check_parts(plan: Plan, parts: int) -> None:
     """Raise PlanError for a plan that cannot be made in so many parts."""
     if plan.stages:
         advice = "merge without `--part`; or write each merge into a file of its own"
@@ -243,7 +248,10 @@ def _make(
         "wait": running.wait,
     }
     try:
-        done = execute([plan], [own], running, backend, 0, part)
+        try:
+            done = execute([plan], [own], running, backend, 0, part)
+        except OutputError as error:
+            raise (_as_waiting(error) if files.waits() else error) from None
     except BaseException as error:
         if discard(own, keep=not isinstance(error, InputChangedError | ProblemsError)):
             error.add_note("what is finished is kept: the same command goes on from there")
@@ -252,7 +260,12 @@ def _make(
     return done
 
 
-def _finish(
+def _as_waiting(error: OutputError) -> OutputError:
+    parts = ("file", "expected", "found", "advice")
+    return WaitsForOthersError(error.message, **{part: getattr(error, part) for part in parts})
+
+
+def complete(
     plan: Plan,
     parts: int,
     path: Path,

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from oxmerge.cli import mergekit
-from oxmerge.cli.arguments import Parser, UsageError, add_run_options, natural, part, run_options
+from oxmerge.cli.arguments import (
+    Parser,
+    UsageError,
+    add_run_options,
+    natural,
+    part,
+    positive,
+    run_options,
+)
 from oxmerge.cli.progress import format_rate, show_progress
 from oxmerge.sizes import format_duration, format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
+    from typing import Any
 
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
@@ -36,6 +45,16 @@ def add_arguments(parser: Parser) -> None:
         metavar="SECONDS",
         help="with --part: how long to wait for numbers that other parts find (600)",
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const=True,
+        help="make parts on a Ray cluster; write it behind OUT",
+    )
+    parser.add_argument(
+        "--parts", type=positive, metavar="N", help="with --ray: how many (two for each node)"
+    )
     mergekit.add_options(parser)
     parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
 
@@ -43,22 +62,31 @@ def add_arguments(parser: Parser) -> None:
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Merge and tell how it went."""
     settings = run_options(options)
-    if options.part is not None:
-        if options.no_digests or options.no_resume:
-            raise UsageError(
-                "`--part` needs digests and the journal: others learn from them what it made",
-                "leave out `--no-digests` and `--no-resume`",
-            )
-        settings |= {"part": options.part, "finish": options.finish}
-        settings |= {} if options.wait is None else {"wait": options.wait}
-    elif options.finish or options.wait is not None:
-        raise UsageError("`--finish` and `--wait` are for parts", "add `--part K/N`")
+    settings |= _parts(options)
     for note in mergekit.notes(options):
         printer.say(f"note: {note}")
     with show_progress(printer) as progress:
         report = engine.merge(options.recipe, options.directory, **settings, progress=progress)
     tell(report, printer)
     return 0
+
+
+def _parts(options: Namespace) -> dict[str, Any]:
+    """Return what is asked for about parts, without what is not given."""
+    names = ("part", "wait", "ray", "parts")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if {"part", "ray"} & given.keys() and (options.no_digests or options.no_resume):
+        raise UsageError(
+            "parts need digests and the journal: others learn from them what is made",
+            "leave out `--no-digests` and `--no-resume`",
+        )
+    if {"part", "ray"} <= given.keys():
+        raise UsageError("`--ray` makes all parts", "leave out `--part`")
+    if "part" not in given and (options.finish or "wait" in given):
+        raise UsageError("`--finish` and `--wait` are for a part", "add `--part K/N`")
+    if "parts" in given and "ray" not in given:
+        raise UsageError("`--parts` is how many are made on Ray", "add `--ray`")
+    return given | ({"finish": True} if options.finish else {})
 
 
 def tell(report: MergeReport, printer: Printer) -> None:

@@ -260,6 +260,12 @@ class PartFiles:
             plan.save(place / name)
             os.replace(place / name, place / PLAN_NAME)
 
+    def waits(self) -> bool:
+        """Tell whether this part has found its numbers, and another one has not."""
+        there = set(os.listdir(self.folder))
+        names = [f"{self.of(part).name}.numbers" for part in range(1, self.parts + 1)]
+        return names[self.part - 1] in there and not there.issuperset(names)
+
     def made(self) -> Made | None:
         """Return what this part has made, if all of it is there as it was left."""
         done = self._read("done")

@@ -1,0 +1,325 @@
+"""A merge on a Ray cluster: a task for each part, on whichever node has room.
+
+Ray places the tasks and starts those again whose node was lost; parts go on from their journals
+(`oxmerge.parts`). The plan is made here, on the driver. A task plans too, which reads headers only,
+since paths and inodes may be others on its node, and goes no further if its plan is another one.
+The nodes share the file system that the output is on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from oxmerge.cli.progress import format_rate, watched
+from oxmerge.errors import OutputError, OxmergeError, UnsupportedError
+from oxmerge.merging import DEFAULT_MEMORY, Snapshot, prepare
+from oxmerge.output.claims import named
+from oxmerge.output.manifest import plan_digest
+from oxmerge.parts import WaitsForOthersError, check_parts, complete, merge_part
+from oxmerge.recipe.recipe import Recipe
+from oxmerge.sizes import parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from oxmerge.merging import MergeReport, Request
+    from oxmerge.options import PlanOptions, RunOptions
+    from oxmerge.planning.plans import Plan
+
+__all__ = ["merge_on_ray"]
+
+#: How often a part is begun again that failed, or whose node was lost.
+_MOST_TRIES = 3
+#: Parts for each node, unless their number is given: when a node is lost or slow, the others have
+#: less to do for it.
+_PARTS_A_NODE = 2
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_TRIES = 1.0
+#: How long tasks may take to write down what is finished, when the driver is interrupted.
+_SECONDS_TO_END = 30
+
+
+def merge_on_ray(
+    recipe: Request, directory: str | os.PathLike[str], planning: PlanOptions, running: RunOptions
+) -> MergeReport:
+    """Merge on a Ray cluster; see `oxmerge.merge`."""
+    started = time.perf_counter()
+    if "://" in os.fspath(directory):
+        raise UnsupportedError(
+            "an output in an object store is not supported yet",
+            file=os.fspath(directory),
+            advice="name a directory on a file system that all nodes share",
+        )
+    path = named(directory).absolute()
+    plan = prepare(recipe, planning)
+    ray = _ray()
+    with _connected(ray, running.ray):
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        parts = running.parts or min(len(plan.shards), _PARTS_A_NODE * len(nodes))
+        check_parts(plan, parts)
+        cpus = min((node["Resources"]["CPU"] for node in nodes), default=1)
+        run = _Run(ray, plan, path, parts, planning, replace(running, ray=None, parts=None), cpus)
+        with watched(running.progress) as callback:
+            run.make_all(callback)
+    return complete(plan, parts, path, planning, running, started)
+
+
+def _ray() -> Any:  # noqa: ANN401 - a module, which need not be installed
+    try:
+        import ray  # noqa: PLC0415 - optional, and heavy
+    except ImportError as error:
+        raise OxmergeError(
+            "a merge on Ray needs Ray", advice="install it: `pip install 'oxmerge[ray]'`"
+        ) from error
+    return ray
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, address: str | bool | None) -> Iterator[None]:  # noqa: ANN401, FBT001
+    """Be connected to a cluster: as it is, or to the one of that address for so long."""
+    if ray.is_initialized():
+        yield
+        return
+    options = {"address": address} if isinstance(address, str) else {}
+    try:
+        ray.init(log_to_driver=False, logging_level="error", **options)
+    except ConnectionError as error:
+        raise OxmergeError(
+            "there is no Ray cluster at this address", found=str(address), advice=str(error)
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a task is to do."""
+
+    text: str
+    folder: str | None
+    cwd: str
+    directory: str
+    digest: str
+    planning: PlanOptions
+    running: RunOptions
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """How a task ended: with an error, or since other parts have to sweep first."""
+
+    node: str
+    error: Exception | None
+    waits: bool = False
+
+
+def _work(asked: _Asked, board: Any) -> _Told:  # noqa: ANN401 - an actor
+    """Make a part, on a node."""
+    import ray  # noqa: PLC0415 - as above
+
+    node = ray.get_runtime_context().get_node_id()
+    part = asked.running.part
+    host, told, last = os.uname().nodename, 0.0, None
+
+    def report(snapshot: Snapshot) -> None:
+        nonlocal told, last
+        last = snapshot
+        if time.monotonic() - told >= _SECONDS_BETWEEN_LOOKS:
+            told = time.monotonic()
+            board.put.remote(part, host, snapshot)
+
+    try:
+        os.chdir(asked.cwd)
+        plan = prepare(Recipe.from_text(asked.text, folder=asked.folder), asked.planning)
+        _check_plan(plan, asked.digest)
+        running = replace(asked.running, progress=report)
+        merge_part(plan, asked.directory, asked.planning, running, time.perf_counter())
+    except WaitsForOthersError:
+        return _Told(node, None, waits=True)
+    except Exception as error:  # noqa: BLE001 - what it means is for the driver to say
+        return _Told(node, _sendable(error))
+    if last is not None:
+        board.put.remote(part, host, replace(last, bytes_done=last.bytes_total))
+    return _Told(node, None)
+
+
+def _check_plan(plan: Plan, expected: str) -> None:
+    found = plan_digest(plan)
+    if found != expected:
+        raise OutputError(
+            "the plan on a node is not that of the driver",
+            expected=expected[:16],
+            found=found[:16],
+            advice="see to it that all nodes have the same models and version of oxmerge",
+        )
+
+
+def _check_swept(waiting: Sequence[int], directory: str) -> None:
+    if waiting:
+        raise OutputError(
+            "the numbers that parts have found are gone",
+            file=directory,
+            advice="see to it that nothing else writes to this directory, and merge again",
+        )
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - of our own making
+    except Exception:  # noqa: BLE001 - then it is told as text
+        return OxmergeError(str(error))
+    return error
+
+
+class _Board:
+    """Where tasks write how far they are; an actor."""
+
+    def __init__(self) -> None:
+        self._snapshots: dict[Any, tuple[str, Snapshot]] = {}
+
+    def put(self, part: tuple[int, int], host: str, snapshot: Snapshot) -> None:
+        self._snapshots[part] = (host, snapshot)
+
+    def get(self) -> dict[Any, tuple[str, Snapshot]]:
+        return self._snapshots
+
+
+class _Run:
+    """The parts of one merge, until all are made."""
+
+    def __init__(
+        self,
+        ray: Any,  # noqa: ANN401
+        plan: Plan,
+        path: Path,
+        parts: int,
+        planning: PlanOptions,
+        running: RunOptions,
+        cpus: float,
+    ) -> None:
+        self._ray = ray
+        self._plan = plan
+        self._started = time.monotonic()
+        self._parts = parts
+        # Numbers over the model: none waits for another, which perhaps has no node to run on.
+        running = replace(running, finish=False, wait=0, progress=None)
+        self._asked = _Asked(
+            plan.recipe_text,
+            plan.recipe_folder,
+            os.getcwd(),
+            str(path),
+            plan_digest(plan),
+            replace(planning, seed=plan.seed, shard_size=plan.shard_size),
+            running,
+        )
+        memory = DEFAULT_MEMORY if running.memory is None else parse_size(running.memory)
+        self._resources: dict[str, Any] = {
+            "num_cpus": min(running.threads or cpus, cpus),
+            "num_gpus": 1 if running.device.startswith("cuda") else 0,
+            "memory": memory,
+            "max_retries": _MOST_TRIES,
+        }
+        here = ray.get_runtime_context().get_node_id()
+        self._board = ray.remote(_Board).options(**self._on(here), num_cpus=0).remote()
+        self._failed: dict[int, list[_Told]] = {part: [] for part in range(1, parts + 1)}
+        self._tasks: dict[Any, int] = {}
+
+    def _on(self, node: str) -> dict[str, Any]:
+        from ray.util.scheduling_strategies import (  # noqa: PLC0415 - as above
+            NodeAffinitySchedulingStrategy,
+        )
+
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+    def make_all(self, progress: Callable[[Snapshot], None] | None) -> None:
+        """Make all parts; raise what stands against one of them."""
+        try:
+            waiting = self._make(range(1, self._parts + 1), progress)
+            # Those that wait have swept. Since all have, none waits any more.
+            _check_swept(self._make(waiting, progress), self._asked.directory)
+        except BaseException as error:
+            self._cancel()
+            error.add_note("the parts that are made are kept: the same command goes on from there")
+            raise
+
+    def _make(self, parts: Sequence[int], progress: Callable[[Snapshot], None] | None) -> list[int]:
+        """Run a task for each part; return those that were told to wait for the others' sweeps."""
+        for part in parts:
+            self._begin(part)
+        waiting = []
+        while self._tasks:
+            ready, _ = self._ray.wait(list(self._tasks), timeout=_SECONDS_BETWEEN_LOOKS)
+            if progress is not None:
+                self._show(progress)
+            for task in ready:
+                part = self._tasks.pop(task)
+                told = self._told(task)
+                if told.waits:
+                    waiting.append(part)
+                elif told.error is not None:
+                    self._failed[part].append(told)
+                    self._begin_elsewhere(part)
+        return waiting
+
+    def _told(self, task: Any) -> _Told:  # noqa: ANN401
+        try:
+            told: _Told = self._ray.get(task)
+        except self._ray.exceptions.RayError as error:  # its node or its process was lost too often
+            return _Told("", OxmergeError("Ray lost a part", found=str(error)))
+        return told
+
+    def _begin(self, part: int, **where: Any) -> None:  # noqa: ANN401
+        where = where or {"scheduling_strategy": "SPREAD"}
+        running = replace(self._asked.running, part=(part, self._parts))
+        work = self._ray.remote(_work).options(**self._resources, **where)
+        self._tasks[work.remote(replace(self._asked, running=running), self._board)] = part
+
+    def _begin_elsewhere(self, part: int) -> None:
+        """Begin a part again that failed, on a node where it did not; raise if there is none."""
+        failed = self._failed[part]
+        tried = {told.node for told in failed}
+        nodes = [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]
+        others = [node for node in nodes if node not in tried]
+        if len(failed) >= _MOST_TRIES or not others:
+            error = failed[-1].error or OutputError("a part failed")
+            error.add_note(f"part {part} failed on {len(tried)} of {len(nodes)} nodes")
+            raise error
+        # A process that is about to end may still have the part's lock.
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+        self._begin(part, **self._on(others[part % len(others)]))
+
+    def _show(self, progress: Callable[[Snapshot], None]) -> None:
+        """Show what all parts have done together, and the rate of each node."""
+        told = self._ray.get(self._board.get.remote()).values()
+        moved: Counter[str] = Counter()
+        for host, each in told:
+            moved[host] += each.bytes_read + each.bytes_done
+        seconds = time.monotonic() - self._started
+        rates = [f"{host} {format_rate(size, seconds)}" for host, size in sorted(moved.items())]
+        total = self._plan.bytes_written
+        progress(
+            Snapshot(
+                bytes_done=min(sum(each.bytes_done for _, each in told), total),
+                bytes_total=total,
+                bytes_read=sum(each.bytes_read for _, each in told),
+                tensors=sum(each.tensors for _, each in told),
+                tensor=", ".join(rates),
+                peak_memory=max((each.peak_memory for _, each in told), default=0),
+            )
+        )
+
+    def _cancel(self) -> None:
+        """Stop all tasks, and give them time to write down what is finished."""
+        for task in self._tasks:
+            self._ray.cancel(task, force=False)
+        self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=_SECONDS_TO_END)

@@ -1,0 +1,147 @@
+"""Merges on a Ray cluster of several nodes, which are processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import oxmerge
+import pytest
+from oxmerge.errors import OxmergeError, UnsupportedError
+from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ray = pytest.importorskip("ray", reason="not installed: ray (see the dependency group `test`)")
+
+# Ray's own warnings are not ours to mend.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of three nodes. One of them has nothing in its cache of the Hub."""
+    from ray.cluster_utils import Cluster
+
+    folder = tmp_path_factory.mktemp("caches")
+    full, empty = folder / "full", folder / "empty"
+    write_hub_model(full)
+    python = str(Path(oxmerge.__file__).parent.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(full))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([python, os.environ.get("PYTHONPATH", "")]))
+        made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        made.add_node(**NODE)
+        made.add_node(**NODE, env_vars={"HF_HUB_CACHE": str(empty)})
+        ray.init(address=made.address, log_to_driver=False)
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+def write_hub_model(cache: Path) -> None:
+    """Put a model into a cache of the Hub, as the Hub's library does."""
+    model = cache / "models--people--tune"
+    write_model(model / "snapshots" / COMMIT, tuned(random_arrays(shapes(), 0), 1), "BF16")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMIT)
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    return {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
+
+
+@pytest.mark.parametrize("method", ["linear", "metagpt"])
+def test_bytes_are_those_of_one_run(tmp_path: Path, cluster: Any, method: str) -> None:
+    """Also where a node lacks a model: its parts are made by the others."""
+    write_model(tmp_path / "base", random_arrays(shapes(), 0), "BF16")
+    write_model(tmp_path / "b", tuned(random_arrays(shapes(), 0), 2), "BF16")
+    about: dict[str, Any] = {"base": "base"} if method == "metagpt" else {"each": {"weight": 0.5}}
+    recipe = write_recipe(tmp_path / "r.yml", method, ["people/tune", "b"], **about)
+    oxmerge.merge(recipe, tmp_path / "one", shard_size=40_000)
+    shown: list[oxmerge.merging.Snapshot] = []
+    report = oxmerge.merge(
+        recipe, tmp_path / "ray", shard_size=40_000, ray=True, parts=5, progress=shown.append
+    )
+    assert directory_bytes(tmp_path / "ray") == directory_bytes(tmp_path / "one")
+    assert "made in 5 parts on 1 machine" in report.notes
+    assert shown[-1].bytes_total == report.bytes_written
+
+
+def test_a_model_that_no_node_has_is_told(tmp_path: Path, cluster: Any) -> None:
+    write_model(tmp_path / "a", random_arrays(shapes(), 0), "BF16")
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", ["a"])
+    plan = oxmerge.plan(recipe)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(OxmergeError) as caught:
+        oxmerge.merge(plan, tmp_path / "out", ray=True)
+    assert any("failed on 3 of 3 nodes" in note for note in caught.value.__notes__)
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cluster: Any) -> None:
+    recipe, output = write_large(tmp_path), tmp_path / "out"
+    command = [sys.executable, "-m", "oxmerge", "merge", str(recipe), str(output)]
+    command += ["--shard-size=30MB", "--threads=1", "--parts=4", f"--ray={cluster.address}"]
+    process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(output.rglob("*.done")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in text
+    assert not (output / "config.json").exists()
+    # What is made is not made again: the files stay the same ones.
+    inodes = {path.stat().st_ino for path in output.rglob(".model*")}
+    options: dict[str, Any] = {"shard_size": "30MB", "threads": 1}
+    oxmerge.merge(recipe, output, ray=True, parts=4, **options)
+    assert inodes & {path.stat().st_ino for path in output.glob("model*")}
+    shutil.rmtree(tmp_path)
+
+
+def write_large(folder: Path) -> Path:
+    """Write models that are merged in seconds, and a recipe for them."""
+    for name in ("base", "a", "b"):
+        sparse = {f"layers.{i}": (1 << 9, 1 << 12) for i in range(40)}
+        write_sparse(folder / name / "model.safetensors", sparse)
+        (folder / name / "config.json").write_text('{"model_type": "test"}')
+    each = {"weight": 0.5, "density": 0.5}
+    return write_recipe(folder / "r.yml", "ties", ["a", "b"], base="base", each=each)
+
+
+def test_a_node_is_killed_in_the_middle(tmp_path: Path, cluster: Any) -> None:
+    """Last, since the cluster has a node less afterwards."""
+    recipe = write_large(tmp_path)
+    killed: list[Any] = []
+
+    def kill(snapshot: oxmerge.merging.Snapshot) -> None:
+        if snapshot.bytes_done > 0 and not killed:
+            killed.append(cluster.worker_nodes.copy().pop())
+            cluster.remove_node(killed[0], allow_graceful=False)
+
+    options: dict[str, Any] = {"shard_size": "30MB", "threads": 1}
+    oxmerge.merge(recipe, tmp_path / "ray", ray=True, parts=6, progress=kill, **options)
+    assert killed
+    oxmerge.merge(recipe, tmp_path / "one", **options)
+    assert directory_bytes(tmp_path / "ray") == directory_bytes(tmp_path / "one")
+    shutil.rmtree(tmp_path)
+
+
+def test_what_ray_does_not_do(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="object store"):
+        oxmerge.merge("r.yml", "s3://bucket/merged", ray=True)
+    with pytest.raises(ValueError, match="pass ray"):
+        oxmerge.merge("r.yml", tmp_path, parts=2)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +29,6 @@ from writers import directory_bytes, random_arrays, tuned, write_model, write_re
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 #: Small tensors that lie together, some of several blocks, and integers; eleven files of weights.
 SHAPES: dict[str, tuple[int, ...]] = {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
@@ -346,6 +348,94 @@ def test_the_command_line(tmp_path: Path, models: Path, capsys: pytest.CaptureFi
     assert cli.main([*command, "--part=3/2"]) == 2
     assert cli.main([*command, "--finish"]) == 2
     assert cli.main([*command, "--part=1/2", "--no-digests"]) == 2
+
+
+PAGE = (Path(__file__).parent.parent / "python" / "CLUSTERS.md").read_text(encoding="utf-8")
+
+
+def block(beginning: str) -> str:
+    """Return the block of the guide that begins so."""
+    return PAGE[PAGE.index(f"```sh\n{beginning}") :].split("```")[1].removeprefix("sh\n")
+
+
+@pytest.fixture
+def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe of the guide's name, where `oxmerge` is this one."""
+    for seed, name in enumerate("ab"):
+        shapes = {f"layers.{i}.weight": (400, 512) for i in range(10)}
+        write_model(tmp_path / name, random_arrays(shapes, seed), "BF16")
+    write_recipe(tmp_path / "recipe.yml", "linear", ["a", "b"], each={"weight": 0.5})
+    program = tmp_path / "bin" / "oxmerge"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m oxmerge "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_block_for_slurm(guide: Path) -> None:
+    """A stand-in runs the script as an array of tasks does."""
+    script = guide / "job.sh"
+    script.write_text(block("#!/bin/bash"))
+    about = dict(re.findall(r"^#SBATCH (--\S+)=(\S+)$", script.read_text(), re.MULTILINE))
+    first, last = map(int, about["--array"].split("-"))
+    tasks = [
+        subprocess.Popen(
+            ["bash", script],
+            cwd=guide,
+            env=os.environ
+            | {
+                "SLURM_ARRAY_TASK_ID": str(task),
+                "SLURM_ARRAY_TASK_COUNT": str(last - first + 1),
+                "SLURM_CPUS_PER_TASK": about["--cpus-per-task"],
+            },
+        )
+        for task in range(first, last + 1)
+    ]
+    assert [task.wait(timeout=60) for task in tasks] == [0, 0, 0, 0]
+    check(guide, "merged-by-slurm")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("parallel") is None, reason="not installed: GNU parallel")
+def test_the_block_for_gnu_parallel(guide: Path) -> None:
+    subprocess.run(["bash", "-c", block("seq")], cwd=guide, check=True, timeout=60)
+    check(guide, "merged")
+
+
+def check(folder: Path, output: str) -> None:
+    oxmerge.merge(folder / "recipe.yml", folder / "whole", shard_size="1MB")
+    assert directory_bytes(folder / output) == directory_bytes(folder / "whole")
+
+
+def test_what_others_wrote_is_not_believed(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "nan.yml", tmp_path / "out"
+    make_all(recipe, output, 2)
+    shared = output / PARTS_NAME
+    before = {path: path.read_bytes() for path in shared.iterdir() if path.is_file()}
+    numbers = shared / "1of2.numbers"
+    lines = before[numbers].splitlines(keepends=True)
+    # Cut off, of another plan, with a tensor that there is not.
+    for damage in (b"".join(lines[:-1]), b"".join(lines[1:]), b"x" * 200 + b"\n"):
+        numbers.write_bytes(damage)
+        (shared / "2of2.done").unlink(missing_ok=True)
+        for path in (shared / "2of2").iterdir():
+            path.unlink()
+        with pytest.raises(OutputError):
+            make(recipe, output, 2, 2, wait=0)
+    for name in ("1of2.done", "1of2.key"):
+        for text in (b"", b"[]", b"{}", b'{"key": 3, "shards": {"x": 1}}', b"\xff", b"[" * 10**6):
+            (shared / name).write_bytes(text)
+            with pytest.raises(OutputError):
+                oxmerge.finish(output)
+    (shared / "1of2.done").write_bytes(before[shared / "1of2.done"].replace(b"model-", b"../..-"))
+    with pytest.raises(OutputError):
+        oxmerge.finish(output)
+    for path, data in before.items():
+        path.write_bytes(data)
+    make(recipe, output, 2, 2)
+    oxmerge.finish(output)
 
 
 #: The command line, which writes down at once what is finished.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import time
 
@@ -18,7 +19,7 @@ from oxmerge.errors import InputChangedError, OutputError, PlanError, ProblemsEr
 from oxmerge.file_state import FileState
 from oxmerge.merging import MergeReport, execute, finish_all, open_device, report_of
 from oxmerge.options import PlanOptions, RunOptions
-from oxmerge.output.claims import BusyError, named
+from oxmerge.output.claims import BusyError, locked_file, named
 from oxmerge.output.contents import contents_of
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.part_files import (
@@ -33,9 +34,11 @@ from oxmerge.output.part_files import (
 )
 from oxmerge.output.publish import (
     PARTS_NAME,
+    NoPartsError,
     OutputDirectory,
     close,
     discard,
+    no_parts,
     prepare_output,
     share_output,
     stage,
@@ -99,7 +102,7 @@ def merge_part(
         output.claim.release()
     note = f"part {number} of {parts} is made" + (" already" if is_made else "")
     if not left and running.finish:
-        with contextlib.suppress(BusyError):
+        with contextlib.suppress(BusyError, NoPartsError):
             return complete(plan, parts, output.path, planning, running, started)
         note += "; another run completes the output"
     elif left:
@@ -179,6 +182,11 @@ def finish(
     started = time.perf_counter()
     path = named(directory)
     parts = parts_in(path)
+    if parts:  # told before another run that makes one
+        with _shared_folder(path, 1, parts) as files:
+            _made_by_all(files)
+    else:
+        raise no_parts(path)
     plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
     planning = PlanOptions(strict=strict)
     running = RunOptions(
@@ -273,37 +281,51 @@ def complete(
     running: RunOptions,
     started: float,
 ) -> MergeReport:
-    """Complete an output; BusyError if another run works there."""
+    """Complete an output; BusyError or NoPartsError if another run does, or has."""
     contents = contents_of(plan)
     weights = sum(size for _, size in plan.shards)
-    with _shared_folder(path, 1, parts) as files:
-        _made_by_all(files)
-    output = prepare_output(
-        path,
-        overwrite=running.overwrite,
-        input_files=plan.input_files,
-        needed_bytes=plan.disk - weights,
-        names=contents.names,
-        purpose=plan_digest(plan),
-        resume=True,
-        parts=True,
-    )
-    try:
-        with _shared_folder(path, 1, parts) as files:
+    with _only_one(path, parts) as files:
+        output = prepare_output(
+            path,
+            overwrite=running.overwrite,
+            input_files=plan.input_files,
+            needed_bytes=plan.disk - weights,
+            names=contents.names,
+            purpose=plan_digest(plan),
+            resume=True,
+            parts=True,
+        )
+        try:
             made = _made_by_all(files)
             states = _find_all(plan, files, made, output)
             stage(output, contents)
             folders = [files.of(at).path for at in made]
             digests = _core.Digests.of_parts(plan.table, folders, made[1].key)
-        done = _together([each.done for each in made.values()])
-        done |= {"files": [[state._asdict() for state in states]], "digests": [digests]}
-        (report,) = finish_all([(plan, output)], done, planning, running, started)
-    except BaseException as error:
-        if discard(output, keep=True):
-            error.add_note("the parts are kept: `oxmerge finish` goes on from there")
-        raise
+            done = _together([each.done for each in made.values()])
+            done |= {"files": [[state._asdict() for state in states]], "digests": [digests]}
+            (report,) = finish_all([(plan, output)], done, planning, running, started)
+        except BaseException as error:
+            if discard(output, keep=True):
+                error.add_note("the parts are kept: `oxmerge finish` goes on from there")
+            raise
+    # NFS keeps a file that is open, as that of the lock was, and its folder.
+    shutil.rmtree(path / PARTS_NAME, ignore_errors=True)
     close(output)
     return report
+
+
+@contextlib.contextmanager
+def _only_one(path: Path, parts: int) -> Iterator[PartFiles]:
+    """Yield the files of the first part, to the only run that completes the output."""
+    with contextlib.ExitStack() as stack:
+        try:
+            files = stack.enter_context(_shared_folder(path, 1, parts))
+            stack.enter_context(locked_file("finish.lock", files.folder))
+        except FileNotFoundError:
+            raise no_parts(path) from None
+        except BlockingIOError:
+            raise BusyError("another run completes the output", file=str(path)) from None
+        yield files
 
 
 #: What to do where something of a part does not hold.

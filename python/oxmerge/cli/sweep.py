@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
+
 from oxmerge.cli.arguments import Parser, UsageError, add_run_options, run_options
 from oxmerge.cli.merge import summary
 from oxmerge.cli.progress import show_progress
@@ -33,6 +35,7 @@ def add_arguments(parser: Parser) -> None:
         "or =0.1,0.5; in brackets is the end of a model's path, or its position in the list, from "
         "0; given several times, every combination",
     )
+    parser.add_argument("--part", help=SUPPRESS)
     parser.add_argument(
         "--together", action="store_true", help="vary all in step, not in every combination"
     )
@@ -40,6 +43,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Merge and tell how it went."""
+    if options.part is not None:
+        raise UsageError(
+            "a sweep cannot be made in parts yet", "merge each of its outputs in parts instead"
+        )
     axes = _axes(options.axes)
     settings = run_options(options)
     with show_progress(printer) as progress:

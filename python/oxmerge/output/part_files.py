@@ -9,7 +9,7 @@ part has in it
 - ``3of16.numbers``, what it found in a sweep over its tensors (`rust/engine/part.rs`);
 - ``3of16.done``, once all of it is made.
 
-Besides there is ``plan``, which `oxmerge.finish` reads.
+Besides there are ``plan``, which `oxmerge.finish` reads, and ``finish.lock``, which that holds.
 """
 
 from __future__ import annotations
@@ -335,23 +335,13 @@ class PartFiles:
 
 
 def parts_in(directory: Path) -> int:
-    """Return how many parts the merge has of which some were made in an output.
-
-    Raises
-    ------
-    OutputError
-        If there are none.
-    """
+    """Return how many parts the merge has of which some were made in an output; 0 if none was."""
     names = os.listdir(directory / PARTS_NAME) if (directory / PARTS_NAME).is_dir() else []
     for name in names:
         match = _KEY.fullmatch(name)
         if match:
             return int(match[2])
-    raise OutputError(
-        "there are no parts of a merge",
-        file=str(directory),
-        advice="make them with `oxmerge merge RECIPE OUT --part 1/N` and so on",
-    )
+    return 0
 
 
 def missing_parts(first: PartFiles) -> list[int]:

@@ -54,6 +54,10 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
+class NoPartsError(OutputError):
+    """There are no parts of a merge: nobody has made some, or another run has completed them."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Partial:
     """A file that is complete, under a temporary name."""
@@ -223,7 +227,9 @@ def prepare_output(  # noqa: PLR0913 - of this package only
             output.journal = _read_journal(output)
             names = tuple(names)
             output.weights = tuple(n for n in names if is_loadable_weight(n) and not is_index(n))
-            if not fresh and not parts:
+            if parts:
+                _require_parts(output)
+            elif not fresh:
                 _refuse_parts(output)
             output.is_resumed = parts or (not fresh and _is_resumed(output))
             inputs = {(file["device"], file["inode"]) for file in input_files}
@@ -574,6 +580,21 @@ def _has_finished(output: OutputDirectory) -> bool:
 
 def _has_parts(output: OutputDirectory) -> bool:
     return any(entry.name == PARTS_NAME for entry in _entries(output))
+
+
+def _require_parts(output: OutputDirectory) -> None:
+    """Raise NoPartsError unless parts of a merge are here."""
+    if not _has_parts(output):
+        raise no_parts(output.path)
+
+
+def no_parts(directory: Path) -> NoPartsError:
+    """Return the error for an output in which no part was made."""
+    return NoPartsError(
+        "there are no parts of a merge",
+        file=str(directory),
+        advice="make them with `oxmerge merge RECIPE OUT --part 1/N` and so on",
+    )
 
 
 def _refuse_parts(output: OutputDirectory) -> None:

@@ -180,12 +180,12 @@ def test_a_directory_that_is_removed_before_it_is_locked_is_made_again(
     path, lock = tmp_path / "a" / "out", claims._lock
     removals = iter([path.parent, path, None])
 
-    def lock_late(held: Claim) -> bool:
+    def lock_late(held: Claim, *, shared: bool) -> bool:
         if (folder := next(removals)) is not None:
             shutil.rmtree(folder)
             if folder == path:
                 folder.mkdir()
-        return lock(held)
+        return lock(held, shared=shared)
 
     monkeypatch.setattr(claims, "_lock", lock_late)
     held = claim(path)

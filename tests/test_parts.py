@@ -105,8 +105,10 @@ def test_parts_are_of_nearly_equal_bytes(sizes: list[int], data: st.DataObject) 
     assert most <= sum(sizes) / parts + max(sizes)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 7])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [*((method, 3) for method in METHODS), *(("nan", parts) for parts in (1, 2, 7)), ("ties", 7)],
+)
 def test_bytes_are_those_of_one_run(
     tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]], method: str, parts: int
 ) -> None:

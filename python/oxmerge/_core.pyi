@@ -25,6 +25,7 @@ __all__ = [
     "find_token",
     "index_json",
     "is_remote",
+    "measure",
     "merge_arrays",
     "methods",
     "modifiers",
@@ -240,6 +241,15 @@ def execute(
     descriptors: Sequence[int] | None = None,
     planned: int = 0,
 ) -> dict[str, Any]: ...
+def measure(
+    measure: str,
+    columns: Sequence[tuple[str, Checkpoint]],
+    rows: Sequence[Sequence[int | None]],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> bytes: ...
 def merge_arrays(
     method: str | _Written,
     inputs: Sequence[_Array],

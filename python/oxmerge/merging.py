@@ -233,7 +233,7 @@ def predict(
     budget, vram = _bytes(memory), _bytes(vram)
     fastest = choose([plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
-    predicted = _core.predict([plan.table], _room(budget), threads, backend)
+    predicted = _core.predict([plan.table], room(budget), threads, backend)
     rereads = predicted["rereads"]
     return Prediction(
         memory=predicted["predicted"],
@@ -381,7 +381,7 @@ def merge_together(
         with backend or nullcontext(), watched(running.progress) as callback:
             done = _core.execute(
                 [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
-                memory=_room(budget),
+                memory=room(budget),
                 threads=running.threads,
                 read_path=running.read_path,
                 progress=_reporter(plans, callback),
@@ -561,7 +561,7 @@ def _bytes(size: int | str | None) -> int | None:
     return None if size is None else parse_size(size)
 
 
-def _room(budget: int | None) -> int:
+def room(budget: int | None) -> int:
     """Return the budget, or the usual one: that of a small process, or more than is resident."""
     return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM) if budget is None else budget
 

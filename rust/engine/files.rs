@@ -17,6 +17,7 @@ use crate::formula::machine::TensorFrame;
 use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
 };
+use crate::methods::measures::Measure;
 use crate::plan::{self, InputFile, OutputShard, Plan, Settings, Tensor};
 
 /// A tensor in an input file.
@@ -152,6 +153,8 @@ pub fn partial_name(file_name: &str) -> String {
 #[derive(Debug)]
 pub struct Merges<'a> {
     plans: Vec<&'a Plan>,
+    /// What is to be found out about each tensor of the only plan, instead of merging it.
+    measure: Option<Measure>,
     readers: Vec<Option<Arc<InputReader>>>,
     /// The models' names, for messages.
     labels: Vec<Arc<str>>,
@@ -178,6 +181,23 @@ impl<'a> Merges<'a> {
     /// Opens the inputs of `plans`, which must be merges of the same tensors. Also tells what the
     /// tensors need in memory, and how many need that.
     pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<(Self, Vec<(Need, usize)>)> {
+        Self::open_to(None, plans, read)
+    }
+
+    /// The same of numbers about the sources of each tensor of `plan`, which is merged nowhere.
+    pub fn measuring(
+        measure: Measure,
+        plan: &'a Plan,
+        read: ReadPath,
+    ) -> Result<(Self, Vec<(Need, usize)>)> {
+        Self::open_to(Some(measure), vec![plan], read)
+    }
+
+    fn open_to(
+        measure: Option<Measure>,
+        plans: Vec<&'a Plan>,
+        read: ReadPath,
+    ) -> Result<(Self, Vec<(Need, usize)>)> {
         let Some((first, others)) = plans.split_first() else {
             return Err(Error::internal("there is no merge to run"));
         };
@@ -203,6 +223,7 @@ impl<'a> Merges<'a> {
             reads_once: Vec::new(),
             needs_sweep: false,
             plans,
+            measure,
             prepared: Mutex::default(),
             shards: Vec::new(),
             spare: Mutex::default(),
@@ -250,7 +271,14 @@ impl<'a> Merges<'a> {
         if let Some(prepared) = cache.get(&kind) {
             return Ok(prepared.clone());
         }
-        let mut all = self.plans.iter().map(|plan| work(plan, plan.tensor(at)));
+        let work = |plan: &&Plan| match self.measure {
+            None => work(plan, plan.tensor(at)),
+            Some(measure) => {
+                let types: Vec<_> = plan.tensor(at).sources().map(|source| source.dtype).collect();
+                Ok(Work::numbers(measure.of(&types)))
+            }
+        };
+        let mut all = self.plans.iter().map(work);
         let one = all.next().unwrap_or(Ok(Work::Identical))?;
         let work = all.try_fold(one, |all, work| all.and(work?))?;
         let prepared = Prepared::new(work.shared(), &frame(self.plans[0], at));
@@ -521,6 +549,9 @@ impl Sink for BufferSink {
 
 /// Sinks of the types that tensor `at` has in each plan, which take nothing: for what is only planned.
 fn nowhere(merges: &Merges<'_>, at: usize) -> Vec<Arc<dyn Sink>> {
+    if merges.measure.is_some() {
+        return Vec::new();
+    }
     let sink = |plan: &&Plan| -> Arc<dyn Sink> { Arc::new(FileLike(plan.tensor(at).dtype())) };
     merges.plans.iter().map(sink).collect()
 }

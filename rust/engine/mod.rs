@@ -13,6 +13,8 @@ pub(crate) mod backend;
 pub mod control;
 pub mod files;
 pub mod listing;
+#[cfg(feature = "python")]
+pub(crate) mod measuring;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;
@@ -396,6 +398,7 @@ impl Schedule<'_> {
             let outcome = guarded("", || self.do_neighbours(worker, tasks));
             let mut state = self.lock();
             state.between_passes -= 1;
+            let outcome = outcome.map(|numbers| state.numbers.extend(numbers));
             self.note(&mut state, outcome);
             return state;
         }
@@ -441,15 +444,19 @@ impl Schedule<'_> {
         Ok(active.map_or_else(|| Err(Vec::new()), Ok))
     }
 
-    /// Does small tasks that lie together, one after the other.
-    fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
+    /// Does small tasks that lie together, one after the other; what those found that look for numbers.
+    fn do_neighbours(
+        &self,
+        worker: &mut Worker<'_>,
+        tasks: Range<usize>,
+    ) -> Result<Vec<(usize, Vec<f64>)>> {
         let gathered = self.tasks.gather(tasks.clone())?;
         // Half is for their inputs and outputs, half for what one keeps between its passes: with all
         // of its keys at hand a selection is over in one pass, and needs no histogram. A device
         // always counts, so there it keeps none.
         let fuses = self.backend.offload().is_none();
         let left = if fuses { self.memory.group_bytes / 2 } else { 0 };
-        let mut kinds = HashMap::new();
+        let (mut kinds, mut numbers) = (HashMap::new(), Vec::new());
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
@@ -474,10 +481,13 @@ impl Schedule<'_> {
                     goes_on = active.advance().map_err(|error| error.tensor(&task.frame.name))?;
                 }
             }
+            if !active.numbers.is_empty() {
+                numbers.push((index, active.numbers));
+            }
         }
         gathered.finish()?;
         self.control.finish_tensors(tasks.len() as u64);
-        Ok(())
+        Ok(numbers)
     }
 
     /// Puts a result where it belongs; the task if that was the last of its pass.

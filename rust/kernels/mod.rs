@@ -28,6 +28,7 @@
 
 pub mod consensus;
 pub mod convert;
+pub mod differing;
 pub mod elementwise;
 pub mod gram;
 pub mod level;
@@ -48,6 +49,7 @@ pub mod weighted;
 pub use consensus::elect;
 pub(crate) use consensus::{CANCELLED, cancels};
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
+pub use differing::differing;
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;
 pub use level::Level;

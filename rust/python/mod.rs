@@ -14,6 +14,7 @@ mod exported;
 mod floats;
 mod formula;
 mod lend;
+mod measuring;
 mod merge;
 mod plan;
 mod torch;
@@ -37,6 +38,8 @@ mod _core {
     use super::checkpoint::{
         Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,
     };
+    #[pymodule_export]
+    use super::measuring::measure;
     #[pymodule_export]
     use super::merge::{
         check_unchanged, execute, is_remote, methods, modifiers, partial_name, peak_memory,

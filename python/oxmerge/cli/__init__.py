@@ -32,11 +32,14 @@ VERBS = {
     "sweep": "merge several times with other parameters, in one pass",
     "plan": "show what a merge would do, without doing it",
     "inspect": "show what is in a checkpoint",
+    "diff": "show how two checkpoints differ",
     "methods": "list the merge methods, or explain one",
     "bench": "measure this machine: memory, storage, kernels, merges",
     "demo": "make two small checkpoints and merge them",
 }
 """The verbs, and what each does."""
+_ANSWERING = frozenset(("diff",))
+"""Verbs whose exit code answers a question: 0 yes, 1 no, 2 that there is no answer."""
 
 
 def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> int:
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> 
     except Exception as error:
         if not report(error, printer):
             raise
-        return exit_code(error)
+        return 2 if arguments[:1] and arguments[0] in _ANSWERING else exit_code(error)
     return code
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import IO, Any
 
     from oxmerge._core import Checkpoint
+    from oxmerge.checking.differences import Difference
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.planning.plans import Plan
 
@@ -61,6 +62,10 @@ class Engine:
 
         found = find_written(name, allowed)
         return found if found is None or isinstance(found, Problem) else found.row()
+
+    def diff(self, a: str, b: str, **options: Any) -> Difference:  # noqa: ANN401
+        """Compare two models, calling `options["progress"]` now and then."""
+        return oxmerge.diff(a, b, **options)
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""

@@ -1,0 +1,172 @@
+"""Opening models, and having the engine find numbers about their tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from oxmerge import _core
+from oxmerge.cli.progress import watched
+from oxmerge.errors import PlanError
+from oxmerge.merging import Snapshot, room
+from oxmerge.models.inputs import Inputs
+from oxmerge.models.names import find_layout
+from oxmerge.options import RunOptions
+from oxmerge.problems import Findings, group_problems
+from oxmerge.schema import DTYPE_SIZES
+from oxmerge.sizes import parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from oxmerge._core import TensorInfo
+    from oxmerge.models.inputs import InputModel
+    from oxmerge.models.names import Layout
+
+    Progress = Callable[[Snapshot], None] | bool | None
+    #: Of each model the number of a tensor, or none.
+    Row = tuple[int | None, ...]
+
+__all__ = ["LOOSE", "Running", "layout_of", "measure", "open_models", "place_of"]
+
+#: What tensors outside of layers are in.
+LOOSE = "outside of layers"
+#: Fewer numbers than that are no stack of layers.
+_LEAST_STACK = 2
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_KIND = re.compile(r"\.(weight|bias)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a pass over models runs; the parameters of `oxmerge.diff` of these names."""
+
+    memory: int | str | None = None
+    threads: int | None = None
+    progress: Progress = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raise `TypeError` or `ValueError` for what is out of range."""
+        RunOptions(threads=self.threads, progress=self.progress)
+
+    @property
+    def room(self) -> int:
+        """Bytes that the whole process may have resident."""
+        return room(None if self.memory is None else parse_size(self.memory))
+
+
+def open_models(references: Sequence[str], findings: Findings, failure: str) -> list[InputModel]:
+    """Open models; the tensors of all have the names that they have in the first.
+
+    Parameters
+    ----------
+    references : sequence of str
+        What a recipe may name as a model.
+    findings : Findings
+        Takes what is odd about them.
+    failure : str
+        What cannot be done, for the error.
+
+    Raises
+    ------
+    PlanError
+        If some cannot be opened, with the reason of each.
+    """
+    inputs = Inputs((os.getcwd(),), {}, findings, references[0])
+    models = [inputs.open(reference) for reference in references]
+    opened = [model for model in models if model is not None]
+    if len(opened) < len(models) or findings.problems:
+        raise PlanError.of(failure, group_problems(findings.problems))
+    return opened
+
+
+def layout_of(model: InputModel) -> Layout:
+    """Return the stacks of a model; without a config, whatever is numbered."""
+    if model.config:
+        return model.layout
+    leads = [lead for lead, _, _ in model.runs]
+    numbered = find_layout(leads, frozenset()).numbered.values()
+    return find_layout(leads, frozenset(n for n in numbered if n >= _LEAST_STACK))
+
+
+def place_of(name: str, layout: Layout) -> tuple[str, str]:
+    """Return the layer that a tensor is in, and its module there.
+
+    Numbers within a layer, as of experts, are ``*``, so that one module is in all layers.
+    """
+    place = layout.place(name)
+    if place is None or place.is_extra:
+        return LOOSE, _KIND.sub("", name)
+    return f"{place.stack.prefix}.{place.layer}", _NUMBER.sub("*", _KIND.sub("", place.rest))
+
+
+def measure(
+    what: str, models: Sequence[InputModel], rows: Sequence[Row], running: Running
+) -> NDArray[np.float64]:
+    """Return numbers about tensors, in one pass over them.
+
+    Parameters
+    ----------
+    what : str
+        The measure, one of those in ``rust/methods/measures.rs``.
+    models : sequence of InputModel
+        The models.
+    rows : sequence of tuple of int or None
+        For each thing to be measured, the number that the tensor has in each model.
+    running : Running
+        Memory, threads, progress.
+
+    Returns
+    -------
+    array of float64
+        Of shape (rows, numbers of the measure).
+
+    Raises
+    ------
+    MemoryBudgetError
+        If the budget cannot hold one block of every input.
+    InputChangedError
+        If a file changed meanwhile.
+    OSError
+        If a file cannot be read.
+    """
+    total = 0 if running.progress is False else _bytes_of(models, rows)
+    with watched(running.progress) as callback:
+
+        def report(read: int, _: int, tensors: int, current: str, peak: int) -> None:
+            assert callback is not None
+            callback(Snapshot(read, total, read, tensors, current, peak))
+
+        numbers = _core.measure(
+            what,
+            [(model.reference, model.checkpoint) for model in models],
+            rows,
+            memory=running.room,
+            threads=running.threads,
+            progress=None if callback is None else report,
+        )
+    return np.frombuffer(numbers, np.float64).reshape(len(rows), -1)
+
+
+def size_of(tensor: TensorInfo) -> int:
+    """Return the number of elements of a tensor."""
+    count = 1
+    for length in tensor.shape:
+        count *= length
+    return count
+
+
+def _bytes_of(models: Sequence[InputModel], rows: Sequence[Row]) -> int:
+    total = 0
+    for row in rows:
+        for model, at in zip(models, row, strict=True):
+            if at is not None:
+                tensor = model.checkpoint.tensor(at)
+                total += size_of(tensor) * DTYPE_SIZES[tensor.dtype]
+    return total

@@ -1,0 +1,48 @@
+//! Numbers about the tensors of files: a merge whose formulas are numbers, and which writes nothing.
+
+use std::collections::BTreeMap;
+
+use super::control::Control;
+use super::files::Merges;
+use super::memory::{self, MemoryPlan};
+use super::simd::Simd;
+use super::{Goal, Settings, run_all};
+use crate::error::Result;
+use crate::io::{self, ReadPath};
+use crate::methods::measures::Measure;
+use crate::plan::Plan;
+
+/// What a tensor's numbers take besides themselves, until all are found.
+const KEPT_WITH: u64 = 64;
+
+/// Finds the numbers of each tensor of `plan`: as many as `measure` has, one tensor after the other.
+/// NaN stands where there is none, and 0 for all of a tensor without elements. Also tells what memory
+/// was used.
+pub(crate) fn measure(
+    measure: Measure,
+    plan: &Plan,
+    read: ReadPath,
+    settings: &Settings,
+    control: &Control,
+) -> Result<(Vec<f64>, MemoryPlan)> {
+    let (tasks, needs) = Merges::measuring(measure, plan, read)?;
+    let width = measure.width();
+    // Each number is there twice at the end.
+    let results = plan.len() as u64 * (2 * 8 * width as u64 + KEPT_WITH);
+    let baseline = memory::resident() + results;
+    let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline, 0)?;
+    let backend = Simd(settings.level);
+    let found = run_all(&backend, &tasks, settings, &memory, control, Goal::Merge(None))?;
+    io::check_unchanged(&plan.files)?;
+    Ok((in_rows(found, plan.len(), width), memory))
+}
+
+fn in_rows(found: BTreeMap<usize, Vec<f64>>, rows: usize, width: usize) -> Vec<f64> {
+    let mut all = vec![0.0; rows * width];
+    for (row, numbers) in found {
+        let row = &mut all[row * width..][..width];
+        row.fill(f64::NAN);
+        row[..numbers.len()].copy_from_slice(&numbers);
+    }
+    all
+}

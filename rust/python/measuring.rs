@@ -1,0 +1,102 @@
+//! Numbers about the tensors of checkpoints.
+
+use std::sync::Arc;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::checkpoint::Checkpoint;
+use super::enter::enter;
+use super::error::raise;
+use super::merge::worker_count;
+use crate::checkpoint;
+use crate::dtype::DType;
+use crate::engine::{Settings, measuring};
+use crate::io::ReadPath;
+use crate::kernels::Level;
+use crate::methods::measures::Measure;
+use crate::plan::{self, Builder, Input, Plan};
+
+/// Measures rows of tensors: of each checkpoint in `columns` the tensor of that number, or none. What
+/// a measure is of stands in `rust/methods/measures.rs`. The numbers of each row one after the other,
+/// as bytes of float64.
+#[pyfunction]
+#[pyo3(signature = (measure, columns, rows, *, memory, threads=None, progress=None))]
+pub(super) fn measure<'py>(
+    py: Python<'py>,
+    measure: &str,
+    columns: Vec<(String, PyRef<'py, Checkpoint>)>,
+    rows: Vec<Vec<Option<usize>>>,
+    memory: u64,
+    threads: Option<usize>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let measure = Measure::named(measure)
+        .ok_or_else(|| PyValueError::new_err(format!("there is no measure `{measure}`")))?;
+    let columns: Vec<(String, Arc<checkpoint::Checkpoint>)> =
+        columns.into_iter().map(|(label, column)| (label, column.shared())).collect();
+    let plan = plan_of(measure, columns, &rows)?;
+    drop(rows);
+    let level = Level::from_environment().map_err(|error| raise(py, &error))?;
+    let workers = worker_count(threads, 1);
+    let settings = Settings { level, workers, memory, largest_piece: None };
+    let (numbers, _) = enter(py, progress.as_ref(), |control| {
+        measuring::measure(measure, &plan, ReadPath::Auto, &settings, control)
+    })?;
+    Ok(PyBytes::new(py, bytemuck::cast_slice(&numbers)))
+}
+
+/// A plan whose tensors are made of the rows, in that order, and are called as in their first column.
+fn plan_of(
+    measure: Measure,
+    columns: Vec<(String, Arc<checkpoint::Checkpoint>)>,
+    rows: &[Vec<Option<usize>>],
+) -> PyResult<Plan> {
+    let (labels, models): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
+    let mut files = Vec::new();
+    let mut first_files = Vec::new();
+    for model in &models {
+        first_files.push(files.len());
+        files.extend_from_slice(&model.files);
+    }
+    let mut builder = Builder::new(Plan::new(String::new(), 0, files, labels));
+    let inputs = models.len();
+    let own = vec![Arc::default(); inputs];
+    let settings = builder.add_settings(plan::Settings { own, ..plan::Settings::default() });
+    let (mut places, mut end) = (Vec::new(), 0_u64);
+    for row in rows {
+        let of = |(column, at): (usize, &Option<usize>)| Some((column, (*at)?));
+        let found: Vec<_> = row.iter().enumerate().filter_map(of).collect();
+        let known = |&(column, at): &(usize, usize)| {
+            models.get(column).is_some_and(|model| at < model.len())
+        };
+        let tensors = found.iter().map(|&(column, at)| (column, models[column].tensor(at)));
+        let (true, Some((_, first))) = (found.iter().all(known), tensors.clone().next()) else {
+            return Err(PyValueError::new_err("a row names tensors that are not there"));
+        };
+        let types: Vec<DType> = tensors.clone().map(|(_, tensor)| tensor.dtype).collect();
+        let has_shape = tensors.clone().all(|(_, tensor)| tensor.shape == first.shape);
+        if !has_shape || !measure.is_of(&types) {
+            let message = format!("`{}` is not to be measured so", first.name);
+            return Err(PyValueError::new_err(message));
+        }
+        let input = |(model, tensor): (usize, checkpoint::Tensor<'_>)| {
+            let (dtype, start) = (tensor.dtype, tensor.start);
+            (model, tensor.file, dtype, start)
+        };
+        let inputs: Vec<_> = tensors.clone().map(input).collect();
+        let inputs = inputs.iter().map(|&(model, file, dtype, start)| Input {
+            model,
+            name: first.name,
+            dtype,
+            file: first_files[model] + file,
+            start,
+            rows: None,
+        });
+        builder.push(first.name, first.dtype, first.shape, settings, None, inputs);
+        places.push((0, end));
+        end = end.saturating_add(first.bytes());
+    }
+    builder.place(&places).map_err(|error| PyValueError::new_err(error.to_string()))
+}

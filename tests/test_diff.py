@@ -308,7 +308,7 @@ def test_a_large_model_needs_no_more_memory_than_is_allowed(tmp_path: Path) -> N
         "found = oxmerge.diff(*sys.argv[1:], memory='96MiB');"
         "print(found.is_equal, _core.peak_memory() >> 20)"
     )
-    command = [sys.executable, "-c", code, tmp_path / "a", tmp_path / "b"]
+    command = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")]
     equal, peak = subprocess.check_output(command, text=True).split()
     assert equal == "True"
     assert int(peak) <= 96

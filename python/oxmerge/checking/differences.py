@@ -98,6 +98,8 @@ class Numbers:
     @property
     def cosine(self) -> float | None:
         """The cosine between a and b; None where one of them is zero."""
+        if self.squares == 0:
+            return 1.0 if self.squares_of_a else None
         norms = math.sqrt(self.squares_of_a) * math.sqrt(self.squares_of_b)
         return max(-1.0, min(1.0, self.products / norms)) if norms else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+from oxmerge.checking.measuring import LOOSE
 from oxmerge.pages import CLOSING, opening
 from oxmerge.problems import printable
 
@@ -22,7 +23,7 @@ _STYLE = """
 body { max-width: 90rem; } .quiet { opacity: .75; } .verdict { font-weight: 600; }
 #map th, #map td { padding: .1rem .45rem; font-size: .8rem; } #map td { border: 1px solid #8882; }
 #tensors th { padding: 0; } #tensors tbody { font-size: .85rem; }
-#tensors td:nth-child(-n+5), #map th:first-child { text-align: left; }
+#tensors th:nth-child(-n+5), #tensors td:nth-child(-n+5), #map th:first-child { text-align: left; }
 th button { font: inherit; font-weight: 600; border: 0; background: none; color: inherit;
   cursor: pointer; padding: .2rem .7rem; }
 th[aria-sort="ascending"] button::after { content: " ▲"; }
@@ -65,8 +66,7 @@ def _data(found: Difference) -> Iterator[str]:
         "cells": cells,
         "layers": layers,
         "modules": modules,
-        "layer_count": len(layers),
-        "module_count": len(modules),
+        "loose": LOOSE,
     }
     yield json.dumps(head).removesuffix("}") + ', "tensors": ['
     layer_numbers, module_numbers = (

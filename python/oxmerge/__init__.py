@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from oxmerge.arrays.saving import save as save
     from oxmerge.arrays.state_dicts import merge_state_dicts as merge_state_dicts
     from oxmerge.checking.differences import diff as diff
+    from oxmerge.checking.soundness import check as check
     from oxmerge.merging import MergeReport as MergeReport
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
@@ -65,6 +66,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "build_info",
+    "check",
     "diff",
     "formula",
     "kernels",
@@ -107,6 +109,7 @@ _LAZY = {
     "Plan": ("oxmerge.planning.plans", "Plan"),
     "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
+    "check": ("oxmerge.checking.soundness", "check"),
     "diff": ("oxmerge.checking.differences", "diff"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),

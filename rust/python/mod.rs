@@ -33,7 +33,9 @@ mod _core {
         OnDemand, fill_array, fill_arrays, merge_arrays, numbers_of_arrays, ulp_distance,
     };
     #[pymodule_export]
-    use super::assembly::{Assembly, Fates, Run, TokenRows, find_token, tokens_of};
+    use super::assembly::{
+        Assembly, Fates, Run, TokenRows, find_token, largest_token, tokens_of,
+    };
     #[pymodule_export]
     use super::checkpoint::{
         Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from oxmerge._core import Checkpoint
     from oxmerge.checking.differences import Difference
+    from oxmerge.checking.soundness import Soundness
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.planning.plans import Plan
 
@@ -66,6 +67,10 @@ class Engine:
     def diff(self, a: str, b: str, **options: Any) -> Difference:  # noqa: ANN401
         """Compare two models, calling `options["progress"]` now and then."""
         return oxmerge.diff(a, b, **options)
+
+    def check(self, model: str, **options: Any) -> Soundness:  # noqa: ANN401
+        """Look at a model, calling `options["progress"]` now and then."""
+        return oxmerge.check(model, **options)
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""

@@ -11,8 +11,8 @@ import pytest
 import zoo
 from oxmerge.cli import main
 from oxmerge.errors import PlanError
-from oxmerge.problems import CODES
-from writers import Arrays, random_arrays, write_model
+from oxmerge.problems import CODES, Problem
+from writers import Arrays, random_arrays, write_model, write_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -255,3 +255,12 @@ def test_codes_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_model_without_floats_or_elements(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m", {"ids": np.arange(9), "none": np.zeros((0, 4), np.float32)})
     assert told(model) == {}
+
+
+def test_a_plan_warns_of_inputs_that_are_odd_by_themselves(tmp_path: Path) -> None:
+    models = [write(tmp_path / "a"), write(tmp_path / "b", token_beyond)]
+    each = {"weight": 0.5}
+    plan = oxmerge.plan(write_recipe(tmp_path / "r.yml", "linear", models, each=each))
+    assert [problem.code for problem in plan.warnings if isinstance(problem, Problem)] == [
+        "vocabulary-rows"
+    ]

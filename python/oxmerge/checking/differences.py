@@ -13,14 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from oxmerge.checking.measuring import (
-    Running,
-    layout_of,
-    measure,
-    open_models,
-    place_of,
-    size_of,
-)
+from oxmerge.checking.measuring import Running, measure, open_models
+from oxmerge.models.places import layout_of, place_of, size_of
 from oxmerge.problems import Findings
 from oxmerge.schema import is_float
 

@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from oxmerge import _core
-from oxmerge.checking.measuring import layout_of, size_of
 from oxmerge.errors import OxmergeError
 from oxmerge.json_files import read_object
 from oxmerge.models.names import find_layer_counts, is_head, is_vocabulary, side_of
+from oxmerge.models.places import layout_of, size_of
 from oxmerge.models.vocabularies import folder_beside, token_files
 from oxmerge.problems import SHOWN_TENSORS, Problem, without_hint
 from oxmerge.schema import DTYPE_SIZES

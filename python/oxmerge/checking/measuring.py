@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +12,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.errors import PlanError
 from oxmerge.merging import Snapshot, room
 from oxmerge.models.inputs import Inputs
-from oxmerge.models.names import find_layout
+from oxmerge.models.places import size_of
 from oxmerge.options import RunOptions
 from oxmerge.problems import Findings, group_problems
 from oxmerge.schema import DTYPE_SIZES
@@ -25,22 +24,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from oxmerge._core import TensorInfo
     from oxmerge.models.inputs import InputModel
-    from oxmerge.models.names import Layout
 
     Progress = Callable[[Snapshot], None] | bool | None
     #: Of each model the number of a tensor, or none.
     Row = tuple[int | None, ...]
 
-__all__ = ["LOOSE", "Running", "layout_of", "measure", "open_models", "place_of"]
-
-#: What tensors outside of layers are in.
-LOOSE = "outside of layers"
-#: Fewer numbers than that are no stack of layers.
-_LEAST_STACK = 2
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-_KIND = re.compile(r"\.(weight|bias)$")
+__all__ = ["Running", "measure", "open_models"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +74,6 @@ def open_models(references: Sequence[str], findings: Findings, failure: str) -> 
     if len(opened) < len(models) or findings.problems:
         raise PlanError.of(failure, group_problems(findings.problems))
     return opened
-
-
-def layout_of(model: InputModel) -> Layout:
-    """Return the stacks of a model; without a config, whatever is numbered."""
-    if model.config:
-        return model.layout
-    leads = [lead for lead, _, _ in model.runs]
-    numbered = find_layout(leads, frozenset()).numbered.values()
-    return find_layout(leads, frozenset(n for n in numbered if n >= _LEAST_STACK))
-
-
-def place_of(name: str, layout: Layout) -> tuple[str, str]:
-    """Return the layer that a tensor is in, and its module there.
-
-    Numbers within a layer, as of experts, are ``*``, so that one module is in all layers.
-    """
-    place = layout.place(name)
-    if place is None or place.is_extra:
-        return LOOSE, _KIND.sub("", name)
-    return f"{place.stack.prefix}.{place.layer}", _NUMBER.sub("*", _KIND.sub("", place.rest))
 
 
 def measure(
@@ -152,14 +122,6 @@ def measure(
             progress=None if callback is None else report,
         )
     return np.frombuffer(numbers, np.float64).reshape(len(rows), -1)
-
-
-def size_of(tensor: TensorInfo) -> int:
-    """Return the number of elements of a tensor."""
-    count = 1
-    for length in tensor.shape:
-        count *= length
-    return count
 
 
 def _bytes_of(models: Sequence[InputModel], rows: Sequence[Row]) -> int:

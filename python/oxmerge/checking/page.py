@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from oxmerge.checking.measuring import LOOSE
+from oxmerge.models.places import LOOSE
 from oxmerge.pages import CLOSING, opening
 from oxmerge.problems import printable
 

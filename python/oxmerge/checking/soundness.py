@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from oxmerge.checking.headers import Found, about, embedding_of, head_of, look
-from oxmerge.checking.measuring import Running, layout_of, measure, open_models, size_of
+from oxmerge.checking.measuring import Running, measure, open_models
 from oxmerge.errors import PlanError, UnsupportedError
+from oxmerge.models.places import layout_of, size_of
 from oxmerge.output.config import says_tied
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.schema import is_float

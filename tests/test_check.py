@@ -105,8 +105,8 @@ def stored_though_tied(_: Arrays, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "severity", "code", "words"),
     [
-        (nan, "error", "not-finite", "there are NaN: found 4 of them (2 tensors"),
-        (infinite, "error", "not-finite", "there are infinite numbers: found 1 of them"),
+        (nan, "error", "non-finite", "there are NaN: found 4 of them (2 tensors"),
+        (infinite, "error", "non-finite", "there are infinite numbers: found 1 of them"),
         (zeros, "warning", "constant-tensor", "all zeros"),
         (constant_norm, "note", "constant-tensor", "all elements are the same number"),
         (large, "warning", "odd-norm", "expected about 0.0"),
@@ -243,7 +243,7 @@ def test_codes_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     data = json.loads(out)
     assert code == 1
     assert data == json.loads(json.dumps(oxmerge.check(model).as_dict()))
-    assert data["errors"][0]["code"] == "not-finite"
+    assert data["errors"][0]["code"] == "non-finite"
     assert data["errors"][0]["tensors"] == [Q.format(3), "lm_head.weight"]
     code, out, err = run(capsys, tmp_path / "nothing")
     assert (code, out) == (2, "")

@@ -8,6 +8,7 @@
 mod arrays;
 mod assembly;
 mod checkpoint;
+mod digests;
 mod enter;
 mod error;
 mod exported;
@@ -33,13 +34,13 @@ mod _core {
         OnDemand, fill_array, fill_arrays, merge_arrays, numbers_of_arrays, ulp_distance,
     };
     #[pymodule_export]
-    use super::assembly::{
-        Assembly, Fates, Run, TokenRows, find_token, largest_token, tokens_of,
-    };
+    use super::assembly::{Assembly, Fates, Run, TokenRows, find_token, largest_token, tokens_of};
     #[pymodule_export]
     use super::checkpoint::{
         Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,
     };
+    #[pymodule_export]
+    use super::digests::Digests;
     #[pymodule_export]
     use super::measuring::measure;
     #[pymodule_export]
@@ -63,6 +64,7 @@ mod _core {
             "plan_version": crate::plan::PLAN_VERSION,
             "generator_version": crate::kernels::GENERATOR_VERSION,
             "reduction_version": crate::kernels::REDUCTION_VERSION,
+            "comparison_version": crate::kernels::COMPARISON_VERSION,
         });
         to_python(py, &info)
     }

@@ -239,7 +239,7 @@ class _Weights:
                 advice = "the model gives nonsense: it was trained, merged or saved wrongly"
                 message = f"there are {what}"
                 found.errors.append(
-                    about("not-finite", message, names, advice, found=f"{total} of them")
+                    about("non-finite", message, names, advice, found=f"{total} of them")
                 )
         for is_matrix, told in ((True, found.warnings), (False, found.notes)):
             of_kind = [

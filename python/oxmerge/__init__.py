@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from oxmerge.arrays.state_dicts import merge_state_dicts as merge_state_dicts
     from oxmerge.checking.differences import diff as diff
     from oxmerge.checking.soundness import check as check
+    from oxmerge.checking.verification import verify as verify
     from oxmerge.merging import MergeReport as MergeReport
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
@@ -82,6 +83,7 @@ __all__ = [
     "save",
     "shared",
     "sweep",
+    "verify",
 ]
 
 
@@ -123,6 +125,7 @@ _LAZY = {
     "save": ("oxmerge.arrays.saving", "save"),
     "shared": ("oxmerge.python_methods", "shared"),
     "sweep": ("oxmerge.sweeping", "sweep"),
+    "verify": ("oxmerge.checking.verification", "verify"),
 }
 
 #: Modules that are part of the interface.

@@ -19,11 +19,13 @@ __all__ = [
     "TokenRows",
     "build_info",
     "check_unchanged",
+    "compare_outputs",
     "compare_vocabularies",
     "execute",
     "fill_array",
     "fill_arrays",
     "find_token",
+    "hash_tensors",
     "index_json",
     "is_remote",
     "largest_token",
@@ -258,6 +260,23 @@ def execute(
     planned: int = 0,
     digests: bool = False,
 ) -> dict[str, Any]: ...
+def hash_tensors(
+    checkpoint: Checkpoint,
+    tensors: Sequence[int],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> bytes: ...
+def compare_outputs(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> list[tuple[int, int, int, bytes, bytes]]: ...
 def measure(
     measure: str,
     columns: Sequence[tuple[str, Checkpoint]],

@@ -70,6 +70,7 @@ CODES = {
     "odd-checkpoint": "a checkpoint is unusual",
     "other-architecture": "models are of different architectures",
     "other-size": "models of one architecture have other sizes",
+    "output-differs": "an output is not what was made",
     "parameter-limits": "a parameter is outside its limits",
     "parameter-unusual": "a parameter has a value that it seldom has",
     "parameter-value": "a parameter has a value of another kind",

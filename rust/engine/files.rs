@@ -13,6 +13,7 @@ use super::need::{Need, SMALL};
 use super::rows::RowsSource;
 use super::source::{Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
+use super::verifying::{Against, CheckingSink};
 use crate::checkpoint::put_header;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -103,7 +104,7 @@ struct FileSink {
 
 /// What is told of an output tensor to who observes the run.
 #[derive(Debug)]
-struct Told {
+pub(super) struct Told {
     digester: Digester,
     observer: Arc<dyn Observer>,
     merge: usize,
@@ -111,7 +112,11 @@ struct Told {
 }
 
 impl Told {
-    fn finish(&self) -> Result<()> {
+    pub(super) fn digester(&self) -> &Digester {
+        &self.digester
+    }
+
+    pub(super) fn finish(&self) -> Result<()> {
         self.observer.finished(self.merge, self.tensor, self.digester.finish()?)
     }
 }
@@ -174,12 +179,22 @@ pub fn partial_name(file_name: &str) -> String {
     format!(".{}.oxmerge-partial", file_name.replace('/', "%"))
 }
 
+/// What merges are made for.
+#[derive(Debug)]
+pub(crate) enum Purpose {
+    /// Their outputs are written.
+    Written,
+    /// Numbers are to be found about the tensors of the only plan, instead of merging them.
+    Measured(Measure),
+    /// The outputs of the only plan are told to who observes them, and compared if that is wanted.
+    Checked(Option<Arc<Against>>),
+}
+
 /// Merges of the same tensors, each read once for all of them.
 #[derive(Debug)]
 pub struct Merges<'a> {
     plans: Vec<&'a Plan>,
-    /// What is to be found out about each tensor of the only plan, instead of merging it.
-    measure: Option<Measure>,
+    purpose: Purpose,
     readers: Vec<Option<Arc<InputReader>>>,
     /// The models' names, for messages.
     labels: Vec<Arc<str>>,
@@ -208,20 +223,12 @@ impl<'a> Merges<'a> {
     /// Opens the inputs of `plans`, which must be merges of the same tensors. Also tells what the
     /// tensors need in memory, and how many need that.
     pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<(Self, Vec<(Need, usize)>)> {
-        Self::open_to(None, plans, read)
+        Self::open_to(Purpose::Written, plans, read)
     }
 
-    /// The same of numbers about the sources of each tensor of `plan`, which is merged nowhere.
-    pub fn measuring(
-        measure: Measure,
-        plan: &'a Plan,
-        read: ReadPath,
-    ) -> Result<(Self, Vec<(Need, usize)>)> {
-        Self::open_to(Some(measure), vec![plan], read)
-    }
-
-    fn open_to(
-        measure: Option<Measure>,
+    /// The same, for some purpose.
+    pub(crate) fn open_to(
+        purpose: Purpose,
         plans: Vec<&'a Plan>,
         read: ReadPath,
     ) -> Result<(Self, Vec<(Need, usize)>)> {
@@ -250,7 +257,7 @@ impl<'a> Merges<'a> {
             reads_once: Vec::new(),
             needs_sweep: false,
             plans,
-            measure,
+            purpose,
             prepared: Mutex::default(),
             shards: Vec::new(),
             observer: None,
@@ -312,12 +319,12 @@ impl<'a> Merges<'a> {
         if let Some(prepared) = cache.get(&kind) {
             return Ok(prepared.clone());
         }
-        let work = |plan: &&Plan| match self.measure {
-            None => work(plan, plan.tensor(at)),
-            Some(measure) => {
+        let work = |plan: &&Plan| match self.purpose {
+            Purpose::Measured(measure) => {
                 let types: Vec<_> = plan.tensor(at).sources().map(|source| source.dtype).collect();
                 Ok(Work::numbers(measure.of(&types)))
             }
+            Purpose::Written | Purpose::Checked(_) => work(plan, plan.tensor(at)),
         };
         let mut all = self.plans.iter().map(work);
         let one = all.next().unwrap_or(Ok(Work::Identical))?;
@@ -378,11 +385,19 @@ impl Tasks for Merges<'_> {
     fn task(&self, index: usize) -> Result<Task> {
         let sink = |(merge, plan): (usize, &&Plan)| -> Arc<dyn Sink> {
             let tensor = plan.tensor(index);
+            let (dtype, start, told) = (tensor.dtype(), tensor.start(), self.told(merge, index));
+            if let Purpose::Checked(against) = &self.purpose {
+                let against = against.clone().map(|against| (against, index));
+                return Arc::new(CheckingSink { dtype, told, against });
+            }
             let shard = Arc::clone(&self.shards[merge][tensor.shard()]);
-            let told = self.told(merge, index);
-            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start(), told })
+            Arc::new(FileSink { shard, dtype, start, told })
         };
-        self.make(index, self.plans.iter().enumerate().map(sink).collect())
+        let sinks = match self.purpose {
+            Purpose::Measured(_) => Vec::new(),
+            _ => self.plans.iter().enumerate().map(sink).collect(),
+        };
+        self.make(index, sinks)
     }
 
     fn kind(&self, index: usize) -> usize {
@@ -398,6 +413,9 @@ impl Tasks for Merges<'_> {
     }
 
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
+        if matches!(self.purpose, Purpose::Checked(_)) {
+            return 0; // they are not written in one go
+        }
         let mut left = bytes;
         let fits = |&at: &usize| {
             let wanted = self.bytes(at);
@@ -607,7 +625,7 @@ impl Sink for BufferSink {
 
 /// Sinks of the types that tensor `at` has in each plan, which take nothing: for what is only planned.
 fn nowhere(merges: &Merges<'_>, at: usize) -> Vec<Arc<dyn Sink>> {
-    if merges.measure.is_some() {
+    if matches!(merges.purpose, Purpose::Measured(_)) {
         return Vec::new();
     }
     let sink = |plan: &&Plan| -> Arc<dyn Sink> { Arc::new(FileLike(plan.tensor(at).dtype())) };

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::control::Control;
-use super::files::Merges;
+use super::files::{Merges, Purpose};
 use super::memory::{self, MemoryPlan};
 use super::simd::Simd;
 use super::{Goal, Settings, run_all};
@@ -25,7 +25,7 @@ pub(crate) fn measure(
     settings: &Settings,
     control: &Control,
 ) -> Result<(Vec<f64>, MemoryPlan)> {
-    let (tasks, needs) = Merges::measuring(measure, plan, read)?;
+    let (tasks, needs) = Merges::open_to(Purpose::Measured(measure), vec![plan], read)?;
     let width = measure.width();
     // Each number is there twice at the end.
     let results = plan.len() as u64 * (2 * 8 * width as u64 + KEPT_WITH);

@@ -30,6 +30,8 @@ pub mod rows;
 pub(crate) mod simd;
 pub mod source;
 pub mod task;
+#[cfg(feature = "python")]
+pub(crate) mod verifying;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};

@@ -1,10 +1,12 @@
-//! Numbers about the tensors of checkpoints.
+//! What is found out about checkpoints: numbers about tensors, their hashes, whether they are what a plan
+//! makes.
 
 use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use serde_json::Value;
 
 use super::checkpoint::Checkpoint;
 use super::enter::enter;
@@ -12,7 +14,7 @@ use super::error::raise;
 use super::merge::worker_count;
 use crate::checkpoint;
 use crate::dtype::DType;
-use crate::engine::{Settings, measuring};
+use crate::engine::{Settings, measuring, verifying};
 use crate::io::ReadPath;
 use crate::kernels::Level;
 use crate::methods::measures::Measure;
@@ -36,20 +38,87 @@ pub(super) fn measure<'py>(
         .ok_or_else(|| PyValueError::new_err(format!("there is no measure `{measure}`")))?;
     let columns: Vec<(String, Arc<checkpoint::Checkpoint>)> =
         columns.into_iter().map(|(label, column)| (label, column.shared())).collect();
-    let plan = plan_of(measure, columns, &rows)?;
+    let plan = plan_of(Some(measure), columns, &rows)?;
     drop(rows);
-    let level = Level::from_environment().map_err(|error| raise(py, &error))?;
-    let workers = worker_count(threads, 1);
-    let settings = Settings { level, workers, memory, largest_piece: None };
+    let settings = settings(py, memory, threads)?;
     let (numbers, _) = enter(py, progress.as_ref(), |control| {
         measuring::measure(measure, &plan, ReadPath::Auto, &settings, control)
     })?;
     Ok(PyBytes::new(py, bytemuck::cast_slice(&numbers)))
 }
 
-/// A plan whose tensors are made of the rows, in that order, and are called as in their first column.
+/// The BLAKE3 hash of tensors of a checkpoint, one after the other.
+#[pyfunction]
+#[pyo3(signature = (checkpoint, tensors, *, memory, threads=None, progress=None))]
+pub(super) fn hash_tensors<'py>(
+    py: Python<'py>,
+    checkpoint: PyRef<'py, Checkpoint>,
+    tensors: Vec<usize>,
+    memory: u64,
+    threads: Option<usize>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let columns = vec![(String::new(), checkpoint.shared())];
+    let rows: Vec<_> = tensors.into_iter().map(|at| vec![Some(at)]).collect();
+    let plan = plan_of(None, columns, &rows)?;
+    let settings = settings(py, memory, threads)?;
+    let hashes =
+        enter(py, progress.as_ref(), |control| verifying::hash(&plan, &settings, control))?;
+    Ok(PyBytes::new(py, hashes.as_flattened()))
+}
+
+/// Makes some tensors of a plan again, and compares each with one of a checkpoint, of the same type and
+/// shape: pairs of their numbers. Of those that differ the number in the plan, the first element that
+/// does, how many do, and that element's bytes as they should be and as they are.
+#[pyfunction]
+#[pyo3(signature = (plan, checkpoint, pairs, *, memory, threads=None, progress=None))]
+pub(super) fn compare_outputs<'py>(
+    py: Python<'py>,
+    plan: PyRef<'py, super::plan::Plan>,
+    checkpoint: PyRef<'py, Checkpoint>,
+    pairs: Vec<(usize, usize)>,
+    memory: u64,
+    threads: Option<usize>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Vec<(usize, u64, u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>)>> {
+    let (table, raised, checkpoint) = (plan.table(), plan.raised(), checkpoint.shared());
+    let fits = |&(output, at): &(usize, usize)| {
+        output < table.len() && at < checkpoint.len() && {
+            let (output, there) = (table.tensor(output), checkpoint.tensor(at));
+            output.shape() == there.shape && output.dtype() == there.dtype
+        }
+    };
+    if !pairs.iter().all(fits) {
+        return Err(PyValueError::new_err("a pair is not of two tensors of one type and shape"));
+    }
+    let (outputs, found): (Vec<usize>, Vec<usize>) = pairs.into_iter().unzip();
+    let place = |&at: &usize| {
+        let tensor = checkpoint.tensor(at);
+        verifying::Place { file: tensor.file, start: tensor.start }
+    };
+    let places = found.iter().map(place).collect();
+    let some = table.only(&outputs);
+    let settings = settings(py, memory, threads)?;
+    let compared = enter(py, progress.as_ref(), |control| {
+        verifying::compare(&some, some.len() < table.len(), &checkpoint.files, places, &settings, control)
+    });
+    let deviations = raised.or(compared)?;
+    let told = |(at, found): (usize, verifying::Deviation)| {
+        let bytes = |bytes: &[u8]| PyBytes::new(py, bytes);
+        (outputs[at], found.first, found.elements, bytes(&found.expected), bytes(&found.found))
+    };
+    Ok(deviations.into_iter().map(told).collect())
+}
+
+fn settings(py: Python<'_>, memory: u64, threads: Option<usize>) -> PyResult<Settings> {
+    let level = Level::from_environment().map_err(|error| raise(py, &error))?;
+    Ok(Settings { level, workers: worker_count(threads, 1), memory, largest_piece: None })
+}
+
+/// A plan whose tensors are made of the rows, in that order, and are called as in their first column:
+/// for a measure, or else copies of the only one in a row.
 fn plan_of(
-    measure: Measure,
+    measure: Option<Measure>,
     columns: Vec<(String, Arc<checkpoint::Checkpoint>)>,
     rows: &[Vec<Option<usize>>],
 ) -> PyResult<Plan> {
@@ -63,7 +132,9 @@ fn plan_of(
     let mut builder = Builder::new(Plan::new(String::new(), 0, files, labels));
     let inputs = models.len();
     let own = vec![Arc::default(); inputs];
-    let settings = builder.add_settings(plan::Settings { own, ..plan::Settings::default() });
+    let shared: plan::Parameters = [("keep".to_owned(), true.into())].into_iter().collect();
+    let shared = Arc::new(shared);
+    let settings = builder.add_settings(plan::Settings { shared, own, origin: Value::Null });
     let (mut places, mut end) = (Vec::new(), 0_u64);
     for row in rows {
         let of = |(column, at): (usize, &Option<usize>)| Some((column, (*at)?));
@@ -77,7 +148,7 @@ fn plan_of(
         };
         let types: Vec<DType> = tensors.clone().map(|(_, tensor)| tensor.dtype).collect();
         let has_shape = tensors.clone().all(|(_, tensor)| tensor.shape == first.shape);
-        if !has_shape || !measure.is_of(&types) {
+        if !has_shape || !measure.map_or(types.len() == 1, |of| of.is_of(&types)) {
             let message = format!("`{}` is not to be measured so", first.name);
             return Err(PyValueError::new_err(message));
         }

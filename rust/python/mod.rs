@@ -42,7 +42,7 @@ mod _core {
     #[pymodule_export]
     use super::digests::Digests;
     #[pymodule_export]
-    use super::measuring::measure;
+    use super::measuring::{compare_outputs, hash_tensors, measure};
     #[pymodule_export]
     use super::merge::{
         check_unchanged, execute, is_remote, methods, modifiers, partial_name, peak_memory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,17 +21,22 @@ from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from oxmerge.models.inputs import InputModel
 
     Progress = Callable[[Snapshot], None] | bool | None
+    Report = Callable[[int, int, int, str, int], None]
     #: Of each model the number of a tensor, or none.
     Row = tuple[int | None, ...]
 
-__all__ = ["Running", "measure", "open_models"]
+__all__ = ["BROKEN", "Running", "measure", "open_models", "reported"]
+
+
+#: Codes of what is wrong with a model that is there, but cannot be opened.
+BROKEN = frozenset(("unreadable-checkpoint", "unreadable-config"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +112,28 @@ def measure(
     OSError
         If a file cannot be read.
     """
-    total = 0 if running.progress is False else _bytes_of(models, rows)
-    with watched(running.progress) as callback:
-
-        def report(read: int, _: int, tensors: int, current: str, peak: int) -> None:
-            assert callback is not None
-            callback(Snapshot(read, total, read, tensors, current, peak))
-
+    with reported(running, _bytes_of(models, rows)) as report:
         numbers = _core.measure(
             what,
             [(model.reference, model.checkpoint) for model in models],
             rows,
             memory=running.room,
             threads=running.threads,
-            progress=None if callback is None else report,
+            progress=report,
         )
     return np.frombuffer(numbers, np.float64).reshape(len(rows), -1)
+
+
+@contextmanager
+def reported(running: Running, total: int) -> Iterator[Report | None]:
+    """Yield what the engine is to call, if anyone looks at progress: of so many bytes of inputs."""
+    with watched(running.progress) as callback:
+
+        def report(read: int, _: int, tensors: int, current: str, peak: int) -> None:
+            assert callback is not None
+            callback(Snapshot(min(read, total), total, read, tensors, current, peak))
+
+        yield None if callback is None else report
 
 
 def _bytes_of(models: Sequence[InputModel], rows: Sequence[Row]) -> int:

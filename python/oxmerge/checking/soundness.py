@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from oxmerge.checking.headers import Found, about, embedding_of, head_of, look
-from oxmerge.checking.measuring import Running, measure, open_models
+from oxmerge.checking.measuring import BROKEN, Running, measure, open_models
 from oxmerge.errors import PlanError, UnsupportedError
 from oxmerge.models.places import layout_of, size_of
 from oxmerge.output.config import says_tied
@@ -152,7 +152,7 @@ def check(
     try:
         (opened,) = open_models([reference], findings, "cannot check")
     except PlanError as error:
-        is_broken = error.problems and all(p.code in _BROKEN for p in error.problems)
+        is_broken = error.problems and all(p.code in BROKEN for p in error.problems)
         if isinstance(error, UnsupportedError) or not is_broken:
             raise
         warnings = tuple(findings.warnings)
@@ -169,10 +169,6 @@ def check(
         tensors=len(opened.checkpoint),
         weights_read=not quick,
     )
-
-
-#: Codes of what makes a model unsound before it is opened.
-_BROKEN = frozenset(("unreadable-checkpoint", "unreadable-config"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,13 @@ VERBS = {
     "inspect": "show what is in a checkpoint",
     "diff": "show how two checkpoints differ",
     "check": "tell whether a checkpoint is sound",
+    "verify": "tell whether an output is what was made",
     "methods": "list the merge methods, or explain one",
     "bench": "measure this machine: memory, storage, kernels, merges",
     "demo": "make two small checkpoints and merge them",
 }
 """The verbs, and what each does."""
-_ANSWERING = frozenset(("check", "diff"))
+_ANSWERING = frozenset(("check", "diff", "verify"))
 """Verbs whose exit code answers a question: 0 yes, 1 no, 2 that there is no answer."""
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from oxmerge._core import Checkpoint
     from oxmerge.checking.differences import Difference
     from oxmerge.checking.soundness import Soundness
+    from oxmerge.checking.verification import Verification
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.planning.plans import Plan
 
@@ -71,6 +72,11 @@ class Engine:
     def check(self, model: str, **options: Any) -> Soundness:  # noqa: ANN401
         """Look at a model, calling `options["progress"]` now and then."""
         return oxmerge.check(model, **options)
+
+    def verify(self, directory: str, recipe: str | None, **options: Any) -> Verification:  # noqa: ANN401
+        """Check an output, calling `options["progress"]` now and then."""
+        given = None if recipe is None else _recipe(recipe)
+        return oxmerge.verify(directory, recipe=given, **options)
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""

@@ -110,7 +110,12 @@ def stored_though_tied(_: Arrays, config: dict[str, Any]) -> None:
         (zeros, "warning", "constant-tensor", "all zeros"),
         (constant_norm, "note", "constant-tensor", "all elements are the same number"),
         (large, "warning", "odd-norm", "expected about 0.0"),
-        (copied_layer, "warning", "equal-layers", "`model.layers.5` is a copy of `model.layers.2`"),
+        (
+            copied_layer,
+            "warning",
+            "equal-layers",
+            "copies of `model.layers.2`: every tensor is the same, bit for bit: found `model.layers.5`",
+        ),
         (untied_copy, "note", "equal-head", "the head equals `model.embed_tokens.weight`"),
         (stored_though_tied, "warning", "ignored-head", "which is another"),
     ],

@@ -18,7 +18,7 @@ const KEPT_WITH: u64 = 64;
 /// Finds the numbers of each tensor of `plan`: as many as `measure` has, one tensor after the other.
 /// NaN stands where there is none, and 0 for all of a tensor without elements. Also tells what memory
 /// was used.
-pub(crate) fn measure(
+pub fn measure(
     measure: Measure,
     plan: &Plan,
     read: ReadPath,

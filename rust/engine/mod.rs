@@ -15,8 +15,7 @@ pub mod digest;
 pub mod files;
 pub mod listing;
 pub mod manifest;
-#[cfg(feature = "python")]
-pub(crate) mod measuring;
+pub mod measuring;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;
@@ -30,8 +29,7 @@ pub mod rows;
 pub(crate) mod simd;
 pub mod source;
 pub mod task;
-#[cfg(feature = "python")]
-pub(crate) mod verifying;
+pub mod verifying;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};

@@ -26,24 +26,24 @@ const KEPT: u64 = 192;
 
 /// Where a tensor lies that another is compared with.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub struct Place {
     /// Which of the files.
-    pub(crate) file: usize,
+    pub file: usize,
     /// Its first byte there.
-    pub(crate) start: u64,
+    pub start: u64,
 }
 
 /// How a tensor differs from what it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Deviation {
+pub struct Deviation {
     /// The first element that differs, by its flat index.
-    pub(crate) first: u64,
+    pub first: u64,
     /// How many differ.
-    pub(crate) elements: u64,
+    pub elements: u64,
     /// Its bytes as they should be.
-    pub(crate) expected: Vec<u8>,
+    pub expected: Vec<u8>,
     /// Its bytes in the file.
-    pub(crate) found: Vec<u8>,
+    pub found: Vec<u8>,
 }
 
 /// The tensors that those of a plan are compared with, one for each, and what differs so far.
@@ -137,7 +137,7 @@ impl Sink for CheckingSink {
 }
 
 /// The BLAKE3 hash of each tensor of `plan`, none of which is written.
-pub(crate) fn hash(plan: &Plan, settings: &Settings, control: &Control) -> Result<Vec<[u8; 32]>> {
+pub fn hash(plan: &Plan, settings: &Settings, control: &Control) -> Result<Vec<[u8; 32]>> {
     let digests = Arc::new(Digests::new(1, plan.len()));
     let (mut tasks, needs) = Merges::open_to(Purpose::Checked(None), vec![plan], ReadPath::Auto)?;
     tasks.observe(Arc::clone(&digests) as Arc<_>);
@@ -154,7 +154,7 @@ pub(crate) fn hash(plan: &Plan, settings: &Settings, control: &Control) -> Resul
 
 /// Makes the tensors of `plan`, and compares each with the bytes at its place in one of `files`; how
 /// those differ that do. If the plan is a `part` of another, numbers over the model are not to be had.
-pub(crate) fn compare(
+pub fn compare(
     plan: &Plan,
     part: bool,
     files: &[InputFile],

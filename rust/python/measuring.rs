@@ -100,7 +100,14 @@ pub(super) fn compare_outputs<'py>(
     let some = table.only(&outputs);
     let settings = settings(py, memory, threads)?;
     let compared = enter(py, progress.as_ref(), |control| {
-        verifying::compare(&some, some.len() < table.len(), &checkpoint.files, places, &settings, control)
+        verifying::compare(
+            &some,
+            some.len() < table.len(),
+            &checkpoint.files,
+            places,
+            &settings,
+            control,
+        )
     });
     let deviations = raised.or(compared)?;
     let told = |(at, found): (usize, verifying::Deviation)| {

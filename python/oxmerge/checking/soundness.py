@@ -304,12 +304,19 @@ class _Weights:
         both = [self._model, self._model]
         rows = measure("difference", both, candidates, self._running)
         equal = {pair for pair, row in zip(candidates, rows, strict=True) if row[0] == 0}
+        copies: dict[str, list[str]] = {}
         for layer, copy, pairs_of in pairs:
             if equal.issuperset(pairs_of):
-                message = f"`{copy}` is a copy of `{layer}`: every tensor is the same, bit for bit"
-                advice = "if layers were not doubled by design, the model was put together wrongly"
-                problem = Problem("equal-layers", message, file=self._model.path, advice=advice)
-                found.warnings.append(problem)
+                copies.setdefault(layer, []).append(copy)
+        for layer, names in copies.items():
+            problem = Problem(
+                "equal-layers",
+                f"layers are copies of `{layer}`: every tensor is the same, bit for bit",
+                file=self._model.path,
+                found=", ".join(f"`{name}`" for name in names),
+                advice="if layers were not doubled by design, the model was put together wrongly",
+            )
+            found.warnings.append(problem)
         for head, embedding in heads:
             self._tell_of_head(head, embedding, found, is_equal=(head, embedding) in equal)
 

@@ -2,6 +2,7 @@
 
 mod consensus;
 mod convert;
+mod differing;
 mod elementwise;
 mod level;
 mod mask_bits;

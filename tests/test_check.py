@@ -114,7 +114,7 @@ def stored_though_tied(_: Arrays, config: dict[str, Any]) -> None:
             copied_layer,
             "warning",
             "equal-layers",
-            "copies of `model.layers.2`: every tensor is the same, bit for bit: found `model.layers.5`",
+            "copies of `model.layers.2`: every tensor is the same, bit for bit: found `model.",
         ),
         (untied_copy, "note", "equal-head", "the head equals `model.embed_tokens.weight`"),
         (stored_though_tied, "warning", "ignored-head", "which is another"),

@@ -69,6 +69,11 @@ fn zero() -> Value {
     Value::scalar(0.0)
 }
 
+/// Zero where `value` is finite, else NaN.
+fn less_itself(value: &Value) -> Value {
+    value.binary(BinaryOp::Sub, value)
+}
+
 /// 1 where `value` is 0, of either sign.
 fn is_zero(value: &Value) -> Value {
     value.binary(BinaryOp::Equal, &zero())
@@ -84,9 +89,8 @@ pub fn difference(has_base: bool) -> Vec<Scalar> {
     } else {
         (a, b)
     };
-    // Zero where all are finite, NaN elsewhere: infinity less itself is none.
     let checked = if has_base { vec![&d, &a, &b] } else { vec![&d] };
-    let checked = checked.into_iter().map(|value| value - value).reduce(|sum, each| &sum + &each);
+    let checked = checked.into_iter().map(less_itself).reduce(|sum, each| &sum + &each);
     let is_finite = is_zero(&checked.unwrap_or_else(zero));
     let [d, a, b] = [d, a, b].map(|value| value.masked(&is_finite));
     let opposite = zero().binary(BinaryOp::Greater, &(&a.sign() * &b.sign()));
@@ -107,7 +111,7 @@ pub fn difference(has_base: bool) -> Vec<Scalar> {
 /// The numbers of [`Measure::Soundness`].
 pub fn soundness() -> Vec<Scalar> {
     let x = Value::input(0);
-    let is_finite = is_zero(&(&x - &x));
+    let is_finite = is_zero(&less_itself(&x));
     let finite = x.masked(&is_finite);
     vec![
         x.binary(BinaryOp::Equal, &x).sum(Scope::Tensor),

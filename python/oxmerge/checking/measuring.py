@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from oxmerge import _core
 from oxmerge.cli.progress import watched
 from oxmerge.errors import PlanError
 from oxmerge.merging import Snapshot, room
+from oxmerge.models.fetching import fetch
 from oxmerge.models.inputs import Inputs
 from oxmerge.models.places import size_of
 from oxmerge.options import RunOptions
@@ -112,6 +113,7 @@ def measure(
     OSError
         If a file cannot be read.
     """
+    models = [_fetched(model) for model in models]
     with reported(running, _bytes_of(models, rows)) as report:
         numbers = _core.measure(
             what,
@@ -122,6 +124,14 @@ def measure(
             progress=report,
         )
     return np.frombuffer(numbers, np.float64).reshape(len(rows), -1)
+
+
+def _fetched(model: InputModel) -> InputModel:
+    """Return a model with its weights here: what is not is fetched into the Hub's cache."""
+    absent = [file for file in model.checkpoint.files if file.get("remote")]
+    if not absent:
+        return model
+    return replace(model, checkpoint=model.checkpoint.placed(fetch(absent)))
 
 
 @contextmanager

@@ -141,7 +141,8 @@ def reported(running: Running, total: int) -> Iterator[Report | None]:
 
         def report(read: int, _: int, tensors: int, current: str, peak: int) -> None:
             assert callback is not None
-            callback(Snapshot(min(read, total), total, read, tensors, current, peak))
+            # What is done is what was read; nothing else moves.
+            callback(Snapshot(min(read, total), total, 0, tensors, current, peak))
 
         yield None if callback is None else report
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from oxmerge import _core
 from oxmerge.arrays.views import numpy_dtype
-from oxmerge.checking.headers import Found, look_at_vocabulary
+from oxmerge.checking.headers import Found, look
 from oxmerge.checking.manifests import read_manifest
 from oxmerge.checking.measuring import BROKEN, Running, open_models, reported
 from oxmerge.errors import PlanError, UnsupportedError
 from oxmerge.merging import prepare
+from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
@@ -307,8 +308,8 @@ class _Work:
             self.problems += error.problems
             return None
         found = Found()
-        look_at_vocabulary(model, found)
-        self.problems += found.errors
+        look(model, found)
+        self.problems += [problem for problem in found.errors if problem.code == "config-size"]
         return model
 
     def _compare_headers(
@@ -389,11 +390,16 @@ class _Work:
         found = self._compare_headers(model, listed)
         numbers = {name: at for at, (name, _, _) in enumerate(listed)}
         chosen = self._choose(model, [(name, found[name]) for name in numbers if name in found])
+        pairs = [(numbers[name], at) for name, at in chosen]
+        files = plan.table.files
+        used = (files[each] for each in plan.table.files_of([at for at, _ in pairs]))
+        absent = [file for file in used if file.get("remote")]
+        table = plan.table.placed(fetch(absent)) if absent else plan.table
         with reported(self.running, plan.bytes_read) as report:
             differing = _core.compare_outputs(
-                plan.table,
+                table,
                 model.checkpoint,
-                [(numbers[name], at) for name, at in chosen],
+                pairs,
                 memory=self.running.room,
                 threads=self.running.threads,
                 progress=report,

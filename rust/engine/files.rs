@@ -201,8 +201,9 @@ pub fn partial_name(file_name: &str) -> String {
 pub(crate) enum Purpose {
     /// Their outputs are written.
     Written,
-    /// Numbers are to be found about the tensors of the only plan, instead of merging them.
-    Measured(Measure),
+    /// Numbers are to be found about the tensors of the only plan, instead of merging them; as if all
+    /// elements were finite, if that is said.
+    Measured(Measure, bool),
     /// The outputs of the only plan are told to who observes them, and compared if that is wanted.
     Checked(Option<Arc<Against>>),
 }
@@ -337,9 +338,11 @@ impl<'a> Merges<'a> {
             return Ok(prepared.clone());
         }
         let work = |plan: &&Plan| match self.purpose {
-            Purpose::Measured(measure) => {
-                let types: Vec<_> = plan.tensor(at).sources().map(|source| source.dtype).collect();
-                Ok(Work::numbers(measure.of(&types)))
+            Purpose::Measured(measure, is_finite) => {
+                let tensor = plan.tensor(at);
+                let types: Vec<_> = tensor.sources().map(|source| source.dtype).collect();
+                let finite = is_finite.then(|| tensor.elements());
+                Ok(Work::numbers(measure.of(&types, finite)))
             }
             Purpose::Written | Purpose::Checked(_) => work(plan, plan.tensor(at)),
         };
@@ -411,7 +414,7 @@ impl Tasks for Merges<'_> {
             Arc::new(FileSink { shard, dtype, start, told })
         };
         let sinks = match self.purpose {
-            Purpose::Measured(_) => Vec::new(),
+            Purpose::Measured(..) => Vec::new(),
             _ => self.plans.iter().enumerate().map(sink).collect(),
         };
         self.make(index, sinks)
@@ -642,7 +645,7 @@ impl Sink for BufferSink {
 
 /// Sinks of the types that tensor `at` has in each plan, which take nothing: for what is only planned.
 fn nowhere(merges: &Merges<'_>, at: usize) -> Vec<Arc<dyn Sink>> {
-    if matches!(merges.purpose, Purpose::Measured(_)) {
+    if matches!(merges.purpose, Purpose::Measured(..)) {
         return Vec::new();
     }
     let sink = |plan: &&Plan| -> Arc<dyn Sink> { Arc::new(FileLike(plan.tensor(at).dtype())) };

@@ -2,6 +2,11 @@
 //!
 //! They are written as methods are, of the same reductions, so they have the same fixed order and the
 //! same bits for any threads and memory.
+//!
+//! Elements that are not finite are left out of sums, and counted. Nearly no tensor has any, and looking
+//! for them takes half of the time. So a measure is first made as if there were none; a sum of squares
+//! that is not finite then tells that there are, and that tensor is measured again with care. Where
+//! all are finite both ways give the same bits.
 
 use crate::dtype::DType;
 use crate::formula::{BinaryOp, Scalar, Scope, Value};
@@ -33,6 +38,15 @@ impl Measure {
         }
     }
 
+    /// Whether these numbers, found as if all elements were finite, show that some are not.
+    pub(crate) fn shows_others(self, numbers: &[f64]) -> bool {
+        let squares = match self {
+            Self::Difference => numbers.get(3..6),
+            Self::Soundness => numbers.get(4..5),
+        };
+        squares.is_some_and(|squares| squares.iter().any(|square| !square.is_finite()))
+    }
+
     /// How many numbers there are about a tensor of floats.
     pub fn width(self) -> usize {
         match self {
@@ -52,15 +66,16 @@ impl Measure {
     }
 
     /// What is found out about inputs of these types, from the first number on: where they are no
-    /// floats only the stored bits can be compared, and where they differ only the numbers.
-    pub(crate) fn of(self, types: &[DType]) -> Vec<Scalar> {
+    /// floats only the stored bits can be compared, and where they differ only the numbers. `finite` is
+    /// as for [`difference`].
+    pub(crate) fn of(self, types: &[DType], finite: Option<u64>) -> Vec<Scalar> {
         if self == Self::Soundness {
-            return soundness();
+            return soundness(finite);
         }
         let is_alike = types[0] == types[1];
         let stored = if is_alike { Value::differing(0, 1) } else { Scalar::constant(f64::NAN) };
         let is_float = types.iter().all(|dtype| dtype.is_float());
-        let numbers = if is_float { difference(types.len() > 2) } else { Vec::new() };
+        let numbers = if is_float { difference(types.len() > 2, finite) } else { Vec::new() };
         std::iter::once(stored).chain(numbers).collect()
     }
 }
@@ -79,8 +94,16 @@ fn is_zero(value: &Value) -> Value {
     value.binary(BinaryOp::Equal, &zero())
 }
 
-/// The numbers of [`Measure::Difference`] but for the first.
-pub fn difference(has_base: bool) -> Vec<Scalar> {
+/// `values` with 0 for each element where one that is `checked` is not finite, and how many are left.
+fn finite_of<const N: usize>(values: [Value; N], checked: &[&Value]) -> ([Value; N], Scalar) {
+    let sum = checked.iter().map(|value| less_itself(value)).reduce(|sum, each| &sum + &each);
+    let is_finite = is_zero(&sum.unwrap_or_else(zero));
+    (values.map(|value| value.masked(&is_finite)), is_finite.sum(Scope::Tensor))
+}
+
+/// The numbers of [`Measure::Difference`] but for the first. `finite` is the number of elements, if all
+/// are taken to be finite.
+pub fn difference(has_base: bool, finite: Option<u64>) -> Vec<Scalar> {
     let (a, b) = (Value::input(0), Value::input(1));
     let d = &b - &a;
     let (a, b) = if has_base {
@@ -89,16 +112,18 @@ pub fn difference(has_base: bool) -> Vec<Scalar> {
     } else {
         (a, b)
     };
-    let checked = if has_base { vec![&d, &a, &b] } else { vec![&d] };
-    let checked = checked.into_iter().map(less_itself).reduce(|sum, each| &sum + &each);
-    let is_finite = is_zero(&checked.unwrap_or_else(zero));
-    let [d, a, b] = [d, a, b].map(|value| value.masked(&is_finite));
+    let values = [d.clone(), a.clone(), b.clone()];
+    let ([d, a, b], compared) = match finite {
+        Some(elements) => (values, Scalar::constant(elements as f64)),
+        None if has_base => finite_of(values, &[&d, &a, &b]),
+        None => finite_of(values, &[&d]),
+    };
     let opposite = zero().binary(BinaryOp::Greater, &(&a.sign() * &b.sign()));
     let dot = |a: &Value, b: &Value| a.dot(b, Scope::Tensor);
     vec![
         // Where a difference is left out it is 0 too; who asks takes those off.
         is_zero(&d).sum(Scope::Tensor),
-        is_finite.sum(Scope::Tensor),
+        compared,
         dot(&d, &d),
         dot(&a, &a),
         dot(&b, &b),
@@ -108,17 +133,25 @@ pub fn difference(has_base: bool) -> Vec<Scalar> {
     ]
 }
 
-/// The numbers of [`Measure::Soundness`].
-pub fn soundness() -> Vec<Scalar> {
+/// The numbers of [`Measure::Soundness`]; `finite` is as for [`difference`].
+pub fn soundness(finite: Option<u64>) -> Vec<Scalar> {
     let x = Value::input(0);
-    let is_finite = is_zero(&less_itself(&x));
-    let finite = x.masked(&is_finite);
+    let ([kept], numbers, compared) = match finite {
+        Some(elements) => {
+            let all = Scalar::constant(elements as f64);
+            ([x.clone()], all.clone(), all)
+        }
+        None => {
+            let (kept, compared) = finite_of([x.clone()], &[&x]);
+            (kept, x.binary(BinaryOp::Equal, &x).sum(Scope::Tensor), compared)
+        }
+    };
     vec![
-        x.binary(BinaryOp::Equal, &x).sum(Scope::Tensor),
-        is_finite.sum(Scope::Tensor),
+        numbers,
+        compared,
         is_zero(&x).sum(Scope::Tensor),
-        finite.sum(Scope::Tensor),
-        finite.dot(&finite, Scope::Tensor),
+        kept.sum(Scope::Tensor),
+        kept.dot(&kept, Scope::Tensor),
         x.max(Scope::Tensor),
         (&zero() - &x).max(Scope::Tensor),
     ]

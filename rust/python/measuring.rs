@@ -41,7 +41,7 @@ pub(super) fn measure<'py>(
     let plan = plan_of(Some(measure), columns, &rows)?;
     drop(rows);
     let settings = settings(py, memory, threads)?;
-    let (numbers, _) = enter(py, progress.as_ref(), |control| {
+    let numbers = enter(py, progress.as_ref(), |control| {
         measuring::measure(measure, &plan, ReadPath::Auto, &settings, control)
     })?;
     Ok(PyBytes::new(py, bytemuck::cast_slice(&numbers)))

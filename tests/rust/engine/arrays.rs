@@ -142,9 +142,9 @@ fn numbers_are_those_of_the_oracle() {
 #[test]
 fn measures_are_those_of_the_oracle() {
     for (inputs, measure) in [
-        (2, difference(false)),
-        (3, difference(true)),
-        (1, soundness()),
+        (2, difference(false, None)),
+        (3, difference(true, None)),
+        (1, soundness(None)),
         (2, vec![Value::differing(0, 1)]),
     ] {
         for (dtype, elements) in [(DType::F32, 5000), (DType::Bf16, 200_001)] {

@@ -9,7 +9,7 @@ from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
-from oxmerge.models.names import find_layer_counts, find_layout
+from oxmerge.models.names import find_layer_counts, find_layout, is_head
 from oxmerge.models.naming import named_as
 from oxmerge.models.references import resolve_reference
 from oxmerge.models.vocabularies import folder_beside
@@ -55,6 +55,9 @@ class InputModel:
         Its stacks.
     renamed : tuple of Rename
         How its tensors are called here, where the files call them otherwise.
+    tied : tuple of str
+        Its heads that are left out: its config ties them, and its files have no bytes of their own
+        for them.
     """
 
     index: int
@@ -67,6 +70,7 @@ class InputModel:
     runs: list[tuple[str, int, int]]
     layout: Layout
     renamed: tuple[Rename, ...] = ()
+    tied: tuple[str, ...] = ()
 
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
@@ -81,7 +85,7 @@ class InputModel:
     @property
     def is_tied(self) -> bool:
         """Whether its config ties the head to the embedding."""
-        return _find_key(self.config, "tie_word_embeddings") is True
+        return _is_tied(self.config)
 
     @property
     def is_quantised(self) -> bool:
@@ -100,6 +104,21 @@ def _find_key(config: dict[str, Any], key: str) -> object:
         if isinstance(part, dict) and key in part:
             return part[key]
     return None
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    return _find_key(config, "tie_word_embeddings") is True
+
+
+def _tied_heads(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the heads that are other tensors once more, as torch writes those of tied models.
+
+    Files of safetensors do not have them, and what is tied need not be merged twice.
+    """
+    if not _is_tied(config):
+        return ()
+    heads = filter(is_head, checkpoint.names())
+    return tuple(name for name in heads if not all(map(is_head, checkpoint.twins(name))))
 
 
 class Inputs:
@@ -249,9 +268,12 @@ class Inputs:
             return None
 
     def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
+        config, config_file = self._read_config(path)
+        tied = _tied_heads(checkpoint, config)
+        if tied:
+            checkpoint = checkpoint.without(tied)
         checkpoint, rules = self._named(reference, path, checkpoint)
         runs = checkpoint.runs()
-        config, config_file = self._read_config(path)
         counts = find_layer_counts(config)
         if not config and self.models:
             counts = find_layer_counts(self.models[0].config)  # its siblings' config will do
@@ -267,6 +289,7 @@ class Inputs:
             runs=runs,
             layout=layout,
             renamed=tuple(rules),
+            tied=tied,
         )
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

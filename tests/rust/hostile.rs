@@ -9,10 +9,7 @@ use oxmerge::checkpoint::{Checkpoint, Header};
 use oxmerge::error::{Error, ErrorKind};
 use proptest::prelude::*;
 
-/// A safetensors file with that header text and `data` zero bytes.
-pub(crate) fn file_of(header: &str, data: usize) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &vec![0; data]].concat()
-}
+use crate::written::file_of;
 
 /// What is advised where nothing more precise is.
 const DAMAGED: &str = "; the file is damaged: download it again, or save the model anew";

@@ -14,13 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING or __name__ != "__main__":
-    import oxmerge
-else:
-    import atheris
-
-    with atheris.instrument_imports(include=["oxmerge", "yaml"]):
-        import oxmerge
+import oxmerge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,18 +73,24 @@ TARGETS: dict[str, Callable[[Path, bytes], None]] = {
 
 def main() -> None:
     """Fuzz the target that is the first argument."""
-    target = TARGETS[sys.argv.pop(1)]
+    import atheris
+
+    target, kept = TARGETS[sys.argv[1]], Path(__file__).parent / "fuzz" / "corpus" / sys.argv.pop(1)
     here = os.getcwd()
+
+    def run(data: bytes) -> None:
+        try:
+            target(Path(folder), data)
+        except (oxmerge.OxmergeError, OSError):
+            pass
+        finally:
+            os.chdir(here)
+
     with tempfile.TemporaryDirectory() as folder:
-
-        def run(data: bytes) -> None:
-            try:
-                target(Path(folder), data)
-            except (oxmerge.OxmergeError, OSError):
-                pass
-            finally:
-                os.chdir(here)
-
+        # What is imported first in here is watched.
+        with atheris.instrument_imports(include=["oxmerge"]):
+            for each in kept.iterdir():
+                run(each.read_bytes())
         atheris.Setup(sys.argv, run)
         atheris.Fuzz()
 

@@ -46,4 +46,16 @@ impl Table {
         };
         table.map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))
     }
+
+    /// Reads the table of a file that is not here, of which the first bytes are.
+    pub(super) fn of_start(start: &[u8], path: &Path, size: u64, index: usize) -> Result<Self> {
+        if start.starts_with(ZIP) || start.starts_with(OLD_TORCH) {
+            let message = "the tensors of a file of torch are not told by its first bytes";
+            return Err(Error::new(ErrorKind::Unsupported, message)
+                .file(path)
+                .advice("download the model, and name its folder"));
+        }
+        let header = Header::of_start(start, path, size, index)?;
+        Ok(Self { tensors: header.tensors, notes: Vec::new() })
+    }
 }

@@ -53,7 +53,7 @@ impl Table {
             let message = "the tensors of a file of torch are not told by its first bytes";
             return Err(Error::new(ErrorKind::Unsupported, message)
                 .file(path)
-                .advice("download the model, and name its folder"));
+                .advice("download the model first; of the Hub, by `hf download NAME`"));
         }
         let header = Header::of_start(start, path, size, index)?;
         Ok(Self { tensors: header.tensors, notes: Vec::new() })

@@ -86,8 +86,10 @@ def model(seed: int) -> Tensors:
 
 
 def save(folder: Path, tensors: Tensors, kind: str) -> Path:
-    """Save a model in one of the ways in which models are saved."""
+    """Save a model in one of the ways in which models are saved, with what training leaves."""
     folder.mkdir()
+    torch.save({"state": {0: {"step": torch.tensor(1)}}}, folder / "optimizer.pt")
+    torch.save(torch.nn.Linear(1, 1), folder / "training_args.bin")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     if kind == "safetensors":
         plain = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
@@ -178,6 +180,8 @@ def test_a_head_that_is_not_tied_stays(tmp_path: Path) -> None:
 WRAPPED: dict[str, tuple[Any, list[str]]] = {
     "model": ({"model": {"x": torch.ones(2)}, "optimizer": {"m": [torch.ones(1), 0.5]}},
               ["the model is what is under `model`; left out beside it: `optimizer`"]),
+    "steps": ({"step": torch.tensor(7), "state_dict": {"x": torch.ones(2)}},
+              ["the model is what is under `state_dict`; left out beside it: `step`"]),
     "module": ({"module": {"model_state_dict": {"x": torch.ones(2)}}}, []),
     "others": ({"x": torch.ones(2), "version": 3, "shape": torch.Size([2]), "long": 2**99},
                ["what is no tensor is left out: `version`, `shape`, `long`"]),
@@ -329,7 +333,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "unknown dictionaries": (lambda: {"a": {"x": X}, "b": {"x": X}},
                              "by name: found the keys `a`, `b`"),
     "two models": (lambda: {"model": {"x": X}, "module": {"x": X}},
-                   "it is not clear which dictionary .*: found `model`, `module`"),
+                   "it is not clear which dictionary .*: found `model` and `module`"),
     "numbers for names": (lambda: {0: X}, "a tensor of the file has a name that is no text"),
 }  # fmt: skip
 

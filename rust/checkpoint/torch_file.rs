@@ -76,34 +76,34 @@ fn read_archive(file: &File, path: &Path, size: u64, index: usize) -> Result<Tab
 
 /// The dictionary that is the model's, and a note if it is in another.
 fn find_model<'a>(pickle: &'a Pickle<'_>) -> Result<(&'a Dict, Option<String>)> {
+    let unsupported = |message| Error::new(ErrorKind::Unsupported, message);
     let no_dict = || {
-        Error::new(ErrorKind::Unsupported, "the file holds no dictionary of tensors by name")
+        unsupported("the file holds no dictionary of tensors by name")
             .advice("save the model with `torch.save(model.state_dict(), FILE)`")
     };
     let mut dict = pickle.dict(pickle.root).ok_or_else(no_dict)?;
-    let mut way = Vec::new();
-    let mut left_out = Vec::new();
-    while !dict.iter().any(|(_, value)| matches!(value, Value::Tensor(_))) {
-        let texts = dict.iter().filter_map(|&(key, value)| Some((pickle.text(key)?, value)));
-        let (inner, others): (Vec<_>, Vec<_>) = texts
-            .partition(|&(key, value)| WRAPPERS.contains(&key) && matches!(value, Value::Dict(_)));
-        let keys: Vec<_> = inner.iter().chain(&others).map(|&(key, _)| key).collect();
-        match inner[..] {
-            [(key, value)] if way.len() < DEEPEST => {
-                dict = pickle.dict(value).ok_or_else(no_dict)?;
+    let (mut way, mut left_out) = (Vec::new(), Vec::new());
+    loop {
+        let keys = dict.iter().filter_map(|&(key, _)| pickle.text(key));
+        match wrapped(pickle, dict)[..] {
+            [(key, inner)] if way.len() < DEEPEST => {
+                left_out.extend(keys.filter(|&other| other != key));
                 way.push(key);
-                left_out.extend(others.iter().map(|&(key, _)| key));
+                dict = inner;
             }
-            [_, _, ..] => {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
+            [(one, _), (other, _), ..] => {
+                return Err(unsupported(
                     "it is not clear which dictionary of the file is the model",
                 )
-                .found(list(&keys))
+                .found(format_args!("`{one}` and `{other}`"))
                 .advice("save the one that is with `torch.save(DICTIONARY, FILE)`"));
             }
-            _ if keys.is_empty() => return Err(no_dict()),
-            _ => return Err(no_dict().found(format_args!("the keys {}", list(&keys)))),
+            _ if has_tensors(dict) => break,
+            _ => {
+                let keys: Vec<_> = keys.collect();
+                let found = |error: Error| error.found(format_args!("the keys {}", list(&keys)));
+                return Err(if keys.is_empty() { no_dict() } else { found(no_dict()) });
+            }
         }
     }
     let way = way.join(".");
@@ -111,6 +111,21 @@ fn find_model<'a>(pickle: &'a Pickle<'_>) -> Result<(&'a Dict, Option<String>)> 
         format!("the model is what is under `{way}`; left out beside it: {}", list(&left_out))
     });
     Ok((dict, note))
+}
+
+/// The dictionaries in another that may be the model's, or have it in them, by their keys.
+fn wrapped<'a>(pickle: &'a Pickle<'_>, dict: &'a Dict) -> Vec<(&'a str, &'a Dict)> {
+    let inner = |dict: &'a Dict| {
+        dict.iter().filter_map(|&(key, value)| {
+            let key = pickle.text(key).filter(|key| WRAPPERS.contains(key))?;
+            Some((key, pickle.dict(value)?))
+        })
+    };
+    inner(dict).filter(|(_, dict)| has_tensors(dict) || inner(dict).next().is_some()).collect()
+}
+
+fn has_tensors(dict: &Dict) -> bool {
+    dict.iter().any(|(_, value)| matches!(value, Value::Tensor(_)))
 }
 
 /// An archive that torch wrote.

@@ -326,7 +326,7 @@ fn broken_indexes() {
 /// File names, and the error of a directory that holds them (all of them with the tensor `a`).
 #[test]
 fn directories_without_clear_weights() {
-    let rows: [(&[&str], &str); 9] = [
+    let rows: [(&[&str], &str); 10] = [
         (
             &["pytorch_model-00001-of-00002.bin"],
             "the checkpoint has shards but no index: expected `pytorch_model.bin.index.json`: found `pytorch_model-00001-of-00002.bin`; download the index too",
@@ -358,6 +358,10 @@ fn directories_without_clear_weights() {
         (
             &["model-00001-of-00002.safetensors"],
             "the checkpoint has shards but no index: expected `model.safetensors.index.json`: found `model-00001-of-00002.safetensors`; download the index too",
+        ),
+        (
+            &["adapter_model.bin"],
+            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; merge it into its base model first (peft's `merge_and_unload`)",
         ),
         (
             &["adapter_model.safetensors"],

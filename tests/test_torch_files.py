@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import oxmerge
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oxmerge.cli import main
 from oxmerge.errors import CheckpointError, OxmergeError, UnsupportedError
 from safetensors.torch import load_file, save_file
@@ -621,3 +623,43 @@ def test_archives_that_are_no_model(tmp_path: Path) -> None:
                 file.writestr(name, b"")
         with pytest.raises(CheckpointError, match="the zip archive is no file of torch"):
             oxmerge.open(tmp_path / f"{at}.bin")
+
+
+@st.composite
+def views(draw: st.DrawFn) -> torch.Tensor:
+    """Return some view of a storage that others have too."""
+    view = BASE.to(draw(st.sampled_from(TYPES[:4])))
+    for _ in range(draw(st.integers(0, 4))):
+        axis = draw(st.integers(0, view.ndim - 1)) if view.ndim else 0
+        kinds = ["slice", "select", "transpose", "expand"] if view.ndim else ["expand"]
+        match draw(st.sampled_from(kinds)):
+            case "slice":
+                start, stop = sorted(draw(st.tuples(st.integers(0, 4), st.integers(0, 4))))
+                view = view[(slice(None),) * axis + (slice(start, stop, draw(st.integers(1, 2))),)]
+            case "select" if view.shape[axis]:
+                view = view.select(axis, draw(st.integers(0, view.shape[axis] - 1)))
+            case "transpose":
+                view = view.transpose(axis, draw(st.integers(0, view.ndim - 1)))
+            case "expand":
+                view = view.expand(draw(st.integers(0, 2)), *view.shape)
+    return view
+
+
+BASE = torch.arange(60.0).reshape(3, 4, 5)
+
+
+@given(st.lists(views(), min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_any_views_are_what_torch_says(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[torch.Tensor]
+) -> None:
+    path = tmp_path_factory.mktemp("views") / "a.pt"
+    tensors = {f"x{at}": view for at, view in enumerate(drawn)}
+    torch.save(tensors, path)
+    scattered = [name for name, view in tensors.items() if not view.is_contiguous()]
+    if scattered:
+        with pytest.raises(UnsupportedError, match="do not lie one after the other") as caught:
+            oxmerge.open(path)
+        assert caught.value.tensor == scattered[0]
+    else:
+        assert equal(read(path)[0], torch.load(path))

@@ -9,9 +9,10 @@ from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
+from oxmerge.models.adapters import adapt, open_adapter
 from oxmerge.models.names import find_layer_counts, find_layout
 from oxmerge.models.naming import named_as
-from oxmerge.models.references import resolve_reference
+from oxmerge.models.references import resolve_reference, split_adapters
 from oxmerge.models.vocabularies import folder_beside
 from oxmerge.problems import Problem, did_you_mean
 from oxmerge.recipe.recipe import UNREAD
@@ -55,6 +56,8 @@ class InputModel:
         Its stacks.
     renamed : tuple of Rename
         How its tensors are called here, where the files call them otherwise.
+    adapter_files : tuple of dict
+        The configs of its adapters, as they were then.
     """
 
     index: int
@@ -67,6 +70,7 @@ class InputModel:
     runs: list[tuple[str, int, int]]
     layout: Layout
     renamed: tuple[Rename, ...] = ()
+    adapter_files: tuple[dict[str, Any], ...] = ()
 
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
@@ -143,13 +147,17 @@ class Inputs:
         self.lacks_reported = False
         self._folders = folders
         self._paths: dict[str, str | Problem] = {}
+        self._adapters: dict[str, tuple[tuple[str, float], ...]] = {}
         self._missing: set[str] = set()
         self._by_path: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
         path = self._resolve(reference)
-        return reference if isinstance(path, Problem) else os.path.realpath(path)
+        if isinstance(path, Problem):
+            return reference
+        adapters = self._adapters[reference]
+        return os.path.realpath(path) + "".join(f"+{each}={weight:g}" for each, weight in adapters)
 
     def locate(self, reference: str) -> str | Problem:
         """Return where a model lies, or why that is not known."""
@@ -163,7 +171,8 @@ class Inputs:
 
     def open(self, reference: str, where: Place | None = None) -> InputModel | None:
         """Return the model, or None after reporting that it cannot be opened, and where."""
-        if reference == UNREAD or self._stages.get(reference, "") is None:
+        model, _ = split_adapters(reference, self._folders)
+        if reference == UNREAD or self._stages.get(model, "") is None:
             self.lacks_reported = True
             return None
         path = self._resolve(reference)
@@ -172,15 +181,23 @@ class Inputs:
                 self._missing.add(reference)
                 self._findings.problems.append(replace(path, where=where))
             return None
-        key = os.path.realpath(path)
+        key = self.path_of(reference)
         if key not in self._by_path:
             self._by_path[key] = self._open(reference, path)
         return self._by_path[key]
 
     def _resolve(self, reference: str) -> str | Problem:
         if reference not in self._paths:
-            stage = self._stages.get(reference)
-            self._paths[reference] = stage or resolve_reference(reference, self._folders)
+            model, adapters = split_adapters(reference, self._folders)
+            found = [resolve_reference(adapter, self._folders) for adapter, _ in adapters]
+            path = self._stages.get(model) or resolve_reference(model, self._folders)
+            missing = next((each for each in (path, *found) if isinstance(each, Problem)), None)
+            self._paths[reference] = missing or path
+            self._adapters[reference] = tuple(
+                (os.path.realpath(each), weight)
+                for each, (_, weight) in zip(found, adapters, strict=True)
+                if isinstance(each, str)
+            )
         return self._paths[reference]
 
     def check_renames(self) -> None:
@@ -211,6 +228,8 @@ class Inputs:
             self._findings.problems.append(problem)
             return None
         model = self._model(reference, path, checkpoint)
+        if model is None:
+            return None
         self.models.append(model)
         self._findings.warnings += [
             Problem("odd-checkpoint", text, file=path) for text in checkpoint.warnings
@@ -226,10 +245,10 @@ class Inputs:
     # Names.
 
     def _named(
-        self, reference: str, path: str, checkpoint: Checkpoint
+        self, reference: str, checkpoint: Checkpoint
     ) -> tuple[Checkpoint, list[Rename]]:
         """Return a model's tensors under the names that they have in the donor."""
-        key = os.path.realpath(path)
+        key = self.path_of(reference)
         own = [each for each in self._renames if self.path_of(each.model) == key]
         if self._donor is None or self.path_of(self._donor) != key:
             return named_as(self._donor_checkpoint(), checkpoint, own, self._findings)
@@ -248,10 +267,22 @@ class Inputs:
         except (OxmergeError, OSError):
             return None
 
-    def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
-        checkpoint, rules = self._named(reference, path, checkpoint)
-        runs = checkpoint.runs()
+    def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel | None:
         config, config_file = self._read_config(path)
+        opened = [
+            (open_adapter(each, self._findings), weight)
+            for each, weight in self._adapters[reference]
+        ]
+        adapters = [(each, weight) for each, weight in opened if each is not None]
+        if len(adapters) < len(opened):
+            return None
+        if adapters:
+            adapted = adapt(checkpoint, config, adapters, self._findings)
+            if adapted is None:
+                return None
+            checkpoint, config = adapted.checkpoint, adapted.config
+        checkpoint, rules = self._named(reference, checkpoint)
+        runs = checkpoint.runs()
         counts = find_layer_counts(config)
         if not config and self.models:
             counts = find_layer_counts(self.models[0].config)  # its siblings' config will do
@@ -267,6 +298,7 @@ class Inputs:
             runs=runs,
             layout=layout,
             renamed=tuple(rules),
+            adapter_files=tuple(adapter.config.file for adapter, _ in adapters),
         )
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

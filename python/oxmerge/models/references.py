@@ -10,16 +10,16 @@ from oxmerge.problems import UNSUPPORTED, Problem, near, printable
 
 __all__ = [
     "DOWNLOAD_REVISION",
-    "MERGE_LORA",
     "parse_reference",
     "resolve_reference",
+    "split_adapters",
 ]
 
 #: What to do about references that are not supported yet.
-MERGE_LORA = "merge the adapter into its model first, and name the result"
 DOWNLOAD_REVISION = "download that revision, and name its directory"
 
 #: What may be a model's name on the Hub: `gpt2`, `organisation/model`.
+_NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})")
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
@@ -29,18 +29,16 @@ def parse_reference(text: str) -> str | Problem:
     Parameters
     ----------
     text : str
-        A path. A LoRA (``model+lora``) or a revision (``model@revision``) is refused by name.
+        A path, also with adapters: ``model+adapter``. A revision (``model@revision``) is refused by
+        name.
     """
     if not text.strip():
         return Problem("wrong-value", "an empty model reference", advice="name the model's folder")
     if os.path.exists(os.path.expanduser(text)):
         return text  # whatever letters it has
-    if "+" in text:
-        return Problem(
-            UNSUPPORTED,
-            f"not supported yet: a LoRA on a model (`{text}`)",
-            advice=MERGE_LORA,
-        )
+    if "+" in text and not all(part.strip() for part in text.split("+")):
+        message, advice = f"a part of the reference `{text}` is empty", "write `model+adapter`"
+        return Problem("wrong-value", message, advice=advice)
     if "@" in text:
         return Problem(
             UNSUPPORTED,
@@ -48,6 +46,35 @@ def parse_reference(text: str) -> str | Problem:
             advice=DOWNLOAD_REVISION,
         )
     return text
+
+
+def split_adapters(
+    reference: str, folders: tuple[str, ...]
+) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """Return the model of a reference, and its adapters with what each is multiplied by.
+
+    Parameters
+    ----------
+    reference : str
+        ``model+adapter+other=0.5``. What is there under the whole name is a model, and a last part
+        that is there with its ``=`` is an adapter.
+    folders : tuple of str
+        Where a relative path may start.
+    """
+
+    def is_there(name: str) -> bool:
+        path = os.path.expanduser(name)
+        return any(os.path.exists(os.path.join(folder, path)) for folder in folders)
+
+    if "+" not in reference or is_there(reference):
+        return reference, ()
+    model, *adapters = reference.split("+")
+    found = []
+    for adapter in adapters:
+        name, sign, weight = adapter.rpartition("=")
+        is_weighted = sign and _NUMBER.fullmatch(weight) and not is_there(adapter)
+        found.append((name, float(weight)) if is_weighted else (adapter, 1.0))
+    return model, tuple(found)
 
 
 def resolve_reference(reference: str, folders: tuple[str, ...]) -> str | Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from oxmerge.models.references import DOWNLOAD_REVISION, MERGE_LORA, parse_reference
+from oxmerge.models.references import DOWNLOAD_REVISION, parse_reference
 from oxmerge.problems import UNSUPPORTED, did_you_mean
 from oxmerge.recipe.keys import KeyReader, at_item, at_key, is_mapping, show, show_key
 from oxmerge.recipe.recipe import UNREAD, Choice, Setting
@@ -93,7 +93,6 @@ class ValueReader(KeyReader):
             raw, place, frozenset(("model", "lora") if long_form else ("path", "revision"))
         )
         for key, what, advice in (
-            ("lora", "a LoRA on a model", MERGE_LORA),
             ("revision", "a revision of a model", DOWNLOAD_REVISION),
         ):
             if raw.get(key) is not None:
@@ -108,7 +107,11 @@ class ValueReader(KeyReader):
         if raw.get(key) is None:
             message, advice = "`model` is needed here", "write `model: path`"
             self.fault(place, message, code="missing-key", advice=advice)
-        return self.reference(raw, key, place) or UNREAD
+        model = self.reference(raw, key, place) or UNREAD
+        if raw.get("lora") is None or model == UNREAD:
+            return model
+        adapter = self.reference(raw, "lora", place)
+        return UNREAD if not adapter else f"{model}+{adapter}"
 
     def layer_range(self, raw: Mapping[str, object], place: Place) -> tuple[int, int] | None:
         """Read a source's first layer and the one after its last."""

@@ -69,13 +69,25 @@ impl Checkpoint {
             let row = self.find(of).ok_or_else(|| lacks("the model", of))?;
             made.put(name, self.rows[row], self.tensor(row).written);
         }
+        // A tensor stays what it is to the model: an adapter may have it in f32.
+        let mut stored = HashMap::new();
         for (name, of) in &changes.replaced {
             let (tensor, file) = given(of)?;
             let shape = made.shape_number(tensor.shape.to_vec());
-            let row = Row { dtype: tensor.dtype, shape, file, start: tensor.start };
-            made.put(name, row, tensor.name);
+            let dtype = made.get(name).map_or(tensor.dtype, |was| was.dtype);
+            made.put(name, Row { dtype, shape, file, start: tensor.start }, tensor.name);
+            if dtype != tensor.dtype {
+                stored.insert(name.clone(), tensor.dtype);
+            }
         }
         let mut adapted = HashMap::new();
+        for (name, &dtype) in &stored {
+            let row = made.find(name).ok_or_else(|| lacks("the model", name))?;
+            let columns = made.tensor(row).shape.last().copied().unwrap_or(1);
+            let change =
+                Adapted { dtype, columns, terms: Vec::new(), magnitude: None, replaced: None };
+            adapted.insert(row as u32, Arc::new(change));
+        }
         for (name, change) in changes.changed {
             let row = made.find(&name).ok_or_else(|| lacks("the model", &name))?;
             let tensor = made.tensor(row);
@@ -94,7 +106,7 @@ impl Checkpoint {
                 Ok(Replaced { rows: rows.clone(), file, dtype: tensor.dtype, start })
             };
             let change = Adapted {
-                dtype: tensor.dtype,
+                dtype: stored.get(&name).copied().unwrap_or(tensor.dtype),
                 columns: change.columns,
                 terms: change.terms.iter().map(term).collect::<Result<_>>()?,
                 magnitude: change.magnitude.as_ref().map(magnitude).transpose()?,

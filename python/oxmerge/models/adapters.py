@@ -462,6 +462,8 @@ class _OneAdapter:
             self._fault("the adapter's tensor does not fit the model's", tensor, str(list(was)),
                         str(list(shape)), _SAME_BASE)  # fmt: skip
             return
+        if (tied := job.tied_to(name)) is not None:
+            job.copied.setdefault(name, tied)
         job.replaced[name] = (self.number, tensor.name)
         job.shapes[name] = shape
 

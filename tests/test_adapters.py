@@ -6,9 +6,6 @@ over the rank may be off by a rounding a step; in bf16 by one rounding more.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,7 +224,11 @@ def test_a_variant_is_what_peft_makes_of_it(name: str, place: Path) -> None:
     changed = 0
     for key, expected in exact.items():
         # A rounding for each step of the rank and for each factor, of numbers no larger than these.
-        largest = max(expected.abs().max().item(), before[key].abs().max().item()) if key in before else 1.0
+        largest = (
+            max(expected.abs().max().item(), before[key].abs().max().item())
+            if key in before
+            else 1.0
+        )
         bound = 64 * F32 * max(largest, 1.0) * 4
         assert (single[key].double() - expected).abs().max() <= bound, key
         rounding = expected.abs() * BF16 + bound

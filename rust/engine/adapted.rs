@@ -33,7 +33,7 @@ const MOST_MEMORY: u64 = 1 << 48;
 
 /// What workers hold between the pieces of a tensor, by thread.
 #[derive(Debug, Default)]
-pub(super) struct Desks {
+pub struct Desks {
     single: Arc<Pool<f32>>,
     double: Arc<Pool<f64>>,
 }
@@ -57,7 +57,7 @@ struct Desk<T> {
 
 /// A source that an adapter changes.
 #[derive(Debug)]
-pub(super) struct AdaptedSource<T> {
+struct AdaptedSource<T> {
     base: Arc<dyn Source>,
     adapted: Arc<Adapted>,
     /// The files of the adapter, by number.
@@ -86,14 +86,14 @@ enum Scaling<T> {
 }
 
 /// A number that no other task of the process has.
-pub(super) fn task_number() -> u64 {
+pub fn task_number() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// Source `number` of task `task`: what `adapted` makes of `base`, which has so many elements, as
 /// elements of `dtype`. `files` are those of the adapter.
-pub(super) fn adapted(
+pub fn adapted(
     base: Arc<dyn Source>,
     adapted: &Arc<Adapted>,
     dtype: DType,

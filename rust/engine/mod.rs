@@ -8,7 +8,7 @@
 //! fork.
 
 mod active;
-mod adapted;
+pub mod adapted;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;

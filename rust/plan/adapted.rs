@@ -197,6 +197,10 @@ impl Factor {
         }
         let file = files.get(self.file as usize);
         let file = file.ok_or_else(|| wrong("the plan has no file of that number"))?;
+        // Each number has a place of its own, so that a small file makes no large factor.
+        if lines > 1 && self.line == 0 || rank > 1 && self.step == 0 {
+            return Err(wrong("the numbers of a factor lie in one place"));
+        }
         let last = (lines.saturating_sub(1)).checked_mul(self.line).and_then(|at| {
             at.checked_add(rank.saturating_sub(1).checked_mul(self.step)?)?.checked_add(1)
         });

@@ -9,7 +9,8 @@ from pathlib import Path
 import oxmerge
 from oxmerge import _core
 from oxmerge.cli.arguments import UsageError
-from oxmerge.models.references import resolve_reference
+from oxmerge.models.inputs import open_model
+from oxmerge.models.references import resolve_reference, split_adapters
 from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
@@ -30,6 +31,12 @@ class Engine:
     def merge(self, recipe: str, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
         """Merge, calling `options["progress"]` now and then."""
         return oxmerge.merge(_recipe(recipe), directory, **options)
+
+    def fuse(
+        self, model: str, directory: str, adapters: Sequence[str], **options: Any
+    ) -> MergeReport:
+        """Put adapters into a model, calling `options["progress"]` now and then."""
+        return oxmerge.fuse(model, directory, adapters, **options)
 
     def sweep(
         self,
@@ -64,6 +71,8 @@ class Engine:
 
     def open_checkpoint(self, path: str) -> Checkpoint:
         """Open a checkpoint from its headers."""
+        if split_adapters(path, (os.curdir,))[1]:
+            return open_model(path).checkpoint
         found = resolve_reference(path, (os.curdir,))
         if isinstance(found, Problem):
             raise UsageError(found.message, found.advice)

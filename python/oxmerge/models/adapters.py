@@ -142,7 +142,9 @@ def open_adapter(path: str, findings: Findings) -> Adapter | None:
     except OxmergeError as error:
         findings.problems.append(error.as_problem())
     except OSError as error:
-        message = f"the adapter's weights cannot be opened: {(error.strerror or str(error)).lower()}"
+        message = (
+            f"the adapter's weights cannot be opened: {(error.strerror or str(error)).lower()}"
+        )
         advice = "download the adapter again"
         findings.problems.append(Problem("adapter", message, file=file, advice=advice))
     return None
@@ -309,7 +311,9 @@ class _OneAdapter:
                 return
         if _LORA_WORD.search(name):
             advice = "merge it with PEFT (`merge_and_unload`), and name the result"
-            self._fault("a tensor of the adapter is of a kind that is not known", tensor, advice=advice)
+            self._fault(
+                "a tensor of the adapter is of a kind that is not known", tensor, advice=advice
+            )
             return
         self.whole[name.replace(".base_layer.", ".")] = tensor
 
@@ -394,7 +398,9 @@ class _OneAdapter:
             for skip in range(len(parts) - 1):
                 rest = ".".join(parts[skip:])
                 leads = {
-                    each.removesuffix(rest) for each in self.job.names if f".{each}".endswith(f".{rest}")
+                    each.removesuffix(rest)
+                    for each in self.job.names
+                    if f".{each}".endswith(f".{rest}")
                 }
                 lead, was = min(leads, default=None), name.removesuffix(rest)
                 if lead is not None and len(leads) == 1:
@@ -501,14 +507,14 @@ class _OneAdapter:
         """Return the scale of a module whose factors have this rank."""
         said = self.config.rank_of(path)
         if rank != said:
-            message = "an adapter's factor has another rank than its config says, so its scale is unknown"
+            message = (
+                "an adapter's factor has another rank than its config says, so its scale is unknown"
+            )
             self._fault(message, a, f"rank {said}", f"{rank} in {list(a.shape)}", _ANEW)
             return None
         return self.config.scale_of(path) * self.weight
 
-    def _pair(
-        self, module: _Module, name: str, a: TensorInfo, b: TensorInfo, scale: float
-    ) -> None:
+    def _pair(self, module: _Module, name: str, a: TensorInfo, b: TensorInfo, scale: float) -> None:
         job = self.job
         tied = job.tied_to(name)
         if tied is not None:
@@ -543,7 +549,9 @@ class _OneAdapter:
         if len(shape) > 2 and shape[1] == 1 and shape[0] > 1 and rows is None:  # noqa: PLR2004
             advice = "merge it with PEFT (`merge_and_unload`), and name the result"
             problem = "not supported yet: a LoRA on a convolution in groups"
-            self.findings.problems.append(Problem(UNSUPPORTED, problem, tensor=a.name, advice=advice))
+            self.findings.problems.append(
+                Problem(UNSUPPORTED, problem, tensor=a.name, advice=advice)
+            )
             return
         is_crossed = crossed and (not straight or is_embedding or self._is_transposed())
         row_range = rows or (0, flat[0])
@@ -580,9 +588,7 @@ class _OneAdapter:
             return None
         return change
 
-    def _magnitude(
-        self, change: _Change, tensor: TensorInfo, count: int, *, of_rows: bool
-    ) -> None:
+    def _magnitude(self, change: _Change, tensor: TensorInfo, count: int, *, of_rows: bool) -> None:
         if prod(tensor.shape) != count:
             self._fault("a magnitude does not fit the model's tensor", tensor, f"{count} numbers",
                         str(list(tensor.shape)), _SAME_BASE)  # fmt: skip
@@ -636,7 +642,9 @@ class _OneAdapter:
         kinds, job = module.tensors, self.job
         first = next(iter(kinds.values()))
         if set(kinds) != {"A", "B"}:
-            self._fault("a parameter that is adapted itself has a pair of factors", first, advice=_ANEW)
+            self._fault(
+                "a parameter that is adapted itself has a pair of factors", first, advice=_ANEW
+            )
             return
         a, b = kinds["A"], kinds["B"]
         name = self.name_of(f"{path}.{target}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from math import prod
 from typing import Any
 
 from oxmerge import _core
 from oxmerge.arrays.views import kind_of, numpy_dtype
+from oxmerge.models.references import split_adapters
 from oxmerge.problems import no_such_key
 from oxmerge.schema import DTYPE_NAMES, DTYPE_SIZES
 
@@ -43,8 +45,12 @@ class OpenCheckpoint(Mapping[str, Any]):
 
     def __init__(self, path: str | os.PathLike[str], framework: Framework = "np") -> None:
         self._kind = kind_of(framework)
-        self._checkpoint = _core.open_checkpoint(os.fspath(path))
+        self._checkpoint = _open(os.fspath(path))
         self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
+        changed = filter(self._checkpoint.is_changed, range(len(self._checkpoint)))
+        self._changed = frozenset(self._checkpoint.tensor(at).name for at in changed)
+        self._reference = os.fspath(path)
+        self._framework: Framework = framework
         self._files: list[dict[str, Any]] = self._checkpoint.files
         self._maps: dict[int, Any] = {}
         self._closed = False
@@ -54,6 +60,8 @@ class OpenCheckpoint(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """Return a tensor as an array of its shape."""
         tensor = self._tensor(name)
+        if name in self._changed:
+            return self._adapted[name]
         count = prod(tensor.shape)
         if self._kind == "torch":
             return self._torch_tensor(tensor, count)
@@ -73,6 +81,14 @@ class OpenCheckpoint(Mapping[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         """Return a tensor, or `default` if there is none of that name."""
         return self[name] if name in self else default  # noqa: SIM401 - this is it
+
+    @cached_property
+    def _adapted(self) -> Mapping[str, Any]:
+        """The tensors that adapters change, each computed when it is looked up."""
+        from oxmerge.arrays.lazily import lazy  # noqa: PLC0415 - seldom needed
+
+        recipe = {"merge_method": "passthrough", "models": [{"model": self._reference}]}
+        return lazy(recipe, framework=self._framework)
 
     def _torch_tensor(self, tensor: _core.TensorInfo, count: int) -> Any:
         import torch  # noqa: PLC0415
@@ -146,13 +162,23 @@ class OpenCheckpoint(Mapping[str, Any]):
         return self._maps[file]
 
 
+def _open(path: str) -> _core.Checkpoint:
+    if "+" in path:
+        from oxmerge.models.inputs import open_model  # noqa: PLC0415 - seldom needed
+
+        if split_adapters(path, (os.curdir,))[1]:
+            return open_model(path).checkpoint
+    return _core.open_checkpoint(path)
+
+
 def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -> OpenCheckpoint:
     """Open a checkpoint: a safetensors file, or a directory with one or with shards.
 
     Parameters
     ----------
     path : path
-        The file or directory.
+        The file or directory; with adapters, ``model+adapter``, whose tensors are computed each time
+        that they are looked up.
     framework : {"np", "pt"}
         What the arrays are, as in safetensors: of NumPy, or of torch.
 
@@ -165,6 +191,8 @@ def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -
     ------
     CheckpointError
         If a header or the index is broken.
+    PlanError
+        If an adapter does not fit the model.
     UnsupportedError
         If the weights are quantised.
     ImportError

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 
 from oxmerge import _core
-from oxmerge.errors import OxmergeError
+from oxmerge.errors import OxmergeError, PlanError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
 from oxmerge.models.adapters import adapt, open_adapter
@@ -14,7 +14,7 @@ from oxmerge.models.names import find_layer_counts, find_layout
 from oxmerge.models.naming import named_as
 from oxmerge.models.references import resolve_reference, split_adapters
 from oxmerge.models.vocabularies import folder_beside
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import Findings, Problem, did_you_mean, group_problems
 from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.models.names import Layout, Stack
-    from oxmerge.problems import Findings, Place
+    from oxmerge.problems import Place
     from oxmerge.recipe.patterns import Rename
     from oxmerge.recipe.recipe import Renames
 
-__all__ = ["InputModel", "Inputs"]
+__all__ = ["InputModel", "Inputs", "open_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +244,7 @@ class Inputs:
 
     # Names.
 
-    def _named(
-        self, reference: str, checkpoint: Checkpoint
-    ) -> tuple[Checkpoint, list[Rename]]:
+    def _named(self, reference: str, checkpoint: Checkpoint) -> tuple[Checkpoint, list[Rename]]:
         """Return a model's tensors under the names that they have in the donor."""
         key = self.path_of(reference)
         own = [each for each in self._renames if self.path_of(each.model) == key]
@@ -314,6 +312,21 @@ class Inputs:
             self._findings.problems.append(problem)
             return {}, None
         return config if isinstance(config, dict) else {}, FileState.of(status).as_input(file_name)
+
+
+def open_model(reference: str) -> InputModel:
+    """Return one model by itself, with its adapters.
+
+    Raises
+    ------
+    PlanError
+        With every problem that it has.
+    """
+    findings = Findings()
+    model = Inputs((os.getcwd(),), {}, findings).open(reference)
+    if model is None or findings.problems:
+        raise PlanError.of("cannot open the model", group_problems(findings.problems))
+    return model
 
 
 def _os_message(error: OSError) -> str:

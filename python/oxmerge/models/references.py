@@ -19,6 +19,7 @@ __all__ = [
 DOWNLOAD_REVISION = "download that revision, and name its directory"
 
 #: What may be a model's name on the Hub: `gpt2`, `organisation/model`.
+_MOST_PARTS = 32
 _NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})")
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
@@ -66,15 +67,19 @@ def split_adapters(
         path = os.path.expanduser(name)
         return any(os.path.exists(os.path.join(folder, path)) for folder in folders)
 
-    if "+" not in reference or is_there(reference):
+    parts = reference.split("+")
+    if len(parts) == 1 or len(parts) > _MOST_PARTS:
         return reference, ()
-    model, *adapters = reference.split("+")
     found = []
-    for adapter in adapters:
-        name, sign, weight = adapter.rpartition("=")
-        is_weighted = sign and _NUMBER.fullmatch(weight) and not is_there(adapter)
-        found.append((name, float(weight)) if is_weighted else (adapter, 1.0))
-    return model, tuple(found)
+    while parts:
+        # The longest name that is there: a `+` may be part of it.
+        ends = (at for at in range(len(parts), 1, -1) if is_there("+".join(parts[:at])))
+        count = next(ends, 1)
+        name, parts = "+".join(parts[:count]), parts[count:]
+        path, sign, weight = name.rpartition("=")
+        is_weighted = found and sign and _NUMBER.fullmatch(weight) and not is_there(name)
+        found.append((path, float(weight)) if is_weighted else (name, 1.0))
+    return found[0][0], tuple(found[1:])
 
 
 def resolve_reference(reference: str, folders: tuple[str, ...]) -> str | Problem:

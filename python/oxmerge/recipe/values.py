@@ -92,9 +92,7 @@ class ValueReader(KeyReader):
         self.check_keys(
             raw, place, frozenset(("model", "lora") if long_form else ("path", "revision"))
         )
-        for key, what, advice in (
-            ("revision", "a revision of a model", DOWNLOAD_REVISION),
-        ):
+        for key, what, advice in (("revision", "a revision of a model", DOWNLOAD_REVISION),):
             if raw.get(key) is not None:
                 self.fault(
                     at_key(place, raw, key),

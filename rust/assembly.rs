@@ -106,9 +106,9 @@ impl Assembly {
     ) -> Self {
         let (labels, models): (Vec<_>, Vec<_>) = models.into_iter().unzip();
         // Models with adapters on one base share its files.
-        let (mut all, mut numbers) = (Vec::new(), HashMap::new());
+        let mut all: Vec<InputFile> = Vec::new();
         let mut number = |file: &InputFile| {
-            *numbers.entry(file.path.clone()).or_insert_with(|| {
+            all.iter().position(|known| known == file).unwrap_or_else(|| {
                 all.push(file.clone());
                 all.len() - 1
             })

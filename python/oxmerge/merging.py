@@ -14,9 +14,12 @@ from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
+from oxmerge.models.fetching import check_space, fetch
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
+from oxmerge.output.manifest import manifest_writer
+from oxmerge.output.outcome import outcome_of
 from oxmerge.output.publish import (
     OutputDirectory,
     close,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import IO, Any
 
+    from oxmerge.problems import Problem
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
@@ -70,6 +74,9 @@ class Snapshot:
         The tensor that a worker took up last.
     peak_memory : int
         High-water mark of the process's resident set, bytes.
+    bytes_fetched, bytes_to_fetch : int
+        Bytes of inputs that were not on this machine: downloaded, and in all. As long as some are
+        still to come, `tensor` is the file that comes.
     """
 
     bytes_done: int
@@ -78,6 +85,8 @@ class Snapshot:
     tensors: int
     tensor: str
     peak_memory: int
+    bytes_fetched: int = 0
+    bytes_to_fetch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +270,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
+    digests: bool = True,
+    hash_inputs: bool = False,
+    allow_nonfinite: bool = False,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -306,12 +318,20 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether to show a bar, on standard error or below a notebook's cell; unless given, only
         there. Or what is called ten times a second with a `Snapshot`: ``bytes_done``,
         ``bytes_total`` and so on; what it raises ends the merge.
+    digests : bool
+        Whether the manifest, ``oxmerge.json``, has the BLAKE3 hash and statistics of each tensor,
+        by which non-finite values and a merge that changes nothing are told.
+    hash_inputs : bool
+        Whether the manifest has the SHA-256 of every input file: they are read once more.
+    allow_nonfinite : bool
+        Whether NaN or infinity in an output whose inputs have none is a warning, not an error.
 
     Raises
     ------
     RecipeError, PlanError
         With every problem that the recipe and the headers show, before any tensor is read. And when
-        integer tensors, which can only be copied, turn out to differ; no output is left.
+        integer tensors, which can only be copied, turn out to differ, or if elements of the output
+        are not finite though all inputs are; no output is left.
     OutputError, FileExistsError
         If the output cannot go to `directory`.
     MemoryBudgetError
@@ -320,14 +340,19 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         If there is no such device, or torch is not installed.
     InputChangedError
         If an input, its config or index changed while the merge ran; no output is left.
+    RemoteError
+        If weights that are not on this machine cannot be had.
     OSError
         If a file cannot be read or written, or the disk is full; no output is left.
     """
     (report,) = merge_together(
         [(recipe, directory)],
         PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
-        RunOptions(memory, threads, device, vram, overwrite, read_path, progress),
-    )
+        RunOptions(
+            memory, threads, device, vram, overwrite, read_path, progress,
+            digests, hash_inputs, allow_nonfinite,
+        ),
+    )  # fmt: skip
     return report
 
 
@@ -376,25 +401,27 @@ def merge_together(
                 purpose=plans[at].digest(),
             )
         outputs = [claimed[at] for at in range(len(merges))]
-        for plan, output in zip(plans, outputs, strict=True):
-            stage(output, contents_of(plan))
         with backend or nullcontext(), watched(running.progress) as callback:
+            room = _room(budget)
+            tables = _with_absent(plans, outputs, (room, running.threads, backend), callback)
+            for plan, output in zip(plans, outputs, strict=True):
+                stage(output, contents_of(plan))
             done = _core.execute(
-                [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
-                memory=_room(budget),
+                [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
+                memory=room,
                 threads=running.threads,
                 read_path=running.read_path,
                 progress=_reporter(plans, callback),
                 device=backend,
                 descriptors=[output.descriptor for output in outputs],
                 planned=planned,
+                digests=running.digests,
             )
         _check_side_files(plans)
         done |= {"device": _name(backend), "notes": _notes(backend)}
-        reports = [
-            _finish(plan, output, done | {"files": files}, started)
-            for plan, output, files in zip(plans, outputs, done["files"], strict=True)
-        ]
+        reports = _finish_all(
+            list(zip(plans, outputs, strict=True)), done, planning, running, started
+        )
     except BaseException:
         # Backwards: the first made the folders that they have in common.
         for output in reversed(claimed.values()):
@@ -522,8 +549,38 @@ def _check_made(plan: Plan, options: PlanOptions) -> None:
         raise PlanError("cannot merge", problems=plan.warnings)
 
 
+def _finish_all(
+    merges: Sequence[tuple[Plan, OutputDirectory]],
+    done: dict[str, Any],
+    planning: PlanOptions,
+    running: RunOptions,
+    started: float,
+) -> list[MergeReport]:
+    """Finish the outputs that nothing stands against; raise PlanError if that is not all."""
+    reports: list[MergeReport] = []
+    problems: list[Problem] = []
+    known = done.get("digests") or [None] * len(merges)
+    for (plan, output), files, digests in zip(merges, done["files"], known, strict=True):
+        against, odd = outcome_of(
+            plan, digests, allow_nonfinite=running.allow_nonfinite, strict=planning.strict
+        )
+        problems += against
+        if not against:
+            warnings = [*plan.warnings, *odd]
+            manifest = manifest_writer(plan, digests, warnings, hash_inputs=running.hash_inputs)
+            told = done | {"files": files, "warnings": tuple(map(str, warnings))}
+            reports.append(_finish(plan, output, told, manifest, started))
+    if problems:
+        raise PlanError("the merge is not finished", problems=problems)
+    return reports
+
+
 def _finish(
-    plan: Plan, output: OutputDirectory, done: dict[str, Any], started: float
+    plan: Plan,
+    output: OutputDirectory,
+    done: dict[str, Any],
+    manifest: Callable[[int], None],
+    started: float,
 ) -> MergeReport:
     report = MergeReport(
         directory=os.fspath(output.path),
@@ -542,13 +599,13 @@ def _finish(
         threads=done["memory"]["workers"],
         simd=done["simd"],
         device=done["device"],
-        warnings=tuple(map(str, plan.warnings)),
+        warnings=done["warnings"],
         notes=(*plan.changes, *done["notes"], *_notes_on(output)),
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
     states = [FileState(**state) for state in done["files"]]
-    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story))
+    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 
@@ -590,6 +647,38 @@ def _free_memory() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         available = next(line for line in file if line.startswith("MemAvailable:"))
     return int(available.split()[1]) * 1024
+
+
+def _with_absent(
+    plans: Sequence[Plan],
+    outputs: Sequence[OutputDirectory],
+    room: tuple[int, int | None, Backend | None],
+    progress: Callable[[Snapshot], None] | None,
+) -> list[_core.Plan]:
+    """Fetch the files that are not here; return the tables of the plans when they are."""
+    tables = [plan.table for plan in plans]
+    absent = list(
+        {each["remote"]["label"]: each for plan in plans for each in plan.absent}.values()
+    )
+    if not absent:
+        return tables
+    _core.predict(tables, *room)  # what cannot fit is told before hours of downloads
+    check_space(absent, os.fspath(outputs[0].path), sum(plan.disk for plan in plans))
+    places = fetch(absent, _fetch_reporter(plans, progress))
+    return [table.placed(places) for table in tables]
+
+
+def _fetch_reporter(
+    plans: Sequence[Plan], progress: Callable[[Snapshot], None] | None
+) -> Callable[[int, int, str], None] | None:
+    if progress is None:
+        return None
+    total, peak = sum(plan.bytes_written for plan in plans), _core.peak_memory()
+
+    def report(fetched: int, to_fetch: int, current: str) -> None:
+        progress(Snapshot(0, total, 0, 0, current, peak, fetched, to_fetch))
+
+    return report
 
 
 def _reporter(

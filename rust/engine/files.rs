@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::adapted::{Desks, adapted, task_number};
+use super::backend::steps;
+use super::control::Control;
+use super::digest::{Digester, Observer};
 use super::need::{Need, SMALL};
 use super::rows::RowsSource;
 use super::source::{Memory, Sink, Source};
@@ -18,7 +21,25 @@ use crate::formula::machine::TensorFrame;
 use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
 };
-use crate::plan::{self, Adapted, InputFile, OutputShard, Plan, Settings, Tensor};
+use crate::kernels::{BLOCK, CELL, Level, compare};
+use crate::plan::{self, Adapted, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
+
+/// A tensor of a file that is not here: it can be planned with, but not read.
+#[derive(Debug)]
+struct NotHere {
+    remote: Remote,
+    dtype: DType,
+}
+
+impl Source for NotHere {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn read<'a>(&'a self, _: Range<u64>, _: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
+        Err(not_here(&self.remote))
+    }
+}
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -113,6 +134,22 @@ struct FileSink {
     shard: Arc<Shard>,
     dtype: DType,
     start: u64,
+    told: Option<Told>,
+}
+
+/// What is told of an output tensor to who observes the run.
+#[derive(Debug)]
+struct Told {
+    digester: Digester,
+    observer: Arc<dyn Observer>,
+    merge: usize,
+    tensor: usize,
+}
+
+impl Told {
+    fn finish(&self) -> Result<()> {
+        self.observer.finished(self.merge, self.tensor, self.digester.finish()?)
+    }
 }
 
 impl FileSink {
@@ -124,6 +161,10 @@ impl FileSink {
 impl Sink for FileSink {
     fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    fn digester(&self) -> Option<&Digester> {
+        self.told.as_ref().map(|told| &told.digester)
     }
 
     fn takes_any_piece(&self) -> bool {
@@ -139,6 +180,7 @@ impl Sink for FileSink {
     }
 
     fn finish(&self) -> Result<()> {
+        self.told.as_ref().map_or(Ok(()), Told::finish)?;
         self.shard.finish(1)
     }
 }
@@ -187,6 +229,8 @@ pub struct Merges<'a> {
     desks: Desks,
     /// The shards of each plan, when there are any yet.
     shards: Vec<Vec<Arc<Shard>>>,
+    /// Who is told of finished tensors.
+    observer: Option<Arc<dyn Observer>>,
     /// Buffers of small neighbours that nobody uses now.
     spare: Mutex<Vec<Buffers>>,
 }
@@ -216,7 +260,7 @@ impl<'a> Merges<'a> {
                 let sources = if first.tensor(at).is_plain() {
                     Vec::new()
                 } else {
-                    sources_of(&readers, &desks, first.tensor(at))
+                    sources_of(first, &readers, &desks, first.tensor(at))
                 };
                 let memory: Vec<Memory> = sources.iter().map(|source| source.memory()).collect();
                 let next = numbers.len() as u32;
@@ -234,6 +278,7 @@ impl<'a> Merges<'a> {
             desks,
             prepared: Mutex::default(),
             shards: Vec::new(),
+            observer: None,
             spare: Mutex::default(),
         };
         let needs = merges.look_at_kinds(numbers.len())?;
@@ -264,6 +309,19 @@ impl<'a> Merges<'a> {
         Ok(())
     }
 
+    /// Tells `observer` of each tensor that is finished.
+    pub fn observe(&mut self, observer: Arc<dyn Observer>) {
+        self.observer = Some(observer);
+    }
+
+    /// What will be told of tensor `tensor` of merge `merge`, if anyone is told.
+    fn told(&self, merge: usize, tensor: usize) -> Option<Told> {
+        let observer = Arc::clone(self.observer.as_ref()?);
+        let about = self.plans[merge].tensor(tensor);
+        let digester = Digester::new(about.dtype(), about.elements());
+        Some(Told { digester, observer, merge, tensor })
+    }
+
     /// For each merge, which files were written and how they were left, when all are finished.
     pub fn written(&self) -> Vec<Vec<InputFile>> {
         let states = |shards: &Vec<Arc<Shard>>| {
@@ -292,7 +350,7 @@ impl<'a> Merges<'a> {
 
     fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
         let tensor = self.plans[0].tensor(at);
-        let sources = sources_of(&self.readers, &self.desks, tensor);
+        let sources = sources_of(self.plans[0], &self.readers, &self.desks, tensor);
         self.task_of(at, sources, sinks)
     }
 
@@ -307,7 +365,7 @@ impl<'a> Merges<'a> {
         let prepared = self.prepared(at)?;
         let task =
             Task::prepared(frame(self.plans[0], at), sources, labels.collect(), sinks, prepared);
-        Ok(task.in_f64(self.plans[0].in_f64))
+        Ok(task.in_f64(self.plans[0].in_f64).with_base(tensor.base()))
     }
 
     fn is_small(&self, at: usize) -> bool {
@@ -336,12 +394,13 @@ impl Tasks for Merges<'_> {
     }
 
     fn task(&self, index: usize) -> Result<Task> {
-        let sink = |(plan, shards): (&&Plan, &Vec<Arc<Shard>>)| -> Arc<dyn Sink> {
+        let sink = |(merge, plan): (usize, &&Plan)| -> Arc<dyn Sink> {
             let tensor = plan.tensor(index);
-            let shard = Arc::clone(&shards[tensor.shard()]);
-            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start() })
+            let shard = Arc::clone(&self.shards[merge][tensor.shard()]);
+            let told = self.told(merge, index);
+            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start(), told })
         };
-        self.make(index, self.plans.iter().zip(&self.shards).map(sink).collect())
+        self.make(index, self.plans.iter().enumerate().map(sink).collect())
     }
 
     fn kind(&self, index: usize) -> usize {
@@ -376,7 +435,9 @@ impl Tasks for Merges<'_> {
             let output = &mut *output.lock().unwrap_or_else(PoisonError::into_inner);
             output.grow(written.bytes.end)?;
         }
-        Ok(Box::new(Neighbours { merges: self, tasks, places, buffers }))
+        let told = |merge| tasks.clone().filter_map(move |at| self.told(merge, at).map(Arc::new));
+        let told = (0..self.plans.len()).map(|merge| told(merge).collect()).collect();
+        Ok(Box::new(Neighbours { merges: self, tasks, places, buffers, told }))
     }
 }
 
@@ -463,6 +524,8 @@ struct Neighbours<'a> {
     /// Where each source of each tensor begins in the input buffer.
     places: Vec<Vec<usize>>,
     buffers: Buffers,
+    /// For each merge, what will be told of each tensor, if anyone is told.
+    told: Vec<Vec<Arc<Told>>>,
 }
 
 impl Gathered for Neighbours<'_> {
@@ -476,22 +539,29 @@ impl Gathered for Neighbours<'_> {
         let sources =
             tensor.sources().zip(&self.places[index - self.tasks.start]).map(source).collect();
         let outputs = self.merges.written_by(&self.tasks).zip(&self.buffers.outputs);
-        let sink = |(plan, (written, buffer)): (&&Plan, (Written<'_>, &Arc<_>))| -> Arc<dyn Sink> {
-            let tensor = plan.tensor(index);
-            let start = written.bytes.start + (tensor.start() - written.start) as usize;
-            let buffer = Arc::clone(buffer);
-            Arc::new(BufferSink { buffer, dtype: tensor.dtype(), start })
-        };
+        let outputs = outputs.zip(&self.told);
+        let sink =
+            |(plan, ((written, buffer), told)): (&&Plan, ((Written<'_>, &Arc<_>), &Vec<_>))| {
+                let tensor = plan.tensor(index);
+                let start = written.bytes.start + (tensor.start() - written.start) as usize;
+                let buffer = Arc::clone(buffer);
+                let told = told.get(index - self.tasks.start).map(Arc::clone);
+                let sink: Arc<dyn Sink> =
+                    Arc::new(BufferSink { buffer, dtype: tensor.dtype(), start, told });
+                sink
+            };
         let sinks = plans.iter().zip(outputs).map(sink).collect();
         self.merges.task_of(index, sources, sinks)
     }
 
     fn finish(self: Box<Self>) -> Result<()> {
-        let Self { merges, tasks, buffers, .. } = *self;
-        for (written, output) in merges.written_by(&tasks).zip(&buffers.outputs) {
+        let Self { merges, tasks, buffers, told, .. } = *self;
+        let outputs = merges.written_by(&tasks).zip(&buffers.outputs);
+        for ((written, output), told) in outputs.zip(told) {
             let Written { shard, start, bytes } = written;
             let output = output.lock().unwrap_or_else(PoisonError::into_inner);
             shard.writer.write(start, &output, bytes)?;
+            told.iter().try_for_each(|told| told.finish())?;
             shard.finish(tasks.len())?;
         }
         merges.spare.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
@@ -528,11 +598,16 @@ struct BufferSink {
     buffer: Arc<Mutex<AlignedBuffer>>,
     dtype: DType,
     start: usize,
+    told: Option<Arc<Told>>,
 }
 
 impl Sink for BufferSink {
     fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    fn digester(&self) -> Option<&Digester> {
+        self.told.as_ref().map(|told| &told.digester)
     }
 
     fn takes_any_piece(&self) -> bool {
@@ -679,7 +754,7 @@ impl OnDemand {
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            sources_of(&self.readers, &self.desks, tensor),
+            sources_of(&self.plan, &self.readers, &self.desks, tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -687,42 +762,74 @@ impl OnDemand {
         .in_f64(self.plan.in_f64))
     }
 
+    /// Whether an input of tensor `index` has an element that is NaN or infinite.
+    pub fn has_odd_input(&self, index: usize, control: &Control) -> Result<bool> {
+        let tensor = self.plan.tensor(index);
+        let mut scratch = AlignedBuffer::default();
+        for source in sources_of(&self.plan, &self.readers, &self.desks, tensor) {
+            let dtype = source.dtype();
+            for block in steps(0..tensor.elements(), BLOCK as u64) {
+                control.check()?;
+                let bytes = source.read(block, &mut scratch)?;
+                let mut cells = bytes.chunks(CELL * dtype.size());
+                let is_finite =
+                    |cell: &[u8]| compare(Level::detect(), dtype, cell, None).is_finite();
+                if dtype.is_float() && !cells.all(is_finite) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
     /// Fails if a file that tensor `index` is made of is not what it was.
     pub fn check_unchanged(&self, index: usize) -> Result<()> {
-        let files = self.plan.tensor(index).sources().flat_map(files_of);
-        let files = files.map(|file| self.plan.files[file].clone());
-        io::check_unchanged(&files.collect::<Vec<_>>())
+        let files = self.plan.files_of(std::iter::once(self.plan.tensor(index)));
+        let files: Vec<_> = files.into_iter().map(|file| self.plan.files[file].clone()).collect();
+        io::check_unchanged(&files)
     }
 }
 
-/// The files that some source lies in, opened.
+/// The files that some source lies in, opened; but for those that are not here.
 fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader>>>> {
     io::raise_open_file_limit();
-    let mut used = vec![false; plan.files.len()];
-    for file in plan.tensors().flat_map(Tensor::sources).flat_map(files_of) {
-        used[file] = true;
+    let mut readers = vec![None; plan.files.len()];
+    for at in plan.files_of(plan.tensors()) {
+        let file = &plan.files[at];
+        if file.remote.is_none() {
+            readers[at] = Some(Arc::new(InputReader::open(file, read)?));
+        }
     }
-    let open = |(file, used): (&InputFile, bool)| {
-        used.then(|| InputReader::open(file, read).map(Arc::new)).transpose()
-    };
-    plan.files.iter().zip(used).map(open).collect()
+    Ok(readers)
 }
 
-/// The files that a source lies in.
-fn files_of(source: plan::Source<'_>) -> impl Iterator<Item = usize> {
-    let parts = source.rows.map_or(&[][..], |rows| rows.parts);
-    let adapted = source.all_adapted().flat_map(|adapted| adapted.files());
-    let others = parts.iter().map(|part| part.file).chain(adapted);
-    std::iter::once(source.file).chain(others.map(|file| file as usize))
+/// Fails if a file that is read is not here.
+pub(crate) fn check_placed(plan: &Plan) -> Result<()> {
+    let mut used = plan.files_of(plan.tensors()).into_iter().map(|at| &plan.files[at]);
+    used.find_map(|file| file.remote.as_ref()).map_or(Ok(()), |remote| Err(not_here(remote)))
+}
+
+fn not_here(remote: &Remote) -> Error {
+    Error::internal("a file is to be read before it is here").file(&remote.label)
 }
 
 /// The sources of a tensor, in opened files.
 fn sources_of(
+    plan: &Plan,
     readers: &[Option<Arc<InputReader>>],
     desks: &Desks,
     tensor: Tensor<'_>,
 ) -> Vec<Arc<dyn Source>> {
-    let reader = |file: usize| readers[file].clone().expect("every file with a source is opened");
+    let file_source = |file: usize, dtype: DType, start: u64, sharing: Sharing| {
+        let source: Arc<dyn Source> = match (&readers[file], &plan.files[file].remote) {
+            (Some(reader), _) => {
+                Arc::new(FileSource { reader: Arc::clone(reader), dtype, start, sharing })
+            }
+            (None, Some(remote)) => Arc::new(NotHere { remote: remote.clone(), dtype }),
+            (None, None) => unreachable!("every file with a source is opened"),
+        };
+        source
+    };
     let task = if tensor.is_plain() { 0 } else { task_number() };
     // Of all sources together, parts of rows are numbered as well.
     let mut number = 0;
@@ -731,13 +838,14 @@ fn sources_of(
                      sharing: Sharing,
                      elements: u64|
      -> Arc<dyn Source> {
-        let stored = change.map_or(dtype, |change| change.dtype);
-        let base = Arc::new(FileSource { reader: reader(file), dtype: stored, start, sharing });
+        let base = file_source(file, change.map_or(dtype, |change| change.dtype), start, sharing);
         let Some(change) = change else { return base };
         let mut files: Vec<u32> = change.files().collect();
         files.sort_unstable();
         files.dedup();
-        let files = files.into_iter().map(|file| (file, reader(file as usize))).collect();
+        // A file that is not here has no reader: then the tensor is only planned.
+        let opened = |file: u32| Some((file, readers[file as usize].clone()?));
+        let files = files.into_iter().filter_map(opened).collect();
         number += 1;
         adapted(base, change, dtype, elements, files, (task, number), desks)
     };

@@ -12,8 +12,10 @@ pub mod adapted;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
+pub mod digest;
 pub mod files;
 pub mod listing;
+pub mod manifest;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;

@@ -10,7 +10,13 @@ import oxmerge
 from oxmerge import _core
 from oxmerge.cli.arguments import UsageError
 from oxmerge.models.inputs import open_model
-from oxmerge.models.references import resolve_reference, split_adapters
+from oxmerge.models.references import (
+    Located,
+    error_of,
+    open_located,
+    resolve_reference,
+    split_adapters,
+)
 from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
@@ -69,14 +75,22 @@ class Engine:
         found = find_written(name, allowed)
         return found if found is None or isinstance(found, Problem) else found.row()
 
-    def open_checkpoint(self, path: str) -> Checkpoint:
-        """Open a checkpoint from its headers."""
-        if split_adapters(path, (os.curdir,))[1]:
-            return open_model(path).checkpoint
-        found = resolve_reference(path, (os.curdir,))
-        if isinstance(found, Problem):
-            raise UsageError(found.message, found.advice)
-        return _core.open_checkpoint(path)
+    def locate(self, reference: str) -> Located:
+        """Return where a model lies."""
+        found = resolve_reference(reference, (os.curdir,))
+        if not isinstance(found, Problem):
+            return found
+        if found.code == "unreachable-model":
+            raise error_of(found)
+        raise UsageError(found.message, found.advice)
+
+    def open_checkpoint(self, reference: str) -> tuple[Located, Checkpoint]:
+        """Open a checkpoint from its headers; also tell where it lies."""
+        if split_adapters(reference, (os.curdir,))[1]:
+            model = open_model(reference)
+            return model.located, model.checkpoint
+        located = self.locate(reference)
+        return located, open_located(located)
 
 
 def _recipe(recipe: str) -> Path | IO[bytes]:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
-from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.models.adapter_config import read_adapter_config
 from oxmerge.models.names import is_head, is_vocabulary
 from oxmerge.models.naming import known_rules
+from oxmerge.models.references import open_located
 from oxmerge.problems import UNSUPPORTED, Problem, near
 from oxmerge.recipe.patterns import renamed
 from oxmerge.schema import is_float
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.models.adapter_config import AdapterConfig
+    from oxmerge.models.references import Located
     from oxmerge.problems import Findings
 
     Factor = tuple[tuple[int, str], int, int, int]
@@ -126,26 +127,31 @@ class _Change:
     rows: tuple[tuple[int, str], list[tuple[int, int]]] | None = None
 
 
-def open_adapter(path: str, findings: Findings) -> Adapter | None:
+def open_adapter(located: Located, findings: Findings) -> Adapter | None:
     """Return the adapter in a folder, or None after reporting why it cannot be used."""
-    config = read_adapter_config(path, findings)
+    config = read_adapter_config(located.path, findings)
     if config is None:
         return None
-    file = os.path.join(path, "adapter_model.safetensors")
-    if not os.path.exists(file) and os.path.exists(os.path.join(path, "adapter_model.bin")):
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    files = [os.path.join(located.path, name) for name in names]
+    there = (
+        file
+        for name, file in zip(names, files, strict=True)
+        if name in located.absent or os.path.exists(file)
+    )
+    file = next(there, files[0])
+    if file.endswith(".bin"):
         message = "not supported yet: an adapter as `adapter_model.bin`"
         advice = "load it with PEFT and save it anew, which writes `adapter_model.safetensors`"
-        findings.problems.append(Problem(UNSUPPORTED, message, file=path, advice=advice))
+        findings.problems.append(Problem(UNSUPPORTED, message, file=file, advice=advice))
         return None
     try:
-        return Adapter(path, config, _core.open_checkpoint(file))
+        return Adapter(located.path, config, open_located(replace(located, path=file)))
     except OxmergeError as error:
         findings.problems.append(error.as_problem())
     except OSError as error:
-        message = (
-            f"the adapter's weights cannot be opened: {(error.strerror or str(error)).lower()}"
-        )
-        advice = "download the adapter again"
+        reason = (error.strerror or str(error)).lower()
+        message, advice = f"cannot be opened: {reason}", "download the adapter again"
         findings.problems.append(Problem("adapter", message, file=file, advice=advice))
     return None
 

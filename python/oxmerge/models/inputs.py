@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from oxmerge import _core
 from oxmerge.errors import OxmergeError, PlanError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
 from oxmerge.models.adapters import adapt, open_adapter
 from oxmerge.models.names import find_layer_counts, find_layout
 from oxmerge.models.naming import named_as
-from oxmerge.models.references import resolve_reference, split_adapters
+from oxmerge.models.references import Located, open_located, resolve_reference, split_adapters
 from oxmerge.models.vocabularies import folder_beside
 from oxmerge.problems import Findings, Problem, did_you_mean, group_problems
 from oxmerge.recipe.recipe import UNREAD
@@ -43,6 +42,8 @@ class InputModel:
         As the recipe writes it.
     path : str
         Where it lies.
+    located : Located
+        The same, with its commit and with what is not here.
     config : dict
         Its config.json; empty if it has none.
     config_file : dict, optional
@@ -63,6 +64,7 @@ class InputModel:
     index: int
     reference: str
     path: str
+    located: Located
     config: dict[str, Any]
     config_file: dict[str, Any] | None
     checkpoint: Checkpoint
@@ -146,22 +148,26 @@ class Inputs:
         self.models: list[InputModel] = []
         self.lacks_reported = False
         self._folders = folders
-        self._paths: dict[str, str | Problem] = {}
-        self._adapters: dict[str, tuple[tuple[str, float], ...]] = {}
+        self._located: dict[str, Located | Problem] = {}
+        self._adapters: dict[str, tuple[tuple[Located, float], ...]] = {}
         self._missing: set[str] = set()
         self._by_path: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
-        path = self._resolve(reference)
-        if isinstance(path, Problem):
+        found = self._resolve(reference)
+        if isinstance(found, Problem):
             return reference
-        adapters = self._adapters[reference]
-        return os.path.realpath(path) + "".join(f"+{each}={weight:g}" for each, weight in adapters)
+        adapters = (
+            f"+{os.path.realpath(each.path)}={weight:g}"
+            for each, weight in self._adapters[reference]
+        )
+        return os.path.realpath(found.path) + "".join(adapters)
 
     def locate(self, reference: str) -> str | Problem:
         """Return where a model lies, or why that is not known."""
-        return self._resolve(reference)
+        found = self._resolve(reference)
+        return found if isinstance(found, Problem) else found.path
 
     def by_folder(self, folder: str) -> InputModel | None:
         """Return the opened model whose files lie in a folder, if there is one."""
@@ -175,30 +181,30 @@ class Inputs:
         if reference == UNREAD or self._stages.get(model, "") is None:
             self.lacks_reported = True
             return None
-        path = self._resolve(reference)
-        if isinstance(path, Problem):
+        found = self._resolve(reference)
+        if isinstance(found, Problem):
             if reference not in self._missing:
                 self._missing.add(reference)
-                self._findings.problems.append(replace(path, where=where))
+                self._findings.problems.append(replace(found, where=where))
             return None
         key = self.path_of(reference)
         if key not in self._by_path:
-            self._by_path[key] = self._open(reference, path)
+            self._by_path[key] = self._open(reference, found, where)
         return self._by_path[key]
 
-    def _resolve(self, reference: str) -> str | Problem:
-        if reference not in self._paths:
+    def _resolve(self, reference: str) -> Located | Problem:
+        if reference not in self._located:
             model, adapters = split_adapters(reference, self._folders)
-            found = [resolve_reference(adapter, self._folders) for adapter, _ in adapters]
-            path = self._stages.get(model) or resolve_reference(model, self._folders)
-            missing = next((each for each in (path, *found) if isinstance(each, Problem)), None)
-            self._paths[reference] = missing or path
+            stage = self._stages.get(model)
+            base = Located(stage) if stage else resolve_reference(model, self._folders)
+            found = [(resolve_reference(each, self._folders), weight) for each, weight in adapters]
+            each_located = (base, *(each for each, _ in found))
+            missing = next((each for each in each_located if isinstance(each, Problem)), None)
+            self._located[reference] = missing or base
             self._adapters[reference] = tuple(
-                (os.path.realpath(each), weight)
-                for each, (_, weight) in zip(found, adapters, strict=True)
-                if isinstance(each, str)
+                (each, weight) for each, weight in found if isinstance(each, Located)
             )
-        return self._paths[reference]
+        return self._located[reference]
 
     def check_renames(self) -> None:
         """Report models whose tensors the recipe renames, but which it does not merge."""
@@ -215,9 +221,10 @@ class Inputs:
                     Problem("wrong-value", message, renames.where, advice=advice)
                 )
 
-    def _open(self, reference: str, path: str) -> InputModel | None:
+    def _open(self, reference: str, located: Located, where: Place | None) -> InputModel | None:
+        path = located.path
         try:
-            checkpoint = self._checkpoint(path)
+            checkpoint = self._checkpoint(located)
         except OxmergeError as error:
             self._findings.problems.append(error.as_problem())
             return None
@@ -227,19 +234,20 @@ class Inputs:
             problem = Problem("unreadable-checkpoint", _os_message(error), file=file, advice=advice)
             self._findings.problems.append(problem)
             return None
-        model = self._model(reference, path, checkpoint)
+        model = self._model(reference, located, checkpoint)
         if model is None:
             return None
         self.models.append(model)
+        self._findings.warnings += [replace(each, where=where) for each in located.warnings]
         self._findings.warnings += [
             Problem("odd-checkpoint", text, file=path) for text in checkpoint.warnings
         ]
         return model
 
-    def _checkpoint(self, path: str) -> Checkpoint:
-        key = os.path.realpath(path)
+    def _checkpoint(self, located: Located) -> Checkpoint:
+        key = os.path.realpath(located.path)
         if key not in self._checkpoints:
-            self._checkpoints[key] = _core.open_checkpoint(path)
+            self._checkpoints[key] = open_located(located)
         return self._checkpoints[key]
 
     # Names.
@@ -259,13 +267,16 @@ class Inputs:
 
     def _donor_checkpoint(self) -> Checkpoint | None:
         """Return the donor's headers; None if they cannot be read, which is told later."""
-        path = self._resolve(self._donor) if self._donor else None
+        found = self._resolve(self._donor) if self._donor else None
         try:
-            return self._checkpoint(path) if isinstance(path, str) else None
+            return self._checkpoint(found) if isinstance(found, Located) else None
         except (OxmergeError, OSError):
             return None
 
-    def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel | None:
+    def _model(
+        self, reference: str, located: Located, checkpoint: Checkpoint
+    ) -> InputModel | None:
+        path = located.path
         config, config_file = self._read_config(path)
         opened = [
             (open_adapter(each, self._findings), weight)
@@ -289,6 +300,7 @@ class Inputs:
             index=len(self.models),
             reference=reference,
             path=path,
+            located=located,
             config=config,
             config_file=config_file,
             checkpoint=checkpoint,

@@ -47,7 +47,7 @@ _TRAINING = (
 )  # fmt: skip
 _WRITTEN_ANEW = ("readme.md", "config.json")
 _PARTIAL = ".*.oxmerge-partial"
-_EARLIER_MERGE = ("mergekit_config.y*ml", "oxmerge_*", _PARTIAL)
+_EARLIER_MERGE = ("mergekit_config.y*ml", "oxmerge.json", "oxmerge_*", _PARTIAL)
 # The first that matches is the reason given.
 _REASONS = (
     ("of an earlier merge", _EARLIER_MERGE),
@@ -149,6 +149,16 @@ def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFi
         tuple(sorted(search.left_out, key=lambda entry: entry.name)),
         tuple(search.problems),
     )
+
+
+def is_side_file(name: str, donor: Path) -> bool:
+    """Tell whether a file of the donor would be copied, by its name with ``/``."""
+    *folders, last = name.split("/")
+    if any(folder.startswith(".") or _matches(folder, _TRAINING) for folder in folders):
+        return False
+    reason = _reason_to_leave(last)
+    is_whole = bool(folders) and folders[0] in _pipeline_folders(donor)
+    return reason is None or (is_whole and reason in {"weights", "an index of weights"})
 
 
 def folder_of(model: str) -> Path:

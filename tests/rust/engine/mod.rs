@@ -2,6 +2,7 @@
 
 mod adapted;
 mod arrays;
+mod digests;
 mod formulas;
 mod memory_io;
 mod model_wide;

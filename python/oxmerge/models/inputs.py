@@ -273,9 +273,7 @@ class Inputs:
         except (OxmergeError, OSError):
             return None
 
-    def _model(
-        self, reference: str, located: Located, checkpoint: Checkpoint
-    ) -> InputModel | None:
+    def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel | None:
         path = located.path
         config, config_file = self._read_config(path)
         opened = [

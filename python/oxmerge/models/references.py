@@ -54,7 +54,14 @@ _NAME_ONE = "name the folder of a model, or a safetensors file"
 _SHOWN = 8
 #: Small files of a model that planning reads, besides indexes of weights.
 _PLANNED = frozenset(
-    (*TOKENIZER_FILES, "adapter_config.json", "config.json", "generation_config.json", "modules.json", "README.md")
+    (
+        *TOKENIZER_FILES,
+        "adapter_config.json",
+        "config.json",
+        "generation_config.json",
+        "modules.json",
+        "README.md",
+    )
 )
 _INDEX = ".index.json"
 #: Headers that are fetched at a time; the bytes that most of them fit; all headers of a model.
@@ -102,9 +109,6 @@ def parse_reference(text: str) -> str | Problem:
         return Problem("wrong-value", "an empty model reference", advice="name the model's folder")
     if os.path.exists(os.path.expanduser(text)):
         return text  # whatever letters it has
-    if "+" in text and not all(part.strip() for part in text.split("+")):
-        message, advice = f"a part of the reference `{text}` is empty", "write `model+adapter`"
-        return Problem("wrong-value", message, advice=advice)
     if "://" in text and not text.startswith("hf://"):
         message = f"not supported yet: a model in a store (`{text}`)"
         return Problem(UNSUPPORTED, message, advice="download it, and name its folder")
@@ -131,21 +135,25 @@ def split_adapters(
     """
 
     def is_there(name: str) -> bool:
-        path = os.path.expanduser(name)
-        return any(os.path.exists(os.path.join(folder, path)) for folder in folders)
+        return any(map(os.path.exists, _places(name, folders)))
+
+    def weighted(name: str) -> tuple[str, float]:
+        path, sign, weight = name.rpartition("=")
+        is_weight = sign and _NUMBER.fullmatch(weight) and not is_there(name)
+        return (path, float(weight)) if is_weight else (name, 1.0)
 
     parts = reference.split("+")
     if len(parts) == 1 or len(parts) > _MOST_PARTS:
         return reference, ()
-    found = []
+    found: list[tuple[str, float]] = []
     while parts:
         # The longest name that is there: a `+` may be part of it.
-        ends = (at for at in range(len(parts), 1, -1) if is_there("+".join(parts[:at])))
-        count = next(ends, 1)
-        name, parts = "+".join(parts[:count]), parts[count:]
-        path, sign, weight = name.rpartition("=")
-        is_weighted = found and sign and _NUMBER.fullmatch(weight) and not is_there(name)
-        found.append((path, float(weight)) if is_weighted else (name, 1.0))
+        names = ("+".join(parts[:count]) for count in range(len(parts), 1, -1))
+        each = (weighted(name) if found else (name, 1.0) for name in names)
+        name, weight = next((one for one in each if is_there(one[0])), (parts[0], 1.0))
+        count = name.count("+") + 1
+        found.append((name, weight) if count > 1 or not found else weighted(parts[0]))
+        parts = parts[count:]
     return found[0][0], tuple(found[1:])
 
 

@@ -190,11 +190,8 @@ class FakeEngine(Engine):
     def methods(self) -> Any:
         return self._answer("methods") or METHODS
 
-    def locate(self, reference: str) -> Located:
-        return Located(reference)
-
-    def open_checkpoint(self, located: Located) -> Any:
-        return self._answer("open_checkpoint", located.path)
+    def open_checkpoint(self, reference: str) -> tuple[Located, Any]:
+        return Located(reference), self._answer("open_checkpoint", reference)
 
 
 Output = tuple[int, str, str]

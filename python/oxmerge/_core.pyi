@@ -51,11 +51,11 @@ _Written: TypeAlias = tuple[
     str, list[Callable[..., list[float]]], tuple[Callable[..., bytes], bool] | None
 ]
 
-# A factor of an adapter: its tensor (adapter, name), its first element, and how many lie between lines
-# and between steps of the rank.
+# A factor of an adapter: its tensor (adapter, name), its first element, and how many lie between
+# lines and between steps of the rank.
 _Factor: TypeAlias = tuple[tuple[int, str], int, int, int]
-# What an adapter makes of a tensor: elements of a row; terms (rows, rank, scale, factors); magnitudes
-# and whether they are of rows; rows that are put in.
+# What an adapter makes of a tensor: elements of a row; terms (rows, rank, scale, factors);
+# magnitudes and whether they are of rows; rows that are put in.
 _Change: TypeAlias = tuple[
     int,
     Sequence[tuple[tuple[int, int], int, float, _Factor, _Factor | None]],

@@ -54,6 +54,6 @@ def fuse(
     >>> import oxmerge
     >>> report = oxmerge.fuse("models/base", "fused/", ["adapters/chat", "adapters/code=0.5"])
     """
-    reference = "+".join(map(os.fspath, (model, *adapters)))
+    reference = "+".join(os.fspath(each) for each in (model, *adapters))
     recipe = {"merge_method": "passthrough", "models": [{"model": reference}]}
     return merge(recipe, directory, **options)

@@ -84,7 +84,7 @@ fn refuse_part(file_name: &str) -> Result<()> {
     if file_name == "adapter_model.safetensors" {
         return Err(Error::new(ErrorKind::Unsupported, "this is an adapter (LoRA), not a model")
             .found(format_args!("`{file_name}`"))
-            .advice("merge it into its base model first (peft's `merge_and_unload`)"));
+            .advice("write it behind its model: `model+adapter`"));
     }
     Ok(())
 }

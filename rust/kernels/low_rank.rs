@@ -62,14 +62,21 @@ impl<T: Real> LowRank<'_, T> {
     fn add<const N: usize>(&mut self, row: usize, tile: usize) {
         let rank = self.right.rank;
         let left: [&[T]; N] = std::array::from_fn(|n| &self.left[(row + n) * rank..][..rank]);
+        let Some((first, rest)) = self.right.tile(tile).split_first() else { return };
+        // Plain loops over arrays of a fixed size, a line at a time as a copy: so the sums stay in
+        // registers. The first product is taken as it is: a sum from +0 would lose a negative zero.
         let mut sums = [[T::ZERO; TILE]; N];
-        for (step, line) in self.right.tile(tile).iter().enumerate() {
+        for n in 0..N {
+            for lane in 0..TILE {
+                sums[n][lane] = left[n][0] * first[lane];
+            }
+        }
+        for step in 0..rest.len() {
+            let line = rest[step];
             for n in 0..N {
-                let factor = left[n][step];
+                let factor = left[n][1..][step];
                 for lane in 0..TILE {
-                    let product = factor * line[lane];
-                    // The first product as it is: a sum from +0 would lose a negative zero.
-                    sums[n][lane] = if step == 0 { product } else { sums[n][lane] + product };
+                    sums[n][lane] = sums[n][lane] + factor * line[lane];
                 }
             }
         }

@@ -39,7 +39,11 @@ class Engine:
         return oxmerge.merge(_recipe(recipe), directory, **options)
 
     def fuse(
-        self, model: str, directory: str, adapters: Sequence[str], **options: Any
+        self,
+        model: str,
+        directory: str,
+        adapters: Sequence[str],
+        **options: Any,  # noqa: ANN401
     ) -> MergeReport:
         """Put adapters into a model, calling `options["progress"]` now and then."""
         return oxmerge.fuse(model, directory, adapters, **options)

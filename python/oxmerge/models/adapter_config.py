@@ -50,6 +50,8 @@ _KNOWN = frozenset((
 #: that grows with the length of a name to the power of their number.
 _LONGEST_PATTERN = 1000
 _MOST_REPEATS = 2
+#: Beyond that a scale makes every number infinite.
+_LARGEST = 1e30
 _REPEATS = re.compile(r"(?<!\\)[*+{]")
 
 
@@ -101,7 +103,9 @@ class AdapterConfig:
     def targets(self) -> list[str]:
         """The parameters that are adapted themselves, not by their modules."""
         listed = self.raw.get("target_parameters")
-        return [each for each in listed if isinstance(each, str)] if _is_list(listed) else []
+        return (
+            [each for each in listed if isinstance(each, str)] if isinstance(listed, list) else []
+        )
 
     @property
     def version(self) -> tuple[int, int]:
@@ -120,10 +124,6 @@ class AdapterConfig:
 
 def _first(patterns: Mapping[re.Pattern[str], float], module: str, otherwise: float) -> float:
     return next((n for each, n in patterns.items() if each.match(module)), otherwise)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
 
 
 def read_adapter_config(folder: str, findings: Findings) -> AdapterConfig | None:
@@ -154,12 +154,10 @@ def read_adapter_config(folder: str, findings: Findings) -> AdapterConfig | None
         Problem(code, message, file=path, found=found, advice=advice)
         for code, message, found, advice in faults
     ]
-    unknown = [key for key, value in raw.items() if key not in _KNOWN and value]
-    findings.warnings += [
-        Problem("unknown-key", f"the adapter has the key `{shorten(key)}`, which is not known "
-                "and ignored", file=path, advice="check that it changes no weights")
-        for key in unknown
-    ]  # fmt: skip
+    for key in (key for key, value in raw.items() if key not in _KNOWN and value):
+        message = f"the adapter has the key `{shorten(key)}`, which is not known and ignored"
+        advice = "check that it changes no weights"
+        findings.warnings.append(Problem("unknown-key", message, file=path, advice=advice))
     patterns = [_patterns(raw, key, path, findings) for key in ("rank_pattern", "alpha_pattern")]
     if faults or None in patterns:
         return None
@@ -181,14 +179,9 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str
             yield UNSUPPORTED, f"not supported yet: {name} (`{key}`)", None, merged
     start = raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
-        yield (
-            UNSUPPORTED,
-            "not supported yet: an adapter to a base that its start has changed "
-            "(`init_lora_weights`)",
-            f"`{shorten(start)}`",
-            "convert it to a plain LoRA (PEFT: `path_initial_model_for_weight_conversion`), "
-            f"or {merged}",
-        )
+        message = "not supported yet: an adapter whose start has changed its base"
+        plain = "convert it to a plain LoRA (PEFT: `path_initial_model_for_weight_conversion`)"
+        yield UNSUPPORTED, message, f"`{shorten(start)}`", f"{plain}, or {merged}"
     layouts = raw.get("unsloth_fused_expert_lora")
     said = [raw.get("lora_B_layout"), *(layouts.values() if isinstance(layouts, dict) else ())]
     if "mixed" in said:
@@ -241,7 +234,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30 and isfinite(value)  # type: ignore[operator, arg-type]
+    return type(value) in {int, float} and isfinite(value) and abs(value) < _LARGEST  # type: ignore[arg-type]
 
 
 def _shown(value: object) -> str:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Factor = tuple[tuple[int, str], int, int, int]
     Term = tuple[tuple[int, int], int, float, Factor, Factor | None]
 
-__all__ = ["Adapted", "adapt", "open_adapter"]
+__all__ = ["Adapted", "Adapter", "adapt", "kind_of", "open_adapter"]
 
 #: What a module's name begins with in PEFT's files, and what wrappers put into it.
 _LEADS = ("base_model.model.", "module.")
@@ -62,15 +62,22 @@ _DECLARED = ("gate_up_proj", "up_proj", "down_proj")
 _EXPERT = re.compile(r"(.*\.?experts)\.(0|[1-9]\d{0,5})\.(w[123]|(?:gate|up|down)_proj)")
 #: The part of a stacked parameter, and which of its halves.
 _PARTS = {
-    "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None),
-    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", None),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
     "down_proj": ("down_proj", None),
-}  # fmt: skip
+}
+#: Dimensions of a table, and of stacked tables.
+_TABLE, _STACK = 2, 3
 #: Types of models whose linear layers store what others store transposed.
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 #: What modules of experts are called in transformers 4, and 5.
 _EXPERT_NAMES = (".block_sparse_moe.", ".mlp.")
 _ANEW = "save the adapter anew"
+_WITH_PEFT = "merge it with PEFT (`merge_and_unload`), and name the result"
+_APART = "merge one, and put the other on the result"
 _SAME_BASE = "name the model that the adapter was trained on"
 
 
@@ -140,11 +147,6 @@ def open_adapter(located: Located, findings: Findings) -> Adapter | None:
         if name in located.absent or os.path.exists(file)
     )
     file = next(there, files[0])
-    if file.endswith(".bin"):
-        message = "not supported yet: an adapter as `adapter_model.bin`"
-        advice = "load it with PEFT and save it anew, which writes `adapter_model.safetensors`"
-        findings.problems.append(Problem(UNSUPPORTED, message, file=file, advice=advice))
-        return None
     try:
         return Adapter(located.path, config, open_located(replace(located, path=file)))
     except OxmergeError as error:
@@ -154,6 +156,23 @@ def open_adapter(located: Located, findings: Findings) -> Adapter | None:
         message, advice = f"cannot be opened: {reason}", "download the adapter again"
         findings.problems.append(Problem("adapter", message, file=file, advice=advice))
     return None
+
+
+def kind_of(name: str) -> tuple[str | None, str]:
+    """Return what a tensor of an adapter is, and its module; None and its name if it is whole.
+
+    Examples
+    --------
+    >>> kind_of("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight")
+    ('A', 'model.layers.0.mlp.up_proj')
+    >>> kind_of("base_model.model.model.norm.weight")
+    (None, 'model.norm.weight')
+    """
+    name = _SAVED.sub("", _without_leads(name))
+    for kind, ending in _ENDINGS:
+        if found := ending.fullmatch(name):
+            return kind, found[1]
+    return None, name
 
 
 def adapt(
@@ -245,13 +264,15 @@ class _Adapting:
             for name in self.replaced
             if name in self.known
             and (was := self.base.get(name)) is not None
-            and len(was.shape) == 2  # noqa: PLR2004 - a table
+            and len(was.shape) == _TABLE
             and tuple(was.shape) != self.shapes[name]
         }
 
         def edited(part: dict[str, Any]) -> dict[str, Any]:
-            new = {key: edited(each) if key in _NESTED and isinstance(each, dict) else each
-                   for key, each in part.items()}  # fmt: skip
+            new = {
+                key: edited(each) if key in _NESTED and isinstance(each, dict) else each
+                for key, each in part.items()
+            }
             if len(rows) == 1 and "vocab_size" in new:
                 new["vocab_size"] = max(rows)
             if is_untied and new.get("tie_word_embeddings") is True:
@@ -301,30 +322,26 @@ class _OneAdapter:
     # Sorting.
 
     def _sort(self, tensor: TensorInfo) -> None:
-        name = _SAVED.sub("", _without_leads(tensor.name))
+        kind, name = kind_of(tensor.name)
         if ".original_module." in name:
             return  # a copy of the base, which trainers leave beside what they have saved
         if 0 in tensor.shape or not is_float(tensor.dtype):
             advice = "it was saved while its parts lay on several devices: gather it, and save anew"
             self._fault("an adapter's tensor holds no numbers", tensor, advice=advice)
             return
-        for kind, ending in _ENDINGS:
-            if found := ending.fullmatch(name):
-                module = self.modules.setdefault(found[1], _Module(found[1]))
-                if kind in module.tensors:
-                    self._fault("two tensors of the adapter are for the same", tensor)
-                module.tensors[kind] = tensor
-                return
-        if _LORA_WORD.search(name):
-            advice = "merge it with PEFT (`merge_and_unload`), and name the result"
-            self._fault(
-                "a tensor of the adapter is of a kind that is not known", tensor, advice=advice
-            )
-            return
-        self.whole[name.replace(".base_layer.", ".")] = tensor
+        if kind is not None:
+            module = self.modules.setdefault(name, _Module(name))
+            if kind in module.tensors:
+                self._fault("two tensors of the adapter are for the same", tensor)
+            module.tensors[kind] = tensor
+        elif _LORA_WORD.search(name):
+            message = "a tensor of the adapter is of a kind that is not known"
+            self._fault(message, tensor, advice=_WITH_PEFT)
+        else:
+            self.whole[name.replace(".base_layer.", ".")] = tensor
 
     def _stacked(self) -> list[tuple[str, str, _Module]]:
-        """Take out the modules whose parameters are adapted themselves: path, parameter, tensors."""
+        """Take out modules whose parameters are adapted themselves: path, parameter, tensors."""
         targets = self.config.targets
         nested: dict[str, dict[int, _Module]] = defaultdict(dict)
         for path in [*self.modules]:
@@ -418,15 +435,15 @@ class _OneAdapter:
     def _pieces(self, name: str) -> list[tuple[str, tuple[int, int]]]:
         """Return the tensors that a parameter of experts is in, where it is stored otherwise.
 
-        Of an expert's own weight, the stacked one and which rows of it; of a stacked one, those of the
-        experts, each with the rows of an expert.
+        Of an expert's own weight, the stacked one and which rows of it; of a stacked one, those of
+        the experts, each with the rows of an expert.
         """
         path = name.removesuffix(".weight")
         known, shape = self.job.known, self.job.shape
         if found := _EXPERT.fullmatch(path):
             stacked, half = _PARTS[found[3]]
             whole, number = f"{found[1]}.{stacked}", int(found[2])
-            if whole not in known or len(shape(whole)) != 3:  # noqa: PLR2004 - experts, rows, columns
+            if whole not in known or len(shape(whole)) != _STACK:
                 return []
             experts, rows, _ = shape(whole)
             height = rows if half is None else rows // 2
@@ -447,7 +464,7 @@ class _OneAdapter:
                     break
                 first = 0
                 for each in names:
-                    rows = shape(each)[0] if len(shape(each)) == 2 else 0  # noqa: PLR2004
+                    rows = shape(each)[0] if len(shape(each)) == _TABLE else 0
                     pieces.append((each, (first, first + rows)))
                     first += rows
             return pieces
@@ -465,14 +482,20 @@ class _OneAdapter:
             self._fault(message, tensor, "weight 1", f"{self.weight:g}", "give it the weight 1")
             return
         if name in job.replaced or name in job.changes:
-            self._fault("two adapters change a tensor, and one of them replaces it", tensor,
-                        advice="merge one, and put the other on the result")  # fmt: skip
+            self._fault(
+                "two adapters change a tensor, and one of them replaces it", tensor, advice=_APART
+            )
             return
         was = job.shape(job.tied_to(name) or name)
-        may_grow = len(shape) == 2 and is_vocabulary(name)  # noqa: PLR2004 - a table
+        may_grow = len(shape) == _TABLE and is_vocabulary(name)
         if shape != was and not (may_grow and shape[1:] == was[1:]):
-            self._fault("the adapter's tensor does not fit the model's", tensor, str(list(was)),
-                        str(list(shape)), _SAME_BASE)  # fmt: skip
+            self._fault(
+                "the adapter's tensor does not fit the model's",
+                tensor,
+                str(list(was)),
+                str(list(shape)),
+                _SAME_BASE,
+            )
             return
         if (tied := job.tied_to(name)) is not None:
             job.copied.setdefault(name, tied)
@@ -490,7 +513,7 @@ class _OneAdapter:
                 self._fault(message, alone[0], f"its `lora_{other[-1]}` too", advice=advice)
                 return
         has_pair = [pair for pair in pairs if pair[0] in kinds]
-        if len(has_pair) == 2 or (not has_pair and "rows" not in kinds):  # noqa: PLR2004
+        if len(has_pair) == _TABLE or (not has_pair and "rows" not in kinds):
             first = next(iter(kinds.values()))
             self._fault("a tensor of the adapter goes with no pair of factors", first)
             return
@@ -520,59 +543,56 @@ class _OneAdapter:
             return None
         return self.config.scale_of(path) * self.weight
 
-    def _pair(self, module: _Module, name: str, a: TensorInfo, b: TensorInfo, scale: float) -> None:
+    def _place(self, name: str) -> tuple[str, tuple[int, ...], tuple[int, int]] | None:
+        """Return the tensor that a module's weight is in, the weight's shape, its rows there."""
         job = self.job
-        tied = job.tied_to(name)
-        if tied is not None:
-            if self.config.is_on("ensure_weight_tying"):
-                return  # the transposed factors of the embedding, which changes with it
+        if (tied := job.tied_to(name)) is not None:
             job.copied.setdefault(name, tied)
-        if pieces := [] if job.is_known(name) else self._pieces(name):
-            whole, rows = pieces[0]
-            shape = (rows[1] - rows[0], job.shape(whole)[2])
-            if "magnitude" in module.tensors:
-                self._fault("DoRA on one of several stacked experts", a, advice=_SAME_BASE)
-                return
-        elif job.is_known(name):
-            whole, shape = name, job.shape(name)
-            rows = None
-        else:
-            return  # which is reported
+        if job.is_known(name):
+            shape = job.shape(name)
+            return name, shape, (0, shape[0] if shape else 0)
+        for whole, rows in self._pieces(name):  # the only one
+            return whole, (rows[1] - rows[0], *job.shape(whole)[2:]), rows
+        return None  # which is reported
+
+    def _pair(self, module: _Module, name: str, a: TensorInfo, b: TensorInfo, scale: float) -> None:
+        """Add the product of a pair of factors to the weight of their module."""
+        if self.job.tied_to(name) is not None and self.config.is_on("ensure_weight_tying"):
+            return  # the transposed factors of the embedding, which changes with it
+        place = self._place(name)
+        if place is None:
+            return
+        whole, shape, rows = place
         rank, *inner = a.shape
-        outer, *rest = b.shape
-        is_embedding = "embedding A" in module.tensors
-        flat = (shape[0], prod(shape[1:])) if len(shape) > 1 else (0, 0)
-        given_a, given_b = (self.number, a.name), (self.number, b.name)
-        is_flat = len(rest) >= 1 and rest[0] == rank and prod(rest[1:]) == 1
-        straight = is_flat and outer == flat[0] and tuple(inner) == tuple(shape[1:])
-        crossed = is_flat and len(shape) == 2 and (flat[1], flat[0]) == (outer, inner[0])  # noqa: PLR2004
+        height, width = (shape[0], prod(shape[1:])) if len(shape) > 1 else (0, 0)
+        is_pair = len(b.shape) > 1 and b.shape[1] == rank and prod(b.shape[2:]) == 1
+        straight = is_pair and b.shape[0] == height and inner == [*shape[1:]]
+        crossed = is_pair and len(shape) == _TABLE and (b.shape[0], inner) == (width, [height])
         if not straight and not crossed:
-            expected = f"factors of {list(shape)}"
-            found = f"`lora_A` {list(a.shape)}, `lora_B` {list(b.shape)}"
-            self._fault("a pair of factors does not fit the model's tensor", a, expected, found,
-                        _SAME_BASE)  # fmt: skip
+            expected = f"factors of {[*shape]}"
+            found = f"`lora_A` {[*a.shape]}, `lora_B` {[*b.shape]}"
+            message = "a pair of factors does not fit the model's tensor"
+            self._fault(message, a, expected, found, _SAME_BASE)
             return
-        if len(shape) > 2 and shape[1] == 1 and shape[0] > 1 and rows is None:  # noqa: PLR2004
-            advice = "merge it with PEFT (`merge_and_unload`), and name the result"
-            problem = "not supported yet: a LoRA on a convolution in groups"
-            self.findings.problems.append(
-                Problem(UNSUPPORTED, problem, tensor=a.name, advice=advice)
-            )
+        if len(shape) > _TABLE and shape[1] == 1 < shape[0]:
+            message = "not supported yet: a LoRA on a convolution in groups"
+            self._fault(message, a, advice=_WITH_PEFT, code=UNSUPPORTED)
             return
+        is_embedding = "embedding A" in module.tensors
         is_crossed = crossed and (not straight or is_embedding or self._is_transposed())
-        row_range = rows or (0, flat[0])
-        if is_crossed:
-            term = (row_range, rank, scale, (given_a, 0, 1, flat[0]), (given_b, 0, rank, 1))
-        else:
-            term = (row_range, rank, scale, (given_b, 0, rank, 1), (given_a, 0, 1, flat[1]))
-        change = self._change(whole, flat[1], a)
+        change = self._change(whole, width, a)
         if change is None:
             return
-        change.terms.append(term)
-        magnitude = module.tensors.get("magnitude")
-        if magnitude is not None:
-            of_rows = not is_crossed
-            self._magnitude(change, magnitude, flat[0] if of_rows else flat[1], of_rows=of_rows)
+        given_a, given_b = (self.number, a.name), (self.number, b.name)
+        left, right = (given_b, 0, rank, 1), (given_a, 0, 1, width)
+        if is_crossed:
+            left, right = (given_a, 0, 1, height), (given_b, 0, rank, 1)
+        change.terms.append((rows, rank, scale, left, right))
+        if (magnitude := module.tensors.get("magnitude")) is not None:
+            count = width if is_crossed else height
+            if whole != name:
+                self._fault("DoRA on one of several stacked experts", a, advice=_WITH_PEFT)
+            self._magnitude(change, magnitude, count, of_rows=not is_crossed)
 
     def _is_transposed(self) -> bool:
         """Tell whether square weights are stored transposed: shapes do not say it."""
@@ -582,25 +602,39 @@ class _OneAdapter:
         shape = self.job.shape(name)
         was = self.job.base.get(self.job.copied.get(name, name))
         if was is not None and not is_float(was.dtype):
-            self._fault("only floats can be adapted", tensor, "a float type", was.dtype,
-                        "name the model's 16-bit weights")  # fmt: skip
+            self._fault(
+                "only floats can be adapted",
+                tensor,
+                "a float type",
+                was.dtype,
+                "name the model's 16-bit weights",
+            )
             return None
         change = self.job.change(name, columns)
         if change is None or 0 in shape:
             self._fault("two adapters see a tensor in rows of other lengths", tensor)
         elif change.magnitude is not None or change.rows is not None:
-            self._fault("an adapter on a tensor that a DoRA has scaled before, or whose rows another "
-                        "replaces", tensor, advice="merge one, and put the other on the result")  # fmt: skip
+            self._fault(
+                "an adapter on a tensor that a DoRA has scaled before, or whose rows another "
+                "replaces",
+                tensor,
+                advice=_APART,
+            )
             return None
         return change
 
     def _magnitude(self, change: _Change, tensor: TensorInfo, count: int, *, of_rows: bool) -> None:
         if prod(tensor.shape) != count:
-            self._fault("a magnitude does not fit the model's tensor", tensor, f"{count} numbers",
-                        str(list(tensor.shape)), _SAME_BASE)  # fmt: skip
+            self._fault(
+                "a magnitude does not fit the model's tensor",
+                tensor,
+                f"{count} numbers",
+                str(list(tensor.shape)),
+                _SAME_BASE,
+            )
         elif len(change.terms) > 1 or self.weight != 1:
             message = "a DoRA adapter is the only one on its tensors, with weight 1"
-            self._fault(message, tensor, advice="merge one, and put the other on the result")
+            self._fault(message, tensor, advice=_APART)
         else:
             change.magnitude = ((self.number, tensor.name), of_rows)
 
@@ -608,8 +642,13 @@ class _OneAdapter:
         name = weight.removesuffix("weight") + "bias"
         if not self.job.is_known(name) or self.job.shape(name) != tuple(tensor.shape):
             found = str(list(tensor.shape))
-            self._fault("the bias of a factor needs a bias of the model that it is added to", tensor,
-                        f"a tensor `{name}` of that shape", found, _SAME_BASE)  # fmt: skip
+            self._fault(
+                "the bias of a factor needs a bias of the model that it is added to",
+                tensor,
+                f"a tensor `{name}` of that shape",
+                found,
+                _SAME_BASE,
+            )
             return
         change = self._change(name, 1, tensor)
         if change is not None:
@@ -620,19 +659,34 @@ class _OneAdapter:
         indices = self.config.token_indices(path)
         shape = self.job.shape(name)
         if not isinstance(indices, list) or not all(type(each) is int for each in indices):
-            self._fault("the config does not say which rows are trained", tensor,
-                        "`trainable_token_indices`", str(type(indices).__name__), _ANEW)  # fmt: skip
+            self._fault(
+                "the config does not say which rows are trained",
+                tensor,
+                "`trainable_token_indices`",
+                str(type(indices).__name__),
+                _ANEW,
+            )
             return
         if not self.job.is_known(name):
             return  # which is reported
-        if len(shape) != 2 or tuple(tensor.shape) != (len(indices), shape[1]):  # noqa: PLR2004
+        if len(shape) != _TABLE or tuple(tensor.shape) != (len(indices), shape[1]):
             expected = f"{[len(indices), *shape[1:]]}"
-            self._fault("trained rows do not fit the model's", tensor, expected,
-                        str(list(tensor.shape)), _SAME_BASE)  # fmt: skip
+            self._fault(
+                "trained rows do not fit the model's",
+                tensor,
+                expected,
+                str(list(tensor.shape)),
+                _SAME_BASE,
+            )
             return
         if len(set(indices)) < len(indices) or not all(0 <= each < shape[0] for each in indices):
-            self._fault("trained rows are there once each", tensor, f"different ones below {shape[0]}",
-                        str(indices), _ANEW)  # fmt: skip
+            self._fault(
+                "trained rows are there once each",
+                tensor,
+                f"different ones below {shape[0]}",
+                str(indices),
+                _ANEW,
+            )
             return
         if self.weight != 1:
             message = "an adapter that replaces rows cannot be taken in part"
@@ -657,7 +711,7 @@ class _OneAdapter:
         pieces: list[tuple[str, int, tuple[int, int]]]
         if job.is_known(name):
             shape = job.shape(name)
-            shape = shape if len(shape) == 3 else (1, *shape)  # noqa: PLR2004
+            shape = shape if len(shape) == _STACK else (1, *shape)
             rows = shape[1]
             pieces = [(name, e, (0, rows)) for e in range(shape[0])]
         else:
@@ -670,17 +724,20 @@ class _OneAdapter:
                 pieces.append((each, expert, of))
             rows = max(of[1] for _, _, of in pieces)
             shape = (expert + 1, rows, job.shape(pieces[0][0])[1])
-        experts, height, width = shape if len(shape) == 3 else (0, 0, 0)  # noqa: PLR2004
+        experts, height, width = shape if len(shape) == _STACK else (0, 0, 0)
         rank = self.config.rank_of(f"{path}.{target}")
-        sound = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank * experts  # noqa: PLR2004
+        sound = (
+            len(a.shape) == len(b.shape) == _TABLE and a.shape[0] == b.shape[1] == rank * experts
+        )
         # The factor that is multiplied last has what comes out of the module.
         swapped = sound and (b.shape[0], a.shape[1]) == (height, width)
         plain = sound and (a.shape[1], b.shape[0]) == (height, width)
         if not (swapped or plain):
             expected = f"rank {rank} for each of {list(shape)}"
             found = f"`lora_A` {list(a.shape)}, `lora_B` {list(b.shape)}"
-            self._fault("a pair of factors does not fit the model's tensor", a, expected, found,
-                        _SAME_BASE)  # fmt: skip
+            self._fault(
+                "a pair of factors does not fit the model's tensor", a, expected, found, _SAME_BASE
+            )
             return
         if swapped and plain and experts > 1:
             swapped = self.config.version >= (0, 20) and not self._is_transposed()
@@ -688,7 +745,7 @@ class _OneAdapter:
         grouped = self._is_grouped(target)
         given_a, given_b = (self.number, a.name), (self.number, b.name)
         for each, e, (start, end) in pieces:
-            # A has the steps of the rank of each expert together, B those of all experts, unless grouped.
+            # A has the steps of the rank of each expert together; B those of all, unless grouped.
             offset, step = (e * rank, 1) if grouped else (e, experts)
             whole = (e * height, (e + 1) * height) if each == name else (0, end - start)
             if swapped:
@@ -736,10 +793,12 @@ class _OneAdapter:
         expected: str | None = None,
         found: str | None = None,
         advice: str = _ANEW,
+        *,
+        code: str = "adapter",
     ) -> None:
         file = self.adapter.path
         self.findings.problems.append(
-            Problem("adapter", message, None, file, tensor.name, expected, found, advice)
+            Problem(code, message, None, file, tensor.name, expected, found, advice)
         )
 
 

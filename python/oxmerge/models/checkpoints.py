@@ -205,8 +205,8 @@ def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -
     Parameters
     ----------
     path : path
-        The file or directory; a name on the Hub, such as ``org/name@revision``; or one of these with
-        adapters, ``model+adapter``: tensors that they change are computed when they are looked up.
+        The file or directory; a name on the Hub, such as ``org/name@revision``; or one of these
+        with adapters, ``model+adapter``, whose changes are computed when a tensor is looked up.
     framework : {"np", "pt"}
         What the arrays are, as in safetensors: of NumPy, or of torch.
 

@@ -61,7 +61,10 @@ impl<T: Real> LowRank<'_, T> {
     #[inline(always)]
     fn add<const N: usize>(&mut self, row: usize, tile: usize) {
         let rank = self.right.rank;
-        let left: [&[T]; N] = std::array::from_fn(|n| &self.left[(row + n) * rank..][..rank]);
+        let mut left = [&self.left[..0]; N];
+        for n in 0..N {
+            left[n] = &self.left[(row + n) * rank..][..rank];
+        }
         let Some((first, rest)) = self.right.tile(tile).split_first() else { return };
         // Plain loops over arrays of a fixed size, a line at a time as a copy: so the sums stay in
         // registers. The first product is taken as it is: a sum from +0 would lose a negative zero.

@@ -102,7 +102,7 @@ fn refuse_part(file_name: &str, usual: &str) -> Result<()> {
     if file_name.starts_with("adapter_model.") {
         return Err(Error::new(ErrorKind::Unsupported, "this is an adapter (LoRA), not a model")
             .found(format_args!("`{file_name}`"))
-            .advice("merge it into its base model first (peft's `merge_and_unload`)"));
+            .advice("write it behind its model: `model+adapter`"));
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 //! is checked when a checkpoint is opened, and not one byte of tensor data is read for it: an open
 //! costs a few reads a shard, for a model of any size.
 //!
+//! - `adapted`: a checkpoint with what adapters make of it;
 //! - `locate`: which files of a directory are the weights;
 //! - `index`: the shard index;
 //! - `table`: the table of tensors of one file, whatever its format;
@@ -19,6 +20,7 @@
 //! - `token_rows`: which row of each model stands for which token of the output;
 //! - `layout`: the way out, from tensors to shards with all offsets known.
 
+mod adapted;
 mod bytes;
 mod conversion;
 mod header;
@@ -42,8 +44,9 @@ use std::sync::Arc;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io;
-use crate::plan::{InputFile, Names, Remote};
+use crate::plan::{Adapted, InputFile, Names, Remote};
 
+pub use adapted::{Change, Changes, Given, GivenFactor};
 pub use header::{Header, MAX_HEADER};
 pub use layout::{Layout, header, header_bytes, index_json, lay_out, put_header};
 pub use lead::lead;
@@ -74,6 +77,8 @@ pub struct Checkpoint {
     /// The distinct shapes.
     shapes: Vec<Vec<u64>>,
     shape_numbers: HashMap<Vec<u64>, u32>,
+    /// What adapters make of tensors, by index.
+    adapted: HashMap<u32, Arc<Adapted>>,
 }
 
 /// A tensor but for its name. There may be 100,000.
@@ -178,6 +183,7 @@ impl Checkpoint {
             rows: Vec::new(),
             shapes: Vec::new(),
             shape_numbers: HashMap::new(),
+            adapted: HashMap::new(),
         };
         match weights {
             Weights::File(file) => checkpoint.add_file(&file, absent)?,
@@ -317,14 +323,18 @@ impl Checkpoint {
         Ok(tensors)
     }
 
+    fn shape_number(&mut self, shape: Vec<u64>) -> u32 {
+        *self.shape_numbers.entry(shape).or_insert_with_key(|shape| {
+            self.shapes.push(shape.clone());
+            self.shapes.len() as u32 - 1
+        })
+    }
+
     /// Adds tensors, none of which is there yet: a header and an index have no name twice.
     fn add_tensors(&mut self, tensors: Vec<TensorInfo>) {
         for tensor in tensors {
             let TensorInfo { name, dtype, shape, file, start } = tensor;
-            let shape = *self.shape_numbers.entry(shape).or_insert_with_key(|shape| {
-                self.shapes.push(shape.clone());
-                self.shapes.len() as u32 - 1
-            });
+            let shape = self.shape_number(shape);
             let (number, is_new) = self.names.intern(&name);
             debug_assert!(is_new && number as usize == self.rows.len(), "`{name}` is there twice");
             self.rows.push(Row { dtype, shape, file: file as u32, start });

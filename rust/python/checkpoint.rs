@@ -80,6 +80,14 @@ pub(super) fn open_checkpoint(
     opened.map(|opened| Checkpoint(Arc::new(opened))).map_err(|error| raise(py, &error))
 }
 
+/// What a tensor becomes, as [`checkpoint::Change`] has it.
+type GivenChange = (
+    u64,
+    Vec<((u64, u64), u64, f64, checkpoint::GivenFactor, Option<checkpoint::GivenFactor>)>,
+    Option<(checkpoint::Given, bool)>,
+    Option<(checkpoint::Given, Vec<(u64, u64)>)>,
+);
+
 impl TensorInfo {
     fn of(py: Python<'_>, tensor: checkpoint::Tensor<'_>) -> PyResult<Self> {
         Ok(Self {
@@ -177,6 +185,34 @@ impl Checkpoint {
     fn without(&self, names: Vec<String>) -> Self {
         let left_out: Vec<usize> = names.iter().filter_map(|name| self.0.find(name)).collect();
         Self(Arc::new(self.0.without(&left_out)))
+    }
+
+    /// The same with what adapters make of it. `copied` are tensors with a further name: that, and the
+    /// old one. `replaced` are tensors that are an adapter's: name, and the adapter with the name there.
+    /// `changed` are tensors with: elements of a row; terms (rows, rank, scale, left factor, right
+    /// factor or none, a factor being a tensor, its first element, and the elements between lines and
+    /// between steps of the rank); magnitudes and whether they are of rows; rows that are put in.
+    fn adapted(
+        &self,
+        py: Python<'_>,
+        adapters: Vec<PyRef<'_, Self>>,
+        copied: Vec<(String, String)>,
+        replaced: Vec<(String, checkpoint::Given)>,
+        changed: Vec<(String, GivenChange)>,
+    ) -> PyResult<Self> {
+        let adapters: Vec<_> = adapters.iter().map(|adapter| adapter.shared()).collect();
+        let change = |(name, (columns, terms, magnitude, replaced))| {
+            (name, checkpoint::Change { columns, terms, magnitude, replaced })
+        };
+        let changed = changed.into_iter().map(change).collect();
+        let changes = checkpoint::Changes { copied, replaced, changed };
+        let adapted = py.detach(|| self.0.adapted(&adapters, changes));
+        adapted.map(|adapted| Self(Arc::new(adapted))).map_err(|error| raise(py, &error))
+    }
+
+    /// Whether an adapter changes the tensor at that place of the file order.
+    fn is_changed(&self, index: usize) -> bool {
+        self.0.change_of(index).is_some()
     }
 
     /// The tensors in file order, in runs whose names begin alike up to the layer's number: that

@@ -365,7 +365,7 @@ fn directories_without_clear_weights() {
         ),
         (
             &["adapter_model.safetensors"],
-            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; merge it into its base model first (peft's `merge_and_unload`)",
+            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; write it behind its model: `model+adapter`",
         ),
     ];
     for (names, expected) in rows {

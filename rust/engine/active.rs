@@ -439,7 +439,7 @@ impl<'a> Active<'a> {
     /// Puts the stage's results into the formula and goes on to the next pass.
     fn bind(&mut self) -> Result<bool> {
         let marked = self.marked();
-        let Stage { reductions, gives_numbers, .. } = std::mem::take(&mut self.stage);
+        let stage = std::mem::take(&mut self.stage);
         let results = std::mem::take(&mut self.results);
         if self.sweep {
             self.numbers = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
@@ -450,18 +450,18 @@ impl<'a> Active<'a> {
         let known = Arc::make_mut(&mut self.known);
         let first = known.chosen.len();
         known.chosen.extend(chosen);
-        if gives_numbers {
+        if stage.gives_numbers() {
             self.others = None;
         } else if self.follows_others()? {
             return Ok(true);
         }
         let mut bindings = Bindings::default();
-        for (reduction, values) in reductions.iter().zip(results) {
+        for (reduction, values) in stage.reductions.iter().zip(results) {
             if let Some(result) = Self::bound(reduction, values) {
                 bindings.reduction(reduction, result);
             }
         }
-        self.bind_columns(&reductions, &mut bindings);
+        self.bind_columns(&stage.reductions, &mut bindings);
         for (ranking, which) in &marked {
             bindings.ranking(ranking, *which);
         }

@@ -21,7 +21,24 @@ use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
 };
 use crate::kernels::{BLOCK, CELL, Level, compare};
-use crate::plan::{self, InputFile, OutputShard, Plan, Settings, Tensor};
+use crate::plan::{self, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
+
+/// A tensor of a file that is not here: it can be planned with, but not read.
+#[derive(Debug)]
+struct NotHere {
+    remote: Remote,
+    dtype: DType,
+}
+
+impl Source for NotHere {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn read<'a>(&'a self, _: Range<u64>, _: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
+        Err(not_here(&self.remote))
+    }
+}
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -304,7 +321,7 @@ impl<'a> Merges<'a> {
 
     fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
         let tensor = self.plans[0].tensor(at);
-        let sources = sources_of(&self.readers, tensor);
+        let sources = sources_of(self.plans[0], &self.readers, tensor);
         self.task_of(at, sources, sinks)
     }
 
@@ -705,7 +722,7 @@ impl OnDemand {
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            sources_of(&self.readers, tensor),
+            sources_of(&self.plan, &self.readers, tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -735,36 +752,47 @@ impl OnDemand {
 
     /// Fails if a file that tensor `index` is made of is not what it was.
     pub fn check_unchanged(&self, index: usize) -> Result<()> {
-        let files = self.plan.tensor(index).sources().flat_map(files_of);
-        let files = files.map(|file| self.plan.files[file].clone());
-        io::check_unchanged(&files.collect::<Vec<_>>())
+        let files = self.plan.files_of(std::iter::once(self.plan.tensor(index)));
+        let files: Vec<_> = files.into_iter().map(|file| self.plan.files[file].clone()).collect();
+        io::check_unchanged(&files)
     }
 }
 
-/// The files that some source lies in, opened.
+/// The files that some source lies in, opened; but for those that are not here.
 fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader>>>> {
     io::raise_open_file_limit();
-    let mut used = vec![false; plan.files.len()];
-    for file in plan.tensors().flat_map(Tensor::sources).flat_map(files_of) {
-        used[file] = true;
+    let mut readers = vec![None; plan.files.len()];
+    for at in plan.files_of(plan.tensors()) {
+        let file = &plan.files[at];
+        if file.remote.is_none() {
+            readers[at] = Some(Arc::new(InputReader::open(file, read)?));
+        }
     }
-    let open = |(file, used): (&InputFile, bool)| {
-        used.then(|| InputReader::open(file, read).map(Arc::new)).transpose()
-    };
-    plan.files.iter().zip(used).map(open).collect()
+    Ok(readers)
 }
 
-/// The files that a source lies in.
-fn files_of(source: plan::Source<'_>) -> impl Iterator<Item = usize> {
-    let parts = source.rows.map_or(&[][..], |rows| rows.parts);
-    std::iter::once(source.file).chain(parts.iter().map(|part| part.file as usize))
+/// Fails if a file that is read is not here.
+pub(crate) fn check_placed(plan: &Plan) -> Result<()> {
+    let mut used = plan.files_of(plan.tensors()).into_iter().map(|at| &plan.files[at]);
+    used.find_map(|file| file.remote.as_ref()).map_or(Ok(()), |remote| Err(not_here(remote)))
+}
+
+fn not_here(remote: &Remote) -> Error {
+    Error::internal("a file is to be read before it is here").file(&remote.label)
 }
 
 /// The sources of a tensor, in opened files.
-fn sources_of(readers: &[Option<Arc<InputReader>>], tensor: Tensor<'_>) -> Vec<Arc<dyn Source>> {
+fn sources_of(
+    plan: &Plan,
+    readers: &[Option<Arc<InputReader>>],
+    tensor: Tensor<'_>,
+) -> Vec<Arc<dyn Source>> {
     let range = |file: usize, dtype: DType, start: u64| -> Arc<dyn Source> {
-        let reader = readers[file].clone().expect("every file with a source is opened");
-        Arc::new(FileSource { reader, dtype, start })
+        match (&readers[file], &plan.files[file].remote) {
+            (Some(reader), _) => Arc::new(FileSource { reader: Arc::clone(reader), dtype, start }),
+            (None, Some(remote)) => Arc::new(NotHere { remote: remote.clone(), dtype }),
+            (None, None) => unreachable!("every file with a source is opened"),
+        }
     };
     let source = |source: plan::Source<'_>| match source.rows {
         None => range(source.file, source.dtype, source.start),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::backend::Backend;
 use super::control::Control;
 use super::digest::Observer;
-use super::files::{FileModes, Merges};
+use super::files::{self, FileModes, Merges};
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::{Report, Settings, run_planned};
@@ -33,6 +33,7 @@ pub(crate) fn merge(
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
+    plans.first().map_or(Ok(()), |plan| files::check_placed(plan))?;
     let (mut tasks, needs) = Merges::open(plans.clone(), modes.read)?;
     let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);

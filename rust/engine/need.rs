@@ -91,8 +91,8 @@ impl Amount {
 
     pub(super) fn plus(self, other: Self, times: u64) -> Self {
         Self {
-            expected: self.expected + times * other.expected,
-            most: self.most + times * other.most,
+            expected: self.expected.saturating_add(times.saturating_mul(other.expected)),
+            most: self.most.saturating_add(times.saturating_mul(other.most)),
         }
     }
 
@@ -168,8 +168,9 @@ impl Need {
         let mut need = Self::new(&task.frame, &task.work, task.in_bands, sources, outputs);
         let memory = task.sources.iter().map(|source| source.memory());
         // A worker reads one source after the other.
-        let (worker, shared) =
-            memory.fold((0, 0), |(most, sum), (worker, shared)| (worker.max(most), sum + shared));
+        let (worker, shared) = memory.fold((0, 0), |(most, sum), (worker, shared)| {
+            (worker.max(most), shared.saturating_add(sum))
+        });
         need.worker_state.add(Amount::certain(worker));
         need.shared_state.add(Amount::certain(shared));
         need.in_f64(task.double)

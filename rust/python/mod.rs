@@ -37,6 +37,7 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{
         Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,
+        weight_files,
     };
     #[pymodule_export]
     use super::digests::Digests;

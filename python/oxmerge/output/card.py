@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from oxmerge.json_files import read_start
+from oxmerge.models.hub_cache import Commit
+from oxmerge.models.references import FOLDERS
+from oxmerge.problems import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 CARD_NAME = "README.md"
 RECIPE_NAME = "oxmerge_recipe.yml"
@@ -31,14 +35,8 @@ _MOST_BASES = 1000
 #: As much of a card as may hold its front matter.
 _MOST_BYTES = 1 << 16
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
-#: Where a model lies that was downloaded into the Hub's cache, and a name as the Hub has it.
-_CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+(?:/|$)", re.ASCII)
+#: A name as the Hub has it.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-#: Folders that people put models into; nobody on the Hub is called so.
-_FOLDERS = frozenset(
-    ("models", "model", "checkpoints", "weights", "merged", "merges", "output", "outputs", "data")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +105,10 @@ def hub_name(reference: str, path: str) -> str | None:
     >>> hub_name("/home/me/models/Llama 3 (mine)", "/home/me/models/Llama 3 (mine)")
     'Llama-3-mine'
     """
-    cached = _CACHED.search(os.path.abspath(path)) or _CACHED.search(os.path.realpath(path))
+    cached = Commit.of_path(path) or Commit.of_path(os.path.realpath(path))
     if cached is not None:
-        return f"{cached[1]}/{cached[2]}"
-    if _HUB_NAME.fullmatch(reference) and reference.partition("/")[0].lower() not in _FOLDERS:
+        return cached[0].name
+    if _HUB_NAME.fullmatch(reference) and reference.partition("/")[0].lower() not in FOLDERS:
         return reference
     place = os.path.realpath(path)
     folder = os.path.dirname(place) if os.path.isfile(place) else place
@@ -122,6 +120,7 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
     *,
     method: str,
     models: Sequence[str],
+    pinned: Mapping[str, str] = MappingProxyType({}),
     hub_names: Iterable[str | None] = (),
     metadata: Metadata | None = None,
     base: str | None,
@@ -138,6 +137,8 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         Name of the merge method, as in the recipe.
     models
         The models merged as the recipe writes them, in listed order; the base may be among them.
+    pinned
+        Of those that are from the Hub, what they are called there with their commits.
     hub_names
         What they are called on the Hub.
     metadata
@@ -154,6 +155,7 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         On tensors that are not merged as others are.
     """
     everyone = list(dict.fromkeys([*([base] if base else []), *models]))
+    commits = {model: f", that is {_code(pin)}" for model, pin in pinned.items()}
     sections = [
         _front_matter(hub_names, metadata or Metadata()),
         f"# Merge by {method_title or method}",
@@ -161,14 +163,24 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         "## Method",
         _method_sentence(method, method_title, paper, base),
         "## Models",
-        "\n".join(f"- {_code(model)}" for model in everyone if model != base or base in models),
+        "\n".join(
+            f"- {_code(model)}{commits.get(model, '')}"
+            for model in everyone
+            if model != base or base in models
+        ),
         "## Tensors" if notes else "",
         "\n".join(f"- {_code(note)}" for note in notes),
         "## Recipe",
         f"It is also in `{RECIPE_NAME}`. Relative paths in it hold where it was first run.",
-        _fenced(recipe_text),
+        _fenced(pinned_recipe(recipe_text, pinned)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def pinned_recipe(text: str, pinned: Mapping[str, str]) -> str:
+    """Return the text of a recipe, with the commits of its models as comments before it."""
+    pins = (f"{model} was {pin}" for model, pin in pinned.items())
+    return "".join(f"# {printable(pin)}\n" for pin in pins) + text
 
 
 def _front_matter(hub_names: Iterable[str | None], metadata: Metadata) -> str:

@@ -8,6 +8,7 @@ from oxmerge.output.card import (
     REPORT_NAME,
     hub_name,
     model_card,
+    pinned_recipe,
     read_metadata,
 )
 from oxmerge.output.config import edit_config, json_text
@@ -17,7 +18,7 @@ from oxmerge.output.side_files import WRITTEN_ANEW, SideFiles, folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from typing import Any
 
     from oxmerge.methods import Method
@@ -49,9 +50,18 @@ def contents_of(plan: Plan) -> Contents:
         index=plan.index,
         config=plan.config,
         side_files=plan.side_files.copied,
-        texts={**plan.side_files.texts, CARD_NAME: plan.card, RECIPE_NAME: plan.recipe_text},
+        texts={**plan.side_files.texts, CARD_NAME: plan.card, RECIPE_NAME: _recipe_of(plan)},
         late=[MANIFEST_NAME, REPORT_NAME],
     )
+
+
+def _recipe_of(plan: Plan) -> str:
+    return pinned_recipe(plan.recipe_text, _pins(zip(plan.models, plan.pinned, strict=True)))
+
+
+def _pins(models: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """Return the commits of the models that are written without them."""
+    return {model: pin for model, pin in models if pin is not None and pin != model}
 
 
 def late_texts(
@@ -65,7 +75,7 @@ def late_texts(
 def disk_bytes(plan: Plan) -> int:
     """Return the bytes that the output directory takes."""
     weights = sum(size for _, size in plan.shards)
-    texts = (plan.config, plan.index, plan.card, plan.recipe_text)
+    texts = (plan.config, plan.index, plan.card, _recipe_of(plan))
     text_bytes = sum(len(text.encode()) for text in texts if text is not None)
     late_bytes = manifest_bytes(plan) + _REPORT_BYTES
     return weights + text_bytes + plan.side_files.total_bytes + late_bytes
@@ -163,6 +173,7 @@ def card_of(
     return model_card(
         method=recipe.method,
         models=[model.reference for model in models],
+        pinned=_pins((model.reference, model.located.pinned) for model in models),
         hub_names=hub_names,
         metadata=read_metadata(folder_of(donor.path)),
         base=None if recipe.base_model is None else donor.reference,

@@ -100,7 +100,7 @@ def test_it_says_how_the_output_came_to_be(folder: Path) -> None:
     assert manifest["recipe"] == recipe.read_text()
     settings = manifest["settings"]
     assert settings[manifest["tensors"][0]["settings"]]["own"][1]["density"] == 0.3
-    assert [each["model"] for each in manifest["inputs"]] == ["base", "a", "b"]
+    assert [each["model"] for each in manifest["inputs"]] == ["a", "b", "base"]
     assert (manifest["donor"], manifest["base"]) == ("base", "base")
     for each in manifest["inputs"]:
         assert {file["name"] for file in each["files"]} == {"model.safetensors", "config.json"}
@@ -143,7 +143,7 @@ def test_a_hub_snapshot_is_known_by_its_commit_and_names(folder: Path) -> None:
     recipe = write_recipe(folder / "r.yml", "linear", ["a", str(snapshot)], each={"weight": 0.5})
     oxmerge.merge(recipe, "out")
     local, cached = manifest_of("out")["inputs"]
-    assert (local["commit"], cached["commit"]) == (None, commit)
+    assert (local["pinned"], cached["pinned"]) == (None, f"org/b@{commit}")
     known = {file["name"]: file["sha256"] for file in cached["files"]}
     assert known == {"model.safetensors": sha256, "config.json": None}
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from oxmerge.checking.differences import diff as diff
     from oxmerge.checking.soundness import check as check
     from oxmerge.checking.verification import verify as verify
+    from oxmerge.fusing import fuse as fuse
     from oxmerge.merging import MergeReport as MergeReport
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
@@ -72,6 +73,7 @@ __all__ = [
     "check",
     "diff",
     "formula",
+    "fuse",
     "kernels",
     "lazy",
     "load_plan",
@@ -115,6 +117,7 @@ _LAZY = {
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
     "check": ("oxmerge.checking.soundness", "check"),
     "diff": ("oxmerge.checking.differences", "diff"),
+    "fuse": ("oxmerge.fusing", "fuse"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),

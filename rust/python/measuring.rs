@@ -18,7 +18,7 @@ use crate::engine::{Settings, measuring, verifying};
 use crate::io::ReadPath;
 use crate::kernels::Level;
 use crate::methods::measures::Measure;
-use crate::plan::{self, Builder, Input, Plan};
+use crate::plan::{self, Adapted, Builder, Input, Plan};
 
 /// Measures rows of tensors: of each checkpoint in `columns` the tensor of that number, or none. What
 /// a measure is of stands in `rust/methods/measures.rs`. The numbers of each row one after the other,
@@ -159,19 +159,27 @@ fn plan_of(
             let message = format!("`{}` is not to be measured so", first.name);
             return Err(PyValueError::new_err(message));
         }
-        let input = |(model, tensor): (usize, checkpoint::Tensor<'_>)| {
-            let (dtype, start) = (tensor.dtype, tensor.start);
-            (model, tensor.file, dtype, start)
-        };
-        let inputs: Vec<_> = tensors.clone().map(input).collect();
-        let inputs = inputs.iter().map(|&(model, file, dtype, start)| Input {
-            model,
-            name: first.name,
-            dtype,
-            file: first_files[model] + file,
-            start,
-            rows: None,
-        });
+        // What is adapted comes in the type that all is computed in.
+        let working = types.iter().copied().fold(DType::F32, DType::promote);
+        let mut inputs = Vec::new();
+        for (model, at) in found {
+            let (tensor, before) = (models[model].tensor(at), first_files[model]);
+            let change = models[model].change_of(at);
+            let adapted = change.map(|change| {
+                let change = Adapted::clone(change).in_files(|file| before as u32 + file);
+                builder.add_adapted(change)
+            });
+            inputs.push(Input {
+                model,
+                name: tensor.name,
+                dtype: if adapted.is_some() { working } else { tensor.dtype },
+                file: before + tensor.file,
+                start: tensor.start,
+                adapted,
+                rows: None,
+            });
+        }
+        let inputs = inputs.into_iter();
         builder.push(first.name, first.dtype, first.shape, settings, None, inputs);
         places.push((0, end));
         end = end.saturating_add(first.bytes());

@@ -6,6 +6,7 @@ mod convert;
 mod differing;
 mod elementwise;
 mod level;
+mod low_rank;
 mod mask_bits;
 mod order;
 mod random;

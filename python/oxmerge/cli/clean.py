@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from oxmerge.cli.arguments import Parser
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
 
+    from oxmerge.cli.arguments import Parser
     from oxmerge.cli.engine import Engine
     from oxmerge.cli.printer import Printer
 

@@ -53,7 +53,10 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
         recipe, merged = shlex.quote(str(demo.recipe)), shlex.quote(str(output))
         printer.say(f"running: {_program()} merge {recipe} {merged}")
         with show_progress(printer) as progress:
-            report = engine.merge(str(demo.recipe), str(output), overwrite=True, progress=progress)
+            # The checkpoints are made anew each time: no earlier merge of them goes on.
+            report = engine.merge(
+                str(demo.recipe), str(output), overwrite=True, fresh=True, progress=progress
+            )
     tell(report, printer)
     printer.say("")
     printer.say("what to try next:")

@@ -8,6 +8,7 @@
 //! fork.
 
 mod active;
+pub mod adapted;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
@@ -39,7 +40,7 @@ use std::thread;
 use std::time::Instant;
 
 #[cfg(feature = "python")]
-pub(crate) use merge::{merge, predict};
+pub(crate) use merge::{Telling, merge, predict};
 
 use active::{Active, Room, Stages};
 use backend::Backend;

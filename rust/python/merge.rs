@@ -20,7 +20,7 @@ use crate::engine::files::{self, FileModes};
 use crate::engine::journal::{self, JOURNAL_EVERY, Journals};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Settings, rehearsal};
+use crate::engine::{self, Settings, Telling, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -203,8 +203,8 @@ pub(super) fn execute<'py>(
                 keys.as_ref().map(|keys| keys.iter().map(|key| &**key).collect());
             let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
             let journals = keys.as_ref().map(|keys| Journals { keys, every });
-            let digests = digests.as_ref();
-            engine::merge(backend, &merges, modes, &settings, planned, digests, journals, control)
+            let telling = Telling { digests: digests.as_ref(), journals };
+            engine::merge(backend, &merges, modes, &settings, planned, telling, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;

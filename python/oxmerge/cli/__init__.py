@@ -29,9 +29,10 @@ __all__ = ["main"]
 
 VERBS = {
     "merge": "merge checkpoints by a recipe",
+    "fuse": "put adapters into a model",
     "sweep": "merge several times with other parameters, in one pass",
-    "clean": "remove what an interrupted merge has left",
     "plan": "show what a merge would do, without doing it",
+    "clean": "remove what an interrupted merge has left",
     "inspect": "show what is in a checkpoint",
     "methods": "list the merge methods, or explain one",
     "bench": "measure this machine: memory, storage, kernels, merges",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from oxmerge.merging import plan as plan
     from oxmerge.models.checkpoints import OpenCheckpoint as OpenCheckpoint
     from oxmerge.models.checkpoints import open_checkpoint as open  # noqa: A004
+    from oxmerge.output.publish import clean as clean
     from oxmerge.planning.plan_files import load_plan as load_plan
     from oxmerge.planning.plans import Plan as Plan
     from oxmerge.problems import Problem as Problem
@@ -71,6 +72,7 @@ __all__ = [
     "__version__",
     "build_info",
     "check",
+    "clean",
     "diff",
     "formula",
     "fuse",
@@ -116,6 +118,7 @@ _LAZY = {
     "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
     "check": ("oxmerge.checking.soundness", "check"),
+    "clean": ("oxmerge.output.publish", "clean"),
     "diff": ("oxmerge.checking.differences", "diff"),
     "fuse": ("oxmerge.fusing", "fuse"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),

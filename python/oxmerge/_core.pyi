@@ -28,6 +28,7 @@ __all__ = [
     "hash_tensors",
     "index_json",
     "is_remote",
+    "journal_key",
     "largest_token",
     "measure",
     "merge_arrays",
@@ -273,6 +274,7 @@ def peak_memory() -> int: ...
 def partial_name(file_name: str) -> str: ...
 def check_unchanged(files: str) -> None: ...
 def is_remote(path: str | os.PathLike[str]) -> bool: ...
+def journal_key(descriptor: int, path: str | os.PathLike[str]) -> str | None: ...
 def predict(
     plans: Sequence[Plan], memory: int, threads: int | None, device: Backend | None = None
 ) -> dict[str, Any]: ...
@@ -290,6 +292,8 @@ def execute(
     descriptors: Sequence[int] | None = None,
     planned: int = 0,
     digests: bool = False,
+    keys: Sequence[str | None] | None = None,
+    journal_every: float | None = None,
 ) -> dict[str, Any]: ...
 def hash_tensors(
     checkpoint: Checkpoint,

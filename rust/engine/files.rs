@@ -1,7 +1,8 @@
 //! Sources and sinks that are byte ranges of files, and the tasks of a plan over them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -11,6 +12,7 @@ use super::backend::steps;
 use super::control::Control;
 use super::digest::{Digester, Observer};
 use super::need::{Need, SMALL};
+use super::resume::Resumed;
 use super::rows::RowsSource;
 use super::source::{Memory, Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
@@ -123,7 +125,7 @@ impl Source for FileSource {
 
 /// An output shard; it is flushed when its last tensor is finished.
 #[derive(Debug)]
-struct Shard {
+pub(super) struct Shard {
     writer: ShardWriter,
     unfinished: AtomicUsize,
     /// Which file it is, and how it was left.
@@ -192,6 +194,12 @@ impl Sink for FileSink {
 }
 
 impl Shard {
+    /// Brings what was written to the disk.
+    pub(super) fn flush(&self) -> Result<()> {
+        // The last tensor brings all of it there.
+        if self.finished.get().is_some() { Ok(()) } else { self.writer.flush() }
+    }
+
     /// Takes down that so many tensors are finished.
     fn finish(&self, tensors: usize) -> Result<()> {
         if self.unfinished.fetch_sub(tensors, Ordering::AcqRel) == tensors {
@@ -231,7 +239,7 @@ pub(crate) enum Purpose {
 /// Merges of the same tensors, each read once for all of them.
 #[derive(Debug)]
 pub struct Merges<'a> {
-    plans: Vec<&'a Plan>,
+    pub(super) plans: Vec<&'a Plan>,
     purpose: Purpose,
     readers: Vec<Option<Arc<InputReader>>>,
     /// The models' names, for messages.
@@ -247,7 +255,9 @@ pub struct Merges<'a> {
     /// What workers hold of adapters.
     desks: Desks,
     /// The shards of each plan, when there are any yet.
-    shards: Vec<Vec<Arc<Shard>>>,
+    pub(super) shards: Vec<Vec<Arc<Shard>>>,
+    /// What earlier runs have done, where that is wanted.
+    pub(super) resumed: Option<Resumed<'a>>,
     /// Who is told of finished tensors.
     observer: Option<Arc<dyn Observer>>,
     /// Buffers of small neighbours that nobody uses now.
@@ -307,6 +317,7 @@ impl<'a> Merges<'a> {
             desks,
             prepared: Mutex::default(),
             shards: Vec::new(),
+            resumed: None,
             observer: None,
             spare: Mutex::default(),
         };
@@ -331,10 +342,38 @@ impl<'a> Merges<'a> {
         found.into_iter().map(look).collect()
     }
 
-    /// Creates the shards of each plan, under partial names, in its folder.
+    /// Creates the shards of each plan, under partial names, in its folder; or opens those that an
+    /// earlier run has left, with the tensors that it has done.
     pub fn create_shards(&mut self, folders: &[&OutputFolder], mode: DirectMode) -> Result<()> {
-        let create = |(plan, folder): (&&Plan, &&OutputFolder)| create_shards(plan, folder, mode);
-        self.shards = self.plans.iter().zip(folders).map(create).collect::<Result<_>>()?;
+        let outputs = self.plans.iter().zip(folders);
+        let Some(resumed) = &self.resumed else {
+            let create = |(plan, folder): (&&Plan, &&OutputFolder)| {
+                (0..plan.shards.len())
+                    .map(|at| create_shard(plan, at, folder, mode, false))
+                    .collect()
+            };
+            self.shards = outputs.map(create).collect::<Result<_>>()?;
+            return Ok(());
+        };
+        let files = self.open_shards(folders)?;
+        let create = |((plan, folder), files): ((&&Plan, &&OutputFolder), &Vec<Option<File>>)| {
+            let create = |(at, file): (usize, &Option<File>)| {
+                let shard = create_shard(plan, at, folder, mode, true)?;
+                let kept = plan.by_place_in(at).filter(|&index| resumed.is_done[index]);
+                let mut count = 0;
+                for tensor in kept.map(|index| plan.tensor(index)) {
+                    let file = file.as_ref().ok_or_else(|| Error::internal("a shard is gone"))?;
+                    shard.writer.keep(file, tensor.start(), tensor.bytes())?;
+                    count += 1;
+                }
+                if count > 0 {
+                    shard.finish(count)?;
+                }
+                Ok(shard)
+            };
+            files.iter().enumerate().map(create).collect()
+        };
+        self.shards = outputs.zip(&files).map(create).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -461,6 +500,26 @@ impl Tasks for Merges<'_> {
         self.needs_sweep
     }
 
+    fn is_done(&self, index: usize) -> bool {
+        self.resumed.as_ref().is_some_and(|resumed| resumed.is_done[index])
+    }
+
+    fn known_numbers(&self) -> BTreeMap<usize, Vec<f64>> {
+        self.resumed.as_ref().map(|resumed| resumed.numbers.clone()).unwrap_or_default()
+    }
+
+    fn finished(&self, index: usize) {
+        if let Some(resumed) = &self.resumed {
+            resumed.journal.tensor(index);
+        }
+    }
+
+    fn found(&self, index: usize, numbers: &[f64]) {
+        if let Some(resumed) = &self.resumed {
+            resumed.journal.numbers(index, numbers);
+        }
+    }
+
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
         if matches!(self.purpose, Purpose::Checked(_)) {
             return 0; // they are not written in one go
@@ -468,7 +527,8 @@ impl Tasks for Merges<'_> {
         let mut left = bytes;
         let fits = |&at: &usize| {
             let wanted = self.bytes(at);
-            let fits = self.is_small(at) && wanted <= left && (at == index || self.follows(at));
+            let fits = self.is_small(at) && !self.is_done(at);
+            let fits = fits && wanted <= left && (at == index || self.follows(at));
             left -= if fits { wanted } else { 0 };
             fits
         };
@@ -929,14 +989,22 @@ fn sources_of(
     sources
 }
 
-fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
-    let create = |(index, shard): (usize, &OutputShard)| {
-        let name = partial_name(&shard.file_name);
-        let OutputShard { header_bytes, size, .. } = *shard;
-        let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
-        let writer = ShardWriter::create(folder, &name, header_bytes, header, size, mode)?;
-        let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
-        Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
+/// Creates a shard, or with `resume` opens the one that an earlier run has left.
+fn create_shard(
+    plan: &Plan,
+    index: usize,
+    folder: &OutputFolder,
+    mode: DirectMode,
+    resume: bool,
+) -> Result<Arc<Shard>> {
+    let OutputShard { ref file_name, header_bytes, size } = plan.shards[index];
+    let name = partial_name(file_name);
+    let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
+    let writer = if resume {
+        ShardWriter::resume(folder, &name, header_bytes, header, size, mode)?
+    } else {
+        ShardWriter::create(folder, &name, header_bytes, header, size, mode)?
     };
-    plan.shards.iter().enumerate().map(create).collect()
+    let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
+    Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
 }

@@ -46,8 +46,8 @@ mod _core {
     use super::measuring::{compare_outputs, hash_tensors, measure};
     #[pymodule_export]
     use super::merge::{
-        check_unchanged, execute, is_remote, methods, modifiers, partial_name, peak_memory,
-        predict, rehearse,
+        check_unchanged, execute, is_remote, journal_key, methods, modifiers, partial_name,
+        peak_memory, predict, rehearse,
     };
     #[pymodule_export]
     use super::plan::Plan;

@@ -32,6 +32,7 @@ VERBS = {
     "fuse": "put adapters into a model",
     "sweep": "merge several times with other parameters, in one pass",
     "plan": "show what a merge would do, without doing it",
+    "clean": "remove what an interrupted merge has left",
     "inspect": "show what is in a checkpoint",
     "diff": "show how two checkpoints differ",
     "check": "tell whether a checkpoint is sound",

@@ -197,9 +197,20 @@ def add_run_options(parser: Parser, *, recipe: bool = True) -> None:
         "--overwrite", action="store_true", help="replace a model that is in the output directory"
     )
     parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="keep nothing of a run that is interrupted, and go on with nothing",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="remove what an interrupted run has finished, instead of going on with it",
+    )
+    parser.add_argument(
         "--no-digests",
         action="store_true",
-        help="leave digests and statistics of the tensors out of the manifest, oxmerge.json",
+        help="leave digests and statistics of the tensors out of the manifest, oxmerge.json; "
+        "then an interrupted run keeps nothing",
     )
     parser.add_argument(
         "--hash-inputs",
@@ -220,6 +231,8 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
         **plan_options(options),
         "overwrite": options.overwrite,
         "read_path": options.read_path,
+        "resume": not options.no_resume,
+        "fresh": options.fresh,
         "digests": not options.no_digests,
         "hash_inputs": options.hash_inputs,
         "allow_nonfinite": options.allow_nonfinite,

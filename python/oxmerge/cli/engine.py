@@ -61,6 +61,10 @@ class Engine:
         """Merge several times in one pass, calling `options["progress"]` now and then."""
         return oxmerge.sweep(_recipe(recipe), pattern, axes, **options)
 
+    def clean(self, directory: str) -> bool:
+        """Remove what an interrupted merge has left; whether there was something."""
+        return oxmerge.clean(directory)
+
     def plan(self, recipe: str, **options: Any) -> Plan:  # noqa: ANN401
         """Plan without merging."""
         return oxmerge.plan(_recipe(recipe), **options)

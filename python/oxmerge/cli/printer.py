@@ -157,7 +157,7 @@ class Printer:
         self,
         message: str,
         problems: Iterable[tuple[str, str | None]] = (),
-        advice: str | None = None,
+        hints: Iterable[str] = (),
     ) -> None:
         """Tell people what went wrong, and what they can do: about each problem, and in all."""
         self._message(message, "error")
@@ -165,8 +165,8 @@ class Printer:
             self._message("  - " + problem)
             if hint:
                 self._message(hint, "hint", indent="    ")
-        if advice:
-            self._message(advice, "hint")
+        for hint in hints:
+            self._message(hint, "hint")
 
     def flush(self) -> None:
         """Hand everything over, so that a failure to do so is seen."""

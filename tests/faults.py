@@ -33,6 +33,15 @@ FAULTS = {
 }
 #: What the run goes on after, as if nothing had been.
 HARMLESS = {"short", "EINTR"}
+#: How a merge tells of the others.
+ERRORS = (
+    "OSError: ",
+    "InputChangedError: ",
+    "OutputError: ",
+    "CheckpointError: ",
+    "PlanError: ",
+    "RecipeError: ",
+)
 LOADABLE = ("config.json", "*.safetensors", "model.safetensors.index.json")
 
 
@@ -67,7 +76,7 @@ def attempt(folder: Path, call: str, number: int, fault: str) -> tuple[int, str]
 
 
 def merge(folder: Path, options: dict[str, Any]) -> None:
-    oxmerge.merge(folder / "recipe.yml", folder / "out", memory="4GiB", **options)
+    oxmerge.merge(folder / "recipe.yml", folder / "out", **options)
 
 
 def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
@@ -77,14 +86,12 @@ def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
     while True:
         count, outcome = attempt(folder, call, number, fault)
         where = f"{fault} at {call} {number}: {outcome}"
-        if os.environ.get("DBG"): print(where, sorted(p.name for p in output.glob(".*")))
         left = directory_bytes(output) if output.exists() else {}
         if outcome == "done":
             assert left == expected, f"{where}, and other bytes"
         else:
             assert fault not in HARMLESS, where
-            assert fault == "death" or outcome.startswith(("OSError: ", "InputChangedError: ",
-                "OutputError: ", "CheckpointError: ", "PlanError", "RecipeError: ")), where  # fmt: skip
+            assert fault == "death" or outcome.startswith(ERRORS), where
             loadable = [path.name for name in LOADABLE for path in output.glob(name)]
             assert not loadable or left.items() >= expected.items(), f"{where}, and {loadable}"
             after = attempt(folder, call, -1, "")[1]
@@ -101,7 +108,9 @@ def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
 
 def main() -> None:
     folder, step, *pairs = sys.argv[1:]
-    _core.execute = functools.partial(_core.execute, journal_every=0.0, direct=pairs[0] == "direct")  # type: ignore[assignment]
+    is_direct = pairs[0] == "direct"
+    execute = functools.partial(_core.execute, journal_every=0.0, direct=is_direct)
+    _core.execute = execute
     for pair in pairs[1:]:
         call, fault = pair.split(":")
         print(pair, faults_at(Path(folder), call, fault, int(step)))

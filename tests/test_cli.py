@@ -190,11 +190,8 @@ class FakeEngine(Engine):
     def methods(self) -> Any:
         return self._answer("methods") or METHODS
 
-    def locate(self, reference: str) -> Located:
-        return Located(reference)
-
-    def open_checkpoint(self, located: Located) -> Any:
-        return self._answer("open_checkpoint", located.path)
+    def open_checkpoint(self, reference: str) -> tuple[Located, Any]:
+        return Located(reference), self._answer("open_checkpoint", reference)
 
 
 Output = tuple[int, str, str]
@@ -214,12 +211,22 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 # Arguments.
 
+#: What is passed on of options that were not given.
+SWITCHES = {
+    "overwrite": False,
+    "read_path": "auto",
+    "resume": True,
+    "fresh": False,
+    "digests": True,
+    "hash_inputs": False,
+    "allow_nonfinite": False,
+}
+
 
 def test_merge_passes_on_only_what_was_given(run: Any) -> None:
     engine = FakeEngine()
     assert run("merge", "r.yml", "out", engine=engine)[0] == 0
-    options = {"strict": False, "overwrite": False, "read_path": "auto"}
-    assert engine.calls == [("merge", ("r.yml", "out"), options)]
+    assert engine.calls == [("merge", ("r.yml", "out"), {"strict": False, **SWITCHES})]
 
 
 def test_merge_passes_on_everything(run: Any) -> None:
@@ -234,9 +241,10 @@ def test_merge_passes_on_everything(run: Any) -> None:
         "vram": 3 << 30,
         "seed": 7,
         "shard_size": 5_000_000_000,
-        "overwrite": True,
         "strict": True,
         "allow_mismatch": True,
+        **SWITCHES,
+        "overwrite": True,
         "read_path": "mapped",
     }
 
@@ -247,7 +255,7 @@ def test_sweep_passes_on_its_axes(run: Any) -> None:
     code, _, err = run("sweep", "r.yml", "out/{t}", *places, "--together", engine=engine)
     assert code == 0
     axes = {"parameters.t": "0.1,0.9", "models[0].parameters.weight": "1:2:2"}
-    options = {"together": True, "strict": False, "overwrite": False, "read_path": "auto"}
+    options = {"together": True, "strict": False, **SWITCHES}
     assert engine.calls == [("sweep", ("r.yml", "out/{t}", axes), options)]
     assert err == (
         "warning: odd\n"
@@ -555,10 +563,10 @@ def test_a_recipe_from_standard_input(tmp_path: Path, twins: Path) -> None:
 
 
 def test_exit_codes_of_what_is_not_supported(tmp_path: Path, run: Any) -> None:
-    text = "merge_method: linear\nmodels: [{model: a+b}]\n"
+    text = "merge_method: linear\nmodels: [{model: 's3://a/b'}]\n"
     (tmp_path / "r.yml").write_text(text)
     code, _, err = run("plan", str(tmp_path / "r.yml"), engine=Engine())
-    assert (code, "not supported yet: a LoRA" in err) == (2, True)
+    assert (code, "not supported yet: a model in a store" in err) == (2, True)
     config = {"quantization_config": {"quant_method": "gptq"}}
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0), config=config)
     (tmp_path / "r.yml").write_text("merge_method: linear\nmodels: [{model: a}]\n")

@@ -44,7 +44,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "rust/ARCHITECTURE.md", "rust/methods/ADDING.md", "python/MERGEKIT.md", "python/CLUSTERS.md"],
+    [
+        "README.md",
+        "rust/ARCHITECTURE.md",
+        "rust/methods/ADDING.md",
+        "python/MERGEKIT.md",
+        "python/CLUSTERS.md",
+    ],
 )
 def test_files_that_pages_name_are_there(page: str) -> None:
     places = [

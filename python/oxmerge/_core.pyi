@@ -19,14 +19,18 @@ __all__ = [
     "TokenRows",
     "build_info",
     "check_unchanged",
+    "compare_outputs",
     "compare_vocabularies",
     "execute",
     "fill_array",
     "fill_arrays",
     "find_token",
+    "hash_tensors",
     "index_json",
     "is_remote",
     "journal_key",
+    "largest_token",
+    "measure",
     "merge_arrays",
     "methods",
     "modifiers",
@@ -50,6 +54,18 @@ _Absent: TypeAlias = tuple[str, int, str, str, bytes]
 # a function of arrays, with whether it has to have whole tensors.
 _Written: TypeAlias = tuple[
     str, list[Callable[..., list[float]]], tuple[Callable[..., bytes], bool] | None
+]
+
+# A factor of an adapter: its tensor (adapter, name), its first element, and how many lie between
+# lines and between steps of the rank.
+_Factor: TypeAlias = tuple[tuple[int, str], int, int, int]
+# What an adapter makes of a tensor: elements of a row; terms (rows, rank, scale, factors);
+# magnitudes and whether they are of rows; rows that are put in.
+_Change: TypeAlias = tuple[
+    int,
+    Sequence[tuple[tuple[int, int], int, float, _Factor, _Factor | None]],
+    tuple[tuple[int, str], bool] | None,
+    tuple[tuple[int, str], Sequence[tuple[int, int]]] | None,
 ]
 
 @final
@@ -87,6 +103,16 @@ class Checkpoint:
     def placed(self, places: Mapping[str, str | os.PathLike[str]]) -> Checkpoint: ...
     def shared_names(self, other: Checkpoint) -> int: ...
     def renamed(self, names: Sequence[str]) -> Checkpoint: ...
+    def twins(self, name: str) -> list[str]: ...
+    def without(self, names: Sequence[str]) -> Checkpoint: ...
+    def adapted(
+        self,
+        adapters: Sequence[Checkpoint],
+        copied: Sequence[tuple[str, str]],
+        replaced: Sequence[tuple[str, tuple[int, str]]],
+        changed: Sequence[tuple[str, _Change]],
+    ) -> Checkpoint: ...
+    def is_changed(self, index: int) -> bool: ...
     def runs(self) -> list[tuple[str, int, int]]: ...
 
 # Has the buffer protocol, which classes show from Python 3.12 on.
@@ -234,6 +260,7 @@ class Digests:
 
 def build_info() -> dict[str, Any]: ...
 def find_token(files: Sequence[str], token: str) -> int | None: ...
+def largest_token(files: Sequence[str]) -> int | None: ...
 def tokens_of(files: Sequence[str], ids: Sequence[int]) -> dict[int, str]: ...
 def weight_files(path: str | os.PathLike[str], absent: Sequence[_Absent]) -> list[str]: ...
 def open_checkpoint(
@@ -271,6 +298,32 @@ def execute(
     journal_every: float | None = None,
     part: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]: ...
+def hash_tensors(
+    checkpoint: Checkpoint,
+    tensors: Sequence[int],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> bytes: ...
+def compare_outputs(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> list[tuple[int, int, int, bytes, bytes]]: ...
+def measure(
+    measure: str,
+    columns: Sequence[tuple[str, Checkpoint]],
+    rows: Sequence[Sequence[int | None]],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> bytes: ...
 def merge_arrays(
     method: str | _Written,
     inputs: Sequence[_Array],

@@ -29,7 +29,7 @@ from oxmerge.output.publish import (
     stage,
     stages_folder,
 )
-from oxmerge.output.resume import how_to_go_on, key_of
+from oxmerge.output.resume import how_to_go_on, keys_of
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import build_plan
 from oxmerge.planning.plans import Plan
@@ -243,7 +243,7 @@ def predict(
     budget, vram = _bytes(memory), _bytes(vram)
     fastest = choose([plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
-    predicted = _core.predict([plan.table], _room(budget), threads, backend)
+    predicted = _core.predict([plan.table], room(budget), threads, backend)
     rereads = predicted["rereads"]
     return Prediction(
         memory=predicted["predicted"],
@@ -398,9 +398,10 @@ def merge_together(
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are complete
-    when something fails stay, the others keep what is finished, if the same merge can go on with it. `check` is called with the plans before
-    anything is made. `stages` says where the outputs of earlier merges lie. The only merge may have
-    an `owned` directory, if this run owns it already, or a `purpose`, if others will read its output.
+    when something fails stay, the others keep what is finished, if the same merge can go on with
+    it. `check` is called with the plans before anything is made. `stages` says where the outputs of
+    earlier merges lie. The only merge may have an `owned` directory, if this run owns it already,
+    or a `purpose`, if later merges will read its output.
     """
     started = time.perf_counter()
     for _, directory in merges:
@@ -420,6 +421,7 @@ def merge_together(
     needed = sum(plan.disk for plan in plans)
     peak = _core.peak_memory()
     planned = peak if peak > before else 0
+    keys = keys_of(plans) if purpose is None else [purpose]
     claimed: dict[int, OutputDirectory] = {}
     try:
         for at in _order([directory for _, directory in merges]):
@@ -429,7 +431,7 @@ def merge_together(
                 input_files=plans[at].input_files,
                 needed_bytes=needed,
                 names=contents_of(plans[at]).names,
-                purpose=purpose or key_of(plans[at], plans),
+                purpose=keys[at],
                 resume=running.keeps,
                 fresh=running.fresh,
             )
@@ -470,14 +472,14 @@ def execute(
     """
     total = sum(plan.bytes_written for plan in plans) if part is None else part["bytes"]
     with backend or nullcontext(), watched(running.progress) as callback:
-        room = _room(_bytes(running.memory))
-        tables = _with_absent(plans, outputs, (room, running.threads, backend), callback)
+        allowed = room(_bytes(running.memory))
+        tables = _with_absent(plans, outputs, (allowed, running.threads, backend), callback)
         for plan, output in zip(plans, outputs, strict=True):
             if part is None:
                 stage(output, contents_of(plan))
         done = _core.execute(
             [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
-            memory=room,
+            memory=allowed,
             threads=running.threads,
             read_path=running.read_path,
             progress=_reporter(total, callback),
@@ -506,7 +508,7 @@ def _merge_stages(
         input_files=inputs,
         needed_bytes=plan.disk,
         names=contents_of(plan).names,
-        purpose=key_of(plan, [*plan.stages, plan]),
+        purpose=keys_of([*plan.stages, plan])[-1],
         resume=running.keeps,
         fresh=running.fresh,
     )
@@ -517,9 +519,9 @@ def _merge_stages(
         folder = stages_folder(output)
         for number, stage in enumerate(recipe.stages, start=1):
             place = os.path.join(folder, str(number))
-            done = plan.stages[:number]
+            purpose = keys_of(plan.stages[:number])[-1]
             (report,) = merge_together(
-                [(stage, place)], planning, running, stages=places, purpose=key_of(done[-1], done)
+                [(stage, place)], planning, running, stages=places, purpose=purpose
             )
             places[stage.name or ""] = place
             written = format_size(report.bytes_written)
@@ -540,11 +542,14 @@ def _merge_stages(
 
 
 def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
-    """Leave outputs unfinished because of `error`, which is told how to go on where that is possible.
+    """Leave outputs unfinished because of `error`, which gets a note on how to go on, if one can.
 
-    What the inputs or the recipe are to blame for would be so again: nothing of it is kept.
+    What the inputs or the recipe are to blame for would be so again: nothing of it is kept. But
+    values that are not finite may be allowed the next time.
     """
+    problems = error.problems if isinstance(error, ProblemsError) else ()
     keep = not isinstance(error, InputChangedError | ProblemsError)
+    keep |= any(problem.code == "non-finite" for problem in problems)
     kept = [output.path for output in outputs if discard(output, keep=keep)]
     # Of merges that come first only the last one tells: theirs are no outputs that users know.
     if kept and kept[0].parent.name != STAGES_NAME:
@@ -701,7 +706,7 @@ def _bytes(size: int | str | None) -> int | None:
     return None if size is None else parse_size(size)
 
 
-def _room(budget: int | None) -> int:
+def room(budget: int | None) -> int:
     """Return the budget, or the usual one: that of a small process, or more than is resident."""
     return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM) if budget is None else budget
 

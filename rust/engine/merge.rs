@@ -16,24 +16,29 @@ use crate::error::Result;
 use crate::io::{self, OutputFolder};
 use crate::plan::{InputFile, Plan};
 
+/// What is told of finished tensors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Telling<'a> {
+    /// Told of each; without it there are no digests, and no journal.
+    pub(crate) digests: Option<&'a Arc<Digests>>,
+    /// Where an earlier run has told of them, and this one does.
+    pub(crate) journals: Option<Journals<'a>>,
+}
+
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
 /// under partial names, into its folder. Also tells which files of each were written, and how they
 /// were left.
 ///
-/// With `journals` it goes on where an earlier run was interrupted, and writes down what it finishes.
-///
 /// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
-/// most that was resident while the merge was planned, where that was the peak of the process.
-/// Of a `part` of the only plan, only the shards are written that are its own.
-/// `digests` is told of each tensor that is finished; without it there are none, and no journal.
+/// most that was resident while the merge was planned, where that was the peak of the process. Of a
+/// `part` of the only plan, only its own shards are written.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
     planned: u64,
-    digests: Option<&Arc<Digests>>,
-    journals: Option<Journals<'_>>,
+    telling: Telling<'_>,
     part: Option<Part>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
@@ -47,6 +52,7 @@ pub(crate) fn merge(
     let (budget, workers) = (settings.memory, settings.workers);
     let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
     drop(needs);
+    let Telling { digests, journals } = telling;
     if let (Some(digests), Some(journals)) = (digests, journals) {
         tasks.resume(&folders, journals, digests, workers, control)?;
     }
@@ -72,7 +78,10 @@ pub(crate) fn predict(
     let (tasks, needs) = Merges::open(plans.to_vec(), modes.read)?;
     drop(tasks);
     let needs = on(needs, offload);
-    let memory = MemoryPlan::new(&needs, memory, workers, memory::resident(), 0)?;
+    // Who runs them holds what is known of each tensor.
+    let tensors = plans.first().map_or(0, |plan| plan.len());
+    let resident = memory::resident() + Digests::bytes(plans.len(), tensors);
+    let memory = MemoryPlan::new(&needs, memory, workers, resident, 0)?;
     Ok((memory, needs.iter().any(|(need, _)| !need.reads_once())))
 }
 

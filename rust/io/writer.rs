@@ -61,6 +61,7 @@ impl ShardWriter {
         size: u64,
         mode: DirectMode,
     ) -> Result<Self> {
+        check_header(header_bytes, size).map_err(|error| error.file(folder.path_of(name)))?;
         let output = OutputFile::create(folder, name)?;
         Self::begin(output, header_bytes, text, size, mode)
     }
@@ -75,6 +76,7 @@ impl ShardWriter {
         size: u64,
         mode: DirectMode,
     ) -> Result<Self> {
+        check_header(header_bytes, size).map_err(|error| error.file(folder.path_of(name)))?;
         match OutputFile::reopen(folder, name)? {
             Some(output) => Self::begin(output, header_bytes, text, size, mode),
             None => Self::create(folder, name, header_bytes, text, size, mode),
@@ -88,9 +90,6 @@ impl ShardWriter {
         size: u64,
         mode: DirectMode,
     ) -> Result<Self> {
-        if !header_bytes.is_multiple_of(PAGE_BYTES) || header_bytes > size || header_bytes == 0 {
-            return Err(misplaced(header_bytes, size).file(output.path()));
-        }
         let mut buffer = AlignedBuffer::new((header_bytes as usize).min(HEADER_PART))?;
         output.reserve(size)?;
         if mode == DirectMode::Auto {
@@ -222,6 +221,11 @@ impl ShardWriter {
                 .found(format_args!("{len} bytes from byte {start}"))),
         }
     }
+}
+
+fn check_header(bytes: u64, size: u64) -> Result<()> {
+    let fits = bytes.is_multiple_of(PAGE_BYTES) && bytes <= size && bytes > 0;
+    if fits { Ok(()) } else { Err(misplaced(bytes, size)) }
 }
 
 /// The header of a file on its way there: whole pages go out as they are filled.

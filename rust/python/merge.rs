@@ -20,7 +20,7 @@ use crate::engine::files::{self, FileModes};
 use crate::engine::journal::{self, JOURNAL_EVERY, Journals};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Exchange, Part, Settings, rehearsal};
+use crate::engine::{self, Exchange, Part, Settings, Telling, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -244,13 +244,11 @@ pub(super) fn execute<'py>(
                 keys.as_ref().map(|keys| keys.iter().map(|key| &**key).collect());
             let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
             let journals = keys.as_ref().map(|keys| Journals { keys, every });
-            let digests = digests.as_ref();
             let key = journals.as_ref().and_then(|journals| journals.keys.first());
             let part = part.as_ref().zip(key).map(|(part, key)| part.open(&tables[0], key));
             let part = part.transpose()?;
-            engine::merge(
-                backend, &merges, modes, &settings, planned, digests, journals, part, control,
-            )
+            let telling = Telling { digests: digests.as_ref(), journals };
+            engine::merge(backend, &merges, modes, &settings, planned, telling, part, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;
@@ -312,7 +310,7 @@ fn describe_files(written: Vec<Vec<InputFile>>) -> serde_json::Value {
 /// Unless asked otherwise, six more than cores: they wait for the disk while others compute. With
 /// several outputs each of them writes more at a time, and fewer leave room for larger pieces. More
 /// than [`MOST_WORKERS`] gain nothing anywhere.
-fn worker_count(threads: Option<usize>, outputs: usize) -> usize {
+pub(super) fn worker_count(threads: Option<usize>, outputs: usize) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     threads.unwrap_or_else(|| cores() + (6 / outputs.max(1)).max(1)).min(MOST_WORKERS)
 }

@@ -4,6 +4,7 @@
 mod checkpoint;
 mod disassembly;
 mod engine;
+mod fuzzed;
 mod hostile;
 mod io;
 mod journal;
@@ -11,3 +12,4 @@ mod kernels;
 mod layout;
 mod methods;
 mod token_rows;
+mod written;

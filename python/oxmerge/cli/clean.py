@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oxmerge.cli.arguments import Parser
+from oxmerge.cli.arguments import Parser, add_json_option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,13 +20,18 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         help="the output directory of that merge; a model that is there stays as it is",
     )
+    add_json_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Remove it and tell what there was."""
+    removed = []
     for directory in options.directories:
         was_there = engine.clean(directory)
+        removed += [directory] if was_there else []
         what = "removed what an interrupted merge had left" if was_there else "nothing to remove"
         printer.say(f"`{directory}`: {what}")
+    if printer.as_json:
+        printer.json({"removed": removed})
     return 0

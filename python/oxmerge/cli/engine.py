@@ -9,11 +9,13 @@ from pathlib import Path
 import oxmerge
 from oxmerge import _core
 from oxmerge.cli.arguments import UsageError
+from oxmerge.models.inputs import open_model
 from oxmerge.models.references import (
     Located,
     error_of,
     open_located,
     resolve_reference,
+    split_adapters,
 )
 from oxmerge.problems import Problem
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from typing import IO, Any
 
     from oxmerge._core import Checkpoint
+    from oxmerge.checking.differences import Difference
+    from oxmerge.checking.soundness import Soundness
+    from oxmerge.checking.verification import Verification
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.planning.plans import Plan
 
@@ -35,6 +40,16 @@ class Engine:
     def merge(self, recipe: str, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
         """Merge, calling `options["progress"]` now and then."""
         return oxmerge.merge(_recipe(recipe), directory, **options)
+
+    def fuse(
+        self,
+        model: str,
+        directory: str,
+        adapters: Sequence[str],
+        **options: Any,  # noqa: ANN401
+    ) -> MergeReport:
+        """Put adapters into a model, calling `options["progress"]` now and then."""
+        return oxmerge.fuse(model, directory, adapters, **options)
 
     def sweep(
         self,
@@ -75,6 +90,19 @@ class Engine:
         found = find_written(name, allowed)
         return found if found is None or isinstance(found, Problem) else found.row()
 
+    def diff(self, a: str, b: str, **options: Any) -> Difference:  # noqa: ANN401
+        """Compare two models, calling `options["progress"]` now and then."""
+        return oxmerge.diff(a, b, **options)
+
+    def check(self, model: str, **options: Any) -> Soundness:  # noqa: ANN401
+        """Look at a model, calling `options["progress"]` now and then."""
+        return oxmerge.check(model, **options)
+
+    def verify(self, directory: str, recipe: str | None, **options: Any) -> Verification:  # noqa: ANN401
+        """Check an output, calling `options["progress"]` now and then."""
+        given = None if recipe is None else _recipe(recipe)
+        return oxmerge.verify(directory, recipe=given, **options)
+
     def locate(self, reference: str) -> Located:
         """Return where a model lies."""
         found = resolve_reference(reference, (os.curdir,))
@@ -84,9 +112,13 @@ class Engine:
             raise error_of(found)
         raise UsageError(found.message, found.advice)
 
-    def open_checkpoint(self, located: Located) -> Checkpoint:
-        """Open a checkpoint from its headers."""
-        return open_located(located)
+    def open_checkpoint(self, reference: str) -> tuple[Located, Checkpoint]:
+        """Open a checkpoint from its headers; also tell where it lies."""
+        if split_adapters(reference, (os.curdir,))[1]:
+            model = open_model(reference)
+            return model.located, model.checkpoint
+        located = self.locate(reference)
+        return located, open_located(located)
 
 
 def _recipe(recipe: str) -> Path | IO[bytes]:

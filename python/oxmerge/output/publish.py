@@ -13,7 +13,8 @@ renamed, in an order in which no moment shows half a model:
 A directory without index and config loads nowhere, so a failure between 1 and 5, or a power cut,
 leaves something that is plainly unfinished, never a mixture that passes for a model. Up to step 1
 an old model stays as it was. A journal, written before, tells the next run which files are a dead
-run's, and which that was allowed to replace: so it need not be allowed again.
+run's, and which that was allowed to replace: so it need not be allowed again. Another one, of the
+engine, tells which tensors are finished (`resume.py`): the weight files stay with it.
 
 `discard` is the only place that decides what happens to unfinished work.
 """
@@ -419,8 +420,10 @@ def clean(directory: str | os.PathLike[str]) -> bool:
 
     Examples
     --------
+    >>> import os
     >>> import oxmerge
-    >>> oxmerge.clean("merged/")
+    >>> os.makedirs("merged", exist_ok=True)
+    >>> oxmerge.clean("merged")
     False
     """
     path = named(directory)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from oxmerge.planning.plans import Plan
 
-__all__ = ["RESUME_NAME", "check_same", "etag_of", "how_to_go_on", "key_of"]
+__all__ = ["RESUME_NAME", "check_same", "etag_of", "how_to_go_on", "keys_of"]
 
 #: The journal; see `JOURNAL_NAME` for why no file of a model is called so.
 RESUME_NAME = partial_name("oxmerge_resume")
@@ -45,20 +45,27 @@ _PARTS = {
 }
 
 
-def key_of(plan: Plan, together: Sequence[Plan]) -> str:
-    """Return the key of a plan; what is made with it in one pass, or before it, is `together`."""
-    digests = [plan_digest(each) for each in together]
-    key = {
-        "version": _VERSION,
-        "oxmerge": __version__,
-        "method": plan.method,
-        "seed": plan.seed,
-        "shard_size": plan.shard_size,
-        "plan": plan_digest(plan),
+def keys_of(plans: Sequence[Plan]) -> list[str]:
+    """Return the keys of plans that are run together: in one pass, or one after the other."""
+    digests = [plan_digest(plan) for plan in plans]
+    common = {
         "together": hashlib.sha256(repr(digests).encode()).hexdigest(),
-        "inputs": sorted(set().union(*map(_identities, together))),
+        "inputs": sorted(set().union(*map(_identities, plans))),
     }
-    return json.dumps(key)
+    return [
+        json.dumps(
+            {
+                "version": _VERSION,
+                "oxmerge": __version__,
+                "method": plan.method,
+                "seed": plan.seed,
+                "shard_size": plan.shard_size,
+                "plan": digest,
+                **common,
+            }
+        )
+        for plan, digest in zip(plans, digests, strict=True)
+    ]
 
 
 def _identities(plan: Plan) -> set[tuple[str, int, str]]:

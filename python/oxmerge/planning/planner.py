@@ -10,6 +10,7 @@ import os
 from dataclasses import replace
 from types import MappingProxyType
 
+from oxmerge.checking.headers import Found, look_at_vocabulary
 from oxmerge.errors import PlanError, ProblemsError, RecipeError, RemoteError
 from oxmerge.json_files import read_object
 from oxmerge.methods import Method, built_in_methods, find_method
@@ -157,6 +158,7 @@ class _Planner:
                 table = self.with_method(method, table)
         self.check_config(donor)
         self.look_beside(donor)
+        self.look_at_inputs()
         self.compare_models(sections, donor, table)
         self.check_effects(sections)
         if donor is None and not problems and not self.inputs.lacks_reported:
@@ -292,6 +294,13 @@ class _Planner:
             problems += self.side_files.problems
             self.look_at_generation(donor)
 
+    def look_at_inputs(self) -> None:
+        """Warn of inputs that are odd by themselves, as far as no file has to be read for that."""
+        found = Found()
+        for model in self.inputs.models:
+            look_at_vocabulary(model, found)
+        self.findings.warnings += found.errors
+
     def fetch_side_files(self, donor: InputModel) -> None:
         """Have the files here that the output copies from the donor."""
         folder = folder_of(donor.path)
@@ -421,14 +430,20 @@ class _Planner:
                 yield f"`{model.reference}` is `{model.located.pinned}`"
 
     def extension_notes(self, donor: InputModel) -> tuple[str, ...]:
-        """Return which tensors have other names in a model, and which are left to one model."""
+        """Return which tensors have other names, are tied, or are left to one model."""
         called = (
             f"the tensors of `{model.reference}` are matched with those of `{donor.reference}` by "
             f"other names: {', '.join(map(str, model.renamed))}"
             for model in self.inputs.models
             if model.renamed
         )
-        return (*called, *self.keeping.notes())
+        tied = (
+            f"`{model.reference}` ties its head to the embedding, and has the same bytes for both: "
+            f"{', '.join(model.tied)} is left out"
+            for model in self.inputs.models
+            if model.tied
+        )
+        return (*called, *tied, *self.keeping.notes())
 
     def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
         """Return the config and the layer that each output layer comes from."""

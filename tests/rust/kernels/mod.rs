@@ -3,8 +3,10 @@
 mod compare;
 mod consensus;
 mod convert;
+mod differing;
 mod elementwise;
 mod level;
+mod low_rank;
 mod mask_bits;
 mod order;
 mod random;

@@ -156,7 +156,7 @@ impl PartOf {
     /// Bytes of the sources of its tensors.
     fn bytes_read(&self, plan: &plan::Plan) -> u64 {
         let own = plan.tensors().filter(|tensor| self.shards.contains(&tensor.shard()));
-        own.map(|tensor| tensor.source_bytes()).sum()
+        own.map(plan::Tensor::source_bytes).sum()
     }
 
     fn open(&self, plan: &plan::Plan, key: &str) -> Result<Part> {

@@ -206,7 +206,8 @@ def bound(config: dict[str, Any], *tensors: Any) -> float:
     Factors are drawn so that no product is larger than a few times the largest number there is.
     """
     rank = max(config["r"], 8)
-    return 4 * (rank + 8) * F32 * max(1.0, *(each.abs().max().item() for each in tensors))
+    largest: float = max(1.0, *(each.abs().max().item() for each in tensors))
+    return 4 * (rank + 8) * F32 * largest
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -24,13 +24,19 @@ use crate::error::{Error, Result};
 /// What to do about a plan that is not as it should be.
 const MAKE_ANEW: &str = "make the plan anew from its recipe";
 
-/// A saved plan, and what belongs to it besides the table, which is large: it stays text until its
-/// version is known.
+/// The most values that a table has. One of 100,000 tensors of three models each has four million.
+const MOST_VALUES: usize = 24 << 20;
+/// The most values of settings, and of what is saved beside a table. They may be of any kind, and
+/// take more memory than those of a table.
+const MOST_LOOSE: usize = 4 << 20;
+
+/// A saved plan, and what belongs to it besides the table. Both stay text until the version is known.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved<'a> {
     oxmerge_plan: Value,
-    output: Value,
+    #[serde(borrow)]
+    output: &'a RawValue,
     #[serde(borrow)]
     table: &'a RawValue,
 }
@@ -38,7 +44,7 @@ struct Saved<'a> {
 /// The table as it is saved.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Table {
+struct Table<'a> {
     method: String,
     source: Option<MethodSource>,
     seed: u64,
@@ -47,7 +53,8 @@ struct Table {
     models: Vec<String>,
     names: Vec<String>,
     shapes: Vec<Vec<u64>>,
-    settings: Vec<SavedSettings>,
+    #[serde(borrow)]
+    settings: &'a RawValue,
     shards: Vec<SavedShard>,
     maps: Vec<Vec<(u32, Origin)>>,
     adapted: Vec<Adapted>,
@@ -266,14 +273,25 @@ fn read(text: &str, header_bytes: impl Fn(&Plan, usize) -> Result<u64>) -> Resul
             .expected(format_args!("plan version {PLAN_VERSION}"))
             .found(saved.oxmerge_plan));
     }
-    let table: Table = serde_json::from_str(saved.table.get())
-        .map_err(|error| Error::plan(format!("the plan's table cannot be read: {error}")))?;
-    let plan = check_shards(build(table)?, header_bytes)?;
-    Ok((plan, saved.output))
+    let output = parsed("what is saved with the table", saved.output, MOST_LOOSE)?;
+    let plan = build(parsed("the plan's table", saved.table, MOST_VALUES)?)?;
+    Ok((check_shards(plan, header_bytes)?, output))
+}
+
+/// A part of a plan, unless it has more values than any real one: each value but the first has one of
+/// three letters before it.
+fn parsed<'a, T: Deserialize<'a>>(what: &str, text: &'a RawValue, most: usize) -> Result<T> {
+    let values = text.get().bytes().filter(|byte| b",[{".contains(byte)).count();
+    if values > most {
+        let message = format!("{what} with more values than any plan has");
+        return Err(Error::plan(message).expected(format_args!("at most {most}")).found(values));
+    }
+    serde_json::from_str(text.get())
+        .map_err(|error| Error::plan(format!("{what} cannot be read: {error}")))
 }
 
 /// The plan that a table describes, when all that it refers to is there.
-fn build(table: Table) -> Result<Plan> {
+fn build(table: Table<'_>) -> Result<Plan> {
     let Table {
         method,
         source,
@@ -289,6 +307,7 @@ fn build(table: Table) -> Result<Plan> {
         adapted,
         tensors,
     } = table;
+    let settings: Vec<SavedSettings> = parsed("the plan's settings", settings, MOST_LOOSE)?;
     check_file_names(&shards)?;
     let mut builder = Builder::new(Plan::new(method, seed, files, models));
     let owners: Vec<usize> = settings.iter().map(|settings| settings.own.len()).collect();

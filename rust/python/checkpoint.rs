@@ -66,8 +66,8 @@ pub(super) fn weight_files(
     found.map_err(|error| raise(py, &error))
 }
 
-/// Opens the checkpoint at `path`: a safetensors file, or a directory that holds one, or shards
-/// with an index. Some of its files may not be here.
+/// Opens the checkpoint at `path`: a file of safetensors or torch, or a directory that holds one, or
+/// shards with an index. Some of its files may not be here.
 #[pyfunction]
 #[pyo3(signature = (path, absent=Vec::new()))]
 pub(super) fn open_checkpoint(
@@ -173,6 +173,18 @@ impl Checkpoint {
     fn renamed(&self, py: Python<'_>, names: Vec<String>) -> PyResult<Self> {
         let renamed = self.0.renamed(names.iter().map(String::as_str));
         renamed.map(|renamed| Self(Arc::new(renamed))).map_err(|error| raise(py, &error))
+    }
+
+    /// The names of the other tensors that are the same bytes as the one of that name.
+    fn twins(&self, name: &str) -> Vec<&str> {
+        let twins = self.0.find(name).into_iter().flat_map(|index| self.0.twins(index));
+        twins.map(|other| self.0.tensor(other).name).collect()
+    }
+
+    /// The checkpoint without the tensors of these names.
+    fn without(&self, names: Vec<String>) -> Self {
+        let left_out: Vec<usize> = names.iter().filter_map(|name| self.0.find(name)).collect();
+        Self(Arc::new(self.0.without(&left_out)))
     }
 
     /// The same with what adapters make of it. `copied` are tensors with a further name: that, and the

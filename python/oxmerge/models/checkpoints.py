@@ -198,7 +198,7 @@ def _open(path: str | os.PathLike[str]) -> _core.Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -> OpenCheckpoint:
-    """Open a checkpoint: a safetensors file, or a directory with one or with shards.
+    """Open a checkpoint: a file of safetensors or torch, or a directory with one or with shards.
 
     Of a model of the Hub, headers are fetched, and the files of the tensors that are looked up.
 

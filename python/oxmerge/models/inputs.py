@@ -9,7 +9,7 @@ from oxmerge.errors import OxmergeError, PlanError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
 from oxmerge.models.adapters import adapt, open_adapter
-from oxmerge.models.names import find_layer_counts, find_layout
+from oxmerge.models.names import find_layer_counts, find_layout, is_head
 from oxmerge.models.naming import named_as
 from oxmerge.models.references import Located, open_located, resolve_reference, split_adapters
 from oxmerge.models.vocabularies import folder_beside
@@ -57,6 +57,9 @@ class InputModel:
         Its stacks.
     renamed : tuple of Rename
         How its tensors are called here, where the files call them otherwise.
+    tied : tuple of str
+        Its heads that are left out: its config ties them, and its files have no bytes of their own
+        for them.
     adapter_files : tuple of dict
         The configs of its adapters, as they were then.
     """
@@ -72,6 +75,7 @@ class InputModel:
     runs: list[tuple[str, int, int]]
     layout: Layout
     renamed: tuple[Rename, ...] = ()
+    tied: tuple[str, ...] = ()
     adapter_files: tuple[dict[str, Any], ...] = ()
 
     def file_of(self, tensor: TensorInfo) -> str:
@@ -87,7 +91,7 @@ class InputModel:
     @property
     def is_tied(self) -> bool:
         """Whether its config ties the head to the embedding."""
-        return _find_key(self.config, "tie_word_embeddings") is True
+        return _is_tied(self.config)
 
     @property
     def is_quantised(self) -> bool:
@@ -106,6 +110,21 @@ def _find_key(config: dict[str, Any], key: str) -> object:
         if isinstance(part, dict) and key in part:
             return part[key]
     return None
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    return _find_key(config, "tie_word_embeddings") is True
+
+
+def _tied_heads(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the heads that are other tensors once more, as torch writes those of tied models.
+
+    Files of safetensors do not have them, and what is tied need not be merged twice.
+    """
+    if not _is_tied(config):
+        return ()
+    heads = filter(is_head, checkpoint.names())
+    return tuple(name for name in heads if not all(map(is_head, checkpoint.twins(name))))
 
 
 class Inputs:
@@ -276,6 +295,9 @@ class Inputs:
     def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel | None:
         path = located.path
         config, config_file = self._read_config(path)
+        tied = _tied_heads(checkpoint, config)
+        if tied:
+            checkpoint = checkpoint.without(tied)
         opened = [
             (open_adapter(each, self._findings), weight)
             for each, weight in self._adapters[reference]
@@ -306,6 +328,7 @@ class Inputs:
             runs=runs,
             layout=layout,
             renamed=tuple(rules),
+            tied=tied,
             adapter_files=tuple(adapter.config.file for adapter, _ in adapters),
         )
 

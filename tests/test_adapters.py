@@ -205,7 +205,7 @@ def bound(config: dict[str, Any], *tensors: Any) -> float:
 
     Factors are drawn so that no product is larger than a few times the largest number there is.
     """
-    rank = max(config["r"], 8)
+    rank: int = max(config["r"], 8)
     largest = max(float(each.abs().max()) for each in tensors)
     return 4 * (rank + 8) * F32 * max(1.0, largest)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -228,6 +229,28 @@ def test_only_files_that_are_read_are_fetched(the_hub: Hub, served: dict[str, Mo
     with oxmerge.open("org/two@v1") as checkpoint:
         checkpoint["lm_head.weight"]
     assert len(list(the_hub.home.rglob("*.safetensors"))) == 1
+
+
+def test_models_by_name_are_compared_and_checked(
+    the_hub: Hub, served: dict[str, Model], models: Path
+) -> None:
+    the_hub.start(served)
+    assert oxmerge.check("org/one", quick=True).tensors == len(SHAPES)
+    assert not list(Path(cache_folder()).rglob("*.safetensors"))
+    found, local = (
+        oxmerge.diff("org/one", "org/two@v1"),
+        oxmerge.diff(models / "one", models / "two"),
+    )
+    assert found.total == local.total
+    assert found.total.changed > 0
+    assert oxmerge.check("org/one").errors == oxmerge.check(models / "one").errors
+
+
+def test_an_output_is_verified_with_inputs_by_name(the_hub: Hub, served: dict[str, Model]) -> None:
+    the_hub.start(served)
+    oxmerge.merge(RECIPE, "out")
+    shutil.rmtree(the_hub.home)
+    assert oxmerge.verify("out", recompute=True).is_equal
 
 
 def test_inspect_tells_of_a_name(

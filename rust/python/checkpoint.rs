@@ -44,7 +44,7 @@ pub(super) struct TensorInfo {
     start: u64,
 }
 
-/// A file that is not here: its name, bytes, label and `ETag`, and its first bytes.
+/// A file that is not here: its name, bytes, label and tag, and its first bytes.
 type Absent = (String, u64, String, String, Vec<u8>);
 
 fn elsewhere(absent: Vec<Absent>) -> checkpoint::Elsewhere {

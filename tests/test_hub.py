@@ -817,3 +817,30 @@ def test_a_file_that_is_not_here_is_not_read(the_hub: Hub, served: dict[str, Mod
     places = {file["remote"]["label"]: __file__ for file in plan.absent}
     with pytest.raises(oxmerge.InputChangedError, match="another than the one that was planned"):
         plan.table.placed(places)
+
+
+# Adapters.
+
+
+def test_an_adapter_by_name(the_hub: Hub, models: Path, tmp_path: Path) -> None:
+    """Its config is fetched for the plan, its weights for the merge, both as a model's are."""
+    adapter, module = tmp_path / "adapter", "model.layers.2.mlp"
+    adapter.mkdir()
+    shapes = {"A.weight": (2, 32), "B.weight": (96, 2)}
+    factors = {f"base_model.model.{module}.lora_{name}": shape for name, shape in shapes.items()}
+    write_file(adapter / "adapter_model.safetensors", random_arrays(factors, 5))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "target_modules": ["layers.2.mlp"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    served = {name: Model.of_folder(str(models / name[4:])) for name in ("org/one",)}
+    the_hub.start(served | {"me/lora": Model.of_folder(str(adapter), revisions=("v2",))})
+    plan = oxmerge.plan(
+        {"merge_method": "passthrough", "models": [{"model": "org/one+me/lora@v2"}]}
+    )
+    assert not any(file.stat().st_size > 5000 for file in the_hub.home.rglob("*.safetensors"))
+    oxmerge.merge(plan, tmp_path / "by-name")
+    oxmerge.fuse(models / "one", tmp_path / "by-path", [adapter])
+    ours, theirs = (weights(tmp_path / name) for name in ("by-name", "by-path"))
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    the_hub.offline()
+    oxmerge.fuse("org/one", tmp_path / "again", ["me/lora@v2"])
+    assert weights(tmp_path / "again")["model.safetensors"] == ours["model.safetensors"]

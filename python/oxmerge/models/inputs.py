@@ -146,12 +146,12 @@ class Inputs:
         self._folders = folders
         self._located: dict[str, Located | Problem] = {}
         self._missing: set[str] = set()
-        self._by_path: dict[str, InputModel | None] = {}
+        self._by_identity: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
         found = self._resolve(reference)
-        return reference if isinstance(found, Problem) else os.path.realpath(found.path)
+        return reference if isinstance(found, Problem) else found.identity
 
     def locate(self, reference: str) -> str | Problem:
         """Return where a model lies, or why that is not known."""
@@ -175,10 +175,10 @@ class Inputs:
                 self._missing.add(reference)
                 self._findings.problems.append(replace(found, where=where))
             return None
-        key = os.path.realpath(found.path)
-        if key not in self._by_path:
-            self._by_path[key] = self._open(reference, found, where)
-        return self._by_path[key]
+        key = found.identity
+        if key not in self._by_identity:
+            self._by_identity[key] = self._open(reference, found, where)
+        return self._by_identity[key]
 
     def _resolve(self, reference: str) -> Located | Problem:
         if reference not in self._located:
@@ -192,7 +192,7 @@ class Inputs:
         opened = {model.path: model.reference for model in self.models}
         for renames in self._renames:
             is_asked_for = (
-                renames.model in self._missing or self.path_of(renames.model) in self._by_path
+                renames.model in self._missing or self.path_of(renames.model) in self._by_identity
             )
             if not is_asked_for:
                 message = f"`{renames.model}` is no model of this recipe"
@@ -232,10 +232,10 @@ class Inputs:
     # Names.
 
     def _named(
-        self, reference: str, path: str, checkpoint: Checkpoint
+        self, reference: str, located: Located, checkpoint: Checkpoint
     ) -> tuple[Checkpoint, list[Rename]]:
         """Return a model's tensors under the names that they have in the donor."""
-        key = os.path.realpath(path)
+        key = located.identity
         own = [each for each in self._renames if self.path_of(each.model) == key]
         if self._donor is None or self.path_of(self._donor) != key:
             return named_as(self._donor_checkpoint(), checkpoint, own, self._findings)
@@ -256,7 +256,7 @@ class Inputs:
 
     def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel:
         path = located.path
-        checkpoint, rules = self._named(reference, path, checkpoint)
+        checkpoint, rules = self._named(reference, located, checkpoint)
         runs = checkpoint.runs()
         config, config_file = self._read_config(path)
         counts = find_layer_counts(config)

@@ -27,7 +27,7 @@ from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from oxmerge._core import Checkpoint
     from oxmerge.models.remote import RemoteFile
@@ -78,6 +78,8 @@ class Located:
         What it is called on the Hub with its commit, ``org/name@commit``.
     absent : mapping of str to RemoteFile
         The files of its folder that are not here, by their names there.
+    revision : str, optional
+        The revision that was asked for of a path, which has none.
     warnings : tuple of Problem
         What is odd about the reference.
     """
@@ -85,7 +87,14 @@ class Located:
     path: str
     pinned: str | None = None
     absent: Mapping[str, RemoteFile] = field(default_factory=lambda: MappingProxyType({}))
+    revision: str | None = None
     warnings: tuple[Problem, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What tells two models apart: the real path, and a revision that nobody knows."""
+        path = os.path.realpath(self.path)
+        return path if self.revision is None else f"{path}@{self.revision}"
 
 
 def parse_reference(text: str) -> str | Problem:
@@ -139,25 +148,30 @@ def resolve_reference(reference: str, folders: tuple[str, ...]) -> Located | Pro
     named = HubName.parse(reference)
     is_folder = named is not None and named.name.partition("/")[0].lower() in FOLDERS
     if named is not None and (named.is_address or not is_folder):
-        for place in _without_revision(named, folders):
-            return Located(place, warnings=(_no_revision(reference, place),))
-        return _on_hub(reference, named, [] if named.is_address else places)
-    for place in filter(os.path.exists, _places(reference.rpartition("@")[0], folders)):
-        return Located(place, warnings=(_no_revision(reference, place),))
+        return _without_revision(reference, named, folders) or _on_hub(
+            reference, named, [] if named.is_address else places
+        )
+    base, _, revision = reference.rpartition("@")
+    for place in filter(os.path.exists, _places(base, folders)):
+        return _with_no_revision(reference, place, revision)
     return _not_found(reference, places, "", _NAME_ONE)
 
 
-def _without_revision(named: HubName, folders: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths that are there and are what a name says without its revision."""
-    if named.revision is not None and not named.is_address:
-        inside = f"{named.name}/{named.inside}".rstrip("/")
-        yield from filter(os.path.exists, _places(inside, folders))
+def _without_revision(reference: str, named: HubName, folders: tuple[str, ...]) -> Located | None:
+    """Return the path that is what a name says without its revision, if it is there."""
+    if named.revision is None or named.is_address:
+        return None
+    path = f"{named.name}/{named.inside}".rstrip("/")
+    places = filter(os.path.exists, _places(path, folders))
+    found = (_with_no_revision(reference, place, named.revision or "") for place in places)
+    return next(found, None)
 
 
-def _no_revision(reference: str, place: str) -> Problem:
+def _with_no_revision(reference: str, place: str, revision: str) -> Located:
     message = f"`{reference}` is taken to be the path `{place}`, which has no revisions"
     advice = "to name the model on the Hub, write `hf://` before it"
-    return Problem("no-effect", message, advice=advice)
+    warning = Problem("no-effect", message, advice=advice)
+    return Located(place, revision=revision, warnings=(warning,))
 
 
 def _places(path: str, folders: tuple[str, ...]) -> list[str]:

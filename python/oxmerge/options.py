@@ -72,6 +72,9 @@ class RunOptions:
     overwrite: bool = False
     read_path: str = "auto"
     progress: Callable[[Snapshot], None] | bool | None = None
+    digests: bool = True
+    hash_inputs: bool = False
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         """Raise `TypeError` or `ValueError` for what is out of range."""

@@ -1,8 +1,11 @@
 //! A merge from beginning to end: what it needs, whether that is allowed, the run, and whether the
 //! inputs are still what they were.
 
+use std::sync::Arc;
+
 use super::backend::Backend;
 use super::control::Control;
+use super::digest::Observer;
 use super::files::{self, FileModes, Merges};
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
@@ -17,12 +20,14 @@ use crate::plan::{InputFile, Plan};
 ///
 /// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
 /// most that was resident while the merge was planned, where that was the peak of the process.
+/// `observer` is told of each tensor that is finished; without one there are no digests.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
     planned: u64,
+    observer: Option<Arc<dyn Observer>>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
@@ -35,6 +40,9 @@ pub(crate) fn merge(
     let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
     drop(needs);
     tasks.create_shards(&folders, modes.write)?;
+    if let Some(observer) = observer {
+        tasks.observe(observer);
+    }
     let report = run_planned(backend, &tasks, settings, memory, control)?;
     io::check_unchanged(files)?;
     Ok((report, tasks.written()))

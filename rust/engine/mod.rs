@@ -11,8 +11,10 @@ mod active;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
+pub mod digest;
 pub mod files;
 pub mod listing;
+pub mod manifest;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 
+use super::digests::Digests;
 use super::enter::enter;
 use super::error::raise;
 use super::formula::Raised;
@@ -13,6 +14,7 @@ use super::plan::Plan;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
+use crate::engine::digest::{self, Observer};
 use crate::engine::files::{self, FileModes};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
@@ -134,12 +136,14 @@ fn with_backend<R>(
 
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
 /// and writes the shards of each, under partial names, into its directory: the one that is open as
-/// the descriptor in `descriptors`, if they are given. Tells which files it wrote.
+/// the descriptor in `descriptors`, if they are given. Tells which files it wrote; with `digests`, also
+/// what is known of the tensors of each.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
-                    largest_piece=None, progress=None, device=None, descriptors=None, planned=0))]
+                    largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
+                    digests=false))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -153,6 +157,7 @@ pub(super) fn execute<'py>(
     device: Option<Device<'py>>,
     descriptors: Option<Vec<RawFd>>,
     planned: u64,
+    digests: bool,
 ) -> PyResult<Bound<'py, PyAny>> {
     let read = match read_path {
         "auto" => ReadPath::Auto,
@@ -172,6 +177,9 @@ pub(super) fn execute<'py>(
     let directories: Vec<PathBuf> = merges.into_iter().map(|(_, directory)| directory).collect();
     let workers = worker_count(threads, tables.len());
     let settings = Settings { level, workers, memory, largest_piece };
+    let tensors = tables.first().map_or(0, |plan| plan.len());
+    let digests = digests.then(|| Arc::new(digest::Digests::new(tables.len(), tensors)));
+    let observer = digests.clone().map(|digests| digests as Arc<dyn Observer>);
     let done = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
             let open = |(index, path): (usize, &PathBuf)| {
@@ -185,7 +193,7 @@ pub(super) fn execute<'py>(
             let plans = tables.iter().map(|plan| &**plan);
             let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
             let modes = FileModes { read, write };
-            engine::merge(backend, &merges, modes, &settings, planned, control)
+            engine::merge(backend, &merges, modes, &settings, planned, observer, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;
@@ -198,7 +206,13 @@ pub(super) fn execute<'py>(
         "memory": describe_memory(&report.memory),
         "files": describe_files(files),
     });
-    to_python(py, &described)
+    let described = to_python(py, &described)?;
+    if let Some(all) = digests {
+        let each = tables.into_iter().enumerate();
+        let each = each.map(|(merge, plan)| Digests::new(plan, Arc::clone(&all), merge));
+        described.set_item("digests", each.collect::<Vec<_>>())?;
+    }
+    Ok(described)
 }
 
 /// Whether a directory lies on a network or FUSE mount, or cannot be asked.

@@ -126,7 +126,7 @@ def local(models: Path, recipe: str = RECIPE) -> str:
 
 def weights(folder: Path) -> dict[str, bytes]:
     """Return what does not say which models were merged."""
-    told = ("README.md", "oxmerge_recipe.yml", "oxmerge_report.json")
+    told = ("README.md", "oxmerge.json", "oxmerge_recipe.yml", "oxmerge_report.json")
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if name not in told}
 
@@ -153,6 +153,9 @@ def test_a_merge_by_name_is_the_local_merge(
     assert [note for note in report.notes if "@" in note] == [
         f"`org/one` is `{pins[0]}`", f"`org/two@v1` is `{pins[1]}`",
     ]  # fmt: skip
+    inputs = json.loads(Path("out/oxmerge.json").read_text())["inputs"]
+    assert [each["commit"] for each in inputs] == [model.commit for model in served.values()]
+    assert all(file["sha256"] for each in inputs for file in each["files"][:2])
     card = Path("out/README.md").read_text()
     assert all(f"that is `{pin}`" in card and f" was {pin}" in card for pin in pins)
     assert f"# org/one was {pins[0]}\n" in Path("out/oxmerge_recipe.yml").read_text()
@@ -242,7 +245,9 @@ def test_inspect_tells_of_a_name(
     lines = capsys.readouterr().out.splitlines()
     assert f"on the Hub  {told['pinned']}/onnx, 1 file with 4.21 kB not downloaded" in lines
     assert main(["inspect", "org/one/onnx/model.safetensors"]) == 0
-    assert server.sent < 30_000
+    ranges = [wanted for _, path, wanted in server.asked if path.startswith("/store/")]
+    assert len(ranges) == 3
+    assert all(wanted.startswith("bytes=0-") for wanted in ranges)
 
 
 # Names.

@@ -734,7 +734,7 @@ impl OnDemand {
     pub fn has_odd_input(&self, index: usize, control: &Control) -> Result<bool> {
         let tensor = self.plan.tensor(index);
         let mut scratch = AlignedBuffer::default();
-        for source in sources_of(&self.readers, tensor) {
+        for source in sources_of(&self.plan, &self.readers, tensor) {
             let dtype = source.dtype();
             for block in steps(0..tensor.elements(), BLOCK as u64) {
                 control.check()?;

@@ -14,6 +14,7 @@ import re
 from typing import TYPE_CHECKING
 
 from oxmerge import _core
+from oxmerge.models.hub_cache import Commit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,7 +30,6 @@ MANIFEST_NAME = "oxmerge.json"
 MANIFEST_VERSION = 1
 #: Room for all but the tensors, the settings and the recipe, whose exact size is known only later.
 _HEAD_BYTES = 64 << 10
-_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: Parts of a warning that say where things lie on this machine.
 _LOCAL = frozenset(("file", "recipe"))
@@ -124,22 +124,22 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
     weights = {file for used in of_models for file in used}
     folders = [os.path.dirname(file["path"]) for file in files]
     inputs = []
-    for reference, used in zip(plan.models, of_models, strict=True):
+    for reference, pin, used in zip(plan.models, plan.pinned, of_models, strict=True):
         own = {folders[file] for file in used}
         beside = [at for at, folder in enumerate(folders) if folder in own and at not in weights]
-        described = [
-            _file(files[at]["path"], files[at]["size"], hash_inputs) for at in [*used, *beside]
-        ]
-        commits = {found[1] for folder in own if (found := _COMMIT.search(folder + "/"))}
-        commit = commits.pop() if len(commits) == 1 else None
+        described = [_file(files[at], hash_inputs) for at in [*used, *beside]]
+        pinned = None if pin is None else Commit.of_label(pin)
+        commit = None if pinned is None else pinned[0].hash
         inputs.append({"model": reference, "commit": commit, "files": described})
     return inputs
 
 
-def _file(path: str, size: int, hash_it: bool) -> dict[str, Any]:  # noqa: FBT001 - of this file
-    """Return an input file. The Hub's cache names what is large by its SHA-256."""
+def _file(file: dict[str, Any], hash_it: bool) -> dict[str, Any]:  # noqa: FBT001 - of this file
+    """Return an input file. The Hub and its cache call what is large by its SHA-256."""
+    path, size = file["path"], file["size"]
     *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
-    known = blob if folder == "blobs" and _SHA256.fullmatch(blob) else None
+    name = file["remote"]["etag"] if "remote" in file else blob if folder == "blobs" else ""
+    known = name if _SHA256.fullmatch(name) else None
     if hash_it:
         with open(path, "rb") as file:
             known = hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,6 +31,7 @@ __all__ = [
     "fetch_small",
     "file_of",
     "find_commit",
+    "find_library",
     "list_files",
     "told",
     "why_not",
@@ -50,6 +51,11 @@ def why_not() -> tuple[str, str] | None:
     """Return why the Hub cannot be asked here, and what to do; None if it can."""
     if is_offline():
         return "the Hub may not be asked", "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
+    return find_library()
+
+
+def find_library() -> tuple[str, str] | None:
+    """Return that the library is not there, and what to do; None if it is."""
     if find_spec("huggingface_hub") is None:
         return "to ask the Hub needs the `huggingface_hub` library", INSTALL
     return None

@@ -136,14 +136,14 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
 
 def _file(file: dict[str, Any], hash_it: bool) -> dict[str, Any]:  # noqa: FBT001 - of this file
     """Return an input file. The Hub and its cache call what is large by its SHA-256."""
-    path, size = file["path"], file["size"]
+    path: str = file["path"]
     *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
     name = file["remote"]["etag"] if "remote" in file else blob if folder == "blobs" else ""
     known = name if _SHA256.fullmatch(name) else None
     if hash_it:
-        with open(path, "rb") as file:
-            known = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": os.path.basename(path), "size": size, "sha256": known}
+        with open(path, "rb") as opened:
+            known = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"name": os.path.basename(path), "size": file["size"], "sha256": known}
 
 
 def _told(warning: Problem) -> dict[str, Any]:

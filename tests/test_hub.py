@@ -336,6 +336,15 @@ def test_revisions(the_hub: Hub, models: Path) -> None:
     assert oxmerge.plan(recipe.format("feature/x")).models == ("org/one@feature%2Fx",)
 
 
+def test_a_name_stays_what_the_cache_has(the_hub: Hub, models: Path) -> None:
+    first = Model.of_folder(str(models / "one"))
+    the_hub.start({"org/one": first})
+    oxmerge.plan(passthrough("org/one"))  # whose weights are not here
+    the_hub.start({"org/one": Model(first.files, "9" * 40), "org/x": first})
+    assert oxmerge.plan(passthrough("org/one")).pinned == (f"org/one@{first.commit}",)
+    assert oxmerge.plan(passthrough("org/one@" + "9" * 40)).pinned == ("org/one@" + "9" * 40,)
+
+
 # The cache, without the library.
 
 VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
@@ -621,6 +630,7 @@ def test_the_hub_limits_or_fails(the_hub: Hub, served: dict[str, Model]) -> None
     the_hub.start(served, faulty(fault))
     assert isinstance(resolve_reference("org/one", ()), Located)
     assert sum(counts.values()) == 0
+    # What names a commit is not asked again for another.
     the_hub.start(served, faulty(lambda _: "429"))
     problem = refusal(passthrough("org/two"))
     assert "limits how often it may be asked" in problem.message

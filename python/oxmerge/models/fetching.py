@@ -174,7 +174,7 @@ class _Download:
                     self._most = max(self._most, written)
         return self._most
 
-    def error(self, done: Mapping[str, Any]) -> RemoteError | InputChangedError:
+    def error(self, done: Mapping[str, Any]) -> Exception:
         """Return the error for what the program says."""
         if "found" in done:
             return InputChangedError(
@@ -184,6 +184,8 @@ class _Download:
                 found=f"digest {done['found']}",
                 advice="start again; if it stays so, tell those who run the Hub or its mirror",
             )
+        if done["error"]["errno"] == errno.ENOSPC:
+            return OSError(errno.ENOSPC, f"no space for `{self.label}`", cache_folder())
         return hub.told(done["error"], self.commit.name, self.commit.hash, self.name)
 
 

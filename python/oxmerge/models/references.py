@@ -51,9 +51,9 @@ _NAME_ONE = "name the folder of a model, or a safetensors file"
 #: Files of a model that a message shows.
 _SHOWN = 8
 #: Small files of a model that planning reads, besides indexes of weights.
-_PLANNED = frozenset(
-    (*TOKENIZER_FILES, "config.json", "generation_config.json", "modules.json", "README.md")
-)
+_PLANNED = frozenset(TOKENIZER_FILES) | {
+    *("README.md", "adapter_config.json", "config.json", "generation_config.json", "modules.json")
+}
 _INDEX = ".index.json"
 #: Headers that are fetched at a time; the bytes that most of them fit; all headers of a model.
 _AT_ONCE = 8
@@ -78,6 +78,8 @@ class Located:
         What it is called on the Hub with its commit, ``org/name@commit``.
     absent : mapping of str to RemoteFile
         The files of its folder that are not here, by their names there.
+    by_name : bool
+        Whether it was named as the Hub does, and not by its path, so that the Hub may be asked.
     revision : str, optional
         The revision that was asked for of a path, which has none.
     warnings : tuple of Problem
@@ -87,6 +89,7 @@ class Located:
     path: str
     pinned: str | None = None
     absent: Mapping[str, RemoteFile] = field(default_factory=lambda: MappingProxyType({}))
+    by_name: bool = False
     revision: str | None = None
     warnings: tuple[Problem, ...] = ()
 
@@ -215,7 +218,9 @@ def _on_hub(reference: str, named: HubName, places: list[str]) -> Located | Prob
     if reason is not None:
         return _without_hub(reference, named, commit, places, *reason)
     try:
-        return _at_hub(commit or hub.find_commit(named.name, named.revision), named)
+        if commit is not None:  # which the name stays, whatever it has become by now
+            return _at_hub(commit, named, commit.hash)
+        return _at_hub(hub.find_commit(named.name, named.revision), named, named.revision)
     except RemoteError as error:
         # Of a commit that is known the weights are the same: what is lacking is beside them.
         if commit is not None and not _lacking(commit, named.inside, weights_only=True):
@@ -249,7 +254,7 @@ def _without_hub(
 
 def _in_cache(commit: Commit, inside: str, why: str | None = None) -> Located:
     warnings = () if why is None else (_may_lack(commit, why),)
-    return Located(commit.path_of(inside), commit.label_of(inside), warnings=warnings)
+    return Located(commit.path_of(inside), commit.label_of(inside), by_name=True, warnings=warnings)
 
 
 def _may_lack(commit: Commit, why: str) -> Problem:
@@ -297,8 +302,11 @@ def _is_planned(name: str, prefix: str) -> bool:
     return name.startswith(prefix) and (rest in _PLANNED or is_index)
 
 
-def _at_hub(commit: Commit, named: HubName) -> Located:
-    """Fetch the small files that planning reads; tell which others are not here."""
+def _at_hub(commit: Commit, named: HubName, revision: str | None) -> Located:
+    """Fetch the small files that planning reads; tell which others are not here.
+
+    `revision` is what the cache is told that the commit is.
+    """
     listed, inside = hub.list_files(commit), named.inside
     prefix = _prefix(inside, is_file=inside in listed)
     in_folder = [name for name in listed if name.startswith(prefix)]
@@ -310,13 +318,15 @@ def _at_hub(commit: Commit, named: HubName) -> Located:
             advice="name a folder or a file that it has",
         )
     planned = [name for name in in_folder if _is_planned(name, prefix)]
-    hub.fetch_small(commit, planned, named.revision)
+    hub.fetch_small(commit, planned, revision)
     absent = {
         name.removeprefix(prefix): hub.file_of(commit, name, listed[name].size, listed[name].etag)
         for name in in_folder
         if not os.path.isfile(commit.path_of(name))
     }
-    return Located(commit.path_of(inside), commit.label_of(inside), MappingProxyType(absent))
+    return Located(
+        commit.path_of(inside), commit.label_of(inside), MappingProxyType(absent), by_name=True
+    )
 
 
 def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Problem]:
@@ -334,7 +344,7 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
     RemoteError
         If one cannot be had.
     """
-    found = None if located.pinned is None else Commit.of_label(located.pinned)
+    found = Commit.of_label(located.pinned or "") if located.by_name else None
     if found is None or located.warnings:  # which say so already
         return []
     commit, inside = found

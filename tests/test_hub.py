@@ -20,7 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge import RemoteError, _core
 from oxmerge.cli import main
+from oxmerge.cli.progress import PlainProgress, progress_line
 from oxmerge.demo_hub import Handler, HubServer, Model, serving
+from oxmerge.merging import Snapshot
 from oxmerge.models import hub, references, remote
 from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
 from oxmerge.models.references import Located, resolve_reference
@@ -248,6 +250,27 @@ def test_inspect_tells_of_a_name(
     ranges = [wanted for _, path, wanted in server.asked if path.startswith("/store/")]
     assert len(ranges) == 3
     assert all(wanted.startswith("bytes=0-") for wanted in ranges)
+
+
+def test_the_bar_tells_of_downloads_first() -> None:
+    snapshot = Snapshot(
+        0, 9 * 10**9, 0, 0, "org/one@c/model.safetensors", 1 << 27, 10**9, 4 * 10**9
+    )
+    assert progress_line(snapshot, 10.0, 30.0) == (
+        " 25%  1 GB of 4 GB  downloaded  0.10 GB/s  30.0 s left  peak 128 MiB"
+        "  org/one@c/model.safetensors"
+    )
+    told: list[str] = []
+    times = iter((0.0, 1.0, 11.0, 12.0, 18.0))
+    show = PlainProgress(told.append, lambda: next(times))
+    show(snapshot)
+    show(snapshot)
+    show(Snapshot(10**9, 9 * 10**9, 0, 1, "x", 1 << 27, 4 * 10**9, 4 * 10**9))
+    show(Snapshot(2 * 10**9, 9 * 10**9, 0, 1, "x", 1 << 27, 4 * 10**9, 4 * 10**9))
+    assert [line.split("  ")[:4] for line in told] == [
+        [" 25%", "1 GB of 4 GB", "downloaded", "0.10 GB/s"],
+        [" 22%", "2 GB of 9 GB", "0.33 GB/s", "21.0 s left"],  # since the last byte came
+    ]
 
 
 # Names.

@@ -21,7 +21,7 @@ from oxmerge import _core
 from oxmerge.errors import CheckpointError, RemoteError, UnsupportedError
 from oxmerge.models import hub
 from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
-from oxmerge.models.vocabularies import TOKENIZER_FILES
+from oxmerge.models.vocabularies import TOKENIZER_FILES, is_of_tokenizer
 from oxmerge.problems import UNSUPPORTED, Problem, near, printable
 from oxmerge.sizes import format_size
 
@@ -50,10 +50,10 @@ MERGE_LORA = "merge the adapter into its model first, and name the result"
 _NAME_ONE = "name the folder of a model, or a safetensors file"
 #: Files of a model that a message shows.
 _SHOWN = 8
-#: Small files of a model that planning reads, besides indexes of weights.
-_PLANNED = frozenset(TOKENIZER_FILES) | {
-    *("README.md", "adapter_config.json", "config.json", "generation_config.json", "modules.json")
-}
+#: Small files of a model that planning reads, besides its tokenizer and indexes of weights.
+_PLANNED = frozenset(
+    ("README.md", "adapter_config.json", "config.json", "generation_config.json", "modules.json")
+)
 _INDEX = ".index.json"
 #: Headers that are fetched at a time; the bytes that most of them fit; all headers of a model.
 _AT_ONCE = 8
@@ -299,7 +299,7 @@ def _is_planned(name: str, prefix: str) -> bool:
     """Tell whether planning reads a file of that folder of a model."""
     rest = name.removeprefix(prefix)
     is_index = rest.endswith(_INDEX) and "/" not in rest
-    return name.startswith(prefix) and (rest in _PLANNED or is_index)
+    return name.startswith(prefix) and (rest in _PLANNED or is_index or is_of_tokenizer(rest))
 
 
 def _at_hub(commit: Commit, named: HubName, revision: str | None) -> Located:

@@ -659,6 +659,37 @@ def test_the_hub_limits_or_fails(the_hub: Hub, served: dict[str, Model]) -> None
     assert "limits how often it may be asked" in problem.message
 
 
+def test_the_hub_limits_downloads(the_hub: Hub, served: dict[str, Model]) -> None:
+    left = [3]
+
+    def fault(request: Any) -> str | None:
+        if "config.json" in request.path and left[0]:
+            left[0] -= 1
+            return "429"
+        return None
+
+    the_hub.start(served, faulty(fault))
+    assert isinstance(resolve_reference("org/one", ()), Located)
+    assert left == [0]
+
+
+def test_large_files_beside_the_weights_are_left_out(
+    the_hub: Hub, served: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_hub.start(served)
+    monkeypatch.setattr(hub, "MOST_SMALL", 3)
+    problem = refusal(passthrough("org/one"))
+    assert "too large for what it should be" in problem.message
+    monkeypatch.setattr(hub, "MOST_SMALL", 10_000)
+    oxmerge.plan(passthrough("org/one"))
+    monkeypatch.setattr(hub, "MOST_SMALL", 3)
+    for file in the_hub.home.rglob("LICENSE"):
+        file.unlink()
+    (warning,) = oxmerge.plan(passthrough("org/one")).warnings
+    assert "the output will lack it" in warning.message
+    assert (warning.file or "").endswith("/LICENSE")
+
+
 def test_nobody_there(the_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     problem = refusal(passthrough("org/one"))

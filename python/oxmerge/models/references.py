@@ -217,15 +217,17 @@ def _on_hub(reference: str, named: HubName, places: list[str]) -> Located | Prob
     reason = hub.why_not()
     if reason is not None:
         return _without_hub(reference, named, commit, places, *reason)
+    found, revision = commit, named.revision
     try:
-        if commit is not None:  # which the name stays, whatever it has become by now
-            return _at_hub(commit, named, commit.hash)
-        return _at_hub(hub.find_commit(named.name, named.revision), named, named.revision)
+        if commit is not None:
+            revision = commit.hash  # the name stays that commit, whatever it has become by now
+        found = commit or hub.find_commit(named.name, named.revision)
+        return _at_hub(found, named, revision)
     except RemoteError as error:
         # Of a commit that is known the weights are the same: what is lacking is beside them.
         if commit is not None and not _lacking(commit, named.inside, weights_only=True):
             return _in_cache(commit, named.inside, str(error))
-        if places:
+        if places and found is None:
             error.message = f"there is no path `{reference}`, and {error.message}"
         return error.as_problem()
 
@@ -357,11 +359,19 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
     in_folder = (name for name in names if name.startswith(prefix))
     wanted = [name for name in in_folder if is_wanted(name.removeprefix(prefix))]
     lacking = [name for name in wanted if not os.path.isfile(commit.path_of(name))]
+    large = [name for name in lacking if names[name].size > hub.MOST_SMALL]
+    lacking = [name for name in lacking if name not in large]
     if lacking and reason is not None:
         return [_may_lack(commit, reason[0])]
     if lacking or files is None:
         hub.fetch_small(commit, lacking or wanted[:1], commit.hash)
-    return []
+    return [_too_large(commit, name) for name in large]
+
+
+def _too_large(commit: Commit, name: str) -> Problem:
+    message = "a large file beside the weights is not fetched, and the output will lack it"
+    advice = "put it into the output, if it is of use there"
+    return Problem("odd-checkpoint", message, file=commit.label_of(name), advice=advice)
 
 
 def remote_file(file: Mapping[str, object]) -> RemoteFile:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from oxmerge.errors import InputChangedError, RemoteError
+from oxmerge.models.download import cause_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -248,11 +249,12 @@ def retried(ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
         try:
             return ask()
         except Exception as error:
-            answer = getattr(error, "response", None)
+            cause = cause_of(error)
+            answer = getattr(cause, "response", None)
             if answer is not None:
                 failure = _of_status(answer)
             else:
-                failure = _Failure(_told(error), passes=_is_of_transport(error))
+                failure = _Failure(_told(cause), passes=_is_of_transport(cause))
             attempt += 1
             if attempt == _ATTEMPTS or not failure.passes:
                 raise

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+import threading
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -809,6 +812,42 @@ def test_an_interrupted_download_leaves_nothing_unfinished(
     assert {total for _, total in seen} == {plan.as_dict()["bytes_to_fetch"]}
     assert not Path("out").exists()
     assert leftovers(the_hub) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_downloads_end_with_the_merge(
+    number: signal.Signals, the_hub: Hub, served: dict[str, Model]
+) -> None:
+    waits, ended = threading.Event(), threading.Event()
+
+    class Endless(Handler):
+        def send_bytes(self, file: Any, start: int, stop: int) -> None:
+            if "Range" in self.headers or not self.path.startswith("/store/"):
+                super().send_bytes(file, start, stop)
+                return
+            super().send_bytes(file, start, (start + stop) // 2)
+            self.wfile.flush()
+            waits.set()
+            with suppress(OSError):
+                self.rfile.read(1)  # until the client goes away
+            ended.set()
+            self.close_connection = True
+
+    the_hub.start(served, Endless)
+    Path("r.yml").write_text(RECIPE)
+    command = [sys.executable, "-m", "oxmerge", "merge", "r.yml", "out"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as merge:
+        assert waits.wait(30)
+        merge.send_signal(number)
+        merge.communicate(timeout=30)
+    assert merge.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert ended.wait(30)
+    until = time.monotonic() + 30
+    while list(the_hub.home.rglob("*.incomplete")) and time.monotonic() < until:
+        time.sleep(0.01)  # the program that downloaded still cleans up
+    assert leftovers(the_hub) == []
+    if number != signal.SIGKILL:
+        assert not Path("out").exists()
 
 
 def test_names_of_files_that_lead_elsewhere(

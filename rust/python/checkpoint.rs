@@ -44,7 +44,7 @@ pub(super) struct TensorInfo {
     start: u64,
 }
 
-/// A file that is not here: its name, bytes, label and ETag, and its first bytes.
+/// A file that is not here: its name, bytes, label and tag, and its first bytes.
 type Absent = (String, u64, String, String, Vec<u8>);
 
 fn elsewhere(absent: Vec<Absent>) -> checkpoint::Elsewhere {
@@ -151,8 +151,8 @@ impl Checkpoint {
 
     /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
     fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
-        let placed = self.0.placed(&places);
-        placed.map(|placed| Self(Arc::new(placed))).map_err(|error| raise(py, &error))
+        let moved = self.0.placed(&places);
+        moved.map(|moved| Self(Arc::new(moved))).map_err(|error| raise(py, &error))
     }
 
     /// How many tensors have a name that another checkpoint has too.

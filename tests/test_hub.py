@@ -180,6 +180,7 @@ def test_a_merge_by_name_is_the_local_merge(
     assert len(server.asked) == before
 
 
+@pytest.mark.slow
 def test_a_name_takes_no_memory_of_the_merge(
     the_hub: Hub, served: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_name_takes_no_memory_of_the_merge(
     assert "% " in done.stderr or "note: `org/one` is `org/one@" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_fetches_once(the_hub: Hub, served: dict[str, Model]) -> None:
     server = the_hub.start(served)
     oxmerge.sweep(RECIPE, "out/{weight}", {"models[0].parameters.weight": [0.1, 0.5, 0.9]})
@@ -201,6 +203,7 @@ def test_a_sweep_fetches_once(the_hub: Hub, served: dict[str, Model]) -> None:
     assert len(set(large)) == 4
 
 
+@pytest.mark.slow
 def test_what_is_opened_is_fetched_when_touched(
     the_hub: Hub, models: Path, served: dict[str, Model]
 ) -> None:
@@ -479,6 +482,7 @@ def test_what_may_lack_beside_the_weights_is_told(without_library: Hub, models: 
     assert "may lack files beside the weights" in str(plan.warnings[0])
 
 
+@pytest.mark.slow
 def test_a_partial_snapshot_is_completed(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -628,6 +632,7 @@ def test_what_the_hub_refuses(
     assert advice in (problem.advice or "")
 
 
+@pytest.mark.slow
 def test_a_token_opens_what_is_private(
     the_hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -746,6 +751,7 @@ def leftovers(hub: Hub) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_other_bytes_are_not_taken(the_hub: Hub, served: dict[str, Model]) -> None:
     def fault(request: Any) -> str | None:
         is_whole = "Range" not in request.headers and "model-00002" in request.path
@@ -762,6 +768,7 @@ def test_other_bytes_are_not_taken(the_hub: Hub, served: dict[str, Model]) -> No
     assert any("model-00002" in path for _, path, _ in server.asked)
 
 
+@pytest.mark.slow
 def test_downloads_go_on_after_faults(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -781,6 +788,7 @@ def test_downloads_go_on_after_faults(
     assert weights(Path("out")) == weights(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_leaves_nothing_unfinished(
     the_hub: Hub, served: dict[str, Model]
 ) -> None:
@@ -814,6 +822,7 @@ def test_an_interrupted_download_leaves_nothing_unfinished(
     assert leftovers(the_hub) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_downloads_end_with_the_merge(
     number: signal.Signals, the_hub: Hub, served: dict[str, Model]
@@ -837,9 +846,10 @@ def test_downloads_end_with_the_merge(
     Path("r.yml").write_text(RECIPE)
     command = [sys.executable, "-m", "oxmerge", "merge", "r.yml", "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as merge:
-        assert waits.wait(30)
-        merge.send_signal(number)
-        merge.communicate(timeout=30)
+        has_begun = waits.wait(30)
+        merge.send_signal(number if has_begun else signal.SIGKILL)
+        _, said = merge.communicate(timeout=30)
+    assert has_begun, said
     assert merge.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert ended.wait(30)
     until = time.monotonic() + 30
@@ -850,6 +860,7 @@ def test_downloads_end_with_the_merge(
         assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_names_of_files_that_lead_elsewhere(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
 ) -> None:

@@ -6,12 +6,13 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::adapted::{Desks, adapted, task_number};
 use super::backend::steps;
 use super::control::Control;
 use super::digest::{Digester, Observer};
 use super::need::{Need, SMALL};
 use super::rows::RowsSource;
-use super::source::{Sink, Source};
+use super::source::{Memory, Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
 use crate::checkpoint::put_header;
 use crate::dtype::DType;
@@ -21,7 +22,7 @@ use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
 };
 use crate::kernels::{BLOCK, CELL, Level, compare};
-use crate::plan::{self, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
+use crate::plan::{self, Adapted, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
 
 /// A tensor of a file that is not here: it can be planned with, but not read.
 #[derive(Debug)]
@@ -46,6 +47,17 @@ struct FileSource {
     reader: Arc<InputReader>,
     dtype: DType,
     start: u64,
+    sharing: Sharing,
+}
+
+/// Whether other sources of a task read the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sharing {
+    Alone,
+    /// Others come later.
+    First,
+    /// Others came before.
+    Again,
 }
 
 impl FileSource {
@@ -65,6 +77,10 @@ impl Source for FileSource {
         self.reader.is_mapped()
     }
 
+    fn stored_bytes(&self, elements: u64) -> u64 {
+        if self.sharing == Sharing::Again { 0 } else { elements * self.dtype.size() as u64 }
+    }
+
     fn is_far(&self, elements: Range<u64>) -> bool {
         let (start, length) = self.bytes(&elements);
         !self.reader.is_cached(start, length)
@@ -76,7 +92,11 @@ impl Source for FileSource {
         scratch: &'a mut AlignedBuffer,
     ) -> Result<&'a [u8]> {
         let (start, length) = self.bytes(&elements);
-        self.reader.read_direct(start, length, scratch)
+        if self.sharing == Sharing::Alone {
+            self.reader.read_direct(start, length, scratch)
+        } else {
+            self.reader.read(start, length, scratch)
+        }
     }
 
     fn prefetch(&self, elements: Range<u64>) {
@@ -205,6 +225,8 @@ pub struct Merges<'a> {
     needs_sweep: bool,
     /// What was made for kinds that came up lately.
     prepared: Mutex<HashMap<u32, Prepared>>,
+    /// What workers hold of adapters.
+    desks: Desks,
     /// The shards of each plan, when there are any yet.
     shards: Vec<Vec<Arc<Shard>>>,
     /// Who is told of finished tensors.
@@ -229,16 +251,22 @@ impl<'a> Merges<'a> {
             check_same_tensors(first, other)?;
         }
         let mut numbers = HashMap::new();
+        let readers = open_inputs(first, read)?;
+        let desks = Desks::default();
         let kind_of = (0..first.len())
             .map(|at| {
                 let each: Vec<usize> = plans.iter().map(|plan| plan.tensor(at).kind()).collect();
-                // Sources by token need memory of their own.
-                let each = (each, first.tensor(at).means());
+                // Sources that are not plain need memory of their own.
+                let sources = if first.tensor(at).is_plain() {
+                    Vec::new()
+                } else {
+                    sources_of(first, &readers, &desks, first.tensor(at))
+                };
+                let memory: Vec<Memory> = sources.iter().map(|source| source.memory()).collect();
                 let next = numbers.len() as u32;
-                *numbers.entry(each).or_insert(next)
+                *numbers.entry((each, memory)).or_insert(next)
             })
             .collect();
-        let readers = open_inputs(first, read)?;
         let labels = first.models.iter().map(|model| Arc::from(&**model)).collect();
         let mut merges = Self {
             readers,
@@ -247,6 +275,7 @@ impl<'a> Merges<'a> {
             reads_once: Vec::new(),
             needs_sweep: false,
             plans,
+            desks,
             prepared: Mutex::default(),
             shards: Vec::new(),
             observer: None,
@@ -321,7 +350,7 @@ impl<'a> Merges<'a> {
 
     fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
         let tensor = self.plans[0].tensor(at);
-        let sources = sources_of(self.plans[0], &self.readers, tensor);
+        let sources = sources_of(self.plans[0], &self.readers, &self.desks, tensor);
         self.task_of(at, sources, sinks)
     }
 
@@ -341,7 +370,7 @@ impl<'a> Merges<'a> {
 
     fn is_small(&self, at: usize) -> bool {
         let tensor = self.plans[0].tensor(at);
-        (1..=SMALL).contains(&tensor.elements()) && !tensor.is_by_token()
+        (1..=SMALL).contains(&tensor.elements()) && tensor.is_plain()
     }
 
     /// Whether tensor `at` follows the one before it in the same shard of every plan.
@@ -639,7 +668,9 @@ fn check_same_tensors<'a>(plan: &'a Plan, other: &'a Plan) -> Result<()> {
     if one.map(|tensor| double(plan, tensor)).ne(two.map(|tensor| double(other, tensor))) {
         return Err(differs("working type: all of them float64, or none"));
     }
-    let place = |source: plan::Source<'a>| (source.file, source.start, source.dtype, source.rows);
+    let place = |source: plan::Source<'a>| {
+        (source.file, source.start, source.dtype, source.adapted, source.rows)
+    };
     for (tensor, other) in plan.tensors().zip(other.tensors()) {
         let is_same = tensor.name() == other.name()
             && tensor.shape() == other.shape()
@@ -700,13 +731,14 @@ fn frame(plan: &Plan, at: usize) -> TensorFrame {
 pub struct OnDemand {
     plan: Arc<Plan>,
     readers: Vec<Option<Arc<InputReader>>>,
+    desks: Desks,
 }
 
 impl OnDemand {
     /// Opens the inputs of `plan`.
     pub fn open(plan: Arc<Plan>, read: ReadPath) -> Result<Self> {
         let readers = open_inputs(&plan, read)?;
-        Ok(Self { plan, readers })
+        Ok(Self { plan, readers, desks: Desks::default() })
     }
 
     /// The plan.
@@ -722,7 +754,7 @@ impl OnDemand {
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            sources_of(&self.plan, &self.readers, tensor),
+            sources_of(&self.plan, &self.readers, &self.desks, tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -734,7 +766,7 @@ impl OnDemand {
     pub fn has_odd_input(&self, index: usize, control: &Control) -> Result<bool> {
         let tensor = self.plan.tensor(index);
         let mut scratch = AlignedBuffer::default();
-        for source in sources_of(&self.plan, &self.readers, tensor) {
+        for source in sources_of(&self.plan, &self.readers, &self.desks, tensor) {
             let dtype = source.dtype();
             for block in steps(0..tensor.elements(), BLOCK as u64) {
                 control.check()?;
@@ -780,24 +812,64 @@ pub(super) fn not_here(remote: &Remote) -> Error {
 fn sources_of(
     plan: &Plan,
     readers: &[Option<Arc<InputReader>>],
+    desks: &Desks,
     tensor: Tensor<'_>,
 ) -> Vec<Arc<dyn Source>> {
-    let range = |file: usize, dtype: DType, start: u64| -> Arc<dyn Source> {
-        match (&readers[file], &plan.files[file].remote) {
-            (Some(reader), _) => Arc::new(FileSource { reader: Arc::clone(reader), dtype, start }),
+    let file_source = |file: usize, dtype: DType, start: u64, sharing: Sharing| {
+        let source: Arc<dyn Source> = match (&readers[file], &plan.files[file].remote) {
+            (Some(reader), _) => {
+                Arc::new(FileSource { reader: Arc::clone(reader), dtype, start, sharing })
+            }
             (None, Some(remote)) => Arc::new(NotHere { remote: remote.clone(), dtype }),
             (None, None) => unreachable!("every file with a source is opened"),
-        }
+        };
+        source
     };
-    let source = |source: plan::Source<'_>| match source.rows {
-        None => range(source.file, source.dtype, source.start),
-        Some(plan::Rows { map, parts }) => {
-            let parts = parts.iter().map(|part| range(part.file as usize, part.dtype, part.start));
-            let width = tensor.shape()[1..].iter().product();
-            Arc::new(RowsSource::new(Arc::clone(map), parts.collect(), width))
-        }
+    let task = if tensor.is_plain() { 0 } else { task_number() };
+    // Of all sources together, parts of rows are numbered as well.
+    let mut number = 0;
+    let mut range = |(file, start, dtype): (usize, u64, DType),
+                     change: Option<&Arc<Adapted>>,
+                     sharing: Sharing,
+                     elements: u64|
+     -> Arc<dyn Source> {
+        let base = file_source(file, change.map_or(dtype, |change| change.dtype), start, sharing);
+        let Some(change) = change else { return base };
+        let mut files: Vec<u32> = change.files().collect();
+        files.sort_unstable();
+        files.dedup();
+        // A file that is not here has no reader: then the tensor is only planned.
+        let opened = |file: u32| Some((file, readers[file as usize].clone()?));
+        let files = files.into_iter().filter_map(opened).collect();
+        number += 1;
+        adapted(base, change, dtype, elements, files, (task, number), desks)
     };
-    tensor.sources().map(source).collect()
+    let elements = tensor.elements();
+    let places: Vec<_> = tensor.sources().map(|source| (source.file, source.start)).collect();
+    let mut sources = Vec::with_capacity(places.len());
+    for (at, source) in tensor.sources().enumerate() {
+        let place = (source.file, source.start, source.dtype);
+        let sharing =
+            match (places[..at].contains(&places[at]), places[at + 1..].contains(&places[at])) {
+                (true, _) => Sharing::Again,
+                (false, true) => Sharing::First,
+                (false, false) => Sharing::Alone,
+            };
+        sources.push(match source.rows {
+            None => range(place, source.adapted, sharing, elements),
+            Some(rows @ plan::Rows { map, parts, .. }) => {
+                let width = tensor.shape()[1..].iter().product::<u64>();
+                let part = |part: &plan::Part| {
+                    let change = part.adapted.map(|number| &rows.adapted[number as usize]);
+                    let place = (part.file as usize, part.start, part.dtype);
+                    range(place, change, Sharing::Alone, part.rows * width)
+                };
+                let parts = parts.iter().map(part).collect();
+                Arc::new(RowsSource::new(Arc::clone(map), parts, width))
+            }
+        });
+    }
+    sources
 }
 
 fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {

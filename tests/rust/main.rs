@@ -4,9 +4,11 @@
 mod checkpoint;
 mod disassembly;
 mod engine;
+mod fuzzed;
 mod hostile;
 mod io;
 mod kernels;
 mod layout;
 mod methods;
 mod token_rows;
+mod written;

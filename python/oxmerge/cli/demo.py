@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from oxmerge.cli.printer import Printer
     from oxmerge.demo import Demo
 
-_KINDS = ("folders", "hub")
+_KINDS = ("folders", "hub", "lora")
 _SIZES = ("tiny", "1b", "7b", "70b")
 
 
@@ -31,7 +31,8 @@ def add_arguments(parser: Parser) -> None:
         "--kind",
         choices=_KINDS,
         default="folders",
-        help="hub: by their names, from a small server that stands for the Hub (folders)",
+        help="hub: by their names, from a small server that stands for the Hub; lora: put an "
+        "adapter into the first instead of merging both (folders)",
     )
     parser.add_argument(
         "--size",
@@ -49,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Make the checkpoints, merge them, and tell how it went."""
-    from oxmerge.demo import describe, make_demo  # noqa: PLC0415 - not for --help
+    from oxmerge.demo import RANK, describe, make_adapter, make_demo  # noqa: PLC0415 - not for --help
     from oxmerge.models.hub import find_library  # noqa: PLC0415 - not for --help
     from oxmerge.output.claims import claimed, named  # noqa: PLC0415 - not for --help
 
@@ -64,6 +65,10 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
         printer.say(describe(demo))
         if options.kind == "hub":
             _by_name(demo, printer, engine)
+        elif options.kind == "lora":
+            adapter = make_adapter(demo, options.size, options.seed)
+            printer.say(f"made an adapter of rank {RANK}: `{adapter}`")
+            _fuse(demo, str(adapter), printer, engine)
         else:
             _merge(demo, str(demo.recipe), printer, engine)
     printer.say("")
@@ -99,6 +104,16 @@ def _by_name(demo: Demo, printer: Printer, engine: Engine) -> None:
         printer.say(f"for the merge it sent {format_size(hub.sent - planned)}, kept in `{cache}`:")
         again = f"HF_HUB_CACHE={shlex.quote(cache)} {_program()} plan {shlex.quote(recipe)}"
         printer.say(f"so it needs no server any more: {again}")
+
+
+def _fuse(demo: Demo, adapter: str, printer: Printer, engine: Engine) -> None:
+    model, output = str(demo.models[0]), str(demo.recipe.parent / "merged")
+    places = f"{shlex.quote(model)} {shlex.quote(output)} --adapter {shlex.quote(adapter)}"
+    printer.say(f"running: {_program()} fuse {places}")
+    with show_progress(printer) as progress:
+        report = engine.fuse(model, output, [adapter], overwrite=True, progress=progress)
+    tell(report, printer)
+    printer.say(f"in a recipe that is the model {shlex.quote(f'{model}+{adapter}')}")
 
 
 def _next(demo: Demo) -> Iterator[str]:

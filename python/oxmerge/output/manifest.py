@@ -14,10 +14,9 @@ import re
 from typing import TYPE_CHECKING
 
 from oxmerge import _core
-from oxmerge.models.hub_cache import Commit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from oxmerge.planning.plans import Plan
@@ -124,23 +123,21 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
     weights = {file for used in of_models for file in used}
     folders = [os.path.dirname(file["path"]) for file in files]
     inputs = []
-    for reference, pin, used in zip(plan.models, plan.pinned, of_models, strict=True):
+    for reference, pinned, used in zip(plan.models, plan.pinned, of_models, strict=True):
         own = {folders[file] for file in used}
         beside = [at for at, folder in enumerate(folders) if folder in own and at not in weights]
-        described = [_file(files[at], hash_inputs) for at in [*used, *beside]]
-        pinned = None if pin is None else Commit.of_label(pin)
-        commit = None if pinned is None else pinned[0].hash
-        inputs.append({"model": reference, "commit": commit, "files": described})
+        described = [_file(files[at], hash_it=hash_inputs) for at in [*used, *beside]]
+        inputs.append({"model": reference, "pinned": pinned, "files": described})
     return inputs
 
 
-def _file(file: dict[str, Any], hash_it: bool) -> dict[str, Any]:  # noqa: FBT001 - of this file
-    """Return an input file. The Hub and its cache call what is large by its SHA-256."""
+def _file(file: Mapping[str, Any], *, hash_it: bool) -> dict[str, Any]:
+    """Return an input file. The Hub names what is large by its SHA-256, and so does its cache."""
     path: str = file["path"]
     *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
-    name = file["remote"]["etag"] if "remote" in file else blob if folder == "blobs" else ""
-    known = name if _SHA256.fullmatch(name) else None
-    if hash_it:
+    names = (file.get("remote", {}).get("etag", ""), blob if folder == "blobs" else "")
+    known = next(filter(_SHA256.fullmatch, names), None)
+    if hash_it and os.path.isfile(path):
         with open(path, "rb") as opened:
             known = hashlib.file_digest(opened, "sha256").hexdigest()
     return {"name": os.path.basename(path), "size": file["size"], "sha256": known}

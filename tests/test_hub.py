@@ -258,6 +258,27 @@ def test_inspect_tells_of_a_name(
     assert all(wanted.startswith("bytes=0-") for wanted in ranges)
 
 
+def test_an_adapter_by_its_name(
+    the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["mlp"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {"lora_A": (2, 32), "lora_B": (96, 2)}
+    names = (f"base_model.model.model.layers.{at}.mlp.{part}" for at in range(4) for part in shapes)
+    factors = {f"{name}.weight": shapes[name[-6:]] for name in names}
+    write_file(folder / "adapter_model.safetensors", random_arrays(factors, 3), "F32")
+    the_hub.start({**served, "org/adapter": Model.of_folder(str(folder))})
+    recipe = passthrough("org/one+org/adapter@main")
+    plan = oxmerge.plan(recipe)
+    pins = [f"org/one@{served['org/one'].commit}", "org/adapter@"]
+    assert (plan.pinned[0] or "").startswith("+".join(pins))
+    oxmerge.merge(plan, "out")
+    oxmerge.merge(passthrough(f"{models / 'one'}+{folder}"), tmp_path / "local")
+    assert weights(Path("out")) == weights(tmp_path / "local")
+
+
 def test_the_bar_tells_of_downloads_first() -> None:
     snapshot = Snapshot(
         0, 9 * 10**9, 0, 0, "org/one@c/model.safetensors", 1 << 27, 10**9, 4 * 10**9

@@ -44,6 +44,8 @@ class InputModel:
         Where it lies.
     located : Located
         The same, with its commit and with what is not here.
+    pinned : str, optional
+        Its reference with the commits of what is on the Hub; None if nothing is.
     config : dict
         Its config.json; empty if it has none.
     config_file : dict, optional
@@ -68,6 +70,7 @@ class InputModel:
     reference: str
     path: str
     located: Located
+    pinned: str | None
     config: dict[str, Any]
     config_file: dict[str, Any] | None
     checkpoint: Checkpoint
@@ -254,7 +257,9 @@ class Inputs:
         if model is None:
             return None
         self.models.append(model)
-        self._findings.warnings += [replace(each, where=where) for each in located.warnings]
+        parts = (located, *(each for each, _ in self._adapters[reference]))
+        odd = [each for part in parts for each in part.warnings]
+        self._findings.warnings += [replace(each, where=where) for each in odd]
         self._findings.warnings += [
             Problem("odd-checkpoint", text, file=path) for text in checkpoint.warnings
         ]
@@ -318,6 +323,7 @@ class Inputs:
             reference=reference,
             path=path,
             located=located,
+            pinned=self._pinned(reference, located),
             config=config,
             config_file=config_file,
             checkpoint=checkpoint,
@@ -328,6 +334,22 @@ class Inputs:
             tied=tied,
             adapter_files=tuple(adapter.config.file for adapter, _ in adapters),
         )
+
+    def _pinned(self, reference: str, located: Located) -> str | None:
+        """Return a reference with the commits of what it names on the Hub, if it names such."""
+        model, adapters = split_adapters(reference, self._folders)
+        parts = [(model, located, 1.0)]
+        parts += (
+            (name, found, weight)
+            for (name, weight), (found, _) in zip(adapters, self._adapters[reference], strict=True)
+        )
+        if not any(found.pinned for _, found, _ in parts):
+            return None
+        pins = (
+            f"{found.pinned or name}" + ("" if weight == 1 else f"={weight:g}")
+            for name, found, weight in parts
+        )
+        return "+".join(pins)
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Return the config beside the weights, and the file it is in as it was then."""

@@ -915,13 +915,8 @@ fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader
     Ok(readers)
 }
 
-/// Fails if a file that is read is not here.
-pub(crate) fn check_placed(plan: &Plan) -> Result<()> {
-    let mut used = plan.files_of(plan.tensors()).into_iter().map(|at| &plan.files[at]);
-    used.find_map(|file| file.remote.as_ref()).map_or(Ok(()), |remote| Err(not_here(remote)))
-}
-
-fn not_here(remote: &Remote) -> Error {
+/// The error for a file that is read and is not here.
+pub(super) fn not_here(remote: &Remote) -> Error {
     Error::internal("a file is to be read before it is here").file(&remote.label)
 }
 

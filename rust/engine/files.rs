@@ -12,10 +12,10 @@ use super::source::{Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
 use crate::checkpoint::put_header;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::formula::machine::TensorFrame;
 use crate::io::{
-    self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
+    self, AlignedBuffer, DirectMode, InputReader, Needs, OutputFolder, ReadPath, ShardWriter, Spool,
 };
 use crate::plan::{self, InputFile, OutputShard, Plan, Settings, Tensor};
 
@@ -75,6 +75,52 @@ impl Source for FileSource {
     fn release(&self, elements: Range<u64>) {
         let (start, length) = self.bytes(&elements);
         self.reader.release(start, length);
+    }
+}
+
+/// An input file.
+#[derive(Clone, Debug)]
+enum Input {
+    Here(Arc<InputReader>),
+    /// Its number among the files of the plan, and what is read of it, if anything is yet.
+    Elsewhere(usize, Option<Arc<Spool>>),
+}
+
+impl Input {
+    /// Reads the bytes from `start` on that fill `memory`.
+    fn read_into(&self, start: u64, memory: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Here(reader) => reader.read_into(start, memory),
+            Self::Elsewhere(file, Some(spool)) => spool.read(*file as u32, start, memory),
+            Self::Elsewhere(_, None) => Err(Error::internal("a file is read before it is here")),
+        }
+    }
+}
+
+/// A tensor in a file that is not here.
+#[derive(Debug)]
+struct RemoteSource {
+    input: Input,
+    dtype: DType,
+    start: u64,
+}
+
+impl Source for RemoteSource {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn read<'a>(
+        &'a self,
+        elements: Range<u64>,
+        scratch: &'a mut AlignedBuffer,
+    ) -> Result<&'a [u8]> {
+        let size = self.dtype.size() as u64;
+        let length = ((elements.end - elements.start) * size) as usize;
+        scratch.grow(length)?;
+        let piece = &mut scratch.as_mut_slice()[..length];
+        self.input.read_into(self.start + elements.start * size, piece)?;
+        Ok(piece)
     }
 }
 
@@ -152,15 +198,19 @@ pub fn partial_name(file_name: &str) -> String {
 #[derive(Debug)]
 pub struct Merges<'a> {
     plans: Vec<&'a Plan>,
-    readers: Vec<Option<Arc<InputReader>>>,
+    inputs: Vec<Option<Input>>,
+    /// What files that are not here are read from.
+    spool: Option<Arc<Spool>>,
     /// The models' names, for messages.
     labels: Vec<Arc<str>>,
     /// Which of the kinds of tensors that there are in all plans together each tensor is.
     kind_of: Vec<u32>,
     /// Of each kind, whether nothing has to be reduced before it is computed.
     reads_once: Vec<bool>,
-    /// Whether something has to be reduced over the whole model first.
-    needs_sweep: bool,
+    /// Of each kind, which sources are read.
+    read: Vec<Vec<usize>>,
+    /// Of each kind, whether something of it is reduced over the whole model first.
+    swept: Vec<bool>,
     /// What was made for kinds that came up lately.
     prepared: Mutex<HashMap<u32, Prepared>>,
     /// The shards of each plan, when there are any yet.
@@ -175,9 +225,13 @@ const MOST_NEIGHBOURS: usize = 512;
 const MOST_PREPARED: usize = 256;
 
 impl<'a> Merges<'a> {
-    /// Opens the inputs of `plans`, which must be merges of the same tensors. Also tells what the
-    /// tensors need in memory, and how many need that.
-    pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<(Self, Vec<(Need, usize)>)> {
+    /// Opens the inputs of `plans`, which must be merges of the same tensors; those that are not here
+    /// are read from `spool`. Also tells what the tensors need in memory, and how many need that.
+    pub fn open(
+        plans: Vec<&'a Plan>,
+        read: ReadPath,
+        spool: Option<Arc<Spool>>,
+    ) -> Result<(Self, Vec<(Need, usize)>)> {
         let Some((first, others)) = plans.split_first() else {
             return Err(Error::internal("there is no merge to run"));
         };
@@ -194,14 +248,16 @@ impl<'a> Merges<'a> {
                 *numbers.entry(each).or_insert(next)
             })
             .collect();
-        let readers = open_inputs(first, read)?;
+        let inputs = open_inputs(first, read, spool.as_ref())?;
         let labels = first.models.iter().map(|model| Arc::from(&**model)).collect();
         let mut merges = Self {
-            readers,
+            inputs,
+            spool,
             labels,
             kind_of,
             reads_once: Vec::new(),
-            needs_sweep: false,
+            read: Vec::new(),
+            swept: Vec::new(),
             plans,
             prepared: Mutex::default(),
             shards: Vec::new(),
@@ -222,10 +278,46 @@ impl<'a> Merges<'a> {
         let look = |(at, count)| {
             let task = self.make(at, nowhere(self, at))?;
             self.reads_once.push(task.reads_once);
-            self.needs_sweep |= task.needs_sweep();
+            self.read.push(task.inputs());
+            self.swept.push(task.needs_sweep());
             Ok((Need::of(&task), count))
         };
         found.into_iter().map(look).collect()
+    }
+
+    /// What is read of files that are not here, task by task, through a spool of `spool` bytes: in
+    /// the sweep over the model, if there is one, and in the merge. Of one tensor only, if `only` says
+    /// which.
+    pub fn remote_needs(&self, spool: u64, only: Option<usize>) -> Result<Needs> {
+        let plan = self.plans[0];
+        let is_remote = |file: u32| matches!(self.inputs[file as usize], Some(Input::Elsewhere(..)));
+        let files = (0..self.inputs.len() as u32).filter(|&file| is_remote(file));
+        let total = files.map(|file| plan.files[file as usize].size).fold(0, u64::saturating_add);
+        let mut needs = Needs::new(spool, total);
+        for in_sweep in [true, false] {
+            for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
+                let kind = self.kind(at);
+                let is_read = only.is_none_or(|only| only == at) && (!in_sweep || self.swept[kind]);
+                let read: &[usize] = if is_read { &self.read[kind] } else { &[] };
+                let tensor = plan.tensor(at);
+                let sources = tensor.sources().enumerate().filter(|(at, _)| read.contains(at));
+                let mut ranges: Vec<_> =
+                    sources.flat_map(|(_, source)| ranges_of(source, tensor)).collect();
+                ranges.retain(|(file, _)| is_remote(*file));
+                needs.add_step(&ranges);
+            }
+        }
+        let (step, bytes) = needs.largest();
+        if bytes <= spool {
+            return Ok(needs);
+        }
+        // A larger spool has larger extents, of which a tensor needs fewer, but as many ends.
+        let enough = (bytes.next_multiple_of(1 << 20)).saturating_mul(5) / 4;
+        Err(Error::new(ErrorKind::Disk, "the spool is too small for all inputs of a tensor")
+            .tensor(plan.tensor(step % self.len()).name())
+            .expected(format_args!("at least {} MB", enough / 1_000_000))
+            .found(format_args!("{} MB", spool / 1_000_000))
+            .advice(format!("allow more: `--spool {}MB`", enough / 1_000_000)))
     }
 
     /// Creates the shards of each plan, under partial names, in its folder.
@@ -263,7 +355,7 @@ impl<'a> Merges<'a> {
 
     fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
         let tensor = self.plans[0].tensor(at);
-        let sources = sources_of(&self.readers, tensor);
+        let sources = sources_of(&self.inputs, tensor);
         self.task_of(at, sources, sinks)
     }
 
@@ -324,7 +416,15 @@ impl Tasks for Merges<'_> {
     }
 
     fn needs_sweep(&self) -> bool {
-        self.needs_sweep
+        self.swept.contains(&true)
+    }
+
+    fn are_read(&self, tasks: Range<usize>, in_sweep: bool) {
+        if let Some(spool) = &self.spool {
+            // The steps of the merge come after those of the sweep.
+            let first = if self.needs_sweep() && !in_sweep { self.len() } else { 0 };
+            spool.finished(first + tasks.start..first + tasks.end);
+        }
     }
 
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
@@ -383,7 +483,11 @@ impl Merges<'_> {
         let (mut ranges, mut places) = (Vec::new(), Vec::new());
         for at in tasks.clone() {
             let tensor = self.plans[0].tensor(at);
+            let read = &self.read[self.kind(at)];
             for (number, source) in tensor.sources().enumerate() {
+                if !read.contains(&number) {
+                    continue;
+                }
                 let bytes = tensor.elements() * source.dtype.size() as u64;
                 ranges.push((source.file, source.start, bytes, (places.len(), number)));
             }
@@ -407,9 +511,9 @@ impl Merges<'_> {
             });
             let (run, others) = rest.split_at(together.count());
             let bytes = (end - start) as usize;
-            let reader = self.readers[file].as_ref();
-            let reader = reader.ok_or_else(|| Error::internal("an input is not open"))?;
-            reader.read_into(start, &mut memory.as_mut_slice()[filled..filled + bytes])?;
+            let input = self.inputs[file].as_ref();
+            let input = input.ok_or_else(|| Error::internal("an input is not open"))?;
+            input.read_into(start, &mut memory.as_mut_slice()[filled..filled + bytes])?;
             for &(_, begin, _, (tensor, number)) in run {
                 places[tensor][number] = filled + (begin - start) as usize;
             }
@@ -624,14 +728,14 @@ fn frame(plan: &Plan, at: usize) -> TensorFrame {
 #[derive(Debug)]
 pub struct OnDemand {
     plan: Arc<Plan>,
-    readers: Vec<Option<Arc<InputReader>>>,
+    inputs: Vec<Option<Input>>,
 }
 
 impl OnDemand {
-    /// Opens the inputs of `plan`.
-    pub fn open(plan: Arc<Plan>, read: ReadPath) -> Result<Self> {
-        let readers = open_inputs(&plan, read)?;
-        Ok(Self { plan, readers })
+    /// Opens the inputs of `plan`; those that are not here are read from `spool`.
+    pub fn open(plan: Arc<Plan>, read: ReadPath, spool: Option<&Arc<Spool>>) -> Result<Self> {
+        let inputs = open_inputs(&plan, read, spool)?;
+        Ok(Self { plan, inputs })
     }
 
     /// The plan.
@@ -647,7 +751,7 @@ impl OnDemand {
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            sources_of(&self.readers, tensor),
+            sources_of(&self.inputs, tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -663,17 +767,23 @@ impl OnDemand {
     }
 }
 
-/// The files that some source lies in, opened.
-fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader>>>> {
+/// The files that some source lies in, opened; those that are not here are read from `spool`.
+fn open_inputs(
+    plan: &Plan,
+    read: ReadPath,
+    spool: Option<&Arc<Spool>>,
+) -> Result<Vec<Option<Input>>> {
     io::raise_open_file_limit();
     let mut used = vec![false; plan.files.len()];
     for file in plan.tensors().flat_map(Tensor::sources).flat_map(files_of) {
         used[file] = true;
     }
-    let open = |(file, used): (&InputFile, bool)| {
-        used.then(|| InputReader::open(file, read).map(Arc::new)).transpose()
+    let open = |(number, file): (usize, &InputFile)| match file.remote {
+        Some(_) => Ok(Input::Elsewhere(number, spool.cloned())),
+        None => InputReader::open(file, read).map(|reader| Input::Here(Arc::new(reader))),
     };
-    plan.files.iter().zip(used).map(open).collect()
+    let each = plan.files.iter().enumerate().zip(used);
+    each.map(|(file, used)| used.then(|| open(file)).transpose()).collect()
 }
 
 /// The files that a source lies in.
@@ -682,11 +792,29 @@ fn files_of(source: plan::Source<'_>) -> impl Iterator<Item = usize> {
     std::iter::once(source.file).chain(parts.iter().map(|part| part.file as usize))
 }
 
+/// Which bytes of which files a source of `tensor` is read from.
+fn ranges_of(source: plan::Source<'_>, tensor: Tensor<'_>) -> Vec<(u32, Range<u64>)> {
+    let range = |file: u32, start: u64, elements: u64, dtype: DType| {
+        (file, start..start + elements * dtype.size() as u64)
+    };
+    let width: u64 = tensor.shape().iter().skip(1).product();
+    match source.rows {
+        None => vec![range(source.file as u32, source.start, tensor.elements(), source.dtype)],
+        Some(plan::Rows { parts, .. }) => {
+            let part =
+                |part: &plan::Part| range(part.file, part.start, part.rows * width, part.dtype);
+            parts.iter().map(part).collect()
+        }
+    }
+}
+
 /// The sources of a tensor, in opened files.
-fn sources_of(readers: &[Option<Arc<InputReader>>], tensor: Tensor<'_>) -> Vec<Arc<dyn Source>> {
+fn sources_of(inputs: &[Option<Input>], tensor: Tensor<'_>) -> Vec<Arc<dyn Source>> {
     let range = |file: usize, dtype: DType, start: u64| -> Arc<dyn Source> {
-        let reader = readers[file].clone().expect("every file with a source is opened");
-        Arc::new(FileSource { reader, dtype, start })
+        match inputs[file].clone().expect("every file with a source is opened") {
+            Input::Here(reader) => Arc::new(FileSource { reader, dtype, start }),
+            input @ Input::Elsewhere(..) => Arc::new(RemoteSource { input, dtype, start }),
+        }
     };
     let source = |source: plan::Source<'_>| match source.rows {
         None => range(source.file, source.dtype, source.start),

@@ -290,8 +290,7 @@ impl Drop for Alarm<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             let error = Error::internal("the scheduler panicked");
-            self.0.lock().failure.get_or_insert(error);
-            self.0.changed.notify_all();
+            self.0.note(&mut self.0.lock(), Err(error));
         }
     }
 }
@@ -444,6 +443,7 @@ impl Schedule<'_> {
     /// Does small tasks that lie together, one after the other.
     fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
         let gathered = self.tasks.gather(tasks.clone())?;
+        self.tasks.are_read(tasks.clone(), false);
         // Half is for their inputs and outputs, half for what one keeps between its passes: with all
         // of its keys at hand a selection is over in one pass, and needs no histogram. A device
         // always counts, so there it keeps none.
@@ -519,6 +519,7 @@ impl Schedule<'_> {
             }
             Ok(Err(numbers)) => {
                 drop(state);
+                self.tasks.are_read(index..index + 1, matches!(self.goal, Goal::Sweep));
                 let outcome = self.finish(task);
                 state = self.lock();
                 state.between_passes -= 1;
@@ -547,6 +548,7 @@ impl Schedule<'_> {
         if let Err(error) = outcome {
             state.failure.get_or_insert(error);
             self.changed.notify_all();
+            self.control.end_waits();
         }
     }
 }

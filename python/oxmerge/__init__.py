@@ -19,6 +19,7 @@ from oxmerge.errors import (
     OxmergeError,
     PlanError,
     RecipeError,
+    RemoteError,
     UnsupportedError,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "Problem",
     "Recipe",
     "RecipeError",
+    "RemoteError",
     "UnsupportedError",
     "__version__",
     "build_info",

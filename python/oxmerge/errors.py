@@ -22,6 +22,7 @@ __all__ = [
     "OxmergeError",
     "PlanError",
     "RecipeError",
+    "RemoteError",
     "UnsupportedError",
 ]
 
@@ -157,6 +158,10 @@ class DeviceError(OxmergeError):
 
 class InputChangedError(OxmergeError):
     """An input file changed while the merge was reading it."""
+
+
+class RemoteError(OxmergeError):
+    """What is on the Hub or in a store cannot be found, may not be had, or does not come whole."""
 
 
 class InternalError(OxmergeError):

@@ -53,9 +53,7 @@ impl Header {
 
     fn read_checked(file: &File, path: &Path, size: u64, index: usize) -> Result<Self> {
         if size < PREFIX {
-            return Err(Error::checkpoint("the file is too short to be a safetensors file")
-                .expected("at least 8 bytes")
-                .found(size));
+            return Err(too_short(size));
         }
         let mut prefix = [0; PREFIX as usize];
         read_exact_at(file, 0, &mut prefix)?;
@@ -63,6 +61,22 @@ impl Header {
         let mut text = vec![0; len as usize];
         read_exact_at(file, PREFIX, &mut text)?;
         Self::parse(&text, size, index)
+    }
+
+    /// Reads the header of a file that is not here, of which the first bytes are.
+    pub fn of_start(start: &[u8], path: &Path, size: u64, index: usize) -> Result<Self> {
+        let read = || {
+            let (prefix, rest) =
+                start.split_first_chunk().ok_or_else(|| too_short(start.len() as u64))?;
+            let len = header_len(*prefix, path, size)?;
+            let text = rest.get(..len as usize).ok_or_else(|| {
+                truncated("the header did not come whole")
+                    .expected(format_args!("{len} bytes"))
+                    .found(rest.len())
+            })?;
+            Self::parse(text, size, index)
+        };
+        read().map_err(|error: Error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))
     }
 
     /// Checks the header `text` of a file of `size` bytes.
@@ -86,6 +100,12 @@ impl Header {
         check_size(data_start + cursor, size)?;
         Ok(Self { tensors })
     }
+}
+
+fn too_short(size: u64) -> Error {
+    Error::checkpoint("the file is too short to be a safetensors file")
+        .expected("at least 8 bytes")
+        .found(size)
 }
 
 /// The header's length, once it is plausible.

@@ -9,7 +9,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
-use super::{DOWNLOAD_AGAIN, TensorInfo, json, read_text};
+use super::{DOWNLOAD_AGAIN, Elsewhere, TensorInfo, json, read_text};
 use crate::error::{Error, Result};
 use crate::plan::InputFile;
 
@@ -52,12 +52,12 @@ impl Index {
     }
 
     /// Fails when shards are missing in `directory`, naming them.
-    pub(super) fn check_present(&self, directory: &Path) -> Result<()> {
+    pub(super) fn check_present(&self, directory: &Path, absent: &Elsewhere) -> Result<()> {
         let shards = &self.table.shards;
         let missing: Vec<_> = shards
             .keys()
             .map(String::as_str)
-            .filter(|file_name| !directory.join(file_name).exists())
+            .filter(|&name| !absent.contains_key(name) && !directory.join(name).exists())
             .collect();
         if missing.is_empty() {
             return Ok(());

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::index::{Index, list};
-use super::{conversion, quantised};
+use super::{Elsewhere, conversion, find_absent, quantised};
 use crate::error::{Error, ErrorKind, Result};
 
 const INDEX: &str = ".safetensors.index.json";
@@ -23,13 +23,16 @@ pub(super) enum Weights {
     Index(PathBuf, Index),
 }
 
-/// The weights at `path`, and warnings on what was passed over.
-pub(super) fn locate(path: &Path) -> Result<(Weights, Vec<String>)> {
+/// The weights at `path`, and warnings on what was passed over; files called `absent` are not here.
+pub(super) fn locate(path: &Path, absent: &Elsewhere) -> Result<(Weights, Vec<String>)> {
+    if find_absent(path, absent).is_some() {
+        return Ok((Weights::File(path.to_owned()), Vec::new()));
+    }
     let metadata =
         fs::metadata(path).map_err(|error| Error::io("open the checkpoint", error).file(path))?;
     if metadata.is_dir() {
         quantised::refuse_config(path)?;
-        return locate_in(path).map_err(|error| error.file(path));
+        return locate_in(path, absent).map_err(|error| error.file(path));
     }
     let is_index = path.file_name().and_then(OsStr::to_str).is_some_and(|n| n.ends_with(INDEX));
     let path = path.to_owned();
@@ -41,8 +44,11 @@ pub(super) fn locate(path: &Path) -> Result<(Weights, Vec<String>)> {
     Ok((weights, Vec::new()))
 }
 
-fn locate_in(directory: &Path) -> Result<(Weights, Vec<String>)> {
-    let names = file_names(directory)?;
+fn locate_in(directory: &Path, absent: &Elsewhere) -> Result<(Weights, Vec<String>)> {
+    let mut names = file_names(directory)?;
+    names.extend(absent.keys().cloned());
+    names.sort_unstable();
+    names.dedup();
     let indexes = ending_with(&names, INDEX);
     let files = ending_with(&names, WEIGHTS);
     if let Some(used) = pick("model.safetensors.index.json", &indexes)? {

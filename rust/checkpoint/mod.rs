@@ -28,14 +28,14 @@ mod quantised;
 pub mod token_rows;
 pub mod vocabulary;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io;
-use crate::plan::{InputFile, Names};
+use crate::plan::{InputFile, Names, Remote};
 
 pub use header::{Header, MAX_HEADER};
 pub use layout::{Layout, header, header_bytes, index_json, lay_out, put_header};
@@ -121,16 +121,45 @@ pub struct TensorInfo {
     pub start: u64,
 }
 
+/// A file of a checkpoint that is not here.
+#[derive(Clone, Debug)]
+pub struct Absent {
+    /// Bytes.
+    pub size: u64,
+    /// What it is elsewhere.
+    pub remote: Remote,
+    /// Its first bytes, which have the header; none of a file that is not opened.
+    pub start: Vec<u8>,
+}
+
+/// The files of a checkpoint that are not here, by their names in its directory.
+pub type Elsewhere = BTreeMap<String, Absent>;
+
+/// The names of the files that hold the weights at `path`, where the files called `absent` are not
+/// here.
+pub fn weight_files(path: &Path, absent: &Elsewhere) -> Result<Vec<String>> {
+    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    Ok(match locate::locate(path, absent)?.0 {
+        Weights::File(file) => name(&file).into_iter().collect(),
+        Weights::Index(_, index) => index.shards().map(|(name, _)| name.to_owned()).collect(),
+    })
+}
+
 impl Checkpoint {
     /// Opens a `.safetensors` file, an index, or a directory that holds weights.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, &Elsewhere::new())
+    }
+
+    /// Opens what [`open`](Self::open) does, where some files are not here.
+    pub fn open_with(path: impl AsRef<Path>, absent: &Elsewhere) -> Result<Self> {
         let path = path.as_ref();
         if path.to_str().is_none() {
             return Err(Error::new(ErrorKind::Unsupported, "the path is not valid UTF-8")
                 .file(path)
                 .advice("rename what it names, or make a link to it whose path is"));
         }
-        let (weights, warnings) = locate::locate(path)?;
+        let (weights, warnings) = locate::locate(path, absent)?;
         let mut checkpoint = Self {
             path: path.to_owned(),
             files: Vec::new(),
@@ -143,9 +172,9 @@ impl Checkpoint {
             shape_numbers: HashMap::new(),
         };
         match weights {
-            Weights::File(file) => checkpoint.add_file(&file)?,
+            Weights::File(file) => checkpoint.add_file(&file, absent)?,
             Weights::Index(file, index) => {
-                checkpoint.add_shards(&file, &index)?;
+                checkpoint.add_shards(&file, &index, absent)?;
                 checkpoint.index = Some(index.file);
             }
         }
@@ -210,23 +239,29 @@ impl Checkpoint {
         Ok(Self { names: renamed, written: Some(written), ..self.clone() })
     }
 
+    /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
+    pub fn placed(&self, places: &HashMap<String, PathBuf>) -> Result<Self> {
+        let files = self.files.iter().map(|file| file.place(places)).collect::<Result<_>>()?;
+        Ok(Self { files, ..self.clone() })
+    }
+
     /// The bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.tensors().map(|tensor| tensor.bytes()).sum()
     }
 
-    fn add_file(&mut self, path: &Path) -> Result<()> {
-        let header = self.read_header(path)?;
+    fn add_file(&mut self, path: &Path, absent: &Elsewhere) -> Result<()> {
+        let header = self.read_header(path, absent)?;
         self.add_tensors(header.tensors);
         Ok(())
     }
 
-    fn add_shards(&mut self, index_path: &Path, index: &Index) -> Result<()> {
+    fn add_shards(&mut self, index_path: &Path, index: &Index, absent: &Elsewhere) -> Result<()> {
         let directory = index_path.parent().unwrap_or(Path::new(""));
-        index.check_present(directory).map_err(|error| error.file(index_path))?;
+        index.check_present(directory, absent).map_err(|error| error.file(index_path))?;
         for (file_name, wanted) in index.shards() {
             let path = directory.join(file_name);
-            let header = self.read_header(&path)?;
+            let header = self.read_header(&path, absent)?;
             let (tensors, left_out) = wanted.select(header.tensors).map_err(|e| e.file(&path))?;
             self.add_tensors(tensors);
             self.warnings.extend(left_out.map(|names| format!("`{file_name}`: {names}")));
@@ -235,7 +270,13 @@ impl Checkpoint {
     }
 
     /// Opens a file, adds it to the list, and reads its header.
-    fn read_header(&mut self, path: &Path) -> Result<Header> {
+    fn read_header(&mut self, path: &Path, absent: &Elsewhere) -> Result<Header> {
+        if let Some(absent) = find_absent(path, absent) {
+            let header = Header::of_start(&absent.start, path, absent.size, self.files.len())?;
+            let (path, size, remote) = (path.to_owned(), absent.size, Some(absent.remote.clone()));
+            self.files.push(InputFile { path, size, modified_ns: 0, device: 0, inode: 0, remote });
+            return Ok(header);
+        }
         let file = io::open_read_only(path)?;
         let input = InputFile::of(&file, path)?;
         let header = Header::read(&file, path, input.size, self.files.len())?;
@@ -256,6 +297,12 @@ impl Checkpoint {
             self.rows.push(Row { dtype, shape, file: file as u32, start });
         }
     }
+}
+
+/// The file of that name, if it is not here.
+fn find_absent<'a>(path: &Path, absent: &'a Elsewhere) -> Option<&'a Absent> {
+    let found = absent.get(path.file_name()?.to_str()?)?;
+    (!path.exists()).then_some(found)
 }
 
 /// A small text file of a checkpoint, read whole, and what it was then.

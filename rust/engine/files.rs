@@ -12,12 +12,12 @@ use super::source::{Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
 use crate::checkpoint::put_header;
 use crate::dtype::DType;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
 use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, Needs, OutputFolder, ReadPath, ShardWriter, Spool,
 };
-use crate::plan::{self, InputFile, OutputShard, Plan, Settings, Tensor};
+use crate::plan::{self, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -82,8 +82,11 @@ impl Source for FileSource {
 #[derive(Clone, Debug)]
 enum Input {
     Here(Arc<InputReader>),
-    /// Its number among the files of the plan, and what is read of it, if anything is yet.
-    Elsewhere(usize, Option<Arc<Spool>>),
+    /// One that is not here: what is read of it comes by a spool, which knows it by its number among
+    /// the files of the plan.
+    Spooled(Arc<Spool>, u32),
+    /// One that can be planned with, but not read.
+    Elsewhere(Remote),
 }
 
 impl Input {
@@ -91,8 +94,8 @@ impl Input {
     fn read_into(&self, start: u64, memory: &mut [u8]) -> Result<()> {
         match self {
             Self::Here(reader) => reader.read_into(start, memory),
-            Self::Elsewhere(file, Some(spool)) => spool.read(*file as u32, start, memory),
-            Self::Elsewhere(_, None) => Err(Error::internal("a file is read before it is here")),
+            Self::Spooled(spool, file) => spool.read(*file, start, memory),
+            Self::Elsewhere(remote) => Err(not_here(remote)),
         }
     }
 }
@@ -267,6 +270,14 @@ impl<'a> Merges<'a> {
         Ok((merges, needs))
     }
 
+    /// Fails if a file that is read is neither here nor spooled.
+    pub(crate) fn check_readable(&self) -> Result<()> {
+        self.inputs.iter().flatten().try_for_each(|input| match input {
+            Input::Elsewhere(remote) => Err(not_here(remote)),
+            Input::Here(_) | Input::Spooled(..) => Ok(()),
+        })
+    }
+
     /// Finds out what there is to know of each kind; what its tensors need, and how many they are.
     fn look_at_kinds(&mut self, kinds: usize) -> Result<Vec<(Need, usize)>> {
         let mut found = vec![(0, 0); kinds];
@@ -290,9 +301,9 @@ impl<'a> Merges<'a> {
     /// which.
     pub fn remote_needs(&self, spool: u64, only: Option<usize>) -> Result<Needs> {
         let plan = self.plans[0];
-        let is_remote = |file: u32| matches!(self.inputs[file as usize], Some(Input::Elsewhere(..)));
-        let files = (0..self.inputs.len() as u32).filter(|&file| is_remote(file));
-        let total = files.map(|file| plan.files[file as usize].size).fold(0, u64::saturating_add);
+        let is_remote = |file: u32| plan.files[file as usize].remote.is_some();
+        let remote = plan.files.iter().filter(|file| file.remote.is_some());
+        let total = remote.map(|file| file.size).fold(0, u64::saturating_add);
         let mut needs = Needs::new(spool, total);
         for in_sweep in [true, false] {
             for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
@@ -313,7 +324,7 @@ impl<'a> Merges<'a> {
         }
         // A larger spool has larger extents, of which a tensor needs fewer, but as many ends.
         let enough = (bytes.next_multiple_of(1 << 20)).saturating_mul(5) / 4;
-        Err(Error::new(ErrorKind::Disk, "the spool is too small for all inputs of a tensor")
+        Err(Error::plan("the spool is too small for all inputs of a tensor")
             .tensor(plan.tensor(step % self.len()).name())
             .expected(format_args!("at least {} MB", enough / 1_000_000))
             .found(format_args!("{} MB", spool / 1_000_000))
@@ -729,18 +740,24 @@ fn frame(plan: &Plan, at: usize) -> TensorFrame {
 pub struct OnDemand {
     plan: Arc<Plan>,
     inputs: Vec<Option<Input>>,
+    spool: Option<Arc<Spool>>,
 }
 
 impl OnDemand {
     /// Opens the inputs of `plan`; those that are not here are read from `spool`.
-    pub fn open(plan: Arc<Plan>, read: ReadPath, spool: Option<&Arc<Spool>>) -> Result<Self> {
-        let inputs = open_inputs(&plan, read, spool)?;
-        Ok(Self { plan, inputs })
+    pub fn open(plan: Arc<Plan>, read: ReadPath, spool: Option<Arc<Spool>>) -> Result<Self> {
+        let inputs = open_inputs(&plan, read, spool.as_ref())?;
+        Ok(Self { plan, inputs, spool })
     }
 
     /// The plan.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// What remote inputs come by.
+    pub fn spool(&self) -> Option<Arc<Spool>> {
+        self.spool.clone()
     }
 
     /// The task that makes tensor `index` of the plan, into `sink`.
@@ -761,9 +778,9 @@ impl OnDemand {
 
     /// Fails if a file that tensor `index` is made of is not what it was.
     pub fn check_unchanged(&self, index: usize) -> Result<()> {
-        let files = self.plan.tensor(index).sources().flat_map(files_of);
-        let files = files.map(|file| self.plan.files[file].clone());
-        io::check_unchanged(&files.collect::<Vec<_>>())
+        let files = self.plan.files_of(std::iter::once(self.plan.tensor(index)));
+        let files: Vec<_> = files.into_iter().map(|file| self.plan.files[file].clone()).collect();
+        io::check_unchanged(&files)
     }
 }
 
@@ -774,22 +791,20 @@ fn open_inputs(
     spool: Option<&Arc<Spool>>,
 ) -> Result<Vec<Option<Input>>> {
     io::raise_open_file_limit();
-    let mut used = vec![false; plan.files.len()];
-    for file in plan.tensors().flat_map(Tensor::sources).flat_map(files_of) {
-        used[file] = true;
+    let mut inputs = vec![None; plan.files.len()];
+    for at in plan.files_of(plan.tensors()) {
+        let file = &plan.files[at];
+        inputs[at] = Some(match (&file.remote, spool) {
+            (None, _) => Input::Here(Arc::new(InputReader::open(file, read)?)),
+            (Some(_), Some(spool)) => Input::Spooled(Arc::clone(spool), at as u32),
+            (Some(remote), None) => Input::Elsewhere(remote.clone()),
+        });
     }
-    let open = |(number, file): (usize, &InputFile)| match file.remote {
-        Some(_) => Ok(Input::Elsewhere(number, spool.cloned())),
-        None => InputReader::open(file, read).map(|reader| Input::Here(Arc::new(reader))),
-    };
-    let each = plan.files.iter().enumerate().zip(used);
-    each.map(|(file, used)| used.then(|| open(file)).transpose()).collect()
+    Ok(inputs)
 }
 
-/// The files that a source lies in.
-fn files_of(source: plan::Source<'_>) -> impl Iterator<Item = usize> {
-    let parts = source.rows.map_or(&[][..], |rows| rows.parts);
-    std::iter::once(source.file).chain(parts.iter().map(|part| part.file as usize))
+fn not_here(remote: &Remote) -> Error {
+    Error::internal("a file is to be read before it is here").file(&remote.label)
 }
 
 /// Which bytes of which files a source of `tensor` is read from.
@@ -813,7 +828,7 @@ fn sources_of(inputs: &[Option<Input>], tensor: Tensor<'_>) -> Vec<Arc<dyn Sourc
     let range = |file: usize, dtype: DType, start: u64| -> Arc<dyn Source> {
         match inputs[file].clone().expect("every file with a source is opened") {
             Input::Here(reader) => Arc::new(FileSource { reader, dtype, start }),
-            input @ Input::Elsewhere(..) => Arc::new(RemoteSource { input, dtype, start }),
+            input => Arc::new(RemoteSource { input, dtype, start }),
         }
     };
     let source = |source: plan::Source<'_>| match source.rows {

@@ -1,6 +1,8 @@
 //! A merge from beginning to end: what it needs, whether that is allowed, the run, and whether the
 //! inputs are still what they were.
 
+use std::sync::Arc;
+
 use super::backend::Backend;
 use super::control::Control;
 use super::files::{FileModes, Merges};
@@ -8,30 +10,45 @@ use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::{Report, Settings, run_planned};
 use crate::error::Result;
-use crate::io::{self, OutputFolder};
+use crate::io::{self, OutputFolder, Spool};
 use crate::plan::{InputFile, Plan};
+
+/// What is resident besides what the engine takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Resident {
+    /// The most that was so while the merge was planned, where that was the peak of the process.
+    pub(crate) planned: u64,
+    /// What those may take who fetch inputs.
+    pub(crate) beside: u64,
+}
 
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
 /// under partial names, into its folder. Also tells which files of each were written, and how they
 /// were left.
 ///
-/// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
-/// most that was resident while the merge was planned, where that was the peak of the process.
+/// Memory is shared out once, before any space is taken: what cannot fit is refused. Files that are not
+/// here come by `spool`.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
-    planned: u64,
+    resident: Resident,
+    spool: Option<Arc<Spool>>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
-    let (mut tasks, needs) = Merges::open(plans.clone(), modes.read)?;
+    if let Some(spool) = spool.clone() {
+        control.on_end(move || spool.stop());
+    }
+    let (mut tasks, needs) = Merges::open(plans.clone(), modes.read, spool)?;
+    tasks.check_readable()?;
     let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);
-    let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
+    let baseline = memory::resident() + resident.beside;
+    let memory = MemoryPlan::new(&needs, budget, workers, baseline, resident.planned)?;
     drop(needs);
     tasks.create_shards(&folders, modes.write)?;
     let report = run_planned(backend, &tasks, settings, memory, control)?;
@@ -39,19 +56,20 @@ pub(crate) fn merge(
     Ok((report, tasks.written()))
 }
 
-/// How `settings.memory` bytes would be shared out by merges that are made together; and whether an
-/// input is read more than once.
+/// How `memory` bytes would be shared out by merges that are made together, where `beside` bytes
+/// are for others; and whether an input is read more than once.
 pub(crate) fn predict(
     plans: &[&Plan],
     modes: FileModes,
     offload: Option<Offload>,
     memory: u64,
     workers: usize,
+    beside: u64,
 ) -> Result<(MemoryPlan, bool)> {
-    let (tasks, needs) = Merges::open(plans.to_vec(), modes.read)?;
+    let (tasks, needs) = Merges::open(plans.to_vec(), modes.read, None)?;
     drop(tasks);
     let needs = on(needs, offload);
-    let memory = MemoryPlan::new(&needs, memory, workers, memory::resident(), 0)?;
+    let memory = MemoryPlan::new(&needs, memory, workers, memory::resident() + beside, 0)?;
     Ok((memory, needs.iter().any(|(need, _)| !need.reads_once())))
 }
 

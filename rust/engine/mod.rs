@@ -35,7 +35,7 @@ use std::thread;
 use std::time::Instant;
 
 #[cfg(feature = "python")]
-pub(crate) use merge::{merge, predict};
+pub(crate) use merge::{Resident, merge, predict};
 
 use active::{Active, Room, Stages};
 use backend::Backend;

@@ -6,10 +6,11 @@
 //! when the file is opened again and before the output is committed. The device number is left
 //! out: it changes when a network mount comes back.
 
+use std::collections::HashMap;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::plan::InputFile;
@@ -38,7 +39,21 @@ impl InputFile {
             modified_ns: seconds.saturating_add(metadata.mtime_nsec()),
             device: metadata.dev(),
             inode: metadata.ino(),
+            remote: None,
         }
+    }
+
+    /// The file where it lies now, by its label, if it was not here; itself if it is, or still is not.
+    pub(crate) fn place(&self, places: &HashMap<String, PathBuf>) -> Result<Self> {
+        let path = self.remote.as_ref().and_then(|remote| places.get(&remote.label));
+        let Some(path) = path else { return Ok(self.clone()) };
+        let here = Self::stat(path)?;
+        if here.size == self.size {
+            return Ok(here);
+        }
+        Err(changed(path, "the file is another than the one that was planned with")
+            .expected(format_args!("{} bytes", self.size))
+            .found(format_args!("{} bytes", here.size)))
     }
 
     /// Fails with [`ErrorKind::Changed`] when `now` is not the same file in the same state.
@@ -74,14 +89,17 @@ impl InputFile {
     }
 }
 
-/// Fails with [`ErrorKind::Changed`] at the first of `files` that is no longer what it was.
+/// Fails with [`ErrorKind::Changed`] at the first of `files` that is no longer what it was. One that
+/// is not here was not read.
 pub fn check_unchanged(files: &[InputFile]) -> Result<()> {
-    files.iter().try_for_each(|file| match InputFile::stat(&file.path) {
-        Ok(now) => file.check_same(&now),
-        Err(error) if error.kind() == ErrorKind::Io(io::ErrorKind::NotFound) => {
-            Err(changed(&file.path, "the file is gone since it was first read"))
+    files.iter().filter(|file| file.remote.is_none()).try_for_each(|file| {
+        match InputFile::stat(&file.path) {
+            Ok(now) => file.check_same(&now),
+            Err(error) if error.kind() == ErrorKind::Io(io::ErrorKind::NotFound) => {
+                Err(changed(&file.path, "the file is gone since it was first read"))
+            }
+            Err(error) => Err(error),
         }
-        Err(error) => Err(error),
     })
 }
 

@@ -14,7 +14,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs::File;
-use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -303,7 +302,7 @@ impl Spool {
     }
 
     /// Fills `memory` with the bytes of a file from `start` on; waits for them.
-    pub(super) fn read(&self, file: u32, start: u64, mut memory: &mut [u8]) -> Result<()> {
+    pub fn read(&self, file: u32, start: u64, mut memory: &mut [u8]) -> Result<()> {
         let mut at = start;
         while !memory.is_empty() {
             let number = at / self.needs.extent_bytes;

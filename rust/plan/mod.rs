@@ -11,6 +11,7 @@ mod names;
 mod rows;
 mod saved;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,9 +25,10 @@ pub use rows::{MOST_ROWS, Origin, RowMap};
 pub use saved::{load, save};
 
 use crate::dtype::DType;
+use crate::error::Result;
 
 /// The version of the plan's schema.
-pub const PLAN_VERSION: u32 = 4;
+pub const PLAN_VERSION: u32 = 5;
 
 /// Parameter values by name, resolved for one tensor.
 pub type Parameters = Map<String, Value>;
@@ -240,10 +242,31 @@ pub struct Source<'a> {
     pub rows: Option<Rows<'a>>,
 }
 
+impl Source<'_> {
+    /// The files that it lies in.
+    pub fn files(self) -> impl Iterator<Item = usize> {
+        let parts = self.rows.map_or(&[][..], |rows| rows.parts);
+        std::iter::once(self.file).chain(parts.iter().map(|part| part.file as usize))
+    }
+}
+
 impl Plan {
     /// A plan without tensors.
     pub fn new(method: String, seed: u64, files: Vec<InputFile>, models: Vec<String>) -> Self {
         Self { method, seed, files, models, ..Self::default() }
+    }
+
+    /// The same plan, of which files that were not here lie at these paths now, by their labels.
+    pub fn placed(&self, places: &HashMap<String, PathBuf>) -> Result<Self> {
+        let files = self.files.iter().map(|file| file.place(places)).collect::<Result<_>>()?;
+        Ok(Self { files, ..self.clone() })
+    }
+
+    /// The files that these tensors are made of, in the order of their first use.
+    pub fn files_of<'a>(&self, tensors: impl Iterator<Item = Tensor<'a>>) -> Vec<usize> {
+        let mut is_new = vec![true; self.files.len()];
+        let files = tensors.flat_map(Tensor::sources).flat_map(Source::files);
+        files.filter(|&file| std::mem::take(&mut is_new[file])).collect()
     }
 
     /// How many output tensors there are.
@@ -439,7 +462,7 @@ impl<'a> Tensor<'a> {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InputFile {
-    /// The path it was opened at.
+    /// The path it was opened at; of one that is not here, where it would be.
     pub path: PathBuf,
     /// Bytes.
     pub size: u64,
@@ -449,6 +472,20 @@ pub struct InputFile {
     pub device: u64,
     /// Inode number.
     pub inode: u64,
+    /// Of a file that is not here, of which only the header was read: what it is elsewhere. Before
+    /// its bytes are read, it has to be [placed](InputFile::place).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remote: Option<Remote>,
+}
+
+/// A file elsewhere: on the Hub, or in a store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Remote {
+    /// What it is called, by a name that no other file has.
+    pub label: String,
+    /// What the server calls its content.
+    pub etag: String,
 }
 
 /// One output tensor with everything that a row refers to: what a method makes a formula of.

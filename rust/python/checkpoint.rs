@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "the memory of a map is exported by a function of C")]
 
+use std::collections::HashMap;
 use std::os::fd::RawFd;
 use std::os::raw::c_int;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use super::to_python;
 use crate::checkpoint;
 use crate::engine::source::Source;
 use crate::io::{AlignedBuffer, DirectMode, LentMap, OutputFolder, ShardWriter};
+use crate::plan::Remote;
 
 /// A checkpoint that was opened from its headers only.
 #[pyclass(frozen, module = "oxmerge._core")]
@@ -42,11 +44,39 @@ pub(super) struct TensorInfo {
     start: u64,
 }
 
-/// Opens the checkpoint at `path`: a safetensors file, or a directory that holds one, or shards
-/// with an index.
+/// A file that is not here: its name, bytes, label and ETag, and its first bytes.
+type Absent = (String, u64, String, String, Vec<u8>);
+
+fn elsewhere(absent: Vec<Absent>) -> checkpoint::Elsewhere {
+    let file = |(name, size, label, etag, start): Absent| {
+        (name, checkpoint::Absent { size, remote: Remote { label, etag }, start })
+    };
+    absent.into_iter().map(file).collect()
+}
+
+/// The names of the files that hold the weights at `path`, where some files are not here.
 #[pyfunction]
-pub(super) fn open_checkpoint(py: Python<'_>, path: PathBuf) -> PyResult<Checkpoint> {
-    let opened = py.detach(|| checkpoint::Checkpoint::open(&path));
+pub(super) fn weight_files(
+    py: Python<'_>,
+    path: PathBuf,
+    absent: Vec<Absent>,
+) -> PyResult<Vec<String>> {
+    let absent = elsewhere(absent);
+    let found = py.detach(|| checkpoint::weight_files(&path, &absent));
+    found.map_err(|error| raise(py, &error))
+}
+
+/// Opens the checkpoint at `path`: a safetensors file, or a directory that holds one, or shards
+/// with an index. Some of its files may not be here.
+#[pyfunction]
+#[pyo3(signature = (path, absent=Vec::new()))]
+pub(super) fn open_checkpoint(
+    py: Python<'_>,
+    path: PathBuf,
+    absent: Vec<Absent>,
+) -> PyResult<Checkpoint> {
+    let absent = elsewhere(absent);
+    let opened = py.detach(|| checkpoint::Checkpoint::open_with(&path, &absent));
     opened.map(|opened| Checkpoint(Arc::new(opened))).map_err(|error| raise(py, &error))
 }
 
@@ -117,6 +147,12 @@ impl Checkpoint {
     /// The names in file order.
     fn names(&self) -> Vec<&str> {
         self.0.tensors().map(|tensor| tensor.name).collect()
+    }
+
+    /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
+    fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
+        let placed = self.0.placed(&places);
+        placed.map(|placed| Self(Arc::new(placed))).map_err(|error| raise(py, &error))
     }
 
     /// How many tensors have a name that another checkpoint has too.

@@ -10,13 +10,14 @@ use super::enter::enter;
 use super::error::raise;
 use super::formula::Raised;
 use super::plan::Plan;
+use super::spool::Spool;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
 use crate::engine::files::{self, FileModes};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Settings, rehearsal};
+use crate::engine::{self, Resident, Settings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -66,15 +67,17 @@ pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
 }
 
 /// How `memory` bytes would be shared out by merges that are made together: predicted peak, workers,
-/// bytes a worker; and whether an input is read more than once.
+/// bytes a worker; and whether an input is read more than once. So many bytes may be resident
+/// `beside`.
 #[pyfunction]
-#[pyo3(signature = (plans, memory, threads, device=None))]
+#[pyo3(signature = (plans, memory, threads, device=None, beside=0))]
 pub(super) fn predict<'py>(
     py: Python<'py>,
     plans: Vec<PyRef<'py, Plan>>,
     memory: u64,
     threads: Option<usize>,
     device: Option<Device<'py>>,
+    beside: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
     let offload = device.as_ref().map(Device::offload).transpose()?;
     let raised: Vec<Raised> = plans.iter().map(|plan| plan.raised()).collect();
@@ -82,7 +85,7 @@ pub(super) fn predict<'py>(
     let plan = || {
         let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
         let workers = worker_count(threads, plans.len());
-        engine::predict(&plans, FileModes::default(), offload, memory, workers)
+        engine::predict(&plans, FileModes::default(), offload, memory, workers, beside)
     };
     let planned = py.detach(plan).map_err(|error| raise(py, &error));
     let (planned, rereads) = first_raised(&raised, planned)?;
@@ -134,12 +137,14 @@ fn with_backend<R>(
 
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
 /// and writes the shards of each, under partial names, into its directory: the one that is open as
-/// the descriptor in `descriptors`, if they are given. Tells which files it wrote.
+/// the descriptor in `descriptors`, if they are given. Tells which files it wrote. Files that are not
+/// here come by `spool`; who fetches them may have `beside` bytes resident.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
-                    largest_piece=None, progress=None, device=None, descriptors=None, planned=0))]
+                    largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
+                    spool=None, beside=0))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -153,7 +158,10 @@ pub(super) fn execute<'py>(
     device: Option<Device<'py>>,
     descriptors: Option<Vec<RawFd>>,
     planned: u64,
+    spool: Option<PyRef<'py, Spool>>,
+    beside: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let spool = spool.map(|spool| spool.shared());
     let read = match read_path {
         "auto" => ReadPath::Auto,
         "mapped" => ReadPath::Mapped,
@@ -185,7 +193,8 @@ pub(super) fn execute<'py>(
             let plans = tables.iter().map(|plan| &**plan);
             let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
             let modes = FileModes { read, write };
-            engine::merge(backend, &merges, modes, &settings, planned, control)
+            let resident = Resident { planned, beside };
+            engine::merge(backend, &merges, modes, &settings, resident, spool, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;

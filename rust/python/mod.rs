@@ -16,6 +16,7 @@ mod formula;
 mod lend;
 mod merge;
 mod plan;
+mod spool;
 mod torch;
 
 use pyo3::prelude::*;
@@ -36,6 +37,7 @@ mod _core {
     #[pymodule_export]
     use super::checkpoint::{
         Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,
+        weight_files,
     };
     #[pymodule_export]
     use super::merge::{
@@ -44,6 +46,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::plan::Plan;
+    #[pymodule_export]
+    use super::spool::Spool;
 
     /// Version, build profile, SIMD level in use and levels of this CPU.
     #[pyfunction]

@@ -1,6 +1,8 @@
 //! The plan's table, for Python to look at and to hand on.
 
+use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::exceptions::PyIndexError;
@@ -116,6 +118,23 @@ impl Plan {
     #[getter]
     fn files<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         to_python(py, &self.0.files)
+    }
+
+    /// The files that some tensors are made of, by their numbers, or that all are: as indices, in the
+    /// order of their first use.
+    #[pyo3(signature = (tensors=None))]
+    fn files_of(&self, tensors: Option<Vec<usize>>) -> PyResult<Vec<usize>> {
+        let Some(tensors) = tensors else { return Ok(self.0.files_of(self.0.tensors())) };
+        if tensors.iter().any(|&at| at >= self.0.len()) {
+            return Err(PyIndexError::new_err("there is no tensor of that number"));
+        }
+        Ok(self.0.files_of(tensors.into_iter().map(|at| self.0.tensor(at))))
+    }
+
+    /// The same plan, of which files that were not here lie at these paths now, by their labels.
+    fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
+        let placed = self.0.placed(&places).map_err(|error| raise(py, &error))?;
+        Ok(Self(Arc::new(placed), self.1.clone()))
     }
 
     /// The output files: final name and bytes.

@@ -505,18 +505,22 @@ impl Merges<'_> {
             places.push(vec![0; tensor.sources().len()]);
         }
         let total: u64 = ranges.iter().map(|(_, _, bytes, _)| bytes).sum();
-        ranges.sort_unstable();
+        // Through a spool tensor by tensor, each of which may go before the next has come.
+        let is_spooled = self.spool.is_some();
+        if !is_spooled {
+            ranges.sort_unstable();
+        }
         // Shared only while tasks use it; those of the group before are gone.
         if Arc::get_mut(buffer).is_none() {
             *buffer = Arc::default();
         }
         let memory = Arc::get_mut(buffer).ok_or_else(|| Error::internal("a buffer is shared"))?;
         memory.grow(total as usize)?;
-        let (mut filled, mut rest) = (0, &ranges[..]);
+        let (mut filled, mut read, mut rest) = (0, 0, &ranges[..]);
         while let Some(&(file, start, ..)) = rest.first() {
             let mut end = start;
             let together = rest.iter().take_while(|&&(other, begin, bytes, _)| {
-                let joins = other == file && begin == end;
+                let joins = other == file && begin == end && (begin == start || !is_spooled);
                 end = if joins { begin + bytes } else { end };
                 joins
             });
@@ -529,6 +533,11 @@ impl Merges<'_> {
                 places[tensor][number] = filled + (begin - start) as usize;
             }
             (filled, rest) = (filled + bytes, others);
+            if is_spooled {
+                let next = rest.first().map_or(places.len(), |(_, _, _, (tensor, _))| *tensor);
+                self.are_read(tasks.start + read..tasks.start + next, false);
+                read = next;
+            }
         }
         Ok(places)
     }

@@ -3,8 +3,11 @@
 //! Remote files are cut into *extents* of one size. The order of the work tells in advance which of
 //! them each step reads ([`Needs`]), so they are fetched in that order, ahead of the workers and as
 //! far as the spool has room. A read waits for its extents. What no step needs any more makes room
-//! at once; else the extent goes that is needed last, and is fetched again for that: the fewest
-//! fetches that this much room allows.
+//! at once; else the extent that is needed last makes room for one that is needed earlier, and is
+//! fetched again for that: the fewest fetches that this much room allows.
+//!
+//! Nothing waits for ever, as long as who reads begins steps in order, and goes on with the oldest
+//! one when it can: what that one waits for is given room at the cost of any other.
 //!
 //! The spool is one file of as many slots as fit the bound, so it cannot grow beyond that on any file
 //! system. It has no name: it is gone with the process, however that ends.
@@ -153,11 +156,12 @@ impl Needs {
         self.visits.iter().map(|visit| bytes(&self.extents[visit.extent as usize])).sum()
     }
 
-    /// The first step from `step` on that reads an extent.
-    fn next_visit(&self, extent: u32, step: usize) -> Option<usize> {
-        let visits = &self.extents[extent as usize].visits;
-        let visits = visits.iter().map(|&visit| self.visits[visit as usize]);
-        visits.filter(|visit| visit.last >= step).map(|visit| visit.first.max(step)).next()
+    /// The next visit of an extent from `step` on, and its first step from there.
+    fn next_visit(&self, extent: u32, step: usize) -> Option<(u32, usize)> {
+        let visits = self.extents[extent as usize].visits.iter();
+        let mut visits = visits.map(|&number| (number, self.visits[number as usize]));
+        let (number, visit) = visits.find(|(_, visit)| visit.last >= step)?;
+        Some((number, visit.first.max(step)))
     }
 }
 
@@ -255,26 +259,36 @@ impl Spool {
     /// Puts `bytes` in, which begin at `start` of the file that an extent belongs to. Fails when nobody
     /// wants them any more.
     pub fn put(&self, extent: u32, start: u64, bytes: &[u8]) -> Result<()> {
-        let misplaced = || Error::internal("bytes were fetched that were not asked for");
-        let known = self.needs.extents.get(extent as usize).ok_or_else(misplaced)?;
-        let end = start.checked_add(bytes.len() as u64).ok_or_else(misplaced)?;
-        if start < known.bytes.start || end > known.bytes.end {
-            return Err(misplaced());
-        }
-        let slot = {
-            let mut state = self.lock();
-            if state.stopped {
-                return Err(stopped());
-            }
-            state.fetched += bytes.len() as u64;
-            let coming = state.held.get(&extent).filter(|held| !held.came);
-            coming.and_then(|held| held.slot).ok_or_else(misplaced)?
-        };
+        let slot = self.coming(extent, start, bytes.len())?;
+        self.lock().fetched += bytes.len() as u64;
         self.file.write_all_at(bytes, self.place(slot, start)).map_err(|error| {
             Error::io("write to the spool", error)
                 .file(&self.folder)
                 .advice("make room on its disk, or name another directory")
         })
+    }
+
+    /// The bytes of an extent from `start` on that fill `memory`, which were put in before.
+    pub fn peek(&self, extent: u32, start: u64, memory: &mut [u8]) -> Result<()> {
+        let slot = self.coming(extent, start, memory.len())?;
+        read_exact_at(&self.file, self.place(slot, start), memory)
+            .map_err(|error| error.file(&self.folder))
+    }
+
+    /// The slot of an extent that is being fetched, if these bytes lie in it.
+    fn coming(&self, extent: u32, start: u64, length: usize) -> Result<u32> {
+        let misplaced = || Error::internal("bytes were fetched that were not asked for");
+        let known = &self.needs.extents.get(extent as usize).ok_or_else(misplaced)?.bytes;
+        let end = start.checked_add(length as u64).ok_or_else(misplaced)?;
+        if start < known.start || end > known.end {
+            return Err(misplaced());
+        }
+        let state = self.lock();
+        if state.stopped {
+            return Err(stopped());
+        }
+        let coming = state.held.get(&extent).filter(|held| !held.came);
+        coming.and_then(|held| held.slot).ok_or_else(misplaced)
     }
 
     /// All bytes of an extent were put in.
@@ -336,8 +350,8 @@ impl Spool {
     /// Steps are over: what only they needed makes room.
     pub fn finished(&self, steps: Range<usize>) {
         let mut state = self.lock();
-        state.over_later.extend(steps);
         let before = state.over;
+        state.over_later.extend(steps.start.max(before)..steps.end);
         while state.over_later.first() == Some(&state.over) {
             state.over_later.pop_first();
             state.over += 1;
@@ -385,17 +399,28 @@ impl Spool {
 impl State {
     /// The extent to fetch next, which now has a slot.
     fn choose(&mut self, needs: &Needs) -> Option<u32> {
-        if let Some(&extent) = self.wanted.front() {
-            let slot = self.slot(needs, None)?;
-            self.wanted.pop_front();
-            self.held.entry(extent).or_default().slot = Some(slot);
-            return Some(extent);
+        for at in 0..self.wanted.len() {
+            let extent = self.wanted[at];
+            let (visit, step) = needs.next_visit(extent, self.over).unwrap_or((0, self.over));
+            // What the oldest step waits for has to come, or nothing would go on. What a later one
+            // waits for comes in its turn, unless it was there and had to go.
+            let is_urgent = step == self.over;
+            if !is_urgent && visit as usize >= self.next {
+                continue;
+            }
+            if let Some(slot) = self.slot(needs, (!is_urgent).then_some(step)) {
+                self.wanted.remove(at);
+                self.held.entry(extent).or_default().slot = Some(slot);
+                return Some(extent);
+            }
         }
         while let Some(visit) = needs.visits.get(self.next) {
-            if visit.last >= self.over && !self.held.contains_key(&visit.extent) {
+            let has_slot = |held: &Held| held.slot.is_some();
+            let is_here = self.held.get(&visit.extent).is_some_and(has_slot);
+            if visit.last >= self.over && !is_here {
                 let slot = self.slot(needs, Some(visit.first))?;
-                let held = Held { slot: Some(slot), ..Held::default() };
-                self.held.insert(visit.extent, held);
+                self.wanted.retain(|&wanted| wanted != visit.extent);
+                self.held.entry(visit.extent).or_default().slot = Some(slot);
                 self.next += 1;
                 return Some(visit.extent);
             }
@@ -412,7 +437,7 @@ impl State {
         }
         let spare = self.held.iter().filter(|(_, held)| held.spare().is_some());
         let needed = |(&extent, _): (&u32, _)| {
-            (needs.next_visit(extent, self.over).unwrap_or(usize::MAX), extent)
+            (needs.next_visit(extent, self.over).map_or(usize::MAX, |(_, step)| step), extent)
         };
         let (next, extent) = spare.map(needed).max()?;
         if step.is_some_and(|step| next <= step) {

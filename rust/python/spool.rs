@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::error::raise;
 use super::plan::Plan;
@@ -11,6 +12,9 @@ use crate::engine::files::Merges;
 use crate::error::Result;
 use crate::io::{self, Needs, ReadPath};
 use crate::plan;
+
+/// Bytes that are handed out at once, at the most.
+const MOST_PEEKED: u64 = 4 << 20;
 
 /// A bounded file for what is read of files that are not here.
 #[pyclass(frozen, module = "oxmerge._core")]
@@ -65,6 +69,19 @@ impl Spool {
     /// nobody wants them any more.
     fn put(&self, py: Python<'_>, extent: u32, start: u64, bytes: &[u8]) -> PyResult<()> {
         py.detach(|| self.0.put(extent, start, bytes)).map_err(|error| raise(py, &error))
+    }
+
+    /// Bytes of an extent that were put in.
+    fn peek<'py>(
+        &self,
+        py: Python<'py>,
+        extent: u32,
+        start: u64,
+        stop: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let mut bytes = vec![0; stop.saturating_sub(start).min(MOST_PEEKED) as usize];
+        py.detach(|| self.0.peek(extent, start, &mut bytes)).map_err(|error| raise(py, &error))?;
+        Ok(PyBytes::new(py, &bytes))
     }
 
     /// All bytes of an extent are in.

@@ -9,4 +9,5 @@ mod io;
 mod kernels;
 mod layout;
 mod methods;
+mod spool;
 mod token_rows;

@@ -163,6 +163,10 @@ class InputChangedError(OxmergeError):
 class RemoteError(OxmergeError):
     """What is on the Hub or in a store cannot be found, may not be had, or does not come whole."""
 
+    def as_problem(self, code: str = "unreachable-model") -> Problem:
+        """Return the same story as an entry of a report."""
+        return super().as_problem(code)
+
 
 class InternalError(OxmergeError):
     """The engine broke a promise of its own: a bug in oxmerge."""

@@ -14,6 +14,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
+from oxmerge.models.fetching import check_space, fetch
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
@@ -70,6 +71,9 @@ class Snapshot:
         The tensor that a worker took up last.
     peak_memory : int
         High-water mark of the process's resident set, bytes.
+    bytes_fetched, bytes_to_fetch : int
+        Bytes of inputs that were not on this machine: downloaded, and in all. As long as some are
+        still to come, `tensor` is the file that comes.
     """
 
     bytes_done: int
@@ -78,6 +82,8 @@ class Snapshot:
     tensors: int
     tensor: str
     peak_memory: int
+    bytes_fetched: int = 0
+    bytes_to_fetch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +326,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         If there is no such device, or torch is not installed.
     InputChangedError
         If an input, its config or index changed while the merge ran; no output is left.
+    RemoteError
+        If weights that are not on this machine cannot be had.
     OSError
         If a file cannot be read or written, or the disk is full; no output is left.
     """
@@ -376,12 +384,14 @@ def merge_together(
                 purpose=plans[at].digest(),
             )
         outputs = [claimed[at] for at in range(len(merges))]
-        for plan, output in zip(plans, outputs, strict=True):
-            stage(output, contents_of(plan))
         with backend or nullcontext(), watched(running.progress) as callback:
+            room = _room(budget)
+            tables = _with_absent(plans, outputs, (room, running.threads, backend), callback)
+            for plan, output in zip(plans, outputs, strict=True):
+                stage(output, contents_of(plan))
             done = _core.execute(
-                [(plan.table, output.path) for plan, output in zip(plans, outputs, strict=True)],
-                memory=_room(budget),
+                [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
+                memory=room,
                 threads=running.threads,
                 read_path=running.read_path,
                 progress=_reporter(plans, callback),
@@ -590,6 +600,38 @@ def _free_memory() -> int:
     with open("/proc/meminfo", encoding="ascii") as file:
         available = next(line for line in file if line.startswith("MemAvailable:"))
     return int(available.split()[1]) * 1024
+
+
+def _with_absent(
+    plans: Sequence[Plan],
+    outputs: Sequence[OutputDirectory],
+    room: tuple[int, int | None, Backend | None],
+    progress: Callable[[Snapshot], None] | None,
+) -> list[_core.Plan]:
+    """Fetch the files that are not here; return the tables of the plans when they are."""
+    tables = [plan.table for plan in plans]
+    absent = list(
+        {each["remote"]["label"]: each for plan in plans for each in plan.absent}.values()
+    )
+    if not absent:
+        return tables
+    _core.predict(tables, *room)  # what cannot fit is told before hours of downloads
+    check_space(absent, os.fspath(outputs[0].path), sum(plan.disk for plan in plans))
+    places = fetch(absent, _fetch_reporter(plans, progress))
+    return [table.placed(places) for table in tables]
+
+
+def _fetch_reporter(
+    plans: Sequence[Plan], progress: Callable[[Snapshot], None] | None
+) -> Callable[[int, int, str], None] | None:
+    if progress is None:
+        return None
+    total, peak = sum(plan.bytes_written for plan in plans), _core.peak_memory()
+
+    def report(fetched: int, to_fetch: int, current: str) -> None:
+        progress(Snapshot(0, total, 0, 0, current, peak, fetched, to_fetch))
+
+    return report
 
 
 def _reporter(

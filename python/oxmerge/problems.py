@@ -72,6 +72,7 @@ CODES = {
     "unknown-key": "a key that recipes do not have",
     "unknown-method": "there is no such method",
     "unknown-parameter": "a parameter that no method has",
+    "unreachable-model": "a model on the Hub, or a file of it, cannot be had",
     "unreadable-checkpoint": "a checkpoint is broken, or cannot be read",
     "unreadable-config": "a config or tokenizer cannot be read",
     UNSUPPORTED: "something that is sound, but not done yet",

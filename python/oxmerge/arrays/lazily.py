@@ -10,6 +10,7 @@ from oxmerge.arrays.in_memory import check_options
 from oxmerge.arrays.views import empty, kind_of
 from oxmerge.errors import PlanError
 from oxmerge.merging import prepare
+from oxmerge.models.fetching import fetch
 from oxmerge.options import PlanOptions
 from oxmerge.problems import no_such_key
 
@@ -40,6 +41,7 @@ class LazyMerge(Mapping[str, Any]):
     def __init__(self, plan: Plan, kind: Kind, threads: int | None) -> None:
         self._tensors = plan.tensors.by_place()
         self._plan = plan
+        self._table = plan.table
         self._engine = _core.OnDemand(plan.table)
         self._kind: Kind = kind
         self._threads = threads
@@ -52,9 +54,18 @@ class LazyMerge(Mapping[str, Any]):
         """Compute a tensor."""
         at = self._at(name)
         tensor = self._plan.tensors[at]
+        self._fetch(at)
         merged = empty(tensor.shape, tensor.dtype, self._kind)
         self._engine.compute(at, merged.exporter, self._threads)
         return merged.array
+
+    def _fetch(self, at: int) -> None:
+        """Download the files that a tensor is made of and that are not here."""
+        files = self._table.files
+        absent = [files[each] for each in self._table.files_of([at]) if "remote" in files[each]]
+        if absent:
+            self._table = self._table.placed(fetch(absent))
+            self._engine = _core.OnDemand(self._table)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Compute a tensor, or return `default` if there is none of that name."""

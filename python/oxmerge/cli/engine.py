@@ -9,7 +9,12 @@ from pathlib import Path
 import oxmerge
 from oxmerge import _core
 from oxmerge.cli.arguments import UsageError
-from oxmerge.models.references import resolve_reference
+from oxmerge.models.references import (
+    Located,
+    error_of,
+    open_located,
+    resolve_reference,
+)
 from oxmerge.problems import Problem
 
 TYPE_CHECKING = False
@@ -62,12 +67,18 @@ class Engine:
         found = find_written(name, allowed)
         return found if found is None or isinstance(found, Problem) else found.row()
 
-    def open_checkpoint(self, path: str) -> Checkpoint:
+    def locate(self, reference: str) -> Located:
+        """Return where a model lies."""
+        found = resolve_reference(reference, (os.curdir,))
+        if not isinstance(found, Problem):
+            return found
+        if found.code == "unreachable-model":
+            raise error_of(found)
+        raise UsageError(found.message, found.advice)
+
+    def open_checkpoint(self, located: Located) -> Checkpoint:
         """Open a checkpoint from its headers."""
-        found = resolve_reference(path, (os.curdir,))
-        if isinstance(found, Problem):
-            raise UsageError(found.message, found.advice)
-        return _core.open_checkpoint(path)
+        return open_located(located)
 
 
 def _recipe(recipe: str) -> Path | IO[bytes]:

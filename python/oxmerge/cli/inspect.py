@@ -66,19 +66,22 @@ class Contents:
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
-    parser.add_argument("model", metavar="MODEL", help="a model directory or a weight file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a model directory, a weight file, or a name on the Hub"
+    )
     add_json_option(parser)
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Open the checkpoint and print what it holds."""
-    checkpoint = engine.open_checkpoint(options.model)
-    contents = sort_tensors(checkpoint, _read_config(options.model))
-    printer.warnings(checkpoint.warnings)
+    located = engine.locate(options.model)
+    checkpoint = engine.open_checkpoint(located)
+    contents = sort_tensors(checkpoint, _read_config(located.path))
+    printer.warnings([*map(str, located.warnings), *checkpoint.warnings])
     if printer.as_json:
-        printer.json(_as_data(options.model, checkpoint, contents))
+        printer.json(_as_data(options.model, located.pinned, checkpoint, contents))
     else:
-        printer.lines(_lines(options.model, checkpoint, contents))
+        printer.lines(_lines(options.model, located.pinned, checkpoint, contents))
     return 0
 
 
@@ -145,9 +148,14 @@ def _tied(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> list[str]:
     return [f"output head = input embedding, says the config{stored}"]
 
 
-def _lines(model: str, checkpoint: Checkpoint, contents: Contents) -> Iterator[str]:
+def _lines(
+    model: str, pinned: str | None, checkpoint: Checkpoint, contents: Contents
+) -> Iterator[str]:
     count, files = len(checkpoint.tensors), len(checkpoint.files)
     yield f"model       {model}"
+    if pinned is not None:
+        away = [int(file["size"]) for file in checkpoint.files if "remote" in file]
+        yield f"on the Hub  {pinned}, {_whereabouts(away)}"
     yield f"files       {files}, {format_size(contents.total_bytes)} of weights"
     yield f"tensors     {count}"
     yield f"parameters  {contents.parameters:,} ({_human(contents.parameters)})"
@@ -164,6 +172,12 @@ def _lines(model: str, checkpoint: Checkpoint, contents: Contents) -> Iterator[s
         yield ""
         yield "outside of layers"
         yield from (_row(row) for row in contents.loose)
+
+
+def _whereabouts(away: list[int]) -> str:
+    """Say whether the weights are on this machine; `away` are the bytes of files that are not."""
+    files = "1 file" if len(away) == 1 else f"{len(away)} files"
+    return f"{files} with {format_size(sum(away))} not downloaded" if away else "on this machine"
 
 
 def _row(row: Row) -> str:
@@ -188,9 +202,12 @@ def _human(count: int) -> str:
     return str(count)
 
 
-def _as_data(model: str, checkpoint: Checkpoint, contents: Contents) -> dict[str, Any]:
+def _as_data(
+    model: str, pinned: str | None, checkpoint: Checkpoint, contents: Contents
+) -> dict[str, Any]:
     return {
         "model": model,
+        "pinned": pinned,
         "files": [str(file["path"]) for file in checkpoint.files],
         "parameters": contents.parameters,
         "bytes": contents.total_bytes,

@@ -7,15 +7,23 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from oxmerge import _core
 from oxmerge.arrays.views import kind_of, numpy_dtype
-from oxmerge.problems import no_such_key
+from oxmerge.models.fetching import fetch
+from oxmerge.models.hub_cache import HubName
+from oxmerge.models.references import (
+    Located,
+    error_of,
+    open_located,
+    resolve_reference,
+)
+from oxmerge.problems import Problem, no_such_key
 from oxmerge.schema import DTYPE_NAMES, DTYPE_SIZES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Self
 
+    from oxmerge import _core
     from oxmerge.arrays.views import Framework
 
 __all__ = ["OpenCheckpoint", "open_checkpoint"]
@@ -43,7 +51,7 @@ class OpenCheckpoint(Mapping[str, Any]):
 
     def __init__(self, path: str | os.PathLike[str], framework: Framework = "np") -> None:
         self._kind = kind_of(framework)
-        self._checkpoint = _core.open_checkpoint(os.fspath(path))
+        self._checkpoint = open_located(_located(path))
         self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
         self._files: list[dict[str, Any]] = self._checkpoint.files
         self._maps: dict[int, Any] = {}
@@ -142,17 +150,38 @@ class OpenCheckpoint(Mapping[str, Any]):
             raise ValueError(f"the checkpoint `{self.path}` is closed")
         if file not in self._maps:
             # The places of the tensors are those of the header that was read: so must be the file.
+            self._fetch(file)
             self._maps[file] = self._checkpoint.map(file, writable=self._kind == "torch")
         return self._maps[file]
+
+    def _fetch(self, file: int) -> None:
+        """Download a file that is not here."""
+        described = self._files[file]
+        if "remote" in described:
+            self._checkpoint = self._checkpoint.placed(fetch([described]))
+            self._files[:] = self._checkpoint.files
+
+
+def _located(path: str | os.PathLike[str]) -> Located:
+    """Return where a model lies. What is no name of the Hub is a path, and opening it tells."""
+    path = os.fspath(path)
+    found = resolve_reference(path, (os.curdir,))
+    if not isinstance(found, Problem):
+        return found
+    if found.code == "missing-model" and not HubName.parse(path):
+        return Located(path)
+    raise error_of(found)
 
 
 def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -> OpenCheckpoint:
     """Open a checkpoint: a safetensors file, or a directory with one or with shards.
 
+    Of a model of the Hub, headers are fetched, and the files of the tensors that are looked up.
+
     Parameters
     ----------
     path : path
-        The file or directory.
+        The file or directory; or a name on the Hub, such as ``org/name@revision``.
     framework : {"np", "pt"}
         What the arrays are, as in safetensors: of NumPy, or of torch.
 
@@ -167,6 +196,8 @@ def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -
         If a header or the index is broken.
     UnsupportedError
         If the weights are quantised.
+    RemoteError
+        If the Hub does not give the model.
     ImportError
         If torch is asked for and not installed.
     """

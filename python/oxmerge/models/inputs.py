@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from oxmerge import _core
 from oxmerge.errors import OxmergeError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
 from oxmerge.models.names import find_layer_counts, find_layout
 from oxmerge.models.naming import named_as
-from oxmerge.models.references import resolve_reference
+from oxmerge.models.references import Located, open_located, resolve_reference
 from oxmerge.models.vocabularies import folder_beside
 from oxmerge.problems import Problem, did_you_mean
 from oxmerge.recipe.recipe import UNREAD
@@ -42,6 +41,8 @@ class InputModel:
         As the recipe writes it.
     path : str
         Where it lies.
+    located : Located
+        The same, with its commit and with what is not here.
     config : dict
         Its config.json; empty if it has none.
     config_file : dict, optional
@@ -60,6 +61,7 @@ class InputModel:
     index: int
     reference: str
     path: str
+    located: Located
     config: dict[str, Any]
     config_file: dict[str, Any] | None
     checkpoint: Checkpoint
@@ -142,18 +144,19 @@ class Inputs:
         self.models: list[InputModel] = []
         self.lacks_reported = False
         self._folders = folders
-        self._paths: dict[str, str | Problem] = {}
+        self._located: dict[str, Located | Problem] = {}
         self._missing: set[str] = set()
         self._by_path: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
-        path = self._resolve(reference)
-        return reference if isinstance(path, Problem) else os.path.realpath(path)
+        found = self._resolve(reference)
+        return reference if isinstance(found, Problem) else os.path.realpath(found.path)
 
     def locate(self, reference: str) -> str | Problem:
         """Return where a model lies, or why that is not known."""
-        return self._resolve(reference)
+        found = self._resolve(reference)
+        return found if isinstance(found, Problem) else found.path
 
     def by_folder(self, folder: str) -> InputModel | None:
         """Return the opened model whose files lie in a folder, if there is one."""
@@ -166,22 +169,23 @@ class Inputs:
         if reference == UNREAD or self._stages.get(reference, "") is None:
             self.lacks_reported = True
             return None
-        path = self._resolve(reference)
-        if isinstance(path, Problem):
+        found = self._resolve(reference)
+        if isinstance(found, Problem):
             if reference not in self._missing:
                 self._missing.add(reference)
-                self._findings.problems.append(replace(path, where=where))
+                self._findings.problems.append(replace(found, where=where))
             return None
-        key = os.path.realpath(path)
+        key = os.path.realpath(found.path)
         if key not in self._by_path:
-            self._by_path[key] = self._open(reference, path)
+            self._by_path[key] = self._open(reference, found, where)
         return self._by_path[key]
 
-    def _resolve(self, reference: str) -> str | Problem:
-        if reference not in self._paths:
+    def _resolve(self, reference: str) -> Located | Problem:
+        if reference not in self._located:
             stage = self._stages.get(reference)
-            self._paths[reference] = stage or resolve_reference(reference, self._folders)
-        return self._paths[reference]
+            found = Located(stage) if stage else resolve_reference(reference, self._folders)
+            self._located[reference] = found
+        return self._located[reference]
 
     def check_renames(self) -> None:
         """Report models whose tensors the recipe renames, but which it does not merge."""
@@ -198,9 +202,10 @@ class Inputs:
                     Problem("wrong-value", message, renames.where, advice=advice)
                 )
 
-    def _open(self, reference: str, path: str) -> InputModel | None:
+    def _open(self, reference: str, located: Located, where: Place | None) -> InputModel | None:
+        path = located.path
         try:
-            checkpoint = self._checkpoint(path)
+            checkpoint = self._checkpoint(located)
         except OxmergeError as error:
             self._findings.problems.append(error.as_problem())
             return None
@@ -210,17 +215,18 @@ class Inputs:
             problem = Problem("unreadable-checkpoint", _os_message(error), file=file, advice=advice)
             self._findings.problems.append(problem)
             return None
-        model = self._model(reference, path, checkpoint)
+        model = self._model(reference, located, checkpoint)
         self.models.append(model)
+        self._findings.warnings += [replace(each, where=where) for each in located.warnings]
         self._findings.warnings += [
             Problem("odd-checkpoint", text, file=path) for text in checkpoint.warnings
         ]
         return model
 
-    def _checkpoint(self, path: str) -> Checkpoint:
-        key = os.path.realpath(path)
+    def _checkpoint(self, located: Located) -> Checkpoint:
+        key = os.path.realpath(located.path)
         if key not in self._checkpoints:
-            self._checkpoints[key] = _core.open_checkpoint(path)
+            self._checkpoints[key] = open_located(located)
         return self._checkpoints[key]
 
     # Names.
@@ -242,13 +248,14 @@ class Inputs:
 
     def _donor_checkpoint(self) -> Checkpoint | None:
         """Return the donor's headers; None if they cannot be read, which is told later."""
-        path = self._resolve(self._donor) if self._donor else None
+        found = self._resolve(self._donor) if self._donor else None
         try:
-            return self._checkpoint(path) if isinstance(path, str) else None
+            return self._checkpoint(found) if isinstance(found, Located) else None
         except (OxmergeError, OSError):
             return None
 
-    def _model(self, reference: str, path: str, checkpoint: Checkpoint) -> InputModel:
+    def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel:
+        path = located.path
         checkpoint, rules = self._named(reference, path, checkpoint)
         runs = checkpoint.runs()
         config, config_file = self._read_config(path)
@@ -260,6 +267,7 @@ class Inputs:
             index=len(self.models),
             reference=reference,
             path=path,
+            located=located,
             config=config,
             config_file=config_file,
             checkpoint=checkpoint,

@@ -1,85 +1,422 @@
-"""Model references: how a recipe names a model, and where that model lies."""
+"""Model references: how people name a model, and where that model lies.
+
+A reference is a path, or the name of a model on the Hub. One function resolves it, for recipes,
+`inspect`, `open` and `lazy`. A path wins when it is there; what else was looked at is said. What it
+resolves to is pinned: a model of the Hub is one commit from then on.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+from urllib.parse import quote
 
+from oxmerge import _core
+from oxmerge.errors import CheckpointError, RemoteError, UnsupportedError
+from oxmerge.models import hub
+from oxmerge.models.hub_cache import HubName, Snapshot, cache_folder, find_snapshot
+from oxmerge.models.vocabularies import TOKENIZER_FILES
 from oxmerge.problems import UNSUPPORTED, Problem, near, printable
+from oxmerge.sizes import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from oxmerge._core import Checkpoint
+    from oxmerge.models.remote import RemoteFile
 
 __all__ = [
-    "DOWNLOAD_REVISION",
+    "FOLDERS",
     "MERGE_LORA",
+    "Located",
+    "error_of",
+    "fetch_beside",
+    "open_located",
     "parse_reference",
+    "remote_file",
     "resolve_reference",
+    "with_revision",
 ]
 
 #: What to do about references that are not supported yet.
 MERGE_LORA = "merge the adapter into its model first, and name the result"
-DOWNLOAD_REVISION = "download that revision, and name its directory"
+_NAME_ONE = "name the folder of a model, or a safetensors file"
+#: Files of a model that a message shows.
+_SHOWN = 8
+#: Small files of a model that planning reads, besides indexes of weights.
+_PLANNED = frozenset(
+    (*TOKENIZER_FILES, "config.json", "generation_config.json", "modules.json", "README.md")
+)
+_INDEX = ".index.json"
+#: Headers that are fetched at a time; the bytes that most of them fit; all headers of a model.
+_AT_ONCE = 8
+_FIRST = 128 << 10
+_MOST_HEADERS = 100_000_000
+_LENGTH = 8
+#: Folders that people put models into; nobody on the Hub is called so.
+FOLDERS = frozenset(
+    ("models", "model", "checkpoints", "weights", "merged", "merges", "output", "outputs", "data")
+)
 
-#: What may be a model's name on the Hub: `gpt2`, `organisation/model`.
-_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a model lies.
+
+    Attributes
+    ----------
+    path : str
+        Its folder, or its file; of a model of the Hub, in the Hub's cache.
+    pinned : str, optional
+        What it is called on the Hub with its commit, ``org/name@commit``.
+    absent : mapping of str to RemoteFile
+        The files of its folder that are not here, by their names there.
+    warnings : tuple of Problem
+        What is odd about the reference.
+    """
+
+    path: str
+    pinned: str | None = None
+    absent: Mapping[str, RemoteFile] = field(default_factory=lambda: MappingProxyType({}))
+    warnings: tuple[Problem, ...] = ()
 
 
 def parse_reference(text: str) -> str | Problem:
-    """Return the path that a reference is, or why it cannot be used.
+    """Return a reference as it can be resolved, or why it cannot.
 
     Parameters
     ----------
     text : str
-        A path. A LoRA (``model+lora``) or a revision (``model@revision``) is refused by name.
+        A path or a name. A LoRA (``model+lora``) is refused by name.
     """
     if not text.strip():
         return Problem("wrong-value", "an empty model reference", advice="name the model's folder")
     if os.path.exists(os.path.expanduser(text)):
         return text  # whatever letters it has
     if "+" in text:
-        return Problem(
-            UNSUPPORTED,
-            f"not supported yet: a LoRA on a model (`{text}`)",
-            advice=MERGE_LORA,
-        )
-    if "@" in text:
-        return Problem(
-            UNSUPPORTED,
-            f"not supported yet: a revision of a model (`{text}`)",
-            advice=DOWNLOAD_REVISION,
-        )
+        message = f"not supported yet: a LoRA on a model (`{text}`)"
+        return Problem(UNSUPPORTED, message, advice=MERGE_LORA)
+    if "://" in text and not text.startswith("hf://"):
+        message = f"not supported yet: a model in a store (`{text}`)"
+        return Problem(UNSUPPORTED, message, advice="download it, and name its folder")
     return text
 
 
-def resolve_reference(reference: str, folders: tuple[str, ...]) -> str | Problem:
+def with_revision(name: str, revision: str) -> str:
+    """Return the short form of a name and a revision that are written apart."""
+    return f"{name}@{revision if revision.startswith('refs/') else quote(revision, safe='')}"
+
+
+def resolve_reference(reference: str, folders: tuple[str, ...]) -> Located | Problem:
     """Find the file or directory that a reference names.
 
     Parameters
     ----------
     reference : str
-        As the recipe writes it; ``~`` is the home directory.
+        As the recipe writes it: a path, where ``~`` is the home directory; or ``org/name``,
+        ``org/name@revision``, ``org/name/folder``, each also behind ``hf://``.
     folders : tuple of str
         Where a relative path may start, in order: the working directory, the recipe's folder.
 
     Returns
     -------
-    str or Problem
-        An absolute path, or a problem that names every place tried.
+    Located or Problem
+        Where it lies, or a problem that names every place tried.
     """
-    path = os.path.expanduser(reference)
-    places = list(dict.fromkeys(os.path.abspath(os.path.join(folder, path)) for folder in folders))
-    for place in places:
-        if os.path.exists(place):
-            return place
-    return _not_found(reference, places)
+    parsed = parse_reference(reference)
+    if isinstance(parsed, Problem):
+        return parsed
+    places = _places(reference, folders)
+    for place in filter(os.path.exists, places):
+        return _local(place)
+    named = HubName.parse(reference)
+    is_folder = named is not None and named.name.partition("/")[0].lower() in FOLDERS
+    if named is not None and (named.is_address or not is_folder):
+        for place in _without_revision(named, folders):
+            return Located(place, warnings=(_no_revision(reference, place),))
+        return _on_hub(reference, named, [] if named.is_address else places)
+    for place in filter(os.path.exists, _places(reference.rpartition("@")[0], folders)):
+        return Located(place, warnings=(_no_revision(reference, place),))
+    return _not_found(reference, places, "", _NAME_ONE)
 
 
-def _not_found(reference: str, places: list[str]) -> Problem:
+def _without_revision(named: HubName, folders: tuple[str, ...]) -> Iterator[str]:
+    """Yield the paths that are there and are what a name says without its revision."""
+    if named.revision is not None and not named.is_address:
+        inside = f"{named.name}/{named.inside}".rstrip("/")
+        yield from filter(os.path.exists, _places(inside, folders))
+
+
+def _no_revision(reference: str, place: str) -> Problem:
+    message = f"`{reference}` is taken to be the path `{place}`, which has no revisions"
+    advice = "to name the model on the Hub, write `hf://` before it"
+    return Problem("no-effect", message, advice=advice)
+
+
+def _places(path: str, folders: tuple[str, ...]) -> list[str]:
+    if not path:
+        return []
+    path = os.path.expanduser(path)
+    return list(dict.fromkeys(os.path.abspath(os.path.join(folder, path)) for folder in folders))
+
+
+def _local(path: str) -> Located:
+    """Return where a path leads; in the Hub's cache, which model and commit that is."""
+    folder, name = os.path.split(path)
+    if name.startswith("models--") and os.path.isdir(os.path.join(path, "snapshots")):
+        named = HubName.parse(name.removeprefix("models--").replace("--", "/"))
+        # The cache's folder of a model stands for what the cache has as its main branch.
+        with suppress(OSError):
+            if named and os.path.samefile(folder, cache_folder()):
+                snapshot = find_snapshot(named.name)
+                if snapshot and os.path.isdir(snapshot.folder):
+                    return Located(snapshot.folder, snapshot.label_of(""))
+    found = Snapshot.of_path(path)
+    return Located(path, None if found is None else found[0].label_of(found[1]))
+
+
+def error_of(problem: Problem) -> Exception:
+    """Return the exception for a reference that leads nowhere, where there is no report."""
+    if problem.code == "missing-model":
+        return FileNotFoundError(errno.ENOENT, str(problem))
+    kind = UnsupportedError if problem.code == UNSUPPORTED else RemoteError
+    return kind(problem.message, file=problem.file, found=problem.found, advice=problem.advice)
+
+
+# The Hub.
+
+
+def _on_hub(reference: str, named: HubName, places: list[str]) -> Located | Problem:
+    snapshot = find_snapshot(named.name, named.revision)
+    if snapshot is not None and not _lacking(snapshot, named.inside):
+        return _in_cache(snapshot, named.inside)
+    reason = hub.why_not()
+    if reason is not None:
+        return _without_hub(reference, named, snapshot, places, *reason)
+    try:
+        return _at_hub(snapshot or hub.find_commit(named.name, named.revision), named)
+    except RemoteError as error:
+        # Of a commit that is known the weights are the same: what is lacking is beside them.
+        if snapshot is not None and not _lacking(snapshot, named.inside, weights_only=True):
+            return _in_cache(snapshot, named.inside, str(error))
+        if places:
+            error.message = f"there is no path `{reference}`, and {error.message}"
+        return error.as_problem()
+
+
+def _without_hub(
+    reference: str,
+    named: HubName,
+    snapshot: Snapshot | None,
+    places: list[str],
+    why: str,
+    advice: str,
+) -> Located | Problem:
+    """Return what the cache has, though not all, if the weights are there."""
+    if snapshot is None:
+        seen = f", the Hub's cache `{cache_folder()}` has no `{named}`, and {why}"
+        return _not_found(reference, places, seen, f"{advice}; or {_NAME_ONE}")
+    lacking = _lacking(snapshot, named.inside, weights_only=True)
+    if not lacking:
+        return _in_cache(snapshot, named.inside, why)
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    message = f"the Hub's cache lacks files of `{named}`, and {why}"
+    found = f"no `{lacking[0]}`{more}"
+    folder = snapshot.folder
+    return Problem("unreachable-model", message, file=folder, found=found, advice=advice)
+
+
+def _in_cache(snapshot: Snapshot, inside: str, why: str | None = None) -> Located:
+    warnings = () if why is None else (_may_lack(snapshot, why),)
+    return Located(snapshot.path_of(inside), snapshot.label_of(inside), warnings=warnings)
+
+
+def _may_lack(snapshot: Snapshot, why: str) -> Problem:
+    message = "the Hub's cache may lack files beside the weights, and they were not fetched"
+    return Problem("odd-checkpoint", message, file=snapshot.folder, found=why)
+
+
+def _lacking(snapshot: Snapshot, inside: str, *, weights_only: bool = False) -> list[str]:
+    """Return the files that a snapshot should have of a model, and has not.
+
+    That are the weights; and what planning reads, as far as the cache knows what there is, or else
+    a config and a tokenizer.
+    """
+    path = snapshot.path_of(inside)
+    try:
+        weights = _core.weight_files(path, ())
+    except UnsupportedError:
+        return []  # which is told when it is opened
+    except (CheckpointError, OSError):
+        return [inside or "model.safetensors"]
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    lacking = [name for name in weights if not os.path.isfile(os.path.join(folder, name))]
+    if weights_only or lacking:
+        return lacking
+    files = snapshot.files()
+    if files is not None:
+        prefix = _prefix(inside, is_file=folder != path)
+        wanted = (name for name in files if _is_planned(name, prefix))
+        return [name for name in wanted if not os.path.isfile(snapshot.path_of(name))]
+    here = frozenset(os.listdir(folder))
+    wanted_sets = {"config.json": {"config.json"}, "tokenizer.json": set(TOKENIZER_FILES)}
+    return [name for name, any_of in wanted_sets.items() if not here & any_of]
+
+
+def _prefix(inside: str, *, is_file: bool) -> str:
+    """Return what the names of the files in a model's folder begin with."""
+    folder = inside.rpartition("/")[0] if is_file else inside
+    return f"{folder}/" if folder else ""
+
+
+def _is_planned(name: str, prefix: str) -> bool:
+    """Tell whether planning reads a file of that folder of a model."""
+    rest = name.removeprefix(prefix)
+    is_index = rest.endswith(_INDEX) and "/" not in rest
+    return name.startswith(prefix) and (rest in _PLANNED or is_index)
+
+
+def _at_hub(snapshot: Snapshot, named: HubName) -> Located:
+    """Fetch the small files that planning reads; tell which others are not here."""
+    listed, inside = hub.list_files(snapshot), named.inside
+    prefix = _prefix(inside, is_file=inside in listed)
+    in_folder = [name for name in listed if name.startswith(prefix)]
+    if not in_folder:
+        raise RemoteError(
+            f"`{named}` has no `{inside}`" if inside else f"`{named}` has no files",
+            file=snapshot.label_of(""),
+            found=", ".join(f"`{name}`" for name in sorted(listed)[:_SHOWN]) or None,
+            advice="name a folder or a file that it has",
+        )
+    planned = [name for name in in_folder if _is_planned(name, prefix)]
+    hub.fetch_small(snapshot, planned, named.revision)
+    absent = {
+        name.removeprefix(prefix): hub.file_of(snapshot, name, listed[name].size, listed[name].etag)
+        for name in in_folder
+        if not os.path.isfile(snapshot.path_of(name))
+    }
+    return Located(snapshot.path_of(inside), snapshot.label_of(inside), MappingProxyType(absent))
+
+
+def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Problem]:
+    """Fetch files beside the weights that are not here; return what is odd.
+
+    Parameters
+    ----------
+    located : Located
+        The model.
+    is_wanted : callable
+        Tells of a file's name, with ``/``, whether it is.
+
+    Raises
+    ------
+    RemoteError
+        If one cannot be had.
+    """
+    found = None if located.pinned is None else Snapshot.of_label(located.pinned)
+    if found is None or located.warnings:  # which say so already
+        return []
+    snapshot, inside = found
+    files = snapshot.files()
+    reason = hub.why_not()
+    if files is None and reason is not None:
+        return [_may_lack(snapshot, reason[0])]
+    names = hub.list_files(snapshot) if files is None else files
+    prefix = _prefix(inside, is_file=os.path.isfile(located.path) or inside in names)
+    in_folder = (name for name in names if name.startswith(prefix))
+    wanted = [name for name in in_folder if is_wanted(name.removeprefix(prefix))]
+    lacking = [name for name in wanted if not os.path.isfile(snapshot.path_of(name))]
+    if lacking and reason is not None:
+        return [_may_lack(snapshot, reason[0])]
+    if lacking or files is None:
+        hub.fetch_small(snapshot, lacking or wanted[:1], snapshot.commit)
+    return []
+
+
+def remote_file(file: Mapping[str, object]) -> RemoteFile:
+    """Return the remote file that a plan has as one of its files.
+
+    Raises
+    ------
+    RemoteError
+        If it is none that can be fetched.
+    """
+    remote = file["remote"]
+    label = str(remote["label"]) if isinstance(remote, Mapping) else ""
+    found = Snapshot.of_label(label)
+    if found is None or not isinstance(remote, Mapping):
+        raise RemoteError("the plan names a file that cannot be fetched", file=label)
+    return hub.file_of(*found, int(str(file["size"])), str(remote["etag"]))
+
+
+# Headers.
+
+
+def open_located(located: Located) -> Checkpoint:
+    """Open a checkpoint from its headers, of which those of files that are not here are fetched.
+
+    Raises
+    ------
+    CheckpointError
+        If a header or the index is broken.
+    UnsupportedError
+        If the weights are quantised, or in another format.
+    RemoteError
+        If a header cannot be had.
+    """
+    if not located.absent:
+        return _core.open_checkpoint(located.path)
+    return _open_remote(located.path, tuple(sorted(located.absent.items())))
+
+
+@lru_cache(maxsize=8)  # a sweep opens the same models often
+def _open_remote(path: str, absent: tuple[tuple[str, RemoteFile], ...]) -> Checkpoint:
+    files = {name: file for name, file in absent if "/" not in name}
+    rows = [(name, file.size, file.label, file.etag, b"") for name, file in files.items()]
+    wanted = [files[name] for name in _core.weight_files(path, rows) if name in files]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        starts = dict(zip(wanted, pool.map(_Starts(), wanted), strict=True))
+    opened = [(*row[:-1], starts.get(files[row[0]], b"")) for row in rows]
+    return _core.open_checkpoint(path, opened)
+
+
+class _Starts:
+    """Fetches the first bytes of files, up to the ends of their headers."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_HEADERS
+
+    def __call__(self, file: RemoteFile) -> bytes:
+        start = file.read(0, min(file.size, _FIRST))
+        end = _LENGTH + int.from_bytes(start[:_LENGTH], "little")
+        self._left -= end - _LENGTH
+        # What is wrong with a length is told when the header is read; no bytes are fetched for it.
+        if len(start) < end <= min(file.size, _LENGTH + _MOST_HEADERS):
+            if self._left < 0:
+                raise CheckpointError(
+                    "the headers of the model's files are larger than any model's",
+                    file=file.label,
+                    expected=f"at most {format_size(_MOST_HEADERS)} in all",
+                    advice="get the model from where it was first published",
+                )
+            start += file.read(len(start), end)
+        return start
+
+
+# Nothing found.
+
+
+def _not_found(reference: str, places: list[str], seen: str, advice: str) -> Problem:
     tried = " or ".join(f"`{place}`" for place in places)
-    message = f"no model `{reference}`: there is no {tried}"
-    advice = "name the folder of a model, or a safetensors file"
-    if _HUB_NAME.fullmatch(reference):
-        message += ", and models are not fetched from the Hub yet"
-        advice = f"download it, and name its folder: `hf download {reference} --local-dir FOLDER`"
+    there = f": there is no {tried}" if tried else ""
+    message = f"no model `{reference}`{there}{seen}"
     if meant := _meant(reference, places):
         advice = f"did you mean `{meant}`? If not, {advice}"
     return Problem("missing-model", message, advice=advice)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["HttpFile", "RemoteFile"]
+__all__ = ["HttpFile", "RemoteFile", "retried"]
 
 #: How often a range is asked for in vain before that is an error; with fewer bytes than these an
 #: answer was in vain.
@@ -237,6 +237,24 @@ def _of_status(answer: Any) -> _Failure:  # noqa: ANN401 - of httpx
         advice = "the server limits how often it may be asked: wait some minutes, or sign in"
         return _Failure(reason, after=seconds, advice=advice)
     return _Failure(reason, after=seconds)
+
+
+def retried(ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
+    """Return what a call returns that asks a server, and asks again for what passes."""
+    attempt = 0
+    while True:
+        try:
+            return ask()
+        except Exception as error:
+            answer = getattr(error, "response", None)
+            if answer is not None:
+                failure = _of_status(answer)
+            else:
+                failure = _Failure(_told(error), passes=_is_of_transport(error))
+            attempt += 1
+            if attempt == _ATTEMPTS or not failure.passes:
+                raise
+            failure.wait(attempt)
 
 
 def _is_of_transport(error: Exception) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS",
     "OPAQUE",
+    "TOKENIZER_FILES",
     "compare",
     "folder_beside",
     "present",
@@ -37,7 +38,7 @@ OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.
 #: Everything that tells tokens.
 _TOKENS = (*dict.fromkeys(name for names in KINDS for name in names), *OPAQUE)
 #: Everything that makes a tokenizer what it is.
-_WHOLE = (
+TOKENIZER_FILES = (
     *_TOKENS,
     "merges.txt",
     "tokenizer_config.json",
@@ -88,7 +89,7 @@ def same_files(one: str, other: str, *, only_tokens: bool = False) -> bool:
     """
     if os.path.realpath(one) == os.path.realpath(other):
         return True
-    names = _TOKENS if only_tokens else _WHOLE
+    names = _TOKENS if only_tokens else TOKENIZER_FILES
     shared = present(one, names)
     if not shared or shared != present(other, names):
         return False

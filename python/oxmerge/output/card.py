@@ -12,6 +12,9 @@ import re
 from dataclasses import dataclass
 
 from oxmerge.json_files import read_start
+from oxmerge.models.hub_cache import Snapshot
+from oxmerge.models.references import FOLDERS
+from oxmerge.problems import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,14 +34,8 @@ _MOST_BASES = 1000
 #: As much of a card as may hold its front matter.
 _MOST_BYTES = 1 << 16
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
-#: Where a model lies that was downloaded into the Hub's cache, and a name as the Hub has it.
-_CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+(?:/|$)", re.ASCII)
+#: A name as the Hub has it.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-#: Folders that people put models into; nobody on the Hub is called so.
-_FOLDERS = frozenset(
-    ("models", "model", "checkpoints", "weights", "merged", "merges", "output", "outputs", "data")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +104,10 @@ def hub_name(reference: str, path: str) -> str | None:
     >>> hub_name("/home/me/models/Llama 3 (mine)", "/home/me/models/Llama 3 (mine)")
     'Llama-3-mine'
     """
-    cached = _CACHED.search(os.path.abspath(path)) or _CACHED.search(os.path.realpath(path))
+    cached = Snapshot.of_path(path) or Snapshot.of_path(os.path.realpath(path))
     if cached is not None:
-        return f"{cached[1]}/{cached[2]}"
-    if _HUB_NAME.fullmatch(reference) and reference.partition("/")[0].lower() not in _FOLDERS:
+        return cached[0].name
+    if _HUB_NAME.fullmatch(reference) and reference.partition("/")[0].lower() not in FOLDERS:
         return reference
     place = os.path.realpath(path)
     folder = os.path.dirname(place) if os.path.isfile(place) else place
@@ -122,6 +119,7 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
     *,
     method: str,
     models: Sequence[str],
+    pinned: Sequence[str | None],
     hub_names: Iterable[str | None] = (),
     metadata: Metadata | None = None,
     base: str | None,
@@ -138,6 +136,8 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         Name of the merge method, as in the recipe.
     models
         The models merged as the recipe writes them, in listed order; the base may be among them.
+    pinned
+        What each of them is called on the Hub with its commit, if it is from there.
     hub_names
         What they are called on the Hub.
     metadata
@@ -154,6 +154,8 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         On tensors that are not merged as others are.
     """
     everyone = list(dict.fromkeys([*([base] if base else []), *models]))
+    known = zip(models, pinned, strict=True)
+    commits = {model: f", that is {_code(pin)}" for model, pin in known if pin and pin != model}
     sections = [
         _front_matter(hub_names, metadata or Metadata()),
         f"# Merge by {method_title or method}",
@@ -161,14 +163,25 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         "## Method",
         _method_sentence(method, method_title, paper, base),
         "## Models",
-        "\n".join(f"- {_code(model)}" for model in everyone if model != base or base in models),
+        "\n".join(
+            f"- {_code(model)}{commits.get(model, '')}"
+            for model in everyone
+            if model != base or base in models
+        ),
         "## Tensors" if notes else "",
         "\n".join(f"- {_code(note)}" for note in notes),
         "## Recipe",
         f"It is also in `{RECIPE_NAME}`. Relative paths in it hold where it was first run.",
-        _fenced(recipe_text),
+        _fenced(pinned_recipe(recipe_text, models, pinned)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def pinned_recipe(text: str, models: Sequence[str], pinned: Sequence[str | None]) -> str:
+    """Return the text of a recipe, with the commits of its models as comments before it."""
+    known = zip(models, pinned, strict=True)
+    pins = (f"{model} was {pin}" for model, pin in known if pin and pin != model)
+    return "".join(f"# {printable(pin)}\n" for pin in pins) + text
 
 
 def _front_matter(hub_names: Iterable[str | None], metadata: Metadata) -> str:

@@ -8,6 +8,7 @@ from oxmerge.output.card import (
     REPORT_NAME,
     hub_name,
     model_card,
+    pinned_recipe,
     read_metadata,
 )
 from oxmerge.output.config import edit_config, json_text
@@ -48,9 +49,13 @@ def contents_of(plan: Plan) -> Contents:
         index=plan.index,
         config=plan.config,
         side_files=plan.side_files.copied,
-        texts={**plan.side_files.texts, CARD_NAME: plan.card, RECIPE_NAME: plan.recipe_text},
+        texts={**plan.side_files.texts, CARD_NAME: plan.card, RECIPE_NAME: _recipe_of(plan)},
         late=[REPORT_NAME],
     )
+
+
+def _recipe_of(plan: Plan) -> str:
+    return pinned_recipe(plan.recipe_text, plan.models, plan.pinned)
 
 
 def late_texts(plan: Plan, report: dict[str, Any]) -> dict[str, str]:
@@ -61,7 +66,7 @@ def late_texts(plan: Plan, report: dict[str, Any]) -> dict[str, str]:
 def disk_bytes(plan: Plan) -> int:
     """Return the bytes that the output directory takes."""
     weights = sum(size for _, size in plan.shards)
-    texts = (plan.config, plan.index, plan.card, plan.recipe_text)
+    texts = (plan.config, plan.index, plan.card, _recipe_of(plan))
     text_bytes = sum(len(text.encode()) for text in texts if text is not None)
     return weights + text_bytes + plan.side_files.total_bytes + _REPORT_BYTES
 
@@ -158,6 +163,7 @@ def card_of(
     return model_card(
         method=recipe.method,
         models=[model.reference for model in models],
+        pinned=[model.located.pinned for model in models],
         hub_names=hub_names,
         metadata=read_metadata(folder_of(donor.path)),
         base=None if recipe.base_model is None else donor.reference,

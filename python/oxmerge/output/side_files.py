@@ -151,6 +151,16 @@ def find_side_files(donor: Path, merged: frozenset[str] = frozenset()) -> SideFi
     )
 
 
+def is_side_file(name: str, donor: Path) -> bool:
+    """Tell whether a file of the donor would be copied, by its name with ``/``."""
+    *folders, last = name.split("/")
+    if any(folder.startswith(".") or _matches(folder, _TRAINING) for folder in folders):
+        return False
+    reason = _reason_to_leave(last)
+    is_whole = bool(folders) and folders[0] in _pipeline_folders(donor)
+    return reason is None or (is_whole and reason in {"weights", "an index of weights"})
+
+
 def folder_of(model: str) -> Path:
     """Return the directory of a model that is named by its index file, else the model itself."""
     path = Path(model)

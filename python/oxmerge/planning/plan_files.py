@@ -81,6 +81,7 @@ def _output(plan: Plan) -> dict[str, Any]:
         "recipe_folder": plan.recipe_folder,
         "shard_size": plan.shard_size,
         "models": plan.models,
+        "pinned": plan.pinned,
         "donor": plan.donor,
         "base": plan.base,
         "layer_map": plan.layer_map,
@@ -236,6 +237,9 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
     for index in (donor, 0 if base is None else base):
         if not 0 <= index < len(models):
             raise _wrong("there is no model of that number", index)
+    pinned = tuple(reader.get("pinned", list))
+    if len(pinned) != len(models) or not all(isinstance(each, str | None) for each in pinned):
+        raise _wrong("`pinned` in the plan is not as it should be", pinned)
     copied = [_side_file(_Reader(each)) for each in reader.get("side_files", list, dict)]
     written = (CONFIG_NAME, INDEX_NAME, RECIPE_NAME, REPORT_NAME)
     taken = {*written, *(name for name, _ in table.shards)}
@@ -261,6 +265,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         "recipe_folder": reader.get("recipe_folder", str, optional=True),
         "shard_size": reader.get("shard_size", int),
         "models": models,
+        "pinned": pinned,
         "donor": donor,
         "base": base,
         "layer_map": _pairs(reader.get("layer_map", list, list, optional=True)),

@@ -10,17 +10,18 @@ import os
 from dataclasses import replace
 from types import MappingProxyType
 
-from oxmerge.errors import PlanError, ProblemsError, RecipeError
+from oxmerge.errors import PlanError, ProblemsError, RecipeError, RemoteError
 from oxmerge.json_files import read_object
 from oxmerge.methods import Method, built_in_methods, find_method
 from oxmerge.models.inputs import InputModel, Inputs
 from oxmerge.models.names import is_vocabulary
+from oxmerge.models.references import fetch_beside
 from oxmerge.models.vocabularies import folder_beside
 from oxmerge.options import DEFAULT_SHARD_SIZE, check_allowed, check_seed
 from oxmerge.output.chat_templates import choose_template
 from oxmerge.output.config import edit_config, json_text
 from oxmerge.output.contents import card_of, config_of, notes_on
-from oxmerge.output.side_files import SideFiles, find_side_files, folder_of
+from oxmerge.output.side_files import SideFiles, find_side_files, folder_of, is_side_file
 from oxmerge.output.token_ids import GENERATION_CONFIG, edit_tokens
 from oxmerge.output.tokenizers import side_files_with
 from oxmerge.planning.assembly import Assembler
@@ -37,7 +38,7 @@ from oxmerge.schema import Tensors, is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import Any
 
     from oxmerge import _core
@@ -285,10 +286,21 @@ class _Planner:
             template, problem = choose_template(self.recipe.chat_template, folders, whose)
             problems += [] if problem is None else [problem]
         if self.with_side_files:
+            self.fetch_side_files(donor)
             found = find_side_files(folder_of(donor.path), donor.file_names)
             self.side_files = side_files_with(found, own, tokenizer, template)
             problems += self.side_files.problems
             self.look_at_generation(donor)
+
+    def fetch_side_files(self, donor: InputModel) -> None:
+        """Have the files here that the output copies from the donor."""
+        folder = folder_of(donor.path)
+        try:
+            odd = fetch_beside(donor.located, lambda name: is_side_file(name, folder))
+        except RemoteError as error:
+            self.findings.problems.append(error.as_problem())
+        else:
+            self.findings.warnings += odd
 
     def look_at_generation(self, donor: InputModel) -> None:
         """Have the config of generation name the same tokens."""
@@ -380,13 +392,20 @@ class _Planner:
             shard_size=shard_size,
             models=models,
             donor=donor.index,
+            pinned=tuple(model.located.pinned for model in self.inputs.models),
             base=None if base is None else donor.index,
             layer_map=layer_map,
             dtype=dtype,
             accounting=accounting,
             warnings=group_problems(self.findings.warnings),
             notes=notes,
-            changes=(*changes, *self.token_notes, *notes, *notes_on(self.side_files)),
+            changes=(
+                *changes,
+                *self.token_notes,
+                *notes,
+                *notes_on(self.side_files),
+                *self.pins(),
+            ),  # fmt: skip
             config=config,
             card=card_of(self.recipe, method, self.inputs.models, donor, extended, self.stages),
             side_files=self.side_files,
@@ -394,6 +413,12 @@ class _Planner:
         )
         plan.recipe = self.recipe  # it need not be read again
         return plan
+
+    def pins(self) -> Iterator[str]:
+        """Yield which commits the models are."""
+        for model in self.inputs.models:
+            if model.located.pinned is not None:
+                yield f"`{model.reference}` is `{model.located.pinned}`"
 
     def extension_notes(self, donor: InputModel) -> tuple[str, ...]:
         """Return which tensors have other names in a model, and which are left to one model."""

@@ -51,6 +51,8 @@ class Plan:
         Bytes in an output file at most.
     models : tuple of str
         The models as the recipe writes them, in order of first mention.
+    pinned : tuple of str or None
+        What each of them is called on the Hub with its commit, ``org/name@commit``; None of others.
     donor : int
         Which of them gives names, config and tokenizer.
     base : int, optional
@@ -89,6 +91,7 @@ class Plan:
     recipe_folder: str | None
     shard_size: int
     models: tuple[str, ...]
+    pinned: tuple[str | None, ...]
     donor: int
     base: int | None
     layer_map: tuple[tuple[int, int], ...] | None
@@ -120,6 +123,12 @@ class Plan:
     def input_files(self) -> list[dict[str, Any]]:
         """Every input file as it was when it was first read: weights, then configs and indexes."""
         return self.table.files
+
+    @cached_property
+    def absent(self) -> list[dict[str, Any]]:
+        """The files with weights that are not here, in the order in which a merge reads them."""
+        files = (self.input_files[at] for at in self.table.files_of())
+        return [file for file in files if "remote" in file]
 
     @property
     def shards(self) -> list[tuple[str, int]]:

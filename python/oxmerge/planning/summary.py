@@ -79,6 +79,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "stages": [stage.as_dict() for stage in plan.stages],
         "method": plan.method,
+        "models": [
+            {"reference": model, "pinned": pin}
+            for model, pin in zip(plan.models, plan.pinned, strict=True)
+        ],
+        "bytes_to_fetch": _away(plan),
         "source": plan.table.source,
         "cost": cost(plan),
         "tensors": len(plan.tensors),
@@ -114,8 +119,14 @@ def _lines(plan: Plan) -> Iterator[str]:
         what = f"{stage.method}, {len(stage.tensors)} tensors, {writes}"
         yield f"first     `{stage.recipe.name}`: {what}"
     yield f"method    {plan.method}{_source(plan)}"
+    pins = (pin for pin in zip(plan.models, plan.pinned, strict=True) if pin[1])
+    for at, (model, pin) in enumerate(pins):
+        yield f"{' ' if at else 'commits':<10}{model}: {pin}"
     yield f"tensors   {len(plan.tensors)} in {files}"
     yield f"reads     {format_size(plan.bytes_read)}: {cost(plan)}"
+    if plan.absent:
+        where = "1 file" if len(plan.absent) == 1 else f"{len(plan.absent)} files"
+        yield f"fetches   {format_size(_away(plan))} in {where}, which stay in the Hub's cache"
     yield f"writes    {format_size(plan.bytes_written)}"
     yield f"memory    {format_size(prediction.memory, binary=True)} at the peak"
     if plan.tokenizer_memory is not None:
@@ -129,6 +140,11 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from (f"not copied  {name}" for name in plan.left_out)
     lines = (line for account in plan.accounting for line in account.summary())
     yield from (f"{' ' if at else 'inputs':<10}{line}" for at, line in enumerate(lines))
+
+
+def _away(plan: Plan) -> int:
+    """Return the bytes of the files that have to be fetched."""
+    return sum(int(file["size"]) for file in plan.absent)
 
 
 def _source(plan: Plan) -> str:

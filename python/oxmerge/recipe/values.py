@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from oxmerge.models.references import DOWNLOAD_REVISION, MERGE_LORA, parse_reference
+from oxmerge.models.references import MERGE_LORA, parse_reference, with_revision
 from oxmerge.problems import UNSUPPORTED, did_you_mean
 from oxmerge.recipe.keys import KeyReader, at_item, at_key, is_mapping, show, show_key
 from oxmerge.recipe.recipe import UNREAD, Choice, Setting
@@ -92,18 +92,19 @@ class ValueReader(KeyReader):
         self.check_keys(
             raw, place, frozenset(("model", "lora") if long_form else ("path", "revision"))
         )
-        for key, what, advice in (
-            ("lora", "a LoRA on a model", MERGE_LORA),
-            ("revision", "a revision of a model", DOWNLOAD_REVISION),
-        ):
-            if raw.get(key) is not None:
-                self.fault(
-                    at_key(place, raw, key),
-                    f"not supported yet: {what} (`{key}`)",
-                    code=UNSUPPORTED,
-                    advice=advice,
-                )
+        if raw.get("lora") is not None:
+            message = "not supported yet: a LoRA on a model (`lora`)"
+            at = at_key(place, raw, "lora")
+            self.fault(at, message, code=UNSUPPORTED, advice=MERGE_LORA)
+            return UNREAD
+        revision = raw.get("revision")
+        if revision is not None and isinstance(raw.get("path"), str):
+            if not isinstance(revision, str):
+                advice = "put it in quotes"
+                at = at_key(place, raw, "revision")
+                self.fault(at, "a revision is text", found=revision, advice=advice)
                 return UNREAD
+            return self.reference_value(with_revision(str(raw["path"]), revision), place)
         key = "model" if long_form else "path"
         if raw.get(key) is None:
             message, advice = "`model` is needed here", "write `model: path`"

@@ -1,0 +1,91 @@
+"""A program that downloads files into the Hub's cache, one after the other, and checks their bytes.
+
+It is a process of its own, since what the Hub's libraries take for a download is no part of the
+memory of a merge. Standard input has a job as a line of JSON, and ends when the process that
+started it does: then it ends too. Standard output gets a line for each file: where it lies, or why
+it could not be had. How far a file is can be seen by its size in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+_CHUNK = 4 << 20
+_SHA256_LETTERS = 64
+
+
+def main() -> None:
+    """Download what the job says, up to the first file that cannot be had."""
+    # An interrupt ends a download so that the library removes what is unfinished. In the background
+    # of a script it would be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    for file in job["files"]:
+        done = _download(job, file)
+        print(json.dumps({"label": file["label"], **done}), flush=True)  # noqa: T201 - see above
+        if "path" not in done:
+            break
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _download(job: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
+    was_there = os.path.exists(file["blob"])
+    try:
+        from huggingface_hub import hf_hub_download  # noqa: PLC0415 - if it fails, that is told
+
+        path = hf_hub_download(
+            file["repo"],
+            file["name"],
+            revision=file["commit"],
+            cache_dir=job["cache"],
+            endpoint=job["endpoint"],
+        )
+        found = file["etag"] if was_there else _digest(path, file["etag"])
+    except Exception as error:  # noqa: BLE001 - all is told
+        return {"error": describe(error)}
+    if found == file["etag"]:
+        return {"path": path}
+    # What came just now is not the file, and must not be taken for it.
+    for each in {os.path.realpath(path), path}:
+        os.unlink(each)
+    return {"found": found}
+
+
+def describe(error: Exception) -> dict[str, Any]:
+    """Return what can be told of an error of the library, as data: it may be another process's."""
+    answer = getattr(error, "response", None)
+    return {
+        "kinds": [each.__name__ for each in type(error).__mro__],
+        "status": getattr(answer, "status_code", None),
+        "errno": getattr(error, "errno", None),
+        "text": (getattr(error, "server_message", None) or str(error)).strip().split("\n")[0][:300],
+    }
+
+
+def _digest(path: str, etag: str) -> str:
+    """Return what the Hub calls a file of these bytes: its SHA-256, or Git's SHA-1."""
+    with open(path, "rb", buffering=0) as file:
+        if len(etag) == _SHA256_LETTERS:
+            whole = hashlib.sha256()
+        else:
+            whole = hashlib.sha1(usedforsecurity=False)
+            whole.update(b"blob %d\0" % os.fstat(file.fileno()).st_size)
+        buffer = memoryview(bytearray(_CHUNK))
+        while count := file.readinto(buffer):
+            whole.update(buffer[:count])
+    return whole.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from operator import index
 
+from oxmerge.sizes import parse_size
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -72,6 +74,8 @@ class RunOptions:
     overwrite: bool = False
     read_path: str = "auto"
     progress: Callable[[Snapshot], None] | bool | None = None
+    stream: bool = False
+    spool: int | str | None = None
 
     def __post_init__(self) -> None:
         """Raise `TypeError` or `ValueError` for what is out of range."""
@@ -79,6 +83,8 @@ class RunOptions:
         check_device(self.device)
         if self.vram is not None and self.device == "cpu":
             raise ValueError('vram has no effect on the CPU; pass device="cuda", or leave vram out')
+        if self.spool is not None and parse_size(self.spool) == 0:
+            raise ValueError("spool must be more than nothing")
         if self.read_path not in READ_PATHS:
             known = ", ".join(READ_PATHS)
             raise ValueError(f"read_path must be one of {known}, not {self.read_path!r}")

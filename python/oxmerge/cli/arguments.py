@@ -141,6 +141,12 @@ def add_plan_options(parser: Parser) -> None:
         "--vram", type=size, metavar="SIZE", help="memory to use on each device (4GiB)"
     )
     parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="keep no weights that have to be fetched: read them through a spool on the output's disk",
+    )
+    parser.add_argument("--spool", type=size, metavar="SIZE", help="size of the spool (20GB)")
+    parser.add_argument(
         "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
     )
     parser.add_argument(
@@ -212,6 +218,8 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "device": options.device,
         "vram": options.vram,
+        "stream": options.stream or None,
+        "spool": options.spool,
         "seed": options.seed,
         "shard_size": options.shard_size,
         "allow_mismatch": options.allow_mismatch or None,

@@ -1,4 +1,4 @@
-"""Fetching what a merge reads of files that are not here, ahead of the workers, into a bounded spool.
+"""What a merge reads of files that are not here, fetched ahead of the workers into a bounded spool.
 
 The engine knows in which order it will read, and keeps what is needed (`rust/io/spool.rs`). Here are
 the threads that ask it what comes next, and put in what servers send, piece by piece.
@@ -7,19 +7,24 @@ the threads that ask it what comes next, and put in what servers send, piece by 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+from contextlib import nullcontext
+
 from oxmerge import _core
 from oxmerge.errors import InputChangedError
+from oxmerge.models.references import remote_file
+from oxmerge.models.stores import is_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
-    from typing import Self
+    from typing import Any, Self
 
     from oxmerge.models.remote import RemoteFile
 
-__all__ = ["CONNECTIONS", "DEFAULT_SPOOL", "RESIDENT", "Fetcher"]
+__all__ = ["DEFAULT_SPOOL", "RESIDENT", "Fetcher", "is_streamed", "spool_bytes", "streamed"]
 
 #: Ranges that are fetched at a time: enough to fill a fast line.
 CONNECTIONS = 8
@@ -33,6 +38,50 @@ _PATIENCE = 2.0
 _MOST_BEFORE = 16 << 20
 #: Bytes that are looked at at a time.
 _LOOKED_AT = 1 << 20
+
+
+def is_streamed(file: Mapping[str, Any], *, stream: bool) -> bool:
+    """Tell whether a file of a plan is read through a spool: by wish, or since no cache takes it."""
+    return "remote" in file and (stream or is_address(file["remote"]["label"]))
+
+
+def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -> int:
+    """Return the bytes of the spool: as asked for, or half of what the output leaves of the disk."""
+    if asked is not None or folder is None:
+        return DEFAULT_SPOOL if asked is None else asked
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    return min(DEFAULT_SPOOL, max((free - needed) // 2, 0))
+
+
+def streamed(
+    tables: Sequence[_core.Plan], size: int, folder: str, tensor: int | None = None
+) -> Fetcher | nullcontext[None]:
+    """Return what fetches the files that are not here, for a `with` around the run.
+
+    Parameters
+    ----------
+    tables : sequence of _core.Plan
+        Merges of the same tensors.
+    size : int
+        Bytes of the spool at the most.
+    folder : str
+        Where it is made. It has no name there, and is gone with the process at the latest.
+    tensor : int, optional
+        The only tensor that will be computed.
+
+    Raises
+    ------
+    PlanError
+        If the inputs of one tensor need a larger spool.
+    OSError
+        If it cannot be made, or (ENOSPC) does not have the room.
+    """
+    files = {at: file for at, file in enumerate(tables[0].files) if "remote" in file}
+    if not files:
+        return nullcontext()
+    spool = _core.Spool(tables, size, folder, tensor)
+    return Fetcher(spool, {at: remote_file(file) for at, file in files.items()})
 
 
 class Fetcher:
@@ -49,18 +98,13 @@ class Fetcher:
     """
 
     def __init__(self, spool: _core.Spool, files: Mapping[int, RemoteFile]) -> None:
-        self._spool = spool
+        self.spool = spool
         self._files = files
         self._digests = {number: _Digest(spool, file) for number, file in files.items()}
         #: Held by who asks what is next: so digests learn of it in that order.
         self._asking = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
-
-    @property
-    def fetched(self) -> int:
-        """Bytes that came."""
-        return self._spool.fetched
 
     def __enter__(self) -> Self:
         """Begin to fetch."""
@@ -75,7 +119,7 @@ class Fetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         """Stop fetching; raise what went wrong with it, if that is why the run ended."""
-        self._spool.stop()
+        self.spool.stop()
         for thread in self._threads:
             thread.join(_PATIENCE)
         if error is not None and self._failure is not None:
@@ -89,11 +133,11 @@ class Fetcher:
             pass  # nobody wants it any more
         except BaseException as failure:  # noqa: BLE001 - it is raised where the run ends
             self._failure = self._failure or failure
-            self._spool.stop()
+            self.spool.stop()
 
     def _next(self) -> tuple[int, int, int, int] | None:
         with self._asking:
-            wanted = self._spool.next()
+            wanted = self.spool.next()
             if wanted is not None:
                 _, number, start, stop = wanted
                 self._digests[number].begin(start, stop)
@@ -102,7 +146,7 @@ class Fetcher:
     def _fetch(self, extent: int, number: int, start: int, stop: int) -> None:
         at = start
         for piece in self._files[number].pieces(start, stop):
-            self._spool.put(extent, at, piece)
+            self.spool.put(extent, at, piece)
             at += len(piece)
         self._digests[number].came(extent, start, stop)
 

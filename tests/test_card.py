@@ -102,8 +102,8 @@ NAMES = [
     ("models/llama", "models/llama", "llama"),
     ("./mine", "mine", "mine"),
     ("/home/me/Llama 3 (mine)", "/home/me/Llama 3 (mine)", "Llama-3-mine"),
-    ("a", "/cache/hub/models--org--the-model--x/snapshots/0123abc", "org/the-model--x"),
-    ("a", "/cache/hub/models--org--m/snapshots/0123abc/model.safetensors", "org/m"),
+    ("a", f"/cache/hub/models--org--the-model--x/snapshots/{'0123' * 10}", "org/the-model--x"),
+    ("a", f"/cache/hub/models--org--m/snapshots/{'0123' * 10}/model.safetensors", "org/m"),
     ("/", "/", None),
     ("é", "é", None),
 ]

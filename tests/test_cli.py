@@ -38,6 +38,7 @@ from oxmerge.errors import (
     RecipeError,
 )
 from oxmerge.merging import Snapshot
+from oxmerge.models.references import Located
 from oxmerge.problems import Problem
 from oxmerge.sizes import format_duration
 from writers import random_arrays, tuned, write_model
@@ -189,8 +190,11 @@ class FakeEngine(Engine):
     def methods(self) -> Any:
         return self._answer("methods") or METHODS
 
-    def open_checkpoint(self, path: str) -> Any:
-        return self._answer("open_checkpoint", path)
+    def locate(self, reference: str) -> Located:
+        return Located(reference)
+
+    def open_checkpoint(self, located: Located) -> Any:
+        return self._answer("open_checkpoint", located.path)
 
 
 Output = tuple[int, str, str]
@@ -381,7 +385,11 @@ def test_plan(run: Any) -> None:
 def test_methods(run: Any) -> None:
     code, out, err = run("methods")
     assert (code, err) == (0, "")
-    assert out.startswith("linear  weighted average")
+    assert out.startswith(
+        "linear  elementwise  Linear: one read of every input\n"
+        "slerp   gram         Spherical interpolation: 2 reads of each input, 1 write\n"
+    )
+    assert "\nwith any of them: keep, layer_scale\n" in out
     assert max(len(line) for line in out.splitlines()) < 80
     assert json.loads(run("methods", "--json")[1]) == {"methods": METHODS}
 
@@ -408,6 +416,10 @@ def test_one_method(run: Any) -> None:
         "      usually from -0.5 to 1.5\n"
         "  flatten (bool, one for all models, default true)\n"
         "      one vector a tensor\n"
+        "\n"
+        "with any method, under `oxmerge:` in the recipe\n"
+        "  keep: the tensor is that of one model\n"
+        "  layer_scale: a factor of what the method adds to the base\n"
         "\n"
         "example\n"
         "  merge_method: slerp\n"
@@ -919,7 +931,9 @@ def test_a_closed_pipe_is_no_error() -> None:
         "from oxmerge.cli import main\n"
         "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)\n"
         "class Engine:\n"
-        "    def methods(self): return [{'name': 'x' * 100000, 'formula': ''}]\n"
+        "    def methods(self):\n"
+        "        keys = ['name', 'class', 'title', 'cost']\n"
+        "        return [dict.fromkeys(keys, 'x' * 100000)]\n"
         "    def installed_methods(self): return []\n"
         "sys.stderr.write(str(main(['methods'], engine=Engine())))\n"
     )
@@ -940,6 +954,7 @@ def test_a_merge_goes_on_when_nobody_reads_its_progress() -> None:
         "progress._SECONDS_BETWEEN_LINES = 0\n"
         "class Snapshot:\n"
         "    bytes_done = bytes_total = bytes_read = peak_memory = 1; tensor = 'x'\n"
+        "    bytes_fetched = bytes_to_fetch = 0\n"
         "class Engine:\n"
         "    def merge(self, recipe, directory, *, progress, **options):\n"
         "        for _ in range(3): progress(Snapshot)\n"

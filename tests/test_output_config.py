@@ -486,6 +486,9 @@ def test_ids_follow_their_tokens_wherever_they_are() -> None:
         "bad_words_ids": [[30, 31], [30, 7], [7]],
         "force_words_ids": [[[30], [31]], [[7], [30]]],
         "sequence_bias": [[[30, 31], -0.5], [[7], 0.5]],
+        "forced_decoder_ids": [[1, None], [2, 30], [3, 7]],
+        "lang_to_id": {"<|de|>": 30, "<|en|>": 5},
+        "task_to_id": "none",
         "text_config": {"boi_token_index": 31, "hidden_size": 31},
         "hidden_size": 30,
         "vocab_size": 40,
@@ -502,11 +505,13 @@ def test_ids_follow_their_tokens_wherever_they_are() -> None:
         "bad_words_ids": [[45, 0]],
         "force_words_ids": [[[45], [0]]],
         "sequence_bias": [[[45, 0], -0.5]],
+        "forced_decoder_ids": [[1, None], [2, 45]],
+        "lang_to_id": {"<|de|>": 45},
         "text_config": {"boi_token_index": 0, "hidden_size": 31},
         "vocab_size": 50,
     }
     assert edited == expected
-    assert len(notes) == 9
+    assert len(notes) == 11
     told = "`image_token_index` is 45, and was 30: the output has other tokens"
     assert told in notes
     # Where no token is left, that of the tokenizer's own model is taken.

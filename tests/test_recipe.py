@@ -226,15 +226,15 @@ FAULTS: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        START + "models: [{model: a+b}, {model: a@main}]\n",
+        START + "models: [{model: a+b}, {model: 's3://a/b'}]\n",
         [
             (
                 "models[0].model (line 2): not supported yet: a LoRA on a model (`a+b`)\n"
                 "  hint: merge the adapter into its model first, and name the result"
             ),
             (
-                "models[1].model (line 2): not supported yet: a revision of a model (`a@main`)\n"
-                "  hint: download that revision, and name its directory"
+                "models[1].model (line 2): not supported yet: a model in a store (`s3://a/b`)\n"
+                "  hint: download it, and name its folder"
             ),
         ],
     ),

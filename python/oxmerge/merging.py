@@ -19,6 +19,8 @@ from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streame
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
+from oxmerge.output.manifest import manifest_writer
+from oxmerge.output.outcome import outcome_of
 from oxmerge.output.publish import (
     OutputDirectory,
     close,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import IO, Any
 
+    from oxmerge.problems import Problem
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
@@ -73,8 +76,8 @@ class Snapshot:
     peak_memory : int
         High-water mark of the process's resident set, bytes.
     bytes_fetched, bytes_to_fetch : int
-        Bytes of inputs that were not on this machine: fetched, and in all at the most. While files
-        are downloaded before the merge, `tensor` is the file that comes.
+        Bytes of inputs that were not on this machine: fetched, and in all of those that are
+        downloaded before the merge. Until all of these are here, `tensor` is the file that comes.
     """
 
     bytes_done: int
@@ -290,6 +293,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
+    digests: bool = True,
+    hash_inputs: bool = False,
+    allow_nonfinite: bool = False,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -341,12 +347,20 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether to show a bar, on standard error or below a notebook's cell; unless given, only
         there. Or what is called ten times a second with a `Snapshot`: ``bytes_done``,
         ``bytes_total`` and so on; what it raises ends the merge.
+    digests : bool
+        Whether the manifest, ``oxmerge.json``, has the BLAKE3 hash and statistics of each tensor,
+        by which non-finite values and a merge that changes nothing are told.
+    hash_inputs : bool
+        Whether the manifest has the SHA-256 of every input file: they are read once more.
+    allow_nonfinite : bool
+        Whether NaN or infinity in an output whose inputs have none is a warning, not an error.
 
     Raises
     ------
     RecipeError, PlanError
         With every problem that the recipe and the headers show, before any tensor is read. And when
-        integer tensors, which can only be copied, turn out to differ; no output is left.
+        integer tensors, which can only be copied, turn out to differ, or if elements of the output
+        are not finite though all inputs are; no output is left.
     OutputError, FileExistsError
         If the output cannot go to `directory`.
     MemoryBudgetError
@@ -363,8 +377,11 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     (report,) = merge_together(
         [(recipe, directory)],
         PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
-        RunOptions(memory, threads, device, vram, overwrite, read_path, progress, stream, spool),
-    )
+        RunOptions(
+            memory, threads, device, vram, overwrite, read_path, progress,
+            digests, hash_inputs, allow_nonfinite, stream, spool,
+        ),
+    )  # fmt: skip
     return report
 
 
@@ -431,15 +448,15 @@ def merge_together(
                     device=backend,
                     descriptors=[output.descriptor for output in outputs],
                     planned=planned,
+                    digests=running.digests,
                     spool=spool,
                     beside=0 if spool is None else RESIDENT,
                 )
         _check_side_files(plans)
         done |= {"device": _name(backend), "notes": _notes(backend)}
-        reports = [
-            _finish(plan, output, done | {"files": files}, started)
-            for plan, output, files in zip(plans, outputs, done["files"], strict=True)
-        ]
+        reports = _finish_all(
+            list(zip(plans, outputs, strict=True)), done, planning, running, started
+        )
     except BaseException:
         # Backwards: the first made the folders that they have in common.
         for output in reversed(claimed.values()):
@@ -567,8 +584,38 @@ def _check_made(plan: Plan, options: PlanOptions) -> None:
         raise PlanError("cannot merge", problems=plan.warnings)
 
 
+def _finish_all(
+    merges: Sequence[tuple[Plan, OutputDirectory]],
+    done: dict[str, Any],
+    planning: PlanOptions,
+    running: RunOptions,
+    started: float,
+) -> list[MergeReport]:
+    """Finish the outputs that nothing stands against; raise PlanError if that is not all."""
+    reports: list[MergeReport] = []
+    problems: list[Problem] = []
+    known = done.get("digests") or [None] * len(merges)
+    for (plan, output), files, digests in zip(merges, done["files"], known, strict=True):
+        against, odd = outcome_of(
+            plan, digests, allow_nonfinite=running.allow_nonfinite, strict=planning.strict
+        )
+        problems += against
+        if not against:
+            warnings = [*plan.warnings, *odd]
+            manifest = manifest_writer(plan, digests, warnings, hash_inputs=running.hash_inputs)
+            told = done | {"files": files, "warnings": tuple(map(str, warnings))}
+            reports.append(_finish(plan, output, told, manifest, started))
+    if problems:
+        raise PlanError("the merge is not finished", problems=problems)
+    return reports
+
+
 def _finish(
-    plan: Plan, output: OutputDirectory, done: dict[str, Any], started: float
+    plan: Plan,
+    output: OutputDirectory,
+    done: dict[str, Any],
+    manifest: Callable[[int], None],
+    started: float,
 ) -> MergeReport:
     report = MergeReport(
         directory=os.fspath(output.path),
@@ -587,13 +634,13 @@ def _finish(
         threads=done["memory"]["workers"],
         simd=done["simd"],
         device=done["device"],
-        warnings=tuple(map(str, plan.warnings)),
+        warnings=done["warnings"],
         notes=(*plan.changes, *done["notes"], *_notes_on(output)),
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
     states = [FileState(**state) for state in done["files"]]
-    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story))
+    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 
@@ -686,7 +733,7 @@ def _reporter(
     total = sum(plan.bytes_written for plan in plans)
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
-        fetched, to_fetch = (0, 0) if spool is None else (spool.fetched, spool.to_fetch)
-        progress(Snapshot(written, total, read, tensors, current, peak, fetched, to_fetch))
+        fetched = 0 if spool is None else spool.fetched
+        progress(Snapshot(written, total, read, tensors, current, peak, fetched))
 
     return report

@@ -74,6 +74,9 @@ class RunOptions:
     overwrite: bool = False
     read_path: str = "auto"
     progress: Callable[[Snapshot], None] | bool | None = None
+    digests: bool = True
+    hash_inputs: bool = False
+    allow_nonfinite: bool = False
     stream: bool = False
     spool: int | str | None = None
 

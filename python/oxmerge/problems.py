@@ -57,6 +57,8 @@ CODES = {
     "no-effect": "something acts on nothing",
     "no-layers": "a model has no stack of layers, or several",
     "not-a-recipe": "it is not a recipe",
+    "no-change": "a merge changes nothing",
+    "non-finite": "an output has NaN or infinity",
     "odd-checkpoint": "a checkpoint is unusual",
     "other-architecture": "models are of different architectures",
     "other-size": "models of one architecture have other sizes",

@@ -530,6 +530,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     allow_methods: Iterable[str] = (),
     read_path: str = "auto",
     progress: Callable[[Snapshot], None] | bool | None = None,
+    digests: bool = True,
+    hash_inputs: bool = False,
+    allow_nonfinite: bool = False,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 
@@ -555,6 +558,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         Vary all places in step instead of in every combination.
     memory, threads, device, vram, stream, spool, seed, shard_size, overwrite, read_path, progress
     strict, allow_mismatch, ignore_unknown, allow_methods
+    digests, hash_inputs, allow_nonfinite
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
 
@@ -584,8 +588,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     """
     planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
     running = RunOptions(
-        memory, threads, device, vram, overwrite, read_path, progress, stream, spool
-    )
+        memory, threads, device, vram, overwrite, read_path, progress,
+        digests, hash_inputs, allow_nonfinite, stream, spool,
+    )  # fmt: skip
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)
     if isinstance(recipe, Plan):

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::backend::fold;
-use super::passes::{Found, Marked, Pass};
+use super::passes::{Found, Marked, Pass, References};
 use super::task::{Task, Work};
 use crate::error::Result;
 use crate::formula::bind::Bindings;
@@ -163,6 +163,16 @@ impl<'a> Active<'a> {
         each.map(|(value, sink)| Purpose::Store(value.clone(), sink.dtype())).collect()
     }
 
+    /// What each output is compared with. Those of several merges are told apart, so that each has the
+    /// reference that it would have alone.
+    fn references(&self) -> References {
+        let reference = |value: &Value| {
+            let inputs = stage::inputs_of(std::slice::from_ref(value));
+            self.task.base.filter(|base| inputs.contains(base)).or(inputs.first().copied())
+        };
+        self.values.iter().map(reference).collect()
+    }
+
     /// The next unit to hand out, if there is one.
     ///
     /// Reductions go backwards, so that the combine, which must write forwards, begins with what they
@@ -233,7 +243,8 @@ impl<'a> Active<'a> {
                 let bands = self.task.frame.line.div_ceil(BAND);
                 let along = Along::Segments(BLOCK as u64);
                 let code = Staged::by_column(&self.stores(), along, &self.setting)?;
-                return Ok(self.enter(Pass::Bands(code), bands));
+                let references = self.references();
+                return Ok(self.enter(Pass::Bands { references, code }, bands));
             }
             if !stage.is_empty() {
                 return self.begin_stage(stage);
@@ -248,7 +259,8 @@ impl<'a> Active<'a> {
             return Ok(false);
         }
         let code = self.code(&self.stores())?;
-        Ok(self.enter(Pass::Combine(code), self.units_of_blocks()))
+        let references = self.references();
+        Ok(self.enter(Pass::Combine { references, code }, self.units_of_blocks()))
     }
 
     /// Makes room for what the passes of `stage` find.
@@ -408,7 +420,7 @@ impl<'a> Active<'a> {
     pub(crate) fn advance(&mut self) -> Result<bool> {
         let pass = Arc::clone(&self.pass);
         match &*pass {
-            Pass::Combine(_) | Pass::Bands(_) | Pass::Arrays | Pass::Identical => Ok(false),
+            Pass::Combine { .. } | Pass::Bands { .. } | Pass::Arrays | Pass::Identical => Ok(false),
             Pass::Sample { .. } => self.enter_reduce(),
             Pass::Locate { .. } => self.locate_or_bind(),
             Pass::Rank { .. } | Pass::Rows(_) | Pass::Columns(_) => self.bind(),
@@ -427,7 +439,7 @@ impl<'a> Active<'a> {
     /// Puts the stage's results into the formula and goes on to the next pass.
     fn bind(&mut self) -> Result<bool> {
         let marked = self.marked();
-        let Stage { reductions, gives_numbers, .. } = std::mem::take(&mut self.stage);
+        let stage = std::mem::take(&mut self.stage);
         let results = std::mem::take(&mut self.results);
         if self.sweep {
             self.numbers = results.into_iter().map(|mut blocks| blocks.remove(0)).collect();
@@ -438,18 +450,18 @@ impl<'a> Active<'a> {
         let known = Arc::make_mut(&mut self.known);
         let first = known.chosen.len();
         known.chosen.extend(chosen);
-        if gives_numbers {
+        if stage.gives_numbers() {
             self.others = None;
         } else if self.follows_others()? {
             return Ok(true);
         }
         let mut bindings = Bindings::default();
-        for (reduction, values) in reductions.iter().zip(results) {
+        for (reduction, values) in stage.reductions.iter().zip(results) {
             if let Some(result) = Self::bound(reduction, values) {
                 bindings.reduction(reduction, result);
             }
         }
-        self.bind_columns(&reductions, &mut bindings);
+        self.bind_columns(&stage.reductions, &mut bindings);
         for (ranking, which) in &marked {
             bindings.ranking(ranking, *which);
         }

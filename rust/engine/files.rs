@@ -6,6 +6,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::backend::steps;
+use super::control::Control;
+use super::digest::{Digester, Observer};
 use super::need::{Need, SMALL};
 use super::rows::RowsSource;
 use super::source::{Sink, Source};
@@ -17,6 +20,7 @@ use crate::formula::machine::TensorFrame;
 use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, Needs, OutputFolder, ReadPath, ShardWriter, Spool,
 };
+use crate::kernels::{BLOCK, CELL, Level, compare};
 use crate::plan::{self, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
 
 /// A tensor in an input file.
@@ -142,6 +146,22 @@ struct FileSink {
     shard: Arc<Shard>,
     dtype: DType,
     start: u64,
+    told: Option<Told>,
+}
+
+/// What is told of an output tensor to who observes the run.
+#[derive(Debug)]
+struct Told {
+    digester: Digester,
+    observer: Arc<dyn Observer>,
+    merge: usize,
+    tensor: usize,
+}
+
+impl Told {
+    fn finish(&self) -> Result<()> {
+        self.observer.finished(self.merge, self.tensor, self.digester.finish()?)
+    }
 }
 
 impl FileSink {
@@ -153,6 +173,10 @@ impl FileSink {
 impl Sink for FileSink {
     fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    fn digester(&self) -> Option<&Digester> {
+        self.told.as_ref().map(|told| &told.digester)
     }
 
     fn takes_any_piece(&self) -> bool {
@@ -168,6 +192,7 @@ impl Sink for FileSink {
     }
 
     fn finish(&self) -> Result<()> {
+        self.told.as_ref().map_or(Ok(()), Told::finish)?;
         self.shard.finish(1)
     }
 }
@@ -218,6 +243,8 @@ pub struct Merges<'a> {
     prepared: Mutex<HashMap<u32, Prepared>>,
     /// The shards of each plan, when there are any yet.
     shards: Vec<Vec<Arc<Shard>>>,
+    /// Who is told of finished tensors.
+    observer: Option<Arc<dyn Observer>>,
     /// Buffers of small neighbours that nobody uses now.
     spare: Mutex<Vec<Buffers>>,
 }
@@ -264,6 +291,7 @@ impl<'a> Merges<'a> {
             plans,
             prepared: Mutex::default(),
             shards: Vec::new(),
+            observer: None,
             spare: Mutex::default(),
         };
         let needs = merges.look_at_kinds(numbers.len())?;
@@ -338,6 +366,19 @@ impl<'a> Merges<'a> {
         Ok(())
     }
 
+    /// Tells `observer` of each tensor that is finished.
+    pub fn observe(&mut self, observer: Arc<dyn Observer>) {
+        self.observer = Some(observer);
+    }
+
+    /// What will be told of tensor `tensor` of merge `merge`, if anyone is told.
+    fn told(&self, merge: usize, tensor: usize) -> Option<Told> {
+        let observer = Arc::clone(self.observer.as_ref()?);
+        let about = self.plans[merge].tensor(tensor);
+        let digester = Digester::new(about.dtype(), about.elements());
+        Some(Told { digester, observer, merge, tensor })
+    }
+
     /// For each merge, which files were written and how they were left, when all are finished.
     pub fn written(&self) -> Vec<Vec<InputFile>> {
         let states = |shards: &Vec<Arc<Shard>>| {
@@ -381,7 +422,7 @@ impl<'a> Merges<'a> {
         let prepared = self.prepared(at)?;
         let task =
             Task::prepared(frame(self.plans[0], at), sources, labels.collect(), sinks, prepared);
-        Ok(task.in_f64(self.plans[0].in_f64))
+        Ok(task.in_f64(self.plans[0].in_f64).with_base(tensor.base()))
     }
 
     fn is_small(&self, at: usize) -> bool {
@@ -410,12 +451,13 @@ impl Tasks for Merges<'_> {
     }
 
     fn task(&self, index: usize) -> Result<Task> {
-        let sink = |(plan, shards): (&&Plan, &Vec<Arc<Shard>>)| -> Arc<dyn Sink> {
+        let sink = |(merge, plan): (usize, &&Plan)| -> Arc<dyn Sink> {
             let tensor = plan.tensor(index);
-            let shard = Arc::clone(&shards[tensor.shard()]);
-            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start() })
+            let shard = Arc::clone(&self.shards[merge][tensor.shard()]);
+            let told = self.told(merge, index);
+            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start(), told })
         };
-        self.make(index, self.plans.iter().zip(&self.shards).map(sink).collect())
+        self.make(index, self.plans.iter().enumerate().map(sink).collect())
     }
 
     fn kind(&self, index: usize) -> usize {
@@ -458,7 +500,9 @@ impl Tasks for Merges<'_> {
             let output = &mut *output.lock().unwrap_or_else(PoisonError::into_inner);
             output.grow(written.bytes.end)?;
         }
-        Ok(Box::new(Neighbours { merges: self, tasks, places, buffers }))
+        let told = |merge| tasks.clone().filter_map(move |at| self.told(merge, at).map(Arc::new));
+        let told = (0..self.plans.len()).map(|merge| told(merge).collect()).collect();
+        Ok(Box::new(Neighbours { merges: self, tasks, places, buffers, told }))
     }
 }
 
@@ -558,6 +602,8 @@ struct Neighbours<'a> {
     /// Where each source of each tensor begins in the input buffer.
     places: Vec<Vec<usize>>,
     buffers: Buffers,
+    /// For each merge, what will be told of each tensor, if anyone is told.
+    told: Vec<Vec<Arc<Told>>>,
 }
 
 impl Gathered for Neighbours<'_> {
@@ -571,22 +617,29 @@ impl Gathered for Neighbours<'_> {
         let sources =
             tensor.sources().zip(&self.places[index - self.tasks.start]).map(source).collect();
         let outputs = self.merges.written_by(&self.tasks).zip(&self.buffers.outputs);
-        let sink = |(plan, (written, buffer)): (&&Plan, (Written<'_>, &Arc<_>))| -> Arc<dyn Sink> {
-            let tensor = plan.tensor(index);
-            let start = written.bytes.start + (tensor.start() - written.start) as usize;
-            let buffer = Arc::clone(buffer);
-            Arc::new(BufferSink { buffer, dtype: tensor.dtype(), start })
-        };
+        let outputs = outputs.zip(&self.told);
+        let sink =
+            |(plan, ((written, buffer), told)): (&&Plan, ((Written<'_>, &Arc<_>), &Vec<_>))| {
+                let tensor = plan.tensor(index);
+                let start = written.bytes.start + (tensor.start() - written.start) as usize;
+                let buffer = Arc::clone(buffer);
+                let told = told.get(index - self.tasks.start).map(Arc::clone);
+                let sink: Arc<dyn Sink> =
+                    Arc::new(BufferSink { buffer, dtype: tensor.dtype(), start, told });
+                sink
+            };
         let sinks = plans.iter().zip(outputs).map(sink).collect();
         self.merges.task_of(index, sources, sinks)
     }
 
     fn finish(self: Box<Self>) -> Result<()> {
-        let Self { merges, tasks, buffers, .. } = *self;
-        for (written, output) in merges.written_by(&tasks).zip(&buffers.outputs) {
+        let Self { merges, tasks, buffers, told, .. } = *self;
+        let outputs = merges.written_by(&tasks).zip(&buffers.outputs);
+        for ((written, output), told) in outputs.zip(told) {
             let Written { shard, start, bytes } = written;
             let output = output.lock().unwrap_or_else(PoisonError::into_inner);
             shard.writer.write(start, &output, bytes)?;
+            told.iter().try_for_each(|told| told.finish())?;
             shard.finish(tasks.len())?;
         }
         merges.spare.lock().unwrap_or_else(PoisonError::into_inner).push(buffers);
@@ -623,11 +676,16 @@ struct BufferSink {
     buffer: Arc<Mutex<AlignedBuffer>>,
     dtype: DType,
     start: usize,
+    told: Option<Arc<Told>>,
 }
 
 impl Sink for BufferSink {
     fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    fn digester(&self) -> Option<&Digester> {
+        self.told.as_ref().map(|told| &told.digester)
     }
 
     fn takes_any_piece(&self) -> bool {
@@ -783,6 +841,31 @@ impl OnDemand {
             work,
         )
         .in_f64(self.plan.in_f64))
+    }
+
+    /// Whether an input of tensor `index` has an element that is NaN or infinite; nothing is known if
+    /// one is not here.
+    pub fn has_odd_input(&self, index: usize, control: &Control) -> Result<Option<bool>> {
+        let tensor = self.plan.tensor(index);
+        let files = self.plan.files_of(std::iter::once(tensor));
+        if files.into_iter().any(|file| self.plan.files[file].remote.is_some()) {
+            return Ok(None);
+        }
+        let mut scratch = AlignedBuffer::default();
+        for source in sources_of(&self.inputs, tensor) {
+            let dtype = source.dtype();
+            for block in steps(0..tensor.elements(), BLOCK as u64) {
+                control.check()?;
+                let bytes = source.read(block, &mut scratch)?;
+                let mut cells = bytes.chunks(CELL * dtype.size());
+                let is_finite =
+                    |cell: &[u8]| compare(Level::detect(), dtype, cell, None).is_finite();
+                if dtype.is_float() && !cells.all(is_finite) {
+                    return Ok(Some(true));
+                }
+            }
+        }
+        Ok(Some(false))
     }
 
     /// Fails if a file that tensor `index` is made of is not what it was.

@@ -48,8 +48,8 @@ impl std::fmt::Display for Pass {
             Self::Rank { code, .. } => write!(f, "rank\n{code}"),
             Self::Rows(code) => write!(f, "rows\n{code}"),
             Self::Columns(code) => write!(f, "columns\n{code}"),
-            Self::Bands(code) => write!(f, "bands\n{code}"),
-            Self::Combine(code) => write!(f, "combine\n{code}"),
+            Self::Bands { code, .. } => write!(f, "bands\n{code}"),
+            Self::Combine { code, .. } => write!(f, "combine\n{code}"),
             Self::Arrays => writeln!(f, "arrays"),
             Self::Identical => writeln!(f, "identical"),
         }

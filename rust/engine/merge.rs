@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::backend::Backend;
 use super::control::Control;
+use super::digest::Observer;
 use super::files::{FileModes, Merges};
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
@@ -13,33 +14,35 @@ use crate::error::Result;
 use crate::io::{self, OutputFolder, Spool};
 use crate::plan::{InputFile, Plan};
 
-/// What is resident besides what the engine takes.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Resident {
-    /// The most that was so while the merge was planned, where that was the peak of the process.
+/// What there is beside a merge.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    /// The most that was resident while the merge was planned, where that was the peak of the process.
     pub(crate) planned: u64,
-    /// What those may take who fetch inputs.
+    /// What files that are not here come by, and the bytes that those may take who fetch them.
+    pub(crate) spool: Option<Arc<Spool>>,
     pub(crate) beside: u64,
+    /// Who is told of each tensor that is finished; without one there are no digests.
+    pub(crate) observer: Option<Arc<dyn Observer>>,
 }
 
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
 /// under partial names, into its folder. Also tells which files of each were written, and how they
 /// were left.
 ///
-/// Memory is shared out once, before any space is taken: what cannot fit is refused. Files that are not
-/// here come by `spool`.
+/// Memory is shared out once, before any space is taken: what cannot fit is refused.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
-    resident: Resident,
-    spool: Option<Arc<Spool>>,
+    around: Surroundings,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
+    let Surroundings { planned, spool, beside, observer } = around;
     if let Some(spool) = spool.clone() {
         control.on_end(move || spool.stop());
     }
@@ -47,10 +50,13 @@ pub(crate) fn merge(
     tasks.check_readable()?;
     let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);
-    let baseline = memory::resident() + resident.beside;
-    let memory = MemoryPlan::new(&needs, budget, workers, baseline, resident.planned)?;
+    let baseline = memory::resident() + beside;
+    let memory = MemoryPlan::new(&needs, budget, workers, baseline, planned)?;
     drop(needs);
     tasks.create_shards(&folders, modes.write)?;
+    if let Some(observer) = observer {
+        tasks.observe(observer);
+    }
     let report = run_planned(backend, &tasks, settings, memory, control)?;
     io::check_unchanged(files)?;
     Ok((report, tasks.written()))

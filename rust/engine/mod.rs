@@ -11,8 +11,10 @@ mod active;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
+pub mod digest;
 pub mod files;
 pub mod listing;
+pub mod manifest;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;
@@ -35,7 +37,7 @@ use std::thread;
 use std::time::Instant;
 
 #[cfg(feature = "python")]
-pub(crate) use merge::{Resident, merge, predict};
+pub(crate) use merge::{Surroundings, merge, predict};
 
 use active::{Active, Room, Stages};
 use backend::Backend;

@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use super::digest::DIGEST_BYTES;
 use super::source::Source;
 use super::task::{LARGEST_PIECE, Task, Work, step_elements};
 use crate::dtype::DType;
@@ -17,7 +18,7 @@ use crate::formula::selection::{self, HISTOGRAM_BYTES, SEARCH_BYTES, SEARCH_BYTE
 use crate::formula::stage::unknown;
 use crate::formula::{Among, Reduction, Scope, Value};
 use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
-use crate::kernels::BLOCK;
+use crate::kernels::{BLOCK, CELL};
 
 const BLOCK_ELEMENTS: u64 = BLOCK as u64;
 /// Elements up to which a tensor is done together with its neighbours.
@@ -90,8 +91,8 @@ impl Amount {
 
     pub(super) fn plus(self, other: Self, times: u64) -> Self {
         Self {
-            expected: self.expected + times * other.expected,
-            most: self.most + times * other.most,
+            expected: self.expected.saturating_add(times.saturating_mul(other.expected)),
+            most: self.most.saturating_add(times.saturating_mul(other.most)),
         }
     }
 
@@ -167,8 +168,9 @@ impl Need {
         let mut need = Self::new(&task.frame, &task.work, task.in_bands, sources, outputs);
         let memory = task.sources.iter().map(|source| source.memory());
         // A worker reads one source after the other.
-        let (worker, shared) =
-            memory.fold((0, 0), |(most, sum), (worker, shared)| (worker.max(most), sum + shared));
+        let (worker, shared) = memory.fold((0, 0), |(most, sum), (worker, shared)| {
+            (worker.max(most), shared.saturating_add(sum))
+        });
         need.worker_state.add(Amount::certain(worker));
         need.shared_state.add(Amount::certain(shared));
         need.in_f64(task.double)
@@ -190,6 +192,7 @@ impl Need {
             row: frame.row,
             ..Self::default()
         };
+        need.worker_state.add(Amount::uncertain(need.outputs.len() as u64 * DIGEST_BYTES));
         let mut sizes = need.outputs.iter().chain(need.sources.iter().map(|(size, _)| size));
         let is_double = sizes.any(|&size| size == 8);
         need.working = if is_double { 8 } else { 4 };
@@ -225,8 +228,9 @@ impl Need {
         let masks = masks::bytes(formulas, frame.elements) + masks::marked_bytes(formulas, frame);
         self.kept = Amount { expected: masks + kept_keys / 2, most: masks + kept_keys };
         if in_bands {
-            // Where two bands meet, in every row, pages are put together.
-            let seams = 2 * (frame.elements / frame.line) * PAGE as u64;
+            // Where two bands meet, in every row, pages are put together, and cells of digests.
+            let cells = 2 * CELL as u64 * size_of::<f64>() as u64;
+            let seams = 2 * (frame.elements / frame.line) * (PAGE as u64 + cells);
             self.worker_state.add(Amount::uncertain(formulas.len() as u64 * seams));
         }
         let mut one_ranking = 0;

@@ -9,6 +9,10 @@ use crate::formula::selection::{Counted, Guess, LastKept, Wanted};
 /// A ranking, and which of the task's it is, by which its marks are known.
 pub(crate) type Marked = (Arc<Ranking>, usize);
 
+/// For each output, the input that its digest compares it with: the base if it is read, else the first
+/// that is.
+pub(crate) type References = Vec<Option<usize>>;
+
 /// What the workers do with each unit of a pass. It is compiled when the pass is entered.
 #[derive(Debug)]
 pub(crate) enum Pass {
@@ -26,9 +30,9 @@ pub(crate) enum Pass {
     /// Reduce columns over some rows, one column block a unit.
     Columns(Staged),
     /// Reduce columns and compute the outputs, one band of columns a unit.
-    Bands(Staged),
+    Bands { references: References, code: Staged },
     /// Compute the outputs.
-    Combine(Staged),
+    Combine { references: References, code: Staged },
     /// Call functions of arrays.
     Arrays,
     /// Compare the sources and copy the first.
@@ -38,7 +42,7 @@ pub(crate) enum Pass {
 impl Pass {
     /// Whether its units end with output that is written.
     pub(crate) fn writes(&self) -> bool {
-        matches!(self, Self::Bands(_) | Self::Combine(_) | Self::Arrays | Self::Identical)
+        matches!(self, Self::Bands { .. } | Self::Combine { .. } | Self::Arrays | Self::Identical)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::ops::Range;
 
+use super::digest::Digester;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::io::AlignedBuffer;
@@ -86,6 +87,11 @@ pub trait Sink: Debug + Send + Sync {
     /// nobody uses it any more.
     fn is_apart(&self) -> bool {
         true
+    }
+
+    /// What is told of the elements before they are written, where a digest is wanted.
+    fn digester(&self) -> Option<&Digester> {
+        None
     }
 
     /// Whether pieces may begin anywhere, not only with a block.

@@ -174,6 +174,8 @@ pub struct Task {
     pub(crate) labels: Vec<Arc<str>>,
     pub(crate) sinks: Vec<Arc<dyn Sink>>,
     pub(crate) work: Work,
+    /// Which source is the base.
+    pub(crate) base: Option<usize>,
     /// Whether the working type is f64.
     pub(crate) double: bool,
     /// See [`Work::reads_once`].
@@ -210,7 +212,15 @@ impl Task {
         let types = sources.iter().map(|source| source.dtype());
         let double = types.chain(sinks.iter().map(|sink| sink.dtype())).any(|t| t == DType::F64);
         let in_bands = in_bands && sinks.iter().all(|sink| sink.takes_any_piece());
-        Self { frame, sources, labels, sinks, work, double, reads_once, in_bands }
+        let base = None;
+        Self { frame, sources, labels, sinks, work, base, double, reads_once, in_bands }
+    }
+
+    /// The same, with source `base` as the base, if it has one.
+    #[must_use]
+    pub fn with_base(mut self, base: Option<usize>) -> Self {
+        self.base = base;
+        self
     }
 
     /// The same, computed in f64 also where no type asks for it, if `asked`.

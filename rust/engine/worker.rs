@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
-use super::passes::{Found, Marked, Pass};
+use super::passes::{Found, Marked, Pass, References};
 use super::places::Places;
 use super::simd::{draws_of, picked};
 use super::source::{GRAIN, Place, Sink};
@@ -113,10 +113,10 @@ impl<'a> Worker<'a> {
             Pass::Rows(code) => self.row(task, unit, code),
             Pass::Rank { marks, code } => self.rank(task, unit, marks, code),
             Pass::Columns(code) => self.columns(task, unit, code),
-            Pass::Bands(code) => self.band(task, unit, code),
-            Pass::Combine(code) => {
+            Pass::Bands { references, code } => self.band(task, unit, references, code),
+            Pass::Combine { references, code } => {
                 let unit = task.elements_of(blocks);
-                self.combine(task, unit, code.into()).map(|()| Found::Nothing)
+                self.combine(task, unit, references, code.into()).map(|()| Found::Nothing)
             }
             Pass::Arrays => self.arrays(task, unit).map(|()| Found::Nothing),
             Pass::Identical => self.identical(task, blocks),
@@ -379,7 +379,13 @@ impl<'a> Worker<'a> {
     }
 
     /// Reduces the columns of band `unit`, then computes them, both row by row.
-    fn band(&mut self, task: &Task, unit: u64, code: &Staged) -> Result<Found> {
+    fn band(
+        &mut self,
+        task: &Task,
+        unit: u64,
+        references: &References,
+        code: &Staged,
+    ) -> Result<Found> {
         let line = task.frame.line;
         let columns = unit * BAND..((unit + 1) * BAND).min(line);
         let rows = (0..task.frame.elements).step_by(line as usize);
@@ -396,12 +402,18 @@ impl<'a> Worker<'a> {
         };
         let given = code.given(Scope::Column, columns.start, &known, reduce)?;
         for row in rows {
-            self.combine(task, row, Code::Given(&code.program, &given))?;
+            self.combine(task, row, references, Code::Given(&code.program, &given))?;
         }
         Ok(Found::Nothing)
     }
 
-    fn combine(&mut self, task: &Task, unit: Range<u64>, code: Code<'_>) -> Result<()> {
+    fn combine(
+        &mut self,
+        task: &Task,
+        unit: Range<u64>,
+        references: &References,
+        code: Code<'_>,
+    ) -> Result<()> {
         if !task.sinks.iter().all(|sink| sink.is_apart()) {
             return self.replace(task, unit, code);
         }
@@ -410,6 +422,7 @@ impl<'a> Worker<'a> {
         let held = |out: &AlignedBuffer| AlignedBuffer::resident(out.capacity());
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
+        let level = self.level;
         let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
             let part = |(sink, bytes): (&Arc<dyn Sink>, _)| {
                 let size = sink.dtype().size();
@@ -420,7 +433,13 @@ impl<'a> Worker<'a> {
             let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
             let mut results =
                 Results { outputs: outputs.map(part).collect(), ..Results::default() };
-            store(program, code.program(), &step, &mut results)
+            store(program, code.program(), &step, &mut results)?;
+            for ((sink, out), reference) in task.sinks.iter().zip(&results.outputs).zip(references)
+            {
+                let reference = reference.and_then(|input| step.inputs[input].as_ref());
+                digest(level, &**sink, &step.elements, out, reference);
+            }
+            Ok(())
         });
         let written = computed.and_then(|()| places.write(task, &outs, self.control));
         (self.outs, self.held) = (outs, 0);
@@ -486,6 +505,8 @@ impl<'a> Worker<'a> {
                 let output = (sink.dtype(), &mut out[at(part.start)..at(part.end)]);
                 let (shape, inputs, double) = (&shape[..], &inputs[..], task.double);
                 (function.call)(&mut ArrayCall { shape, inputs, double, output });
+                let reference = read[task.base.unwrap_or(0)].as_ref();
+                digest(self.level, &**sink, &part, &out[at(part.start)..at(part.end)], reference);
             }
             for source in &task.sources {
                 source.release(part.clone());
@@ -514,8 +535,10 @@ impl<'a> Worker<'a> {
         }
         self.control.add_read(first.len() as u64 * task.sources.len() as u64);
         let mut places = Places::of(task, &mut self.outs, &range)?;
-        for bytes in places.bytes(&mut self.outs) {
+        let same = InputBytes { dtype: task.sources[0].dtype(), first: range.start, bytes: first };
+        for (sink, bytes) in task.sinks.iter().zip(places.bytes(&mut self.outs)) {
             bytes.copy_from_slice(first);
+            digest(self.level, &**sink, &range, first, Some(&same));
         }
         places.write(task, &self.outs, self.control)?;
         task.sources[0].release(range);
@@ -578,6 +601,20 @@ pub(super) fn store(
 ) -> Result<()> {
     copy(program, step, results);
     if program.only_copies() { Ok(()) } else { run.run(step, results) }
+}
+
+/// Tells `elements` of an output, whose bytes are `out`, to its digest, if one is wanted.
+fn digest(
+    level: Level,
+    sink: &dyn Sink,
+    elements: &Range<u64>,
+    out: &[u8],
+    reference: Option<&InputBytes<'_>>,
+) {
+    if let Some(digester) = sink.digester() {
+        let reference = reference.map(|input| (input.dtype, input.part(elements)));
+        digester.take(level, elements.start, out, reference);
+    }
 }
 
 /// Puts the bytes of inputs that are outputs as they are in their places.

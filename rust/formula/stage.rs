@@ -12,13 +12,21 @@ pub(crate) struct Stage {
     pub(crate) reductions: Vec<Arc<Reduction>>,
     pub(crate) selections: Vec<Arc<Selection>>,
     pub(crate) rankings: Vec<Arc<Ranking>>,
-    /// Whether it gives numbers, which become part of the formula. What is kept does not.
-    pub(crate) gives_numbers: bool,
+    /// Selections whose threshold the formula computes with.
+    thresholds: Vec<Arc<Selection>>,
 }
 
 impl Stage {
     pub(crate) fn is_empty(&self) -> bool {
         self.reductions.is_empty() && self.selections.is_empty() && self.rankings.is_empty()
+    }
+
+    /// Whether it gives numbers, which become part of the formula. What is kept does not.
+    pub(crate) fn gives_numbers(&self) -> bool {
+        let has_threshold = |selection: &Arc<Selection>| {
+            self.thresholds.iter().any(|other| Arc::ptr_eq(selection, other))
+        };
+        !self.reductions.is_empty() || self.selections.iter().any(has_threshold)
     }
 
     /// What its reductions run over; selections are of the tensor.
@@ -92,7 +100,7 @@ impl Dependencies {
             ScalarNode::Constant(_) | ScalarNode::Vector { .. } => {}
             ScalarNode::Reduction(reduction) => self.reduction(reduction),
             ScalarNode::Threshold(selection) => {
-                self.stage.gives_numbers = true;
+                self.stage.thresholds.push(Arc::clone(selection));
                 self.selection(selection);
             }
             ScalarNode::Computed { of, .. } => {
@@ -107,7 +115,6 @@ impl Dependencies {
         if self.is_new(reduction) {
             self.value(&reduction.left);
             reduction.right.iter().for_each(|right| self.value(right));
-            self.stage.gives_numbers = true;
             self.stage.reductions.push(Arc::clone(reduction));
         }
     }
@@ -168,7 +175,7 @@ fn is_ready(values: &[Value], frame: &TensorFrame, is_sweep: bool) -> bool {
 pub(crate) fn next_stage(values: &[Value], scope: Scope, frame: &TensorFrame) -> Stage {
     let is_ready = |values: &[Value]| is_ready(values, frame, scope == Scope::Model);
     let all = unknown(values);
-    let mut stage = Stage { gives_numbers: all.gives_numbers, ..Stage::default() };
+    let mut stage = Stage { thresholds: all.thresholds, ..Stage::default() };
     for reduction in all.reductions {
         if reduction.scope == scope && is_ready(&operands(&reduction)) {
             stage.reductions.push(reduction);
@@ -187,14 +194,14 @@ pub(crate) fn next_stage(values: &[Value], scope: Scope, frame: &TensorFrame) ->
 
 /// The next pass that ranks long vectors: those of one shape, whose values are ready.
 pub(crate) fn next_rankings(values: &[Value], frame: &TensorFrame) -> Stage {
-    let Stage { mut rankings, gives_numbers, .. } = unknown(values);
+    let mut rankings = unknown(values).rankings;
     rankings.retain(|ranking| {
         let value = std::slice::from_ref(&ranking.value);
         frame.stores_marks(ranking.among) && is_ready(value, frame, false)
     });
     let first = rankings.first().map(|ranking| ranking.among);
     rankings.retain(|ranking| Some(ranking.among) == first);
-    Stage { rankings, gives_numbers, ..Stage::default() }
+    Stage { rankings, ..Stage::default() }
 }
 
 /// Whether nothing but the values themselves, and columns, wait for a column to be reduced, and

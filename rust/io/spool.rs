@@ -182,7 +182,6 @@ pub struct Spool {
     file: File,
     folder: PathBuf,
     needs: Needs,
-    slots: u64,
     state: Mutex<State>,
     /// Something came, for those who read.
     came: Condvar,
@@ -239,7 +238,7 @@ impl Spool {
         let free = (0..slots as u32).rev().collect();
         let state = Mutex::new(State { free, ..State::default() });
         let (came, freed) = (Condvar::new(), Condvar::new());
-        Ok(Self { file, folder: folder.to_owned(), needs, slots, state, came, freed })
+        Ok(Self { file, folder: folder.to_owned(), needs, state, came, freed })
     }
 
     /// What is to be fetched next, when there is room for it; nothing when the work is over.
@@ -309,11 +308,6 @@ impl Spool {
         self.lock().stopped = true;
         self.came.notify_all();
         self.freed.notify_all();
-    }
-
-    /// Bytes that are fetched at the most.
-    pub fn to_fetch(&self) -> u64 {
-        self.needs.fetched(self.slots * self.needs.extent_bytes)
     }
 
     /// Bytes that were fetched.

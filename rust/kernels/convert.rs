@@ -23,6 +23,8 @@ use crate::dtype::DType;
 pub(crate) trait Format: Copy {
     /// The bytes of an element, little-endian.
     type Bytes: Copy;
+    /// The greatest finite value.
+    const LARGEST: f64;
 
     /// All elements of a slice whose length is a multiple of the size.
     fn elements(bytes: &[u8]) -> &[Self::Bytes];
@@ -48,9 +50,10 @@ pub(crate) struct F32;
 pub(crate) struct F64;
 
 macro_rules! impl_format {
-    ($format:ident, $size:literal, |$bytes:ident| $widen:expr, |$value:ident| $narrow:expr) => {
+    ($format:ident, $size:literal, $largest:expr, |$bytes:ident| $widen:expr, |$value:ident| $narrow:expr) => {
         impl Format for $format {
             type Bytes = [u8; $size];
+            const LARGEST: f64 = $largest;
 
             #[inline(always)]
             fn elements(bytes: &[u8]) -> &[Self::Bytes] {
@@ -78,18 +81,23 @@ macro_rules! impl_format {
 impl_format!(
     Bf16,
     2,
+    f32::from_bits(0x7F7F_0000) as f64,
     |bytes| T::from_f32(f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)),
     |value| narrow_bf16(value.to_f32_odd()).to_le_bytes()
 );
-impl_format!(F16, 2, |bytes| T::from_f32(widen_f16(u16::from_le_bytes(bytes))), |value| {
-    narrow_f16(value.to_f32_odd()).to_le_bytes()
-});
-impl_format!(F32, 4, |bytes| T::from_f32(f32::from_le_bytes(bytes)), |value| {
+impl_format!(
+    F16,
+    2,
+    65_504.0,
+    |bytes| T::from_f32(widen_f16(u16::from_le_bytes(bytes))),
+    |value| narrow_f16(value.to_f32_odd()).to_le_bytes()
+);
+impl_format!(F32, 4, f32::MAX as f64, |bytes| T::from_f32(f32::from_le_bytes(bytes)), |value| {
     let nearest = value.to_f32();
     let canonical = if nearest.is_nan() { <f32 as Real>::NAN } else { nearest };
     canonical.to_le_bytes()
 });
-impl_format!(F64, 8, |bytes| T::from_f64(f64::from_le_bytes(bytes)), |value| {
+impl_format!(F64, 8, f64::MAX, |bytes| T::from_f64(f64::from_le_bytes(bytes)), |value| {
     let exact = value.to_f64();
     let canonical = if exact.is_nan() { <f64 as Real>::NAN } else { exact };
     canonical.to_le_bytes()

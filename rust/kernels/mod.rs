@@ -26,6 +26,7 @@
     reason = "a loop that is not inlined into its shell is compiled without the shell's features"
 )]
 
+pub mod compare;
 pub mod consensus;
 pub mod convert;
 pub mod elementwise;
@@ -45,6 +46,7 @@ mod transcendental;
 pub mod ulp;
 pub mod weighted;
 
+pub use compare::{CELL, COMPARISON_VERSION, Comparison, compare};
 pub use consensus::elect;
 pub(crate) use consensus::{CANCELLED, cancels};
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};

@@ -4,6 +4,7 @@
 //! of [`Real`]; conversions, order keys and the generator are defined anew, from the formats'
 //! definitions.
 
+use super::compare::{CELL, Comparison};
 use super::elementwise::{BinaryOp, UnaryOp};
 use super::order::Counts;
 use super::random::MaskKey;
@@ -268,4 +269,50 @@ pub fn draw(key: &MaskKey, index: u64) -> u32 {
         if place < 4 { word & 0xFFFF } else { word >> 16 }
     };
     half(counter) << 16 | half(1 << 63 | counter)
+}
+
+/// What is known of a whole output, compared with a reference of the same type, if there is one.
+pub fn comparison(dtype: DType, out: &[u8], reference: Option<&[u8]>) -> Comparison {
+    let values = |bytes: &[u8]| -> Vec<f64> {
+        bytes.chunks(dtype.size()).map(|element| widen(dtype, element)).collect()
+    };
+    let largest = {
+        let shape = Shape::of(dtype);
+        if dtype == DType::F64 { f64::MAX } else { shape.value(shape.infinity() - 1) }
+    };
+    let out = values(out);
+    let count = |is_so: fn(&f64) -> bool| out.iter().filter(|value| is_so(value)).count() as u64;
+    let mut found = Comparison {
+        nan: count(|value| value.is_nan()),
+        infinite: count(|value| value.is_infinite()),
+        saturated: out.iter().filter(|value| value.abs() == largest).count() as u64,
+        ..Comparison::default()
+    };
+    let Some(reference) = reference.map(values) else { return found };
+    let pairs = || out.iter().zip(&reference).map(|(&x, &y)| (x, y));
+    let squares = |of: fn(f64, f64) -> f64| -> Vec<f64> {
+        let square = |(x, y): (f64, f64)| {
+            if x.is_finite() && y.is_finite() { of(x, y) * of(x, y) } else { 0.0 }
+        };
+        pairs().map(square).collect()
+    };
+    found.compared = out.len() as u64;
+    let is_same = |(x, y): (f64, f64)| x == y || (x.is_nan() && y.is_nan());
+    found.changed = pairs().filter(|&pair| !is_same(pair)).count() as u64;
+    found.difference = tree_sum(&squares(|x, y| x - y));
+    found.norm = tree_sum(&squares(|_, y| y));
+    found
+}
+
+/// The sum of a cell by lanes; of more, that of the largest power of two of cells that leaves some,
+/// and of the rest.
+fn tree_sum(terms: &[f64]) -> f64 {
+    if terms.len() > CELL {
+        let (left, right) =
+            terms.split_at(terms.len().div_ceil(CELL).next_power_of_two() / 2 * CELL);
+        return tree_sum(left) + tree_sum(right);
+    }
+    let mut lanes = [0.0; LANES];
+    reduce(terms, &mut lanes, |lane, term| lane + term);
+    fold_halves(&lanes)
 }

@@ -22,7 +22,7 @@ use serde_json::{Map, Value};
 pub use build::{Builder, ByToken, Input};
 pub use names::Names;
 pub use rows::{MOST_ROWS, Origin, RowMap};
-pub use saved::{load, save};
+pub use saved::{load, save, save_effects};
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -373,6 +373,11 @@ impl<'a> Tensor<'a> {
     /// The parameters.
     pub fn settings(self) -> &'a Settings {
         &self.plan.settings[self.kind_of().settings as usize]
+    }
+
+    /// Which of [`Plan::settings`] those are.
+    pub fn settings_index(self) -> usize {
+        self.kind_of().settings as usize
     }
 
     /// The tensors it is made of, in listed order.

@@ -129,14 +129,23 @@ impl<'de> Deserialize<'de> for SavedNode {
 
 /// Writes the table of `plan`: the same plan gives the same bytes.
 pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
+    write_table(plan, out, true)
+}
+
+/// Writes what of the table of `plan` decides the output: of files only their names and sizes, so that
+/// it is the same on any machine, and not where in the recipe settings come from.
+pub fn save_effects(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
+    write_table(plan, out, false)
+}
+
+fn write_table(plan: &Plan, out: &mut impl Write, whole: bool) -> io::Result<()> {
     let settings: Vec<_> = plan
         .settings
         .iter()
         .map(|settings| {
             let own: Vec<&Parameters> = settings.own.iter().map(|own| &**own).collect();
-            serde_json::json!({
-                "shared": &*settings.shared, "own": own, "origin": settings.origin,
-            })
+            let origin = if whole { &settings.origin } else { &Value::Null };
+            serde_json::json!({ "shared": &*settings.shared, "own": own, "origin": origin })
         })
         .collect();
     let shards: Vec<_> = plan
@@ -151,7 +160,12 @@ pub fn save(plan: &Plan, out: &mut impl Write) -> io::Result<()> {
         put(out, source)?;
     }
     write!(out, ",\"seed\":{},\"in_f64\":{},\"files\":", plan.seed, plan.in_f64)?;
-    put_lines(out, plan.files.iter())?;
+    if whole {
+        put_lines(out, plan.files.iter())?;
+    } else {
+        let name = |file: &InputFile| file.path.file_name().map(|name| name.display().to_string());
+        put_lines(out, plan.files.iter().map(|file| (name(file), file.size)))?;
+    }
     out.write_all(b",\"models\":")?;
     put(out, &plan.models)?;
     out.write_all(b",\"shapes\":")?;

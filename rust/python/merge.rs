@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 
+use super::digests::Digests;
 use super::enter::enter;
 use super::error::raise;
 use super::formula::Raised;
@@ -14,10 +15,11 @@ use super::spool::Spool;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
+use crate::engine::digest::{self, Observer};
 use crate::engine::files::{self, FileModes};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Resident, Settings, rehearsal};
+use crate::engine::{self, Settings, Surroundings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -137,14 +139,15 @@ fn with_backend<R>(
 
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
 /// and writes the shards of each, under partial names, into its directory: the one that is open as
-/// the descriptor in `descriptors`, if they are given. Tells which files it wrote. Files that are not
-/// here come by `spool`; who fetches them may have `beside` bytes resident.
+/// the descriptor in `descriptors`, if they are given. Tells which files it wrote; with `digests`, also
+/// what is known of the tensors of each. Files that are not here come by `spool`; who fetches them may
+/// have `beside` bytes resident.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
                     largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
-                    spool=None, beside=0))]
+                    digests=false, spool=None, beside=0))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -158,6 +161,7 @@ pub(super) fn execute<'py>(
     device: Option<Device<'py>>,
     descriptors: Option<Vec<RawFd>>,
     planned: u64,
+    digests: bool,
     spool: Option<PyRef<'py, Spool>>,
     beside: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -180,6 +184,9 @@ pub(super) fn execute<'py>(
     let directories: Vec<PathBuf> = merges.into_iter().map(|(_, directory)| directory).collect();
     let workers = worker_count(threads, tables.len());
     let settings = Settings { level, workers, memory, largest_piece };
+    let tensors = tables.first().map_or(0, |plan| plan.len());
+    let digests = digests.then(|| Arc::new(digest::Digests::new(tables.len(), tensors)));
+    let observer = digests.clone().map(|digests| digests as Arc<dyn Observer>);
     let done = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
             let open = |(index, path): (usize, &PathBuf)| {
@@ -193,8 +200,8 @@ pub(super) fn execute<'py>(
             let plans = tables.iter().map(|plan| &**plan);
             let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
             let modes = FileModes { read, write };
-            let resident = Resident { planned, beside };
-            engine::merge(backend, &merges, modes, &settings, resident, spool, control)
+            let around = Surroundings { planned, spool, beside, observer };
+            engine::merge(backend, &merges, modes, &settings, around, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;
@@ -207,7 +214,13 @@ pub(super) fn execute<'py>(
         "memory": describe_memory(&report.memory),
         "files": describe_files(files),
     });
-    to_python(py, &described)
+    let described = to_python(py, &described)?;
+    if let Some(all) = digests {
+        let each = tables.into_iter().enumerate();
+        let each = each.map(|(merge, plan)| Digests::new(plan, Arc::clone(&all), merge));
+        described.set_item("digests", each.collect::<Vec<_>>())?;
+    }
+    Ok(described)
 }
 
 /// Whether a directory lies on a network or FUSE mount, or cannot be asked.

@@ -8,6 +8,7 @@
 mod arrays;
 mod assembly;
 mod checkpoint;
+mod digests;
 mod enter;
 mod error;
 mod exported;
@@ -40,6 +41,8 @@ mod _core {
         weight_files,
     };
     #[pymodule_export]
+    use super::digests::Digests;
+    #[pymodule_export]
     use super::merge::{
         check_unchanged, execute, is_remote, methods, modifiers, partial_name, peak_memory,
         predict, rehearse,
@@ -62,6 +65,7 @@ mod _core {
             "plan_version": crate::plan::PLAN_VERSION,
             "generator_version": crate::kernels::GENERATOR_VERSION,
             "reduction_version": crate::kernels::REDUCTION_VERSION,
+            "comparison_version": crate::kernels::COMPARISON_VERSION,
         });
         to_python(py, &info)
     }

@@ -9,11 +9,12 @@ use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyDict, PyList, PyTuple};
 
+use super::digests::Digests;
 use super::error::raise;
 use super::formula::Raised;
 use super::to_python;
 use crate::checkpoint;
-use crate::engine::files;
+use crate::engine::{files, manifest};
 use crate::methods;
 use crate::plan;
 use crate::plan::{MethodSource, Parameters};
@@ -37,6 +38,21 @@ impl std::io::Write for Parts<'_, '_> {
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+}
+
+/// Hands what `put` writes to `write`, part by part.
+fn in_parts(
+    write: &Bound<'_, PyAny>,
+    put: impl FnOnce(&mut std::io::BufWriter<&mut Parts<'_, '_>>) -> std::io::Result<()>,
+) -> PyResult<()> {
+    let mut parts = Parts { write, failure: None };
+    let mut out = std::io::BufWriter::with_capacity(64 << 10, &mut parts);
+    let done = put(&mut out).and_then(|()| std::io::Write::flush(&mut out));
+    drop(out);
+    match (parts.failure, done) {
+        (Some(failure), _) => Err(failure),
+        (None, done) => Ok(done?),
     }
 }
 
@@ -289,14 +305,41 @@ impl Plan {
 
     /// Hands the table as JSON to `write`, part by part.
     fn write(&self, write: Bound<'_, PyAny>) -> PyResult<()> {
-        let mut parts = Parts { write: &write, failure: None };
-        let mut out = std::io::BufWriter::with_capacity(64 << 10, &mut parts);
-        let saved = plan::save(&self.0, &mut out).and_then(|()| std::io::Write::flush(&mut out));
-        drop(out);
-        match (parts.failure, saved) {
-            (Some(failure), _) => Err(failure),
-            (None, saved) => Ok(saved?),
+        in_parts(&write, |out| plan::save(&self.0, out))
+    }
+
+    /// Hands what of the table decides the output to `write`, part by part: the same on any machine.
+    fn write_portable(&self, write: Bound<'_, PyAny>) -> PyResult<()> {
+        in_parts(&write, |out| plan::save_effects(&self.0, out))
+    }
+
+    /// For each model, the files that its tensors are read from, as indices.
+    fn files_of_models(&self) -> Vec<Vec<usize>> {
+        let mut files = vec![std::collections::BTreeSet::new(); self.0.models.len()];
+        for source in self.0.tensors().flat_map(plan::Tensor::sources) {
+            files[source.model].insert(source.file);
         }
+        files.into_iter().map(|files| files.into_iter().collect()).collect()
+    }
+
+    /// Hands the list of the output tensors as JSON to `write`, part by part, with what is known of
+    /// each.
+    #[pyo3(signature = (write, digests=None))]
+    fn write_tensors(
+        &self,
+        write: Bound<'_, PyAny>,
+        digests: Option<PyRef<'_, Digests>>,
+    ) -> PyResult<()> {
+        in_parts(&write, |out| match digests {
+            Some(digests) => digests.look(|known| manifest::put_tensors(&self.0, Some(known), out)),
+            None => manifest::put_tensors(&self.0, None, out),
+        })
+    }
+
+    /// Bytes that the list of the output tensors takes at the most.
+    #[getter]
+    fn tensors_bytes(&self) -> u64 {
+        manifest::most_bytes(&self.0)
     }
 
     /// Reads a plan that was saved, from its text; and what was saved with the table, as JSON.

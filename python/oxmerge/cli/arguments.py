@@ -180,6 +180,21 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a model that is in the output directory"
     )
+    parser.add_argument(
+        "--no-digests",
+        action="store_true",
+        help="leave digests and statistics of the tensors out of the manifest, oxmerge.json",
+    )
+    parser.add_argument(
+        "--hash-inputs",
+        action="store_true",
+        help="put the SHA-256 of every input file into the manifest: reads them once more",
+    )
+    parser.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="keep NaN and infinity that come up where no input has them",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
@@ -189,6 +204,9 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
         **plan_options(options),
         "overwrite": options.overwrite,
         "read_path": options.read_path,
+        "digests": not options.no_digests,
+        "hash_inputs": options.hash_inputs,
+        "allow_nonfinite": options.allow_nonfinite,
     }
 
 

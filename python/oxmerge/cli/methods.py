@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from oxmerge import _core
 from oxmerge.cli.arguments import Parser, UsageError, add_json_option, add_methods_option
 from oxmerge.methods import Count, explain_parameter
 from oxmerge.problems import Problem
@@ -66,9 +67,14 @@ def _find(
 
 
 def _table(methods: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    widest = max(len(method["name"]) for method in methods) + 2
+    name = max(len(method["name"]) for method in methods) + 2
+    kind = max(len(method["class"]) for method in methods) + 2
     for method in methods:
-        yield from _hanging(method["name"].ljust(widest), " ".join(method["formula"].split()))
+        head = method["name"].ljust(name) + method["class"].ljust(kind)
+        yield from _hanging(head, f"{method['title']}: {method['cost']}")
+    yield ""
+    yield f"with any of them: {', '.join(each['name'] for each in _core.modifiers())}"
+    yield "`oxmerge methods NAME` has the formula, parameters, paper and an example"
 
 
 def _page(method: Mapping[str, Any]) -> Iterator[str]:
@@ -83,6 +89,10 @@ def _page(method: Mapping[str, Any]) -> Iterator[str]:
         yield "parameters"
     for parameter in method["parameters"]:
         yield from _parameter(parameter)
+    yield ""
+    yield "with any method, under `oxmerge:` in the recipe"
+    for each in _core.modifiers():
+        yield f"  {each['name']}: {each['help']}"
     yield ""
     yield "example"
     yield from textwrap.indent(_example(method), "  ").splitlines()

@@ -97,10 +97,14 @@ class PlainProgress:
         self.clock = clock
         self.started = self.spoken = clock()
         self.estimate = Estimate()
+        self.is_fetching = False
 
     def __call__(self, snapshot: Snapshot) -> None:
         """Show a snapshot, if the last one was a while ago."""
         now = self.clock()
+        if _is_fetching(snapshot) is not self.is_fetching:
+            self.is_fetching = not self.is_fetching
+            self.started, self.estimate = now, Estimate()
         left = self.estimate.left(snapshot, now - self.started)
         if now - self.spoken < _SECONDS_BETWEEN_LINES:
             return
@@ -121,9 +125,10 @@ class Estimate:
 
     def left(self, snapshot: Snapshot, seconds: float) -> float | None:
         """Return the seconds that are left after so many; None as long as nobody can tell."""
-        if snapshot.bytes_done == 0:
+        done, whole = _done(snapshot)
+        if done == 0:
             return None
-        total = seconds * snapshot.bytes_total / snapshot.bytes_done
+        total = seconds * whole / done
         if not self._has_settled:
             self._totals.append((seconds, total))
             while self._totals[0][0] < seconds - max(_COMPARED, _COMPARED_SHARE * seconds):
@@ -141,12 +146,15 @@ def progress_line(
 
     The percentage is always there, and a name is shortened before anything is left out.
     """
-    share = 100 * snapshot.bytes_done // max(snapshot.bytes_total, 1)
-    filled = _BAR * snapshot.bytes_done // max(snapshot.bytes_total, 1)
+    done, total = _done(snapshot)
+    share, filled = 100 * done // max(total, 1), _BAR * done // max(total, 1)
+    moved = done if _is_fetching(snapshot) else _moved(snapshot)
     parts = [
         "#" * filled + "-" * (_BAR - filled) if width is not None and width >= _WIDE else "",
-        f"{format_size(snapshot.bytes_done)} of {format_size(snapshot.bytes_total)}",
-        format_rate(_moved(snapshot), seconds),
+        f"{format_size(done)} of {format_size(total)}",
+        "downloaded" if _is_fetching(snapshot) else "",
+        format_rate(moved, seconds),
+        f"network {format_rate(snapshot.bytes_fetched, seconds)}" if _is_streaming(snapshot) else "",
         f"{'?' if left is None else format_duration(left)} left",
         f"peak {format_size(snapshot.peak_memory, binary=True)}",
     ]
@@ -161,6 +169,21 @@ def progress_line(
 def format_rate(size: int, seconds: float) -> str:
     """Return bytes by time as GB/s."""
     return f"{size / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+
+
+def _is_streaming(snapshot: Snapshot) -> bool:
+    return snapshot.bytes_fetched > 0 and snapshot.bytes_to_fetch == 0
+
+
+def _is_fetching(snapshot: Snapshot) -> bool:
+    return snapshot.bytes_fetched < snapshot.bytes_to_fetch
+
+
+def _done(snapshot: Snapshot) -> tuple[int, int]:
+    """Return the bytes that are done, and in all, of what goes on: a download, or the merge."""
+    if _is_fetching(snapshot):
+        return snapshot.bytes_fetched, snapshot.bytes_to_fetch
+    return snapshot.bytes_done, snapshot.bytes_total
 
 
 def _moved(snapshot: Snapshot) -> int:
@@ -203,9 +226,12 @@ class _Line:
 
 
 def _drawn(show: Callable[[str], None], width: Callable[[], int]) -> Progress:
-    estimate, started = Estimate(), time.monotonic()
+    estimate, started, was_fetching = Estimate(), time.monotonic(), False
 
     def callback(snapshot: Snapshot) -> None:
+        nonlocal estimate, started, was_fetching
+        if _is_fetching(snapshot) is not was_fetching:
+            estimate, started, was_fetching = Estimate(), time.monotonic(), not was_fetching
         seconds = time.monotonic() - started
         left = estimate.left(snapshot, seconds)
         show(progress_line(snapshot, seconds, left, width()))

@@ -14,9 +14,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 _CHUNK = 4 << 20
+_ATTEMPTS, _FIRST_WAIT = 6, 0.1
 _SHA256_LETTERS = 64
 
 
@@ -42,15 +44,7 @@ def _end_with_input() -> None:
 def _download(job: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
     was_there = os.path.exists(file["blob"])
     try:
-        from huggingface_hub import hf_hub_download  # noqa: PLC0415 - if it fails, that is told
-
-        path = hf_hub_download(
-            file["repo"],
-            file["name"],
-            revision=file["commit"],
-            cache_dir=job["cache"],
-            endpoint=job["endpoint"],
-        )
+        path = _fetch(job, file)
         found = file["etag"] if was_there else _digest(path, file["etag"])
     except Exception as error:  # noqa: BLE001 - all is told
         return {"error": describe(error)}
@@ -60,6 +54,29 @@ def _download(job: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
     for each in {os.path.realpath(path), path}:
         os.unlink(each)
     return {"found": found}
+
+
+def _fetch(job: dict[str, Any], file: dict[str, Any]) -> str:
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - if it fails, that is told
+
+    attempt = 0
+    while True:
+        try:
+            path: str = hf_hub_download(
+                file["repo"],
+                file["name"],
+                revision=file["commit"],
+                cache_dir=job["cache"],
+                endpoint=job["endpoint"],
+            )
+        except Exception as error:
+            # The library itself asks again for most of what passes, but not after a reset.
+            attempt += 1
+            if attempt == _ATTEMPTS or "TransportError" not in describe(error)["kinds"]:
+                raise
+            time.sleep(_FIRST_WAIT * 2**attempt)
+        else:
+            return path
 
 
 def describe(error: Exception) -> dict[str, Any]:

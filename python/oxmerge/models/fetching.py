@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models import hub
-from oxmerge.models.hub_cache import Snapshot, cache_folder
+from oxmerge.models.hub_cache import Commit, cache_folder
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -32,6 +32,8 @@ __all__ = ["check_space", "fetch"]
 _PROGRAM = Path(__file__).with_name("download.py")
 #: Programs that download at a time. For each file the Hub's own protocol takes several connections.
 _AT_ONCE = 4
+#: Bytes that are worth another program, whose start takes half a second.
+_WORTH_ANOTHER = 100_000_000
 #: Seconds between looks at how far the files are, and until a program has to be gone.
 _GLANCE, _PATIENCE = 0.1, 10.0
 #: Room that `--stream` takes besides the output, unless `--spool` says otherwise.
@@ -104,9 +106,9 @@ def fetch(
             f"weights are to be fetched, and {why}", file=wanted[0].label, advice=advice
         )
     told: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-    programs = [
-        _Program(wanted[first::_AT_ONCE], told) for first in range(min(_AT_ONCE, len(wanted)))
-    ]
+    size = sum(each.size for each in wanted)
+    count = min(_AT_ONCE, len(wanted), 1 + size // _WORTH_ANOTHER)
+    programs = [_Program(wanted[first::count], told) for first in range(count)]
     running = len(programs)
     try:
         while running:
@@ -144,19 +146,19 @@ class _Download:
         self.label: str = file["remote"]["label"]
         self.etag: str = file["remote"]["etag"]
         self.size: int = file["size"]
-        found = Snapshot.of_label(self.label)
+        found = Commit.of_label(self.label)
         if found is None or not self.etag.isalnum():
             raise RemoteError("the plan names a file that cannot be fetched", file=self.label)
-        self.snapshot, self.name = found
+        self.commit, self.name = found
         self._most = 0
-        self.path = self.snapshot.path_of(self.name)
-        snapshots = os.path.dirname(self.snapshot.folder)
+        self.path = self.commit.path_of(self.name)
+        snapshots = os.path.dirname(self.commit.folder)
         self.blob = os.path.join(os.path.dirname(snapshots), "blobs", self.etag)
 
     def job(self) -> dict[str, str]:
         """Return what the program has to know."""
         return {
-            "label": self.label, "repo": self.snapshot.name, "commit": self.snapshot.commit,
+            "label": self.label, "repo": self.commit.name, "commit": self.commit.hash,
             "name": self.name, "etag": self.etag, "blob": self.blob,
         }  # fmt: skip
 
@@ -182,7 +184,7 @@ class _Download:
                 found=f"digest {done['found']}",
                 advice="start again; if it stays so, tell those who run the Hub or its mirror",
             )
-        return hub.told(done["error"], self.snapshot.name, self.snapshot.commit, self.name)
+        return hub.told(done["error"], self.commit.name, self.commit.hash, self.name)
 
 
 class _Program:

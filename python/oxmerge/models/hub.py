@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from importlib.util import find_spec
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.download import describe
-from oxmerge.models.hub_cache import Snapshot, cache_folder, cached_names, is_offline
+from oxmerge.models.hub_cache import Commit, HubFile, cache_folder, cached_names, is_offline
 from oxmerge.models.remote import HttpFile, retried
 from oxmerge.problems import did_you_mean
 from oxmerge.sizes import format_size
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 __all__ = [
-    "HubFile",
     "endpoint",
     "fetch_small",
     "file_of",
@@ -48,22 +46,6 @@ _ENDPOINT = "https://huggingface.co"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file as the Hub lists it.
-
-    Attributes
-    ----------
-    size : int
-        Bytes.
-    etag : str
-        The SHA-256 of a large file, in hexadecimal; of a small one, Git's SHA-1.
-    """
-
-    size: int
-    etag: str
-
-
 def why_not() -> tuple[str, str] | None:
     """Return why the Hub cannot be asked here, and what to do; None if it can."""
     if is_offline():
@@ -78,7 +60,7 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or _ENDPOINT).rstrip("/")
 
 
-def find_commit(name: str, revision: str | None) -> Snapshot:
+def find_commit(name: str, revision: str | None) -> Commit:
     """Return the commit that a revision of a model is now, by the Hub.
 
     Raises
@@ -87,32 +69,31 @@ def find_commit(name: str, revision: str | None) -> Snapshot:
         If there is no such model or revision, or it may not be had.
     """
     commit, files = _info(name, revision)
-    _listed[name, commit] = files
-    return Snapshot(name, commit)
+    _listed[commit] = files
+    return commit
 
 
-def list_files(snapshot: Snapshot) -> Mapping[str, HubFile]:
+def list_files(commit: Commit) -> Mapping[str, HubFile]:
     """Return the files of a commit, by their names with ``/``."""
-    key = (snapshot.name, snapshot.commit)
-    if key not in _listed:
-        _listed[key] = _info(*key)[1]
-    return _listed[key]
+    if commit not in _listed:
+        _listed[commit] = commit.files() or _info(commit.name, commit.hash)[1]
+    return _listed[commit]
 
 
 #: What commits have: that does not change, and a sweep asks often.
-_listed: dict[tuple[str, str], Mapping[str, HubFile]] = {}
+_listed: dict[Commit, Mapping[str, HubFile]] = {}
 
 
-def _info(name: str, revision: str | None) -> tuple[str, Mapping[str, HubFile]]:
+def _info(name: str, revision: str | None) -> tuple[Commit, Mapping[str, HubFile]]:
     from huggingface_hub import HfApi  # noqa: PLC0415 - only when the Hub is asked
 
     api = HfApi(endpoint=endpoint())
     ask = partial(api.model_info, name, revision=revision, files_metadata=True, timeout=_SECONDS)
     info = _asked(ask, name, revision)
-    commit = info.sha
-    if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise RemoteError("the Hub tells no commit", file=name, found=str(commit)[:80])
-    return commit, {file: found for file, found in map(_listed_file, info.siblings or ()) if found}
+    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
+        raise RemoteError("the Hub tells no commit", file=name, found=str(info.sha)[:80])
+    files = {file: found for file, found in map(_listed_file, info.siblings or ()) if found}
+    return Commit(name, info.sha), files
 
 
 def _listed_file(entry: Any) -> tuple[str, HubFile | None]:  # noqa: ANN401 - of the library
@@ -127,12 +108,12 @@ def _listed_file(entry: Any) -> tuple[str, HubFile | None]:  # noqa: ANN401 - of
     return name, HubFile(size, etag)
 
 
-def file_of(snapshot: Snapshot, name: str, size: int, etag: str) -> HttpFile:
+def file_of(commit: Commit, name: str, size: int, etag: str) -> HttpFile:
     """Return a file of a commit to be read by ranges.
 
     Parameters
     ----------
-    snapshot : Snapshot
+    commit : Commit
         The commit.
     name : str
         The file's name, with ``/``.
@@ -141,28 +122,28 @@ def file_of(snapshot: Snapshot, name: str, size: int, etag: str) -> HttpFile:
     """
 
     def locate() -> tuple[str, dict[str, str]]:
-        return _locate(snapshot, name, size, etag)
+        return _locate(commit, name, size, etag)
 
     sha256 = etag if _SHA256.fullmatch(etag) else None
-    return HttpFile(snapshot.label_of(name), size, etag, sha256, locate, _client)
+    return HttpFile(commit.label_of(name), size, etag, sha256, locate, _client)
 
 
-def _locate(snapshot: Snapshot, name: str, size: int, etag: str) -> tuple[str, dict[str, str]]:
+def _locate(commit: Commit, name: str, size: int, etag: str) -> tuple[str, dict[str, str]]:
     """Return where a file can be read now, and what to send there."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url  # noqa: PLC0415 - as above
     from huggingface_hub.utils import build_hf_headers  # noqa: PLC0415
 
-    url = hf_hub_url(snapshot.name, name, revision=snapshot.commit, endpoint=endpoint())
+    url = hf_hub_url(commit.name, name, revision=commit.hash, endpoint=endpoint())
     ask = partial(get_hf_file_metadata, url, timeout=_SECONDS, endpoint=endpoint())
-    found = _asked(ask, snapshot.name, snapshot.commit, name)
+    found = _asked(ask, commit.name, commit.hash, name)
     for what, expected, told in (
         ("size", size, found.size), ("ETag", etag, found.etag),
-        ("commit", snapshot.commit, found.commit_hash),
+        ("commit", commit.hash, found.commit_hash),
     ):  # fmt: skip
         if told != expected:
             raise InputChangedError(
                 "the Hub's listing and its files do not fit each other",
-                file=snapshot.label_of(name),
+                file=commit.label_of(name),
                 expected=f"{what} {expected}",
                 found=f"{what} {told}",
                 advice="start again; if it stays so, tell those who run the Hub or its mirror",
@@ -179,12 +160,12 @@ def _client() -> Any:  # noqa: ANN401 - of httpx
     return get_session()
 
 
-def fetch_small(snapshot: Snapshot, names: Iterable[str], revision: str | None) -> None:
+def fetch_small(commit: Commit, names: Iterable[str], revision: str | None) -> None:
     """Fetch small files of a commit into the Hub's cache, which is told what the commit has.
 
     Parameters
     ----------
-    snapshot : Snapshot
+    commit : Commit
         The commit.
     names : iterable of str
         The files, with ``/``.
@@ -198,12 +179,12 @@ def fetch_small(snapshot: Snapshot, names: Iterable[str], revision: str | None) 
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - as above
 
-    listed, names = list_files(snapshot), list(names)
+    listed, names = list_files(commit), list(names)
     for name in names:
         if listed[name].size > _MOST_SMALL:
             raise RemoteError(
                 "a file beside the weights is too large for what it should be",
-                file=snapshot.label_of(name),
+                file=commit.label_of(name),
                 expected=f"at most {format_size(_MOST_SMALL, binary=True)}",
                 found=format_size(listed[name].size, binary=True),
                 advice="download the model, remove the file, and name the folder",
@@ -211,18 +192,18 @@ def fetch_small(snapshot: Snapshot, names: Iterable[str], revision: str | None) 
 
     def fetch(revision: str) -> str:
         ask = partial(
-            snapshot_download, snapshot.name, revision=revision, cache_dir=cache_folder(),
+            snapshot_download, commit.name, revision=revision, cache_dir=cache_folder(),
             endpoint=endpoint(), etag_timeout=_SECONDS, max_workers=_AT_ONCE,
             allow_patterns=[escape(name) for name in names],
         )  # fmt: skip
-        folder: str = _asked(ask, snapshot.name, revision)
+        folder: str = _asked(ask, commit.name, revision)
         return folder
 
-    os.makedirs(snapshot.folder, exist_ok=True)  # also of a model that has weights alone
+    os.makedirs(commit.folder, exist_ok=True)  # also of a model that has weights alone
     with _no_bars():
         # By its name, so that the cache knows that; unless it is another commit by now.
-        if os.path.basename(fetch(revision or "main")) != snapshot.commit:
-            fetch(snapshot.commit)
+        if os.path.basename(fetch(revision or "main")) != commit.hash:
+            fetch(commit.hash)
 
 
 @contextmanager

@@ -19,7 +19,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["HubName", "Snapshot", "cache_folder", "cached_names", "find_snapshot", "is_offline"]
+__all__ = [
+    "Commit",
+    "HubFile",
+    "HubName",
+    "cache_folder",
+    "cached_names",
+    "find_cached",
+    "is_offline",
+]
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REFERENCE = re.compile(
@@ -27,11 +35,11 @@ _REFERENCE = re.compile(
     r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?:/(?P<inside>.+))?",
     re.ASCII,
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{40}")
 #: Fewer letters of a commit are too few to be taken for it.
-_SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")
-#: A path into the cache, up to the snapshot.
-_SNAPSHOT = re.compile(r"(.*/models--([\w.-]+)/snapshots/([0-9a-f]{40}))(?:/(.*))?", re.ASCII)
+_SHORT_HASH = re.compile(r"[0-9a-f]{7,39}")
+#: A path into the cache, up to the commit.
+_INTO_HASH = re.compile(r"(.*/models--([\w.-]+)/snapshots/([0-9a-f]{40}))(?:/(.*))?", re.ASCII)
 #: What environment variables say for yes.
 _YES = frozenset(("1", "ON", "YES", "TRUE"))
 #: A branch that models have unless they say otherwise.
@@ -81,7 +89,9 @@ class HubName:
         inside = found["inside"] or ""
         parts = inside.rstrip("/").split("/") if inside else []
         is_name = "--" not in name and ".." not in name and not name.endswith(".git")
-        if not is_name or not _are_plain(parts):
+        # Of a path the first folder is nobody's name.
+        is_path = "/" not in name and revision is None and found["address"] is None and parts
+        if not is_name or is_path or not _are_plain(parts):
             return None
         if revision is not None and not _are_plain(revision.split("/")):
             return None
@@ -98,24 +108,40 @@ def _are_plain(parts: list[str]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A commit of a model in the cache.
+class HubFile:
+    """A file as the Hub lists it.
+
+    Attributes
+    ----------
+    size : int
+        Bytes.
+    etag : str
+        The SHA-256 of a large file, in hexadecimal; of a small one, Git's SHA-1.
+    """
+
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit of a model on the Hub, which the cache may have a snapshot of.
 
     Attributes
     ----------
     name : str
         The model's name on the Hub.
-    commit : str
-        The whole commit.
+    hash : str
+        Its number, whole.
     """
 
     name: str
-    commit: str
+    hash: str
 
     @property
     def folder(self) -> str:
         """Where its files are, or would be."""
-        return os.path.join(_folder_of(self.name), "snapshots", self.commit)
+        return os.path.join(_folder_of(self.name), "snapshots", self.hash)
 
     def path_of(self, inside: str) -> str:
         """Return where a file or folder of it is, or would be."""
@@ -123,25 +149,25 @@ class Snapshot:
 
     def label_of(self, inside: str) -> str:
         """Return what messages call a file or folder of it."""
-        return f"{self.name}@{self.commit}" + (f"/{inside}" if inside else "")
+        return f"{self.name}@{self.hash}" + (f"/{inside}" if inside else "")
 
     @classmethod
-    def of_label(cls, label: str) -> tuple[Snapshot, str] | None:
-        """Return the snapshot and the file that a label calls so."""
+    def of_label(cls, label: str) -> tuple[Commit, str] | None:
+        """Return the commit and the file that a label calls so."""
         named = HubName.parse(label)
-        if named is None or named.revision is None or not _COMMIT.fullmatch(named.revision):
+        if named is None or named.revision is None or not _HASH.fullmatch(named.revision):
             return None
         return cls(named.name, named.revision), named.inside
 
     @classmethod
-    def of_path(cls, path: str) -> tuple[Snapshot, str] | None:
-        """Return the snapshot that a path leads into, and to which file or folder of it."""
-        found = _SNAPSHOT.fullmatch(os.path.abspath(path))
-        return found and (cls(found[2].replace("--", "/"), found[3]), found[4] or "")
+    def of_path(cls, path: str) -> tuple[Commit, str] | None:
+        """Return the commit that a path leads into, and to which file or folder of it."""
+        found = _INTO_HASH.fullmatch(os.path.abspath(path))
+        return found and (cls(found[2].replace("--", "/", 1), found[3]), found[4] or "")
 
-    def files(self) -> dict[str, int] | None:
-        """Return the files that it should have, with their bytes, if the cache tells."""
-        path = os.path.join(_folder_of(self.name), "trees", f"{self.commit}.json")
+    def files(self) -> dict[str, HubFile] | None:
+        """Return the files that it has on the Hub, if the cache tells."""
+        path = os.path.join(_folder_of(self.name), "trees", f"{self.hash}.json")
         try:
             listed, _ = read_json(path)
         except (OSError, ValueError):
@@ -149,13 +175,19 @@ class Snapshot:
         files = listed.get("files") if isinstance(listed, dict) else None
         if not isinstance(files, dict):
             return None
-        sizes = {name: _size_of(entry) for name, entry in files.items()}
-        return {name: size for name, size in sizes.items() if size is not None}
+        found = ((name, _cached_file(entry)) for name, entry in files.items())
+        return {name: file for name, file in found if file and _are_plain(name.split("/"))}
 
 
-def _size_of(entry: Any) -> int | None:  # noqa: ANN401 - it may be anything
-    size = entry.get("size") if isinstance(entry, dict) else None
-    return size if isinstance(size, int) else None
+def _cached_file(entry: Any) -> HubFile | None:  # noqa: ANN401 - it may be anything
+    if not isinstance(entry, dict):
+        return None
+    size, etag = entry.get("lfs_size"), entry.get("lfs_sha256")
+    if etag is None:
+        size, etag = entry.get("size"), entry.get("blob_id")
+    if isinstance(size, int) and size >= 0 and isinstance(etag, str):
+        return HubFile(size, etag)
+    return None
 
 
 def cache_folder() -> str:
@@ -177,11 +209,11 @@ def cached_names() -> list[str]:
     """Return the names of the models that the cache has something of."""
     with suppress(OSError):
         folders = (each.removeprefix("models--") for each in os.listdir(cache_folder()))
-        return sorted(each.replace("--", "/") for each in folders)
+        return sorted(each.replace("--", "/", 1) for each in folders)
     return []
 
 
-def find_snapshot(name: str, revision: str | None = None) -> Snapshot | None:
+def find_cached(name: str, revision: str | None = None) -> Commit | None:
     """Return the commit that the cache has for a revision; files of it may be lacking.
 
     A branch is what it was when something was last fetched from it.
@@ -195,22 +227,22 @@ def find_snapshot(name: str, revision: str | None = None) -> Snapshot | None:
     """
     revision = revision or _MAIN
     folder = _folder_of(name)
-    if _COMMIT.fullmatch(revision):
-        snapshot = Snapshot(name, revision)
-        return snapshot if os.path.isdir(snapshot.folder) else None
+    if _HASH.fullmatch(revision):
+        commit = Commit(name, revision)
+        return commit if os.path.isdir(commit.folder) else None
     with suppress(OSError, ValueError):
         text, _ = read_start(os.path.join(folder, "refs", *revision.split("/")), _MOST_REF)
-        commit = text.decode("ascii").strip()
-        if _COMMIT.fullmatch(commit):
-            return Snapshot(name, commit)
-    if _SHORT_COMMIT.fullmatch(revision):
+        number = text.decode("ascii").strip()
+        if _HASH.fullmatch(number):
+            return Commit(name, number)
+    if _SHORT_HASH.fullmatch(revision):
         with suppress(OSError):
             found = [
                 each
                 for each in os.listdir(os.path.join(folder, "snapshots"))
-                if each.startswith(revision) and _COMMIT.fullmatch(each)
+                if each.startswith(revision) and _HASH.fullmatch(each)
             ]
-            return Snapshot(name, found[0]) if len(found) == 1 else None
+            return Commit(name, found[0]) if len(found) == 1 else None
     return None
 
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from oxmerge import _core
 from oxmerge.errors import CheckpointError, InputChangedError, RemoteError, UnsupportedError
 from oxmerge.models import hub, stores
-from oxmerge.models.hub_cache import HubName, Snapshot, cache_folder, find_snapshot
+from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
 from oxmerge.models.vocabularies import TOKENIZER_FILES
 from oxmerge.problems import UNSUPPORTED, Problem, near, printable
 from oxmerge.sizes import format_size
@@ -177,14 +177,14 @@ def _local(path: str) -> Located:
     """Return where a path leads; in the Hub's cache, which model and commit that is."""
     folder, name = os.path.split(path)
     if name.startswith("models--") and os.path.isdir(os.path.join(path, "snapshots")):
-        named = HubName.parse(name.removeprefix("models--").replace("--", "/"))
+        named = HubName.parse(name.removeprefix("models--").replace("--", "/", 1))
         # The cache's folder of a model stands for what the cache has as its main branch.
         with suppress(OSError):
             if named and os.path.samefile(folder, cache_folder()):
-                snapshot = find_snapshot(named.name)
-                if snapshot and os.path.isdir(snapshot.folder):
-                    return Located(snapshot.folder, snapshot.label_of(""))
-    found = Snapshot.of_path(path)
+                commit = find_cached(named.name)
+                if commit and os.path.isdir(commit.folder):
+                    return Located(commit.folder, commit.label_of(""))
+    found = Commit.of_path(path)
     return Located(path, None if found is None else found[0].label_of(found[1]))
 
 
@@ -217,18 +217,18 @@ def _in_store(address: str) -> Located | Problem:
 
 
 def _on_hub(reference: str, named: HubName, places: list[str]) -> Located | Problem:
-    snapshot = find_snapshot(named.name, named.revision)
-    if snapshot is not None and not _lacking(snapshot, named.inside):
-        return _in_cache(snapshot, named.inside)
+    commit = find_cached(named.name, named.revision)
+    if commit is not None and not _lacking(commit, named.inside):
+        return _in_cache(commit, named.inside)
     reason = hub.why_not()
     if reason is not None:
-        return _without_hub(reference, named, snapshot, places, *reason)
+        return _without_hub(reference, named, commit, places, *reason)
     try:
-        return _at_hub(snapshot or hub.find_commit(named.name, named.revision), named)
+        return _at_hub(commit or hub.find_commit(named.name, named.revision), named)
     except RemoteError as error:
         # Of a commit that is known the weights are the same: what is lacking is beside them.
-        if snapshot is not None and not _lacking(snapshot, named.inside, weights_only=True):
-            return _in_cache(snapshot, named.inside, str(error))
+        if commit is not None and not _lacking(commit, named.inside, weights_only=True):
+            return _in_cache(commit, named.inside, str(error))
         if places:
             error.message = f"there is no path `{reference}`, and {error.message}"
         return error.as_problem()
@@ -237,42 +237,42 @@ def _on_hub(reference: str, named: HubName, places: list[str]) -> Located | Prob
 def _without_hub(
     reference: str,
     named: HubName,
-    snapshot: Snapshot | None,
+    commit: Commit | None,
     places: list[str],
     why: str,
     advice: str,
 ) -> Located | Problem:
     """Return what the cache has, though not all, if the weights are there."""
-    if snapshot is None:
+    if commit is None:
         seen = f", the Hub's cache `{cache_folder()}` has no `{named}`, and {why}"
         return _not_found(reference, places, seen, f"{advice}; or {_NAME_ONE}")
-    lacking = _lacking(snapshot, named.inside, weights_only=True)
+    lacking = _lacking(commit, named.inside, weights_only=True)
     if not lacking:
-        return _in_cache(snapshot, named.inside, why)
+        return _in_cache(commit, named.inside, why)
     more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
     message = f"the Hub's cache lacks files of `{named}`, and {why}"
     found = f"no `{lacking[0]}`{more}"
-    folder = snapshot.folder
+    folder = commit.folder
     return Problem("unreachable-model", message, file=folder, found=found, advice=advice)
 
 
-def _in_cache(snapshot: Snapshot, inside: str, why: str | None = None) -> Located:
-    warnings = () if why is None else (_may_lack(snapshot, why),)
-    return Located(snapshot.path_of(inside), snapshot.label_of(inside), warnings=warnings)
+def _in_cache(commit: Commit, inside: str, why: str | None = None) -> Located:
+    warnings = () if why is None else (_may_lack(commit, why),)
+    return Located(commit.path_of(inside), commit.label_of(inside), warnings=warnings)
 
 
-def _may_lack(snapshot: Snapshot, why: str) -> Problem:
+def _may_lack(commit: Commit, why: str) -> Problem:
     message = "the Hub's cache may lack files beside the weights, and they were not fetched"
-    return Problem("odd-checkpoint", message, file=snapshot.folder, found=why)
+    return Problem("odd-checkpoint", message, file=commit.folder, found=why)
 
 
-def _lacking(snapshot: Snapshot, inside: str, *, weights_only: bool = False) -> list[str]:
-    """Return the files that a snapshot should have of a model, and has not.
+def _lacking(commit: Commit, inside: str, *, weights_only: bool = False) -> list[str]:
+    """Return the files that a commit should have of a model, and has not.
 
     That are the weights; and what planning reads, as far as the cache knows what there is, or else
     a config and a tokenizer.
     """
-    path = snapshot.path_of(inside)
+    path = commit.path_of(inside)
     try:
         weights = _core.weight_files(path, ())
     except UnsupportedError:
@@ -283,11 +283,11 @@ def _lacking(snapshot: Snapshot, inside: str, *, weights_only: bool = False) -> 
     lacking = [name for name in weights if not os.path.isfile(os.path.join(folder, name))]
     if weights_only or lacking:
         return lacking
-    files = snapshot.files()
+    files = commit.files()
     if files is not None:
         prefix = _prefix(inside, is_file=folder != path)
         wanted = (name for name in files if _is_planned(name, prefix))
-        return [name for name in wanted if not os.path.isfile(snapshot.path_of(name))]
+        return [name for name in wanted if not os.path.isfile(commit.path_of(name))]
     here = frozenset(os.listdir(folder))
     wanted_sets = {"config.json": {"config.json"}, "tokenizer.json": set(TOKENIZER_FILES)}
     return [name for name, any_of in wanted_sets.items() if not here & any_of]
@@ -306,26 +306,26 @@ def _is_planned(name: str, prefix: str) -> bool:
     return name.startswith(prefix) and (rest in _PLANNED or is_index)
 
 
-def _at_hub(snapshot: Snapshot, named: HubName) -> Located:
+def _at_hub(commit: Commit, named: HubName) -> Located:
     """Fetch the small files that planning reads; tell which others are not here."""
-    listed, inside = hub.list_files(snapshot), named.inside
+    listed, inside = hub.list_files(commit), named.inside
     prefix = _prefix(inside, is_file=inside in listed)
     in_folder = [name for name in listed if name.startswith(prefix)]
     if not in_folder:
         raise RemoteError(
             f"`{named}` has no `{inside}`" if inside else f"`{named}` has no files",
-            file=snapshot.label_of(""),
+            file=commit.label_of(""),
             found=", ".join(f"`{name}`" for name in sorted(listed)[:_SHOWN]) or None,
             advice="name a folder or a file that it has",
         )
     planned = [name for name in in_folder if _is_planned(name, prefix)]
-    hub.fetch_small(snapshot, planned, named.revision)
+    hub.fetch_small(commit, planned, named.revision)
     absent = {
-        name.removeprefix(prefix): hub.file_of(snapshot, name, listed[name].size, listed[name].etag)
+        name.removeprefix(prefix): hub.file_of(commit, name, listed[name].size, listed[name].etag)
         for name in in_folder
-        if not os.path.isfile(snapshot.path_of(name))
+        if not os.path.isfile(commit.path_of(name))
     }
-    return Located(snapshot.path_of(inside), snapshot.label_of(inside), MappingProxyType(absent))
+    return Located(commit.path_of(inside), commit.label_of(inside), MappingProxyType(absent))
 
 
 def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Problem]:
@@ -353,23 +353,23 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
         folder = located.path if is_folder else os.path.dirname(located.path)
         stores.fetch_small(folder, wanted_of_store)
         return []
-    found = None if located.pinned is None else Snapshot.of_label(located.pinned)
+    found = None if located.pinned is None else Commit.of_label(located.pinned)
     if found is None or located.warnings:  # which say so already
         return []
-    snapshot, inside = found
-    files = snapshot.files()
+    commit, inside = found
+    files = commit.files()
     reason = hub.why_not()
     if files is None and reason is not None:
-        return [_may_lack(snapshot, reason[0])]
-    names = hub.list_files(snapshot) if files is None else files
+        return [_may_lack(commit, reason[0])]
+    names = hub.list_files(commit) if files is None else files
     prefix = _prefix(inside, is_file=os.path.isfile(located.path) or inside in names)
     in_folder = (name for name in names if name.startswith(prefix))
     wanted = [name for name in in_folder if is_wanted(name.removeprefix(prefix))]
-    lacking = [name for name in wanted if not os.path.isfile(snapshot.path_of(name))]
+    lacking = [name for name in wanted if not os.path.isfile(commit.path_of(name))]
     if lacking and reason is not None:
-        return [_may_lack(snapshot, reason[0])]
+        return [_may_lack(commit, reason[0])]
     if lacking or files is None:
-        hub.fetch_small(snapshot, lacking or wanted[:1], snapshot.commit)
+        hub.fetch_small(commit, lacking or wanted[:1], commit.hash)
     return []
 
 
@@ -386,7 +386,7 @@ def remote_file(file: Mapping[str, object]) -> RemoteFile:
     etag, size = str(remote["etag"]) if isinstance(remote, Mapping) else "", int(str(file["size"]))
     if stores.is_address(label):
         return stores.StoreFile(label, size, etag)
-    found = Snapshot.of_label(label)
+    found = Commit.of_label(label)
     if found is None:
         raise RemoteError("the plan names a file that cannot be fetched", file=label)
     return hub.file_of(*found, size, etag)
@@ -409,18 +409,19 @@ def open_located(located: Located) -> Checkpoint:
     """
     if not located.absent:
         return _core.open_checkpoint(located.path)
-    return _open_remote(located.path, tuple(sorted(located.absent.items())))
-
-
-@lru_cache(maxsize=8)  # a sweep opens the same models often
-def _open_remote(path: str, absent: tuple[tuple[str, RemoteFile], ...]) -> Checkpoint:
-    files = {name: file for name, file in absent if "/" not in name}
+    files = {name: file for name, file in located.absent.items() if "/" not in name}
     rows = [(name, file.size, file.label, file.etag, b"") for name, file in files.items()]
-    wanted = [files[name] for name in _core.weight_files(path, rows) if name in files]
+    wanted = [name for name in _core.weight_files(located.path, rows) if name in files]
+    starts = dict(zip(wanted, _starts(tuple(files[name] for name in wanted)), strict=True))
+    opened = [(*row[:-1], starts.get(row[0], b"")) for row in rows]
+    return _core.open_checkpoint(located.path, opened)
+
+
+@lru_cache(maxsize=4)  # a sweep opens the same models often
+def _starts(files: tuple[RemoteFile, ...]) -> list[bytes]:
+    """Return the first bytes of files, up to the ends of their headers."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        starts = dict(zip(wanted, pool.map(_Starts(), wanted), strict=True))
-    opened = [(*row[:-1], starts.get(files[row[0]], b"")) for row in rows]
-    return _core.open_checkpoint(path, opened)
+        return list(pool.map(_Starts(), files))
 
 
 class _Starts:
@@ -443,7 +444,7 @@ class _Starts:
                     advice="get the model from where it was first published",
                 )
             start += file.read(len(start), end)
-        return start
+        return start[:end]
 
 
 # Nothing found.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 from oxmerge import _core
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
     from oxmerge.models.remote import RemoteFile
 
-__all__ = ["DEFAULT_SPOOL", "RESIDENT", "Fetcher", "is_streamed", "spool_bytes", "streamed"]
+__all__ = ["DEFAULT_SPOOL", "RESIDENT", "Fetcher", "is_streamed", "read_whole", "spool_bytes", "streamed"]
 
 #: Ranges that are fetched at a time: enough to fill a fast line.
 CONNECTIONS = 8
 #: Bytes that they take in memory: each a piece, what its connection has beside it, and its thread.
 RESIDENT = CONNECTIONS * (4 << 20)
+#: Bytes of a range of what is held in memory.
+_AT_ONCE = 8 << 20
 #: Bytes of the spool, unless given.
 DEFAULT_SPOOL = 20_000_000_000
 #: Seconds to wait for a thread that still waits for its server when the run is over.
@@ -82,6 +85,21 @@ def streamed(
         return nullcontext()
     spool = _core.Spool(tables, size, folder, tensor)
     return Fetcher(spool, {at: remote_file(file) for at, file in files.items()})
+
+
+def read_whole(file: RemoteFile, start: int, stop: int) -> bytearray:
+    """Return a range of a file that is held in memory whole, by several requests side by side."""
+    whole = bytearray(stop - start)
+
+    def fetch(first: int) -> None:
+        at = first - start
+        for piece in file.pieces(first, min(first + _AT_ONCE, stop)):
+            whole[at : at + len(piece)] = piece
+            at += len(piece)
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(fetch, range(start, stop, _AT_ONCE)))
+    return whole
 
 
 class Fetcher:

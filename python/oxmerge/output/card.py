@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from oxmerge.json_files import read_start
-from oxmerge.models.hub_cache import Snapshot
+from oxmerge.models.hub_cache import Commit
 from oxmerge.models.references import FOLDERS
 from oxmerge.problems import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 CARD_NAME = "README.md"
 RECIPE_NAME = "oxmerge_recipe.yml"
@@ -104,7 +105,7 @@ def hub_name(reference: str, path: str) -> str | None:
     >>> hub_name("/home/me/models/Llama 3 (mine)", "/home/me/models/Llama 3 (mine)")
     'Llama-3-mine'
     """
-    cached = Snapshot.of_path(path) or Snapshot.of_path(os.path.realpath(path))
+    cached = Commit.of_path(path) or Commit.of_path(os.path.realpath(path))
     if cached is not None:
         return cached[0].name
     if _HUB_NAME.fullmatch(reference) and reference.partition("/")[0].lower() not in FOLDERS:
@@ -119,7 +120,7 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
     *,
     method: str,
     models: Sequence[str],
-    pinned: Sequence[str | None],
+    pinned: Mapping[str, str] = MappingProxyType({}),
     hub_names: Iterable[str | None] = (),
     metadata: Metadata | None = None,
     base: str | None,
@@ -137,7 +138,7 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
     models
         The models merged as the recipe writes them, in listed order; the base may be among them.
     pinned
-        What each of them is called on the Hub with its commit, if it is from there.
+        Of those that are from the Hub, what they are called there with their commits.
     hub_names
         What they are called on the Hub.
     metadata
@@ -154,8 +155,7 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         On tensors that are not merged as others are.
     """
     everyone = list(dict.fromkeys([*([base] if base else []), *models]))
-    known = zip(models, pinned, strict=True)
-    commits = {model: f", that is {_code(pin)}" for model, pin in known if pin and pin != model}
+    commits = {model: f", that is {_code(pin)}" for model, pin in pinned.items()}
     sections = [
         _front_matter(hub_names, metadata or Metadata()),
         f"# Merge by {method_title or method}",
@@ -172,15 +172,14 @@ def model_card(  # noqa: PLR0913 - what a card says, keyword only
         "\n".join(f"- {_code(note)}" for note in notes),
         "## Recipe",
         f"It is also in `{RECIPE_NAME}`. Relative paths in it hold where it was first run.",
-        _fenced(pinned_recipe(recipe_text, models, pinned)),
+        _fenced(pinned_recipe(recipe_text, pinned)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def pinned_recipe(text: str, models: Sequence[str], pinned: Sequence[str | None]) -> str:
+def pinned_recipe(text: str, pinned: Mapping[str, str]) -> str:
     """Return the text of a recipe, with the commits of its models as comments before it."""
-    known = zip(models, pinned, strict=True)
-    pins = (f"{model} was {pin}" for model, pin in known if pin and pin != model)
+    pins = (f"{model} was {pin}" for model, pin in pinned.items())
     return "".join(f"# {printable(pin)}\n" for pin in pins) + text
 
 

@@ -12,12 +12,13 @@ from oxmerge.output.card import (
     read_metadata,
 )
 from oxmerge.output.config import edit_config, json_text
+from oxmerge.output.manifest import MANIFEST_NAME, manifest_bytes
 from oxmerge.output.publish import Contents
 from oxmerge.output.side_files import WRITTEN_ANEW, SideFiles, folder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from typing import Any
 
     from oxmerge.methods import Method
@@ -43,24 +44,32 @@ _REPORT_BYTES = 64 << 10
 
 
 def contents_of(plan: Plan) -> Contents:
-    """Return what goes into the output directory; the report comes last."""
+    """Return what goes into the output directory; manifest and report come last."""
     return Contents(
         shards=[name for name, _ in plan.shards],
         index=plan.index,
         config=plan.config,
         side_files=plan.side_files.copied,
         texts={**plan.side_files.texts, CARD_NAME: plan.card, RECIPE_NAME: _recipe_of(plan)},
-        late=[REPORT_NAME],
+        late=[MANIFEST_NAME, REPORT_NAME],
     )
 
 
 def _recipe_of(plan: Plan) -> str:
-    return pinned_recipe(plan.recipe_text, plan.models, plan.pinned)
+    return pinned_recipe(plan.recipe_text, _pins(zip(plan.models, plan.pinned, strict=True)))
 
 
-def late_texts(plan: Plan, report: dict[str, Any]) -> dict[str, str]:
-    """Return the files that tell of the run."""
-    return {REPORT_NAME: json_text({**report, "left_out": list(plan.left_out)})}
+def _pins(models: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """Return the commits of the models that are written without them."""
+    return {model: pin for model, pin in models if pin is not None and pin != model}
+
+
+def late_texts(
+    plan: Plan, report: dict[str, Any], manifest: Callable[[int], None]
+) -> dict[str, str | Callable[[int], None]]:
+    """Return the files that tell of the run, as texts or as what writes them."""
+    report = {**report, "left_out": list(plan.left_out)}
+    return {MANIFEST_NAME: manifest, REPORT_NAME: json_text(report)}
 
 
 def disk_bytes(plan: Plan) -> int:
@@ -68,7 +77,8 @@ def disk_bytes(plan: Plan) -> int:
     weights = sum(size for _, size in plan.shards)
     texts = (plan.config, plan.index, plan.card, _recipe_of(plan))
     text_bytes = sum(len(text.encode()) for text in texts if text is not None)
-    return weights + text_bytes + plan.side_files.total_bytes + _REPORT_BYTES
+    late_bytes = manifest_bytes(plan) + _REPORT_BYTES
+    return weights + text_bytes + plan.side_files.total_bytes + late_bytes
 
 
 def left_out(side_files: SideFiles) -> tuple[str, ...]:
@@ -163,7 +173,7 @@ def card_of(
     return model_card(
         method=recipe.method,
         models=[model.reference for model in models],
-        pinned=[model.located.pinned for model in models],
+        pinned=_pins((model.reference, model.located.pinned) for model in models),
         hub_names=hub_names,
         metadata=read_metadata(folder_of(donor.path)),
         base=None if recipe.base_model is None else donor.reference,

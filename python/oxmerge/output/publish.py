@@ -137,7 +137,7 @@ class Contents:
     texts
         Further files by name: the card, the recipe.
     late
-        Names of the files that come with `commit`: the report.
+        Names of the files that come with `commit`: the manifest and the report.
     """
 
     shards: Sequence[str]
@@ -245,7 +245,7 @@ def commit(
     output: OutputDirectory,
     contents: Contents,
     shards: Sequence[FileState],
-    texts: Mapping[str, str],
+    late: Mapping[str, str | Callable[[int], None]],
 ) -> list[str]:
     """Turn the partial files into a finished model directory, and own it still: see `close`.
 
@@ -257,8 +257,8 @@ def commit(
         What goes in; its shards lie there under their partial names.
     shards
         Which files they are, and how they were left.
-    texts
-        Further files by name: the report.
+    late
+        Further files by name: the manifest and the report, as texts or as what writes them.
 
     Returns
     -------
@@ -275,7 +275,7 @@ def commit(
         If a file cannot be written or renamed.
     """
     with _told_in_full(output):
-        _write_texts(output, texts)
+        _write_texts(output, late)
         for name, state in zip(contents.shards, shards, strict=True):
             output.complete[name] = _Partial(partial_name(name), state)
         os.fsync(output.descriptor)
@@ -506,10 +506,13 @@ def _probe(output: OutputDirectory) -> None:
 # Writing under temporary names.
 
 
-def _write_texts(output: OutputDirectory, texts: Mapping[str, str | bytes]) -> None:
+def _write_texts(
+    output: OutputDirectory, texts: Mapping[str, str | bytes | Callable[[int], None]]
+) -> None:
     for name, text in texts.items():
         data = text.encode(errors="backslashreplace") if isinstance(text, str) else text
-        _complete(output, name, partial(_write_all, data))
+        write = partial(_write_all, data) if isinstance(data, bytes) else data
+        _complete(output, name, write)
 
 
 def _complete(output: OutputDirectory, name: str, write: Callable[[int], None]) -> None:

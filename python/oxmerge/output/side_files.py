@@ -47,7 +47,7 @@ _TRAINING = (
 )  # fmt: skip
 _WRITTEN_ANEW = ("readme.md", "config.json")
 _PARTIAL = ".*.oxmerge-partial"
-_EARLIER_MERGE = ("mergekit_config.y*ml", "oxmerge_*", _PARTIAL)
+_EARLIER_MERGE = ("mergekit_config.y*ml", "oxmerge.json", "oxmerge_*", _PARTIAL)
 # The first that matches is the reason given.
 _REASONS = (
     ("of an earlier merge", _EARLIER_MERGE),

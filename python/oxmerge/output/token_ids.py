@@ -17,6 +17,8 @@ GENERATION_CONFIG = "generation_config.json"
 
 #: Keys that count tokens.
 COUNTS = ("vocab_size", "padded_vocab_size")
+#: Keys, of models of speech, with ids by position, or by the name of a language or a task.
+_WITH_ENTRIES = ("forced_decoder_ids", "lang_to_id", "task_to_id")
 
 
 def edit_tokens(
@@ -41,8 +43,9 @@ def edit_tokens(
 
     Notes
     -----
-    A list loses the ids of tokens that are not there. A list in it is a sequence of tokens, such as
-    a word that is not to be generated: without one of them it would be another, so it goes whole.
+    A list loses the ids of tokens that are not there, a mapping its entries. A list in a list is a
+    sequence of tokens, such as a word that is not to be generated: without one of them it would be
+    another, so it goes whole.
     A negative number is no id: it says that there is no such token.
     """
     edited: dict[str, Any] = {}
@@ -55,14 +58,33 @@ def edit_tokens(
             notes += more
         elif rows is not None and key in COUNTS and type(value) is int:
             new = rows
+        elif ids is not None and (entries := _entries(key, value)) is not None:
+            moved = ((name, token, _moved(token, ids)) for name, token in entries)
+            kept = [(name, new) for name, token, new in moved if new is not None or token is None]
+            new = dict(kept) if isinstance(value, dict) else [list(entry) for entry in kept]
         elif ids is not None and holds_token_ids(key):
             new = _moved(value, ids)
             if new is None or (new == [] and value):
                 new = instead.get(key)
-        if new != value and not isinstance(value, dict):
+        if new != value and not is_language_config(key):
             notes.append(f"`{key}` is {new}, and was {value}: the output has other tokens")
         edited[key] = new
     return edited, notes
+
+
+def _entries(key: str, value: object) -> list[tuple[Any, Any]] | None:
+    """Return the entries of ids by name, or by position; None if these are none.
+
+    A null at a position says that no token is forced there.
+    """
+    if key not in _WITH_ENTRIES:
+        return None
+    if isinstance(value, dict):
+        return list(value.items())
+    try:
+        return [(name, token) for name, token in value]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        return None
 
 
 def _moved(value: object, ids: Mapping[int, int | None]) -> object:
@@ -85,6 +107,8 @@ def ids_in(config: Mapping[str, Any]) -> Iterator[int]:
     for key, value in config.items():
         if isinstance(value, dict) and is_language_config(key):
             yield from ids_in(value)
+        elif (entries := _entries(key, value)) is not None:
+            yield from _numbers([token for _, token in entries])
         elif holds_token_ids(key):
             yield from _numbers(value)
 

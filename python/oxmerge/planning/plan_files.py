@@ -14,6 +14,7 @@ from oxmerge.json_files import read_start
 from oxmerge.methods import find_method, modifiers
 from oxmerge.options import check_allowed
 from oxmerge.output.card import RECIPE_NAME, REPORT_NAME
+from oxmerge.output.manifest import MANIFEST_NAME
 from oxmerge.output.publish import CONFIG_NAME, INDEX_NAME
 from oxmerge.output.side_files import LeftOut, SideFile, SideFiles
 from oxmerge.planning.accounting import ModelAccount, Share
@@ -241,7 +242,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
     if len(pinned) != len(models) or not all(isinstance(each, str | None) for each in pinned):
         raise _wrong("`pinned` in the plan is not as it should be", pinned)
     copied = [_side_file(_Reader(each)) for each in reader.get("side_files", list, dict)]
-    written = (CONFIG_NAME, INDEX_NAME, RECIPE_NAME, REPORT_NAME)
+    written = (CONFIG_NAME, INDEX_NAME, RECIPE_NAME, MANIFEST_NAME, REPORT_NAME)
     taken = {*written, *(name for name, _ in table.shards)}
     for file in copied:
         if file.name in taken or file.name.lower() == "readme.md":

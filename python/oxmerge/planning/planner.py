@@ -405,7 +405,7 @@ class _Planner:
                 *notes,
                 *notes_on(self.side_files),
                 *self.pins(),
-            ),  # fmt: skip
+            ),
             config=config,
             card=card_of(self.recipe, method, self.inputs.models, donor, extended, self.stages),
             side_files=self.side_files,

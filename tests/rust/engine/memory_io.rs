@@ -28,6 +28,11 @@ impl ArraySource {
         Arc::new(Self { dtype, bytes })
     }
 
+    /// Its type and bytes.
+    pub(crate) fn parts(&self) -> (DType, &[u8]) {
+        (self.dtype, &self.bytes)
+    }
+
     pub(crate) fn widened<T: Real>(&self) -> Vec<T> {
         let mut values = vec![T::ZERO; self.bytes.len() / self.dtype.size()];
         widen(Level::portable(), self.dtype, &self.bytes, &mut values);

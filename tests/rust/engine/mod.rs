@@ -1,6 +1,7 @@
 //! The engine against the oracle: same bytes for any threads, pieces and instruction set.
 
 mod arrays;
+mod digests;
 mod formulas;
 mod memory_io;
 mod model_wide;

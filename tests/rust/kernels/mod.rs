@@ -1,5 +1,6 @@
 //! Every kernel against its oracle: the same bits, at every level that this CPU has.
 
+mod compare;
 mod consensus;
 mod convert;
 mod elementwise;

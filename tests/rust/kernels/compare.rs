@@ -1,0 +1,75 @@
+use super::config;
+use oxmerge::dtype::DType;
+use oxmerge::kernels::{CELL, Comparison, Level, compare, narrow, oracle};
+use proptest::prelude::*;
+
+use super::TestReal;
+
+const FLOATS: [DType; 4] = [DType::Bf16, DType::F16, DType::F32, DType::F64];
+
+/// Pairs of values, most of which are equal or plain.
+fn values() -> impl Strategy<Value = Vec<(f64, f64)>> {
+    let plain = (-1000..1000_i32).prop_map(|number| f64::from(number) / 256.0);
+    let pair = prop_oneof![
+        8 => plain.clone().prop_map(|value| (value, value)),
+        8 => (plain.clone(), plain),
+        1 => (f64::interesting(), f64::interesting()),
+    ];
+    let plain_only = prop::collection::vec((-9..9_i8, -9..9_i8), 0..=CELL)
+        .prop_map(|all| all.into_iter().map(|(x, y)| (x.into(), y.into())).collect());
+    prop_oneof![plain_only, prop::collection::vec(pair, 0..=CELL)]
+}
+
+proptest! {
+    #![proptest_config(config(64))]
+
+    #[test]
+    fn a_cell_is_compared_as_by_the_oracle(
+        pairs in values(),
+        dtype in prop::sample::select(&FLOATS[..]),
+    ) {
+        let stored = |values: Vec<f64>| {
+            let mut bytes = vec![0; values.len() * dtype.size()];
+            narrow(Level::portable(), &values, dtype, &mut bytes);
+            bytes
+        };
+        let (out, reference): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+        let (out, reference) = (stored(out), stored(reference));
+        for reference in [None, Some(&reference[..])] {
+            let expected = oracle::comparison(dtype, &out, reference);
+            for level in Level::available() {
+                assert_eq!(compare(level, dtype, &out, reference), expected, "{}", level.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_odd_is_counted() {
+    let values = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, -0.0, 1.0, 2.0];
+    let reference = [f32::NAN, 1.0, f32::NEG_INFINITY, f32::MAX, 3.0, 0.0, 1.0, 2.5];
+    let bytes =
+        |values: &[f32]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    let found = compare(Level::detect(), DType::F32, &bytes(&values), Some(&bytes(&reference)));
+    let largest = f64::from(f32::MAX);
+    let expected = Comparison {
+        nan: 1,
+        infinite: 2,
+        saturated: 2,
+        compared: 8,
+        changed: 3,
+        difference: (-largest - 3.0) * (-largest - 3.0) + 0.25,
+        norm: largest * largest + 9.0 + 1.0 + 6.25,
+    };
+    assert_eq!(found, expected);
+    assert!(!found.is_finite());
+    assert_eq!(found.relative_change(), Some(expected.difference.sqrt() / expected.norm.sqrt()));
+}
+
+#[test]
+fn a_change_from_nothing_has_no_ratio() {
+    let compared = compare(Level::detect(), DType::F32, &[0, 0, 128, 63], Some(&[0; 4]));
+    assert_eq!((compared.changed, compared.relative_change()), (1, None));
+    let nothing = compare(Level::detect(), DType::F32, &[0, 0, 128, 63], None);
+    assert_eq!((nothing.compared, nothing.changed, nothing.relative_change()), (0, 0, None));
+}

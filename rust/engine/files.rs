@@ -334,6 +334,7 @@ impl<'a> Merges<'a> {
         let total = remote.map(|file| file.size).fold(0, u64::saturating_add);
         let mut needs = Needs::new(spool, total);
         for in_sweep in [true, false] {
+            needs.begin_again();
             for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
                 let kind = self.kind(at);
                 let is_read = only.is_none_or(|only| only == at) && (!in_sweep || self.swept[kind]);

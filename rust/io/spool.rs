@@ -36,7 +36,7 @@ const WANTED_SLOTS: u64 = 64;
 /// How many extents all files together may have.
 const MOST_EXTENTS: u64 = 1 << 16;
 /// Between two visits of an extent that are so few steps apart it is not let go.
-const CLOSE_BY: usize = 64;
+const CLOSE_BY: usize = 8;
 
 /// Which extents of remote files the steps of a work read.
 #[derive(Clone, Debug)]
@@ -48,6 +48,8 @@ pub struct Needs {
     /// In the order in which they begin.
     visits: Vec<Visit>,
     steps: usize,
+    /// The first step of those that go through the files together.
+    since: usize,
     /// The step that reads the most extents, and how many.
     largest: (usize, usize),
 }
@@ -82,8 +84,14 @@ impl Needs {
             extents: Vec::new(),
             visits: Vec::new(),
             steps: 0,
+            since: 0,
             largest: (0, 0),
         }
+    }
+
+    /// The steps that follow go through the files once more.
+    pub fn begin_again(&mut self) {
+        self.since = self.steps;
     }
 
     /// Adds a step that reads these bytes of files, side by side from the first on.
@@ -111,7 +119,9 @@ impl Needs {
             let visits = &mut self.extents[extent as usize].visits;
             let last = visits.last().map(|&visit| &mut self.visits[visit as usize]);
             match last {
-                Some(visit) if visit.last + CLOSE_BY >= step => visit.last = step,
+                Some(visit) if visit.last + CLOSE_BY >= step && visit.last >= self.since => {
+                    visit.last = step;
+                }
                 _ => {
                     visits.push(self.visits.len() as u32);
                     self.visits.push(Visit { extent, first: step, last: step });

@@ -409,24 +409,41 @@ impl Spool {
 impl State {
     /// The extent to fetch next, which now has a slot.
     fn choose(&mut self, needs: &Needs) -> Option<u32> {
+        // What was there and had to go does not come in its turn any more. And what the oldest step
+        // waits for has to come where there is no room for a turn, or nothing would go on.
+        let next = self.next;
+        self.choose_wanted(needs, |visit, _| visit < next)
+            .or_else(|| self.choose_in_turn(needs))
+            .or_else(|| self.choose_wanted(needs, |_, is_oldest| is_oldest))
+    }
+
+    /// The same, of what a read waits for: if by its next visit, and whether that is of the oldest
+    /// step, it `is_due`.
+    fn choose_wanted(
+        &mut self,
+        needs: &Needs,
+        is_due: impl Fn(usize, bool) -> bool,
+    ) -> Option<u32> {
         for at in 0..self.wanted.len() {
             let extent = self.wanted[at];
             let (visit, step) = needs.next_visit(extent, self.over).unwrap_or((0, self.over));
-            // What the oldest step waits for has to come, or nothing would go on. What a later one
-            // waits for comes in its turn, unless it was there and had to go.
-            let is_urgent = step == self.over;
-            if !is_urgent && visit as usize >= self.next {
+            let is_oldest = step == self.over;
+            if !is_due(visit as usize, is_oldest) {
                 continue;
             }
-            if let Some(slot) = self.slot(needs, (!is_urgent).then_some(step)) {
+            if let Some(slot) = self.slot(needs, (!is_oldest).then_some(step)) {
                 self.wanted.remove(at);
                 self.held.entry(extent).or_default().slot = Some(slot);
                 return Some(extent);
             }
         }
+        None
+    }
+
+    /// The same, of what comes in its turn.
+    fn choose_in_turn(&mut self, needs: &Needs) -> Option<u32> {
         while let Some(visit) = needs.visits.get(self.next) {
-            let has_slot = |held: &Held| held.slot.is_some();
-            let is_here = self.held.get(&visit.extent).is_some_and(has_slot);
+            let is_here = self.held.get(&visit.extent).is_some_and(|held| held.slot.is_some());
             if visit.last >= self.over && !is_here {
                 let slot = self.slot(needs, Some(visit.first))?;
                 self.wanted.retain(|&wanted| wanted != visit.extent);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -35,8 +36,8 @@ RESIDENT = CONNECTIONS * (4 << 20)
 _AT_ONCE = 8 << 20
 #: Bytes of the spool, unless given.
 DEFAULT_SPOOL = 20_000_000_000
-#: Seconds to wait for a thread that still waits for its server when the run is over.
-_PATIENCE = 2.0
+#: Seconds to wait for threads that still wait for their servers when the run is over.
+_PATIENCE = 0.5
 #: Bytes before the first range of a file that are fetched again to look at the whole of it.
 _MOST_BEFORE = 16 << 20
 #: Bytes that are looked at at a time.
@@ -138,8 +139,9 @@ class Fetcher:
     ) -> None:
         """Stop fetching; raise what went wrong with it, if that is why the run ended."""
         self.spool.stop()
+        until = time.monotonic() + _PATIENCE
         for thread in self._threads:
-            thread.join(_PATIENCE)
+            thread.join(max(until - time.monotonic(), 0))
         if error is not None and self._failure is not None:
             raise self._failure from None
 

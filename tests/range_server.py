@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from socket import SHUT_RDWR
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
 #: What goes wrong with an answer, for a path, its range and how often that path was asked for:
-#: ``reset`` and ``short`` (in the middle of the bytes), ``long``, ``other`` (another range), ``whole``
-#: (no range), ``changed`` (another ETag), or a status as a number.
+#: ``reset`` and ``short`` (in the middle of the bytes), ``long``, ``other`` (another range),
+#: ``whole`` (no range), ``changed`` (another ETag), or a status as a number.
 Fault = Callable[[str, tuple[int, int] | None, int], str | int | None]
 
 

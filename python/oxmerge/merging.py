@@ -704,7 +704,9 @@ def _with_absent(
     if not absent:
         return tables
     memory, backend = room
-    _core.predict(tables, memory, running.threads, backend)  # what cannot fit is told before hours of downloads
+    _core.predict(
+        tables, memory, running.threads, backend
+    )  # what cannot fit is told before hours of downloads
     check_space(absent, os.fspath(outputs[0].path), sum(plan.disk for plan in plans))
     places = fetch(absent, _fetch_reporter(plans, progress))
     return [table.placed(places) for table in tables]

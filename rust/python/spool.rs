@@ -34,28 +34,28 @@ fn needs(plans: &[Arc<plan::Plan>], bytes: u64, tensor: Option<usize>) -> Result
 
 #[pymethods]
 impl Spool {
-    /// Creates a spool of at most `bytes` in `folder`, for merges of the same tensors, or for one tensor
+    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors, or for one tensor
     /// of them. Fails if a tensor needs more.
     #[new]
-    #[pyo3(signature = (plans, bytes, folder, tensor=None))]
+    #[pyo3(signature = (plans, size, folder, tensor=None))]
     fn create(
         py: Python<'_>,
         plans: Vec<PyRef<'_, Plan>>,
-        bytes: u64,
+        size: u64,
         folder: PathBuf,
         tensor: Option<usize>,
     ) -> PyResult<Self> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let create = || io::Spool::create(&folder, bytes, needs(&plans, bytes, tensor)?);
+        let create = || io::Spool::create(&folder, size, needs(&plans, size, tensor)?);
         py.detach(create).map(|spool| Self(Arc::new(spool))).map_err(|error| raise(py, &error))
     }
 
-    /// Bytes that a spool of at most `bytes` would take, and that would be fetched at the most.
+    /// Bytes that a spool of at most `size` would take, and that would be fetched at the most.
     #[staticmethod]
-    fn predict(py: Python<'_>, plans: Vec<PyRef<'_, Plan>>, bytes: u64) -> PyResult<(u64, u64)> {
+    fn predict(py: Python<'_>, plans: Vec<PyRef<'_, Plan>>, size: u64) -> PyResult<(u64, u64)> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let needs = py.detach(|| needs(&plans, bytes, None)).map_err(|error| raise(py, &error))?;
-        Ok((needs.room().min(bytes), needs.fetched(bytes)))
+        let needs = py.detach(|| needs(&plans, size, None)).map_err(|error| raise(py, &error))?;
+        Ok((needs.room().min(size), needs.fetched(size)))
     }
 
     /// What is to be fetched next, when there is room: its number, the file, and from where to where;
@@ -67,8 +67,8 @@ impl Spool {
 
     /// Puts in bytes of an extent, which begin at `start` of its file. Raises `KeyboardInterrupt` when
     /// nobody wants them any more.
-    fn put(&self, py: Python<'_>, extent: u32, start: u64, bytes: &[u8]) -> PyResult<()> {
-        py.detach(|| self.0.put(extent, start, bytes)).map_err(|error| raise(py, &error))
+    fn put(&self, py: Python<'_>, extent: u32, start: u64, piece: &[u8]) -> PyResult<()> {
+        py.detach(|| self.0.put(extent, start, piece)).map_err(|error| raise(py, &error))
     }
 
     /// Bytes of an extent that were put in.

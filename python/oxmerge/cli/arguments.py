@@ -143,9 +143,14 @@ def add_plan_options(parser: Parser) -> None:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="keep no weights that have to be fetched: read them through a spool on the output's disk",
+        help="keep no weights that have to be fetched, but read them through a spool",
     )
-    parser.add_argument("--spool", type=size, metavar="SIZE", help="size of the spool (20GB)")
+    parser.add_argument(
+        "--spool",
+        type=size,
+        metavar="SIZE",
+        help="largest size of the spool, on the output's disk (20GB)",
+    )
     parser.add_argument(
         "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
     )

@@ -154,7 +154,9 @@ def progress_line(
         f"{format_size(done)} of {format_size(total)}",
         "downloaded" if _is_fetching(snapshot) else "",
         format_rate(moved, seconds),
-        f"network {format_rate(snapshot.bytes_fetched, seconds)}" if _is_streaming(snapshot) else "",
+        f"network {format_rate(snapshot.bytes_fetched, seconds)}"
+        if _is_streaming(snapshot)
+        else "",
         f"{'?' if left is None else format_duration(left)} left",
         f"peak {format_size(snapshot.peak_memory, binary=True)}",
     ]

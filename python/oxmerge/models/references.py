@@ -1,8 +1,8 @@
 """Model references: how people name a model, and where that model lies.
 
-A reference is a path, the name of a model on the Hub, or an address in a store. One function resolves it, for recipes,
-`inspect`, `open` and `lazy`. A path wins when it is there; what else was looked at is said. What it
-resolves to is pinned: a model of the Hub is one commit from then on.
+A reference is a path, the name of a model on the Hub, or an address in a store. One function
+resolves it, for recipes, `inspect`, `open` and `lazy`. A path wins when it is there; what else was
+looked at is said. What it resolves to is pinned: a model of the Hub is one commit from then on.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def with_revision(name: str, revision: str) -> str:
     return f"{name}@{revision if revision.startswith('refs/') else quote(revision, safe='')}"
 
 
-def resolve_reference(reference: str, folders: tuple[str, ...]) -> Located | Problem:
+def resolve_reference(  # noqa: PLR0911 - one for each kind of reference
+    reference: str, folders: tuple[str, ...]
+) -> Located | Problem:
     """Find the file or directory that a reference names.
 
     Parameters

@@ -1,11 +1,11 @@
 """Models in object stores and on web servers: ``s3://``, ``gs://`` and ``https://`` addresses.
 
 The `obstore` library talks to them, and asks again for what passes; credentials and endpoints are
-those of the environment, as its users have them. It is imported here alone, and only when such a model
-is named. Stores list what they have; a web server is asked for the files that a model may have.
+those of the environment. It is imported here alone, and only when such a model is named. Stores
+list what they have; a web server is asked for the files that a model may have.
 
-Weights are not kept. The small files beside them are, in a folder of the user's cache that is called
-by what the store says of all files of the model: so they are never those of another.
+Weights are not kept. The small files beside them are, in a folder of the user's cache that is
+called by what the store says of all files of the model: so they are never those of another.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from typing import Any
+
+    from obstore import GetOptions
 
 __all__ = ["StoreFile", "StoredModel", "fetch_small", "find_model", "is_address"]
 
@@ -93,7 +95,7 @@ class StoreFile:
         import obstore  # noqa: PLC0415 - only when a store is asked
 
         store, path = _store_of(self.label)
-        options: dict[str, Any] = {"range": (start, stop)}
+        options: GetOptions = {"range": (start, stop)}
         if self.etag.startswith('"'):  # no other can be asked for
             options["if_match"] = self.etag
         left = stop - start

@@ -1,7 +1,7 @@
-"""What a merge reads of files that are not here, fetched ahead of the workers into a bounded spool.
+"""What a merge reads of files that are not here, fetched ahead of it into a bounded spool.
 
-The engine knows in which order it will read, and keeps what is needed (`rust/io/spool.rs`). Here are
-the threads that ask it what comes next, and put in what servers send, piece by piece.
+The engine knows in which order it will read, and keeps what is needed (`rust/io/spool.rs`). Here
+are the threads that ask it what comes next, and put in what servers send, piece by piece.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 
     from oxmerge.models.remote import RemoteFile
 
-__all__ = ["DEFAULT_SPOOL", "RESIDENT", "Fetcher", "is_streamed", "read_whole", "spool_bytes", "streamed"]
+__all__ = [
+    "DEFAULT_SPOOL",
+    "RESIDENT",
+    "Fetcher",
+    "is_streamed",
+    "read_whole",
+    "spool_bytes",
+    "streamed",
+]
 
 #: Ranges that are fetched at a time: enough to fill a fast line.
 CONNECTIONS = 8
@@ -45,12 +53,12 @@ _LOOKED_AT = 1 << 20
 
 
 def is_streamed(file: Mapping[str, Any], *, stream: bool) -> bool:
-    """Tell whether a file of a plan is read through a spool: by wish, or since no cache takes it."""
+    """Tell whether a file of a plan comes by a spool: by wish, or since no cache takes it."""
     return "remote" in file and (stream or is_address(file["remote"]["label"]))
 
 
 def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -> int:
-    """Return the bytes of the spool: as asked for, or half of what the output leaves of the disk."""
+    """Return the bytes of the spool: as asked for, or half of what the output leaves free."""
     if asked is not None or folder is None:
         return DEFAULT_SPOOL if asked is None else asked
     status = os.statvfs(folder)
@@ -175,8 +183,8 @@ class _Digest:
     """Looks whether a file has the SHA-256 that its server told, if all of it passes by in order.
 
     Ranges come side by side. One that is here before those in front of it waits in the spool until
-    they are: they are on their way. When ranges are asked for in another order, or some are left out,
-    the file is not looked at any more.
+    they are: they are on their way. When ranges are asked for in another order, or some are left
+    out, the file is not looked at any more.
 
     Parameters
     ----------

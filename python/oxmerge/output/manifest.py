@@ -127,9 +127,7 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
     for reference, used in zip(plan.models, of_models, strict=True):
         own = {folders[file] for file in used}
         beside = [at for at, folder in enumerate(folders) if folder in own and at not in weights]
-        described = [
-            _file(files[at], hash_inputs) for at in [*used, *beside]
-        ]
+        described = [_file(files[at], hash_inputs) for at in [*used, *beside]]
         commits = {found[1] for folder in own if (found := _COMMIT.search(folder + "/"))}
         commit = commits.pop() if len(commits) == 1 else None
         inputs.append({"model": reference, "commit": commit, "files": described})
@@ -143,7 +141,7 @@ def _file(file: Mapping[str, Any], hash_it: bool) -> dict[str, Any]:  # noqa: FB
         etag = file["remote"]["etag"]
         known = etag if _SHA256.fullmatch(etag) else None
         return {"name": name, "size": size, "sha256": known} | ({} if known else {"etag": etag})
-    *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
+    *_, folder, blob = ["", "", *os.path.realpath(str(path)).split("/")]
     known = blob if folder == "blobs" and _SHA256.fullmatch(blob) else None
     if hash_it:
         with open(path, "rb") as opened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,8 @@ class RangeServer(ThreadingHTTPServer):
     ----------
     asked : list of (str, str, tuple of int)
         Method, path and range of every request.
+    seconds_a_mib : float
+        How long it waits between pieces of an answer, as a line that is slower than this machine.
     """
 
     daemon_threads = True
@@ -38,6 +41,7 @@ class RangeServer(ThreadingHTTPServer):
         self.folder = folder
         self.fault = fault or (lambda *_: None)
         self.lock = threading.Lock()
+        self.seconds_a_mib = 0.0
         self.asked: list[tuple[str, str, tuple[int, int] | None]] = []
         super().__init__(("127.0.0.1", 0), Answer)
 
@@ -119,6 +123,7 @@ class Answer(BaseHTTPRequestHandler):
             while count > 0:
                 piece = opened.read(min(count, 1 << 20)) or b"\0" * min(count, 1 << 20)
                 self.wfile.write(piece)
+                time.sleep(self.server.seconds_a_mib)
                 count -= len(piece)
         if fault in {"reset", "short"}:
             self.close_connection = True

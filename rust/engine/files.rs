@@ -299,6 +299,7 @@ impl<'a> Merges<'a> {
     }
 
     /// Fails if a file that is read is neither here nor spooled.
+    #[cfg(feature = "python")]
     pub(crate) fn check_readable(&self) -> Result<()> {
         self.inputs.iter().flatten().try_for_each(|input| match input {
             Input::Elsewhere(remote) => Err(not_here(remote)),

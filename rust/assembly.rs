@@ -14,7 +14,7 @@ use crate::checkpoint::token_rows::TokenRows;
 use crate::checkpoint::{Checkpoint, Tensor, lay_out, lead};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::plan::{Builder, ByToken, Input, InputFile, Part, Plan, Settings};
+use crate::plan::{Adapted, Builder, ByToken, Input, InputFile, Part, Plan, Settings};
 
 /// What becomes of a tensor of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,8 +32,8 @@ pub enum Fate {
 #[derive(Debug)]
 pub struct Assembly {
     models: Vec<Arc<Checkpoint>>,
-    /// The first of each model's files among those of all.
-    first_files: Vec<usize>,
+    /// What each model's files are among those of all.
+    files: Vec<Vec<usize>>,
     /// The type of the output's floats, if the recipe says.
     dtype: Option<DType>,
     builder: Builder,
@@ -42,6 +42,8 @@ pub struct Assembly {
     layer_shapes: HashMap<String, HashSet<Vec<u64>>>,
     /// The rows of tokens, and the tensors that have a row for each.
     tokens: Option<(TokenRows, HashSet<String>)>,
+    /// The numbers of what adapters make of tensors, by model and tensor.
+    adapted: HashMap<(usize, usize), u32>,
     /// The maps of rows that inputs of these models have.
     maps: HashMap<Vec<usize>, Vec<u32>>,
 }
@@ -103,25 +105,30 @@ impl Assembly {
         in_f64: bool,
     ) -> Self {
         let (labels, models): (Vec<_>, Vec<_>) = models.into_iter().unzip();
-        let mut files = Vec::new();
-        let mut first_files = Vec::new();
-        for model in &models {
-            first_files.push(files.len());
-            files.extend_from_slice(&model.files);
-        }
-        files.extend(other_files);
-        let mut plan = Plan::new(method, seed, files, labels);
+        // Models with adapters on one base share its files.
+        let mut all: Vec<InputFile> = Vec::new();
+        let mut number = |file: &InputFile| {
+            all.iter().position(|known| known == file).unwrap_or_else(|| {
+                all.push(file.clone());
+                all.len() - 1
+            })
+        };
+        let of_model = |model: &Arc<Checkpoint>| model.files.iter().map(&mut number).collect();
+        let files = models.iter().map(of_model).collect();
+        all.extend(other_files);
+        let mut plan = Plan::new(method, seed, all, labels);
         plan.in_f64 = in_f64;
         let fates = models.iter().map(|model| vec![Fate::Dropped; model.len()]).collect();
         let builder = Builder::new(plan);
         Self {
             models,
-            first_files,
+            files,
             dtype,
             builder,
             fates,
             layer_shapes: HashMap::new(),
             tokens: None,
+            adapted: HashMap::new(),
             maps: HashMap::new(),
         }
     }
@@ -306,6 +313,11 @@ impl Assembly {
                 continue;
             };
             let models: Vec<usize> = columns.iter().map(|column| column.model).collect();
+            let adapted: Vec<Option<u32>> = columns
+                .iter()
+                .zip(&found)
+                .map(|(column, &found)| self.number_adapted(column.model, found))
+                .collect();
             let base = base.filter(|_| !run.keeping.kept.contains_key(&at));
             let like = self.models[run.donor].tensor(run.tensors[at]);
             let sources: Vec<Tensor<'_>> = columns
@@ -347,29 +359,45 @@ impl Assembly {
             let is_copy = !dtype.is_float()
                 || sources.len() == 1
                     && sources[0].dtype == dtype
+                    && adapted[0].is_none()
                     && !has_parameters
                     && rows[0].is_none();
-            let first_files = &self.first_files;
+            // What is adapted comes in the type that all of the tensor is computed in.
+            let double = self.builder.plan().in_f64
+                || dtype == DType::F64
+                || sources.iter().any(|source| source.dtype == DType::F64);
+            let types: Vec<DType> = sources
+                .iter()
+                .zip(&adapted)
+                .map(|(source, adapted)| match adapted {
+                    None => source.dtype,
+                    Some(_) if double => DType::F64,
+                    Some(_) => DType::F32,
+                })
+                .collect();
+            let files = &self.files;
             let parts: Vec<Part> = models
                 .iter()
                 .zip(&sources)
-                .map(|(&model, tensor)| Part {
-                    file: (first_files[model] + tensor.file) as u32,
+                .zip(types.iter().zip(&adapted))
+                .map(|((&model, tensor), (&dtype, &adapted))| Part {
+                    file: files[model][tensor.file] as u32,
                     start: tensor.start,
-                    dtype: tensor.dtype,
+                    dtype,
                     rows: tensor.shape.first().copied().unwrap_or(1),
+                    adapted,
                 })
                 .collect();
-            let types: Vec<DType> = parts.iter().map(|part| part.dtype).collect();
             let mut inputs = Vec::with_capacity(sources.len());
             for (own, (tensor, map)) in sources.iter().zip(rows).enumerate() {
                 let gathered = map.and_then(|map| self.builder.map(map));
                 inputs.push(Input {
                     model: models[own],
                     name: tensor.written,
-                    dtype: gathered.map_or(tensor.dtype, |map| map.dtype(&types)),
-                    file: first_files[models[own]] + tensor.file,
+                    dtype: gathered.map_or(types[own], |map| map.dtype(&types)),
+                    file: files[models[own]][tensor.file],
                     start: tensor.start,
+                    adapted: if map.is_none() { adapted[own] } else { None },
                     rows: map.map(|map| ByToken { map, parts: &parts, own }),
                 });
             }
@@ -384,6 +412,19 @@ impl Assembly {
             }
         }
         Ok(())
+    }
+
+    /// The number of what an adapter makes of a tensor of a model, if one does.
+    fn number_adapted(&mut self, model: usize, tensor: usize) -> Option<u32> {
+        let known = self.models[model].change_of(tensor)?;
+        if let Some(&number) = self.adapted.get(&(model, tensor)) {
+            return Some(number);
+        }
+        let files = &self.files[model];
+        let adapted = Adapted::clone(known).in_files(|file| files[file as usize] as u32);
+        let number = self.builder.add_adapted(adapted);
+        self.adapted.insert((model, tensor), number);
+        Some(number)
     }
 
     /// Lays the output out in shards of at most `shard_size` bytes. Returns the plan, and what becomes

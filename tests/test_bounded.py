@@ -360,6 +360,44 @@ def test_huge_metadata_in_a_header(tmp_path: Path) -> None:
     assert taken < 200
 
 
+def test_a_header_of_a_million_tensors(tmp_path: Path) -> None:
+    entries = (f'"{at:x}":{{"dtype":"U8","shape":[],"data_offsets":[{at},{at + 1}]}}'
+               for at in range(1_000_000))  # fmt: skip
+    header = f"{{{','.join(entries)}}}".encode()
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 1_000_000)
+    taken, printed = peak(OPEN.replace("oxmerge.open", "oxmerge._core.open_checkpoint"), str(path))
+    assert printed == "1000000"
+    assert taken < 6 * len(header) / MB
+
+
+#: Where in a saved plan a value is put before others, how many of them, and what is said.
+PLANS = {
+    "beside": ('"left_out": [', b"[],", 33 * MB, "what is saved with the table with more values"),
+    "names": ('"names":[', b'"",', 33 * MB, "the plan's table with more values"),
+    "just as many names": ('"names":[', b'"",', 25 * MB, ""),
+    "settings": ('"own":[', b"{},", 5 * MB, "the plan's settings with more values"),
+    "text": ('"warnings": [', b" ", 201 * MB, "the plan is too long"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_huge_plan(tmp_path: Path, name: str) -> None:
+    key, value, count, told = PLANS[name]
+    write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0))
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "a"])
+    path = tmp_path / "plan.json"
+    oxmerge.plan(recipe).save(path)
+    before, found, after = path.read_text().partition(key)
+    assert found
+    path.write_bytes((before + key).encode() + value * count + after.encode())
+    taken, printed = peak(TRY.format("oxmerge.load_plan(sys.argv[1])"), str(path))
+    assert told in printed
+    assert taken < 1000
+
+
 @pytest.mark.parametrize("name", ["modules.json", "tokenizer_config.json", "README.md"])
 def test_huge_files_beside_the_weights(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0))

@@ -190,11 +190,8 @@ class FakeEngine(Engine):
     def methods(self) -> Any:
         return self._answer("methods") or METHODS
 
-    def locate(self, reference: str) -> Located:
-        return Located(reference)
-
-    def open_checkpoint(self, located: Located) -> Any:
-        return self._answer("open_checkpoint", located.path)
+    def open_checkpoint(self, reference: str) -> tuple[Located, Any]:
+        return Located(reference), self._answer("open_checkpoint", reference)
 
 
 Output = tuple[int, str, str]
@@ -555,10 +552,10 @@ def test_a_recipe_from_standard_input(tmp_path: Path, twins: Path) -> None:
 
 
 def test_exit_codes_of_what_is_not_supported(tmp_path: Path, run: Any) -> None:
-    text = "merge_method: linear\nmodels: [{model: a+b}]\n"
+    text = "merge_method: linear\nmodels: [{model: 's3://a/b'}]\n"
     (tmp_path / "r.yml").write_text(text)
     code, _, err = run("plan", str(tmp_path / "r.yml"), engine=Engine())
-    assert (code, "not supported yet: a LoRA" in err) == (2, True)
+    assert (code, "not supported yet: a model in a store" in err) == (2, True)
     config = {"quantization_config": {"quant_method": "gptq"}}
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0), config=config)
     (tmp_path / "r.yml").write_text("merge_method: linear\nmodels: [{model: a}]\n")

@@ -8,10 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import struct
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,7 +144,7 @@ def _nothing(folder: Path) -> None:
     folder.mkdir()
 
 
-def _no_weights(folder: Path) -> None:
+def _piece(folder: Path) -> None:
     folder.mkdir()
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
 
@@ -208,12 +205,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
             "\n  hint: name the directory that they are in, or download them"
         ),
     ),
-    "no safetensors": (
-        _no_weights,
+    "a piece of a torch file": (
+        _piece,
         (
-            "`DIR`: the weights are not in safetensors format: found `pytorch_model.bin`"
-            '\n  hint: with torch and safetensors installed, run: python -c "COMMAND" '
-            "DIR/model.safetensors DIR/pytorch_model.bin"
+            "`DIR/pytorch_model.bin`: the zip archive has no directory at its end"
+            "\n  hint: it looks like a truncated download: download it again"
         ),
     ),
     "missing shard": (
@@ -431,46 +427,3 @@ def test_tensors_that_do_not_fit_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(oxmerge.PlanError) as caught:
         oxmerge.plan(recipe)
     assert {problem.tensor for problem in caught.value.problems} == {"x", "z", "n"}
-
-
-def _run(command: str) -> None:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def _command(error: OxmergeError) -> str:
-    """Return the command that an advice names, with the Python that runs this."""
-    _, is_there, command = str(error.advice).partition("run: python ")
-    assert is_there
-    return f"{shlex.quote(sys.executable)} {command}"
-
-
-def test_the_command_that_converts_torch_files(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    folder = tmp_path / "it's a model"
-    folder.mkdir()
-    tensors = {f"x{at}": torch.arange(6.0).reshape(2, 3).bfloat16() + at for at in range(5)}
-    tensors["tied"] = tensors["x0"]
-    tensors["transposed"] = tensors["x1"].T
-    for at, (name, tensor) in enumerate(tensors.items(), start=1):
-        torch.save({name: tensor}, folder / f"pytorch_model-{at:05d}-of-00007.bin")
-    torch.save({"lr": 1}, folder / "training_args.bin")
-    with pytest.raises(UnsupportedError, match="not in safetensors format") as caught:
-        oxmerge.open(folder)
-    _run(_command(caught.value))
-    with oxmerge.open(folder) as checkpoint:
-        assert checkpoint.keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert checkpoint[name].astype(np.float32).tolist() == tensor.float().tolist()
-
-
-@pytest.mark.parametrize("is_zip", [True, False])
-def test_the_command_that_converts_one_torch_file(tmp_path: Path, *, is_zip: bool) -> None:
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "weights.pt"
-    torch.save({"x": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(CheckpointError, match="not a safetensors file") as caught:
-        oxmerge.open(path)
-    _run(_command(caught.value))
-    with oxmerge.open(tmp_path / "weights.safetensors") as checkpoint:
-        assert checkpoint["x"].tolist() == [1, 1, 1]

@@ -562,7 +562,11 @@ def passthrough(model: str) -> str:
         ("org/gated", "`org/gated` is given only to those who asked for it", "ask for access at"),
         ("org/one@v9", "`org/one` has no revision `v9`", "/org/one/refs for its branches"),
         ("org/one/nowhere", "`org/one` has no `nowhere`", "name a folder or a file that it has"),
-        ("org/pickle", "the weights are not in safetensors format", "safetensors"),
+        (
+            "org/pickle",
+            "the tensors of a file of torch are not told by its first bytes",
+            "hf download",
+        ),
         ("org/empty", "holds no weights", "download"),
     ],
 )
@@ -572,7 +576,7 @@ def test_what_the_hub_refuses(
 ) -> None:  # fmt: skip
     one = str(models / "one")
     (tmp_path / "pickle").mkdir()
-    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"PK")
+    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(600))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     the_hub.start({

@@ -229,21 +229,17 @@ FAULTS: list[tuple[str, list[str]]] = [
         START + "models: [{model: a+b}, {model: 's3://a/b'}]\n",
         [
             (
-                "models[0].model (line 2): not supported yet: a LoRA on a model (`a+b`)\n"
-                "  hint: merge the adapter into its model first, and name the result"
-            ),
-            (
                 "models[1].model (line 2): not supported yet: a model in a store (`s3://a/b`)\n"
                 "  hint: download it, and name its folder"
             ),
         ],
     ),
     (
-        START + "models: [{model: {model: a, lora: b}}]\n",
+        START + "models: [{model: {model: a, lora: 7}}]\n",
         [
             (
-                "models[0].model.lora (line 2): not supported yet: a LoRA on a model (`lora`)\n"
-                "  hint: merge the adapter into its model first, and name the result"
+                "models[0].model.lora (line 2): a model reference is text: found 7\n"
+                "  hint: put it in quotes"
             )
         ],
     ),

@@ -164,17 +164,19 @@ def least_memory(plan: _core.Plan) -> int:
 def shards_of(
     plan: _core.Plan, directory: Path, *, level: str | None = None, **options: Any
 ) -> Any:
-    """Execute a plan; the bytes of the shards, and what the engine reports."""
+    """Execute a plan; the bytes of the shards, what is known of tensors, and the report."""
     directory.mkdir()
     if options.get("memory", ...) is None:
         options["memory"] = least_memory(plan)
     with pytest.MonkeyPatch.context() as patch:
         if level is not None:
             patch.setenv("OXMERGE_SIMD", level)
-        report = _core.execute([(plan, directory)], **{"memory": 4 << 30, **options})
+        report = _core.execute([(plan, directory)], digests=True, **{"memory": 4 << 30, **options})
     if level is not None:
         assert report["simd"] == level
-    return directory_bytes(directory), report
+    known: list[bytes] = []
+    plan.write_tensors(known.append, report["digests"][0])
+    return {**directory_bytes(directory), "tensors": b"".join(known)}, report
 
 
 @pytest.fixture(scope="module", params=METHODS)

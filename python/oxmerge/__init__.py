@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from oxmerge.arrays.lazily import lazy as lazy
     from oxmerge.arrays.saving import save as save
     from oxmerge.arrays.state_dicts import merge_state_dicts as merge_state_dicts
+    from oxmerge.fusing import fuse as fuse
     from oxmerge.merging import MergeReport as MergeReport
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
@@ -67,6 +68,7 @@ __all__ = [
     "__version__",
     "build_info",
     "formula",
+    "fuse",
     "kernels",
     "lazy",
     "load_plan",
@@ -107,6 +109,7 @@ _LAZY = {
     "Plan": ("oxmerge.planning.plans", "Plan"),
     "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
+    "fuse": ("oxmerge.fusing", "fuse"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),

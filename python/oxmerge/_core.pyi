@@ -51,6 +51,18 @@ _Written: TypeAlias = tuple[
     str, list[Callable[..., list[float]]], tuple[Callable[..., bytes], bool] | None
 ]
 
+# A factor of an adapter: its tensor (adapter, name), its first element, and how many lie between
+# lines and between steps of the rank.
+_Factor: TypeAlias = tuple[tuple[int, str], int, int, int]
+# What an adapter makes of a tensor: elements of a row; terms (rows, rank, scale, factors);
+# magnitudes and whether they are of rows; rows that are put in.
+_Change: TypeAlias = tuple[
+    int,
+    Sequence[tuple[tuple[int, int], int, float, _Factor, _Factor | None]],
+    tuple[tuple[int, str], bool] | None,
+    tuple[tuple[int, str], Sequence[tuple[int, int]]] | None,
+]
+
 @final
 class TensorInfo:
     @property
@@ -86,6 +98,16 @@ class Checkpoint:
     def placed(self, places: Mapping[str, str | os.PathLike[str]]) -> Checkpoint: ...
     def shared_names(self, other: Checkpoint) -> int: ...
     def renamed(self, names: Sequence[str]) -> Checkpoint: ...
+    def twins(self, name: str) -> list[str]: ...
+    def without(self, names: Sequence[str]) -> Checkpoint: ...
+    def adapted(
+        self,
+        adapters: Sequence[Checkpoint],
+        copied: Sequence[tuple[str, str]],
+        replaced: Sequence[tuple[str, tuple[int, str]]],
+        changed: Sequence[tuple[str, _Change]],
+    ) -> Checkpoint: ...
+    def is_changed(self, index: int) -> bool: ...
     def runs(self) -> list[tuple[str, int, int]]: ...
 
 # Has the buffer protocol, which classes show from Python 3.12 on.

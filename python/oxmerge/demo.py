@@ -37,12 +37,15 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.yml"
 MODEL_NAMES = ("demo-base", "demo-tuned")
+#: Of the demo's adapter, and the modules that it is for.
+RANK = 8
+_ADAPTED = ("q_proj", "v_proj")
 _CHUNK = 1 << 20
 _BASE_SPREAD = 0.02
 TUNING_SPREAD = 0.001
 _ALIGNMENT = 8
 #: What a demo's folder may hold: its models, its recipe, and what it merged.
-_OURS = re.compile(r"demo-base|demo-tuned(-\d+)?|recipe\.yml|merged|swept")
+_OURS = re.compile(r"demo-base|demo-tuned(-\d+)?|demo-adapter|recipe\.yml|merged|swept")
 _RECIPE = """\
 # More of the fine-tuned model from the first layer to the last.
 merge_method: slerp
@@ -285,6 +288,41 @@ def make_demo(
                 _remove_weights(model)
         raise
     return Demo(recipe, models, size_of_each, sparse=not filled)
+
+
+def make_adapter(demo: Demo, size: str = "tiny", seed: int = 0) -> Path:
+    """Write a LoRA for the base of a demo, as PEFT does, and return its folder.
+
+    Parameters
+    ----------
+    demo
+        What `make_demo` made.
+    size
+        Its size.
+    seed
+        Of the random factors.
+    """
+    import numpy as np  # noqa: PLC0415 - heavy
+
+    random = np.random.Generator(np.random.SFC64([seed, RANK]))
+    factors, values = [], []
+    for tensor in SIZES[size].tensors():
+        module, _, _ = tensor.name.rpartition(".")
+        if module.endswith(_ADAPTED):
+            rows, columns = tensor.shape
+            for name, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+                factor = _Tensor(f"base_model.model.{module}.lora_{name}.weight", shape)
+                factors.append(factor)
+                drawn = random.standard_normal(factor.elements, dtype=np.float32)
+                values.append(_bfloat16(drawn * np.float32(_BASE_SPREAD)))
+    folder = demo.recipe.parent / "demo-adapter"
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": [*_ADAPTED]}
+    _write_json(folder / "adapter_config.json", config)
+    with open(folder / "adapter_model.safetensors", "wb") as file:
+        file.write(_header(factors))
+        file.writelines(value.data for value in values)
+    return folder
 
 
 def model_bytes(size: str) -> int:

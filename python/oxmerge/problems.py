@@ -37,6 +37,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 UNSUPPORTED = "unsupported"
 #: What problems are called, for scripts: a code never changes its meaning.
 CODES = {
+    "adapter": "an adapter is broken, not whole, or does not fit its model",
     "base-not-listed": "a slice does not list the base model",
     "config-differs": "two models say different things of themselves, but for their sizes",
     "config-layers": "the config says something of single layers that cannot follow them",

@@ -72,6 +72,8 @@ class SourceTensor:
     by_token : bool
         Whether its rows are taken by token, some perhaps from other inputs; then `file` and `start`
         are those of its own tensor, and `dtype` is the type of the rows that are taken.
+    is_adapted : bool
+        Whether an adapter changes it.
     """
 
     model: str
@@ -81,6 +83,7 @@ class SourceTensor:
     start: int
     parameters: dict[str, Scalar]
     by_token: bool = False
+    is_adapted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

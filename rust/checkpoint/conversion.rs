@@ -1,19 +1,14 @@
-//! What to do about weights in another format than safetensors: a command that converts them.
+//! What to do about weights that cannot be read as they are: a command that converts them.
 
 use std::path::Path;
 
-/// Endings of weights in other formats, and whether torch reads them.
-const FORMATS: [(&str, bool); 8] = [
-    (".bin", true),
-    (".pt", true),
-    (".pth", true),
-    (".ckpt", true),
-    (GGUF, false),
-    (".msgpack", false),
-    (".h5", false),
-    (".onnx", false),
-];
+/// Endings of files that torch writes.
+pub(super) const TORCH: [&str; 4] = [".bin", ".pt", ".pth", ".ckpt"];
+/// Endings of weights in formats that are not read.
+const FOREIGN: [&str; 4] = [GGUF, ".msgpack", ".h5", ".onnx"];
 const GGUF: &str = ".gguf";
+/// How files begin that each hold a part of every tensor, in Llama's own format.
+const CUT: &str = "consolidated";
 
 /// Beginnings of what training leaves beside the weights, in the same formats.
 const TRAINING: [&str; 7] = [
@@ -26,43 +21,63 @@ const TRAINING: [&str; 7] = [
     "global_step",
 ];
 
-/// More files than that are written as a pattern.
-const LISTED: usize = 3;
-
 const FROM_TORCH: &str = "python -c \"import sys, torch; from safetensors.torch import save_file; \
-    save_file({name: tensor.contiguous().clone() for file in sys.argv[2:] for name, tensor in \
-    torch.load(file, map_location='cpu', weights_only=True).items()}, sys.argv[1], \
+    save_file({name: tensor.contiguous().clone() for name, tensor in \
+    torch.load(sys.argv[2], map_location='cpu', weights_only=True).items()}, sys.argv[1], \
+    {'format': 'pt'})\"";
+const FROM_SCRIPT: &str = "python -c \"import sys, torch; from safetensors.torch import save_file; \
+    save_file({name: tensor.contiguous().clone() for name, tensor in \
+    torch.jit.load(sys.argv[2], map_location='cpu').state_dict().items()}, sys.argv[1], \
     {'format': 'pt'})\"";
 const FROM_GGUF: &str = "python -c \"import sys; from transformers import AutoModelForCausalLM as M; \
     M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2]).save_pretrained(sys.argv[3])\"";
 
-/// Of the names in a directory those of weights in other formats.
-pub(super) fn foreign(names: &[String]) -> Vec<&str> {
-    let is_state = |name: &str| TRAINING.iter().any(|beginning| name.starts_with(beginning));
-    let is_foreign = |name: &str| FORMATS.iter().any(|(ending, _)| name.ends_with(ending));
-    names.iter().map(String::as_str).filter(|name| is_foreign(name) && !is_state(name)).collect()
+/// Of the names in a directory those of weights that torch wrote, each of them whole.
+pub(super) fn of_torch(names: &[String]) -> Vec<&str> {
+    let names = ending_with(names, &TORCH);
+    let is_cut = names.len() > 1 && names.iter().all(|name| name.starts_with(CUT));
+    if is_cut { Vec::new() } else { names }
 }
 
-/// What to do about weights in `directory`, by their names in order.
+/// Of the names in a directory those of weights that cannot be read.
+pub(super) fn foreign(names: &[String]) -> Vec<&str> {
+    let mut found = ending_with(names, &FOREIGN);
+    found.extend(ending_with(names, &TORCH)); // parts of tensors
+    found
+}
+
+fn ending_with<'a>(names: &'a [String], endings: &[&str]) -> Vec<&'a str> {
+    let is_state = |name: &str| TRAINING.iter().any(|beginning| name.starts_with(beginning));
+    let is_one = |name: &&str| endings.iter().any(|ending| name.ends_with(ending));
+    names.iter().map(String::as_str).filter(|name| is_one(name) && !is_state(name)).collect()
+}
+
+/// What to do about weights in `directory` that cannot be read, by their names in order.
 pub(super) fn advice(directory: &Path, names: &[&str]) -> String {
-    let torch = |name: &&str| FORMATS.iter().any(|(e, torch)| *torch && name.ends_with(e));
-    let readable: Vec<_> = names.iter().copied().filter(torch).collect();
-    // Llama's own format cuts each tensor into several files, which no program here joins.
-    let is_cut = readable.len() > 1 && readable.iter().all(|name| name.starts_with("consolidated"));
-    if !readable.is_empty() && !is_cut {
-        let out = quoted(&directory.join("model.safetensors"));
-        return from_torch(&out, &arguments(directory, &readable));
-    }
     match names.iter().find(|name| name.ends_with(GGUF)) {
         Some(name) => from_gguf(&directory.join(name)),
         None => "download the model's weights in safetensors or PyTorch format".to_owned(),
     }
 }
 
-/// What to do about a zip archive or a pickle, which torch may have written.
+/// What to do about a file that torch can read, and oxmerge cannot.
 pub(super) fn torch_file(path: &Path) -> String {
-    from_torch(&quoted(&path.with_extension("safetensors")), &quoted(path))
+    let (out, file) = (quoted(&path.with_extension("safetensors")), quoted(path));
+    format!("with torch and safetensors installed, run: {FROM_TORCH} {out} {file}")
 }
+
+/// What to do about a program.
+pub(super) fn script(path: &Path) -> String {
+    let (out, file) = (quoted(&path.with_extension("safetensors")), quoted(path));
+    format!(
+        "take the weights that it was made from; or, if you trust it, with torch and safetensors \
+         installed, run: {FROM_SCRIPT} {out} {file}"
+    )
+}
+
+/// What to do about an archive of tar, which torch reads only if it may run what is in it.
+pub(super) const TAR: &str = "take the weights in a newer format; or, if you trust the file, load it \
+    with `torch.load(FILE, weights_only=False)` and save the dictionary of tensors";
 
 /// What to do about a GGUF file.
 pub(super) fn from_gguf(path: &Path) -> String {
@@ -73,22 +88,6 @@ pub(super) fn from_gguf(path: &Path) -> String {
         "take the 16-bit weights that it was made from, or, with transformers and gguf installed, \
          run: {FROM_GGUF} {folder} {name} {out}"
     )
-}
-
-fn from_torch(out: &str, files: &str) -> String {
-    format!("with torch and safetensors installed, run: {FROM_TORCH} {out} {files}")
-}
-
-/// The files as a shell takes them, each by its name or all by one pattern.
-fn arguments(directory: &Path, names: &[&str]) -> String {
-    if let ([first, .., last], true) = (names, names.len() > LISTED) {
-        let shared = first.char_indices().zip(last.chars()).find(|((_, a), b)| a != b);
-        let beginning = shared.map_or(*first, |((at, _), _)| &first[..at]);
-        let ending = first.rsplit_once('.').map_or("", |(_, ending)| ending);
-        return format!("{}*.{ending}", quoted(&directory.join(beginning)));
-    }
-    let files: Vec<_> = names.iter().map(|name| quoted(&directory.join(name))).collect();
-    files.join(" ")
 }
 
 /// A path as a shell takes it.

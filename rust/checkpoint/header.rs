@@ -23,12 +23,13 @@ pub const MAX_HEADER: u64 = 100_000_000;
 const PREFIX: u64 = 8;
 
 /// What files that are not safetensors begin with, what they are, and what to do.
-const IMPOSTORS: [(&[u8], &str, Advice); 5] = [
+const IMPOSTORS: [(&[u8], &str, Advice); 4] = [
     (b"version ", "a Git LFS pointer, not the weights", |_| {
         "fetch the weights with `git lfs pull`".to_owned()
     }),
-    (b"PK\x03\x04", "a zip archive or PyTorch file", conversion::torch_file),
-    (b"\x80\x02", "a pickle, as old PyTorch files are", conversion::torch_file),
+    (b"\x80", "a pickle, and no file of torch", |_| {
+        "save the tensors with `torch.save` or `safetensors.torch.save_file`".to_owned()
+    }),
     (b"GGUF", "a GGUF file", conversion::from_gguf),
     (b"<", "a web page, not the weights", |_| "download it again".to_owned()),
 ];
@@ -120,7 +121,7 @@ fn header_len(prefix: [u8; PREFIX as usize], path: &Path, size: u64) -> Result<u
             None if prefix.iter().all(|byte| matches!(byte, b'\t'..=b'\r' | b' '..=b'~')) => {
                 Error::checkpoint("not a safetensors file")
                     .found("text")
-                    .advice("name a folder of a model, or its `.safetensors` file")
+                    .advice("name a folder of a model, or its file of weights")
             }
             None => Error::checkpoint("not a safetensors file, or its header is too long")
                 .expected(format_args!("at most {MAX_HEADER} bytes of header"))

@@ -3,7 +3,8 @@
 //! The usual names come first: `model.safetensors.index.json`, then `model.safetensors`. Without
 //! them the only index or the only file of another name will do (diffusers has its own names).
 //! With several nothing is guessed. What is passed over is told in a warning, since an extra file
-//! of weights beside the ones in use is often the one that was meant.
+//! of weights beside the ones in use is often the one that was meant. Files of torch are looked at
+//! only if there are none of safetensors: where a model is there in both formats, they are the same.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,7 +14,7 @@ use super::index::{Index, list};
 use super::{Elsewhere, conversion, find_absent, quantised};
 use crate::error::{Error, ErrorKind, Result};
 
-const INDEX: &str = ".safetensors.index.json";
+const INDEX: &str = ".index.json";
 const WEIGHTS: &str = ".safetensors";
 
 /// Where the tensor table is.
@@ -49,27 +50,44 @@ fn locate_in(directory: &Path, absent: &Elsewhere) -> Result<(Weights, Vec<Strin
     names.extend(absent.keys().cloned());
     names.sort_unstable();
     names.dedup();
-    let indexes = ending_with(&names, INDEX);
-    let files = ending_with(&names, WEIGHTS);
-    if let Some(used) = pick("model.safetensors.index.json", &indexes)? {
+    let indexes = indexes(&names, &[WEIGHTS]);
+    let files = names.iter().map(String::as_str).filter(|name| name.ends_with(WEIGHTS)).collect();
+    if let Some(found) = locate_among(directory, "model.safetensors", indexes, files)? {
+        return Ok(found);
+    }
+    let indexes = self::indexes(&names, &conversion::TORCH);
+    let found =
+        locate_among(directory, "pytorch_model.bin", indexes, conversion::of_torch(&names))?;
+    found.ok_or_else(|| no_weights(directory, &names))
+}
+
+/// The weights among the indexes and files of a format, whose file has usually that name.
+fn locate_among(
+    directory: &Path,
+    usual: &str,
+    indexes: Vec<&str>,
+    files: Vec<&str>,
+) -> Result<Option<(Weights, Vec<String>)>> {
+    if let Some(used) = pick(&format!("{usual}{INDEX}"), usual, &indexes)? {
         let path = directory.join(used);
         let index = Index::read(&path)?;
         let strangers = files.into_iter().filter(|name| !index.names(name));
         let warnings = passed_over(used, indexes.into_iter().chain(strangers));
-        return Ok((Weights::Index(path, index), warnings));
+        return Ok(Some((Weights::Index(path, index), warnings)));
     }
-    let file = pick("model.safetensors", &files)?.ok_or_else(|| no_weights(directory, &names))?;
-    refuse_part(file)?;
-    Ok((Weights::File(directory.join(file)), passed_over(file, files.iter().copied())))
+    let Some(file) = pick(usual, usual, &files)? else { return Ok(None) };
+    refuse_part(file, usual)?;
+    let warnings = passed_over(file, files.iter().copied());
+    Ok(Some((Weights::File(directory.join(file)), warnings)))
 }
 
 /// The preferred candidate, or the only one.
-fn pick<'a>(preferred: &str, candidates: &[&'a str]) -> Result<Option<&'a str>> {
+fn pick<'a>(preferred: &str, usual: &str, candidates: &[&'a str]) -> Result<Option<&'a str>> {
     let preferred = candidates.iter().find(|&&name| name == preferred);
     match (preferred, candidates) {
         (None, []) => Ok(None),
         (Some(name), _) | (None, [name]) => Ok(Some(name)),
-        (None, [first, ..]) if is_shard(first) => Err(no_index(candidates)),
+        (None, [first, ..]) if is_shard(first) => Err(no_index(usual, candidates)),
         (None, _) => Err(Error::checkpoint("it is not clear which file holds the weights")
             .found(list(candidates))
             .advice("give the path of the file instead of the directory")),
@@ -77,14 +95,14 @@ fn pick<'a>(preferred: &str, candidates: &[&'a str]) -> Result<Option<&'a str>> 
 }
 
 /// Refuses a file that is only a part of a model.
-fn refuse_part(file_name: &str) -> Result<()> {
+fn refuse_part(file_name: &str, usual: &str) -> Result<()> {
     if is_shard(file_name) {
-        return Err(no_index(&[file_name]));
+        return Err(no_index(usual, &[file_name]));
     }
-    if file_name == "adapter_model.safetensors" {
+    if file_name.starts_with("adapter_model.") {
         return Err(Error::new(ErrorKind::Unsupported, "this is an adapter (LoRA), not a model")
             .found(format_args!("`{file_name}`"))
-            .advice("merge it into its base model first (peft's `merge_and_unload`)"));
+            .advice("write it behind its model: `model+adapter`"));
     }
     Ok(())
 }
@@ -92,16 +110,16 @@ fn refuse_part(file_name: &str) -> Result<()> {
 /// Whether a name looks like `model-00001-of-00002.safetensors`.
 fn is_shard(file_name: &str) -> bool {
     let numbered = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-    let stem = file_name.strip_suffix(WEIGHTS).unwrap_or(file_name);
+    let stem = file_name.rsplit_once('.').map_or(file_name, |(stem, _)| stem);
     stem.rsplit_once("-of-").is_some_and(|(front, total)| {
         numbered(total) && front.rsplit_once('-').is_some_and(|(_, number)| numbered(number))
     })
 }
 
 #[cold]
-fn no_index(shards: &[&str]) -> Error {
+fn no_index(usual: &str, shards: &[&str]) -> Error {
     Error::checkpoint("the checkpoint has shards but no index")
-        .expected("`model.safetensors.index.json`")
+        .expected(format_args!("`{usual}{INDEX}`"))
         .found(list(shards))
         .advice("download the index too")
 }
@@ -114,7 +132,7 @@ fn no_weights(directory: &Path, names: &[String]) -> Error {
             .expected("`model.safetensors` or `model.safetensors.index.json`")
             .advice("name the directory that they are in, or download them");
     }
-    Error::new(ErrorKind::Unsupported, "the weights are not in safetensors format")
+    Error::new(ErrorKind::Unsupported, "the weights are in a format that is not read")
         .found(list(&others))
         .advice(conversion::advice(directory, &others))
 }
@@ -128,8 +146,13 @@ fn passed_over<'a>(used: &str, names: impl Iterator<Item = &'a str>) -> Vec<Stri
     vec![format!("`{used}` is used; other weights beside it are left out: {}", list(&names))]
 }
 
-fn ending_with<'a>(names: &'a [String], ending: &str) -> Vec<&'a str> {
-    names.iter().map(String::as_str).filter(|name| name.ends_with(ending)).collect()
+/// Of the names those of indexes of files with such an ending.
+fn indexes<'a>(names: &'a [String], endings: &[&str]) -> Vec<&'a str> {
+    let is_one = |name: &&str| {
+        let file = name.strip_suffix(INDEX);
+        file.is_some_and(|file| endings.iter().any(|ending| file.ends_with(ending)))
+    };
+    names.iter().map(String::as_str).filter(is_one).collect()
 }
 
 /// The names in a directory, sorted; hidden ones (such as macOS's `._` twins) left out.

@@ -1,4 +1,4 @@
-//! Checkpoints on disk: safetensors files, alone or in shards behind an index.
+//! Checkpoints on disk: files of safetensors or torch, alone or in shards behind an index.
 //!
 //! A checkpoint comes from the network, often from a stranger, sometimes from a download that
 //! broke off. The engine will map these files and compute addresses from their headers, and a
@@ -6,9 +6,12 @@
 //! is checked when a checkpoint is opened, and not one byte of tensor data is read for it: an open
 //! costs a few reads a shard, for a model of any size.
 //!
+//! - `adapted`: a checkpoint with what adapters make of it;
 //! - `locate`: which files of a directory are the weights;
 //! - `index`: the shard index;
-//! - `header`: one file's header, its tensors checked against each other and the file's size;
+//! - `table`: the table of tensors of one file, whatever its format;
+//! - `header`: a safetensors file's header, its tensors checked against each other and the file's size;
+//! - `torch_file`: what `torch.save` wrote, read where it lies; `zip` and `pickle`, without running it;
 //! - `json`: the JSON visitors of both;
 //! - `conversion`: what to do about weights in other formats;
 //! - `quantised`: checkpoints that hold packed numbers, recognised and refused by name;
@@ -17,6 +20,8 @@
 //! - `token_rows`: which row of each model stands for which token of the output;
 //! - `layout`: the way out, from tensors to shards with all offsets known.
 
+mod adapted;
+mod bytes;
 mod conversion;
 mod header;
 mod index;
@@ -24,9 +29,13 @@ mod json;
 mod layout;
 mod lead;
 mod locate;
+mod pickle;
 mod quantised;
+mod table;
 pub mod token_rows;
+mod torch_file;
 pub mod vocabulary;
+mod zip;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -35,14 +44,16 @@ use std::sync::Arc;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io;
-use crate::plan::{InputFile, Names, Remote};
+use crate::plan::{Adapted, InputFile, Names, Remote};
 
+pub use adapted::{Change, Changes, Given, GivenFactor};
 pub use header::{Header, MAX_HEADER};
 pub use layout::{Layout, header, header_bytes, index_json, lay_out, put_header};
 pub use lead::lead;
 
 use index::Index;
 use locate::Weights;
+use table::Table;
 
 /// What to do about a file that is not as it should be.
 const DOWNLOAD_AGAIN: &str = "the file is damaged: download it again, or save the model anew";
@@ -66,10 +77,12 @@ pub struct Checkpoint {
     /// The distinct shapes.
     shapes: Vec<Vec<u64>>,
     shape_numbers: HashMap<Vec<u64>, u32>,
+    /// What adapters make of tensors, by index.
+    adapted: HashMap<u32, Arc<Adapted>>,
 }
 
 /// A tensor but for its name. There may be 100,000.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Row {
     dtype: DType,
     shape: u32,
@@ -146,7 +159,7 @@ pub fn weight_files(path: &Path, absent: &Elsewhere) -> Result<Vec<String>> {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` file, an index, or a directory that holds weights.
+    /// Opens a file of weights, an index, or a directory that holds weights.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, &Elsewhere::new())
     }
@@ -170,6 +183,7 @@ impl Checkpoint {
             rows: Vec::new(),
             shapes: Vec::new(),
             shape_numbers: HashMap::new(),
+            adapted: HashMap::new(),
         };
         match weights {
             Weights::File(file) => checkpoint.add_file(&file, absent)?,
@@ -239,6 +253,29 @@ impl Checkpoint {
         Ok(Self { names: renamed, written: Some(written), ..self.clone() })
     }
 
+    /// The other tensors that are the same bytes as tensor `index`, as tied weights are in files of
+    /// torch.
+    pub fn twins(&self, index: usize) -> impl Iterator<Item = usize> + '_ {
+        let is_same = move |&other: &usize| other != index && self.rows[other] == self.rows[index];
+        (0..self.len()).filter(is_same)
+    }
+
+    /// The checkpoint without the tensors at some places of the file order.
+    pub fn without(&self, left_out: &[usize]) -> Self {
+        let kept: Vec<usize> = (0..self.len()).filter(|at| !left_out.contains(at)).collect();
+        let names_of = |names: &Names| {
+            let mut few = Names::default();
+            for &at in &kept {
+                few.intern(names.get(at as u32));
+            }
+            few
+        };
+        let names = names_of(&self.names);
+        let written = self.written.as_ref().map(|written| Arc::new(names_of(written)));
+        let rows = kept.iter().map(|&at| self.rows[at]).collect();
+        Self { names, written, rows, ..self.clone() }
+    }
+
     /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
     pub fn placed(&self, places: &HashMap<String, PathBuf>) -> Result<Self> {
         let files = self.files.iter().map(|file| file.place(places)).collect::<Result<_>>()?;
@@ -251,8 +288,8 @@ impl Checkpoint {
     }
 
     fn add_file(&mut self, path: &Path, absent: &Elsewhere) -> Result<()> {
-        let header = self.read_header(path, absent)?;
-        self.add_tensors(header.tensors);
+        let tensors = self.read_table(path, absent)?;
+        self.add_tensors(tensors);
         Ok(())
     }
 
@@ -261,37 +298,43 @@ impl Checkpoint {
         index.check_present(directory, absent).map_err(|error| error.file(index_path))?;
         for (file_name, wanted) in index.shards() {
             let path = directory.join(file_name);
-            let header = self.read_header(&path, absent)?;
-            let (tensors, left_out) = wanted.select(header.tensors).map_err(|e| e.file(&path))?;
+            let tensors = self.read_table(&path, absent)?;
+            let (tensors, left_out) = wanted.select(tensors).map_err(|e| e.file(&path))?;
             self.add_tensors(tensors);
             self.warnings.extend(left_out.map(|names| format!("`{file_name}`: {names}")));
         }
         Ok(())
     }
 
-    /// Opens a file, adds it to the list, and reads its header.
-    fn read_header(&mut self, path: &Path, absent: &Elsewhere) -> Result<Header> {
+    /// Opens a file, adds it to the list, and reads its tensors.
+    fn read_table(&mut self, path: &Path, absent: &Elsewhere) -> Result<Vec<TensorInfo>> {
         if let Some(absent) = find_absent(path, absent) {
-            let header = Header::of_start(&absent.start, path, absent.size, self.files.len())?;
+            let table = Table::of_start(&absent.start, path, absent.size, self.files.len())?;
             let (path, size, remote) = (path.to_owned(), absent.size, Some(absent.remote.clone()));
             self.files.push(InputFile { path, size, modified_ns: 0, device: 0, inode: 0, remote });
-            return Ok(header);
+            return Ok(table.tensors);
         }
         let file = io::open_read_only(path)?;
         let input = InputFile::of(&file, path)?;
-        let header = Header::read(&file, path, input.size, self.files.len())?;
+        let Table { tensors, notes } = Table::read(&file, path, input.size, self.files.len())?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        self.warnings.extend(notes.into_iter().map(|note| format!("`{name}`: {note}")));
         self.files.push(input);
-        Ok(header)
+        Ok(tensors)
+    }
+
+    fn shape_number(&mut self, shape: Vec<u64>) -> u32 {
+        *self.shape_numbers.entry(shape).or_insert_with_key(|shape| {
+            self.shapes.push(shape.clone());
+            self.shapes.len() as u32 - 1
+        })
     }
 
     /// Adds tensors, none of which is there yet: a header and an index have no name twice.
     fn add_tensors(&mut self, tensors: Vec<TensorInfo>) {
         for tensor in tensors {
             let TensorInfo { name, dtype, shape, file, start } = tensor;
-            let shape = *self.shape_numbers.entry(shape).or_insert_with_key(|shape| {
-                self.shapes.push(shape.clone());
-                self.shapes.len() as u32 - 1
-            });
+            let shape = self.shape_number(shape);
             let (number, is_new) = self.names.intern(&name);
             debug_assert!(is_new && number as usize == self.rows.len(), "`{name}` is there twice");
             self.rows.push(Row { dtype, shape, file: file as u32, start });

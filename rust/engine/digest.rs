@@ -58,6 +58,11 @@ impl Digests {
         Self((0..merges).map(|_| Mutex::new(vec![None; tensors])).collect())
     }
 
+    /// Bytes that it takes.
+    pub fn bytes(merges: usize, tensors: usize) -> u64 {
+        (merges * tensors * size_of::<Option<TensorDigest>>()) as u64
+    }
+
     /// What is known of each tensor of merge `merge`.
     pub fn of(&self, merge: usize) -> MutexGuard<'_, Vec<Option<TensorDigest>>> {
         self.0[merge].lock().unwrap_or_else(PoisonError::into_inner)

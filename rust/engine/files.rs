@@ -6,12 +6,13 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::adapted::{Desks, adapted, task_number};
 use super::backend::steps;
 use super::control::Control;
 use super::digest::{Digester, Observer};
 use super::need::{Need, SMALL};
 use super::rows::RowsSource;
-use super::source::{Sink, Source};
+use super::source::{Memory, Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
 use crate::checkpoint::put_header;
 use crate::dtype::DType;
@@ -21,7 +22,7 @@ use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, Needs, OutputFolder, ReadPath, ShardWriter, Spool,
 };
 use crate::kernels::{BLOCK, CELL, Level, compare};
-use crate::plan::{self, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
+use crate::plan::{self, Adapted, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -29,6 +30,17 @@ struct FileSource {
     reader: Arc<InputReader>,
     dtype: DType,
     start: u64,
+    sharing: Sharing,
+}
+
+/// Whether other sources of a task read the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sharing {
+    Alone,
+    /// Others come later.
+    First,
+    /// Others came before.
+    Again,
 }
 
 impl FileSource {
@@ -48,6 +60,10 @@ impl Source for FileSource {
         self.reader.is_mapped()
     }
 
+    fn stored_bytes(&self, elements: u64) -> u64 {
+        if self.sharing == Sharing::Again { 0 } else { elements * self.dtype.size() as u64 }
+    }
+
     fn is_far(&self, elements: Range<u64>) -> bool {
         let (start, length) = self.bytes(&elements);
         !self.reader.is_cached(start, length)
@@ -59,7 +75,11 @@ impl Source for FileSource {
         scratch: &'a mut AlignedBuffer,
     ) -> Result<&'a [u8]> {
         let (start, length) = self.bytes(&elements);
-        self.reader.read_direct(start, length, scratch)
+        if self.sharing == Sharing::Alone {
+            self.reader.read_direct(start, length, scratch)
+        } else {
+            self.reader.read(start, length, scratch)
+        }
     }
 
     fn prefetch(&self, elements: Range<u64>) {
@@ -241,6 +261,8 @@ pub struct Merges<'a> {
     swept: Vec<bool>,
     /// What was made for kinds that came up lately.
     prepared: Mutex<HashMap<u32, Prepared>>,
+    /// What workers hold of adapters.
+    desks: Desks,
     /// The shards of each plan, when there are any yet.
     shards: Vec<Vec<Arc<Shard>>>,
     /// Who is told of finished tensors.
@@ -269,16 +291,22 @@ impl<'a> Merges<'a> {
             check_same_tensors(first, other)?;
         }
         let mut numbers = HashMap::new();
+        let inputs = open_inputs(first, read, spool.as_ref())?;
+        let desks = Desks::default();
         let kind_of = (0..first.len())
             .map(|at| {
                 let each: Vec<usize> = plans.iter().map(|plan| plan.tensor(at).kind()).collect();
-                // Sources by token need memory of their own.
-                let each = (each, first.tensor(at).means());
+                // Sources that are not plain need memory of their own.
+                let sources = if first.tensor(at).is_plain() {
+                    Vec::new()
+                } else {
+                    sources_of(&inputs, &desks, first.tensor(at))
+                };
+                let memory: Vec<Memory> = sources.iter().map(|source| source.memory()).collect();
                 let next = numbers.len() as u32;
-                *numbers.entry(each).or_insert(next)
+                *numbers.entry((each, memory)).or_insert(next)
             })
             .collect();
-        let inputs = open_inputs(first, read, spool.as_ref())?;
         let labels = first.models.iter().map(|model| Arc::from(&**model)).collect();
         let mut merges = Self {
             inputs,
@@ -289,6 +317,7 @@ impl<'a> Merges<'a> {
             read: Vec::new(),
             swept: Vec::new(),
             plans,
+            desks,
             prepared: Mutex::default(),
             shards: Vec::new(),
             observer: None,
@@ -409,7 +438,7 @@ impl<'a> Merges<'a> {
 
     fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
         let tensor = self.plans[0].tensor(at);
-        let sources = sources_of(&self.inputs, tensor);
+        let sources = sources_of(&self.inputs, &self.desks, tensor);
         self.task_of(at, sources, sinks)
     }
 
@@ -429,7 +458,7 @@ impl<'a> Merges<'a> {
 
     fn is_small(&self, at: usize) -> bool {
         let tensor = self.plans[0].tensor(at);
-        (1..=SMALL).contains(&tensor.elements()) && !tensor.is_by_token()
+        (1..=SMALL).contains(&tensor.elements()) && tensor.is_plain()
     }
 
     /// Whether tensor `at` follows the one before it in the same shard of every plan.
@@ -748,7 +777,9 @@ fn check_same_tensors<'a>(plan: &'a Plan, other: &'a Plan) -> Result<()> {
     if one.map(|tensor| double(plan, tensor)).ne(two.map(|tensor| double(other, tensor))) {
         return Err(differs("working type: all of them float64, or none"));
     }
-    let place = |source: plan::Source<'a>| (source.file, source.start, source.dtype, source.rows);
+    let place = |source: plan::Source<'a>| {
+        (source.file, source.start, source.dtype, source.adapted, source.rows)
+    };
     for (tensor, other) in plan.tensors().zip(other.tensors()) {
         let is_same = tensor.name() == other.name()
             && tensor.shape() == other.shape()
@@ -810,13 +841,14 @@ pub struct OnDemand {
     plan: Arc<Plan>,
     inputs: Vec<Option<Input>>,
     spool: Option<Arc<Spool>>,
+    desks: Desks,
 }
 
 impl OnDemand {
     /// Opens the inputs of `plan`; those that are not here are read from `spool`.
     pub fn open(plan: Arc<Plan>, read: ReadPath, spool: Option<Arc<Spool>>) -> Result<Self> {
         let inputs = open_inputs(&plan, read, spool.as_ref())?;
-        Ok(Self { plan, inputs, spool })
+        Ok(Self { plan, inputs, spool, desks: Desks::default() })
     }
 
     /// The plan.
@@ -837,7 +869,7 @@ impl OnDemand {
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            sources_of(&self.inputs, tensor),
+            sources_of(&self.inputs, &self.desks, tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -854,7 +886,7 @@ impl OnDemand {
             return Ok(None);
         }
         let mut scratch = AlignedBuffer::default();
-        for source in sources_of(&self.inputs, tensor) {
+        for source in sources_of(&self.inputs, &self.desks, tensor) {
             let dtype = source.dtype();
             for block in steps(0..tensor.elements(), BLOCK as u64) {
                 control.check()?;
@@ -907,33 +939,85 @@ fn ranges_of(source: plan::Source<'_>, tensor: Tensor<'_>) -> Vec<(u32, Range<u6
         (file, start..start + elements * dtype.size() as u64)
     };
     let width: u64 = tensor.shape().iter().skip(1).product();
+    // Of what is adapted, the type is that of the result.
+    let stored = |dtype: DType, change: Option<&Arc<Adapted>>| change.map_or(dtype, |of| of.dtype);
     match source.rows {
-        None => vec![range(source.file as u32, source.start, tensor.elements(), source.dtype)],
-        Some(plan::Rows { parts, .. }) => {
-            let part =
-                |part: &plan::Part| range(part.file, part.start, part.rows * width, part.dtype);
-            parts.iter().map(part).collect()
+        None => {
+            let dtype = stored(source.dtype, source.adapted);
+            vec![range(source.file as u32, source.start, tensor.elements(), dtype)]
+        }
+        Some(rows) => {
+            let part = |part: &plan::Part| {
+                let change = part.adapted.map(|number| &rows.adapted[number as usize]);
+                range(part.file, part.start, part.rows * width, stored(part.dtype, change))
+            };
+            rows.parts.iter().map(part).collect()
         }
     }
 }
 
 /// The sources of a tensor, in opened files.
-fn sources_of(inputs: &[Option<Input>], tensor: Tensor<'_>) -> Vec<Arc<dyn Source>> {
-    let range = |file: usize, dtype: DType, start: u64| -> Arc<dyn Source> {
-        match inputs[file].clone().expect("every file with a source is opened") {
-            Input::Here(reader) => Arc::new(FileSource { reader, dtype, start }),
-            input => Arc::new(RemoteSource { input, dtype, start }),
-        }
+fn sources_of(
+    inputs: &[Option<Input>],
+    desks: &Desks,
+    tensor: Tensor<'_>,
+) -> Vec<Arc<dyn Source>> {
+    let file_source = |file: usize, dtype: DType, start: u64, sharing: Sharing| {
+        let source: Arc<dyn Source> =
+            match inputs[file].clone().expect("every file with a source is opened") {
+                Input::Here(reader) => Arc::new(FileSource { reader, dtype, start, sharing }),
+                input => Arc::new(RemoteSource { input, dtype, start }),
+            };
+        source
     };
-    let source = |source: plan::Source<'_>| match source.rows {
-        None => range(source.file, source.dtype, source.start),
-        Some(plan::Rows { map, parts }) => {
-            let parts = parts.iter().map(|part| range(part.file as usize, part.dtype, part.start));
-            let width = tensor.shape()[1..].iter().product();
-            Arc::new(RowsSource::new(Arc::clone(map), parts.collect(), width))
-        }
+    let task = if tensor.is_plain() { 0 } else { task_number() };
+    // Of all sources together, parts of rows are numbered as well.
+    let mut number = 0;
+    let mut range = |(file, start, dtype): (usize, u64, DType),
+                     change: Option<&Arc<Adapted>>,
+                     sharing: Sharing,
+                     elements: u64|
+     -> Arc<dyn Source> {
+        let base = file_source(file, change.map_or(dtype, |change| change.dtype), start, sharing);
+        let Some(change) = change else { return base };
+        let mut files: Vec<u32> = change.files().collect();
+        files.sort_unstable();
+        files.dedup();
+        // Adapters are small, and read in any order: they are here whenever the tensor is computed.
+        let opened = |file: u32| match &inputs[file as usize] {
+            Some(Input::Here(reader)) => Some((file, Arc::clone(reader))),
+            _ => None,
+        };
+        let files = files.into_iter().filter_map(opened).collect();
+        number += 1;
+        adapted(base, change, dtype, elements, files, (task, number), desks)
     };
-    tensor.sources().map(source).collect()
+    let elements = tensor.elements();
+    let places: Vec<_> = tensor.sources().map(|source| (source.file, source.start)).collect();
+    let mut sources = Vec::with_capacity(places.len());
+    for (at, source) in tensor.sources().enumerate() {
+        let place = (source.file, source.start, source.dtype);
+        let sharing =
+            match (places[..at].contains(&places[at]), places[at + 1..].contains(&places[at])) {
+                (true, _) => Sharing::Again,
+                (false, true) => Sharing::First,
+                (false, false) => Sharing::Alone,
+            };
+        sources.push(match source.rows {
+            None => range(place, source.adapted, sharing, elements),
+            Some(rows @ plan::Rows { map, parts, .. }) => {
+                let width = tensor.shape()[1..].iter().product::<u64>();
+                let part = |part: &plan::Part| {
+                    let change = part.adapted.map(|number| &rows.adapted[number as usize]);
+                    let place = (part.file as usize, part.start, part.dtype);
+                    range(place, change, Sharing::Alone, part.rows * width)
+                };
+                let parts = parts.iter().map(part).collect();
+                Arc::new(RowsSource::new(Arc::clone(map), parts, width))
+            }
+        });
+    }
+    sources
 }
 
 fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {

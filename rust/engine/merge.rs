@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::backend::Backend;
 use super::control::Control;
-use super::digest::Observer;
+use super::digest::{Digests, Observer};
 use super::files::{FileModes, Merges};
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
@@ -75,7 +75,10 @@ pub(crate) fn predict(
     let (tasks, needs) = Merges::open(plans.to_vec(), modes.read, None)?;
     drop(tasks);
     let needs = on(needs, offload);
-    let memory = MemoryPlan::new(&needs, memory, workers, memory::resident() + beside, 0)?;
+    // Who runs them holds what is known of each tensor.
+    let tensors = plans.first().map_or(0, |plan| plan.len());
+    let resident = memory::resident() + beside + Digests::bytes(plans.len(), tensors);
+    let memory = MemoryPlan::new(&needs, memory, workers, resident, 0)?;
     Ok((memory, needs.iter().any(|(need, _)| !need.reads_once())))
 }
 

@@ -8,6 +8,7 @@
 //! fork.
 
 mod active;
+pub mod adapted;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;

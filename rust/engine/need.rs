@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use super::digest::DIGEST_BYTES;
-use super::source::Source;
+use super::source::{Memory, Source};
 use super::task::{LARGEST_PIECE, Task, Work, step_elements};
 use crate::dtype::DType;
 use crate::formula::machine::{BAND, CHUNK, TensorFrame};
@@ -166,13 +166,13 @@ impl Need {
         });
         let outputs = task.sinks.iter().map(|sink| sink.dtype());
         let mut need = Self::new(&task.frame, &task.work, task.in_bands, sources, outputs);
-        let memory = task.sources.iter().map(|source| source.memory());
+        for Memory { held, shared, .. } in task.sources.iter().map(|source| source.memory()) {
+            need.worker_state.add(Amount::certain(held));
+            need.shared_state.add(Amount::certain(shared));
+        }
         // A worker reads one source after the other.
-        let (worker, shared) = memory.fold((0, 0), |(most, sum), (worker, shared)| {
-            (worker.max(most), shared.saturating_add(sum))
-        });
-        need.worker_state.add(Amount::certain(worker));
-        need.shared_state.add(Amount::certain(shared));
+        let reading = task.sources.iter().map(|source| source.memory().reading).max();
+        need.worker_state.add(Amount::certain(reading.unwrap_or(0)));
         need.in_f64(task.double)
     }
 

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use super::source::Source;
+use super::source::{Memory, Source};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::io::AlignedBuffer;
@@ -196,9 +196,15 @@ impl Source for RowsSource {
         self.dtype
     }
 
-    fn memory(&self) -> (u64, u64) {
+    fn memory(&self) -> Memory {
         let has_mean = self.map.runs().any(|(_, origin)| matches!(origin, Origin::MeanAbove));
-        (Self::DESK_BYTES, if has_mean { self.search_bytes() } else { 0 })
+        let search = if has_mean { self.search_bytes() } else { 0 };
+        let own = Memory { reading: Self::DESK_BYTES, held: 0, shared: search };
+        self.parts.iter().map(|part| part.memory()).fold(own, |all, part| Memory {
+            reading: all.reading.max(Self::DESK_BYTES.saturating_add(part.reading)),
+            held: all.held.saturating_add(part.held),
+            shared: all.shared.saturating_add(part.shared),
+        })
     }
 
     fn read<'a>(

@@ -8,6 +8,17 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::io::AlignedBuffer;
 
+/// What a source needs besides the buffers that it is read into.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Memory {
+    /// Bytes in each worker, while it reads: one source after the other.
+    pub reading: u64,
+    /// Bytes in each worker as long as it works on the tensor.
+    pub held: u64,
+    /// Bytes in all, as long as the tensor is under way.
+    pub shared: u64,
+}
+
 /// A tensor that can be read by ranges of flat indices.
 ///
 /// A byte range of a file is one kind; an array in memory, a decoded format, a permutation of rows
@@ -22,9 +33,15 @@ pub trait Source: Debug + Send + Sync {
         false
     }
 
-    /// Bytes that reading takes besides the caller's buffer: in each worker, and in all.
-    fn memory(&self) -> (u64, u64) {
-        (0, 0)
+    /// What reading takes besides the caller's buffer.
+    fn memory(&self) -> Memory {
+        Memory::default()
+    }
+
+    /// Bytes that reading so many elements takes from files: none of what another source of the task
+    /// reads too.
+    fn stored_bytes(&self, elements: u64) -> u64 {
+        elements * self.dtype().size() as u64
     }
 
     /// Whether reading `elements` would wait for a device, since they are in no cache.

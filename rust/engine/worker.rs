@@ -174,8 +174,9 @@ impl<'a> Worker<'a> {
                 };
                 self.make_room(task, inputs, read.end - read.start, once);
                 let bytes = read_inputs(task, inputs, &read, &mut self.scratch, once)?;
-                let count = |input: &InputBytes<'_>| input.bytes.len() as u64;
-                self.control.add_read(bytes.iter().flatten().map(count).sum());
+                let count =
+                    |&index: &usize| task.sources[index].stored_bytes(read.end - read.start);
+                self.control.add_read(inputs.iter().map(count).sum());
                 let found;
                 let given = match code {
                     Code::Given(_, given) => given,
@@ -496,7 +497,8 @@ impl<'a> Worker<'a> {
             let read = read_inputs(task, &all, &part, &mut self.scratch, false)?;
             let inputs: Vec<_> =
                 read.iter().flatten().map(|input| (input.dtype, input.bytes)).collect();
-            let count = inputs.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+            let elements = part.end - part.start;
+            let count = task.sources.iter().map(|source| source.stored_bytes(elements)).sum();
             self.control.add_read(count);
             let shape = arrays.shape_of(part.end - part.start, &task.frame);
             for ((function, sink), out) in arrays.functions.iter().zip(&task.sinks).zip(&mut bytes)
@@ -533,7 +535,9 @@ impl<'a> Worker<'a> {
             }
             source.release(range.clone());
         }
-        self.control.add_read(first.len() as u64 * task.sources.len() as u64);
+        let elements = range.end - range.start;
+        let count = task.sources.iter().map(|source| source.stored_bytes(elements)).sum();
+        self.control.add_read(count);
         let mut places = Places::of(task, &mut self.outs, &range)?;
         let same = InputBytes { dtype: task.sources[0].dtype(), first: range.start, bytes: first };
         for (sink, bytes) in task.sinks.iter().zip(places.bytes(&mut self.outs)) {

@@ -1,8 +1,9 @@
 //! What an output became: elements that are no plain numbers, and how far it is from a reference.
 //!
 //! It is counted and summed while both lie in the cache, so it must cost little. Elements that are
-//! NaN, infinite or as large as their type can say are rare. So the loop only notes the greatest
-//! magnitude of a cell, and a cell that has such elements is gone through once more, one by one.
+//! NaN, infinite or as large as their type can say are rare, and show in the sums of a cell: these are
+//! not finite then, or huge. So the loop does not look for them, and a cell whose sums are so is gone
+//! through once more, one by one.
 //!
 //! Cells are smaller than the blocks of other sums, and are folded as a tree of neighbours: pieces of
 //! an output may begin anywhere, and a cell that two of them share is small enough to be kept until
@@ -95,7 +96,6 @@ type Each<T> = [T; LANES];
 
 /// What a loop over elements adds up, by lane.
 struct Sums<T: Real> {
-    peak: Each<T::Ordinal>,
     changed: Each<<T::Ordinal as Ordinal>::Counter>,
     difference: Lanes,
     norm: Lanes,
@@ -107,8 +107,6 @@ impl<T: Real> Sums<T> {
     fn add<F: Format>(&mut self, out: &[F::Bytes], reference: &[F::Bytes]) {
         for lane in 0..out.len() {
             let (x, y) = (F::widen::<T>(out[lane]), F::widen::<T>(reference[lane]));
-            let peak = x.abs().ordinal().max(y.abs().ordinal());
-            self.peak[lane] = self.peak[lane].max(peak);
             self.changed[lane] += (x != y).into();
             let (x, y) = (x.to_f64(), y.to_f64());
             self.difference[lane] += (x - y) * (x - y);
@@ -124,7 +122,6 @@ impl<F: Format, T: Real> Kernel for Compare<'_, F, T> {
     #[inline(always)]
     fn run(self) -> Self::Output {
         let mut sums = Sums::<T> {
-            peak: [T::ZERO.ordinal(); LANES],
             changed: [Default::default(); LANES],
             difference: [0.0; LANES],
             norm: [0.0; LANES],
@@ -135,12 +132,15 @@ impl<F: Format, T: Real> Kernel for Compare<'_, F, T> {
             sums.add::<F>(out, reference);
         }
         sums.add::<F>(out_rest, &reference_rest[..out_rest.len()]);
-        let largest = T::from_f64(F::LARGEST).ordinal();
-        sums.peak.iter().all(|&peak| peak < largest).then(|| Comparison {
+        let (difference, norm) = (folded(sums.difference), folded(sums.norm));
+        // An output x of the greatest magnitude is that far from zero, so the larger of |x − y| and |y|
+        // is half of it at the least. What rounding takes from a quarter of its square leaves an eighth.
+        let is_plain = difference + norm < F::LARGEST * F::LARGEST / 8.0;
+        is_plain.then(|| Comparison {
             compared: self.out.len() as u64,
             changed: sums.changed.into_iter().map(Into::into).sum::<u64>(),
-            difference: folded(sums.difference),
-            norm: folded(sums.norm),
+            difference,
+            norm,
             ..Comparison::default()
         })
     }

@@ -32,6 +32,7 @@ pub mod convert;
 pub mod elementwise;
 pub mod gram;
 pub mod level;
+pub mod low_rank;
 pub mod mask_bits;
 pub mod norms;
 pub mod oracle;
@@ -53,6 +54,7 @@ pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;
 pub use level::Level;
+pub use low_rank::{TILE, Tiles, low_rank_into};
 pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};
 pub use norms::norms_into;
 pub use order::{

@@ -153,6 +153,12 @@ pub fn weighted_difference_sum<T: Real>(base: T, terms: &[(T, T)], scale: T) -> 
     base + if scale == T::ONE { sum } else { sum * scale }
 }
 
+/// `value + scale·(l₀·r₀ + l₁·r₁ + …)`, the products summed in listed order.
+pub fn low_rank<T: Real>(value: T, scale: T, products: &[(T, T)]) -> T {
+    let products = products.iter().map(|&(left, right)| left * right);
+    products.reduce(|sum, product| sum + product).map_or(value, |sum| value + scale * sum)
+}
+
 /// The sum of those `weight · value` that have the sign of the sum of them all (zero counts as
 /// positive), divided by the sum of their weights if an average is asked for and that is more than
 /// 1e-6 of the sum of their magnitudes.

@@ -6,7 +6,8 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use super::{
-    ByteRange, Formula, Gathered, Kind, Names, Node, Part, Plan, Row, RowMap, Settings, Tensor,
+    Adapted, ByteRange, Formula, Gathered, Kind, Names, Node, Part, Plan, Row, RowMap, Settings,
+    Tensor,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -34,6 +35,8 @@ pub struct Input<'a> {
     pub file: usize,
     /// First byte in that file.
     pub start: u64,
+    /// What an adapter makes of it; see [`Builder::add_adapted`].
+    pub adapted: Option<u32>,
     /// Rows that are taken instead of those there.
     pub rows: Option<ByToken<'a>>,
 }
@@ -81,6 +84,12 @@ impl Builder {
         self.plan.maps.len() as u32 - 1
     }
 
+    /// Adds what an adapter makes of a tensor; its number.
+    pub fn add_adapted(&mut self, adapted: Adapted) -> u32 {
+        self.plan.adapted.push(Arc::new(adapted));
+        self.plan.adapted.len() as u32 - 1
+    }
+
     /// The map of that number, if there is one.
     pub fn map(&self, number: u32) -> Option<&RowMap> {
         self.plan.maps.get(number as usize).map(|map| &**map)
@@ -110,6 +119,7 @@ impl Builder {
                     shape,
                     dtype: input.dtype,
                     start: input.start,
+                    adapted: input.adapted,
                 }),
                 Some(ByToken { map, parts, own }) => {
                     let first = self.plan.parts.len() as u32;

@@ -4,8 +4,9 @@
 //! numbers and no model names. A plan is one table, held once: a model with experts has 100,000
 //! tensors, so a row is some fifty bytes. Names, models, shapes and the few distinct settings are
 //! interned, and a row refers to them. What a tensor is made of are nodes of a source tree: ranges of
-//! bytes, and rows by token of several such ranges.
+//! bytes, as they are or with an adapter's product added, and rows by token of several such ranges.
 
+mod adapted;
 mod build;
 mod names;
 mod rows;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub use adapted::{Adapted, Factor, Magnitude, Replaced, Term};
 pub use build::{Builder, ByToken, Input};
 pub use names::Names;
 pub use rows::{MOST_ROWS, Origin, RowMap};
@@ -59,6 +61,8 @@ pub struct Plan {
     /// What rows by token are taken from; those of each node one after the other.
     parts: Vec<Part>,
     maps: Vec<Arc<RowMap>>,
+    /// What adapters make of tensors.
+    adapted: Vec<Arc<Adapted>>,
     /// Nodes that are inputs of tensors, those of each tensor one after the other.
     inputs: Vec<u32>,
     /// The output tensors, in the donor's order.
@@ -160,7 +164,7 @@ enum Node {
     Rows(Gathered),
 }
 
-/// A tensor of a file.
+/// A tensor of a file, as it is or adapted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct ByteRange {
     model: u32,
@@ -169,6 +173,7 @@ struct ByteRange {
     shape: u32,
     dtype: DType,
     start: u64,
+    adapted: Option<u32>,
 }
 
 /// Rows by token.
@@ -192,10 +197,12 @@ pub struct Part {
     pub file: u32,
     /// First byte in that file.
     pub start: u64,
-    /// Its element type.
+    /// Its element type; where it is adapted, that of the result.
     pub dtype: DType,
     /// How many rows it has.
     pub rows: u64,
+    /// What an adapter makes of it; see [`Builder::add_adapted`].
+    pub adapted: Option<u32>,
 }
 
 /// An output tensor.
@@ -217,36 +224,60 @@ pub struct Tensor<'a> {
 }
 
 /// Which rows an input takes, and from where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rows<'a> {
     /// Which they are.
     pub map: &'a Arc<RowMap>,
     /// What they are taken from.
     pub parts: &'a [Part],
+    /// What adapters make of these, by number.
+    pub adapted: &'a [Arc<Adapted>],
 }
 
-/// An input that an output tensor is made of: a range of bytes, or rows by token.
+/// An input that an output tensor is made of: a range of bytes, as it is or adapted, or rows by token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Source<'a> {
     /// The model it belongs to, as an index into [`Plan::models`].
     pub model: usize,
     /// The name it has there.
     pub name: &'a str,
-    /// Its element type.
+    /// Its element type; where it is adapted, that of the result.
     pub dtype: DType,
     /// Index into [`Plan::files`].
     pub file: usize,
     /// First byte in that file.
     pub start: u64,
+    /// What an adapter makes of that range.
+    pub adapted: Option<&'a Arc<Adapted>>,
     /// The rows, where they are not those of that range.
     pub rows: Option<Rows<'a>>,
 }
 
-impl Source<'_> {
+impl<'a> Source<'a> {
+    /// Bytes of an element in the file.
+    pub fn width(&self) -> u64 {
+        self.stored().size() as u64
+    }
+
+    /// The element type in the file; of rows, that in which they are handed on.
+    pub fn stored(&self) -> DType {
+        self.adapted.map_or(self.dtype, |adapted| adapted.dtype)
+    }
+
+    /// What adapters make of it, or of parts of it.
+    pub fn all_adapted(self) -> impl Iterator<Item = &'a Arc<Adapted>> + use<'a> {
+        let of_part = |rows: Rows<'a>| {
+            rows.parts.iter().filter_map(move |part| Some(&rows.adapted[part.adapted? as usize]))
+        };
+        self.adapted.into_iter().chain(self.rows.into_iter().flat_map(of_part))
+    }
+
     /// The files that it lies in.
-    pub fn files(self) -> impl Iterator<Item = usize> {
+    pub fn files(self) -> impl Iterator<Item = usize> + use<'a> {
         let parts = self.rows.map_or(&[][..], |rows| rows.parts);
-        std::iter::once(self.file).chain(parts.iter().map(|part| part.file as usize))
+        let adapted = self.all_adapted().flat_map(|adapted| adapted.files());
+        let others = parts.iter().map(|part| part.file).chain(adapted);
+        std::iter::once(self.file).chain(others.map(|file| file as usize))
     }
 }
 
@@ -351,8 +382,17 @@ impl<'a> Tensor<'a> {
 
     /// Bytes of all sources.
     pub fn source_bytes(self) -> u64 {
-        let widths = self.kind_of().inputs.iter().map(|dtype| dtype.size() as u64);
-        self.elements().saturating_mul(widths.sum())
+        let elements = self.elements();
+        // Models that differ by their adapters alone read the same bytes.
+        let mut seen = Vec::new();
+        let bytes = self.sources().map(|source| {
+            let place = (source.file, source.start);
+            let is_again = source.rows.is_none() && seen.contains(&place);
+            seen.push(place);
+            let own = if is_again { 0 } else { elements.saturating_mul(source.width()) };
+            own.saturating_add(source.adapted.map_or(0, |adapted| adapted.bytes(elements)))
+        });
+        bytes.fold(0, u64::saturating_add)
     }
 
     /// Index into [`Plan::shards`].
@@ -392,6 +432,7 @@ impl<'a> Tensor<'a> {
                     dtype: range.dtype,
                     file: range.file as usize,
                     start: range.start,
+                    adapted: range.adapted.map(|number| &plan.adapted[number as usize]),
                     rows: None,
                 },
                 Node::Rows(rows) => {
@@ -403,25 +444,21 @@ impl<'a> Tensor<'a> {
                         dtype: rows.dtype,
                         file: own.file as usize,
                         start: own.start,
-                        rows: Some(Rows { map: &plan.maps[rows.map as usize], parts }),
+                        adapted: None,
+                        rows: Some(Rows {
+                            map: &plan.maps[rows.map as usize],
+                            parts,
+                            adapted: &plan.adapted,
+                        }),
                     }
                 }
             }
         })
     }
 
-    /// Whether rows of some input are taken by token.
-    pub fn is_by_token(self) -> bool {
-        self.sources().any(|source| source.rows.is_some())
-    }
-
-    /// For each input whose rows are taken by token, whether some are the mean of those above them,
-    /// which takes memory; nothing if there is no such input.
-    pub fn means(self) -> Vec<Option<bool>> {
-        let has_mean =
-            |rows: Rows<'_>| rows.map.runs().any(|(_, origin)| matches!(origin, Origin::MeanAbove));
-        let means: Vec<_> = self.sources().map(|source| source.rows.map(has_mean)).collect();
-        if means.iter().any(Option::is_some) { means } else { Vec::new() }
+    /// Whether its inputs are the bytes of files as they are.
+    pub fn is_plain(self) -> bool {
+        self.sources().all(|source| source.rows.is_none() && source.adapted.is_none())
     }
 
     /// The formula, where the method is none of the crate's own.

@@ -1,6 +1,7 @@
 //! A plan as a file: JSON, which is checked when it is read, since anyone may have written it.
 //!
-//! An input of a tensor is an expression, `["bytes", model, name, type, shape, file, start]` or
+//! An input of a tensor is an expression, `["bytes", model, name, type, shape, file, start]`,
+//! `["adapted", model, name, type, shape, file, start, adapted]` or
 //! `["rows", model, name, type, shape, map, own part, parts]`, so that further kinds of nodes need no
 //! other format.
 
@@ -14,7 +15,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::{
-    Builder, ByToken, ByteRange, Gathered, Input, InputFile, MethodSource, Node, Origin,
+    Adapted, Builder, ByToken, ByteRange, Gathered, Input, InputFile, MethodSource, Node, Origin,
     OutputShard, PLAN_VERSION, Parameters, Part, Plan, RowMap, Settings, Tensor,
 };
 use crate::dtype::DType;
@@ -23,13 +24,19 @@ use crate::error::{Error, Result};
 /// What to do about a plan that is not as it should be.
 const MAKE_ANEW: &str = "make the plan anew from its recipe";
 
-/// A saved plan, and what belongs to it besides the table, which is large: it stays text until its
-/// version is known.
+/// The most values that a table has. One of 100,000 tensors of three models each has four million.
+const MOST_VALUES: usize = 24 << 20;
+/// The most values of settings, and of what is saved beside a table. They may be of any kind, and
+/// take more memory than those of a table.
+const MOST_LOOSE: usize = 4 << 20;
+
+/// A saved plan, and what belongs to it besides the table. Both stay text until the version is known.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved<'a> {
     oxmerge_plan: Value,
-    output: Value,
+    #[serde(borrow)]
+    output: &'a RawValue,
     #[serde(borrow)]
     table: &'a RawValue,
 }
@@ -37,7 +44,7 @@ struct Saved<'a> {
 /// The table as it is saved.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Table {
+struct Table<'a> {
     method: String,
     source: Option<MethodSource>,
     seed: u64,
@@ -46,9 +53,11 @@ struct Table {
     models: Vec<String>,
     names: Vec<String>,
     shapes: Vec<Vec<u64>>,
-    settings: Vec<SavedSettings>,
+    #[serde(borrow)]
+    settings: &'a RawValue,
     shards: Vec<SavedShard>,
     maps: Vec<Vec<(u32, Origin)>>,
+    adapted: Vec<Adapted>,
     tensors: Vec<SavedTensor>,
 }
 
@@ -81,15 +90,15 @@ struct SavedNode {
 }
 
 enum Content {
-    /// File, first byte.
-    Bytes(usize, u64),
+    /// File, first byte; what an adapter makes of it.
+    Bytes(usize, u64, Option<usize>),
     /// Map, the model's own part, parts.
     Rows(usize, usize, Vec<SavedPart>),
 }
 
-/// File, first byte, type, rows.
+/// File, first byte, type, rows; what an adapter makes of it.
 #[derive(Deserialize)]
-struct SavedPart(usize, u64, DType, u64);
+struct SavedPart(usize, u64, DType, u64, Option<usize>);
 
 impl<'de> Deserialize<'de> for SavedNode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -112,7 +121,11 @@ impl<'de> Deserialize<'de> for SavedNode {
                 let (model, name) = (next(&mut list)?, next(&mut list)?);
                 let (dtype, shape) = (next(&mut list)?, next(&mut list)?);
                 let content = match &*kind {
-                    "bytes" => Content::Bytes(next(&mut list)?, next(&mut list)?),
+                    "bytes" => Content::Bytes(next(&mut list)?, next(&mut list)?, None),
+                    "adapted" => {
+                        let (file, start) = (next(&mut list)?, next(&mut list)?);
+                        Content::Bytes(file, start, Some(next(&mut list)?))
+                    }
                     "rows" => Content::Rows(next(&mut list)?, next(&mut list)?, next(&mut list)?),
                     _ => {
                         let message = format_args!("there is no kind of input `{kind}`");
@@ -179,6 +192,8 @@ fn write_table(plan: &Plan, out: &mut impl Write, whole: bool) -> io::Result<()>
         map.runs().map(|(rows, origin)| (rows.end - rows.start, origin.clone())).collect()
     };
     put_lines(out, plan.maps.iter().map(|map| runs(map)))?;
+    out.write_all(b",\"adapted\":")?;
+    put_lines(out, plan.adapted.iter().map(|adapted| &**adapted))?;
     out.write_all(b",\"names\":")?;
     put_lines(out, plan.names.iter())?;
     out.write_all(b",\"tensors\":")?;
@@ -191,8 +206,11 @@ fn write_table(plan: &Plan, out: &mut impl Write, whole: bool) -> io::Result<()>
 #[serde(untagged)]
 enum Described {
     Bytes(&'static str, u32, u32, DType, u32, u32, u64),
-    Rows(&'static str, u32, u32, DType, u32, u32, u32, Vec<(u32, u64, DType, u64)>),
+    Adapted(&'static str, u32, u32, DType, u32, u32, u64, u32),
+    Rows(&'static str, u32, u32, DType, u32, u32, u32, Vec<DescribedPart>),
 }
+
+type DescribedPart = (u32, u64, DType, u64, Option<u32>);
 
 fn described(tensor: Tensor<'_>) -> impl Serialize {
     let Tensor { plan, row } = tensor;
@@ -202,12 +220,20 @@ fn described(tensor: Tensor<'_>) -> impl Serialize {
     let inputs: Vec<_> = nodes
         .iter()
         .map(|&node| match plan.nodes[node as usize] {
-            Node::Bytes(ByteRange { model, name, file, shape, dtype, start }) => {
-                Described::Bytes("bytes", model, name, dtype, shape, file, start)
+            Node::Bytes(ByteRange { model, name, file, shape, dtype, start, adapted }) => {
+                match adapted {
+                    None => Described::Bytes("bytes", model, name, dtype, shape, file, start),
+                    Some(adapted) => {
+                        let kind = "adapted";
+                        Described::Adapted(kind, model, name, dtype, shape, file, start, adapted)
+                    }
+                }
             }
             Node::Rows(Gathered { model, name, shape, dtype, map, parts, count, own }) => {
                 let parts = &plan.parts[parts as usize..][..count as usize];
-                let parts = parts.iter().map(|part| (part.file, part.start, part.dtype, part.rows));
+                let parts = parts
+                    .iter()
+                    .map(|part| (part.file, part.start, part.dtype, part.rows, part.adapted));
                 Described::Rows("rows", model, name, dtype, shape, map, own, parts.collect())
             }
         })
@@ -247,14 +273,25 @@ fn read(text: &str, header_bytes: impl Fn(&Plan, usize) -> Result<u64>) -> Resul
             .expected(format_args!("plan version {PLAN_VERSION}"))
             .found(saved.oxmerge_plan));
     }
-    let table: Table = serde_json::from_str(saved.table.get())
-        .map_err(|error| Error::plan(format!("the plan's table cannot be read: {error}")))?;
-    let plan = check_shards(build(table)?, header_bytes)?;
-    Ok((plan, saved.output))
+    let output = parsed("what is saved with the table", saved.output, MOST_LOOSE)?;
+    let plan = build(parsed("the plan's table", saved.table, MOST_VALUES)?)?;
+    Ok((check_shards(plan, header_bytes)?, output))
+}
+
+/// A part of a plan, unless it has more values than any real one: each value but the first has one of
+/// three letters before it.
+fn parsed<'a, T: Deserialize<'a>>(what: &str, text: &'a RawValue, most: usize) -> Result<T> {
+    let values = text.get().bytes().filter(|byte| b",[{".contains(byte)).count();
+    if values > most {
+        let message = format!("{what} with more values than any plan has");
+        return Err(Error::plan(message).expected(format_args!("at most {most}")).found(values));
+    }
+    serde_json::from_str(text.get())
+        .map_err(|error| Error::plan(format!("{what} cannot be read: {error}")))
 }
 
 /// The plan that a table describes, when all that it refers to is there.
-fn build(table: Table) -> Result<Plan> {
+fn build(table: Table<'_>) -> Result<Plan> {
     let Table {
         method,
         source,
@@ -267,8 +304,10 @@ fn build(table: Table) -> Result<Plan> {
         settings,
         shards,
         maps,
+        adapted,
         tensors,
     } = table;
+    let settings: Vec<SavedSettings> = parsed("the plan's settings", settings, MOST_LOOSE)?;
     check_file_names(&shards)?;
     let mut builder = Builder::new(Plan::new(method, seed, files, models));
     let owners: Vec<usize> = settings.iter().map(|settings| settings.own.len()).collect();
@@ -278,6 +317,9 @@ fn build(table: Table) -> Result<Plan> {
     }
     for runs in maps {
         builder.add_map(RowMap::of(runs.into_iter().map(Ok))?);
+    }
+    for adapted in adapted {
+        builder.add_adapted(adapted);
     }
     let name_of = |number: usize| known("name", &names, number).map(String::as_str);
     let mut places = Vec::with_capacity(tensors.len());
@@ -310,15 +352,16 @@ fn build(table: Table) -> Result<Plan> {
         }
         let parts: Vec<Vec<Part>> = inputs.iter().map(SavedNode::parts).collect();
         let inputs = inputs.iter().zip(&parts).map(|(input, parts)| {
-            let (file, start, rows) = match input.content {
-                Content::Bytes(file, start) => (file, start, None),
+            let (file, start, adapted, rows) = match input.content {
+                Content::Bytes(file, start, adapted) => (file, start, adapted, None),
                 Content::Rows(map, own, _) => {
                     let rows = ByToken { map: map as u32, parts, own };
-                    (parts[own].file as usize, parts[own].start, Some(rows))
+                    (parts[own].file as usize, parts[own].start, None, Some(rows))
                 }
             };
             let SavedNode { model, dtype, .. } = *input;
-            Input { model, name: &names[input.name], dtype, file, start, rows }
+            let adapted = adapted.map(|number| number as u32);
+            Input { model, name: &names[input.name], dtype, file, start, adapted, rows }
         });
         builder.push(name, dtype, &shapes[shape], settings as u32, base, inputs);
         places.push((shard, start));
@@ -355,7 +398,9 @@ fn check_input(
             .found(input.dtype));
     }
     match &input.content {
-        Content::Bytes(file, start) => check_range(plan, *file, *start, input.dtype, shape),
+        Content::Bytes(file, start, adapted) => {
+            check_range(plan, *file, *start, input.dtype, *adapted, shape)
+        }
         Content::Rows(map, own, parts) => {
             let map = known("map", &plan.maps, *map)?;
             known("part", parts, *own)?;
@@ -365,7 +410,7 @@ fn check_input(
                     .expected(format_args!("{} rows that are not empty", map.rows()))
                     .found(format_args!("{shape:?}")));
             }
-            for &SavedPart(file, start, dtype, rows) in parts {
+            for &SavedPart(file, start, dtype, rows, adapted) in parts {
                 if !dtype.is_float() {
                     return Err(wrong("rows can be taken of floats only").found(dtype));
                 }
@@ -373,10 +418,10 @@ fn check_input(
                     return Err(wrong("rows are taken of a tensor that has none"));
                 }
                 let shape = [&[rows], rest].concat();
-                check_range(plan, file, start, dtype, &shape)?;
+                check_range(plan, file, start, dtype, adapted, &shape)?;
             }
             let (types, rows): (Vec<_>, Vec<_>) =
-                parts.iter().map(|&SavedPart(_, _, dtype, rows)| (dtype, rows)).unzip();
+                parts.iter().map(|&SavedPart(_, _, dtype, rows, _)| (dtype, rows)).unzip();
             map.check(&rows)?;
             bytes(input.dtype, shape).ok_or_else(|| wrong("an input's size overflows"))?;
             if map.dtype(&types) != input.dtype {
@@ -389,9 +434,19 @@ fn check_input(
     }
 }
 
-/// Checks that a tensor lies within its file.
-fn check_range(plan: &Plan, file: usize, start: u64, dtype: DType, shape: &[u64]) -> Result<()> {
+/// Checks that a tensor lies within its file, and that an adapter can do what it is to do to it.
+fn check_range(
+    plan: &Plan,
+    file: usize,
+    start: u64,
+    result: DType,
+    adapted: Option<usize>,
+    shape: &[u64],
+) -> Result<()> {
     let file = known("file", &plan.files, file)?;
+    let adapted =
+        adapted.map(|number| known("adapted tensor", &plan.adapted, number)).transpose()?;
+    let dtype = adapted.map_or(result, |adapted| adapted.dtype);
     let end = bytes(dtype, shape).and_then(|bytes| start.checked_add(bytes));
     if end.is_none_or(|end| end > file.size) {
         return Err(wrong("an input lies past the end of its file")
@@ -399,17 +454,24 @@ fn check_range(plan: &Plan, file: usize, start: u64, dtype: DType, shape: &[u64]
             .expected(format_args!("at most {} bytes", file.size))
             .found(format_args!("{dtype} {shape:?} from byte {start}")));
     }
-    Ok(())
+    let Some(adapted) = adapted else { return Ok(()) };
+    if ![adapted.result(false), adapted.result(true)].contains(&result) {
+        return Err(wrong("an adapted tensor has another type than it is computed in")
+            .expected(adapted.result(false))
+            .found(result));
+    }
+    adapted.check(shape.iter().product(), &plan.files)
 }
 
 impl SavedNode {
     /// What its rows are taken from, when that was checked.
     fn parts(&self) -> Vec<Part> {
-        let part = |&SavedPart(file, start, dtype, rows): &SavedPart| Part {
+        let part = |&SavedPart(file, start, dtype, rows, adapted): &SavedPart| Part {
             file: file as u32,
             start,
             dtype,
             rows,
+            adapted: adapted.map(|number| number as u32),
         };
         match &self.content {
             Content::Bytes(..) => Vec::new(),

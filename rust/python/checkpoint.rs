@@ -66,8 +66,8 @@ pub(super) fn weight_files(
     found.map_err(|error| raise(py, &error))
 }
 
-/// Opens the checkpoint at `path`: a safetensors file, or a directory that holds one, or shards
-/// with an index. Some of its files may not be here.
+/// Opens the checkpoint at `path`: a file of safetensors or torch, or a directory that holds one, or
+/// shards with an index. Some of its files may not be here.
 #[pyfunction]
 #[pyo3(signature = (path, absent=Vec::new()))]
 pub(super) fn open_checkpoint(
@@ -79,6 +79,14 @@ pub(super) fn open_checkpoint(
     let opened = py.detach(|| checkpoint::Checkpoint::open_with(&path, &absent));
     opened.map(|opened| Checkpoint(Arc::new(opened))).map_err(|error| raise(py, &error))
 }
+
+/// What a tensor becomes, as [`checkpoint::Change`] has it.
+type GivenChange = (
+    u64,
+    Vec<((u64, u64), u64, f64, checkpoint::GivenFactor, Option<checkpoint::GivenFactor>)>,
+    Option<(checkpoint::Given, bool)>,
+    Option<(checkpoint::Given, Vec<(u64, u64)>)>,
+);
 
 impl TensorInfo {
     fn of(py: Python<'_>, tensor: checkpoint::Tensor<'_>) -> PyResult<Self> {
@@ -165,6 +173,46 @@ impl Checkpoint {
     fn renamed(&self, py: Python<'_>, names: Vec<String>) -> PyResult<Self> {
         let renamed = self.0.renamed(names.iter().map(String::as_str));
         renamed.map(|renamed| Self(Arc::new(renamed))).map_err(|error| raise(py, &error))
+    }
+
+    /// The names of the other tensors that are the same bytes as the one of that name.
+    fn twins(&self, name: &str) -> Vec<&str> {
+        let twins = self.0.find(name).into_iter().flat_map(|index| self.0.twins(index));
+        twins.map(|other| self.0.tensor(other).name).collect()
+    }
+
+    /// The checkpoint without the tensors of these names.
+    fn without(&self, names: Vec<String>) -> Self {
+        let left_out: Vec<usize> = names.iter().filter_map(|name| self.0.find(name)).collect();
+        Self(Arc::new(self.0.without(&left_out)))
+    }
+
+    /// The same with what adapters make of it. `copied` are tensors with a further name: that, and the
+    /// old one. `replaced` are tensors that are an adapter's: name, and the adapter with the name there.
+    /// `changed` are tensors with: elements of a row; terms (rows, rank, scale, left factor, right
+    /// factor or none, a factor being a tensor, its first element, and the elements between lines and
+    /// between steps of the rank); magnitudes and whether they are of rows; rows that are put in.
+    fn adapted(
+        &self,
+        py: Python<'_>,
+        adapters: Vec<PyRef<'_, Self>>,
+        copied: Vec<(String, String)>,
+        replaced: Vec<(String, checkpoint::Given)>,
+        changed: Vec<(String, GivenChange)>,
+    ) -> PyResult<Self> {
+        let adapters: Vec<_> = adapters.iter().map(|adapter| adapter.shared()).collect();
+        let change = |(name, (columns, terms, magnitude, replaced))| {
+            (name, checkpoint::Change { columns, terms, magnitude, replaced })
+        };
+        let changed = changed.into_iter().map(change).collect();
+        let changes = checkpoint::Changes { copied, replaced, changed };
+        let adapted = py.detach(|| self.0.adapted(&adapters, changes));
+        adapted.map(|adapted| Self(Arc::new(adapted))).map_err(|error| raise(py, &error))
+    }
+
+    /// Whether an adapter changes the tensor at that place of the file order.
+    fn is_changed(&self, index: usize) -> bool {
+        self.0.change_of(index).is_some()
     }
 
     /// The tensors in file order, in runs whose names begin alike up to the layer's number: that

@@ -236,7 +236,7 @@ impl Plan {
 
     /// A row: name, shape, element type, shard, first byte, base, shared parameters, where they
     /// come from; and for each source model, name, element type, file, first byte, parameters,
-    /// and whether its rows are taken by token.
+    /// whether its rows are taken by token, and whether an adapter changes it.
     fn row<'py>(&self, py: Python<'py>, index: usize) -> PyResult<Bound<'py, PyTuple>> {
         if index >= self.0.len() {
             return Err(PyIndexError::new_err(format!("the plan has no tensor {index}")));
@@ -248,11 +248,12 @@ impl Plan {
             sources.append((
                 &self.0.models[source.model],
                 source.name,
-                source.dtype.name(),
+                source.stored().name(),
                 source.file,
                 source.start,
                 to_python(py, &**own)?,
                 source.rows.is_some(),
+                source.all_adapted().next().is_some(),
             ))?;
         }
         (
@@ -288,7 +289,11 @@ impl Plan {
     /// said to be.
     fn write_effects(&self, kinds: Vec<String>, write: Bound<'_, PyAny>) -> PyResult<()> {
         for tensor in self.0.tensors() {
-            let place = |each: plan::Source<'_>| (each.file, each.start, digest(each.rows));
+            let place = |each: plan::Source<'_>| {
+                let adapted: Vec<_> = each.all_adapted().collect();
+                let changes = (!adapted.is_empty()).then(|| format!("{adapted:?}"));
+                (each.file, each.start, digest(each.rows), changes)
+            };
             let places: Vec<_> = tensor.sources().map(place).collect();
             let kind = kinds.get(tensor.kind());
             let of_tensor = (tensor.name(), tensor.dtype(), tensor.base(), places, kind);
@@ -387,7 +392,7 @@ impl Plan {
 /// A number that tells apart which rows are taken.
 fn digest(rows: Option<plan::Rows<'_>>) -> u64 {
     let mut hasher = DefaultHasher::new();
-    rows.hash(&mut hasher);
+    rows.map(|rows| (rows.map, rows.parts)).hash(&mut hasher);
     hasher.finish()
 }
 

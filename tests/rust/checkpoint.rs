@@ -9,7 +9,7 @@ use oxmerge::dtype::DType;
 use oxmerge::plan::InputFile;
 use tempfile::TempDir;
 
-use crate::hostile::file_of;
+use crate::written::file_of;
 
 /// A file whose tensors are single bytes of those names, in that order.
 fn file_with(names: &[&str]) -> Vec<u8> {

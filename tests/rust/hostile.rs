@@ -9,10 +9,7 @@ use oxmerge::checkpoint::{Checkpoint, Header};
 use oxmerge::error::{Error, ErrorKind};
 use proptest::prelude::*;
 
-/// A safetensors file with that header text and `data` zero bytes.
-pub(crate) fn file_of(header: &str, data: usize) -> Vec<u8> {
-    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &vec![0; data]].concat()
-}
+use crate::written::file_of;
 
 /// What is advised where nothing more precise is.
 const DAMAGED: &str = "; the file is damaged: download it again, or save the model anew";
@@ -68,7 +65,7 @@ const FILES: &[(&[u8], &str)] = &[
     ),
     (
         b"merge_method: linear\n",
-        "not a safetensors file: found text; name a folder of a model, or its `.safetensors` file",
+        "not a safetensors file: found text; name a folder of a model, or its file of weights",
     ),
 ];
 
@@ -329,7 +326,15 @@ fn broken_indexes() {
 /// File names, and the error of a directory that holds them (all of them with the tensor `a`).
 #[test]
 fn directories_without_clear_weights() {
-    let rows: [(&[&str], &str); 7] = [
+    let rows: [(&[&str], &str); 10] = [
+        (
+            &["pytorch_model-00001-of-00002.bin"],
+            "the checkpoint has shards but no index: expected `pytorch_model.bin.index.json`: found `pytorch_model-00001-of-00002.bin`; download the index too",
+        ),
+        (
+            &["a.bin", "b.pt", "c.ckpt.index.json", "training_args.bin", "d.ckpt.index.json"],
+            "it is not clear which file holds the weights: found `c.ckpt.index.json`, `d.ckpt.index.json`; give the path of the file instead of the directory",
+        ),
         (
             &[],
             "the directory holds no weights: expected `model.safetensors` or `model.safetensors.index.json`; name the directory that they are in, or download them",
@@ -355,8 +360,12 @@ fn directories_without_clear_weights() {
             "the checkpoint has shards but no index: expected `model.safetensors.index.json`: found `model-00001-of-00002.safetensors`; download the index too",
         ),
         (
+            &["adapter_model.bin"],
+            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; merge it into its base model first (peft's `merge_and_unload`)",
+        ),
+        (
             &["adapter_model.safetensors"],
-            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; merge it into its base model first (peft's `merge_and_unload`)",
+            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; write it behind its model: `model+adapter`",
         ),
     ];
     for (names, expected) in rows {
@@ -369,70 +378,62 @@ fn directories_without_clear_weights() {
     }
 }
 
-/// File names, what is found, and how the advice ends: in what a command is to be given.
+/// File names, what is found, and how the advice ends.
 #[test]
 fn weights_in_other_formats_are_told_how_to_be_converted() {
-    let torch = "{'format': 'pt'})\" ";
-    let gguf = ".save_pretrained(sys.argv[3])\" ";
-    let shards = ["1", "2", "3", "4"].map(|n| format!("pytorch_model-0000{n}-of-00004.bin"));
-    let shards: Vec<_> = shards.iter().map(String::as_str).collect();
-    let rows: [(&[&str], &str, &str, &str); 8] = [
-        (
-            &["pytorch_model.bin", "training_args.bin"],
-            "`pytorch_model.bin`",
-            torch,
-            "model.safetensors pytorch_model.bin",
-        ),
-        (
-            &["a.bin", "b's.bin"],
-            "`a.bin`, `b's.bin`",
-            torch,
-            r"model.safetensors a.bin 'b'\''s.bin'",
-        ),
-        (
-            &shards,
-            "`pytorch_model-00001-of-00004.bin`, `pytorch_model-00002-of-00004.bin`, `pytorch_model-00003-of-00004.bin` and 1 more",
-            torch,
-            "model.safetensors pytorch_model-0000*.bin",
-        ),
-        (&["a.gguf", "c.pth"], "`a.gguf`, `c.pth`", torch, "model.safetensors c.pth"),
-        (&["a.gguf"], "`a.gguf`", gguf, "DIRECTORY a.gguf a.converted"),
-        (&["x.h5"], "`x.h5`", "download the model's weights in safetensors or PyTorch format", ""),
+    let gguf = ".save_pretrained(sys.argv[3])\" DIRECTORY a.gguf a.converted";
+    let download = "download the model's weights in safetensors or PyTorch format";
+    let rows: [(&[&str], &str, &str); 3] = [
+        (&["a.gguf", "b.onnx", "optimizer.pt"], "`a.gguf`, `b.onnx`", gguf),
+        (&["x.h5"], "`x.h5`", download),
+        // Each holds a part of every tensor.
         (
             &["consolidated.00.pth", "consolidated.01.pth"],
             "`consolidated.00.pth`, `consolidated.01.pth`",
-            "download the model's weights in safetensors or PyTorch format",
-            "",
-        ),
-        (
-            &["consolidated.00.pth"],
-            "`consolidated.00.pth`",
-            torch,
-            "model.safetensors consolidated.00.pth",
+            download,
         ),
     ];
-    for (names, found, advice, arguments) in rows {
+    for (names, found, advice) in rows {
         let directory = tempfile::tempdir().unwrap();
         for name in names {
             fs::write(directory.path().join(name), b"PK").unwrap();
         }
         let told = message(directory.path(), directory.path());
-        let what = format!("the weights are not in safetensors format: found {found}; ");
+        let what = format!("the weights are in a format that is not read: found {found}; ");
         assert!(told.starts_with(&format!("`DIRECTORY`: {what}")), "{told}");
-        assert!(told.ends_with(&format!("{advice}{arguments}")), "{told}");
+        assert!(told.ends_with(advice), "{told}");
     }
-    for (begins, arguments) in [
-        (&b"PK\x03\x04\0\0\x08\x08"[..], "FILE.safetensors FILE.x"),
-        (b"\x80\x02\x8a\nl\xfc\x9cF", "FILE.safetensors FILE.x"),
-        (b"GGUF\x03\0\0\0", "DIRECTORY FILE.x FILE.converted"),
+    for (begins, is, advice) in [
+        (
+            &b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."[..],
+            "the file is in the format of torch before 1.6; with torch and safetensors installed",
+            "'FI LE.safetensors' 'FI LE.x'",
+        ),
+        (
+            b"GGUF\x03\0\0\0",
+            "not a safetensors file: found a GGUF file; take the 16-bit weights",
+            "DIRECTORY 'FI LE.x' 'FI LE.converted'",
+        ),
+        (
+            b"\x80\x02}q\0(X\x01\0\0\0",
+            "not a safetensors file: found a pickle, and no file of torch; save the tensors",
+            "`safetensors.torch.save_file`",
+        ),
     ] {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("FILE.x");
+        let path = directory.path().join("FI LE.x");
         fs::write(&path, begins).unwrap();
         let told = message(&path, directory.path());
-        assert!(told.starts_with("`FILE.x`: not a safetensors file: found a"), "{told}");
-        assert!(told.ends_with(arguments), "{told}");
+        assert!(told.starts_with(&format!("`FI LE.x`: {is}")), "{told}");
+        assert!(told.ends_with(advice), "{told}");
     }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("FILE");
+    let tar = [&[b'x'; 257][..], b"ustar\x0000", &[0; 249]].concat();
+    fs::write(&path, tar).unwrap();
+    let told = message(&path, directory.path());
+    let what = "`FILE`: the file is a tar archive, as torch wrote before 0.2; take the weights in";
+    assert!(told.starts_with(what), "{told}");
 }
 
 #[test]

@@ -154,7 +154,7 @@ proptest! {
             let text = header_of(&tensors, &layout, number);
             prop_assert_eq!(8 + text.len() as u64, shard.header_bytes);
             let data = (shard.size - shard.header_bytes) as usize;
-            let file = crate::hostile::file_of(&text, data);
+            let file = crate::written::file_of(&text, data);
             fs::write(directory.path().join(&shard.file_name), file).unwrap();
         }
         if layout.shards.len() > 1 {

@@ -4,6 +4,7 @@
 mod checkpoint;
 mod disassembly;
 mod engine;
+mod fuzzed;
 mod hostile;
 mod io;
 mod kernels;
@@ -11,3 +12,4 @@ mod layout;
 mod methods;
 mod spool;
 mod token_rows;
+mod written;

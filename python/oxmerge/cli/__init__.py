@@ -29,6 +29,7 @@ __all__ = ["main"]
 
 VERBS = {
     "merge": "merge checkpoints by a recipe",
+    "fuse": "put adapters into a model",
     "sweep": "merge several times with other parameters, in one pass",
     "plan": "show what a merge would do, without doing it",
     "inspect": "show what is in a checkpoint",

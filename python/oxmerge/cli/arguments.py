@@ -116,11 +116,14 @@ def _whole(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def add_plan_options(parser: Parser) -> None:
-    """Add the options that `plan` and `merge` share."""
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="the recipe file, or a saved plan; - for standard input"
-    )
+def add_plan_options(parser: Parser, *, recipe: bool = True) -> None:
+    """Add the options that `plan` and `merge` share; of those without a `recipe`, the others."""
+    if recipe:
+        parser.add_argument(
+            "recipe",
+            metavar="RECIPE",
+            help="the recipe file, or a saved plan; - for standard input",
+        )
     parser.add_argument(
         "--memory",
         type=size,
@@ -176,9 +179,9 @@ def add_plan_options(parser: Parser) -> None:
     add_json_option(parser)
 
 
-def add_run_options(parser: Parser) -> None:
-    """Add the options that `merge` and `sweep` share."""
-    add_plan_options(parser)
+def add_run_options(parser: Parser, *, recipe: bool = True) -> None:
+    """Add the options that `merge` and `sweep` share; of those without a `recipe`, the others."""
+    add_plan_options(parser, recipe=recipe)
     parser.add_argument(
         "--read-path", choices=READ_PATHS, default="auto", help="how input files are read (auto)"
     )

@@ -20,11 +20,18 @@ if TYPE_CHECKING:
     from oxmerge.cli.printer import Printer
     from oxmerge.demo import Demo
 
+_KINDS = ("folders", "lora")
 _SIZES = ("tiny", "1b", "7b", "70b")
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
+    parser.add_argument(
+        "--kind",
+        choices=_KINDS,
+        default="folders",
+        help="lora: put an adapter into the first instead of merging both (folders)",
+    )
     parser.add_argument(
         "--size",
         choices=_SIZES,
@@ -41,25 +48,43 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Make the checkpoints, merge them, and tell how it went."""
-    from oxmerge.demo import describe, make_demo  # noqa: PLC0415 - not for --help
+    from oxmerge.demo import RANK, describe, make_adapter, make_demo  # noqa: PLC0415 - not for --help
     from oxmerge.output.claims import claimed, named  # noqa: PLC0415 - not for --help
 
     # Another demo there would make the checkpoints anew while this one merges them.
     with claimed(named(options.directory)):
         printer.say(f"making two checkpoints of size {options.size} in `{options.directory}`")
         demo = make_demo(options.directory, options.size, options.seed)
-        output = demo.recipe.parent / "merged"
         printer.say(describe(demo))
-        recipe, merged = shlex.quote(str(demo.recipe)), shlex.quote(str(output))
-        printer.say(f"running: {_program()} merge {recipe} {merged}")
-        with show_progress(printer) as progress:
-            report = engine.merge(str(demo.recipe), str(output), overwrite=True, progress=progress)
-    tell(report, printer)
+        if options.kind == "lora":
+            adapter = make_adapter(demo, options.size, options.seed)
+            printer.say(f"made an adapter of rank {RANK}: `{adapter}`")
+            _fuse(demo, str(adapter), printer, engine)
+        else:
+            _merge(demo, printer, engine)
     printer.say("")
     printer.say("what to try next:")
     for command in _next(demo):
         printer.say(f"  {_program()} {command}")
     return 0
+
+
+def _merge(demo: Demo, printer: Printer, engine: Engine) -> None:
+    recipe, output = str(demo.recipe), str(demo.recipe.parent / "merged")
+    printer.say(f"running: {_program()} merge {shlex.quote(recipe)} {shlex.quote(output)}")
+    with show_progress(printer) as progress:
+        report = engine.merge(recipe, output, overwrite=True, progress=progress)
+    tell(report, printer)
+
+
+def _fuse(demo: Demo, adapter: str, printer: Printer, engine: Engine) -> None:
+    model, output = str(demo.models[0]), str(demo.recipe.parent / "merged")
+    places = f"{shlex.quote(model)} {shlex.quote(output)} --adapter {shlex.quote(adapter)}"
+    printer.say(f"running: {_program()} fuse {places}")
+    with show_progress(printer) as progress:
+        report = engine.fuse(model, output, [adapter], overwrite=True, progress=progress)
+    tell(report, printer)
+    printer.say(f"in a recipe that is the model {shlex.quote(f'{model}+{adapter}')}")
 
 
 def _next(demo: Demo) -> Iterator[str]:

@@ -9,11 +9,13 @@ from pathlib import Path
 import oxmerge
 from oxmerge import _core
 from oxmerge.cli.arguments import UsageError
+from oxmerge.models.inputs import open_model
 from oxmerge.models.references import (
     Located,
     error_of,
     open_located,
     resolve_reference,
+    split_adapters,
 )
 from oxmerge.problems import Problem
 
@@ -35,6 +37,16 @@ class Engine:
     def merge(self, recipe: str, directory: str, **options: Any) -> MergeReport:  # noqa: ANN401
         """Merge, calling `options["progress"]` now and then."""
         return oxmerge.merge(_recipe(recipe), directory, **options)
+
+    def fuse(
+        self,
+        model: str,
+        directory: str,
+        adapters: Sequence[str],
+        **options: Any,  # noqa: ANN401
+    ) -> MergeReport:
+        """Put adapters into a model, calling `options["progress"]` now and then."""
+        return oxmerge.fuse(model, directory, adapters, **options)
 
     def sweep(
         self,
@@ -76,9 +88,13 @@ class Engine:
             raise error_of(found)
         raise UsageError(found.message, found.advice)
 
-    def open_checkpoint(self, located: Located) -> Checkpoint:
-        """Open a checkpoint from its headers."""
-        return open_located(located)
+    def open_checkpoint(self, reference: str) -> tuple[Located, Checkpoint]:
+        """Open a checkpoint from its headers; also tell where it lies."""
+        if split_adapters(reference, (os.curdir,))[1]:
+            model = open_model(reference)
+            return model.located, model.checkpoint
+        located = self.locate(reference)
+        return located, open_located(located)
 
 
 def _recipe(recipe: str) -> Path | IO[bytes]:

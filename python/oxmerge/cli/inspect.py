@@ -74,8 +74,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Open the checkpoint and print what it holds."""
-    located = engine.locate(options.model)
-    checkpoint = engine.open_checkpoint(located)
+    located, checkpoint = engine.open_checkpoint(options.model)
     contents = sort_tensors(checkpoint, _read_config(located.path))
     printer.warnings([*map(str, located.warnings), *checkpoint.warnings])
     if printer.as_json:

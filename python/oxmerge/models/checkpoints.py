@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from oxmerge.models.references import (
     open_located,
     remote_file,
     resolve_reference,
+    split_adapters,
 )
 from oxmerge.models.streaming import is_streamed, read_whole
 from oxmerge.problems import Problem, no_such_key
@@ -55,8 +57,12 @@ class OpenCheckpoint(Mapping[str, Any]):
 
     def __init__(self, path: str | os.PathLike[str], framework: Framework = "np") -> None:
         self._kind = kind_of(framework)
-        self._checkpoint = open_located(_located(path))
+        self._checkpoint = _open(path)
         self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
+        changed = filter(self._checkpoint.is_changed, range(len(self._checkpoint)))
+        self._changed = frozenset(self._checkpoint.tensor(at).name for at in changed)
+        self._reference = os.fspath(path)
+        self._framework: Framework = framework
         self._files: list[dict[str, Any]] = self._checkpoint.files
         self._maps: dict[int, Any] = {}
         self._closed = False
@@ -66,6 +72,8 @@ class OpenCheckpoint(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """Return a tensor as an array of its shape."""
         tensor = self._tensor(name)
+        if name in self._changed:
+            return self._adapted[name]
         count = prod(tensor.shape)
         if self._kind == "torch":
             return self._torch_tensor(tensor, count)
@@ -85,6 +93,14 @@ class OpenCheckpoint(Mapping[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         """Return a tensor, or `default` if there is none of that name."""
         return self[name] if name in self else default  # noqa: SIM401 - this is it
+
+    @cached_property
+    def _adapted(self) -> Mapping[str, Any]:
+        """The tensors that adapters change, each computed when it is looked up."""
+        from oxmerge.arrays.lazily import lazy  # noqa: PLC0415 - seldom needed
+
+        recipe = {"merge_method": "passthrough", "models": [{"model": self._reference}]}
+        return lazy(recipe, framework=self._framework)
 
     def _torch_tensor(self, tensor: _core.TensorInfo, count: int) -> Any:
         import torch  # noqa: PLC0415
@@ -185,16 +201,25 @@ def _located(path: str | os.PathLike[str]) -> Located:
     raise error_of(found)
 
 
+def _open(path: str | os.PathLike[str]) -> _core.Checkpoint:
+    if split_adapters(os.fspath(path), (os.curdir,))[1]:
+        from oxmerge.models.inputs import open_model  # noqa: PLC0415 - seldom needed
+
+        return open_model(os.fspath(path)).checkpoint
+    return open_located(_located(path))
+
+
 def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -> OpenCheckpoint:
-    """Open a checkpoint: a safetensors file, or a directory with one or with shards.
+    """Open a checkpoint: a file of safetensors or torch, or a directory with one or with shards.
 
     Of a model of the Hub, headers are fetched, and the files of the tensors that are looked up.
 
     Parameters
     ----------
     path : path
-        The file or directory; a name on the Hub, such as ``org/name@revision``; or an address in a
-        store, such as ``s3://bucket/model``.
+        The file or directory; a name on the Hub, such as ``org/name@revision``; an address in a
+        store, such as ``s3://bucket/model``; or one of these with adapters, ``model+adapter``,
+        whose changes are computed when a tensor is looked up.
     framework : {"np", "pt"}
         What the arrays are, as in safetensors: of NumPy, or of torch.
 
@@ -207,6 +232,8 @@ def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -
     ------
     CheckpointError
         If a header or the index is broken.
+    PlanError
+        If an adapter does not fit the model.
     UnsupportedError
         If the weights are quantised.
     RemoteError

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from oxmerge.errors import OxmergeError
+from oxmerge.errors import OxmergeError, PlanError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
-from oxmerge.models.names import find_layer_counts, find_layout
+from oxmerge.models.adapters import adapt, open_adapter
+from oxmerge.models.names import find_layer_counts, find_layout, is_head
 from oxmerge.models.naming import named_as
-from oxmerge.models.references import Located, open_located, resolve_reference
+from oxmerge.models.references import Located, open_located, resolve_reference, split_adapters
 from oxmerge.models.vocabularies import folder_beside
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import Findings, Problem, did_you_mean, group_problems
 from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
     from oxmerge._core import Checkpoint, TensorInfo
     from oxmerge.models.names import Layout, Stack
-    from oxmerge.problems import Findings, Place
+    from oxmerge.problems import Place
     from oxmerge.recipe.patterns import Rename
     from oxmerge.recipe.recipe import Renames
 
-__all__ = ["InputModel", "Inputs"]
+__all__ = ["InputModel", "Inputs", "open_model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class InputModel:
         Its stacks.
     renamed : tuple of Rename
         How its tensors are called here, where the files call them otherwise.
+    tied : tuple of str
+        Its heads that are left out: its config ties them, and its files have no bytes of their own
+        for them.
+    adapter_files : tuple of dict
+        The configs of its adapters, as they were then.
     """
 
     index: int
@@ -69,6 +75,8 @@ class InputModel:
     runs: list[tuple[str, int, int]]
     layout: Layout
     renamed: tuple[Rename, ...] = ()
+    tied: tuple[str, ...] = ()
+    adapter_files: tuple[dict[str, Any], ...] = ()
 
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
@@ -83,7 +91,7 @@ class InputModel:
     @property
     def is_tied(self) -> bool:
         """Whether its config ties the head to the embedding."""
-        return _find_key(self.config, "tie_word_embeddings") is True
+        return _is_tied(self.config)
 
     @property
     def is_quantised(self) -> bool:
@@ -102,6 +110,21 @@ def _find_key(config: dict[str, Any], key: str) -> object:
         if isinstance(part, dict) and key in part:
             return part[key]
     return None
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    return _find_key(config, "tie_word_embeddings") is True
+
+
+def _tied_heads(checkpoint: Checkpoint, config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the heads that are other tensors once more, as torch writes those of tied models.
+
+    Files of safetensors do not have them, and what is tied need not be merged twice.
+    """
+    if not _is_tied(config):
+        return ()
+    heads = filter(is_head, checkpoint.names())
+    return tuple(name for name in heads if not all(map(is_head, checkpoint.twins(name))))
 
 
 class Inputs:
@@ -145,13 +168,20 @@ class Inputs:
         self.lacks_reported = False
         self._folders = folders
         self._located: dict[str, Located | Problem] = {}
+        self._adapters: dict[str, tuple[tuple[Located, float], ...]] = {}
         self._missing: set[str] = set()
         self._by_path: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
         found = self._resolve(reference)
-        return reference if isinstance(found, Problem) else os.path.realpath(found.path)
+        if isinstance(found, Problem):
+            return reference
+        adapters = (
+            f"+{os.path.realpath(each.path)}={weight:g}"
+            for each, weight in self._adapters[reference]
+        )
+        return os.path.realpath(found.path) + "".join(adapters)
 
     def locate(self, reference: str) -> str | Problem:
         """Return where a model lies, or why that is not known."""
@@ -166,7 +196,8 @@ class Inputs:
 
     def open(self, reference: str, where: Place | None = None) -> InputModel | None:
         """Return the model, or None after reporting that it cannot be opened, and where."""
-        if reference == UNREAD or self._stages.get(reference, "") is None:
+        model, _ = split_adapters(reference, self._folders)
+        if reference == UNREAD or self._stages.get(model, "") is None:
             self.lacks_reported = True
             return None
         found = self._resolve(reference)
@@ -175,16 +206,23 @@ class Inputs:
                 self._missing.add(reference)
                 self._findings.problems.append(replace(found, where=where))
             return None
-        key = os.path.realpath(found.path)
+        key = self.path_of(reference)
         if key not in self._by_path:
             self._by_path[key] = self._open(reference, found, where)
         return self._by_path[key]
 
     def _resolve(self, reference: str) -> Located | Problem:
         if reference not in self._located:
-            stage = self._stages.get(reference)
-            found = Located(stage) if stage else resolve_reference(reference, self._folders)
-            self._located[reference] = found
+            model, adapters = split_adapters(reference, self._folders)
+            stage = self._stages.get(model)
+            base = Located(stage) if stage else resolve_reference(model, self._folders)
+            found = [(resolve_reference(each, self._folders), weight) for each, weight in adapters]
+            each_located = (base, *(each for each, _ in found))
+            missing = next((each for each in each_located if isinstance(each, Problem)), None)
+            self._located[reference] = missing or base
+            self._adapters[reference] = tuple(
+                (each, weight) for each, weight in found if isinstance(each, Located)
+            )
         return self._located[reference]
 
     def check_renames(self) -> None:
@@ -216,6 +254,8 @@ class Inputs:
             self._findings.problems.append(problem)
             return None
         model = self._model(reference, located, checkpoint)
+        if model is None:
+            return None
         self.models.append(model)
         self._findings.warnings += [replace(each, where=where) for each in located.warnings]
         self._findings.warnings += [
@@ -231,11 +271,9 @@ class Inputs:
 
     # Names.
 
-    def _named(
-        self, reference: str, path: str, checkpoint: Checkpoint
-    ) -> tuple[Checkpoint, list[Rename]]:
+    def _named(self, reference: str, checkpoint: Checkpoint) -> tuple[Checkpoint, list[Rename]]:
         """Return a model's tensors under the names that they have in the donor."""
-        key = os.path.realpath(path)
+        key = self.path_of(reference)
         own = [each for each in self._renames if self.path_of(each.model) == key]
         if self._donor is None or self.path_of(self._donor) != key:
             return named_as(self._donor_checkpoint(), checkpoint, own, self._findings)
@@ -254,11 +292,26 @@ class Inputs:
         except (OxmergeError, OSError):
             return None
 
-    def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel:
+    def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel | None:
         path = located.path
-        checkpoint, rules = self._named(reference, path, checkpoint)
-        runs = checkpoint.runs()
         config, config_file = self._read_config(path)
+        tied = _tied_heads(checkpoint, config)
+        if tied:
+            checkpoint = checkpoint.without(tied)
+        opened = [
+            (open_adapter(each, self._findings), weight)
+            for each, weight in self._adapters[reference]
+        ]
+        adapters = [(each, weight) for each, weight in opened if each is not None]
+        if len(adapters) < len(opened):
+            return None
+        if adapters:
+            adapted = adapt(checkpoint, config, adapters, self._findings)
+            if adapted is None:
+                return None
+            checkpoint, config = adapted.checkpoint, adapted.config
+        checkpoint, rules = self._named(reference, checkpoint)
+        runs = checkpoint.runs()
         counts = find_layer_counts(config)
         if not config and self.models:
             counts = find_layer_counts(self.models[0].config)  # its siblings' config will do
@@ -275,6 +328,8 @@ class Inputs:
             runs=runs,
             layout=layout,
             renamed=tuple(rules),
+            tied=tied,
+            adapter_files=tuple(adapter.config.file for adapter, _ in adapters),
         )
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -290,6 +345,21 @@ class Inputs:
             self._findings.problems.append(problem)
             return {}, None
         return config if isinstance(config, dict) else {}, FileState.of(status).as_input(file_name)
+
+
+def open_model(reference: str) -> InputModel:
+    """Return one model by itself, with its adapters.
+
+    Raises
+    ------
+    PlanError
+        With every problem that it has.
+    """
+    findings = Findings()
+    model = Inputs((os.getcwd(),), {}, findings).open(reference)
+    if model is None or findings.problems:
+        raise PlanError.of("cannot open the model", group_problems(findings.problems))
+    return model
 
 
 def _os_message(error: OSError) -> str:

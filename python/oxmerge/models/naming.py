@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from oxmerge.problems import Findings
     from oxmerge.recipe.recipe import Renames
 
-__all__ = ["named_as"]
+__all__ = ["known_rules", "named_as"]
 
 #: What a tensor is called here, and what there. The first pair of a row that is for a name counts.
 _CONVERSIONS = (
@@ -115,14 +115,15 @@ def _converted(checkpoint: Checkpoint, donor: Checkpoint) -> tuple[Checkpoint, l
     if shared in (len(checkpoint), len(donor)):
         return None
     names, donor_names = checkpoint.names(), set(donor.names())
-    for rules in _known_rules():
+    for rules in known_rules():
         found, acted = renamed(names, rules)
         if acted and _explains(set(found), donor_names, len(found), shared):
             return checkpoint.renamed(found), acted
     return None
 
 
-def _known_rules() -> Iterator[list[Rename]]:
+def known_rules() -> Iterator[list[Rename]]:
+    """Yield the rules of each known conversion, in both directions."""
     for conversion in _CONVERSIONS:
         pairs = [Rename(*pair) for pair in conversion]
         yield pairs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FOLDERS",
-    "MERGE_LORA",
     "Located",
     "error_of",
     "fetch_beside",
@@ -42,17 +42,26 @@ __all__ = [
     "parse_reference",
     "remote_file",
     "resolve_reference",
+    "split_adapters",
     "with_revision",
 ]
 
-#: What to do about references that are not supported yet.
-MERGE_LORA = "merge the adapter into its model first, and name the result"
+#: Adapters on one model; what one is multiplied by.
+_MOST_PARTS = 32
+_NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})")
 _NAME_ONE = "name the folder of a model, or a safetensors file"
 #: Files of a model that a message shows.
 _SHOWN = 8
 #: Small files of a model that planning reads, besides indexes of weights.
 _PLANNED = frozenset(
-    (*TOKENIZER_FILES, "config.json", "generation_config.json", "modules.json", "README.md")
+    (
+        *TOKENIZER_FILES,
+        "adapter_config.json",
+        "config.json",
+        "generation_config.json",
+        "modules.json",
+        "README.md",
+    )
 )
 _INDEX = ".index.json"
 #: Headers that are fetched at a time; the bytes that most of them fit; all headers of a model.
@@ -94,7 +103,7 @@ def parse_reference(text: str) -> str | Problem:
     Parameters
     ----------
     text : str
-        A path or a name. A LoRA (``model+lora``) is refused by name.
+        A path or a name, also with adapters: ``model+adapter``.
     """
     if not text.strip():
         return Problem("wrong-value", "an empty model reference", advice="name the model's folder")
@@ -102,9 +111,6 @@ def parse_reference(text: str) -> str | Problem:
         return text  # whatever letters it has
     if stores.is_address(text):
         return text
-    if "+" in text:
-        message = f"not supported yet: a LoRA on a model (`{text}`)"
-        return Problem(UNSUPPORTED, message, advice=MERGE_LORA)
     if "://" in text and not text.startswith("hf://"):
         message = f"not supported: such an address of a model (`{text}`)"
         advice = "write s3://, gs://, https:// or hf://; or download it, and name its folder"
@@ -115,6 +121,43 @@ def parse_reference(text: str) -> str | Problem:
 def with_revision(name: str, revision: str) -> str:
     """Return the short form of a name and a revision that are written apart."""
     return f"{name}@{revision if revision.startswith('refs/') else quote(revision, safe='')}"
+
+
+def split_adapters(
+    reference: str, folders: tuple[str, ...]
+) -> tuple[str, tuple[tuple[str, float], ...]]:
+    """Return the model of a reference, and its adapters with what each is multiplied by.
+
+    Parameters
+    ----------
+    reference : str
+        ``model+adapter+other=0.5``. What is there under the whole name is a model, and a last part
+        that is there with its ``=`` is an adapter.
+    folders : tuple of str
+        Where a relative path may start.
+    """
+
+    def is_there(name: str) -> bool:
+        return any(map(os.path.exists, _places(name, folders)))
+
+    def weighted(name: str) -> tuple[str, float]:
+        path, sign, weight = name.rpartition("=")
+        is_weight = sign and _NUMBER.fullmatch(weight) and not is_there(name)
+        return (path, float(weight)) if is_weight else (name, 1.0)
+
+    parts = reference.split("+")
+    if len(parts) == 1 or len(parts) > _MOST_PARTS:
+        return reference, ()
+    found: list[tuple[str, float]] = []
+    while parts:
+        # The longest name that is there: a `+` may be part of it.
+        names = ("+".join(parts[:count]) for count in range(len(parts), 1, -1))
+        each = (weighted(name) if found else (name, 1.0) for name in names)
+        name, weight = next((one for one in each if is_there(one[0])), (parts[0], 1.0))
+        count = name.count("+") + 1
+        found.append((name, weight) if count > 1 or not found else weighted(parts[0]))
+        parts = parts[count:]
+    return found[0][0], tuple(found[1:])
 
 
 def resolve_reference(  # noqa: PLR0911 - one for each kind of reference

@@ -53,8 +53,15 @@ _LOOKED_AT = 1 << 20
 
 
 def is_streamed(file: Mapping[str, Any], *, stream: bool) -> bool:
-    """Tell whether a file of a plan comes by a spool: by wish, or since no cache takes it."""
-    return "remote" in file and (stream or is_address(file["remote"]["label"]))
+    """Tell whether a file of a plan comes by a spool: by wish, or since no cache takes it.
+
+    Adapters are small, read in any order, and kept.
+    """
+    if "remote" not in file:
+        return False
+    label: str = file["remote"]["label"]
+    is_adapter = label.rpartition("/")[2].startswith("adapter_model")
+    return is_address(label) or (stream and not is_adapter)
 
 
 def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -> int:

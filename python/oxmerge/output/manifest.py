@@ -29,7 +29,6 @@ MANIFEST_NAME = "oxmerge.json"
 MANIFEST_VERSION = 1
 #: Room for all but the tensors, the settings and the recipe, whose exact size is known only later.
 _HEAD_BYTES = 64 << 10
-_COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: Parts of a warning that say where things lie on this machine.
 _LOCAL = frozenset(("file", "recipe"))
@@ -124,29 +123,24 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
     weights = {file for used in of_models for file in used}
     folders = [os.path.dirname(file["path"]) for file in files]
     inputs = []
-    for reference, used in zip(plan.models, of_models, strict=True):
+    for reference, pinned, used in zip(plan.models, plan.pinned, of_models, strict=True):
         own = {folders[file] for file in used}
         beside = [at for at, folder in enumerate(folders) if folder in own and at not in weights]
-        described = [_file(files[at], hash_inputs) for at in [*used, *beside]]
-        commits = {found[1] for folder in own if (found := _COMMIT.search(folder + "/"))}
-        commit = commits.pop() if len(commits) == 1 else None
-        inputs.append({"model": reference, "commit": commit, "files": described})
+        described = [_file(files[at], hash_it=hash_inputs) for at in [*used, *beside]]
+        inputs.append({"model": reference, "pinned": pinned, "files": described})
     return inputs
 
 
-def _file(file: Mapping[str, Any], hash_it: bool) -> dict[str, Any]:  # noqa: FBT001 - of this file
-    """Return an input file. The Hub and its cache name what is large by its SHA-256."""
-    path, size, name = file["path"], file["size"], os.path.basename(file["path"])
-    if "remote" in file:
-        etag = file["remote"]["etag"]
-        known = etag if _SHA256.fullmatch(etag) else None
-        return {"name": name, "size": size, "sha256": known} | ({} if known else {"etag": etag})
-    *_, folder, blob = ["", "", *os.path.realpath(str(path)).split("/")]
-    known = blob if folder == "blobs" and _SHA256.fullmatch(blob) else None
-    if hash_it:
+def _file(file: Mapping[str, Any], *, hash_it: bool) -> dict[str, Any]:
+    """Return an input file. The Hub names what is large by its SHA-256, and so does its cache."""
+    path = file["path"]
+    *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
+    names = (file.get("remote", {}).get("etag", ""), blob if folder == "blobs" else "")
+    known = next(filter(_SHA256.fullmatch, names), None)
+    if hash_it and os.path.isfile(path):
         with open(path, "rb") as opened:
             known = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"name": name, "size": size, "sha256": known}
+    return {"name": os.path.basename(path), "size": file["size"], "sha256": known}
 
 
 def _told(warning: Problem) -> dict[str, Any]:

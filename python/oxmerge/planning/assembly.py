@@ -81,7 +81,12 @@ class Assembler:
         self._is_sliced = bool(recipe.slices)
         self._quantised = [model.is_quantised for model in models]
         self._settings: dict[str, int] = {}
-        others = [f for model in models for f in (model.config_file, model.checkpoint.index) if f]
+        others = [
+            file
+            for model in models
+            for file in (model.config_file, model.checkpoint.index, *model.adapter_files)
+            if file
+        ]
         opened = [(model.reference, model.checkpoint) for model in models]
         dtype = recipe.out_dtype or recipe.dtype
         self._table = _core.Assembly(

@@ -34,6 +34,8 @@ __all__ = ["is_saved_plan", "load_plan", "save_plan"]
 #: What a saved plan begins with.
 _BEGINNING = '{"oxmerge_plan":'
 _MAKE_ANEW = "make the plan anew from its recipe"
+#: One of 100,000 tensors of three models each has 25 MB.
+_MOST_BYTES = 200_000_000
 
 
 def is_saved_plan(path: str | os.PathLike[str]) -> bool:
@@ -156,23 +158,30 @@ def load_plan(
     from oxmerge.planning.plans import Plan  # noqa: PLC0415 - it needs this module
 
     try:
-        with open(path, encoding="utf-8") as file:
-            table, rest = _core.Plan.load(file.read())
+        table, rest = _core.Plan.load(_read_text(path))
         about = _method_of(table, check_allowed(allow_methods))
         _check_parameters(table, about)
         if about.written is not None:
             table = about.written.write_formulas(table)
         _check_method(table)
         fields = _read_output(json.loads(rest), table)
-    except UnicodeDecodeError as error:
-        raise PlanError(
-            "this is no plan that oxmerge saved", file=os.fspath(path), found=str(error)
-        ) from error
     except PlanError as error:
         error.file = error.file or os.fspath(path)
         raise
+    except ValueError as error:
+        raise PlanError(
+            "this is no plan that oxmerge saved", file=os.fspath(path), found=str(error)
+        ) from error
     options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
     return Plan(about=about, table=table, options=options, **fields)
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    text, _ = read_start(path, _MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        most = f"at most {_MOST_BYTES} bytes"
+        raise PlanError("the plan is too long", expected=most, advice=_MAKE_ANEW)
+    return text.decode()
 
 
 def _check_method(table: _core.Plan) -> None:

@@ -421,14 +421,20 @@ class _Planner:
                 yield f"`{model.reference}` is `{model.located.pinned}`"
 
     def extension_notes(self, donor: InputModel) -> tuple[str, ...]:
-        """Return which tensors have other names in a model, and which are left to one model."""
+        """Return which tensors have other names, are tied, or are left to one model."""
         called = (
             f"the tensors of `{model.reference}` are matched with those of `{donor.reference}` by "
             f"other names: {', '.join(map(str, model.renamed))}"
             for model in self.inputs.models
             if model.renamed
         )
-        return (*called, *self.keeping.notes())
+        tied = (
+            f"`{model.reference}` ties its head to the embedding, and has the same bytes for both: "
+            f"{', '.join(model.tied)} is left out"
+            for model in self.inputs.models
+            if model.tied
+        )
+        return (*called, *tied, *self.keeping.notes())
 
     def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
         """Return the config and the layer that each output layer comes from."""

@@ -116,8 +116,6 @@ def _reads(recipe: Recipe) -> list[str]:
     bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
     tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
     kept = (each.model for each in recipe.extensions.keep)
-    return [
-        name
-        for name in (*(each.model for each in recipe.sources), *bases, *tokenizer, *kept)
-        if name
-    ]
+    named = (*(each.model for each in recipe.sources), *bases, *tokenizer, *kept)
+    # With adapters, too, which stand behind the model.
+    return [part for name in named if name for part in (name, name.partition("+")[0])]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-from oxmerge.models.references import MERGE_LORA, parse_reference, with_revision
-from oxmerge.problems import UNSUPPORTED, did_you_mean
+from oxmerge.models.references import parse_reference, with_revision
+from oxmerge.problems import did_you_mean
 from oxmerge.recipe.keys import KeyReader, at_item, at_key, is_mapping, show, show_key
 from oxmerge.recipe.recipe import UNREAD, Choice, Setting
 from oxmerge.schema import DTYPE_NAMES, FLOATS
@@ -92,11 +92,6 @@ class ValueReader(KeyReader):
         self.check_keys(
             raw, place, frozenset(("model", "lora") if long_form else ("path", "revision"))
         )
-        if raw.get("lora") is not None:
-            message = "not supported yet: a LoRA on a model (`lora`)"
-            at = at_key(place, raw, "lora")
-            self.fault(at, message, code=UNSUPPORTED, advice=MERGE_LORA)
-            return UNREAD
         revision = raw.get("revision")
         if revision is not None and isinstance(raw.get("path"), str):
             if not isinstance(revision, str):
@@ -109,7 +104,11 @@ class ValueReader(KeyReader):
         if raw.get(key) is None:
             message, advice = "`model` is needed here", "write `model: path`"
             self.fault(place, message, code="missing-key", advice=advice)
-        return self.reference(raw, key, place) or UNREAD
+        model = self.reference(raw, key, place) or UNREAD
+        if raw.get("lora") is None or model == UNREAD:
+            return model
+        adapter = self.reference(raw, "lora", place)
+        return UNREAD if not adapter else f"{model}+{adapter}"
 
     def layer_range(self, raw: Mapping[str, object], place: Place) -> tuple[int, int] | None:
         """Read a source's first layer and the one after its last."""

@@ -32,7 +32,7 @@ def explain_fault(  # noqa: PLR0911 - a line for each kind
         The text.
     """
     mark, context = error.problem_mark, str(error.context or "")
-    lines = text.splitlines()
+    lines = [*text.splitlines(), ""]  # a fault may be at the end
     line = lines[mark.line] if mark.line < len(lines) else ""
     problem = str(error.problem or "")
     if r"'\t'" in problem:
@@ -79,7 +79,9 @@ def _second_value(lines: list[str], number: int, column: int) -> tuple[str, str]
 
 def _unclosed(error: Any, lines: list[str]) -> tuple[str, str]:  # noqa: ANN401 - as above
     at = error.context_mark
-    bracket = lines[at.line][at.column : at.column + 1]
+    bracket = "".join(lines[at.line : at.line + 1])[at.column : at.column + 1]
+    if bracket not in _CLOSED_BY:  # the parser knows no more than that the text ended
+        return "a `[` or `{` before this is not closed", "close it, or put a comma here"
     message = f"the `{bracket}` that opens on line {at.line + 1} is not closed before this"
     return message, f"close it with `{_CLOSED_BY.get(bracket, bracket)}`, or put a comma here"
 

@@ -1,5 +1,6 @@
 //! The engine against the oracle: same bytes for any threads, pieces and instruction set.
 
+mod adapted;
 mod arrays;
 mod digests;
 mod formulas;

@@ -5,6 +5,7 @@ mod consensus;
 mod convert;
 mod elementwise;
 mod level;
+mod low_rank;
 mod mask_bits;
 mod order;
 mod random;

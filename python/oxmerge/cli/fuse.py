@@ -1,0 +1,41 @@
+"""Put adapters (LoRA) into a model, into a new model directory."""
+
+from __future__ import annotations
+
+from oxmerge.cli.arguments import Parser, add_run_options, run_options
+from oxmerge.cli.merge import tell
+from oxmerge.cli.progress import show_progress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from oxmerge.cli.engine import Engine
+    from oxmerge.cli.printer import Printer
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the options of this verb."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="the model that the adapters were trained on"
+    )
+    parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
+    parser.add_argument(
+        "--adapter",
+        metavar="A[=WEIGHT]",
+        action="append",
+        required=True,
+        help="an adapter's folder, and what to multiply it by (1); may be repeated: they are added",
+    )
+    add_run_options(parser, recipe=False)
+
+
+def run(options: Namespace, printer: Printer, engine: Engine) -> int:
+    """Fuse and tell how it went."""
+    settings = run_options(options)
+    with show_progress(printer) as progress:
+        report = engine.fuse(
+            options.model, options.directory, options.adapter, **settings, progress=progress
+        )
+    tell(report, printer)
+    return 0

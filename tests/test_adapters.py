@@ -1,0 +1,247 @@
+"""Adapters on models, against PEFT itself: it makes each variant and merges it, in f64.
+
+An adapter is right if the model with it is what PEFT makes of both, rounded once. In f32 the sum
+over the rank may be off by a rounding a step; in bf16 by one rounding more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import oxmerge
+import pytest
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Tensors = dict[str, Any]
+
+# What PEFT and transformers say of each other's next releases.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+#: Half the distance of two numbers from 1 on.
+F32, BF16 = 2.0**-24, 2.0**-8
+
+
+def llama(**changes: Any) -> Any:
+    config = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+        **changes,
+    }  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def qwen2() -> Any:
+    """Attention has biases."""
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.Qwen2ForCausalLM(config)
+
+
+def mixtral() -> Any:
+    """Experts are one parameter in transformers 5, and a tensor each in files."""
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def gpt_oss() -> Any:
+    """Experts are one parameter in files, too, which is stored transposed."""
+    config = transformers.GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=4,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config)
+
+
+def convolutions() -> Any:
+    """Kernels of one and several dimensions."""
+    config = transformers.Wav2Vec2Config(
+        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(5, 3),
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, num_feat_extract_layers=2,
+    )  # fmt: skip
+    return transformers.Wav2Vec2ForCTC(config)
+
+
+def vision() -> Any:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONV1D = ["c_attn", "c_proj", "c_fc"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def targets(*modules: str, r: int = 4, **config: Any) -> dict[str, Any]:
+    """Return the config of an adapter for modules."""
+    return {"r": r, "target_modules": list(modules), **config}
+
+
+#: What PEFT can make: the model, and the adapter's config.
+VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "linear": (llama, targets(*LINEAR, lora_alpha=10)),
+    "all linear": (llama, {"r": 3, "target_modules": "all-linear"}),
+    "rank 1": (llama, targets("q_proj", r=1, lora_alpha=0.5)),
+    "rank 40": (llama, targets("down_proj", r=40, lora_alpha=20)),
+    "gaussian": (llama, targets("q_proj", init_lora_weights="gaussian")),
+    "rslora": (llama, targets(*LINEAR, r=8, use_rslora=True)),
+    "patterns": (
+        llama,
+        targets(
+            "q_proj",
+            "k_proj",
+            "down_proj",
+            rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 6, "model.*.k_proj": 3},
+            alpha_pattern={r"layers\.0\..*": 5, "down_proj": 1, "q_proj": 100},
+        ),
+    ),
+    "dora": (llama, targets(*LINEAR, use_dora=True)),
+    "dora rslora": (llama, targets("up_proj", use_dora=True, use_rslora=True)),
+    "dora embeddings": (llama, targets("embed_tokens", "v_proj", use_dora=True)),
+    "embeddings": (llama, targets("embed_tokens", "lm_head", "q_proj")),
+    "tied embedding": (qwen2, targets("embed_tokens", "v_proj")),
+    "saved": (llama, targets("q_proj", modules_to_save=["embed_tokens", "norm"])),
+    "rows": (llama, targets("q_proj", trainable_token_indices=[7, 3, 39])),
+    "rows by name": (llama, targets("q_proj", trainable_token_indices={"embed_tokens": [1, 0]})),
+    "bias all": (qwen2, targets("q_proj", "o_proj", bias="all")),
+    "bias lora_only": (qwen2, targets("q_proj", bias="lora_only")),
+    "lora_bias": (qwen2, targets("q_proj", "k_proj", lora_bias=True)),
+    "conv1d": (gpt2, targets(*CONV1D, fan_in_fan_out=True)),
+    "conv1d with the flag off": (gpt2, targets(*CONV1D, fan_in_fan_out=False)),
+    "conv1d dora": (gpt2, targets("c_attn", "c_fc", fan_in_fan_out=True, use_dora=True)),
+    "convolution": (convolutions, targets("conv_layers.1.conv", "q_proj")),
+    "convolution 2d": (vision, targets("projection")),
+    "convolution 2d dora": (vision, targets("projection", use_dora=True)),
+    "experts": (mixtral, targets("q_proj", target_parameters=EXPERTS)),
+    "experts of one parameter": (mixtral, targets(target_parameters=EXPERTS[1:])),
+    "experts transposed": (gpt_oss, targets(target_parameters=EXPERTS)),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+def base(place: Path, make: Callable[[], Any]) -> Path:
+    """Return the folder of a model in bf16, whose weights are all drawn."""
+    folder = place / make.__name__
+    if not folder.exists():
+        torch.manual_seed(1)
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3)
+        model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, make: Callable[[], Any], dtype: Any) -> Any:
+    return type(make()).from_pretrained(folder, dtype=dtype)
+
+
+def train(place: Path, make: Callable[[], Any], name: str, **config: Any) -> Path:
+    """Return the folder of an adapter that was trained: no number is what it was at the start."""
+    folder = place / name.replace(" ", "-").replace(",", "")
+    model = load(base(place, make), make, torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(**config))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                std = 1.0 if "magnitude" in key else 0.2
+                parameter.add_(torch.randn_like(parameter) * std)
+    model.save_pretrained(folder)
+    return folder
+
+
+def merged_by_peft(place: Path, make: Callable[[], Any], adapter: Path, dtype: Any) -> Path:
+    """Return the folder of the model that PEFT makes of both, in some precision."""
+    folder = place / f"{adapter.name}-{str(dtype)[6:]}"
+    model = load(place / make.__name__, make, dtype)
+    model = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+    model.to(dtype).merge_and_unload().save_pretrained(folder)
+    return folder
+
+
+def read(folder: Path) -> Tensors:
+    found: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= safetensors_torch.load_file(file)
+    return found
+
+
+def fuse(reference: str, dtype: str | None = None) -> Any:
+    recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": reference}]}
+    if dtype is not None:
+        recipe["dtype"] = dtype
+    return oxmerge.lazy(recipe, framework="pt")
+
+
+def bound(config: dict[str, Any], *tensors: Any) -> float:
+    """Return how far f32 may be off: a rounding for each step of the rank and a few for the rest.
+
+    Factors are drawn so that no product is larger than a few times the largest number there is.
+    """
+    rank = max(config["r"], 8)
+    return 4 * (rank + 8) * F32 * max(1.0, *(each.abs().max().item() for each in tensors))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_what_peft_makes_of_it(name: str, place: Path) -> None:
+    make, config = VARIANTS[name]
+    model = base(place, make)
+    adapter = train(place, make, name, **config)
+    exact, before = read(merged_by_peft(place, make, adapter, torch.float64)), read(model)
+    single, half = (fuse(f"{model}+{adapter}", dtype) for dtype in ("float32", None))
+    assert set(single) == set(half) == set(exact)
+    changed = 0
+    for key, expected in exact.items():
+        was = before[key].double()
+        off = bound(config, expected, was)
+        assert (single[key].double() - expected).abs().max() <= off, key
+        assert half[key].dtype == torch.bfloat16
+        # One rounding more.
+        assert ((half[key].double() - expected).abs() <= expected.abs() * BF16 + off).all(), key
+        changed += not torch.equal(expected, was)
+    assert changed > 0
+
+
+def test_transformers_loads_a_fused_model(place: Path) -> None:
+    """Its logits are those of PEFT's own merge, as close as one rounding of the weights allows."""
+    model = base(place, llama)
+    adapter = train(place, llama, "loaded", **targets(*LINEAR, use_rslora=True))
+    report = oxmerge.fuse(model, place / "fused", [adapter])
+    assert report.tensors == len(read(model))
+    ours = load(place / "fused", llama, torch.float32)
+    merged = load(model, llama, torch.float32)
+    theirs = peft.PeftModel.from_pretrained(merged, adapter).merge_and_unload()
+    rounded = theirs.to(torch.bfloat16).to(torch.float32)
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        found, expected = ours(tokens).logits, rounded(tokens).logits
+    # Weights at a tie may be rounded the other way, and few are.
+    assert (found - expected).abs().max() <= BF16 * expected.abs().max() / 4
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))

@@ -957,11 +957,7 @@ fn ranges_of(source: plan::Source<'_>, tensor: Tensor<'_>) -> Vec<(u32, Range<u6
 }
 
 /// The sources of a tensor, in opened files.
-fn sources_of(
-    inputs: &[Option<Input>],
-    desks: &Desks,
-    tensor: Tensor<'_>,
-) -> Vec<Arc<dyn Source>> {
+fn sources_of(inputs: &[Option<Input>], desks: &Desks, tensor: Tensor<'_>) -> Vec<Arc<dyn Source>> {
     let file_source = |file: usize, dtype: DType, start: u64, sharing: Sharing| {
         let source: Arc<dyn Source> =
             match inputs[file].clone().expect("every file with a source is opened") {

@@ -106,7 +106,10 @@ impl Needs {
                 let end = bytes.end.min((number + 1) * self.extent_bytes);
                 let extent = self.extent(*file, number, start..end);
                 let into = start - bytes.start;
-                touched.entry(extent).and_modify(|at: &mut u64| *at = into.min(*at)).or_insert(into);
+                touched
+                    .entry(extent)
+                    .and_modify(|at: &mut u64| *at = into.min(*at))
+                    .or_insert(into);
             }
         }
         if touched.len() > self.largest.1 {

@@ -46,12 +46,7 @@ fn fetch(spool: &Spool, counts: &Mutex<BTreeMap<(u32, u64), usize>>) {
 
 /// Runs `steps` on some workers, as the engine does: in order, several at a time, each step read
 /// `passes` times. How often each extent was fetched.
-fn run(
-    steps: &[Step],
-    room: u64,
-    workers: usize,
-    passes: usize,
-) -> BTreeMap<(u32, u64), usize> {
+fn run(steps: &[Step], room: u64, workers: usize, passes: usize) -> BTreeMap<(u32, u64), usize> {
     let folder = tempfile::tempdir().unwrap();
     let spool = Spool::create(folder.path(), room, needs(room, steps)).unwrap();
     let (next, counts) = (Mutex::new(0), Mutex::default());

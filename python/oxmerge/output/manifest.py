@@ -140,7 +140,9 @@ def _file(file: Mapping[str, Any], *, hash_it: bool) -> dict[str, Any]:
     if hash_it and os.path.isfile(path):
         with open(path, "rb") as opened:
             known = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"name": os.path.basename(path), "size": file["size"], "sha256": known}
+    etag = file.get("remote", {}).get("etag")
+    told = {"etag": etag} if etag and known is None else {}  # of a store, which tells no more
+    return {"name": os.path.basename(path), "size": file["size"], "sha256": known, **told}
 
 
 def _told(warning: Problem) -> dict[str, Any]:

@@ -64,7 +64,20 @@ _MOST_HEADERS = 100_000_000
 _LENGTH = 8
 #: Folders that people put models into; nobody on the Hub is called so.
 FOLDERS = frozenset(
-    ("models", "model", "checkpoints", "weights", "merged", "merges", "output", "outputs", "data")
+    (
+        *(
+            "adapter",
+            "adapters",
+            "checkpoints",
+            "data",
+            "lora",
+            "loras",
+            "merged",
+            "merges",
+            "model",
+        ),
+        *("models", "output", "outputs", "weights"),
+    )
 )
 
 

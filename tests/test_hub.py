@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,28 @@ def test_only_files_that_are_read_are_fetched(the_hub: Hub, served: dict[str, Mo
     with oxmerge.open("org/two@v1") as checkpoint:
         checkpoint["lm_head.weight"]
     assert len(list(the_hub.home.rglob("*.safetensors"))) == 1
+
+
+def test_models_by_name_are_compared_and_checked(
+    the_hub: Hub, served: dict[str, Model], models: Path
+) -> None:
+    the_hub.start(served)
+    assert oxmerge.check("org/one", quick=True).tensors == len(SHAPES)
+    assert not list(Path(cache_folder()).rglob("*.safetensors"))
+    found, local = (
+        oxmerge.diff("org/one", "org/two@v1"),
+        oxmerge.diff(models / "one", models / "two"),
+    )
+    assert found.total == local.total
+    assert found.total.changed > 0
+    assert oxmerge.check("org/one").errors == oxmerge.check(models / "one").errors
+
+
+def test_an_output_is_verified_with_inputs_by_name(the_hub: Hub, served: dict[str, Model]) -> None:
+    the_hub.start(served)
+    oxmerge.merge(RECIPE, "out")
+    shutil.rmtree(the_hub.home)
+    assert oxmerge.verify("out", recompute=True).is_equal
 
 
 def test_inspect_tells_of_a_name(
@@ -934,3 +957,30 @@ def test_a_file_that_is_not_here_is_not_read(the_hub: Hub, served: dict[str, Mod
     places = {file["remote"]["label"]: __file__ for file in plan.absent}
     with pytest.raises(oxmerge.InputChangedError, match="another than the one that was planned"):
         plan.table.placed(places)
+
+
+# Adapters.
+
+
+def test_an_adapter_by_name(the_hub: Hub, models: Path, tmp_path: Path) -> None:
+    """Its config is fetched for the plan, its weights for the merge, both as a model's are."""
+    adapter, module = tmp_path / "adapter", "model.layers.2.mlp"
+    adapter.mkdir()
+    shapes = {"A.weight": (2, 32), "B.weight": (96, 2)}
+    factors = {f"base_model.model.{module}.lora_{name}": shape for name, shape in shapes.items()}
+    write_file(adapter / "adapter_model.safetensors", random_arrays(factors, 5))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "target_modules": ["layers.2.mlp"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    served = {name: Model.of_folder(str(models / name[4:])) for name in ("org/one",)}
+    the_hub.start(served | {"me/lora": Model.of_folder(str(adapter), revisions=("v2",))})
+    plan = oxmerge.plan(
+        {"merge_method": "passthrough", "models": [{"model": "org/one+me/lora@v2"}]}
+    )
+    assert not any(file.stat().st_size > 5000 for file in the_hub.home.rglob("*.safetensors"))
+    oxmerge.merge(plan, tmp_path / "by-name")
+    oxmerge.fuse(models / "one", tmp_path / "by-path", [adapter])
+    ours, theirs = (weights(tmp_path / name) for name in ("by-name", "by-path"))
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    the_hub.offline()
+    oxmerge.fuse("org/one", tmp_path / "again", ["me/lora@v2"])
+    assert weights(tmp_path / "again")["model.safetensors"] == ours["model.safetensors"]

@@ -7,6 +7,7 @@ use super::backend::Backend;
 use super::control::Control;
 use super::digest::{Digests, Observer};
 use super::files::{self, FileModes, Merges};
+use super::journal::Journals;
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::{Report, Settings, run_planned};
@@ -14,20 +15,28 @@ use crate::error::Result;
 use crate::io::{self, OutputFolder};
 use crate::plan::{InputFile, Plan};
 
+/// What is told of finished tensors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Telling<'a> {
+    /// Told of each; without it there are no digests, and no journal.
+    pub(crate) digests: Option<&'a Arc<Digests>>,
+    /// Where an earlier run has told of them, and this one does.
+    pub(crate) journals: Option<Journals<'a>>,
+}
+
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
 /// under partial names, into its folder. Also tells which files of each were written, and how they
 /// were left.
 ///
 /// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
 /// most that was resident while the merge was planned, where that was the peak of the process.
-/// `observer` is told of each tensor that is finished; without one there are no digests.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
     planned: u64,
-    observer: Option<Arc<dyn Observer>>,
+    telling: Telling<'_>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
@@ -39,11 +48,16 @@ pub(crate) fn merge(
     let (budget, workers) = (settings.memory, settings.workers);
     let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
     drop(needs);
-    tasks.create_shards(&folders, modes.write)?;
-    if let Some(observer) = observer {
-        tasks.observe(observer);
+    let Telling { digests, journals } = telling;
+    if let (Some(digests), Some(journals)) = (digests, journals) {
+        tasks.resume(&folders, journals, digests, workers, control)?;
     }
-    let report = run_planned(backend, &tasks, settings, memory, control)?;
+    tasks.create_shards(&folders, modes.write).inspect_err(|_| tasks.remove_unvouched())?;
+    if let Some(digests) = digests {
+        tasks.observe(Arc::clone(digests) as Arc<dyn Observer>);
+    }
+    let run = || run_planned(backend, &tasks, settings, memory, control);
+    let report = tasks.journaled(control, run)?;
     io::check_unchanged(files)?;
     Ok((report, tasks.written()))
 }

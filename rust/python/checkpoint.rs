@@ -83,7 +83,7 @@ pub(super) fn open_checkpoint(
 /// What a tensor becomes, as [`checkpoint::Change`] has it.
 type GivenChange = (
     u64,
-    Vec<((u64, u64), u64, f64, checkpoint::GivenFactor, Option<checkpoint::GivenFactor>)>,
+    Vec<checkpoint::GivenTerm>,
     Option<(checkpoint::Given, bool)>,
     Option<(checkpoint::Given, Vec<(u64, u64)>)>,
 );
@@ -205,8 +205,8 @@ impl Checkpoint {
             (name, checkpoint::Change { columns, terms, magnitude, replaced })
         };
         let changed = changed.into_iter().map(change).collect();
-        let changes = checkpoint::Changes { copied, replaced, changed };
-        let adapted = py.detach(|| self.0.adapted(&adapters, changes));
+        let all = checkpoint::Changes { copied, replaced, changed };
+        let adapted = py.detach(|| self.0.adapted(&adapters, all));
         adapted.map(|adapted| Self(Arc::new(adapted))).map_err(|error| raise(py, &error))
     }
 

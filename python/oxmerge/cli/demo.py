@@ -82,7 +82,7 @@ def _merge(demo: Demo, recipe: str, printer: Printer, engine: Engine) -> None:
     output = str(demo.recipe.parent / "merged")
     printer.say(f"running: {_program()} merge {shlex.quote(recipe)} {shlex.quote(output)}")
     with show_progress(printer) as progress:
-        report = engine.merge(recipe, output, overwrite=True, progress=progress)
+        report = engine.merge(recipe, output, overwrite=True, fresh=True, progress=progress)
     tell(report, printer)
 
 
@@ -111,7 +111,9 @@ def _fuse(demo: Demo, adapter: str, printer: Printer, engine: Engine) -> None:
     places = f"{shlex.quote(model)} {shlex.quote(output)} --adapter {shlex.quote(adapter)}"
     printer.say(f"running: {_program()} fuse {places}")
     with show_progress(printer) as progress:
-        report = engine.fuse(model, output, [adapter], overwrite=True, progress=progress)
+        report = engine.fuse(
+            model, output, [adapter], overwrite=True, fresh=True, progress=progress
+        )
     tell(report, printer)
     printer.say(f"in a recipe that is the model {shlex.quote(f'{model}+{adapter}')}")
 

@@ -159,8 +159,8 @@ impl Checkpoint {
 
     /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
     fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
-        let found = self.0.placed(&places);
-        found.map(|placed| Self(Arc::new(placed))).map_err(|error| raise(py, &error))
+        let moved = self.0.placed(&places);
+        moved.map(|moved| Self(Arc::new(moved))).map_err(|error| raise(py, &error))
     }
 
     /// How many tensors have a name that another checkpoint has too.

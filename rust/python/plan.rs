@@ -322,7 +322,9 @@ impl Plan {
     fn files_of_models(&self) -> Vec<Vec<usize>> {
         let mut files = vec![std::collections::BTreeSet::new(); self.0.models.len()];
         for source in self.0.tensors().flat_map(plan::Tensor::sources) {
-            files[source.model].insert(source.file);
+            // Rows may be of other models too, which are inputs themselves.
+            let own = if source.rows.is_some() { 1 } else { usize::MAX };
+            files[source.model].extend(source.files().take(own));
         }
         files.into_iter().map(|files| files.into_iter().collect()).collect()
     }

@@ -243,7 +243,7 @@ def predict(
     budget, vram = _bytes(memory), _bytes(vram)
     fastest = choose([plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
-    predicted = _core.predict([plan.table], _room(budget), threads, backend)
+    predicted = _core.predict([plan.table], room(budget), threads, backend)
     rereads = predicted["rereads"]
     return Prediction(
         memory=predicted["predicted"],
@@ -416,13 +416,13 @@ def merge_together(
             )
         outputs = [claimed[at] for at in range(len(merges))]
         with backend or nullcontext(), watched(running.progress) as callback:
-            room = _room(budget)
-            tables = _with_absent(plans, outputs, (room, running.threads, backend), callback)
+            allowed = room(budget)
+            tables = _with_absent(plans, outputs, (allowed, running.threads, backend), callback)
             for plan, output in zip(plans, outputs, strict=True):
                 stage(output, contents_of(plan))
             done = _core.execute(
                 [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
-                memory=room,
+                memory=allowed,
                 threads=running.threads,
                 read_path=running.read_path,
                 progress=_reporter(plans, callback),
@@ -651,7 +651,7 @@ def _bytes(size: int | str | None) -> int | None:
     return None if size is None else parse_size(size)
 
 
-def _room(budget: int | None) -> int:
+def room(budget: int | None) -> int:
     """Return the budget, or the usual one: that of a small process, or more than is resident."""
     return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM) if budget is None else budget
 

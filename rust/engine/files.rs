@@ -16,6 +16,7 @@ use super::resume::Resumed;
 use super::rows::RowsSource;
 use super::source::{Memory, Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
+use super::verifying::{Against, CheckingSink};
 use crate::checkpoint::put_header;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -24,6 +25,7 @@ use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
 };
 use crate::kernels::{BLOCK, CELL, Level, compare};
+use crate::methods::measures::Measure;
 use crate::plan::{self, Adapted, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
 
 /// A tensor of a file that is not here: it can be planned with, but not read.
@@ -141,7 +143,7 @@ struct FileSink {
 
 /// What is told of an output tensor to who observes the run.
 #[derive(Debug)]
-struct Told {
+pub(super) struct Told {
     digester: Digester,
     observer: Arc<dyn Observer>,
     merge: usize,
@@ -149,7 +151,11 @@ struct Told {
 }
 
 impl Told {
-    fn finish(&self) -> Result<()> {
+    pub(super) fn digester(&self) -> &Digester {
+        &self.digester
+    }
+
+    pub(super) fn finish(&self) -> Result<()> {
         self.observer.finished(self.merge, self.tensor, self.digester.finish()?)
     }
 }
@@ -218,10 +224,23 @@ pub fn partial_name(file_name: &str) -> String {
     format!(".{}.oxmerge-partial", file_name.replace('/', "%"))
 }
 
+/// What merges are made for.
+#[derive(Debug)]
+pub(crate) enum Purpose {
+    /// Their outputs are written.
+    Written,
+    /// Numbers are to be found about the tensors of the only plan, instead of merging them; as if all
+    /// elements were finite, if that is said.
+    Measured(Measure, bool),
+    /// The outputs of the only plan are told to who observes them, and compared if that is wanted.
+    Checked(Option<Arc<Against>>),
+}
+
 /// Merges of the same tensors, each read once for all of them.
 #[derive(Debug)]
 pub struct Merges<'a> {
     pub(super) plans: Vec<&'a Plan>,
+    purpose: Purpose,
     readers: Vec<Option<Arc<InputReader>>>,
     /// The models' names, for messages.
     labels: Vec<Arc<str>>,
@@ -254,6 +273,15 @@ impl<'a> Merges<'a> {
     /// Opens the inputs of `plans`, which must be merges of the same tensors. Also tells what the
     /// tensors need in memory, and how many need that.
     pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<(Self, Vec<(Need, usize)>)> {
+        Self::open_to(Purpose::Written, plans, read)
+    }
+
+    /// The same, for some purpose.
+    pub(crate) fn open_to(
+        purpose: Purpose,
+        plans: Vec<&'a Plan>,
+        read: ReadPath,
+    ) -> Result<(Self, Vec<(Need, usize)>)> {
         let Some((first, others)) = plans.split_first() else {
             return Err(Error::internal("there is no merge to run"));
         };
@@ -285,6 +313,7 @@ impl<'a> Merges<'a> {
             reads_once: Vec::new(),
             needs_sweep: false,
             plans,
+            purpose,
             desks,
             prepared: Mutex::default(),
             shards: Vec::new(),
@@ -376,7 +405,16 @@ impl<'a> Merges<'a> {
         if let Some(prepared) = cache.get(&kind) {
             return Ok(prepared.clone());
         }
-        let mut all = self.plans.iter().map(|plan| work(plan, plan.tensor(at)));
+        let work = |plan: &&Plan| match self.purpose {
+            Purpose::Measured(measure, is_finite) => {
+                let tensor = plan.tensor(at);
+                let types: Vec<_> = tensor.sources().map(|source| source.dtype).collect();
+                let finite = is_finite.then(|| tensor.elements());
+                Ok(Work::numbers(measure.of(&types, finite)))
+            }
+            Purpose::Written | Purpose::Checked(_) => work(plan, plan.tensor(at)),
+        };
+        let mut all = self.plans.iter().map(work);
         let one = all.next().unwrap_or(Ok(Work::Identical))?;
         let work = all.try_fold(one, |all, work| all.and(work?))?;
         let prepared = Prepared::new(work.shared(), &frame(self.plans[0], at));
@@ -435,11 +473,19 @@ impl Tasks for Merges<'_> {
     fn task(&self, index: usize) -> Result<Task> {
         let sink = |(merge, plan): (usize, &&Plan)| -> Arc<dyn Sink> {
             let tensor = plan.tensor(index);
+            let (dtype, start, told) = (tensor.dtype(), tensor.start(), self.told(merge, index));
+            if let Purpose::Checked(against) = &self.purpose {
+                let against = against.clone().map(|against| (against, index));
+                return Arc::new(CheckingSink { dtype, told, against });
+            }
             let shard = Arc::clone(&self.shards[merge][tensor.shard()]);
-            let told = self.told(merge, index);
-            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start(), told })
+            Arc::new(FileSink { shard, dtype, start, told })
         };
-        self.make(index, self.plans.iter().enumerate().map(sink).collect())
+        let sinks = match self.purpose {
+            Purpose::Measured(..) => Vec::new(),
+            _ => self.plans.iter().enumerate().map(sink).collect(),
+        };
+        self.make(index, sinks)
     }
 
     fn kind(&self, index: usize) -> usize {
@@ -475,6 +521,9 @@ impl Tasks for Merges<'_> {
     }
 
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
+        if matches!(self.purpose, Purpose::Checked(_)) {
+            return 0; // they are not written in one go
+        }
         let mut left = bytes;
         let fits = |&at: &usize| {
             let wanted = self.bytes(at);
@@ -685,6 +734,9 @@ impl Sink for BufferSink {
 
 /// Sinks of the types that tensor `at` has in each plan, which take nothing: for what is only planned.
 fn nowhere(merges: &Merges<'_>, at: usize) -> Vec<Arc<dyn Sink>> {
+    if matches!(merges.purpose, Purpose::Measured(..)) {
+        return Vec::new();
+    }
     let sink = |plan: &&Plan| -> Arc<dyn Sink> { Arc::new(FileLike(plan.tensor(at).dtype())) };
     merges.plans.iter().map(sink).collect()
 }
@@ -863,13 +915,8 @@ fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader
     Ok(readers)
 }
 
-/// Fails if a file that is read is not here.
-pub(crate) fn check_placed(plan: &Plan) -> Result<()> {
-    let mut used = plan.files_of(plan.tensors()).into_iter().map(|at| &plan.files[at]);
-    used.find_map(|file| file.remote.as_ref()).map_or(Ok(()), |remote| Err(not_here(remote)))
-}
-
-fn not_here(remote: &Remote) -> Error {
+/// The error for a file that is read and is not here.
+pub(super) fn not_here(remote: &Remote) -> Error {
     Error::internal("a file is to be read before it is here").file(&remote.label)
 }
 

@@ -42,7 +42,7 @@ pub(crate) fn merge(
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
-    plans.first().map_or(Ok(()), |plan| files::check_placed(plan))?;
+    plans.first().map_or(Ok(()), |plan| check_placed(plan))?;
     let (mut tasks, needs) = Merges::open(plans.clone(), modes.read)?;
     let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);
@@ -60,6 +60,13 @@ pub(crate) fn merge(
     let report = tasks.journaled(control, run)?;
     io::check_unchanged(files)?;
     Ok((report, tasks.written()))
+}
+
+/// Fails if a file that is read is not here.
+fn check_placed(plan: &Plan) -> Result<()> {
+    let used = plan.files_of(plan.tensors());
+    let remote = used.into_iter().find_map(|file| plan.files[file].remote.as_ref());
+    remote.map_or(Ok(()), |remote| Err(files::not_here(remote)))
 }
 
 /// How `settings.memory` bytes would be shared out by merges that are made together; and whether an

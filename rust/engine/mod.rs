@@ -17,6 +17,7 @@ pub mod files;
 pub mod journal;
 pub mod listing;
 pub mod manifest;
+pub mod measuring;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;
@@ -31,6 +32,7 @@ pub mod rows;
 pub(crate) mod simd;
 pub mod source;
 pub mod task;
+pub mod verifying;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -417,6 +419,7 @@ impl Schedule<'_> {
             let outcome = guarded("", || self.do_neighbours(worker, tasks));
             let mut state = self.lock();
             state.between_passes -= 1;
+            let outcome = outcome.map(|numbers| state.numbers.extend(numbers));
             self.note(&mut state, outcome);
             return state;
         }
@@ -462,15 +465,19 @@ impl Schedule<'_> {
         Ok(active.map_or_else(|| Err(Vec::new()), Ok))
     }
 
-    /// Does small tasks that lie together, one after the other.
-    fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
+    /// Does small tasks that lie together, one after the other; what those found that look for numbers.
+    fn do_neighbours(
+        &self,
+        worker: &mut Worker<'_>,
+        tasks: Range<usize>,
+    ) -> Result<Vec<(usize, Vec<f64>)>> {
         let gathered = self.tasks.gather(tasks.clone())?;
         // Half is for their inputs and outputs, half for what one keeps between its passes: with all
         // of its keys at hand a selection is over in one pass, and needs no histogram. A device
         // always counts, so there it keeps none.
         let fuses = self.backend.offload().is_none();
         let left = if fuses { self.memory.group_bytes / 2 } else { 0 };
-        let mut kinds = HashMap::new();
+        let (mut kinds, mut numbers) = (HashMap::new(), Vec::new());
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
@@ -495,11 +502,14 @@ impl Schedule<'_> {
                     goes_on = active.advance().map_err(|error| error.tensor(&task.frame.name))?;
                 }
             }
+            if !active.numbers.is_empty() {
+                numbers.push((index, active.numbers));
+            }
         }
         gathered.finish()?;
         tasks.clone().for_each(|index| self.tasks.finished(index));
         self.control.finish_tensors(tasks.len() as u64);
-        Ok(())
+        Ok(numbers)
     }
 
     /// Puts a result where it belongs; the task if that was the last of its pass.

@@ -145,9 +145,13 @@ impl Work {
         }
     }
 
-    /// Whether nothing has to be reduced before the output is computed.
+    /// Whether inputs are read only once: nothing has to be reduced before the output is computed, or
+    /// before the numbers that are looked for.
     pub(crate) fn reads_once(&self) -> bool {
-        stage::unknown(self.values()).is_empty()
+        match self {
+            Self::Numbers(numbers) => numbers.iter().all(stage::is_of_one_pass),
+            _ => stage::unknown(self.values()).is_empty(),
+        }
     }
 }
 

@@ -262,7 +262,7 @@ fn describe_files(written: Vec<Vec<InputFile>>) -> serde_json::Value {
 /// Unless asked otherwise, six more than cores: they wait for the disk while others compute. With
 /// several outputs each of them writes more at a time, and fewer leave room for larger pieces. More
 /// than [`MOST_WORKERS`] gain nothing anywhere.
-fn worker_count(threads: Option<usize>, outputs: usize) -> usize {
+pub(super) fn worker_count(threads: Option<usize>, outputs: usize) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     threads.unwrap_or_else(|| cores() + (6 / outputs.max(1)).max(1)).min(MOST_WORKERS)
 }

@@ -133,7 +133,7 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
 
 def _file(file: Mapping[str, Any], *, hash_it: bool) -> dict[str, Any]:
     """Return an input file. The Hub names what is large by its SHA-256, and so does its cache."""
-    path = file["path"]
+    path: str = file["path"]
     *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
     names = (file.get("remote", {}).get("etag", ""), blob if folder == "blobs" else "")
     known = next(filter(_SHA256.fullmatch, names), None)

@@ -295,7 +295,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         (
             "xyz",
             "unknown command `xyz`",
-            "known are: merge, sweep, plan",
+            "known are: merge, fuse, sweep, plan",
         ),
         ("-q merge r out", "`-q` before a command", "write options after it"),
         ("merge r out --memroy 1GB", "unknown option `--memroy`", "did you mean `--memory`?"),

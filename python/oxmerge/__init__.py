@@ -27,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oxmerge import formula as formula
     from oxmerge import kernels as kernels
+    from oxmerge.adapter_sums import join_adapters as join_adapters
     from oxmerge.arrays.in_memory import merge_tensors as merge_tensors
     from oxmerge.arrays.lazily import LazyMerge as LazyMerge
     from oxmerge.arrays.lazily import lazy as lazy
@@ -78,6 +79,7 @@ __all__ = [
     "finish",
     "formula",
     "fuse",
+    "join_adapters",
     "kernels",
     "lazy",
     "load_plan",
@@ -124,6 +126,7 @@ _LAZY = {
     "diff": ("oxmerge.checking.differences", "diff"),
     "finish": ("oxmerge.parts", "finish"),
     "fuse": ("oxmerge.fusing", "fuse"),
+    "join_adapters": ("oxmerge.adapter_sums", "join_adapters"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),

@@ -64,7 +64,7 @@ def merge_on_ray(
     with _connected(ray, running.ray):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         parts = running.parts or min(len(plan.shards), _PARTS_A_NODE * len(nodes))
-        check_parts(plan, parts)
+        check_parts(plan, parts, stream=running.stream)
         cpus = min((node["Resources"]["CPU"] for node in nodes), default=1)
         run = _Run(ray, plan, path, parts, planning, replace(running, ray=None, parts=None), cpus)
         with watched(running.progress) as callback:

@@ -18,6 +18,7 @@ from oxmerge import __version__, _core
 from oxmerge.errors import InputChangedError, OutputError, PlanError, ProblemsError
 from oxmerge.file_state import FileState
 from oxmerge.merging import MergeReport, execute, finish_all, open_device, report_of
+from oxmerge.models.streaming import is_streamed
 from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import BusyError, locked_file, named
 from oxmerge.output.contents import contents_of
@@ -72,7 +73,7 @@ def merge_part(
 ) -> MergeReport:
     """Make the part of a plan that `running` names; see `oxmerge.merge`."""
     number, parts = running.part or (1, 1)
-    check_parts(plan, parts)
+    check_parts(plan, parts, stream=running.stream)
     sizes = [size for _, size in plan.shards]
     shards = shards_of_parts(sizes, parts)[number - 1]
     purpose = Purpose.of(plan, parts)
@@ -195,13 +196,18 @@ def finish(
     return complete(plan, parts, path, planning, running, started)
 
 
-def check_parts(plan: Plan, parts: int) -> None:
+def check_parts(plan: Plan, parts: int, *, stream: bool) -> None:
     """Raise PlanError for a plan that cannot be made in so many parts."""
     if plan.stages:
         advice = "merge without `--part`; or write each merge into a file of its own"
         message = "a recipe of several merges cannot be made in parts"
         problem = Problem(UNSUPPORTED, message, advice=advice)
         raise PlanError.of("cannot merge in parts", [problem])
+    if any(is_streamed(file, stream=stream) for file in plan.absent):
+        # A spool has room for what comes next in the plan, and a part would leave most of that.
+        advice = "fetch the models first; of the Hub, leave `--stream` out"
+        message = "a merge that streams its inputs cannot be made in parts yet"
+        raise PlanError.of("cannot merge in parts", [Problem(UNSUPPORTED, message, advice=advice)])
     shards = len(plan.shards)
     if parts > shards:
         found = f"{shards} file{'' if shards == 1 else 's'} of weights, none of which is split"

@@ -149,8 +149,8 @@ impl Plan {
 
     /// The same plan, of which files that were not here lie at these paths now, by their labels.
     fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
-        let placed = self.0.placed(&places).map_err(|error| raise(py, &error))?;
-        Ok(Self(Arc::new(placed), self.1.clone()))
+        let moved = self.0.placed(&places).map_err(|error| raise(py, &error))?;
+        Ok(Self(Arc::new(moved), self.1.clone()))
     }
 
     /// The output files: final name and bytes.
@@ -322,7 +322,9 @@ impl Plan {
     fn files_of_models(&self) -> Vec<Vec<usize>> {
         let mut files = vec![std::collections::BTreeSet::new(); self.0.models.len()];
         for source in self.0.tensors().flat_map(plan::Tensor::sources) {
+            let of_adapters = source.adapted.into_iter().flat_map(|adapted| adapted.files());
             files[source.model].insert(source.file);
+            files[source.model].extend(of_adapters.map(|file| file as usize));
         }
         files.into_iter().map(|files| files.into_iter().collect()).collect()
     }

@@ -51,6 +51,10 @@ class Engine:
         """Put adapters into a model, calling `options["progress"]` now and then."""
         return oxmerge.fuse(model, directory, adapters, **options)
 
+    def join_adapters(self, directory: str, adapters: Sequence[str], **options: Any) -> list[str]:  # noqa: ANN401
+        """Write several adapters as one."""
+        return oxmerge.join_adapters(directory, adapters, **options)
+
     def sweep(
         self,
         recipe: str,

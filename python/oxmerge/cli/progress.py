@@ -104,7 +104,8 @@ class PlainProgress:
         now = self.clock()
         if _is_fetching(snapshot) is not self.is_fetching:
             self.is_fetching = not self.is_fetching
-            self.started, self.estimate = now, Estimate()
+            self.started = self.spoken = now
+            self.estimate = Estimate()
         left = self.estimate.left(snapshot, now - self.started)
         if now - self.spoken < _SECONDS_BETWEEN_LINES:
             return
@@ -154,6 +155,9 @@ def progress_line(
         f"{format_size(done)} of {format_size(total)}",
         "downloaded" if _is_fetching(snapshot) else "",
         format_rate(moved, seconds),
+        f"network {format_rate(snapshot.bytes_fetched, seconds)}"
+        if _is_streaming(snapshot)
+        else "",
         f"{'?' if left is None else format_duration(left)} left",
         f"peak {format_size(snapshot.peak_memory, binary=True)}",
     ]
@@ -168,6 +172,10 @@ def progress_line(
 def format_rate(size: int, seconds: float) -> str:
     """Return bytes by time as GB/s."""
     return f"{size / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+
+
+def _is_streaming(snapshot: Snapshot) -> bool:
+    return snapshot.bytes_fetched > 0 and snapshot.bytes_to_fetch == 0
 
 
 def _is_fetching(snapshot: Snapshot) -> bool:
@@ -227,6 +235,7 @@ def _drawn(show: Callable[[str], None], width: Callable[[], int]) -> Progress:
         nonlocal estimate, started, was_fetching
         if _is_fetching(snapshot) is not was_fetching:
             estimate, started, was_fetching = Estimate(), time.monotonic(), not was_fetching
+            return
         seconds = time.monotonic() - started
         left = estimate.left(snapshot, seconds)
         show(progress_line(snapshot, seconds, left, width()))

@@ -401,7 +401,7 @@ class _Planner:
             shard_size=shard_size,
             models=models,
             donor=donor.index,
-            pinned=tuple(model.located.pinned for model in self.inputs.models),
+            pinned=tuple(model.pinned for model in self.inputs.models),
             base=None if base is None else donor.index,
             layer_map=layer_map,
             dtype=dtype,
@@ -426,8 +426,8 @@ class _Planner:
     def pins(self) -> Iterator[str]:
         """Yield which commits the models are."""
         for model in self.inputs.models:
-            if model.located.pinned is not None:
-                yield f"`{model.reference}` is `{model.located.pinned}`"
+            if model.pinned is not None:
+                yield f"`{model.reference}` is `{model.pinned}`"
 
     def extension_notes(self, donor: InputModel) -> tuple[str, ...]:
         """Return which tensors have other names, are tied, or are left to one model."""

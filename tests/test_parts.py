@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -25,7 +26,15 @@ from oxmerge.errors import OutputError, PlanError, UnsupportedError
 from oxmerge.output import publish
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
-from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
+from writers import (
+    directory_bytes,
+    random_arrays,
+    tuned,
+    write_file,
+    write_model,
+    write_recipe,
+    write_sparse,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -119,6 +128,29 @@ def test_bytes_are_those_of_one_run(
     assert directory_bytes(output) == whole[method]
     assert report.files == FILES
     assert f"made in {parts} parts on 1 machine" in report.notes
+
+
+def test_adapters_are_put_in_by_each_part(tmp_path: Path, models: Path) -> None:
+    generator = np.random.default_rng(3)
+    low: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        if name.endswith(".weight"):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            low[f"{module}.lora_A.weight"] = generator.standard_normal((2, shape[1]), np.float32)
+            low[f"{module}.lora_B.weight"] = generator.standard_normal((shape[0], 2), np.float32)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_file(adapter / "adapter_model.safetensors", low)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["x"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    base = models / "base"
+    names = [f"{base}+{adapter}", models / "b"]
+    recipe = write_recipe(
+        tmp_path / "r.yml", "ties", names, base=base, each={"density": 0.5, "weight": 1}
+    )
+    oxmerge.merge(recipe, tmp_path / "one", shard_size=SHARD, seed=5)
+    make_all(recipe, tmp_path / "out", 3, finish=True)
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "one")
 
 
 def test_the_last_part_completes_the_output(

@@ -59,7 +59,7 @@ impl Digests {
     }
 
     /// Of one merge.
-    pub(crate) fn of_one(known: Vec<Option<TensorDigest>>) -> Self {
+    pub fn of_one(known: Vec<Option<TensorDigest>>) -> Self {
         Self(vec![Mutex::new(known)])
     }
 

@@ -302,7 +302,7 @@ pub(crate) fn read_numbers(
 
 /// What the journals in `folders`, of parts of one plan, say of its tensors: something of each of
 /// them.
-pub(crate) fn read_digests(
+pub fn read_digests(
     folders: &[OutputFolder],
     key: &str,
     plan: &Plan,

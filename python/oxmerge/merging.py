@@ -14,6 +14,7 @@ from oxmerge.devices import UNTRIED, choose, open_backend
 from oxmerge.errors import InputChangedError, PlanError, ProblemsError
 from oxmerge.file_state import FileState
 from oxmerge.models.fetching import check_space, fetch
+from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, late_texts
@@ -76,8 +77,8 @@ class Snapshot:
     peak_memory : int
         High-water mark of the process's resident set, bytes.
     bytes_fetched, bytes_to_fetch : int
-        Bytes of inputs that were not on this machine: downloaded, and in all. As long as some are
-        still to come, `tensor` is the file that comes.
+        Bytes of inputs that were not on this machine: fetched, and in all of those that are
+        downloaded before the merge. Until all of these are here, `tensor` is the file that comes.
     """
 
     bytes_done: int
@@ -162,6 +163,8 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     threads: int | None = None,
     device: str = "cpu",
     vram: int | str | None = None,
+    stream: bool = False,
+    spool: int | str | None = None,
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     strict: bool = False,
@@ -192,6 +195,12 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         output are the same. `cuda` is not yet run on a GPU.
     vram : int or str, optional
         Bytes that the tensors on each device may take; 4 GiB unless given. Not for ``cpu``.
+    stream : bool
+        Whether weights of the Hub that are not on this machine are read as they are needed, and not
+        kept in its cache. Those of other stores always are.
+    spool : int or str, optional
+        Bytes on the output's disk for what was fetched and is still needed. Unless given, 20 GB, or
+        half of what the output leaves free there, if that is less.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str
@@ -215,8 +224,11 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     DeviceError
         If there is no such device, or torch is not installed.
     """
-    options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
-    RunOptions(memory, threads, device, vram)  # which checks them
+    options = {
+        "memory": memory, "threads": threads, "device": device, "vram": vram, "stream": stream,
+        "spool": spool,
+    }  # fmt: skip
+    RunOptions(memory, threads, device, vram, stream=stream, spool=spool)  # which checks them
     _bytes(memory), _bytes(vram)
     made = prepare(
         recipe,
@@ -237,13 +249,20 @@ def predict(
     threads: int | None = None,
     device: str = "cpu",
     vram: int | str | None = None,
+    stream: bool = False,
+    spool: int | str | None = None,
 ) -> Prediction:
     """Return how a plan would run with these options of `merge`."""
-    RunOptions(memory, threads, device, vram)  # which checks them
+    RunOptions(memory, threads, device, vram, stream=stream, spool=spool)  # which checks them
     budget, vram = _bytes(memory), _bytes(vram)
     fastest = choose([plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
-    predicted = _core.predict([plan.table], room(budget), threads, backend)
+    is_any = any(is_streamed(file, stream=stream) for file in plan.absent)
+    spooled, fetched = (
+        _core.Spool.predict([plan.table], spool_bytes(_bytes(spool))) if is_any else (None, None)
+    )
+    beside = RESIDENT if is_any else 0
+    predicted = _core.predict([plan.table], room(budget), threads, backend, beside)
     rereads = predicted["rereads"]
     return Prediction(
         memory=predicted["predicted"],
@@ -251,6 +270,8 @@ def predict(
         reread_bytes=plan.table.bytes_of_sources_above(_free_memory()) if rereads else None,
         device=_name(backend),
         fastest=fastest,
+        spool=spooled,
+        fetched=fetched,
     )
 
 
@@ -262,6 +283,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     threads: int | None = None,
     device: str = "cpu",
     vram: int | str | None = None,
+    stream: bool = False,
+    spool: int | str | None = None,
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -300,6 +323,12 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         output are the same. `cuda` is not yet run on a GPU.
     vram : int or str, optional
         Bytes that the tensors on each device may take; 4 GiB unless given. Not for ``cpu``.
+    stream : bool
+        Whether weights of the Hub that are not on this machine are read as they are needed, and not
+        kept in its cache. Those of other stores always are.
+    spool : int or str, optional
+        Bytes on the output's disk for what was fetched and is still needed. Unless given, 20 GB, or
+        half of what the output leaves free there, if that is less.
     seed : int
         Of the random masks that some methods draw.
     shard_size : int or str
@@ -359,7 +388,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
         RunOptions(
             memory, threads, device, vram, overwrite, read_path, progress,
-            digests, hash_inputs, allow_nonfinite, resume, fresh,
+            digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
         ),
     )  # fmt: skip
     return report
@@ -417,21 +446,27 @@ def merge_together(
         outputs = [claimed[at] for at in range(len(merges))]
         with backend or nullcontext(), watched(running.progress) as callback:
             allowed = room(budget)
-            tables = _with_absent(plans, outputs, (allowed, running.threads, backend), callback)
+            tables = _with_absent(plans, outputs, running, (allowed, backend), callback)
             for plan, output in zip(plans, outputs, strict=True):
                 stage(output, contents_of(plan))
-            done = _core.execute(
-                [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
-                memory=allowed,
-                threads=running.threads,
-                read_path=running.read_path,
-                progress=_reporter(plans, callback),
-                device=backend,
-                descriptors=[output.descriptor for output in outputs],
-                planned=planned,
-                digests=running.digests,
-                keys=[output.purpose for output in outputs] if running.keeps else None,
-            )
+            folder = os.fspath(outputs[0].path)
+            size = spool_bytes(_bytes(running.spool), folder, needed)
+            with streamed(tables, size, folder) as fetcher:
+                spool = None if fetcher is None else fetcher.spool
+                done = _core.execute(
+                    [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
+                    memory=allowed,
+                    threads=running.threads,
+                    read_path=running.read_path,
+                    progress=_reporter(plans, callback, spool),
+                    device=backend,
+                    descriptors=[output.descriptor for output in outputs],
+                    planned=planned,
+                    digests=running.digests,
+                    keys=[output.purpose for output in outputs] if running.keeps else None,
+                    spool=spool,
+                    beside=0 if spool is None else RESIDENT,
+                )
         _check_side_files(plans)
         done |= {"device": _name(backend), "notes": _notes(backend)}
         reports = _finish_all(
@@ -691,17 +726,26 @@ def _free_memory() -> int:
 def _with_absent(
     plans: Sequence[Plan],
     outputs: Sequence[OutputDirectory],
-    room: tuple[int, int | None, Backend | None],
+    running: RunOptions,
+    room: tuple[int, Backend | None],
     progress: Callable[[Snapshot], None] | None,
 ) -> list[_core.Plan]:
-    """Fetch the files that are not here; return the tables of the plans when they are."""
+    """Fetch the files that are to be kept; return the tables of the plans when they are here."""
     tables = [plan.table for plan in plans]
     absent = list(
-        {each["remote"]["label"]: each for plan in plans for each in plan.absent}.values()
+        {
+            each["remote"]["label"]: each
+            for plan in plans
+            for each in plan.absent
+            if not is_streamed(each, stream=running.stream)
+        }.values()
     )
     if not absent:
         return tables
-    _core.predict(tables, *room)  # what cannot fit is told before hours of downloads
+    memory, backend = room
+    _core.predict(
+        tables, memory, running.threads, backend
+    )  # what cannot fit is told before hours of downloads
     check_space(absent, os.fspath(outputs[0].path), sum(plan.disk for plan in plans))
     places = fetch(absent, _fetch_reporter(plans, progress))
     return [table.placed(places) for table in tables]
@@ -721,13 +765,16 @@ def _fetch_reporter(
 
 
 def _reporter(
-    plans: Sequence[Plan], progress: Callable[[Snapshot], None] | None
+    plans: Sequence[Plan],
+    progress: Callable[[Snapshot], None] | None,
+    spool: _core.Spool | None,
 ) -> Callable[[int, int, int, str, int], None] | None:
     if progress is None:
         return None
     total = sum(plan.bytes_written for plan in plans)
 
     def report(read: int, written: int, tensors: int, current: str, peak: int) -> None:
-        progress(Snapshot(written, total, read, tensors, current, peak))
+        fetched = 0 if spool is None else spool.fetched
+        progress(Snapshot(written, total, read, tensors, current, peak, fetched))
 
     return report

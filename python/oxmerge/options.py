@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from operator import index
 
+from oxmerge.sizes import parse_size
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -77,6 +79,8 @@ class RunOptions:
     allow_nonfinite: bool = False
     resume: bool = True
     fresh: bool = False
+    stream: bool = False
+    spool: int | str | None = None
 
     @property
     def keeps(self) -> bool:
@@ -89,6 +93,8 @@ class RunOptions:
         check_device(self.device)
         if self.vram is not None and self.device == "cpu":
             raise ValueError('vram has no effect on the CPU; pass device="cuda", or leave vram out')
+        if self.spool is not None and parse_size(self.spool) == 0:
+            raise ValueError("spool must be more than nothing")
         if self.read_path not in READ_PATHS:
             known = ", ".join(READ_PATHS)
             raise ValueError(f"read_path must be one of {known}, not {self.read_path!r}")

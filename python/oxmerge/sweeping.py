@@ -519,6 +519,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     threads: int | None = None,
     device: str = "cpu",
     vram: int | str | None = None,
+    stream: bool = False,
+    spool: int | str | None = None,
     seed: int = 0,
     shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
@@ -556,7 +558,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         the list, from 0.
     together : bool
         Vary all places in step instead of in every combination.
-    memory, threads, device, vram, seed, shard_size, overwrite, read_path, progress, resume, fresh
+    memory, threads, device, vram, stream, spool, seed, shard_size, overwrite, read_path, progress
+    resume, fresh
     strict, allow_mismatch, ignore_unknown, allow_methods
     digests, hash_inputs, allow_nonfinite
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
@@ -589,7 +592,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
     running = RunOptions(
         memory, threads, device, vram, overwrite, read_path, progress,
-        digests, hash_inputs, allow_nonfinite, resume, fresh,
+        digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
     )  # fmt: skip
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)

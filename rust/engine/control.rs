@@ -1,8 +1,8 @@
 //! What the caller and the workers tell each other while a merge runs. No worker waits for it.
 
 use std::fmt;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,16 @@ pub struct Control {
     kept: AtomicU64,
     current: Mutex<String>,
     question: Option<Question>,
+    waits: OnceLock<Waits>,
+}
+
+/// What ends the waiting of workers for something other than each other.
+struct Waits(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for Waits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Waits")
+    }
 }
 
 /// Whether to stop, asked of the caller now and then, and on its own thread only.
@@ -70,7 +80,25 @@ pub struct Snapshot {
 impl Control {
     /// Asks the workers to stop after the piece in hand.
     pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.cancelled.store(true, Ordering::SeqCst);
+        self.end_waits();
+    }
+
+    /// Has `end` called when the run is cancelled or fails. It ends what workers may wait for besides
+    /// each other, and lets nobody wait for it afterwards.
+    #[cfg(feature = "python")]
+    pub(crate) fn on_end(&self, end: impl Fn() + Send + Sync + 'static) {
+        self.waits.get_or_init(|| Waits(Box::new(end)));
+        if self.cancelled.load(Ordering::SeqCst) {
+            self.end_waits();
+        }
+    }
+
+    /// Nobody is to wait any more: the run has failed.
+    pub(crate) fn end_waits(&self) {
+        if let Some(Waits(end)) = self.waits.get() {
+            end();
+        }
     }
 
     /// For a caller that works itself: between two pieces it is asked, on the thread that calls this

@@ -22,28 +22,11 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::machine::TensorFrame;
 use crate::io::{
-    self, AlignedBuffer, DirectMode, InputReader, OutputFolder, ReadPath, ShardWriter,
+    self, AlignedBuffer, DirectMode, InputReader, Needs, OutputFolder, ReadPath, ShardWriter, Spool,
 };
 use crate::kernels::{BLOCK, CELL, Level, compare};
 use crate::methods::measures::Measure;
 use crate::plan::{self, Adapted, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
-
-/// A tensor of a file that is not here: it can be planned with, but not read.
-#[derive(Debug)]
-struct NotHere {
-    remote: Remote,
-    dtype: DType,
-}
-
-impl Source for NotHere {
-    fn dtype(&self) -> DType {
-        self.dtype
-    }
-
-    fn read<'a>(&'a self, _: Range<u64>, _: &'a mut AlignedBuffer) -> Result<&'a [u8]> {
-        Err(not_here(&self.remote))
-    }
-}
 
 /// A tensor in an input file.
 #[derive(Debug)]
@@ -120,6 +103,55 @@ impl Source for FileSource {
     fn release(&self, elements: Range<u64>) {
         let (start, length) = self.bytes(&elements);
         self.reader.release(start, length);
+    }
+}
+
+/// An input file.
+#[derive(Clone, Debug)]
+enum Input {
+    Here(Arc<InputReader>),
+    /// One that is not here: what is read of it comes by a spool, which knows it by its number among
+    /// the files of the plan.
+    Spooled(Arc<Spool>, u32),
+    /// One that can be planned with, but not read.
+    Elsewhere(Remote),
+}
+
+impl Input {
+    /// Reads the bytes from `start` on that fill `memory`.
+    fn read_into(&self, start: u64, memory: &mut [u8]) -> Result<()> {
+        match self {
+            Self::Here(reader) => reader.read_into(start, memory),
+            Self::Spooled(spool, file) => spool.read(*file, start, memory),
+            Self::Elsewhere(remote) => Err(not_here(remote)),
+        }
+    }
+}
+
+/// A tensor in a file that is not here.
+#[derive(Debug)]
+struct RemoteSource {
+    input: Input,
+    dtype: DType,
+    start: u64,
+}
+
+impl Source for RemoteSource {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn read<'a>(
+        &'a self,
+        elements: Range<u64>,
+        scratch: &'a mut AlignedBuffer,
+    ) -> Result<&'a [u8]> {
+        let size = self.dtype.size() as u64;
+        let length = ((elements.end - elements.start) * size) as usize;
+        scratch.grow(length)?;
+        let piece = &mut scratch.as_mut_slice()[..length];
+        self.input.read_into(self.start + elements.start * size, piece)?;
+        Ok(piece)
     }
 }
 
@@ -241,15 +273,19 @@ pub(crate) enum Purpose {
 pub struct Merges<'a> {
     pub(super) plans: Vec<&'a Plan>,
     purpose: Purpose,
-    readers: Vec<Option<Arc<InputReader>>>,
+    inputs: Vec<Option<Input>>,
+    /// What files that are not here are read from.
+    spool: Option<Arc<Spool>>,
     /// The models' names, for messages.
     labels: Vec<Arc<str>>,
     /// Which of the kinds of tensors that there are in all plans together each tensor is.
     kind_of: Vec<u32>,
     /// Of each kind, whether nothing has to be reduced before it is computed.
     reads_once: Vec<bool>,
-    /// Whether something has to be reduced over the whole model first.
-    needs_sweep: bool,
+    /// Of each kind, which sources are read.
+    read: Vec<Vec<usize>>,
+    /// Of each kind, whether something of it is reduced over the whole model first.
+    swept: Vec<bool>,
     /// What was made for kinds that came up lately.
     prepared: Mutex<HashMap<u32, Prepared>>,
     /// What workers hold of adapters.
@@ -270,10 +306,14 @@ const MOST_NEIGHBOURS: usize = 512;
 const MOST_PREPARED: usize = 256;
 
 impl<'a> Merges<'a> {
-    /// Opens the inputs of `plans`, which must be merges of the same tensors. Also tells what the
-    /// tensors need in memory, and how many need that.
-    pub fn open(plans: Vec<&'a Plan>, read: ReadPath) -> Result<(Self, Vec<(Need, usize)>)> {
-        Self::open_to(Purpose::Written, plans, read)
+    /// Opens the inputs of `plans`, which must be merges of the same tensors; those that are not here
+    /// are read from `spool`. Also tells what the tensors need in memory, and how many need that.
+    pub fn open(
+        plans: Vec<&'a Plan>,
+        read: ReadPath,
+        spool: Option<Arc<Spool>>,
+    ) -> Result<(Self, Vec<(Need, usize)>)> {
+        Self::open_to(Purpose::Written, plans, read, spool)
     }
 
     /// The same, for some purpose.
@@ -281,6 +321,7 @@ impl<'a> Merges<'a> {
         purpose: Purpose,
         plans: Vec<&'a Plan>,
         read: ReadPath,
+        spool: Option<Arc<Spool>>,
     ) -> Result<(Self, Vec<(Need, usize)>)> {
         let Some((first, others)) = plans.split_first() else {
             return Err(Error::internal("there is no merge to run"));
@@ -289,7 +330,7 @@ impl<'a> Merges<'a> {
             check_same_tensors(first, other)?;
         }
         let mut numbers = HashMap::new();
-        let readers = open_inputs(first, read)?;
+        let inputs = open_inputs(first, read, spool.as_ref())?;
         let desks = Desks::default();
         let kind_of = (0..first.len())
             .map(|at| {
@@ -298,7 +339,7 @@ impl<'a> Merges<'a> {
                 let sources = if first.tensor(at).is_plain() {
                     Vec::new()
                 } else {
-                    sources_of(first, &readers, &desks, first.tensor(at))
+                    sources_of(&inputs, &desks, first.tensor(at))
                 };
                 let memory: Vec<Memory> = sources.iter().map(|source| source.memory()).collect();
                 let next = numbers.len() as u32;
@@ -307,11 +348,13 @@ impl<'a> Merges<'a> {
             .collect();
         let labels = first.models.iter().map(|model| Arc::from(&**model)).collect();
         let mut merges = Self {
-            readers,
+            inputs,
+            spool,
             labels,
             kind_of,
             reads_once: Vec::new(),
-            needs_sweep: false,
+            read: Vec::new(),
+            swept: Vec::new(),
             plans,
             purpose,
             desks,
@@ -325,6 +368,15 @@ impl<'a> Merges<'a> {
         Ok((merges, needs))
     }
 
+    /// Fails if a file that is read is neither here nor spooled.
+    #[cfg(feature = "python")]
+    pub(crate) fn check_readable(&self) -> Result<()> {
+        self.inputs.iter().flatten().try_for_each(|input| match input {
+            Input::Elsewhere(remote) => Err(not_here(remote)),
+            Input::Here(_) | Input::Spooled(..) => Ok(()),
+        })
+    }
+
     /// Finds out what there is to know of each kind; what its tensors need, and how many they are.
     fn look_at_kinds(&mut self, kinds: usize) -> Result<Vec<(Need, usize)>> {
         let mut found = vec![(0, 0); kinds];
@@ -336,10 +388,47 @@ impl<'a> Merges<'a> {
         let look = |(at, count)| {
             let task = self.make(at, nowhere(self, at))?;
             self.reads_once.push(task.reads_once);
-            self.needs_sweep |= task.needs_sweep();
+            self.read.push(task.inputs());
+            self.swept.push(task.needs_sweep());
             Ok((Need::of(&task), count))
         };
         found.into_iter().map(look).collect()
+    }
+
+    /// What is read of files that are not here, task by task, through a spool of `spool` bytes: in
+    /// the sweep over the model, if there is one, and in the merge. Of one tensor only, if `only` says
+    /// which.
+    pub fn remote_needs(&self, spool: u64, only: Option<usize>) -> Result<Needs> {
+        let plan = self.plans[0];
+        let is_remote = |file: u32| plan.files[file as usize].remote.is_some();
+        let remote = plan.files.iter().filter(|file| file.remote.is_some());
+        let total = remote.map(|file| file.size).fold(0, u64::saturating_add);
+        let mut needs = Needs::new(spool, total);
+        for in_sweep in [true, false] {
+            needs.begin_again();
+            for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
+                let kind = self.kind(at);
+                let is_read = only.is_none_or(|only| only == at) && (!in_sweep || self.swept[kind]);
+                let read: &[usize] = if is_read { &self.read[kind] } else { &[] };
+                let tensor = plan.tensor(at);
+                let sources = tensor.sources().enumerate().filter(|(at, _)| read.contains(at));
+                let mut ranges: Vec<_> =
+                    sources.flat_map(|(_, source)| ranges_of(source, tensor)).collect();
+                ranges.retain(|(file, _)| is_remote(*file));
+                needs.add_step(&ranges);
+            }
+        }
+        let (step, bytes) = needs.largest();
+        if bytes <= spool {
+            return Ok(needs);
+        }
+        // A larger spool has larger extents, of which a tensor needs fewer, but as many ends.
+        let enough = (bytes.next_multiple_of(1 << 20)).saturating_mul(5) / 4;
+        Err(Error::plan("the spool is too small for all inputs of a tensor")
+            .tensor(plan.tensor(step % self.len()).name())
+            .expected(format_args!("at least {} MB", enough / 1_000_000))
+            .found(format_args!("{} MB", spool / 1_000_000))
+            .advice(format!("allow more: `--spool {}MB`", enough / 1_000_000)))
     }
 
     /// Creates the shards of each plan, under partial names, in its folder; or opens those that an
@@ -427,7 +516,7 @@ impl<'a> Merges<'a> {
 
     fn make(&self, at: usize, sinks: Vec<Arc<dyn Sink>>) -> Result<Task> {
         let tensor = self.plans[0].tensor(at);
-        let sources = sources_of(self.plans[0], &self.readers, &self.desks, tensor);
+        let sources = sources_of(&self.inputs, &self.desks, tensor);
         self.task_of(at, sources, sinks)
     }
 
@@ -497,7 +586,15 @@ impl Tasks for Merges<'_> {
     }
 
     fn needs_sweep(&self) -> bool {
-        self.needs_sweep
+        self.swept.contains(&true)
+    }
+
+    fn are_read(&self, tasks: Range<usize>, in_sweep: bool) {
+        if let Some(spool) = &self.spool {
+            // The steps of the merge come after those of the sweep.
+            let first = if self.needs_sweep() && !in_sweep { self.len() } else { 0 };
+            spool.finished(first + tasks.start..first + tasks.end);
+        }
     }
 
     fn is_done(&self, index: usize) -> bool {
@@ -582,37 +679,50 @@ impl Merges<'_> {
         let (mut ranges, mut places) = (Vec::new(), Vec::new());
         for at in tasks.clone() {
             let tensor = self.plans[0].tensor(at);
+            let read = &self.read[self.kind(at)];
             for (number, source) in tensor.sources().enumerate() {
+                if !read.contains(&number) {
+                    continue;
+                }
                 let bytes = tensor.elements() * source.dtype.size() as u64;
                 ranges.push((source.file, source.start, bytes, (places.len(), number)));
             }
             places.push(vec![0; tensor.sources().len()]);
         }
         let total: u64 = ranges.iter().map(|(_, _, bytes, _)| bytes).sum();
-        ranges.sort_unstable();
+        // Through a spool tensor by tensor, each of which may go before the next has come.
+        let is_spooled = self.spool.is_some();
+        if !is_spooled {
+            ranges.sort_unstable();
+        }
         // Shared only while tasks use it; those of the group before are gone.
         if Arc::get_mut(buffer).is_none() {
             *buffer = Arc::default();
         }
         let memory = Arc::get_mut(buffer).ok_or_else(|| Error::internal("a buffer is shared"))?;
         memory.grow(total as usize)?;
-        let (mut filled, mut rest) = (0, &ranges[..]);
+        let (mut filled, mut read, mut rest) = (0, 0, &ranges[..]);
         while let Some(&(file, start, ..)) = rest.first() {
             let mut end = start;
             let together = rest.iter().take_while(|&&(other, begin, bytes, _)| {
-                let joins = other == file && begin == end;
+                let joins = other == file && begin == end && (begin == start || !is_spooled);
                 end = if joins { begin + bytes } else { end };
                 joins
             });
             let (run, others) = rest.split_at(together.count());
             let bytes = (end - start) as usize;
-            let reader = self.readers[file].as_ref();
-            let reader = reader.ok_or_else(|| Error::internal("an input is not open"))?;
-            reader.read_into(start, &mut memory.as_mut_slice()[filled..filled + bytes])?;
+            let input = self.inputs[file].as_ref();
+            let input = input.ok_or_else(|| Error::internal("an input is not open"))?;
+            input.read_into(start, &mut memory.as_mut_slice()[filled..filled + bytes])?;
             for &(_, begin, _, (tensor, number)) in run {
                 places[tensor][number] = filled + (begin - start) as usize;
             }
             (filled, rest) = (filled + bytes, others);
+            if is_spooled {
+                let next = rest.first().map_or(places.len(), |(_, _, _, (tensor, _))| *tensor);
+                self.are_read(tasks.start + read..tasks.start + next, false);
+                read = next;
+            }
         }
         Ok(places)
     }
@@ -842,20 +952,26 @@ fn frame(plan: &Plan, at: usize) -> TensorFrame {
 #[derive(Debug)]
 pub struct OnDemand {
     plan: Arc<Plan>,
-    readers: Vec<Option<Arc<InputReader>>>,
+    inputs: Vec<Option<Input>>,
+    spool: Option<Arc<Spool>>,
     desks: Desks,
 }
 
 impl OnDemand {
-    /// Opens the inputs of `plan`.
-    pub fn open(plan: Arc<Plan>, read: ReadPath) -> Result<Self> {
-        let readers = open_inputs(&plan, read)?;
-        Ok(Self { plan, readers, desks: Desks::default() })
+    /// Opens the inputs of `plan`; those that are not here are read from `spool`.
+    pub fn open(plan: Arc<Plan>, read: ReadPath, spool: Option<Arc<Spool>>) -> Result<Self> {
+        let inputs = open_inputs(&plan, read, spool.as_ref())?;
+        Ok(Self { plan, inputs, spool, desks: Desks::default() })
     }
 
     /// The plan.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// What remote inputs come by.
+    pub fn spool(&self) -> Option<Arc<Spool>> {
+        self.spool.clone()
     }
 
     /// The task that makes tensor `index` of the plan, into `sink`.
@@ -866,7 +982,7 @@ impl OnDemand {
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            sources_of(&self.plan, &self.readers, &self.desks, tensor),
+            sources_of(&self.inputs, &self.desks, tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -874,11 +990,16 @@ impl OnDemand {
         .in_f64(self.plan.in_f64))
     }
 
-    /// Whether an input of tensor `index` has an element that is NaN or infinite.
-    pub fn has_odd_input(&self, index: usize, control: &Control) -> Result<bool> {
+    /// Whether an input of tensor `index` has an element that is NaN or infinite; nothing is known if
+    /// one is not here.
+    pub fn has_odd_input(&self, index: usize, control: &Control) -> Result<Option<bool>> {
         let tensor = self.plan.tensor(index);
+        let files = self.plan.files_of(std::iter::once(tensor));
+        if files.into_iter().any(|file| self.plan.files[file].remote.is_some()) {
+            return Ok(None);
+        }
         let mut scratch = AlignedBuffer::default();
-        for source in sources_of(&self.plan, &self.readers, &self.desks, tensor) {
+        for source in sources_of(&self.inputs, &self.desks, tensor) {
             let dtype = source.dtype();
             for block in steps(0..tensor.elements(), BLOCK as u64) {
                 control.check()?;
@@ -887,11 +1008,11 @@ impl OnDemand {
                 let is_finite =
                     |cell: &[u8]| compare(Level::detect(), dtype, cell, None).is_finite();
                 if dtype.is_float() && !cells.all(is_finite) {
-                    return Ok(true);
+                    return Ok(Some(true));
                 }
             }
         }
-        Ok(false)
+        Ok(Some(false))
     }
 
     /// Fails if a file that tensor `index` is made of is not what it was.
@@ -902,39 +1023,60 @@ impl OnDemand {
     }
 }
 
-/// The files that some source lies in, opened; but for those that are not here.
-fn open_inputs(plan: &Plan, read: ReadPath) -> Result<Vec<Option<Arc<InputReader>>>> {
+/// The files that some source lies in, opened; those that are not here are read from `spool`.
+fn open_inputs(
+    plan: &Plan,
+    read: ReadPath,
+    spool: Option<&Arc<Spool>>,
+) -> Result<Vec<Option<Input>>> {
     io::raise_open_file_limit();
-    let mut readers = vec![None; plan.files.len()];
+    let mut inputs = vec![None; plan.files.len()];
     for at in plan.files_of(plan.tensors()) {
         let file = &plan.files[at];
-        if file.remote.is_none() {
-            readers[at] = Some(Arc::new(InputReader::open(file, read)?));
-        }
+        inputs[at] = Some(match (&file.remote, spool) {
+            (None, _) => Input::Here(Arc::new(InputReader::open(file, read)?)),
+            (Some(_), Some(spool)) => Input::Spooled(Arc::clone(spool), at as u32),
+            (Some(remote), None) => Input::Elsewhere(remote.clone()),
+        });
     }
-    Ok(readers)
+    Ok(inputs)
 }
 
-/// The error for a file that is read and is not here.
-pub(super) fn not_here(remote: &Remote) -> Error {
+fn not_here(remote: &Remote) -> Error {
     Error::internal("a file is to be read before it is here").file(&remote.label)
 }
 
+/// Which bytes of which files a source of `tensor` is read from.
+fn ranges_of(source: plan::Source<'_>, tensor: Tensor<'_>) -> Vec<(u32, Range<u64>)> {
+    let range = |file: u32, start: u64, elements: u64, dtype: DType| {
+        (file, start..start + elements * dtype.size() as u64)
+    };
+    let width: u64 = tensor.shape().iter().skip(1).product();
+    // Of what is adapted, the type is that of the result.
+    let stored = |dtype: DType, change: Option<&Arc<Adapted>>| change.map_or(dtype, |of| of.dtype);
+    match source.rows {
+        None => {
+            let dtype = stored(source.dtype, source.adapted);
+            vec![range(source.file as u32, source.start, tensor.elements(), dtype)]
+        }
+        Some(rows) => {
+            let part = |part: &plan::Part| {
+                let change = part.adapted.map(|number| &rows.adapted[number as usize]);
+                range(part.file, part.start, part.rows * width, stored(part.dtype, change))
+            };
+            rows.parts.iter().map(part).collect()
+        }
+    }
+}
+
 /// The sources of a tensor, in opened files.
-fn sources_of(
-    plan: &Plan,
-    readers: &[Option<Arc<InputReader>>],
-    desks: &Desks,
-    tensor: Tensor<'_>,
-) -> Vec<Arc<dyn Source>> {
+fn sources_of(inputs: &[Option<Input>], desks: &Desks, tensor: Tensor<'_>) -> Vec<Arc<dyn Source>> {
     let file_source = |file: usize, dtype: DType, start: u64, sharing: Sharing| {
-        let source: Arc<dyn Source> = match (&readers[file], &plan.files[file].remote) {
-            (Some(reader), _) => {
-                Arc::new(FileSource { reader: Arc::clone(reader), dtype, start, sharing })
-            }
-            (None, Some(remote)) => Arc::new(NotHere { remote: remote.clone(), dtype }),
-            (None, None) => unreachable!("every file with a source is opened"),
-        };
+        let source: Arc<dyn Source> =
+            match inputs[file].clone().expect("every file with a source is opened") {
+                Input::Here(reader) => Arc::new(FileSource { reader, dtype, start, sharing }),
+                input => Arc::new(RemoteSource { input, dtype, start }),
+            };
         source
     };
     let task = if tensor.is_plain() { 0 } else { task_number() };
@@ -950,8 +1092,11 @@ fn sources_of(
         let mut files: Vec<u32> = change.files().collect();
         files.sort_unstable();
         files.dedup();
-        // A file that is not here has no reader: then the tensor is only planned.
-        let opened = |file: u32| Some((file, readers[file as usize].clone()?));
+        // Adapters are small, and read in any order: they are here whenever the tensor is computed.
+        let opened = |file: u32| match &inputs[file as usize] {
+            Some(Input::Here(reader)) => Some((file, Arc::clone(reader))),
+            _ => None,
+        };
         let files = files.into_iter().filter_map(opened).collect();
         number += 1;
         adapted(base, change, dtype, elements, files, (task, number), desks)

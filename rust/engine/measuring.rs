@@ -28,7 +28,7 @@ pub fn measure(
     let results = plan.len() as u64 * (2 * 8 * measure.width() as u64 + KEPT_WITH);
     let find = |plan: &Plan, is_finite: bool| {
         let purpose = Purpose::Measured(measure, is_finite);
-        let (tasks, needs) = Merges::open_to(purpose, vec![plan], read)?;
+        let (tasks, needs) = Merges::open_to(purpose, vec![plan], read, None)?;
         let baseline = memory::resident() + results;
         let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline, 0)?;
         let backend = Simd(settings.level);

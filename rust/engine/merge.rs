@@ -6,19 +6,24 @@ use std::sync::Arc;
 use super::backend::Backend;
 use super::control::Control;
 use super::digest::{Digests, Observer};
-use super::files::{self, FileModes, Merges};
+use super::files::{FileModes, Merges};
 use super::journal::Journals;
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::{Report, Settings, run_planned};
 use crate::error::Result;
-use crate::io::{self, OutputFolder};
+use crate::io::{self, OutputFolder, Spool};
 use crate::plan::{InputFile, Plan};
 
-/// What is told of finished tensors.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Telling<'a> {
-    /// Told of each; without it there are no digests, and no journal.
+/// What there is beside a merge.
+#[derive(Debug)]
+pub(crate) struct Surroundings<'a> {
+    /// The most that was resident while the merge was planned, where that was the peak of the process.
+    pub(crate) planned: u64,
+    /// What files that are not here come by, and the bytes that those may take who fetch them.
+    pub(crate) spool: Option<Arc<Spool>>,
+    pub(crate) beside: u64,
+    /// Told of each tensor that is finished; without it there are no digests, and no journal.
     pub(crate) digests: Option<&'a Arc<Digests>>,
     /// Where an earlier run has told of them, and this one does.
     pub(crate) journals: Option<Journals<'a>>,
@@ -28,27 +33,29 @@ pub(crate) struct Telling<'a> {
 /// under partial names, into its folder. Also tells which files of each were written, and how they
 /// were left.
 ///
-/// Memory is shared out once, before any space is taken: what cannot fit is refused. `planned` is the
-/// most that was resident while the merge was planned, where that was the peak of the process.
+/// Memory is shared out once, before any space is taken: what cannot fit is refused.
 pub(crate) fn merge(
     backend: &dyn Backend,
     merges: &[(&Plan, OutputFolder)],
     modes: FileModes,
     settings: &Settings,
-    planned: u64,
-    telling: Telling<'_>,
+    around: Surroundings<'_>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
-    plans.first().map_or(Ok(()), |plan| check_placed(plan))?;
-    let (mut tasks, needs) = Merges::open(plans.clone(), modes.read)?;
+    let Surroundings { planned, spool, beside, digests, journals } = around;
+    if let Some(spool) = spool.clone() {
+        control.on_end(move || spool.stop());
+    }
+    let (mut tasks, needs) = Merges::open(plans.clone(), modes.read, spool)?;
+    tasks.check_readable()?;
     let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);
-    let memory = MemoryPlan::new(&needs, budget, workers, memory::resident(), planned)?;
+    let baseline = memory::resident() + beside;
+    let memory = MemoryPlan::new(&needs, budget, workers, baseline, planned)?;
     drop(needs);
-    let Telling { digests, journals } = telling;
     if let (Some(digests), Some(journals)) = (digests, journals) {
         tasks.resume(&folders, journals, digests, workers, control)?;
     }
@@ -62,28 +69,22 @@ pub(crate) fn merge(
     Ok((report, tasks.written()))
 }
 
-/// Fails if a file that is read is not here.
-fn check_placed(plan: &Plan) -> Result<()> {
-    let used = plan.files_of(plan.tensors());
-    let remote = used.into_iter().find_map(|file| plan.files[file].remote.as_ref());
-    remote.map_or(Ok(()), |remote| Err(files::not_here(remote)))
-}
-
-/// How `settings.memory` bytes would be shared out by merges that are made together; and whether an
-/// input is read more than once.
+/// How `memory` bytes would be shared out by merges that are made together, where `beside` bytes
+/// are for others; and whether an input is read more than once.
 pub(crate) fn predict(
     plans: &[&Plan],
     modes: FileModes,
     offload: Option<Offload>,
     memory: u64,
     workers: usize,
+    beside: u64,
 ) -> Result<(MemoryPlan, bool)> {
-    let (tasks, needs) = Merges::open(plans.to_vec(), modes.read)?;
+    let (tasks, needs) = Merges::open(plans.to_vec(), modes.read, None)?;
     drop(tasks);
     let needs = on(needs, offload);
     // Who runs them holds what is known of each tensor.
     let tensors = plans.first().map_or(0, |plan| plan.len());
-    let resident = memory::resident() + Digests::bytes(plans.len(), tensors);
+    let resident = memory::resident() + beside + Digests::bytes(plans.len(), tensors);
     let memory = MemoryPlan::new(&needs, memory, workers, resident, 0)?;
     Ok((memory, needs.iter().any(|(need, _)| !need.reads_once())))
 }

@@ -42,7 +42,7 @@ use std::thread;
 use std::time::Instant;
 
 #[cfg(feature = "python")]
-pub(crate) use merge::{Telling, merge, predict};
+pub(crate) use merge::{Surroundings, merge, predict};
 
 use active::{Active, Room, Stages};
 use backend::Backend;
@@ -302,8 +302,7 @@ impl Drop for Alarm<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             let error = Error::internal("the scheduler panicked");
-            self.0.lock().failure.get_or_insert(error);
-            self.0.changed.notify_all();
+            self.0.note(&mut self.0.lock(), Err(error));
         }
     }
 }
@@ -370,6 +369,8 @@ impl Schedule<'_> {
             return Next::Over;
         }
         while state.next_task < self.tasks.len() && self.is_done(state, state.next_task) {
+            let done = state.next_task..state.next_task + 1;
+            self.tasks.are_read(done, matches!(self.goal, Goal::Sweep));
             state.next_task += 1;
         }
         let has_room = state.active.len() + state.between_passes < self.under_way;
@@ -472,6 +473,7 @@ impl Schedule<'_> {
         tasks: Range<usize>,
     ) -> Result<Vec<(usize, Vec<f64>)>> {
         let gathered = self.tasks.gather(tasks.clone())?;
+        self.tasks.are_read(tasks.clone(), false);
         // Half is for their inputs and outputs, half for what one keeps between its passes: with all
         // of its keys at hand a selection is over in one pass, and needs no histogram. A device
         // always counts, so there it keeps none.
@@ -551,6 +553,7 @@ impl Schedule<'_> {
             }
             Ok(Err(numbers)) => {
                 drop(state);
+                self.tasks.are_read(index..index + 1, matches!(self.goal, Goal::Sweep));
                 let outcome = self.finish(index, task, &numbers);
                 state = self.lock();
                 state.between_passes -= 1;
@@ -584,6 +587,7 @@ impl Schedule<'_> {
         if let Err(error) = outcome {
             state.failure.get_or_insert(error);
             self.changed.notify_all();
+            self.control.end_waits();
         }
     }
 }

@@ -240,6 +240,14 @@ impl Task {
         !self.model_reductions().is_empty()
     }
 
+    /// The sources that it reads, whatever its numbers turn out to be.
+    pub(crate) fn inputs(&self) -> Vec<usize> {
+        match &self.work {
+            Work::Formulas(values) | Work::Numbers(values) => stage::inputs_of(values),
+            Work::Arrays(_) | Work::Identical => (0..self.sources.len()).collect(),
+        }
+    }
+
     pub(crate) fn model_reductions(&self) -> Vec<Arc<Reduction>> {
         stage::next_stage(self.work.values(), Scope::Model, &self.frame).reductions
     }
@@ -337,6 +345,11 @@ pub(crate) trait Tasks: Sync {
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
         let _ = (index, bytes);
         0
+    }
+
+    /// Tasks have read all that they read, in the sweep over the model or in the merge.
+    fn are_read(&self, tasks: Range<usize>, in_sweep: bool) {
+        let _ = (tasks, in_sweep);
     }
 
     /// Such neighbours, with their inputs read.

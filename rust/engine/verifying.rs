@@ -139,7 +139,8 @@ impl Sink for CheckingSink {
 /// The BLAKE3 hash of each tensor of `plan`, none of which is written.
 pub fn hash(plan: &Plan, settings: &Settings, control: &Control) -> Result<Vec<[u8; 32]>> {
     let digests = Arc::new(Digests::new(1, plan.len()));
-    let (mut tasks, needs) = Merges::open_to(Purpose::Checked(None), vec![plan], ReadPath::Auto)?;
+    let (mut tasks, needs) =
+        Merges::open_to(Purpose::Checked(None), vec![plan], ReadPath::Auto, None)?;
     tasks.observe(Arc::clone(&digests) as Arc<_>);
     let baseline = memory::resident() + KEPT * plan.len() as u64;
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline, 0)?;
@@ -164,7 +165,7 @@ pub fn compare(
 ) -> Result<BTreeMap<usize, Deviation>> {
     let against = Arc::new(Against::open(files, places, settings.level)?);
     let purpose = Purpose::Checked(Some(Arc::clone(&against)));
-    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto)?;
+    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, None)?;
     if part && tasks.needs_sweep() {
         let message = "the method needs sums over the whole model, which some tensors do not give";
         return Err(Error::plan(message).advice("compare all tensors: leave `--sample` out"));

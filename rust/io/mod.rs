@@ -29,6 +29,7 @@ mod positioned;
 mod residency;
 mod seams;
 mod shared_words;
+mod spool;
 mod volume;
 mod write_back;
 mod writer;
@@ -52,6 +53,7 @@ pub(crate) use journal::damaged;
 pub(crate) use positioned::read_exact_at;
 use residency::Residency;
 pub(crate) use shared_words::SharedWords;
+pub use spool::{Fetch, Needs, Spool};
 pub use volume::raise_open_file_limit;
 pub use writer::{DirectMode, ShardWriter};
 

@@ -12,13 +12,15 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::enter::take_part;
+use super::enter::{enter, take_part};
 use super::error::raise;
 use super::exported::{Array, Given, Held, export, export_all, may_wait};
 use super::formula::Raised;
 use super::plan::{Plan, parameters};
+use super::spool::Spool;
 use crate::dtype::DType;
 use crate::engine::arrays::{self, ArraySink, ArraySource, Many};
+use crate::engine::control::Control;
 use crate::engine::files;
 use crate::engine::source::{Nowhere, Sink, Source};
 use crate::engine::task::{Task, Work};
@@ -178,11 +180,17 @@ pub(super) struct OnDemand(files::OnDemand, Raised);
 
 #[pymethods]
 impl OnDemand {
-    /// Opens the inputs of a plan.
+    /// Opens the inputs of a plan; those that are not here are read from `spool`.
     #[new]
-    fn open(py: Python<'_>, plan: PyRef<'_, Plan>) -> PyResult<Self> {
+    #[pyo3(signature = (plan, spool=None))]
+    fn open(
+        py: Python<'_>,
+        plan: PyRef<'_, Plan>,
+        spool: Option<PyRef<'_, Spool>>,
+    ) -> PyResult<Self> {
         let table = plan.table();
-        let opened = py.detach(|| files::OnDemand::open(table, ReadPath::Auto));
+        let spool = spool.map(|spool| spool.shared());
+        let opened = py.detach(|| files::OnDemand::open(table, ReadPath::Auto, spool));
         let opened = opened.map_err(|error| raise(py, &error))?;
         Ok(Self(opened, plan.raised()))
     }
@@ -206,11 +214,19 @@ impl OnDemand {
         let task = self.0.task(index, Arc::new(sink(&out, true)));
         let task = self.1.or(task.map_err(|error| raise(py, &error)))?;
         let level = level(py)?;
-        // However little there is to read, a disk may take any time.
-        let run = take_part(py, false, |control| {
+        let work = |control: &Control| {
             arrays::run(task, level, threads, control)?;
             self.0.check_unchanged(index)
-        });
+        };
+        let run = match self.0.spool() {
+            // However little there is to read, a disk may take any time.
+            None => take_part(py, false, work),
+            // Who waits for a network does not look at signals meanwhile.
+            Some(spool) => enter(py, None, |control| {
+                control.on_end(move || spool.stop());
+                work(control)
+            }),
+        };
         drop(held);
         self.1.or(run)
     }

@@ -57,10 +57,10 @@ impl Digests {
     }
 
     /// Of the tensors at `indices`: whether an input has elements that are NaN or infinite. Reads
-    /// them.
-    fn have_odd_inputs(&self, py: Python<'_>, indices: Vec<usize>) -> PyResult<Vec<bool>> {
+    /// them; of those that are not here nothing is known.
+    fn have_odd_inputs(&self, py: Python<'_>, indices: Vec<usize>) -> PyResult<Vec<Option<bool>>> {
         enter(py, None, |control| {
-            let inputs = OnDemand::open(Arc::clone(&self.plan), ReadPath::Auto)?;
+            let inputs = OnDemand::open(Arc::clone(&self.plan), ReadPath::Auto, None)?;
             indices.iter().map(|&index| inputs.has_odd_input(index, control)).collect()
         })
     }

@@ -12,6 +12,7 @@ use super::enter::enter;
 use super::error::raise;
 use super::formula::Raised;
 use super::plan::Plan;
+use super::spool::Spool;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
@@ -20,7 +21,7 @@ use crate::engine::files::{self, FileModes};
 use crate::engine::journal::{self, JOURNAL_EVERY, Journals};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Settings, Telling, rehearsal};
+use crate::engine::{self, Settings, Surroundings, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -70,15 +71,17 @@ pub(super) fn check_unchanged(py: Python<'_>, files: &str) -> PyResult<()> {
 }
 
 /// How `memory` bytes would be shared out by merges that are made together: predicted peak, workers,
-/// bytes a worker; and whether an input is read more than once.
+/// bytes a worker; and whether an input is read more than once. So many bytes may be resident
+/// `beside`.
 #[pyfunction]
-#[pyo3(signature = (plans, memory, threads, device=None))]
+#[pyo3(signature = (plans, memory, threads, device=None, beside=0))]
 pub(super) fn predict<'py>(
     py: Python<'py>,
     plans: Vec<PyRef<'py, Plan>>,
     memory: u64,
     threads: Option<usize>,
     device: Option<Device<'py>>,
+    beside: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
     let offload = device.as_ref().map(Device::offload).transpose()?;
     let raised: Vec<Raised> = plans.iter().map(|plan| plan.raised()).collect();
@@ -86,7 +89,7 @@ pub(super) fn predict<'py>(
     let plan = || {
         let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
         let workers = worker_count(threads, plans.len());
-        engine::predict(&plans, FileModes::default(), offload, memory, workers)
+        engine::predict(&plans, FileModes::default(), offload, memory, workers, beside)
     };
     let planned = py.detach(plan).map_err(|error| raise(py, &error));
     let (planned, rereads) = first_raised(&raised, planned)?;
@@ -139,7 +142,8 @@ fn with_backend<R>(
 /// Executes merges of the same tensors, as pairs of a plan and a directory: reads the inputs once,
 /// and writes the shards of each, under partial names, into its directory: the one that is open as
 /// the descriptor in `descriptors`, if they are given. Tells which files it wrote; with `digests`, also
-/// what is known of the tensors of each.
+/// what is known of the tensors of each. Files that are not here come by `spool`; who fetches them may
+/// have `beside` bytes resident.
 ///
 /// With `keys`, one for each, it goes on with what interrupted runs with those keys have finished, and
 /// writes down what it finishes, `journal_every` so many seconds.
@@ -148,7 +152,7 @@ fn with_backend<R>(
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
                     largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
-                    digests=false, keys=None, journal_every=None))]
+                    digests=false, keys=None, journal_every=None, spool=None, beside=0))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -165,7 +169,10 @@ pub(super) fn execute<'py>(
     digests: bool,
     keys: Option<Vec<String>>,
     journal_every: Option<f64>,
+    spool: Option<PyRef<'py, Spool>>,
+    beside: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
+    let spool = spool.map(|spool| spool.shared());
     let read = match read_path {
         "auto" => ReadPath::Auto,
         "mapped" => ReadPath::Mapped,
@@ -203,8 +210,9 @@ pub(super) fn execute<'py>(
                 keys.as_ref().map(|keys| keys.iter().map(|key| &**key).collect());
             let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
             let journals = keys.as_ref().map(|keys| Journals { keys, every });
-            let telling = Telling { digests: digests.as_ref(), journals };
-            engine::merge(backend, &merges, modes, &settings, planned, telling, control)
+            let digests = digests.as_ref();
+            let around = Surroundings { planned, spool, beside, digests, journals };
+            engine::merge(backend, &merges, modes, &settings, around, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;

@@ -18,6 +18,7 @@ mod lend;
 mod measuring;
 mod merge;
 mod plan;
+mod spool;
 mod torch;
 
 use pyo3::prelude::*;
@@ -51,6 +52,8 @@ mod _core {
     };
     #[pymodule_export]
     use super::plan::Plan;
+    #[pymodule_export]
+    use super::spool::Spool;
 
     /// Version, build profile, SIMD level in use and levels of this CPU.
     #[pyfunction]

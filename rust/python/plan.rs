@@ -322,7 +322,9 @@ impl Plan {
     fn files_of_models(&self) -> Vec<Vec<usize>> {
         let mut files = vec![std::collections::BTreeSet::new(); self.0.models.len()];
         for source in self.0.tensors().flat_map(plan::Tensor::sources) {
+            let of_adapters = source.adapted.into_iter().flat_map(|adapted| adapted.files());
             files[source.model].insert(source.file);
+            files[source.model].extend(of_adapters.map(|file| file as usize));
         }
         files.into_iter().map(|files| files.into_iter().collect()).collect()
     }

@@ -11,5 +11,6 @@ mod journal;
 mod kernels;
 mod layout;
 mod methods;
+mod spool;
 mod token_rows;
 mod written;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from oxmerge import _core
@@ -11,6 +13,7 @@ from oxmerge.arrays.views import empty, kind_of
 from oxmerge.errors import PlanError
 from oxmerge.merging import prepare
 from oxmerge.models.fetching import fetch
+from oxmerge.models.streaming import DEFAULT_SPOOL, is_streamed, streamed
 from oxmerge.options import PlanOptions
 from oxmerge.problems import no_such_key
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from oxmerge.arrays.views import Framework, Kind
     from oxmerge.merging import Request
+    from oxmerge.models.streaming import Fetcher
     from oxmerge.planning.plans import Plan
     from oxmerge.problems import Problem
 
@@ -56,13 +60,23 @@ class LazyMerge(Mapping[str, Any]):
         tensor = self._plan.tensors[at]
         self._fetch(at)
         merged = empty(tensor.shape, tensor.dtype, self._kind)
-        self._engine.compute(at, merged.exporter, self._threads)
+        with self._streamed(at) as fetcher:
+            engine = self._engine if fetcher is None else _core.OnDemand(self._table, fetcher.spool)
+            engine.compute(at, merged.exporter, self._threads)
         return merged.array
+
+    def _streamed(self, at: int) -> Fetcher | nullcontext[None]:
+        """Return what fetches the inputs of a tensor that no cache takes."""
+        files = self._table.files
+        if all("remote" not in files[each] for each in self._table.files_of([at])):
+            return nullcontext()
+        return streamed([self._table], DEFAULT_SPOOL, tempfile.gettempdir(), at)
 
     def _fetch(self, at: int) -> None:
         """Download the files that a tensor is made of and that are not here."""
         files = self._table.files
-        absent = [files[each] for each in self._table.files_of([at]) if "remote" in files[each]]
+        used = [files[each] for each in self._table.files_of([at])]
+        absent = [each for each in used if "remote" in each and not is_streamed(each, stream=False)]
         if absent:
             self._table = self._table.placed(fetch(absent))
             self._engine = _core.OnDemand(self._table)

@@ -163,6 +163,17 @@ def add_plan_options(parser: Parser, *, recipe: bool = True) -> None:
         "--vram", type=size, metavar="SIZE", help="memory to use on each device (4GiB)"
     )
     parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="keep no weights that have to be fetched, but read them through a spool",
+    )
+    parser.add_argument(
+        "--spool",
+        type=size,
+        metavar="SIZE",
+        help="largest size of the spool, on the output's disk (20GB)",
+    )
+    parser.add_argument(
         "--seed", type=natural, metavar="N", help="of the random masks that some methods draw"
     )
     parser.add_argument(
@@ -265,6 +276,8 @@ def plan_options(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "device": options.device,
         "vram": options.vram,
+        "stream": options.stream or None,
+        "spool": options.spool,
         "seed": options.seed,
         "shard_size": options.shard_size,
         "allow_mismatch": options.allow_mismatch or None,

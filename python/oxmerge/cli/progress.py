@@ -155,6 +155,9 @@ def progress_line(
         f"{format_size(done)} of {format_size(total)}",
         "downloaded" if _is_fetching(snapshot) else "",
         format_rate(moved, seconds),
+        f"network {format_rate(snapshot.bytes_fetched, seconds)}"
+        if _is_streaming(snapshot)
+        else "",
         f"{'?' if left is None else format_duration(left)} left",
         f"peak {format_size(snapshot.peak_memory, binary=True)}",
     ]
@@ -169,6 +172,10 @@ def progress_line(
 def format_rate(size: int, seconds: float) -> str:
     """Return bytes by time as GB/s."""
     return f"{size / max(seconds, 1e-9) / 1e9:.2f} GB/s"
+
+
+def _is_streaming(snapshot: Snapshot) -> bool:
+    return snapshot.bytes_fetched > 0 and snapshot.bytes_to_fetch == 0
 
 
 def _is_fetching(snapshot: Snapshot) -> bool:

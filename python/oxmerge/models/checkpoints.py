@@ -15,9 +15,11 @@ from oxmerge.models.references import (
     Located,
     error_of,
     open_located,
+    remote_file,
     resolve_reference,
     split_adapters,
 )
+from oxmerge.models.streaming import is_streamed, read_whole
 from oxmerge.problems import Problem, no_such_key
 from oxmerge.schema import DTYPE_NAMES, DTYPE_SIZES
 
@@ -42,6 +44,8 @@ class OpenCheckpoint(Mapping[str, Any]):
     A file is mapped when a tensor of it is looked up first, which raises InputChangedError if it is
     not the file whose header was read. From then on it must stay as it is: arrays see what is
     written to it, and reading one past its new end kills the process.
+
+    Of a model in a store, a tensor is fetched each time it is looked up, into memory of its own.
 
     Attributes
     ----------
@@ -78,8 +82,8 @@ class OpenCheckpoint(Mapping[str, Any]):
         dtype = numpy_dtype(tensor.dtype)
         if count == 0:
             return np.empty(tensor.shape, dtype)
-        flat = np.frombuffer(self._map(tensor.file), dtype, count, tensor.start)
-        return flat.reshape(tensor.shape)
+        memory, start = self._bytes(tensor, count * dtype.itemsize)
+        return np.frombuffer(memory, dtype, count, start).reshape(tensor.shape)
 
     def _tensor(self, name: str) -> _core.TensorInfo:
         if name not in self._tensors:
@@ -104,9 +108,9 @@ class OpenCheckpoint(Mapping[str, Any]):
         dtype, size = getattr(torch, DTYPE_NAMES[tensor.dtype]), DTYPE_SIZES[tensor.dtype]
         if count == 0:
             return torch.empty(tensor.shape, dtype=dtype, device="cpu")
-        place = {"offset": tensor.start, "count": count * size}
-        flat = torch.frombuffer(self._map(tensor.file), dtype=torch.uint8, **place)
-        if tensor.start % size:  # torch wants elements where the processor does
+        memory, start = self._bytes(tensor, count * size)
+        flat = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=count * size)
+        if start % size:  # torch wants elements where the processor does
             flat = flat.clone()
         return flat.view(dtype).reshape(tensor.shape)
 
@@ -161,6 +165,14 @@ class OpenCheckpoint(Mapping[str, Any]):
         """Close it."""
         self.close()
 
+    def _bytes(self, tensor: _core.TensorInfo, size: int) -> tuple[Any, int]:
+        """Return memory that has a tensor, and where it begins there."""
+        file = self._files[tensor.file]
+        if not is_streamed(file, stream=False) or self._closed:
+            return self._map(tensor.file), tensor.start
+        memory = read_whole(remote_file(file), tensor.start, tensor.start + size)
+        return memory if self._kind == "torch" else memoryview(memory).toreadonly(), 0
+
     def _map(self, file: int) -> Any:
         if self._closed:
             raise ValueError(f"the checkpoint `{self.path}` is closed")
@@ -205,8 +217,9 @@ def open_checkpoint(path: str | os.PathLike[str], framework: Framework = "np") -
     Parameters
     ----------
     path : path
-        The file or directory; a name on the Hub, such as ``org/name@revision``; or one of these
-        with adapters, ``model+adapter``, whose changes are computed when a tensor is looked up.
+        The file or directory; a name on the Hub, such as ``org/name@revision``; an address in a
+        store, such as ``s3://bucket/model``; or one of these with adapters, ``model+adapter``,
+        whose changes are computed when a tensor is looked up.
     framework : {"np", "pt"}
         What the arrays are, as in safetensors: of NumPy, or of torch.
 

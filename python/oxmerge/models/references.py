@@ -1,8 +1,8 @@
 """Model references: how people name a model, and where that model lies.
 
-A reference is a path, or the name of a model on the Hub. One function resolves it, for recipes,
-`inspect`, `open` and `lazy`. A path wins when it is there; what else was looked at is said. What it
-resolves to is pinned: a model of the Hub is one commit from then on.
+A reference is a path, the name of a model on the Hub, or an address in a store. One function
+resolves it, for recipes, `inspect`, `open` and `lazy`. A path wins when it is there; what else was
+looked at is said. What it resolves to is pinned: a model of the Hub is one commit from then on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from types import MappingProxyType
 from urllib.parse import quote
 
 from oxmerge import _core
-from oxmerge.errors import CheckpointError, RemoteError, UnsupportedError
-from oxmerge.models import hub
+from oxmerge.errors import CheckpointError, InputChangedError, RemoteError, UnsupportedError
+from oxmerge.models import hub, stores
 from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
 from oxmerge.models.vocabularies import TOKENIZER_FILES, is_of_tokenizer
 from oxmerge.problems import UNSUPPORTED, Problem, near, printable
@@ -115,9 +115,12 @@ def parse_reference(text: str) -> str | Problem:
         return Problem("wrong-value", "an empty model reference", advice="name the model's folder")
     if os.path.exists(os.path.expanduser(text)):
         return text  # whatever letters it has
+    if stores.is_address(text):
+        return text
     if "://" in text and not text.startswith("hf://"):
-        message = f"not supported yet: a model in a store (`{text}`)"
-        return Problem(UNSUPPORTED, message, advice="download it, and name its folder")
+        message = f"not supported: such an address of a model (`{text}`)"
+        advice = "write s3://, gs://, https:// or hf://; or download it, and name its folder"
+        return Problem(UNSUPPORTED, message, advice=advice)
     return text
 
 
@@ -163,14 +166,17 @@ def split_adapters(
     return found[0][0], tuple(found[1:])
 
 
-def resolve_reference(reference: str, folders: tuple[str, ...]) -> Located | Problem:
+def resolve_reference(
+    reference: str, folders: tuple[str, ...]
+) -> Located | Problem:
     """Find the file or directory that a reference names.
 
     Parameters
     ----------
     reference : str
         As the recipe writes it: a path, where ``~`` is the home directory; or ``org/name``,
-        ``org/name@revision``, ``org/name/folder``, each also behind ``hf://``.
+        ``org/name@revision``, ``org/name/folder``, each also behind ``hf://``; or the address of a
+        folder or a file, ``s3://``, ``gs://`` or ``https://``.
     folders : tuple of str
         Where a relative path may start, in order: the working directory, the recipe's folder.
 
@@ -182,6 +188,8 @@ def resolve_reference(reference: str, folders: tuple[str, ...]) -> Located | Pro
     parsed = parse_reference(reference)
     if isinstance(parsed, Problem):
         return parsed
+    if stores.is_address(reference):
+        return _in_store(reference)
     places = _places(reference, folders)
     for place in filter(os.path.exists, places):
         return _local(place)
@@ -242,6 +250,23 @@ def error_of(problem: Problem) -> Exception:
         return FileNotFoundError(errno.ENOENT, str(problem))
     kind = UnsupportedError if problem.code == UNSUPPORTED else RemoteError
     return kind(problem.message, file=problem.file, found=problem.found, advice=problem.advice)
+
+
+def _in_store(address: str) -> Located | Problem:
+    """Fetch the small files that planning reads; tell which others are not here."""
+    try:
+        model = stores.find_model(address)
+        planned = {name: file for name, file in model.files.items() if _is_planned(name, "")}
+        stores.fetch_small(model.folder, planned)
+    except (RemoteError, InputChangedError) as error:
+        return error.as_problem("unreachable-model")
+    absent = {
+        name: file
+        for name, file in model.files.items()
+        if not os.path.isfile(os.path.join(model.folder, name))
+    }
+    path = os.path.join(model.folder, model.inside) if model.inside else model.folder
+    return Located(path, absent=MappingProxyType(absent))
 
 
 # The Hub.
@@ -383,6 +408,16 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
     RemoteError
         If one cannot be had.
     """
+    wanted_of_store = {
+        name: file
+        for name, file in located.absent.items()
+        if isinstance(file, stores.StoreFile) and is_wanted(name)
+    }
+    if wanted_of_store:
+        is_folder = os.path.isdir(located.path)
+        folder = located.path if is_folder else os.path.dirname(located.path)
+        stores.fetch_small(folder, wanted_of_store)
+        return []
     found = Commit.of_label(located.pinned or "") if located.by_name else None
     if found is None or located.warnings:  # which say so already
         return []
@@ -421,10 +456,13 @@ def remote_file(file: Mapping[str, object]) -> RemoteFile:
     """
     remote = file["remote"]
     label = str(remote["label"]) if isinstance(remote, Mapping) else ""
+    etag, size = str(remote["etag"]) if isinstance(remote, Mapping) else "", int(str(file["size"]))
+    if stores.is_address(label):
+        return stores.StoreFile(label, size, etag)
     found = Commit.of_label(label)
-    if found is None or not isinstance(remote, Mapping):
+    if found is None:
         raise RemoteError("the plan names a file that cannot be fetched", file=label)
-    return hub.file_of(*found, int(str(file["size"])), str(remote["etag"]))
+    return hub.file_of(*found, size, etag)
 
 
 # Headers.

@@ -18,7 +18,7 @@ from oxmerge.models.download import cause_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Iterator
     from typing import Any
 
 __all__ = ["HttpFile", "RemoteFile", "retried"]
@@ -79,6 +79,10 @@ class RemoteFile(Protocol):
         """
         ...
 
+    def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield what `read` returns piece by piece, as it comes: so none of it need be held."""
+        ...
+
 
 class _Now:
     """Where a file can be read at the moment, and what it was when it was first read."""
@@ -136,23 +140,31 @@ class HttpFile:
 
     def read(self, start: int, stop: int) -> bytes:
         """Return a range of its bytes; see `RemoteFile`."""
+        return b"".join(self.pieces(start, stop))
+
+    def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        """Yield a range of its bytes, piece by piece; see `RemoteFile`."""
         if not 0 <= start <= stop <= self.size:
             raise ValueError(f"no bytes {start} to {stop} of {self.size} (`{self.label}`)")
-        got = bytearray()
-        attempt = 0
-        while len(got) < stop - start:
-            had = len(got)
-            failure = self._ask(start + had, stop, got)
+        at, attempt = start, 0
+        while at < stop:
+            before, answer = at, self._ask(at, stop)
+            try:
+                while True:
+                    piece = next(answer)
+                    at += len(piece)
+                    yield piece
+            except StopIteration as end:
+                failure: _Failure | None = end.value
             if failure is None:
                 continue
-            attempt = 0 if len(got) - had >= _PROGRESS else attempt + 1
+            attempt = 0 if at - before >= _PROGRESS else attempt + 1
             if attempt == _ATTEMPTS or not failure.passes:
                 raise self._error(failure, start, stop)
             failure.wait(attempt)
-        return bytes(got)
 
-    def _ask(self, start: int, stop: int, got: bytearray) -> _Failure | None:
-        """Add what one request gives of a range; return why it did not give all."""
+    def _ask(self, start: int, stop: int) -> Generator[bytes, None, _Failure | None]:
+        """Yield what one request gives of a range; return why it did not give all."""
         address, headers, is_new = self._now.address(self.locate)
         asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         client = self.client()
@@ -166,7 +178,7 @@ class HttpFile:
                 self._check(answer, start, stop)
                 wanted = stop - start
                 for chunk in answer.iter_raw():
-                    got += chunk[:wanted]
+                    yield chunk[:wanted]
                     wanted -= len(chunk)
                     if wanted < 0:
                         return _Failure("more bytes came than were asked for", passes=False)

@@ -21,7 +21,7 @@ def outcome_of(
 ) -> tuple[list[Problem], list[Problem]]:
     """Return what stands against an output, and what is odd about it.
 
-    Inputs of tensors that have elements which are no numbers are read again.
+    Inputs of tensors that have elements which are no numbers are read again, if they are here.
 
     Parameters
     ----------
@@ -40,15 +40,20 @@ def outcome_of(
     warnings: list[Problem] = []
     found = digests.nonfinite()
     is_odd = digests.have_odd_inputs([index for index, *_ in found]) if found else []
-    made = [each for each, odd in zip(found, is_odd, strict=True) if not odd]
+    made = [each for each, odd in zip(found, is_odd, strict=True) if odd is False]
+    unknown = [each for each, odd in zip(found, is_odd, strict=True) if odd is None]
     inherited = [each for each, odd in zip(found, is_odd, strict=True) if odd]
-    if made:
-        what = "elements of the output are not finite, and all of the inputs are"
+    for each, what in (
+        (made, "elements of the output are not finite, and all of the inputs are"),
+        (unknown, "elements of the output are not finite, and the inputs are gone, as streamed"),
+    ):
+        if not each:
+            continue
         advice = (
             "look at the parameters of these tensors, or keep them so: `--allow-nonfinite`, "
             "`allow_nonfinite=True` in Python"
         )
-        (warnings if allow_nonfinite else problems).append(_nonfinite(plan, made, what, advice))
+        (warnings if allow_nonfinite else problems).append(_nonfinite(plan, each, what, advice))
     if inherited:
         what = "elements of the output are not finite, as some of the inputs are not"
         warnings.append(_nonfinite(plan, inherited, what, None))

@@ -38,6 +38,8 @@ class Prediction:
         Where it would compute.
     fastest : Choice
         The device that is expected to be the fastest, and why.
+    spool, fetched : int, optional
+        Bytes of the spool, and that are fetched through it at the most; None if nothing is.
     """
 
     memory: int
@@ -45,6 +47,8 @@ class Prediction:
     reread_bytes: int | None
     device: str
     fastest: Choice
+    spool: int | None = None
+    fetched: int | None = None
 
 
 def cost(plan: Plan) -> str:
@@ -83,7 +87,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             {"reference": model, "pinned": pin}
             for model, pin in zip(plan.models, plan.pinned, strict=True)
         ],
-        "bytes_to_fetch": _away(plan),
+        "bytes_to_fetch": _away(plan) if prediction.fetched is None else prediction.fetched,
+        "spool": prediction.spool,
         "source": plan.table.source,
         "cost": cost(plan),
         "tensors": len(plan.tensors),
@@ -124,7 +129,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"{' ' if at else 'commits':<10}{model}: {pin}"
     yield f"tensors   {len(plan.tensors)} in {files}"
     yield f"reads     {format_size(plan.bytes_read)}: {cost(plan)}"
-    if plan.absent:
+    if prediction.spool is not None and prediction.fetched is not None:
+        spool = f"a spool of {format_size(prediction.spool)}, of which nothing stays"
+        yield f"fetches   {format_size(prediction.fetched)} at the most, through {spool}"
+    elif plan.absent:
         where = "1 file" if len(plan.absent) == 1 else f"{len(plan.absent)} files"
         yield f"fetches   {format_size(_away(plan))} in {where}, which stay in the Hub's cache"
     yield f"writes    {format_size(plan.bytes_written)}"
@@ -134,7 +142,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"tokenizer built from several, in a process of its own that took {size}"
     yield f"threads   {prediction.threads}"
     yield f"device    {prediction.device}; the fastest should be {fastest}"
-    yield f"disk      {format_size(plan.disk)} needed"
+    yield f"disk      {format_size(plan.disk + (prediction.spool or 0))} needed"
     yield f"time      {_time(plan)}"
     yield from (f"note      {note}" for note in plan.notes)
     yield from (f"not copied  {name}" for name in plan.left_out)

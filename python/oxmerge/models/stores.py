@@ -1,0 +1,363 @@
+"""Models in object stores and on web servers: ``s3://``, ``gs://`` and ``https://`` addresses.
+
+The `obstore` library talks to them, and asks again for what passes; credentials and endpoints are
+those of the environment. It is imported here alone, and only when such a model is named. Stores
+list what they have; a web server is asked for the files that a model may have.
+
+Weights are not kept. The small files beside them are, in a folder of the user's cache that is
+called by what the store says of all files of the model: so they are never those of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
+from importlib.util import find_spec
+from urllib.parse import unquote, urlsplit
+
+from oxmerge.errors import InputChangedError, RemoteError
+from oxmerge.models.vocabularies import TOKENIZER_FILES
+from oxmerge.sizes import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from typing import Any
+
+    from obstore import GetOptions
+
+__all__ = ["StoreFile", "StoredModel", "fetch_small", "find_model", "is_address"]
+
+#: Seconds to wait for a connection, for a byte, and for one that is asked for again and again.
+_CONNECT, _PATIENCE, _LONGEST = 10, 30, 180
+#: Bytes of a piece.
+_PIECE = 1 << 20
+#: Files that are asked for at a time; files of a model's folder; bytes of a small file.
+_AT_ONCE = 8
+_MOST_FILES = 10_000
+_MOST_SMALL = 256 << 20
+_LISTING = ("s3", "s3a", "gs")
+_WEB = ("https", "http")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Files that a model on a web server may have beside its weights.
+_BESIDE = (
+    *TOKENIZER_FILES, "config.json", "generation_config.json", "README.md", "LICENSE",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+def is_address(reference: str) -> bool:
+    """Tell whether a reference is the address of a model in a store, or on a web server."""
+    scheme, separator, _ = reference.partition("://")
+    return bool(separator) and scheme in (*_LISTING, *_WEB)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFile:
+    """A `RemoteFile` in a store.
+
+    Attributes
+    ----------
+    label : str
+        Its address.
+    size : int
+        Bytes.
+    etag : str
+        What the store calls its content; if it has no name for that, when it was last changed.
+    sha256 : None
+        Stores do not tell it.
+    """
+
+    label: str
+    size: int
+    etag: str
+    sha256: str | None = field(default=None, init=False)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return a range of its bytes; see `RemoteFile`."""
+        return b"".join(self.pieces(start, stop))
+
+    def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        """Return a range of its bytes, piece by piece; see `RemoteFile`."""
+        if not 0 <= start <= stop <= self.size:
+            raise ValueError(f"no bytes {start} to {stop} of {self.size} (`{self.label}`)")
+        if start == stop:
+            return
+        import obstore  # noqa: PLC0415 - only when a store is asked
+
+        store, path = _store_of(self.label)
+        options: GetOptions = {"range": (start, stop)}
+        if self.etag.startswith('"'):  # no other can be asked for
+            options["if_match"] = self.etag
+        left = stop - start
+        with _told(self.label):
+            answer = obstore.get(store, path, options=options)
+            size, etag = answer.meta["size"], _etag_of(answer.meta)
+            if (size, etag) != (self.size, self.etag):
+                raise InputChangedError(
+                    _CHANGED,
+                    file=self.label,
+                    expected=f"{self.size} bytes, ETag {self.etag}",
+                    found=f"{size} bytes, ETag {etag}",
+                    advice=_AGAIN,
+                )
+            for piece in answer.stream(min_chunk_size=_PIECE):
+                left -= len(piece)
+                if left < 0:
+                    break
+                yield bytes(piece)
+        if left != 0:
+            raise RemoteError(
+                f"bytes {start} to {stop} did not come as they were asked for",
+                file=self.label,
+                found="more" if left < 0 else f"{left} bytes less",
+                advice="start again; if it stays so, tell those who run the server",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model in a store.
+
+    Attributes
+    ----------
+    folder : str
+        Where its small files are here.
+    inside : str
+        The file that was named, if it was not the whole folder.
+    files : mapping of str to StoreFile
+        Its files, by their names in its folder, with ``/``.
+    """
+
+    folder: str
+    inside: str
+    files: Mapping[str, StoreFile]
+
+
+def find_model(address: str) -> StoredModel:
+    """Return what a store has at an address, of a folder or of a file with weights.
+
+    Raises
+    ------
+    RemoteError
+        If there is no model, it cannot be had, or `obstore` is not installed.
+    """
+    if find_spec("obstore") is None:
+        raise RemoteError(
+            "to read from a store needs the `obstore` library",
+            file=address,
+            advice="install it: `pip install obstore`",
+        )
+    parts = urlsplit(address)
+    if parts.query or parts.fragment:
+        raise RemoteError(
+            "an address with a query is not supported: it may expire, and would be in the card",
+            file=address,
+            advice="name the folder or the file alone, with credentials in the environment",
+        )
+    whole = address.rstrip("/")
+    is_file = whole.endswith((".safetensors", ".index.json"))
+    folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
+    listed = _listed if parts.scheme in _LISTING else _asked_for
+    files = {name: file for name, file in listed(folder, inside).items() if _is_within(name)}
+    if not any(name.endswith(".safetensors") for name in files):
+        raise RemoteError(
+            "there is no model with safetensors files",
+            file=address,
+            found=", ".join(f"`{name}`" for name in sorted(files)[:_AT_ONCE]) or "no files",
+            advice="name the folder of a model, or a safetensors file",
+        )
+    told = [whole, [(name, file.size, file.etag) for name, file in sorted(files.items())]]
+    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return StoredModel(os.path.join(_cache(), name), inside, files)
+
+
+def fetch_small(folder: str, files: Mapping[str, StoreFile]) -> None:
+    """Fetch small files into a folder, unless they are there.
+
+    Raises
+    ------
+    RemoteError
+        If one cannot be had.
+    """
+    os.makedirs(folder, exist_ok=True)
+    lacking = {
+        path: file
+        for name, file in files.items()
+        if not os.path.isfile(path := os.path.join(folder, name))
+    }
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(_fetch, lacking, lacking.values()))
+
+
+def _fetch(path: str, file: StoreFile) -> None:
+    if file.size > _MOST_SMALL:
+        raise RemoteError(
+            "a file beside the weights is too large for what it should be",
+            file=file.label,
+            expected=f"at most {format_size(_MOST_SMALL, binary=True)}",
+            found=format_size(file.size, binary=True),
+            advice="copy the model without it",
+        )
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".oxmerge-", delete=False) as part:
+        try:
+            for piece in file.pieces(0, file.size):
+                part.write(piece)
+            part.close()
+            os.replace(part.name, path)
+        except BaseException:
+            os.unlink(part.name)
+            raise
+
+
+def _cache() -> str:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "oxmerge", "stores")
+
+
+def _is_within(name: str) -> bool:
+    is_plain = not {"", ".", ".."} & set(name.split("/"))
+    return is_plain and "\\" not in name and "\0" not in name
+
+
+# What there is.
+
+
+def _listed(folder: str, _: str) -> dict[str, StoreFile]:
+    """Return the files of a folder, as the store lists them."""
+    import obstore  # noqa: PLC0415 - only when a store is asked
+
+    store, prefix = _store_of(folder)
+    files: dict[str, StoreFile] = {}
+    with _told(folder):
+        for chunk in obstore.list(store, prefix or None):
+            for meta in chunk:
+                name = meta["path"].removeprefix(prefix).lstrip("/")
+                files[name] = StoreFile(f"{folder}/{name}", meta["size"], _etag_of(meta))
+            if len(files) > _MOST_FILES:
+                raise RemoteError(
+                    "too many files for a model",
+                    file=folder,
+                    expected=f"at most {_MOST_FILES}",
+                    advice="name the folder of one model",
+                )
+    return files
+
+
+def _asked_for(folder: str, inside: str) -> dict[str, StoreFile]:
+    """Return those files that a model may have which a web server has."""
+    first = [inside] if inside else [_INDEX, _WEIGHTS]
+    files = _heads(folder, [*first, *_BESIDE])
+    index = next((name for name in first if name in files and name.endswith(".json")), None)
+    if index is None:
+        return files
+    try:
+        text = files[index].read(0, min(files[index].size, _MOST_SMALL))
+        shards = set(json.loads(text)["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return files  # what is wrong with it is told when it is opened
+    wanted = [name for name in shards if isinstance(name, str) and _is_within(name)]
+    return files | _heads(folder, wanted[:_MOST_FILES])
+
+
+def _heads(folder: str, names: Iterable[str]) -> dict[str, StoreFile]:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = pool.map(lambda name: _head(f"{folder}/{name}"), wanted := list(names))
+        return {name: file for name, file in zip(wanted, found, strict=True) if file is not None}
+
+
+def _head(address: str) -> StoreFile | None:
+    import obstore  # noqa: PLC0415 - only when a store is asked
+
+    store, path = _store_of(address)
+    try:
+        with _told(address):
+            meta = obstore.head(store, path)
+    except InputChangedError:
+        return None
+    return StoreFile(address, meta["size"], _etag_of(meta))
+
+
+def _etag_of(meta: Mapping[str, Any]) -> str:
+    return str(meta["e_tag"] or meta["last_modified"])
+
+
+def _store_of(address: str) -> tuple[Any, str]:
+    """Return the store that an address is in, and the path there."""
+    parts = urlsplit(address)
+    path = parts.path.strip("/")
+    return _open(parts.scheme, parts.netloc), path if parts.scheme in _LISTING else unquote(path)
+
+
+@lru_cache(maxsize=16)
+def _open(scheme: str, netloc: str) -> Any:  # noqa: ANN401 - of obstore
+    from obstore.store import from_url  # noqa: PLC0415 - only when a store is asked
+
+    # Who names an address without TLS, or sets such an endpoint, means it.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    plain = scheme == "http" or (scheme in {"s3", "s3a"} and endpoint.startswith("http://"))
+    asked = os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
+    root = f"{scheme}://{netloc}"
+    with _told(root):
+        return from_url(
+            root,
+            client_options={
+                "connect_timeout": timedelta(seconds=_CONNECT),
+                "read_timeout": timedelta(seconds=_PATIENCE),
+                "timeout": timedelta(hours=1),  # of a whole range, on however slow a line
+                "allow_http": plain or asked,
+            },
+            retry_config={"retry_timeout": timedelta(seconds=_LONGEST)},
+        )
+
+
+# What goes wrong.
+
+_CHANGED = "the file changed after it was first read"
+_AGAIN = "start again: a new plan takes the file as it is now"
+_NETWORK = "check the address, the network and the endpoint, and start again"
+_CREDENTIALS = (
+    "check the credentials in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS "
+    "and so on) and what they may read"
+)
+#: What errors of the library are called, and what to do.
+_ADVICE = {
+    "PermissionDeniedError": _CREDENTIALS,
+    "UnauthenticatedError": _CREDENTIALS,
+    "NotSupportedError": "a server that sends no ranges cannot be read: download the model",
+    "UnknownConfigurationKeyError": "check the environment",
+    "InvalidPathError": "check the address",
+}
+
+
+@contextmanager
+def _told(address: str) -> Iterator[None]:
+    """Have errors of the library raised as those of oxmerge."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputChangedError(_CHANGED, file=address, found="no file", advice=_AGAIN) from None
+    except Exception as error:
+        if not type(error).__module__.startswith("obstore"):
+            raise
+        kind = type(error).__name__
+        if kind == "PreconditionError":
+            raise InputChangedError(_CHANGED, file=address, advice=_AGAIN) from None
+        found = str(error).partition("\n")[0].strip()[:300]
+        raise RemoteError(
+            "the store cannot be read",
+            file=address,
+            found=found,
+            advice=_ADVICE.get(kind, _NETWORK),
+        ) from None

@@ -1,0 +1,518 @@
+"""Models in stores and on web servers, and weights that are not kept: real servers, on loopback.
+
+The bytes of a merge are those of the local one, whatever the server does on the way; or the error
+says what it did, and nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import oxmerge
+import pytest
+from hub_server import faulty
+from oxmerge import InputChangedError, PlanError, RemoteError
+from oxmerge.cli import main
+from oxmerge.demo_hub import Handler, HubServer, Model, serving
+from oxmerge.models import hub, references, stores
+from range_server import Fault, RangeServer, serve
+from writers import Shapes, random_arrays, tuned, write_model, write_recipe, write_sparse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from oxmerge.merging import Snapshot
+
+KIB = 1 << 10
+LAYERS = 12
+SHAPES: Shapes = {
+    "model.embed_tokens.weight": (640, 256),
+    **{
+        f"model.layers.{layer}.{name}.weight": shape
+        for layer in range(LAYERS)
+        for name, shape in {"mlp.up_proj": (512, 256), "input_layernorm": (256,)}.items()
+    },
+    "model.norm.weight": (256,),
+    "lm_head.weight": (640, 256),
+}
+#: Less than half of a model, and more than the largest tensor of two.
+SPOOL = 1536 * KIB
+CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "vocab_size": 640}
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"each": {"weight": 0.5}},
+    "ties": {"base": True, "each": {"weight": 1, "density": 0.5}},
+    "metagpt": {"base": True},  # which looks at the whole model first
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and a fine-tune of it, whose tensors lie in another order."""
+    folder = tmp_path_factory.mktemp("models")
+    base = random_arrays(SHAPES, 0)
+    write_model(folder / "base", base, "BF16", CONFIG)
+    write_model(folder / "tuned", dict(sorted(tuned(base, 1).items())), "BF16", CONFIG)
+    (folder / "base" / "LICENSE").write_text("free")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and stores that are not asked for long."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(stores, "_LONGEST", 1)
+    stores._open.cache_clear()
+    return folder
+
+
+def recipe(path: Path, root: Path | str, method: str = "linear") -> Path:
+    """Write a recipe of both models, which lie below `root`."""
+    options = dict(METHODS[method])
+    each, base = options.get("each"), f"{root}/base" if options.get("base") else None
+    listed = [f"{root}/tuned"] if base else [f"{root}/base", f"{root}/tuned"]
+    return write_recipe(path / f"{method}.yml", method, listed, base=base, each=each)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Return the files that do not say where the inputs were."""
+    told = ("README.md", "oxmerge_recipe.yml", "oxmerge_report.json", "oxmerge.json")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in told}
+
+
+@pytest.fixture(scope="session")
+def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What merging the models by their paths gives, by method."""
+    folder = tmp_path_factory.mktemp("expected")
+    for method in METHODS:
+        oxmerge.merge(recipe(folder, models, method), folder / method)
+    return {method: weights(folder / method) for method in METHODS}
+
+
+# What a merge of models elsewhere is.
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spool", [SPOOL, "20GB"])
+def test_bytes_are_those_of_a_local_merge(
+    models: Path, expected: dict[str, Any], tmp_path: Path, method: str, spool: int | str
+) -> None:
+    with serve(models) as server:
+        plan = oxmerge.plan(recipe(tmp_path, server.address, method), spool=spool)
+        planned = server.bytes_sent()
+        assert planned <= 2 * (128 << 10)  # the headers
+        report = oxmerge.merge(plan, tmp_path / "out", spool=spool, threads=3)
+        fetched = server.bytes_sent() - planned
+    assert weights(tmp_path / "out") == expected[method]
+    assert report.predicted_memory <= report.memory
+    told = plan.with_options({"spool": spool}).as_dict()
+    once = plan.bytes_read  # as each method reads all of its inputs
+    if spool == "20GB":
+        assert fetched == told["bytes_to_fetch"] == once
+    else:  # extents that tensors share which are merged far from each other come twice
+        often = 2 if method == "metagpt" else 1
+        assert once <= fetched <= told["bytes_to_fetch"] <= 1.05 * often * once
+    assert told["spool"] <= SPOOL or spool == "20GB"
+    assert told["disk"] == plan.disk  # the output alone, which the summary adds the spool to
+    assert "spool" in str(plan)
+
+
+def test_a_tied_head_is_fetched_once(models: Path, tmp_path: Path) -> None:
+    tied = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
+    for name, seed in (("base", 3), ("tuned", 4)):
+        config = {**CONFIG, "tie_word_embeddings": True}
+        write_model(tmp_path / name, random_arrays(tied, seed), "BF16", config)
+    oxmerge.merge(recipe(tmp_path, tmp_path), tmp_path / "local")
+    with serve(tmp_path) as server:
+        plan = oxmerge.plan(recipe(tmp_path, server.address))
+        before = server.bytes_sent()
+        oxmerge.merge(plan, tmp_path / "out", spool=SPOOL)
+        assert server.bytes_sent() - before == plan.bytes_read
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+
+
+def test_a_model_of_which_nothing_counts_is_not_fetched(models: Path, tmp_path: Path) -> None:
+    with serve(models) as server:
+        text = f"""
+            merge_method: linear
+            models:
+            - {{model: {server.address}/base, parameters: {{weight: 1}}}}
+            - {{model: {server.address}/tuned, parameters: {{weight: 0}}}}
+            parameters: {{normalize: false}}
+        """
+        oxmerge.merge(text, tmp_path / "out", spool=SPOOL)
+        asked = [span for _, path, span in server.asked if path == "/tuned/model.safetensors"]
+    assert len([span for span in asked if span is not None]) == 1  # its header
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch"])
+def test_a_sweep_fetches_once_for_all(
+    models: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {"models[tuned].parameters.weight": "0.2,0.9"}
+    oxmerge.sweep(recipe(tmp_path, models), tmp_path / "local{n}", axes)
+    with serve(models) as server:
+        path = recipe(tmp_path, server.address)
+        reports = oxmerge.sweep(path, tmp_path / "out{n}", axes, spool=SPOOL, device=device)
+        headers = sum(span == (0, 128 << 10) for _, _, span in server.asked)
+        fetched = server.bytes_sent() - headers * (128 << 10)
+        assert fetched <= 1.05 * reports[0].input_bytes
+    for n in range(2):
+        assert weights(tmp_path / f"out{n}") == weights(tmp_path / f"local{n}")
+
+
+def test_a_saved_plan_is_run_later(models: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    with serve(models) as server:
+        oxmerge.plan(recipe(tmp_path, server.address)).save(tmp_path / "plan.json")
+        oxmerge.merge(tmp_path / "plan.json", tmp_path / "out", spool=SPOOL)
+        assert weights(tmp_path / "out") == expected["linear"]
+        assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+        (models / "tuned" / "model.safetensors").touch()  # which gives it another ETag
+        with pytest.raises(InputChangedError, match="changed after it was first read") as caught:
+            oxmerge.merge(tmp_path / "plan.json", tmp_path / "late", spool=SPOOL)
+    assert str(caught.value.file) == f"{server.address}/tuned/model.safetensors"
+    assert not (tmp_path / "late").exists()
+
+
+def test_arrays_are_fetched_when_they_are_touched(models: Path, tmp_path: Path) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    size = 2 * 512 * 256
+    with serve(models) as server:
+        with oxmerge.open(f"{server.address}/base") as away, oxmerge.open(models / "base") as here:
+            before = server.bytes_sent()
+            array = away[name]
+            assert server.bytes_sent() - before == size
+            assert np.array_equal(array.view(np.uint16), here[name].view(np.uint16))
+            assert not array.flags.writeable
+        with oxmerge.open(f"{server.address}/base/model.safetensors", framework="pt") as away:
+            assert away[name].shape == (512, 256)
+        with pytest.raises(ValueError, match="is closed"):
+            away[name]
+        lazy = oxmerge.lazy(recipe(tmp_path, server.address, "ties"))
+        before = server.bytes_sent()
+        array = lazy[name]
+        assert server.bytes_sent() - before == 2 * size
+        local = oxmerge.lazy(recipe(tmp_path, models, "ties"))
+        assert np.array_equal(array.view(np.uint16), local[name].view(np.uint16))
+
+
+def test_the_command_shows_the_networks_rate(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Snapshot] = []
+    with serve(models, lambda *_: time.sleep(0.02)) as server:
+        path = recipe(tmp_path, server.address)
+        oxmerge.merge(path, tmp_path / "out", spool=SPOOL, progress=seen.append)
+        assert main(["inspect", f"{server.address}/base", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["files"]
+        assert main(["plan", str(path), "--spool", "100kB"]) == 1
+    assert "--spool" in capsys.readouterr().err
+    from oxmerge.cli.progress import progress_line
+
+    assert seen[-1].bytes_fetched > 0
+    assert "  network 0.00 GB/s" in progress_line(seen[-1], 100.0)
+
+
+def test_what_is_too_small_is_refused_with_what_would_do(models: Path, tmp_path: Path) -> None:
+    with serve(models) as server:
+        path = recipe(tmp_path, server.address)
+        with pytest.raises(PlanError, match="the spool is too small") as caught:
+            oxmerge.merge(path, tmp_path / "out", spool=300_000)
+        assert not (tmp_path / "out").exists()
+        enough = str(caught.value.expected).removeprefix("at least ").replace(" ", "")
+        assert f"--spool {enough}" in str(caught.value.advice)
+        oxmerge.merge(path, tmp_path / "out", spool=enough)
+    with pytest.raises(ValueError, match="more than nothing"):
+        oxmerge.merge(path, tmp_path / "other", spool=0)
+
+
+# Servers that fail.
+
+
+def only_ranges(fault: str | int, share: float = 1.0) -> Fault:
+    """Return what answers requests for weights so, but for headers: all, or a share of them."""
+    generator = random.Random(0)
+
+    def choose(path: str, span: tuple[int, int] | None, _: int) -> str | int | None:
+        is_weights = path.endswith(".safetensors") and span is not None and span[0] > 0
+        return fault if is_weights and generator.random() < share else None
+
+    return choose
+
+
+@pytest.mark.parametrize("fault", ["reset", "short", 429, 503, 500])
+def test_what_passes_is_asked_for_again(
+    models: Path, expected: dict[str, Any], tmp_path: Path, fault: str | int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(stores, "_LONGEST", 60)
+    with serve(models, only_ranges(fault, 0.4)) as server:
+        oxmerge.merge(recipe(tmp_path, server.address), tmp_path / "out", spool=SPOOL)
+    assert weights(tmp_path / "out") == expected["linear"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "said"),
+    [
+        ("long", RemoteError, "did not come as they were asked for"),
+        ("other", RemoteError, "got"),
+        ("whole", RemoteError, "Range request not supported"),
+        ("changed", InputChangedError, "changed after it was first read"),
+        (404, InputChangedError, "changed after it was first read"),
+        (403, RemoteError, "credentials"),
+        (503, RemoteError, "503"),
+        ("reset", RemoteError, "body error"),
+    ],
+)
+def test_what_does_not_is_told_and_leaves_nothing(
+    models: Path, tmp_path: Path, fault: str | int, kind: type[Exception], said: str
+) -> None:
+    with serve(models, only_ranges(fault)) as server, pytest.raises(kind) as caught:
+        oxmerge.merge(recipe(tmp_path, server.address), tmp_path / "out", spool=SPOOL)
+    assert said in str(caught.value)
+    assert server.address in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_references_that_lead_nowhere_are_problems_of_the_report(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(models) as server:
+        base = server.address
+        text = f"merge_method: linear\nmodels:\n- model: {base}/none\n- model: {base}/base?a=b"
+        with pytest.raises(PlanError) as caught:
+            oxmerge.plan(text)
+        codes = [problem.code for problem in caught.value.problems]
+        assert codes.count("unreachable-model") == 2
+        assert "no model with safetensors files" in str(caught.value)
+        assert "with a query" in str(caught.value)
+        with monkeypatch.context() as patch:
+            patch.setattr(stores, "find_spec", lambda _: None)
+            with pytest.raises(RemoteError, match="pip install obstore"):
+                oxmerge.open(f"{base}/base")
+    with pytest.raises(RemoteError, match="cannot be read"):
+        oxmerge.open("http://127.0.0.1:9/model")
+
+
+def test_names_that_lead_out_of_the_folder_are_passed_over(models: Path, tmp_path: Path) -> None:
+    for name in ("../evil", "/etc/passwd", "a/../../b", "a//b", "a\\b", "a\0b", ""):
+        assert not stores._is_within(name)
+    index = {"weight_map": {"x": "../../base/model.safetensors"}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with serve(tmp_path) as server, pytest.raises(RemoteError, match="no model with safetensors"):
+        oxmerge.open(f"{server.address}/model")
+    assert all("evil" not in path and ".." not in path for _, path, _ in server.asked)
+
+
+# Ends of a run.
+
+
+def run(path: Path, out: Path) -> subprocess.Popen[bytes]:
+    arguments = ("merge", path, out, "--spool", SPOOL)
+    command = [sys.executable, "-m", "oxmerge", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def until_asked(server: RangeServer) -> None:
+    """Wait until weights are asked for."""
+    deadline = time.monotonic() + 30
+    while not any(span and span[0] for _, _, span in server.asked):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_while_it_waits_leaves_no_spool(
+    models: Path, expected: dict[str, Any], tmp_path: Path, sent: signal.Signals
+) -> None:
+    stalls = True
+
+    def stall(path: str, span: tuple[int, int] | None, _: int) -> None:
+        while stalls and span is not None and span[0] > 0:
+            time.sleep(0.05)
+
+    with serve(models, stall) as server:
+        path = recipe(tmp_path, server.address)
+        with run(path, tmp_path / "out") as process:
+            until_asked(server)
+            process.send_signal(sent)
+            process.communicate(timeout=20)
+        expected_code = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[sent]
+        assert process.returncode == expected_code
+        left = list((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+        assert not any("spool" in each.name for each in left)
+        assert sent == signal.SIGKILL or not left
+        stalls = False
+        oxmerge.merge(path, tmp_path / "out", spool=SPOOL)
+    assert weights(tmp_path / "out") == expected["linear"]
+
+
+def test_what_a_callback_raises_ends_the_run(models: Path, tmp_path: Path) -> None:
+    def stop(_: object) -> None:
+        raise RuntimeError("enough")
+
+    with serve(models, lambda *_: time.sleep(0.1)) as server:
+        path = recipe(tmp_path, server.address)
+        with pytest.raises(RuntimeError, match="enough"):
+            oxmerge.merge(path, tmp_path / "out", spool=SPOOL, progress=stop)
+    assert not (tmp_path / "out").exists()
+
+
+# Stores.
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of a real S3 server."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: str, models: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket with the models, and the environment of its users."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with closing(urllib.request.urlopen(urllib.request.Request(f"{s3}/bucket", method="PUT"))):
+        for path in filter(Path.is_file, models.rglob("*")):
+            put(f"some models/{path.relative_to(models)}", path.read_bytes())
+    return "s3://bucket/some models"
+
+
+def put(path: str, content: bytes) -> None:
+    import obstore
+
+    obstore.put(stores._open("s3", "bucket"), path, content)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_from_s3(
+    bucket: str, models: Path, expected: dict[str, Any], tmp_path: Path, cache: Path, method: str
+) -> None:
+    path = recipe(tmp_path, bucket, method)
+    arguments = ["merge", path, tmp_path / "out", "--spool", SPOOL, "--quiet"]
+    assert main(list(map(str, arguments))) == 0
+    assert weights(tmp_path / "out") == expected[method]
+    assert not list(cache.rglob("*.safetensors"))
+    manifest = json.loads((tmp_path / "out" / "oxmerge.json").read_text())
+    assert all(model["files"][0]["etag"] for model in manifest["inputs"])
+
+
+def test_an_object_that_changes_is_refused(bucket: str, models: Path, tmp_path: Path) -> None:
+    plan = oxmerge.plan(recipe(tmp_path, bucket))
+    changed = bytearray((models / "tuned" / "model.safetensors").read_bytes())
+    changed[-1] ^= 1
+    put("some models/tuned/model.safetensors", bytes(changed))
+    with pytest.raises(InputChangedError, match=r"tuned/model\.safetensors"):
+        oxmerge.merge(plan, tmp_path / "out", spool=SPOOL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bucket_that_is_not_there(bucket: str) -> None:
+    with pytest.raises(RemoteError, match=r"NoSuchBucket|404"):
+        oxmerge.open("s3://nobody/model")
+    with pytest.raises(RemoteError, match="no model with safetensors"):
+        oxmerge.open("s3://bucket/nothing")
+
+
+# The Hub.
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of someone who may ask the Hub."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub, "_listed", {})
+    references._starts.cache_clear()
+    return tmp_path / "hf"
+
+
+def on_hub(models: Path) -> HubServer:
+    return HubServer(
+        {f"org/{name}": Model.of_folder(str(models / name)) for name in ("base", "tuned")}
+    )
+
+
+def test_weights_of_the_hub_are_not_kept(
+    models: Path, expected: dict[str, Any], tmp_path: Path, home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    with serving(on_hub(models)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        path = recipe(tmp_path, "org")
+        oxmerge.merge(path, tmp_path / "out", stream=True, spool=SPOOL)
+    assert weights(tmp_path / "out") == expected["linear"]
+    assert not list(home.rglob("*.safetensors"))
+
+
+def test_other_bytes_than_the_hub_told_of_are_noticed(
+    models: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def one_range(request: Handler) -> str | None:
+        nonlocal asked
+        asked += request.path.startswith("/store/") and "base" in request.path
+        return "other" if asked == 2 else None  # the first range behind the header
+
+    with serving(on_hub(models), faulty(one_range)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        with pytest.raises(InputChangedError, match="not the one that the server told of"):
+            oxmerge.merge(recipe(tmp_path, "org"), tmp_path / "out", stream=True)
+    assert not (tmp_path / "out").exists()
+
+
+# Memory.
+
+CHILD = """
+import json, sys
+import oxmerge
+recipe, directory, spool, memory = sys.argv[1:]
+report = oxmerge.merge(recipe, directory, spool=int(spool), memory=int(memory))
+with open("/proc/self/status") as lines:
+    peak = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+print(json.dumps({**report.as_dict(), "measured": peak}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_streaming_stays_within_the_budget(tmp_path: Path, method: str) -> None:
+    shapes: Shapes = {f"model.layers.{at}.weight": (4096, 4096) for at in range(10)}
+    for name in ("base", "tuned"):  # 336 MB each
+        write_sparse(tmp_path / name / "model.safetensors", shapes)
+    memory = 160 << 20
+    with serve(tmp_path) as server:
+        path = recipe(tmp_path, server.address, method)
+        arguments = (path, tmp_path / "out", 150_000_000, memory)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, *map(str, arguments)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["measured"] <= memory
+    assert report["predicted_memory"] <= memory
+    assert report["measured"] <= 1.05 * report["predicted_memory"]
+    assert os.stat(tmp_path / "out" / "model.safetensors").st_size > 300_000_000

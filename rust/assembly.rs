@@ -362,19 +362,7 @@ impl Assembly {
                     && adapted[0].is_none()
                     && !has_parameters
                     && rows[0].is_none();
-            // What is adapted comes in the type that all of the tensor is computed in.
-            let double = self.builder.plan().in_f64
-                || dtype == DType::F64
-                || sources.iter().any(|source| source.dtype == DType::F64);
-            let types: Vec<DType> = sources
-                .iter()
-                .zip(&adapted)
-                .map(|(source, adapted)| match adapted {
-                    None => source.dtype,
-                    Some(_) if double => DType::F64,
-                    Some(_) => DType::F32,
-                })
-                .collect();
+            let types = self.types(dtype, &sources, &adapted);
             let files = &self.files;
             let parts: Vec<Part> = models
                 .iter()
@@ -412,6 +400,18 @@ impl Assembly {
             }
         }
         Ok(())
+    }
+
+    /// The types that the sources of a tensor of type `dtype` come in: what is adapted in that which
+    /// all of the tensor is computed in.
+    fn types(&self, dtype: DType, sources: &[Tensor<'_>], adapted: &[Option<u32>]) -> Vec<DType> {
+        let is_double = self.builder.plan().in_f64
+            || dtype == DType::F64
+            || sources.iter().any(|source| source.dtype == DType::F64);
+        let computed = if is_double { DType::F64 } else { DType::F32 };
+        let each = sources.iter().zip(adapted);
+        each.map(|(source, adapted)| if adapted.is_some() { computed } else { source.dtype })
+            .collect()
     }
 
     /// The number of what an adapter makes of a tensor of a model, if one does.

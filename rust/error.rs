@@ -31,6 +31,8 @@ pub enum ErrorKind {
     Device,
     /// An input changed while the run was reading it.
     Changed,
+    /// The output cannot be written where it was asked to go.
+    Output,
     /// The caller asked to stop.
     Interrupted,
     /// The engine broke a promise of its own: a bug.

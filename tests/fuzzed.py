@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,17 +27,22 @@ _RECIPE = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {
 
 def _model(folder: Path) -> None:
     """Write a model of two layers, if it is not there."""
-    if folder.exists():
+    names = ("embed_tokens", "layers.0.up", "layers.1.up", "norm")
+    _weights(folder / "model.safetensors", {f"model.{name}.weight": [2] for name in names})
+
+
+def _weights(file: Path, shapes: dict[str, list[int]]) -> None:
+    """Write tensors of zeros, if the file is not there."""
+    if file.exists():
         return
-    folder.mkdir()
+    file.parent.mkdir(exist_ok=True)
     entries, end = {}, 0
-    for name in ("embed_tokens", "layers.0.up", "layers.1.up", "norm"):
-        span = [end, end + 8]
-        entries[f"model.{name}.weight"] = {"dtype": "F32", "shape": [2], "data_offsets": span}
-        end += 8
+    for name, shape in shapes.items():
+        span = [end, end + 4 * prod(shape)]
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": span}
+        end = span[1]
     header = json.dumps(entries).encode()
-    file = len(header).to_bytes(8, "little") + header + bytes(end)
-    (folder / "model.safetensors").write_bytes(file)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
 
 
 def recipe(folder: Path, data: bytes) -> None:
@@ -58,6 +64,22 @@ def config(folder: Path, data: bytes) -> None:
     oxmerge.plan(_RECIPE)
 
 
+def adapter(folder: Path, data: bytes) -> None:
+    """Plan a model with an adapter of this config."""
+    modules = [f"model.layers.{at}.up" for at in (0, 1)]
+    pairs = {"lora_A.weight": [2, 3], "lora_B.weight": [4, 2]}
+    factors = {
+        f"base_model.model.{module}.{name}": shape
+        for module in modules
+        for name, shape in pairs.items()
+    }
+    _weights(folder / "m" / "model.safetensors", {f"{module}.weight": [4, 3] for module in modules})
+    _weights(folder / "l" / "adapter_model.safetensors", factors)
+    (folder / "l" / "adapter_config.json").write_bytes(data)
+    os.chdir(folder)
+    oxmerge.plan("merge_method: passthrough\nmodels: [{model: m+l}]\n")
+
+
 def plan(folder: Path, data: bytes) -> None:
     """Load a saved plan, and explain it."""
     (folder / "plan.json").write_bytes(data)
@@ -67,7 +89,7 @@ def plan(folder: Path, data: bytes) -> None:
 
 #: The targets by name. Each gets a folder that it may write to, and may raise what oxmerge raises.
 TARGETS: dict[str, Callable[[Path, bytes], None]] = {
-    "recipe": recipe, "config": config, "plan": plan,
+    "recipe": recipe, "config": config, "plan": plan, "adapter": adapter,
 }  # fmt: skip
 
 
@@ -75,6 +97,7 @@ def main() -> None:
     """Fuzz the target that is the first argument."""
     import atheris
 
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what is no path may be a name there
     target, kept = TARGETS[sys.argv[1]], Path(__file__).parent / "fuzz" / "corpus" / sys.argv.pop(1)
     here = os.getcwd()
 

@@ -205,8 +205,9 @@ def bound(config: dict[str, Any], *tensors: Any) -> float:
 
     Factors are drawn so that no product is larger than a few times the largest number there is.
     """
-    rank = max(config["r"], 8)
-    return 4 * (rank + 8) * F32 * max(1.0, *(each.abs().max().item() for each in tensors))
+    rank: int = max(config["r"], 8)
+    largest = max(float(each.abs().max()) for each in tensors)
+    return 4 * (rank + 8) * F32 * max(1.0, largest)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -227,6 +228,29 @@ def test_a_variant_is_what_peft_makes_of_it(name: str, place: Path) -> None:
         assert ((half[key].double() - expected).abs() <= expected.abs() * BF16 + off).all(), key
         changed += not torch.equal(expected, was)
     assert changed > 0
+
+
+def test_adapters_as_one_adapter(place: Path) -> None:
+    """PEFT loads the sum of two, of other ranks and modules, and it does what both do."""
+    model = base(place, llama)
+    patterns = {"layers.1.self_attn.q_proj": 3}
+    config = targets(*LINEAR, lora_alpha=6, rank_pattern=patterns)
+    one = train(place, llama, "sum-one", **config)
+    two = train(place, llama, "sum-two", **targets("q_proj", r=2, use_rslora=True))
+    oxmerge.join_adapters(place / "sum", [one, f"{two}=-0.5"])
+    together = fuse(f"{model}+{place / 'sum'}", "float32")
+    apart = fuse(f"{model}+{one}+{two}=-0.5", "float32")
+    exact = read(merged_by_peft(place, llama, place / "sum", torch.float64))
+    for name in exact:
+        off = bound({"r": 6}, exact[name])
+        assert (together[name].double() - exact[name]).abs().max() <= off, name
+        assert (together[name] - apart[name]).abs().max() <= 2 * off, name
+    dora = train(place, llama, "sum-dora", **targets("q_proj", use_dora=True))
+    with pytest.raises(oxmerge.UnsupportedError, match="more than pairs of factors"):
+        oxmerge.join_adapters(place / "no-sum", [one, dora])
+    assert not (place / "no-sum").exists()
+    with pytest.raises(FileExistsError):
+        oxmerge.join_adapters(place / "sum", [one])
 
 
 def test_transformers_loads_a_fused_model(place: Path) -> None:

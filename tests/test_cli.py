@@ -211,12 +211,22 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 # Arguments.
 
+#: What is passed on of options that were not given.
+SWITCHES = {
+    "overwrite": False,
+    "read_path": "auto",
+    "resume": True,
+    "fresh": False,
+    "digests": True,
+    "hash_inputs": False,
+    "allow_nonfinite": False,
+}
+
 
 def test_merge_passes_on_only_what_was_given(run: Any) -> None:
     engine = FakeEngine()
     assert run("merge", "r.yml", "out", engine=engine)[0] == 0
-    options = {"strict": False, "overwrite": False, "read_path": "auto"}
-    assert engine.calls == [("merge", ("r.yml", "out"), options)]
+    assert engine.calls == [("merge", ("r.yml", "out"), {"strict": False, **SWITCHES})]
 
 
 def test_merge_passes_on_everything(run: Any) -> None:
@@ -231,9 +241,10 @@ def test_merge_passes_on_everything(run: Any) -> None:
         "vram": 3 << 30,
         "seed": 7,
         "shard_size": 5_000_000_000,
-        "overwrite": True,
         "strict": True,
         "allow_mismatch": True,
+        **SWITCHES,
+        "overwrite": True,
         "read_path": "mapped",
     }
 
@@ -244,7 +255,7 @@ def test_sweep_passes_on_its_axes(run: Any) -> None:
     code, _, err = run("sweep", "r.yml", "out/{t}", *places, "--together", engine=engine)
     assert code == 0
     axes = {"parameters.t": "0.1,0.9", "models[0].parameters.weight": "1:2:2"}
-    options = {"together": True, "strict": False, "overwrite": False, "read_path": "auto"}
+    options = {"together": True, "strict": False, **SWITCHES}
     assert engine.calls == [("sweep", ("r.yml", "out/{t}", axes), options)]
     assert err == (
         "warning: odd\n"

@@ -232,3 +232,16 @@ def test_the_demo_ends_with_commands_that_work(tmp_path: Path) -> None:
             subprocess.run(shown, cwd=tmp_path, shell=True, capture_output=True, check=True)
         assert demo() == commands
     assert len(list((tmp_path / "my demo/swept").iterdir())) == 3
+
+
+def test_the_demo_of_the_hub_needs_nothing_but_itself(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "oxmerge", "demo", "--kind", "hub", "--directory", "d"]
+    for _ in range(2):  # again in the same place
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "serving them as `demo/base` and `demo/tuned` from http://127.0.0.1:" in done.stderr
+        assert "commits   demo/base: demo/base@" in done.stderr
+        assert "for the merge it sent 107 MB, kept in `d/hub-cache`" in done.stderr
+    assert (tmp_path / "d" / "merged" / "model.safetensors").stat().st_size > 50_000_000
+    done = subprocess.run([*command, "--size", "7b"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "ask for `--size tiny` or `1b`" in done.stderr

@@ -6,9 +6,13 @@ import hashlib
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+import threading
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge import RemoteError, _core
 from oxmerge.cli import main
+from oxmerge.cli.progress import PlainProgress, progress_line
 from oxmerge.demo_hub import Handler, HubServer, Model, serving
+from oxmerge.merging import Snapshot
 from oxmerge.models import hub, references, remote
 from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
 from oxmerge.models.references import Located, resolve_reference
@@ -126,7 +132,7 @@ def local(models: Path, recipe: str = RECIPE) -> str:
 
 def weights(folder: Path) -> dict[str, bytes]:
     """Return what does not say which models were merged."""
-    told = ("README.md", "oxmerge_recipe.yml", "oxmerge_report.json")
+    told = ("README.md", "oxmerge.json", "oxmerge_recipe.yml", "oxmerge_report.json")
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if name not in told}
 
@@ -153,6 +159,9 @@ def test_a_merge_by_name_is_the_local_merge(
     assert [note for note in report.notes if "@" in note] == [
         f"`org/one` is `{pins[0]}`", f"`org/two@v1` is `{pins[1]}`",
     ]  # fmt: skip
+    inputs = json.loads(Path("out/oxmerge.json").read_text())["inputs"]
+    assert [each["pinned"] for each in inputs] == pins
+    assert all(file["sha256"] for each in inputs for file in each["files"][:2])
     card = Path("out/README.md").read_text()
     assert all(f"that is `{pin}`" in card and f" was {pin}" in card for pin in pins)
     assert f"# org/one was {pins[0]}\n" in Path("out/oxmerge_recipe.yml").read_text()
@@ -172,6 +181,7 @@ def test_a_merge_by_name_is_the_local_merge(
     assert len(server.asked) == before
 
 
+@pytest.mark.slow
 def test_a_name_takes_no_memory_of_the_merge(
     the_hub: Hub, served: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -185,6 +195,7 @@ def test_a_name_takes_no_memory_of_the_merge(
     assert "% " in done.stderr or "note: `org/one` is `org/one@" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_fetches_once(the_hub: Hub, served: dict[str, Model]) -> None:
     server = the_hub.start(served)
     oxmerge.sweep(RECIPE, "out/{weight}", {"models[0].parameters.weight": [0.1, 0.5, 0.9]})
@@ -193,6 +204,7 @@ def test_a_sweep_fetches_once(the_hub: Hub, served: dict[str, Model]) -> None:
     assert len(set(large)) == 4
 
 
+@pytest.mark.slow
 def test_what_is_opened_is_fetched_when_touched(
     the_hub: Hub, models: Path, served: dict[str, Model]
 ) -> None:
@@ -230,6 +242,28 @@ def test_only_files_that_are_read_are_fetched(the_hub: Hub, served: dict[str, Mo
     assert len(list(the_hub.home.rglob("*.safetensors"))) == 1
 
 
+def test_models_by_name_are_compared_and_checked(
+    the_hub: Hub, served: dict[str, Model], models: Path
+) -> None:
+    the_hub.start(served)
+    assert oxmerge.check("org/one", quick=True).tensors == len(SHAPES)
+    assert not list(Path(cache_folder()).rglob("*.safetensors"))
+    found, local = (
+        oxmerge.diff("org/one", "org/two@v1"),
+        oxmerge.diff(models / "one", models / "two"),
+    )
+    assert found.total == local.total
+    assert found.total.changed > 0
+    assert oxmerge.check("org/one").errors == oxmerge.check(models / "one").errors
+
+
+def test_an_output_is_verified_with_inputs_by_name(the_hub: Hub, served: dict[str, Model]) -> None:
+    the_hub.start(served)
+    oxmerge.merge(RECIPE, "out")
+    shutil.rmtree(the_hub.home)
+    assert oxmerge.verify("out", recompute=True).is_equal
+
+
 def test_inspect_tells_of_a_name(
     the_hub: Hub, served: dict[str, Model], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +276,51 @@ def test_inspect_tells_of_a_name(
     lines = capsys.readouterr().out.splitlines()
     assert f"on the Hub  {told['pinned']}/onnx, 1 file with 4.21 kB not downloaded" in lines
     assert main(["inspect", "org/one/onnx/model.safetensors"]) == 0
-    assert server.sent < 30_000
+    ranges = [wanted for _, path, wanted in server.asked if path.startswith("/store/")]
+    assert len(ranges) == 3
+    assert all(wanted.startswith("bytes=0-") for wanted in ranges)
+
+
+def test_an_adapter_by_its_name(
+    the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["mlp"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {"lora_A": (2, 32), "lora_B": (96, 2)}
+    names = (f"base_model.model.model.layers.{at}.mlp.{part}" for at in range(4) for part in shapes)
+    factors = {f"{name}.weight": shapes[name[-6:]] for name in names}
+    write_file(folder / "adapter_model.safetensors", random_arrays(factors, 3), "F32")
+    the_hub.start({**served, "org/adapter": Model.of_folder(str(folder))})
+    recipe = passthrough("org/one+org/adapter@main")
+    plan = oxmerge.plan(recipe)
+    pins = [f"org/one@{served['org/one'].commit}", "org/adapter@"]
+    assert (plan.pinned[0] or "").startswith("+".join(pins))
+    oxmerge.merge(plan, "out")
+    oxmerge.merge(passthrough(f"{models / 'one'}+{folder}"), tmp_path / "local")
+    assert weights(Path("out")) == weights(tmp_path / "local")
+
+
+def test_the_bar_tells_of_downloads_first() -> None:
+    snapshot = Snapshot(
+        0, 9 * 10**9, 0, 0, "org/one@c/model.safetensors", 1 << 27, 10**9, 4 * 10**9
+    )
+    assert progress_line(snapshot, 10.0, 30.0) == (
+        " 25%  1 GB of 4 GB  downloaded  0.10 GB/s  30.0 s left  peak 128 MiB"
+        "  org/one@c/model.safetensors"
+    )
+    told: list[str] = []
+    times = iter((0.0, 1.0, 11.0, 12.0, 18.0))
+    show = PlainProgress(told.append, lambda: next(times))
+    show(snapshot)
+    show(snapshot)
+    show(Snapshot(10**9, 9 * 10**9, 0, 1, "x", 1 << 27, 4 * 10**9, 4 * 10**9))
+    show(Snapshot(2 * 10**9, 9 * 10**9, 0, 1, "x", 1 << 27, 4 * 10**9, 4 * 10**9))
+    assert [line.split("  ")[:4] for line in told] == [
+        [" 25%", "1 GB of 4 GB", "downloaded", "0.10 GB/s"],
+        [" 22%", "2 GB of 9 GB", "0.33 GB/s", "21.0 s left"],  # since the last byte came
+    ]
 
 
 # Names.
@@ -329,6 +407,15 @@ def test_revisions(the_hub: Hub, models: Path) -> None:
     recipe = "merge_method: passthrough\nmodels: [{{model: {{path: org/one, revision: {}}}}}]\n"
     the_hub._patch.delenv("HF_HUB_OFFLINE")
     assert oxmerge.plan(recipe.format("feature/x")).models == ("org/one@feature%2Fx",)
+
+
+def test_a_name_stays_what_the_cache_has(the_hub: Hub, models: Path) -> None:
+    first = Model.of_folder(str(models / "one"))
+    the_hub.start({"org/one": first})
+    oxmerge.plan(passthrough("org/one"))  # whose weights are not here
+    the_hub.start({"org/one": Model(first.files, "9" * 40), "org/x": first})
+    assert oxmerge.plan(passthrough("org/one")).pinned == (f"org/one@{first.commit}",)
+    assert oxmerge.plan(passthrough("org/one@" + "9" * 40)).pinned == ("org/one@" + "9" * 40,)
 
 
 # The cache, without the library.
@@ -439,6 +526,7 @@ def test_what_may_lack_beside_the_weights_is_told(without_library: Hub, models: 
     assert "may lack files beside the weights" in str(plan.warnings[0])
 
 
+@pytest.mark.slow
 def test_a_partial_snapshot_is_completed(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -592,6 +680,7 @@ def test_what_the_hub_refuses(
     assert advice in (problem.advice or "")
 
 
+@pytest.mark.slow
 def test_a_token_opens_what_is_private(
     the_hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -620,9 +709,41 @@ def test_the_hub_limits_or_fails(the_hub: Hub, served: dict[str, Model]) -> None
     the_hub.start(served, faulty(fault))
     assert isinstance(resolve_reference("org/one", ()), Located)
     assert sum(counts.values()) == 0
+    # What names a commit is not asked again for another.
     the_hub.start(served, faulty(lambda _: "429"))
     problem = refusal(passthrough("org/two"))
     assert "limits how often it may be asked" in problem.message
+
+
+def test_the_hub_limits_downloads(the_hub: Hub, served: dict[str, Model]) -> None:
+    left = [3]
+
+    def fault(request: Any) -> str | None:
+        if "config.json" in request.path and left[0]:
+            left[0] -= 1
+            return "429"
+        return None
+
+    the_hub.start(served, faulty(fault))
+    assert isinstance(resolve_reference("org/one", ()), Located)
+    assert left == [0]
+
+
+def test_large_files_beside_the_weights_are_left_out(
+    the_hub: Hub, served: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_hub.start(served)
+    monkeypatch.setattr(hub, "MOST_SMALL", 3)
+    problem = refusal(passthrough("org/one"))
+    assert "too large for what it should be" in problem.message
+    monkeypatch.setattr(hub, "MOST_SMALL", 10_000)
+    oxmerge.plan(passthrough("org/one"))
+    monkeypatch.setattr(hub, "MOST_SMALL", 3)
+    for file in the_hub.home.rglob("LICENSE"):
+        file.unlink()
+    (warning,) = oxmerge.plan(passthrough("org/one")).warnings
+    assert "the output will lack it" in warning.message
+    assert (warning.file or "").endswith("/LICENSE")
 
 
 def test_nobody_there(the_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,6 +799,7 @@ def leftovers(hub: Hub) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_other_bytes_are_not_taken(the_hub: Hub, served: dict[str, Model]) -> None:
     def fault(request: Any) -> str | None:
         is_whole = "Range" not in request.headers and "model-00002" in request.path
@@ -694,6 +816,7 @@ def test_other_bytes_are_not_taken(the_hub: Hub, served: dict[str, Model]) -> No
     assert any("model-00002" in path for _, path, _ in server.asked)
 
 
+@pytest.mark.slow
 def test_downloads_go_on_after_faults(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -713,6 +836,7 @@ def test_downloads_go_on_after_faults(
     assert weights(Path("out")) == weights(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_leaves_nothing_unfinished(
     the_hub: Hub, served: dict[str, Model]
 ) -> None:
@@ -746,6 +870,45 @@ def test_an_interrupted_download_leaves_nothing_unfinished(
     assert leftovers(the_hub) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_downloads_end_with_the_merge(
+    number: signal.Signals, the_hub: Hub, served: dict[str, Model]
+) -> None:
+    waits, ended = threading.Event(), threading.Event()
+
+    class Endless(Handler):
+        def send_bytes(self, file: Any, start: int, stop: int) -> None:
+            if "Range" in self.headers or not self.path.startswith("/store/"):
+                super().send_bytes(file, start, stop)
+                return
+            super().send_bytes(file, start, (start + stop) // 2)
+            self.wfile.flush()
+            waits.set()
+            with suppress(OSError):
+                self.rfile.read(1)  # until the client goes away
+            ended.set()
+            self.close_connection = True
+
+    the_hub.start(served, Endless)
+    Path("r.yml").write_text(RECIPE)
+    command = [sys.executable, "-m", "oxmerge", "merge", "r.yml", "out"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as merge:
+        has_begun = waits.wait(30)
+        merge.send_signal(number if has_begun else signal.SIGKILL)
+        _, said = merge.communicate(timeout=30)
+    assert has_begun, said
+    assert merge.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert ended.wait(30)
+    until = time.monotonic() + 30
+    while list(the_hub.home.rglob("*.incomplete")) and time.monotonic() < until:
+        time.sleep(0.01)  # the program that downloaded still cleans up
+    assert leftovers(the_hub) == []
+    if number != signal.SIGKILL:
+        assert not Path("out").exists()
+
+
+@pytest.mark.slow
 def test_names_of_files_that_lead_elsewhere(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
 ) -> None:
@@ -794,3 +957,30 @@ def test_a_file_that_is_not_here_is_not_read(the_hub: Hub, served: dict[str, Mod
     places = {file["remote"]["label"]: __file__ for file in plan.absent}
     with pytest.raises(oxmerge.InputChangedError, match="another than the one that was planned"):
         plan.table.placed(places)
+
+
+# Adapters.
+
+
+def test_an_adapter_by_name(the_hub: Hub, models: Path, tmp_path: Path) -> None:
+    """Its config is fetched for the plan, its weights for the merge, both as a model's are."""
+    adapter, module = tmp_path / "adapter", "model.layers.2.mlp"
+    adapter.mkdir()
+    shapes = {"A.weight": (2, 32), "B.weight": (96, 2)}
+    factors = {f"base_model.model.{module}.lora_{name}": shape for name, shape in shapes.items()}
+    write_file(adapter / "adapter_model.safetensors", random_arrays(factors, 5))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "target_modules": ["layers.2.mlp"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    served = {name: Model.of_folder(str(models / name[4:])) for name in ("org/one",)}
+    the_hub.start(served | {"me/lora": Model.of_folder(str(adapter), revisions=("v2",))})
+    plan = oxmerge.plan(
+        {"merge_method": "passthrough", "models": [{"model": "org/one+me/lora@v2"}]}
+    )
+    assert not any(file.stat().st_size > 5000 for file in the_hub.home.rglob("*.safetensors"))
+    oxmerge.merge(plan, tmp_path / "by-name")
+    oxmerge.fuse(models / "one", tmp_path / "by-path", [adapter])
+    ours, theirs = (weights(tmp_path / name) for name in ("by-name", "by-path"))
+    assert ours["model.safetensors"] == theirs["model.safetensors"]
+    the_hub.offline()
+    oxmerge.fuse("org/one", tmp_path / "again", ["me/lora@v2"])
+    assert weights(tmp_path / "again")["model.safetensors"] == ours["model.safetensors"]

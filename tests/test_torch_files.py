@@ -141,6 +141,32 @@ def test_a_merge_gives_what_it_gives_of_safetensors(tmp_path: Path, method: str)
     assert equal(merged(tmp_path / "m", method, ("safetensors", *kinds[1:])), expected)
 
 
+def test_an_adapter_of_torch_on_a_model_of_torch(tmp_path: Path) -> None:
+    lead = "base_model.model.model.layers.0.part3"
+    adapter = {f"{lead}.lora_A.weight": torch.randn(2, 8),
+               f"{lead}.lora_B.weight": torch.randn(8, 2),
+               "base_model.model.lm_head.lora_A.weight": torch.randn(2, 8),
+               "base_model.model.lm_head.lora_B.weight": torch.randn(32, 2)}  # fmt: skip
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["part3", "lm_head"]}
+    made = {}
+    for kind in ("safetensors", "one file"):
+        folder = save(tmp_path / kind, model(0), kind)
+        on = tmp_path / f"on {kind}"
+        on.mkdir()
+        (on / "adapter_config.json").write_text(json.dumps(said))
+        if kind == "safetensors":
+            save_file(adapter, on / "adapter_model.safetensors")
+        else:
+            torch.save(adapter, on / "adapter_model.bin")
+        oxmerge.merge(
+            {"merge_method": "passthrough", "models": [{"model": f"{folder}+{on}"}]},
+            tmp_path / f"{kind} out",
+        )
+        made[kind] = load_file(tmp_path / f"{kind} out" / "model.safetensors")
+    assert "lm_head.weight" in made["safetensors"]
+    assert equal(made["one file"], made["safetensors"])
+
+
 def test_every_verb_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (save(tmp_path / name, model(at), "shards") for at, name in enumerate("ab"))
     recipe = write_recipe(tmp_path / "r.yml", "linear", [a, b / "pytorch_model.bin.index.json"],

@@ -27,17 +27,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oxmerge import formula as formula
     from oxmerge import kernels as kernels
+    from oxmerge.adapter_sums import join_adapters as join_adapters
     from oxmerge.arrays.in_memory import merge_tensors as merge_tensors
     from oxmerge.arrays.lazily import LazyMerge as LazyMerge
     from oxmerge.arrays.lazily import lazy as lazy
     from oxmerge.arrays.saving import save as save
     from oxmerge.arrays.state_dicts import merge_state_dicts as merge_state_dicts
+    from oxmerge.checking.differences import diff as diff
+    from oxmerge.checking.soundness import check as check
+    from oxmerge.checking.verification import verify as verify
     from oxmerge.fusing import fuse as fuse
     from oxmerge.merging import MergeReport as MergeReport
     from oxmerge.merging import merge as merge
     from oxmerge.merging import plan as plan
     from oxmerge.models.checkpoints import OpenCheckpoint as OpenCheckpoint
     from oxmerge.models.checkpoints import open_checkpoint as open  # noqa: A004
+    from oxmerge.output.publish import clean as clean
     from oxmerge.planning.plan_files import load_plan as load_plan
     from oxmerge.planning.plans import Plan as Plan
     from oxmerge.problems import Problem as Problem
@@ -67,8 +72,12 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "build_info",
+    "check",
+    "clean",
+    "diff",
     "formula",
     "fuse",
+    "join_adapters",
     "kernels",
     "lazy",
     "load_plan",
@@ -82,6 +91,7 @@ __all__ = [
     "save",
     "shared",
     "sweep",
+    "verify",
 ]
 
 
@@ -109,7 +119,11 @@ _LAZY = {
     "Plan": ("oxmerge.planning.plans", "Plan"),
     "Problem": ("oxmerge.problems", "Problem"),
     "Recipe": ("oxmerge.recipe.recipe", "Recipe"),
+    "check": ("oxmerge.checking.soundness", "check"),
+    "clean": ("oxmerge.output.publish", "clean"),
+    "diff": ("oxmerge.checking.differences", "diff"),
     "fuse": ("oxmerge.fusing", "fuse"),
+    "join_adapters": ("oxmerge.adapter_sums", "join_adapters"),
     "lazy": ("oxmerge.arrays.lazily", "lazy"),
     "load_plan": ("oxmerge.planning.plan_files", "load_plan"),
     "merge": ("oxmerge.merging", "merge"),
@@ -122,6 +136,7 @@ _LAZY = {
     "save": ("oxmerge.arrays.saving", "save"),
     "shared": ("oxmerge.python_methods", "shared"),
     "sweep": ("oxmerge.sweeping", "sweep"),
+    "verify": ("oxmerge.checking.verification", "verify"),
 }
 
 #: Modules that are part of the interface.

@@ -19,13 +19,18 @@ __all__ = [
     "TokenRows",
     "build_info",
     "check_unchanged",
+    "compare_outputs",
     "compare_vocabularies",
     "execute",
     "fill_array",
     "fill_arrays",
     "find_token",
+    "hash_tensors",
     "index_json",
     "is_remote",
+    "journal_key",
+    "largest_token",
+    "measure",
     "merge_arrays",
     "methods",
     "modifiers",
@@ -253,6 +258,7 @@ class Digests:
 
 def build_info() -> dict[str, Any]: ...
 def find_token(files: Sequence[str], token: str) -> int | None: ...
+def largest_token(files: Sequence[str]) -> int | None: ...
 def tokens_of(files: Sequence[str], ids: Sequence[int]) -> dict[int, str]: ...
 def weight_files(path: str | os.PathLike[str], absent: Sequence[_Absent]) -> list[str]: ...
 def open_checkpoint(
@@ -268,6 +274,7 @@ def peak_memory() -> int: ...
 def partial_name(file_name: str) -> str: ...
 def check_unchanged(files: str) -> None: ...
 def is_remote(path: str | os.PathLike[str]) -> bool: ...
+def journal_key(descriptor: int, path: str | os.PathLike[str]) -> str | None: ...
 def predict(
     plans: Sequence[Plan],
     memory: int,
@@ -291,7 +298,35 @@ def execute(
     digests: bool = False,
     spool: Spool | None = None,
     beside: int = 0,
+    keys: Sequence[str | None] | None = None,
+    journal_every: float | None = None,
 ) -> dict[str, Any]: ...
+def hash_tensors(
+    checkpoint: Checkpoint,
+    tensors: Sequence[int],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> bytes: ...
+def compare_outputs(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> list[tuple[int, int, int, bytes, bytes]]: ...
+def measure(
+    measure: str,
+    columns: Sequence[tuple[str, Checkpoint]],
+    rows: Sequence[Sequence[int | None]],
+    *,
+    memory: int,
+    threads: int | None = None,
+    progress: Callable[[int, int, int, str, int], None] | None = None,
+) -> bytes: ...
 def merge_arrays(
     method: str | _Written,
     inputs: Sequence[_Array],

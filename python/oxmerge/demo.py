@@ -45,7 +45,9 @@ _BASE_SPREAD = 0.02
 TUNING_SPREAD = 0.001
 _ALIGNMENT = 8
 #: What a demo's folder may hold: its models, its recipe, and what it merged.
-_OURS = re.compile(r"demo-base|demo-tuned(-\d+)?|demo-adapter|recipe\.yml|merged|swept")
+_OURS = re.compile(
+    r"demo-base|demo-tuned(-\d+)?|demo-adapter|recipe\.yml|merged|swept|hub\.yml|hub-cache"
+)
 _RECIPE = """\
 # More of the fine-tuned model from the first layer to the last.
 merge_method: slerp

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -27,7 +28,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Handler", "HubServer", "Model", "serving"]
+__all__ = ["HUB_CACHE", "HUB_RECIPE", "Handler", "HubServer", "Model", "hub_of", "serving"]
+
+#: What is beside the demo's models: a recipe that names them as the Hub does, and a cache.
+HUB_RECIPE, HUB_CACHE = "hub.yml", "hub-cache"
+_RECIPE = """\
+merge_method: slerp
+base_model: demo/base
+models:
+  - model: demo/base
+  - model: demo/tuned@v1
+parameters:
+  t: [0.2, 0.8]
+dtype: bfloat16
+"""
 
 #: Files of so many bytes are large ones, which the Hub keeps elsewhere.
 _LARGE = 100_000
@@ -301,3 +315,42 @@ def serving(hub: HubServer, handler: type[Handler] = Handler) -> Iterator[HubSer
         for server in servers:
             server.shutdown()
             server.server_close()
+
+
+@contextmanager
+def hub_of(folder: str, base: str, tuned: str) -> Iterator[tuple[HubServer, str]]:
+    """Have a server in place of the Hub, with two models, and an empty cache.
+
+    Parameters
+    ----------
+    folder : str
+        Where the recipe and the cache go.
+    base, tuned : str
+        The folders of the models.
+
+    Yields
+    ------
+    HubServer
+        The server.
+    str
+        The path of the recipe.
+    """
+    cache, recipe = os.path.join(folder, HUB_CACHE), os.path.join(folder, HUB_RECIPE)
+    shutil.rmtree(cache, ignore_errors=True)
+    with open(recipe, "w", encoding="utf-8") as file:
+        file.write(_RECIPE)
+    models = {
+        "demo/base": Model.of_folder(base),
+        "demo/tuned": Model.of_folder(tuned, revisions=("main", "v1")),
+    }
+    ours = ("HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    before = {name: os.environ.pop(name, None) for name in ours}
+    try:
+        with serving(HubServer(models)) as hub:
+            os.environ.update(HF_ENDPOINT=hub.address, HF_HUB_CACHE=cache)
+            yield hub, recipe
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

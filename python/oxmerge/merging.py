@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 from oxmerge import _core
 from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
-from oxmerge.errors import PlanError
+from oxmerge.errors import InputChangedError, PlanError, ProblemsError
 from oxmerge.file_state import FileState
 from oxmerge.models.fetching import check_space, fetch
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
@@ -22,6 +21,7 @@ from oxmerge.output.contents import contents_of, late_texts
 from oxmerge.output.manifest import manifest_writer
 from oxmerge.output.outcome import outcome_of
 from oxmerge.output.publish import (
+    STAGES_NAME,
     OutputDirectory,
     close,
     commit,
@@ -30,6 +30,7 @@ from oxmerge.output.publish import (
     stage,
     stages_folder,
 )
+from oxmerge.output.resume import how_to_go_on, keys_of
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import build_plan
 from oxmerge.planning.plans import Plan
@@ -261,7 +262,7 @@ def predict(
         _core.Spool.predict([plan.table], spool_bytes(_bytes(spool))) if is_any else (None, None)
     )
     beside = RESIDENT if is_any else 0
-    predicted = _core.predict([plan.table], _room(budget), threads, backend, beside)
+    predicted = _core.predict([plan.table], room(budget), threads, backend, beside)
     rereads = predicted["rereads"]
     return Prediction(
         memory=predicted["predicted"],
@@ -296,6 +297,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     digests: bool = True,
     hash_inputs: bool = False,
     allow_nonfinite: bool = False,
+    resume: bool = True,
+    fresh: bool = False,
 ) -> MergeReport:
     """Merge checkpoints by a recipe, into a new model directory.
 
@@ -354,6 +357,11 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Whether the manifest has the SHA-256 of every input file: they are read once more.
     allow_nonfinite : bool
         Whether NaN or infinity in an output whose inputs have none is a warning, not an error.
+    resume : bool
+        Keep finished tensors if the merge is interrupted, and go on with those that are there. What
+        is kept never loads as a model; the exception has a note on it. Not without `digests`.
+    fresh : bool
+        Remove what an interrupted merge has kept there, instead of going on with it.
 
     Raises
     ------
@@ -362,7 +370,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         integer tensors, which can only be copied, turn out to differ, or if elements of the output
         are not finite though all inputs are; no output is left.
     OutputError, FileExistsError
-        If the output cannot go to `directory`.
+        If the output cannot go to `directory`; or if another merge was interrupted there, and
+        `fresh` is not set.
     MemoryBudgetError
         If the budget, or `vram`, cannot hold one block of every input.
     DeviceError
@@ -372,14 +381,14 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     RemoteError
         If weights that are not on this machine cannot be had.
     OSError
-        If a file cannot be read or written, or the disk is full; no output is left.
+        If a file cannot be read or written, or the disk is full.
     """
     (report,) = merge_together(
         [(recipe, directory)],
         PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods),
         RunOptions(
             memory, threads, device, vram, overwrite, read_path, progress,
-            digests, hash_inputs, allow_nonfinite, stream, spool,
+            digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
         ),
     )  # fmt: skip
     return report
@@ -393,13 +402,15 @@ def merge_together(
     check: Callable[[list[Plan]], None] | None = None,
     stages: Mapping[str, str | None] | None = None,
     owned: OutputDirectory | None = None,
+    purpose: str | None = None,
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
-    Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are finished
-    when something fails are kept, the others leave nothing. `check` is called with the plans before
-    anything is made. `stages` says where the outputs of earlier merges lie, and `owned` is the
-    directory of the only merge, if this run owns it already.
+    Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are complete
+    when something fails stay, the others keep what is finished, if the same merge can go on with
+    it. `check` is called with the plans before anything is made. `stages` says where the outputs of
+    earlier merges lie. The only merge may have an `owned` directory, if this run owns it already,
+    or a `purpose`, if later merges will read its output.
     """
     started = time.perf_counter()
     for _, directory in merges:
@@ -418,6 +429,7 @@ def merge_together(
     needed = sum(plan.disk for plan in plans)
     peak = _core.peak_memory()
     planned = peak if peak > before else 0
+    keys = keys_of(plans) if purpose is None else [purpose]
     claimed: dict[int, OutputDirectory] = {}
     try:
         for at in _order([directory for _, directory in merges]):
@@ -427,12 +439,14 @@ def merge_together(
                 input_files=plans[at].input_files,
                 needed_bytes=needed,
                 names=contents_of(plans[at]).names,
-                purpose=plans[at].digest(),
+                purpose=keys[at],
+                resume=running.keeps,
+                fresh=running.fresh,
             )
         outputs = [claimed[at] for at in range(len(merges))]
         with backend or nullcontext(), watched(running.progress) as callback:
-            room = _room(budget)
-            tables = _with_absent(plans, outputs, running, (room, backend), callback)
+            allowed = room(budget)
+            tables = _with_absent(plans, outputs, running, (allowed, backend), callback)
             for plan, output in zip(plans, outputs, strict=True):
                 stage(output, contents_of(plan))
             folder = os.fspath(outputs[0].path)
@@ -441,7 +455,7 @@ def merge_together(
                 spool = None if fetcher is None else fetcher.spool
                 done = _core.execute(
                     [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
-                    memory=room,
+                    memory=allowed,
                     threads=running.threads,
                     read_path=running.read_path,
                     progress=_reporter(plans, callback, spool),
@@ -449,6 +463,7 @@ def merge_together(
                     descriptors=[output.descriptor for output in outputs],
                     planned=planned,
                     digests=running.digests,
+                    keys=[output.purpose for output in outputs] if running.keeps else None,
                     spool=spool,
                     beside=0 if spool is None else RESIDENT,
                 )
@@ -457,13 +472,12 @@ def merge_together(
         reports = _finish_all(
             list(zip(plans, outputs, strict=True)), done, planning, running, started
         )
-    except BaseException:
+    except BaseException as error:
         # Backwards: the first made the folders that they have in common.
-        for output in reversed(claimed.values()):
-            discard(output)
+        _give_up(list(reversed(claimed.values())), error)
         raise
     for output in outputs:
-        close(output)
+        close(output, keep=purpose is not None)
     return reports
 
 
@@ -475,7 +489,6 @@ def _merge_stages(
     recipe = plan.recipe
     # A plan has its own seed and sizes, and which models may differ was settled when it was made.
     planning = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
-    asked = (recipe.text, planning.seed, planning.shard_size, contents_of(plan).names)
     inputs = [file for each in (*plan.stages, plan) for file in each.input_files]
     output = prepare_output(
         directory,
@@ -483,7 +496,9 @@ def _merge_stages(
         input_files=inputs,
         needed_bytes=plan.disk,
         names=contents_of(plan).names,
-        purpose=hashlib.sha256(repr(asked).encode()).hexdigest(),
+        purpose=keys_of([*plan.stages, plan])[-1],
+        resume=running.keeps,
+        fresh=running.fresh,
     )
     notes: list[str] = []
     warnings: list[str] = []
@@ -492,16 +507,19 @@ def _merge_stages(
         folder = stages_folder(output)
         for number, stage in enumerate(recipe.stages, start=1):
             place = os.path.join(folder, str(number))
-            (report,) = merge_together([(stage, place)], planning, running, stages=places)
+            purpose = keys_of(plan.stages[:number])[-1]
+            (report,) = merge_together(
+                [(stage, place)], planning, running, stages=places, purpose=purpose
+            )
             places[stage.name or ""] = place
             written = format_size(report.bytes_written)
             notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
         merges = [(recipe, directory)]
         (report,) = merge_together(merges, planning, running, stages=places, owned=output)
-    except BaseException:
+    except BaseException as error:
         if output.claim.is_held:
-            discard(output)
+            _give_up([output], error)
         raise
     return replace(
         report,
@@ -509,6 +527,21 @@ def _merge_stages(
         warnings=(*warnings, *report.warnings),
         total_seconds=time.perf_counter() - started,
     )
+
+
+def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
+    """Leave outputs unfinished because of `error`, which gets a note on how to go on, if one can.
+
+    What the inputs or the recipe are to blame for would be so again: nothing of it is kept. But
+    values that are not finite may be allowed the next time.
+    """
+    problems = error.problems if isinstance(error, ProblemsError) else ()
+    keep = not isinstance(error, InputChangedError | ProblemsError)
+    keep |= any(problem.code == "non-finite" for problem in problems)
+    kept = [output.path for output in outputs if discard(output, keep=keep)]
+    # Of merges that come first only the last one tells: theirs are no outputs that users know.
+    if kept and kept[0].parent.name != STAGES_NAME:
+        error.add_note(how_to_go_on(reversed(kept)))
 
 
 def _order(directories: Sequence[PathLike]) -> list[int]:
@@ -635,7 +668,7 @@ def _finish(
         simd=done["simd"],
         device=done["device"],
         warnings=done["warnings"],
-        notes=(*plan.changes, *done["notes"], *_notes_on(output)),
+        notes=(*plan.changes, *done["notes"], *_kept(done["kept"], plan), *_notes_on(output)),
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
@@ -653,7 +686,7 @@ def _bytes(size: int | str | None) -> int | None:
     return None if size is None else parse_size(size)
 
 
-def _room(budget: int | None) -> int:
+def room(budget: int | None) -> int:
     """Return the budget, or the usual one: that of a small process, or more than is resident."""
     return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM) if budget is None else budget
 
@@ -669,6 +702,12 @@ def _name(backend: Backend | None) -> str:
 
 def _notes(backend: Backend | None) -> tuple[str, ...]:
     return () if backend is None or backend.is_host else (UNTRIED,)
+
+
+def _kept(tensors: int, plan: Plan) -> tuple[str, ...]:
+    if not tensors:
+        return ()
+    return (f"an interrupted run had finished {tensors} of {len(plan.tensors)} tensors",)
 
 
 def _notes_on(output: OutputDirectory) -> tuple[str, ...]:

@@ -77,8 +77,15 @@ class RunOptions:
     digests: bool = True
     hash_inputs: bool = False
     allow_nonfinite: bool = False
+    resume: bool = True
+    fresh: bool = False
     stream: bool = False
     spool: int | str | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether finished tensors are kept: their digests vouch for them."""
+        return self.resume and self.digests
 
     def __post_init__(self) -> None:
         """Raise `TypeError` or `ValueError` for what is out of range."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     #: Plans a recipe whose models may be outputs of earlier merges, which lie at these places.
     Planner = Callable[[Recipe, Mapping[str, str | None], Findings], Plan]
 
-__all__ = ["plan_stages"]
+__all__ = ["StandIns", "plan_stages"]
 
 
 def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan, ...]:
@@ -56,7 +56,7 @@ def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan
     plans: list[Plan] = []
     places: dict[str, str | None] = {}
     try:
-        stand_ins = _StandIns()
+        stand_ins = StandIns()
     except OSError as error:
         raise _unusable(error) from error
     for number, stage in enumerate((*recipe.stages, recipe)):
@@ -78,7 +78,7 @@ def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan
     return tuple(plans)
 
 
-class _StandIns:
+class StandIns:
     """A folder of stand-ins, which lives as long as a plan that refers to them."""
 
     def __init__(self) -> None:

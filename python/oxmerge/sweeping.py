@@ -533,6 +533,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     digests: bool = True,
     hash_inputs: bool = False,
     allow_nonfinite: bool = False,
+    resume: bool = True,
+    fresh: bool = False,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 
@@ -557,6 +559,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     together : bool
         Vary all places in step instead of in every combination.
     memory, threads, device, vram, stream, spool, seed, shard_size, overwrite, read_path, progress
+    resume, fresh
     strict, allow_mismatch, ignore_unknown, allow_methods
     digests, hash_inputs, allow_nonfinite
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
@@ -575,7 +578,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     PlanError
         If the merges do not read the same tensors, or some compute in float64 and some do not.
     OSError, OxmergeError
-        As `merge`. Outputs that are complete by then are kept, the others leave nothing.
+        As `merge`. Outputs that are complete by then stay.
 
     Examples
     --------
@@ -589,7 +592,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
     running = RunOptions(
         memory, threads, device, vram, overwrite, read_path, progress,
-        digests, hash_inputs, allow_nonfinite, stream, spool,
+        digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
     )  # fmt: skip
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)

@@ -1,7 +1,7 @@
 //! A checkpoint with adapters on it: the same tensors, some of which are changed while they are read,
 //! and some of which are the adapters' own.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::{Checkpoint, Row, Tensor};
@@ -27,13 +27,16 @@ pub type Given = (usize, String);
 /// the rank.
 pub type GivenFactor = (Given, u64, u64, u64);
 
+/// A product: first row and the one after the last, rank, scale, factors.
+pub type GivenTerm = ((u64, u64), u64, f64, GivenFactor, Option<GivenFactor>);
+
 /// What a tensor becomes; see [`Adapted`].
 #[derive(Debug)]
 pub struct Change {
     /// Elements of a row.
     pub columns: u64,
-    /// First row and the one after the last, rank, scale, factors.
-    pub terms: Vec<((u64, u64), u64, f64, GivenFactor, Option<GivenFactor>)>,
+    /// The products.
+    pub terms: Vec<GivenTerm>,
     /// Magnitudes, and whether they are those of rows.
     pub magnitude: Option<(Given, bool)>,
     /// Rows that are put in, in ascending order, with their places there.
@@ -70,7 +73,7 @@ impl Checkpoint {
             made.put(name, self.rows[row], self.tensor(row).written);
         }
         // A tensor stays what it is to the model: an adapter may have it in f32.
-        let mut stored = HashMap::new();
+        let mut stored = BTreeMap::new();
         for (name, of) in &changes.replaced {
             let (tensor, file) = given(of)?;
             let shape = made.shape_number(tensor.shape.to_vec());
@@ -91,12 +94,10 @@ impl Checkpoint {
         for (name, change) in changes.changed {
             let row = made.find(&name).ok_or_else(|| lacks("the model", &name))?;
             let tensor = made.tensor(row);
-            let term =
-                |(rows, rank, scale, left, right): &(_, _, _, _, Option<_>)| -> Result<Term> {
-                    let &(start, end): &(u64, u64) = rows;
-                    let (left, right) = (factor(left)?, right.as_ref().map(factor).transpose()?);
-                    Ok(Term { rows: start..end, rank: *rank, scale: *scale, left, right })
-                };
+            let term = |((start, end), rank, scale, left, right): &GivenTerm| -> Result<Term> {
+                let (left, right) = (factor(left)?, right.as_ref().map(factor).transpose()?);
+                Ok(Term { rows: *start..*end, rank: *rank, scale: *scale, left, right })
+            };
             let magnitude = |(of, of_rows): &(Given, bool)| -> Result<Magnitude> {
                 let (tensor, file, start) = place(of, 0)?;
                 Ok(Magnitude { file, dtype: tensor.dtype, start, of_rows: *of_rows })

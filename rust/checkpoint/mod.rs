@@ -46,7 +46,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io;
 use crate::plan::{Adapted, InputFile, Names, Remote};
 
-pub use adapted::{Change, Changes, Given, GivenFactor};
+pub use adapted::{Change, Changes, Given, GivenFactor, GivenTerm};
 pub use header::{Header, MAX_HEADER};
 pub use layout::{Layout, header, header_bytes, index_json, lay_out, put_header};
 pub use lead::lead;

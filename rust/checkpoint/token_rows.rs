@@ -262,6 +262,18 @@ pub fn tokens_of(files: &[PathBuf], ids: &[u64]) -> Result<BTreeMap<u64, String>
     Ok(found.into_iter().map(|(id, (_, token))| (id, token)).collect())
 }
 
+/// The largest id in the vocabulary of `files`; nothing if it has no token.
+pub fn largest_id(files: &[PathBuf]) -> Result<Option<u64>> {
+    let mut largest = None;
+    for file in files {
+        each_token(file, &mut |id, _, _| {
+            largest = largest.max(Some(id));
+            Ok(())
+        })?;
+    }
+    Ok(largest)
+}
+
 /// The id of `token` in the vocabulary of `files`.
 pub fn find_token(files: &[PathBuf], token: &str) -> Result<Option<u64>> {
     let mut found: Option<(u64, bool)> = None;

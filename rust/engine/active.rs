@@ -176,11 +176,11 @@ impl<'a> Active<'a> {
     /// The next unit to hand out, if there is one.
     ///
     /// Reductions go backwards, so that the combine, which must write forwards, begins with what they
-    /// have left in the caches.
+    /// have left in the caches; but not where nothing comes after them.
     pub(crate) fn issue(&mut self) -> Option<u64> {
         let unit = (self.issued < self.units).then_some(self.issued)?;
         self.issued += 1;
-        let backwards = matches!(*self.pass, Pass::Reduce { .. });
+        let backwards = matches!(*self.pass, Pass::Reduce { .. }) && !self.task.reads_once;
         Some(if backwards { self.units - 1 - unit } else { unit })
     }
 

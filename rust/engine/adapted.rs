@@ -143,9 +143,9 @@ impl<T: Real + Pod> AdaptedSource<T> {
         if desk.task != self.task {
             (desk.task, desk.right) = (self.task, Vec::new());
         }
-        let made = make(&mut desk);
+        let outcome = make(&mut desk);
         lock().insert(thread, desk);
-        made
+        outcome
     }
 
     fn columns(&self) -> u64 {
@@ -235,13 +235,10 @@ impl<T: Real + Pod> AdaptedSource<T> {
     fn hold(&self, key: (usize, usize), term: &Term, desk: &mut Desk<T>) -> Result<usize> {
         let columns = self.columns();
         let mut tiles = Tiles::new(term.rank as usize, columns as usize);
+        let mut put = |column, step, number| tiles.put(step as usize, column as usize, number);
         match &term.right {
-            None => (0..columns as usize).for_each(|column| tiles.put(0, column, T::ONE)),
-            Some(right) => {
-                self.numbers(right, 0..columns, term.rank, desk, |column, step, number| {
-                    tiles.put(step as usize, column as usize, number);
-                })?
-            }
+            None => (0..columns).for_each(|column| put(column, 0, T::ONE)),
+            Some(right) => self.numbers(right, 0..columns, term.rank, desk, put)?,
         }
         desk.right.push((key, tiles));
         Ok(desk.right.len() - 1)
@@ -319,12 +316,11 @@ impl<T: Real + Pod> AdaptedSource<T> {
                 match self.scaling(magnitude, desk)? {
                     Scaling::Rows(magnitudes, factors) => {
                         let (known, row) = (&factors[row as usize], row as usize);
-                        let factor = match known.get() {
-                            Some(&factor) => factor,
-                            None => {
-                                let norm = self.norm_of_row(row as u64, desk)?;
-                                *known.get_or_init(|| to_magnitude(magnitudes[row], norm))
-                            }
+                        let factor = if let Some(&factor) = known.get() {
+                            factor
+                        } else {
+                            let norm = self.norm_of_row(row as u64, desk)?;
+                            *known.get_or_init(|| to_magnitude(magnitudes[row], norm))
                         };
                         line.iter_mut().for_each(|value| *value = factor * *value);
                     }

@@ -15,6 +15,7 @@ pub struct Control {
     read: AtomicU64,
     written: AtomicU64,
     tensors: AtomicU64,
+    kept: AtomicU64,
     current: Mutex<String>,
     question: Option<Question>,
     waits: OnceLock<Waits>,
@@ -66,10 +67,12 @@ pub(crate) fn interrupted() -> Error {
 pub struct Snapshot {
     /// Bytes of inputs read, re-reads included.
     pub bytes_read: u64,
-    /// Bytes of output tensors computed and handed to the writer.
+    /// Bytes of output tensors computed and handed to the writer, or kept from an earlier run.
     pub bytes_written: u64,
-    /// Output tensors finished.
+    /// Output tensors finished, or kept from an earlier run.
     pub tensors: u64,
+    /// Bytes of those that are kept.
+    pub bytes_kept: u64,
     /// The tensor that was begun last.
     pub current: String,
 }
@@ -126,6 +129,7 @@ impl Control {
             bytes_read: self.read.load(Ordering::Relaxed),
             bytes_written: self.written.load(Ordering::Relaxed),
             tensors: self.tensors.load(Ordering::Relaxed),
+            bytes_kept: self.kept.load(Ordering::Relaxed),
             current: self.current.lock().map(|name| name.clone()).unwrap_or_default(),
         }
     }
@@ -140,6 +144,13 @@ impl Control {
 
     pub(crate) fn finish_tensors(&self, count: u64) {
         self.tensors.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Counts what an earlier run has finished as done.
+    pub(crate) fn keep(&self, tensors: u64, bytes: u64) {
+        self.finish_tensors(tensors);
+        self.add_written(bytes);
+        self.kept.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn begin_tensor(&self, name: &str) {

@@ -1,7 +1,8 @@
 //! Sources and sinks that are byte ranges of files, and the tasks of a plan over them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -11,9 +12,11 @@ use super::backend::steps;
 use super::control::Control;
 use super::digest::{Digester, Observer};
 use super::need::{Need, SMALL};
+use super::resume::Resumed;
 use super::rows::RowsSource;
 use super::source::{Memory, Sink, Source};
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
+use super::verifying::{Against, CheckingSink};
 use crate::checkpoint::put_header;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -22,6 +25,7 @@ use crate::io::{
     self, AlignedBuffer, DirectMode, InputReader, Needs, OutputFolder, ReadPath, ShardWriter, Spool,
 };
 use crate::kernels::{BLOCK, CELL, Level, compare};
+use crate::methods::measures::Measure;
 use crate::plan::{self, Adapted, InputFile, OutputShard, Plan, Remote, Settings, Tensor};
 
 /// A tensor in an input file.
@@ -153,7 +157,7 @@ impl Source for RemoteSource {
 
 /// An output shard; it is flushed when its last tensor is finished.
 #[derive(Debug)]
-struct Shard {
+pub(super) struct Shard {
     writer: ShardWriter,
     unfinished: AtomicUsize,
     /// Which file it is, and how it was left.
@@ -171,7 +175,7 @@ struct FileSink {
 
 /// What is told of an output tensor to who observes the run.
 #[derive(Debug)]
-struct Told {
+pub(super) struct Told {
     digester: Digester,
     observer: Arc<dyn Observer>,
     merge: usize,
@@ -179,7 +183,11 @@ struct Told {
 }
 
 impl Told {
-    fn finish(&self) -> Result<()> {
+    pub(super) fn digester(&self) -> &Digester {
+        &self.digester
+    }
+
+    pub(super) fn finish(&self) -> Result<()> {
         self.observer.finished(self.merge, self.tensor, self.digester.finish()?)
     }
 }
@@ -218,6 +226,12 @@ impl Sink for FileSink {
 }
 
 impl Shard {
+    /// Brings what was written to the disk.
+    pub(super) fn flush(&self) -> Result<()> {
+        // The last tensor brings all of it there.
+        if self.finished.get().is_some() { Ok(()) } else { self.writer.flush() }
+    }
+
     /// Takes down that so many tensors are finished.
     fn finish(&self, tensors: usize) -> Result<()> {
         if self.unfinished.fetch_sub(tensors, Ordering::AcqRel) == tensors {
@@ -242,10 +256,23 @@ pub fn partial_name(file_name: &str) -> String {
     format!(".{}.oxmerge-partial", file_name.replace('/', "%"))
 }
 
+/// What merges are made for.
+#[derive(Debug)]
+pub(crate) enum Purpose {
+    /// Their outputs are written.
+    Written,
+    /// Numbers are to be found about the tensors of the only plan, instead of merging them; as if all
+    /// elements were finite, if that is said.
+    Measured(Measure, bool),
+    /// The outputs of the only plan are told to who observes them, and compared if that is wanted.
+    Checked(Option<Arc<Against>>),
+}
+
 /// Merges of the same tensors, each read once for all of them.
 #[derive(Debug)]
 pub struct Merges<'a> {
-    plans: Vec<&'a Plan>,
+    pub(super) plans: Vec<&'a Plan>,
+    purpose: Purpose,
     inputs: Vec<Option<Input>>,
     /// What files that are not here are read from.
     spool: Option<Arc<Spool>>,
@@ -264,7 +291,9 @@ pub struct Merges<'a> {
     /// What workers hold of adapters.
     desks: Desks,
     /// The shards of each plan, when there are any yet.
-    shards: Vec<Vec<Arc<Shard>>>,
+    pub(super) shards: Vec<Vec<Arc<Shard>>>,
+    /// What earlier runs have done, where that is wanted.
+    pub(super) resumed: Option<Resumed<'a>>,
     /// Who is told of finished tensors.
     observer: Option<Arc<dyn Observer>>,
     /// Buffers of small neighbours that nobody uses now.
@@ -280,6 +309,16 @@ impl<'a> Merges<'a> {
     /// Opens the inputs of `plans`, which must be merges of the same tensors; those that are not here
     /// are read from `spool`. Also tells what the tensors need in memory, and how many need that.
     pub fn open(
+        plans: Vec<&'a Plan>,
+        read: ReadPath,
+        spool: Option<Arc<Spool>>,
+    ) -> Result<(Self, Vec<(Need, usize)>)> {
+        Self::open_to(Purpose::Written, plans, read, spool)
+    }
+
+    /// The same, for some purpose.
+    pub(crate) fn open_to(
+        purpose: Purpose,
         plans: Vec<&'a Plan>,
         read: ReadPath,
         spool: Option<Arc<Spool>>,
@@ -317,9 +356,11 @@ impl<'a> Merges<'a> {
             read: Vec::new(),
             swept: Vec::new(),
             plans,
+            purpose,
             desks,
             prepared: Mutex::default(),
             shards: Vec::new(),
+            resumed: None,
             observer: None,
             spare: Mutex::default(),
         };
@@ -390,10 +431,38 @@ impl<'a> Merges<'a> {
             .advice(format!("allow more: `--spool {}MB`", enough / 1_000_000)))
     }
 
-    /// Creates the shards of each plan, under partial names, in its folder.
+    /// Creates the shards of each plan, under partial names, in its folder; or opens those that an
+    /// earlier run has left, with the tensors that it has done.
     pub fn create_shards(&mut self, folders: &[&OutputFolder], mode: DirectMode) -> Result<()> {
-        let create = |(plan, folder): (&&Plan, &&OutputFolder)| create_shards(plan, folder, mode);
-        self.shards = self.plans.iter().zip(folders).map(create).collect::<Result<_>>()?;
+        let outputs = self.plans.iter().zip(folders);
+        let Some(resumed) = &self.resumed else {
+            let create = |(plan, folder): (&&Plan, &&OutputFolder)| {
+                (0..plan.shards.len())
+                    .map(|at| create_shard(plan, at, folder, mode, false))
+                    .collect()
+            };
+            self.shards = outputs.map(create).collect::<Result<_>>()?;
+            return Ok(());
+        };
+        let files = self.open_shards(folders)?;
+        let create = |((plan, folder), files): ((&&Plan, &&OutputFolder), &Vec<Option<File>>)| {
+            let create = |(at, file): (usize, &Option<File>)| {
+                let shard = create_shard(plan, at, folder, mode, true)?;
+                let kept = plan.by_place_in(at).filter(|&index| resumed.is_done[index]);
+                let mut count = 0;
+                for tensor in kept.map(|index| plan.tensor(index)) {
+                    let file = file.as_ref().ok_or_else(|| Error::internal("a shard is gone"))?;
+                    shard.writer.keep(file, tensor.start(), tensor.bytes())?;
+                    count += 1;
+                }
+                if count > 0 {
+                    shard.finish(count)?;
+                }
+                Ok(shard)
+            };
+            files.iter().enumerate().map(create).collect()
+        };
+        self.shards = outputs.zip(&files).map(create).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -425,7 +494,16 @@ impl<'a> Merges<'a> {
         if let Some(prepared) = cache.get(&kind) {
             return Ok(prepared.clone());
         }
-        let mut all = self.plans.iter().map(|plan| work(plan, plan.tensor(at)));
+        let work = |plan: &&Plan| match self.purpose {
+            Purpose::Measured(measure, is_finite) => {
+                let tensor = plan.tensor(at);
+                let types: Vec<_> = tensor.sources().map(|source| source.dtype).collect();
+                let finite = is_finite.then(|| tensor.elements());
+                Ok(Work::numbers(measure.of(&types, finite)))
+            }
+            Purpose::Written | Purpose::Checked(_) => work(plan, plan.tensor(at)),
+        };
+        let mut all = self.plans.iter().map(work);
         let one = all.next().unwrap_or(Ok(Work::Identical))?;
         let work = all.try_fold(one, |all, work| all.and(work?))?;
         let prepared = Prepared::new(work.shared(), &frame(self.plans[0], at));
@@ -484,11 +562,19 @@ impl Tasks for Merges<'_> {
     fn task(&self, index: usize) -> Result<Task> {
         let sink = |(merge, plan): (usize, &&Plan)| -> Arc<dyn Sink> {
             let tensor = plan.tensor(index);
+            let (dtype, start, told) = (tensor.dtype(), tensor.start(), self.told(merge, index));
+            if let Purpose::Checked(against) = &self.purpose {
+                let against = against.clone().map(|against| (against, index));
+                return Arc::new(CheckingSink { dtype, told, against });
+            }
             let shard = Arc::clone(&self.shards[merge][tensor.shard()]);
-            let told = self.told(merge, index);
-            Arc::new(FileSink { shard, dtype: tensor.dtype(), start: tensor.start(), told })
+            Arc::new(FileSink { shard, dtype, start, told })
         };
-        self.make(index, self.plans.iter().enumerate().map(sink).collect())
+        let sinks = match self.purpose {
+            Purpose::Measured(..) => Vec::new(),
+            _ => self.plans.iter().enumerate().map(sink).collect(),
+        };
+        self.make(index, sinks)
     }
 
     fn kind(&self, index: usize) -> usize {
@@ -511,11 +597,35 @@ impl Tasks for Merges<'_> {
         }
     }
 
+    fn is_done(&self, index: usize) -> bool {
+        self.resumed.as_ref().is_some_and(|resumed| resumed.is_done[index])
+    }
+
+    fn known_numbers(&self) -> BTreeMap<usize, Vec<f64>> {
+        self.resumed.as_ref().map(|resumed| resumed.numbers.clone()).unwrap_or_default()
+    }
+
+    fn finished(&self, index: usize) {
+        if let Some(resumed) = &self.resumed {
+            resumed.journal.tensor(index);
+        }
+    }
+
+    fn found(&self, index: usize, numbers: &[f64]) {
+        if let Some(resumed) = &self.resumed {
+            resumed.journal.numbers(index, numbers);
+        }
+    }
+
     fn neighbours(&self, index: usize, bytes: u64) -> usize {
+        if matches!(self.purpose, Purpose::Checked(_)) {
+            return 0; // they are not written in one go
+        }
         let mut left = bytes;
         let fits = |&at: &usize| {
             let wanted = self.bytes(at);
-            let fits = self.is_small(at) && wanted <= left && (at == index || self.follows(at));
+            let fits = self.is_small(at) && !self.is_done(at);
+            let fits = fits && wanted <= left && (at == index || self.follows(at));
             left -= if fits { wanted } else { 0 };
             fits
         };
@@ -734,6 +844,9 @@ impl Sink for BufferSink {
 
 /// Sinks of the types that tensor `at` has in each plan, which take nothing: for what is only planned.
 fn nowhere(merges: &Merges<'_>, at: usize) -> Vec<Arc<dyn Sink>> {
+    if matches!(merges.purpose, Purpose::Measured(..)) {
+        return Vec::new();
+    }
     let sink = |plan: &&Plan| -> Arc<dyn Sink> { Arc::new(FileLike(plan.tensor(at).dtype())) };
     merges.plans.iter().map(sink).collect()
 }
@@ -929,7 +1042,8 @@ fn open_inputs(
     Ok(inputs)
 }
 
-fn not_here(remote: &Remote) -> Error {
+/// The error for a file that is read and is not here.
+pub(super) fn not_here(remote: &Remote) -> Error {
     Error::internal("a file is to be read before it is here").file(&remote.label)
 }
 
@@ -1016,14 +1130,22 @@ fn sources_of(inputs: &[Option<Input>], desks: &Desks, tensor: Tensor<'_>) -> Ve
     sources
 }
 
-fn create_shards(plan: &Plan, folder: &OutputFolder, mode: DirectMode) -> Result<Vec<Arc<Shard>>> {
-    let create = |(index, shard): (usize, &OutputShard)| {
-        let name = partial_name(&shard.file_name);
-        let OutputShard { header_bytes, size, .. } = *shard;
-        let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
-        let writer = ShardWriter::create(folder, &name, header_bytes, header, size, mode)?;
-        let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
-        Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
+/// Creates a shard, or with `resume` opens the one that an earlier run has left.
+fn create_shard(
+    plan: &Plan,
+    index: usize,
+    folder: &OutputFolder,
+    mode: DirectMode,
+    resume: bool,
+) -> Result<Arc<Shard>> {
+    let OutputShard { ref file_name, header_bytes, size } = plan.shards[index];
+    let name = partial_name(file_name);
+    let header = |out: &mut dyn fmt::Write| put_header(plan, index, out);
+    let writer = if resume {
+        ShardWriter::resume(folder, &name, header_bytes, header, size, mode)?
+    } else {
+        ShardWriter::create(folder, &name, header_bytes, header, size, mode)?
     };
-    plan.shards.iter().enumerate().map(create).collect()
+    let unfinished = AtomicUsize::new(plan.tensors_of_shard(index).len());
+    Ok(Arc::new(Shard { writer, unfinished, finished: OnceLock::new() }))
 }

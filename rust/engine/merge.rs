@@ -7,12 +7,22 @@ use super::backend::Backend;
 use super::control::Control;
 use super::digest::{Digests, Observer};
 use super::files::{FileModes, Merges};
+use super::journal::Journals;
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::{Report, Settings, run_planned};
 use crate::error::Result;
 use crate::io::{self, OutputFolder, Spool};
 use crate::plan::{InputFile, Plan};
+
+/// What is told of finished tensors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Telling<'a> {
+    /// Told of each; without it there are no digests, and no journal.
+    pub(crate) digests: Option<&'a Arc<Digests>>,
+    /// Where an earlier run has told of them, and this one does.
+    pub(crate) journals: Option<Journals<'a>>,
+}
 
 /// What there is beside a merge.
 #[derive(Debug)]
@@ -22,8 +32,6 @@ pub(crate) struct Surroundings {
     /// What files that are not here come by, and the bytes that those may take who fetch them.
     pub(crate) spool: Option<Arc<Spool>>,
     pub(crate) beside: u64,
-    /// Who is told of each tensor that is finished; without one there are no digests.
-    pub(crate) observer: Option<Arc<dyn Observer>>,
 }
 
 /// Executes merges of the same tensors: reads the inputs once, and writes the shards of each plan,
@@ -37,12 +45,13 @@ pub(crate) fn merge(
     modes: FileModes,
     settings: &Settings,
     around: Surroundings,
+    telling: Telling<'_>,
     control: &Control,
 ) -> Result<(Report, Vec<Vec<InputFile>>)> {
     let (plans, folders): (Vec<&Plan>, Vec<&OutputFolder>) =
         merges.iter().map(|(plan, folder)| (*plan, folder)).unzip();
     let files = &plans.first().map_or(&[][..], |plan| &plan.files);
-    let Surroundings { planned, spool, beside, observer } = around;
+    let Surroundings { planned, spool, beside } = around;
     if let Some(spool) = spool.clone() {
         control.on_end(move || spool.stop());
     }
@@ -53,11 +62,16 @@ pub(crate) fn merge(
     let baseline = memory::resident() + beside;
     let memory = MemoryPlan::new(&needs, budget, workers, baseline, planned)?;
     drop(needs);
-    tasks.create_shards(&folders, modes.write)?;
-    if let Some(observer) = observer {
-        tasks.observe(observer);
+    let Telling { digests, journals } = telling;
+    if let (Some(digests), Some(journals)) = (digests, journals) {
+        tasks.resume(&folders, journals, digests, workers, control)?;
     }
-    let report = run_planned(backend, &tasks, settings, memory, control)?;
+    tasks.create_shards(&folders, modes.write).inspect_err(|_| tasks.remove_unvouched())?;
+    if let Some(digests) = digests {
+        tasks.observe(Arc::clone(digests) as Arc<dyn Observer>);
+    }
+    let run = || run_planned(backend, &tasks, settings, memory, control);
+    let report = tasks.journaled(control, run)?;
     io::check_unchanged(files)?;
     Ok((report, tasks.written()))
 }

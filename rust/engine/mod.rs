@@ -14,8 +14,10 @@ pub(crate) mod backend;
 pub mod control;
 pub mod digest;
 pub mod files;
+pub mod journal;
 pub mod listing;
 pub mod manifest;
+pub mod measuring;
 pub mod memory;
 #[cfg(feature = "python")]
 mod merge;
@@ -25,10 +27,12 @@ pub(crate) mod passes;
 mod places;
 #[cfg(feature = "python")]
 pub(crate) mod rehearsal;
+mod resume;
 pub mod rows;
 pub(crate) mod simd;
 pub mod source;
 pub mod task;
+pub mod verifying;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -38,7 +42,7 @@ use std::thread;
 use std::time::Instant;
 
 #[cfg(feature = "python")]
-pub(crate) use merge::{Surroundings, merge, predict};
+pub(crate) use merge::{Surroundings, Telling, merge, predict};
 
 use active::{Active, Room, Stages};
 use backend::Backend;
@@ -78,6 +82,8 @@ pub struct Report {
     pub bytes_read: u64,
     /// Bytes of tensors written.
     pub bytes_written: u64,
+    /// Tensors that an earlier run had finished.
+    pub tensors_kept: u64,
     /// How the memory was shared out.
     pub memory: MemoryPlan,
     /// The high-water mark of the process's resident set afterwards.
@@ -124,7 +130,8 @@ pub(crate) fn run_planned(
 ) -> Result<Report> {
     let started = Instant::now();
     let mut model = None;
-    if tasks.needs_sweep() {
+    // What an earlier run has made needs no numbers any more.
+    if tasks.needs_sweep() && !(0..tasks.len()).all(|index| tasks.is_done(index)) {
         let found = run_all(backend, tasks, settings, &memory, control, Goal::Sweep)?;
         model = Some(ModelResults::fold(tasks, &found)?);
     }
@@ -133,7 +140,8 @@ pub(crate) fn run_planned(
     Ok(Report {
         seconds: started.elapsed().as_secs_f64(),
         bytes_read: counted.bytes_read,
-        bytes_written: counted.bytes_written,
+        bytes_written: counted.bytes_written - counted.bytes_kept,
+        tensors_kept: (0..tasks.len()).filter(|&index| tasks.is_done(index)).count() as u64,
         memory,
         peak_memory: memory::peak_resident(),
         level: settings.level,
@@ -158,8 +166,9 @@ fn run_all(
     control: &Control,
     goal: Goal<'_>,
 ) -> Result<BTreeMap<usize, Vec<f64>>> {
+    let known = if matches!(goal, Goal::Sweep) { tasks.known_numbers() } else { BTreeMap::new() };
     let schedule = Schedule {
-        state: Mutex::new(State::new(memory.kept_room)),
+        state: Mutex::new(State::new(memory.kept_room, known)),
         changed: Condvar::new(),
         backend,
         level: settings.level,
@@ -218,11 +227,11 @@ struct State {
 }
 
 impl State {
-    fn new(kept_room: u64) -> Self {
+    fn new(kept_room: u64, numbers: BTreeMap<usize, Vec<f64>>) -> Self {
         Self {
             next_task: 0,
             active: VecDeque::new(),
-            numbers: BTreeMap::new(),
+            numbers,
             failure: None,
             kept_room,
             writing: 0,
@@ -359,6 +368,9 @@ impl Schedule<'_> {
         if state.failure.is_some() {
             return Next::Over;
         }
+        while state.next_task < self.tasks.len() && self.is_done(state, state.next_task) {
+            state.next_task += 1;
+        }
         let has_room = state.active.len() + state.between_passes < self.under_way;
         let may_begin = has_room && state.next_task < self.tasks.len();
         // Who writes soon waits for the disk. When those are enough, the others prepare what comes
@@ -380,6 +392,14 @@ impl Schedule<'_> {
         if state.active.is_empty() && state.between_passes == 0 { Next::Over } else { Next::Wait }
     }
 
+    /// Whether an earlier run has done what this one is to do with a task.
+    fn is_done(&self, state: &State, index: usize) -> bool {
+        match self.goal {
+            Goal::Sweep => state.numbers.contains_key(&index),
+            Goal::Merge(_) => self.tasks.is_done(index),
+        }
+    }
+
     /// The tasks to begin next: one, or small ones that lie together.
     fn take_up(&self, state: &mut State) -> Next {
         let first = state.next_task;
@@ -398,6 +418,7 @@ impl Schedule<'_> {
             let outcome = guarded("", || self.do_neighbours(worker, tasks));
             let mut state = self.lock();
             state.between_passes -= 1;
+            let outcome = outcome.map(|numbers| state.numbers.extend(numbers));
             self.note(&mut state, outcome);
             return state;
         }
@@ -443,8 +464,12 @@ impl Schedule<'_> {
         Ok(active.map_or_else(|| Err(Vec::new()), Ok))
     }
 
-    /// Does small tasks that lie together, one after the other.
-    fn do_neighbours(&self, worker: &mut Worker<'_>, tasks: Range<usize>) -> Result<()> {
+    /// Does small tasks that lie together, one after the other; what those found that look for numbers.
+    fn do_neighbours(
+        &self,
+        worker: &mut Worker<'_>,
+        tasks: Range<usize>,
+    ) -> Result<Vec<(usize, Vec<f64>)>> {
         let gathered = self.tasks.gather(tasks.clone())?;
         self.tasks.are_read(tasks.clone(), false);
         // Half is for their inputs and outputs, half for what one keeps between its passes: with all
@@ -452,7 +477,7 @@ impl Schedule<'_> {
         // always counts, so there it keeps none.
         let fuses = self.backend.offload().is_none();
         let left = if fuses { self.memory.group_bytes / 2 } else { 0 };
-        let mut kinds = HashMap::new();
+        let (mut kinds, mut numbers) = (HashMap::new(), Vec::new());
         for index in tasks.clone() {
             self.control.check()?;
             let task = Arc::new(gathered.task(index)?);
@@ -477,10 +502,14 @@ impl Schedule<'_> {
                     goes_on = active.advance().map_err(|error| error.tensor(&task.frame.name))?;
                 }
             }
+            if !active.numbers.is_empty() {
+                numbers.push((index, active.numbers));
+            }
         }
         gathered.finish()?;
+        tasks.clone().for_each(|index| self.tasks.finished(index));
         self.control.finish_tensors(tasks.len() as u64);
-        Ok(())
+        Ok(numbers)
     }
 
     /// Puts a result where it belongs; the task if that was the last of its pass.
@@ -523,7 +552,7 @@ impl Schedule<'_> {
             Ok(Err(numbers)) => {
                 drop(state);
                 self.tasks.are_read(index..index + 1, matches!(self.goal, Goal::Sweep));
-                let outcome = self.finish(task);
+                let outcome = self.finish(index, task, &numbers);
                 state = self.lock();
                 state.between_passes -= 1;
                 if !numbers.is_empty() {
@@ -538,13 +567,18 @@ impl Schedule<'_> {
         state
     }
 
-    fn finish(&self, task: &Task) -> Result<()> {
+    fn finish(&self, index: usize, task: &Task, numbers: &[f64]) -> Result<()> {
         if matches!(self.goal, Goal::Sweep) {
+            if !numbers.is_empty() {
+                self.tasks.found(index, numbers);
+            }
             return Ok(());
         }
         self.control.finish_tensors(1);
         let finish = |sink: &Arc<dyn Sink>| sink.finish();
-        task.sinks.iter().try_for_each(finish).map_err(|error| error.tensor(&task.frame.name))
+        task.sinks.iter().try_for_each(finish).map_err(|error| error.tensor(&task.frame.name))?;
+        self.tasks.finished(index);
+        Ok(())
     }
 
     fn note(&self, state: &mut State, outcome: Result<()>) {

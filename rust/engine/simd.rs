@@ -157,6 +157,11 @@ fn apply<T: Real>(
                 }
             }
         }
+        Effect::Differing { number, inputs: [a, b] } => {
+            let ((dtype, a), (_, b)) =
+                (stored(step.inputs, *a, chunk), stored(step.inputs, *b, chunk));
+            lanes[*number][0] += kernels::differing(level, dtype.size(), a, b) as f64;
+        }
         Effect::Count { search, interval, a } => {
             let block = chunk.start / BLOCK as u64;
             count(level, interval, &machine.chunk(*a), block, &mut results.counts[*search]);
@@ -186,6 +191,7 @@ fn add_to_lanes<T: Real>(level: Level, kind: ReductionKind, a: &[T], b: &[T], la
         ReductionKind::AbsoluteSum => kernels::absolute_sum_into(level, a, lanes),
         ReductionKind::Max => kernels::max_into(level, a, lanes),
         ReductionKind::Dot => kernels::dot_into(level, a, b, lanes),
+        ReductionKind::Differing => unreachable!("stored bits are compared by another effect"),
     }
 }
 
@@ -198,6 +204,7 @@ fn add_to_columns<T: Real>(kind: ReductionKind, a: &[T], b: &[T], first: u64, su
             ReductionKind::AbsoluteSum => *sum + a.to_f64().abs(),
             ReductionKind::Dot => *sum + a.to_f64() * b.to_f64(),
             ReductionKind::Max => max(*sum, a.to_f64()),
+            ReductionKind::Differing => unreachable!("stored bits are compared over a tensor"),
         };
     }
 }

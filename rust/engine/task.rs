@@ -1,5 +1,6 @@
 //! One output tensor: what it is made of, and what that takes.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -144,9 +145,13 @@ impl Work {
         }
     }
 
-    /// Whether nothing has to be reduced before the output is computed.
+    /// Whether inputs are read only once: nothing has to be reduced before the output is computed, or
+    /// before the numbers that are looked for.
     pub(crate) fn reads_once(&self) -> bool {
-        stage::unknown(self.values()).is_empty()
+        match self {
+            Self::Numbers(numbers) => numbers.iter().all(stage::is_of_one_pass),
+            _ => stage::unknown(self.values()).is_empty(),
+        }
     }
 }
 
@@ -313,6 +318,27 @@ pub(crate) trait Tasks: Sync {
 
     /// Whether something has to be reduced over the whole model first.
     fn needs_sweep(&self) -> bool;
+
+    /// Whether an earlier run has done task `index`.
+    fn is_done(&self, index: usize) -> bool {
+        let _ = index;
+        false
+    }
+
+    /// What earlier runs have found on the way to what is reduced over all tasks.
+    fn known_numbers(&self) -> BTreeMap<usize, Vec<f64>> {
+        BTreeMap::new()
+    }
+
+    /// Called when task `index` is done.
+    fn finished(&self, index: usize) {
+        let _ = index;
+    }
+
+    /// Called with what a sweep has found for task `index`.
+    fn found(&self, index: usize, numbers: &[f64]) {
+        let _ = (index, numbers);
+    }
 
     /// How many tasks from `index` on are so small, and lie so close, that a worker does them in one
     /// go, when it may hold `bytes` of them.

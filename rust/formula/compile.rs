@@ -260,6 +260,14 @@ struct Emitter {
     unknown: Option<String>,
 }
 
+/// The input that a value is, whose bytes are wanted and not its numbers.
+fn stored(value: Option<&Value>) -> usize {
+    match value.map(|value| &*value.0) {
+        Some(ValueNode::Input(index)) => *index,
+        _ => unreachable!("only inputs are compared as they are stored"),
+    }
+}
+
 fn next(place: &mut usize) -> usize {
     *place += 1;
     *place - 1
@@ -280,6 +288,10 @@ impl Emitter {
             Purpose::Reduce(reduction) => {
                 let (number, kind) = (seen.kinds.len(), reduction.kind);
                 seen.kinds.push(kind);
+                if kind == ReductionKind::Differing {
+                    let inputs = [Some(&reduction.left), reduction.right.as_ref()];
+                    return Effect::Differing { number, inputs: inputs.map(stored) };
+                }
                 let a = self.value(&reduction.left);
                 let b = reduction.right.as_ref().map(|right| self.value(right));
                 Effect::Reduce { number, kind, a, b }

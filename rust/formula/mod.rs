@@ -68,6 +68,9 @@ pub enum ReductionKind {
     Dot,
     /// The largest value.
     Max,
+    /// How many elements of two inputs of one type, whatever it is, differ in any bit as they are
+    /// stored.
+    Differing,
 }
 
 /// One number for each element of the tensor.
@@ -453,6 +456,12 @@ impl Value {
     /// The inner product over the scope.
     pub fn dot(&self, other: &Self, scope: Scope) -> Scalar {
         self.reduce(ReductionKind::Dot, Some(other), scope)
+    }
+
+    /// How many elements of two inputs, which must be of one type, are stored as other bits.
+    pub fn differing(a: usize, b: usize) -> Scalar {
+        let other = Self::input(b);
+        Self::input(a).reduce(ReductionKind::Differing, Some(&other), Scope::Tensor)
     }
 
     /// The largest value over the scope.

@@ -188,6 +188,9 @@ impl<T: Real> Oracle<T> {
         let left = self.evaluate(&reduction.left);
         let right = reduction.right.as_ref().map(|right| self.evaluate(right));
         let term = |at: usize| match (&right, reduction.kind) {
+            (Some(right), ReductionKind::Differing) => {
+                f64::from(left[at].to_f64().to_bits() != right[at].to_f64().to_bits())
+            }
             (Some(right), _) => left[at].to_f64() * right[at].to_f64(),
             (None, ReductionKind::AbsoluteSum) => left[at].to_f64().abs(),
             (None, _) => left[at].to_f64(),

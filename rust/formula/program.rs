@@ -116,6 +116,8 @@ pub(crate) enum Effect {
     Copy { output: usize, input: usize },
     /// Summarises a value, or the products of two.
     Reduce { number: usize, kind: ReductionKind, a: Argument, b: Option<Argument> },
+    /// Counts the elements of two inputs that are stored as other bits.
+    Differing { number: usize, inputs: [usize; 2] },
     /// Counts for a search.
     Count { search: usize, interval: Interval, a: Argument },
     /// The order keys of each element. For the few elements of a sample, and of what is ranked.
@@ -320,6 +322,7 @@ pub(super) fn inputs_of(operations: &[Operation], effects: &[Effect]) -> Vec<usi
     for effect in effects {
         match effect {
             Effect::Copy { input, .. } => inputs.push(*input),
+            Effect::Differing { inputs: both, .. } => inputs.extend(both),
             Effect::Fused(fused) => inputs.extend(fused.inputs()),
             _ => {}
         }
@@ -367,7 +370,7 @@ impl Operation {
 impl Effect {
     pub(super) fn each_slot(&mut self, mut visit: impl FnMut(&mut Slot)) {
         match self {
-            Self::Copy { .. } | Self::Fused(_) => {}
+            Self::Copy { .. } | Self::Differing { .. } | Self::Fused(_) => {}
             Self::Store { a, .. }
             | Self::Count { a, .. }
             | Self::Keys { a, .. }
@@ -424,6 +427,9 @@ impl fmt::Display for Effect {
             Self::Reduce { number, kind, a, b: None } => write!(f, "n{number} = {kind:?} {a}"),
             Self::Reduce { number, kind, a, b: Some(b) } => {
                 write!(f, "n{number} = {kind:?} {a} {b}")
+            }
+            Self::Differing { number, inputs: [a, b] } => {
+                write!(f, "n{number} = differing x{a} x{b}")
             }
             Self::Count { search, a, .. } => write!(f, "count q{search} {a}"),
             Self::Keys { sample, a } => write!(f, "keys k{sample} {a}"),

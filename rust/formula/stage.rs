@@ -135,6 +135,16 @@ impl Dependencies {
     }
 }
 
+/// Whether `number` is found in one pass over the tensor.
+pub(crate) fn is_of_one_pass(number: &Value) -> bool {
+    let ValueNode::Scalar(scalar) = &*number.0 else { return false };
+    match &*scalar.0 {
+        ScalarNode::Constant(_) => true,
+        ScalarNode::Reduction(of) => of.scope == Scope::Tensor && unknown(&operands(of)).is_empty(),
+        _ => false,
+    }
+}
+
 /// The inputs that computing `values` reads, in listed order.
 pub(crate) fn inputs_of(values: &[Value]) -> Vec<usize> {
     let mut inputs = Dependencies::of(values).inputs;

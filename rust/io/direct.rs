@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, OFlags};
@@ -34,6 +34,12 @@ impl OutputFile {
         Ok(Self { file: folder.create(name)?, path: folder.path_of(name), direct: false })
     }
 
+    /// Opens the file `name` that an earlier run left in `folder`, if there is one.
+    pub(super) fn reopen(folder: &OutputFolder, name: &str) -> Result<Option<Self>> {
+        let file = folder.reopen(name)?;
+        Ok(file.map(|file| Self { file, path: folder.path_of(name), direct: false }))
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -46,7 +52,8 @@ impl OutputFile {
     pub(super) fn reserve(&self, size: u64) -> Result<()> {
         // Asked first, for a file system may take every free block before it finds them too few,
         // and everybody else on that disk would fail meanwhile.
-        if self.free_space().is_some_and(|free| free < size) {
+        let missing = size.saturating_sub(self.reserved());
+        if self.free_space().is_some_and(|free| free < missing) {
             let error = Errno::NOSPC.into();
             return Err(self.failed("reserve space for the shard", error, size));
         }
@@ -57,9 +64,11 @@ impl OutputFile {
         reserved.map_err(|error| self.failed("reserve space for the shard", error, size))
     }
 
-    /// From here on past the page cache, if writing `header`'s first page shows that it works.
-    pub(super) fn probe_direct(&mut self, header: &AlignedBuffer) {
-        let page = &header.as_slice()[..PAGE];
+    /// From here on past the page cache, if writing the first page as it is shows that it works.
+    pub(super) fn probe_direct(&mut self, scratch: &mut AlignedBuffer) {
+        let page = &mut scratch.as_mut_slice()[..PAGE];
+        // A file that an earlier run left has something there; a new one need not be readable.
+        let _ = self.file.read_at(page, 0);
         self.direct = self.set_direct(true) && self.file.write_all_at(page, 0).is_ok();
         if !self.direct {
             self.set_direct(false);
@@ -86,6 +95,16 @@ impl OutputFile {
             begin_write_back(&self.file, start, bytes.len());
         }
         Ok(())
+    }
+
+    /// Waits until what was written is on the disk.
+    pub(super) fn flush(&self) -> Result<()> {
+        self.file.sync_data().map_err(|error| self.failed("flush the shard", error, 0))
+    }
+
+    /// Bytes that it has on the disk already.
+    fn reserved(&self) -> u64 {
+        self.file.metadata().map_or(0, |state| state.blocks() * 512)
     }
 
     /// Cuts the file to `size` and flushes it to the disk.

@@ -5,12 +5,14 @@
 
 use std::fs::File;
 use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
 
 use super::volume;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// An open directory.
 #[derive(Debug)]
@@ -54,5 +56,47 @@ impl OutputFolder {
         openat(&self.folder, name, flags, Mode::from_raw_mode(0o666))
             .map(File::from)
             .map_err(|error| Error::io("create the file", error.into()).file(self.path_of(name)))
+    }
+
+    /// Opens a file that an earlier run left, to read it and to write to it; nothing if there is none.
+    pub(super) fn reopen(&self, name: &str) -> Result<Option<File>> {
+        self.open_own(name, OFlags::RDWR)
+    }
+
+    /// The same, to read it.
+    pub fn open_to_read(&self, name: &str) -> Result<Option<File>> {
+        self.open_own(name, OFlags::RDONLY)
+    }
+
+    /// Removes a file, if it is there.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        match rustix::fs::unlinkat(&self.folder, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(Error::io("remove the file", error.into()).file(self.path_of(name))),
+        }
+    }
+
+    /// Waits until the names of its files are on the disk.
+    pub(super) fn flush(&self) -> Result<()> {
+        rustix::fs::fsync(&self.folder)
+            .map_err(|error| Error::io("flush the directory", error.into()).file(&self.path))
+    }
+
+    /// Opens a file that can only be a run's own: no link, and no second name of another one.
+    fn open_own(&self, name: &str, flags: OFlags) -> Result<Option<File>> {
+        let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let failed = |doing: &str, error| Error::io(doing, error).file(self.path_of(name));
+        let file = match openat(&self.folder, name, flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            Err(Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(failed("open the file", error.into())),
+        };
+        let state = file.metadata().map_err(|error| failed("read the file's state", error))?;
+        if state.is_file() && state.nlink() == 1 {
+            return Ok(Some(file));
+        }
+        Err(Error::new(ErrorKind::Output, "this is no file that an interrupted run left here")
+            .file(self.path_of(name))
+            .advice("move it away, or start over with `--fresh`"))
     }
 }

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use super::PAGE;
+use crate::error::Result;
 
 /// Partly filled pages, by page number.
 #[derive(Debug, Default)]
@@ -47,5 +48,14 @@ impl Seams {
             return None;
         }
         pages.remove(&page).map(|seam| seam.bytes)
+    }
+
+    /// Calls `write` with each page that waits for more bytes, as it is now. No page can be completed
+    /// meanwhile, so what is written so never replaces a whole one.
+    pub(super) fn each(&self, mut write: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<()> {
+        let pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pages: Vec<_> = pages.iter().collect();
+        pages.sort_unstable_by_key(|(page, _)| **page);
+        pages.into_iter().try_for_each(|(page, seam)| write(*page, &seam.bytes))
     }
 }

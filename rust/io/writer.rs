@@ -13,12 +13,13 @@
 //! Where direct writes are refused, pieces are written as they are, through the page cache.
 
 use std::fmt;
+use std::fs::File;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::direct::OutputFile;
 use super::seams::Seams;
-use super::{AlignedBuffer, OutputFolder, PAGE};
+use super::{AlignedBuffer, OutputFolder, PAGE, read_exact_at};
 use crate::error::{Error, Result};
 use crate::plan::InputFile;
 
@@ -60,14 +61,39 @@ impl ShardWriter {
         size: u64,
         mode: DirectMode,
     ) -> Result<Self> {
-        if !header_bytes.is_multiple_of(PAGE_BYTES) || header_bytes > size || header_bytes == 0 {
-            return Err(misplaced(header_bytes, size).file(folder.path_of(name)));
+        check_header(header_bytes, size).map_err(|error| error.file(folder.path_of(name)))?;
+        let output = OutputFile::create(folder, name)?;
+        Self::begin(output, header_bytes, text, size, mode)
+    }
+
+    /// Goes on with the file `name` that an earlier run left in `folder`, or creates it: the rest is
+    /// as for [`ShardWriter::create`]. What is in it and shall stay is told to [`ShardWriter::keep`].
+    pub fn resume(
+        folder: &OutputFolder,
+        name: &str,
+        header_bytes: u64,
+        text: impl FnOnce(&mut dyn fmt::Write) -> fmt::Result,
+        size: u64,
+        mode: DirectMode,
+    ) -> Result<Self> {
+        check_header(header_bytes, size).map_err(|error| error.file(folder.path_of(name)))?;
+        match OutputFile::reopen(folder, name)? {
+            Some(output) => Self::begin(output, header_bytes, text, size, mode),
+            None => Self::create(folder, name, header_bytes, text, size, mode),
         }
-        let mut output = OutputFile::create(folder, name)?;
+    }
+
+    fn begin(
+        mut output: OutputFile,
+        header_bytes: u64,
+        text: impl FnOnce(&mut dyn fmt::Write) -> fmt::Result,
+        size: u64,
+        mode: DirectMode,
+    ) -> Result<Self> {
         let mut buffer = AlignedBuffer::new((header_bytes as usize).min(HEADER_PART))?;
         output.reserve(size)?;
         if mode == DirectMode::Auto {
-            output.probe_direct(&buffer);
+            output.probe_direct(&mut buffer);
         }
         let length = header_bytes - size_of::<u64>() as u64;
         buffer.as_mut_slice()[..size_of::<u64>()].copy_from_slice(&length.to_le_bytes());
@@ -116,6 +142,32 @@ impl ShardWriter {
         Ok(())
     }
 
+    /// Takes `start..start + len` as written: an earlier run has done so, and `file` is the same file,
+    /// open for reading.
+    pub fn keep(&self, file: &File, start: u64, len: u64) -> Result<()> {
+        self.check_range(start, len as usize)?;
+        if self.is_direct() {
+            // The pages that it shares with others wait for those.
+            let end = start + len;
+            let front = start.next_multiple_of(PAGE_BYTES).min(end);
+            let back = (end / PAGE_BYTES * PAGE_BYTES).max(front);
+            let mut page = [0; PAGE];
+            for (from, to) in [(start, front), (back, end)] {
+                let part = &mut page[..(to - from) as usize];
+                read_exact_at(file, from, part).map_err(|error| error.file(self.output.path()))?;
+                self.write_seam(from, part)?;
+            }
+        }
+        self.arrived.fetch_add(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Brings to the disk what was written so far, also the pages that are not yet whole.
+    pub fn flush(&self) -> Result<()> {
+        self.seams.each(|page, bytes| self.write_page(page, bytes))?;
+        self.output.flush()
+    }
+
     /// Cuts the file to its size and flushes it to the disk. Every byte must have been written.
     /// Returns which file it is and the state that it is left in.
     pub fn finish(&self) -> Result<InputFile> {
@@ -151,9 +203,13 @@ impl ShardWriter {
         let Some(bytes) = self.seams.put(page, (start - page_start) as usize, bytes, full) else {
             return Ok(());
         };
+        self.write_page(page, &bytes)
+    }
+
+    fn write_page(&self, page: u64, bytes: &[u8]) -> Result<()> {
         let mut aligned = AlignedBuffer::new(PAGE)?;
-        aligned.as_mut_slice().copy_from_slice(&bytes);
-        self.output.write(aligned.as_slice(), page_start)
+        aligned.as_mut_slice().copy_from_slice(bytes);
+        self.output.write(aligned.as_slice(), page * PAGE_BYTES)
     }
 
     fn check_range(&self, start: u64, len: usize) -> Result<()> {
@@ -165,6 +221,11 @@ impl ShardWriter {
                 .found(format_args!("{len} bytes from byte {start}"))),
         }
     }
+}
+
+fn check_header(bytes: u64, size: u64) -> Result<()> {
+    let fits = bytes.is_multiple_of(PAGE_BYTES) && bytes <= size && bytes > 0;
+    if fits { Ok(()) } else { Err(misplaced(bytes, size)) }
 }
 
 /// The header of a file on its way there: whole pages go out as they are filled.

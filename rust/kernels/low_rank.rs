@@ -62,8 +62,8 @@ impl<T: Real> LowRank<'_, T> {
     fn add<const N: usize>(&mut self, row: usize, tile: usize) {
         let rank = self.right.rank;
         let mut left = [&self.left[..0]; N];
-        for n in 0..N {
-            left[n] = &self.left[(row + n) * rank..][..rank];
+        for (n, left) in left.iter_mut().enumerate() {
+            *left = &self.left[(row + n) * rank..][..rank];
         }
         let Some((first, rest)) = self.right.tile(tile).split_first() else { return };
         // Plain loops over arrays of a fixed size, a line at a time as a copy: so the sums stay in
@@ -79,7 +79,7 @@ impl<T: Real> LowRank<'_, T> {
             for n in 0..N {
                 let factor = left[n][1..][step];
                 for lane in 0..TILE {
-                    sums[n][lane] = sums[n][lane] + factor * line[lane];
+                    sums[n][lane] += factor * line[lane];
                 }
             }
         }
@@ -90,12 +90,12 @@ impl<T: Real> LowRank<'_, T> {
                 &mut self.out[(row + n) * self.width..][start - self.first..end - self.first];
             if let Ok(line) = <&mut [T; TILE]>::try_from(&mut *line) {
                 for lane in 0..TILE {
-                    line[lane] = line[lane] + self.scale * sums[lane];
+                    line[lane] += self.scale * sums[lane];
                 }
             } else {
                 let sums = &sums[start - tile * TILE..end - tile * TILE];
                 for (value, &sum) in line.iter_mut().zip(sums) {
-                    *value = *value + self.scale * sum;
+                    *value += self.scale * sum;
                 }
             }
         }

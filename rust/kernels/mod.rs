@@ -29,6 +29,7 @@
 pub mod compare;
 pub mod consensus;
 pub mod convert;
+pub mod differing;
 pub mod elementwise;
 pub mod gram;
 pub mod level;
@@ -51,6 +52,7 @@ pub use compare::{CELL, COMPARISON_VERSION, Comparison, compare};
 pub use consensus::elect;
 pub(crate) use consensus::{CANCELLED, cancels};
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
+pub use differing::differing;
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;
 pub use level::Level;

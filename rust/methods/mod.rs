@@ -17,6 +17,7 @@ mod inputs;
 mod karcher;
 mod largest_change;
 mod linear;
+pub mod measures;
 mod model_stock;
 mod modifiers;
 mod multislerp;

@@ -1,7 +1,7 @@
 //! What an adapter makes of a tensor: `W + s·B·A`, and what PEFT has besides.
 //!
-//! The tensor is seen as a matrix of rows of [`Adapted::columns`] elements. Every kind of LoRA is such
-//! a matrix with factors that lie in their files in one order or another: those of an embedding or of
+//! The tensor is seen as a matrix of rows of [`Adapted::columns`] elements. Every kind of adapter
+//! is such a matrix with factors that lie in their files in one order or another: those of an embedding or of
 //! GPT-2's `Conv1D` are transposed, a convolution's kernel is one long row, each expert has rows and
 //! factors of its own. So a factor is told by where its numbers are, not by the kind of its module.
 
@@ -24,7 +24,7 @@ pub struct Adapted {
     pub columns: u64,
     /// Low-rank products, added in listed order.
     pub terms: Vec<Term>,
-    /// Magnitudes of rows or columns (DoRA).
+    /// Magnitudes that rows or columns are brought to.
     pub magnitude: Option<Magnitude>,
     /// Rows of another tensor that stand in for those of this one.
     pub replaced: Option<Replaced>,

@@ -226,6 +226,19 @@ impl Plan {
         Ok(self)
     }
 
+    /// The same plan of the output tensors at `indices` only, which lie where they lay.
+    #[must_use]
+    pub fn only(&self, indices: &[usize]) -> Self {
+        let mut some = self.clone();
+        some.rows = indices.iter().map(|&index| self.rows[index]).collect();
+        some.by_place = (0..some.rows.len() as u32).collect();
+        some.by_place.sort_by_key(|&row| {
+            let row = &some.rows[row as usize];
+            (row.shard, row.start)
+        });
+        some
+    }
+
     /// Gives back the room that was kept for more.
     fn shrink(&mut self) {
         let Self { names, nodes, inputs, rows, .. } = self;

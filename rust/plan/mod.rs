@@ -327,10 +327,15 @@ impl Plan {
 
     /// The tensors of output shard `index`, as they lie there.
     pub fn tensors_of_shard(&self, index: usize) -> impl ExactSizeIterator<Item = Tensor<'_>> {
+        self.by_place_in(index).map(|row| self.tensor(row))
+    }
+
+    /// The indices of the tensors of output shard `index`, as they lie there.
+    pub fn by_place_in(&self, index: usize) -> impl ExactSizeIterator<Item = usize> {
         let shard = |&row: &u32| self.rows[row as usize].shard as usize;
         let first = self.by_place.partition_point(|row| shard(row) < index);
         let end = self.by_place.partition_point(|row| shard(row) <= index);
-        self.by_place[first..end].iter().map(|&row| self.tensor(row as usize))
+        self.by_place[first..end].iter().map(|&row| row as usize)
     }
 
     /// Bytes of all sources; no more than a number can say, whatever a saved plan claims.

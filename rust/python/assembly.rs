@@ -321,6 +321,12 @@ pub(super) fn tokens_of(
     enter(py, None, |_| token_rows::tokens_of(&files, &ids))
 }
 
+/// The largest id in the vocabulary of `files`, if it has any token.
+#[pyfunction]
+pub(super) fn largest_token(py: Python<'_>, files: Vec<PathBuf>) -> PyResult<Option<u64>> {
+    enter(py, None, |_| token_rows::largest_id(&files))
+}
+
 /// The id of a token in the vocabulary of `files`.
 #[pyfunction]
 pub(super) fn find_token(

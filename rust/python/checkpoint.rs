@@ -44,7 +44,7 @@ pub(super) struct TensorInfo {
     start: u64,
 }
 
-/// A file that is not here: its name, bytes, label and ETag, and its first bytes.
+/// A file that is not here: its name, bytes, label and tag, and its first bytes.
 type Absent = (String, u64, String, String, Vec<u8>);
 
 fn elsewhere(absent: Vec<Absent>) -> checkpoint::Elsewhere {
@@ -83,7 +83,7 @@ pub(super) fn open_checkpoint(
 /// What a tensor becomes, as [`checkpoint::Change`] has it.
 type GivenChange = (
     u64,
-    Vec<((u64, u64), u64, f64, checkpoint::GivenFactor, Option<checkpoint::GivenFactor>)>,
+    Vec<checkpoint::GivenTerm>,
     Option<(checkpoint::Given, bool)>,
     Option<(checkpoint::Given, Vec<(u64, u64)>)>,
 );
@@ -159,8 +159,8 @@ impl Checkpoint {
 
     /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
     fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
-        let placed = self.0.placed(&places);
-        placed.map(|placed| Self(Arc::new(placed))).map_err(|error| raise(py, &error))
+        let moved = self.0.placed(&places);
+        moved.map(|moved| Self(Arc::new(moved))).map_err(|error| raise(py, &error))
     }
 
     /// How many tensors have a name that another checkpoint has too.
@@ -205,8 +205,8 @@ impl Checkpoint {
             (name, checkpoint::Change { columns, terms, magnitude, replaced })
         };
         let changed = changed.into_iter().map(change).collect();
-        let changes = checkpoint::Changes { copied, replaced, changed };
-        let adapted = py.detach(|| self.0.adapted(&adapters, changes));
+        let all = checkpoint::Changes { copied, replaced, changed };
+        let adapted = py.detach(|| self.0.adapted(&adapters, all));
         adapted.map(|adapted| Self(Arc::new(adapted))).map_err(|error| raise(py, &error))
     }
 

@@ -20,6 +20,7 @@ pub(super) fn raise(py: Python<'_>, error: &Error) -> PyErr {
         ErrorKind::Memory => "MemoryBudgetError",
         ErrorKind::Device => "DeviceError",
         ErrorKind::Changed => "InputChangedError",
+        ErrorKind::Output => "OutputError",
         ErrorKind::Internal => "InternalError",
     };
     own(py, class, error).unwrap_or_else(|failure| failure)

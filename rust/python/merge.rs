@@ -3,6 +3,7 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 
@@ -15,11 +16,12 @@ use super::spool::Spool;
 use super::to_python;
 use super::torch::Device;
 use crate::engine::backend::Backend;
-use crate::engine::digest::{self, Observer};
+use crate::engine::digest;
 use crate::engine::files::{self, FileModes};
+use crate::engine::journal::{self, JOURNAL_EVERY, Journals};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
-use crate::engine::{self, Settings, Surroundings, rehearsal};
+use crate::engine::{self, Settings, Surroundings, Telling, rehearsal};
 use crate::error::Result;
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
@@ -143,11 +145,14 @@ fn with_backend<R>(
 /// what is known of the tensors of each. Files that are not here come by `spool`; who fetches them may
 /// have `beside` bytes resident.
 ///
+/// With `keys`, one for each, it goes on with what interrupted runs with those keys have finished, and
+/// writes down what it finishes, `journal_every` so many seconds.
+///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
 #[pyo3(signature = (merges, *, memory, threads=None, read_path="auto", direct=true,
                     largest_piece=None, progress=None, device=None, descriptors=None, planned=0,
-                    digests=false, spool=None, beside=0))]
+                    digests=false, keys=None, journal_every=None, spool=None, beside=0))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn execute<'py>(
     py: Python<'py>,
@@ -162,6 +167,8 @@ pub(super) fn execute<'py>(
     descriptors: Option<Vec<RawFd>>,
     planned: u64,
     digests: bool,
+    keys: Option<Vec<String>>,
+    journal_every: Option<f64>,
     spool: Option<PyRef<'py, Spool>>,
     beside: u64,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -186,7 +193,6 @@ pub(super) fn execute<'py>(
     let settings = Settings { level, workers, memory, largest_piece };
     let tensors = tables.first().map_or(0, |plan| plan.len());
     let digests = digests.then(|| Arc::new(digest::Digests::new(tables.len(), tensors)));
-    let observer = digests.clone().map(|digests| digests as Arc<dyn Observer>);
     let done = with_backend(py, device, level, |backend| {
         enter(py, progress.as_ref(), |control| {
             let open = |(index, path): (usize, &PathBuf)| {
@@ -200,8 +206,13 @@ pub(super) fn execute<'py>(
             let plans = tables.iter().map(|plan| &**plan);
             let merges: Vec<(&plan::Plan, OutputFolder)> = plans.zip(folders).collect();
             let modes = FileModes { read, write };
-            let around = Surroundings { planned, spool, beside, observer };
-            engine::merge(backend, &merges, modes, &settings, around, control)
+            let keys: Option<Vec<&str>> =
+                keys.as_ref().map(|keys| keys.iter().map(|key| &**key).collect());
+            let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
+            let journals = keys.as_ref().map(|keys| Journals { keys, every });
+            let telling = Telling { digests: digests.as_ref(), journals };
+            let around = Surroundings { planned, spool, beside };
+            engine::merge(backend, &merges, modes, &settings, around, telling, control)
         })
     });
     let (report, files) = first_raised(&raised, done)?;
@@ -209,6 +220,7 @@ pub(super) fn execute<'py>(
         "seconds": report.seconds,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
+        "kept": report.tensors_kept,
         "peak_memory": report.peak_memory,
         "simd": report.level.name(),
         "memory": describe_memory(&report.memory),
@@ -221,6 +233,18 @@ pub(super) fn execute<'py>(
         described.set_item("digests", each.collect::<Vec<_>>())?;
     }
     Ok(described)
+}
+
+/// What the journal of an interrupted run says in its first record, if there is one in the directory
+/// that is open as `descriptor`.
+#[pyfunction]
+pub(super) fn journal_key(
+    py: Python<'_>,
+    descriptor: RawFd,
+    path: PathBuf,
+) -> PyResult<Option<String>> {
+    let read = || journal::journal_key(&OutputFolder::of_descriptor(descriptor, &path)?);
+    py.detach(read).map_err(|error| raise(py, &error))
 }
 
 /// Whether a directory lies on a network or FUSE mount, or cannot be asked.
@@ -246,7 +270,7 @@ fn describe_files(written: Vec<Vec<InputFile>>) -> serde_json::Value {
 /// Unless asked otherwise, six more than cores: they wait for the disk while others compute. With
 /// several outputs each of them writes more at a time, and fewer leave room for larger pieces. More
 /// than [`MOST_WORKERS`] gain nothing anywhere.
-fn worker_count(threads: Option<usize>, outputs: usize) -> usize {
+pub(super) fn worker_count(threads: Option<usize>, outputs: usize) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     threads.unwrap_or_else(|| cores() + (6 / outputs.max(1)).max(1)).min(MOST_WORKERS)
 }

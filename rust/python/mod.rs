@@ -15,6 +15,7 @@ mod exported;
 mod floats;
 mod formula;
 mod lend;
+mod measuring;
 mod merge;
 mod plan;
 mod spool;
@@ -34,7 +35,7 @@ mod _core {
         OnDemand, fill_array, fill_arrays, merge_arrays, numbers_of_arrays, ulp_distance,
     };
     #[pymodule_export]
-    use super::assembly::{Assembly, Fates, Run, TokenRows, find_token, tokens_of};
+    use super::assembly::{Assembly, Fates, Run, TokenRows, find_token, largest_token, tokens_of};
     #[pymodule_export]
     use super::checkpoint::{
         Checkpoint, FileMap, Shard, TensorInfo, compare_vocabularies, index_json, open_checkpoint,
@@ -43,9 +44,11 @@ mod _core {
     #[pymodule_export]
     use super::digests::Digests;
     #[pymodule_export]
+    use super::measuring::{compare_outputs, hash_tensors, measure};
+    #[pymodule_export]
     use super::merge::{
-        check_unchanged, execute, is_remote, methods, modifiers, partial_name, peak_memory,
-        predict, rehearse,
+        check_unchanged, execute, is_remote, journal_key, methods, modifiers, partial_name,
+        peak_memory, predict, rehearse,
     };
     #[pymodule_export]
     use super::plan::Plan;

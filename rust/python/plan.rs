@@ -149,8 +149,8 @@ impl Plan {
 
     /// The same plan, of which files that were not here lie at these paths now, by their labels.
     fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
-        let placed = self.0.placed(&places).map_err(|error| raise(py, &error))?;
-        Ok(Self(Arc::new(placed), self.1.clone()))
+        let moved = self.0.placed(&places).map_err(|error| raise(py, &error))?;
+        Ok(Self(Arc::new(moved), self.1.clone()))
     }
 
     /// The output files: final name and bytes.

@@ -198,7 +198,9 @@ impl<'py> Encoder<'_, 'py> {
                     .into_pyobject(py)
             })(),
             Effect::Rank { among, pick, a, .. } => self.rank(*among, *pick, *a),
-            Effect::Keys { .. } | Effect::Fused(_) => unreachable!("the host's kernels do that"),
+            Effect::Differing { .. } | Effect::Keys { .. } | Effect::Fused(_) => {
+                unreachable!("the host's kernels do that")
+            }
         };
         Some(encoded)
     }
@@ -386,7 +388,10 @@ where
                 self.counted.next().map(|counted| bytemuck::cast_slice_mut(counted))
             }
             Effect::Rank { .. } => self.kept.next().map(Vec::as_mut_slice),
-            Effect::Copy { .. } | Effect::Keys { .. } | Effect::Fused(_) => None,
+            Effect::Copy { .. }
+            | Effect::Differing { .. }
+            | Effect::Keys { .. }
+            | Effect::Fused(_) => None,
         }
     }
 }

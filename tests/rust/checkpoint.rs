@@ -1,12 +1,13 @@
 //! Sound checkpoints, in every arrangement that is accepted.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use oxmerge::checkpoint::Checkpoint;
 use oxmerge::checkpoint::vocabulary::compare;
+use oxmerge::checkpoint::{Absent, Checkpoint, weight_files};
 use oxmerge::dtype::DType;
-use oxmerge::plan::InputFile;
+use oxmerge::plan::{InputFile, Remote};
 use tempfile::TempDir;
 
 use crate::written::file_of;
@@ -173,6 +174,48 @@ fn only_the_header_is_read() {
     let file = fs::File::options().write(true).open(&path).unwrap();
     file.set_len(8 + header.len() as u64 + (1 << 40)).unwrap();
     assert_eq!(Checkpoint::open(&path).unwrap().bytes(), 1 << 40);
+}
+
+/// Of files that are not here the headers will do; they are the files themselves once they are placed.
+#[test]
+fn files_may_be_elsewhere() {
+    let (one, two) = (file_with(&["a", "b"]), file_with(&["c"]));
+    let index = br#"{"weight_map":{"a":"1.safetensors","b":"1.safetensors","c":"2.safetensors"}}"#;
+    let index: (&str, &[u8]) = ("model.safetensors.index.json", index);
+    let whole = directory_of(&[index, ("1.safetensors", &one), ("2.safetensors", &two)]);
+    let partial = directory_of(&[index, ("2.safetensors", &two)]);
+    let absent = |name: &str, bytes: &[u8], read: usize| {
+        let remote = Remote { label: format!("org/name@commit/{name}"), etag: "etag".into() };
+        let start = bytes[..read].to_vec();
+        (name.to_owned(), Absent { size: bytes.len() as u64, remote, start })
+    };
+    // What is here counts, whatever is said of it.
+    let elsewhere = BTreeMap::from([
+        absent("1.safetensors", &one, one.len() - 2),
+        absent("2.safetensors", b"broken", 6),
+        absent("other.bin", b"unread", 0),
+    ]);
+    let opened = Checkpoint::open_with(partial.path(), &elsewhere).unwrap();
+    let same = Checkpoint::open(whole.path()).unwrap();
+    assert_eq!(opened.tensors().collect::<Vec<_>>(), same.tensors().collect::<Vec<_>>());
+    assert_eq!(file_names(&opened), ["1.safetensors", "2.safetensors"]);
+    assert!(opened.files[0].remote.is_some() && opened.files[1].remote.is_none());
+    let names = weight_files(partial.path(), &elsewhere).unwrap();
+    assert_eq!(names, ["1.safetensors", "2.safetensors"]);
+    let file = weight_files(&partial.path().join("1.safetensors"), &elsewhere).unwrap();
+    assert_eq!(file, ["1.safetensors"]);
+
+    let place = |path| HashMap::from([("org/name@commit/1.safetensors".to_owned(), path)]);
+    let path = whole.path().join("1.safetensors");
+    let placed = opened.placed(&place(path.clone())).unwrap();
+    assert_eq!(placed.files[0], InputFile::stat(&path).unwrap());
+    let error = opened.placed(&place(whole.path().join("2.safetensors"))).unwrap_err();
+    assert!(error.to_string().contains("another than the one that was planned with"), "{error}");
+
+    // A header that did not come whole is no header.
+    let cut = BTreeMap::from([absent("1.safetensors", &one, 20)]);
+    let error = Checkpoint::open_with(partial.path(), &cut).unwrap_err();
+    assert!(error.to_string().contains("the header did not come whole"), "{error}");
 }
 
 #[test]

@@ -2,11 +2,13 @@
 //!
 //! In the expected text `FILE` stands for the path of the file.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use oxmerge::checkpoint::{Checkpoint, Header};
+use oxmerge::checkpoint::{Absent, Checkpoint, Header};
 use oxmerge::error::{Error, ErrorKind};
+use oxmerge::plan::Remote;
 use proptest::prelude::*;
 
 use crate::written::file_of;
@@ -202,6 +204,22 @@ fn broken_files() {
 fn broken_headers() {
     for &(header, data, expected) in HEADERS {
         check_file(&file_of(header, data), expected);
+    }
+}
+
+/// What a broken file is called is the same where only its first bytes are here.
+#[test]
+fn broken_files_elsewhere() {
+    let headers = HEADERS.iter().map(|&(header, data, expected)| (file_of(header, data), expected));
+    let files = FILES.iter().map(|&(bytes, expected)| (bytes.to_vec(), expected));
+    for (start, expected) in files.chain(headers) {
+        let directory = tempfile::tempdir().unwrap();
+        let remote = Remote { label: "label".into(), etag: "etag".into() };
+        let absent = Absent { size: start.len() as u64, remote, start };
+        let absent = BTreeMap::from([("model.safetensors".to_owned(), absent)]);
+        let error = Checkpoint::open_with(directory.path(), &absent).unwrap_err().to_string();
+        let file = format!("{}/", directory.path().display());
+        assert_eq!(error.replace(&file, ""), format!("`model.safetensors`: {}", advised(expected)));
     }
 }
 

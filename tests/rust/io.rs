@@ -108,6 +108,59 @@ proptest! {
             }
         }
     }
+
+    #[test]
+    fn a_file_that_is_gone_on_with_has_the_bytes_of_one_run(
+        len in 0..100_000_usize,
+        cuts in prop::collection::vec(any::<usize>(), 0..40),
+        seed in any::<u64>(),
+        kept in any::<u64>(),
+    ) {
+        for (before, after) in [(0, 0), (0, 1), (1, 0)] {
+            interrupted(disk().path(), [MODES[before], MODES[after]], len, &cuts, seed, kept);
+        }
+    }
+}
+
+/// Writes some pieces and flushes them, one after the other; then a second writer keeps those and
+/// writes the rest.
+fn interrupted(
+    folder: &Path,
+    [before, after]: [DirectMode; 2],
+    len: usize,
+    cuts: &[usize],
+    seed: u64,
+    kept: u64,
+) {
+    let (header, data) = (header(2), noise(len));
+    let (start, path) = (2 * PAGE as u64, folder.join("interrupted"));
+    let size = start + len as u64;
+    let (old, new): (Vec<_>, Vec<_>) = pieces(len, cuts, seed)
+        .into_iter()
+        .enumerate()
+        .partition(|(at, _)| kept >> (at % 64) & 1 == 1);
+    let place = |piece: &Range<usize>| (start + piece.start as u64, piece.len() as u64);
+    let writer = create(&path, &header, size, before).unwrap();
+    for (_, piece) in &old {
+        write_piece(&writer, place(piece).0, &data[piece.clone()]).unwrap();
+        writer.flush().unwrap();
+        let written = fs::read(&path).unwrap();
+        assert_eq!(written[2 * PAGE..][piece.clone()], data[piece.clone()]);
+    }
+    drop(writer);
+    let opened = OutputFolder::open(folder).unwrap();
+    let text = |out: &mut dyn std::fmt::Write| out.write_str(&header);
+    let writer = ShardWriter::resume(&opened, "interrupted", start, text, size, after).unwrap();
+    let file = opened.open_to_read("interrupted").unwrap().unwrap();
+    for (_, piece) in &old {
+        let (start, bytes) = place(piece);
+        writer.keep(&file, start, bytes).unwrap();
+    }
+    for (_, piece) in &new {
+        write_piece(&writer, place(piece).0, &data[piece.clone()]).unwrap();
+    }
+    writer.finish().unwrap();
+    assert_eq!(fs::read(&path).unwrap(), expected_file(&header, &data));
 }
 
 /// Many pieces in one page, and pieces of one byte.

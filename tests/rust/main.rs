@@ -7,6 +7,7 @@ mod engine;
 mod fuzzed;
 mod hostile;
 mod io;
+mod journal;
 mod kernels;
 mod layout;
 mod methods;

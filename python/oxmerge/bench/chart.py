@@ -9,6 +9,7 @@ from oxmerge.bench.compare import remarks
 from oxmerge.bench.machine import warnings_of
 from oxmerge.bench.panels import panels
 from oxmerge.bench.table import comparison, heading, machine_lines, sections
+from oxmerge.pages import CLOSING, opening
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,19 +38,6 @@ _STYLE = """
   .whisker, .roof { stroke: #e6e9ef; }
   .yardstick { fill: #7a879b; } .oxmerge { fill: #5b93ff; } .mergekit { fill: #f0a040; }
 }
-"""
-_PAGE_STYLE = """
-:root { color-scheme: light dark; }
-body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif;
-  color: #1c2330; background: #fff; }
-@media (prefers-color-scheme: dark) { body { color: #e6e9ef; background: #14181f; } }
-svg { max-width: 100%; min-width: 34rem; height: auto; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; }
-.wide { overflow-x: auto; } .doubtful { border-left: 4px solid #d97706; padding-left: .8rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; }
-th, td { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #8884;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
 """
 
 
@@ -80,15 +68,7 @@ def svg(record: Record) -> str:
 
 def page(record: Record, old: Record | None = None) -> str:
     """Return chart, tables and notes as one HTML page, and what changed since an old record."""
-    title = escape(heading(record))
-    lines = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{_PAGE_STYLE}</style></head><body>",
-        f"<h1>{title}</h1>",
-        _list(machine_lines(record)),
-    ]
+    lines = [opening(heading(record)), _list(machine_lines(record))]
     doubts = warnings_of(record.machine)
     if doubts:
         lines.append(f'<div class="doubtful">{_list(doubts)}</div>')
@@ -97,7 +77,7 @@ def page(record: Record, old: Record | None = None) -> str:
     lines += ['<div class="wide">', svg(record), "</div>"]
     for section in sections(record):
         lines += _section(section)
-    return "\n".join([*lines, _list(record.notes), "</body></html>", ""])
+    return "\n".join([*lines, _list(record.notes), CLOSING])
 
 
 def _section(section: Section) -> Iterator[str]:

@@ -32,12 +32,18 @@ VERBS = {
     "fuse": "put adapters into a model",
     "sweep": "merge several times with other parameters, in one pass",
     "plan": "show what a merge would do, without doing it",
+    "clean": "remove what an interrupted merge has left",
     "inspect": "show what is in a checkpoint",
+    "diff": "show how two checkpoints differ",
+    "check": "tell whether a checkpoint is sound",
+    "verify": "tell whether an output is what was made",
     "methods": "list the merge methods, or explain one",
     "bench": "measure this machine: memory, storage, kernels, merges",
     "demo": "make two small checkpoints and merge them",
 }
 """The verbs, and what each does."""
+_ANSWERING = frozenset(("check", "diff", "verify"))
+"""Verbs whose exit code answers a question: 0 yes, 1 no, 2 that there is no answer."""
 
 
 def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> int:
@@ -75,7 +81,7 @@ def main(argv: Sequence[str] | None = None, *, engine: Engine | None = None) -> 
     except Exception as error:
         if not report(error, printer):
             raise
-        return exit_code(error)
+        return 2 if arguments[:1] and arguments[0] in _ANSWERING else exit_code(error)
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 
@@ -100,6 +101,19 @@ def device(text: str) -> str:
     return text
 
 
+def check_file(path: str) -> None:
+    """Refuse a file that cannot be written, before any work is done for it."""
+    folder = os.path.dirname(path) or "."
+    if not path:
+        raise UsageError("the name of a file is empty", "name a file to write")
+    if not os.path.isdir(folder):
+        raise UsageError(f"`{path}` cannot be written: `{folder}` is no directory")
+    if os.path.isdir(path):
+        raise UsageError(f"`{path}` is a directory", "name a file")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UsageError(f"`{path}` cannot be written: permission denied", "name another file")
+
+
 def positive(text: str) -> int:
     """Parse a whole number from 1, for an argument."""
     return _whole(text, 1, MOST_THREADS)
@@ -116,14 +130,8 @@ def _whole(text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def add_plan_options(parser: Parser, *, recipe: bool = True) -> None:
-    """Add the options that `plan` and `merge` share; of those without a `recipe`, the others."""
-    if recipe:
-        parser.add_argument(
-            "recipe",
-            metavar="RECIPE",
-            help="the recipe file, or a saved plan; - for standard input",
-        )
+def add_resource_options(parser: Parser) -> None:
+    """Add `--memory` and `--threads`, which no result depends on."""
     parser.add_argument(
         "--memory",
         type=size,
@@ -133,6 +141,17 @@ def add_plan_options(parser: Parser, *, recipe: bool = True) -> None:
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="number of workers (six more than cores)"
     )
+
+
+def add_plan_options(parser: Parser, *, recipe: bool = True) -> None:
+    """Add the options that `plan` and `merge` share; of those without a `recipe`, the others."""
+    if recipe:
+        parser.add_argument(
+            "recipe",
+            metavar="RECIPE",
+            help="the recipe file, or a saved plan; - for standard input",
+        )
+    add_resource_options(parser)
     parser.add_argument(
         "--device",
         type=device,
@@ -189,9 +208,20 @@ def add_run_options(parser: Parser, *, recipe: bool = True) -> None:
         "--overwrite", action="store_true", help="replace a model that is in the output directory"
     )
     parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="keep nothing of a run that is interrupted, and go on with nothing",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="remove what an interrupted run has finished, instead of going on with it",
+    )
+    parser.add_argument(
         "--no-digests",
         action="store_true",
-        help="leave digests and statistics of the tensors out of the manifest, oxmerge.json",
+        help="leave digests and statistics of the tensors out of the manifest, oxmerge.json; "
+        "then an interrupted run keeps nothing",
     )
     parser.add_argument(
         "--hash-inputs",
@@ -212,6 +242,8 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
         **plan_options(options),
         "overwrite": options.overwrite,
         "read_path": options.read_path,
+        "resume": not options.no_resume,
+        "fresh": options.fresh,
         "digests": not options.no_digests,
         "hash_inputs": options.hash_inputs,
         "allow_nonfinite": options.allow_nonfinite,

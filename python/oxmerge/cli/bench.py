@@ -8,7 +8,7 @@ import shutil
 from contextlib import contextmanager
 
 from oxmerge.bench import PARTS, USUAL
-from oxmerge.cli.arguments import Parser, UsageError, add_json_option, positive
+from oxmerge.cli.arguments import Parser, UsageError, add_json_option, check_file, positive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -159,18 +159,10 @@ def _write(record: Record, old: Record | None, options: Namespace) -> None:
 def _check_targets(options: Namespace) -> None:
     """Refuse files that cannot be written, and two that are the same."""
     given = [path for path in (options.save, options.svg, options.html) if path is not None]
-    if "" in given:
-        raise UsageError("the name of a file is empty", "name a file to write")
+    for path in given:
+        check_file(path)
     if len({os.path.realpath(path) for path in given}) < len(given):
         raise UsageError("two of `--save`, `--svg` and `--html` name the same file")
-    for path in given:
-        folder = os.path.dirname(path) or "."
-        if not os.path.isdir(folder):
-            raise UsageError(f"`{path}` cannot be written: `{folder}` is no directory")
-        if os.path.isdir(path):
-            raise UsageError(f"`{path}` is a directory", "name a file")
-        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-            raise UsageError(f"`{path}` cannot be written: permission denied", "name another file")
 
 
 def _check_show(options: Namespace) -> None:

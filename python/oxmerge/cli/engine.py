@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from typing import IO, Any
 
     from oxmerge._core import Checkpoint
+    from oxmerge.checking.differences import Difference
+    from oxmerge.checking.soundness import Soundness
+    from oxmerge.checking.verification import Verification
     from oxmerge.merging import MergeReport, Snapshot
     from oxmerge.planning.plans import Plan
 
@@ -48,6 +51,10 @@ class Engine:
         """Put adapters into a model, calling `options["progress"]` now and then."""
         return oxmerge.fuse(model, directory, adapters, **options)
 
+    def join_adapters(self, directory: str, adapters: Sequence[str], **options: Any) -> list[str]:  # noqa: ANN401
+        """Write several adapters as one."""
+        return oxmerge.join_adapters(directory, adapters, **options)
+
     def sweep(
         self,
         recipe: str,
@@ -57,6 +64,10 @@ class Engine:
     ) -> Sequence[MergeReport]:
         """Merge several times in one pass, calling `options["progress"]` now and then."""
         return oxmerge.sweep(_recipe(recipe), pattern, axes, **options)
+
+    def clean(self, directory: str) -> bool:
+        """Remove what an interrupted merge has left; whether there was something."""
+        return oxmerge.clean(directory)
 
     def plan(self, recipe: str, **options: Any) -> Plan:  # noqa: ANN401
         """Plan without merging."""
@@ -78,6 +89,19 @@ class Engine:
 
         found = find_written(name, allowed)
         return found if found is None or isinstance(found, Problem) else found.row()
+
+    def diff(self, a: str, b: str, **options: Any) -> Difference:  # noqa: ANN401
+        """Compare two models, calling `options["progress"]` now and then."""
+        return oxmerge.diff(a, b, **options)
+
+    def check(self, model: str, **options: Any) -> Soundness:  # noqa: ANN401
+        """Look at a model, calling `options["progress"]` now and then."""
+        return oxmerge.check(model, **options)
+
+    def verify(self, directory: str, recipe: str | None, **options: Any) -> Verification:  # noqa: ANN401
+        """Check an output, calling `options["progress"]` now and then."""
+        given = None if recipe is None else _recipe(recipe)
+        return oxmerge.verify(directory, recipe=given, **options)
 
     def locate(self, reference: str) -> Located:
         """Return where a model lies."""

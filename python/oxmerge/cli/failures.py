@@ -69,7 +69,8 @@ def tell(error: BaseException, printer: Printer) -> None:
     stories += [] if more is None else [(more, None)]
     headline = getattr(error, "message", "") if stories else _headline(error)
     advice = _HINTS.get(error.errno or 0) if isinstance(error, OSError) else None
-    printer.error(headline, stories, getattr(error, "advice", None) or advice)
+    hints = [getattr(error, "advice", None) or advice, *_notes(error)]
+    printer.error(headline, stories, filter(None, hints))
 
 
 def as_data(error: BaseException) -> dict[str, Any]:
@@ -87,7 +88,12 @@ def as_data(error: BaseException) -> dict[str, Any]:
         }
     else:
         story = {"message": _headline(error), "advice": getattr(error, "advice", None)}
+    story["notes"] = _notes(error)
     return {"kind": type(error).__name__, **{k: v for k, v in story.items() if v}}
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", ()))
 
 
 def _headline(error: BaseException) -> str:

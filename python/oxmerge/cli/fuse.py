@@ -1,4 +1,4 @@
-"""Put adapters (LoRA) into a model, into a new model directory."""
+"""Put adapters (LoRA) into a model, as a new model; without a model, into one adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     parser.add_argument(
-        "model", metavar="MODEL", help="the model that the adapters were trained on"
+        "model", metavar="MODEL", nargs="?", help="the model that the adapters were trained on"
     )
     parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
     parser.add_argument(
@@ -33,6 +33,13 @@ def add_arguments(parser: Parser) -> None:
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Fuse and tell how it went."""
     settings = run_options(options)
+    if options.model is None:
+        overwrite = options.overwrite
+        files = engine.join_adapters(options.directory, options.adapter, overwrite=overwrite)
+        printer.say(f"wrote `{options.directory}`: an adapter that is the sum of those named")
+        if printer.as_json:
+            printer.json({"files": files})
+        return 0
     with show_progress(printer) as progress:
         report = engine.fuse(
             options.model, options.directory, options.adapter, **settings, progress=progress

@@ -65,7 +65,11 @@ _FLAGS = (
     _Flag(_either("trust-remote-code"), "is not needed: no code of a model is run"),
     _Flag(_either("async-write"), "is not needed: writing goes on beside computing"),
     _Flag(("--write-threads",), "is not needed: all threads write", kind=positive),
-    _Flag(("--transformers-cache",), "is not needed: models are folders", kind=str),
+    _Flag(
+        ("--transformers-cache",),
+        "is passed over: HF_HUB_CACHE names the cache",
+        kind=str,
+    ),
     _Flag(("--lora-merge-cache",), "is not needed: nothing is merged beforehand", kind=str),
     _Flag(("--lora-merge-dtype",), "is not needed: nothing is merged beforehand", kind=str),
     _Flag(("--intermediate-dir", "-I"), "is not needed: they lie beside the output", kind=str),

@@ -123,6 +123,21 @@ class Printer:
 
         self.data(json.dumps(value, indent=2, default=str))
 
+    def json_with_rows(
+        self, value: Mapping[str, Any], key: str, rows: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Print what was asked for as JSON; its last key has rows, which are made one by one."""
+        import json  # noqa: PLC0415 - few need it
+
+        head = json.dumps(value, indent=2, default=str).removesuffix("\n}")
+        self.data(f'{head},\n  "{key}": [')
+        line = ""
+        for row in rows:
+            if line:
+                self.data(f"{line},")
+            line = f"    {json.dumps(row, default=str)}"
+        self.data(f"{line}\n  ]\n}}".lstrip("\n"))
+
     def say(self, text: str) -> None:
         """Tell people something in one line, unless they want quiet."""
         if not self.quiet:
@@ -142,7 +157,7 @@ class Printer:
         self,
         message: str,
         problems: Iterable[tuple[str, str | None]] = (),
-        advice: str | None = None,
+        hints: Iterable[str] = (),
     ) -> None:
         """Tell people what went wrong, and what they can do: about each problem, and in all."""
         self._message(message, "error")
@@ -150,8 +165,8 @@ class Printer:
             self._message("  - " + problem)
             if hint:
                 self._message(hint, "hint", indent="    ")
-        if advice:
-            self._message(advice, "hint")
+        for hint in hints:
+            self._message(hint, "hint")
 
     def flush(self) -> None:
         """Hand everything over, so that a failure to do so is seen."""

@@ -104,7 +104,8 @@ class PlainProgress:
         now = self.clock()
         if _is_fetching(snapshot) is not self.is_fetching:
             self.is_fetching = not self.is_fetching
-            self.started, self.estimate = now, Estimate()
+            self.started = self.spoken = now
+            self.estimate = Estimate()
         left = self.estimate.left(snapshot, now - self.started)
         if now - self.spoken < _SECONDS_BETWEEN_LINES:
             return
@@ -234,6 +235,7 @@ def _drawn(show: Callable[[str], None], width: Callable[[], int]) -> Progress:
         nonlocal estimate, started, was_fetching
         if _is_fetching(snapshot) is not was_fetching:
             estimate, started, was_fetching = Estimate(), time.monotonic(), not was_fetching
+            return
         seconds = time.monotonic() - started
         left = estimate.left(snapshot, seconds)
         show(progress_line(snapshot, seconds, left, width()))

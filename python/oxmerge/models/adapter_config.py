@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from oxmerge.problems import Findings
 
-__all__ = ["AdapterConfig", "read_adapter_config"]
+__all__ = ["AdapterConfig", "endings", "read_adapter_config"]
 
 FILE_NAME = "adapter_config.json"
 
@@ -50,6 +50,8 @@ _KNOWN = frozenset((
 #: that grows with the length of a name to the power of their number.
 _LONGEST_PATTERN = 1000
 _MOST_REPEATS = 2
+#: More parts than the name of any module has.
+_MOST_PARTS = 32
 #: Beyond that a scale makes every number infinite.
 _LARGEST = 1e30
 _REPEATS = re.compile(r"(?<!\\)[*+{]")
@@ -118,8 +120,19 @@ class AdapterConfig:
         said = self.raw.get("trainable_token_indices")
         if not isinstance(said, dict):
             return said
-        fits = (rows for name, rows in said.items() if f".{module}".endswith(f".{name}"))
-        return next(fits, None)
+        return next((said[name] for name in endings(module) if name in said), None)
+
+
+def endings(name: str) -> Iterator[str]:
+    """Yield a name, and what is left of it without its first parts, of those that any name has.
+
+    Examples
+    --------
+    >>> list(endings("mlp.experts.down_proj"))
+    ['mlp.experts.down_proj', 'experts.down_proj', 'down_proj']
+    """
+    parts = name.split(".", _MOST_PARTS)
+    return (".".join(parts[at:]) for at in range(len(parts)))
 
 
 def _first(patterns: Mapping[re.Pattern[str], float], module: str, otherwise: float) -> float:

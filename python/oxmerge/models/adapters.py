@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from oxmerge.errors import OxmergeError
-from oxmerge.models.adapter_config import read_adapter_config
+from oxmerge.models.adapter_config import endings, read_adapter_config
 from oxmerge.models.names import is_head, is_vocabulary
 from oxmerge.models.naming import known_rules
 from oxmerge.models.references import open_located
@@ -75,6 +75,8 @@ _TABLE, _STACK = 2, 3
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 #: What modules of experts are called in transformers 4, and 5.
 _EXPERT_NAMES = (".block_sparse_moe.", ".mlp.")
+#: Names without a tensor of which those alike are looked for; patterns times modules.
+_COMPARED, _MOST_MATCHES = 5, 10_000_000
 _ANEW = "save the adapter anew"
 _WITH_PEFT = "merge it with PEFT (`merge_and_unload`), and name the result"
 _APART = "merge one, and put the other on the result"
@@ -307,6 +309,12 @@ class _OneAdapter:
         """Sort the tensors, find what they are for, and add what they do."""
         for tensor in self.adapter.checkpoint.tensors:
             self._sort(tensor)
+        patterns = len(self.config.rank_pattern) + len(self.config.alpha_pattern)
+        if patterns * len(self.modules) > _MOST_MATCHES:
+            first = self.adapter.checkpoint.tensor(0)
+            message = "the adapter's patterns take too long to match with its modules"
+            self._fault(message, first, f"at most {_MOST_MATCHES} pairs", advice=_WITH_PEFT)
+            return
         stacked = self._stacked()
         wanted = [*self.whole, *(self._weight_of(module) for module in self.modules.values())]
         wanted += [f"{path}.{target}" for path, target, _ in stacked]
@@ -342,18 +350,21 @@ class _OneAdapter:
 
     def _stacked(self) -> list[tuple[str, str, _Module]]:
         """Take out modules whose parameters are adapted themselves: path, parameter, tensors."""
-        targets = self.config.targets
+        targets: dict[str, list[str]] = defaultdict(list)
+        for target in self.config.targets:
+            inside, _, name = target.rpartition(".")
+            targets[inside].append(name)
         nested: dict[str, dict[int, _Module]] = defaultdict(dict)
         for path in [*self.modules]:
             bare = path
             while bare.endswith(".base_layer"):
                 bare = bare.removesuffix(".base_layer")
-            if bare != path or any(_is_in(target, bare) for target in targets):
+            if bare != path or not targets.keys().isdisjoint(_modules_of(bare)):
                 depth = (len(path) - len(bare)) // len(".base_layer")
                 nested[bare][depth] = self.modules.pop(path)
         found = []
         for bare, by_depth in nested.items():
-            names = [target.rpartition(".")[2] for target in targets if _is_in(target, bare)]
+            names = [name for inside in _modules_of(bare) for name in targets.get(inside, ())]
             if sorted(by_depth) != list(range(len(names))):
                 first = next(iter(by_depth[min(by_depth)].tensors.values()))
                 message = "the adapter does not say which parameter of the module this is for"
@@ -390,8 +401,10 @@ class _OneAdapter:
             if len(wanted) - len(lacking) > best[0]:
                 best = (len(wanted) - len(lacking), lacking)
                 self.name_of = rule
-        for name in best[1]:
-            close = ", ".join(f"`{each}`" for each in near(name, self.job.names, 2))
+        for at, name in enumerate(best[1]):
+            # Of many, the others will be alike.
+            alike = near(name, self.job.names, 2) if at < _COMPARED else ()
+            close = ", ".join(f"`{each}`" for each in alike)
             self.findings.problems.append(
                 Problem(
                     "adapter",
@@ -773,9 +786,10 @@ class _OneAdapter:
         if not isinstance(listed, list) or any(self.config.raw.get(key) for key in others):
             return
         there = {self.name_of(self._weight_of(module)) for module in self.modules.values()}
-        names = tuple(f".{each}.weight" for each in listed if isinstance(each, str))
+        there |= self.job.replaced.keys()
+        names = {f"{each}.weight" for each in listed if isinstance(each, str)}
         for name in self.job.names:
-            if f".{name}".endswith(names) and name not in there | self.job.replaced.keys():
+            if name not in there and not names.isdisjoint(endings(name)):
                 self.findings.warnings.append(
                     Problem(
                         "adapter",
@@ -802,10 +816,11 @@ class _OneAdapter:
         )
 
 
-def _is_in(target: str, module: str) -> bool:
-    """Tell whether a target parameter is one of a module's own."""
-    inside, _, _ = target.rpartition(".")
-    return f".{module}".endswith(f".{inside}") if inside else True
+def _modules_of(module: str) -> Iterator[str]:
+    """Yield what a target parameter may call a module; nothing is enough for one of experts."""
+    yield from endings(module)
+    if module.endswith("experts"):
+        yield ""
 
 
 def _without_leads(name: str) -> str:

@@ -79,8 +79,15 @@ def _fetch(job: dict[str, Any], file: dict[str, Any]) -> str:
             return path
 
 
+def cause_of(error: Exception) -> Exception:
+    """Return why a file is neither here nor to be had, where the library says only that."""
+    is_general = type(error).__name__ == "LocalEntryNotFoundError"
+    return error.__cause__ if is_general and isinstance(error.__cause__, Exception) else error
+
+
 def describe(error: Exception) -> dict[str, Any]:
     """Return what can be told of an error of the library, as data: it may be another process's."""
+    error = cause_of(error)
     answer = getattr(error, "response", None)
     return {
         "kinds": [each.__name__ for each in type(error).__mro__],

@@ -105,27 +105,9 @@ def fetch(
         raise RemoteError(
             f"weights are to be fetched, and {why}", file=wanted[0].label, advice=advice
         )
-    told: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-    size = sum(each.size for each in wanted)
-    count = min(_AT_ONCE, len(wanted), 1 + size // _WORTH_ANOTHER)
-    programs = [_Program(wanted[first::count], told) for first in range(count)]
-    running = len(programs)
+    programs: list[_Program] = []
     try:
-        while running:
-            if progress is not None:
-                here = sum(each.here(places) for each in named)
-                current = next((each.label for each in wanted if each.label not in places), "")
-                progress(here, sum(each.size for each in named), current)
-            try:
-                done = told.get(timeout=_GLANCE)
-            except Empty:
-                continue
-            if done is None:
-                running -= 1
-            elif "path" in done:
-                places[done["label"]] = done["path"]
-            else:
-                raise next(each for each in wanted if each.label == done["label"]).error(done)
+        _download(named, wanted, places, programs, progress)
     finally:
         for program in programs:
             program.end()
@@ -137,6 +119,35 @@ def fetch(
             advice="start again: what is complete is kept",
         )  # fmt: skip
     return places
+
+
+def _download(
+    named: Sequence[_Download],
+    wanted: Sequence[_Download],
+    places: dict[str, str],
+    programs: list[_Program],
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    """Start programs that download what is wanted, and put down where it lies, until they end."""
+    told: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    total = sum(each.size for each in wanted)
+    running = min(_AT_ONCE, len(wanted), 1 + total // _WORTH_ANOTHER)
+    programs.extend(_Program(wanted[first::running], told) for first in range(running))
+    while running:
+        if progress is not None:
+            here = sum(each.here(places) for each in named)
+            current = next((each.label for each in wanted if each.label not in places), "")
+            progress(here, sum(each.size for each in named), current)
+        try:
+            done = told.get(timeout=_GLANCE)
+        except Empty:
+            continue
+        if done is None:
+            running -= 1
+        elif "path" in done:
+            places[done["label"]] = done["path"]
+        else:
+            raise next(each for each in wanted if each.label == done["label"]).error(done)
 
 
 class _Download:
@@ -174,7 +185,7 @@ class _Download:
                     self._most = max(self._most, written)
         return self._most
 
-    def error(self, done: Mapping[str, Any]) -> RemoteError | InputChangedError:
+    def error(self, done: Mapping[str, Any]) -> Exception:
         """Return the error for what the program says."""
         if "found" in done:
             return InputChangedError(
@@ -184,6 +195,8 @@ class _Download:
                 found=f"digest {done['found']}",
                 advice="start again; if it stays so, tell those who run the Hub or its mirror",
             )
+        if done["error"]["errno"] == errno.ENOSPC:
+            return OSError(errno.ENOSPC, f"no space for `{self.label}`", cache_folder())
         return hub.told(done["error"], self.commit.name, self.commit.hash, self.name)
 
 
@@ -206,7 +219,10 @@ class _Program:
         )  # fmt: skip
         self._told = told
         self._said = ""
-        self._readers = [threading.Thread(target=each) for each in (self._listen, self._hear)]
+        # Daemons: should a signal come before it is known that there is a program, nobody waits for
+        # them, and the program ends when its input does.
+        readers = (self._listen, self._hear)
+        self._readers = [threading.Thread(target=each, daemon=True) for each in readers]
         for reader in self._readers:
             reader.start()
         with suppress(BrokenPipeError):

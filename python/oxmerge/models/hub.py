@@ -31,6 +31,7 @@ __all__ = [
     "fetch_small",
     "file_of",
     "find_commit",
+    "find_library",
     "list_files",
     "told",
     "why_not",
@@ -40,7 +41,7 @@ INSTALL = "install the library: `pip install huggingface_hub`"
 SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN"
 #: Small files that are fetched at a time; a small file is no larger.
 _AT_ONCE = 8
-_MOST_SMALL = 256 << 20
+MOST_SMALL = 256 << 20
 _SECONDS = 30.0
 _ENDPOINT = "https://huggingface.co"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -50,6 +51,11 @@ def why_not() -> tuple[str, str] | None:
     """Return why the Hub cannot be asked here, and what to do; None if it can."""
     if is_offline():
         return "the Hub may not be asked", "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
+    return find_library()
+
+
+def find_library() -> tuple[str, str] | None:
+    """Return that the library is not there, and what to do; None if it is."""
     if find_spec("huggingface_hub") is None:
         return "to ask the Hub needs the `huggingface_hub` library", INSTALL
     return None
@@ -181,11 +187,11 @@ def fetch_small(commit: Commit, names: Iterable[str], revision: str | None) -> N
 
     listed, names = list_files(commit), list(names)
     for name in names:
-        if listed[name].size > _MOST_SMALL:
+        if listed[name].size > MOST_SMALL and not os.path.isfile(commit.path_of(name)):
             raise RemoteError(
                 "a file beside the weights is too large for what it should be",
                 file=commit.label_of(name),
-                expected=f"at most {format_size(_MOST_SMALL, binary=True)}",
+                expected=f"at most {format_size(MOST_SMALL, binary=True)}",
                 found=format_size(listed[name].size, binary=True),
                 advice="download the model, remove the file, and name the folder",
             )
@@ -270,6 +276,7 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
     (("DisabledRepoError",), (), "`{name}` is disabled on the Hub", "use another model"),
     (("RevisionNotFoundError",), (), "`{name}` has no revision `{revision}` on the Hub",
      "see {endpoint}/{name}/refs for its branches and tags"),
+    (("LocalEntryNotFoundError", "TransportError"), (), "the Hub cannot be reached", _NETWORK),
     (("EntryNotFoundError",), (), "`{what}` has no file `{file}`", "start again"),
     (("RepositoryNotFoundError",), (401,), _NO_MODEL, _SPELLING),
     (("OfflineModeIsEnabled",), (), "the Hub may not be asked",
@@ -279,7 +286,6 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
      "check what the token may read, or {sign_in}"),
     ((), (404,), _NO_MODEL, _SPELLING),
     (("HFValidationError",), (), "`{name}` is no name that the Hub has", "check how it is spelt"),
-    (("LocalEntryNotFoundError", "TransportError"), (), "the Hub cannot be reached", _NETWORK),
 )  # fmt: skip
 
 

@@ -208,8 +208,9 @@ def is_offline() -> bool:
 def cached_names() -> list[str]:
     """Return the names of the models that the cache has something of."""
     with suppress(OSError):
-        folders = (each.removeprefix("models--") for each in os.listdir(cache_folder()))
-        return sorted(each.replace("--", "/", 1) for each in folders)
+        folders = os.listdir(cache_folder())
+        models = (each.removeprefix("models--") for each in folders if each.startswith("models--"))
+        return sorted(each.replace("--", "/", 1) for each in models)
     return []
 
 

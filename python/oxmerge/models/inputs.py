@@ -44,6 +44,8 @@ class InputModel:
         Where it lies.
     located : Located
         The same, with its commit and with what is not here.
+    pinned : str, optional
+        Its reference with the commits of what is on the Hub; None if nothing is.
     config : dict
         Its config.json; empty if it has none.
     config_file : dict, optional
@@ -68,6 +70,7 @@ class InputModel:
     reference: str
     path: str
     located: Located
+    pinned: str | None
     config: dict[str, Any]
     config_file: dict[str, Any] | None
     checkpoint: Checkpoint
@@ -170,18 +173,15 @@ class Inputs:
         self._located: dict[str, Located | Problem] = {}
         self._adapters: dict[str, tuple[tuple[Located, float], ...]] = {}
         self._missing: set[str] = set()
-        self._by_path: dict[str, InputModel | None] = {}
+        self._by_identity: dict[str, InputModel | None] = {}
 
     def path_of(self, reference: str) -> str:
         """Return what identifies a model: its real path, or its reference if it is not found."""
         found = self._resolve(reference)
         if isinstance(found, Problem):
             return reference
-        adapters = (
-            f"+{os.path.realpath(each.path)}={weight:g}"
-            for each, weight in self._adapters[reference]
-        )
-        return os.path.realpath(found.path) + "".join(adapters)
+        adapters = (f"+{each.identity}={weight:g}" for each, weight in self._adapters[reference])
+        return found.identity + "".join(adapters)
 
     def locate(self, reference: str) -> str | Problem:
         """Return where a model lies, or why that is not known."""
@@ -207,9 +207,9 @@ class Inputs:
                 self._findings.problems.append(replace(found, where=where))
             return None
         key = self.path_of(reference)
-        if key not in self._by_path:
-            self._by_path[key] = self._open(reference, found, where)
-        return self._by_path[key]
+        if key not in self._by_identity:
+            self._by_identity[key] = self._open(reference, found, where)
+        return self._by_identity[key]
 
     def _resolve(self, reference: str) -> Located | Problem:
         if reference not in self._located:
@@ -230,7 +230,7 @@ class Inputs:
         opened = {model.path: model.reference for model in self.models}
         for renames in self._renames:
             is_asked_for = (
-                renames.model in self._missing or self.path_of(renames.model) in self._by_path
+                renames.model in self._missing or self.path_of(renames.model) in self._by_identity
             )
             if not is_asked_for:
                 message = f"`{renames.model}` is no model of this recipe"
@@ -257,7 +257,9 @@ class Inputs:
         if model is None:
             return None
         self.models.append(model)
-        self._findings.warnings += [replace(each, where=where) for each in located.warnings]
+        parts = (located, *(each for each, _ in self._adapters[reference]))
+        odd = [each for part in parts for each in part.warnings]
+        self._findings.warnings += [replace(each, where=where) for each in odd]
         self._findings.warnings += [
             Problem("odd-checkpoint", text, file=path) for text in checkpoint.warnings
         ]
@@ -321,6 +323,7 @@ class Inputs:
             reference=reference,
             path=path,
             located=located,
+            pinned=self._pinned(reference, located),
             config=config,
             config_file=config_file,
             checkpoint=checkpoint,
@@ -331,6 +334,22 @@ class Inputs:
             tied=tied,
             adapter_files=tuple(adapter.config.file for adapter, _ in adapters),
         )
+
+    def _pinned(self, reference: str, located: Located) -> str | None:
+        """Return a reference with the commits of what it names on the Hub, if it names such."""
+        model, adapters = split_adapters(reference, self._folders)
+        parts = [(model, located, 1.0)]
+        parts += (
+            (name, found, weight)
+            for (name, weight), (found, _) in zip(adapters, self._adapters[reference], strict=True)
+        )
+        if not any(found.pinned for _, found, _ in parts):
+            return None
+        pins = (
+            f"{found.pinned or name}" + ("" if weight == 1 else f"={weight:g}")
+            for name, found, weight in parts
+        )
+        return "+".join(pins)
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Return the config beside the weights, and the file it is in as it was then."""

@@ -22,13 +22,13 @@ from oxmerge import _core
 from oxmerge.errors import CheckpointError, InputChangedError, RemoteError, UnsupportedError
 from oxmerge.models import hub, stores
 from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
-from oxmerge.models.vocabularies import TOKENIZER_FILES
+from oxmerge.models.vocabularies import TOKENIZER_FILES, is_of_tokenizer
 from oxmerge.problems import UNSUPPORTED, Problem, near, printable
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from oxmerge._core import Checkpoint
     from oxmerge.models.remote import RemoteFile
@@ -52,16 +52,9 @@ _NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})")
 _NAME_ONE = "name the folder of a model, or a safetensors file"
 #: Files of a model that a message shows.
 _SHOWN = 8
-#: Small files of a model that planning reads, besides indexes of weights.
+#: Small files of a model that planning reads, besides its tokenizer and indexes of weights.
 _PLANNED = frozenset(
-    (
-        *TOKENIZER_FILES,
-        "adapter_config.json",
-        "config.json",
-        "generation_config.json",
-        "modules.json",
-        "README.md",
-    )
+    ("README.md", "adapter_config.json", "config.json", "generation_config.json", "modules.json")
 )
 _INDEX = ".index.json"
 #: Headers that are fetched at a time; the bytes that most of them fit; all headers of a model.
@@ -87,6 +80,10 @@ class Located:
         What it is called on the Hub with its commit, ``org/name@commit``.
     absent : mapping of str to RemoteFile
         The files of its folder that are not here, by their names there.
+    by_name : bool
+        Whether it was named as the Hub does, and not by its path, so that the Hub may be asked.
+    revision : str, optional
+        The revision that was asked for of a path, which has none.
     warnings : tuple of Problem
         What is odd about the reference.
     """
@@ -94,7 +91,15 @@ class Located:
     path: str
     pinned: str | None = None
     absent: Mapping[str, RemoteFile] = field(default_factory=lambda: MappingProxyType({}))
+    by_name: bool = False
+    revision: str | None = None
     warnings: tuple[Problem, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What tells two models apart: the real path, and a revision that nobody knows."""
+        path = os.path.realpath(self.path)
+        return path if self.revision is None else f"{path}@{self.revision}"
 
 
 def parse_reference(text: str) -> str | Problem:
@@ -160,9 +165,7 @@ def split_adapters(
     return found[0][0], tuple(found[1:])
 
 
-def resolve_reference(  # noqa: PLR0911 - one for each kind of reference
-    reference: str, folders: tuple[str, ...]
-) -> Located | Problem:
+def resolve_reference(reference: str, folders: tuple[str, ...]) -> Located | Problem:
     """Find the file or directory that a reference names.
 
     Parameters
@@ -190,25 +193,30 @@ def resolve_reference(  # noqa: PLR0911 - one for each kind of reference
     named = HubName.parse(reference)
     is_folder = named is not None and named.name.partition("/")[0].lower() in FOLDERS
     if named is not None and (named.is_address or not is_folder):
-        for place in _without_revision(named, folders):
-            return Located(place, warnings=(_no_revision(reference, place),))
-        return _on_hub(reference, named, [] if named.is_address else places)
-    for place in filter(os.path.exists, _places(reference.rpartition("@")[0], folders)):
-        return Located(place, warnings=(_no_revision(reference, place),))
+        return _without_revision(reference, named, folders) or _on_hub(
+            reference, named, [] if named.is_address else places
+        )
+    base, _, revision = reference.rpartition("@")
+    for place in filter(os.path.exists, _places(base, folders)):
+        return _with_no_revision(reference, place, revision)
     return _not_found(reference, places, "", _NAME_ONE)
 
 
-def _without_revision(named: HubName, folders: tuple[str, ...]) -> Iterator[str]:
-    """Yield the paths that are there and are what a name says without its revision."""
-    if named.revision is not None and not named.is_address:
-        inside = f"{named.name}/{named.inside}".rstrip("/")
-        yield from filter(os.path.exists, _places(inside, folders))
+def _without_revision(reference: str, named: HubName, folders: tuple[str, ...]) -> Located | None:
+    """Return the path that is what a name says without its revision, if it is there."""
+    if named.revision is None or named.is_address:
+        return None
+    path = f"{named.name}/{named.inside}".rstrip("/")
+    places = filter(os.path.exists, _places(path, folders))
+    found = (_with_no_revision(reference, place, named.revision or "") for place in places)
+    return next(found, None)
 
 
-def _no_revision(reference: str, place: str) -> Problem:
+def _with_no_revision(reference: str, place: str, revision: str) -> Located:
     message = f"`{reference}` is taken to be the path `{place}`, which has no revisions"
     advice = "to name the model on the Hub, write `hf://` before it"
-    return Problem("no-effect", message, advice=advice)
+    warning = Problem("no-effect", message, advice=advice)
+    return Located(place, revision=revision, warnings=(warning,))
 
 
 def _places(path: str, folders: tuple[str, ...]) -> list[str]:
@@ -268,13 +276,17 @@ def _on_hub(reference: str, named: HubName, places: list[str]) -> Located | Prob
     reason = hub.why_not()
     if reason is not None:
         return _without_hub(reference, named, commit, places, *reason)
+    found, revision = commit, named.revision
     try:
-        return _at_hub(commit or hub.find_commit(named.name, named.revision), named)
+        if commit is not None:
+            revision = commit.hash  # the name stays that commit, whatever it has become by now
+        found = commit or hub.find_commit(named.name, named.revision)
+        return _at_hub(found, named, revision)
     except RemoteError as error:
         # Of a commit that is known the weights are the same: what is lacking is beside them.
         if commit is not None and not _lacking(commit, named.inside, weights_only=True):
             return _in_cache(commit, named.inside, str(error))
-        if places:
+        if places and found is None:
             error.message = f"there is no path `{reference}`, and {error.message}"
         return error.as_problem()
 
@@ -303,7 +315,7 @@ def _without_hub(
 
 def _in_cache(commit: Commit, inside: str, why: str | None = None) -> Located:
     warnings = () if why is None else (_may_lack(commit, why),)
-    return Located(commit.path_of(inside), commit.label_of(inside), warnings=warnings)
+    return Located(commit.path_of(inside), commit.label_of(inside), by_name=True, warnings=warnings)
 
 
 def _may_lack(commit: Commit, why: str) -> Problem:
@@ -348,11 +360,14 @@ def _is_planned(name: str, prefix: str) -> bool:
     """Tell whether planning reads a file of that folder of a model."""
     rest = name.removeprefix(prefix)
     is_index = rest.endswith(_INDEX) and "/" not in rest
-    return name.startswith(prefix) and (rest in _PLANNED or is_index)
+    return name.startswith(prefix) and (rest in _PLANNED or is_index or is_of_tokenizer(rest))
 
 
-def _at_hub(commit: Commit, named: HubName) -> Located:
-    """Fetch the small files that planning reads; tell which others are not here."""
+def _at_hub(commit: Commit, named: HubName, revision: str | None) -> Located:
+    """Fetch the small files that planning reads; tell which others are not here.
+
+    `revision` is what the cache is told that the commit is.
+    """
     listed, inside = hub.list_files(commit), named.inside
     prefix = _prefix(inside, is_file=inside in listed)
     in_folder = [name for name in listed if name.startswith(prefix)]
@@ -364,13 +379,15 @@ def _at_hub(commit: Commit, named: HubName) -> Located:
             advice="name a folder or a file that it has",
         )
     planned = [name for name in in_folder if _is_planned(name, prefix)]
-    hub.fetch_small(commit, planned, named.revision)
+    hub.fetch_small(commit, planned, revision)
     absent = {
         name.removeprefix(prefix): hub.file_of(commit, name, listed[name].size, listed[name].etag)
         for name in in_folder
         if not os.path.isfile(commit.path_of(name))
     }
-    return Located(commit.path_of(inside), commit.label_of(inside), MappingProxyType(absent))
+    return Located(
+        commit.path_of(inside), commit.label_of(inside), MappingProxyType(absent), by_name=True
+    )
 
 
 def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Problem]:
@@ -398,7 +415,7 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
         folder = located.path if is_folder else os.path.dirname(located.path)
         stores.fetch_small(folder, wanted_of_store)
         return []
-    found = None if located.pinned is None else Commit.of_label(located.pinned)
+    found = Commit.of_label(located.pinned or "") if located.by_name else None
     if found is None or located.warnings:  # which say so already
         return []
     commit, inside = found
@@ -411,11 +428,19 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
     in_folder = (name for name in names if name.startswith(prefix))
     wanted = [name for name in in_folder if is_wanted(name.removeprefix(prefix))]
     lacking = [name for name in wanted if not os.path.isfile(commit.path_of(name))]
+    large = [name for name in lacking if names[name].size > hub.MOST_SMALL]
+    lacking = [name for name in lacking if name not in large]
     if lacking and reason is not None:
         return [_may_lack(commit, reason[0])]
     if lacking or files is None:
         hub.fetch_small(commit, lacking or wanted[:1], commit.hash)
-    return []
+    return [_too_large(commit, name) for name in large]
+
+
+def _too_large(commit: Commit, name: str) -> Problem:
+    message = "a large file beside the weights is not fetched, and the output will lack it"
+    advice = "put it into the output, if it is of use there"
+    return Problem("odd-checkpoint", message, file=commit.label_of(name), advice=advice)
 
 
 def remote_file(file: Mapping[str, object]) -> RemoteFile:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from oxmerge.errors import InputChangedError, RemoteError
+from oxmerge.models.download import cause_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ __all__ = ["HttpFile", "RemoteFile", "retried"]
 #: How often a range is asked for in vain before that is an error; with fewer bytes than these an
 #: answer was in vain.
 _ATTEMPTS, _PROGRESS = 6, 64 << 10
-#: Seconds to wait before asking again: first, at most, and at most if the server says how long.
+#: Seconds to wait before asking again: first, at most, and at most if the server says how long; for
+#: what takes longer nobody waits.
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_ASKED = 0.5, 8.0, 60.0
 #: Seconds without an answer, or without a byte of it.
 _PATIENCE = 30.0
@@ -228,7 +230,7 @@ class _Failure:
         """Wait as long as the server asked for, else longer with each attempt."""
         seconds = min(_FIRST_WAIT * 2 ** max(attempt - 1, 0), _LONGEST_WAIT)
         seconds *= random.uniform(0.5, 1)  # noqa: S311 - that not all ask again at once
-        time.sleep(seconds if self.after is None else min(self.after, _LONGEST_ASKED))
+        time.sleep(seconds if self.after is None else self.after)
 
 
 def _of_status(answer: Any) -> _Failure:  # noqa: ANN401 - of httpx
@@ -245,10 +247,11 @@ def _of_status(answer: Any) -> _Failure:  # noqa: ANN401 - of httpx
         return _Failure(reason, passes=False, advice="check the name, the token and its rights")
     after = answer.headers.get("Retry-After", "")
     seconds = float(after) if re.fullmatch(r"\d{1,6}", after) else None
+    is_soon = seconds is None or seconds <= _LONGEST_ASKED
     if status == 429:  # noqa: PLR2004 - too many requests
         advice = "the server limits how often it may be asked: wait some minutes, or sign in"
-        return _Failure(reason, after=seconds, advice=advice)
-    return _Failure(reason, after=seconds)
+        return _Failure(reason, passes=is_soon, after=seconds, advice=advice)
+    return _Failure(reason, passes=is_soon, after=seconds)
 
 
 def retried(ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
@@ -258,11 +261,12 @@ def retried(ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
         try:
             return ask()
         except Exception as error:
-            answer = getattr(error, "response", None)
+            cause = cause_of(error)
+            answer = getattr(cause, "response", None)
             if answer is not None:
                 failure = _of_status(answer)
             else:
-                failure = _Failure(_told(error), passes=_is_of_transport(error))
+                failure = _Failure(_told(cause), passes=_is_of_transport(cause))
             attempt += 1
             if attempt == _ATTEMPTS or not failure.passes:
                 raise

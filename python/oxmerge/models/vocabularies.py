@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from oxmerge import _core
@@ -22,6 +23,7 @@ __all__ = [
     "TOKENIZER_FILES",
     "compare",
     "folder_beside",
+    "is_of_tokenizer",
     "present",
     "same_files",
     "token_files",
@@ -45,6 +47,16 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+#: The same, and what only its own programs and others' templates need, as patterns.
+_ALL = (
+    *TOKENIZER_FILES, "tokenizer.model*", "sentencepiece*.model", "chat_template.*",
+    "additional_chat_templates/*", "tokenization_*.py",
+)  # fmt: skip
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Tell whether a file of a model, by its name with ``/``, makes its tokenizer what it is."""
+    return any(fnmatchcase(name, pattern) for pattern in _ALL)
 
 
 def folder_beside(path: str) -> str:

@@ -173,7 +173,7 @@ def card_of(
     return model_card(
         method=recipe.method,
         models=[model.reference for model in models],
-        pinned=_pins((model.reference, model.located.pinned) for model in models),
+        pinned=_pins((model.reference, model.pinned) for model in models),
         hub_names=hub_names,
         metadata=read_metadata(folder_of(donor.path)),
         base=None if recipe.base_model is None else donor.reference,

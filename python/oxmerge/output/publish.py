@@ -13,7 +13,8 @@ renamed, in an order in which no moment shows half a model:
 A directory without index and config loads nowhere, so a failure between 1 and 5, or a power cut,
 leaves something that is plainly unfinished, never a mixture that passes for a model. Up to step 1
 an old model stays as it was. A journal, written before, tells the next run which files are a dead
-run's, and which that was allowed to replace: so it need not be allowed again.
+run's, and which that was allowed to replace: so it need not be allowed again. Another one, of the
+engine, tells which tensors are finished (`resume.py`): the weight files stay with it.
 
 `discard` is the only place that decides what happens to unfinished work.
 """
@@ -36,6 +37,7 @@ from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
 from oxmerge.output.claims import Claim, claim, named
 from oxmerge.output.journal import JOURNAL_NAME, MOST_BYTES, Journal, mark
+from oxmerge.output.resume import RESUME_NAME, check_same
 from oxmerge.output.side_files import SideFile, copy_bytes, is_index, is_loadable_weight
 from oxmerge.signals import put_off
 from oxmerge.sizes import format_size
@@ -71,11 +73,17 @@ class OutputDirectory:
     overwrite
         Whether a model that is there may be replaced.
     purpose
-        What is being made: a digest of the plan.
+        What is being made: everything that decides the bytes; see `oxmerge.output.resume`.
     is_remote
         Whether it is on a network mount, where times may be told differently a moment later.
     journal
         That of a run that was killed here while it replaced files; an empty one if there is none.
+    resume
+        Whether finished tensors are kept, and those of an earlier run are gone on with.
+    is_resumed
+        Whether an earlier run left some.
+    weights
+        The names of the weight files.
     complete
         By its final name, each file that waits for its name.
     placed
@@ -91,6 +99,9 @@ class OutputDirectory:
     purpose: str = ""
     is_remote: bool = False
     journal: Journal = field(default_factory=Journal)
+    resume: bool = False
+    is_resumed: bool = False
+    weights: tuple[str, ...] = ()
     complete: dict[str, _Partial] = field(default_factory=dict)
     placed: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
@@ -162,10 +173,12 @@ def prepare_output(
     needed_bytes: int,
     names: Iterable[str] = (),
     purpose: str = "",
+    resume: bool = False,
+    fresh: bool = False,
 ) -> OutputDirectory:
     """Check that the output can go to `directory`, make it ready, and own it.
 
-    What a run that was killed has left there is removed.
+    What an interrupted run has left there is removed, but for what this run goes on with.
 
     Parameters
     ----------
@@ -180,7 +193,11 @@ def prepare_output(
     names
         The files that will be written, as `Contents` names them.
     purpose
-        A digest of the plan: the same merge may go on where one was killed.
+        What is being made: the same merge may go on where one was interrupted.
+    resume
+        Keep what was finished by the same merge; refuse to go on where another one was interrupted.
+    fresh
+        Remove what was finished.
 
     Raises
     ------
@@ -188,16 +205,19 @@ def prepare_output(
         If the directory holds something and `overwrite` is not set.
     OutputError
         If the output would replace an input, or the directory holds something else than a model
-        or something in the place of a file, or another run writes there, or it has no name.
+        or something in the place of a file, or another run writes there, or it has no name; or if
+        another merge was interrupted there.
     OSError
         If it cannot be written to, or (ENOSPC) does not have the space.
     """
-    output = OutputDirectory(claim(named(directory)), overwrite, purpose)
+    output = OutputDirectory(claim(named(directory)), overwrite, purpose, resume=resume)
     try:
         with _told_in_full(output):
             output.is_remote = _core.is_remote(f"/proc/self/fd/{output.descriptor}")
             output.journal = _read_journal(output)
             names = tuple(names)
+            output.weights = tuple(n for n in names if is_loadable_weight(n) and not is_index(n))
+            output.is_resumed = not fresh and _is_resumed(output)
             inputs = {(file["device"], file["inode"]) for file in input_files}
             _check_existing(output, inputs, names)
             _check_places(output, names)
@@ -289,34 +309,100 @@ def commit(
         return _leftovers(output)
 
 
-def close(output: OutputDirectory) -> None:
-    """Let others have a finished directory. Those of a sweep are closed when all are finished."""
-    with contextlib.suppress(OSError):  # it does no harm there, and the model is complete
-        os.unlink(JOURNAL_NAME, dir_fd=output.descriptor)
+def close(output: OutputDirectory, *, keep: bool = False) -> None:
+    """Let others have a finished directory. Those of a sweep are closed when all are finished.
+
+    With `keep` its journals stay: the same merge finds what is in it, and has nothing to do.
+    """
+    for name in () if keep else (RESUME_NAME, JOURNAL_NAME):
+        with contextlib.suppress(OSError):  # it does no harm there, and the model is complete
+            os.unlink(name, dir_fd=output.descriptor)
     output.claim.release()
 
 
-def discard(output: OutputDirectory) -> None:
+def discard(output: OutputDirectory, *, keep: bool = False) -> bool:
     """Remove what an unfinished run wrote, and nothing else; do nothing after a finished one.
 
     That is: partial files, files that were already renamed in (without config and index they are
     no use), and the directories that were made for the output, as far as they are empty. What
     cannot be removed is left: the error that ended the run is the one to report.
+
+    Parameters
+    ----------
+    output
+        From `prepare_output`.
+    keep
+        Leave the journal of finished tensors, if there is one, and the weight files with them.
+
+    Returns
+    -------
+    bool
+        Whether something is kept, with which another run goes on.
     """
     with put_off():
         if output.finished:
             close(output)
-            return
+            return False
+        output.is_resumed = False
         if output.claim.is_held:
             with contextlib.suppress(OSError):
+                output.is_resumed = keep and output.resume and _has_finished(output)
                 _roll_back(output)
         output.claim.give_up()
+        return output.is_resumed
+
+
+def clean(directory: str | os.PathLike[str]) -> bool:
+    """Remove what an interrupted run left in an output directory, and the directory if it is empty.
+
+    A model that is there stays as it is.
+
+    Parameters
+    ----------
+    directory : path
+        The output of that run.
+
+    Returns
+    -------
+    bool
+        Whether there was something to remove.
+
+    Raises
+    ------
+    OutputError
+        If a run is writing there.
+    OSError
+        If there is no such directory, or something cannot be removed.
+
+    Examples
+    --------
+    >>> import os
+    >>> import oxmerge
+    >>> os.makedirs("merged", exist_ok=True)
+    >>> oxmerge.clean("merged")
+    False
+    """
+    path = named(directory)
+    status = os.stat(path)
+    output = OutputDirectory(claim(path), overwrite=False)
+    try:
+        with _told_in_full(output):
+            output.journal = _read_journal(output)
+            is_left = any(entry.name.endswith(PARTIAL_SUFFIX) for entry in _entries(output))
+            _remove_leftovers(output)
+            output.journal = Journal()
+            _remove_partials(output)
+            if is_left:
+                output.claim.created.append((path.absolute(), (status.st_dev, status.st_ino)))
+    finally:
+        output.claim.give_up()
+    return is_left
 
 
 def _roll_back(output: OutputDirectory) -> None:
     # Back to front: the config, if it is there, is the last that was placed and goes first.
     for name in reversed(output.placed):
-        _remove_if(output, name, output.is_written)
+        _take_back(output, name, output.is_written)
     _remove_folders(output, reversed(output.folders))
     output.journal = _read_journal(output)
     _remove_partials(output)
@@ -444,17 +530,48 @@ def _is_there(output: OutputDirectory, name: str, is_it: Callable[[str, FileStat
     return False
 
 
+def _has_finished(output: OutputDirectory) -> bool:
+    """Tell whether there are finished tensors of this merge, or of one before it."""
+    is_there = _core.journal_key(output.descriptor, output.path) is not None
+    return is_there or any(name == RESUME_NAME for name, _ in _files_of_stages(output))
+
+
+def _is_resumed(output: OutputDirectory) -> bool:
+    """Tell whether an earlier run left finished tensors that this one goes on with."""
+    if not output.resume:
+        return False
+    journal = _core.journal_key(output.descriptor, output.path)
+    if journal is not None:
+        check_same(journal, output.purpose, output.path)
+    return _has_finished(output)
+
+
+def _files_of_stages(output: OutputDirectory) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the name and the status of each file that earlier merges have made."""
+    with contextlib.suppress(FileNotFoundError):
+        for _, _, names, folder in os.fwalk(STAGES_NAME, dir_fd=output.descriptor):
+            for name in names:
+                yield name, os.stat(name, dir_fd=folder, follow_symlinks=False)
+
+
 def _leftover_bytes(output: OutputDirectory) -> int:
-    """Return the space that the partial files of a dead run will give back."""
-    partials = (entry for entry in _entries(output) if _is_partial(entry))
-    return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in partials)
+    """Return the space that the files of an earlier run will give back, or have already."""
+    found = [(entry, entry.stat(follow_symlinks=False)) for entry in _entries(output)]
+    files = [
+        status
+        for entry, status in found
+        if _is_partial(entry) or output.journal.is_ours(entry.name, FileState.of(status))
+    ]
+    files += [status for _, status in _files_of_stages(output)]
+    return sum(status.st_blocks * 512 for status in files)
 
 
 def _remove_leftovers(output: OutputDirectory) -> None:
     journal = output.journal
-    if not _is_there(output, journal.last, journal.is_ours):  # else the model is complete
+    is_complete = _is_there(output, journal.last, journal.is_ours)
+    if output.is_resumed or not is_complete:
         for name in journal.ours:
-            _remove_if(output, name, journal.is_ours)
+            _take_back(output, name, journal.is_ours)
         _remove_folders(output, journal.folders)
     _remove_partials(output)
 
@@ -462,10 +579,10 @@ def _remove_leftovers(output: OutputDirectory) -> None:
 def stages_folder(output: OutputDirectory) -> str:
     """Make the folder for what earlier merges make, and return where it is.
 
-    It lies in the output, under a partial name: it goes with the other partial files, after a
-    finished run, a failed one, and one that was killed.
+    It lies in the output, under a partial name: it goes with the other partial files, unless a run
+    goes on with what is in it.
     """
-    with _told_in_full(output):
+    with _told_in_full(output), contextlib.suppress(FileExistsError):
         os.mkdir(STAGES_NAME, dir_fd=output.descriptor)
     return os.path.join(os.path.abspath(output.path), STAGES_NAME)
 
@@ -481,11 +598,14 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
 
 
 def _remove_partials(output: OutputDirectory) -> None:
-    """Remove all partial files; the journal stays while it says something."""
+    """Remove all partial files, but for journals that say something and what they speak of."""
     failure = None
-    remove_stages(output)
+    if not output.is_resumed:
+        remove_stages(output)
+    kept = {JOURNAL_NAME} if output.journal.last else set()
+    kept |= {RESUME_NAME, *map(partial_name, output.weights)} if output.is_resumed else set()
     for entry in _entries(output):
-        if _is_partial(entry) and not (entry.name == JOURNAL_NAME and output.journal.last):
+        if _is_partial(entry) and entry.name not in kept:
             try:
                 os.unlink(entry.name, dir_fd=output.descriptor)
             except OSError as error:
@@ -684,6 +804,18 @@ def _has_folder(output: OutputDirectory, folder: str) -> bool:
         return False
 
 
+def _take_back(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> None:
+    """Remove a file that was put in place, if it is the one that is meant.
+
+    Weights get their temporary name back, where a run goes on with them.
+    """
+    if not (output.is_resumed and name in output.weights):
+        _remove_if(output, name, is_it)
+    elif _is_there(output, name, is_it):
+        at = output.descriptor
+        os.rename(name, partial_name(name), src_dir_fd=at, dst_dir_fd=at)
+
+
 def _remove_if(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> None:
     """Remove a file, if it is the one that is meant."""
     with contextlib.suppress(OSError, OutputError), _place(output, name) as (folder, last):
@@ -720,6 +852,6 @@ def _leftovers(output: OutputDirectory) -> list[str]:
         f"`{entry.name}` was in the output directory before and is still there"
         for entry in entries
         if entry.name not in ours
-        and entry.name != JOURNAL_NAME
+        and entry.name not in {JOURNAL_NAME, RESUME_NAME}
         and not entry.is_dir(follow_symlinks=False)
     ]

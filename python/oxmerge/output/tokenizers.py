@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from oxmerge.errors import PlanError
 from oxmerge.file_state import states_of
 from oxmerge.json_files import read_object
+from oxmerge.models.vocabularies import is_of_tokenizer
 from oxmerge.output.config import json_text
 from oxmerge.output.side_files import LeftOut, SideFiles, find_side_files, folder_of
 
@@ -32,12 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Built", "OutputTokenizer", "build_tokenizer", "side_files_with"]
 
-#: Files that make a tokenizer what it is, by the names that loaders look for.
-_FILES = (
-    "tokenizer.json", "tokenizer.model*", "spiece.model", "sentencepiece*.model", "tekken.json",
-    "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-    "tokenizer_config.json", "chat_template.*", "additional_chat_templates/*", "tokenization_*.py",
-)  # fmt: skip
 _CONFIG = "tokenizer_config.json"
 _DECODER = "added_tokens_decoder"
 _PROGRAM = Path(__file__).with_name("build_tokenizer.py")
@@ -196,9 +190,9 @@ def side_files_with(
     if tokenizer is not None and os.path.realpath(folder) != os.path.realpath(donor):
         theirs = find_side_files(folder_of(folder))
         reason = f"the tokenizer is that of `{tokenizer.reference}`"
-        left_out += [LeftOut(file.name, reason) for file in copied if _is_of_tokenizer(file.name)]
-        copied = [file for file in copied if not _is_of_tokenizer(file.name)]
-        copied += [file for file in theirs.copied if _is_of_tokenizer(file.name)]
+        left_out += [LeftOut(file.name, reason) for file in copied if is_of_tokenizer(file.name)]
+        copied = [file for file in copied if not is_of_tokenizer(file.name)]
+        copied += [file for file in theirs.copied if is_of_tokenizer(file.name)]
         problems += theirs.problems
     texts = dict(found.texts)
     names = {file.name for file in copied}
@@ -229,7 +223,3 @@ def side_files_with(
         tuple(problems),
         dict(sorted(texts.items())),
     )
-
-
-def _is_of_tokenizer(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in _FILES)

@@ -10,6 +10,7 @@ import os
 from dataclasses import replace
 from types import MappingProxyType
 
+from oxmerge.checking.headers import Found, look_at_vocabulary
 from oxmerge.errors import PlanError, ProblemsError, RecipeError, RemoteError
 from oxmerge.json_files import read_object
 from oxmerge.methods import Method, built_in_methods, find_method
@@ -157,6 +158,7 @@ class _Planner:
                 table = self.with_method(method, table)
         self.check_config(donor)
         self.look_beside(donor)
+        self.look_at_inputs()
         self.compare_models(sections, donor, table)
         self.check_effects(sections)
         if donor is None and not problems and not self.inputs.lacks_reported:
@@ -292,6 +294,13 @@ class _Planner:
             problems += self.side_files.problems
             self.look_at_generation(donor)
 
+    def look_at_inputs(self) -> None:
+        """Warn of inputs that are odd by themselves, as far as no file has to be read for that."""
+        found = Found()
+        for model in self.inputs.models:
+            look_at_vocabulary(model, found)
+        self.findings.warnings += found.errors
+
     def fetch_side_files(self, donor: InputModel) -> None:
         """Have the files here that the output copies from the donor."""
         folder = folder_of(donor.path)
@@ -392,7 +401,7 @@ class _Planner:
             shard_size=shard_size,
             models=models,
             donor=donor.index,
-            pinned=tuple(model.located.pinned for model in self.inputs.models),
+            pinned=tuple(model.pinned for model in self.inputs.models),
             base=None if base is None else donor.index,
             layer_map=layer_map,
             dtype=dtype,
@@ -417,8 +426,8 @@ class _Planner:
     def pins(self) -> Iterator[str]:
         """Yield which commits the models are."""
         for model in self.inputs.models:
-            if model.located.pinned is not None:
-                yield f"`{model.reference}` is `{model.located.pinned}`"
+            if model.pinned is not None:
+                yield f"`{model.reference}` is `{model.pinned}`"
 
     def extension_notes(self, donor: InputModel) -> tuple[str, ...]:
         """Return which tensors have other names, are tied, or are left to one model."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from oxmerge.problems import Problem
     from oxmerge.recipe.recipe import Recipe
     from oxmerge.schema import OutputTensor
+    from oxmerge.stages import StandIns
 
 __all__ = ["Plan"]
 
@@ -107,7 +108,7 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
     stages: tuple[Plan, ...] = ()
     #: Keeps the files that stand for outputs of `stages`.
-    stand_ins: object = None
+    stand_ins: StandIns | None = None
 
     @property
     def method(self) -> str:

@@ -14,6 +14,7 @@ use oxmerge::formula::oracle::Oracle;
 use oxmerge::formula::{Scalar, Scope, Value, compute};
 use oxmerge::io::AlignedBuffer;
 use oxmerge::kernels::{Level, narrow, widen};
+use oxmerge::methods::measures::{difference, soundness};
 use proptest::prelude::*;
 
 use super::{NAME, SEED, weights};
@@ -133,6 +134,42 @@ fn numbers_are_those_of_the_oracle() {
             for (number, scalar) in found.iter().zip(&scalars) {
                 let expected = oracle.evaluate(&Value::scalar(scalar.clone()))[0];
                 assert_eq!(*number as f32, expected, "{scalar:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn measures_are_those_of_the_oracle() {
+    for (inputs, measure) in [
+        (2, difference(false, None)),
+        (3, difference(true, None)),
+        (1, soundness(None)),
+        (2, vec![Value::differing(0, 1)]),
+    ] {
+        for (dtype, elements) in [(DType::F32, 5000), (DType::Bf16, 200_001)] {
+            let mut inputs = bytes(inputs, elements, dtype);
+            // Infinities, NaN and zeros of both signs among the others.
+            let odd = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 0.0, -0.0];
+            for (input, step) in inputs.iter_mut().zip([97, 89, 83]) {
+                let size = dtype.size();
+                for (place, odd) in (0..elements as usize).step_by(step).zip(odd.iter().cycle()) {
+                    let place = place * size..(place + 1) * size;
+                    narrow(Level::portable(), &[*odd], dtype, &mut input[place]);
+                }
+            }
+            let oracle = oracle(&[elements], &inputs, dtype);
+            for threads in [1, 4] {
+                let sources = inputs.iter().map(|input| source(input, dtype)).collect();
+                let work = Work::numbers(measure.clone());
+                let task = task(&[elements], sources, Arc::new(Nowhere(dtype)), work);
+                let found = run(task, Level::detect(), Some(threads), &Control::default()).unwrap();
+                for (number, scalar) in found.iter().zip(&measure) {
+                    let expected = oracle.evaluate(&Value::scalar(scalar.clone()))[0];
+                    let is_same =
+                        *number as f32 == expected || number.is_nan() && expected.is_nan();
+                    assert!(is_same, "{number} is not {expected}: {scalar:?}");
+                }
             }
         }
     }

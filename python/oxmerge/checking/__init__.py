@@ -1,0 +1,1 @@
+"""What is found out about models without merging: how two differ, whether one is sound."""

@@ -1,0 +1,118 @@
+/* Calls of the system that fail when a test says so: loaded before the C library (LD_PRELOAD).
+ *
+ * Only files below one folder are meant, so that Python itself goes on. The calls are counted from
+ * the time of `faults_arm`, and one of them goes wrong.
+ */
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum call { READ, WRITE, FLUSH, CALLS };
+
+/* What happens instead, besides numbers of errors: these are negative. */
+enum { NOTHING = 0, SHORT = -1, DEATH = -2, END = -3, CHANGE = -4 };
+
+static char folder[PATH_MAX];
+static atomic_int armed_call, armed_fault;
+static atomic_long armed_number, counted[CALLS];
+
+void faults_arm(const char *below, int call, long number, int fault)
+{
+    for (int each = 0; each < CALLS; each++)
+        counted[each] = 0;
+    armed_call = call;
+    armed_number = number;
+    armed_fault = fault;
+    snprintf(folder, sizeof folder, "%s", below);
+}
+
+long faults_counted(int call)
+{
+    return counted[call];
+}
+
+/* The fault that this call meets. */
+static int met(int call, int file)
+{
+    char link[64], path[PATH_MAX];
+    if (!folder[0])
+        return NOTHING;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0)
+        return NOTHING;
+    path[length] = 0;
+    if (strncmp(path, folder, strlen(folder)) != 0)
+        return NOTHING;
+    long number = counted[call]++;
+    int fault = number == armed_number && call == armed_call ? armed_fault : NOTHING;
+    if (fault == DEATH)
+        kill(getpid(), SIGKILL);
+    if (fault == CHANGE)
+        futimens(file, NULL);
+    return fault;
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+/* Half of it; whole pages, where a direct write or read asks for that. */
+static size_t half(size_t size)
+{
+    return size > 8192 ? size / 2 / 4096 * 4096 : size;
+}
+
+ssize_t pread64(int file, void *memory, size_t size, off64_t start)
+{
+    int fault = met(READ, file);
+    if (fault > 0)
+        return errno = fault, -1;
+    if (fault == END)
+        return 0;
+    return REAL(pread64)(file, memory, fault == SHORT ? half(size) : size, start);
+}
+
+ssize_t read(int file, void *memory, size_t size)
+{
+    int fault = met(READ, file);
+    if (fault > 0)
+        return errno = fault, -1;
+    if (fault == END)
+        return 0;
+    return REAL(read)(file, memory, fault == SHORT && size > 1 ? size / 2 : size);
+}
+
+ssize_t pwrite64(int file, const void *memory, size_t size, off64_t start)
+{
+    int fault = met(WRITE, file);
+    if (fault > 0)
+        return errno = fault, -1;
+    return REAL(pwrite64)(file, memory, fault == SHORT ? half(size) : size, start);
+}
+
+ssize_t write(int file, const void *memory, size_t size)
+{
+    int fault = met(WRITE, file);
+    if (fault > 0)
+        return errno = fault, -1;
+    return REAL(write)(file, memory, fault == SHORT && size > 1 ? size / 2 : size);
+}
+
+int fsync(int file)
+{
+    int fault = met(FLUSH, file);
+    return fault > 0 ? (errno = fault, -1) : REAL(fsync)(file);
+}
+
+int fdatasync(int file)
+{
+    int fault = met(FLUSH, file);
+    return fault > 0 ? (errno = fault, -1) : REAL(fdatasync)(file);
+}

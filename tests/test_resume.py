@@ -1,0 +1,483 @@
+"""What an interrupted merge keeps, and how the same command goes on with it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import counted
+import numpy as np
+import oxmerge
+import pytest
+from oxmerge import _core, cli
+from oxmerge.output.resume import RESUME_NAME
+from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+HERE = Path(__file__).parent
+#: Five shards: tensors of more than a block, whose ends share pages, and small neighbours.
+SHAPES = {f"t{k}.weight": (260, 257 + k) for k in range(4)} | {f"s{k}": (61, 33) for k in range(6)}
+OPTIONS: dict[str, Any] = {"shard_size": "200KB", "threads": 2, "memory": "4GiB"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, two fine-tunes of it, and recipes."""
+    folder = tmp_path_factory.mktemp("models")
+    base = random_arrays(SHAPES, 0)
+    write_model(folder / "base", base, "BF16")
+    for seed, name in enumerate("ab", start=1):
+        write_model(folder / name, tuned(base, seed), "BF16")
+    two = [folder / "a", folder / "b"]
+    write_recipe(folder / "counted.yml", "counted:halved", two)
+    each = {"weight": 0.5}
+    write_recipe(folder / "task.yml", "task_arithmetic", two, base=folder / "base", each=each)
+    write_recipe(folder / "metagpt.yml", "metagpt", two, base=folder / "base")
+    first = (folder / "task.yml").read_text()
+    second = write_recipe(folder / "two.yml", "linear", ["first", folder / "b"], each={"weight": 1})
+    second.write_text(f"name: first\n{first}---\n{second.read_text()}")
+    return folder
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let each tensor be written down as soon as it is finished."""
+    monkeypatch.setattr(_core, "execute", functools.partial(_core.execute, journal_every=0.0))
+    yield
+    counted.last = 0
+
+
+def merge(models: Path, output: Path, last: int = 0, **options: Any) -> int:
+    """Merge by the counted method, which stops at its `last` call; how often it was called."""
+    counted.calls, counted.last = 0, last
+    recipe = options.pop("recipe", models / "counted.yml")
+    options = {"shard_size": "200KB", "threads": 1, "memory": "4GiB", **options}
+    oxmerge.merge(recipe, output, allow_methods=["counted"], **options)
+    return counted.calls
+
+
+def interrupt(models: Path, output: Path, last: int, **options: Any) -> str:
+    """Interrupt the same at its `last` call; what the exception says besides."""
+    with pytest.raises(counted.Stop) as caught:
+        merge(models, output, last, **options)
+    return "\n".join(getattr(caught.value, "__notes__", ()))
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob(".*"))
+
+
+def test_the_same_merge_goes_on(tmp_path: Path, models: Path, at_once: None) -> None:
+    assert merge(models, tmp_path / "whole") == 10
+    output = tmp_path / "new" / "out"
+    note = interrupt(models, output, 3)
+    assert "the same command goes on from there" in note
+    assert f"`oxmerge clean {output}` removes it" in note
+    # Two tensors are finished. They lie in two files; no other is left.
+    assert len(hidden(output)) == 3
+    assert RESUME_NAME in hidden(output)
+    assert not [path for path in output.iterdir() if not path.name.startswith(".")]
+    interrupt(models, output, 2, threads=2)
+    report = {}
+
+    def progress(snapshot: Any) -> None:
+        report["done"] = snapshot.bytes_done
+
+    assert merge(models, output, threads=3, progress=progress) == 10 - 3
+    assert directory_bytes(output) == directory_bytes(tmp_path / "whole")
+    assert not hidden(output)
+    told = json.loads((output / "oxmerge_report.json").read_text())["notes"]
+    assert "an interrupted run had finished 3 of 10 tensors" in told
+
+
+def test_what_no_longer_holds_is_made_again(tmp_path: Path, models: Path, at_once: None) -> None:
+    merge(models, tmp_path / "whole")
+    for damage in ("change", "cut", "remove", "replace"):
+        output = tmp_path / damage
+        interrupt(models, output, 4)
+        path = next(output.glob(".model-00001*"))
+        data = path.read_bytes()
+        if damage == "change":
+            path.write_bytes(data[:9000] + bytes([data[9000] ^ 1]) + data[9001:])
+        elif damage == "cut":
+            os.truncate(path, 4096)
+        else:
+            path.unlink()
+            if damage == "replace":
+                path.write_bytes(b"another")
+        assert 10 - 3 < merge(models, output) <= 10
+        assert directory_bytes(output) == directory_bytes(tmp_path / "whole")
+
+
+def test_a_file_of_someone_else_is_not_written_to(
+    tmp_path: Path, models: Path, at_once: None
+) -> None:
+    for link in (os.symlink, os.link):
+        output, precious = tmp_path / link.__name__, tmp_path / f"precious {link.__name__}"
+        interrupt(models, output, 4)
+        precious.write_bytes(b"mine")
+        path = next(output.glob(".model-00001*"))
+        path.unlink()
+        link(precious, path)
+        with pytest.raises(OSError if link is os.symlink else oxmerge.OutputError):
+            merge(models, output)
+        assert precious.read_bytes() == b"mine"
+        merge(models, output, fresh=True)
+        assert precious.read_bytes() == b"mine"
+
+
+def _seed(models: Path) -> dict[str, Any]:
+    return {"seed": 1}
+
+
+def _shard_size(models: Path) -> dict[str, Any]:
+    return {"shard_size": "300KB"}
+
+
+def _recipe(models: Path) -> dict[str, Any]:
+    text = (models / "counted.yml").read_text()
+    return {"recipe": text.replace(f"{models}/a\n", f"{models}/base\n")}
+
+
+def _input(models: Path) -> dict[str, Any]:
+    path = models / "a" / "model.safetensors"
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    return {}
+
+
+DIFFERENT = {
+    _seed: "expected seed 1, found seed 0",
+    _shard_size: "expected shard size 300000, found shard size 200000",
+    _recipe: "expected this recipe with these options, found others",
+    _input: "expected `a/model.safetensors` as now, found another size, time",
+}
+
+
+@pytest.mark.parametrize("change", DIFFERENT)
+def test_another_merge_is_refused_with_what_differs(
+    tmp_path: Path, models: Path, at_once: None, change: Any
+) -> None:
+    output = tmp_path / "out"
+    interrupt(models, output, 4)
+    before = directory_bytes(output)
+    options = change(models)
+    with pytest.raises(oxmerge.OutputError) as caught:
+        merge(models, output, **options)
+    assert "another merge was interrupted here, and what it finished is kept" in str(caught.value)
+    if change is not _recipe:
+        assert DIFFERENT[change] in str(caught.value)
+    assert "start over with `--fresh`" in str(caught.value)
+    assert directory_bytes(output) == before
+    assert merge(models, output, fresh=True, **options) == 10
+    assert not hidden(output)
+
+
+def test_no_resume_leaves_nothing_and_goes_on_with_nothing(
+    tmp_path: Path, models: Path, at_once: None
+) -> None:
+    output = tmp_path / "new" / "out"
+    for options in ({"resume": False}, {"digests": False}):
+        assert not interrupt(models, output, 4, **options)
+        assert not (tmp_path / "new").exists()
+    interrupt(models, output, 4)
+    assert merge(models, output, resume=False) == 10
+    assert not hidden(output)
+
+
+def test_clean_removes_what_is_left(
+    tmp_path: Path, models: Path, at_once: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, output = tmp_path / "old", tmp_path / "out"
+    write_model(old, {"x": np.ones(9, np.float32)})
+    before = directory_bytes(old)
+    interrupt(models, old, 4, overwrite=True)
+    interrupt(models, output, 4)
+    assert {name: data for name, data in directory_bytes(old).items() if name in before} == before
+    assert cli.main(["clean", str(old), str(output)]) == 0
+    told = capsys.readouterr().err
+    assert told.count("removed what an interrupted merge had left") == 2
+    assert directory_bytes(old) == before
+    assert not output.exists()
+    assert not oxmerge.clean(old)
+    assert directory_bytes(old) == before
+    assert cli.main(["clean", str(output)]) == 1
+    assert not output.exists()
+
+
+def test_an_old_model_stays_until_the_new_one_is_complete(
+    tmp_path: Path, models: Path, at_once: None
+) -> None:
+    merge(models, tmp_path / "whole")
+    output = tmp_path / "out"
+    write_model(output, {"x": np.ones(9, np.float32)})
+    before = directory_bytes(output)
+    interrupt(models, output, 4, overwrite=True)
+    assert before.items() <= directory_bytes(output).items()
+    with pytest.raises(FileExistsError):
+        merge(models, output)
+    assert merge(models, output, overwrite=True) == 10 - 3
+    assert directory_bytes(output) == directory_bytes(tmp_path / "whole")
+
+
+def test_what_a_rerun_cannot_mend_leaves_nothing(
+    tmp_path: Path, models: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    for error in (oxmerge.InputChangedError("changed"), oxmerge.PlanError("integers differ")):
+        interrupt(models, output, 4)
+        with monkeypatch.context() as patch:
+            patch.setattr("oxmerge.merging._check_side_files", _raise(error))
+            with pytest.raises(type(error)):
+                merge(models, output)
+        assert not output.exists() or not list(output.iterdir())
+
+
+def _raise(error: Exception) -> Any:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_journal_that_is_damaged_is_refused(tmp_path: Path, models: Path, at_once: None) -> None:
+    output = tmp_path / "out"
+    interrupt(models, output, 5)
+    journal = output / RESUME_NAME
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 3
+    journal.write_bytes(b"".join([*lines[:2], b"x" + lines[2][1:], *lines[3:]]))
+    with pytest.raises(oxmerge.OutputError, match=r"(?s)is damaged: .*start over with `--fresh`"):
+        merge(models, output)
+    assert journal.exists()
+    # A last record that is not whole is what a death leaves.
+    journal.write_bytes(b"".join([*lines[:3], lines[3][:20]]))
+    assert 5 < merge(models, output) < 10
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"tensors":[[10,"HASH",null]]}',
+        '{"tensors":[[-1,"HASH",null]]}',
+        '{"tensors":[[0,"short",null]]}',
+        '{"numbers":[[99,[]]]}',
+        '{"numbers":[[0,[-1]]]}',
+        '{"other":[]}',
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_hostile_record_is_refused(
+    tmp_path: Path, models: Path, at_once: None, record: str
+) -> None:
+    from blake3 import blake3
+
+    output = tmp_path / "out"
+    interrupt(models, output, 3)
+    text = record.replace("HASH", "0" * 64)
+    check = blake3(text.encode()).hexdigest()[:16]
+    with (output / RESUME_NAME).open("a") as file:
+        file.write(f"{check} {text}\n")
+    with pytest.raises(oxmerge.OutputError, match="is damaged"):
+        merge(models, output)
+
+
+def test_numbers_over_the_whole_model_are_kept(
+    tmp_path: Path, models: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, options = models / "metagpt.yml", OPTIONS
+    whole = oxmerge.merge(recipe, tmp_path / "whole", **options)
+    monkeypatch.setattr("oxmerge.merging._check_side_files", _raise(OSError("an error")))
+    with pytest.raises(OSError, match="an error"):
+        oxmerge.merge(recipe, tmp_path / "out", **options)
+    monkeypatch.undo()
+    journal = (tmp_path / "out" / RESUME_NAME).read_text().splitlines(keepends=True)
+    assert any('{"numbers":' in line for line in journal)
+    # As if it had died between the sweep over the model and the merge.
+    numbers = [line for line in journal if '{"tensors":' not in line]
+    (tmp_path / "out" / RESUME_NAME).write_text("".join(numbers))
+    report = oxmerge.merge(recipe, tmp_path / "out", **options)
+    assert report.bytes_read < 0.7 * whole.bytes_read
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "whole")
+
+
+def test_earlier_merges_are_kept_too(
+    tmp_path: Path, models: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, options = models / "two.yml", OPTIONS
+    oxmerge.merge(recipe, tmp_path / "whole", **options)
+    output = tmp_path / "out"
+    check, calls = oxmerge.merging._check_side_files, []
+
+    def fail_in_the_second(plans: Any) -> None:
+        calls.append(plans)
+        if len(calls) == 2:
+            raise OSError("an error")
+        check(plans)
+
+    monkeypatch.setattr("oxmerge.merging._check_side_files", fail_in_the_second)
+    with pytest.raises(OSError, match="an error") as caught:
+        oxmerge.merge(recipe, output, **options)
+    (note,) = caught.value.__notes__
+    assert f"`oxmerge clean {output}` removes it" in note
+    report = oxmerge.merge(recipe, output, **options)
+    assert report.bytes_read == 0
+    assert directory_bytes(output) == directory_bytes(tmp_path / "whole")
+    assert not hidden(output)
+
+
+def test_a_sweep_goes_on(
+    tmp_path: Path, models: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {"models[a].parameters.weight": "0.25,0.5"}
+
+    def sweep(name: str) -> Sequence[oxmerge.MergeReport]:
+        return oxmerge.sweep(models / "task.yml", tmp_path / name / "w{0}", axes, **OPTIONS)
+
+    sweep("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("oxmerge.merging._check_side_files", _raise(OSError("an error")))
+        with pytest.raises(OSError, match="an error") as caught:
+            sweep("out")
+    assert all(f"{tmp_path}/out/w{each}" in caught.value.__notes__[0] for each in ("0.25", "0.5"))
+    (tmp_path / "out" / "w0.5" / ".model-00001-of-00004.safetensors.oxmerge-partial").unlink()
+    reports = sweep("out")
+    assert 0 < reports[0].bytes_read < 3 * 2 * 260 * 260 * 3
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "whole")
+
+
+# Faults of the system.
+
+
+@pytest.fixture(scope="module")
+def faulty(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `faults.py` takes it, with `faults.c` as a library."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "options.json").write_text(json.dumps(OPTIONS))
+    for name in ("base", "a", "b"):
+        shutil.copytree(models / name, folder / name)
+    two = [folder / "a", folder / "b"]
+    each = {"weight": 0.5}
+    write_recipe(folder / "recipe.yml", "task_arithmetic", two, base=folder / "base", each=each)
+    oxmerge.merge(folder / "recipe.yml", folder / "whole", **OPTIONS)
+    library = ["-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(folder / "faults.so")]
+    subprocess.run(["cc", *library, str(HERE / "faults.c"), "-ldl"], check=True)
+    return folder
+
+
+def meet(faulty: Path, step: int, how: str, *faults: str) -> None:
+    """Let each `step`-th call fail, one in each merge; see `faults.py`."""
+    paths = os.pathsep.join([str(HERE), *sys.path])
+    environment = {**os.environ, "LD_PRELOAD": str(faulty / "faults.so"), "PYTHONPATH": paths}
+    command = [sys.executable, str(HERE / "faults.py"), str(faulty), str(step), how, *faults]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(faults)
+
+
+def test_some_calls_of_the_system_fail(faulty: Path) -> None:
+    meet(faulty, 13, "direct", "write:death", "flush:EIO", "read:EIO")
+
+
+FAULTS = {
+    "read": ("EIO", "EINTR", "short", "end", "change"),
+    "write": ("EIO", "ENOSPC", "EINTR", "short", "death"),
+    "flush": ("EIO", "EINTR", "death"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["direct", "buffered"])
+@pytest.mark.parametrize("call", FAULTS)
+def test_every_call_of_the_system_fails(faulty: Path, how: str, call: str) -> None:
+    meet(faulty, 1, how, *(f"{call}:{fault}" for fault in FAULTS[call]))
+
+
+# Real ones.
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for models of 64 tensors, and what it makes."""
+    folder = tmp_path_factory.mktemp("long")
+    base = random_arrays({f"t{k:02}": (512, 515) for k in range(64)}, 0)
+    write_model(folder / "base", base, "BF16")
+    for seed, name in enumerate("ab", start=1):
+        write_model(folder / name, tuned(base, seed), "BF16")
+    two = [folder / "a", folder / "b"]
+    each = {"weight": 0.5, "density": 0.5}
+    recipe = write_recipe(folder / "r.yml", "dare_ties", two, base=folder / "base", each=each)
+    oxmerge.merge(recipe, folder / "whole", shard_size="8MB", memory="4GiB")
+    return folder
+
+
+OFTEN = """
+import functools, sys
+from oxmerge import _core, cli
+_core.execute = functools.partial(_core.execute, journal_every=0.01)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def started(long: Path, output: Path, *options: str) -> subprocess.Popen[str]:
+    arguments = ["merge", str(long / "r.yml"), str(output), "--shard-size=8MB", "-q", *options]
+    command = [sys.executable, "-c", OFTEN, *arguments]
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("times", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_again_and_again(tmp_path: Path, long: Path, times: int) -> None:
+    """At moments that differ, from the first file on; each run goes on where the last one was."""
+    output, generator = tmp_path / "out", np.random.default_rng(times)
+    whole, ends = directory_bytes(long / "whole"), 0
+    for _ in range(times):
+        process = started(long, output, "--threads=2")
+        wait_for(output, process)
+        time.sleep(generator.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:
+            assert directory_bytes(output) == whole
+            shutil.rmtree(output)
+            ends += 1
+        elif not (output / "config.json").exists():
+            assert not list(output.glob("*.index.json"))
+        else:  # it had only to let go of the directory
+            shutil.rmtree(output)
+    process = started(long, output)
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert directory_bytes(output) == whole
+
+
+def test_ctrl_c_tells_how_to_go_on(tmp_path: Path, long: Path) -> None:
+    output = tmp_path / "out"
+    process = started(long, output, "--threads=1")
+    wait_for(output / RESUME_NAME, process)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = "what is finished is kept: the same command goes on from there"
+    assert told == f"error: interrupted\nhint: {kept}; `oxmerge clean {output}` removes it\n"
+    assert all(path.name.endswith("oxmerge-partial") for path in output.iterdir())
+    _, told = started(long, output).communicate()
+    assert told == ""
+    assert directory_bytes(output) == directory_bytes(long / "whole")

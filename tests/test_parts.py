@@ -144,7 +144,7 @@ def test_adapters_are_put_in_by_each_part(tmp_path: Path, models: Path) -> None:
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["x"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     base = models / "base"
-    names = [f"{base}+{adapter}", models / "b"]
+    names = [f"{base}+{adapter}", str(models / "b")]
     recipe = write_recipe(
         tmp_path / "r.yml", "ties", names, base=base, each={"density": 0.5, "weight": 1}
     )

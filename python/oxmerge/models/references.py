@@ -165,9 +165,7 @@ def split_adapters(
     return found[0][0], tuple(found[1:])
 
 
-def resolve_reference(
-    reference: str, folders: tuple[str, ...]
-) -> Located | Problem:
+def resolve_reference(reference: str, folders: tuple[str, ...]) -> Located | Problem:
     """Find the file or directory that a reference names.
 
     Parameters

@@ -42,7 +42,8 @@ ERRORS = (
     "PlanError: ",
     "RecipeError: ",
 )
-LOADABLE = ("config.json", "*.safetensors", "model.safetensors.index.json")
+#: Weights in several files load nowhere without an index.
+LOADABLE = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 def attempt(folder: Path, call: str, number: int, fault: str) -> tuple[int, str]:

@@ -87,9 +87,18 @@ def plan(folder: Path, data: bytes) -> None:
     loaded.explain("*")
 
 
+def manifest(folder: Path, data: bytes) -> None:
+    """Read a manifest."""
+    from oxmerge.checking.manifests import read_manifest
+
+    (folder / "oxmerge.json").write_bytes(data)
+    read_manifest(str(folder))
+
+
 #: The targets by name. Each gets a folder that it may write to, and may raise what oxmerge raises.
 TARGETS: dict[str, Callable[[Path, bytes], None]] = {
     "recipe": recipe, "config": config, "plan": plan, "adapter": adapter,
+    "manifest": manifest,
 }  # fmt: skip
 
 

@@ -295,7 +295,7 @@ def test_plan_passes_on_its_options(run: Any) -> None:
         (
             "xyz",
             "unknown command `xyz`",
-            "known are: merge, sweep, plan",
+            "known are: merge, fuse, sweep, plan",
         ),
         ("-q merge r out", "`-q` before a command", "write options after it"),
         ("merge r out --memroy 1GB", "unknown option `--memroy`", "did you mean `--memory`?"),
@@ -520,7 +520,11 @@ def test_demo_makes_and_merges(run: Any, tmp_path: Path) -> None:
     code, out, err = run("demo", "--directory", str(folder), engine=engine)
     assert (code, out) == (0, "")
     assert engine.calls == [
-        ("merge", (str(folder / "recipe.yml"), str(folder / "merged")), {"overwrite": True})
+        (
+            "merge",
+            (str(folder / "recipe.yml"), str(folder / "merged")),
+            {"overwrite": True, "fresh": True},
+        )
     ]
     assert "made two checkpoints of 53.5 MB each" in err
     told, _, commands = err.partition("\n\nwhat to try next:\n")

@@ -21,6 +21,7 @@ from writers import (
     to_bf16,
     tuned,
     write_experts,
+    write_file,
     write_model,
     write_sparse,
 )
@@ -255,6 +256,22 @@ def test_tensors_of_other_names_are_found(tmp_path: Path) -> None:
         tmp_path / "b", {f"model.language_model.{name}": x for name, x in arrays.items()}
     )
     assert oxmerge.diff(a, b).is_equal
+
+
+def test_what_an_adapter_adds(tmp_path: Path) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    weights = random_arrays({f"{module}.weight": (24, 16), "model.norm.weight": (16,)}, 1)
+    base = write_model(tmp_path / "base", weights)
+    parts = random_arrays({"lora_A": (4, 16), "lora_B": (24, 4)}, 2)
+    (tmp_path / "adapter").mkdir()
+    named = {f"base_model.model.{module}.{part}.weight": x for part, x in parts.items()}
+    write_file(tmp_path / "adapter" / "adapter_model.safetensors", named)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    found = oxmerge.diff(base, f"{base}+{tmp_path / 'adapter'}")
+    assert [tensor.is_equal for tensor in found.tensors] == [False, True]
+    added = 2 * (parts["lora_B"].astype(np.float64) @ parts["lora_A"])
+    assert found.total.squares == pytest.approx((added**2).sum(), rel=1e-4)
 
 
 def test_layers_and_modules_are_sums_of_their_tensors(tmp_path: Path) -> None:

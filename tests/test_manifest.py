@@ -20,6 +20,7 @@ from writers import (
     random_arrays,
     read_tensors,
     tuned,
+    write_file,
     write_model,
     write_recipe,
 )
@@ -146,6 +147,26 @@ def test_a_hub_snapshot_is_known_by_its_commit_and_names(folder: Path) -> None:
     assert (local["pinned"], cached["pinned"]) == (None, f"org/b@{commit}")
     known = {file["name"]: file["sha256"] for file in cached["files"]}
     assert known == {"model.safetensors": sha256, "config.json": None}
+
+
+def test_an_adapter_is_among_the_files_of_its_model(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    write_model(folder / "p", random_arrays({f"{name}.weight": (40, 33)}, seed=4), "BF16")
+    shapes = {"lora_A": (2, 33), "lora_B": (40, 2)}
+    parts = {f"base_model.model.{name}.{part}.weight": shape for part, shape in shapes.items()}
+    (folder / "adapter").mkdir()
+    write_file(folder / "adapter/adapter_model.safetensors", random_arrays(parts, seed=5), "F32")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    recipe = write_recipe(folder / "r.yml", "linear", ["p", "p+adapter"], each={"weight": 0.5})
+    oxmerge.merge(recipe, "out")
+    manifest = manifest_of("out")
+    plain, adapted = manifest["inputs"]
+    assert (plain["model"], adapted["model"]) == ("p", "p+adapter")
+    known = [{file["name"] for file in each["files"]} for each in (plain, adapted)]
+    assert "adapter_model.safetensors" in known[1] - known[0]
+    (tensor,) = manifest["tensors"]
+    assert tensor["statistics"]["changed"] > 0
 
 
 def test_without_digests_it_lists_the_tensors_only(folder: Path) -> None:

@@ -113,12 +113,6 @@ struct Waiting {
     is_over: bool,
 }
 
-impl Waiting {
-    fn len(&self) -> usize {
-        self.tensors.len() + self.numbers.len()
-    }
-}
-
 impl<'a> Journal<'a> {
     /// Opens the journals of the outputs in `folders`, each of which has a key and `tensors` tensors;
     /// also what earlier runs have written there.
@@ -165,9 +159,6 @@ impl<'a> Journal<'a> {
         let mut waiting = lock(&self.waiting);
         put(&mut waiting);
         waiting.since.get_or_insert_with(Instant::now);
-        if waiting.len() >= MOST_IN_RECORD {
-            self.changed.notify_all();
-        }
     }
 
     /// Writes down what is finished, now and then, until [`end`](Self::end) is called. `flush` brings
@@ -192,8 +183,7 @@ impl<'a> Journal<'a> {
     }
 
     fn is_due(&self, waiting: &Waiting) -> bool {
-        waiting.len() >= MOST_IN_RECORD
-            || waiting.since.is_some_and(|since| since.elapsed() >= self.every)
+        waiting.since.is_some_and(|since| since.elapsed() >= self.every)
     }
 
     /// Ends `keep_writing`.

@@ -61,11 +61,15 @@ impl<'a> Merges<'a> {
         };
         for index in (0..self.len()).filter(|&index| resumed.is_done[index]) {
             resumed.vouch(self, index);
+            self.are_read(index..index + 1, false);
             for (merge, kept) in kept.iter().enumerate() {
                 digests.finished(merge, index, kept.tensors[&index])?;
             }
             let bytes = self.plans.iter().map(|plan| plan.tensor(index).bytes()).sum();
             control.keep(1, bytes);
+        }
+        if self.needs_sweep() {
+            resumed.numbers.keys().for_each(|&index| self.are_read(index..index + 1, true));
         }
         self.resumed = Some(resumed);
         Ok(())

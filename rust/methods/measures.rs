@@ -136,15 +136,12 @@ pub fn difference(has_base: bool, finite: Option<u64>) -> Vec<Scalar> {
 /// The numbers of [`Measure::Soundness`]; `finite` is as for [`difference`].
 pub fn soundness(finite: Option<u64>) -> Vec<Scalar> {
     let x = Value::input(0);
-    let ([kept], numbers, compared) = match finite {
-        Some(elements) => {
-            let all = Scalar::constant(elements as f64);
-            ([x.clone()], all.clone(), all)
-        }
-        None => {
-            let (kept, compared) = finite_of([x.clone()], &[&x]);
-            (kept, x.binary(BinaryOp::Equal, &x).sum(Scope::Tensor), compared)
-        }
+    let ([kept], numbers, compared) = if let Some(elements) = finite {
+        let all = Scalar::constant(elements as f64);
+        ([x.clone()], all.clone(), all)
+    } else {
+        let (kept, compared) = finite_of([x.clone()], &[&x]);
+        (kept, x.binary(BinaryOp::Equal, &x).sum(Scope::Tensor), compared)
     };
     vec![
         numbers,

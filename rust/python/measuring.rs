@@ -67,6 +67,10 @@ pub(super) fn hash_tensors<'py>(
     Ok(PyBytes::new(py, hashes.as_flattened()))
 }
 
+/// A tensor that differs: which it is, the first element, how many, and its bytes as they should be and
+/// as they are.
+type Differing<'py> = (usize, u64, u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
 /// Makes some tensors of a plan again, and compares each with one of a checkpoint, of the same type and
 /// shape: pairs of their numbers. Of those that differ the number in the plan, the first element that
 /// does, how many do, and that element's bytes as they should be and as they are.
@@ -80,7 +84,7 @@ pub(super) fn compare_outputs<'py>(
     memory: u64,
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
-) -> PyResult<Vec<(usize, u64, u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>)>> {
+) -> PyResult<Vec<Differing<'py>>> {
     let (table, raised, checkpoint) = (plan.table(), plan.raised(), checkpoint.shared());
     let fits = |&(output, at): &(usize, usize)| {
         output < table.len() && at < checkpoint.len() && {

@@ -63,9 +63,10 @@ _FIRST = 128 << 10
 _MOST_HEADERS = 100_000_000
 _LENGTH = 8
 #: Folders that people put models into; nobody on the Hub is called so.
-FOLDERS = frozenset(
-    ("models", "model", "checkpoints", "weights", "merged", "merges", "output", "outputs", "data")
-)
+FOLDERS = frozenset((
+    "adapter", "adapters", "checkpoints", "data", "lora", "loras", "merged", "merges", "model",
+    "models", "output", "outputs", "weights",
+))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

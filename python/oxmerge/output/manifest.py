@@ -133,14 +133,17 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
 
 def _file(file: Mapping[str, Any], *, hash_it: bool) -> dict[str, Any]:
     """Return an input file. The Hub names what is large by its SHA-256, and so does its cache."""
-    path: str = file["path"]
-    *_, folder, blob = ["", "", *os.path.realpath(path).split("/")]
-    names = (file.get("remote", {}).get("etag", ""), blob if folder == "blobs" else "")
+    path = file["path"]
+    folder, blob = os.path.split(os.path.realpath(path))
+    is_cached = os.path.basename(folder) == "blobs"
+    names = (file.get("remote", {}).get("etag", ""), blob if is_cached else "")
     known = next(filter(_SHA256.fullmatch, names), None)
     if hash_it and os.path.isfile(path):
         with open(path, "rb") as opened:
             known = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"name": os.path.basename(path), "size": file["size"], "sha256": known}
+    etag = file.get("remote", {}).get("etag")
+    told = {"etag": etag} if etag and known is None else {}  # of a store, which tells no more
+    return {"name": os.path.basename(path), "size": file["size"], "sha256": known, **told}
 
 
 def _told(warning: Problem) -> dict[str, Any]:

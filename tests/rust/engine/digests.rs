@@ -52,10 +52,10 @@ impl Sink for Digested {
 /// The elements of a tensor as another type has them.
 fn rounded(from: DType, bytes: &[u8], to: DType) -> Vec<u8> {
     let elements = bytes.chunks(from.size());
-    let rounded = |element: &[u8]| match from == to {
-        true => element.to_vec(),
-        false => oracle::narrow::<f64>(to, oracle::widen(from, element)),
-    };
+    if from == to {
+        return bytes.to_vec();
+    }
+    let rounded = |element: &[u8]| oracle::narrow::<f64>(to, oracle::widen(from, element));
     elements.flat_map(rounded).collect()
 }
 

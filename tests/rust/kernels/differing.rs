@@ -9,7 +9,7 @@ fn elements_that_differ_in_any_bit_are_counted() {
         proptest!(config(48), |((size, length) in case.clone(), seed in any::<u64>())| {
             let byte = |at: usize| (seed.wrapping_mul(at as u64 | 1) >> 9) as u8;
             let a: Vec<u8> = (0..length * size).map(byte).collect();
-            let flip = |(at, byte): (usize, &u8)| byte ^ (1 << (at % 8)) * u8::from(at % 7 == 3);
+            let flip = |(at, byte): (usize, &u8)| byte ^ ((1 << (at % 8)) * u8::from(at % 7 == 3));
             let b: Vec<u8> = a.iter().enumerate().map(flip).collect();
             let slow = a.chunks(size).zip(b.chunks(size)).filter(|(a, b)| a != b).count();
             let (a, b) = (misaligned(&a), misaligned(&b));

@@ -379,7 +379,7 @@ fn directories_without_clear_weights() {
         ),
         (
             &["adapter_model.bin"],
-            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; merge it into its base model first (peft's `merge_and_unload`)",
+            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; write it behind its model: `model+adapter`",
         ),
         (
             &["adapter_model.safetensors"],

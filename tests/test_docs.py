@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import json
 import pkgutil
 import re
 from importlib import import_module
@@ -35,6 +36,14 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,)}
     for seed, name in enumerate(("base", "code", "chat")):
         write_model(tmp_path / "models" / name, random_arrays(shapes, seed), "BF16")
+    factors = {"lora_embedding_A": (2, 40), "lora_embedding_B": (16, 2)}
+    shapes = {f"base_model.model.model.embed_tokens.{each}": factors[each] for each in factors}
+    for seed, name in enumerate(("code", "chat")):
+        folder = tmp_path / "adapters" / name
+        write_model(folder, random_arrays(shapes, seed), "F32")
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+        told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["embed_tokens"]}
+        (folder / "adapter_config.json").write_text(json.dumps(told))
     (tmp_path / "recipe.yml").write_text("\n".join(blocks("yaml")))
     monkeypatch.chdir(tmp_path)
 

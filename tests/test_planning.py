@@ -567,9 +567,10 @@ def test_missing_models_name_the_places_tried(shelf: Shelf, tmp_path: Path) -> N
             "  hint: name the folder of a model, or a safetensors file"
         ),
         *(
-            f"models[{at}]: no model `{name}`: there is no `/{name}` or `/recipes/{name}`, and "
-            "models are not fetched from the Hub yet\n"
-            f"  hint: download it, and name its folder: `hf download {name} --local-dir FOLDER`"
+            f"models[{at}]: no model `{name}`: there is no `/{name}` or `/recipes/{name}`, the "
+            f"Hub's cache `{os.environ['HF_HOME']}/hub` has no `{name}`, and the Hub may not be asked\n"
+            "  hint: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE; or name the folder of a "
+            "model, or a safetensors file"
             for at, name in ((2, "gpt2"), (3, "org/name"))
         ),
     ]
@@ -584,7 +585,8 @@ def test_a_misspelt_folder_is_told(shelf: Shelf) -> None:
         "did you mean `./base`",
     ]
     assert hints[0].endswith(
-        "If not, download it, and name its folder: `hf download org/tund --local-dir FOLDER`"
+        "If not, unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE; or name the folder of a model, "
+        "or a safetensors file"
     )
 
 

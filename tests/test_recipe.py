@@ -226,15 +226,6 @@ FAULTS: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        START + "models: [{model: a+b}, {model: 's3://a/b'}]\n",
-        [
-            (
-                "models[1].model (line 2): not supported yet: a model in a store (`s3://a/b`)\n"
-                "  hint: download it, and name its folder"
-            ),
-        ],
-    ),
-    (
         START + "models: [{model: {model: a, lora: 7}}]\n",
         [
             (

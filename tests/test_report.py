@@ -108,7 +108,7 @@ def test_what_cannot_be_read_has_no_consequences(folder: Path) -> None:
 
 def test_codes_are_listed_and_used() -> None:
     text = "\n".join(path.read_text() for path in SOURCES.rglob("*.py"))
-    used = set(re.findall(r'(?:Problem\(|code(?:: str)? ?=)\s*"([a-z-]+)"', text))
+    used = set(re.findall(r'(?:Problem\(|about\(|code(?:: str)? ?=)\s*"([a-z-]+)"', text))
     used |= set(re.findall(r'"([a-z-]+)" if method is None else "wrong-value"', text))
     used |= {"yaml", "unsupported"}
     assert used == set(CODES)

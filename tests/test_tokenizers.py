@@ -79,6 +79,7 @@ def test_the_tokenizer_of_the_donor(tmp_path: Path, source: Any) -> None:
     assert one.keys() == other.keys()
     assert {name for name in one if one[name] != other[name]} == {
         "README.md",
+        "oxmerge.json",
         "oxmerge_recipe.yml",
     }
 

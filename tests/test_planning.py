@@ -567,8 +567,9 @@ def test_missing_models_name_the_places_tried(shelf: Shelf, tmp_path: Path) -> N
             "  hint: name the folder of a model, or a safetensors file"
         ),
         *(
-            f"models[{at}]: no model `{name}`: there is no `/{name}` or `/recipes/{name}`, the "
-            f"Hub's cache `{os.environ['HF_HOME']}/hub` has no `{name}`, and the Hub may not be asked\n"
+            f"models[{at}]: no model `{name}`: there is no `/{name}` or `/recipes/{name}`, "
+            f"the Hub's cache `{os.environ['HF_HOME']}/hub` has no `{name}`, "
+            "and the Hub may not be asked\n"
             "  hint: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE; or name the folder of a "
             "model, or a safetensors file"
             for at, name in ((2, "gpt2"), (3, "org/name"))

@@ -24,6 +24,8 @@ use crate::plan::Plan;
 pub const JOURNAL_EVERY: Duration = Duration::from_secs(2);
 /// Tensors, or tasks with numbers, that a record tells of at the most.
 const MOST_IN_RECORD: usize = 4096;
+/// What one of them takes there at the most: digests, their hexadecimal forms, and the text.
+const RECORD_BYTES: u64 = 1024;
 
 /// The name of a journal.
 pub fn journal_name() -> String {
@@ -110,6 +112,12 @@ pub(crate) struct Journal<'a> {
     waiting: Mutex<Waiting>,
     changed: Condvar,
     every: Duration,
+}
+
+/// Bytes that journals of so many tensors take: a record and its text, and what waits to be written.
+pub(crate) fn bytes(tensors: usize) -> u64 {
+    let in_record = tensors.min(MOST_IN_RECORD) as u64;
+    in_record * RECORD_BYTES + 2 * (size_of::<usize>() * tensors) as u64
 }
 
 /// What is finished and not yet written down.

@@ -7,7 +7,7 @@ use super::backend::Backend;
 use super::control::Control;
 use super::digest::{Digests, Observer};
 use super::files::{FileModes, Merges};
-use super::journal::Journals;
+use super::journal::{self, Journals};
 use super::memory::{self, MemoryPlan};
 use super::need::{Need, Offload};
 use super::part::Part;
@@ -57,7 +57,9 @@ pub(crate) fn merge(
     tasks.check_readable()?;
     let needs = on(needs, backend.offload());
     let (budget, workers) = (settings.memory, settings.workers);
-    let baseline = memory::resident() + beside;
+    let tensors = plans.first().map_or(0, |plan| plan.len());
+    let journal = if journals.is_some() { journal::bytes(tensors) } else { 0 };
+    let baseline = memory::resident() + beside + journal;
     let memory = MemoryPlan::new(&needs, budget, workers, baseline, planned)?;
     drop(needs);
     if let (Some(digests), Some(journals)) = (digests, journals) {
@@ -86,9 +88,10 @@ pub(crate) fn predict(
     let (tasks, needs) = Merges::open(plans.to_vec(), modes.read, None)?;
     drop(tasks);
     let needs = on(needs, offload);
-    // Who runs them holds what is known of each tensor.
+    // Who runs them holds what is known of each tensor, and writes it down.
     let tensors = plans.first().map_or(0, |plan| plan.len());
-    let resident = memory::resident() + beside + Digests::bytes(plans.len(), tensors);
+    let known = Digests::bytes(plans.len(), tensors) + journal::bytes(tensors);
+    let resident = memory::resident() + beside + known;
     let memory = MemoryPlan::new(&needs, memory, workers, resident, 0)?;
     Ok((memory, needs.iter().any(|(need, _)| !need.reads_once())))
 }

@@ -20,6 +20,7 @@ from oxmerge.errors import OutputError, PlanError
 from oxmerge.models.adapter_config import FILE_NAME
 from oxmerge.models.adapters import kind_of, open_adapter
 from oxmerge.models.checkpoints import OpenCheckpoint
+from oxmerge.models.fetching import fetch
 from oxmerge.models.references import resolve_reference, split_adapters
 from oxmerge.problems import UNSUPPORTED, Findings, Problem, group_problems
 
@@ -66,7 +67,12 @@ class _Sum(Mapping[str, Any]):
 
     def __init__(self, tensors: dict[str, _Joined], adapters: list[Adapter], dtype: str) -> None:
         self._tensors, self._dtype = tensors, dtype
-        weights = (str(adapter.checkpoint.files[0]["path"]) for adapter in adapters)
+        files = [adapter.checkpoint.files[0] for adapter in adapters]
+        places = fetch([file for file in files if file.get("remote")])
+        weights = [
+            places[file["remote"]["label"]] if file.get("remote") else str(file["path"])
+            for file in files
+        ]
         self._opened = [OpenCheckpoint(path) for path in weights]
         self.files = [file for each in self._opened for file in each.files]
 
@@ -184,9 +190,24 @@ def _plan(names: list[str]) -> tuple[dict[str, _Joined], list[Adapter]]:
             findings.problems.append(
                 Problem("adapter", message, tensor=name, found=found, advice=advice)
             )
+        if _adapters_of(tensors.get(_other_factor(name, joined))) != _adapters_of(joined):
+            message = "a factor without the other"
+            findings.problems.append(
+                Problem("adapter", message, tensor=name, advice="save the adapter anew")
+            )
     if findings.problems:
         raise PlanError.of("cannot join the adapters", group_problems(findings.problems))
     return tensors, opened
+
+
+def _other_factor(name: str, joined: _Joined) -> str:
+    """Return what the other factor of a pair is called."""
+    other = joined.kind.replace("A", "#").replace("B", "A").replace("#", "B")
+    return name.removesuffix(_FACTORS[joined.kind][0]) + _FACTORS[other][0]
+
+
+def _adapters_of(joined: _Joined | None) -> list[int]:
+    return [] if joined is None else [number for number, _, _ in joined.parts]
 
 
 def _take(

@@ -8,7 +8,6 @@ parts are made, one process completes the output as any merge does.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -44,6 +43,7 @@ from oxmerge.output.publish import (
     share_output,
     stage,
 )
+from oxmerge.output.resume import parsed
 from oxmerge.planning.plan_files import load_plan
 from oxmerge.problems import UNSUPPORTED, Problem
 
@@ -359,7 +359,7 @@ def _find_all(
     """Return the state of each weight file of a plan, and have the output know where it waits."""
     states = {}
     for at, each in made.items():
-        key = json.loads(each.key)
+        key = parsed(each.key)
         if (key.get("plan"), key.get("oxmerge")) != (plan_digest(plan), __version__):
             raise OutputError(
                 f"part {at} is of another plan, or was made by another version of oxmerge",

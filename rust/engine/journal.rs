@@ -115,7 +115,7 @@ pub(crate) struct Journal<'a> {
 }
 
 /// Bytes that journals of so many tensors take: a record and its text, and what waits to be written.
-pub(crate) fn bytes(tensors: usize) -> u64 {
+pub fn bytes(tensors: usize) -> u64 {
     let in_record = tensors.min(MOST_IN_RECORD) as u64;
     in_record * RECORD_BYTES + 2 * (size_of::<usize>() * tensors) as u64
 }

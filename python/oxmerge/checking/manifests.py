@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from oxmerge.errors import PlanError
 from oxmerge.json_files import open_at_once
+from oxmerge.options import check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from oxmerge.schema import DTYPE_SIZES
+from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,8 +128,8 @@ def _read(file: IO[bytes]) -> Manifest:
         oxmerge=_of(head, "oxmerge", str),
         numerics={key: value for key, value in numerics.items() if type(value) is int},
         plan=_of(head, "plan", str),
-        seed=_of(head, "seed", int),
-        shard_size=_of(head, "shard_size", int),
+        seed=check_seed(_of(head, "seed", int)),
+        shard_size=parse_size(_of(head, "shard_size", int)),
         recipe=_of(head, "recipe", str),
         files=files,
         tensors=tensors,

@@ -287,7 +287,7 @@ class _Work:
             path = os.path.join(self.folder, os.path.basename(name))
             try:
                 found = os.stat(path).st_size
-            except OSError:
+            except (OSError, ValueError):  # a name may hold what no path can
                 continue  # told when the checkpoint is opened
             if found != size or name != os.path.basename(name):
                 message = f"a file has another size than `{MANIFEST_NAME}` says"

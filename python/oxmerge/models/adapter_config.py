@@ -50,11 +50,13 @@ _KNOWN = frozenset((
 #: that grows with the length of a name to the power of their number.
 _LONGEST_PATTERN = 1000
 _MOST_REPEATS = 2
+_MOST_GROUPS = 3
 #: More parts than the name of any module has.
 _MOST_PARTS = 32
 #: Beyond that a scale makes every number infinite.
 _LARGEST = 1e30
-_REPEATS = re.compile(r"(?<!\\)[*+{]")
+#: Escaped ones too. A question mark behind another repetition is none of its own.
+_REPEATS = re.compile(r"[*+{]|(?<![(*+}])\?")
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,11 @@ def _patterns(
         is_sound = _is_rank(number) if key == "rank_pattern" else _is_number(number)
         if not is_sound:
             fault(f"`{key}` has a number for each pattern", number)
-        elif len(pattern) > _LONGEST_PATTERN or len(_REPEATS.findall(pattern)) > _MOST_REPEATS:
-            advice = f"a pattern repeats at most {_MOST_REPEATS} times: write several"
+        elif _takes_long(pattern):
+            advice = (
+                f"a pattern has at most {_MOST_REPEATS} repetitions and {_MOST_GROUPS} groups: "
+                "write several"
+            )
             fault(f"`{key}` has a pattern that takes too long to match", pattern, advice)
         else:
             try:
@@ -240,6 +245,15 @@ def _patterns(
             except (re.error, RecursionError, OverflowError):
                 fault(f"`{key}` has a pattern that is no regular expression", pattern)
     return None if len(findings.problems) > faults else compiled
+
+
+def _takes_long(pattern: str) -> bool:
+    """Tell whether to match a pattern may take time that grows with its length."""
+    return (
+        len(pattern) > _LONGEST_PATTERN
+        or len(_REPEATS.findall(pattern)) > _MOST_REPEATS
+        or pattern.count("(") > _MOST_GROUPS
+    )
 
 
 def _is_rank(value: object) -> bool:

@@ -793,7 +793,7 @@ class _OneAdapter:
                 self.findings.warnings.append(
                     Problem(
                         "adapter",
-                        f"the adapter `{self.adapter.path}` names modules that it does not have",
+                        "the adapter names modules that it does not have",
                         file=self.adapter.path,
                         tensor=name,
                         advice="check that it was downloaded whole",

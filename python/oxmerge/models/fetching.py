@@ -17,9 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from oxmerge.errors import InputChangedError, RemoteError
+from oxmerge.errors import InputChangedError, RemoteError, UnsupportedError
 from oxmerge.models import hub
 from oxmerge.models.hub_cache import Commit, cache_folder
+from oxmerge.models.stores import is_address
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -157,6 +158,12 @@ class _Download:
         self.label: str = file["remote"]["label"]
         self.etag: str = file["remote"]["etag"]
         self.size: int = file["size"]
+        if is_address(self.label):
+            raise UnsupportedError(
+                "not supported yet: to do this with models in stores",
+                file=self.label,
+                advice="copy the model here, and name its folder",
+            )
         found = Commit.of_label(self.label)
         if found is None or not self.etag.isalnum():
             raise RemoteError("the plan names a file that cannot be fetched", file=self.label)

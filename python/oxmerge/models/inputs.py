@@ -180,7 +180,7 @@ class Inputs:
         found = self._resolve(reference)
         if isinstance(found, Problem):
             return reference
-        adapters = (f"+{each.identity}={weight:g}" for each, weight in self._adapters[reference])
+        adapters = (f"+{each.identity}={weight!r}" for each, weight in self._adapters[reference])
         return found.identity + "".join(adapters)
 
     def locate(self, reference: str) -> str | Problem:
@@ -346,7 +346,7 @@ class Inputs:
         if not any(found.pinned for _, found, _ in parts):
             return None
         pins = (
-            f"{found.pinned or name}" + ("" if weight == 1 else f"={weight:g}")
+            f"{found.pinned or name}" + ("" if weight == 1 else f"={weight!r}")
             for name, found, weight in parts
         )
         return "+".join(pins)

@@ -214,9 +214,9 @@ def _without_revision(reference: str, named: HubName, folders: tuple[str, ...]) 
 
 
 def _with_no_revision(reference: str, place: str, revision: str) -> Located:
-    message = f"`{reference}` is taken to be the path `{place}`, which has no revisions"
+    message = f"`{reference}` is taken to be a path, which has no revisions"
     advice = "to name the model on the Hub, write `hf://` before it"
-    warning = Problem("no-effect", message, advice=advice)
+    warning = Problem("no-effect", message, file=place, advice=advice)
     return Located(place, revision=revision, warnings=(warning,))
 
 

@@ -43,6 +43,8 @@ _PIECE = 1 << 20
 _AT_ONCE = 8
 _MOST_FILES = 10_000
 _MOST_SMALL = 256 << 20
+#: Larger than the index of any model: parsing it takes a multiple of that.
+_MOST_INDEX = 16 << 20
 _LISTING = ("s3", "s3a", "gs")
 _WEB = ("https", "http")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -164,6 +166,13 @@ def find_model(address: str) -> StoredModel:
             file=address,
             advice="name the folder or the file alone, with credentials in the environment",
         )
+    _, at, host = parts.netloc.rpartition("@")
+    if at:
+        raise RemoteError(
+            "an address with a password is not supported: it would be in the card",
+            file=f"{parts.scheme}://…@{host}",
+            advice="name it without, with credentials in the environment",
+        )
     whole = address.rstrip("/")
     is_file = whole.endswith((".safetensors", ".index.json"))
     folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
@@ -263,9 +272,9 @@ def _asked_for(folder: str, inside: str) -> dict[str, StoreFile]:
     if index is None:
         return files
     try:
-        text = files[index].read(0, min(files[index].size, _MOST_SMALL))
+        text = files[index].read(0, min(files[index].size, _MOST_INDEX))
         shards = set(json.loads(text)["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return files  # what is wrong with it is told when it is opened
     wanted = [name for name in shards if isinstance(name, str) and _is_within(name)]
     return files | _heads(folder, wanted[:_MOST_FILES])

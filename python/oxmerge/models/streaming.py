@@ -258,7 +258,6 @@ class _Digest:
         for start in range(self._seen, stop, _LOOKED_AT):
             piece = self._spool.peek(extent, start, min(stop, start + _LOOKED_AT))
             self._whole.update(piece)
-        self._spool.arrived(extent)
         self._seen = stop
         found = self._whole.hexdigest()
         if stop == self._file.size and found != self._file.sha256:
@@ -269,3 +268,4 @@ class _Digest:
                 found=found,
                 advice="start again; if it stays so, tell those who run the server",
             )
+        self._spool.arrived(extent)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from oxmerge.planning.plans import Plan
 
-__all__ = ["RESUME_NAME", "check_same", "etag_of", "how_to_go_on", "keys_of"]
+__all__ = ["RESUME_NAME", "check_same", "etag_of", "how_to_go_on", "keys_of", "parsed"]
 
 #: The journal; see `JOURNAL_NAME` for why no file of a model is called so.
 RESUME_NAME = partial_name("oxmerge_resume")
@@ -102,7 +102,7 @@ def check_same(journal: str, key: str, directory: os.PathLike[str]) -> None:
     """Raise OutputError unless the key in a journal is that of this run."""
     if journal == key:
         return
-    expected, found = _differences(_parsed(journal), json.loads(key))
+    expected, found = _differences(parsed(journal), json.loads(key))
     raise OutputError(
         "another merge was interrupted here, and what it finished is kept",
         file=str(directory),
@@ -112,7 +112,8 @@ def check_same(journal: str, key: str, directory: os.PathLike[str]) -> None:
     )
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def parsed(text: str) -> dict[str, Any]:
+    """Return what a key says, which may be of a stranger: nothing if it is none."""
     try:
         story = json.loads(text)
     except (ValueError, RecursionError):

@@ -14,6 +14,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// The most values that are kept. A tensor takes about thirty.
 const MOST_VALUES: usize = 8 << 20;
+/// What may be said of how a tensor differs from its storage.
+const MOST_CHANGES: usize = 16;
 /// The most values that wait on the stack; torch has some thousands there.
 const MOST_WAITING: usize = 1 << 20;
 /// The newest version of the format; torch writes 2.
@@ -545,7 +547,10 @@ impl Machine<'_> {
         };
         let is_changed = match changes {
             [] | [Value::None] => false,
-            [Value::Dict(changes)] => {
+            // Whether it is conjugated, or negative: to look through many would take for ever.
+            [Value::Dict(changes)]
+                if self.tables.dicts[*changes as usize].len() <= MOST_CHANGES =>
+            {
                 let mut values = self.tables.dicts[*changes as usize].iter();
                 values.any(|(_, value)| *value != Value::Bool(false))
             }

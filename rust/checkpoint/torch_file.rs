@@ -121,7 +121,9 @@ fn wrapped<'a>(pickle: &'a Pickle<'_>, dict: &'a Dict) -> Vec<(&'a str, &'a Dict
             Some((key, pickle.dict(value)?))
         })
     };
-    inner(dict).filter(|(_, dict)| has_tensors(dict) || inner(dict).next().is_some()).collect()
+    // A name may stand there again and again, each time for a long dictionary.
+    let some = inner(dict).take(2 * WRAPPERS.len());
+    some.filter(|(_, dict)| has_tensors(dict) || inner(dict).next().is_some()).collect()
 }
 
 fn has_tensors(dict: &Dict) -> bool {

@@ -38,6 +38,14 @@ pub struct Desks {
     double: Arc<Pool<f64>>,
 }
 
+impl Desks {
+    /// Forgets what threads have at hand.
+    pub(super) fn clear(&self) {
+        self.single.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.double.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
 type Pool<T> = Mutex<HashMap<ThreadId, Desk<T>>>;
 
 /// What a worker reads into, and the right factors that it has at hand.

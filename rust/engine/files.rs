@@ -625,11 +625,16 @@ impl Tasks for Merges<'_> {
         known
     }
 
+    fn waits_for_room(&self) -> bool {
+        self.spool.is_some()
+    }
+
     fn with_others(
         &self,
         found: BTreeMap<usize, Vec<f64>>,
         control: &Control,
     ) -> Result<BTreeMap<usize, Vec<f64>>> {
+        self.desks.clear(); // the threads that looked for them are gone
         match &self.part {
             None => Ok(found),
             Some(part) => part.exchange(found, self.len(), control),
@@ -987,14 +992,13 @@ pub struct OnDemand {
     plan: Arc<Plan>,
     inputs: Vec<Option<Input>>,
     spool: Option<Arc<Spool>>,
-    desks: Desks,
 }
 
 impl OnDemand {
     /// Opens the inputs of `plan`; those that are not here are read from `spool`.
     pub fn open(plan: Arc<Plan>, read: ReadPath, spool: Option<Arc<Spool>>) -> Result<Self> {
         let inputs = open_inputs(&plan, read, spool.as_ref())?;
-        Ok(Self { plan, inputs, spool, desks: Desks::default() })
+        Ok(Self { plan, inputs, spool })
     }
 
     /// The plan.
@@ -1015,7 +1019,7 @@ impl OnDemand {
             tensor.name(),
             self.plan.seed,
             tensor.shape(),
-            sources_of(&self.inputs, &self.desks, tensor),
+            sources_of(&self.inputs, &Desks::default(), tensor),
             tensor.sources().map(|source| self.plan.models[source.model].clone()).collect(),
             vec![sink],
             work,
@@ -1032,7 +1036,7 @@ impl OnDemand {
             return Ok(None);
         }
         let mut scratch = AlignedBuffer::default();
-        for source in sources_of(&self.inputs, &self.desks, tensor) {
+        for source in sources_of(&self.inputs, &Desks::default(), tensor) {
             let dtype = source.dtype();
             for block in steps(0..tensor.elements(), BLOCK as u64) {
                 control.check()?;

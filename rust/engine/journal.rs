@@ -22,8 +22,10 @@ use crate::plan::Plan;
 
 /// How long something that is finished waits until it is written down.
 pub const JOURNAL_EVERY: Duration = Duration::from_secs(2);
-/// Tensors, or tasks with numbers, that a record tells of at the most.
+/// Tensors that a record tells of at the most.
 const MOST_IN_RECORD: usize = 4096;
+/// Tasks with numbers, of which each may have many.
+const MOST_WITH_NUMBERS: usize = 64;
 /// What one of them takes there at the most: digests, their hexadecimal forms, and the text.
 const RECORD_BYTES: u64 = 1024;
 
@@ -224,7 +226,7 @@ impl<'a> Journal<'a> {
                 self.append(&mut files, at, &Record::Tensors(each.collect()))?;
             }
         }
-        for numbers in numbers.chunks(MOST_IN_RECORD) {
+        for numbers in numbers.chunks(MOST_WITH_NUMBERS) {
             let bits = |(index, found): &(usize, Vec<f64>)| (*index, to_bits(found));
             // They are of all outputs together, so the first stands for all.
             self.append(&mut files, 0, &Record::Numbers(numbers.iter().map(bits).collect()))?;
@@ -235,9 +237,11 @@ impl<'a> Journal<'a> {
     fn append(&self, files: &mut [Option<JournalFile>], at: usize, record: &Record) -> Result<()> {
         let text = record.text()?;
         let (folder, key) = self.outputs[at];
-        let file = match files[at].take() {
-            Some(file) => file,
-            None => JournalFile::create(folder, &journal_name(), key)?,
+        let file = if let Some(file) = files[at].take() {
+            file
+        } else {
+            folder.remove(&journal_name())?; // one without a whole record
+            JournalFile::create(folder, &journal_name(), key)?
         };
         files[at].insert(file).append(&text)
     }
@@ -280,7 +284,7 @@ pub(crate) fn write_numbers(
     folder.remove(&unfinished)?;
     let mut file = JournalFile::create(folder, &unfinished, key)?;
     let numbers: Vec<_> = numbers.iter().map(|(&index, found)| (index, to_bits(found))).collect();
-    for numbers in numbers.chunks(MOST_IN_RECORD) {
+    for numbers in numbers.chunks(MOST_WITH_NUMBERS) {
         file.append(&Record::Numbers(numbers.to_vec()).text()?)?;
     }
     file.append(&Record::Numbers(Vec::new()).text()?)?;

@@ -386,7 +386,7 @@ impl Schedule<'_> {
         let may_begin = has_room && state.next_task < self.tasks.len();
         // Who writes soon waits for the disk. When those are enough, the others prepare what comes
         // next; else the disk would wait for them later.
-        if state.writing >= self.most_writing {
+        if state.writing >= self.most_writing && !self.tasks.waits_for_room() {
             if let Some(unit) = state.issue(|pass| !pass.writes()) {
                 return Next::Do(unit);
             }

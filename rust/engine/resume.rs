@@ -144,8 +144,10 @@ impl<'a> Merges<'a> {
             let write = || resumed.journal.keep_writing(&flush).inspect_err(|_| control.cancel());
             // Where there is no thread to be had, all is written at the end.
             let writer = thread::Builder::new().spawn_scoped(scope, write);
-            let outcome = run();
-            resumed.journal.end();
+            let outcome = {
+                let _ends = EndsWriting(&resumed.journal);
+                run()
+            };
             let written = writer.map_or(Ok(()), |writer| {
                 writer.join().unwrap_or_else(|_| Err(Error::internal("the journal panicked")))
             });
@@ -194,6 +196,15 @@ impl<'a> Merges<'a> {
             resumed.vouch(self, index);
         }
         Ok(all)
+    }
+}
+
+/// Ends the writing of a journal when it goes, also in a panic: who writes would be waited for.
+struct EndsWriting<'a, 'b>(&'a Journal<'b>);
+
+impl Drop for EndsWriting<'_, '_> {
+    fn drop(&mut self) {
+        self.0.end();
     }
 }
 

@@ -317,6 +317,11 @@ pub(crate) trait Tasks: Sync {
     /// Whether nothing has to be reduced before task `index` is computed.
     fn reads_once(&self, index: usize) -> bool;
 
+    /// Whether who writes may wait for inputs, and so for older tasks that have to make room.
+    fn waits_for_room(&self) -> bool {
+        false
+    }
+
     /// Whether something has to be reduced over the whole model first.
     fn needs_sweep(&self) -> bool;
 

@@ -61,7 +61,7 @@ def is_streamed(file: Mapping[str, Any], *, stream: bool) -> bool:
         return False
     label: str = file["remote"]["label"]
     is_adapter = label.rpartition("/")[2].startswith("adapter_model")
-    return is_address(label) or (stream and not is_adapter)
+    return not is_adapter and (is_address(label) or stream)
 
 
 def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -> int:

@@ -537,6 +537,8 @@ def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["inspect", f"{model}+{adapter}"]) == 0
     assert "self_attn.q_proj.weight" in capsys.readouterr().out
     assert main(["fuse", str(model), str(tmp_path / "other")]) == 2
+    # Without a model the adapters are added up: options of merges would do nothing.
+    assert main(["fuse", str(tmp_path / "other"), *weighted, "--seed", "3"]) == 2
     assert main(["fuse", str(model), str(tmp_path / "other"), "--adapter", str(model)]) == 1
     assert "no adapter can be read here" in capsys.readouterr().err
     assert main(["demo", "--kind", "lora", "--directory", str(tmp_path / "demo")]) == 0

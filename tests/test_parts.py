@@ -382,6 +382,7 @@ def test_the_command_line(tmp_path: Path, models: Path, capsys: pytest.CaptureFi
     assert cli.main([*command, "--part=3/2"]) == 2
     assert cli.main([*command, "--finish"]) == 2
     assert cli.main([*command, "--part=1/2", "--no-digests"]) == 2
+    assert cli.main([*command, "--part=1/2", "--hash-inputs"]) == 2
 
 
 PAGE = (Path(__file__).parent.parent / "python" / "CLUSTERS.md").read_text(encoding="utf-8")

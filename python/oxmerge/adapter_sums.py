@@ -8,6 +8,7 @@ DARE) gives no low rank, so there is no such adapter: put each on the model, and
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -149,9 +150,7 @@ def join_adapters(
     dtype = _common_type({tensor.dtype for each in tensors.values() for _, tensor, _ in each.parts})
     os.makedirs(folder, exist_ok=True)
     if os.listdir(folder) and not overwrite:
-        raise FileExistsError(
-            f"`{folder}` is not empty; pass `overwrite=True` to replace an adapter"
-        )
+        raise FileExistsError(errno.EEXIST, "the output directory is not empty", folder)
     if os.path.exists(os.path.join(folder, "config.json")):
         message, advice = "a model is there, which an adapter must not replace", "name a new folder"
         raise OutputError(message, file=folder, advice=advice)

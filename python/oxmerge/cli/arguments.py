@@ -233,6 +233,12 @@ def add_run_options(parser: Parser, *, recipe: bool = True) -> None:
         help="leave digests and statistics of the tensors out of the manifest, oxmerge.json; "
         "then an interrupted run keeps nothing",
     )
+    add_finishing_options(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def add_finishing_options(parser: Parser) -> None:
+    """Add the options of who completes an output."""
     parser.add_argument(
         "--hash-inputs",
         action="store_true",
@@ -243,7 +249,6 @@ def add_run_options(parser: Parser, *, recipe: bool = True) -> None:
         action="store_true",
         help="keep NaN and infinity that come up where no input has them",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
 
 
 def run_options(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from oxmerge.cli.arguments import Parser, add_json_option, add_methods_option
+from oxmerge.cli.arguments import (
+    Parser,
+    add_finishing_options,
+    add_json_option,
+    add_methods_option,
+)
 from oxmerge.cli.merge import tell
 
 TYPE_CHECKING = False
@@ -20,16 +25,7 @@ def add_arguments(parser: Parser) -> None:
         "--overwrite", action="store_true", help="replace a model that is in the output directory"
     )
     parser.add_argument("--strict", action="store_true", help="treat warnings as errors")
-    parser.add_argument(
-        "--hash-inputs",
-        action="store_true",
-        help="put the SHA-256 of every input file into the manifest: reads them once more",
-    )
-    parser.add_argument(
-        "--allow-nonfinite",
-        action="store_true",
-        help="keep NaN and infinity that come up where no input has them",
-    )
+    add_finishing_options(parser)
     add_methods_option(parser)
     add_json_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from oxmerge.cli.arguments import Parser, add_run_options, run_options
+from dataclasses import asdict
+
+from oxmerge.cli.arguments import Parser, UsageError, add_run_options, run_options
 from oxmerge.cli.merge import tell
 from oxmerge.cli.progress import show_progress
+from oxmerge.options import PlanOptions, RunOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +37,13 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Fuse and tell how it went."""
     settings = run_options(options)
     if options.model is None:
-        overwrite = options.overwrite
+        overwrite = settings.pop("overwrite")
+        defaults = asdict(PlanOptions()) | asdict(RunOptions())
+        for name in (name for name, value in settings.items() if value != defaults[name]):
+            raise UsageError(
+                f"without a model adapters are added up, and `{name}` has no effect",
+                "leave the option out; or name the model, then OUT",
+            )
         files = engine.join_adapters(options.directory, options.adapter, overwrite=overwrite)
         printer.say(f"wrote `{options.directory}`: an adapter that is the sum of those named")
         if printer.as_json:

@@ -84,6 +84,11 @@ def _parts(options: Namespace) -> dict[str, Any]:
         raise UsageError("`--ray` makes all parts", "leave out `--part`")
     if "part" not in given and (options.finish or "wait" in given):
         raise UsageError("`--finish` and `--wait` are for a part", "add `--part K/N`")
+    if "part" in given and not options.finish and (options.hash_inputs or options.allow_nonfinite):
+        raise UsageError(
+            "`--hash-inputs` and `--allow-nonfinite` are for who completes the output",
+            "add `--finish`, or give them to `oxmerge finish`",
+        )
     if "parts" in given and "ray" not in given:
         raise UsageError("`--parts` is how many are made on Ray", "add `--ray`")
     return given | ({"finish": True} if options.finish else {})

@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "Run",
     "Shard",
+    "Spool",
     "TensorInfo",
     "TokenRows",
     "build_info",

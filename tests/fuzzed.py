@@ -95,10 +95,26 @@ def manifest(folder: Path, data: bytes) -> None:
     read_manifest(str(folder))
 
 
+def renames(folder: Path, data: bytes) -> None:
+    """Claim an output where a run was killed between its renames."""
+    from oxmerge.output.journal import JOURNAL_NAME
+    from oxmerge.output.publish import close, prepare_output
+
+    output = folder / "out"
+    output.mkdir(exist_ok=True)
+    (output / JOURNAL_NAME).write_bytes(data)
+    names = ["config.json", "model.safetensors"]
+    close(
+        prepare_output(
+            output, overwrite=False, input_files=[], needed_bytes=1, names=names, purpose="p"
+        )
+    )
+
+
 #: The targets by name. Each gets a folder that it may write to, and may raise what oxmerge raises.
 TARGETS: dict[str, Callable[[Path, bytes], None]] = {
     "recipe": recipe, "config": config, "plan": plan, "adapter": adapter,
-    "manifest": manifest,
+    "manifest": manifest, "renames": renames,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -175,18 +176,60 @@ def test_a_sample_is_the_same_for_one_seed(out: Path, capsys: pytest.CaptureFixt
     assert f"chosen by seed {seed}" in text
 
 
-def test_a_sample_of_what_needs_the_whole_model_is_refused(tmp_path: Path) -> None:
-    shapes = {"x": (30, 40), "y": (50,)}
+def test_a_sample_of_what_needs_the_whole_model(tmp_path: Path) -> None:
+    """Numbers over the model are found from all inputs, and a share of the tensors is compared."""
+    shapes = {"x": (30, 40), "y": (50,), "z": (70, 9)}
     base = random_arrays(shapes, 1)
     write_model(tmp_path / "base", base, "F32")
     for seed, name in enumerate("ab"):
         write_model(tmp_path / name, tuned(base, seed), "F32")
     models = [tmp_path / "a", tmp_path / "b"]
     recipe = write_recipe(tmp_path / "r.yml", "metagpt", models, base=tmp_path / "base")
-    oxmerge.merge(recipe, tmp_path / "out")
-    assert oxmerge.verify(tmp_path / "out", recompute=True).is_equal
-    with pytest.raises(PlanError, match="sums over the whole model"):
-        oxmerge.verify(tmp_path / "out", recompute=True, sample=0.01)
+    out = tmp_path / "out"
+    oxmerge.merge(recipe, out)
+    assert oxmerge.verify(out, recompute=True).is_equal
+    flip(out, "x", 41)
+    for seed in range(6):
+        found = oxmerge.verify(out, recompute=True, sample=0.01, seed=seed)
+        assert found.tensors == 1
+        assert "all inputs were read" in found.notes[1]
+        if not found.is_equal:
+            assert [each.index for each in found.deviations] == [(1, 1)]
+    assert not oxmerge.verify(out, recompute=True).is_equal
+
+
+def test_several_merges_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that come first are made again in the temporary directory, and removed."""
+    for seed, name in enumerate("abc"):
+        write_model(tmp_path / name, random_arrays({"x": (300, 40), "y": (50,)}, seed), "BF16")
+    first = write_recipe(tmp_path / "1.yml", "linear", ["a", "b"], each={"weight": 0.3})
+    last = write_recipe(tmp_path / "2.yml", "slerp", ["c"], base="first", shared={"t": 0.25})
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"name: first\n{first.read_text()}---\n{last.read_text()}")
+    oxmerge.merge(recipe, tmp_path / "out", shard_size="20KB")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    before = directory_bytes(tmp_path)
+    for options in ([], ["--recipe", recipe], ["--sample", "1%"]):
+        code, text, _ = run(capsys, tmp_path / "out", "--recompute", *options)
+        assert code == 0
+        assert "made again first, and removed: `first`" in text
+        assert directory_bytes(tmp_path) == before
+    flip(tmp_path / "out", "x", 123, size=2)
+    code, text, _ = run(capsys, tmp_path / "out", "--recompute")
+    assert code == 1
+    assert "element [3, 3], the first of 1" in text
+    # An input that is another than then: what is made of it is other bytes.
+    shutil.rmtree(tmp_path / "a")
+    write_model(tmp_path / "a", random_arrays({"x": (300, 40), "y": (50,)}, 9), "BF16")
+    assert len(oxmerge.verify(tmp_path / "out", recompute=True).deviations) == 2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=9))
+    code, _, told = run(capsys, tmp_path / "out", "--recompute")
+    assert code == 2
+    assert "set `TMPDIR`" in told
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_what_cannot_be_checked_ends_with_two(

@@ -550,16 +550,9 @@ def _merge_stages(
     )
     notes: list[str] = []
     warnings: list[str] = []
-    places: dict[str, str | None] = {}
     try:
-        folder = stages_folder(output)
-        for number, stage in enumerate(recipe.stages, start=1):
-            place = os.path.join(folder, str(number))
-            purpose = keys_of(plan.stages[:number])[-1]
-            (report,) = merge_together(
-                [(stage, place)], planning, running, stages=places, purpose=purpose
-            )
-            places[stage.name or ""] = place
+        places, made = merge_stages(plan, stages_folder(output), planning, running)
+        for stage, report in zip(recipe.stages, made, strict=True):
             written = format_size(report.bytes_written)
             notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
@@ -575,6 +568,28 @@ def _merge_stages(
         warnings=(*warnings, *report.warnings),
         total_seconds=time.perf_counter() - started,
     )
+
+
+def merge_stages(
+    plan: Plan, folder: PathLike, planning: PlanOptions, running: RunOptions
+) -> tuple[dict[str, str | None], list[MergeReport]]:
+    """Make what the earlier merges of a plan make, below `folder`.
+
+    Returns
+    -------
+    (dict of str to str, list of MergeReport)
+        Where the output of each lies by its name, as `prepare` takes it; and how each merge went.
+    """
+    places: dict[str, str | None] = {}
+    reports = []
+    for number, stage in enumerate(plan.recipe.stages, start=1):
+        place = os.path.join(folder, str(number))
+        purpose = keys_of(plan.stages[:number])[-1]
+        reports += merge_together(
+            [(stage, place)], planning, running, stages=dict(places), purpose=purpose
+        )
+        places[stage.name or ""] = place
+    return places, reports
 
 
 def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
@@ -639,7 +654,8 @@ def prepare(
             shard_size=parse_size(options.shard_size),
             seed=options.seed,
             strict=options.strict,
-            with_side_files=options.with_side_files,
+            # Later merges read those of earlier ones.
+            with_side_files=options.with_side_files or one is not recipe,
             allow_mismatch=options.allow_mismatch,
             allow_methods=options.allow_methods,
             findings=found,

@@ -552,9 +552,9 @@ def _merge_stages(
     warnings: list[str] = []
     try:
         places, made = merge_stages(plan, stages_folder(output), planning, running)
-        for stage, report in zip(recipe.stages, made, strict=True):
+        for earlier, report in zip(recipe.stages, made, strict=True):
             written = format_size(report.bytes_written)
-            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
+            notes.append(f"`{earlier.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
         merges = [(recipe, directory)]
         (report,) = merge_together(merges, planning, running, stages=places, owned=output)
@@ -582,13 +582,13 @@ def merge_stages(
     """
     places: dict[str, str | None] = {}
     reports = []
-    for number, stage in enumerate(plan.recipe.stages, start=1):
+    for number, recipe in enumerate(plan.recipe.stages, start=1):
         place = os.path.join(folder, str(number))
         purpose = keys_of(plan.stages[:number])[-1]
         reports += merge_together(
-            [(stage, place)], planning, running, stages=dict(places), purpose=purpose
+            [(recipe, place)], planning, running, stages=dict(places), purpose=purpose
         )
-        places[stage.name or ""] = place
+        places[recipe.name or ""] = place
     return places, reports
 
 

@@ -7,6 +7,7 @@ function in `TARGETS`, with some inputs in a folder of its name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -91,7 +92,10 @@ def manifest(folder: Path, data: bytes) -> None:
     """Read a manifest."""
     from oxmerge.checking.manifests import read_manifest
 
-    (folder / "oxmerge.json").write_bytes(data)
+    # Nothing else of it is looked at, unless its own digest is right.
+    text = data.rpartition(b'"sha256": ')[0] or data
+    end = f'"sha256": "{hashlib.sha256(text).hexdigest()}"\n}}\n'
+    (folder / "oxmerge.json").write_bytes(text + end.encode())
     read_manifest(str(folder))
 
 

@@ -20,6 +20,7 @@ from writers import (
     directory_bytes,
     random_arrays,
     read_tensors,
+    signed,
     tuned,
     write_model,
     write_recipe,
@@ -156,7 +157,8 @@ def test_a_config_that_does_not_fit(tmp_path: Path) -> None:
     )
     oxmerge.merge(recipe, tmp_path / "out")
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"vocab_size": 41}))
-    assert [each.code for each in oxmerge.verify(tmp_path / "out").problems] == ["config-size"]
+    codes = [each.code for each in oxmerge.verify(tmp_path / "out").problems]
+    assert codes == ["output-differs", "config-size"]
 
 
 def test_a_sample_is_the_same_for_one_seed(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,12 +248,12 @@ def test_what_cannot_be_checked_ends_with_two(
     assert "is no share" in refused(out, "--sample", "0")
     manifest = out / "oxmerge.json"
     text = manifest.read_text()
-    manifest.write_text(re.sub(r'"plan": "\w+"', '"plan": "0"', text))
+    manifest.write_text(signed(re.sub(r'"plan": "\w+"', '"plan": "0"', text)))
     assert "another plan" in refused(out, "--recompute")
-    manifest.write_text(re.sub(r'"blake3":"\w+",', "", text))
+    manifest.write_text(signed(re.sub(r'"blake3":"\w+",', "", text)))
     assert "made with `--no-digests`" in refused(out)
     assert run(capsys, out, "--recompute")[0] == 0
-    manifest.write_text(text.replace("model: ", "model: gone/"))
+    manifest.write_text(signed(text.replace("model: ", "model: gone/")))
     assert "no model" in refused(out, "--recompute")
     manifest.write_text(text[: len(text) // 2])
     assert "the manifest cannot be read" in refused(out)
@@ -282,7 +284,7 @@ def test_a_manifest_that_lies_is_refused(out: Path, damage: Callable[[str], str]
     manifest = out / "oxmerge.json"
     damaged = damage(manifest.read_text())
     assert damaged != manifest.read_text()
-    manifest.write_text(damaged)
+    manifest.write_text(signed(damaged) if '"sha256": ' in damaged else damaged)
     with pytest.raises(PlanError, match="the manifest cannot be read"):
         oxmerge.verify(out)
 
@@ -297,7 +299,10 @@ def test_no_damage_to_a_manifest_does_harm(
     length = data.draw(st.integers(0, 40))
     junk = data.draw(st.binary(max_size=20))
     folder = tmp_path_factory.mktemp("manifest")
-    (folder / "oxmerge.json").write_bytes(text[:place] + junk + text[place + length :])
+    damaged = text[:place] + junk + text[place + length :]
+    if data.draw(st.booleans()):
+        damaged = signed(damaged.decode(errors="replace")).encode()
+    (folder / "oxmerge.json").write_bytes(damaged)
     try:
         manifest = read_manifest(str(folder))
     except PlanError:
@@ -308,18 +313,18 @@ def test_no_damage_to_a_manifest_does_harm(
 def test_hostile_sizes_and_names_in_a_manifest(out: Path) -> None:
     manifest = out / "oxmerge.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"shape":[77]', f'"shape":[{10**30},{10**30}]'))
+    manifest.write_text(signed(text.replace('"shape":[77]', f'"shape":[{10**30},{10**30}]')))
     found = oxmerge.verify(out)
     assert [each.tensor for each in found.problems] == ["position_ids"]
-    manifest.write_text(text.replace('"name": "model-00001', '"name": "../out/model-00001'))
-    assert [each.code for each in oxmerge.verify(out).problems] == ["output-differs"]
-    manifest.write_text(text.replace('"seed": 7', f'"seed": {1 << 64}'))
+    manifest.write_text(signed(text.replace('"name": "model-00001', '"name": "../out/model-00001')))
+    assert {each.code for each in oxmerge.verify(out).problems} == {"output-differs"}
+    manifest.write_text(signed(text.replace('"seed": 7', f'"seed": {1 << 64}')))
     with pytest.raises((OxmergeError, ValueError)):
         oxmerge.verify(out, recompute=True)
-    manifest.write_text(text.replace('"shard_size": 4000000', '"shard_size": 0'))
+    manifest.write_text(signed(text.replace('"shard_size": 4000000', '"shard_size": 0')))
     with pytest.raises((OxmergeError, ValueError)):
         oxmerge.verify(out, recompute=True)
-    manifest.write_text(text.replace("merge_method: dare_ties", "merge_method: os:system"))
+    manifest.write_text(signed(text.replace("method: dare_ties", "method: os:system")))
     with pytest.raises(PlanError):  # a manifest runs no code
         oxmerge.verify(out, recompute=True)
 

@@ -1,8 +1,9 @@
-"""Outputs of every way to make one: each is verified, computed again, and found out when changed."""
+"""Outputs of every way to make one: verified, computed again, and found out when changed."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import pytest
 from oxmerge.cli import main
 from oxmerge.demo_hub import HubServer, Model, serving
 from oxmerge.models import references
-from writers import random_arrays, tuned, write_file, write_model, write_recipe
+from writers import random_arrays, signed, tuned, write_file, write_model, write_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +94,9 @@ def by_fuse(folder: Path) -> str:
 def by_token(folder: Path) -> str:
     tokenizer = {"source": "base", "pad_to_multiple_of": 32}
     each = {**HALF, "density": 0.5}
-    return merge(recipe(folder, "dare_ties", ["a", "b"], base="base", each=each, tokenizer=tokenizer))
+    return merge(
+        recipe(folder, "dare_ties", ["a", "b"], base="base", each=each, tokenizer=tokenizer)
+    )
 
 
 def by_union(folder: Path) -> str:
@@ -126,7 +129,9 @@ def in_parts(folder: Path) -> str:
 
 def with_extensions(folder: Path) -> str:
     asked = {"keep": ["visual.*"], "layer_scale": {"from": 0.5, "to": 1.0}}
-    return merge(recipe(folder, "task_arithmetic", ["a", "b"], base="base", each=HALF, oxmerge=asked))
+    return merge(
+        recipe(folder, "task_arithmetic", ["a", "b"], base="base", each=HALF, oxmerge=asked)
+    )
 
 
 def in_stages(folder: Path) -> str:
@@ -155,7 +160,7 @@ def check(out: str) -> None:
     assert verify(out, "--recompute") == 0
     assert verify(out, "--recompute", "--sample", "20%") == 0
     changed = shutil.copytree(out, f"{out}-changed")
-    path = sorted(Path(changed).glob("*.safetensors"))[-1]
+    path = max(Path(changed).glob("*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -182,3 +187,102 @@ def test_an_output_of_models_on_the_hub(models: Path, monkeypatch: pytest.Monkey
         references._starts.cache_clear()
         assert verify(out, "--recompute", "--sample", "1%") == 0
         assert verify(out, "--recompute") == 0
+
+
+def first(out: Path) -> Path:
+    return min(out.glob("*.safetensors"))
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def swap(out: Path) -> None:
+    one, *_, other = sorted(out.glob("*.safetensors"))
+    one.rename(out / "aside")
+    other.rename(one)
+    (out / "aside").rename(other)
+
+
+def link(out: Path) -> None:
+    path = first(out)
+    path.rename(out.parent / f"{out.name}.elsewhere")
+    path.symlink_to(out.parent / f"{out.name}.elsewhere")
+
+
+def pipe(out: Path) -> None:
+    path = first(out)
+    path.unlink()
+    os.mkfifo(path)
+
+
+def rename(out: Path) -> None:
+    """Rename a tensor, in its file and in the index."""
+    for path in (*out.glob("*.safetensors"), out / "model.safetensors.index.json"):
+        path.write_bytes(path.read_bytes().replace(b"model.norm", b"model.nurm"))
+
+
+#: What is done to an output, and what `verify` says then with and without `--recompute`.
+DAMAGES: dict[str, tuple[Callable[[Path], object], int]] = {
+    "a flipped byte": (lambda out: edit(first(out), b'"pt"', b'"qt"'), 1),
+    "swapped files": (swap, 1),
+    "a file that is gone": (lambda out: first(out).unlink(), 1),
+    "a file that is cut": (lambda out: os.truncate(first(out), 9000), 1),
+    "a link": (link, 1),
+    "a pipe": (pipe, 1),
+    "a renamed tensor": (rename, 1),
+    "weights that loaders prefer": (
+        lambda out: shutil.copy("a/model.safetensors", out / "model.safetensors"), 1
+    ),
+    "a pickle": (lambda out: (out / "pytorch_model.bin").write_bytes(b"PK"), 1),
+    "another index": (
+        lambda out: edit(out / "model.safetensors.index.json", b'"total_size":', b'"total":'), 1
+    ),
+    "another config": (lambda out: edit(out / "config.json", b'"depth": 2', b'"depth": 3'), 1),
+    "no config": (lambda out: (out / "config.json").unlink(), 1),
+    "another tokenizer": (lambda out: edit(out / "tokenizer.json", b'"t1"', b'"t!"'), 1),
+    "another hash": (lambda out: edit(out / "oxmerge.json", b'"blake3":"', b'"blake3":"0'), 2),
+    "another weight": (lambda out: edit(out / "oxmerge.json", b"weight: 0.5", b"weight: 0.6"), 2),
+    "another count": (lambda out: edit(out / "oxmerge.json", b'"nan":0', b'"nan":1'), 2),
+    "more in it": (lambda out: edit(out / "oxmerge.json", b"\n}\n", b"\n}\n\n"), 2),
+    "half of it": (lambda out: os.truncate(out / "oxmerge.json", 2000), 2),
+    "no manifest": (lambda out: (out / "oxmerge.json").unlink(), 2),
+}  # fmt: skip
+
+
+def test_whatever_is_done_to_an_output_is_told(models: Path) -> None:
+    """But for the card, the report and files of no use to a loader."""
+    made = recipe(models, "task_arithmetic", ["a", "b"], base="base", each=HALF)
+    merge(made, shard_size="1KB")
+    (models / "out" / "README.md").write_text("my own words")
+    (models / "out" / "notes.txt").write_text("more of them")
+    assert verify("out") == verify("out", "--recompute") == 0
+    for name, (damage, code) in DAMAGES.items():
+        out = shutil.copytree("out", models / name, symlinks=True)
+        damage(out)
+        assert verify(str(out)) == code, name
+        assert verify(str(out), "--recompute") == code, name
+
+
+def test_an_output_in_the_cache_of_the_hub(models: Path) -> None:
+    """There each file is a link to one whose name is its digest."""
+    merge(recipe(models, "linear", ["a", "b"], each=HALF))
+    (models / "blobs").mkdir()
+    for path in Path("out").iterdir():
+        path.rename(models / "blobs" / path.name)
+        path.symlink_to(models / "blobs" / path.name)
+    assert verify("out") == 0
+
+
+def test_a_manifest_leads_nowhere_else(models: Path) -> None:
+    merge(recipe(models, "linear", ["a", "b"], each=HALF))
+    manifest, where = Path("out", "oxmerge.json"), '"beside": [{"name": "config.json"'
+    for name in ("../a/config.json", "/etc/hosts", "a/../config.json", "a//b", "x\\u0000"):
+        text = manifest.read_text().replace(where, where.replace("config.json", name))
+        copy = shutil.copytree("out", models / f"copy{len(list(models.iterdir()))}")
+        (copy / "oxmerge.json").write_text(signed(text))
+        found = oxmerge.verify(copy)
+        assert [each.code for each in found.problems] == ["output-differs"]
+        assert "`oxmerge.json` tells of a file" in found.problems[0].message

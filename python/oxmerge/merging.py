@@ -699,7 +699,9 @@ def finish_all(
         problems += against
         if not against:
             warnings = [*plan.warnings, *odd]
-            manifest = manifest_writer(plan, digests, warnings, hash_inputs=running.hash_inputs)
+            manifest = manifest_writer(
+                plan, contents_of(plan), digests, warnings, hash_inputs=running.hash_inputs
+            )
             told = done | {"files": files, "warnings": tuple(map(str, warnings))}
             reports.append(_finish(plan, output, told, manifest, started))
     if problems:

@@ -8,9 +8,11 @@ nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass, field, replace
 
@@ -22,11 +24,13 @@ from oxmerge.checking.headers import Found, look
 from oxmerge.checking.manifests import read_manifest
 from oxmerge.checking.measuring import BROKEN, Running, open_models, reported
 from oxmerge.errors import OutputError, PlanError, UnsupportedError
+from oxmerge.json_files import open_at_once
 from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
+from oxmerge.output.side_files import is_loadable_weight
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.schema import DTYPE_SIZES
@@ -35,6 +39,7 @@ from oxmerge.sizes import format_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from io import BufferedReader
     from typing import Any
 
     from oxmerge.checking.manifests import Manifest
@@ -50,6 +55,10 @@ __all__ = ["Deviation", "Verification", "verify"]
 #: Of the JSON form: it changes when a key goes or means something else.
 SCHEMA = 1
 _HASH_BYTES = 32
+#: Errors that say that there is no file of a name, or something else.
+_NO_FILE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG))
+#: How the header of a weight file of a merge begins, behind its length.
+_LENGTH, _BEGINS = 8, b'{"__metadata__":{"format":"pt"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,19 +300,64 @@ class _Work:
                 self.deviations.append(Deviation(name, expected.hex(), digest.hex()))
 
     def _compare_files(self, manifest: Manifest) -> None:
+        """Compare the files that are there with those of a manifest; tensors come later."""
         for name, size in manifest.files.items():
-            # A name with a separator would be a file elsewhere.
-            path = os.path.join(self.folder, os.path.basename(name))
-            try:
-                found = os.stat(path).st_size
-            except (OSError, ValueError):  # a name may hold what no path can
-                continue  # told when the checkpoint is opened
-            if found != size or name != os.path.basename(name):
-                message = f"a file has another size than `{MANIFEST_NAME}` says"
-                problem = Problem(
-                    "output-differs", message, file=path, expected=str(size), found=str(found)
-                )
-                self.problems.append(problem)
+            self._compare_file(name, size, None)
+        for name, (size, digest) in manifest.beside.items():
+            self._compare_file(name, size, digest)
+        made = {*manifest.files, *manifest.beside}
+        with os.scandir(self.folder) as entries:
+            names = sorted(entry.name for entry in entries)
+        for name in names:
+            if is_loadable_weight(name) and name not in made:
+                message = "a file of weights that was not made: a loader may take it"
+                self._report_file(name, message, advice="move it away")
+
+    def _compare_file(self, name: str, size: int, digest: str | None) -> None:
+        """Compare a file by size, and by digest or, if it has tensors, by how its header begins."""
+        # A name that leads out of the directory would be a file elsewhere.
+        path = os.path.join(self.folder, name)
+        if os.path.isabs(name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            self._report_file(name, f"`{MANIFEST_NAME}` tells of a file that is not in the output")
+            return
+        try:
+            folder = os.path.dirname(os.path.realpath(path))
+            with open(path, "rb", opener=open_at_once) as file:
+                status = os.fstat(file.fileno())
+                is_same = status.st_size == size and stat.S_ISREG(status.st_mode)
+                found = _digest(file, digest) if is_same else None
+        except ValueError:  # a name may hold what no path can
+            self._report_file(name, f"`{MANIFEST_NAME}` tells of a file that cannot be there")
+            return
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            self._report_file(name, "a file that was made is not there")
+            return
+        if not is_same:
+            message = f"a file has another size than `{MANIFEST_NAME}` says"
+            self._report_file(name, message, expected=str(size), found=str(status.st_size))
+        elif found is not None and found != digest:
+            self._report_file(name, "a file is not what was made", expected=digest, found=found)
+        elif os.path.islink(path) and os.path.basename(folder) != "blobs":  # as in the Hub's cache
+            message = "a file is a link, and was made as a file: what it leads to may change"
+            self._report_file(name, message, found=folder)
+
+    def _report_file(
+        self,
+        name: str,
+        message: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        path = os.path.join(self.folder, name)
+        self.problems.append(
+            Problem(
+                "output-differs", message, file=path, expected=expected, found=found, advice=advice
+            )
+        )
 
     def _open(self) -> InputModel | None:
         """Return the output, opened; None if it is so broken that it cannot be."""
@@ -391,6 +445,7 @@ class _Work:
         manifest = None
         if recipe is None:
             manifest = read_manifest(self.folder)
+            self._compare_files(manifest)
             # Models lie where they lay then, or beside the output.
             beside = os.path.dirname(os.path.abspath(self.folder))
             recipe = Recipe.from_text(manifest.recipe, folder=beside)
@@ -486,6 +541,14 @@ class _Work:
                 advice="models are others than then, or another version of oxmerge made it: see "
                 "`inputs` there; to compare all the same, name the recipe: `--recipe RECIPE`",
             )
+
+
+def _digest(file: BufferedReader, expected: str | None) -> str | None:
+    """Return the SHA-256 of a file if one is expected; else how its header begins, if amiss."""
+    if expected is not None:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    begins = file.read(_LENGTH + len(_BEGINS))[_LENGTH:]
+    return None if begins == _BEGINS else begins.decode(errors="replace")
 
 
 def _size(dtype: str, shape: Iterable[int]) -> int:

@@ -550,18 +550,11 @@ def _merge_stages(
     )
     notes: list[str] = []
     warnings: list[str] = []
-    places: dict[str, str | None] = {}
     try:
-        folder = stages_folder(output)
-        for number, stage in enumerate(recipe.stages, start=1):
-            place = os.path.join(folder, str(number))
-            purpose = keys_of(plan.stages[:number])[-1]
-            (report,) = merge_together(
-                [(stage, place)], planning, running, stages=places, purpose=purpose
-            )
-            places[stage.name or ""] = place
+        places, made = merge_stages(plan, stages_folder(output), planning, running)
+        for earlier, report in zip(recipe.stages, made, strict=True):
             written = format_size(report.bytes_written)
-            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
+            notes.append(f"`{earlier.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
         merges = [(recipe, directory)]
         (report,) = merge_together(merges, planning, running, stages=places, owned=output)
@@ -575,6 +568,28 @@ def _merge_stages(
         warnings=(*warnings, *report.warnings),
         total_seconds=time.perf_counter() - started,
     )
+
+
+def merge_stages(
+    plan: Plan, folder: PathLike, planning: PlanOptions, running: RunOptions
+) -> tuple[dict[str, str | None], list[MergeReport]]:
+    """Make what the earlier merges of a plan make, below `folder`.
+
+    Returns
+    -------
+    (dict of str to str, list of MergeReport)
+        Where the output of each lies by its name, as `prepare` takes it; and how each merge went.
+    """
+    places: dict[str, str | None] = {}
+    reports = []
+    for number, recipe in enumerate(plan.recipe.stages, start=1):
+        place = os.path.join(folder, str(number))
+        purpose = keys_of(plan.stages[:number])[-1]
+        reports += merge_together(
+            [(recipe, place)], planning, running, stages=dict(places), purpose=purpose
+        )
+        places[recipe.name or ""] = place
+    return places, reports
 
 
 def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
@@ -639,7 +654,8 @@ def prepare(
             shard_size=parse_size(options.shard_size),
             seed=options.seed,
             strict=options.strict,
-            with_side_files=options.with_side_files,
+            # Later merges read those of earlier ones.
+            with_side_files=options.with_side_files or one is not recipe,
             allow_mismatch=options.allow_mismatch,
             allow_methods=options.allow_methods,
             findings=found,
@@ -683,7 +699,9 @@ def finish_all(
         problems += against
         if not against:
             warnings = [*plan.warnings, *odd]
-            manifest = manifest_writer(plan, digests, warnings, hash_inputs=running.hash_inputs)
+            manifest = manifest_writer(
+                plan, contents_of(plan), digests, warnings, hash_inputs=running.hash_inputs
+            )
             told = done | {"files": files, "warnings": tuple(map(str, warnings))}
             reports.append(_finish(plan, output, told, manifest, started))
     if problems:

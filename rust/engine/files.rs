@@ -616,6 +616,9 @@ impl Tasks for Merges<'_> {
     }
 
     fn is_done(&self, index: usize) -> bool {
+        if let Purpose::Checked(Some(against)) = &self.purpose {
+            return !against.has(index);
+        }
         self.resumed.as_ref().is_some_and(|resumed| resumed.is_done[index])
     }
 

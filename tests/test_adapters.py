@@ -253,6 +253,23 @@ def test_adapters_as_one_adapter(place: Path) -> None:
         oxmerge.join_adapters(place / "sum", [one])
 
 
+def test_a_base_that_lies_otherwise(place: Path) -> None:
+    """An adapter does the same to a file of torch whose tensors are transposed views."""
+    model = base(place, llama)
+    adapter = train(place, llama, "on-views", **targets(*LINEAR, use_dora=True))
+    views = place / "views"
+    views.mkdir()
+    (views / "config.json").write_text((model / "config.json").read_text())
+    tensors = {
+        name: each.mT.contiguous().mT if each.ndim > 1 else each
+        for name, each in read(model).items()
+    }
+    torch.save(tensors, views / "pytorch_model.bin")
+    on_views, plain = fuse(f"{views}+{adapter}"), fuse(f"{model}+{adapter}")
+    for name in plain:
+        assert torch.equal(on_views[name], plain[name]), name
+
+
 def two_adapters(place: Path) -> tuple[Path, Path]:
     """Return the folders of two adapters of one rank, with other scales and other numbers."""
     modules = (*LINEAR, "embed_tokens")

@@ -35,6 +35,7 @@ from oxmerge import _core
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
+from oxmerge.models.stores import is_address
 from oxmerge.output.claims import Claim, claim, named
 from oxmerge.output.journal import JOURNAL_NAME, MOST_BYTES, Journal, mark
 from oxmerge.output.resume import RESUME_NAME, check_same
@@ -99,6 +100,8 @@ class OutputDirectory:
         The folders in it that this run has made, outermost first.
     finished
         Whether the new model is complete; nothing is discarded after that.
+    address
+        Where in an object store its files go when it is finished; the weight files are there.
     """
 
     claim: Claim
@@ -114,6 +117,7 @@ class OutputDirectory:
     placed: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     finished: bool = False
+    address: str | None = None
 
     @property
     def path(self) -> Path:
@@ -403,8 +407,8 @@ def clean(directory: str | os.PathLike[str]) -> bool:
 
     Parameters
     ----------
-    directory : path
-        The output of that run.
+    directory : path or str
+        The output of that run: a directory, or the address of one in an object store.
 
     Returns
     -------
@@ -426,6 +430,10 @@ def clean(directory: str | os.PathLike[str]) -> bool:
     >>> oxmerge.clean("merged")
     False
     """
+    if is_address(os.fspath(directory)):
+        from oxmerge.in_store import clean_in_store  # noqa: PLC0415 - it needs this module
+
+        return clean_in_store(directory)
     path = named(directory)
     status = os.stat(path)
     output = OutputDirectory(claim(path), overwrite=False)
@@ -591,7 +599,7 @@ def _require_parts(output: OutputDirectory) -> None:
         raise no_parts(output.path)
 
 
-def no_parts(directory: Path) -> NoPartsError:
+def no_parts(directory: Path | str) -> NoPartsError:
     """Return the error for an output in which no part was made."""
     return NoPartsError(
         "there are no parts of a merge",
@@ -782,7 +790,7 @@ def _write_journal(output: OutputDirectory, contents: Contents) -> None:
                 old[name] = mark(state)
     journal = Journal(
         purpose=output.purpose,
-        last=_last_names(contents)[-1],
+        last=last_names(contents)[-1],
         ours={name: mark(written.state) for name, written in output.complete.items()},
         old=old,
         folders=tuple(f for f in _folders(output.complete) if not _has_folder(output, f)),
@@ -796,7 +804,7 @@ def _write_journal(output: OutputDirectory, contents: Contents) -> None:
 
 
 def _switch(output: OutputDirectory, contents: Contents) -> None:
-    shards, last = list(contents.shards), _last_names(contents)
+    shards, last = list(contents.shards), last_names(contents)
     weights, known = set(shards), {*shards, *last}
     others = [name for name in output.complete if name not in known]
     _remove_old(output, lambda name: name == CONFIG_NAME or is_index(name))
@@ -821,11 +829,14 @@ def _folders(names: Iterable[str]) -> list[str]:
     return list(map(str, dict.fromkeys(parents)))
 
 
-def _last_names(contents: Contents) -> list[str]:
-    """Return what makes a directory a model: index and config, else the one shard itself."""
+def last_names(contents: Contents) -> list[str]:
+    """Return what makes a directory a model: index and config, else the one shard itself.
+
+    Where that is not here, the report ends it.
+    """
     last = [INDEX_NAME] if contents.index is not None else []
     last += [CONFIG_NAME] if contents.config is not None else []
-    return last or list(contents.shards)
+    return last or list(contents.shards) or list(contents.late[-1:])
 
 
 def _remove_old(output: OutputDirectory, is_old: Callable[[str], bool]) -> None:

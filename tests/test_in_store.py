@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import oxmerge
 import pytest
 from oxmerge.models import stores
@@ -19,6 +16,7 @@ from writers import directory_bytes, random_arrays, tuned, write_model, write_re
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 SHAPES: dict[str, tuple[int, ...]] = {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
 SHAPES |= {"layers.3.bias": (70000,), "layers.9.rows": (5, 7)}

@@ -36,7 +36,7 @@ from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
 from oxmerge.models.stores import is_address
-from oxmerge.output.claims import Claim, claim, named
+from oxmerge.output.claims import BusyError, Claim, claim, locked_file, named
 from oxmerge.output.journal import JOURNAL_NAME, MOST_BYTES, Journal, mark
 from oxmerge.output.resume import RESUME_NAME, check_same
 from oxmerge.output.side_files import SideFile, copy_bytes, is_index, is_loadable_weight
@@ -53,6 +53,8 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _SIGNS_OF_A_MODEL = (CONFIG_NAME, INDEX_NAME, "model.safetensors", "oxmerge_report.json")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Letters that a message shows of a name that anyone may have given.
+_LONGEST = 40
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -236,6 +238,8 @@ def prepare_output(  # noqa: PLR0913 - of this package only
                 _require_parts(output)
             elif not fresh:
                 _refuse_parts(output)
+            else:
+                _refuse_running_parts(output)
             output.is_resumed = parts or (not fresh and _is_resumed(output))
             inputs = {(file["device"], file["inode"]) for file in input_files}
             _check_existing(output, inputs, names)
@@ -439,6 +443,7 @@ def clean(directory: str | os.PathLike[str]) -> bool:
     output = OutputDirectory(claim(path), overwrite=False)
     try:
         with _told_in_full(output):
+            _refuse_running_parts(output)
             output.journal = _read_journal(output)
             is_left = any(entry.name.endswith(PARTIAL_SUFFIX) for entry in _entries(output))
             _remove_leftovers(output)
@@ -617,6 +622,31 @@ def _refuse_parts(output: OutputDirectory) -> None:
             advice="make the others with `--part`, and complete them with `oxmerge finish`; or "
             "start over with `--fresh`, which removes them",
         )
+
+
+def _refuse_running_parts(output: OutputDirectory) -> None:
+    """Raise BusyError if a run makes a part here, or completes the parts.
+
+    Where directories can be locked, none runs while this one owns the output; elsewhere, as on NFS,
+    the locks of files tell.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = os.open(PARTS_NAME, _FOLDER, dir_fd=output.descriptor)
+        except FileNotFoundError:
+            return
+        stack.callback(os.close, folder)
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".lock"):
+                try:
+                    stack.enter_context(locked_file(name, folder))
+                except BlockingIOError:
+                    raise BusyError(
+                        "another run makes a part of a merge here",
+                        file=str(output.path),
+                        found=f"the lock `{name[:_LONGEST]}`",
+                        advice="wait for it, or end it",
+                    ) from None
 
 
 def _refuse_a_whole(output: OutputDirectory) -> None:

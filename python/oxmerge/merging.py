@@ -16,6 +16,7 @@ from oxmerge.file_state import FileState
 from oxmerge.models.adapters import is_adapter
 from oxmerge.models.fetching import check_space, fetch
 from oxmerge.models.references import resolve_reference
+from oxmerge.models.stores import is_address
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     #: What a merge may be asked for with.
     Request = PathLike | Mapping[str, object] | Recipe | Plan | IO[bytes]
 
-__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "merge", "plan"]
+__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "claiming_order", "merge", "plan"]
 
 #: Bytes that the whole process may have resident; or so many more than it has, in a process that
 #: has loaded torch, say.
@@ -495,10 +496,14 @@ def merge_together(
     _bytes(running.memory), _bytes(running.vram)
     before = _core.peak_memory()
     plans = [prepare(recipe, planning, stages) for recipe, _ in merges]
-    if running.part is not None:
-        from oxmerge.parts import merge_part  # noqa: PLC0415 - it needs this module
+    in_store = any(is_address(os.fspath(directory)) for _, directory in merges)
+    if in_store or running.part is not None:
+        from oxmerge.parts import merge_parts  # noqa: PLC0415 - it needs this module
 
-        return [merge_part(plans[0], merges[0][1], planning, running, started)]
+        if check is not None:
+            check(plans)
+        directories = [directory for _, directory in merges]
+        return merge_parts(list(zip(plans, directories, strict=True)), planning, running, started)
     if plans[0].stages:
         return [_merge_stages(plans[0], merges[0][1], planning, running)]
     if check is not None:
@@ -510,7 +515,7 @@ def merge_together(
     keys = keys_of(plans) if purpose is None else [purpose]
     claimed: dict[int, OutputDirectory] = {}
     try:
-        for at in _order([directory for _, directory in merges]):
+        for at in claiming_order([directory for _, directory in merges]):
             claimed[at] = owned or prepare_output(
                 merges[at][1],
                 overwrite=running.overwrite,
@@ -554,9 +559,11 @@ def execute(
 ) -> dict[str, Any]:
     """Write plans' outputs under partial names, and say how it went; see `_core.execute`.
 
-    Only the weights are written of the `part` of a plan; its `bytes` says how many they are.
+    Only the weights are written of the `part` of plans; its `bytes` says how many they are.
     """
     total = sum(plan.bytes_written for plan in plans) if part is None else part["bytes"]
+    needed = sum(plan.disk for plan in plans) if part is None else total
+    shards = None if part is None else part["shards"]
     with backend or nullcontext(), watched(running.progress) as callback:
         allowed = room(_bytes(running.memory))
         tables = _with_absent(plans, outputs, running, (allowed, backend), callback)
@@ -564,8 +571,8 @@ def execute(
             if part is None:
                 stage(output, contents_of(plan))
         folder = os.fspath(outputs[0].path)
-        size = spool_bytes(_bytes(running.spool), folder, sum(plan.disk for plan in plans))
-        with streamed(tables, size, folder) as fetcher:
+        size = spool_bytes(_bytes(running.spool), folder, needed)
+        with streamed(tables, size, folder, shards=shards) as fetcher:
             spool = None if fetcher is None else fetcher.spool
             done = _core.execute(
                 [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
@@ -579,7 +586,7 @@ def execute(
                 digests=running.digests,
                 keys=[output.purpose for output in outputs] if running.keeps else None,
                 spool=spool,
-                beside=0 if spool is None else RESIDENT,
+                beside=running.beside + (0 if spool is None else RESIDENT),
                 part=part,
             )
     return done | {"device": _name(backend), "notes": _notes(backend)}
@@ -663,7 +670,7 @@ def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
         error.add_note(how_to_go_on(reversed(kept)))
 
 
-def _order(directories: Sequence[PathLike]) -> list[int]:
+def claiming_order(directories: Sequence[PathLike]) -> list[int]:
     """Return the order in which to claim directories: the same in every run, by their real paths.
 
     Else two sweeps over the same ones could each have one that the other needs, and both fail.
@@ -791,9 +798,12 @@ def _finish(
     manifest: Callable[[int], None],
     started: float,
 ) -> MergeReport:
+    contents = contents_of(plan)
+    if output.address is not None:
+        contents = replace(contents, shards=())
     report = report_of(
         done,
-        directory=os.fspath(output.path),
+        directory=output.address or os.fspath(output.path),
         tensors=len(plan.tensors),
         files=len(plan.shards),
         bytes_written=plan.bytes_written,
@@ -805,7 +815,7 @@ def _finish(
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
     states = [FileState(**state) for state in done["files"]]
-    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story, manifest))
+    leftovers = commit(output, contents, states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 

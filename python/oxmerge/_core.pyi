@@ -378,6 +378,7 @@ class Spool:
         size: int,
         folder: str | os.PathLike[str],
         tensor: int | None = None,
+        shards: Sequence[int] | None = None,
     ) -> Spool: ...
     @staticmethod
     def predict(plans: Sequence[Plan], size: int) -> tuple[int, int]: ...

@@ -160,6 +160,7 @@ fn plan_of(
         for (model, at) in found {
             let (tensor, before) = (models[model].tensor(at), first_files[model]);
             let change = models[model].change_of(at);
+            let is_changed = change.is_some_and(|change| !change.is_view());
             let adapted = change.map(|change| {
                 let change = Adapted::clone(change).in_files(|file| before as u32 + file);
                 builder.add_adapted(change)
@@ -167,7 +168,7 @@ fn plan_of(
             inputs.push(Input {
                 model,
                 name: tensor.name,
-                dtype: if adapted.is_some() { working } else { tensor.dtype },
+                dtype: if is_changed { working } else { tensor.dtype },
                 file: before + tensor.file,
                 start: tensor.start,
                 adapted,

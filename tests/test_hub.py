@@ -972,7 +972,7 @@ def test_a_model_of_torch_files_by_name(the_hub: Hub, tmp_path: Path, *, stream:
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in SHAPES.items()}
     tensors["lm_head.weight"] = torch.randn(32, 64).bfloat16().T
     tensors["model.large"] = torch.randn(512, 512).bfloat16()
-    where = {}
+    where: dict[str, str] = {}
     for at, names in enumerate((list(tensors)[:3], list(tensors)[3:])):
         file = f"pytorch_model-0000{at + 1}-of-00002.bin"
         torch.save({name: tensors[name] for name in names}, folder / file)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
+import s3_server
 from oxmerge.errors import OutputError, OxmergeError, RemoteError, UnsupportedError
 from oxmerge.models import stores
 from oxmerge.output.objects import Objects
@@ -41,16 +42,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """The address of a real S3 server."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    with closing(urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT"))):
+    """The address of a real S3 server, with a bucket."""
+    with s3_server.serve() as address:
         yield address
-    server.stop()
 
 
 numbers = count()
@@ -61,10 +55,7 @@ def output(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An address of which nothing is there, in the environment of users of the store."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3, "TMPDIR": str(scratch),
-    }.items():  # fmt: skip
+    for name, value in {**s3_server.environment(s3), "TMPDIR": str(scratch)}.items():
         monkeypatch.setenv(name, value)
     stores._open.cache_clear()
     return f"s3://bucket/some merges/{next(numbers)}"

@@ -322,6 +322,8 @@ def compare_outputs(
     memory: int,
     threads: int | None = None,
     progress: Callable[[int, int, int, str, int], None] | None = None,
+    spool: Spool | None = None,
+    beside: int = 0,
 ) -> list[tuple[int, int, int, bytes, bytes]]: ...
 def measure(
     measure: str,

@@ -15,7 +15,7 @@ use super::task::Tasks;
 use super::{Settings, run_planned};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::io::{self, AlignedBuffer, InputReader, ReadPath};
+use crate::io::{self, AlignedBuffer, InputReader, ReadPath, Spool};
 use crate::kernels::{self, Level};
 use crate::plan::{InputFile, Plan};
 
@@ -161,18 +161,24 @@ pub fn hash(plan: &Plan, settings: &Settings, control: &Control) -> Result<Vec<[
 }
 
 /// Makes tensors of `plan`, and compares each with the bytes at its place in one of `files`; how those
-/// differ that do. Tensors without a place are made only as far as numbers over the model need them.
+/// differ that do. Tensors without a place are made only as far as numbers over the model need them. Files that are not here come by
+/// the spool, and who fetches them takes so many bytes.
 pub fn compare(
     plan: &Plan,
     files: &[InputFile],
     places: Vec<Option<Place>>,
     settings: &Settings,
+    spool: Option<(Arc<Spool>, u64)>,
     control: &Control,
 ) -> Result<BTreeMap<usize, Deviation>> {
+    let (spool, beside) = spool.unzip();
+    if let Some(spool) = spool.clone() {
+        control.on_end(move || spool.stop());
+    }
     let against = Arc::new(Against::open(files, places, settings.level)?);
     let purpose = Purpose::Checked(Some(Arc::clone(&against)));
-    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, None)?;
-    let baseline = memory::resident() + (COMPARED * settings.workers) as u64;
+    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, spool)?;
+    let baseline = memory::resident() + beside.unwrap_or(0) + (COMPARED * settings.workers) as u64;
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline, 0)?;
     run_planned(&Simd(settings.level), &tasks, settings, memory, control)?;
     io::check_unchanged(&plan.files)?;

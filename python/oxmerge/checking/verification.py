@@ -27,6 +27,7 @@ from oxmerge.json_files import NO_FILE, naming, open_at_once
 from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
+from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.side_files import is_loadable_weight
@@ -511,8 +512,15 @@ class _Work:
         files = plan.table.files
         used = plan.table.files_of(None if of_all else [at for at, _ in pairs])
         absent = [files[each] for each in used if files[each].get("remote")]
-        table = plan.table.placed(fetch(absent)) if absent else plan.table
-        with reported(self.running, plan.bytes_read) as report:
+        kept = [file for file in absent if not is_streamed(file, stream=False)]
+        table = plan.table.placed(fetch(kept)) if kept else plan.table
+        folder = tempfile.gettempdir()
+        fetched = (
+            streamed([table], spool_bytes(None, folder), folder)
+            if len(kept) < len(absent)
+            else contextlib.nullcontext()
+        )
+        with fetched as fetcher, reported(self.running, plan.bytes_read) as report:
             differing = _core.compare_outputs(
                 table,
                 model.checkpoint,
@@ -520,6 +528,8 @@ class _Work:
                 memory=self.running.room,
                 threads=self.running.threads,
                 progress=report,
+                spool=None if fetcher is None else fetcher.spool,
+                beside=0 if fetcher is None else RESIDENT,
             )
         for at, first, elements, expected, there in differing:
             tensor = plan.tensors[at]

@@ -291,7 +291,8 @@ def test_slices_are_stacked_and_renumbered(shelf: Shelf) -> None:
     merge = shelf.plan(STACKED)
     names = [tensor.name for tensor in merge.tensors]
     assert names == list(zoo.llama(6).tensors)
-    assert merge.layer_map == ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3))
+    layers = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3))
+    assert merge.layer_map == {"model.layers": layers}
     norm = "model.layers.{}.input_layernorm.weight"
     assert sources(merge, norm.format(3)) == [("b", norm.format(1))]
     assert sources(merge, "model.embed_tokens.weight") == [("a", "model.embed_tokens.weight")]
@@ -408,8 +409,8 @@ def test_whatever_is_sliced_adds_up(two: Shelf, chosen: list[dict[str, Any]]) ->
             two.plan(recipe)
         return
     merge = two.plan(recipe)
-    assert merge.layer_map is not None
-    assert [(merge.models[i], layer) for i, layer in merge.layer_map] == wanted
+    (layers,) = merge.layer_map.values()
+    assert [(merge.models[i], layer) for i, layer in layers] == wanted
     names = [tensor.name for tensor in merge.tensors]
     assert len(set(names)) == len(names)
     layout = find_layout(names, frozenset({len(wanted), len(wanted) + 1}))

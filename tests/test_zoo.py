@@ -60,14 +60,15 @@ def test_stacks_are_found(name: str) -> None:
 def test_every_model_with_one_stack_can_be_sliced(tmp_path: Path, name: str) -> None:
     specimen = zoo.ZOO[name]()
     zoo.write(tmp_path / "a", specimen)
-    (depth,) = STACKS[name].values()
+    ((prefix, depth),) = STACKS[name].items()
     slices = [
         {"sources": [{"model": "a", "layer_range": [0, depth]}]},
         {"sources": [{"model": "a", "layer_range": [depth - 1, depth]}]},
     ]
     recipe = Recipe.from_mapping({"merge_method": "passthrough", "slices": slices})
     merge = zoo.plan_in(tmp_path, recipe)
-    assert merge.layer_map == (*((0, layer) for layer in range(depth)), (0, depth - 1))
+    layers = (*((0, layer) for layer in range(depth)), (0, depth - 1))
+    assert merge.layer_map == {prefix: layers}
     account = merge.accounting[0]
     assert account.dropped_count == 0
     assert len(account.copied) == len(specimen.tensors)

@@ -278,7 +278,9 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         "pinned": pinned,
         "donor": donor,
         "base": base,
-        "layer_map": _pairs(reader.get("layer_map", list, list, optional=True)),
+        "layer_map": {
+            prefix: _pairs(pairs) for prefix, pairs in reader.get("layer_map", dict).items()
+        },
         "dtype": reader.get("dtype", str, optional=True),
         "tokenizer_memory": reader.get("tokenizer_memory", int, optional=True),
         "accounting": tuple(
@@ -328,10 +330,9 @@ def _check_name(name: str) -> None:
         raise _wrong("a file of the output must have a name within its directory", name)
 
 
-def _pairs(raw: list[list[Any]] | None) -> tuple[tuple[int, int], ...] | None:
-    if raw is None:
-        return None
-    if not all(list(map(type, pair)) == [int, int] for pair in raw):
+def _pairs(raw: Any) -> tuple[tuple[int, int], ...]:  # noqa: ANN401
+    is_right = isinstance(raw, list) and all(isinstance(pair, list) for pair in raw)
+    if not is_right or not all(list(map(type, pair)) == [int, int] for pair in raw):
         raise _wrong("`layer_map` in the plan is not as it should be", raw)
     return tuple((model, layer) for model, layer in raw)
 

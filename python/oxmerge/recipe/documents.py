@@ -113,7 +113,8 @@ class _Stages:
 
 def _reads(recipe: Recipe) -> list[str]:
     """Return every model that a recipe names."""
-    bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
+    parts = (*recipe.slices, *recipe.modules)
+    bases = (recipe.base_model, *(part.base_model for part in parts))
     tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
     kept = (each.model for each in recipe.extensions.keep)
     named = (*(each.model for each in recipe.sources), *bases, *tokenizer, *kept)

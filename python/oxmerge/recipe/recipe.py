@@ -122,6 +122,10 @@ class Slice:
         Settings for this slice.
     module : str, optional
         The module that it is for, unless that is all of the model.
+    module_parameters : mapping of str to Setting
+        Settings for all slices of that module, after those of the slice.
+    is_run : bool
+        Whether it is a run of layers; else it is of whole models.
     """
 
     where: Place
@@ -129,6 +133,8 @@ class Slice:
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
     module: str | None = None
+    module_parameters: Settings = field(default_factory=dict)
+    is_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,14 +277,15 @@ class Recipe:
     slices : tuple of Slice
         Output slices, in order.
     modules : tuple of Slice
-        Modules with the whole models that each is made of; the others are the donor's.
+        Modules with the whole models that each is made of, or the slices of each one after the
+        other; other modules are the donor's.
     base_model : str, optional
         The base, and the donor of names and config.
     parameters : mapping of str to Setting
         Settings for everything.
     module_parameters : mapping of str to Setting
-        Settings of the module that is all of the model, where `models` or `slices` stand in one;
-        before `parameters`.
+        Settings of the module `default`, which is all of the model, where `models` or `slices`
+        stand in it; before `parameters`.
     dtype, out_dtype : str, optional
         Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
         `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64

@@ -347,12 +347,12 @@ def test_modules_are_made_of_slices_each_to_a_depth_of_its_own(folder: Path) -> 
     assert "modules.text_decoder.slices[0]" in explained
     assert "weight = 0" in explained
     oxmerge.merge(plan, "out")
-    layers = (
+    layers: list[list[tuple[float, str, int]]] = [
         [(1, "a", 0), (1, "b", 0)],
         [(0, "a", 1), (0, "b", 1)],
         [(0.25, "b", 1), (0.25, "a", 1)],
         [(0.25, "b", 2), (0.25, "a", 2)],
-    )
+    ]
     up = "{}.{}.mlp.up_proj.weight".format
     made = {
         up(text, number): [(weight, model, up(text, layer)) for weight, model, layer in parts]

@@ -17,7 +17,7 @@ from oxmerge.models.fetching import check_space, fetch
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
-from oxmerge.output.contents import contents_of, late_texts
+from oxmerge.output.contents import contents_of, disk_bytes, late_texts
 from oxmerge.output.manifest import manifest_writer
 from oxmerge.output.outcome import outcome_of
 from oxmerge.output.publish import (
@@ -38,7 +38,7 @@ from oxmerge.planning.summary import Prediction
 from oxmerge.problems import Findings
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import format_size, parse_size
-from oxmerge.stages import plan_stages
+from oxmerge.stages import Order, places_of, plan_stages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from typing import IO, Any
 
     from oxmerge.problems import Problem
+    from oxmerge.stages import Stage
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
@@ -422,16 +423,16 @@ def merge_together(
     *,
     check: Callable[[list[Plan]], None] | None = None,
     stages: Mapping[str, str | None] | None = None,
-    owned: OutputDirectory | None = None,
-    purpose: str | None = None,
+    owned: Sequence[OutputDirectory] = (),
+    purposes: Sequence[str] = (),
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are complete
     when something fails stay, the others keep what is finished, if the same merge can go on with
     it. `check` is called with the plans before anything is made. `stages` says where the outputs of
-    earlier merges lie. The only merge may have an `owned` directory, if this run owns it already,
-    or a `purpose`, if later merges will read its output.
+    earlier merges lie. `owned` are the directories, if this run owns them already. `purposes` says
+    what is made, if later merges will read it.
     """
     started = time.perf_counter()
     for _, directory in merges:
@@ -443,27 +444,32 @@ def merge_together(
         from oxmerge.parts import merge_part  # noqa: PLC0415 - it needs this module
 
         return [merge_part(plans[0], merges[0][1], planning, running, started)]
-    if plans[0].stages:
-        return [_merge_stages(plans[0], merges[0][1], planning, running)]
     if check is not None:
         check(plans)
+    if any(plan.stages for plan in plans):
+        made = list(zip(plans, (directory for _, directory in merges), strict=True))
+        return _merge_stages(made, planning, running)
     backend = open_device(plans, running)
     needed = sum(plan.disk for plan in plans)
     peak = _core.peak_memory()
     planned = peak if peak > before else 0
-    keys = keys_of(plans) if purpose is None else [purpose]
+    keys = purposes or keys_of(plans)
     claimed: dict[int, OutputDirectory] = {}
     try:
         for at in _order([directory for _, directory in merges]):
-            claimed[at] = owned or prepare_output(
-                merges[at][1],
-                overwrite=running.overwrite,
-                input_files=plans[at].input_files,
-                needed_bytes=needed,
-                names=contents_of(plans[at]).names,
-                purpose=keys[at],
-                resume=running.keeps,
-                fresh=running.fresh,
+            claimed[at] = (
+                owned[at]
+                if owned
+                else prepare_output(
+                    merges[at][1],
+                    overwrite=running.overwrite,
+                    input_files=plans[at].input_files,
+                    needed_bytes=needed,
+                    names=contents_of(plans[at]).names,
+                    purpose=keys[at],
+                    resume=running.keeps,
+                    fresh=running.fresh,
+                )
             )
         outputs = [claimed[at] for at in range(len(merges))]
         done = execute(plans, outputs, running, backend, planned)
@@ -476,7 +482,7 @@ def merge_together(
         _give_up(list(reversed(claimed.values())), error)
         raise
     for output in outputs:
-        close(output, keep=purpose is not None)
+        close(output, keep=bool(purposes))
     return reports
 
 
@@ -530,50 +536,69 @@ def execute(
 
 
 def _merge_stages(
-    plan: Plan, directory: PathLike, planning: PlanOptions, running: RunOptions
-) -> MergeReport:
-    """Merge what a plan of several merges says, one after the other."""
+    made: Sequence[tuple[Plan, PathLike]], planning: PlanOptions, running: RunOptions
+) -> list[MergeReport]:
+    """Merge what plans of several merges say: those that come first, then the last ones."""
     started = time.perf_counter()
-    recipe = plan.recipe
+    plans = [plan for plan, _ in made]
     # A plan has its own seed and sizes, and which models may differ was settled when it was made.
-    planning = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
-    inputs = [file for each in (*plan.stages, plan) for file in each.input_files]
-    output = prepare_output(
-        directory,
-        overwrite=running.overwrite,
-        input_files=inputs,
-        needed_bytes=plan.disk,
-        names=contents_of(plan).names,
-        purpose=keys_of([*plan.stages, plan])[-1],
-        resume=running.keeps,
-        fresh=running.fresh,
+    planning = replace(
+        planning, seed=plans[0].seed, shard_size=plans[0].shard_size, allow_mismatch=True
     )
-    notes: list[str] = []
-    warnings: list[str] = []
-    places: dict[str, str | None] = {}
+    order = Order(plans)
+    earlier = [stage for each in order.passes for stage in each]
+    needed = sum(map(disk_bytes, [*(stage.plan for stage in earlier), *plans]))
+    keys = keys_of([*(stage.plan for stage in earlier), *plans])[-len(plans) :]
+    inputs = [file for plan in plans for each in (*plan.stages, plan) for file in each.input_files]
+    outputs: dict[int, OutputDirectory] = {}
+    reports: dict[int, MergeReport] = {}
     try:
-        folder = stages_folder(output)
-        for number, stage in enumerate(recipe.stages, start=1):
-            place = os.path.join(folder, str(number))
-            purpose = keys_of(plan.stages[:number])[-1]
-            (report,) = merge_together(
-                [(stage, place)], planning, running, stages=places, purpose=purpose
+        for at in _order([directory for _, directory in made]):
+            outputs[at] = prepare_output(
+                made[at][1],
+                overwrite=running.overwrite,
+                input_files=inputs,
+                needed_bytes=needed,
+                names=contents_of(plans[at]).names,
+                purpose=keys[at],
+                resume=running.keeps,
+                fresh=running.fresh,
             )
-            places[stage.name or ""] = place
-            written = format_size(report.bytes_written)
-            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
-            warnings += report.warnings
-        merges = [(recipe, directory)]
-        (report,) = merge_together(merges, planning, running, stages=places, owned=output)
+        for number, stage in enumerate(earlier, start=1):
+            stage.place = os.path.join(stages_folder(outputs[stage.host]), str(number))
+        for each in order.passes:
+            merges = [(stage.plan.recipe, stage.place) for stage in each]
+            done = merge_together(
+                merges, planning, running, stages=each[0].places, purposes=[s.key for s in each]
+            )
+            for stage, report in zip(each, done, strict=True):
+                stage.report = report
+        for group in order.groups:
+            lasts = [(plans[at].recipe, made[at][1]) for at in group]
+            owned = [outputs[at] for at in group]
+            places = places_of(order.needs[group[0]])
+            done = merge_together(lasts, planning, running, stages=places, owned=owned)
+            reports.update(zip(group, done, strict=True))
     except BaseException as error:
-        if output.claim.is_held:
-            _give_up([output], error)
+        _give_up([each for each in outputs.values() if each.claim.is_held], error)
         raise
+    seconds = time.perf_counter() - started
+    return [_with_stages(reports[at], order.stages[at], seconds) for at in range(len(made))]
+
+
+def _with_stages(report: MergeReport, stages: Iterable[Stage], seconds: float) -> MergeReport:
+    """Return the report of a merge with what those before it have told."""
+    first = [(stage.plan.recipe.name, stage.report) for stage in stages if stage.report is not None]
+    notes = (
+        f"`{name}` was merged first: {format_size(each.bytes_written)}, which are removed again"
+        for name, each in first
+    )
+    warnings = (warning for _, each in first for warning in each.warnings)
     return replace(
         report,
         notes=(*notes, *report.notes),
         warnings=(*warnings, *report.warnings),
-        total_seconds=time.perf_counter() - started,
+        total_seconds=seconds,
     )
 
 

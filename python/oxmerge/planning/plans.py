@@ -217,11 +217,6 @@ class Plan:
         ----------
         path : path
             The file; one that is there is replaced when the new one is complete.
-
-        Raises
-        ------
-        PlanError
-            If other merges come first: their outputs, which this one reads, are not there.
         """
         save_plan(self, path)
 

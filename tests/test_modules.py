@@ -134,8 +134,8 @@ modules:
     - {model: b, parameters: {weight: 1}}
   vision_tower:
     models:
-    - {model: a}
-    parameters: {weight: 1}
+    - {model: a, parameters: {weight: 1}}
+    parameters: {normalize: false}
 parameters: {normalize: false}
 """
 
@@ -158,17 +158,20 @@ def test_modules_are_merged_apart_and_the_rest_is_carried(folder: Path) -> None:
 
 def test_what_is_wrong_with_modules_is_told(folder: Path) -> None:
     text = RECIPE.replace("vision_tower", "audio_tower").replace(
-        "weight: 1}\npara", "wight: 1}\npara"
+        "{normalize: false}\npara", "{normalise: 1}\npara"
     )
     with pytest.raises(oxmerge.PlanError) as caught:
         oxmerge.plan(text)
     found = [(problem.code, str(problem.where)) for problem in caught.value.problems]
     assert found[0] == ("no-layers", "modules.audio_tower (line 8)")
-    assert found[1] == ("unknown-parameter", "modules.audio_tower.parameters.wight (line 11)")
-    slices = "    slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n"
+    assert found[1] == ("unknown-parameter", "modules.audio_tower.parameters.normalise (line 11)")
+    source = "{model: a, layer_range: [0, 1], parameters: {weight: 1}}"
+    slices = f"    slices: [{{sources: [{source}]}}]\n"
     form = "a module has exactly one of `models` and `slices`"
     assert problems_of(RECIPE.replace("  vision_tower:\n", f"  vision_tower:\n{slices}")) == [form]
-    assert problems_of(RECIPE.replace("    models:\n    - {model: a}\n", "")) == [form]
+    assert problems_of(
+        RECIPE.replace("    models:\n    - {model: a, parameters: {weight: 1}}\n", "")
+    ) == [form]
 
 
 def test_sweeps_and_lazy_merges_know_modules(folder: Path) -> None:
@@ -184,10 +187,9 @@ def test_sweeps_and_lazy_merges_know_modules(folder: Path) -> None:
 
 
 VISION = """\
-merge_method: linear
+merge_method: passthrough
 base_model: base
 modules: {vision_tower: {models: [{model: a}]}}
-parameters: {weight: 1}
 """
 
 
@@ -251,7 +253,7 @@ def test_the_base_is_no_input_where_modules_leave_nothing_to_it(folder: Path) ->
     )
     plan = oxmerge.plan(VISION.replace("vision_tower: {models: [{model: a}]}", every))
     (warning,) = plan.warnings
-    assert "`base_model` is no input of method `linear`" in str(warning)
+    assert "`base_model` is no input of method `passthrough`" in str(warning)
 
 
 def test_modules_that_are_the_same_or_unclear_are_refused(folder: Path) -> None:

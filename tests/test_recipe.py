@@ -309,12 +309,12 @@ FAULTS: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        START + "slices: [{sources: [{model: a, layer_range: [4, 4]}]}]\n",
+        START + "slices: [{sources: [{model: a, layer_range: [4, 2]}]}]\n",
         [
             (
                 "slices[0].sources[0].layer_range (line 2): a range from a lower to a higher "
                 "layer is "
-                "needed here: found [4, 4]\n  hint: the end is the layer after the last"
+                "needed here: found [4, 2]\n  hint: the end is the layer after the last"
             )
         ],
     ),

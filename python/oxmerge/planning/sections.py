@@ -149,18 +149,32 @@ class SectionBuilder:
             self._check_names(settings, "all")
         if not recipe.sources:
             return []  # which is reported
-        whole = Slice(recipe.place("models"), recipe.models)
-        parts = recipe.slices or recipe.modules or (whole,)
-        sections = [self._section(self._with_base(part)) for part in parts]
+        sections = [self._section(self._with_base(part)) for part in self._parts()]
         return [section for section in sections if section is not None]
+
+    def _parts(self) -> tuple[Slice, ...]:
+        """Return what the recipe lists: slices, modules or their slices, or whole models."""
+        recipe = self._recipe
+        whole = Slice(recipe.place("models"), recipe.models)
+        return recipe.slices or recipe.modules or (whole,)
 
     def _with_base(self, part: Slice) -> Slice:
         """Return a part with the base as an input, where it is of whole models."""
-        base = self._base_reference(None)
+        base = self._recipe.base_model if self._takes_base(part) else self._base_reference(None)
         if part.is_run or base is None or not part.sources or self._lists(part.sources, base):
             return part
         source = Source(base, self._recipe.place("base_model"))
         return replace(part, sources=(*part.sources, source))
+
+    def _takes_base(self, part: Slice) -> bool:
+        """Tell whether an unlisted base is an input like the others, as in mergekit.
+
+        There it always is, and the merge fails if nothing says its weight; here it then takes no
+        part, as people who write so mean it.
+        """
+        levels = (part.parameters, part.module_parameters, *self._levels)
+        has_weight = any("weight" in level for level in levels)
+        return self._method.name == "karcher" or (self._method.name == "linear" and has_weight)
 
     def _base_reference(self, part: Slice | None) -> str | None:
         """Return the base that takes part in the arithmetic."""
@@ -175,8 +189,7 @@ class SectionBuilder:
 
     def _check_base(self) -> None:
         recipe, method = self._recipe, self._method
-        parts = (*recipe.slices, *recipe.modules)
-        has_own = bool(parts) and all(part.base_model for part in parts)
+        has_own = all(part.base_model for part in self._parts())
         if method.base == "required" and recipe.base_model is None and not has_own:
             message = f"method `{method.name}` needs a `base_model`"
             advice = "name the model that the others were made from"
@@ -192,7 +205,10 @@ class SectionBuilder:
         base = self._recipe.base_model
         if self._method.base != "ignored" or base is None:
             return
-        if self._lists(self._recipe.sources, base):
+        parts = self._parts()
+        if self._lists(self._recipe.sources, base) or any(
+            self._takes_base(part) for part in parts if not part.is_run
+        ):
             return
         message = f"`base_model` is no input of method `{self._method.name}`"
         advice = "it gives the names, the config and the tokenizer; to merge it, list it"

@@ -166,8 +166,8 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     vram: int | str | None = None,
     stream: bool = False,
     spool: int | str | None = None,
-    seed: int = 0,
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    shard_size: int | str | None = None,
     strict: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
@@ -202,10 +202,10 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     spool : int or str, optional
         Bytes on the output's disk for what was fetched and is still needed. Unless given, 20 GB, or
         half of what the output leaves free there, if that is less.
-    seed : int
-        Of the random masks that some methods draw.
-    shard_size : int or str
-        Bytes in an output file at most.
+    seed : int, optional
+        Of the random masks that some methods draw; 0 unless given. A plan has its own.
+    shard_size : int or str, optional
+        Bytes in an output file at most; 5 GB unless given. A plan has its own.
     strict : bool
         Whether warnings count as problems.
     allow_mismatch : bool
@@ -286,8 +286,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     vram: int | str | None = None,
     stream: bool = False,
     spool: int | str | None = None,
-    seed: int = 0,
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
@@ -335,10 +335,10 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     spool : int or str, optional
         Bytes on the output's disk for what was fetched and is still needed. Unless given, 20 GB, or
         half of what the output leaves free there, if that is less.
-    seed : int
-        Of the random masks that some methods draw.
-    shard_size : int or str
-        Bytes in an output file at most.
+    seed : int, optional
+        Of the random masks that some methods draw; 0 unless given. A plan has its own.
+    shard_size : int or str, optional
+        Bytes in an output file at most; 5 GB unless given. A plan has its own.
     overwrite : bool
         Replace the model that is there, when the new one is complete.
     strict : bool
@@ -647,7 +647,7 @@ def prepare(
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=options.allow_methods)
     if isinstance(recipe, Plan):
-        _check_made(recipe, options)
+        check_made(recipe, options)
         return recipe
     findings = Findings(ignore_unknown=options.ignore_unknown)
     if not isinstance(recipe, Recipe):
@@ -661,8 +661,10 @@ def prepare(
     def plan_one(one: Recipe, places: Mapping[str, str | None], found: Findings) -> Plan:
         return build_plan(
             one,
-            shard_size=parse_size(options.shard_size),
-            seed=options.seed,
+            shard_size=parse_size(
+                DEFAULT_SHARD_SIZE if options.shard_size is None else options.shard_size
+            ),
+            seed=0 if options.seed is None else options.seed,
             strict=options.strict,
             with_side_files=options.with_side_files,
             allow_mismatch=options.allow_mismatch,
@@ -678,13 +680,12 @@ def prepare(
     return last
 
 
-def _check_made(plan: Plan, options: PlanOptions) -> None:
+def check_made(plan: Plan, options: PlanOptions) -> None:
     """Refuse what a plan that is made cannot take any more."""
-    given: dict[str, tuple[object, object, object]] = {"seed": (options.seed, 0, plan.seed)}
-    size = parse_size(options.shard_size)
-    given["shard_size"] = (size, DEFAULT_SHARD_SIZE, plan.shard_size)
-    for name, (value, default, own) in given.items():
-        if value not in {default, own}:
+    size = None if options.shard_size is None else parse_size(options.shard_size)
+    given = {"seed": (options.seed, plan.seed), "shard_size": (size, plan.shard_size)}
+    for name, (value, own) in given.items():
+        if value is not None and value != own:
             raise ValueError(f"the plan has its own {name}, {own}: make another for {value}")
     if options.strict and plan.warnings:
         raise PlanError("cannot merge", problems=plan.warnings)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from oxmerge.errors import RecipeError
-from oxmerge.merging import merge_together, prepare
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
+from oxmerge.merging import check_made, merge_together, prepare
+from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import named
 from oxmerge.planning.effects import effect_of
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
@@ -516,8 +516,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     vram: int | str | None = None,
     stream: bool = False,
     spool: int | str | None = None,
-    seed: int = 0,
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
@@ -594,6 +594,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)
     if isinstance(recipe, Plan):
+        check_made(recipe, planning)
         planning = replace(planning, seed=recipe.seed, shard_size=recipe.shard_size)
         recipe = recipe.recipe
     if not isinstance(recipe, str | os.PathLike | Mapping | Recipe):

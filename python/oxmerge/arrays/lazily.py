@@ -210,7 +210,7 @@ def lazy(
     recipe: Request,
     *,
     framework: Framework = "np",
-    seed: int = 0,
+    seed: int | None = None,
     threads: int | None = None,
     strict: bool = False,
     allow_mismatch: bool = False,
@@ -231,8 +231,8 @@ def lazy(
     framework : {"np", "pt"}
         What the tensors are, as in safetensors: of NumPy, where BF16 is ``ml_dtypes.bfloat16``, or
         of torch.
-    seed : int
-        Of the random masks that some methods draw.
+    seed : int, optional
+        Of the random masks that some methods draw; 0 unless given. A plan has its own.
     threads : int, optional
         As many as there are cores, unless given.
     strict : bool
@@ -273,7 +273,7 @@ def lazy(
     >>> model["model.norm.weight"].shape
     (16,)
     """
-    check_options(seed, threads)
+    check_options(0 if seed is None else seed, threads)
     kind = kind_of(framework)
     plan = prepare(
         recipe,

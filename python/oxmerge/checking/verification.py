@@ -22,7 +22,7 @@ from oxmerge.errors import PlanError, UnsupportedError
 from oxmerge.merging import prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, check_seed
+from oxmerge.options import PlanOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.recipe.recipe import Recipe
@@ -382,7 +382,7 @@ class _Work:
         if recipe is None:
             plan = self._plan_of(read_manifest(self.folder), allowed)
         else:
-            plan = self._prepared(recipe, self.seed, DEFAULT_SHARD_SIZE, allowed)
+            plan = self._prepared(recipe, self.seed or None, None, allowed)
         model = self._open()
         if model is None:
             return
@@ -428,10 +428,10 @@ class _Work:
         return plan
 
     def _prepared(
-        self, recipe: Request, seed: int, shard_size: int, allowed: tuple[str, ...]
+        self, recipe: Request, seed: int | None, shard_size: int | None, allowed: tuple[str, ...]
     ) -> Plan:
         options = PlanOptions(
-            seed=check_seed(seed),
+            seed=seed,
             shard_size=shard_size,
             # What was merged once may be merged again.
             allow_mismatch=True,

@@ -145,7 +145,7 @@ class Assembler:
             (keeping.inputs, keeping.kept, keeping.otherwise),
         )
         keeping.kept = found.kept()
-        left_out = set()
+        left_out = self._without_rows(found, donor, keeping)
         for at, is_twice in found.odd:
             like = donor.checkpoint.tensor(found.tensor(at))
             shapes = self._table.shapes_in_layers(found, at, run.donor_lead) if is_like else []
@@ -312,6 +312,29 @@ class Assembler:
         self._problems.append(
             Problem("missing-head", message, file=model.path, tensor=name, advice=advice)
         )
+
+    def _without_rows(self, found: _core.Run, donor: InputModel, keeping: KeptOfRun) -> set[int]:
+        """Return tensors kept from a model that lacks the row of a token; report them."""
+        lacking: set[int] = set()
+        if self._alignment is None or not self._alignment.given:
+            return lacking
+        for at, column in keeping.kept.items():
+            name = donor.checkpoint.tensor(found.tensor(at)).name
+            model, place = keeping.columns[column - keeping.inputs][0], keeping.place(column)
+            for given in self._alignment.given if name in self._alignment.names else ():
+                if model.index not in given.takers or model.index == given.giver:
+                    continue
+                lacking.add(at)
+                message = (
+                    f"the row of `{given.asked.token}` is to be that of `{given.asked.model}`, in "
+                    f"a tensor that is kept from `{model.reference}` ({place.in_text})"
+                )
+                advice = "keep the tensor from the model that gives the row, or leave the token out"
+                problem = Problem(
+                    "wrong-value", message, given.asked.where, tensor=name, advice=advice
+                )
+                self._problems.append(problem)
+        return lacking
 
     # Comparing.
 

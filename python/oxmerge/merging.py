@@ -7,11 +7,12 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 from oxmerge import _core
 from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
-from oxmerge.errors import InputChangedError, PlanError, ProblemsError
+from oxmerge.errors import InputChangedError, PlanError, ProblemsError, all_of
 from oxmerge.file_state import FileState
 from oxmerge.models.fetching import check_space, fetch
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
@@ -439,7 +440,7 @@ def merge_together(
         named(directory)
     _bytes(running.memory), _bytes(running.vram)
     before = _core.peak_memory()
-    plans = [prepare(recipe, planning, stages) for recipe, _ in merges]
+    plans = all_of(partial(prepare, recipe, planning, stages) for recipe, _ in merges)
     if running.part is not None:
         from oxmerge.parts import merge_part  # noqa: PLC0415 - it needs this module
 

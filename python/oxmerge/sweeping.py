@@ -12,9 +12,10 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 
-from oxmerge.errors import RecipeError
+from oxmerge.errors import RecipeError, all_of
 from oxmerge.merging import check_made, merge_together, prepare
 from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import named
@@ -22,6 +23,7 @@ from oxmerge.planning.effects import effect_of
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.plans import Plan
 from oxmerge.problems import Findings, Problem, did_you_mean
+from oxmerge.recipe.documents import read_documents
 from oxmerge.recipe.recipe import Recipe, as_json
 from oxmerge.recipe.yaml_edit import cut_documents, set_value
 
@@ -195,14 +197,16 @@ def variants(
     source = _Source(recipe, ignore_unknown=ignore_unknown)
     pattern = os.fspath(pattern)
     names = _Names(values)
+    combined = list(_combinations(values, together=together))
+    recipes = all_of(partial(source.recipe_with, settings) for settings in combined)
     made = [
         Variant(
             settings,
             names.fill(pattern, number, settings),
-            source.recipe_with(settings),
+            recipe,
             {place: source.path(place) for place in settings},
         )
-        for number, settings in enumerate(_combinations(values, together=together))
+        for number, (settings, recipe) in enumerate(zip(combined, recipes, strict=True))
     ]
     _check_directories(made, pattern)
     return made
@@ -237,9 +241,11 @@ class _Source:
         self._documents, text, self._folder = Recipe.documents_of(recipe)
         # Each with its document's text; a recipe of several merges is cut.
         self._texts = [text] if len(self._documents) == 1 else cut_documents(text)
-        read = self._recipe(self._documents, text)
-        names = [each.get("name") for each in self._documents]
-        self._last = names.index(read.name) if len(names) > 1 else 0
+        self._last = 0
+        if len(self._documents) > 1:
+            # What is wrong with it is told when values are put in.
+            last = read_documents(self._documents, Findings(ignore_unknown=ignore_unknown))
+            self._last = [each.get("name") for each in self._documents].index(last.name)
 
     def _recipe(self, documents: Sequence[Mapping[str, object]], text: str) -> Recipe:
         return Recipe.from_documents(

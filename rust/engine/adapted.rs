@@ -189,11 +189,16 @@ impl<T: Real + Pod> AdaptedSource<T> {
         elements.start / self.columns()..elements.end.div_ceil(self.columns())
     }
 
+    /// Rows that a step has at the most, if it has whole ones.
+    fn rows_at_once(&self) -> u64 {
+        (STEP / self.columns()).min(LEFT / self.rank.max(1)).max(1)
+    }
+
     /// `elements` in steps: whole rows as far as they fit, none of which one term has and the next has
     /// not; longer rows in parts.
     fn steps(&self, elements: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let columns = self.columns();
-        let at_once = (STEP / columns).min(LEFT / self.rank.max(1)).max(1);
+        let at_once = self.rows_at_once();
         let mut start = elements.start;
         std::iter::from_fn(move || {
             let (row, first) = (start / columns, start);
@@ -529,8 +534,9 @@ impl<T: Real + Pod> Source for AdaptedSource<T> {
         let values = if self.only_adds() { 0 } else { STEP * number };
         let block = if self.adapted.magnitude.is_some() { STEP * number } else { 0 };
         // Rows that are computed together have their numbers twice.
-        let left = self.rank.max(LEFT).saturating_mul(2 * number);
-        let reading = [AlignedBuffer::resident(base) as u64, read, values, block, left];
+        let left = self.rank.saturating_mul(2 * self.rows_at_once() * number);
+        let below = self.base.memory().reading;
+        let reading = [AlignedBuffer::resident(base) as u64, read, values, block, left, below];
         let shared = match &self.adapted.magnitude {
             None => 0,
             // A magnitude, and a factor that may not be there yet.

@@ -1,4 +1,4 @@
-use super::{TestReal, config, each_level};
+use super::{config, each_level};
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{Level, Product, Real, TILE, Tiles, low_rank_bytes, narrow, oracle, widen};
 use proptest::prelude::*;

@@ -16,6 +16,7 @@ from oxmerge.file_state import FileState
 from oxmerge.models.adapters import is_adapter
 from oxmerge.models.fetching import check_space, fetch
 from oxmerge.models.references import resolve_reference, split_adapters
+from oxmerge.models.stores import is_address
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     #: What a merge may be asked for with.
     Request = PathLike | Mapping[str, object] | Recipe | Plan | IO[bytes]
 
-__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "merge", "plan"]
+__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "claiming_order", "merge", "plan"]
 
 #: Bytes that the whole process may have resident; or so many more than it has, in a process that
 #: has loaded torch, say.
@@ -497,10 +498,14 @@ def merge_together(
     _bytes(running.memory), _bytes(running.vram)
     before = _core.peak_memory()
     plans = [prepare(recipe, planning, stages) for recipe, _ in merges]
-    if running.part is not None:
-        from oxmerge.parts import merge_part  # noqa: PLC0415 - it needs this module
+    in_store = any(is_address(os.fspath(directory)) for _, directory in merges)
+    if in_store or running.part is not None:
+        from oxmerge.parts import merge_parts  # noqa: PLC0415 - it needs this module
 
-        return [merge_part(plans[0], merges[0][1], planning, running, started)]
+        if check is not None:
+            check(plans)
+        directories = [directory for _, directory in merges]
+        return merge_parts(list(zip(plans, directories, strict=True)), planning, running, started)
     if plans[0].stages:
         return [_merge_stages(plans[0], merges[0][1], planning, running)]
     if check is not None:
@@ -512,7 +517,7 @@ def merge_together(
     keys = keys_of(plans) if purpose is None else [purpose]
     claimed: dict[int, OutputDirectory] = {}
     try:
-        for at in _order([directory for _, directory in merges]):
+        for at in claiming_order([directory for _, directory in merges]):
             claimed[at] = owned or prepare_output(
                 merges[at][1],
                 overwrite=running.overwrite,
@@ -556,9 +561,11 @@ def execute(
 ) -> dict[str, Any]:
     """Write plans' outputs under partial names, and say how it went; see `_core.execute`.
 
-    Only the weights are written of the `part` of a plan; its `bytes` says how many they are.
+    Only the weights are written of the `part` of plans; its `bytes` says how many they are.
     """
     total = sum(plan.bytes_written for plan in plans) if part is None else part["bytes"]
+    needed = sum(plan.disk for plan in plans) if part is None else total
+    shards = None if part is None else part["shards"]
     with backend or nullcontext(), watched(running.progress) as callback:
         allowed = room(_bytes(running.memory))
         tables = _with_absent(plans, outputs, running, (allowed, backend), callback)
@@ -566,8 +573,8 @@ def execute(
             if part is None:
                 stage(output, contents_of(plan))
         folder = os.fspath(outputs[0].path)
-        size = spool_bytes(_bytes(running.spool), folder, sum(plan.disk for plan in plans))
-        with streamed(tables, size, folder) as fetcher:
+        size = spool_bytes(_bytes(running.spool), folder, needed)
+        with streamed(tables, size, folder, shards=shards) as fetcher:
             spool = None if fetcher is None else fetcher.spool
             done = _core.execute(
                 [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
@@ -581,7 +588,7 @@ def execute(
                 digests=running.digests,
                 keys=[output.purpose for output in outputs] if running.keeps else None,
                 spool=spool,
-                beside=0 if spool is None else RESIDENT,
+                beside=running.beside + (0 if spool is None else RESIDENT),
                 part=part,
             )
     return done | {"device": _name(backend), "notes": _notes(backend)}
@@ -608,18 +615,11 @@ def _merge_stages(
     )
     notes: list[str] = []
     warnings: list[str] = []
-    places: dict[str, str | None] = {}
     try:
-        folder = stages_folder(output)
-        for number, stage in enumerate(recipe.stages, start=1):
-            place = os.path.join(folder, str(number))
-            purpose = keys_of(plan.stages[:number])[-1]
-            (report,) = merge_together(
-                [(stage, place)], planning, running, stages=places, purpose=purpose
-            )
-            places[stage.name or ""] = place
+        places, made = merge_stages(plan, stages_folder(output), planning, running)
+        for earlier, report in zip(recipe.stages, made, strict=True):
             written = format_size(report.bytes_written)
-            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
+            notes.append(f"`{earlier.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
         merges = [(recipe, directory)]
         (report,) = merge_together(merges, planning, running, stages=places, owned=output)
@@ -633,6 +633,28 @@ def _merge_stages(
         warnings=(*warnings, *report.warnings),
         total_seconds=time.perf_counter() - started,
     )
+
+
+def merge_stages(
+    plan: Plan, folder: PathLike, planning: PlanOptions, running: RunOptions
+) -> tuple[dict[str, str | None], list[MergeReport]]:
+    """Make what the earlier merges of a plan make, below `folder`.
+
+    Returns
+    -------
+    (dict of str to str, list of MergeReport)
+        Where the output of each lies by its name, as `prepare` takes it; and how each merge went.
+    """
+    places: dict[str, str | None] = {}
+    reports = []
+    for number, recipe in enumerate(plan.recipe.stages, start=1):
+        place = os.path.join(folder, str(number))
+        purpose = keys_of(plan.stages[:number])[-1]
+        reports += merge_together(
+            [(recipe, place)], planning, running, stages=dict(places), purpose=purpose
+        )
+        places[recipe.name or ""] = place
+    return places, reports
 
 
 def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
@@ -650,7 +672,7 @@ def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
         error.add_note(how_to_go_on(reversed(kept)))
 
 
-def _order(directories: Sequence[PathLike]) -> list[int]:
+def claiming_order(directories: Sequence[PathLike]) -> list[int]:
     """Return the order in which to claim directories: the same in every run, by their real paths.
 
     Else two sweeps over the same ones could each have one that the other needs, and both fail.
@@ -688,7 +710,8 @@ def prepare(
             shard_size=parse_size(options.shard_size),
             seed=options.seed,
             strict=options.strict,
-            with_side_files=options.with_side_files,
+            # Later merges read those of earlier ones.
+            with_side_files=options.with_side_files or one is not recipe,
             allow_mismatch=options.allow_mismatch,
             allow_methods=options.allow_methods,
             findings=found,
@@ -760,7 +783,9 @@ def finish_all(
         problems += against
         if not against:
             warnings = [*plan.warnings, *odd]
-            manifest = manifest_writer(plan, digests, warnings, hash_inputs=running.hash_inputs)
+            manifest = manifest_writer(
+                plan, contents_of(plan), digests, warnings, hash_inputs=running.hash_inputs
+            )
             told = done | {"files": files, "warnings": tuple(map(str, warnings))}
             reports.append(_finish(plan, output, told, manifest, started))
     if problems:
@@ -775,9 +800,12 @@ def _finish(
     manifest: Callable[[int], None],
     started: float,
 ) -> MergeReport:
+    contents = contents_of(plan)
+    if output.address is not None:
+        contents = replace(contents, shards=())
     report = report_of(
         done,
-        directory=os.fspath(output.path),
+        directory=output.address or os.fspath(output.path),
         tensors=len(plan.tensors),
         files=len(plan.shards),
         bytes_written=plan.bytes_written,
@@ -789,7 +817,7 @@ def _finish(
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
     states = [FileState(**state) for state in done["files"]]
-    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story, manifest))
+    leftovers = commit(output, contents, states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 

@@ -294,7 +294,7 @@ pub struct Merges<'a> {
     desks: Desks,
     /// The shards of each plan, when there are any yet; of a part, none for those of others.
     pub(super) shards: Vec<Vec<Option<Arc<Shard>>>>,
-    /// Which part of the only plan is made, unless it is all of it.
+    /// Which part of the plans is made, unless it is all of them.
     pub(super) part: Option<Part>,
     /// What earlier runs have done, where that is wanted.
     pub(super) resumed: Option<Resumed<'a>>,
@@ -401,9 +401,8 @@ impl<'a> Merges<'a> {
     }
 
     /// What is read of files that are not here, task by task, through a spool of `spool` bytes: in
-    /// the sweep over the model, if there is one, and in the merge. Of one tensor only, if `only` says
-    /// which.
-    pub fn remote_needs(&self, spool: u64, only: Option<usize>) -> Result<Needs> {
+    /// the sweep over the model, if there is one, and in the merge. Only of tensors that are `made`.
+    pub fn remote_needs(&self, spool: u64, made: impl Fn(usize) -> bool) -> Result<Needs> {
         let plan = self.plans[0];
         let is_remote = |file: u32| plan.files[file as usize].remote.is_some();
         let remote = plan.files.iter().filter(|file| file.remote.is_some());
@@ -413,7 +412,7 @@ impl<'a> Merges<'a> {
             needs.begin_again();
             for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
                 let kind = self.kind(at);
-                let is_read = only.is_none_or(|only| only == at) && (!in_sweep || self.swept[kind]);
+                let is_read = made(at) && (!in_sweep || self.swept[kind]);
                 let read: &[usize] = if is_read { &self.read[kind] } else { &[] };
                 let tensor = plan.tensor(at);
                 let sources = tensor.sources().enumerate().filter(|(at, _)| read.contains(at));
@@ -617,6 +616,9 @@ impl Tasks for Merges<'_> {
     }
 
     fn is_done(&self, index: usize) -> bool {
+        if let Purpose::Checked(Some(against)) = &self.purpose {
+            return !against.has(index);
+        }
         self.resumed.as_ref().is_some_and(|resumed| resumed.is_done[index])
     }
 

@@ -39,7 +39,7 @@ from oxmerge.options import RunOptions
 from oxmerge.output.card import RECIPE_NAME, pinned_recipe
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import UNSUPPORTED, Findings, Problem, group_problems
-from oxmerge.schema import DTYPE_SIZES
+from oxmerge.schema import DTYPE_SIZES, is_float
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -513,8 +513,15 @@ class _Plan:
                 found_rank = f"{found} in {list(tensor.shape)}"
                 self._fault(message, tensor.name, adapter, f"rank {rank}", found_rank)
                 continue
+            if not is_float(tensor.dtype) or 0 in tensor.shape:
+                expected, shown = "floats", f"{tensor.dtype} {list(tensor.shape)}"
+                self._fault("a factor holds no numbers", tensor.name, adapter, expected, shown)
+                continue
             name = f"base_model.model.{module}{ending}"
             joined = self.tensors.setdefault(name, _Joined(kind, is_sum=self.method is None))
+            if number in _adapters_of(joined):
+                self._fault("two tensors of the adapter are for the same", tensor.name, adapter)
+                continue
             weight, density = share(f"{module}.weight")
             scale = config.scale_of(module)
             joined.parts.append(_Part(number, tensor, scale, weight, density))

@@ -449,6 +449,9 @@ def _merge_adapters(
         return None
     from oxmerge.adapter_sums import merge_adapters  # noqa: PLC0415 - seldom needed
 
+    if is_address(os.fspath(directory)):
+        message = "not supported yet: to write an adapter to a store"
+        raise UnsupportedError(message, advice="name a folder here, and copy it")
     named(directory)
     memory = room(_bytes(running.memory))
     run = merge_adapters(

@@ -74,6 +74,8 @@ _COPY = "copy"
 _SUMS = ("linear", "task_arithmetic", "cat")
 _ANEW = "save the adapter anew"
 _FUSE = "fuse it into the model"
+#: Bytes of what is loaded on the way, NumPy above all.
+_BESIDE = 24 << 20
 #: Options that say nothing about a merge of adapters.
 _IDLE = (
     "device", "vram", "read_path", "hash_inputs", "stream", "spool", "part", "finish", "ray",
@@ -344,7 +346,8 @@ def merge_adapters(
         odd = findings.warnings if strict else []
         raise error.of("cannot merge the adapters", group_problems(findings.problems + odd))
     dtype = recipe.out_dtype or recipe.dtype or plan.dtype
-    needed = _core.peak_memory() + max(each.bytes(dtype) for each in plan.tensors.values())
+    needed = _core.peak_memory() + _BESIDE
+    needed += max(each.bytes(dtype) for each in plan.tensors.values())
     if needed > memory:
         raise MemoryBudgetError(
             "the factors of a module do not fit the memory budget",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from oxmerge.errors import OxmergeError, PlanError
 from oxmerge.file_state import FileState
-from oxmerge.json_files import read_json
+from oxmerge.json_files import NO_FILE, read_json
 from oxmerge.models.adapters import adapt, open_adapter
 from oxmerge.models.names import find_layer_counts, find_layout, is_head
 from oxmerge.models.naming import named_as
@@ -259,7 +259,8 @@ class Inputs:
         except OSError as error:
             file = path if error.filename is None else os.fspath(error.filename)
             advice = "download the model again, or check the permissions of its files"
-            problem = Problem("unreadable-checkpoint", _os_message(error), file=file, advice=advice)
+            code = _code_of(error, "unreadable-checkpoint")
+            problem = Problem(code, _os_message(error), file=file, advice=advice)
             self._findings.problems.append(problem)
             return None
         model = self._model(reference, located, checkpoint)
@@ -399,7 +400,8 @@ class Inputs:
             return {}, None
         except (OSError, ValueError) as error:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
-            problem = Problem("unreadable-config", message, file=file_name, advice=advice)
+            code = _code_of(error, "unreadable-config")
+            problem = Problem(code, message, file=file_name, advice=advice)
             self._findings.problems.append(problem)
             return {}, None
         return config if isinstance(config, dict) else {}, FileState.of(status).as_input(file_name)
@@ -418,6 +420,12 @@ def open_model(reference: str) -> InputModel:
     if model is None or findings.problems:
         raise PlanError.of("cannot open the model", group_problems(findings.problems))
     return model
+
+
+def _code_of(error: Exception, code: str) -> str:
+    """Return `code`, unless the system is to blame and not the model."""
+    is_of_system = isinstance(error, OSError) and error.errno not in NO_FILE
+    return "unread-file" if is_of_system else code
 
 
 def _os_message(error: OSError) -> str:

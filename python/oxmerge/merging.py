@@ -316,7 +316,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     """Merge checkpoints by a recipe, into a new model directory.
 
     The output depends on the recipe, the inputs, the seed and the shard size only: not on memory,
-    threads, the device or the read path.
+    threads, the device or the read path. Of adapters alone (LoRA, without a base) it is an adapter.
 
     Parameters
     ----------
@@ -451,6 +451,9 @@ def _merge_adapters(
         return None
     from oxmerge.adapter_sums import merge_adapters  # noqa: PLC0415 - seldom needed
 
+    if is_address(os.fspath(directory)):
+        message = "not supported yet: to write an adapter to a store"
+        raise UnsupportedError(message, advice="name a folder here, and copy it")
     named(directory)
     memory = room(_bytes(running.memory))
     run = merge_adapters(

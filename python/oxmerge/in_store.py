@@ -22,10 +22,12 @@ import re
 import shutil
 import stat
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 from oxmerge import _core
 from oxmerge._core import partial_name
@@ -63,7 +65,6 @@ from oxmerge.sizes import format_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from threading import Event
     from typing import Any
 
     from oxmerge.merging import MergeReport, Snapshot
@@ -125,9 +126,15 @@ def merge_in_store(
             raise
         made = output.made(objects.files())
     left = [at for at in range(len(plan.shards)) if at not in made]
+    if not made.keys() >= set(shards):
+        raise OutputError(
+            "weight files that were uploaded are not there as they were",
+            file=objects.address,
+            advice="see to it that nothing else writes there, and run it again",
+        )
     if not left and (running.finish or running.part is None):
         return complete_in_store(plan, objects.address, planning, running, started)
-    own = [made[shard] for shard in shards if shard in made]
+    own = [made[shard] for shard in shards]
     files = f"{len(left)} of {len(plan.shards)} weight files"
     note = f"part {number} of {parts} is made" + (" already" if kept == len(shards) else "")
     note += f", but not yet {files}" if left else ": `oxmerge finish` completes the output"
@@ -269,13 +276,18 @@ def _make_all(
     output: _Output, shards: list[int], run: str, running: RunOptions, backend: Backend | None
 ) -> None:
     """Make shards one by one, and upload each while the next is made."""
+    total = sum(output.plan.shards[shard][1] for shard in shards)
+    before: Counter[str] = Counter()
     with Uploads() as uploads, watched(running.progress) as callback:
-        here = replace(running, wait=0, beside=RESIDENT)
-        before = [0, 0, 0]
+        progress = None if callback is None else partial(_show, callback, before, total)
+        here = replace(running, wait=0, beside=RESIDENT, progress=progress)
 
         def make_one(shard: int) -> bool:
-            progress = None if callback is None else _adding(callback, before, output.plan)
-            return output.make(shard, run, replace(here, progress=progress), backend, uploads)
+            done = output.make(shard, run, here, backend, uploads)
+            if done is not None:
+                before.update({name: done[name] for name in ("bytes_read", "tensors")})
+                before["bytes_done"] += output.plan.shards[shard][1]
+            return done is not None
 
         waiting = [shard for shard in shards if not make_one(shard)]
         uploads.wait()
@@ -285,28 +297,16 @@ def _make_all(
             make_one(shard)
 
 
-def _adding(
-    progress: Callable[[Snapshot], None], before: list[int], plan: Plan
-) -> Callable[[Snapshot], None]:
-    """Return what hears of one weight file, and shows how far the run is with all of them."""
-    done, read, tensors = before
-
-    def report(snapshot: Snapshot) -> None:
-        before[:] = (
-            done + snapshot.bytes_done, read + snapshot.bytes_read, tensors + snapshot.tensors,
-        )  # fmt: skip
-        total = plan.bytes_written
-        progress(
-            replace(
-                snapshot,
-                bytes_done=min(before[0], total),
-                bytes_total=total,
-                bytes_read=before[1],
-                tensors=before[2],
-            )
-        )
-
-    return report
+def _show(
+    progress: Callable[[Snapshot], None],
+    before: Mapping[str, int],
+    total: int,
+    snapshot: Snapshot,
+) -> None:
+    """Show how far a run is with all of its weight files, of which it hears one by one."""
+    names = ("bytes_read", "tensors", "bytes_done")
+    sums = {name: before[name] + getattr(snapshot, name) for name in names}
+    progress(replace(snapshot, **sums, bytes_total=total))
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +360,7 @@ class _Output:
             raise
         if _RECORDS + PLAN_NAME not in there:
             self.plan.save(self.place / PLAN_NAME)
-            self.objects.put(_RECORDS + PLAN_NAME, (self.place / PLAN_NAME).read_bytes())
+            self.objects.upload(_RECORDS + PLAN_NAME, self.place / PLAN_NAME, Event())
         self._fetch_numbers(there)
 
     def _check_others(self, there: Files) -> None:
@@ -393,26 +393,28 @@ class _Output:
         running: RunOptions,
         backend: Backend | None,
         uploads: Uploads,
-    ) -> bool:
-        """Make a weight file and begin to upload it; False if numbers of others are lacking."""
+    ) -> dict[str, Any] | None:
+        """Make a weight file and begin to upload it; None if numbers of others are lacking."""
         done = None
         with contextlib.suppress(WaitsForOthersError):
             done = make([self.plan], [shard], [self.part(shard)], [self.purpose], running, backend)
         kept = None if done is None else kept_of(done) | {"run": run}
         uploads.begin(partial(self._upload, shard, kept, uploads.stopped))
-        return done is not None
+        return done
 
     def _upload(self, shard: int, done: Mapping[str, Any] | None, stopped: Event) -> None:
         """Upload what was found for a weight file; if it is `done`, the file and its record too."""
         files = self.part(shard)
-        numbers = files.path.with_name(f"{files.name}.numbers")
-        if numbers.exists():
-            self.objects.upload(self.record(shard, "numbers"), numbers, stopped)
+        numbers = self.record(shard, "numbers")
+        if (self.place / numbers).exists():
+            self.objects.upload(numbers, self.place / numbers, stopped)
         if done is None:
             return
         name = self.plan.shards[shard][0]
-        etag = self.objects.upload(name, files.path / partial_name(name), stopped)
+        self.objects.upload(name, files.path / partial_name(name), stopped)
         self.objects.upload(self.record(shard, "journal"), files.path / RESUME_NAME, stopped)
+        # As a list has it, by which it is looked for later: stores may answer an upload otherwise.
+        etag = self.objects.files()[name].etag
         story = {"key": self.purpose.key, "etag": etag, "done": done}
         self.objects.put(self.record(shard, "done"), json.dumps(story).encode())
         shutil.rmtree(files.path)
@@ -433,15 +435,15 @@ class _Output:
 
     def _fetch_numbers(self, there: Files) -> int:
         """Fetch what was found in sweeps, as far as it is there; return of how many it is not."""
-        lacking = 0
-        for shard in range(len(self.plan.shards)):
-            files = self.part(shard)
-            here = files.path.with_name(f"{files.name}.numbers")
-            found = there.get(self.record(shard, "numbers"))
-            if found is not None and not here.exists():
-                self.objects.fetch(found, here)
-            lacking += not here.exists()
-        return lacking
+        here = {
+            self.record(shard, "numbers"): self.place / self.record(shard, "numbers")
+            for shard in range(len(self.plan.shards))
+        }
+        left = {name: path for name, path in here.items() if not path.exists()}
+        found = [name for name in left if name in there]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: self.objects.fetch(there[name], left[name]), found))
+        return len(left) - len(found)
 
     def fetch_journals(self, there: Files) -> list[Path]:
         """Have the journals of all weight files here, each in a folder of its own."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import oxmerge
 import pytest
 import s3_server
+from oxmerge import in_store
 from oxmerge.errors import OutputError, OxmergeError, RemoteError, UnsupportedError
 from oxmerge.models import stores
 from oxmerge.output.objects import Objects
@@ -97,8 +98,19 @@ def fetched(output: str, folder: Path) -> dict[str, bytes]:
     return directory_bytes(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("linear", 2),
+        ("metagpt", 3),
+        pytest.param("metagpt", 1, marks=pytest.mark.slow),
+        pytest.param("metagpt", 2, marks=pytest.mark.slow),
+        pytest.param("linear", 3, marks=pytest.mark.slow),
+        pytest.param("model_stock", 1, marks=pytest.mark.slow),
+        pytest.param("model_stock", 2, marks=pytest.mark.slow),
+        pytest.param("model_stock", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_are_those_of_a_directory(
     tmp_path: Path, models: Path, whole: Any, output: str, method: str, parts: int
 ) -> None:
@@ -136,6 +148,25 @@ def test_the_last_part_completes_the_output(
     assert fetched(output, tmp_path / "out") == whole["linear"]
     with pytest.raises(OutputError, match="something lies where"):
         make(recipe, output, 1, 3)
+
+
+def test_two_runs_complete_the_output(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one finds that it is complete, however far it had come."""
+    recipe = models / "linear.yml"
+    make(recipe, output, 1, 2)
+    complete = in_store.complete_in_store
+
+    def after_another(*arguments: Any) -> Any:
+        complete(*arguments)
+        return complete(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(in_store, "complete_in_store", after_another)
+        report = make(recipe, output, 2, 2, finish=True)
+    assert "another run has completed" in report.notes[-1]
+    assert fetched(output, tmp_path / "out") == whole["linear"]
 
 
 def test_sweeps_are_waited_for_so_long(

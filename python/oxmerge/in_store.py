@@ -42,6 +42,7 @@ from oxmerge.output.objects import MOST_BYTES, RESIDENT, Objects, Uploads
 from oxmerge.output.part_files import PLAN_NAME, PartFiles, Purpose, read_done, shards_of_parts
 from oxmerge.output.publish import (
     PARTS_NAME,
+    NoPartsError,
     close,
     discard,
     last_names,
@@ -115,37 +116,40 @@ def merge_in_store(
     ):
         output.join(run)
         made = {} if running.fresh else output.made(objects.files())
+        own = {shard: made[shard] for shard in shards if shard in made}
+        kept = len(own)
         todo = [shard for shard in shards if shard not in made]
-        kept = len(shards) - len(todo)
         _check_space(place, [plan.shards[shard][1] for shard in todo])
         try:
-            _make_all(output, todo, run, running, backend)
+            own |= _make_all(output, todo, run, running, backend)
         except BaseException as error:
             if not getattr(error, "__notes__", ()):
                 error.add_note(how_to_go_on([objects.address]))
             raise
-        made = output.made(objects.files())
-    left = [at for at in range(len(plan.shards)) if at not in made]
-    if not made.keys() >= set(shards):
-        raise OutputError(
-            "weight files that were uploaded are not there as they were",
-            file=objects.address,
-            advice="see to it that nothing else writes there, and run it again",
-        )
-    if not left and (running.finish or running.part is None):
-        return complete_in_store(plan, objects.address, planning, running, started)
-    own = [made[shard] for shard in shards]
-    files = f"{len(left)} of {len(plan.shards)} weight files"
+        there = objects.files()
+        left = len(plan.shards) - len(output.made(there))
     note = f"part {number} of {parts} is made" + (" already" if kept == len(shards) else "")
-    note += f", but not yet {files}" if left else ": `oxmerge finish` completes the output"
-    done = together(own, f"{kept} weight files were made before" if kept else None)
+    if _last_name(plan) in there:
+        note += "; another run has completed the output"
+    elif left:
+        note += f", but not yet {left} of {len(plan.shards)} weight files"
+    elif running.finish or running.part is None:
+        with contextlib.suppress(NoPartsError):
+            return complete_in_store(plan, objects.address, planning, running, started)
+        note += "; another run has completed the output"
+    else:
+        note += ", and all others: `oxmerge finish` completes the output"
+    done = together(list(own.values()), f"{kept} weight files were made before" if kept else None)
     return report_of_part(plan, shards, done, objects.address, note, started)
 
 
 def complete_in_store(
     plan: Plan, address: PathLike, planning: PlanOptions, running: RunOptions, started: float
 ) -> MergeReport:
-    """Write what makes a model of weight files that are all in a store, and remove the records."""
+    """Write what makes a model of weight files that are all in a store, and remove the records.
+
+    NoPartsError if another run has.
+    """
     objects = Objects.at(address)
     purpose = Purpose.of(plan, len(plan.shards))
     contents = contents_of(plan)
@@ -155,6 +159,8 @@ def complete_in_store(
         _opened(plan, objects, purpose, place) as output,
     ):
         there = objects.files()
+        if _last_name(plan) in there:
+            raise no_parts(objects.address)
         made = output.made(there)
         left = len(plan.shards) - len(made)
         if left:
@@ -165,7 +171,10 @@ def complete_in_store(
                 found=f"not yet {left} of them",
                 advice="run their parts with `--part`, then finish",
             )
-        folders = output.fetch_journals(there)
+        try:
+            folders = output.fetch_journals(there)
+        except InputChangedError:  # they go when it is complete
+            raise no_parts(objects.address) from None
         shutil.rmtree(place / "out", ignore_errors=True)
         local = prepare_output(
             place / "out",
@@ -264,6 +273,11 @@ def _check(plan: Plan, address: str, running: RunOptions) -> None:
         )
 
 
+def _last_name(plan: Plan) -> str:
+    """Return the file that is written last: when it is there, the output is complete."""
+    return last_names(replace(contents_of(plan), shards=()))[-1]
+
+
 def _no_overwrite(address: str) -> UnsupportedError:
     return UnsupportedError(
         "a model in an object store cannot be replaced: stores rename nothing",
@@ -274,27 +288,30 @@ def _no_overwrite(address: str) -> UnsupportedError:
 
 def _make_all(
     output: _Output, shards: list[int], run: str, running: RunOptions, backend: Backend | None
-) -> None:
-    """Make shards one by one, and upload each while the next is made."""
+) -> dict[int, dict[str, Any]]:
+    """Make shards one by one, and upload each while the next is made; say how each was made."""
+    made: dict[int, dict[str, Any]] = {}
     total = sum(output.plan.shards[shard][1] for shard in shards)
     before: Counter[str] = Counter()
     with Uploads() as uploads, watched(running.progress) as callback:
         progress = None if callback is None else partial(_show, callback, before, total)
         here = replace(running, wait=0, beside=RESIDENT, progress=progress)
 
-        def make_one(shard: int) -> bool:
-            done = output.make(shard, run, here, backend, uploads)
-            if done is not None:
-                before.update({name: done[name] for name in ("bytes_read", "tensors")})
-                before["bytes_done"] += output.plan.shards[shard][1]
-            return done is not None
+        def make_some(shards: list[int]) -> None:
+            for shard in shards:
+                done = output.make(shard, run, here, backend, uploads)
+                if done is not None:
+                    made[shard] = done
+                    before.update({name: done[name] for name in ("bytes_read", "tensors")})
+                    before["bytes_done"] += output.plan.shards[shard][1]
 
-        waiting = [shard for shard in shards if not make_one(shard)]
-        uploads.wait()
+        make_some(shards)
+        waiting = [shard for shard in shards if shard not in made]
         if waiting:
+            uploads.wait()
             output.wait_for_numbers(running.wait)
-        for shard in waiting:
-            make_one(shard)
+            make_some(waiting)
+    return made
 
 
 def _show(
@@ -335,8 +352,7 @@ class _Output:
 
         Others may write theirs at the same time. So it is looked both before and after.
         """
-        contents = contents_of(self.plan)
-        last = last_names(replace(contents, shards=()))[-1]
+        contents, last = contents_of(self.plan), _last_name(self.plan)
         there = self.objects.files()
         records = {name for name in there if name.startswith(_RECORDS)}
         others = there.keys() - records - (set(contents.names) if records else set())
@@ -400,7 +416,7 @@ class _Output:
             done = make([self.plan], [shard], [self.part(shard)], [self.purpose], running, backend)
         kept = None if done is None else kept_of(done) | {"run": run}
         uploads.begin(partial(self._upload, shard, kept, uploads.stopped))
-        return done
+        return kept
 
     def _upload(self, shard: int, done: Mapping[str, Any] | None, stopped: Event) -> None:
         """Upload what was found for a weight file; if it is `done`, the file and its record too."""
@@ -504,7 +520,8 @@ def _scratch(address: str, run: str, key: str) -> Iterator[Path]:
         try:
             yield place
         except BaseException as error:
-            if isinstance(error, InputChangedError | ProblemsError):
+            left = [*place.rglob(RESUME_NAME), *place.rglob("*.numbers")]
+            if not left or isinstance(error, InputChangedError | ProblemsError):
                 shutil.rmtree(place, ignore_errors=True)
             raise
         shutil.rmtree(place, ignore_errors=True)

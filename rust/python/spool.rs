@@ -66,7 +66,8 @@ impl Spool {
     #[staticmethod]
     fn predict(py: Python<'_>, plans: Vec<PyRef<'_, Plan>>, size: u64) -> PyResult<(u64, u64)> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let needs = py.detach(|| needs(&plans, size, None, None)).map_err(|error| raise(py, &error))?;
+        let needs =
+            py.detach(|| needs(&plans, size, None, None)).map_err(|error| raise(py, &error))?;
         Ok((needs.room().min(size), needs.fetched(size)))
     }
 

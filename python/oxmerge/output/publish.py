@@ -178,6 +178,16 @@ class Contents:
         copied = (file.name for file in self.side_files)
         return (*self.shards, *copied, *self.texts, *self.late, INDEX_NAME, CONFIG_NAME)
 
+    @property
+    def written(self) -> dict[str, bytes]:
+        """The texts by name, as they are written; they come before copied files of their names."""
+        texts = {INDEX_NAME: self.index, CONFIG_NAME: self.config, **self.texts}
+        return {
+            name: text.encode(errors="backslashreplace") if isinstance(text, str) else text
+            for name, text in texts.items()
+            if text is not None
+        }
+
 
 def prepare_output(  # noqa: PLR0913 - of this package only
     directory: str | os.PathLike[str],
@@ -299,11 +309,7 @@ def stage(output: OutputDirectory, contents: Contents) -> None:
     OSError
         If a file cannot be read or written.
     """
-    texts = dict(contents.texts)
-    if contents.index is not None:
-        texts[INDEX_NAME] = contents.index
-    if contents.config is not None:
-        texts[CONFIG_NAME] = contents.config
+    texts = contents.written
     for file in contents.side_files:
         if file.name not in texts:
             with file.open() as reader, _told_in_full(output):
@@ -756,7 +762,7 @@ def _probe(output: OutputDirectory) -> None:
 
 
 def _write_texts(
-    output: OutputDirectory, texts: Mapping[str, str | bytes | Callable[[int], None]]
+    output: OutputDirectory, texts: Mapping[str, str | Callable[[int], None]] | Mapping[str, bytes]
 ) -> None:
     for name, text in texts.items():
         data = text.encode(errors="backslashreplace") if isinstance(text, str) else text

@@ -323,8 +323,9 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     recipe : path, str, mapping, Recipe or Plan
         What to merge: a file, YAML text, its keys and values, or a recipe; the dialect is
         mergekit's. Or a plan, or the file of one; it has its seed and its shard size.
-    directory : path
-        The output: new or empty, unless `overwrite`.
+    directory : path or str
+        The output: new or empty, unless `overwrite`; or an address in an object store,
+        ``s3://bucket/path`` or ``gs://``.
     memory : int or str, optional
         Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
         or 192 MiB more than are resident already, if that is more: torch alone takes several 100.
@@ -384,7 +385,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Seconds to wait for other parts, where a method needs numbers over the whole model.
     ray : str or bool, optional
         Make the parts on a Ray cluster: the one of this address; or, with True, the one that this
-        process is connected to, or that Ray finds. Its nodes share the file system of `directory`.
+        process is connected to, or that Ray finds. Its nodes share the file system of `directory`,
+        or that is in an object store.
     parts : int, optional
         How many parts to make on Ray; two for each node unless given.
 

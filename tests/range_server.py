@@ -30,6 +30,8 @@ class RangeServer(ThreadingHTTPServer):
     ----------
     asked : list of (str, str, tuple of int)
         Method, path and range of every request.
+    absent : int
+        The status of files that are not there.
     seconds_a_mib : float
         How long it waits between pieces of an answer, as a line that is slower than this machine.
     """
@@ -41,6 +43,7 @@ class RangeServer(ThreadingHTTPServer):
         self.folder = folder
         self.fault = fault or (lambda *_: None)
         self.lock = threading.Lock()
+        self.absent = 404
         self.seconds_a_mib = 0.0
         self.asked: list[tuple[str, str, tuple[int, int] | None]] = []
         super().__init__(("127.0.0.1", 0), Answer)
@@ -80,7 +83,7 @@ class Answer(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         file = self.server.folder / path.lstrip("/")
         if not file.is_file():
-            self.refuse(404)
+            self.refuse(self.server.absent)
             return
         size = file.stat().st_size
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

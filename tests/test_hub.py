@@ -605,7 +605,7 @@ def test_ranges_come_whole_whatever_happens(
         ("429", RemoteError, "status 429"),
         ("reset", RemoteError, "bytes 5 to 5000 cannot be fetched"),
         ("endless", RemoteError, "more bytes came than were asked for"),
-        ("etag", oxmerge.InputChangedError, "the file changed while it was read"),
+        ("etag", oxmerge.InputChangedError, "the file changed after it was first read"),
     ],
 )
 def test_a_range_that_cannot_be_had_says_why(

@@ -25,7 +25,7 @@ from hub_server import faulty
 from oxmerge import InputChangedError, PlanError, RemoteError
 from oxmerge.cli import main
 from oxmerge.demo_hub import Handler, HubServer, Model, serving
-from oxmerge.models import hub, references, stores
+from oxmerge.models import hub, references, remote, stores
 from range_server import Fault, RangeServer, serve
 from writers import Shapes, random_arrays, tuned, write_model, write_recipe, write_sparse
 
@@ -69,10 +69,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and stores that are not asked for long."""
+    """An empty cache, and servers that are not asked for long."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(stores, "_LONGEST", 1)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
     stores._open.cache_clear()
     return folder
 
@@ -253,10 +254,8 @@ def only_ranges(fault: str | int, share: float = 1.0) -> Fault:
 
 @pytest.mark.parametrize("fault", ["reset", "short", 429, 503, 500])
 def test_what_passes_is_asked_for_again(
-    models: Path, expected: dict[str, Any], tmp_path: Path, fault: str | int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(stores, "_LONGEST", 60)
+    models: Path, expected: dict[str, Any], tmp_path: Path, fault: str | int
+) -> None:
     with serve(models, only_ranges(fault, 0.4)) as server:
         oxmerge.merge(recipe(tmp_path, server.address), tmp_path / "out", spool=SPOOL)
     assert weights(tmp_path / "out") == expected["linear"]
@@ -265,14 +264,14 @@ def test_what_passes_is_asked_for_again(
 @pytest.mark.parametrize(
     ("fault", "kind", "said"),
     [
-        ("long", RemoteError, "did not come as they were asked for"),
-        ("other", RemoteError, "got"),
-        ("whole", RemoteError, "Range request not supported"),
+        ("long", RemoteError, "more bytes came than were asked for"),
+        ("other", InputChangedError, "another range than was asked for"),
+        ("whole", RemoteError, "the whole file instead of a range"),
         ("changed", InputChangedError, "changed after it was first read"),
-        (404, InputChangedError, "changed after it was first read"),
-        (403, RemoteError, "credentials"),
-        (503, RemoteError, "503"),
-        ("reset", RemoteError, "body error"),
+        (404, RemoteError, "status 404"),
+        (403, RemoteError, "status 403"),
+        (503, RemoteError, "status 503"),
+        ("reset", RemoteError, "bytes read"),
     ],
 )
 def test_what_does_not_is_told_and_leaves_nothing(
@@ -297,12 +296,30 @@ def test_references_that_lead_nowhere_are_problems_of_the_report(
         assert codes.count("unreachable-model") == 2
         assert "no model with safetensors files" in str(caught.value)
         assert "with a query" in str(caught.value)
-        with monkeypatch.context() as patch:
-            patch.setattr(stores, "find_spec", lambda _: None)
-            with pytest.raises(RemoteError, match="pip install obstore"):
-                oxmerge.open(f"{base}/base")
+        for module, address, library in (
+            (stores, "s3://bucket/base", "obstore"), (remote, f"{base}/base", "urllib3"),
+        ):  # fmt: skip
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "find_spec", lambda _: None)
+                with pytest.raises(RemoteError, match=f"pip install {library}"):
+                    oxmerge.open(address)
     with pytest.raises(RemoteError, match="cannot be read"):
         oxmerge.open("http://127.0.0.1:9/model")
+
+
+def test_a_server_may_refuse_what_is_not_there(
+    models: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """As S3 does for those who may read, and not list."""
+    with serve(models) as server:
+        server.absent = 403
+        oxmerge.merge(recipe(tmp_path, server.address), tmp_path / "out", spool=SPOOL)
+        with pytest.raises(RemoteError) as caught:
+            oxmerge.open(f"{server.address}/none")
+    assert weights(tmp_path / "out") == expected["linear"]
+    assert "not there, or may not be read" in str(caught.value)
+    assert f"{server.address}/none/model.safetensors" in str(caught.value)
+    assert "status 403" in str(caught.value)
 
 
 def test_names_that_lead_out_of_the_folder_are_passed_over(models: Path, tmp_path: Path) -> None:

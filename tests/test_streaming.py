@@ -6,6 +6,7 @@ says what it did, and nothing is left.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,11 @@ import numpy as np
 import oxmerge
 import pytest
 from hub_server import faulty
-from oxmerge import InputChangedError, PlanError, RemoteError
+from oxmerge import InputChangedError, PlanError, RemoteError, _core
 from oxmerge.cli import main
 from oxmerge.demo_hub import Handler, HubServer, Model, serving
 from oxmerge.models import hub, references, remote, stores
+from oxmerge.output.resume import RESUME_NAME
 from range_server import Fault, RangeServer, serve
 from writers import Shapes, random_arrays, tuned, write_model, write_recipe, write_sparse
 
@@ -48,6 +50,8 @@ SHAPES: Shapes = {
 }
 #: Less than half of a model, and more than the largest tensor of two.
 SPOOL = 1536 * KIB
+#: As much as both models, and what is fetched at a time then.
+PLENTY, EXTENT = 8 << 20, 128 * KIB
 CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "vocab_size": 640}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"each": {"weight": 0.5}},
@@ -374,6 +378,60 @@ def test_a_run_that_is_ended_while_it_waits_leaves_no_spool(
         stalls = False
         oxmerge.merge(path, tmp_path / "out", spool=SPOOL)
     assert weights(tmp_path / "out") == expected["linear"]
+
+
+def test_what_is_finished_is_not_fetched_again(
+    models: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "execute", functools.partial(_core.execute, journal_every=0.0))
+    journal = tmp_path / "out" / RESUME_NAME
+    finished: set[int] = set()
+
+    def fail_half_way(path: str, span: tuple[int, int] | None, _: int) -> int | None:
+        records = [line.partition(" ")[2] for line in journal.read_text().splitlines()[1:]]
+        for record in map(json.loads, filter(None, records)):
+            finished.update(at for at, *_ in record.get("tensors", ()))
+        return 404 if len(finished) > len(SHAPES) / 2 else None
+
+    def fault(path: str, span: tuple[int, int] | None, times: int) -> int | None:
+        with suppress(FileNotFoundError, ValueError):  # or half of a record is there
+            return fail_half_way(path, span, times)
+        return None
+
+    with serve(models, fault) as server:
+        plan = oxmerge.plan(recipe(tmp_path, server.address))
+        with pytest.raises(RemoteError, match="status 404"):
+            oxmerge.merge(plan, tmp_path / "out", spool=SPOOL, threads=1)
+        kept = journal.read_text()
+        server.fault = lambda *_: None
+        before = server.bytes_sent()
+        # A spool that would hold everything, so that nothing waits for room.
+        report = oxmerge.merge(plan, tmp_path / "out", spool=PLENTY)
+        fetched = server.bytes_sent() - before
+    assert weights(tmp_path / "out") == expected["linear"]
+    done = {at for at in range(len(plan.tensors)) if f'[{at},"' in kept}
+    assert any(f"finished {len(done)} of" in note for note in report.notes)
+    assert len(done) > len(SHAPES) / 2
+    left = {tensor.name for at, tensor in enumerate(plan.tensors) if at not in done}
+    assert left
+    # What is fetched belongs to a tensor that is left, but for the ends.
+    extents = {
+        (name, at)
+        for name in ("base", "tuned")
+        for start, stop in places(models / name / "model.safetensors", left)
+        for at in range(start // EXTENT, (stop - 1) // EXTENT + 1)
+    }
+    assert report.bytes_read <= fetched <= len(extents) * EXTENT
+    assert fetched < plan.bytes_read * 0.7
+
+
+def places(path: Path, names: set[str]) -> list[tuple[int, int]]:
+    """Return where some tensors begin and end in a file."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    each = (header[name]["data_offsets"] for name in names)
+    return [(8 + length + start, 8 + length + stop) for start, stop in each]
 
 
 def test_what_a_callback_raises_ends_the_run(models: Path, tmp_path: Path) -> None:

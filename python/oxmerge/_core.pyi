@@ -321,6 +321,8 @@ def compare_outputs(
     memory: int,
     threads: int | None = None,
     progress: Callable[[int, int, int, str, int], None] | None = None,
+    spool: Spool | None = None,
+    beside: int = 0,
 ) -> list[tuple[int, int, int, bytes, bytes]]: ...
 def measure(
     measure: str,
@@ -376,7 +378,7 @@ class Spool:
         plans: Sequence[Plan],
         size: int,
         folder: str | os.PathLike[str],
-        tensor: int | None = None,
+        tensors: Sequence[int] | None = None,
     ) -> Spool: ...
     @staticmethod
     def predict(plans: Sequence[Plan], size: int) -> tuple[int, int]: ...

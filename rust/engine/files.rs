@@ -400,9 +400,8 @@ impl<'a> Merges<'a> {
     }
 
     /// What is read of files that are not here, task by task, through a spool of `spool` bytes: in
-    /// the sweep over the model, if there is one, and in the merge. Of one tensor only, if `only` says
-    /// which.
-    pub fn remote_needs(&self, spool: u64, only: Option<usize>) -> Result<Needs> {
+    /// the sweep over the model, if there is one, and in the merge.
+    pub fn remote_needs(&self, spool: u64) -> Result<Needs> {
         let plan = self.plans[0];
         let is_remote = |file: u32| plan.files[file as usize].remote.is_some();
         let remote = plan.files.iter().filter(|file| file.remote.is_some());
@@ -412,7 +411,7 @@ impl<'a> Merges<'a> {
             needs.begin_again();
             for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
                 let kind = self.kind(at);
-                let is_read = only.is_none_or(|only| only == at) && (!in_sweep || self.swept[kind]);
+                let is_read = !in_sweep || self.swept[kind];
                 let read: &[usize] = if is_read { &self.read[kind] } else { &[] };
                 let tensor = plan.tensor(at);
                 let sources = tensor.sources().enumerate().filter(|(at, _)| read.contains(at));

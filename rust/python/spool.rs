@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -26,27 +27,35 @@ impl Spool {
     }
 }
 
-/// What merges of the same tensors, or one tensor of them, read of files that are not here.
-fn needs(plans: &[Arc<plan::Plan>], bytes: u64, tensor: Option<usize>) -> Result<Needs> {
-    let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
-    Merges::open(plans, ReadPath::Auto, None)?.0.remote_needs(bytes, tensor)
+/// What merges of the same tensors, or some of their tensors, read of files that are not here.
+fn needs(plans: &[Arc<plan::Plan>], bytes: u64, tensors: Option<&[usize]>) -> Result<Needs> {
+    let some: Vec<plan::Plan> =
+        tensors.iter().flat_map(|tensors| plans.iter().map(|plan| plan.only(tensors))).collect();
+    let all = plans.iter().map(|plan| &**plan);
+    let plans = if tensors.is_none() { all.collect() } else { some.iter().collect() };
+    Merges::open(plans, ReadPath::Auto, None)?.0.remote_needs(bytes)
 }
 
 #[pymethods]
 impl Spool {
-    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors, or for one tensor
-    /// of them. Fails if a tensor needs more.
+    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors, or for some
+    /// tensors of them. Fails if a tensor needs more.
     #[new]
-    #[pyo3(signature = (plans, size, folder, tensor=None))]
+    #[pyo3(signature = (plans, size, folder, tensors=None))]
     fn create(
         py: Python<'_>,
         plans: Vec<PyRef<'_, Plan>>,
         size: u64,
         folder: PathBuf,
-        tensor: Option<usize>,
+        tensors: Option<Vec<usize>>,
     ) -> PyResult<Self> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let create = || io::Spool::create(&folder, size, needs(&plans, size, tensor)?);
+        let least = plans.iter().map(|plan| plan.len()).min().unwrap_or_default();
+        if tensors.iter().flatten().any(|&at| at >= least) {
+            return Err(PyIndexError::new_err("there is no tensor of that number"));
+        }
+        let create =
+            || io::Spool::create(&folder, size, needs(&plans, size, tensors.as_deref())?);
         py.detach(create).map(|spool| Self(Arc::new(spool))).map_err(|error| raise(py, &error))
     }
 

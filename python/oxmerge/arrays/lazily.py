@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 from oxmerge import _core
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from oxmerge.arrays.views import Framework, Kind
     from oxmerge.merging import Request
-    from oxmerge.models.streaming import Fetcher
     from oxmerge.planning.plans import Plan
     from oxmerge.problems import Problem
 
@@ -60,17 +58,10 @@ class LazyMerge(Mapping[str, Any]):
         tensor = self._plan.tensors[at]
         self._fetch(at)
         merged = empty(tensor.shape, tensor.dtype, self._kind)
-        with self._streamed(at) as fetcher:
+        with streamed([self._table], DEFAULT_SPOOL, tempfile.gettempdir(), [at]) as fetcher:
             engine = self._engine if fetcher is None else _core.OnDemand(self._table, fetcher.spool)
             engine.compute(at, merged.exporter, self._threads)
         return merged.array
-
-    def _streamed(self, at: int) -> Fetcher | nullcontext[None]:
-        """Return what fetches the inputs of a tensor that no cache takes."""
-        files = self._table.files
-        if all("remote" not in files[each] for each in self._table.files_of([at])):
-            return nullcontext()
-        return streamed([self._table], DEFAULT_SPOOL, tempfile.gettempdir(), at)
 
     def _fetch(self, at: int) -> None:
         """Download the files that a tensor is made of and that are not here."""

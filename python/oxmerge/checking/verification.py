@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ from oxmerge.errors import PlanError, UnsupportedError
 from oxmerge.merging import prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
+from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.problems import Findings, Problem, group_problems
@@ -393,9 +395,14 @@ class _Work:
         pairs = [(numbers[name], at) for name, at in chosen]
         files = plan.table.files
         used = (files[each] for each in plan.table.files_of([at for at, _ in pairs]))
-        absent = [file for file in used if file.get("remote")]
+        absent = [file for file in used if "remote" in file and not is_streamed(file, stream=False)]
         table = plan.table.placed(fetch(absent)) if absent else plan.table
-        with reported(self.running, plan.bytes_read) as report:
+        folder = tempfile.gettempdir()  # nothing is written beside the output
+        size, tensors = spool_bytes(None, folder), [at for at, _ in pairs]
+        with (
+            reported(self.running, plan.bytes_read) as report,
+            streamed([table], size, folder, tensors) as fetcher,
+        ):
             differing = _core.compare_outputs(
                 table,
                 model.checkpoint,
@@ -403,6 +410,8 @@ class _Work:
                 memory=self.running.room,
                 threads=self.running.threads,
                 progress=report,
+                spool=None if fetcher is None else fetcher.spool,
+                beside=0 if fetcher is None else RESIDENT,
             )
         for at, first, elements, expected, there in differing:
             name, dtype, shape = listed[at]

@@ -74,7 +74,7 @@ def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -
 
 
 def streamed(
-    tables: Sequence[_core.Plan], size: int, folder: str, tensor: int | None = None
+    tables: Sequence[_core.Plan], size: int, folder: str, tensors: Sequence[int] | None = None
 ) -> Fetcher | nullcontext[None]:
     """Return what fetches the files that are not here, for a `with` around the run.
 
@@ -86,8 +86,8 @@ def streamed(
         Bytes of the spool at the most.
     folder : str
         Where it is made. It has no name there, and is gone with the process at the latest.
-    tensor : int, optional
-        The only tensor that will be computed.
+    tensors : sequence of int, optional
+        Those that will be computed, in that order, unless all are.
 
     Raises
     ------
@@ -96,10 +96,12 @@ def streamed(
     OSError
         If it cannot be made, or (ENOSPC) does not have the room.
     """
-    files = {at: file for at, file in enumerate(tables[0].files) if "remote" in file}
-    if not files:
+    all_files = tables[0].files
+    used = (all_files[at] for at in tables[0].files_of(tensors))
+    if not any("remote" in file for file in used):
         return nullcontext()
-    spool = _core.Spool(tables, size, folder, tensor)
+    files = {at: file for at, file in enumerate(all_files) if "remote" in file}
+    spool = _core.Spool(tables, size, folder, tensors)
     return Fetcher(spool, {at: remote_file(file) for at, file in files.items()})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
@@ -240,6 +241,64 @@ def test_what_is_too_small_is_refused_with_what_would_do(models: Path, tmp_path:
         oxmerge.merge(path, tmp_path / "out", spool=enough)
     with pytest.raises(ValueError, match="more than nothing"):
         oxmerge.merge(path, tmp_path / "other", spool=0)
+
+
+def test_an_output_of_streamed_models_is_computed_again(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["verify", str(output), "--recompute", "--memory", "4GiB"]
+    with serve(models) as server:
+        oxmerge.merge(recipe(tmp_path, server.address, "metagpt"), output, spool=SPOOL)
+        assert main(command) == 0
+        path = output / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        oxmerge.merge(recipe(tmp_path, server.address), tmp_path / "linear", spool=SPOOL)
+        command[1] = str(tmp_path / "linear")
+        assert main([*command, "--sample", "20%"]) == 0
+        command[1] = str(output)
+        assert main(command) == 1
+    assert "lm_head.weight" in capsys.readouterr().out
+
+
+TOUCHES = """
+import sys
+import oxmerge
+with oxmerge.open(sys.argv[1]) as checkpoint:
+    assert checkpoint["lm_head.weight"].shape == (640, 256)
+assert oxmerge.lazy(sys.argv[2])["lm_head.weight"].shape == (640, 256)
+"""
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_what_is_touched_shows_its_progress_to_who_watches(
+    models: Path, tmp_path: Path, *, watched: bool
+) -> None:
+    reader, writer = pty.openpty() if watched else os.pipe()
+    with serve(models, only_late) as server:
+        arguments = [f"{server.address}/base", str(recipe(tmp_path, server.address))]
+        command = [sys.executable, "-c", TOUCHES, *arguments]
+        environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+        subprocess.run(command, stderr=writer, env=environment, check=True, timeout=60)
+    os.close(writer)
+    said = b""
+    with suppress(OSError):  # a terminal that is closed
+        while piece := os.read(reader, 1 << 16):
+            said += piece
+    os.close(reader)
+    if watched:
+        assert said.count(b"downloaded") >= 2
+        assert b"odel.safetensors" in said  # of the file, whose name is shortened
+    else:
+        assert said == b""
+
+
+def only_late(path: str, span: tuple[int, int] | None, _: int) -> None:
+    """Let weights come late."""
+    if path.endswith(".safetensors") and span is not None and span[0] > 0:
+        time.sleep(0.4)
 
 
 # Servers that fail.

@@ -197,6 +197,7 @@ pub struct Spool {
     file: File,
     folder: PathBuf,
     needs: Needs,
+    slots: u64,
     state: Mutex<State>,
     /// Something came, for those who read.
     came: Condvar,
@@ -254,7 +255,7 @@ impl Spool {
         let free = (0..slots as u32).rev().collect();
         let state = Mutex::new(State { free, ..State::default() });
         let (came, freed) = (Condvar::new(), Condvar::new());
-        Ok(Self { file, folder: folder.to_owned(), needs, state, came, freed })
+        Ok(Self { file, folder: folder.to_owned(), needs, slots, state, came, freed })
     }
 
     /// Lets fetching begin: by now it is known which steps an earlier run has made.
@@ -337,6 +338,11 @@ impl Spool {
     /// Bytes that were fetched.
     pub fn fetched(&self) -> u64 {
         self.lock().fetched
+    }
+
+    /// Bytes that are fetched at the most.
+    pub fn to_fetch(&self) -> u64 {
+        self.needs.fetched(self.slots * self.needs.extent_bytes)
     }
 
     /// Fills `memory` with the bytes of a file from `start` on; waits for them.

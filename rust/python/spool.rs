@@ -103,6 +103,12 @@ impl Spool {
         self.0.stop();
     }
 
+    /// Bytes that are fetched at the most.
+    #[getter]
+    fn to_fetch(&self) -> u64 {
+        self.0.to_fetch()
+    }
+
     /// Bytes that were fetched.
     #[getter]
     fn fetched(&self) -> u64 {

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SHUT_RDWR
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ class Answer(BaseHTTPRequestHandler):
         self.answer(with_bytes=True)
 
     def answer(self, *, with_bytes: bool) -> None:
-        path = unquote(self.path.partition("?")[0])
+        path = unquote(urlsplit(self.path).path)  # a proxy is sent the whole address
         file = self.server.folder / path.lstrip("/")
         if not file.is_file():
             self.refuse(self.server.absent)

@@ -11,7 +11,9 @@ import json
 import os
 import pty
 import random
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -383,6 +385,44 @@ def test_a_server_may_refuse_what_is_not_there(
     assert "not there, or may not be read" in str(caught.value)
     assert f"{server.address}/none/model.safetensors" in str(caught.value)
     assert "status 403" in str(caught.value)
+
+
+def test_a_secure_server_has_to_be_who_it_says(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("to make a certificate needs `openssl`")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = ["openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt"]
+    made += ["ec_paramgen_curve:prime256v1", "-subj", "/CN=test", "-addext"]
+    made += ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with serve(models) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        address = server.address.replace("http:", "https:")
+        with pytest.raises(RemoteError, match="certificate verify failed") as caught:
+            oxmerge.open(f"{address}/base")
+        assert "SSL_CERT_FILE" in str(caught.value)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        remote._pool.cache_clear()
+        with oxmerge.open(f"{address}/base") as away, oxmerge.open(models / "base") as here:
+            name = "lm_head.weight"
+            assert np.array_equal(away[name].view(np.uint16), here[name].view(np.uint16))
+    remote._pool.cache_clear()
+
+
+def test_a_proxy_of_the_environment_is_used(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(models) as server:
+        monkeypatch.setenv("http_proxy", server.address.replace("//", "//me:secret@"))
+        monkeypatch.setenv("no_proxy", "localhost")
+        with oxmerge.open("http://models.invalid/base") as away:
+            assert away["lm_head.weight"].shape == (640, 256)
+        monkeypatch.setenv("no_proxy", "models.invalid")
+        monkeypatch.setattr(remote, "_QUESTIONS", 1)
+        with pytest.raises(RemoteError, match="the server cannot be read"):
+            oxmerge.open("http://models.invalid/base")
 
 
 def test_names_that_lead_out_of_the_folder_are_passed_over(models: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ here alone, and only when a server is asked.
 from __future__ import annotations
 
 import importlib
+import os
 import random
 import re
 import ssl
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["HttpFile", "RemoteFile", "at_address", "look", "retried"]
 
 #: How often a range is asked for in vain before that is an error; with fewer bytes than these an
-#: answer was in vain.
+#: answer was in vain. And how often other questions are asked, when little is lost yet.
 _ATTEMPTS, _PROGRESS = 10, 64 << 10
+_QUESTIONS = 6
 #: Seconds to wait before asking again: first, at most, and at most if the server says how long; for
 #: what takes longer nobody waits.
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_ASKED = 0.5, 8.0, 60.0
@@ -188,7 +190,7 @@ class HttpFile:
         try:
             answer = ask("GET", address, asked)
         except HTTPError as error:
-            return _Failure(_told(error))
+            return _of_transport(error)
         try:
             if answer.status in _EXPIRED and not is_new:
                 self._now.forget(address)
@@ -203,7 +205,7 @@ class HttpFile:
                 if wanted < 0:
                     return _Failure("more bytes came than were asked for", passes=False)
         except HTTPError as error:
-            return _Failure(_told(error))
+            return _of_transport(error)
         finally:
             answer.close()  # which keeps the connection, if all of the answer was read
         return None if wanted == 0 else _Failure(f"{wanted} bytes did not come")
@@ -291,24 +293,26 @@ def ask(method: str, address: str, headers: Mapping[str, str]) -> Any:  # noqa: 
 
     parts = urlsplit(address)
     proxies = {} if proxy_bypass(parts.netloc) else getproxies()
-    pool = _pool(proxies.get(parts.scheme) or proxies.get("all"))
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    pool = _pool(proxy, is_secure=parts.scheme == "https")
     retries = Retry(connect=0, read=0, other=0, redirect=_REDIRECTS, raise_on_redirect=False)
     return pool.request(method, address, headers=headers, preload_content=False, retries=retries)
 
 
 @lru_cache(maxsize=8)
-def _pool(proxy: str | None) -> Any:  # noqa: ANN401 - of urllib3
+def _pool(proxy: str | None, *, is_secure: bool) -> Any:  # noqa: ANN401 - of urllib3
     """Return connections to servers, by a proxy if there is one."""
     from urllib3 import PoolManager, ProxyManager, Timeout, make_headers  # noqa: PLC0415 - as above
 
-    certificates = ssl.create_default_context()
-    if find_spec("certifi") is not None:  # a small container has none of its own
-        certificates.load_verify_locations(importlib.import_module("certifi").where())
     options: dict[str, Any] = {
         "maxsize": _KEPT,
         "timeout": Timeout(connect=_CONNECT, read=_PATIENCE),
-        "ssl_context": certificates,
     }
+    if is_secure:
+        certificates = options["ssl_context"] = ssl.create_default_context()
+        # A small container has none of its own. They are those that the Hub's library takes.
+        if "SSL_CERT_FILE" not in os.environ and find_spec("certifi") is not None:
+            certificates.load_verify_locations(importlib.import_module("certifi").where())
     if proxy is None:
         return PoolManager(**options)
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
@@ -341,9 +345,9 @@ def look(address: str) -> HttpFile | int:
             if not failure.passes and answer.status not in _PASSING:
                 return int(answer.status)
         except HTTPError as error:
-            failure = _Failure(_told(error), advice=_NETWORK)
+            failure = _of_transport(error)
         attempt += 1
-        if attempt == _ATTEMPTS or not failure.passes:
+        if attempt == _QUESTIONS or not failure.passes:
             raise RemoteError(
                 "the server cannot be read", file=address, found=failure.reason,
                 advice=failure.advice,
@@ -387,9 +391,17 @@ def retried(ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
             else:
                 failure = _Failure(_told(cause), passes=_is_of_transport(cause))
             attempt += 1
-            if attempt == _ATTEMPTS or not failure.passes:
+            if attempt == _QUESTIONS or not failure.passes:
                 raise
             failure.wait(attempt)
+
+
+def _of_transport(error: Exception) -> _Failure:
+    told = _told(error)
+    if "CERTIFICATE_VERIFY_FAILED" in told:
+        advice = "name a file with the certificate of the server's authority: SSL_CERT_FILE"
+        return _Failure(told, passes=False, advice=advice)
+    return _Failure(told)
 
 
 def _is_of_transport(error: Exception) -> bool:

@@ -165,12 +165,21 @@ impl<T: Real + Pod> AdaptedSource<T> {
         elements.start / self.columns()..elements.end.div_ceil(self.columns())
     }
 
+    /// The largest rank of a term.
+    fn longest(&self) -> u64 {
+        self.adapted.terms.iter().map(|term| term.rank).max().unwrap_or(1)
+    }
+
+    /// Rows that a step has at the most, if it has whole ones.
+    fn rows_at_once(&self) -> u64 {
+        (STEP / self.columns()).min(LEFT / self.longest()).max(1)
+    }
+
     /// `elements` in steps: whole rows as far as they fit, none of which one term has and the next has
     /// not; longer rows in parts.
     fn steps(&self, elements: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let columns = self.columns();
-        let longest = self.adapted.terms.iter().map(|term| term.rank).max().unwrap_or(1);
-        let at_once = (STEP / columns).min(LEFT / longest).max(1);
+        let at_once = self.rows_at_once();
         let mut start = elements.start;
         std::iter::from_fn(move || {
             let (row, first) = (start / columns, start);
@@ -464,11 +473,11 @@ impl<T: Real + Pod> Source for AdaptedSource<T> {
     fn memory(&self) -> Memory {
         let number = size_of::<T>() as u64;
         let base = STEP as usize * self.base.dtype().size() + 2 * PAGE;
-        let longest = self.adapted.terms.iter().map(|term| term.rank).max().unwrap_or(0);
         let read = CHUNK * (number + size_of::<f64>() as u64);
         let block = if self.adapted.magnitude.is_some() { STEP * number } else { 0 };
-        let left = longest.max(LEFT).saturating_mul(number);
-        let reading = [AlignedBuffer::resident(base) as u64, read, block, left];
+        let left = self.longest().saturating_mul(self.rows_at_once() * number);
+        let below = self.base.memory().reading;
+        let reading = [AlignedBuffer::resident(base) as u64, read, block, left, below];
         let shared = match &self.adapted.magnitude {
             None => 0,
             // A magnitude, and a factor that may not be there yet.

@@ -1,9 +1,9 @@
 //! The spool, for Python, which fetches what goes into it.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -27,35 +27,43 @@ impl Spool {
     }
 }
 
-/// What merges of the same tensors, or some of their tensors, read of files that are not here.
-fn needs(plans: &[Arc<plan::Plan>], bytes: u64, tensors: Option<&[usize]>) -> Result<Needs> {
-    let some: Vec<plan::Plan> =
-        tensors.iter().flat_map(|tensors| plans.iter().map(|plan| plan.only(tensors))).collect();
-    let all = plans.iter().map(|plan| &**plan);
-    let plans = if tensors.is_none() { all.collect() } else { some.iter().collect() };
-    Merges::open(plans, ReadPath::Auto, None)?.0.remote_needs(bytes)
+/// What merges of the same tensors read of files that are not here; or some `tensors` of them, or those of
+/// some `shards`. If they are `whole`, numbers over the model are found from all tensors nevertheless.
+fn needs(
+    plans: &[Arc<plan::Plan>],
+    bytes: u64,
+    tensors: Option<&HashSet<usize>>,
+    shards: Option<&[usize]>,
+    whole: bool,
+) -> Result<Needs> {
+    let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
+    let is_made = |at: usize, in_sweep: bool| {
+        let shard = plans[0].tensor(at).shard();
+        let is_one = tensors.is_none_or(|some| some.contains(&at));
+        (in_sweep && whole) || (is_one && shards.is_none_or(|some| some.contains(&shard)))
+    };
+    Merges::open(plans.clone(), ReadPath::Auto, None)?.0.remote_needs(bytes, is_made)
 }
 
 #[pymethods]
 impl Spool {
-    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors, or for some
-    /// tensors of them. Fails if a tensor needs more.
+    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors; or for some
+    /// `tensors` of them, or for those of some `shards`. If they are `whole`, numbers over the model are
+    /// found from all tensors nevertheless. Fails if a tensor needs more.
     #[new]
-    #[pyo3(signature = (plans, size, folder, tensors=None))]
+    #[pyo3(signature = (plans, size, folder, tensors=None, shards=None, whole=false))]
     fn create(
         py: Python<'_>,
         plans: Vec<PyRef<'_, Plan>>,
         size: u64,
         folder: PathBuf,
-        tensors: Option<Vec<usize>>,
+        tensors: Option<HashSet<usize>>,
+        shards: Option<Vec<usize>>,
+        whole: bool,
     ) -> PyResult<Self> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let least = plans.iter().map(|plan| plan.len()).min().unwrap_or_default();
-        if tensors.iter().flatten().any(|&at| at >= least) {
-            return Err(PyIndexError::new_err("there is no tensor of that number"));
-        }
-        let create =
-            || io::Spool::create(&folder, size, needs(&plans, size, tensors.as_deref())?);
+        let needs = || needs(&plans, size, tensors.as_ref(), shards.as_deref(), whole);
+        let create = || io::Spool::create(&folder, size, needs()?);
         py.detach(create).map(|spool| Self(Arc::new(spool))).map_err(|error| raise(py, &error))
     }
 
@@ -63,7 +71,9 @@ impl Spool {
     #[staticmethod]
     fn predict(py: Python<'_>, plans: Vec<PyRef<'_, Plan>>, size: u64) -> PyResult<(u64, u64)> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let needs = py.detach(|| needs(&plans, size, None)).map_err(|error| raise(py, &error))?;
+        let needs = py
+            .detach(|| needs(&plans, size, None, None, false))
+            .map_err(|error| raise(py, &error))?;
         Ok((needs.room().min(size), needs.fetched(size)))
     }
 

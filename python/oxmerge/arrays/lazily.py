@@ -64,7 +64,7 @@ class LazyMerge(Mapping[str, Any]):
             self._fetch([each for each in absent if not is_streamed(each, stream=False)], show)
             merged = empty(tensor.shape, tensor.dtype, self._kind)
             folder = tempfile.gettempdir()
-            with streamed([self._table], DEFAULT_SPOOL, folder, [at], show) as fetcher:
+            with streamed([self._table], DEFAULT_SPOOL, folder, [at], progress=show) as fetcher:
                 spool = None if fetcher is None else fetcher.spool
                 engine = self._engine if spool is None else _core.OnDemand(self._table, spool)
                 engine.compute(at, merged.exporter, self._threads)

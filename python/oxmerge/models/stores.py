@@ -36,7 +36,14 @@ if TYPE_CHECKING:
 
     from oxmerge.models.remote import HttpFile, RemoteFile
 
-__all__ = ["StoredModel", "fetch_small", "file_of", "find_model", "is_address"]
+__all__ = [
+    "StoredModel",
+    "fetch_adapter",
+    "fetch_small",
+    "file_of",
+    "find_model",
+    "is_address",
+]
 
 #: Seconds to wait for a connection, for a byte, and for one that is asked for again and again.
 _CONNECT, _PATIENCE, _LONGEST = 10, 30, 180
@@ -52,10 +59,17 @@ _LISTING = ("s3", "s3a", "gs")
 _WEB = ("https", "http")
 #: Statuses of what is not there.
 _ABSENT = (404, 410)
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Weights that a model on a web server may have, in the order in which they are looked for.
+_WEIGHTS = (
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
+    "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin",
+)  # fmt: skip
+#: How the names of files of weights end.
+_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 #: Files that a model on a web server may have beside its weights.
 _BESIDE = (
-    *TOKENIZER_FILES, "config.json", "generation_config.json", "README.md", "LICENSE",
+    *TOKENIZER_FILES, "config.json", "adapter_config.json", "generation_config.json", "README.md",
+    "LICENSE",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -107,7 +121,7 @@ class StoreFile:
             return
         import obstore  # noqa: PLC0415 - only when a store is asked
 
-        store, path = _store_of(self.label)
+        store, path = store_of(self.label)
         options: GetOptions = {"range": (start, stop)}
         if self.etag.startswith('"'):  # no other can be asked for
             options["if_match"] = self.etag
@@ -185,16 +199,16 @@ def find_model(address: str) -> StoredModel:
             advice="name it without, with credentials in the environment",
         )
     whole = address.rstrip("/")
-    is_file = whole.endswith((".safetensors", ".index.json"))
+    is_file = whole.endswith((*_ENDS, ".index.json"))
     folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
-    listed = _listed if parts.scheme in _LISTING else _asked_for
-    files = {name: file for name, file in listed(folder, inside).items() if _is_within(name)}
-    if not any(name.endswith(".safetensors") for name in files):
+    find = listed if parts.scheme in _LISTING else _asked_for
+    files = {name: file for name, file in find(folder, inside).items() if _is_within(name)}
+    if not any(name.endswith(_ENDS) for name in files):
         raise RemoteError(
-            "there is no model with safetensors files",
+            "there is no model, neither in safetensors nor in files of torch",
             file=address,
             found=", ".join(f"`{name}`" for name in sorted(files)[:_AT_ONCE]) or "no files",
-            advice="name the folder of a model, or a safetensors file",
+            advice="name the folder of a model, or a file of its weights",
         )
     told = [whole, [(name, file.size, file.etag) for name, file in sorted(files.items())]]
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
@@ -219,12 +233,27 @@ def fetch_small(folder: str, files: Mapping[str, RemoteFile]) -> None:
         list(pool.map(_fetch, lacking, lacking.values()))
 
 
-def _fetch(path: str, file: RemoteFile) -> None:
-    if file.size > _MOST_SMALL:
+def fetch_adapter(label: str, size: int, etag: str) -> str:
+    """Fetch the weights of an adapter, which are read in any order, and return where they are.
+
+    Raises
+    ------
+    RemoteError, InputChangedError
+        If they cannot be had.
+    """
+    told = hashlib.sha256(json.dumps([label, size, etag]).encode()).hexdigest()[:32]
+    path = os.path.join(_cache(), told, "adapter_model")
+    if not os.path.isfile(path):
+        _fetch(path, file_of(label, size, etag), most=None)
+    return path
+
+
+def _fetch(path: str, file: RemoteFile, most: int | None = _MOST_SMALL) -> None:
+    if most is not None and file.size > most:
         raise RemoteError(
             "a file beside the weights is too large for what it should be",
             file=file.label,
-            expected=f"at most {format_size(_MOST_SMALL, binary=True)}",
+            expected=f"at most {format_size(most, binary=True)}",
             found=format_size(file.size, binary=True),
             advice="copy the model without it",
         )
@@ -254,11 +283,11 @@ def _is_within(name: str) -> bool:
 # What there is.
 
 
-def _listed(folder: str, _: str) -> dict[str, RemoteFile]:
+def listed(folder: str, _: str) -> dict[str, RemoteFile]:
     """Return the files of a folder, as the store lists them."""
     import obstore  # noqa: PLC0415 - only when a store is asked
 
-    store, prefix = _store_of(folder)
+    store, prefix = store_of(folder)
     files: dict[str, RemoteFile] = {}
     with _told(folder):
         for chunk in obstore.list(store, prefix or None):
@@ -277,11 +306,12 @@ def _listed(folder: str, _: str) -> dict[str, RemoteFile]:
 
 def _asked_for(folder: str, inside: str) -> dict[str, RemoteFile]:
     """Return those files that a model may have which a web server has."""
-    first = [inside] if inside else [_INDEX, _WEIGHTS]
+    first = [inside] if inside else _WEIGHTS
     files, refused = _asked(folder, [*first, *_BESIDE])
     if not any(name in files for name in first):
         _check_weights(folder, [name for name in first if name in refused], refused)
-    index = next((name for name in first if name in files and name.endswith(".json")), None)
+    index = next((name for name in first if name in files), None)
+    index = index if index is not None and index.endswith(".json") else None
     if index is None:
         return files
     try:
@@ -332,7 +362,7 @@ def _etag_of(meta: Mapping[str, Any]) -> str:
     return str(meta["e_tag"] or meta["last_modified"])
 
 
-def _store_of(address: str) -> tuple[Any, str]:
+def store_of(address: str) -> tuple[Any, str]:
     """Return the store that an address is in, and the path there."""
     parts = urlsplit(address)
     return _open(parts.scheme, parts.netloc), parts.path.strip("/")
@@ -386,6 +416,13 @@ def _told(address: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise InputChangedError(_CHANGED, file=address, found="no file", advice=_AGAIN) from None
+    except ValueError as error:  # what it says of a path that no store can have
+        raise RemoteError(
+            "the address is none that a store can have",
+            file=address,
+            found=str(error)[:300],
+            advice=_ADVICE["InvalidPathError"],
+        ) from None
     except Exception as error:
         if not type(error).__module__.startswith("obstore"):
             raise

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 
 from oxmerge import _core
 from oxmerge.errors import InputChangedError
+from oxmerge.models.fetching import is_of_adapter
 from oxmerge.models.references import remote_file
 from oxmerge.models.stores import is_address
 
@@ -62,8 +63,7 @@ def is_streamed(file: Mapping[str, Any], *, stream: bool) -> bool:
     if "remote" not in file:
         return False
     label: str = file["remote"]["label"]
-    is_adapter = label.rpartition("/")[2].startswith("adapter_model")
-    return not is_adapter and (is_address(label) or stream)
+    return not is_of_adapter(label) and (is_address(label) or stream)
 
 
 def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -> int:
@@ -80,6 +80,9 @@ def streamed(
     size: int,
     folder: str,
     tensors: Sequence[int] | None = None,
+    *,
+    shards: Sequence[int] | None = None,
+    whole: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Fetcher | nullcontext[None]:
     """Return what fetches the files that are not here, for a `with` around the run.
@@ -93,7 +96,11 @@ def streamed(
     folder : str
         Where it is made. It has no name there, and is gone with the process at the latest.
     tensors : sequence of int, optional
-        Those that will be computed, in that order, unless all are.
+        The only tensors that will be made.
+    shards : sequence of int, optional
+        The only shards that will be made.
+    whole : bool
+        Whether numbers over the model are found from all tensors nevertheless.
     progress : callable, optional
         Is called ten times a second with the bytes that were fetched, that will be at the most, and
         what it is of.
@@ -106,11 +113,12 @@ def streamed(
         If it cannot be made, or (ENOSPC) does not have the room.
     """
     all_files = tables[0].files
-    used = (all_files[at] for at in tables[0].files_of(tensors))
+    used = (all_files[at] for at in tables[0].files_of(None if whole else tensors))
     if not any("remote" in file for file in used):
         return nullcontext()
     files = {at: file for at, file in enumerate(all_files) if "remote" in file}
-    spool = _core.Spool(tables, size, folder, tensors)
+    only = None if tensors is None else set(tensors)
+    spool = _core.Spool(tables, size, folder, only, shards, whole)
     return Fetcher(spool, {at: remote_file(file) for at, file in files.items()}, progress)
 
 

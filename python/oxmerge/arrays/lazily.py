@@ -13,6 +13,7 @@ from typing import Any
 from oxmerge import _core
 from oxmerge.arrays.in_memory import check_options
 from oxmerge.arrays.views import empty, kind_of
+from oxmerge.cli.progress import watched_download
 from oxmerge.merging import prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.streaming import DEFAULT_SPOOL, is_streamed, streamed
@@ -22,12 +23,11 @@ from oxmerge.stages import weights_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from oxmerge.arrays.views import Framework, Kind
     from oxmerge.merging import Request
-    from oxmerge.models.streaming import Fetcher
     from oxmerge.planning.plans import Plan
     from oxmerge.problems import Problem
     from oxmerge.schema import OutputTensor
@@ -85,27 +85,24 @@ class LazyMerge(Mapping[str, Any]):
                 earlier.make(source.start)
 
     def _compute(self, at: int, tensor: OutputTensor) -> Any:
-        self._fetch(at)
-        merged = empty(tensor.shape, tensor.dtype, self._kind)
-        with self._streamed(at) as fetcher:
-            engine = self._engine if fetcher is None else _core.OnDemand(self._table, fetcher.spool)
-            engine.compute(at, merged.exporter, self._threads)
+        files = self._table.files
+        absent = [file for each in self._table.files_of([at]) if "remote" in (file := files[each])]
+        with watched_download() if absent else nullcontext() as show:
+            self._fetch([each for each in absent if not is_streamed(each, stream=False)], show)
+            merged = empty(tensor.shape, tensor.dtype, self._kind)
+            folder = tempfile.gettempdir()
+            with streamed([self._table], DEFAULT_SPOOL, folder, [at], progress=show) as fetcher:
+                spool = None if fetcher is None else fetcher.spool
+                engine = self._engine if spool is None else _core.OnDemand(self._table, spool)
+                engine.compute(at, merged.exporter, self._threads)
         return merged.array
 
-    def _streamed(self, at: int) -> Fetcher | nullcontext[None]:
-        """Return what fetches the inputs of a tensor that no cache takes."""
-        files = self._table.files
-        if all("remote" not in files[each] for each in self._table.files_of([at])):
-            return nullcontext()
-        return streamed([self._table], DEFAULT_SPOOL, tempfile.gettempdir(), at)
-
-    def _fetch(self, at: int) -> None:
-        """Download the files that a tensor is made of and that are not here."""
-        files = self._table.files
-        used = [files[each] for each in self._table.files_of([at])]
-        absent = [each for each in used if "remote" in each and not is_streamed(each, stream=False)]
-        if absent:
-            self._table = self._table.placed(fetch(absent))
+    def _fetch(
+        self, files: Sequence[Mapping[str, Any]], show: Callable[[int, int, str], None] | None
+    ) -> None:
+        """Download files that are not here."""
+        if files:
+            self._table = self._table.placed(fetch(files, show))
             self._engine = _core.OnDemand(self._table)
 
     def get(self, name: str, default: Any = None) -> Any:

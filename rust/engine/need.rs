@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use super::ahead;
 use super::digest::DIGEST_BYTES;
 use super::source::{Memory, Source};
 use super::task::{LARGEST_PIECE, Task, Work, step_elements};
@@ -147,6 +148,8 @@ pub struct Need {
     a_call: Option<u64>,
     /// Selections, each of which is searched for.
     searches: u64,
+    /// Whether outputs can be computed ahead.
+    is_ahead: bool,
     pub(super) worker_state: Amount,
     pub(super) shared_state: Amount,
     /// Random masks and keys of searches, if there is room to keep them.
@@ -193,6 +196,9 @@ impl Need {
             ..Self::default()
         };
         need.worker_state.add(Amount::uncertain(need.outputs.len() as u64 * DIGEST_BYTES));
+        let is_copied = need.sources.iter().any(|(_, way)| *way != Way::InPlace);
+        let is_written = matches!(work, Work::Formulas(_));
+        need.is_ahead = is_copied && is_written && ahead::suits(work.values(), frame.elements);
         let mut sizes = need.outputs.iter().chain(need.sources.iter().map(|(size, _)| size));
         let is_double = sizes.any(|&size| size == 8);
         need.working = if is_double { 8 } else { 4 };
@@ -363,7 +369,23 @@ impl Need {
             amount.add(Amount { expected: most / 4, most });
             amount.most = amount.most.max(self.sample());
         }
+        if self.is_ahead {
+            // A mark for each element of a step, and results for those that were undecided.
+            amount.add(Amount::certain(step));
+        }
         amount
+    }
+
+    /// What all of its outputs take in pieces of `blocks` blocks, if they are computed ahead.
+    pub(super) fn held(&self, blocks: u64) -> Amount {
+        if !self.is_ahead || self.offload.is_some() {
+            return Amount::default();
+        }
+        let piece = (blocks * BLOCK_ELEMENTS).min(self.elements);
+        let inputs = self.sources.iter().map(|(size, _)| size).sum();
+        let [most, _] = ahead::unit_bytes(&self.outputs, inputs, piece);
+        let [_, expected] = ahead::unit_bytes(&self.outputs, inputs, self.elements);
+        Amount { expected, most: self.elements.div_ceil(piece) * most }
     }
 
     /// What one worker holds of samples, at a time when it has no piece.

@@ -124,8 +124,11 @@ impl<'a> Active<'a> {
     ) -> Result<Option<Self>> {
         let values = task.work.values().to_vec();
         let elements = task.frame.elements;
-        let is_copied = task.sources.iter().any(|source| !source.is_in_place());
-        let suits = !sweep && is_copied && ahead::suits(&values, elements);
+        let bytes = |types: &mut dyn Iterator<Item = DType>| types.map(|t| t.size() as u64).sum();
+        let outputs = bytes(&mut task.sinks.iter().map(|sink| sink.dtype()));
+        let copied = task.sources.iter().filter(|source| !source.is_in_place());
+        let copied = bytes(&mut copied.map(|source| source.dtype()));
+        let suits = !sweep && ahead::suits(&values, elements, outputs, copied);
         let held_room = held_room.filter(|_| suits);
         let masks = (room.masks > 0).then(|| KeptMasks::new(&values, elements)).flatten();
         let inputs = task.sources.iter().map(|source| source.dtype()).collect();

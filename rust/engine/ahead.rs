@@ -11,12 +11,12 @@
 //! elsewhere than a sample said.
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backend::Step;
 use super::task::Task;
 use crate::dtype::DType;
+use crate::error::Result;
 use crate::formula::compile::Staged;
 use crate::formula::machine::{InputBytes, Known};
 use crate::formula::selection::sampled_runs;
@@ -24,61 +24,76 @@ use crate::formula::stage;
 use crate::formula::{Chosen, Value};
 use crate::io::{AlignedBuffer, PAGE};
 
-/// Of how many elements of a unit one may be undecided.
+/// One in so many elements of a unit may be undecided.
 const UNDECIDED: u64 = 8;
-/// Of how many one is expected to be.
-const EXPECTED_UNDECIDED: u64 = 32;
 
-/// Whether outputs of `values` over so many elements can be computed ahead.
-pub(crate) fn suits(values: &[Value], elements: u64) -> bool {
-    sampled_runs(elements) > 0 && stage::waits_for_cuts_alone(values)
+/// Whether outputs of `values` over so many elements can be computed ahead, and that takes less than it
+/// saves: `outputs` are bytes an element, and so are those of `inputs` that would be copied again.
+pub(crate) fn suits(values: &[Value], elements: u64, outputs: u64, inputs: u64) -> bool {
+    outputs <= inputs && sampled_runs(elements) > 0 && stage::waits_for_cuts_alone(values)
 }
 
-/// Bytes of a held unit of `elements` at the most, and as expected; `outputs` and `inputs` are bytes
-/// an element.
-pub(super) fn unit_bytes(outputs: &[u64], inputs: u64, elements: u64) -> [u64; 2] {
-    let out = |size: &u64| AlignedBuffer::resident((elements * size) as usize + PAGE) as u64;
-    let outputs: u64 = outputs.iter().map(out).sum();
-    let undecided = size_of::<u32>() as u64 + inputs;
-    [UNDECIDED, EXPECTED_UNDECIDED].map(|part| outputs + elements / part * undecided)
+/// Bytes of a buffer for `elements` of an output, `size` bytes each.
+fn out_bytes(elements: u64, size: u64) -> usize {
+    (elements * size) as usize + PAGE
 }
 
-/// The bytes that held units of all tensors may take.
-#[derive(Debug)]
-pub(crate) struct HeldRoom(AtomicU64);
+/// Bytes of `elements` that are held, of which so many are undecided. Outputs have these bytes an
+/// element, and all inputs together.
+pub(super) fn held_bytes(outputs: &[u64], inputs: u64, elements: u64, undecided: u64) -> u64 {
+    let out = |&size: &u64| AlignedBuffer::resident(out_bytes(elements, size)) as u64;
+    let index = size_of::<u32>() as u64;
+    outputs.iter().map(out).sum::<u64>() + undecided * (index + inputs)
+}
 
-/// A part of it, which goes back when nobody holds it any more.
+/// How many of `elements` may be undecided.
+pub(super) fn most_undecided(elements: u64) -> u64 {
+    elements / UNDECIDED
+}
+
+/// The memory that held units of all tensors may take.
 #[derive(Debug)]
-struct Claim {
-    room: Arc<HeldRoom>,
+pub(crate) struct HeldRoom(Mutex<Spare>);
+
+#[derive(Debug)]
+struct Spare {
     bytes: u64,
+    /// Buffers of units that were written: the next ones need not be cleared. What they take is not
+    /// among `bytes`.
+    outs: Vec<AlignedBuffer>,
 }
 
 impl HeldRoom {
     pub(crate) fn new(bytes: u64) -> Arc<Self> {
-        Arc::new(Self(AtomicU64::new(bytes)))
+        Arc::new(Self(Mutex::new(Spare { bytes, outs: Vec::new() })))
     }
 
-    fn claim(self: &Arc<Self>, bytes: u64) -> Option<Claim> {
-        let claimed = |left: u64| left.checked_sub(bytes);
-        let claimed = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, claimed);
-        claimed.is_ok().then(|| Claim { room: Arc::clone(self), bytes })
+    fn lock(&self) -> MutexGuard<'_, Spare> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes `bytes`, if there are so many, and buffers of `outs` bytes, which are among them.
+    fn take(&self, bytes: u64, outs: &[usize]) -> Option<Vec<AlignedBuffer>> {
+        let mut spare = self.lock();
+        let fitting = |&size: &usize| {
+            let at = spare.outs.iter().position(|out| out.capacity() == size);
+            let out = at.map(|at| spare.outs.swap_remove(at)).unwrap_or_default();
+            spare.bytes += resident(&out);
+            out
+        };
+        let found = outs.iter().map(fitting).collect();
+        while spare.bytes < bytes
+            && let Some(out) = spare.outs.pop()
+        {
+            spare.bytes += resident(&out);
+        }
+        spare.bytes = spare.bytes.checked_sub(bytes)?;
+        Some(found)
     }
 }
 
-impl Claim {
-    /// Gives back all but `bytes`.
-    fn shrink(&mut self, bytes: u64) {
-        let spare = self.bytes.saturating_sub(bytes);
-        self.room.0.fetch_add(spare, Ordering::Relaxed);
-        self.bytes -= spare;
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.shrink(0);
-    }
+fn resident(out: &AlignedBuffer) -> u64 {
+    AlignedBuffer::resident(out.capacity()) as u64
 }
 
 /// How a pass that counts computes the outputs too.
@@ -92,19 +107,26 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// Room for the outputs of `elements`, if there is any left.
-    pub(super) fn hold(&self, task: &Task, elements: &Range<u64>) -> Option<Held> {
+    /// Memory for the outputs of `elements`, if there is room.
+    pub(super) fn hold(&self, task: &Task, elements: &Range<u64>) -> Result<Option<Held>> {
         let count = elements.end - elements.start;
         let outputs: Vec<u64> = task.sinks.iter().map(|sink| sink.dtype().size() as u64).collect();
         let inputs = self.code.inputs.iter().map(|&index| (index, task.sources[index].dtype()));
         let width = inputs.clone().map(|(_, dtype)| dtype.size() as u64).sum();
-        let [bytes, _] = unit_bytes(&outputs, width, count);
-        let claim = self.room.claim(bytes)?;
-        let most = (count / UNDECIDED) as usize;
-        let inputs =
-            inputs.map(|(index, dtype)| (index, dtype, Vec::with_capacity(most * dtype.size())));
-        let (inputs, undecided) = (inputs.collect(), Vec::with_capacity(most));
-        Some(Held { outs: Vec::new(), first: elements.start, undecided, inputs, claim })
+        let most = most_undecided(count);
+        let bytes = held_bytes(&outputs, width, count, most);
+        let sizes: Vec<usize> = outputs.iter().map(|&size| out_bytes(count, size)).collect();
+        let Some(mut outs) = self.room.take(bytes, &sizes) else { return Ok(None) };
+        for (out, size) in outs.iter_mut().zip(sizes) {
+            out.grow(size)?;
+        }
+        let most = most as usize;
+        let input = |(index, dtype): (usize, DType)| {
+            (index, dtype, Vec::with_capacity(most * dtype.size()))
+        };
+        let (inputs, undecided) = (inputs.map(input).collect(), Vec::with_capacity(most));
+        let room = Arc::clone(&self.room);
+        Ok(Some(Held { outs, first: elements.start, undecided, inputs, room, bytes }))
     }
 }
 
@@ -119,7 +141,18 @@ pub(crate) struct Held {
     undecided: Vec<u32>,
     /// Their bytes in each input that is read.
     inputs: Vec<(usize, DType, Vec<u8>)>,
-    claim: Claim,
+    /// What it takes so many bytes of.
+    room: Arc<HeldRoom>,
+    bytes: u64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let mut spare = self.room.lock();
+        let outs: u64 = self.outs.iter().map(resident).sum();
+        spare.bytes += self.bytes.saturating_sub(outs);
+        spare.outs.append(&mut self.outs);
+    }
 }
 
 impl Held {
@@ -156,16 +189,17 @@ impl Held {
         true
     }
 
-    /// Gives back the room that is not used, of the outputs of `elements`.
+    /// Gives back the room that is not used.
     pub(super) fn shrink(&mut self) {
         self.undecided.shrink_to_fit();
-        let mut bytes = self.undecided.len() * size_of::<u32>();
+        let mut bytes = (self.undecided.len() * size_of::<u32>()) as u64;
         for (_, _, input) in &mut self.inputs {
             input.shrink_to_fit();
-            bytes += input.len();
+            bytes += input.len() as u64;
         }
-        let outs = self.outs.iter().map(|out| AlignedBuffer::resident(out.capacity()));
-        self.claim.shrink((bytes + outs.sum::<usize>()) as u64);
+        bytes += self.outs.iter().map(resident).sum::<u64>();
+        self.room.lock().bytes += self.bytes.saturating_sub(bytes);
+        self.bytes = self.bytes.min(bytes);
     }
 
     /// How many elements are undecided.

@@ -160,7 +160,8 @@ impl MemoryPlan {
         let held = each_of(needs, under_way, |need| need.held(blocks(need)));
         let held_room =
             kept_room.saturating_sub(keys).min(largest_of(held.clone(), under_way).most);
-        let held = largest_of(held, 2).expected.min(held_room);
+        // When all of a tensor is held it is written, and what comes next takes what that gives back.
+        let held = largest_of(held, 1).expected.min(held_room);
         let kept_room = kept_room - held_room;
         let worker = expected + group_bytes;
         let sample = needs.iter().map(|(need, _)| need.sample()).max().unwrap_or(0);

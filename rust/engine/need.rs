@@ -196,9 +196,9 @@ impl Need {
             ..Self::default()
         };
         need.worker_state.add(Amount::uncertain(need.outputs.len() as u64 * DIGEST_BYTES));
-        let is_copied = need.sources.iter().any(|(_, way)| *way != Way::InPlace);
-        let is_written = matches!(work, Work::Formulas(_));
-        need.is_ahead = is_copied && is_written && ahead::suits(work.values(), frame.elements);
+        let copied = need.sources.iter().filter(|(_, way)| *way != Way::InPlace);
+        let (copied, outputs) = (copied.map(|(size, _)| size).sum(), need.outputs.iter().sum());
+        need.is_ahead = ahead::suits(work.values(), frame.elements, outputs, copied);
         let mut sizes = need.outputs.iter().chain(need.sources.iter().map(|(size, _)| size));
         let is_double = sizes.any(|&size| size == 8);
         need.working = if is_double { 8 } else { 4 };
@@ -371,7 +371,9 @@ impl Need {
         }
         if self.is_ahead {
             // A mark for each element of a step, and results for those that were undecided.
+            let decided = ahead::most_undecided(elements) * self.outputs.iter().sum::<u64>();
             amount.add(Amount::certain(step));
+            amount.add(Amount::uncertain(decided));
         }
         amount
     }
@@ -383,8 +385,11 @@ impl Need {
         }
         let piece = (blocks * BLOCK_ELEMENTS).min(self.elements);
         let inputs = self.sources.iter().map(|(size, _)| size).sum();
-        let [most, _] = ahead::unit_bytes(&self.outputs, inputs, piece);
-        let [_, expected] = ahead::unit_bytes(&self.outputs, inputs, self.elements);
+        let most = ahead::most_undecided(piece);
+        let most = ahead::held_bytes(&self.outputs, inputs, piece, most);
+        let undecided = self.searches * selection::expected_undecided(self.elements);
+        let undecided = undecided.min(ahead::most_undecided(self.elements));
+        let expected = ahead::held_bytes(&self.outputs, inputs, self.elements, undecided);
         Amount { expected, most: self.elements.div_ceil(piece) * most }
     }
 

@@ -110,11 +110,7 @@ impl<'a> Worker<'a> {
         let found = match pass {
             Pass::Sample { wanted, code } => self.sample(task, wanted, code),
             Pass::Reduce { marks, code, ahead, .. } => {
-                let elements = task.elements_of(blocks.clone());
-                match ahead.as_ref().and_then(|ahead| Some((ahead, ahead.hold(task, &elements)?))) {
-                    Some((ahead, held)) => self.reduce_ahead(task, blocks, ahead, held),
-                    None => self.reduce(task, blocks, marks, code),
-                }
+                self.reduce(task, blocks, marks, code, ahead.as_ref())
             }
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
             Pass::Rows(code) => self.row(task, unit, code),
@@ -264,8 +260,14 @@ impl<'a> Worker<'a> {
         blocks: Range<u64>,
         marks: &[Marked],
         code: &Staged,
+        ahead: Option<&Ahead>,
     ) -> Result<Found> {
         let elements = task.elements_of(blocks.clone());
+        if let Some(ahead) = ahead
+            && let Some(held) = ahead.hold(task, &elements)?
+        {
+            return self.reduce_ahead(task, blocks, ahead, held);
+        }
         let mut results = Results::of_unit(&code.program, elements.end - elements.start);
         let code = Code::Staged(code, marks);
         self.in_steps(task, [elements], code, |program, step| program.run(&step, &mut results))?;
@@ -342,7 +344,9 @@ impl<'a> Worker<'a> {
             }
             inputs.iter().for_each(|&index| task.sources[index].release(part.clone()));
         }
-        places.write(task, &outs, self.control)
+        let written = places.write(task, &outs, self.control);
+        held.outs = outs;
+        written
     }
 
     /// Computes the elements of `held` that were undecided, and puts them into the outputs.

@@ -66,6 +66,13 @@ pub(crate) fn kept_bytes(elements: u64) -> u64 {
     KEY_BYTES * most.min(elements)
 }
 
+/// How many elements of a tensor lie between the cuts of a bracket, as far as can be said before there
+/// is a sample: where as many are kept as not.
+pub(crate) fn expected_undecided(elements: u64) -> u64 {
+    let sampled = (sampled_runs(elements) * RUN as u64).max(1) as f64;
+    (DEVIATIONS[0] * elements as f64 / sampled.sqrt()) as u64
+}
+
 /// Keys that a unit of `elements` may keep.
 fn most_in_a_unit(elements: u64) -> u64 {
     (elements / 8).max(BLOCK as u64).min(elements)

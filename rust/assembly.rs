@@ -410,8 +410,12 @@ impl Assembly {
             || sources.iter().any(|source| source.dtype == DType::F64);
         let computed = if is_double { DType::F64 } else { DType::F32 };
         let each = sources.iter().zip(adapted);
-        each.map(|(source, adapted)| if adapted.is_some() { computed } else { source.dtype })
-            .collect()
+        let plan = self.builder.plan();
+        each.map(|(source, adapted)| match adapted.map(|number| plan.adapted(number)) {
+            Some(change) if !change.is_view() => computed,
+            _ => source.dtype,
+        })
+        .collect()
     }
 
     /// The number of what an adapter makes of a tensor of a model, if one does.

@@ -253,6 +253,132 @@ def test_adapters_as_one_adapter(place: Path) -> None:
         oxmerge.join_adapters(place / "sum", [one])
 
 
+def test_a_base_that_lies_otherwise(place: Path) -> None:
+    """An adapter does the same to a file of torch whose tensors are transposed views."""
+    model = base(place, llama)
+    adapter = train(place, llama, "on-views", **targets(*LINEAR, use_dora=True))
+    views = place / "views"
+    views.mkdir()
+    (views / "config.json").write_text((model / "config.json").read_text())
+    tensors = {
+        name: each.mT.contiguous().mT if each.ndim > 1 else each
+        for name, each in read(model).items()
+    }
+    torch.save(tensors, views / "pytorch_model.bin")
+    on_views, plain = fuse(f"{views}+{adapter}"), fuse(f"{model}+{adapter}")
+    for name in plain:
+        assert torch.equal(on_views[name], plain[name]), name
+
+
+def two_adapters(place: Path) -> tuple[Path, Path]:
+    """Return the folders of two adapters of one rank, with other scales and other numbers."""
+    modules = (*LINEAR, "embed_tokens")
+    one = train(place, llama, "merged-one", **targets(*modules, lora_alpha=6))
+    two = train(place, llama, "merged-two", **targets(*modules, lora_alpha=3, use_rslora=True))
+    file = two / "adapter_model.safetensors"
+    tensors = safetensors_torch.load_file(file)
+    for name in tensors:
+        if "lora" in name:
+            tensors[name] += torch.randn_like(tensors[name]) * 0.3
+    safetensors_torch.save_file(tensors, file)
+    return one, two
+
+
+def of_adapters(method: str, one: Path, two: Path, **parameters: Any) -> dict[str, Any]:
+    models = [
+        {"model": str(one), "parameters": {"weight": 0.75}},
+        {"model": str(two), "parameters": {"weight": -0.5}},
+    ]
+    return {"merge_method": method, "models": models, "parameters": parameters}
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+def test_adapters_merged_by_factors(place: Path, method: str) -> None:
+    """What PEFT makes of two adapters, to the bit; and PEFT loads what is made here."""
+    one, two = two_adapters(place)
+    out = place / f"merged-{method}"
+    report = oxmerge.merge(of_adapters(method, one, two, density=0.6), out)
+    model = load(base(place, llama), llama, torch.float32)
+    model = peft.PeftModel.from_pretrained(model, one, adapter_name="one")
+    model.load_adapter(two, "two")
+    weights = [0.75, -0.5]
+    model.add_weighted_adapter(["one", "two"], weights, "x", combination_type=method, density=0.6)
+    model.save_pretrained(place / "by-peft", selected_adapters=["x"])
+    ours, theirs = read(out), read(place / "by-peft" / "x")
+    assert ours.keys() == theirs.keys()
+    assert report.tensors == len(ours)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    model.load_adapter(out, "ours")
+    assert (out / "oxmerge_recipe.yml").read_text().lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("method", "shares"), [("linear", (3, -2)), ("task_arithmetic", (0.75, -0.5))]
+)
+def test_sums_of_adapters_are_exact(place: Path, method: str, shares: tuple[float, float]) -> None:
+    """The adapter does to the model what the method does to models with one adapter each."""
+    one, two = two_adapters(place)
+    model, out = base(place, llama), place / f"merged-{method}"
+    oxmerge.merge(of_adapters(method, one, two), out)
+    together = fuse(f"{model}+{out}", "float32")
+    apart = fuse(f"{model}+{one}={shares[0]}+{two}={shares[1]}", "float32")
+    for name in apart:
+        off = bound({"r": 16}, apart[name].double()) + 2**-22
+        assert (together[name] - apart[name]).abs().max() <= off, name
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_adapters_thinned_at_random(place: Path, method: str) -> None:
+    """Each number is what the kept ones of both adapters make; draws depend on the seed alone."""
+    one, two = two_adapters(place)
+    recipe = of_adapters(method, one, two, density=0.5)
+    for seed in (0, 0, 1):
+        oxmerge.merge(
+            recipe, place / f"{method}-{seed}", seed=seed, threads=1 + seed, overwrite=True
+        )
+    first, other = read(place / f"{method}-0"), read(place / f"{method}-1")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    assert not torch.equal(first[name], other[name])
+    scales = (0.75 * 6 / 4, -0.5 * 3 / 2)
+    parts = [
+        2 * read(folder)[name] * (abs(scale) ** 0.5 * (1 if scale > 0 else -1))
+        for folder, scale in zip((one, two), scales, strict=True)
+    ]
+    zero = torch.zeros_like(parts[0])
+    made = [zero, parts[0], parts[1], parts[0] + parts[1]]
+    if method == "dare_ties":  # those of one sign are averaged
+        made[3] = made[3] / 2
+    distance = torch.stack([(first[name] - each).abs() for each in made])
+    assert distance.min(0).values.max() <= 4 * F32 * max(each.abs().max() for each in made)
+    assert 0.3 < (distance[0] > 0).float().mean() < 0.95
+
+
+def test_adapters_that_cannot_be_merged(place: Path) -> None:
+    """All that is wrong is told at once, and nothing is written."""
+    one, two = two_adapters(place)
+    three = train(place, llama, "merged-three", **targets("q_proj", r=3))
+    out = place / "merged-not"
+    with pytest.raises(oxmerge.UnsupportedError, match="`ties_svd`, which cuts the rank"):
+        oxmerge.merge(of_adapters("ties_svd", one, two), out)
+    with pytest.raises(oxmerge.PlanError, match="takes factors of one rank"):
+        oxmerge.merge(of_adapters("ties", one, three), out)
+    with pytest.raises(oxmerge.PlanError, match="`density` is from 0 to 1"):
+        oxmerge.merge(of_adapters("ties", one, two, density=60), out)
+    with pytest.raises(oxmerge.PlanError, match="the option `hash_inputs` has no effect"):
+        oxmerge.merge(of_adapters("ties", one, two), out, hash_inputs=True)
+    with pytest.raises(oxmerge.MemoryBudgetError, match="do not fit the memory budget"):
+        oxmerge.merge(of_adapters("ties", one, two), out, memory=1)
+    with pytest.raises(oxmerge.UnsupportedError, match="to plan a merge of adapters"):
+        oxmerge.plan(of_adapters("ties", one, two))
+    mixed = of_adapters("linear", one, base(place, llama))
+    with pytest.raises(oxmerge.UnsupportedError, match="this is an adapter"):
+        oxmerge.merge(mixed, out)
+    assert not out.exists()
+    with pytest.raises(oxmerge.OutputError, match="would replace an adapter that is read"):
+        oxmerge.merge(of_adapters("ties", one, two), one, overwrite=True)
+
+
 def test_transformers_loads_a_fused_model(place: Path) -> None:
     """Its logits are those of PEFT's own merge, as close as one rounding of the weights allows."""
     model = base(place, llama)

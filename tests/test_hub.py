@@ -526,6 +526,21 @@ def test_what_may_lack_beside_the_weights_is_told(without_library: Hub, models: 
     assert "may lack files beside the weights" in str(plan.warnings[0])
 
 
+def test_a_manifest_tells_nothing_of_the_network(
+    the_hub: Hub, served: dict[str, Model], tmp_path: Path
+) -> None:
+    """Which server did not answer, and why, is of that day: the merge is the same."""
+    the_hub.start(served)
+    recipe = "merge_method: passthrough\nmodels: [{model: org/two@v1}]\n"
+    oxmerge.merge(recipe, tmp_path / "whole")
+    for path in the_hub.home.rglob("tokenizer_config.json"):
+        path.unlink()
+    the_hub.offline()
+    report = oxmerge.merge(recipe, tmp_path / "out")
+    assert "and they were not fetched: found the Hub may not be asked" in report.warnings[0]
+    assert json.loads((tmp_path / "out" / "oxmerge.json").read_text())["warnings"] == []
+
+
 @pytest.mark.slow
 def test_a_partial_snapshot_is_completed(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path

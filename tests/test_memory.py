@@ -7,15 +7,18 @@ numbers there make it use whole histograms.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import oxmerge
 import pytest
+from memory_group import memory_group
 from oxmerge.demo import make_demo
 from writers import (
     evict,
@@ -29,7 +32,8 @@ from writers import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    from memory_group import Group
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +57,7 @@ report = oxmerge.merge(
     memory=int(memory),
     read_path=read_path,
     threads=int(threads) or None,
+    allow_methods=["written_methods"],
     progress=lambda _: mapped.append(status("RssFile")),
 )
 print(json.dumps({**report.as_dict(), "measured": status("VmHWM"), "mapped": mapped}))
@@ -81,12 +86,25 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def merge(
-    recipe: Path, *, memory: int = BUDGET, read_path: str = "auto", threads: int = 0
+    recipe: Path,
+    *,
+    memory: int = BUDGET,
+    read_path: str = "auto",
+    threads: int = 0,
+    group: Group | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Merge in a process of its own, which prints the report and its peak."""
     arguments = (recipe, recipe.parent / "out", memory, read_path, threads)
     command = [sys.executable, "-c", CHILD, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+        preexec_fn=None if group is None else group.enter,
+    )
 
 
 def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def check(report: dict[str, Any]) -> None:
 
 def write_sampled(path: Path, seed: int) -> None:
     """Write a sparse model with numbers where the engine's sample looks: 512 places."""
-    write_sparse(path, {"x": SHAPE})
+    write_sparse(path, {"x.weight": SHAPE})
     generator = np.random.default_rng(seed)
     elements = SHAPE[0] * SHAPE[1]
     start = path.stat().st_size - 2 * elements
@@ -145,6 +163,50 @@ def test_a_tensor_of_eight_budgets(work: Path, large: Path, name: str, read_path
     report = report_of(merge(recipe, read_path=read_path, threads=threads))
     assert report["bytes_written"] == 8 * BUDGET
     check(report)
+
+
+#: One of each class of methods: arguments of `write_recipe`, and how many models.
+CLASSES: dict[str, tuple[int, dict[str, Any]]] = {
+    "element by element": CASES["linear, 2"],
+    "Gram matrix": CASES["slerp"],
+    "selection": (1, CASES["ties, 2"][1]),
+    "rows": (1, {"method": "model_stock", "base": True, "shared": {"filter_wise": True}}),
+    "ranking": (1, {**CASES["ties, 2"][1], "method": "della"}),
+    "whole model": (1, {"method": "metagpt", "base": True}),
+    "in Python": (2, {"method": "written_methods:stock", "base": True}),
+    "adapter": (1, {"method": "passthrough"}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_where_the_system_kills(work: Path, large: Path, name: str) -> None:
+    """A tenth more than the budget is all that the system gives, with its own memory and caches."""
+    count, options = CLASSES[name]
+    models: list[Path | str] = [large / str(index) for index in range(1, count + 1)]
+    if name == "rows":
+        models *= 2
+    if name == "adapter":
+        models = [f"{models[0]}+{write_adapter(work / 'lora')}"]
+    base = large / "0" if "base" in options else None
+    recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": base})
+    with memory_group(BUDGET * 11 // 10) as group:
+        if group is None:
+            pytest.skip("this process may not limit the memory of others")
+        report = report_of(merge(recipe, group=group))
+        assert group.kills() == 0
+    assert report["bytes_written"] == 8 * BUDGET
+    check(report)
+
+
+def write_adapter(folder: Path) -> Path:
+    """Write an adapter of rank 16 of the tensor of `large`."""
+    folder.mkdir()
+    shapes = {"lora_A": (16, SHAPE[1]), "lora_B": (SHAPE[0], 16)}
+    low = {f"base_model.model.x.{name}.weight": shape for name, shape in shapes.items()}
+    write_sparse(folder / "adapter_model.safetensors", low, "F32")
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["x"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.mark.parametrize("name", ["linear, 2", "linear, 10"])
@@ -353,7 +415,9 @@ def test_many_small_tensors(work: Path, many: Path, method: str) -> None:
     base = models.pop(0) if method == "ties" else None
     each = {"weight": 0.5} if method == "linear" else {"weight": 0.5, "density": 0.5}
     recipe = write_recipe(work / "r.yml", method, models, base=base, each=each)
-    report = report_of(merge(recipe, memory=256 * MIB, threads=8))
+    with memory_group(256 * MIB * 11 // 10) as group:  # and no other limit where there is none
+        report = report_of(merge(recipe, memory=256 * MIB, threads=8, group=group))
+        assert group is None or group.kills() == 0
     assert report["tensors"] == int((many / "tensors").read_text())
     assert report["threads"] == 8
     check(report)

@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["read_json", "read_object", "read_start"]
+__all__ = ["parse_json", "read_json", "read_object", "read_start"]
 
 #: Real configs take some kilobytes; those with thousands of labels, a megabyte or two. All of one
 #: is kept, for the output has all of it too, and Python takes up to a hundred bytes for a value of
@@ -32,6 +32,17 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, os.stat_result]:
         If it is no regular file, or holds no JSON, or more of it, or deeper, than a config does.
     """
     text, status = read_start(path, _MOST_BYTES + 1)
+    return parse_json(text), status
+
+
+def parse_json(text: bytes) -> Any:  # noqa: ANN401 - what JSON may hold
+    """Return what a text says.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or more of it, or deeper, than a config is.
+    """
     if len(text) > _MOST_BYTES:
         raise ValueError(f"longer than {_MOST_BYTES} bytes")
     # Each value but the first has one of these before it. Those in text count too.
@@ -43,7 +54,7 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, os.stat_result]:
         raise _too_deep() from None
     if not _is_within(value, _DEEPEST):
         raise _too_deep()
-    return value, status
+    return value
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from oxmerge import _core
 from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
-from oxmerge.errors import InputChangedError, PlanError, ProblemsError
+from oxmerge.errors import InputChangedError, PlanError, ProblemsError, UnsupportedError
 from oxmerge.file_state import FileState
+from oxmerge.models.adapters import is_adapter
 from oxmerge.models.fetching import check_space, fetch
+from oxmerge.models.references import resolve_reference
+from oxmerge.models.stores import is_address
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
@@ -35,7 +38,7 @@ from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import build_plan
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.summary import Prediction
-from oxmerge.problems import Findings
+from oxmerge.problems import Findings, Problem
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import format_size, parse_size
 from oxmerge.stages import plan_stages
@@ -45,14 +48,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import IO, Any
 
-    from oxmerge.problems import Problem
+    from oxmerge.models.references import Located
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
     #: What a merge may be asked for with.
     Request = PathLike | Mapping[str, object] | Recipe | Plan | IO[bytes]
 
-__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "merge", "plan"]
+__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "claiming_order", "merge", "plan"]
 
 #: Bytes that the whole process may have resident; or so many more than it has, in a process that
 #: has loaded torch, say.
@@ -230,12 +233,15 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     }  # fmt: skip
     RunOptions(memory, threads, device, vram, stream=stream, spool=spool)  # which checks them
     _bytes(memory), _bytes(vram)
-    made = prepare(
-        recipe,
-        PlanOptions(
-            seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods=allow_methods
-        ),
+    planning = PlanOptions(
+        seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods=allow_methods
     )
+    asked = _read(recipe, planning)
+    if isinstance(asked, Asked) and _adapters_of(asked) is not None:
+        message = "not supported yet: to plan a merge of adapters without a model"
+        advice = "`oxmerge merge` makes an adapter of them, in seconds"
+        raise UnsupportedError(message, advice=advice)
+    made = prepare(asked, planning)
     planned = made.with_options(options)
     for each in (*planned.stages, planned):
         each.prediction  # noqa: B018 - what cannot fit is told now
@@ -411,12 +417,63 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         from oxmerge.on_ray import merge_on_ray  # noqa: PLC0415 - it needs this module
 
         return merge_on_ray(recipe, directory, planning, running)
-    (report,) = merge_together([(recipe, directory)], planning, running)
+    asked = _read(recipe, planning)
+    if isinstance(asked, Asked):
+        report = _merge_adapters(asked, directory, planning, running)
+        if report is not None:
+            return report
+    (report,) = merge_together([(asked, directory)], planning, running)
     return report
 
 
+def _adapters_of(asked: Asked) -> list[Located] | None:
+    """Return where the models of a recipe lie, if they are adapters without a model."""
+    recipe, found = asked.recipe, []
+    folders = tuple(filter(None, (os.getcwd(), recipe.folder)))
+    for source in () if recipe.base_model or recipe.stages else recipe.models:
+        located = resolve_reference(source.model, folders)
+        if isinstance(located, Problem) or not is_adapter(located):
+            return None
+        found.append(located)
+    return found or None
+
+
+def _merge_adapters(
+    asked: Asked, directory: PathLike, planning: PlanOptions, running: RunOptions
+) -> MergeReport | None:
+    """Merge adapters, if that is what a recipe has; they need no plan."""
+    located = _adapters_of(asked)
+    if located is None:
+        return None
+    from oxmerge.adapter_sums import merge_adapters  # noqa: PLC0415 - seldom needed
+
+    named(directory)
+    memory = room(_bytes(running.memory))
+    run = merge_adapters(
+        asked.recipe, located, asked.findings, directory, running,
+        seed=planning.seed, strict=planning.strict, memory=memory,
+    )  # fmt: skip
+    moved = {"bytes_read": run.bytes_read, "bytes_written": run.bytes_written}
+    done = {
+        **moved, "seconds": run.seconds, "peak_memory": _core.peak_memory(), "device": "cpu",
+        "simd": _core.build_info()["simd"],
+        "memory": {"predicted": run.predicted, "budget": memory, "workers": running.threads or 1},
+    }  # fmt: skip
+    return report_of(
+        done,
+        directory=os.fspath(directory),
+        tensors=run.tensors,
+        files=1,
+        bytes_written=run.bytes_written,
+        input_bytes=run.bytes_read,
+        total_seconds=run.seconds,
+        warnings=run.warnings,
+        notes=("the output is an adapter, as its models are",),
+    )
+
+
 def merge_together(
-    merges: Sequence[tuple[Request, PathLike]],
+    merges: Sequence[tuple[Request | Asked, PathLike]],
     planning: PlanOptions,
     running: RunOptions,
     *,
@@ -439,10 +496,14 @@ def merge_together(
     _bytes(running.memory), _bytes(running.vram)
     before = _core.peak_memory()
     plans = [prepare(recipe, planning, stages) for recipe, _ in merges]
-    if running.part is not None:
-        from oxmerge.parts import merge_part  # noqa: PLC0415 - it needs this module
+    in_store = any(is_address(os.fspath(directory)) for _, directory in merges)
+    if in_store or running.part is not None:
+        from oxmerge.parts import merge_parts  # noqa: PLC0415 - it needs this module
 
-        return [merge_part(plans[0], merges[0][1], planning, running, started)]
+        if check is not None:
+            check(plans)
+        directories = [directory for _, directory in merges]
+        return merge_parts(list(zip(plans, directories, strict=True)), planning, running, started)
     if plans[0].stages:
         return [_merge_stages(plans[0], merges[0][1], planning, running)]
     if check is not None:
@@ -454,7 +515,7 @@ def merge_together(
     keys = keys_of(plans) if purpose is None else [purpose]
     claimed: dict[int, OutputDirectory] = {}
     try:
-        for at in _order([directory for _, directory in merges]):
+        for at in claiming_order([directory for _, directory in merges]):
             claimed[at] = owned or prepare_output(
                 merges[at][1],
                 overwrite=running.overwrite,
@@ -498,9 +559,11 @@ def execute(
 ) -> dict[str, Any]:
     """Write plans' outputs under partial names, and say how it went; see `_core.execute`.
 
-    Only the weights are written of the `part` of a plan; its `bytes` says how many they are.
+    Only the weights are written of the `part` of plans; its `bytes` says how many they are.
     """
     total = sum(plan.bytes_written for plan in plans) if part is None else part["bytes"]
+    needed = sum(plan.disk for plan in plans) if part is None else total
+    shards = None if part is None else part["shards"]
     with backend or nullcontext(), watched(running.progress) as callback:
         allowed = room(_bytes(running.memory))
         tables = _with_absent(plans, outputs, running, (allowed, backend), callback)
@@ -508,8 +571,8 @@ def execute(
             if part is None:
                 stage(output, contents_of(plan))
         folder = os.fspath(outputs[0].path)
-        size = spool_bytes(_bytes(running.spool), folder, sum(plan.disk for plan in plans))
-        with streamed(tables, size, folder) as fetcher:
+        size = spool_bytes(_bytes(running.spool), folder, needed)
+        with streamed(tables, size, folder, shards=shards) as fetcher:
             spool = None if fetcher is None else fetcher.spool
             done = _core.execute(
                 [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
@@ -523,7 +586,7 @@ def execute(
                 digests=running.digests,
                 keys=[output.purpose for output in outputs] if running.keeps else None,
                 spool=spool,
-                beside=0 if spool is None else RESIDENT,
+                beside=running.beside + (0 if spool is None else RESIDENT),
                 part=part,
             )
     return done | {"device": _name(backend), "notes": _notes(backend)}
@@ -550,18 +613,11 @@ def _merge_stages(
     )
     notes: list[str] = []
     warnings: list[str] = []
-    places: dict[str, str | None] = {}
     try:
-        folder = stages_folder(output)
-        for number, stage in enumerate(recipe.stages, start=1):
-            place = os.path.join(folder, str(number))
-            purpose = keys_of(plan.stages[:number])[-1]
-            (report,) = merge_together(
-                [(stage, place)], planning, running, stages=places, purpose=purpose
-            )
-            places[stage.name or ""] = place
+        places, made = merge_stages(plan, stages_folder(output), planning, running)
+        for earlier, report in zip(recipe.stages, made, strict=True):
             written = format_size(report.bytes_written)
-            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
+            notes.append(f"`{earlier.name}` was merged first: {written}, which are removed again")
             warnings += report.warnings
         merges = [(recipe, directory)]
         (report,) = merge_together(merges, planning, running, stages=places, owned=output)
@@ -575,6 +631,28 @@ def _merge_stages(
         warnings=(*warnings, *report.warnings),
         total_seconds=time.perf_counter() - started,
     )
+
+
+def merge_stages(
+    plan: Plan, folder: PathLike, planning: PlanOptions, running: RunOptions
+) -> tuple[dict[str, str | None], list[MergeReport]]:
+    """Make what the earlier merges of a plan make, below `folder`.
+
+    Returns
+    -------
+    (dict of str to str, list of MergeReport)
+        Where the output of each lies by its name, as `prepare` takes it; and how each merge went.
+    """
+    places: dict[str, str | None] = {}
+    reports = []
+    for number, recipe in enumerate(plan.recipe.stages, start=1):
+        place = os.path.join(folder, str(number))
+        purpose = keys_of(plan.stages[:number])[-1]
+        reports += merge_together(
+            [(recipe, place)], planning, running, stages=dict(places), purpose=purpose
+        )
+        places[recipe.name or ""] = place
+    return places, reports
 
 
 def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
@@ -592,7 +670,7 @@ def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
         error.add_note(how_to_go_on(reversed(kept)))
 
 
-def _order(directories: Sequence[PathLike]) -> list[int]:
+def claiming_order(directories: Sequence[PathLike]) -> list[int]:
     """Return the order in which to claim directories: the same in every run, by their real paths.
 
     Else two sweeps over the same ones could each have one that the other needs, and both fail.
@@ -613,25 +691,16 @@ def _check_side_files(plans: Iterable[Plan]) -> None:
 
 
 def prepare(
-    recipe: Request, options: PlanOptions, stages: Mapping[str, str | None] | None = None
+    recipe: Request | Asked, options: PlanOptions, stages: Mapping[str, str | None] | None = None
 ) -> Plan:
     """Return the plan of what was asked for: a recipe, a file or text of one, or a plan.
 
     `stages` says where the outputs of earlier merges lie; unless given, they are planned too.
     """
-    if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe, allow_methods=options.allow_methods)
-    if isinstance(recipe, Plan):
-        _check_made(recipe, options)
-        return recipe
-    findings = Findings(ignore_unknown=options.ignore_unknown)
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.read(recipe, findings)
-    elif not recipe.sources:
-        raise TypeError(
-            "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
-            "`Recipe.from_mapping`"
-        )
+    asked = _read(recipe, options)
+    if isinstance(asked, Plan):
+        return asked
+    recipe, findings = asked.recipe, asked.findings
 
     def plan_one(one: Recipe, places: Mapping[str, str | None], found: Findings) -> Plan:
         return build_plan(
@@ -639,7 +708,8 @@ def prepare(
             shard_size=parse_size(options.shard_size),
             seed=options.seed,
             strict=options.strict,
-            with_side_files=options.with_side_files,
+            # Later merges read those of earlier ones.
+            with_side_files=options.with_side_files or one is not recipe,
             allow_mismatch=options.allow_mismatch,
             allow_methods=options.allow_methods,
             findings=found,
@@ -651,6 +721,34 @@ def prepare(
     *earlier, last = plan_stages(recipe, findings, plan_one)
     last.stages = tuple(earlier)
     return last
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A recipe, as far as it could be read, and what is wrong with it."""
+
+    recipe: Recipe
+    findings: Findings
+
+
+def _read(request: Request | Asked, options: PlanOptions) -> Plan | Asked:
+    """Return the plan that was asked for, or the recipe."""
+    if isinstance(request, Asked):
+        return request
+    if isinstance(request, str | os.PathLike) and is_saved_plan(request):
+        request = load_plan(request, allow_methods=options.allow_methods)
+    if isinstance(request, Plan):
+        _check_made(request, options)
+        return request
+    findings = Findings(ignore_unknown=options.ignore_unknown)
+    if not isinstance(request, Recipe):
+        return Asked(Recipe.read(request, findings), findings)
+    if not request.sources:
+        raise TypeError(
+            "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
+            "`Recipe.from_mapping`"
+        )
+    return Asked(request, findings)
 
 
 def _check_made(plan: Plan, options: PlanOptions) -> None:
@@ -683,7 +781,9 @@ def finish_all(
         problems += against
         if not against:
             warnings = [*plan.warnings, *odd]
-            manifest = manifest_writer(plan, digests, warnings, hash_inputs=running.hash_inputs)
+            manifest = manifest_writer(
+                plan, contents_of(plan), digests, warnings, hash_inputs=running.hash_inputs
+            )
             told = done | {"files": files, "warnings": tuple(map(str, warnings))}
             reports.append(_finish(plan, output, told, manifest, started))
     if problems:
@@ -698,9 +798,12 @@ def _finish(
     manifest: Callable[[int], None],
     started: float,
 ) -> MergeReport:
+    contents = contents_of(plan)
+    if output.address is not None:
+        contents = replace(contents, shards=())
     report = report_of(
         done,
-        directory=os.fspath(output.path),
+        directory=output.address or os.fspath(output.path),
         tensors=len(plan.tensors),
         files=len(plan.shards),
         bytes_written=plan.bytes_written,
@@ -712,7 +815,7 @@ def _finish(
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
     states = [FileState(**state) for state in done["files"]]
-    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story, manifest))
+    leftovers = commit(output, contents, states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 

@@ -3,7 +3,7 @@
 Ray places the tasks and starts those again whose node was lost; parts go on from their journals
 (`oxmerge.parts`). The plan is made here, on the driver. A task plans too, which reads headers only,
 since paths and inodes may be others on its node, and goes no further if its plan is another one.
-The nodes share the file system that the output is on.
+The nodes share the file system that the output is on, or it is in a store.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import pickle
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from oxmerge.cli.progress import format_rate, watched
-from oxmerge.errors import OutputError, OxmergeError, UnsupportedError
+from oxmerge.errors import OutputError, OxmergeError
+from oxmerge.in_store import complete_in_store
 from oxmerge.merging import DEFAULT_MEMORY, Snapshot, prepare
+from oxmerge.models.stores import is_address
 from oxmerge.output.claims import named
 from oxmerge.output.manifest import plan_digest
-from oxmerge.parts import WaitsForOthersError, check_parts, complete, merge_part
+from oxmerge.parts import WaitsForOthersError, check_parts, complete, merge_parts
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
     from typing import Any
 
     from oxmerge.merging import MergeReport, Request
@@ -52,24 +54,21 @@ def merge_on_ray(
 ) -> MergeReport:
     """Merge on a Ray cluster; see `oxmerge.merge`."""
     started = time.perf_counter()
-    if "://" in os.fspath(directory):
-        raise UnsupportedError(
-            "an output in an object store is not supported yet",
-            file=os.fspath(directory),
-            advice="name a directory on a file system that all nodes share",
-        )
-    path = named(directory).absolute()
+    in_store = is_address(os.fspath(directory))
+    place = os.fspath(directory) if in_store else str(named(directory).absolute())
     plan = prepare(recipe, planning)
     ray = _ray()
     with _connected(ray, running.ray):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         parts = running.parts or min(len(plan.shards), _PARTS_A_NODE * len(nodes))
-        check_parts(plan, parts, stream=running.stream)
+        check_parts([plan], parts)
         cpus = min((node["Resources"]["CPU"] for node in nodes), default=1)
-        run = _Run(ray, plan, path, parts, planning, replace(running, ray=None, parts=None), cpus)
+        run = _Run(ray, plan, place, parts, planning, replace(running, ray=None, parts=None), cpus)
         with watched(running.progress) as callback:
             run.make_all(callback)
-    return complete(plan, parts, path, planning, running, started)
+    if in_store:
+        return complete_in_store(plan, place, planning, running, started)
+    return complete(plan, parts, Path(place), planning, running, started)
 
 
 def _ray() -> Any:  # noqa: ANN401 - a module, which need not be installed
@@ -143,7 +142,7 @@ def _work(asked: _Asked, board: Any) -> _Told:  # noqa: ANN401 - an actor
         plan = prepare(Recipe.from_text(asked.text, folder=asked.folder), asked.planning)
         _check_plan(plan, asked.digest)
         running = replace(asked.running, progress=report)
-        merge_part(plan, asked.directory, asked.planning, running, time.perf_counter())
+        merge_parts([(plan, asked.directory)], asked.planning, running, time.perf_counter())
     except WaitsForOthersError:
         return _Told(node, None, waits=True)
     except Exception as error:  # noqa: BLE001 - what it means is for the driver to say
@@ -201,7 +200,7 @@ class _Run:
         self,
         ray: Any,  # noqa: ANN401
         plan: Plan,
-        path: Path,
+        place: str,
         parts: int,
         planning: PlanOptions,
         running: RunOptions,
@@ -217,7 +216,7 @@ class _Run:
             plan.recipe_text,
             plan.recipe_folder,
             os.getcwd(),
-            str(path),
+            place,
             plan_digest(plan),
             replace(planning, seed=plan.seed, shard_size=plan.shard_size),
             running,

@@ -66,7 +66,13 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What decides how a merge runs; the parameters of `oxmerge.merge` of these names."""
+    """What decides how a merge runs; the parameters of `oxmerge.merge` of these names.
+
+    Attributes
+    ----------
+    beside : int
+        Bytes that others in this process may have resident, within `memory`.
+    """
 
     memory: int | str | None = None
     threads: int | None = None
@@ -87,6 +93,7 @@ class RunOptions:
     wait: float = 600
     ray: str | bool | None = None
     parts: int | None = None
+    beside: int = 0
 
     @property
     def keeps(self) -> bool:

@@ -535,6 +535,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     allow_nonfinite: bool = False,
     resume: bool = True,
     fresh: bool = False,
+    part: tuple[int, int] | None = None,
+    finish: bool = False,
+    wait: float = 600,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 
@@ -562,6 +565,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     resume, fresh
     strict, allow_mismatch, ignore_unknown, allow_methods
     digests, hash_inputs, allow_nonfinite
+    part, finish, wait
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
 
@@ -593,6 +597,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     running = RunOptions(
         memory, threads, device, vram, overwrite, read_path, progress,
         digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
+        part, finish, wait,
     )  # fmt: skip
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)

@@ -44,7 +44,7 @@ use std::sync::Arc;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io;
-use crate::plan::{Adapted, InputFile, Names, Remote};
+use crate::plan::{Adapted, InputFile, Names, Remote, Strides};
 
 pub use adapted::{Change, Changes, Given, GivenFactor, GivenTerm};
 pub use header::{Header, MAX_HEADER};
@@ -77,7 +77,7 @@ pub struct Checkpoint {
     /// The distinct shapes.
     shapes: Vec<Vec<u64>>,
     shape_numbers: HashMap<Vec<u64>, u32>,
-    /// What adapters make of tensors, by index.
+    /// What adapters make of tensors, and how those lie that do not lie one after the other; by index.
     adapted: HashMap<u32, Arc<Adapted>>,
 }
 
@@ -132,6 +132,8 @@ pub struct TensorInfo {
     pub file: usize,
     /// First byte in that file.
     pub start: u64,
+    /// Where its elements lie from there on, unless that is one after the other.
+    pub strides: Option<Strides>,
 }
 
 /// A file of a checkpoint that is not here.
@@ -256,7 +258,8 @@ impl Checkpoint {
     /// The other tensors that are the same bytes as tensor `index`, as tied weights are in files of
     /// torch.
     pub fn twins(&self, index: usize) -> impl Iterator<Item = usize> + '_ {
-        let is_same = move |&other: &usize| other != index && self.rows[other] == self.rows[index];
+        let place = |at: usize| (self.rows[at], self.adapted.get(&(at as u32)));
+        let is_same = move |&other: &usize| other != index && place(other) == place(index);
         (0..self.len()).filter(is_same)
     }
 
@@ -273,7 +276,11 @@ impl Checkpoint {
         let names = names_of(&self.names);
         let written = self.written.as_ref().map(|written| Arc::new(names_of(written)));
         let rows = kept.iter().map(|&at| self.rows[at]).collect();
-        Self { names, written, rows, ..self.clone() }
+        let change = |(at, &was): (usize, &usize)| {
+            Some((at as u32, Arc::clone(self.adapted.get(&(was as u32))?)))
+        };
+        let adapted = kept.iter().enumerate().filter_map(change).collect();
+        Self { names, written, rows, adapted, ..self.clone() }
     }
 
     /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
@@ -333,7 +340,11 @@ impl Checkpoint {
     /// Adds tensors, none of which is there yet: a header and an index have no name twice.
     fn add_tensors(&mut self, tensors: Vec<TensorInfo>) {
         for tensor in tensors {
-            let TensorInfo { name, dtype, shape, file, start } = tensor;
+            let TensorInfo { name, dtype, shape, file, start, strides } = tensor;
+            if let Some(strides) = strides {
+                let view = Adapted::view(dtype, &shape, strides);
+                self.adapted.insert(self.rows.len() as u32, Arc::new(view));
+            }
             let shape = self.shape_number(shape);
             let (number, is_new) = self.names.intern(&name);
             debug_assert!(is_new && number as usize == self.rows.len(), "`{name}` is there twice");

@@ -468,7 +468,8 @@ impl<T: Real + Pod> Source for AdaptedSource<T> {
         let read = CHUNK * (number + size_of::<f64>() as u64);
         let block = if self.adapted.magnitude.is_some() { STEP * number } else { 0 };
         let left = longest.max(LEFT).saturating_mul(number);
-        let reading = [AlignedBuffer::resident(base) as u64, read, block, left];
+        let below = self.base.memory().reading;
+        let reading = [AlignedBuffer::resident(base) as u64, read, block, left, below];
         let shared = match &self.adapted.magnitude {
             None => 0,
             // A magnitude, and a factor that may not be there yet.

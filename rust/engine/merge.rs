@@ -28,7 +28,7 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) digests: Option<&'a Arc<Digests>>,
     /// Where an earlier run has told of them, and this one does.
     pub(crate) journals: Option<Journals<'a>>,
-    /// Which part of the only plan is made, unless it is all of it.
+    /// Which part of the plans is made, unless it is all of them.
     pub(crate) part: Option<Part>,
 }
 

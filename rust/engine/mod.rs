@@ -34,6 +34,7 @@ mod resume;
 pub mod rows;
 pub(crate) mod simd;
 pub mod source;
+mod strided;
 pub mod task;
 pub mod verifying;
 mod worker;

@@ -95,28 +95,19 @@ pub(super) fn compare_outputs<'py>(
     if !pairs.iter().all(fits) {
         return Err(PyValueError::new_err("a pair is not of two tensors of one type and shape"));
     }
-    let (outputs, found): (Vec<usize>, Vec<usize>) = pairs.into_iter().unzip();
-    let place = |&at: &usize| {
+    let mut places = vec![None; table.len()];
+    for (output, at) in pairs {
         let tensor = checkpoint.tensor(at);
-        verifying::Place { file: tensor.file, start: tensor.start }
-    };
-    let places = found.iter().map(place).collect();
-    let some = table.only(&outputs);
+        places[output] = Some(verifying::Place { file: tensor.file, start: tensor.start });
+    }
     let settings = settings(py, memory, threads)?;
     let compared = enter(py, progress.as_ref(), |control| {
-        verifying::compare(
-            &some,
-            some.len() < table.len(),
-            &checkpoint.files,
-            places,
-            &settings,
-            control,
-        )
+        verifying::compare(&table, &checkpoint.files, places, &settings, control)
     });
     let deviations = raised.or(compared)?;
     let told = |(at, found): (usize, verifying::Deviation)| {
         let bytes = |bytes: &[u8]| PyBytes::new(py, bytes);
-        (outputs[at], found.first, found.elements, bytes(&found.expected), bytes(&found.found))
+        (at, found.first, found.elements, bytes(&found.expected), bytes(&found.found))
     };
     Ok(deviations.into_iter().map(told).collect())
 }
@@ -169,6 +160,7 @@ fn plan_of(
         for (model, at) in found {
             let (tensor, before) = (models[model].tensor(at), first_files[model]);
             let change = models[model].change_of(at);
+            let is_changed = change.is_some_and(|change| !change.is_view());
             let adapted = change.map(|change| {
                 let change = Adapted::clone(change).in_files(|file| before as u32 + file);
                 builder.add_adapted(change)
@@ -176,7 +168,7 @@ fn plan_of(
             inputs.push(Input {
                 model,
                 name: tensor.name,
-                dtype: if adapted.is_some() { working } else { tensor.dtype },
+                dtype: if is_changed { working } else { tensor.dtype },
                 file: before + tensor.file,
                 start: tensor.start,
                 adapted,

@@ -14,7 +14,7 @@ use super::error::raise;
 use super::formula::Raised;
 use super::to_python;
 use crate::checkpoint;
-use crate::engine::{files, manifest};
+use crate::engine::{files, manifest, verifying};
 use crate::methods;
 use crate::plan;
 use crate::plan::{MethodSource, Parameters};
@@ -145,6 +145,11 @@ impl Plan {
             return Err(PyIndexError::new_err("there is no tensor of that number"));
         }
         Ok(self.0.files_of(tensors.into_iter().map(|at| self.0.tensor(at))))
+    }
+
+    /// Whether making any tensor takes numbers over all of them.
+    fn needs_all(&self, py: Python<'_>) -> PyResult<bool> {
+        py.detach(|| verifying::needs_all(&self.0)).map_err(|error| raise(py, &error))
     }
 
     /// The same plan, of which files that were not here lie at these paths now, by their labels.

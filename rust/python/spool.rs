@@ -26,27 +26,39 @@ impl Spool {
     }
 }
 
-/// What merges of the same tensors, or one tensor of them, read of files that are not here.
-fn needs(plans: &[Arc<plan::Plan>], bytes: u64, tensor: Option<usize>) -> Result<Needs> {
+/// What merges of the same tensors read of files that are not here; or one tensor of them, or those of
+/// some shards.
+fn needs(
+    plans: &[Arc<plan::Plan>],
+    bytes: u64,
+    tensor: Option<usize>,
+    shards: Option<&[usize]>,
+) -> Result<Needs> {
     let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
-    Merges::open(plans, ReadPath::Auto, None)?.0.remote_needs(bytes, tensor)
+    let is_made = |at: usize| {
+        let shard = plans[0].tensor(at).shard();
+        tensor.is_none_or(|only| only == at) && shards.is_none_or(|some| some.contains(&shard))
+    };
+    Merges::open(plans.clone(), ReadPath::Auto, None)?.0.remote_needs(bytes, is_made)
 }
 
 #[pymethods]
 impl Spool {
-    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors, or for one tensor
-    /// of them. Fails if a tensor needs more.
+    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors; or for one tensor
+    /// of them, or for those of some `shards`. Fails if a tensor needs more.
     #[new]
-    #[pyo3(signature = (plans, size, folder, tensor=None))]
+    #[pyo3(signature = (plans, size, folder, tensor=None, shards=None))]
     fn create(
         py: Python<'_>,
         plans: Vec<PyRef<'_, Plan>>,
         size: u64,
         folder: PathBuf,
         tensor: Option<usize>,
+        shards: Option<Vec<usize>>,
     ) -> PyResult<Self> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let create = || io::Spool::create(&folder, size, needs(&plans, size, tensor)?);
+        let needs = || needs(&plans, size, tensor, shards.as_deref());
+        let create = || io::Spool::create(&folder, size, needs()?);
         py.detach(create).map(|spool| Self(Arc::new(spool))).map_err(|error| raise(py, &error))
     }
 
@@ -54,7 +66,7 @@ impl Spool {
     #[staticmethod]
     fn predict(py: Python<'_>, plans: Vec<PyRef<'_, Plan>>, size: u64) -> PyResult<(u64, u64)> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let needs = py.detach(|| needs(&plans, size, None)).map_err(|error| raise(py, &error))?;
+        let needs = py.detach(|| needs(&plans, size, None, None)).map_err(|error| raise(py, &error))?;
         Ok((needs.room().min(size), needs.fetched(size)))
     }
 

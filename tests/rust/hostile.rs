@@ -379,11 +379,11 @@ fn directories_without_clear_weights() {
         ),
         (
             &["adapter_model.bin"],
-            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; write it behind its model: `model+adapter`",
+            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; write it behind its model: `model+adapter`; to make one adapter of several, list adapters alone, and use `oxmerge merge`",
         ),
         (
             &["adapter_model.safetensors"],
-            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; write it behind its model: `model+adapter`",
+            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; write it behind its model: `model+adapter`; to make one adapter of several, list adapters alone, and use `oxmerge merge`",
         ),
     ];
     for (names, expected) in rows {

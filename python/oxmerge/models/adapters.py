@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from oxmerge.errors import OxmergeError
-from oxmerge.models.adapter_config import endings, read_adapter_config
+from oxmerge.models.adapter_config import FILE_NAME, endings, read_adapter_config
 from oxmerge.models.names import is_head, is_vocabulary
 from oxmerge.models.naming import known_rules
 from oxmerge.models.references import open_located
@@ -39,8 +39,17 @@ if TYPE_CHECKING:
     Factor = tuple[tuple[int, str], int, int, int]
     Term = tuple[tuple[int, int], int, float, Factor, Factor | None]
 
-__all__ = ["Adapted", "Adapter", "adapt", "kind_of", "open_adapter"]
+__all__ = ["WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter"]
 
+#: What the weights of an adapter are called: the first that is there counts.
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+#: Weights of a model: a folder that has them is no adapter's.
+_OF_MODELS = tuple(
+    f"{name}{end}"
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for end in ("", ".index.json")
+)
 #: What a module's name begins with in PEFT's files, and what wrappers put into it.
 _LEADS = ("base_model.model.", "module.")
 _NOISE = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -136,16 +145,24 @@ class _Change:
     rows: tuple[tuple[int, str], list[tuple[int, int]]] | None = None
 
 
+def is_adapter(located: Located) -> bool:
+    """Tell whether a folder holds an adapter, and no model."""
+
+    def has(name: str) -> bool:
+        return name in located.absent or os.path.isfile(os.path.join(located.path, name))
+
+    return has(FILE_NAME) and any(map(has, WEIGHTS)) and not any(map(has, _OF_MODELS))
+
+
 def open_adapter(located: Located, findings: Findings) -> Adapter | None:
     """Return the adapter in a folder, or None after reporting why it cannot be used."""
     config = read_adapter_config(located.path, findings)
     if config is None:
         return None
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    files = [os.path.join(located.path, name) for name in names]
+    files = [os.path.join(located.path, name) for name in WEIGHTS]
     there = (
         file
-        for name, file in zip(names, files, strict=True)
+        for name, file in zip(WEIGHTS, files, strict=True)
         if name in located.absent or os.path.exists(file)
     )
     file = next(there, files[0])
@@ -490,11 +507,19 @@ class _OneAdapter:
         job, shape = self.job, tuple(tensor.shape)
         if not job.is_known(name):
             return  # which is reported
-        if self.weight != 1:
+        # What is beside a pair is the model's own, of which PEFT keeps a copy: it has no weight.
+        is_copy = ".base_layer." in tensor.name
+        if self.weight != 1 and not is_copy:
             message = "an adapter that replaces tensors cannot be taken in part"
             self._fault(message, tensor, "weight 1", f"{self.weight:g}", "give it the weight 1")
             return
         if name in job.replaced or name in job.changes:
+            if is_copy and shape == job.shape(name):
+                message = "a second adapter has a copy of a tensor of the model, which is not used"
+                self.findings.warnings.append(
+                    Problem("adapter", message, file=self.adapter.path, tensor=tensor.name)
+                )
+                return
             self._fault(
                 "two adapters change a tensor, and one of them replaces it", tensor, advice=_APART
             )

@@ -321,7 +321,7 @@ def _in_cache(commit: Commit, inside: str, why: str | None = None) -> Located:
 
 def _may_lack(commit: Commit, why: str) -> Problem:
     message = "the Hub's cache may lack files beside the weights, and they were not fetched"
-    return Problem("odd-checkpoint", message, file=commit.folder, found=why)
+    return Problem("unreachable-model", message, file=commit.folder, found=why)
 
 
 def _lacking(commit: Commit, inside: str, *, weights_only: bool = False) -> list[str]:

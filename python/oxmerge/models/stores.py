@@ -96,7 +96,7 @@ class StoreFile:
             return
         import obstore  # noqa: PLC0415 - only when a store is asked
 
-        store, path = _store_of(self.label)
+        store, path = store_of(self.label)
         options: GetOptions = {"range": (start, stop)}
         if self.etag.startswith('"'):  # no other can be asked for
             options["if_match"] = self.etag
@@ -176,8 +176,8 @@ def find_model(address: str) -> StoredModel:
     whole = address.rstrip("/")
     is_file = whole.endswith((".safetensors", ".index.json"))
     folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
-    listed = _listed if parts.scheme in _LISTING else _asked_for
-    files = {name: file for name, file in listed(folder, inside).items() if _is_within(name)}
+    find = listed if parts.scheme in _LISTING else _asked_for
+    files = {name: file for name, file in find(folder, inside).items() if _is_within(name)}
     if not any(name.endswith(".safetensors") for name in files):
         raise RemoteError(
             "there is no model with safetensors files",
@@ -243,11 +243,11 @@ def _is_within(name: str) -> bool:
 # What there is.
 
 
-def _listed(folder: str, _: str) -> dict[str, StoreFile]:
+def listed(folder: str, _: str) -> dict[str, StoreFile]:
     """Return the files of a folder, as the store lists them."""
     import obstore  # noqa: PLC0415 - only when a store is asked
 
-    store, prefix = _store_of(folder)
+    store, prefix = store_of(folder)
     files: dict[str, StoreFile] = {}
     with _told(folder):
         for chunk in obstore.list(store, prefix or None):
@@ -289,7 +289,7 @@ def _heads(folder: str, names: Iterable[str]) -> dict[str, StoreFile]:
 def _head(address: str) -> StoreFile | None:
     import obstore  # noqa: PLC0415 - only when a store is asked
 
-    store, path = _store_of(address)
+    store, path = store_of(address)
     try:
         with _told(address):
             meta = obstore.head(store, path)
@@ -302,7 +302,7 @@ def _etag_of(meta: Mapping[str, Any]) -> str:
     return str(meta["e_tag"] or meta["last_modified"])
 
 
-def _store_of(address: str) -> tuple[Any, str]:
+def store_of(address: str) -> tuple[Any, str]:
     """Return the store that an address is in, and the path there."""
     parts = urlsplit(address)
     path = parts.path.strip("/")

@@ -74,7 +74,12 @@ def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -
 
 
 def streamed(
-    tables: Sequence[_core.Plan], size: int, folder: str, tensor: int | None = None
+    tables: Sequence[_core.Plan],
+    size: int,
+    folder: str,
+    tensor: int | None = None,
+    *,
+    shards: Sequence[int] | None = None,
 ) -> Fetcher | nullcontext[None]:
     """Return what fetches the files that are not here, for a `with` around the run.
 
@@ -88,6 +93,8 @@ def streamed(
         Where it is made. It has no name there, and is gone with the process at the latest.
     tensor : int, optional
         The only tensor that will be computed.
+    shards : sequence of int, optional
+        The only shards that will be made.
 
     Raises
     ------
@@ -99,7 +106,7 @@ def streamed(
     files = {at: file for at, file in enumerate(tables[0].files) if "remote" in file}
     if not files:
         return nullcontext()
-    spool = _core.Spool(tables, size, folder, tensor)
+    spool = _core.Spool(tables, size, folder, tensor, shards)
     return Fetcher(spool, {at: remote_file(file) for at, file in files.items()})
 
 

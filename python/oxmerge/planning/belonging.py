@@ -317,4 +317,7 @@ def _not_compared(names: str, error: Exception, file: str) -> Problem:
         story = error.as_problem()
         reason = story.message if story.found is None else f"{story.message}: {story.found}"
         return Problem("unreadable-config", message, file=story.file or file, found=reason)
-    return Problem("unreadable-config", message, file=file, found=str(error))
+    # Without the path, which stands beside it.
+    number = error.errno if isinstance(error, OSError) else None
+    reason = str(error) if number is None else os.strerror(number).lower()
+    return Problem("unreadable-config", message, file=file, found=reason)

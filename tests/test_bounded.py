@@ -72,7 +72,7 @@ PLACES = [
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bomb", [laughs(), merges()], ids=["laughs", "merges"])
 def test_aliases_cost_no_more_than_their_text(bomb: str, place: str) -> None:
-    for use in (Recipe.from_yaml, Recipe.mapping_of, oxmerge.plan):
+    for use in (Recipe.from_yaml, Recipe.documents_of, oxmerge.plan):
         started = time.monotonic()
         with pytest.raises(RecipeError, match="stands for more than 100000 values") as caught:
             use(bomb + place)

@@ -69,14 +69,14 @@ if TYPE_CHECKING:
     from typing import Any
 
     from oxmerge.merging import MergeReport, Snapshot
-    from oxmerge.models.stores import StoreFile
+    from oxmerge.models.remote import RemoteFile
     from oxmerge.options import PlanOptions, RunOptions
     from oxmerge.planning.plans import Plan
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
     #: What is there, by names.
-    Files = Mapping[str, StoreFile]
+    Files = Mapping[str, RemoteFile]
 
 __all__ = ["clean_in_store", "complete_in_store", "finish_in_store", "merge_in_store"]
 

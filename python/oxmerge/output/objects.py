@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from oxmerge.models.stores import StoreFile
+    from oxmerge.models.remote import RemoteFile
 
 __all__ = ["MOST_BYTES", "RESIDENT", "Objects", "Uploads"]
 
@@ -85,11 +85,11 @@ class Objects:
             ) from None
         return cls(address.rstrip("/"))
 
-    def files(self) -> dict[str, StoreFile]:
+    def files(self) -> dict[str, RemoteFile]:
         """Return what is there, by names with ``/``."""
         return listed(self.address, "")
 
-    def read(self, file: StoreFile) -> bytes:
+    def read(self, file: RemoteFile) -> bytes:
         """Return a record; nothing if it is longer than any, or gone."""
         if file.size > _MOST_RECORD:
             return b""
@@ -98,7 +98,7 @@ class Objects:
         except InputChangedError:
             return b""
 
-    def fetch(self, file: StoreFile, path: Path) -> None:
+    def fetch(self, file: RemoteFile, path: Path) -> None:
         """Write an object into a local file, which is there when all of it has come."""
         coming = path.with_name(f"{path.name}.coming")
         with open(coming, "wb") as to:

@@ -1070,3 +1070,6 @@ def test_an_adapter_by_name(the_hub: Hub, models: Path, tmp_path: Path) -> None:
     the_hub.offline()
     oxmerge.fuse("org/one", tmp_path / "again", ["me/lora@v2"])
     assert weights(tmp_path / "again")["model.safetensors"] == ours["model.safetensors"]
+    models_of = [{"model": "me/lora@v2", "parameters": {"weight": 1}}]
+    oxmerge.merge({"merge_method": "linear", "models": models_of}, tmp_path / "alone")
+    assert "# me/lora@v2 was me/lora@" in (tmp_path / "alone" / "oxmerge_recipe.yml").read_text()

@@ -108,6 +108,21 @@ def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {method: weights(folder / method) for method in METHODS}
 
 
+@pytest.mark.parametrize("method", ["ties", "metagpt"])
+def test_a_streamed_merge_is_verified(models: Path, tmp_path: Path, method: str) -> None:
+    """Computed again from what the server has, by a spool; and found out when it has changed."""
+    with serve(models) as server:
+        oxmerge.merge(recipe(tmp_path, server.address, method), tmp_path / "out")
+        for options in ([], ["--recompute"], ["--recompute", "--sample", "1%"]):
+            assert main(["verify", "-q", str(tmp_path / "out"), *options]) == 0
+        path = tmp_path / "out" / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        (deviation,) = oxmerge.verify(tmp_path / "out", recompute=True).deviations
+        assert deviation.elements == 1
+
+
 # What a merge of models elsewhere is.
 
 

@@ -28,7 +28,7 @@ from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions, check_seed
+from oxmerge.options import PlanOptions, RunOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.side_files import is_loadable_weight
 from oxmerge.problems import Findings, Problem, group_problems
@@ -448,8 +448,8 @@ class _Work:
             beside = os.path.dirname(os.path.abspath(self.folder))
             recipe = Recipe.from_text(manifest.recipe, folder=beside)
         options = PlanOptions(
-            seed=check_seed(self.seed if manifest is None else manifest.seed),
-            shard_size=DEFAULT_SHARD_SIZE if manifest is None else manifest.shard_size,
+            seed=(self.seed or None) if manifest is None else check_seed(manifest.seed),
+            shard_size=None if manifest is None else manifest.shard_size,
             # What was merged once may be merged again.
             allow_mismatch=True,
             ignore_unknown=True,

@@ -113,8 +113,8 @@ class Objects:
         with self._told(name):
             obstore.put(store, place, data, use_multipart=False)
 
-    def upload(self, name: str, path: Path, stopped: threading.Event) -> str:
-        """Write a local file of any size, piece by piece; what the store calls its content.
+    def upload(self, name: str, path: Path, stopped: threading.Event) -> None:
+        """Write a local file of any size, piece by piece.
 
         When it is `stopped`, what has come is taken back, and `KeyboardInterrupt` raised.
         """
@@ -123,8 +123,7 @@ class Objects:
         store, place = store_of(f"{self.address}/{name}")
         with self._told(name):
             pieces = _pieces(path, stopped)
-            put = obstore.put(store, place, pieces, chunk_size=_PIECE, max_concurrency=_AT_ONCE)
-        return str(put["e_tag"])
+            obstore.put(store, place, pieces, chunk_size=_PIECE, max_concurrency=_AT_ONCE)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects that are there."""
@@ -191,7 +190,7 @@ class Uploads:
             self.stopped.set()
             self._thread.join(_PATIENCE)
 
-    def begin(self, upload: Callable[[], object]) -> None:
+    def begin(self, upload: Callable[[], None]) -> None:
         """Begin an upload when the one before is over."""
         self.wait()
         # One that waits for a server must not keep the process.
@@ -206,7 +205,7 @@ class Uploads:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, upload: Callable[[], object]) -> None:
+    def _run(self, upload: Callable[[], None]) -> None:
         try:
             upload()
         except BaseException as failure:  # noqa: BLE001 - it is raised by who waits

@@ -667,8 +667,8 @@ def passthrough(model: str) -> str:
         ("org/one/nowhere", "`org/one` has no `nowhere`", "name a folder or a file that it has"),
         (
             "org/pickle",
-            "the tensors of a file of torch are not told by its first bytes",
-            "hf download",
+            "the zip archive has no directory at its end",
+            "download it again",
         ),
         ("org/empty", "holds no weights", "download"),
     ],
@@ -972,6 +972,40 @@ def test_a_file_that_is_not_here_is_not_read(the_hub: Hub, served: dict[str, Mod
     places = {file["remote"]["label"]: __file__ for file in plan.absent}
     with pytest.raises(oxmerge.InputChangedError, match="another than the one that was planned"):
         plan.table.placed(places)
+
+
+# Files of torch.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_of_torch_files_by_name(the_hub: Hub, tmp_path: Path, *, stream: bool) -> None:
+    """It is planned from the ends of its files, and merged as by its path, a view among others."""
+    torch = pytest.importorskip("torch")
+    folder = tmp_path / "old"
+    folder.mkdir()
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in SHAPES.items()}
+    tensors["lm_head.weight"] = torch.randn(32, 64).bfloat16().T
+    tensors["model.large"] = torch.randn(512, 512).bfloat16()
+    where: dict[str, str] = {}
+    for at, names in enumerate((list(tensors)[:3], list(tensors)[3:])):
+        file = f"pytorch_model-0000{at + 1}-of-00002.bin"
+        torch.save({name: tensors[name] for name in names}, folder / file)
+        where |= dict.fromkeys(names, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    server = the_hub.start({"org/old": Model.of_folder(str(folder))})
+    plan = oxmerge.plan(passthrough("org/old"))
+    ranges = [wanted for _, path, wanted in server.asked if path.startswith("/store/")]
+    assert len(ranges) <= 2 * 2  # the two ends of both files
+    assert not list(the_hub.home.rglob("*.bin"))
+    oxmerge.merge(plan, "out", stream=stream, spool="4MB")
+    oxmerge.merge(passthrough(str(folder)), tmp_path / "local")
+    assert (
+        weights(Path("out"))["model.safetensors"]
+        == (weights(tmp_path / "local")["model.safetensors"])
+    )
+    assert bool(list(the_hub.home.rglob("*.bin"))) is not stream
 
 
 # Adapters.

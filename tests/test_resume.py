@@ -17,6 +17,7 @@ import counted
 import numpy as np
 import oxmerge
 import pytest
+from faults import VERBS
 from oxmerge import _core, cli
 from oxmerge.output.resume import RESUME_NAME
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe
@@ -396,11 +397,22 @@ FAULTS = {
 }
 
 
+def test_some_calls_fail_of_a_verb_that_reads(faulty: Path) -> None:
+    meet(faulty, 23, "verify", "read:EIO", "read:short")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["direct", "buffered"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_call_fails_of_verbs_that_read(faulty: Path, verb: str) -> None:
+    step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 11
+    meet(faulty, step, verb, *(f"read:{fault}" for fault in FAULTS["read"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["direct", "buffered", "begun"])
 @pytest.mark.parametrize("call", FAULTS)
 def test_every_call_of_the_system_fails(faulty: Path, how: str, call: str) -> None:
-    step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 7  # all take six minutes
+    step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 7  # all take ten minutes
     meet(faulty, step, how, *(f"{call}:{fault}" for fault in FAULTS[call]))
 
 

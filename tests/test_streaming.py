@@ -128,6 +128,41 @@ def test_bytes_are_those_of_a_local_merge(
     assert "spool" in str(plan)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_an_adapter_in_a_store_on_a_model_of_torch(models: Path, tmp_path: Path, kind: str) -> None:
+    """The model is streamed, the adapter fetched whole, and kept for the next merge."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    for name in ("model", "adapter"):
+        (tmp_path / name).mkdir()
+    with oxmerge.open(models / "base", framework="pt") as base:
+        torch.save(dict(base), tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    factors = {
+        f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_{name}.weight": torch.randn(shape)
+        for layer in range(LAYERS)
+        for name, shape in {"A": (2, 256), "B": (512, 2)}.items()
+    }
+    if kind == "bin":
+        torch.save(factors, tmp_path / "adapter" / "adapter_model.bin")
+    else:
+        oxmerge.save(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    oxmerge.fuse(tmp_path / "model", tmp_path / "local", [tmp_path / "adapter"])
+    fetched = []
+    with serve(tmp_path) as server:
+        for out in ("out", "again"):
+            before = server.bytes_sent(f"adapter_model.{kind}")
+            references._starts.cache_clear()
+            adapter = f"{server.address}/adapter"
+            oxmerge.fuse(f"{server.address}/model", tmp_path / out, [adapter])
+            fetched.append(server.bytes_sent(f"adapter_model.{kind}") - before)
+            assert weights(tmp_path / out) == weights(tmp_path / "local")
+    size = (tmp_path / "adapter" / f"adapter_model.{kind}").stat().st_size
+    assert fetched[0] - fetched[1] == size  # of the second time only the header is
+
+
 def test_a_tied_head_is_fetched_once(models: Path, tmp_path: Path) -> None:
     tied = {name: shape for name, shape in SHAPES.items() if name != "lm_head.weight"}
     for name, seed in (("base", 3), ("tuned", 4)):

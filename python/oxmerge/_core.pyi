@@ -50,7 +50,7 @@ __all__ = [
 # element type by its safetensors name, where its own is another of the same size.
 _Array: TypeAlias = Any
 # A file that is not here: its name, bytes, label and ETag, and its first bytes.
-_Absent: TypeAlias = tuple[str, int, str, str, bytes]
+_Absent: TypeAlias = tuple[str, int, str, str, bytes, Callable[[int, int], bytes] | None]
 # A formula: its nodes as JSON, and the functions that they call; and what makes the output instead,
 # a function of arrays, with whether it has to have whole tensors.
 _Written: TypeAlias = tuple[

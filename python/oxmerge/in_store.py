@@ -47,7 +47,7 @@ from oxmerge.output.publish import (
     prepare_output,
     stage,
 )
-from oxmerge.output.resume import RESUME_NAME
+from oxmerge.output.resume import RESUME_NAME, how_to_go_on
 from oxmerge.parts import (
     WaitsForOthersError,
     check_parts,
@@ -117,7 +117,12 @@ def merge_in_store(
         todo = [shard for shard in shards if shard not in made]
         kept = len(shards) - len(todo)
         _check_space(place, [plan.shards[shard][1] for shard in todo])
-        _make_all(output, todo, run, running, backend)
+        try:
+            _make_all(output, todo, run, running, backend)
+        except BaseException as error:
+            if not getattr(error, "__notes__", ()):
+                error.add_note(how_to_go_on([objects.address]))
+            raise
         made = output.made(objects.files())
     left = [at for at in range(len(plan.shards)) if at not in made]
     if not left and (running.finish or running.part is None):

@@ -15,7 +15,7 @@ from oxmerge.errors import InputChangedError, PlanError, ProblemsError, Unsuppor
 from oxmerge.file_state import FileState
 from oxmerge.models.adapters import is_adapter
 from oxmerge.models.fetching import check_space, fetch
-from oxmerge.models.references import resolve_reference
+from oxmerge.models.references import resolve_reference, split_adapters
 from oxmerge.models.stores import is_address
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
@@ -431,6 +431,8 @@ def _adapters_of(asked: Asked) -> list[Located] | None:
     recipe, found = asked.recipe, []
     folders = tuple(filter(None, (os.getcwd(), recipe.folder)))
     for source in () if recipe.base_model or recipe.stages else recipe.models:
+        if split_adapters(source.model, folders)[1]:
+            return None
         located = resolve_reference(source.model, folders)
         if isinstance(located, Problem) or not is_adapter(located):
             return None

@@ -286,7 +286,7 @@ def _look_at_head(model: InputModel, found: Found) -> None:
 
 def _look_at_tokens(model: InputModel, found: Found) -> None:
     embedding = embedding_of(model)
-    files = token_files(folder_beside(model.path))
+    files = token_files(model.tokenizer_folder)
     if embedding is None or not files:
         return
     rows = embedding.shape[0]

@@ -8,7 +8,6 @@ nothing.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -24,7 +23,7 @@ from oxmerge.checking.headers import Found, look
 from oxmerge.checking.manifests import read_manifest
 from oxmerge.checking.measuring import BROKEN, Running, open_models, reported
 from oxmerge.errors import OutputError, PlanError, UnsupportedError
-from oxmerge.json_files import open_at_once
+from oxmerge.json_files import NO_FILE, naming, open_at_once
 from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
@@ -55,8 +54,6 @@ __all__ = ["Deviation", "Verification", "verify"]
 #: Of the JSON form: it changes when a key goes or means something else.
 SCHEMA = 1
 _HASH_BYTES = 32
-#: Errors that say that there is no file of a name, or something else.
-_NO_FILE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG))
 #: How the header of a weight file of a merge begins, behind its length.
 _LENGTH, _BEGINS = 8, b'{"__metadata__":{"format":"pt"}'
 
@@ -322,7 +319,7 @@ class _Work:
             return
         try:
             folder = os.path.dirname(os.path.realpath(path))
-            with open(path, "rb", opener=open_at_once) as file:
+            with naming(path), open(path, "rb", opener=open_at_once) as file:
                 status = os.fstat(file.fileno())
                 is_same = status.st_size == size and stat.S_ISREG(status.st_mode)
                 found = _digest(file, digest) if is_same else None
@@ -330,7 +327,7 @@ class _Work:
             self._report_file(name, f"`{MANIFEST_NAME}` tells of a file that cannot be there")
             return
         except OSError as error:
-            if error.errno not in _NO_FILE:
+            if error.errno not in NO_FILE:
                 raise
             self._report_file(name, "a file that was made is not there")
             return

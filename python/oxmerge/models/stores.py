@@ -33,7 +33,14 @@ if TYPE_CHECKING:
 
     from obstore import GetOptions
 
-__all__ = ["StoreFile", "StoredModel", "fetch_small", "find_model", "is_address"]
+__all__ = [
+    "StoreFile",
+    "StoredModel",
+    "fetch_adapter",
+    "fetch_small",
+    "find_model",
+    "is_address",
+]
 
 #: Seconds to wait for a connection, for a byte, and for one that is asked for again and again.
 _CONNECT, _PATIENCE, _LONGEST = 10, 30, 180
@@ -47,10 +54,17 @@ _MOST_SMALL = 256 << 20
 _MOST_INDEX = 16 << 20
 _LISTING = ("s3", "s3a", "gs")
 _WEB = ("https", "http")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Weights that a model on a web server may have, in the order in which they are looked for.
+_WEIGHTS = (
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
+    "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin",
+)  # fmt: skip
+#: How the names of files of weights end.
+_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 #: Files that a model on a web server may have beside its weights.
 _BESIDE = (
-    *TOKENIZER_FILES, "config.json", "generation_config.json", "README.md", "LICENSE",
+    *TOKENIZER_FILES, "config.json", "adapter_config.json", "generation_config.json", "README.md",
+    "LICENSE",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -174,16 +188,16 @@ def find_model(address: str) -> StoredModel:
             advice="name it without, with credentials in the environment",
         )
     whole = address.rstrip("/")
-    is_file = whole.endswith((".safetensors", ".index.json"))
+    is_file = whole.endswith((*_ENDS, ".index.json"))
     folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
     find = listed if parts.scheme in _LISTING else _asked_for
     files = {name: file for name, file in find(folder, inside).items() if _is_within(name)}
-    if not any(name.endswith(".safetensors") for name in files):
+    if not any(name.endswith(_ENDS) for name in files):
         raise RemoteError(
-            "there is no model with safetensors files",
+            "there is no model, neither in safetensors nor in files of torch",
             file=address,
             found=", ".join(f"`{name}`" for name in sorted(files)[:_AT_ONCE]) or "no files",
-            advice="name the folder of a model, or a safetensors file",
+            advice="name the folder of a model, or a file of its weights",
         )
     told = [whole, [(name, file.size, file.etag) for name, file in sorted(files.items())]]
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
@@ -208,12 +222,27 @@ def fetch_small(folder: str, files: Mapping[str, StoreFile]) -> None:
         list(pool.map(_fetch, lacking, lacking.values()))
 
 
-def _fetch(path: str, file: StoreFile) -> None:
-    if file.size > _MOST_SMALL:
+def fetch_adapter(label: str, size: int, etag: str) -> str:
+    """Fetch the weights of an adapter, which are read in any order, and return where they are.
+
+    Raises
+    ------
+    RemoteError, InputChangedError
+        If they cannot be had.
+    """
+    told = hashlib.sha256(json.dumps([label, size, etag]).encode()).hexdigest()[:32]
+    path = os.path.join(_cache(), told, "adapter_model")
+    if not os.path.isfile(path):
+        _fetch(path, StoreFile(label, size, etag), most=None)
+    return path
+
+
+def _fetch(path: str, file: StoreFile, most: int | None = _MOST_SMALL) -> None:
+    if most is not None and file.size > most:
         raise RemoteError(
             "a file beside the weights is too large for what it should be",
             file=file.label,
-            expected=f"at most {format_size(_MOST_SMALL, binary=True)}",
+            expected=f"at most {format_size(most, binary=True)}",
             found=format_size(file.size, binary=True),
             advice="copy the model without it",
         )
@@ -266,9 +295,10 @@ def listed(folder: str, _: str) -> dict[str, StoreFile]:
 
 def _asked_for(folder: str, inside: str) -> dict[str, StoreFile]:
     """Return those files that a model may have which a web server has."""
-    first = [inside] if inside else [_INDEX, _WEIGHTS]
+    first = [inside] if inside else _WEIGHTS
     files = _heads(folder, [*first, *_BESIDE])
-    index = next((name for name in first if name in files and name.endswith(".json")), None)
+    index = next((name for name in first if name in files), None)
+    index = index if index is not None and index.endswith(".json") else None
     if index is None:
         return files
     try:
@@ -357,6 +387,13 @@ def _told(address: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise InputChangedError(_CHANGED, file=address, found="no file", advice=_AGAIN) from None
+    except ValueError as error:  # what it says of a path that no store can have
+        raise RemoteError(
+            "the address is none that a store can have",
+            file=address,
+            found=str(error)[:300],
+            advice=_ADVICE["InvalidPathError"],
+        ) from None
     except Exception as error:
         if not type(error).__module__.startswith("obstore"):
             raise

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 
 from oxmerge import _core
 from oxmerge.errors import InputChangedError
+from oxmerge.models.fetching import is_of_adapter
 from oxmerge.models.references import remote_file
 from oxmerge.models.stores import is_address
 
@@ -60,8 +61,7 @@ def is_streamed(file: Mapping[str, Any], *, stream: bool) -> bool:
     if "remote" not in file:
         return False
     label: str = file["remote"]["label"]
-    is_adapter = label.rpartition("/")[2].startswith("adapter_model")
-    return not is_adapter and (is_address(label) or stream)
+    return not is_of_adapter(label) and (is_address(label) or stream)
 
 
 def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -> int:

@@ -12,7 +12,7 @@ import json
 
 from oxmerge import _core
 from oxmerge.models.names import is_head, is_vocabulary
-from oxmerge.models.vocabularies import folder_beside, token_files
+from oxmerge.models.vocabularies import token_files
 from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.schema import is_float
 
@@ -364,7 +364,7 @@ class Assembler:
             return _SAME_SIZE
         if self._alignment is not None:
             return "the embedding and the head of a model must have a row for the same tokens"
-        if not all(token_files(folder_beside(each.path)) for each in (self._donor, model)):
+        if not all(token_files(each.tokenizer_folder) for each in (self._donor, model)):
             return (
                 "the vocabularies differ; with a `tokenizer.json` beside each model, "
                 "`tokenizer_source: union` matches their rows by token"

@@ -225,7 +225,7 @@ class Belonging:
     # Tokenizers.
 
     def _compare_tokens(self, model: InputModel, rows: int) -> Iterator[Problem]:
-        ours, theirs = (folder_beside(each.path) for each in (self._donor, model))
+        ours, theirs = (each.tokenizer_folder for each in (self._donor, model))
         names = f"`{model.reference}` and `{self._donor.reference}`"
         found = vocabularies(ours, theirs)
         if found is None:

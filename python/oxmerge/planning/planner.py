@@ -24,7 +24,7 @@ from oxmerge.output.config import edit_config, json_text
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of, is_side_file
 from oxmerge.output.token_ids import GENERATION_CONFIG, edit_tokens
-from oxmerge.output.tokenizers import side_files_with
+from oxmerge.output.tokenizers import OutputTokenizer, side_files_with
 from oxmerge.planning.assembly import Assembler
 from oxmerge.planning.belonging import Belonging
 from oxmerge.planning.keeping import Keeping
@@ -280,10 +280,12 @@ class _Planner:
             return
         problems = self.findings.problems
         tokenizer = None if self.alignment is None else self.alignment.tokenizer
+        if tokenizer is None and donor.tokens is not None:
+            tokenizer = OutputTokenizer(donor.reference, donor.tokens)
         own = folder_beside(donor.path)
         template = None
         if self.recipe.chat_template is not None:
-            folders = [folder_beside(model.path) for model in self.inputs.models]
+            folders = [model.tokenizer_folder for model in self.inputs.models]
             whose = own if tokenizer is None else tokenizer.folder
             template, problem = choose_template(self.recipe.chat_template, folders, whose)
             problems += [] if problem is None else [problem]

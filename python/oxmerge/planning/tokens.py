@@ -168,7 +168,7 @@ class TokenPlanner:
 
     def _source(self, asked: Tokenizer) -> OutputTokenizer | None:
         """Return the tokenizer that the output has, or that its own is built on."""
-        own = folder_beside(self._donor.path)
+        own = self._donor.tokenizer_folder
         if asked.source in ("base", "union"):
             return OutputTokenizer(self._donor.reference, own)
         path = self._inputs.locate(asked.source)
@@ -182,7 +182,7 @@ class TokenPlanner:
         return OutputTokenizer(asked.source, folder)
 
     def _is_donor(self, source: OutputTokenizer) -> bool:
-        own = folder_beside(self._donor.path)
+        own = self._donor.tokenizer_folder
         return os.path.realpath(source.folder) == os.path.realpath(own)
 
     def _files(
@@ -192,8 +192,8 @@ class TokenPlanner:
 
         A model without a tokenizer has that of the donor.
         """
-        own = folder_beside(self._donor.path)
-        folders = [folder_beside(model.path) for model in self._inputs.models]
+        own = self._donor.tokenizer_folder
+        folders = [model.tokenizer_folder for model in self._inputs.models]
         references = [model.reference for model in self._inputs.models]
         folders.append(source.folder)
         references.append(source.reference)

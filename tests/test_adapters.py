@@ -137,6 +137,14 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "convolution 2d": (vision, targets("projection")),
     "convolution 2d dora": (vision, targets("projection", use_dora=True)),
     "experts": (mixtral, targets("q_proj", target_parameters=EXPERTS)),
+    "experts of other ranks": (
+        mixtral,
+        targets(
+            target_parameters=EXPERTS,
+            rank_pattern={"mlp.experts.down_proj": 2},
+            alpha_pattern={".*gate_up_proj": 5},
+        ),
+    ),
     "experts of one parameter": (mixtral, targets(target_parameters=EXPERTS[1:])),
     "experts transposed": (gpt_oss, targets(target_parameters=EXPERTS)),
 }
@@ -270,6 +278,49 @@ def test_a_base_that_lies_otherwise(place: Path) -> None:
     on_views, plain = fuse(f"{views}+{adapter}"), fuse(f"{model}+{adapter}")
     for name in plain:
         assert torch.equal(on_views[name], plain[name]), name
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_was_converted(place: Path, start: str) -> None:
+    """What has changed the base at the start is in the adapter when it is saved; else refused."""
+    model = base(place, llama)
+    trained = load(model, llama, torch.float32)
+    config = peft.LoraConfig(**targets("q_proj", "up_proj", init_lora_weights=start))
+    trained = peft.get_peft_model(trained, config)
+    trained.peft_config["default"].init_lora_weights = True
+    trained.save_pretrained(place / f"{start}-start")
+    trained.peft_config["default"].init_lora_weights = start
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    trained.save_pretrained(place / start)
+    with pytest.raises(oxmerge.UnsupportedError, match="whose start has changed its base"):
+        fuse(f"{model}+{place / start}")
+    where = str(place / f"{start}-start")
+    trained.save_pretrained(place / start, path_initial_model_for_weight_conversion=where)
+    ours = fuse(f"{model}+{place / start}", "float32")
+    theirs = trained.merge_and_unload().state_dict()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-4), name
+
+
+def test_an_adapter_of_tokens_alone(place: Path) -> None:
+    """PEFT's type of adapters that are rows of an embedding, and nothing else."""
+    model = base(place, llama)
+    trained = load(model, llama, torch.float32)
+    config = peft.TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])
+    trained = peft.get_peft_model(trained, config)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    trained.save_pretrained(place / "tokens")
+    ours = fuse(f"{model}+{place / 'tokens'}", "float32")
+    theirs = trained.merge_and_unload().state_dict()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 def tokenizer(folder: Path, tokens: int) -> None:

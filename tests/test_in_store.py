@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
 import s3_server
+from oxmerge import in_store
 from oxmerge.errors import OutputError, OxmergeError, RemoteError, UnsupportedError
 from oxmerge.models import stores
 from oxmerge.output.objects import Objects
@@ -47,7 +49,7 @@ def s3() -> Iterator[str]:
         yield address
 
 
-numbers = count()
+numbers = itertools.count()
 
 
 @pytest.fixture
@@ -96,8 +98,19 @@ def fetched(output: str, folder: Path) -> dict[str, bytes]:
     return directory_bytes(folder)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("linear", 2),
+        ("metagpt", 3),
+        pytest.param("metagpt", 1, marks=pytest.mark.slow),
+        pytest.param("metagpt", 2, marks=pytest.mark.slow),
+        pytest.param("linear", 3, marks=pytest.mark.slow),
+        pytest.param("model_stock", 1, marks=pytest.mark.slow),
+        pytest.param("model_stock", 2, marks=pytest.mark.slow),
+        pytest.param("model_stock", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_are_those_of_a_directory(
     tmp_path: Path, models: Path, whole: Any, output: str, method: str, parts: int
 ) -> None:
@@ -135,6 +148,25 @@ def test_the_last_part_completes_the_output(
     assert fetched(output, tmp_path / "out") == whole["linear"]
     with pytest.raises(OutputError, match="something lies where"):
         make(recipe, output, 1, 3)
+
+
+def test_two_runs_complete_the_output(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one finds that it is complete, however far it had come."""
+    recipe = models / "linear.yml"
+    make(recipe, output, 1, 2)
+    complete = in_store.complete_in_store
+
+    def after_another(*arguments: Any) -> Any:
+        complete(*arguments)
+        return complete(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(in_store, "complete_in_store", after_another)
+        report = make(recipe, output, 2, 2, finish=True)
+    assert "another run has completed" in report.notes[-1]
+    assert fetched(output, tmp_path / "out") == whole["linear"]
 
 
 def test_sweeps_are_waited_for_so_long(
@@ -232,6 +264,32 @@ def test_the_disk_here_is_full(
     assert "TMPDIR" in str(caught.value)
 
 
+def test_the_store_refuses_a_file(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was uploaded before stays, and the same command goes on."""
+    import obstore
+    from obstore.exceptions import PermissionDeniedError
+
+    put, count = obstore.put, itertools.count()
+
+    def refuse(store: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith(".safetensors") and next(count) == 2:
+            raise PermissionDeniedError("no more of that")
+        return put(store, path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(obstore, "put", refuse)
+        with pytest.raises(OutputError, match="cannot be written to") as caught:
+            oxmerge.merge(models / "linear.yml", output, shard_size=SHARD, seed=5)
+    assert "no more of that" in str(caught.value.found)
+    assert "goes on from there" in caught.value.__notes__[0]
+    there = Objects.at(output).files()
+    assert len([name for name in there if name.endswith(".safetensors")]) == 2
+    oxmerge.merge(models / "linear.yml", output, shard_size=SHARD, seed=5)
+    assert fetched(output, tmp_path / "out") == whole["linear"]
+
+
 def test_a_folder_of_someone_else_is_not_used(models: Path, output: str, tmp_path: Path) -> None:
     make(models / "linear.yml", output, 1, 2)
     with pytest.raises(OutputError, match="other parts lack"):
@@ -305,6 +363,29 @@ def test_memory_is_bounded(large: Path, output: str) -> None:
     assert report["files"] == 4
 
 
+def test_an_upload_that_is_stopped_is_taken_back(s3: str, output: str, tmp_path: Path) -> None:
+    path, stopped = tmp_path / "large", threading.Event()
+    path.write_bytes(bytes(30 << 20))
+    seen: list[list[str]] = []
+
+    def look() -> None:
+        while not stopped.is_set():
+            if found := uploads(s3, output):
+                seen.append(found)
+                stopped.set()
+
+    def upload() -> None:
+        while True:  # until it is seen under way
+            Objects.at(output).upload("model.safetensors", path, stopped)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look)
+        with pytest.raises(KeyboardInterrupt):
+            upload()
+    assert seen
+    assert not uploads(s3, output)
+
+
 def uploads(s3: str, output: str) -> list[str]:
     """Return the names of objects of which pieces have come and no end."""
     with closing(urllib.request.urlopen(f"{s3}/bucket?uploads")) as answer:
@@ -337,7 +418,9 @@ def test_a_part_that_ends_early_goes_on(
     shown: list[oxmerge.merging.Snapshot] = []
     report = oxmerge.merge(large, output, shard_size="17MB", threads=2, progress=shown.append)
     assert report.files == 4
-    assert {each.bytes_total for each in shown} <= {report.bytes_written}
+    done = [each.bytes_done for each in shown]
+    assert done == sorted(done)
+    assert all(each.bytes_done <= each.bytes_total <= sum(sizes.values()) for each in shown)
     after = {n: f.etag for n, f in objects.files().items() if n.endswith(".safetensors")}
     assert before.items() <= after.items()
     assert len(after) == 4

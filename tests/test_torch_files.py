@@ -92,6 +92,8 @@ def test_views_are_merged_as_what_they_say(tmp_path: Path) -> None:
     """By any method, with any number of threads, from a saved plan; integers too."""
     torch.manual_seed(0)
     tensors = scattered({f"x{at}": torch.randn(300, 700).bfloat16() for at in range(4)})
+    tensors["x4"] = torch.randn(50, 60, 70).bfloat16().permute(2, 0, 1)
+    tensors["x5"] = torch.randn(300, 900, 2).bfloat16()[1:, 1::2].transpose(0, 2)
     tensors["steps"] = torch.arange(60).reshape(4, 15).T
     assert sum(not each.is_contiguous() for each in tensors.values()) == len(tensors)
     views, plain = tmp_path / "views", tmp_path / "plain"
@@ -100,7 +102,7 @@ def test_views_are_merged_as_what_they_say(tmp_path: Path) -> None:
     torch.save(tensors, views / "pytorch_model.bin")
     whole = {name: each.contiguous() for name, each in tensors.items()}
     save_file(whole, plain / "model.safetensors")
-    same = {"steps": whole["steps"]} | {f"x{at}": whole[f"x{at}"].float() for at in range(4)}
+    same = {"steps": whole["steps"]} | {f"x{at}": whole[f"x{at}"].float() for at in range(6)}
     each = {"weight": 1, "density": 0.5}
     recipe = write_recipe(
         tmp_path / "t.yml", "ties", [views], base=plain, each=each, dtype="float32"

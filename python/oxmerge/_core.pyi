@@ -322,6 +322,8 @@ def compare_outputs(
     memory: int,
     threads: int | None = None,
     progress: Callable[[int, int, int, str, int], None] | None = None,
+    spool: Spool | None = None,
+    beside: int = 0,
 ) -> list[tuple[int, int, int, bytes, bytes]]: ...
 def measure(
     measure: str,
@@ -377,8 +379,9 @@ class Spool:
         plans: Sequence[Plan],
         size: int,
         folder: str | os.PathLike[str],
-        tensor: int | None = None,
+        tensors: set[int] | None = None,
         shards: Sequence[int] | None = None,
+        whole: bool = False,
     ) -> Spool: ...
     @staticmethod
     def predict(plans: Sequence[Plan], size: int) -> tuple[int, int]: ...
@@ -387,6 +390,8 @@ class Spool:
     def peek(self, extent: int, start: int, stop: int) -> bytes: ...
     def arrived(self, extent: int) -> None: ...
     def stop(self) -> None: ...
+    @property
+    def to_fetch(self) -> int: ...
     @property
     def fetched(self) -> int: ...
 

@@ -53,17 +53,14 @@ impl Table {
     /// Reads the table of a file that is not here.
     pub(super) fn of_absent(file: &Absent, path: &Path, index: usize) -> Result<Self> {
         let Absent { start, size, .. } = file;
-        let first = match &file.rest {
-            Some(rest) if start.starts_with(ZIP) => {
-                let read = torch_file::read(&**rest, path, *size, index);
-                return read.map_err(|error| match error.kind() {
-                    ErrorKind::Unsupported => error.file(path).advice(DOWNLOAD_FIRST),
-                    _ => error.file(path).or_else_advice(DOWNLOAD_AGAIN),
-                });
-            }
-            _ => start,
-        };
-        if first.starts_with(ZIP) || first.starts_with(OLD_TORCH) {
+        if let (true, Some(rest)) = (start.starts_with(ZIP), &file.rest) {
+            let read = torch_file::read(&**rest, path, *size, index);
+            return read.map_err(|error| match error.kind() {
+                ErrorKind::Unsupported => error.file(path).advice(DOWNLOAD_FIRST),
+                _ => error.file(path).or_else_advice(DOWNLOAD_AGAIN),
+            });
+        }
+        if start.starts_with(ZIP) || start.starts_with(OLD_TORCH) {
             let message = "the tensors of such a file of torch are not told by ranges of it";
             return Err(Error::new(ErrorKind::Unsupported, message)
                 .file(path)

@@ -27,7 +27,8 @@ from oxmerge.json_files import NO_FILE, naming, open_at_once
 from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions, check_seed
+from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
+from oxmerge.options import PlanOptions, RunOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.side_files import is_loadable_weight
 from oxmerge.problems import Findings, Problem, group_problems
@@ -447,8 +448,8 @@ class _Work:
             beside = os.path.dirname(os.path.abspath(self.folder))
             recipe = Recipe.from_text(manifest.recipe, folder=beside)
         options = PlanOptions(
-            seed=check_seed(self.seed if manifest is None else manifest.seed),
-            shard_size=DEFAULT_SHARD_SIZE if manifest is None else manifest.shard_size,
+            seed=(self.seed or None) if manifest is None else check_seed(manifest.seed),
+            shard_size=None if manifest is None else manifest.shard_size,
             # What was merged once may be merged again.
             allow_mismatch=True,
             ignore_unknown=True,
@@ -511,8 +512,14 @@ class _Work:
         files = plan.table.files
         used = plan.table.files_of(None if of_all else [at for at, _ in pairs])
         absent = [files[each] for each in used if files[each].get("remote")]
+        absent = [file for file in absent if not is_streamed(file, stream=False)]
         table = plan.table.placed(fetch(absent)) if absent else plan.table
-        with reported(self.running, plan.bytes_read) as report:
+        folder = tempfile.gettempdir()  # nothing is written beside the output
+        size, tensors = spool_bytes(None, folder), [at for at, _ in pairs]
+        with (
+            reported(self.running, plan.bytes_read) as report,
+            streamed([table], size, folder, tensors, whole=of_all) as fetcher,
+        ):
             differing = _core.compare_outputs(
                 table,
                 model.checkpoint,
@@ -520,6 +527,8 @@ class _Work:
                 memory=self.running.room,
                 threads=self.running.threads,
                 progress=report,
+                spool=None if fetcher is None else fetcher.spool,
+                beside=0 if fetcher is None else RESIDENT,
             )
         for at, first, elements, expected, there in differing:
             tensor = plan.tensors[at]

@@ -61,7 +61,7 @@ _ENDINGS = (
     ("embedding A", re.compile(r"(.*)\.lora_embedding_A(?:\.[^.]+)?")),
     ("embedding B", re.compile(r"(.*)\.lora_embedding_B(?:\.[^.]+)?")),
     ("magnitude", re.compile(r"(.*)\.lora_magnitude_vector(?:\.[^.]+)*")),
-    ("rows", re.compile(r"(.*)\.token_adapter\.trainable_tokens_delta")),
+    ("rows", re.compile(r"(.*?)(?:\.token_adapter)?\.trainable_tokens_delta")),
 )
 _LORA_WORD = re.compile(r"lora_|trainable_tokens|\.hada_|\.lokr_|\.ia3_|\.oft_|\.vera_")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")

@@ -301,8 +301,12 @@ class Inputs:
         found = self._resolve(self._donor) if self._donor else None
         try:
             return self._checkpoint(found) if isinstance(found, Located) else None
-        except (OxmergeError, OSError):
+        except OxmergeError:
             return None
+        except OSError as error:
+            if error.errno in NO_FILE or isinstance(error, PermissionError):
+                return None
+            raise  # the next time it may be read, and names would be others than this model's
 
     def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel | None:
         path = located.path

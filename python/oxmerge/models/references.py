@@ -410,7 +410,7 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
     wanted_of_store = {
         name: file
         for name, file in located.absent.items()
-        if isinstance(file, stores.StoreFile) and is_wanted(name)
+        if stores.is_address(file.label) and is_wanted(name)
     }
     if wanted_of_store:
         is_folder = os.path.isdir(located.path)
@@ -457,7 +457,7 @@ def remote_file(file: Mapping[str, object]) -> RemoteFile:
     label = str(remote["label"]) if isinstance(remote, Mapping) else ""
     etag, size = str(remote["etag"]) if isinstance(remote, Mapping) else "", int(str(file["size"]))
     if stores.is_address(label):
-        return stores.StoreFile(label, size, etag)
+        return stores.file_of(label, size, etag)
     found = Commit.of_label(label)
     if found is None:
         raise RemoteError("the plan names a file that cannot be fetched", file=label)

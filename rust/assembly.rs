@@ -509,7 +509,11 @@ fn maps<'a>(
 
 /// What tensors of several layers have in common: the rest of a name behind `lead`.
 fn shape_key(name: &str, lead: &str) -> String {
-    if lead.is_empty() { name.to_owned() } else { format!("*{}", &name[lead.len()..]) }
+    if lead.is_empty() {
+        return name.to_owned();
+    }
+    let prefix = lead.rsplit_once('.').map_or("", |(prefix, _)| prefix);
+    format!("{prefix}.*{}", &name[lead.len()..])
 }
 
 fn place_key(like: &Tensor<'_>, donor_lead: &str, name: &str) -> String {

@@ -6,6 +6,7 @@ over the rank may be off by a rounding a step; in bf16 by one rounding more.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
+tokenizers = pytest.importorskip("tokenizers")
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +137,14 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "convolution 2d": (vision, targets("projection")),
     "convolution 2d dora": (vision, targets("projection", use_dora=True)),
     "experts": (mixtral, targets("q_proj", target_parameters=EXPERTS)),
+    "experts of other ranks": (
+        mixtral,
+        targets(
+            target_parameters=EXPERTS,
+            rank_pattern={"mlp.experts.down_proj": 2},
+            alpha_pattern={".*gate_up_proj": 5},
+        ),
+    ),
     "experts of one parameter": (mixtral, targets(target_parameters=EXPERTS[1:])),
     "experts transposed": (gpt_oss, targets(target_parameters=EXPERTS)),
 }
@@ -268,6 +278,95 @@ def test_a_base_that_lies_otherwise(place: Path) -> None:
     on_views, plain = fuse(f"{views}+{adapter}"), fuse(f"{model}+{adapter}")
     for name in plain:
         assert torch.equal(on_views[name], plain[name]), name
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_was_converted(place: Path, start: str) -> None:
+    """What has changed the base at the start is in the adapter when it is saved; else refused."""
+    model = base(place, llama)
+    trained = load(model, llama, torch.float32)
+    config = peft.LoraConfig(**targets("q_proj", "up_proj", init_lora_weights=start))
+    trained = peft.get_peft_model(trained, config)
+    trained.peft_config["default"].init_lora_weights = True
+    trained.save_pretrained(place / f"{start}-start")
+    trained.peft_config["default"].init_lora_weights = start
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    trained.save_pretrained(place / start)
+    with pytest.raises(oxmerge.UnsupportedError, match="whose start has changed its base"):
+        fuse(f"{model}+{place / start}")
+    where = str(place / f"{start}-start")
+    trained.save_pretrained(place / start, path_initial_model_for_weight_conversion=where)
+    ours = fuse(f"{model}+{place / start}", "float32")
+    theirs = trained.merge_and_unload().state_dict()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-4), name
+
+
+def test_an_adapter_of_tokens_alone(place: Path) -> None:
+    """PEFT's type of adapters that are rows of an embedding, and nothing else."""
+    model = base(place, llama)
+    trained = load(model, llama, torch.float32)
+    config = peft.TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])
+    trained = peft.get_peft_model(trained, config)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    trained.save_pretrained(place / "tokens")
+    ours = fuse(f"{model}+{place / 'tokens'}", "float32")
+    theirs = trained.merge_and_unload().state_dict()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def tokenizer(folder: Path, tokens: int) -> None:
+    """Write a tokenizer of so many tokens."""
+    vocabulary = {f"w{at}": at for at in range(tokens)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+
+
+def test_an_adapter_with_new_tokens(place: Path) -> None:
+    """The output has its tokenizer, a row for each token, and gives what PEFT's model gives."""
+    model, folder, tokens = place / "small", place / "larger", 43
+    if not model.exists():
+        shutil.copytree(base(place, llama), model)
+    tokenizer(model, 40)
+    grown = load(model, llama, torch.float32)
+    grown.resize_token_embeddings(tokens, mean_resizing=False)
+    config = targets("q_proj", modules_to_save=["embed_tokens", "lm_head"])
+    grown = peft.get_peft_model(grown, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in grown.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    grown.save_pretrained(folder)
+    reference = f"{model}+{folder}"
+    recipe = {"merge_method": "passthrough", "models": [{"model": reference}], "dtype": "float32"}
+    told = [each.message for each in oxmerge.plan(recipe).warnings]
+    assert told == ["an adapter has rows for other tokens, and no tokenizer beside it"]
+    tokenizer(folder, tokens)
+    assert not oxmerge.plan(recipe).warnings
+    oxmerge.merge(recipe, place / "with-new-tokens")
+    made = transformers.AutoTokenizer.from_pretrained(place / "with-new-tokens")
+    ids = made("w3 w42 w41")["input_ids"]
+    assert ids == [3, 42, 41]
+    ours = load(place / "with-new-tokens", llama, torch.float32)
+    assert ours.config.vocab_size == tokens
+    expected = grown.merge_and_unload()(torch.tensor([ids])).logits
+    assert torch.allclose(ours(torch.tensor([ids])).logits, expected, atol=1e-4)
+    # One of the two tensors is as it was: no tokenizer fits.
+    file = folder / "adapter_model.safetensors"
+    left = {name: each for name, each in safetensors_torch.load_file(file).items()
+            if "lm_head" not in name}  # fmt: skip
+    safetensors_torch.save_file(left, file)
+    with pytest.raises(oxmerge.PlanError, match="another vocabulary tensor has none"):
+        oxmerge.plan(recipe)
 
 
 def two_adapters(place: Path) -> tuple[Path, Path]:

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import oxmerge
 import pytest
 from memory_group import memory_group
-from oxmerge.demo import make_demo
+from oxmerge.demo import LINEAR, SIZES, make_demo
 from writers import (
     evict,
     random_arrays,
@@ -170,7 +171,7 @@ CLASSES: dict[str, tuple[int, dict[str, Any]]] = {
     "element by element": CASES["linear, 2"],
     "Gram matrix": CASES["slerp"],
     "selection": (1, CASES["ties, 2"][1]),
-    "rows": (1, {"method": "model_stock", "base": True, "shared": {"filter_wise": True}}),
+    "rows": (2, {"method": "model_stock", "base": True, "shared": {"filter_wise": True}}),
     "ranking": (1, {**CASES["ties, 2"][1], "method": "della"}),
     "whole model": (1, {"method": "metagpt", "base": True}),
     "in Python": (2, {"method": "written_methods:stock", "base": True}),
@@ -183,8 +184,6 @@ def test_every_class_where_the_system_kills(work: Path, large: Path, name: str) 
     """A tenth more than the budget is all that the system gives, with its own memory and caches."""
     count, options = CLASSES[name]
     models: list[Path | str] = [large / str(index) for index in range(1, count + 1)]
-    if name == "rows":
-        models *= 2
     if name == "adapter":
         models = [f"{models[0]}+{write_adapter(work / 'lora')}"]
     base = large / "0" if "base" in options else None
@@ -459,6 +458,37 @@ def test_some_shards_of_671_billion_parameters(work: Path, method: str) -> None:
     assert report["threads"] == 8
     names = {path.name for path in (work / "out").glob("*.safetensors")}
     assert names == {plan.shards[shard][0] for shard in wanted}
+    check(report)
+
+
+@pytest.mark.parametrize("size", ["1b", "70b"])
+def test_an_adapter_of_all_linear_layers(
+    work: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of a model of 1.1 or 70 billion parameters: what a tensor needs, others do too."""
+    monkeypatch.setitem(SIZES, size, replace(SIZES[size], filled=False))
+    [base] = make_demo(work / "models", size, spreads=()).models
+    factors = {}
+    for tensor in SIZES[size].tensors():
+        module = tensor.name.removesuffix(".weight")
+        if module.endswith(LINEAR):
+            rows, columns = tensor.shape
+            factors[f"base_model.model.{module}.lora_A.weight"] = (16, columns)
+            factors[f"base_model.model.{module}.lora_B.weight"] = (rows, 16)
+    adapter = work / "adapter"
+    write_sparse(adapter / "adapter_model.safetensors", factors)
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": [*LINEAR]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    recipe = write_recipe(work / "r.yml", "passthrough", [f"{base}+{adapter}"])
+    plan = oxmerge.plan(recipe, shard_size=MIB)
+    plan.save(work / "plan.json")
+    # The embedding comes first, then the layer: norms share a shard with what they fit beside.
+    part = only_shards(work / "plan.json", [*range(1, 9)])
+    with memory_group(256 * MIB * 11 // 10) as group:  # and no other limit where there is none
+        report = report_of(merge(part, memory=256 * MIB, group=group))
+        assert group is None or group.kills() == 0
+    with oxmerge.open(work / "out") as made:
+        assert {name.split(".")[-2] for name in made} >= set(LINEAR)
     check(report)
 
 

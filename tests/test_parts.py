@@ -106,10 +106,10 @@ def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
 
 
 def make(recipe: Any, output: Path, part: int, parts: int, **options: Any) -> oxmerge.MergeReport:
-    options = {
+    usual: dict[str, Any] = {
         "shard_size": SHARD, "seed": 5, "threads": 2, "wait": 30, "allow_methods": WRITTEN,
-    } | options  # fmt: skip
-    return oxmerge.merge(recipe, output, part=(part, parts), **options)
+    }  # fmt: skip
+    return oxmerge.merge(recipe, output, part=(part, parts), **usual | options)
 
 
 def make_all(recipe: Path, output: Path, parts: int, **options: Any) -> None:

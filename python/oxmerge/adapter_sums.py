@@ -39,7 +39,7 @@ from oxmerge.options import RunOptions
 from oxmerge.output.card import RECIPE_NAME, pinned_recipe
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import UNSUPPORTED, Findings, Problem, group_problems
-from oxmerge.schema import DTYPE_SIZES
+from oxmerge.schema import DTYPE_SIZES, is_float
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -74,6 +74,8 @@ _COPY = "copy"
 _SUMS = ("linear", "task_arithmetic", "cat")
 _ANEW = "save the adapter anew"
 _FUSE = "fuse it into the model"
+#: Bytes of what is loaded on the way, NumPy above all.
+_BESIDE = 24 << 20
 #: Options that say nothing about a merge of adapters.
 _IDLE = (
     "device", "vram", "read_path", "hash_inputs", "stream", "spool", "part", "finish", "ray",
@@ -344,7 +346,8 @@ def merge_adapters(
         odd = findings.warnings if strict else []
         raise error.of("cannot merge the adapters", group_problems(findings.problems + odd))
     dtype = recipe.out_dtype or recipe.dtype or plan.dtype
-    needed = _core.peak_memory() + max(each.bytes(dtype) for each in plan.tensors.values())
+    needed = _core.peak_memory() + _BESIDE
+    needed += max(each.bytes(dtype) for each in plan.tensors.values())
     if needed > memory:
         raise MemoryBudgetError(
             "the factors of a module do not fit the memory budget",
@@ -513,8 +516,15 @@ class _Plan:
                 found_rank = f"{found} in {list(tensor.shape)}"
                 self._fault(message, tensor.name, adapter, f"rank {rank}", found_rank)
                 continue
+            if not is_float(tensor.dtype) or 0 in tensor.shape:
+                expected, shown = "floats", f"{tensor.dtype} {list(tensor.shape)}"
+                self._fault("a factor holds no numbers", tensor.name, adapter, expected, shown)
+                continue
             name = f"base_model.model.{module}{ending}"
             joined = self.tensors.setdefault(name, _Joined(kind, is_sum=self.method is None))
+            if number in _adapters_of(joined):
+                self._fault("two tensors of the adapter are for the same", tensor.name, adapter)
+                continue
             weight, density = share(f"{module}.weight")
             scale = config.scale_of(module)
             joined.parts.append(_Part(number, tensor, scale, weight, density))

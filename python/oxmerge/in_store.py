@@ -22,10 +22,12 @@ import re
 import shutil
 import stat
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 from oxmerge import _core
 from oxmerge._core import partial_name
@@ -40,6 +42,7 @@ from oxmerge.output.objects import MOST_BYTES, RESIDENT, Objects, Uploads
 from oxmerge.output.part_files import PLAN_NAME, PartFiles, Purpose, read_done, shards_of_parts
 from oxmerge.output.publish import (
     PARTS_NAME,
+    NoPartsError,
     close,
     discard,
     last_names,
@@ -47,7 +50,7 @@ from oxmerge.output.publish import (
     prepare_output,
     stage,
 )
-from oxmerge.output.resume import RESUME_NAME
+from oxmerge.output.resume import RESUME_NAME, how_to_go_on
 from oxmerge.parts import (
     WaitsForOthersError,
     check_parts,
@@ -63,18 +66,17 @@ from oxmerge.sizes import format_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from threading import Event
     from typing import Any
 
     from oxmerge.merging import MergeReport, Snapshot
-    from oxmerge.models.stores import StoreFile
+    from oxmerge.models.remote import RemoteFile
     from oxmerge.options import PlanOptions, RunOptions
     from oxmerge.planning.plans import Plan
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
     #: What is there, by names.
-    Files = Mapping[str, StoreFile]
+    Files = Mapping[str, RemoteFile]
 
 __all__ = ["clean_in_store", "complete_in_store", "finish_in_store", "merge_in_store"]
 
@@ -114,26 +116,40 @@ def merge_in_store(
     ):
         output.join(run)
         made = {} if running.fresh else output.made(objects.files())
+        own = {shard: made[shard] for shard in shards if shard in made}
+        kept = len(own)
         todo = [shard for shard in shards if shard not in made]
-        kept = len(shards) - len(todo)
         _check_space(place, [plan.shards[shard][1] for shard in todo])
-        _make_all(output, todo, run, running, backend)
-        made = output.made(objects.files())
-    left = [at for at in range(len(plan.shards)) if at not in made]
-    if not left and (running.finish or running.part is None):
-        return complete_in_store(plan, objects.address, planning, running, started)
-    own = [made[shard] for shard in shards if shard in made]
-    files = f"{len(left)} of {len(plan.shards)} weight files"
+        try:
+            own |= _make_all(output, todo, run, running, backend)
+        except BaseException as error:
+            if not getattr(error, "__notes__", ()):
+                error.add_note(how_to_go_on([objects.address]))
+            raise
+        there = objects.files()
+        left = len(plan.shards) - len(output.made(there))
     note = f"part {number} of {parts} is made" + (" already" if kept == len(shards) else "")
-    note += f", but not yet {files}" if left else ": `oxmerge finish` completes the output"
-    done = together(own, f"{kept} weight files were made before" if kept else None)
+    if _last_name(plan) in there:
+        note += "; another run has completed the output"
+    elif left:
+        note += f", but not yet {left} of {len(plan.shards)} weight files"
+    elif running.finish or running.part is None:
+        with contextlib.suppress(NoPartsError):
+            return complete_in_store(plan, objects.address, planning, running, started)
+        note += "; another run has completed the output"
+    else:
+        note += ", and all others: `oxmerge finish` completes the output"
+    done = together(list(own.values()), f"{kept} weight files were made before" if kept else None)
     return report_of_part(plan, shards, done, objects.address, note, started)
 
 
 def complete_in_store(
     plan: Plan, address: PathLike, planning: PlanOptions, running: RunOptions, started: float
 ) -> MergeReport:
-    """Write what makes a model of weight files that are all in a store, and remove the records."""
+    """Write what makes a model of weight files that are all in a store, and remove the records.
+
+    NoPartsError if another run has.
+    """
     objects = Objects.at(address)
     purpose = Purpose.of(plan, len(plan.shards))
     contents = contents_of(plan)
@@ -143,6 +159,8 @@ def complete_in_store(
         _opened(plan, objects, purpose, place) as output,
     ):
         there = objects.files()
+        if _last_name(plan) in there:
+            raise no_parts(objects.address)
         made = output.made(there)
         left = len(plan.shards) - len(made)
         if left:
@@ -153,7 +171,10 @@ def complete_in_store(
                 found=f"not yet {left} of them",
                 advice="run their parts with `--part`, then finish",
             )
-        folders = output.fetch_journals(there)
+        try:
+            folders = output.fetch_journals(there)
+        except InputChangedError:  # they go when it is complete
+            raise no_parts(objects.address) from None
         shutil.rmtree(place / "out", ignore_errors=True)
         local = prepare_output(
             place / "out",
@@ -252,6 +273,11 @@ def _check(plan: Plan, address: str, running: RunOptions) -> None:
         )
 
 
+def _last_name(plan: Plan) -> str:
+    """Return the file that is written last: when it is there, the output is complete."""
+    return last_names(replace(contents_of(plan), shards=()))[-1]
+
+
 def _no_overwrite(address: str) -> UnsupportedError:
     return UnsupportedError(
         "a model in an object store cannot be replaced: stores rename nothing",
@@ -262,46 +288,42 @@ def _no_overwrite(address: str) -> UnsupportedError:
 
 def _make_all(
     output: _Output, shards: list[int], run: str, running: RunOptions, backend: Backend | None
-) -> None:
-    """Make shards one by one, and upload each while the next is made."""
+) -> dict[int, dict[str, Any]]:
+    """Make shards one by one, and upload each while the next is made; say how each was made."""
+    made: dict[int, dict[str, Any]] = {}
+    total = sum(output.plan.shards[shard][1] for shard in shards)
+    before: Counter[str] = Counter()
     with Uploads() as uploads, watched(running.progress) as callback:
-        here = replace(running, wait=0, beside=RESIDENT)
-        before = [0, 0, 0]
+        progress = None if callback is None else partial(_show, callback, before, total)
+        here = replace(running, wait=0, beside=RESIDENT, progress=progress)
 
-        def make_one(shard: int) -> bool:
-            progress = None if callback is None else _adding(callback, before, output.plan)
-            return output.make(shard, run, replace(here, progress=progress), backend, uploads)
+        def make_some(shards: list[int]) -> None:
+            for shard in shards:
+                done = output.make(shard, run, here, backend, uploads)
+                if done is not None:
+                    made[shard] = done
+                    before.update({name: done[name] for name in ("bytes_read", "tensors")})
+                    before["bytes_done"] += output.plan.shards[shard][1]
 
-        waiting = [shard for shard in shards if not make_one(shard)]
-        uploads.wait()
+        make_some(shards)
+        waiting = [shard for shard in shards if shard not in made]
         if waiting:
+            uploads.wait()
             output.wait_for_numbers(running.wait)
-        for shard in waiting:
-            make_one(shard)
+            make_some(waiting)
+    return made
 
 
-def _adding(
-    progress: Callable[[Snapshot], None], before: list[int], plan: Plan
-) -> Callable[[Snapshot], None]:
-    """Return what hears of one weight file, and shows how far the run is with all of them."""
-    done, read, tensors = before
-
-    def report(snapshot: Snapshot) -> None:
-        before[:] = (
-            done + snapshot.bytes_done, read + snapshot.bytes_read, tensors + snapshot.tensors,
-        )  # fmt: skip
-        total = plan.bytes_written
-        progress(
-            replace(
-                snapshot,
-                bytes_done=min(before[0], total),
-                bytes_total=total,
-                bytes_read=before[1],
-                tensors=before[2],
-            )
-        )
-
-    return report
+def _show(
+    progress: Callable[[Snapshot], None],
+    before: Mapping[str, int],
+    total: int,
+    snapshot: Snapshot,
+) -> None:
+    """Show how far a run is with all of its weight files, of which it hears one by one."""
+    names = ("bytes_read", "tensors", "bytes_done")
+    sums = {name: before[name] + getattr(snapshot, name) for name in names}
+    progress(replace(snapshot, **sums, bytes_total=total))
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,8 +352,7 @@ class _Output:
 
         Others may write theirs at the same time. So it is looked both before and after.
         """
-        contents = contents_of(self.plan)
-        last = last_names(replace(contents, shards=()))[-1]
+        contents, last = contents_of(self.plan), _last_name(self.plan)
         there = self.objects.files()
         records = {name for name in there if name.startswith(_RECORDS)}
         others = there.keys() - records - (set(contents.names) if records else set())
@@ -355,7 +376,7 @@ class _Output:
             raise
         if _RECORDS + PLAN_NAME not in there:
             self.plan.save(self.place / PLAN_NAME)
-            self.objects.put(_RECORDS + PLAN_NAME, (self.place / PLAN_NAME).read_bytes())
+            self.objects.upload(_RECORDS + PLAN_NAME, self.place / PLAN_NAME, Event())
         self._fetch_numbers(there)
 
     def _check_others(self, there: Files) -> None:
@@ -388,26 +409,28 @@ class _Output:
         running: RunOptions,
         backend: Backend | None,
         uploads: Uploads,
-    ) -> bool:
-        """Make a weight file and begin to upload it; False if numbers of others are lacking."""
+    ) -> dict[str, Any] | None:
+        """Make a weight file and begin to upload it; None if numbers of others are lacking."""
         done = None
         with contextlib.suppress(WaitsForOthersError):
             done = make([self.plan], [shard], [self.part(shard)], [self.purpose], running, backend)
         kept = None if done is None else kept_of(done) | {"run": run}
         uploads.begin(partial(self._upload, shard, kept, uploads.stopped))
-        return done is not None
+        return kept
 
     def _upload(self, shard: int, done: Mapping[str, Any] | None, stopped: Event) -> None:
         """Upload what was found for a weight file; if it is `done`, the file and its record too."""
         files = self.part(shard)
-        numbers = files.path.with_name(f"{files.name}.numbers")
-        if numbers.exists():
-            self.objects.upload(self.record(shard, "numbers"), numbers, stopped)
+        numbers = self.record(shard, "numbers")
+        if (self.place / numbers).exists():
+            self.objects.upload(numbers, self.place / numbers, stopped)
         if done is None:
             return
         name = self.plan.shards[shard][0]
-        etag = self.objects.upload(name, files.path / partial_name(name), stopped)
+        self.objects.upload(name, files.path / partial_name(name), stopped)
         self.objects.upload(self.record(shard, "journal"), files.path / RESUME_NAME, stopped)
+        # As a list has it, by which it is looked for later: stores may answer an upload otherwise.
+        etag = self.objects.files()[name].etag
         story = {"key": self.purpose.key, "etag": etag, "done": done}
         self.objects.put(self.record(shard, "done"), json.dumps(story).encode())
         shutil.rmtree(files.path)
@@ -428,15 +451,15 @@ class _Output:
 
     def _fetch_numbers(self, there: Files) -> int:
         """Fetch what was found in sweeps, as far as it is there; return of how many it is not."""
-        lacking = 0
-        for shard in range(len(self.plan.shards)):
-            files = self.part(shard)
-            here = files.path.with_name(f"{files.name}.numbers")
-            found = there.get(self.record(shard, "numbers"))
-            if found is not None and not here.exists():
-                self.objects.fetch(found, here)
-            lacking += not here.exists()
-        return lacking
+        here = {
+            self.record(shard, "numbers"): self.place / self.record(shard, "numbers")
+            for shard in range(len(self.plan.shards))
+        }
+        left = {name: path for name, path in here.items() if not path.exists()}
+        found = [name for name in left if name in there]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: self.objects.fetch(there[name], left[name]), found))
+        return len(left) - len(found)
 
     def fetch_journals(self, there: Files) -> list[Path]:
         """Have the journals of all weight files here, each in a folder of its own."""
@@ -497,7 +520,8 @@ def _scratch(address: str, run: str, key: str) -> Iterator[Path]:
         try:
             yield place
         except BaseException as error:
-            if isinstance(error, InputChangedError | ProblemsError):
+            left = [*place.rglob(RESUME_NAME), *place.rglob("*.numbers")]
+            if not left or isinstance(error, InputChangedError | ProblemsError):
                 shutil.rmtree(place, ignore_errors=True)
             raise
         shutil.rmtree(place, ignore_errors=True)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from oxmerge.options import PlanOptions, RunOptions
     from oxmerge.planning.plans import Plan
 
-__all__ = ["merge_on_ray"]
+__all__ = ["merge_on_ray", "resources_of"]
 
 #: How often a part is begun again that failed, or whose node was lost.
 _MOST_TRIES = 3
@@ -67,8 +67,10 @@ def merge_on_ray(
         with watched(running.progress) as callback:
             run.make_all(callback)
     if in_store:
-        return complete_in_store(plan, place, planning, running, started)
-    return complete(plan, parts, Path(place), planning, running, started)
+        report = complete_in_store(plan, place, planning, running, started)
+    else:
+        report = complete(plan, parts, Path(place), planning, running, started)
+    return replace(report, notes=(*report.notes, *run.failures()))
 
 
 def _ray() -> Any:  # noqa: ANN401 - a module, which need not be installed
@@ -118,6 +120,7 @@ class _Told:
     """How a task ended: with an error, or since other parts have to sweep first."""
 
     node: str
+    host: str
     error: Exception | None
     waits: bool = False
 
@@ -128,11 +131,10 @@ def _work(asked: _Asked, board: Any) -> _Told:  # noqa: ANN401 - an actor
 
     node = ray.get_runtime_context().get_node_id()
     part = asked.running.part
-    host, told, last = os.uname().nodename, 0.0, None
+    host, told = os.uname().nodename, 0.0
 
     def report(snapshot: Snapshot) -> None:
-        nonlocal told, last
-        last = snapshot
+        nonlocal told
         if time.monotonic() - told >= _SECONDS_BETWEEN_LOOKS:
             told = time.monotonic()
             board.put.remote(part, host, snapshot)
@@ -142,14 +144,21 @@ def _work(asked: _Asked, board: Any) -> _Told:  # noqa: ANN401 - an actor
         plan = prepare(Recipe.from_text(asked.text, folder=asked.folder), asked.planning)
         _check_plan(plan, asked.digest)
         running = replace(asked.running, progress=report)
-        merge_parts([(plan, asked.directory)], asked.planning, running, time.perf_counter())
+        merge = (plan, asked.directory)
+        (made,) = merge_parts([merge], asked.planning, running, time.perf_counter())
     except WaitsForOthersError:
-        return _Told(node, None, waits=True)
+        return _Told(node, host, None, waits=True)
     except Exception as error:  # noqa: BLE001 - what it means is for the driver to say
-        return _Told(node, _sendable(error))
-    if last is not None:
-        board.put.remote(part, host, replace(last, bytes_done=last.bytes_total))
-    return _Told(node, None)
+        return _Told(node, host, _sendable(error))
+    size = made.bytes_written
+    whole = Snapshot(size, size, made.bytes_read, made.tensors, "", made.peak_memory)
+    ray.get(board.put.remote(part, host, whole))
+    return _Told(node, host, None)
+
+
+def _node(told: _Told) -> str:
+    """Return what a message calls a node: hosts may have several."""
+    return f"{told.host} (node {told.node[:8]})" if told.node else "a node that Ray lost"
 
 
 def _check_plan(plan: Plan, expected: str) -> None:
@@ -178,6 +187,16 @@ def _sendable(error: Exception) -> Exception:
     except Exception:  # noqa: BLE001 - then it is told as text
         return OxmergeError(str(error))
     return error
+
+
+def resources_of(running: RunOptions, cpus: float) -> dict[str, Any]:
+    """Return what a task asks Ray for, on nodes with so many CPUs."""
+    return {
+        "num_cpus": min(running.threads or cpus, cpus),
+        "num_gpus": 1 if running.device.startswith("cuda") else 0,
+        "memory": DEFAULT_MEMORY if running.memory is None else parse_size(running.memory),
+        "max_retries": _MOST_TRIES,
+    }
 
 
 class _Board:
@@ -212,6 +231,8 @@ class _Run:
         self._parts = parts
         # Numbers over the model: none waits for another, which perhaps has no node to run on.
         running = replace(running, finish=False, wait=0, progress=None)
+        if running.device.startswith("cuda"):
+            running = replace(running, device="cuda")  # Ray shows a task its own GPU alone
         self._asked = _Asked(
             plan.recipe_text,
             plan.recipe_folder,
@@ -221,13 +242,7 @@ class _Run:
             replace(planning, seed=plan.seed, shard_size=plan.shard_size),
             running,
         )
-        memory = DEFAULT_MEMORY if running.memory is None else parse_size(running.memory)
-        self._resources: dict[str, Any] = {
-            "num_cpus": min(running.threads or cpus, cpus),
-            "num_gpus": 1 if running.device.startswith("cuda") else 0,
-            "memory": memory,
-            "max_retries": _MOST_TRIES,
-        }
+        self._resources = resources_of(running, cpus)
         here = ray.get_runtime_context().get_node_id()
         self._board = ray.remote(_Board).options(**self._on(here), num_cpus=0).remote()
         self._failed: dict[int, list[_Told]] = {part: [] for part in range(1, parts + 1)}
@@ -250,6 +265,14 @@ class _Run:
             self._cancel()
             error.add_note("the parts that are made are kept: the same command goes on from there")
             raise
+
+    def failures(self) -> list[str]:
+        """Tell of parts that failed on a node and were made elsewhere."""
+        return [
+            f"part {part} failed on {_node(told)} and was made elsewhere: {told.error}"
+            for part, failed in self._failed.items()
+            for told in failed
+        ]
 
     def _make(self, parts: Sequence[int], progress: Callable[[Snapshot], None] | None) -> list[int]:
         """Run a task for each part; return those that were told to wait for the others' sweeps."""
@@ -274,7 +297,7 @@ class _Run:
         try:
             told: _Told = self._ray.get(task)
         except self._ray.exceptions.RayError as error:  # its node or its process was lost too often
-            return _Told("", OxmergeError("Ray lost a part", found=str(error)))
+            return _Told("", "", OxmergeError("Ray lost a part", found=str(error)))
         return told
 
     def _begin(self, part: int, **where: Any) -> None:  # noqa: ANN401
@@ -291,7 +314,8 @@ class _Run:
         others = [node for node in nodes if node not in tried]
         if len(failed) >= _MOST_TRIES or not others:
             error = failed[-1].error or OutputError("a part failed")
-            error.add_note(f"part {part} failed on {len(tried)} of {len(nodes)} nodes")
+            where = ", ".join(dict.fromkeys(map(_node, failed)))
+            error.add_note(f"part {part} failed on {len(tried)} of {len(nodes)} nodes: {where}")
             raise error
         # A process that is about to end may still have the part's lock.
         time.sleep(_SECONDS_BETWEEN_TRIES)

@@ -47,12 +47,16 @@ class PlanOptions:
 
     Attributes
     ----------
+    seed : int, optional
+        None for that of a plan that is made, else 0.
+    shard_size : int or str, optional
+        None for that of a plan that is made, else `DEFAULT_SHARD_SIZE`.
     with_side_files : bool
         Whether the donor's other files will be copied, and must be such that they can be.
     """
 
-    seed: int = 0
-    shard_size: int | str = DEFAULT_SHARD_SIZE
+    seed: int | None = None
+    shard_size: int | str | None = None
     strict: bool = False
     allow_mismatch: bool = False
     ignore_unknown: bool = False

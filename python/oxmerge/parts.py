@@ -342,7 +342,7 @@ def make(
                 files.path,
                 overwrite=False,
                 input_files=(),
-                needed_bytes=size,
+                needed_bytes=size * len(plans),
                 names=names,
                 purpose=purpose.key,
                 resume=True,

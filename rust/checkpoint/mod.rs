@@ -136,6 +136,27 @@ pub struct TensorInfo {
     pub strides: Option<Strides>,
 }
 
+/// A file that is read by ranges, wherever it is.
+pub trait ReadAt: std::fmt::Debug + Send + Sync {
+    /// Reads the bytes from `start` on that fill `memory`.
+    fn read_at(&self, start: u64, memory: &mut [u8]) -> Result<()>;
+
+    /// Whether each range takes a while.
+    fn is_far(&self) -> bool {
+        true
+    }
+}
+
+impl ReadAt for std::fs::File {
+    fn read_at(&self, start: u64, memory: &mut [u8]) -> Result<()> {
+        io::read_exact_at(self, start, memory)
+    }
+
+    fn is_far(&self) -> bool {
+        false
+    }
+}
+
 /// A file of a checkpoint that is not here.
 #[derive(Clone, Debug)]
 pub struct Absent {
@@ -145,6 +166,8 @@ pub struct Absent {
     pub remote: Remote,
     /// Its first bytes, which have the header; none of a file that is not opened.
     pub start: Vec<u8>,
+    /// Reads the others, of a file that has no header.
+    pub rest: Option<Arc<dyn ReadAt>>,
 }
 
 /// The files of a checkpoint that are not here, by their names in its directory.
@@ -316,7 +339,8 @@ impl Checkpoint {
     /// Opens a file, adds it to the list, and reads its tensors.
     fn read_table(&mut self, path: &Path, absent: &Elsewhere) -> Result<Vec<TensorInfo>> {
         if let Some(absent) = find_absent(path, absent) {
-            let table = Table::of_start(&absent.start, path, absent.size, self.files.len())?;
+            let table = Table::of_absent(absent, path, self.files.len())?;
+            self.note(path, table.notes);
             let (path, size, remote) = (path.to_owned(), absent.size, Some(absent.remote.clone()));
             self.files.push(InputFile { path, size, modified_ns: 0, device: 0, inode: 0, remote });
             return Ok(table.tensors);
@@ -324,10 +348,15 @@ impl Checkpoint {
         let file = io::open_read_only(path)?;
         let input = InputFile::of(&file, path)?;
         let Table { tensors, notes } = Table::read(&file, path, input.size, self.files.len())?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        self.warnings.extend(notes.into_iter().map(|note| format!("`{name}`: {note}")));
+        self.note(path, notes);
         self.files.push(input);
         Ok(tensors)
+    }
+
+    /// Takes down what is odd about a file.
+    fn note(&mut self, path: &Path, notes: Vec<String>) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        self.warnings.extend(notes.into_iter().map(|note| format!("`{name}`: {note}")));
     }
 
     fn shape_number(&mut self, shape: Vec<u64>) -> u32 {

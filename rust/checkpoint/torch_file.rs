@@ -6,7 +6,6 @@
 //! lie one after the other says how they lie.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::path::Path;
 
 use super::header::{MAX_HEADER, checked_bytes};
@@ -14,10 +13,9 @@ use super::index::list;
 use super::pickle::{Dict, ELEMENTS, Pickle, RawStorage, RawTensor, Value};
 use super::table::Table;
 use super::zip::{Directory, Entry};
-use super::{TensorInfo, conversion, quantised};
+use super::{ReadAt, TensorInfo, conversion, quantised};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::read_exact_at;
 use crate::plan::Strides;
 
 /// What training scripts call the dictionary of the model in what they save.
@@ -34,7 +32,7 @@ const OF_SCRIPTS: [&str; 2] = ["constants.pkl", "code/"];
 
 /// Reads the table of tensors of `file`, which is at `path`, has `size` bytes and is number `index`
 /// of its checkpoint; and what was passed over.
-pub(super) fn read(file: &File, path: &Path, size: u64, index: usize) -> Result<Table> {
+pub(super) fn read(file: &dyn ReadAt, path: &Path, size: u64, index: usize) -> Result<Table> {
     read_archive(file, path, size, index).map_err(|error| {
         // What cannot be read here may be readable by torch, which then writes it anew.
         let is_told = error.parts().advice.is_some() || error.kind() != ErrorKind::Unsupported;
@@ -42,7 +40,7 @@ pub(super) fn read(file: &File, path: &Path, size: u64, index: usize) -> Result<
     })
 }
 
-fn read_archive(file: &File, path: &Path, size: u64, index: usize) -> Result<Table> {
+fn read_archive(file: &dyn ReadAt, path: &Path, size: u64, index: usize) -> Result<Table> {
     let directory = Directory::read(file, size)?;
     let archive = Archive::open(file, &directory)?;
     archive.check_kind(path)?;
@@ -135,7 +133,7 @@ fn has_tensors(dict: &Dict) -> bool {
 
 /// An archive that torch wrote.
 struct Archive<'a> {
-    file: &'a File,
+    file: &'a dyn ReadAt,
     directory: &'a Directory,
     entries: HashMap<&'a [u8], Entry<'a>>,
     /// What all names begin with.
@@ -143,7 +141,7 @@ struct Archive<'a> {
 }
 
 impl<'a> Archive<'a> {
-    fn open(file: &'a File, directory: &'a Directory) -> Result<Self> {
+    fn open(file: &'a dyn ReadAt, directory: &'a Directory) -> Result<Self> {
         let entries = directory.entries()?;
         let mut folders = entries.keys().filter_map(|name| {
             let name = std::str::from_utf8(name).ok()?.strip_suffix(PICKLE)?;
@@ -202,7 +200,7 @@ impl<'a> Archive<'a> {
             .found(entry.size));
         }
         let mut bytes = vec![0; entry.size as usize];
-        read_exact_at(self.file, self.directory.locate(self.file, entry)?, &mut bytes)?;
+        self.file.read_at(self.directory.locate(self.file, entry)?, &mut bytes)?;
         Ok(bytes)
     }
 }

@@ -401,8 +401,9 @@ impl<'a> Merges<'a> {
     }
 
     /// What is read of files that are not here, task by task, through a spool of `spool` bytes: in
-    /// the sweep over the model, if there is one, and in the merge. Only of tensors that are `made`.
-    pub fn remote_needs(&self, spool: u64, made: impl Fn(usize) -> bool) -> Result<Needs> {
+    /// the sweep over the model, if there is one, and in the merge; of tensors that are `made` there, in
+    /// the sweep if so it says.
+    pub fn remote_needs(&self, spool: u64, made: impl Fn(usize, bool) -> bool) -> Result<Needs> {
         let plan = self.plans[0];
         let is_remote = |file: u32| plan.files[file as usize].remote.is_some();
         let remote = plan.files.iter().filter(|file| file.remote.is_some());
@@ -412,7 +413,7 @@ impl<'a> Merges<'a> {
             needs.begin_again();
             for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
                 let kind = self.kind(at);
-                let is_read = made(at) && (!in_sweep || self.swept[kind]);
+                let is_read = made(at, in_sweep) && (!in_sweep || self.swept[kind]);
                 let read: &[usize] = if is_read { &self.read[kind] } else { &[] };
                 let tensor = plan.tensor(at);
                 let sources = tensor.sources().enumerate().filter(|(at, _)| read.contains(at));

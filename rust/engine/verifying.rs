@@ -15,7 +15,7 @@ use super::task::Tasks;
 use super::{Settings, run_planned};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::io::{self, AlignedBuffer, InputReader, ReadPath};
+use crate::io::{self, AlignedBuffer, InputReader, ReadPath, Spool};
 use crate::kernels::{self, Level};
 use crate::plan::{InputFile, Plan};
 
@@ -162,18 +162,28 @@ pub fn hash(plan: &Plan, settings: &Settings, control: &Control) -> Result<Vec<[
 
 /// Makes tensors of `plan`, and compares each with the bytes at its place in one of `files`; how those
 /// differ that do. Tensors without a place are made only as far as numbers over the model need them.
+/// Inputs that are not here come by `spool`; who fetches them may have so many bytes resident.
 pub fn compare(
     plan: &Plan,
     files: &[InputFile],
     places: Vec<Option<Place>>,
+    spool: Option<(Arc<Spool>, u64)>,
     settings: &Settings,
     control: &Control,
 ) -> Result<BTreeMap<usize, Deviation>> {
     let against = Arc::new(Against::open(files, places, settings.level)?);
     let purpose = Purpose::Checked(Some(Arc::clone(&against)));
-    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, None)?;
-    let baseline = memory::resident() + (COMPARED * settings.workers) as u64;
+    let (spool, beside) = spool.unzip();
+    if let Some(spool) = spool.clone() {
+        control.on_end(move || spool.stop());
+    }
+    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, spool.clone())?;
+    let beside = beside.unwrap_or(0) + (COMPARED * settings.workers) as u64;
+    let baseline = memory::resident() + beside;
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline, 0)?;
+    if let Some(spool) = spool {
+        spool.begin();
+    }
     run_planned(&Simd(settings.level), &tasks, settings, memory, control)?;
     io::check_unchanged(&plan.files)?;
     io::check_unchanged(files)?;

@@ -56,7 +56,7 @@ pub use differing::differing;
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;
 pub use level::Level;
-pub use low_rank::{TILE, Tiles, low_rank_into};
+pub use low_rank::{Product, TILE, Tiles, low_rank_bytes};
 pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};
 pub use norms::norms_into;
 pub use order::{

@@ -12,6 +12,7 @@ use super::checkpoint::Checkpoint;
 use super::enter::enter;
 use super::error::raise;
 use super::merge::worker_count;
+use super::spool::Spool;
 use crate::checkpoint;
 use crate::dtype::DType;
 use crate::engine::{Settings, measuring, verifying};
@@ -73,9 +74,12 @@ type Differing<'py> = (usize, u64, u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>
 
 /// Makes some tensors of a plan again, and compares each with one of a checkpoint, of the same type and
 /// shape: pairs of their numbers. Of those that differ the number in the plan, the first element that
-/// does, how many do, and that element's bytes as they should be and as they are.
+/// does, how many do, and that element's bytes as they should be and as they are. Inputs that are not here
+/// come by `spool`; who fetches them may have `beside` bytes resident.
 #[pyfunction]
-#[pyo3(signature = (plan, checkpoint, pairs, *, memory, threads=None, progress=None))]
+#[pyo3(signature = (plan, checkpoint, pairs, *, memory, threads=None, progress=None, spool=None,
+                    beside=0))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn compare_outputs<'py>(
     py: Python<'py>,
     plan: PyRef<'py, super::plan::Plan>,
@@ -84,7 +88,10 @@ pub(super) fn compare_outputs<'py>(
     memory: u64,
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
+    spool: Option<PyRef<'py, Spool>>,
+    beside: u64,
 ) -> PyResult<Vec<Differing<'py>>> {
+    let spool = spool.map(|spool| (spool.shared(), beside));
     let (table, raised, checkpoint) = (plan.table(), plan.raised(), checkpoint.shared());
     let fits = |&(output, at): &(usize, usize)| {
         output < table.len() && at < checkpoint.len() && {
@@ -102,7 +109,7 @@ pub(super) fn compare_outputs<'py>(
     }
     let settings = settings(py, memory, threads)?;
     let compared = enter(py, progress.as_ref(), |control| {
-        verifying::compare(&table, &checkpoint.files, places, &settings, control)
+        verifying::compare(&table, &checkpoint.files, places, spool, &settings, control)
     });
     let deviations = raised.or(compared)?;
     let told = |(at, found): (usize, verifying::Deviation)| {

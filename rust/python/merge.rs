@@ -164,7 +164,7 @@ impl PartOf {
 
     fn open(&self, plans: &[Arc<plan::Plan>], key: &str) -> Result<Part> {
         let plan = &plans[0];
-        let shards = |plan: &plan::Plan| plan.tensors().map(|tensor| tensor.shard()).collect();
+        let shards = |plan: &plan::Plan| plan.tensors().map(plan::Tensor::shard).collect();
         let first: Vec<usize> = shards(plan);
         if plans.iter().any(|plan| first != shards(plan)) {
             return Err(Error::internal("a part is of plans that are not cut alike"));

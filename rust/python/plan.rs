@@ -258,7 +258,7 @@ impl Plan {
                 source.start,
                 to_python(py, &**own)?,
                 source.rows.is_some(),
-                source.all_adapted().next().is_some(),
+                source.all_adapted().any(|change| !change.is_view()),
             ))?;
         }
         (

@@ -215,7 +215,7 @@ fn broken_files_elsewhere() {
     for (start, expected) in files.chain(headers) {
         let directory = tempfile::tempdir().unwrap();
         let remote = Remote { label: "label".into(), etag: "etag".into() };
-        let absent = Absent { size: start.len() as u64, remote, start };
+        let absent = Absent { size: start.len() as u64, remote, start, rest: None };
         let absent = BTreeMap::from([("model.safetensors".to_owned(), absent)]);
         let error = Checkpoint::open_with(directory.path(), &absent).unwrap_err().to_string();
         let file = format!("{}/", directory.path().display());

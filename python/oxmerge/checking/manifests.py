@@ -14,7 +14,7 @@ import stat
 from dataclasses import dataclass
 
 from oxmerge.errors import PlanError
-from oxmerge.json_files import open_at_once
+from oxmerge.json_files import naming, open_at_once
 from oxmerge.options import check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from oxmerge.schema import DTYPE_SIZES
@@ -100,7 +100,7 @@ def read_manifest(folder: str) -> Manifest:
     """
     path = os.path.join(folder, MANIFEST_NAME)
     try:
-        with open(path, "rb", opener=open_at_once) as file:
+        with naming(path), open(path, "rb", opener=open_at_once) as file:
             return _read(file)
     except FileNotFoundError:
         message = f"there is no manifest, `{MANIFEST_NAME}`"

@@ -8,7 +8,6 @@ nothing.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -24,11 +23,12 @@ from oxmerge.checking.headers import Found, look
 from oxmerge.checking.manifests import read_manifest
 from oxmerge.checking.measuring import BROKEN, Running, open_models, reported
 from oxmerge.errors import OutputError, PlanError, UnsupportedError
-from oxmerge.json_files import open_at_once
+from oxmerge.json_files import NO_FILE, naming, open_at_once
 from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions, check_seed
+from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
+from oxmerge.options import PlanOptions, RunOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.side_files import is_loadable_weight
 from oxmerge.problems import Findings, Problem, group_problems
@@ -55,8 +55,6 @@ __all__ = ["Deviation", "Verification", "verify"]
 #: Of the JSON form: it changes when a key goes or means something else.
 SCHEMA = 1
 _HASH_BYTES = 32
-#: Errors that say that there is no file of a name, or something else.
-_NO_FILE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG))
 #: How the header of a weight file of a merge begins, behind its length.
 _LENGTH, _BEGINS = 8, b'{"__metadata__":{"format":"pt"}'
 
@@ -322,7 +320,7 @@ class _Work:
             return
         try:
             folder = os.path.dirname(os.path.realpath(path))
-            with open(path, "rb", opener=open_at_once) as file:
+            with naming(path), open(path, "rb", opener=open_at_once) as file:
                 status = os.fstat(file.fileno())
                 is_same = status.st_size == size and stat.S_ISREG(status.st_mode)
                 found = _digest(file, digest) if is_same else None
@@ -330,7 +328,7 @@ class _Work:
             self._report_file(name, f"`{MANIFEST_NAME}` tells of a file that cannot be there")
             return
         except OSError as error:
-            if error.errno not in _NO_FILE:
+            if error.errno not in NO_FILE:
                 raise
             self._report_file(name, "a file that was made is not there")
             return
@@ -450,8 +448,8 @@ class _Work:
             beside = os.path.dirname(os.path.abspath(self.folder))
             recipe = Recipe.from_text(manifest.recipe, folder=beside)
         options = PlanOptions(
-            seed=check_seed(self.seed if manifest is None else manifest.seed),
-            shard_size=DEFAULT_SHARD_SIZE if manifest is None else manifest.shard_size,
+            seed=(self.seed or None) if manifest is None else check_seed(manifest.seed),
+            shard_size=None if manifest is None else manifest.shard_size,
             # What was merged once may be merged again.
             allow_mismatch=True,
             ignore_unknown=True,
@@ -514,8 +512,14 @@ class _Work:
         files = plan.table.files
         used = plan.table.files_of(None if of_all else [at for at, _ in pairs])
         absent = [files[each] for each in used if files[each].get("remote")]
+        absent = [file for file in absent if not is_streamed(file, stream=False)]
         table = plan.table.placed(fetch(absent)) if absent else plan.table
-        with reported(self.running, plan.bytes_read) as report:
+        folder = tempfile.gettempdir()  # nothing is written beside the output
+        size, tensors = spool_bytes(None, folder), [at for at, _ in pairs]
+        with (
+            reported(self.running, plan.bytes_read) as report,
+            streamed([table], size, folder, tensors, whole=of_all) as fetcher,
+        ):
             differing = _core.compare_outputs(
                 table,
                 model.checkpoint,
@@ -523,6 +527,8 @@ class _Work:
                 memory=self.running.room,
                 threads=self.running.threads,
                 progress=report,
+                spool=None if fetcher is None else fetcher.spool,
+                beside=0 if fetcher is None else RESIDENT,
             )
         for at, first, elements, expected, there in differing:
             tensor = plan.tensors[at]

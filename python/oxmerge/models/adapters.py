@@ -61,7 +61,7 @@ _ENDINGS = (
     ("embedding A", re.compile(r"(.*)\.lora_embedding_A(?:\.[^.]+)?")),
     ("embedding B", re.compile(r"(.*)\.lora_embedding_B(?:\.[^.]+)?")),
     ("magnitude", re.compile(r"(.*)\.lora_magnitude_vector(?:\.[^.]+)*")),
-    ("rows", re.compile(r"(.*)\.token_adapter\.trainable_tokens_delta")),
+    ("rows", re.compile(r"(.*?)(?:\.token_adapter)?\.trainable_tokens_delta")),
 )
 _LORA_WORD = re.compile(r"lora_|trainable_tokens|\.hada_|\.lokr_|\.ia3_|\.oft_|\.vera_")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
@@ -121,10 +121,22 @@ class Adapted:
         Its tensors.
     config : dict
         Its config, with what the adapters change of it.
+    tokens : int, optional
+        The number of the adapter whose rows its vocabulary has: its tokens are those of the model.
     """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
+    tokens: int | None = None
+
+    def has_other_rows(self, base: Checkpoint) -> bool:
+        """Tell whether its vocabulary has more or fewer rows than the model's without adapters."""
+        pairs = ((base.get(name), self.checkpoint.get(name)) for name in base.names())
+        return any(
+            is_vocabulary(one.name) and tuple(one.shape) != tuple(other.shape)
+            for one, other in pairs
+            if one is not None and other is not None
+        )
 
 
 @dataclass
@@ -217,6 +229,7 @@ def adapt(
     job = _Adapting(base, config, findings)
     for number, (adapter, weight) in enumerate(adapters):
         _OneAdapter(job, adapter, number, weight).run()
+    job.check_vocabulary(adapters)
     if len(findings.problems) > before:
         return None
     changed = [
@@ -230,7 +243,7 @@ def adapt(
     except OxmergeError as error:
         findings.problems.append(error.as_problem("adapter"))
         return None
-    return Adapted(checkpoint, job.new_config())
+    return Adapted(checkpoint, job.new_config(), job.tokens)
 
 
 class _Adapting:
@@ -246,6 +259,7 @@ class _Adapting:
         self.copied: dict[str, str] = {}
         self.replaced: dict[str, tuple[int, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.tokens: int | None = None
         self.is_tied = any(
             part.get("tie_word_embeddings") is True for part in (config, *_parts_of(config))
         )
@@ -273,6 +287,27 @@ class _Adapting:
         """Return what becomes of a tensor, to add to; None if adapters see it in other rows."""
         change = self.changes.setdefault(name, _Change(columns))
         return change if change.columns == columns else None
+
+    def check_vocabulary(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Report an adapter that has rows for new tokens in one of two tensors."""
+        tables = [name for name in self.names if is_vocabulary(name) and name.endswith("weight")]
+        tables += [name for name in self.replaced if is_head(name) and name not in self.known]
+        rows = {name: self.shape(name)[0] for name in tables if len(self.shape(name)) == _TABLE}
+        was = {each.shape[0] for name in tables if (each := self.base.get(name)) is not None}
+        grown = [name for name in rows if name in self.replaced and rows[name] not in was]
+        if grown and len({*rows.values()}) > 1:
+            number, tensor = self.replaced[grown[0]]
+            self.findings.problems.append(
+                Problem(
+                    "adapter",
+                    "an adapter has rows for new tokens, and another vocabulary tensor has none",
+                    file=adapters[number][0].path,
+                    tensor=tensor,
+                    expected=f"{rows[grown[0]]} rows in all of them",
+                    found=", ".join(f"{count} in `{name}`" for name, count in rows.items()),
+                    advice=_ANEW + " with `save_embedding_layers=True`",
+                )
+            )
 
     def new_config(self) -> dict[str, Any]:
         """Return the config for the tokens that embeddings have a row for, and for their head."""
@@ -537,6 +572,8 @@ class _OneAdapter:
             return
         if (tied := job.tied_to(name)) is not None:
             job.copied.setdefault(name, tied)
+        if is_vocabulary(name) and (shape != was or not is_copy):
+            job.tokens = self.number
         job.replaced[name] = (self.number, tensor.name)
         job.shapes[name] = shape
 
@@ -730,6 +767,7 @@ class _OneAdapter:
             message = "an adapter that replaces rows cannot be taken in part"
             self._fault(message, tensor, "weight 1", f"{self.weight:g}", "give it the weight 1")
             return
+        self.job.tokens = self.number
         change = self._change(name, shape[1], tensor)
         if change is not None:
             change.rows = ((self.number, tensor.name), sorted(zip(indices, range(len(indices)))))  # noqa: B905

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from oxmerge.models.stores import StoreFile
+    from oxmerge.models.remote import RemoteFile
 
 __all__ = ["MOST_BYTES", "RESIDENT", "Objects", "Uploads"]
 
@@ -85,11 +85,11 @@ class Objects:
             ) from None
         return cls(address.rstrip("/"))
 
-    def files(self) -> dict[str, StoreFile]:
+    def files(self) -> dict[str, RemoteFile]:
         """Return what is there, by names with ``/``."""
         return listed(self.address, "")
 
-    def read(self, file: StoreFile) -> bytes:
+    def read(self, file: RemoteFile) -> bytes:
         """Return a record; nothing if it is longer than any, or gone."""
         if file.size > _MOST_RECORD:
             return b""
@@ -98,7 +98,7 @@ class Objects:
         except InputChangedError:
             return b""
 
-    def fetch(self, file: StoreFile, path: Path) -> None:
+    def fetch(self, file: RemoteFile, path: Path) -> None:
         """Write an object into a local file, which is there when all of it has come."""
         coming = path.with_name(f"{path.name}.coming")
         with open(coming, "wb") as to:
@@ -113,8 +113,8 @@ class Objects:
         with self._told(name):
             obstore.put(store, place, data, use_multipart=False)
 
-    def upload(self, name: str, path: Path, stopped: threading.Event) -> str:
-        """Write a local file of any size, piece by piece; what the store calls its content.
+    def upload(self, name: str, path: Path, stopped: threading.Event) -> None:
+        """Write a local file of any size, piece by piece.
 
         When it is `stopped`, what has come is taken back, and `KeyboardInterrupt` raised.
         """
@@ -123,8 +123,7 @@ class Objects:
         store, place = store_of(f"{self.address}/{name}")
         with self._told(name):
             pieces = _pieces(path, stopped)
-            put = obstore.put(store, place, pieces, chunk_size=_PIECE, max_concurrency=_AT_ONCE)
-        return str(put["e_tag"])
+            obstore.put(store, place, pieces, chunk_size=_PIECE, max_concurrency=_AT_ONCE)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects that are there."""
@@ -191,7 +190,7 @@ class Uploads:
             self.stopped.set()
             self._thread.join(_PATIENCE)
 
-    def begin(self, upload: Callable[[], object]) -> None:
+    def begin(self, upload: Callable[[], None]) -> None:
         """Begin an upload when the one before is over."""
         self.wait()
         # One that waits for a server must not keep the process.
@@ -206,7 +205,7 @@ class Uploads:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, upload: Callable[[], object]) -> None:
+    def _run(self, upload: Callable[[], None]) -> None:
         try:
             upload()
         except BaseException as failure:  # noqa: BLE001 - it is raised by who waits

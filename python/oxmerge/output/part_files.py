@@ -415,12 +415,16 @@ class PartFiles:
         name = f"{self.name}.{kind}"
         unfinished = partial_name(f"{name}.{socket.gethostname()}.{os.getpid()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(unfinished, flags, 0o666, dir_fd=self.folder), "wb") as file:
-            file.write(json.dumps(story).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(unfinished, name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
-        os.fsync(self.folder)
+        try:
+            with open(os.open(unfinished, flags, 0o666, dir_fd=self.folder), "wb") as file:
+                file.write(json.dumps(story).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(unfinished, name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+            os.fsync(self.folder)
+        except OSError as error:  # which has no path of what is open
+            error.filename = str(self.directory / PARTS_NAME / name)
+            raise
 
 
 def parts_in(directory: Path) -> int:

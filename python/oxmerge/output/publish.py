@@ -643,16 +643,19 @@ def _refuse_running_parts(output: OutputDirectory) -> None:
             return
         stack.callback(os.close, folder)
         for name in sorted(os.listdir(folder)):
-            if name.endswith(".lock"):
-                try:
-                    stack.enter_context(locked_file(name, folder))
-                except BlockingIOError:
-                    raise BusyError(
-                        "another run makes a part of a merge here",
-                        file=str(output.path),
-                        found=f"the lock `{name[:_LONGEST]}`",
-                        advice="wait for it, or end it",
-                    ) from None
+            if not name.endswith(".lock"):
+                continue
+            try:
+                stack.enter_context(locked_file(name, folder))
+            except BlockingIOError:
+                raise BusyError(
+                    "another run makes a part of a merge here",
+                    file=str(output.path),
+                    found=f"the lock `{name[:_LONGEST]}`",
+                    advice="wait for it, or end it",
+                ) from None
+            except OSError:
+                continue  # no run has made that
 
 
 def _refuse_a_whole(output: OutputDirectory) -> None:

@@ -24,12 +24,16 @@ use blake3::hazmat::{
 use super::backend::steps;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernels::{self, BLOCK, CELL, Comparison, Level};
+use crate::kernels::{self, BLOCK, CELL, CELLS, Comparison, Level};
 
-/// Bytes that a worker takes for the nodes around its piece, and for cells in two pieces.
-pub(super) const DIGEST_BYTES: u64 = 32 << 10;
-/// Elements of a node that is hashed at once: the bytes are still in the cache to be compared.
-const AT_ONCE: u64 = BLOCK as u64;
+/// Bytes that a worker takes for the nodes around its piece, for cells in two pieces, and to round what
+/// is compared.
+pub(super) const DIGEST_BYTES: u64 = 160 << 10;
+/// Elements of a node that is hashed at once: enough for BLAKE3 to use the whole width of its registers,
+/// and few enough to be in the second-level cache from when they are computed until they are compared.
+pub(super) const AT_ONCE: u64 = BLOCK as u64;
+/// Elements that are compared at once.
+const COMPARED: u64 = (CELLS * CELL) as u64;
 const CELL_ELEMENTS: u64 = CELL as u64;
 
 /// What is known of a finished output tensor.
@@ -170,14 +174,14 @@ impl Digester {
         let mut found = Comparison::default();
         if self.dtype.is_float() {
             let mut rounded = Vec::new();
-            let cells = steps(0..elements.end - elements.start, CELL_ELEMENTS).map(|cell| {
-                let part = |size: usize| cell.start as usize * size..cell.end as usize * size;
+            let parts = steps(0..elements.end - elements.start, COMPARED).map(|part| {
+                let part = |size: usize| part.start as usize * size..part.end as usize * size;
                 let reference = reference.map(|(dtype, bytes)| {
                     round(level, dtype, &bytes[part(dtype.size())], self.dtype, &mut rounded)
                 });
                 kernels::compare(level, self.dtype, &out[part(size)], reference)
             });
-            found = Comparison::fold(cells.collect());
+            found = Comparison::fold(&mut parts.collect::<Vec<_>>());
         }
         Node { end: elements.end * size as u64, hash, found }
     }

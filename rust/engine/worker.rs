@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
+use super::digest::AT_ONCE;
 use super::passes::{Found, Marked, Pass, References};
 use super::places::Places;
 use super::simd::{draws_of, picked};
@@ -424,21 +425,27 @@ impl<'a> Worker<'a> {
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
         let level = self.level;
+        // What is hashed and compared is still in the cache then. A device wants all at once.
+        let is_digested = task.sinks.iter().any(|sink| sink.digester().is_some());
+        let at_once = if is_digested && !self.whole { AT_ONCE } else { u64::MAX };
         let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
-            let part = |(sink, bytes): (&Arc<dyn Sink>, _)| {
-                let size = sink.dtype().size();
-                let at = |index: u64| (index - unit.start) as usize * size;
-                let bytes: &mut [u8] = bytes;
-                &mut bytes[at(step.elements.start)..at(step.elements.end)]
-            };
-            let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
-            let mut results =
-                Results { outputs: outputs.map(part).collect(), ..Results::default() };
-            store(program, code.program(), &step, &mut results)?;
-            for ((sink, out), reference) in task.sinks.iter().zip(&results.outputs).zip(references)
-            {
-                let reference = reference.and_then(|input| step.inputs[input].as_ref());
-                digest(level, &**sink, &step.elements, out, reference);
+            for elements in steps(step.elements.clone(), at_once) {
+                let step = Step { elements, ..step };
+                let part = |(sink, bytes): (&Arc<dyn Sink>, _)| {
+                    let size = sink.dtype().size();
+                    let at = |index: u64| (index - unit.start) as usize * size;
+                    let bytes: &mut [u8] = bytes;
+                    &mut bytes[at(step.elements.start)..at(step.elements.end)]
+                };
+                let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
+                let mut results =
+                    Results { outputs: outputs.map(part).collect(), ..Results::default() };
+                store(program, code.program(), &step, &mut results)?;
+                let outputs = task.sinks.iter().zip(&results.outputs).zip(references);
+                for ((sink, out), reference) in outputs {
+                    let reference = reference.and_then(|input| step.inputs[input].as_ref());
+                    digest(level, &**sink, &step.elements, out, reference);
+                }
             }
             Ok(())
         });

@@ -48,7 +48,7 @@ mod transcendental;
 pub mod ulp;
 pub mod weighted;
 
-pub use compare::{CELL, COMPARISON_VERSION, Comparison, compare};
+pub use compare::{CELL, CELLS, COMPARISON_VERSION, Comparison, compare};
 pub use consensus::elect;
 pub(crate) use consensus::{CANCELLED, cancels};
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};

@@ -41,7 +41,7 @@ const CELL_ELEMENTS: u64 = CELL as u64;
 pub struct TensorDigest {
     /// The BLAKE3 hash of its bytes.
     pub blake3: [u8; 32],
-    /// Counts and sums, of a float type.
+    /// Counts and sums, of a float type, if they were asked for.
     pub statistics: Option<Comparison>,
 }
 
@@ -115,13 +115,20 @@ struct State {
 pub struct Digester {
     dtype: DType,
     elements: u64,
+    /// Whether elements are counted and compared, too.
+    compares: bool,
     state: Mutex<State>,
 }
 
 impl Digester {
     /// Of a tensor of so many elements, none of which is there.
     pub fn new(dtype: DType, elements: u64) -> Self {
-        Self { dtype, elements, state: Mutex::default() }
+        Self { dtype, elements, compares: dtype.is_float(), state: Mutex::default() }
+    }
+
+    /// The same, which only hashes: there are no statistics.
+    pub(super) fn of_bytes(dtype: DType, elements: u64) -> Self {
+        Self { compares: false, ..Self::new(dtype, elements) }
     }
 
     /// Takes `out`, the elements from `first` on, each element once. `reference` has as many of what
@@ -172,7 +179,7 @@ impl Digester {
             hasher.finalize_non_root()
         };
         let mut found = Comparison::default();
-        if self.dtype.is_float() {
+        if self.compares {
             let mut rounded = Vec::new();
             let parts = steps(0..elements.end - elements.start, COMPARED).map(|part| {
                 let part = |size: usize| part.start as usize * size..part.end as usize * size;
@@ -225,7 +232,7 @@ impl Digester {
         let whole = (cell.end - cell.start) as usize * size;
         let part = (elements.start - first) as usize * size..(elements.end - first) as usize * size;
         let mut rounded = Vec::new();
-        let reference = reference.filter(|_| self.dtype.is_float());
+        let reference = reference.filter(|_| self.compares);
         let reference =
             reference.map(|(dtype, bytes)| round(level, dtype, bytes, self.dtype, &mut rounded));
         let mut state = self.lock();
@@ -266,7 +273,7 @@ impl Digester {
     }
 
     fn digest(&self, blake3: [u8; 32], found: Comparison) -> TensorDigest {
-        TensorDigest { blake3, statistics: self.dtype.is_float().then_some(found) }
+        TensorDigest { blake3, statistics: self.compares.then_some(found) }
     }
 }
 

@@ -530,29 +530,40 @@ impl<'a> Worker<'a> {
     fn identical(&mut self, task: &Task, blocks: Range<u64>) -> Result<Found> {
         check_one_type(task)?;
         let range = task.elements_of(blocks);
-        self.make_room(task, &[0, 1], range.end - range.start, false);
-        self.scratch.resize_with(self.scratch.len().max(2), Default::default);
-        let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
-        let first = task.sources[0].read(range.clone(), scratch)?;
-        for (source, label) in task.sources.iter().zip(&task.labels).skip(1) {
-            self.control.check()?;
-            let other = source.read(range.clone(), other_scratch)?;
-            if first != other {
-                return Err(differs(task, label));
+        let mut outs = std::mem::take(&mut self.outs);
+        let mut places = Places::of(task, &mut outs, &range)?;
+        self.held = outs.iter().map(|out| AlignedBuffer::resident(out.capacity())).sum();
+        let mut bytes = places.bytes(&mut outs);
+        // Two at a time; what is read stays in the cache until it is hashed.
+        let both: Vec<usize> = (0..task.sources.len().min(2)).collect();
+        let at_once = task.step_elements(&both).min(self.most);
+        for part in steps(range.clone(), at_once) {
+            self.make_room(task, &both, part.end - part.start, false);
+            self.scratch.resize_with(self.scratch.len().max(2), Default::default);
+            let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
+            let first = task.sources[0].read(part.clone(), scratch)?;
+            for (source, label) in task.sources.iter().zip(&task.labels).skip(1) {
+                self.control.check()?;
+                let other = source.read(part.clone(), other_scratch)?;
+                if first != other {
+                    return Err(differs(task, label));
+                }
+                source.release(part.clone());
             }
-            source.release(range.clone());
+            let elements = part.end - part.start;
+            let count = task.sources.iter().map(|source| source.stored_bytes(elements)).sum();
+            self.control.add_read(count);
+            let dtype = task.sources[0].dtype();
+            let same = InputBytes { dtype, first: part.start, bytes: first };
+            let at = |index: u64| (index - range.start) as usize * dtype.size();
+            for (sink, bytes) in task.sinks.iter().zip(&mut bytes) {
+                bytes[at(part.start)..at(part.end)].copy_from_slice(first);
+                digest(self.level, &**sink, &part, first, Some(&same));
+            }
+            task.sources[0].release(part);
         }
-        let elements = range.end - range.start;
-        let count = task.sources.iter().map(|source| source.stored_bytes(elements)).sum();
-        self.control.add_read(count);
-        let mut places = Places::of(task, &mut self.outs, &range)?;
-        let same = InputBytes { dtype: task.sources[0].dtype(), first: range.start, bytes: first };
-        for (sink, bytes) in task.sinks.iter().zip(places.bytes(&mut self.outs)) {
-            bytes.copy_from_slice(first);
-            digest(self.level, &**sink, &range, first, Some(&same));
-        }
-        places.write(task, &self.outs, self.control)?;
-        task.sources[0].release(range);
+        places.write(task, &outs, self.control)?;
+        (self.outs, self.held) = (outs, 0);
         Ok(Found::Nothing)
     }
 }

@@ -11,14 +11,14 @@ use std::process::Command;
 
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    BinaryOp, LANES, Level, MaskKey, Operand, SPAN, ThinnedTerm, Votes, absolute_sum_into, binary,
-    count, dot_into, elect, masked, narrow, norms_into, products_into, random_bits, select,
-    thinned_sum_bytes, trim, weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes,
-    widen, widen_difference,
+    BinaryOp, Differences, LANES, Level, MaskKey, Operand, SPAN, ThinnedTerm, Votes,
+    absolute_sum_into, binary, compare, count, differences_into, dot_into, elect, masked, narrow,
+    norms_into, products_into, random_bits, select, thinned_sum_bytes, trim,
+    weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes, widen, widen_difference,
 };
 
 /// What to look for in the demangled name of a shell: its kernel and types.
-const KERNELS: [&str; 20] = [
+const KERNELS: [&str; 22] = [
     "Widen<f32, oxmerge::kernels::convert::Bf16>",
     "WidenDifference<f32, oxmerge::kernels::convert::Bf16>",
     "Narrow<f32, oxmerge::kernels::convert::Bf16>",
@@ -39,6 +39,8 @@ const KERNELS: [&str; 20] = [
     "Masked<f32>",
     "Thinned<oxmerge::kernels::convert::Bf16, 2",
     "random::Draw>",
+    "Compare<oxmerge::kernels::convert::Bf16, f32>",
+    "differences::Add<oxmerge::kernels::convert::Bf16>",
 ];
 
 /// Makes the compiler keep every kernel of [`KERNELS`].
@@ -69,6 +71,8 @@ fn use_kernels(level: Level) {
     masked(level, &bits, 0.5, &halves, &mut wide);
     let term = ThinnedTerm { weight: 0.5, scale: 2.0, input: &bytes, bits: &bits };
     thinned_sum_bytes(level, DType::Bf16, &bytes, &[term, term], Votes::Elect, 1.0, &mut stored);
+    compare(level, DType::Bf16, &bytes, Some(&stored));
+    differences_into(level, DType::Bf16, &bytes, &stored, &mut Differences::default());
 }
 
 /// The instructions of every function of this binary that is a shell of a level.

@@ -26,9 +26,10 @@ TITLES = {
     "simd": "Instruction sets",
     "merge": "Merges of files",
     "sweep": "Sweeps: several outputs in one pass",
+    "digests": "Merges with and without digests and a journal",
     "tensors": "Models of many tensors",
 }
-OF_FILES = ("merge", "sweep", "tensors")
+OF_FILES = ("merge", "sweep", "digests", "tensors")
 _GIGA = 1e9
 _MOST_TICKS = 6
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 _WIDE = 160
 #: Characters of names that are shown in a line, however narrow the terminal is.
 _LEAST = 16
-#: Rows that are laid out together. There may be 100,000, so this is plain text: a library that lays
-#: out tables takes a millisecond for a row.
+#: Rows that are laid out together. There may be 100,000, for which `rich` takes seconds.
 _AT_ONCE = 1000
 
 

@@ -4,12 +4,15 @@
 
 Both are whole processes of the command line, on the same models, in interleaved rounds. Seconds go
 from the first start to the end of the last process, with `oxmerge finish`; CPU seconds are those of
-all processes together. What stands in the table are medians.
+all processes together, and bytes moved what they read and wrote of tensors. The table has
+medians. The overhead is the CPU time that parts take more than one process, for each part,
+without what it takes to start as many processes, which is that of `oxmerge --version`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -36,40 +39,60 @@ def main() -> None:
     command = [sys.executable, "-m", "oxmerge"]
     shard = f"--shard-size={model_bytes(options.size) // SHARDS}"
     merge = [*command, "merge", str(demo.recipe), str(output), shard, "--quiet"]
-    taken: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    taken: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     for _ in range(options.rounds):
         for workers in WORKERS:
-            whole = [[*merge, f"--threads={workers}"]]
+            starts = [[*command, "--version"]] * (workers + 1)
+            whole = [[*merge, f"--threads={workers}", "--json"]]
             parts = [
                 [*merge, "--threads=1", f"--part={part}/{workers}"]
                 for part in range(1, workers + 1)
             ]
             for name, together, last in (
+                ("starts", starts, None),
                 ("one process", whole, None),
-                ("parts", parts, [*command, "finish", str(output), "--quiet"]),
+                ("parts", parts, [*command, "finish", str(output), "--quiet", "--json"]),
             ):
                 shutil.rmtree(output, ignore_errors=True)
                 os.sync()
                 taken.setdefault((name, workers), []).append(measure(together, last))
     print(f"load {os.getloadavg()[0]:.1f}, models of {model_bytes(options.size) / 1e9:.2f} GB")
-    print("| threads | what | seconds | CPU seconds |")
-    print("| --- | --- | --- | --- |")
-    for (name, workers), rounds in sorted(taken.items(), key=lambda each: each[0][1]):
-        seconds, cpu = (statistics.median(each) for each in zip(*rounds, strict=True))
-        print(f"| {workers} | {name} | {seconds:.2f} | {cpu:.2f} |")
+    print("| threads | what | seconds | CPU seconds | GB moved | overhead of a part, CPU seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    medians = {
+        case: [statistics.median(each) for each in zip(*rounds, strict=True)]
+        for case, rounds in taken.items()
+    }
+    for workers in WORKERS:
+        (_, starting, _), whole_took, parts_took = (
+            medians[name, workers] for name in ("starts", "one process", "parts")
+        )
+        # As many processes as parts, and one that finishes; the whole has one.
+        more = parts_took[1] - whole_took[1] - starting * workers / (workers + 1)
+        for name, (seconds, cpu, moved), told in (
+            ("one process", whole_took, ""),
+            ("parts", parts_took, f"{more / workers:.2f}"),
+        ):
+            row = f"| {workers} | {name} | {seconds:.2f} | {cpu:.2f} | {moved / 1e9:.2f} | {told} |"
+            print(row)
 
 
-def measure(together: list[list[str]], last: list[str] | None) -> tuple[float, float]:
-    """Run commands at the same time, and one after them; seconds and CPU seconds."""
+def measure(together: list[list[str]], last: list[str] | None) -> tuple[float, float, float]:
+    """Run commands at the same time, and one after them; seconds, CPU seconds, bytes moved."""
     before, started = os.times(), time.perf_counter()
-    processes = [subprocess.Popen(command) for command in together]
-    codes = [process.wait() for process in processes]
-    codes += [] if last is None else [subprocess.run(last, check=False).returncode]
-    if any(codes):
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for command in together]
+    ended = [(process.communicate()[0], process.returncode) for process in processes]
+    if last is not None:
+        done = subprocess.run(last, check=False, stdout=subprocess.PIPE)
+        ended.append((done.stdout, done.returncode))
+    seconds, after = time.perf_counter() - started, os.times()
+    if any(code for _, code in ended):
         sys.exit("a merge failed")
-    after = os.times()
     cpu = after.children_user + after.children_system - before.children_user
-    return time.perf_counter() - started, cpu - before.children_system
+    text = ended[-1][0]  # who finishes tells of all
+    report = json.loads(text) if text.startswith(b"{") else {"bytes_read": 0, "bytes_written": 0}
+    moved = report["bytes_read"] + report["bytes_written"]
+    return seconds, cpu - before.children_system, moved
 
 
 if __name__ == "__main__":

@@ -410,8 +410,12 @@ impl Assembly {
             || sources.iter().any(|source| source.dtype == DType::F64);
         let computed = if is_double { DType::F64 } else { DType::F32 };
         let each = sources.iter().zip(adapted);
-        each.map(|(source, adapted)| if adapted.is_some() { computed } else { source.dtype })
-            .collect()
+        let plan = self.builder.plan();
+        each.map(|(source, adapted)| match adapted.map(|number| plan.adapted(number)) {
+            Some(change) if !change.is_view() => computed,
+            _ => source.dtype,
+        })
+        .collect()
     }
 
     /// The number of what an adapter makes of a tensor of a model, if one does.
@@ -505,7 +509,11 @@ fn maps<'a>(
 
 /// What tensors of several layers have in common: the rest of a name behind `lead`.
 fn shape_key(name: &str, lead: &str) -> String {
-    if lead.is_empty() { name.to_owned() } else { format!("*{}", &name[lead.len()..]) }
+    if lead.is_empty() {
+        return name.to_owned();
+    }
+    let prefix = lead.rsplit_once('.').map_or("", |(prefix, _)| prefix);
+    format!("{prefix}.*{}", &name[lead.len()..])
 }
 
 fn place_key(like: &Tensor<'_>, donor_lead: &str, name: &str) -> String {

@@ -11,6 +11,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -19,6 +20,9 @@ enum call { READ, WRITE, FLUSH, CALLS };
 
 /* What happens instead, besides numbers of errors: these are negative. */
 enum { NOTHING = 0, SHORT = -1, DEATH = -2, END = -3, CHANGE = -4 };
+
+/* Instead of the number of a call: every one. */
+enum { ALWAYS = -1 };
 
 static char folder[PATH_MAX];
 static atomic_int armed_call, armed_fault;
@@ -32,6 +36,14 @@ void faults_arm(const char *below, int call, long number, int fault)
     armed_number = number;
     armed_fault = fault;
     snprintf(folder, sizeof folder, "%s", below);
+}
+
+/* A full disk, for programs that nobody arms: below the folder that the environment names. */
+__attribute__((constructor)) static void begin(void)
+{
+    const char *below = getenv("FAULTS_FULL");
+    if (below)
+        faults_arm(below, WRITE, ALWAYS, ENOSPC);
 }
 
 long faults_counted(int call)
@@ -53,7 +65,8 @@ static int met(int call, int file)
     if (strncmp(path, folder, strlen(folder)) != 0)
         return NOTHING;
     long number = counted[call]++;
-    int fault = number == armed_number && call == armed_call ? armed_fault : NOTHING;
+    int is_due = number == armed_number || armed_number == ALWAYS;
+    int fault = is_due && call == armed_call ? armed_fault : NOTHING;
     if (fault == DEATH)
         kill(getpid(), SIGKILL);
     if (fault == CHANGE)

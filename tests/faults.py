@@ -1,24 +1,34 @@
 """Merges that meet a fault of the system at every call in turn, each of them gone on with.
 
+Also merges that go on from an interruption, and verbs that only read.
+
 Run as a program, with `faults.c` loaded before the C library, it tells on standard output what was
 not as it should be.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
+import io
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import oxmerge
-from oxmerge import _core
+from oxmerge import _core, cli
 from writers import directory_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Work = Callable[[Path], str]
 
 #: As `faults.c` numbers them.
 CALLS = {"read": 0, "write": 1, "flush": 2}
@@ -46,9 +56,8 @@ ERRORS = (
 LOADABLE = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 
-def attempt(folder: Path, call: str, number: int, fault: str) -> tuple[int, str]:
-    """Merge in a process of its own; how often it made that call, and how it ended."""
-    options = json.loads((folder / "options.json").read_text())
+def attempt(folder: Path, call: str, number: int, fault: str, work: Work) -> tuple[int, str]:
+    """Work in a process of its own; how often it made that call, and how it ended."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -57,9 +66,8 @@ def attempt(folder: Path, call: str, number: int, fault: str) -> tuple[int, str]
         library.faults_arm(
             os.fsencode(folder), CALLS[call], ctypes.c_long(number), FAULTS.get(fault, 0)
         )
-        outcome = "done"
         try:
-            merge(folder, options)
+            outcome = work(folder)
         except BaseException as error:  # noqa: BLE001 - it is told
             outcome = f"{type(error).__name__}: {error}"
         count = library.faults_counted(CALLS[call])
@@ -76,20 +84,71 @@ def attempt(folder: Path, call: str, number: int, fault: str) -> tuple[int, str]
     return int(count), str(outcome)
 
 
-def merge(folder: Path, options: dict[str, Any]) -> None:
+def merge(folder: Path) -> str:
+    options = json.loads((folder / "options.json").read_text())
     oxmerge.merge(folder / "recipe.yml", folder / "out", **options)
+    return "done"
+
+
+#: Verbs that only read, what they say of an output that is whole, and what they are asked.
+VERBS: dict[str, tuple[int, list[str]]] = {
+    "verify": (0, ["verify", "whole"]),
+    "recompute": (0, ["verify", "whole", "--recompute"]),
+    "check": (0, ["check", "whole"]),
+    "diff": (1, ["diff", "a", "b"]),
+}
+
+
+def answer(folder: Path, words: list[str]) -> str:
+    """Return the exit code of a command, and what it said to people."""
+    told = io.StringIO()
+    verb, *others = words
+    paths = [str(folder / each) if (folder / each).exists() else each for each in others]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
+        code = cli.main([verb, "-q", *paths, "--memory", "4GiB", "--threads", "2"])
+    return f"{code} {told.getvalue()}"
 
 
 def weights(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name.endswith(".safetensors")}
 
 
+def answers_at(folder: Path, call: str, fault: str, step: int, verb: str) -> int:
+    """Let calls of a verb that only reads fail, one in each run; how many were tried."""
+    expected, words = VERBS[verb]
+    before = directory_bytes(folder / "whole")
+    number = 0
+    while True:
+        work = functools.partial(answer, words=words)
+        count, outcome = attempt(folder, call, number, fault, work)
+        where = f"{fault} at {call} {number} of {verb}: {outcome}"
+        code, _, told = outcome.partition(" ")
+        if fault in HARMLESS or number >= count:
+            assert code == str(expected), where
+        elif fault == "EIO":  # the others may look like a file that is another
+            assert code == "2", where
+        if code == "2":
+            assert told.startswith("error: "), where
+            assert str(folder) in told, where
+        else:
+            assert (code, told) in {("0", ""), ("1", "")}, where
+        assert directory_bytes(folder / "whole") == before, where
+        if number >= count:
+            return number
+        number += step
+
+
 def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
-    """Let the first such call fail, then another one; how many were tried."""
+    """Let the first such call fail, then another one; how many were tried.
+
+    Where there is a folder `begun`, each merge goes on from that.
+    """
     output, expected = folder / "out", directory_bytes(folder / "whole")
     number = 0
     while True:
-        count, outcome = attempt(folder, call, number, fault)
+        if (folder / "begun").exists():
+            shutil.copytree(folder / "begun", output)
+        count, outcome = attempt(folder, call, number, fault, merge)
         where = f"{fault} at {call} {number}: {outcome}"
         left = directory_bytes(output) if output.exists() else {}
         if outcome == "done":
@@ -99,7 +158,7 @@ def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
             assert fault == "death" or outcome.startswith(ERRORS), where
             loadable = [path.name for name in LOADABLE for path in output.glob(name)]
             assert not loadable or weights(left) == weights(expected), f"{where}, and {loadable}"
-            after = attempt(folder, call, -1, "")[1]
+            after = attempt(folder, call, -1, "", merge)[1]
             assert after == "done" or "not empty" in after, f"{where}, then {after}"
             found = directory_bytes(output)
             assert found == expected, f"{where}, then other bytes in {sorted(found)}"
@@ -112,13 +171,23 @@ def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
 
 
 def main() -> None:
-    folder, step, *pairs = sys.argv[1:]
-    is_direct = pairs[0] == "direct"
-    execute = functools.partial(_core.execute, journal_every=0.0, direct=is_direct)
-    _core.execute = execute
-    for pair in pairs[1:]:
+    folder, step, how, *pairs = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    if how in VERBS:
+        for pair in pairs:
+            call, fault = pair.split(":")
+            print(pair, answers_at(folder, call, fault, step, how))
+        return
+    is_direct = how != "buffered"
+    _core.execute = functools.partial(_core.execute, journal_every=0.0, direct=is_direct)
+    if how == "begun":  # by a merge that died half way
+        half = attempt(folder, "write", -1, "", merge)[0] // 2
+        shutil.rmtree(folder / "out")
+        assert attempt(folder, "write", half, "death", merge)[1] == "death"
+        (folder / "out").rename(folder / "begun")
+    for pair in pairs:
         call, fault = pair.split(":")
-        print(pair, faults_at(Path(folder), call, fault, int(step)))
+        print(pair, faults_at(folder, call, fault, step))
+    shutil.rmtree(folder / "begun", ignore_errors=True)
 
 
 if __name__ == "__main__":

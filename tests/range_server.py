@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SHUT_RDWR
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +30,8 @@ class RangeServer(ThreadingHTTPServer):
     ----------
     asked : list of (str, str, tuple of int)
         Method, path and range of every request.
+    absent : int
+        The status of files that are not there.
     seconds_a_mib : float
         How long it waits between pieces of an answer, as a line that is slower than this machine.
     """
@@ -41,6 +43,7 @@ class RangeServer(ThreadingHTTPServer):
         self.folder = folder
         self.fault = fault or (lambda *_: None)
         self.lock = threading.Lock()
+        self.absent = 404
         self.seconds_a_mib = 0.0
         self.asked: list[tuple[str, str, tuple[int, int] | None]] = []
         super().__init__(("127.0.0.1", 0), Answer)
@@ -77,10 +80,10 @@ class Answer(BaseHTTPRequestHandler):
         self.answer(with_bytes=True)
 
     def answer(self, *, with_bytes: bool) -> None:
-        path = unquote(self.path.partition("?")[0])
+        path = unquote(urlsplit(self.path).path)  # a proxy is sent the whole address
         file = self.server.folder / path.lstrip("/")
         if not file.is_file():
-            self.refuse(404)
+            self.refuse(self.server.absent)
             return
         size = file.stat().st_size
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -121,10 +124,12 @@ class Answer(BaseHTTPRequestHandler):
         with file.open("rb") as opened:
             opened.seek(start)
             while count > 0:
-                piece = opened.read(min(count, 1 << 20)) or b"\0" * min(count, 1 << 20)
-                self.wfile.write(piece)
+                length = min(count, 1 << 20)
+                sent = self.connection.sendfile(opened, opened.tell(), length)
+                if sent == 0:  # more than there is
+                    self.wfile.write(bytes(length))
                 time.sleep(self.server.seconds_a_mib)
-                count -= len(piece)
+                count -= sent or length
         if fault in {"reset", "short"}:
             self.close_connection = True
             self.wfile.flush()

@@ -6,6 +6,7 @@ over the rank may be off by a rounding a step; in bf16 by one rounding more.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
+tokenizers = pytest.importorskip("tokenizers")
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +137,14 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "convolution 2d": (vision, targets("projection")),
     "convolution 2d dora": (vision, targets("projection", use_dora=True)),
     "experts": (mixtral, targets("q_proj", target_parameters=EXPERTS)),
+    "experts of other ranks": (
+        mixtral,
+        targets(
+            target_parameters=EXPERTS,
+            rank_pattern={"mlp.experts.down_proj": 2},
+            alpha_pattern={".*gate_up_proj": 5},
+        ),
+    ),
     "experts of one parameter": (mixtral, targets(target_parameters=EXPERTS[1:])),
     "experts transposed": (gpt_oss, targets(target_parameters=EXPERTS)),
 }
@@ -251,6 +261,221 @@ def test_adapters_as_one_adapter(place: Path) -> None:
     assert not (place / "no-sum").exists()
     with pytest.raises(FileExistsError):
         oxmerge.join_adapters(place / "sum", [one])
+
+
+def test_a_base_that_lies_otherwise(place: Path) -> None:
+    """An adapter does the same to a file of torch whose tensors are transposed views."""
+    model = base(place, llama)
+    adapter = train(place, llama, "on-views", **targets(*LINEAR, use_dora=True))
+    views = place / "views"
+    views.mkdir()
+    (views / "config.json").write_text((model / "config.json").read_text())
+    tensors = {
+        name: each.mT.contiguous().mT if each.ndim > 1 else each
+        for name, each in read(model).items()
+    }
+    torch.save(tensors, views / "pytorch_model.bin")
+    on_views, plain = fuse(f"{views}+{adapter}"), fuse(f"{model}+{adapter}")
+    for name in plain:
+        assert torch.equal(on_views[name], plain[name]), name
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_was_converted(place: Path, start: str) -> None:
+    """What has changed the base at the start is in the adapter when it is saved; else refused."""
+    model = base(place, llama)
+    trained = load(model, llama, torch.float32)
+    config = peft.LoraConfig(**targets("q_proj", "up_proj", init_lora_weights=start))
+    trained = peft.get_peft_model(trained, config)
+    trained.peft_config["default"].init_lora_weights = True
+    trained.save_pretrained(place / f"{start}-start")
+    trained.peft_config["default"].init_lora_weights = start
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    trained.save_pretrained(place / start)
+    with pytest.raises(oxmerge.UnsupportedError, match="whose start has changed its base"):
+        fuse(f"{model}+{place / start}")
+    where = str(place / f"{start}-start")
+    trained.save_pretrained(place / start, path_initial_model_for_weight_conversion=where)
+    ours = fuse(f"{model}+{place / start}", "float32")
+    theirs = trained.merge_and_unload().state_dict()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], atol=1e-4), name
+
+
+def test_an_adapter_of_tokens_alone(place: Path) -> None:
+    """PEFT's type of adapters that are rows of an embedding, and nothing else."""
+    model = base(place, llama)
+    trained = load(model, llama, torch.float32)
+    config = peft.TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"])
+    trained = peft.get_peft_model(trained, config)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    trained.save_pretrained(place / "tokens")
+    ours = fuse(f"{model}+{place / 'tokens'}", "float32")
+    theirs = trained.merge_and_unload().state_dict()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def tokenizer(folder: Path, tokens: int) -> None:
+    """Write a tokenizer of so many tokens."""
+    vocabulary = {f"w{at}": at for at in range(tokens)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+
+
+def test_an_adapter_with_new_tokens(place: Path) -> None:
+    """The output has its tokenizer, a row for each token, and gives what PEFT's model gives."""
+    model, folder, tokens = place / "small", place / "larger", 43
+    if not model.exists():
+        shutil.copytree(base(place, llama), model)
+    tokenizer(model, 40)
+    grown = load(model, llama, torch.float32)
+    grown.resize_token_embeddings(tokens, mean_resizing=False)
+    config = targets("q_proj", modules_to_save=["embed_tokens", "lm_head"])
+    grown = peft.get_peft_model(grown, peft.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in grown.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    grown.save_pretrained(folder)
+    reference = f"{model}+{folder}"
+    recipe = {"merge_method": "passthrough", "models": [{"model": reference}], "dtype": "float32"}
+    told = [each.message for each in oxmerge.plan(recipe).warnings]
+    assert told == ["an adapter has rows for other tokens, and no tokenizer beside it"]
+    tokenizer(folder, tokens)
+    assert not oxmerge.plan(recipe).warnings
+    oxmerge.merge(recipe, place / "with-new-tokens")
+    made = transformers.AutoTokenizer.from_pretrained(place / "with-new-tokens")
+    ids = made("w3 w42 w41")["input_ids"]
+    assert ids == [3, 42, 41]
+    ours = load(place / "with-new-tokens", llama, torch.float32)
+    assert ours.config.vocab_size == tokens
+    expected = grown.merge_and_unload()(torch.tensor([ids])).logits
+    assert torch.allclose(ours(torch.tensor([ids])).logits, expected, atol=1e-4)
+    # One of the two tensors is as it was: no tokenizer fits.
+    file = folder / "adapter_model.safetensors"
+    left = {name: each for name, each in safetensors_torch.load_file(file).items()
+            if "lm_head" not in name}  # fmt: skip
+    safetensors_torch.save_file(left, file)
+    with pytest.raises(oxmerge.PlanError, match="another vocabulary tensor has none"):
+        oxmerge.plan(recipe)
+
+
+def two_adapters(place: Path) -> tuple[Path, Path]:
+    """Return the folders of two adapters of one rank, with other scales and other numbers."""
+    modules = (*LINEAR, "embed_tokens")
+    one = train(place, llama, "merged-one", **targets(*modules, lora_alpha=6))
+    two = train(place, llama, "merged-two", **targets(*modules, lora_alpha=3, use_rslora=True))
+    file = two / "adapter_model.safetensors"
+    tensors = safetensors_torch.load_file(file)
+    for name in tensors:
+        if "lora" in name:
+            tensors[name] += torch.randn_like(tensors[name]) * 0.3
+    safetensors_torch.save_file(tensors, file)
+    return one, two
+
+
+def of_adapters(method: str, one: Path, two: Path, **parameters: Any) -> dict[str, Any]:
+    models = [
+        {"model": str(one), "parameters": {"weight": 0.75}},
+        {"model": str(two), "parameters": {"weight": -0.5}},
+    ]
+    return {"merge_method": method, "models": models, "parameters": parameters}
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+def test_adapters_merged_by_factors(place: Path, method: str) -> None:
+    """What PEFT makes of two adapters, to the bit; and PEFT loads what is made here."""
+    one, two = two_adapters(place)
+    out = place / f"merged-{method}"
+    report = oxmerge.merge(of_adapters(method, one, two, density=0.6), out)
+    model = load(base(place, llama), llama, torch.float32)
+    model = peft.PeftModel.from_pretrained(model, one, adapter_name="one")
+    model.load_adapter(two, "two")
+    weights = [0.75, -0.5]
+    model.add_weighted_adapter(["one", "two"], weights, "x", combination_type=method, density=0.6)
+    model.save_pretrained(place / "by-peft", selected_adapters=["x"])
+    ours, theirs = read(out), read(place / "by-peft" / "x")
+    assert ours.keys() == theirs.keys()
+    assert report.tensors == len(ours)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    model.load_adapter(out, "ours")
+    assert (out / "oxmerge_recipe.yml").read_text().lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("method", "shares"), [("linear", (3, -2)), ("task_arithmetic", (0.75, -0.5))]
+)
+def test_sums_of_adapters_are_exact(place: Path, method: str, shares: tuple[float, float]) -> None:
+    """The adapter does to the model what the method does to models with one adapter each."""
+    one, two = two_adapters(place)
+    model, out = base(place, llama), place / f"merged-{method}"
+    oxmerge.merge(of_adapters(method, one, two), out)
+    together = fuse(f"{model}+{out}", "float32")
+    apart = fuse(f"{model}+{one}={shares[0]}+{two}={shares[1]}", "float32")
+    for name in apart:
+        off = bound({"r": 16}, apart[name].double()) + 2**-22
+        assert (together[name] - apart[name]).abs().max() <= off, name
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_adapters_thinned_at_random(place: Path, method: str) -> None:
+    """Each number is what the kept ones of both adapters make; draws depend on the seed alone."""
+    one, two = two_adapters(place)
+    recipe = of_adapters(method, one, two, density=0.5)
+    for seed in (0, 0, 1):
+        oxmerge.merge(
+            recipe, place / f"{method}-{seed}", seed=seed, threads=1 + seed, overwrite=True
+        )
+    first, other = read(place / f"{method}-0"), read(place / f"{method}-1")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    assert not torch.equal(first[name], other[name])
+    scales = (0.75 * 6 / 4, -0.5 * 3 / 2)
+    parts = [
+        2 * read(folder)[name] * (abs(scale) ** 0.5 * (1 if scale > 0 else -1))
+        for folder, scale in zip((one, two), scales, strict=True)
+    ]
+    zero = torch.zeros_like(parts[0])
+    made = [zero, parts[0], parts[1], parts[0] + parts[1]]
+    if method == "dare_ties":  # those of one sign are averaged
+        made[3] = made[3] / 2
+    distance = torch.stack([(first[name] - each).abs() for each in made])
+    assert distance.min(0).values.max() <= 4 * F32 * max(each.abs().max() for each in made)
+    assert 0.3 < (distance[0] > 0).float().mean() < 0.95
+
+
+def test_adapters_that_cannot_be_merged(place: Path) -> None:
+    """All that is wrong is told at once, and nothing is written."""
+    one, two = two_adapters(place)
+    three = train(place, llama, "merged-three", **targets("q_proj", r=3))
+    out = place / "merged-not"
+    with pytest.raises(oxmerge.UnsupportedError, match="`ties_svd`, which cuts the rank"):
+        oxmerge.merge(of_adapters("ties_svd", one, two), out)
+    with pytest.raises(oxmerge.PlanError, match="takes factors of one rank"):
+        oxmerge.merge(of_adapters("ties", one, three), out)
+    with pytest.raises(oxmerge.PlanError, match="`density` is from 0 to 1"):
+        oxmerge.merge(of_adapters("ties", one, two, density=60), out)
+    with pytest.raises(oxmerge.PlanError, match="the option `hash_inputs` has no effect"):
+        oxmerge.merge(of_adapters("ties", one, two), out, hash_inputs=True)
+    with pytest.raises(oxmerge.MemoryBudgetError, match="do not fit the memory budget"):
+        oxmerge.merge(of_adapters("ties", one, two), out, memory=1)
+    with pytest.raises(oxmerge.UnsupportedError, match="to plan a merge of adapters"):
+        oxmerge.plan(of_adapters("ties", one, two))
+    mixed = of_adapters("linear", one, base(place, llama))
+    with pytest.raises(oxmerge.UnsupportedError, match="this is an adapter"):
+        oxmerge.merge(mixed, out)
+    assert not out.exists()
+    with pytest.raises(oxmerge.OutputError, match="would replace an adapter that is read"):
+        oxmerge.merge(of_adapters("ties", one, two), one, overwrite=True)
 
 
 def test_transformers_loads_a_fused_model(place: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from oxmerge.cli import main
 from oxmerge.errors import PlanError
 from oxmerge.models.references import split_adapters
+from safetensors.numpy import save_file
 from writers import (
     directory_bytes,
     expert_shapes,
@@ -546,3 +547,48 @@ def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
         reference = f"{tmp_path}/demo/demo-base+{tmp_path}/demo/demo-adapter"
         name = "model.layers.0.self_attn.q_proj.weight"
         assert fused[name].tobytes() == oxmerge.open(reference)[name].tobytes()
+
+
+# Adapters with adapters.
+
+LYING: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
+    "a factor twice": (
+        lambda: SOUND | {f"{Q}.lora_A.default.weight": SOUND[f"{Q}.lora_A.weight"]}, {},
+        "two tensors of the adapter are for the same",
+    ),
+    "whole numbers": (
+        lambda: SOUND | {f"{Q}.lora_A.weight": np.ones((2, 8), np.int32)}, {},
+        "a factor holds no numbers: expected floats, found I32",
+    ),
+    "one factor": (lambda: without(SOUND, f"{Q}.lora_B.weight"), {}, "a factor without the other"),
+    "another rank": (lambda: SOUND, {"r": 4}, "another rank than its config says"),
+    "a name that climbs": (
+        lambda: SOUND | {"../../x": np.ones((2, 2), np.float32)}, {},
+        "more than pairs of factors",
+    ),
+    "a bias": (
+        lambda: SOUND | {f"{Q}.lora_B.bias": np.ones(12, np.float32)}, {},
+        "more than pairs of factors",
+    ),
+    "too large for its type": (
+        lambda: {name: (values * 1e4).astype(np.float16) for name, values in SOUND.items()}, {},
+        "has NaN or infinity, and no adapter has",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LYING)
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_an_adapter_that_cannot_be_merged(tmp_path: Path, name: str, method: str) -> None:
+    make, changes, told = LYING[name]
+    sound = write_adapter(tmp_path / "sound", SOUND)
+    folder = tmp_path / "lying"
+    folder.mkdir()
+    save_file(make(), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config(**changes)))
+    asked = recipe(sound, folder, method=method, dtype="float16", parameters={"weight": 5000})
+    with pytest.raises(PlanError) as caught:
+        oxmerge.merge(asked, tmp_path / "out")
+    assert told in str(caught.value)
+    assert all(each.advice for each in caught.value.problems)
+    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []

@@ -58,7 +58,8 @@ if sys.argv[1:] != ["--help"]:
     shutil.copytree("out", sys.argv[2])  # what oxmerge wrote just before
 """
 FAKE_PYTHON = """#!/bin/sh
-echo '"9.9"'
+# Asked for its version, or by PEFT's program for BASE ADAPTER OUTPUT.
+if [ $# = 5 ]; then cp -r out "$5"; else echo '"9.9"'; fi
 """
 
 
@@ -70,7 +71,7 @@ def quiet(_: str) -> None:
 def small() -> Iterator[None]:
     """Make the models small."""
     with pytest.MonkeyPatch.context() as patch:
-        for size, shape in {"tiny": SMALL, **EXPERTS}.items():
+        for size, shape in {"tiny": SMALL, "70b": replace(SMALL, filled=False), **EXPERTS}.items():
             patch.setitem(demo.SIZES, size, shape)
         yield
 
@@ -94,6 +95,9 @@ def record(small: None, mergekit: Mergekit, tmp_path_factory: pytest.TempPathFac
         patch.setattr("oxmerge.bench.merges.COLD", ("linear", "ties"))
         patch.setattr("oxmerge.bench.merges.DIGESTED", ("linear",))
         patch.setattr("oxmerge.bench.merges.SWEPT", {"ties": "parameters.lambda"})
+        patch.setattr("oxmerge.bench.merges.SHARD", 1 << 16)
+        for module in ("merges", "run"):
+            patch.setattr(f"oxmerge.bench.{module}.LARGER", {"tiny": "70b"})
         settings = Settings(str(folder), PARTS, None, "tiny", 1, ELEMENTS, STORAGE)
         found = run(settings, _core.methods(), mergekit, quiet)
     assert list(folder.iterdir()) == []  # the files are gone
@@ -220,6 +224,21 @@ def test_another_program_runs_once_for_each_merge(record: Record) -> None:
     assert "whole processes" in text
     said = "linear: beside mergekit, 100.0000% of the elements are equal, the largest difference 0"
     assert said in record.notes
+
+
+def test_adapters_are_put_into_a_model_and_into_a_part_of_a_larger_one(record: Record) -> None:
+    found = rows(record, "fuse")
+    whole, part = "rank 16 into tiny", "rank 16 into a part of 70b"
+    assert [(row.name, row.by) for row in found] == [
+        *((whole, by) for by in ("floor", "oxmerge", "mergekit", "peft")),
+        *((part, by) for by in ("floor", "oxmerge")),
+    ]
+    model = demo.model_bytes("tiny")
+    assert all(row.bytes_written == row.bytes_read >= model for row in found if row.name == whole)
+    assert all(row.bytes_written < model / 3 for row in found if row.name == part)
+    equal = "100.0000% of the elements are equal, the largest difference 0"
+    assert f"{whole}: beside PEFT, {equal}" in record.notes
+    assert "peft ×" in table.text(record)
 
 
 def test_the_yardsticks_are_none_of_the_engines_code() -> None:
@@ -841,7 +860,7 @@ def test_the_page_is_one_file(record: Record) -> None:
     assert tags.fetched == []
     assert "<script" not in page
     # Where there are two programs, their processes have a table of their own.
-    assert page.count("<table>") == len(PARTS) + 2
+    assert page.count("<table>") == len(PARTS) + 4
 
 
 def test_bars_of_a_panel_are_alike(record: Record) -> None:

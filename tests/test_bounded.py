@@ -14,6 +14,8 @@ import pytest
 import yaml
 from oxmerge.errors import OxmergeError, RecipeError
 from oxmerge.json_files import read_json
+from oxmerge.output.journal import JOURNAL_NAME
+from oxmerge.output.resume import RESUME_NAME
 from oxmerge.recipe.extent import MOST_VALUES
 from oxmerge.recipe.keys import show
 from oxmerge.recipe.recipe import MOST_BYTES, Recipe
@@ -70,7 +72,7 @@ PLACES = [
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("bomb", [laughs(), merges()], ids=["laughs", "merges"])
 def test_aliases_cost_no_more_than_their_text(bomb: str, place: str) -> None:
-    for use in (Recipe.from_yaml, Recipe.mapping_of, oxmerge.plan):
+    for use in (Recipe.from_yaml, Recipe.documents_of, oxmerge.plan):
         started = time.monotonic()
         with pytest.raises(RecipeError, match="stands for more than 100000 values") as caught:
             use(bomb + place)
@@ -396,6 +398,61 @@ def test_a_huge_plan(tmp_path: Path, name: str) -> None:
     taken, printed = peak(TRY.format("oxmerge.load_plan(sys.argv[1])"), str(path))
     assert told in printed
     assert taken < 1000
+
+
+#: Manifests of a hundred MB: what stands in them again and again, behind which text.
+MANIFESTS = {
+    "tensors": (
+        b'{\n"a": 1,\n"tensors": [\n',
+        b'{"name":"%d","dtype":"F32","shape":[]},\n',
+        2_400_000,
+    ),
+    "long line": (b'{\n"a": [', b"[],", 33 * MB),
+    "head": (b"{\n", b'"a": [[],[],[],[],[],[],[],[],[]],\n', 2_900_000),
+    "one tensor": (b'{\n"a": 1,\n"tensors": [\n{"shape": [', b"0,", 50 * MB),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_huge_manifest(tmp_path: Path, name: str) -> None:
+    start, value, count = MANIFESTS[name]
+    many = b"".join(value % at for at in range(count)) if b"%" in value else value * count
+    (tmp_path / "oxmerge.json").write_bytes(start + many)
+    taken, printed = peak(TRY.format("oxmerge.verify(sys.argv[1])"), str(tmp_path))
+    assert "the manifest cannot be read" in printed
+    assert taken < 1000
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_huge_config_of_an_adapter(tmp_path: Path, name: str) -> None:
+    write_model(tmp_path / "a", random_arrays({"x.weight": (2, 2)}, 0))
+    write_model(tmp_path / "lora", random_arrays({"x.weight": (2, 2)}, 0))
+    (tmp_path / "lora" / "adapter_config.json").write_bytes(CONFIGS[name])
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [f"{tmp_path}/a+{tmp_path}/lora"])
+    taken, printed = peak(PLAN, str(recipe))
+    assert "longer than 16000000 bytes" in printed
+    assert taken < 200
+
+
+#: What a dead run may have left, as someone else would write it.
+LEFT = {
+    "renames": (JOURNAL_NAME, b'{"version":1,"ours":{"a":[' + b"0," * (49 * MB) + b"0]}}"),
+    "finished": (RESUME_NAME, b"0" * 16 + b' {"tensors":[' + b'[0,"",null],' * (8 * MB) + b"]}\n"),
+    "lines": (RESUME_NAME, b"\n" * (100 * MB)),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_huge_journal(tmp_path: Path, name: str) -> None:
+    file, data = LEFT[name]
+    write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0))
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "a"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_bytes(data)
+    merge = TRY.format("oxmerge.merge(sys.argv[1], sys.argv[2])")
+    taken, printed = peak(merge, str(recipe), str(tmp_path / "out"))
+    assert printed == ""
+    assert taken < 200
 
 
 @pytest.mark.parametrize("name", ["modules.json", "tokenizer_config.json", "README.md"])

@@ -166,6 +166,10 @@ def more_layers(_: Arrays, config: dict[str, Any]) -> None:
     config["num_hidden_layers"] = DEPTH + 1
 
 
+def fewer_layers(_: Arrays, config: dict[str, Any]) -> None:
+    config["num_hidden_layers"] = DEPTH - 1
+
+
 def lost_tensor(tensors: Arrays, _: dict[str, Any]) -> None:
     del tensors[Q.format(3)]
 
@@ -185,6 +189,7 @@ def token_beyond(_: Arrays, config: dict[str, Any]) -> None:
         (other_width, "error", "config-size", "number of columns than the config says"),
         (fewer_heads, "warning", "config-size", "key and value heads: expected 16, found 8"),
         (more_layers, "error", "config-size", "expected 9, found 8, in `model.layers`"),
+        (fewer_layers, "warning", "config-size", "beyond those that the config counts"),
         (lost_tensor, "warning", "uneven-layers", "lacks what all others have"),
         (lost_head, "error", "missing-head", "does not tie it"),
         (token_beyond, "error", "vocabulary-rows", "expected ids below 40, found 40"),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import oxmerge
 import pytest
+from disks import small_disk
 from oxmerge import _core, cli
 from oxmerge.file_state import FileState
 from oxmerge.output import publish
@@ -24,7 +25,7 @@ from oxmerge.output.journal import JOURNAL_NAME, mark
 from writers import directory_bytes, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     Process = subprocess.Popen[str]
 
@@ -520,22 +521,6 @@ def ordinary_user() -> list[str]:
 
 
 # Full disks.
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """Mount a file system of so many bytes."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root and `mount`")
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"mounting a small file system is not allowed here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(tmp_path: Path, slow: Path) -> None:

@@ -16,6 +16,7 @@ import oxmerge
 import pytest
 from oxmerge.cli import main
 from oxmerge.errors import CheckpointError, OxmergeError, UnsupportedError
+from snapshot import check_told
 from writers import random_arrays, write_file, write_model, write_recipe
 
 if TYPE_CHECKING:
@@ -195,85 +196,18 @@ def _broken_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
-#: How the folder is made, and the text of the one problem; `DIR` stands for the folder.
-FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "empty": (
-        _nothing,
-        (
-            "`DIR`: the directory holds no weights: expected `model.safetensors` or "
-            "`model.safetensors.index.json`"
-            "\n  hint: name the directory that they are in, or download them"
-        ),
-    ),
-    "a piece of a torch file": (
-        _piece,
-        (
-            "`DIR/pytorch_model.bin`: the zip archive has no directory at its end"
-            "\n  hint: it looks like a truncated download: download it again"
-        ),
-    ),
-    "missing shard": (
-        _missing_shard,
-        (
-            "`DIR/model.safetensors.index.json`: shards that the index names are "
-            "missing: found no `2.safetensors`"
-            "\n  hint: download the checkpoint again, whole"
-        ),
-    ),
-    "missing tensor": (
-        _missing_tensor,
-        (
-            "`DIR/1.safetensors`: the shard lacks tensors that the index places in it: "
-            "found no `b`"
-            "\n  hint: index and shards are not of one checkpoint: download it again"
-        ),
-    ),
-    "escaping index": (
-        _escaping_index,
-        (
-            "`DIR/model.safetensors.index.json`: tensor `a`: the index names a file "
-            "that is not a plain name in its directory: found `../secret.safetensors`"
-            "\n  hint: get the checkpoint from where it was first published"
-        ),
-    ),
-    "quantised": (
-        _quantised,
-        (
-            "`DIR/config.json`: the checkpoint is quantised (gptq)"
-            "\n  hint: dequantise it to BF16 first; if it is, remove "
-            "`quantization_config` from config.json"
-        ),
-    ),
-    "dangling link": (
-        _dangling_link,
-        (
-            "`DIR/model.safetensors`: cannot be opened: no such file or directory"
-            "\n  hint: download the model again, or check the permissions of its files"
-        ),
-    ),
-    "pipe": (
-        _pipe,
-        (
-            "`DIR/model.safetensors`: this is no file that holds data: "
-            "expected a regular file, found a pipe"
-            "\n  hint: put the file itself there, or a link to it"
-        ),
-    ),
-    "pipe for a config": (
-        _pipe_for_a_config,
-        (
-            "`DIR/config.json`: this is no file that holds data: "
-            "expected a regular file, found a pipe"
-            "\n  hint: put the file itself there, or a link to it"
-        ),
-    ),
-    "broken config": (
-        _broken_config,
-        (
-            "`DIR/config.json`: the file is not valid JSON: EOF while parsing an object "
-            f"at line 1 column 1\n  hint: {DAMAGED}"
-        ),
-    ),
+#: How the folder is made, which has one problem.
+FOLDERS: dict[str, Callable[[Path], None]] = {
+    "empty": _nothing,
+    "a piece of a torch file": _piece,
+    "missing shard": _missing_shard,
+    "missing tensor": _missing_tensor,
+    "escaping index": _escaping_index,
+    "quantised": _quantised,
+    "dangling link": _dangling_link,
+    "pipe": _pipe,
+    "pipe for a config": _pipe_for_a_config,
+    "broken config": _broken_config,
 }
 
 
@@ -283,15 +217,17 @@ def text_of(error: oxmerge.PlanError, folder: Path) -> str:
     return str(problem).replace(str(folder), "DIR")
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_broken_folder(tmp_path: Path, name: str) -> None:
-    make, expected = FOLDERS[name]
-    make(tmp_path / "model")
-    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "model"])
-    with pytest.raises(oxmerge.PlanError) as caught:
-        oxmerge.plan(recipe)
-    text = text_of(caught.value, tmp_path / "model")
-    assert re.sub('(?<=python -c ").*?(?=")', "COMMAND", text) == expected
+def test_broken_folders(tmp_path: Path) -> None:
+    told = []
+    for number, (name, make) in enumerate(FOLDERS.items()):
+        folder = tmp_path / str(number)
+        make(folder)
+        recipe = write_recipe(tmp_path / "r.yml", "passthrough", [folder])
+        with pytest.raises(oxmerge.PlanError) as caught:
+            oxmerge.plan(recipe)
+        text = text_of(caught.value, folder)
+        told.append((name, [re.sub('(?<=python -c ").*?(?=")', "COMMAND", text)]))
+    check_told("broken_folders", told)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from oxmerge.cli import main
 from oxmerge.cli.progress import PlainProgress, progress_line
 from oxmerge.demo_hub import Handler, HubServer, Model, serving
 from oxmerge.merging import Snapshot
-from oxmerge.models import hub, references, remote
+from oxmerge.models import download, hub, references, remote
 from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
 from oxmerge.models.references import Located, resolve_reference
 from oxmerge.problems import Problem
@@ -526,6 +526,21 @@ def test_what_may_lack_beside_the_weights_is_told(without_library: Hub, models: 
     assert "may lack files beside the weights" in str(plan.warnings[0])
 
 
+def test_a_manifest_tells_nothing_of_the_network(
+    the_hub: Hub, served: dict[str, Model], tmp_path: Path
+) -> None:
+    """Which server did not answer, and why, is of that day: the merge is the same."""
+    the_hub.start(served)
+    recipe = "merge_method: passthrough\nmodels: [{model: org/two@v1}]\n"
+    oxmerge.merge(recipe, tmp_path / "whole")
+    for path in the_hub.home.rglob("tokenizer_config.json"):
+        path.unlink()
+    the_hub.offline()
+    report = oxmerge.merge(recipe, tmp_path / "out")
+    assert "and they were not fetched: found the Hub may not be asked" in report.warnings[0]
+    assert json.loads((tmp_path / "out" / "oxmerge.json").read_text())["warnings"] == []
+
+
 @pytest.mark.slow
 def test_a_partial_snapshot_is_completed(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
@@ -605,7 +620,7 @@ def test_ranges_come_whole_whatever_happens(
         ("429", RemoteError, "status 429"),
         ("reset", RemoteError, "bytes 5 to 5000 cannot be fetched"),
         ("endless", RemoteError, "more bytes came than were asked for"),
-        ("etag", oxmerge.InputChangedError, "the file changed while it was read"),
+        ("etag", oxmerge.InputChangedError, "the file changed after it was first read"),
     ],
 )
 def test_a_range_that_cannot_be_had_says_why(
@@ -652,8 +667,8 @@ def passthrough(model: str) -> str:
         ("org/one/nowhere", "`org/one` has no `nowhere`", "name a folder or a file that it has"),
         (
             "org/pickle",
-            "the tensors of a file of torch are not told by its first bytes",
-            "hf download",
+            "the zip archive has no directory at its end",
+            "download it again",
         ),
         ("org/empty", "holds no weights", "download"),
     ],
@@ -908,6 +923,42 @@ def test_downloads_end_with_the_merge(
         assert not Path("out").exists()
 
 
+LIBRARY = """
+import os, time
+def hf_hub_download(repo, name, **_):
+    path = f"{repo}/{name}.incomplete"
+    open(path, "w").close()
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(0.2)  # a moment in which another interrupt comes
+        os.unlink(path)
+"""
+
+
+def test_interrupts_do_not_end_the_removing(tmp_path: Path) -> None:
+    """The program has one from the terminal, one from the merge, and one when its input ends."""
+    (tmp_path / "huggingface_hub.py").write_text(LIBRARY)
+    job = {"cache": "", "endpoint": "", "files": [
+        {"label": "x", "repo": str(tmp_path), "name": "x", "commit": "", "etag": "", "blob": "no"}
+    ]}  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-P", download.__file__], text=True, env={"PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as program:  # fmt: skip
+        assert program.stdin is not None
+        print(json.dumps(job), file=program.stdin, flush=True)
+        until = time.monotonic() + 30
+        while not (tmp_path / "x.incomplete").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        for _ in range(2):
+            program.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        _, said = program.communicate(timeout=30)
+    assert "KeyboardInterrupt" in said
+    assert not (tmp_path / "x.incomplete").exists()
+
+
 @pytest.mark.slow
 def test_names_of_files_that_lead_elsewhere(
     the_hub: Hub, models: Path, served: dict[str, Model], tmp_path: Path
@@ -959,6 +1010,40 @@ def test_a_file_that_is_not_here_is_not_read(the_hub: Hub, served: dict[str, Mod
         plan.table.placed(places)
 
 
+# Files of torch.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_of_torch_files_by_name(the_hub: Hub, tmp_path: Path, *, stream: bool) -> None:
+    """It is planned from the ends of its files, and merged as by its path, a view among others."""
+    torch = pytest.importorskip("torch")
+    folder = tmp_path / "old"
+    folder.mkdir()
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in SHAPES.items()}
+    tensors["lm_head.weight"] = torch.randn(32, 64).bfloat16().T
+    tensors["model.large"] = torch.randn(512, 512).bfloat16()
+    where: dict[str, str] = {}
+    for at, names in enumerate((list(tensors)[:3], list(tensors)[3:])):
+        file = f"pytorch_model-0000{at + 1}-of-00002.bin"
+        torch.save({name: tensors[name] for name in names}, folder / file)
+        where |= dict.fromkeys(names, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    server = the_hub.start({"org/old": Model.of_folder(str(folder))})
+    plan = oxmerge.plan(passthrough("org/old"))
+    ranges = [wanted for _, path, wanted in server.asked if path.startswith("/store/")]
+    assert len(ranges) <= 2 * 2  # the two ends of both files
+    assert not list(the_hub.home.rglob("*.bin"))
+    oxmerge.merge(plan, "out", stream=stream, spool="4MB")
+    oxmerge.merge(passthrough(str(folder)), tmp_path / "local")
+    assert (
+        weights(Path("out"))["model.safetensors"]
+        == (weights(tmp_path / "local")["model.safetensors"])
+    )
+    assert bool(list(the_hub.home.rglob("*.bin"))) is not stream
+
+
 # Adapters.
 
 
@@ -984,3 +1069,6 @@ def test_an_adapter_by_name(the_hub: Hub, models: Path, tmp_path: Path) -> None:
     the_hub.offline()
     oxmerge.fuse("org/one", tmp_path / "again", ["me/lora@v2"])
     assert weights(tmp_path / "again")["model.safetensors"] == ours["model.safetensors"]
+    models_of = [{"model": "me/lora@v2", "parameters": {"weight": 1}}]
+    oxmerge.merge({"merge_method": "linear", "models": models_of}, tmp_path / "alone")
+    assert "# me/lora@v2 was me/lora@" in (tmp_path / "alone" / "oxmerge_recipe.yml").read_text()

@@ -7,16 +7,20 @@ numbers there make it use whole histograms.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import oxmerge
 import pytest
-from oxmerge.demo import make_demo
+from memory_group import memory_group
+from oxmerge.demo import LINEAR, SIZES, make_demo
 from writers import (
     evict,
     random_arrays,
@@ -29,7 +33,8 @@ from writers import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    from memory_group import Group
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +58,7 @@ report = oxmerge.merge(
     memory=int(memory),
     read_path=read_path,
     threads=int(threads) or None,
+    allow_methods=["written_methods"],
     progress=lambda _: mapped.append(status("RssFile")),
 )
 print(json.dumps({**report.as_dict(), "measured": status("VmHWM"), "mapped": mapped}))
@@ -81,12 +87,25 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def merge(
-    recipe: Path, *, memory: int = BUDGET, read_path: str = "auto", threads: int = 0
+    recipe: Path,
+    *,
+    memory: int = BUDGET,
+    read_path: str = "auto",
+    threads: int = 0,
+    group: Group | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Merge in a process of its own, which prints the report and its peak."""
     arguments = (recipe, recipe.parent / "out", memory, read_path, threads)
     command = [sys.executable, "-c", CHILD, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+        preexec_fn=None if group is None else group.enter,
+    )
 
 
 def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -106,7 +125,7 @@ def check(report: dict[str, Any]) -> None:
 
 def write_sampled(path: Path, seed: int) -> None:
     """Write a sparse model with numbers where the engine's sample looks: 512 places."""
-    write_sparse(path, {"x": SHAPE})
+    write_sparse(path, {"x.weight": SHAPE})
     generator = np.random.default_rng(seed)
     elements = SHAPE[0] * SHAPE[1]
     start = path.stat().st_size - 2 * elements
@@ -145,6 +164,48 @@ def test_a_tensor_of_eight_budgets(work: Path, large: Path, name: str, read_path
     report = report_of(merge(recipe, read_path=read_path, threads=threads))
     assert report["bytes_written"] == 8 * BUDGET
     check(report)
+
+
+#: One of each class of methods: arguments of `write_recipe`, and how many models.
+CLASSES: dict[str, tuple[int, dict[str, Any]]] = {
+    "element by element": CASES["linear, 2"],
+    "Gram matrix": CASES["slerp"],
+    "selection": (1, CASES["ties, 2"][1]),
+    "rows": (2, {"method": "model_stock", "base": True, "shared": {"filter_wise": True}}),
+    "ranking": (1, {**CASES["ties, 2"][1], "method": "della"}),
+    "whole model": (1, {"method": "metagpt", "base": True}),
+    "in Python": (2, {"method": "written_methods:stock", "base": True}),
+    "adapter": (1, {"method": "passthrough"}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_where_the_system_kills(work: Path, large: Path, name: str) -> None:
+    """A tenth more than the budget is all that the system gives, with its own memory and caches."""
+    count, options = CLASSES[name]
+    models: list[Path | str] = [large / str(index) for index in range(1, count + 1)]
+    if name == "adapter":
+        models = [f"{models[0]}+{write_adapter(work / 'lora')}"]
+    base = large / "0" if "base" in options else None
+    recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": base})
+    with memory_group(BUDGET * 11 // 10) as group:
+        if group is None:
+            pytest.skip("this process may not limit the memory of others")
+        report = report_of(merge(recipe, group=group))
+        assert group.kills() == 0
+    assert report["bytes_written"] == 8 * BUDGET
+    check(report)
+
+
+def write_adapter(folder: Path) -> Path:
+    """Write an adapter of rank 16 of the tensor of `large`."""
+    folder.mkdir()
+    shapes = {"lora_A": (16, SHAPE[1]), "lora_B": (SHAPE[0], 16)}
+    low = {f"base_model.model.x.{name}.weight": shape for name, shape in shapes.items()}
+    write_sparse(folder / "adapter_model.safetensors", low, "F32")
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["x"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.mark.parametrize("name", ["linear, 2", "linear, 10"])
@@ -353,7 +414,9 @@ def test_many_small_tensors(work: Path, many: Path, method: str) -> None:
     base = models.pop(0) if method == "ties" else None
     each = {"weight": 0.5} if method == "linear" else {"weight": 0.5, "density": 0.5}
     recipe = write_recipe(work / "r.yml", method, models, base=base, each=each)
-    report = report_of(merge(recipe, memory=256 * MIB, threads=8))
+    with memory_group(256 * MIB * 11 // 10) as group:  # and no other limit where there is none
+        report = report_of(merge(recipe, memory=256 * MIB, threads=8, group=group))
+        assert group is None or group.kills() == 0
     assert report["tensors"] == int((many / "tensors").read_text())
     assert report["threads"] == 8
     check(report)
@@ -395,6 +458,37 @@ def test_some_shards_of_671_billion_parameters(work: Path, method: str) -> None:
     assert report["threads"] == 8
     names = {path.name for path in (work / "out").glob("*.safetensors")}
     assert names == {plan.shards[shard][0] for shard in wanted}
+    check(report)
+
+
+@pytest.mark.parametrize("size", ["1b", "70b"])
+def test_an_adapter_of_all_linear_layers(
+    work: Path, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of a model of 1.1 or 70 billion parameters: what a tensor needs, others do too."""
+    monkeypatch.setitem(SIZES, size, replace(SIZES[size], filled=False))
+    [base] = make_demo(work / "models", size, spreads=()).models
+    factors = {}
+    for tensor in SIZES[size].tensors():
+        module = tensor.name.removesuffix(".weight")
+        if module.endswith(LINEAR):
+            rows, columns = tensor.shape
+            factors[f"base_model.model.{module}.lora_A.weight"] = (16, columns)
+            factors[f"base_model.model.{module}.lora_B.weight"] = (rows, 16)
+    adapter = work / "adapter"
+    write_sparse(adapter / "adapter_model.safetensors", factors)
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": [*LINEAR]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    recipe = write_recipe(work / "r.yml", "passthrough", [f"{base}+{adapter}"])
+    plan = oxmerge.plan(recipe, shard_size=MIB)
+    plan.save(work / "plan.json")
+    # The embedding comes first, then the layer: norms share a shard with what they fit beside.
+    part = only_shards(work / "plan.json", [*range(1, 9)])
+    with memory_group(256 * MIB * 11 // 10) as group:  # and no other limit where there is none
+        report = report_of(merge(part, memory=256 * MIB, group=group))
+        assert group is None or group.kills() == 0
+    with oxmerge.open(work / "out") as made:
+        assert {name.split(".")[-2] for name in made} >= set(LINEAR)
     check(report)
 
 

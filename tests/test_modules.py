@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,17 +57,17 @@ def modules(
     wanted: list[str], shapes: Mapping[str, Any], counts: set[int]
 ) -> dict[str | None, list[str]]:
     layout = find_layout(dict.fromkeys(shapes), frozenset(counts))
-    module_of, roots = find_modules(wanted, list(shapes), layout)
-    assert all(len(each) == 1 for each in roots.values())
+    modules = find_modules(wanted, list(shapes), layout)
+    assert all(len(each) == 1 for each in modules.roots.values())
     found: dict[str | None, list[str]] = {}
     for name in shapes:
-        found.setdefault(module_of(name), []).append(name)
+        found.setdefault(modules.of(name), []).append(name)
     return found
 
 
 def roots(wanted: list[str], shapes: Mapping[str, Any], counts: set[int]) -> list[list[str]]:
     layout = find_layout(dict.fromkeys(shapes), frozenset(counts))
-    return list(find_modules(wanted, list(shapes), layout)[1].values())
+    return list(find_modules(wanted, list(shapes), layout).roots.values())
 
 
 def begin(names: list[str], *beginnings: str) -> bool:
@@ -100,7 +101,7 @@ def test_modules_are_found_by_name_and_by_kind() -> None:
     assert roots(["audio_tower", "x"], QWEN, {2, 3}) == [[], []]
 
 
-def test_a_name_that_fits_several_parts_means_the_outermost_or_nothing() -> None:
+def test_a_name_that_fits_several_parts_means_what_has_the_others_inside_or_nothing() -> None:
     shapes = [f"{part}.layers.{n}.w" for part in CLIP for n in range(2)]
     both = ["text_model.encoder", "vision_model.encoder"]
     assert roots(["encoder"], dict.fromkeys(shapes), {2}) == [both]
@@ -108,9 +109,9 @@ def test_a_name_that_fits_several_parts_means_the_outermost_or_nothing() -> None
     inside = [*shapes, "encoder.x.encoder.w"]
     assert roots(["encoder"], dict.fromkeys(inside), {2}) == [["encoder"]]
     assert roots(["x.encoder"], dict.fromkeys(inside), {2}) == [["encoder.x.encoder"]]
-    # Letters do not count: these are as far out as each other.
-    uneven = dict.fromkeys(["a.part.w", "longer.part.w"])
-    assert roots(["part"], uneven, {2}) == [["a.part", "longer.part"]]
+    # How far in a part is does not tell whether it is meant.
+    uneven = dict.fromkeys(["a.part.w", "a.part.x.part.w", "much.longer.part.w"])
+    assert roots(["part"], uneven, {2}) == [["a.part", "much.longer.part"]]
     # Of a kind, there are two stacks of text.
     assert roots(["text_decoder"], T5, {2, 3}) == [["encoder", "decoder"]]
 
@@ -133,8 +134,8 @@ modules:
     - {model: b, parameters: {weight: 1}}
   vision_tower:
     models:
-    - {model: a}
-    parameters: {weight: 1}
+    - {model: a, parameters: {weight: 1}}
+    parameters: {normalize: false}
 parameters: {normalize: false}
 """
 
@@ -157,19 +158,20 @@ def test_modules_are_merged_apart_and_the_rest_is_carried(folder: Path) -> None:
 
 def test_what_is_wrong_with_modules_is_told(folder: Path) -> None:
     text = RECIPE.replace("vision_tower", "audio_tower").replace(
-        "weight: 1}\npara", "wight: 1}\npara"
+        "{normalize: false}\npara", "{normalise: 1}\npara"
     )
     with pytest.raises(oxmerge.PlanError) as caught:
         oxmerge.plan(text)
     found = [(problem.code, str(problem.where)) for problem in caught.value.problems]
     assert found[0] == ("no-layers", "modules.audio_tower (line 8)")
-    assert found[1] == ("unknown-parameter", "modules.audio_tower.parameters.wight (line 11)")
-    slices = "    slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n"
-    text = RECIPE.replace("    models:\n    - {model: a}\n", slices)
-    with pytest.raises(oxmerge.UnsupportedError, match="slices of one of several modules"):
-        oxmerge.plan(text)
-    with pytest.raises(oxmerge.RecipeError, match="a module needs `models`"):
-        oxmerge.plan(RECIPE.replace("    models:\n    - {model: a}\n", ""))
+    assert found[1] == ("unknown-parameter", "modules.audio_tower.parameters.normalise (line 11)")
+    source = "{model: a, layer_range: [0, 1], parameters: {weight: 1}}"
+    slices = f"    slices: [{{sources: [{source}]}}]\n"
+    form = "a module has exactly one of `models` and `slices`"
+    assert problems_of(RECIPE.replace("  vision_tower:\n", f"  vision_tower:\n{slices}")) == [form]
+    assert problems_of(
+        RECIPE.replace("    models:\n    - {model: a, parameters: {weight: 1}}\n", "")
+    ) == [form]
 
 
 def test_sweeps_and_lazy_merges_know_modules(folder: Path) -> None:
@@ -185,10 +187,9 @@ def test_sweeps_and_lazy_merges_know_modules(folder: Path) -> None:
 
 
 VISION = """\
-merge_method: linear
+merge_method: passthrough
 base_model: base
 modules: {vision_tower: {models: [{model: a}]}}
-parameters: {weight: 1}
 """
 
 
@@ -252,7 +253,7 @@ def test_the_base_is_no_input_where_modules_leave_nothing_to_it(folder: Path) ->
     )
     plan = oxmerge.plan(VISION.replace("vision_tower: {models: [{model: a}]}", every))
     (warning,) = plan.warnings
-    assert "`base_model` is no input of method `linear`" in str(warning)
+    assert "`base_model` is no input of method `passthrough`" in str(warning)
 
 
 def test_modules_that_are_the_same_or_unclear_are_refused(folder: Path) -> None:
@@ -296,11 +297,10 @@ def test_slices_of_a_module_are_those_of_all_of_the_model(folder: Path) -> None:
     seen = f"{text}modules: {{vision_tower: {{{slices}}}}}\n"
     assert problems_of(seen) == ["`text` has no module `vision_tower`"]
     norm = f"{text}modules: {{norm: {{{slices}}}}}\n"
-    assert problems_of(norm) == ["slices of the module `norm`, which has no layers"]
-    # Where there is another module, whether the slices are of that model or not.
-    several = "`slices` of the module `vision_tower` needs a model with exactly one stack of layers"
-    assert problems_of(f"{seen}base_model: base\n") == [several]
-    assert set(problems_of(seen.replace("model: text", "model: a"))) >= {several}
+    no_layers = "`slices` of the module `{}` needs a model with exactly one stack of layers".format
+    assert problems_of(norm) == [no_layers("norm")]
+    # The base has such layers, and the models of the slices do not.
+    assert problems_of(f"{seen}base_model: base\n") == [no_layers("vision_tower")] * 2
 
 
 def test_what_no_module_has_may_be_kept_from_another_model(folder: Path) -> None:
@@ -315,3 +315,138 @@ def test_what_no_module_has_may_be_kept_from_another_model(folder: Path) -> None
     name = "multi_modal_projector.linear_1.weight"
     with oxmerge.open("out") as out, oxmerge.open("b") as b:
         np.testing.assert_array_equal(np.asarray(out[name]), np.asarray(b[name]))
+
+
+#: Four layers of text of three, and one of vision of two.
+STACKED = """\
+merge_method: linear
+base_model: base
+modules:
+  text_decoder:
+    slices:
+    - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+      parameters: {weight: [1, 0]}
+    - sources:
+      - {model: b, layer_range: [1, 3], parameters: {weight: [{filter: norm, value: 5}]}}
+      - {model: a, layer_range: [1, 3]}
+    parameters: {weight: 0.25}
+  vision_tower:
+    slices: [{sources: [{model: b, layer_range: [1, 2]}]}]
+parameters: {weight: 2, normalize: false}
+dtype: float32
+"""
+
+
+def test_modules_are_made_of_slices_each_to_a_depth_of_its_own(folder: Path) -> None:
+    plan = oxmerge.plan(STACKED)
+    text, vision = "language_model.model.layers", "vision_tower.vision_model.encoder.layers"
+    a, b = plan.models.index("a"), plan.models.index("b")
+    assert plan.layer_map == {text: ((a, 0), (a, 1), (b, 1), (b, 2)), vision: ((b, 1),)}
+    config = json.loads(plan.config or "")
+    assert config["text_config"]["num_hidden_layers"] == 4
+    assert config["vision_config"]["num_hidden_layers"] == 1
+    explained = plan.explain(f"{text}.1.mlp.up_proj.weight")
+    assert "modules.text_decoder.slices[0]" in explained
+    assert "weight = 0" in explained
+    oxmerge.merge(plan, "out")
+    layers: list[list[tuple[float, str, int]]] = [
+        [(1, "a", 0), (1, "b", 0)],
+        [(0, "a", 1), (0, "b", 1)],
+        [(0.25, "b", 1), (0.25, "a", 1)],
+        [(0.25, "b", 2), (0.25, "a", 2)],
+    ]
+    up = "{}.{}.mlp.up_proj.weight".format
+    made = {
+        up(text, number): [(weight, model, up(text, layer)) for weight, model, layer in parts]
+        for number, parts in enumerate(layers)
+    }
+    tokens, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+    norm = "language_model.model.norm.weight"
+    made[tokens] = [(1, "a", tokens), (1, "b", tokens)]
+    made[norm] = [(5, "b", norm), (0.25, "a", norm)]
+    made[head] = [(0.25, "b", head), (0.25, "a", head)]
+    made[f"{vision}.0.mlp.fc1.weight"] = [(2, "b", f"{vision}.1.mlp.fc1.weight")]
+    seen = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+    made[seen] = [(2, "b", seen)]
+    carried = "multi_modal_projector.linear_1.weight"
+    made[carried] = [(1, "base", carried)]
+    models = {name: oxmerge.open(name) for name in ("base", "a", "b")}
+    with oxmerge.open("out") as out:
+        assert set(out) == set(made)
+        for name, parts in made.items():
+            each = [np.float32(weight) * np.asarray(models[m][n]) for weight, m, n in parts]
+            expected = np.sum(each, axis=0, dtype=np.float32)
+            np.testing.assert_array_equal(np.asarray(out[name]), expected, name)
+    accounts = {each.model: each.dropped for each in plan.accounting}
+    assert list(accounts["b"]["outside layer_range"]) == [f"{vision}.0.mlp.fc1.weight"]
+    assert accounts["a"].keys() == {
+        "the module `vision_tower` does not list the model",
+        "it is in no module that the recipe names",
+    }
+
+
+def test_slices_of_modules_are_saved_swept_and_merged_lazily(folder: Path) -> None:
+    oxmerge.merge(STACKED, "out")
+    plan = oxmerge.plan(STACKED)
+    plan.save("plan.json")
+    loaded = oxmerge.load_plan("plan.json")
+    assert loaded.layer_map == plan.layer_map
+    oxmerge.merge(loaded, "again")
+    place = "modules.text_decoder.slices[1].sources[a].parameters.weight"
+    oxmerge.sweep(STACKED, "w{n}", {place: [0.25, 1]})
+    weights = [Path(name, "model.safetensors").read_bytes() for name in ("out", "again", "w0")]
+    assert weights == [weights[0]] * 3
+    assert Path("w1/model.safetensors").read_bytes() != weights[0]
+    lazy = oxmerge.lazy(STACKED)
+    with oxmerge.open("out") as merged:
+        for name in merged:
+            np.testing.assert_array_equal(lazy[name], np.asarray(merged[name]))
+
+
+def test_what_is_wrong_with_slices_of_modules_is_told(folder: Path) -> None:
+    assert problems_of(STACKED.replace("[1, 2]", "[1, 3]")) == [
+        "`layer_range` goes past the last layer of `b`"
+    ]
+    inner = "language_model.model.layers.0.mlp"
+    text = STACKED.replace("  vision_tower:\n", f"  {inner}: {{models: [{{model: a}}]}}\n  seen:\n")
+    assert set(problems_of(text)) == {
+        "`base` has no module `seen`",
+        f"the module `{inner}` lies in layers whose slices are listed",
+    }
+    ties = STACKED.replace("linear", "ties")
+    message = "the base model `base` is not among the sources of this slice"
+    assert problems_of(ties).count(message) == 3
+
+
+def test_the_halves_of_a_model_are_counted_by_keys_of_their_own(folder: Path) -> None:
+    """`num_layers` counts the encoder, and the decoder too where nothing else counts it."""
+    shapes = {name: shape for name, shape in T5.items() if ".2." not in name}
+    text = """\
+merge_method: passthrough
+modules:
+  decoder:
+    slices:
+    - sources: [{model: t5, layer_range: [0, 2]}]
+    - sources: [{model: t5, layer_range: [1, 2]}]
+"""
+    both = {"model_type": "t5", "num_layers": 2, "num_decoder_layers": 2}
+    write_model(folder / "t5", random_arrays(shapes, 0), "F32", config=both)
+    config = json.loads(oxmerge.plan(text).config or "")
+    assert (config["num_layers"], config["num_decoder_layers"]) == (2, 3)
+    config = json.loads(oxmerge.plan(text.replace("decoder:", "encoder:")).config or "")
+    assert (config["num_layers"], config["num_decoder_layers"]) == (3, 2)
+    one = {"model_type": "t5", "num_layers": 2}
+    write_model(folder / "one", random_arrays(shapes, 0), "F32", config=one)
+    (problem,) = problems_of(text.replace("t5", "one"))
+    assert problem.startswith("`num_layers` counts the layers of `decoder.block` and of `encoder.")
+
+
+def test_a_model_of_one_module_is_compared_in_that_one_only(folder: Path) -> None:
+    """What the model has of text is not merged: it may be of any depth."""
+    shapes = {name: shape for name, shape in LLAVA.items() if "layers.2" not in name}
+    config = {**CONFIGS["llava"], "text_config": {"num_hidden_layers": 2}}
+    write_model(folder / "short", random_arrays(shapes, 1), "F32", config=config)
+    short = VISION.replace("model: a", "model: short")
+    oxmerge.plan(short)
+    text = short.replace("vision_tower", "text_decoder")
+    assert problems_of(text) == ["layer counts differ: `language_model.model.layers` of `short`"]

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from oxmerge.errors import PlanError
-from oxmerge.output.config import edit_config, json_text
+from oxmerge.models.names import Stack
+from oxmerge.output import config
+from oxmerge.output.config import Restacked, json_text
 from oxmerge.output.token_ids import edit_tokens, ids_in
 
 LLAMA: dict[str, Any] = {
@@ -35,6 +37,18 @@ QWEN: dict[str, Any] = {
 def layers(*parts: tuple[dict[str, Any], range]) -> list[tuple[dict[str, Any], int]]:
     """Build a layer map from ranges of layers."""
     return [(config, layer) for config, numbers in parts for layer in numbers]
+
+
+def edit_config(
+    donor: dict[str, Any],
+    *,
+    layer_map: list[tuple[dict[str, Any], int]] | None = None,
+    donor_depth: int = 4,
+    **options: Any,
+) -> tuple[dict[str, Any], list[str]]:
+    """Edit the config of a donor with one stack of layers."""
+    stacks = [Restacked(Stack("model.layers", donor_depth), layer_map)]
+    return config.edit_config(donor, stacks=stacks, **options)
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import oxmerge
 import pytest
+import test_token_rows as token_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge import cli
@@ -26,6 +29,8 @@ from oxmerge.errors import OutputError, PlanError, UnsupportedError
 from oxmerge.output import publish
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
+from oxmerge.sweeping import variants
+from range_server import serve
 from writers import (
     directory_bytes,
     random_arrays,
@@ -43,8 +48,9 @@ if TYPE_CHECKING:
 SHAPES: dict[str, tuple[int, ...]] = {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
 SHAPES |= {"layers.3.bias": (70000,), "layers.9.rows": (5, 7), "scale": (1,)}
 SHARD, FILES = 40_000, 11
+WRITTEN = ["written_methods"]
 
-#: Arguments of `write_recipe`, the models being a and b: one of each class of method.
+#: Arguments of `write_recipe`, the models being a and b: some of each class of method.
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"each": {"weight": 0.5}},
     "slerp": {"models": "a", "base": True, "shared": {"t": 0.3}},
@@ -52,7 +58,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare_ties": {"base": True, "each": {"weight": 0.5, "density": 0.3}},
     "della": {"base": True, "each": {"weight": 0.5, "density": 0.4}},
     "model_stock": {"base": True},
-    "nuslerp": {"each": {"weight": 0.5}},
+    "nuslerp": {
+        "each": {"weight": 0.5},
+        "shared": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    },
+    "karcher": {},
+    "sce": {"base": True, "shared": {"select_topk": 0.4}},
+    "arcee_fusion": {"models": "a", "base": True},
+    "pcb": {"base": True, "each": {"weight": 0.5, "density": 0.3}},
+    "geometric_median": {},
+    # Written in Python: selections and sums of each tensor, and of each row.
+    "written_methods:selected": {"base": True},
+    "written_methods:by_row": {"base": True},
     # Numbers over the whole model.
     "metagpt": {"base": True},
     "nan": {"base": True, "each": {"weight": 0.5}},
@@ -82,14 +99,17 @@ def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     folder = tmp_path_factory.mktemp("whole")
     made = {}
     for method in METHODS:
-        oxmerge.merge(models / f"{method}.yml", folder / method, shard_size=SHARD, seed=5)
+        options: dict[str, Any] = {"shard_size": SHARD, "seed": 5, "allow_methods": WRITTEN}
+        oxmerge.merge(models / f"{method}.yml", folder / method, **options)
         made[method] = directory_bytes(folder / method)
     return made
 
 
-def make(recipe: Path, output: Path, part: int, parts: int, **options: Any) -> oxmerge.MergeReport:
-    options = {"shard_size": SHARD, "seed": 5, "threads": 2, "wait": 30} | options
-    return oxmerge.merge(recipe, output, part=(part, parts), **options)
+def make(recipe: Any, output: Path, part: int, parts: int, **options: Any) -> oxmerge.MergeReport:
+    usual: dict[str, Any] = {
+        "shard_size": SHARD, "seed": 5, "threads": 2, "wait": 30, "allow_methods": WRITTEN,
+    }  # fmt: skip
+    return oxmerge.merge(recipe, output, part=(part, parts), **usual | options)
 
 
 def make_all(recipe: Path, output: Path, parts: int, **options: Any) -> None:
@@ -116,7 +136,14 @@ def test_parts_are_of_nearly_equal_bytes(sizes: list[int], data: st.DataObject) 
 
 @pytest.mark.parametrize(
     ("method", "parts"),
-    [*((method, 3) for method in METHODS), *(("nan", parts) for parts in (1, 2, 7)), ("ties", 7)],
+    [
+        *((method, 3) for method in METHODS),
+        *(
+            pytest.param(method, parts, marks=pytest.mark.slow)
+            for method in METHODS
+            for parts in (1, 2, 7)
+        ),
+    ],
 )
 def test_bytes_are_those_of_one_run(
     tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]], method: str, parts: int
@@ -124,7 +151,7 @@ def test_bytes_are_those_of_one_run(
     output = tmp_path / "out"
     make_all(models / f"{method}.yml", output, parts)
     assert not (output / "config.json").exists()
-    report = oxmerge.finish(output)
+    report = oxmerge.finish(output, allow_methods=WRITTEN)
     assert directory_bytes(output) == whole[method]
     assert report.files == FILES
     assert f"made in {parts} parts on 1 machine" in report.notes
@@ -151,6 +178,107 @@ def test_adapters_are_put_in_by_each_part(tmp_path: Path, models: Path) -> None:
     oxmerge.merge(recipe, tmp_path / "one", shard_size=SHARD, seed=5)
     make_all(recipe, tmp_path / "out", 3, finish=True)
     assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("source", ["union", "b"])
+def test_tokenizers_are_merged_by_each_part(tmp_path: Path, source: str) -> None:
+    for seed, name in enumerate("ab"):
+        token_rows.make(tmp_path / name, token_rows.train("BPE", name), seed=seed)
+    recipe = write_recipe(
+        tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 0.5}, tokenizer_source=source
+    )
+    options: dict[str, Any] = {"shard_size": 600, "seed": 5}
+    oxmerge.merge(recipe, tmp_path / "one", **options)
+    make_all(recipe, tmp_path / "out", 3, finish=True, **options)
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "one")
+
+
+#: What a sweep varies of the method.
+AXES = {"ties": {"models[b].parameters.weight": "0.2,0.9"}, "nan": {"parameters.lambda": "0.5,1"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("ties", 3),
+        ("nan", 2),
+        *(pytest.param("nan", parts, marks=pytest.mark.slow) for parts in (1, 3, 7)),
+    ],
+)
+def test_a_sweep_in_parts(tmp_path: Path, models: Path, method: str, parts: int) -> None:
+    recipe = models / f"{method}.yml"
+    options: dict[str, Any] = {"shard_size": SHARD, "seed": 5, "threads": 2}
+    oxmerge.sweep(recipe, tmp_path / "one{n}", AXES[method], **options)
+    with ThreadPoolExecutor(parts) as pool:
+        runs = [
+            pool.submit(
+                oxmerge.sweep, recipe, tmp_path / "out{n}", AXES[method], part=(at, parts),
+                wait=60, **options,
+            )
+            for at in range(1, parts + 1)
+        ]  # fmt: skip
+        for run in runs:
+            assert len(run.result(timeout=120)) == 2
+    for n in range(2):
+        # Whichever is the first of them, each is completed by itself.
+        oxmerge.finish(tmp_path / f"out{n}")
+        assert directory_bytes(tmp_path / f"out{n}") == directory_bytes(tmp_path / f"one{n}")
+
+
+def test_a_part_of_a_sweep_is_not_one_of_a_merge(tmp_path: Path, models: Path) -> None:
+    recipe = models / "ties.yml"
+    options: dict[str, Any] = {"shard_size": SHARD, "seed": 5}
+    reports = oxmerge.sweep(recipe, tmp_path / "out{n}", AXES["ties"], part=(1, 2), **options)
+    assert all("not yet part 2" in report.notes[-1] for report in reports)
+    alone = variants(recipe, tmp_path / "out{n}", AXES["ties"])[0].recipe
+    with pytest.raises(OutputError, match="another sweep"):
+        make(alone, tmp_path / "out0", 2, 2)
+    again = oxmerge.sweep(
+        recipe, tmp_path / "out{n}", AXES["ties"], part=(2, 2), finish=True, **options
+    )
+    assert [report.files for report in again] == [FILES, FILES]
+    with pytest.raises(UnsupportedError, match="not cut into files alike"):
+        oxmerge.sweep(
+            recipe, tmp_path / "two{n}", {"dtype": "float32,bfloat16"}, part=(1, 2), **options
+        )
+
+
+@pytest.mark.parametrize("method", ["ties", "nan"])
+def test_inputs_are_streamed_to_each_part(
+    tmp_path: Path,
+    models: Path,
+    whole: dict[str, dict[str, bytes]],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part fetches what its own tensors need, however small the spool is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    about = METHODS[method]
+    output = tmp_path / "out"
+    with serve(models) as server:
+        names = [f"{server.address}/{name}" for name in "ab"]
+        recipe = write_recipe(
+            tmp_path / "r.yml", method, names, base=f"{server.address}/base", each=about.get("each")
+        )
+        planned = 0
+        for part in (1, 2, 3):
+            oxmerge.plan(recipe, shard_size=SHARD)
+            planned = server.bytes_sent()
+            try:
+                make(recipe, output, part, 3, spool="1MB", wait=0)
+            except OutputError:
+                assert method == "nan"
+                assert part < 3
+            largest = 3 * 2 * 70_000 + 3 * (128 << 10)  # the largest tensor, and headers
+            assert server.bytes_sent() - planned <= 2 * (
+                oxmerge.plan(recipe).bytes_read / 3 + largest
+            )
+        make_all(recipe, output, 3, spool="1MB")
+        oxmerge.finish(output)
+    told = ("README.md", "oxmerge_recipe.yml", "oxmerge.json")
+    made = directory_bytes(output)
+    assert made.keys() == whole[method].keys()
+    assert all(data == whole[method][name] for name, data in made.items() if name not in told)
 
 
 def test_the_last_part_completes_the_output(
@@ -264,6 +392,52 @@ def test_an_input_is_another_file_on_another_machine(tmp_path: Path, models: Pat
         make(copy / "linear.yml", output, 2, 2)
     assert caught.value.file == str(weights)
     assert str(models / "b" / "model.safetensors") in str(caught.value.expected)
+
+
+def test_an_input_has_changed_on_one_machine(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    """Nothing but its time tells it: size and samples are the same."""
+    shutil.copytree(models, tmp_path / "copy")
+    recipe, output = tmp_path / "copy" / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    weights = tmp_path / "copy" / "b" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2 + 9000] ^= 1
+    weights.write_bytes(data)
+    for part in (1, 2):
+        with pytest.raises(OutputError, match="has changed since part 1 was begun") as caught:
+            make(recipe, output, part, 2)
+        assert caught.value.file == str(weights)
+    # On another machine times may differ.
+    key = output / PARTS_NAME / "1of2.key"
+    key.write_text(json.dumps(json.loads(key.read_text()) | {"machine": "another"}))
+    make(models / "linear.yml", output, 2, 2)
+    with pytest.raises(OutputError, match="a part of a merge here"), _running(output):
+        oxmerge.clean(output)
+    assert oxmerge.clean(output)
+
+
+@contextlib.contextmanager
+def _running(output: Path) -> Iterator[None]:
+    """Be a run of the first part, where directories cannot be locked."""
+    folder = os.open(output / PARTS_NAME, os.O_RDONLY)
+    try:
+        with PartFiles(1, 2, folder, output).locked():
+            yield
+    finally:
+        os.close(folder)
+
+
+def test_a_running_part_keeps_a_whole_merge_out(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    with _running(output):
+        for begin in (oxmerge.clean, partial(oxmerge.merge, recipe, fresh=True)):
+            with pytest.raises(OutputError, match="another run makes a part"):
+                begin(output)
+        assert (output / PARTS_NAME / "1of2.done").exists()
+    oxmerge.merge(recipe, output, fresh=True)
 
 
 def test_a_merge_and_its_parts_exclude_each_other(tmp_path: Path, models: Path) -> None:
@@ -467,6 +641,17 @@ def test_what_others_wrote_is_not_believed(tmp_path: Path, models: Path) -> None
     (shared / "1of2.done").write_bytes(before[shared / "1of2.done"].replace(b"model-", b"../..-"))
     with pytest.raises(OutputError):
         oxmerge.finish(output)
+    whole_key = json.loads(before[shared / "1of2.key"])
+    for key in (
+        3, "", "[" * 5000, '{"inputs": 3}', "\ud800", json.dumps({"inputs": [[1]] * 4}),
+    ):  # fmt: skip
+        (shared / "1of2.key").write_text(json.dumps(whole_key | {"key": key}))
+        with pytest.raises(OutputError, match=r"damaged|another"):
+            make(recipe, output, 2, 2)
+    for name, value in (("paths", [3]), ("marks", 1), ("marks", [[]]), ("states", {}), ("host", 0)):
+        (shared / "1of2.key").write_text(json.dumps(whole_key | {name: value}))
+        with pytest.raises(OutputError, match="damaged"):
+            make(recipe, output, 2, 2)
     for path, data in before.items():
         path.write_bytes(data)
     make(recipe, output, 2, 2)

@@ -87,8 +87,11 @@ def test_a_plan_keeps_its_seed_and_shards(shelf: Path, tmp_path: Path) -> None:
     assert merged(loaded, tmp_path / "out", seed=3) == merged(
         shelf / "recipe.yml", tmp_path / "out2", seed=3, shard_size=4000
     )
-    with pytest.raises(ValueError, match="the plan has its own seed, 3: make another for 4"):
-        oxmerge.merge(loaded, tmp_path / "out3", seed=4)
+    for seed in (4, 0):
+        with pytest.raises(ValueError, match=f"own seed, 3: make another for {seed}"):
+            oxmerge.merge(loaded, tmp_path / "out3", seed=seed)
+        with pytest.raises(ValueError, match=f"own seed, 3: make another for {seed}"):
+            oxmerge.sweep(loaded, tmp_path / "{n}", {"dtype": ["float16"]}, seed=seed)
     with pytest.raises(ValueError, match="the plan has its own shard_size, 4000"):
         oxmerge.merge(loaded, tmp_path / "out3", shard_size=5000)
 

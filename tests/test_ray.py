@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import oxmerge
 import pytest
-from oxmerge.errors import OxmergeError, UnsupportedError
+import s3_server
+from oxmerge.errors import OxmergeError
+from oxmerge.options import RunOptions
+from oxmerge.output.objects import Objects
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
@@ -29,21 +33,34 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A cluster of three nodes. One of them has nothing in its cache of the Hub."""
+def full_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is on a full disk, as one node has it."""
+    return tmp_path_factory.mktemp("full_disk")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, full_disk: Path) -> Iterator[Any]:
+    """A cluster of three nodes. One of them has no models of the Hub, and a disk that is full."""
     from ray.cluster_utils import Cluster
 
     folder = tmp_path_factory.mktemp("caches")
+    faults = folder / "faults.so"
+    source = Path(__file__).with_name("faults.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", faults, source, "-ldl"], check=True)
     full, empty = folder / "full", folder / "empty"
     write_hub_model(full)
     python = str(Path(oxmerge.__file__).parent.parent)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, s3_server.serve() as s3:
+        for name, value in s3_server.environment(s3).items():
+            patch.setenv(name, value)
         patch.setenv("HF_HUB_CACHE", str(full))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("LD_PRELOAD", str(faults))
+        patch.setenv("RAY_LD_PRELOAD_ON_WORKERS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join([python, os.environ.get("PYTHONPATH", "")]))
         made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
         made.add_node(**NODE)
-        made.add_node(**NODE, env_vars={"HF_HUB_CACHE": str(empty)})
+        made.add_node(**NODE, env_vars={"HF_HUB_CACHE": str(empty), "FAULTS_FULL": str(full_disk)})
         ray.init(address=made.address, log_to_driver=False)
         yield made
         ray.shutdown()
@@ -77,6 +94,54 @@ def test_bytes_are_those_of_one_run(tmp_path: Path, cluster: Any, method: str) -
     assert directory_bytes(tmp_path / "ray") == directory_bytes(tmp_path / "one")
     assert "made in 5 parts on 1 machine" in report.notes
     assert shown[-1].bytes_total == report.bytes_written
+    host = os.uname().nodename
+    assert any(re.search(rf"{re.escape(host)} [\d.]+ .?B/s", each.tensor) for each in shown)
+    # What one node lacks is told, with the node.
+    lacked = [note for note in report.notes if "was made elsewhere" in note]
+    assert all(f"failed on {host} (node " in note and "people/tune" in note for note in lacked)
+
+
+def test_a_disk_is_full_on_one_node(tmp_path: Path, cluster: Any, full_disk: Path) -> None:
+    for seed, name in enumerate("ab"):
+        write_model(tmp_path / name, random_arrays(shapes(), seed), "BF16")
+    recipe = write_recipe(tmp_path / "r.yml", "linear", ["a", "b"], each={"weight": 0.5})
+    oxmerge.merge(recipe, tmp_path / "one", shard_size=40_000)
+    report = oxmerge.merge(recipe, full_disk / "out", shard_size=40_000, ray=True, parts=6)
+    assert directory_bytes(full_disk / "out") == directory_bytes(tmp_path / "one")
+    told = [note for note in report.notes if "was made elsewhere" in note]
+    assert told
+    for note in told:
+        assert f"failed on {os.uname().nodename} (node " in note
+        assert "No space left on device" in note
+        assert str(full_disk / "out") in note
+
+
+def test_nodes_that_share_a_store_alone(tmp_path: Path, cluster: Any) -> None:
+    """With numbers over the whole model, which parts leave for each other there."""
+    for seed, name in enumerate(("base", "a", "b")):
+        write_model(tmp_path / name, random_arrays(shapes(), seed), "BF16")
+    recipe = write_recipe(tmp_path / "r.yml", "metagpt", ["a", "b"], base="base")
+    oxmerge.merge(recipe, tmp_path / "one", shard_size=150_000)
+    report = oxmerge.merge(recipe, "s3://bucket/merged", shard_size=150_000, ray=True, parts=2)
+    assert report.directory == "s3://bucket/merged"
+    (tmp_path / "out").mkdir()
+    for name, file in Objects.at("s3://bucket/merged").files().items():
+        (tmp_path / "out" / name).write_bytes(file.read(0, file.size))
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus"), [("cpu", 0), ("torch", 0), ("auto", 0), ("cuda", 1), ("cuda:1", 1)]
+)
+def test_what_a_task_asks_for(device: str, gpus: int) -> None:
+    from oxmerge.on_ray import resources_of
+
+    running = RunOptions(memory="2GiB", threads=3, device=device)
+    asked = resources_of(running, cpus=8)
+    assert asked == {"num_cpus": 3, "num_gpus": gpus, "memory": 2 << 30, "max_retries": 3}
+    assert ray.remote(shapes).options(**asked)  # which refuses what it does not know
+    assert resources_of(RunOptions(threads=16), cpus=8)["num_cpus"] == 8
+    assert resources_of(RunOptions(), cpus=8)["memory"] == 256 << 20
 
 
 def test_a_model_that_no_node_has_is_told(tmp_path: Path, cluster: Any) -> None:
@@ -141,7 +206,5 @@ def test_a_node_is_killed_in_the_middle(tmp_path: Path, cluster: Any) -> None:
 
 
 def test_what_ray_does_not_do(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="object store"):
-        oxmerge.merge("r.yml", "s3://bucket/merged", ray=True)
     with pytest.raises(ValueError, match="pass ray"):
         oxmerge.merge("r.yml", tmp_path, parts=2)

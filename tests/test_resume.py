@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,12 @@ import counted
 import numpy as np
 import oxmerge
 import pytest
+from disks import small_disk
+from faults import VERBS
 from oxmerge import _core, cli
+from oxmerge.demo_hub import HubServer, Model, serving
 from oxmerge.output.resume import RESUME_NAME
+from range_server import serve
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe
 
 if TYPE_CHECKING:
@@ -396,11 +401,22 @@ FAULTS = {
 }
 
 
+def test_some_calls_fail_of_a_verb_that_reads(faulty: Path) -> None:
+    meet(faulty, 23, "verify", "read:EIO", "read:short")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["direct", "buffered"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_call_fails_of_verbs_that_read(faulty: Path, verb: str) -> None:
+    step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 11
+    meet(faulty, step, verb, *(f"read:{fault}" for fault in FAULTS["read"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["direct", "buffered", "begun"])
 @pytest.mark.parametrize("call", FAULTS)
 def test_every_call_of_the_system_fails(faulty: Path, how: str, call: str) -> None:
-    step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 7  # all take six minutes
+    step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 7  # all take ten minutes
     meet(faulty, step, how, *(f"{call}:{fault}" for fault in FAULTS[call]))
 
 
@@ -467,6 +483,109 @@ def test_killed_again_and_again(tmp_path: Path, long: Path, times: int) -> None:
     _, told = process.communicate()
     assert process.returncode == 0, told
     assert directory_bytes(output) == whole
+
+
+#: How often a run is killed; fifty take minutes.
+KILLS = int(os.environ.get("OXMERGE_KILLS", "5"))
+
+
+@contextmanager
+def streamed(long: Path, _: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield where models are, and an environment: on a web server."""
+    with serve(long) as server:
+        yield server.address, {}
+
+
+@contextmanager
+def downloaded(long: Path, folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the same: on the Hub, whose cache gets them."""
+    names = ("base", "a", "b")
+    models = {f"org/{name}": Model.of_folder(str(long / name)) for name in names}
+    with serving(HubServer(models)) as hub:
+        cache = str(folder / "cache")
+        yield "org", {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "0"}
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    """Return the weights, and what says where they are."""
+    suffixes = (".safetensors", ".index.json")
+    return {k: v for k, v in directory_bytes(folder).items() if k.endswith(suffixes)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("elsewhere", [streamed, downloaded])
+def test_killed_while_inputs_come(tmp_path: Path, long: Path, elsewhere: Any) -> None:
+    with elsewhere(long, tmp_path) as (root, environment):
+        recipe = tmp_path / "r.yml"
+        recipe.write_text((long / "r.yml").read_text().replace(str(long), root))
+        arguments = ["merge", str(recipe), str(tmp_path / "out"), "--shard-size=8MB", "-q"]
+        options = ["--threads=2", "--spool=30MB"]
+        survive([*arguments, *options], tmp_path / "out", made(long / "whole"), environment)
+
+
+@pytest.mark.slow
+def test_killed_on_a_small_disk_that_others_fill(tmp_path: Path, long: Path) -> None:
+    with small_disk(tmp_path / "disk", 48 << 20) as disk:
+        output = disk / "out"
+        arguments = ["merge", str(long / "r.yml"), str(output), "--shard-size=8MB", "-q"]
+        survive([*arguments, "--threads=2"], output, made(long / "whole"), {}, disk / "others")
+
+
+def survive(
+    arguments: Sequence[str],
+    output: Path,
+    expected: dict[str, bytes],
+    environment: dict[str, str],
+    others: Path | None = None,
+) -> None:
+    """Kill a merge at random, each time that it goes on; at last its output has to be as expected.
+
+    With `others` half of the runs find the disk full instead, by a file of that name.
+    """
+    command = [sys.executable, "-c", OFTEN, *arguments]
+    generator = np.random.default_rng(KILLS)
+
+    def start() -> subprocess.Popen[str]:
+        variables = {**os.environ, **environment}
+        return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, env=variables)
+
+    begun = time.monotonic()
+    _, told = start().communicate()
+    seconds = time.monotonic() - begun
+    assert made(output) == expected, told
+    shutil.rmtree(output)
+    ended = 0
+    for at in range(KILLS):
+        process = start()
+        time.sleep(generator.uniform(0.2 * seconds, seconds))
+        if others is not None and at % 2:
+            fill(others)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        process.kill()
+        _, told = process.communicate()
+        if others is not None:
+            others.unlink(missing_ok=True)
+        assert process.returncode in (0, -signal.SIGKILL) or "space" in told
+        if (output / "config.json").exists():
+            assert made(output) == expected
+            shutil.rmtree(output)
+            ended += 1
+        elif output.exists():
+            assert not list(output.glob("*.index.json"))
+    assert ended < KILLS
+    process = start()
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert made(output) == expected
+    assert not hidden(output)
+
+
+def fill(path: Path) -> None:
+    """Write a file that takes all of the disk that is left."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
 
 
 def test_ctrl_c_tells_how_to_go_on(tmp_path: Path, long: Path) -> None:

@@ -186,7 +186,7 @@ def case(
     """A plan, and the shards that it gives with the default settings."""
     folder = tmp_path_factory.mktemp("case")
     recipe = Recipe.from_yaml(recipe_of(folder, family, request.param))
-    plan = build_plan(recipe, seed=7, shard_size=12_000_000).table
+    plan = build_plan(recipe, seed=7, shard_size=6_500_000).table
     shards, _ = shards_of(plan, folder / "reference")
     assert shards
     return plan, shards

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import oxmerge
 import pytest
 import yaml
 import zoo
+from oxmerge import merging
 from oxmerge.cli import main
 from oxmerge.output import publish
 from writers import random_arrays, write_model
@@ -100,15 +102,109 @@ def test_a_plan_of_several_merges(folder: Path, capsys: pytest.CaptureFixture[st
     assert plan.as_dict()["stages"][1]["method"] == "linear"
     oxmerge.merge(plan, "out")
     assert weights("out") == in_steps()
-    with pytest.raises(oxmerge.PlanError, match="a plan of several merges cannot be saved"):
-        plan.save("plan.json")
-    with pytest.raises(oxmerge.PlanError, match="cannot be computed on demand"):
-        oxmerge.lazy(stream(*ALL))
-    with pytest.raises(oxmerge.UnsupportedError, match="several merges in one recipe"):
-        oxmerge.sweep(stream(*ALL), "x{n}", {"parameters.t": [0.1, 0.2]})
     Path("recipe.yml").write_text(stream(*ALL))
     assert main(["plan", "recipe.yml", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["stages"]) == 2
+
+
+def test_a_plan_of_several_merges_is_saved(folder: Path) -> None:
+    plan = oxmerge.plan(stream(*ALL), seed=3, shard_size=60_000)
+    plan.save("plan.json")
+    loaded = oxmerge.load_plan("plan.json", memory="1GiB")
+    assert (str(loaded), loaded.seed) == (str(oxmerge.plan(plan, memory="1GiB")), 3)
+    oxmerge.merge("plan.json", "loaded")
+    oxmerge.merge(plan, "out")
+    files = [name for name in os.listdir("out") if name.endswith(".safetensors")]
+    assert len(files) > 1
+    for name in files:
+        assert Path("loaded", name).read_bytes() == Path("out", name).read_bytes()
+    text = Path("plan.json").read_text()
+    for old, new, match in (
+        ('{"oxmerge_plan":', '{"oxmerge_plan":9', "another version"),
+        ('"seed": 3', '"seed": -1', "out of range"),
+        ('"recipe_text": "', '"recipe_text": "a", "x": "', "not what|mapping"),
+        ('"effect": "', '"effect": "0', "are not what they were"),
+        ('"merges":{', '"merges":[{', "no plan that oxmerge saved"),
+    ):
+        assert old in text
+        Path("plan.json").write_text(text.replace(old, new))
+        with pytest.raises(oxmerge.OxmergeError, match=match):
+            oxmerge.load_plan("plan.json")
+    Path("plan.json").write_text(text)
+    os.utime("b/model.safetensors", ns=(0, 0))
+    with pytest.raises(oxmerge.PlanError, match="the files that they read, are not what they were"):
+        oxmerge.load_plan("plan.json")
+
+
+def test_tensors_of_several_merges_are_computed_when_asked_for(folder: Path) -> None:
+    oxmerge.merge(stream(*ALL), "out")
+    plan = oxmerge.plan(stream(*ALL))
+    assert plan.stand_ins is not None
+    stand_in = Path(plan.stand_ins.folder, "0", "model.safetensors")
+    assert stand_in.stat().st_size > 60_000
+    lazy = oxmerge.lazy(plan)
+    empty = stand_in.stat().st_blocks
+    with oxmerge.open("out") as merged:
+        np.testing.assert_array_equal(lazy["scale"], np.asarray(merged["scale"]))
+        # Only what that tensor needs was made.
+        assert stand_in.stat().st_blocks <= empty + 16
+        for name in [*merged, *merged]:
+            np.testing.assert_array_equal(lazy[name], np.asarray(merged[name]))
+    oxmerge.save(lazy, "saved")
+    assert weights("saved") == weights("out")
+
+
+SWEPT = (f"name: second\n{SECOND}", f"name: first\n{FIRST}", f"{LAST}# the end\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "made"),
+    [
+        # What the place does not change is made once; of others there is one for each value.
+        ("parameters.t", ["first", "second"]),
+        ("[second].models[1].parameters.weight", ["first", "second", "second"]),
+        ("[first].models[b].parameters.weight", ["first", "first", "second", "second"]),
+    ],
+)
+def test_any_place_in_several_merges_is_swept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: str, made: list[str]
+) -> None:
+    run: list[str] = []
+    together = merging.merge_together
+
+    def watched(merges: Any, *args: Any, **options: Any) -> Any:
+        run.extend(recipe.name for recipe, _ in merges if isinstance(recipe.name, str))
+        return together(merges, *args, **options)
+
+    monkeypatch.setattr(merging, "merge_together", watched)
+    reports = oxmerge.sweep(stream(*SWEPT), "x{n}", {place: [0.25, 0.5]})
+    assert sorted(run) == made
+    assert [report.directory for report in reports] == ["x0", "x1"]
+    assert weights("x0") != weights("x1")
+    for number, value in enumerate(("0.25", "0.5")):
+        text = Path(f"x{number}", "oxmerge_recipe.yml").read_text()
+        # The recipe beside each is the text that was given, with another value.
+        assert value in text
+        assert text.endswith("# the end\n")
+        monkeypatch.undo()
+        monkeypatch.chdir(folder)
+        oxmerge.merge(text, f"y{number}")
+        assert weights(f"x{number}") == weights(f"y{number}")
+        notes = [note for note in reports[number].notes if "merged first" in note]
+        assert len(notes) == 2
+    assert not [name for name in os.listdir("x0") + os.listdir("x1") if name.startswith(".")]
+
+
+def test_what_is_wrong_with_a_sweep_of_several_merges_is_told(folder: Path) -> None:
+    for place, message in (
+        ("[third].parameters.t", r"no merge `\[third\].parameters.t`.*\n.*`\[second\]`"),
+        ("[first].models[d].parameters.weight", "no model `d` there"),
+        ("[first].parameters.int8_mask", "make no difference"),
+    ):
+        values = [True, False] if "mask" in place else [0.25, 0.5]
+        with pytest.raises(oxmerge.RecipeError, match=message):
+            oxmerge.sweep(stream(*SWEPT), "x{n}", {place: values})
+    assert sorted(os.listdir()) == ["a", "b", "c", "d"]
 
 
 def test_stand_ins_go_with_the_plan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,19 @@ says what it did, and nothing is left.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import pty
 import random
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +26,11 @@ import numpy as np
 import oxmerge
 import pytest
 from hub_server import faulty
-from oxmerge import InputChangedError, PlanError, RemoteError
+from oxmerge import InputChangedError, PlanError, RemoteError, _core
 from oxmerge.cli import main
 from oxmerge.demo_hub import Handler, HubServer, Model, serving
-from oxmerge.models import hub, references, stores
+from oxmerge.models import hub, references, remote, stores
+from oxmerge.output.resume import RESUME_NAME
 from range_server import Fault, RangeServer, serve
 from writers import Shapes, random_arrays, tuned, write_model, write_recipe, write_sparse
 
@@ -48,6 +53,8 @@ SHAPES: Shapes = {
 }
 #: Less than half of a model, and more than the largest tensor of two.
 SPOOL = 1536 * KIB
+#: As much as both models, and what is fetched at a time then.
+PLENTY, EXTENT = 8 << 20, 128 * KIB
 CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "vocab_size": 640}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"each": {"weight": 0.5}},
@@ -69,10 +76,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and stores that are not asked for long."""
+    """An empty cache, and servers that are not asked for long."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr(stores, "_LONGEST", 1)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
     stores._open.cache_clear()
     return folder
 
@@ -98,6 +106,21 @@ def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for method in METHODS:
         oxmerge.merge(recipe(folder, models, method), folder / method)
     return {method: weights(folder / method) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", ["ties", "metagpt"])
+def test_a_streamed_merge_is_verified(models: Path, tmp_path: Path, method: str) -> None:
+    """Computed again from what the server has, by a spool; and found out when it has changed."""
+    with serve(models) as server:
+        oxmerge.merge(recipe(tmp_path, server.address, method), tmp_path / "out")
+        for options in ([], ["--recompute"], ["--recompute", "--sample", "1%"]):
+            assert main(["verify", "-q", str(tmp_path / "out"), *options]) == 0
+        path = tmp_path / "out" / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        (deviation,) = oxmerge.verify(tmp_path / "out", recompute=True).deviations
+        assert deviation.elements == 1
 
 
 # What a merge of models elsewhere is.
@@ -126,6 +149,41 @@ def test_bytes_are_those_of_a_local_merge(
     assert told["spool"] <= SPOOL or spool == "20GB"
     assert told["disk"] == plan.disk  # the output alone, which the summary adds the spool to
     assert "spool" in str(plan)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_an_adapter_in_a_store_on_a_model_of_torch(models: Path, tmp_path: Path, kind: str) -> None:
+    """The model is streamed, the adapter fetched whole, and kept for the next merge."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    for name in ("model", "adapter"):
+        (tmp_path / name).mkdir()
+    with oxmerge.open(models / "base", framework="pt") as base:
+        torch.save(dict(base), tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    factors = {
+        f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_{name}.weight": torch.randn(shape)
+        for layer in range(LAYERS)
+        for name, shape in {"A": (2, 256), "B": (512, 2)}.items()
+    }
+    if kind == "bin":
+        torch.save(factors, tmp_path / "adapter" / "adapter_model.bin")
+    else:
+        oxmerge.save(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    oxmerge.fuse(tmp_path / "model", tmp_path / "local", [tmp_path / "adapter"])
+    fetched = []
+    with serve(tmp_path) as server:
+        for out in ("out", "again"):
+            before = server.bytes_sent(f"adapter_model.{kind}")
+            references._starts.cache_clear()
+            adapter = f"{server.address}/adapter"
+            oxmerge.fuse(f"{server.address}/model", tmp_path / out, [adapter])
+            fetched.append(server.bytes_sent(f"adapter_model.{kind}") - before)
+            assert weights(tmp_path / out) == weights(tmp_path / "local")
+    size = (tmp_path / "adapter" / f"adapter_model.{kind}").stat().st_size
+    assert fetched[0] - fetched[1] == size  # of the second time only the header is
 
 
 def test_a_tied_head_is_fetched_once(models: Path, tmp_path: Path) -> None:
@@ -237,6 +295,61 @@ def test_what_is_too_small_is_refused_with_what_would_do(models: Path, tmp_path:
         oxmerge.merge(path, tmp_path / "other", spool=0)
 
 
+def test_an_output_of_streamed_models_is_computed_again(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["verify", str(output), "--recompute", "--memory", "4GiB"]
+    with serve(models) as server:
+        oxmerge.merge(recipe(tmp_path, server.address, "metagpt"), output, spool=SPOOL)
+        assert main(command) == 0
+        assert main([*command, "--sample", "20%"]) == 0  # numbers over the model take all of it
+        path = output / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        assert main(command) == 1
+    assert "lm_head.weight" in capsys.readouterr().out
+
+
+TOUCHES = """
+import sys
+import oxmerge
+with oxmerge.open(sys.argv[1]) as checkpoint:
+    assert checkpoint["lm_head.weight"].shape == (640, 256)
+assert oxmerge.lazy(sys.argv[2])["lm_head.weight"].shape == (640, 256)
+"""
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_what_is_touched_shows_its_progress_to_who_watches(
+    models: Path, tmp_path: Path, *, watched: bool
+) -> None:
+    reader, writer = pty.openpty() if watched else os.pipe()
+    with serve(models, only_late) as server:
+        arguments = [f"{server.address}/base", str(recipe(tmp_path, server.address))]
+        command = [sys.executable, "-c", TOUCHES, *arguments]
+        environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+        subprocess.run(command, stderr=writer, env=environment, check=True, timeout=60)
+    os.close(writer)
+    said = b""
+    with suppress(OSError):  # a terminal that is closed
+        while piece := os.read(reader, 1 << 16):
+            said += piece
+    os.close(reader)
+    if watched:
+        assert said.count(b"downloaded") >= 2
+        assert b"odel.safetensors" in said  # of the file, whose name is shortened
+    else:
+        assert said == b""
+
+
+def only_late(path: str, span: tuple[int, int] | None, _: int) -> None:
+    """Let weights come late."""
+    if path.endswith(".safetensors") and span is not None and span[0] > 0:
+        time.sleep(0.4)
+
+
 # Servers that fail.
 
 
@@ -253,10 +366,8 @@ def only_ranges(fault: str | int, share: float = 1.0) -> Fault:
 
 @pytest.mark.parametrize("fault", ["reset", "short", 429, 503, 500])
 def test_what_passes_is_asked_for_again(
-    models: Path, expected: dict[str, Any], tmp_path: Path, fault: str | int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(stores, "_LONGEST", 60)
+    models: Path, expected: dict[str, Any], tmp_path: Path, fault: str | int
+) -> None:
     with serve(models, only_ranges(fault, 0.4)) as server:
         oxmerge.merge(recipe(tmp_path, server.address), tmp_path / "out", spool=SPOOL)
     assert weights(tmp_path / "out") == expected["linear"]
@@ -265,14 +376,14 @@ def test_what_passes_is_asked_for_again(
 @pytest.mark.parametrize(
     ("fault", "kind", "said"),
     [
-        ("long", RemoteError, "did not come as they were asked for"),
-        ("other", RemoteError, "got"),
-        ("whole", RemoteError, "Range request not supported"),
+        ("long", RemoteError, "more bytes came than were asked for"),
+        ("other", InputChangedError, "another range than was asked for"),
+        ("whole", RemoteError, "the whole file instead of a range"),
         ("changed", InputChangedError, "changed after it was first read"),
-        (404, InputChangedError, "changed after it was first read"),
-        (403, RemoteError, "credentials"),
-        (503, RemoteError, "503"),
-        ("reset", RemoteError, "body error"),
+        (404, RemoteError, "status 404"),
+        (403, RemoteError, "status 403"),
+        (503, RemoteError, "status 503"),
+        ("reset", RemoteError, "bytes read"),
     ],
 )
 def test_what_does_not_is_told_and_leaves_nothing(
@@ -297,12 +408,68 @@ def test_references_that_lead_nowhere_are_problems_of_the_report(
         assert codes.count("unreachable-model") == 2
         assert "no model with safetensors files" in str(caught.value)
         assert "with a query" in str(caught.value)
-        with monkeypatch.context() as patch:
-            patch.setattr(stores, "find_spec", lambda _: None)
-            with pytest.raises(RemoteError, match="pip install obstore"):
-                oxmerge.open(f"{base}/base")
+        for module, address, library in (
+            (stores, "s3://bucket/base", "obstore"), (remote, f"{base}/base", "urllib3"),
+        ):  # fmt: skip
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "find_spec", lambda _: None)
+                with pytest.raises(RemoteError, match=f"pip install {library}"):
+                    oxmerge.open(address)
     with pytest.raises(RemoteError, match="cannot be read"):
         oxmerge.open("http://127.0.0.1:9/model")
+
+
+def test_a_server_may_refuse_what_is_not_there(
+    models: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """As S3 does for those who may read, and not list."""
+    with serve(models) as server:
+        server.absent = 403
+        oxmerge.merge(recipe(tmp_path, server.address), tmp_path / "out", spool=SPOOL)
+        with pytest.raises(RemoteError) as caught:
+            oxmerge.open(f"{server.address}/none")
+    assert weights(tmp_path / "out") == expected["linear"]
+    assert "not there, or may not be read" in str(caught.value)
+    assert f"{server.address}/none/model.safetensors" in str(caught.value)
+    assert "status 403" in str(caught.value)
+
+
+def test_a_secure_server_has_to_be_who_it_says(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("to make a certificate needs `openssl`")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = ["openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt"]
+    made += ["ec_paramgen_curve:prime256v1", "-subj", "/CN=test", "-addext"]
+    made += ["subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with serve(models) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        address = server.address.replace("http:", "https:")
+        with pytest.raises(RemoteError, match="certificate verify failed") as caught:
+            oxmerge.open(f"{address}/base")
+        assert "SSL_CERT_FILE" in str(caught.value)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        remote._pool.cache_clear()
+        with oxmerge.open(f"{address}/base") as away, oxmerge.open(models / "base") as here:
+            name = "lm_head.weight"
+            assert np.array_equal(away[name].view(np.uint16), here[name].view(np.uint16))
+    remote._pool.cache_clear()
+
+
+def test_a_proxy_of_the_environment_is_used(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(models) as server:
+        monkeypatch.setenv("http_proxy", server.address.replace("//", "//me:secret@"))
+        monkeypatch.setenv("no_proxy", "localhost")
+        with oxmerge.open("http://models.invalid/base") as away:
+            assert away["lm_head.weight"].shape == (640, 256)
+        monkeypatch.setenv("no_proxy", "models.invalid")
+        monkeypatch.setattr(remote, "_QUESTIONS", 1)
+        with pytest.raises(RemoteError, match="the server cannot be read"):
+            oxmerge.open("http://models.invalid/base")
 
 
 def test_names_that_lead_out_of_the_folder_are_passed_over(models: Path, tmp_path: Path) -> None:
@@ -357,6 +524,60 @@ def test_a_run_that_is_ended_while_it_waits_leaves_no_spool(
         stalls = False
         oxmerge.merge(path, tmp_path / "out", spool=SPOOL)
     assert weights(tmp_path / "out") == expected["linear"]
+
+
+def test_what_is_finished_is_not_fetched_again(
+    models: Path, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "execute", functools.partial(_core.execute, journal_every=0.0))
+    journal = tmp_path / "out" / RESUME_NAME
+    finished: set[int] = set()
+
+    def fail_half_way(path: str, span: tuple[int, int] | None, _: int) -> int | None:
+        records = [line.partition(" ")[2] for line in journal.read_text().splitlines()[1:]]
+        for record in map(json.loads, filter(None, records)):
+            finished.update(at for at, *_ in record.get("tensors", ()))
+        return 404 if len(finished) > len(SHAPES) / 2 else None
+
+    def fault(path: str, span: tuple[int, int] | None, times: int) -> int | None:
+        with suppress(FileNotFoundError, ValueError):  # or half of a record is there
+            return fail_half_way(path, span, times)
+        return None
+
+    with serve(models, fault) as server:
+        plan = oxmerge.plan(recipe(tmp_path, server.address))
+        with pytest.raises(RemoteError, match="status 404"):
+            oxmerge.merge(plan, tmp_path / "out", spool=SPOOL, threads=1)
+        kept = journal.read_text()
+        server.fault = lambda *_: None
+        before = server.bytes_sent()
+        # A spool that would hold everything, so that nothing waits for room.
+        report = oxmerge.merge(plan, tmp_path / "out", spool=PLENTY)
+        fetched = server.bytes_sent() - before
+    assert weights(tmp_path / "out") == expected["linear"]
+    done = {at for at in range(len(plan.tensors)) if f'[{at},"' in kept}
+    assert any(f"finished {len(done)} of" in note for note in report.notes)
+    assert len(done) > len(SHAPES) / 2
+    left = {tensor.name for at, tensor in enumerate(plan.tensors) if at not in done}
+    assert left
+    # What is fetched belongs to a tensor that is left, but for the ends.
+    extents = {
+        (name, at)
+        for name in ("base", "tuned")
+        for start, stop in places(models / name / "model.safetensors", left)
+        for at in range(start // EXTENT, (stop - 1) // EXTENT + 1)
+    }
+    assert report.bytes_read <= fetched <= len(extents) * EXTENT
+    assert fetched < plan.bytes_read * 0.7
+
+
+def places(path: Path, names: set[str]) -> list[tuple[int, int]]:
+    """Return where some tensors begin and end in a file."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    each = (header[name]["data_offsets"] for name in names)
+    return [(8 + length + start, 8 + length + stop) for start, stop in each]
 
 
 def test_what_a_callback_raises_ends_the_run(models: Path, tmp_path: Path) -> None:

@@ -297,3 +297,18 @@ def test_an_output_in_the_way_stops_all(tmp_path: Path, family: Path) -> None:
         oxmerge.sweep(recipe, str(tmp_path / "w{weight}"), {WEIGHT: [1, 2]}, **ROOM)
     assert not (tmp_path / "w1").exists()
     assert [path.name for path in (tmp_path / "w2").iterdir()] == ["notes.txt"]
+
+
+def test_every_value_that_cannot_be_is_told_at_once(tmp_path: Path, family: Path) -> None:
+    recipe = recipe_of(tmp_path, family, "ties")
+    with pytest.raises(PlanError) as caught:
+        oxmerge.sweep(recipe, str(tmp_path / "{n}"), {DENSITY: [0.5, 2, -1]}, **ROOM)
+    assert [problem.found for problem in caught.value.problems] == ["2", "-1"]
+    with pytest.raises(RecipeError) as told:
+        oxmerge.sweep(recipe, str(tmp_path / "{n}"), {"dtype": ["bf8", "float16", "x"]}, **ROOM)
+    assert len(told.value.problems) == 2
+    # What is wrong with all of them is told once.
+    recipe.write_text(recipe.read_text().replace("merge_method", "metod: x\nmerge_method"))
+    with pytest.raises(RecipeError) as once:
+        oxmerge.sweep(recipe, str(tmp_path / "{n}"), {"seed": [1, 2]}, **ROOM)
+    assert sum("metod" in problem.message for problem in once.value.problems) == 1

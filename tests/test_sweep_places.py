@@ -52,7 +52,7 @@ def test_a_model_by_its_name(family: Path, name: str) -> None:
     weights = [source.parameters.get("weight") for source in variant.recipe.models]
     assert [each and each.choices[0].values for each in weights] == [None, (0.5,), (0.25,)]
     assert variant.directory == "w0.25"
-    assert variant.paths == {place: "models[2].parameters.weight"}
+    assert variant.paths == {place: (None, "models[2].parameters.weight")}
 
 
 def test_in_slices_and_in_the_long_form() -> None:
@@ -103,7 +103,8 @@ def test_names_that_no_model_or_several_have(
 def test_the_whole_name_before_the_end_of_one() -> None:
     recipe = "merge_method: linear\nmodels: [{model: x/chat}, {model: chat}]\n"
     [variant] = variants(recipe, "{n}", {"models[chat].parameters.weight": 2})
-    assert variant.paths == {"models[chat].parameters.weight": "models[1].parameters.weight"}
+    path = (None, "models[1].parameters.weight")
+    assert variant.paths == {"models[chat].parameters.weight": path}
 
 
 # Without effect.

@@ -748,6 +748,26 @@ def test_tensors_that_are_left_to_one_model(tmp_path: Path) -> None:
     check_rows(out, HEADS[1], models[1:2])
 
 
+def test_a_row_of_another_model_in_a_tensor_that_is_left_to_one_is_refused(tmp_path: Path) -> None:
+    models = three(tmp_path)
+    token = next(iter(models[0].ids.keys() - models[1].ids.keys()))
+    (problem,) = refused(
+        tmp_path,
+        tokenizer={"tokens": {token: {"source": "a"}}},
+        oxmerge={"keep": {"lm_head.*": "b"}},
+    )
+    assert problem.startswith("tokenizer.tokens.")
+    assert "is to be that of `a`, in a tensor that is kept from `b` (oxmerge.keep.lm" in problem
+    # `b` has the row of a token of its own.
+    common = next(iter(models[0].ids.keys() & models[1].ids.keys()))
+    merge(
+        tmp_path,
+        models,
+        tokenizer={"tokens": {common: {"source": "a"}}},
+        oxmerge={"keep": {"lm_head.*": "b"}},
+    )
+
+
 def test_the_output_of_an_earlier_merge(tmp_path: Path) -> None:
     models = three(tmp_path)
     first = {

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import zoo
 from oxmerge.models.names import find_layer_counts, find_layout
 from oxmerge.recipe.recipe import Recipe
+from snapshot import check_snapshot
 
 if TYPE_CHECKING:
-    from oxmerge.planning.plans import Plan
+    from pathlib import Path
 
-SNAPSHOTS = Path(__file__).parent / "snapshots"
+    from oxmerge.planning.plans import Plan
 
 
 def plan_two(tmp_path: Path, specimen: zoo.Specimen) -> Plan:
@@ -33,7 +33,7 @@ def test_every_tensor_is_accounted_for(tmp_path: Path, name: str) -> None:
     for account in merge.accounting:
         names = [name for _, names in zoo.fates(account) for name in names]
         assert sorted(names) == sorted(specimen.tensors)
-    zoo.check_snapshot(SNAPSHOTS / f"{name}.txt", zoo.accounts(merge))
+    check_snapshot(name, zoo.accounts(merge))
 
 
 STACKS = {
@@ -60,14 +60,15 @@ def test_stacks_are_found(name: str) -> None:
 def test_every_model_with_one_stack_can_be_sliced(tmp_path: Path, name: str) -> None:
     specimen = zoo.ZOO[name]()
     zoo.write(tmp_path / "a", specimen)
-    (depth,) = STACKS[name].values()
+    ((prefix, depth),) = STACKS[name].items()
     slices = [
         {"sources": [{"model": "a", "layer_range": [0, depth]}]},
         {"sources": [{"model": "a", "layer_range": [depth - 1, depth]}]},
     ]
     recipe = Recipe.from_mapping({"merge_method": "passthrough", "slices": slices})
     merge = zoo.plan_in(tmp_path, recipe)
-    assert merge.layer_map == (*((0, layer) for layer in range(depth)), (0, depth - 1))
+    layers = (*((0, layer) for layer in range(depth)), (0, depth - 1))
+    assert merge.layer_map == {prefix: layers}
     account = merge.accounting[0]
     assert account.dropped_count == 0
     assert len(account.copied) == len(specimen.tensors)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -466,10 +465,3 @@ def accounts(merge: Plan) -> str:
             if share:
                 lines += [f"  {fate} ({len(share)})", *map("    {}".format, share.names)]
     return "\n".join(lines)
-
-
-def check_snapshot(path: Path, text: str) -> None:
-    """Compare text with a snapshot file, or write the file when asked to."""
-    if os.environ.get("OXMERGE_UPDATE_SNAPSHOTS"):
-        path.write_text(text + "\n")
-    assert path.read_text() == text + "\n", f"differs from {path.name}"

@@ -50,7 +50,7 @@ __all__ = [
 # element type by its safetensors name, where its own is another of the same size.
 _Array: TypeAlias = Any
 # A file that is not here: its name, bytes, label and ETag, and its first bytes.
-_Absent: TypeAlias = tuple[str, int, str, str, bytes]
+_Absent: TypeAlias = tuple[str, int, str, str, bytes, Callable[[int, int], bytes] | None]
 # A formula: its nodes as JSON, and the functions that they call; and what makes the output instead,
 # a function of arrays, with whether it has to have whole tensors.
 _Written: TypeAlias = tuple[
@@ -215,6 +215,7 @@ class Plan:
     @property
     def files(self) -> list[dict[str, Any]]: ...
     def files_of(self, tensors: Sequence[int] | None = None) -> list[int]: ...
+    def needs_all(self) -> bool: ...
     def placed(self, places: Mapping[str, str | os.PathLike[str]]) -> Plan: ...
     @property
     def shards(self) -> list[tuple[str, int]]: ...
@@ -321,6 +322,8 @@ def compare_outputs(
     memory: int,
     threads: int | None = None,
     progress: Callable[[int, int, int, str, int], None] | None = None,
+    spool: Spool | None = None,
+    beside: int = 0,
 ) -> list[tuple[int, int, int, bytes, bytes]]: ...
 def measure(
     measure: str,
@@ -376,7 +379,9 @@ class Spool:
         plans: Sequence[Plan],
         size: int,
         folder: str | os.PathLike[str],
-        tensor: int | None = None,
+        tensors: set[int] | None = None,
+        shards: Sequence[int] | None = None,
+        whole: bool = False,
     ) -> Spool: ...
     @staticmethod
     def predict(plans: Sequence[Plan], size: int) -> tuple[int, int]: ...
@@ -385,6 +390,8 @@ class Spool:
     def peek(self, extent: int, start: int, stop: int) -> bytes: ...
     def arrived(self, extent: int) -> None: ...
     def stop(self) -> None: ...
+    @property
+    def to_fetch(self) -> int: ...
     @property
     def fetched(self) -> int: ...
 

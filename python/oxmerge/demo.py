@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.yml"
 MODEL_NAMES = ("demo-base", "demo-tuned")
-#: Of the demo's adapter, and the modules that it is for.
+#: Of the demo's adapter, and the modules that it is for; all linear ones.
 RANK = 8
-_ADAPTED = ("q_proj", "v_proj")
+ADAPTED = ("q_proj", "v_proj")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _CHUNK = 1 << 20
 _BASE_SPREAD = 0.02
 TUNING_SPREAD = 0.001
@@ -260,7 +261,7 @@ def make_demo(
         Of the random weights; the same seed gives the same files.
     spreads
         For each fine-tune, the standard deviation of its difference from the base. The recipe
-        merges the first.
+        merges the first, if there is one.
 
     Raises
     ------
@@ -275,7 +276,7 @@ def make_demo(
     tuned = len(spreads)
     filled = shape.filled and _has_space(folder, (2 + tuned) * size_of_each)
     names = (*MODEL_NAMES, *(f"{MODEL_NAMES[1]}-{number}" for number in range(2, tuned + 1)))
-    models = tuple(folder / name for name in names)
+    models = tuple(folder / name for name in names[: 1 + tuned])
     recipe = folder / RECIPE_NAME
     # First: it is what a folder is known by as a demo's, also where the rest was interrupted.
     recipe.write_text(_recipe_text(), encoding="utf-8")
@@ -292,7 +293,13 @@ def make_demo(
     return Demo(recipe, models, size_of_each, sparse=not filled)
 
 
-def make_adapter(demo: Demo, size: str = "tiny", seed: int = 0) -> Path:
+def make_adapter(
+    demo: Demo,
+    size: str = "tiny",
+    seed: int = 0,
+    rank: int = RANK,
+    modules: Sequence[str] = ADAPTED,
+) -> Path:
     """Write a LoRA for the base of a demo, as PEFT does, and return its folder.
 
     Parameters
@@ -303,27 +310,30 @@ def make_adapter(demo: Demo, size: str = "tiny", seed: int = 0) -> Path:
         Its size.
     seed
         Of the random factors.
+    rank
+        Of the factors.
+    modules
+        Which modules it is for, by their last names.
     """
     import numpy as np  # noqa: PLC0415 - heavy
 
-    random = np.random.Generator(np.random.SFC64([seed, RANK]))
-    factors, values = [], []
+    random = np.random.Generator(np.random.SFC64([seed, rank]))
+    factors = []
     for tensor in SIZES[size].tensors():
         module, _, _ = tensor.name.rpartition(".")
-        if module.endswith(_ADAPTED):
+        if module.endswith(tuple(modules)):
             rows, columns = tensor.shape
-            for name, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
-                factor = _Tensor(f"base_model.model.{module}.lora_{name}.weight", shape)
-                factors.append(factor)
-                drawn = random.standard_normal(factor.elements, dtype=np.float32)
-                values.append(_bfloat16(drawn * np.float32(_BASE_SPREAD)))
+            for name, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                factors.append(_Tensor(f"base_model.model.{module}.lora_{name}.weight", shape))
     folder = demo.recipe.parent / "demo-adapter"
     folder.mkdir(exist_ok=True)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": [*_ADAPTED]}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": [*modules]}
     _write_json(folder / "adapter_config.json", config)
     with open(folder / "adapter_model.safetensors", "wb") as file:
         file.write(_header(factors))
-        file.writelines(value.data for value in values)
+        for factor in factors:
+            drawn = random.standard_normal(factor.elements, dtype=np.float32)
+            file.write(_bfloat16(drawn * np.float32(_BASE_SPREAD)).data)
     return folder
 
 

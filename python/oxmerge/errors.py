@@ -10,7 +10,10 @@ from oxmerge.problems import UNSUPPORTED, Problem, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 __all__ = [
     "CheckpointError",
@@ -24,6 +27,7 @@ __all__ = [
     "RecipeError",
     "RemoteError",
     "UnsupportedError",
+    "all_of",
 ]
 
 
@@ -123,6 +127,29 @@ class ProblemsError(OxmergeError, ValueError):
         entries = [f"- {problem}".replace("\n", "\n  ") for problem in problems]
         entries += [] if more is None else [more]
         return "\n".join([f"{self.message}: {len(self.problems)} problems", *entries])
+
+
+def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """Return what calls return, or raise one error with every problem that they find.
+
+    It is the first one's, where only one call fails.
+    """
+    from oxmerge.problems import group_problems  # noqa: PLC0415 - it needs this module
+
+    results: list[T] = []
+    errors: list[ProblemsError] = []
+    for call in calls:
+        try:
+            results.append(call())
+        except ProblemsError as error:
+            errors.append(error)
+    if len(errors) > 1 and all(error.problems for error in errors):
+        found = group_problems(problem for error in errors for problem in error.problems)
+        kind = next((type(e) for e in errors if not isinstance(e, UnsupportedError)), PlanError)
+        raise kind.of(errors[0].message, found) from errors[0].__cause__
+    if errors:
+        raise errors[0]
+    return results
 
 
 class RecipeError(ProblemsError):

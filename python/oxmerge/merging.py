@@ -7,17 +7,21 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 from oxmerge import _core
 from oxmerge.cli.progress import watched
 from oxmerge.devices import UNTRIED, choose, open_backend
-from oxmerge.errors import InputChangedError, PlanError, ProblemsError
+from oxmerge.errors import InputChangedError, PlanError, ProblemsError, UnsupportedError, all_of
 from oxmerge.file_state import FileState
+from oxmerge.models.adapters import is_adapter
 from oxmerge.models.fetching import check_space, fetch
+from oxmerge.models.references import resolve_reference, split_adapters
+from oxmerge.models.stores import is_address
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
 from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
 from oxmerge.output.claims import named
-from oxmerge.output.contents import contents_of, late_texts
+from oxmerge.output.contents import contents_of, disk_bytes, late_texts
 from oxmerge.output.manifest import manifest_writer
 from oxmerge.output.outcome import outcome_of
 from oxmerge.output.publish import (
@@ -35,24 +39,25 @@ from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.planner import build_plan
 from oxmerge.planning.plans import Plan
 from oxmerge.planning.summary import Prediction
-from oxmerge.problems import Findings
+from oxmerge.problems import Findings, Problem
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import format_size, parse_size
-from oxmerge.stages import plan_stages
+from oxmerge.stages import Order, places_of, plan_stages
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import IO, Any
 
-    from oxmerge.problems import Problem
+    from oxmerge.models.references import Located
+    from oxmerge.stages import Stage
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
     #: What a merge may be asked for with.
     Request = PathLike | Mapping[str, object] | Recipe | Plan | IO[bytes]
 
-__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "merge", "plan"]
+__all__ = ["DEFAULT_MEMORY", "MergeReport", "Snapshot", "claiming_order", "merge", "plan"]
 
 #: Bytes that the whole process may have resident; or so many more than it has, in a process that
 #: has loaded torch, say.
@@ -165,8 +170,8 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     vram: int | str | None = None,
     stream: bool = False,
     spool: int | str | None = None,
-    seed: int = 0,
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    shard_size: int | str | None = None,
     strict: bool = False,
     allow_mismatch: bool = False,
     ignore_unknown: bool = False,
@@ -201,10 +206,10 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     spool : int or str, optional
         Bytes on the output's disk for what was fetched and is still needed. Unless given, 20 GB, or
         half of what the output leaves free there, if that is less.
-    seed : int
-        Of the random masks that some methods draw.
-    shard_size : int or str
-        Bytes in an output file at most.
+    seed : int, optional
+        Of the random masks that some methods draw; 0 unless given. A plan has its own.
+    shard_size : int or str, optional
+        Bytes in an output file at most; 5 GB unless given. A plan has its own.
     strict : bool
         Whether warnings count as problems.
     allow_mismatch : bool
@@ -230,12 +235,15 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     }  # fmt: skip
     RunOptions(memory, threads, device, vram, stream=stream, spool=spool)  # which checks them
     _bytes(memory), _bytes(vram)
-    made = prepare(
-        recipe,
-        PlanOptions(
-            seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods=allow_methods
-        ),
+    planning = PlanOptions(
+        seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods=allow_methods
     )
+    asked = _read(recipe, planning)
+    if isinstance(asked, Asked) and _adapters_of(asked) is not None:
+        message = "not supported yet: to plan a merge of adapters without a model"
+        advice = "`oxmerge merge` makes an adapter of them, in seconds"
+        raise UnsupportedError(message, advice=advice)
+    made = prepare(asked, planning)
     planned = made.with_options(options)
     for each in (*planned.stages, planned):
         each.prediction  # noqa: B018 - what cannot fit is told now
@@ -285,8 +293,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     vram: int | str | None = None,
     stream: bool = False,
     spool: int | str | None = None,
-    seed: int = 0,
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
@@ -308,15 +316,16 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     """Merge checkpoints by a recipe, into a new model directory.
 
     The output depends on the recipe, the inputs, the seed and the shard size only: not on memory,
-    threads, the device or the read path.
+    threads, the device or the read path. Of adapters alone (LoRA, without a base) it is an adapter.
 
     Parameters
     ----------
     recipe : path, str, mapping, Recipe or Plan
         What to merge: a file, YAML text, its keys and values, or a recipe; the dialect is
         mergekit's. Or a plan, or the file of one; it has its seed and its shard size.
-    directory : path
-        The output: new or empty, unless `overwrite`.
+    directory : path or str
+        The output: new or empty, unless `overwrite`; or an address in an object store,
+        ``s3://bucket/path`` or ``gs://``.
     memory : int or str, optional
         Bytes that the whole process may have resident, such as ``"2GiB"``. Unless given, 256 MiB,
         or 192 MiB more than are resident already, if that is more: torch alone takes several 100.
@@ -334,10 +343,10 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     spool : int or str, optional
         Bytes on the output's disk for what was fetched and is still needed. Unless given, 20 GB, or
         half of what the output leaves free there, if that is less.
-    seed : int
-        Of the random masks that some methods draw.
-    shard_size : int or str
-        Bytes in an output file at most.
+    seed : int, optional
+        Of the random masks that some methods draw; 0 unless given. A plan has its own.
+    shard_size : int or str, optional
+        Bytes in an output file at most; 5 GB unless given. A plan has its own.
     overwrite : bool
         Replace the model that is there, when the new one is complete.
     strict : bool
@@ -376,7 +385,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Seconds to wait for other parts, where a method needs numbers over the whole model.
     ray : str or bool, optional
         Make the parts on a Ray cluster: the one of this address; or, with True, the one that this
-        process is connected to, or that Ray finds. Its nodes share the file system of `directory`.
+        process is connected to, or that Ray finds. Its nodes share the file system of `directory`,
+        or that is in an object store.
     parts : int, optional
         How many parts to make on Ray; two for each node unless given.
 
@@ -411,59 +421,124 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         from oxmerge.on_ray import merge_on_ray  # noqa: PLC0415 - it needs this module
 
         return merge_on_ray(recipe, directory, planning, running)
-    (report,) = merge_together([(recipe, directory)], planning, running)
+    asked = _read(recipe, planning)
+    if isinstance(asked, Asked):
+        report = _merge_adapters(asked, directory, planning, running)
+        if report is not None:
+            return report
+    (report,) = merge_together([(asked, directory)], planning, running)
     return report
 
 
+def _adapters_of(asked: Asked) -> list[Located] | None:
+    """Return where the models of a recipe lie, if they are adapters without a model."""
+    recipe, found = asked.recipe, []
+    folders = tuple(filter(None, (os.getcwd(), recipe.folder)))
+    for source in () if recipe.base_model or recipe.stages else recipe.models:
+        if split_adapters(source.model, folders)[1]:
+            return None
+        located = resolve_reference(source.model, folders)
+        if isinstance(located, Problem) or not is_adapter(located):
+            return None
+        found.append(located)
+    return found or None
+
+
+def _merge_adapters(
+    asked: Asked, directory: PathLike, planning: PlanOptions, running: RunOptions
+) -> MergeReport | None:
+    """Merge adapters, if that is what a recipe has; they need no plan."""
+    located = _adapters_of(asked)
+    if located is None:
+        return None
+    from oxmerge.adapter_sums import merge_adapters  # noqa: PLC0415 - seldom needed
+
+    if is_address(os.fspath(directory)):
+        message = "not supported yet: to write an adapter to a store"
+        raise UnsupportedError(message, advice="name a folder here, and copy it")
+    named(directory)
+    memory = room(_bytes(running.memory))
+    run = merge_adapters(
+        asked.recipe, located, asked.findings, directory, running,
+        seed=planning.seed or 0, strict=planning.strict, memory=memory,
+    )  # fmt: skip
+    moved = {"bytes_read": run.bytes_read, "bytes_written": run.bytes_written}
+    done = {
+        **moved, "seconds": run.seconds, "peak_memory": _core.peak_memory(), "device": "cpu",
+        "simd": _core.build_info()["simd"],
+        "memory": {"predicted": run.predicted, "budget": memory, "workers": running.threads or 1},
+    }  # fmt: skip
+    return report_of(
+        done,
+        directory=os.fspath(directory),
+        tensors=run.tensors,
+        files=1,
+        bytes_written=run.bytes_written,
+        input_bytes=run.bytes_read,
+        total_seconds=run.seconds,
+        warnings=run.warnings,
+        notes=("the output is an adapter, as its models are",),
+    )
+
+
 def merge_together(
-    merges: Sequence[tuple[Request, PathLike]],
+    merges: Sequence[tuple[Request | Asked, PathLike]],
     planning: PlanOptions,
     running: RunOptions,
     *,
     check: Callable[[list[Plan]], None] | None = None,
     stages: Mapping[str, str | None] | None = None,
-    owned: OutputDirectory | None = None,
-    purpose: str | None = None,
+    owned: Sequence[OutputDirectory] = (),
+    purposes: Sequence[str] = (),
 ) -> list[MergeReport]:
     """Merge by several recipes that read the same tensors, in one pass over them.
 
     Errors are those of `merge`, for pairs of a recipe and a directory. Outputs that are complete
     when something fails stay, the others keep what is finished, if the same merge can go on with
     it. `check` is called with the plans before anything is made. `stages` says where the outputs of
-    earlier merges lie. The only merge may have an `owned` directory, if this run owns it already,
-    or a `purpose`, if later merges will read its output.
+    earlier merges lie. `owned` are the directories, if this run owns them already. `purposes` says
+    what is made, if later merges will read it.
     """
     started = time.perf_counter()
     for _, directory in merges:
         named(directory)
     _bytes(running.memory), _bytes(running.vram)
     before = _core.peak_memory()
-    plans = [prepare(recipe, planning, stages) for recipe, _ in merges]
-    if running.part is not None:
-        from oxmerge.parts import merge_part  # noqa: PLC0415 - it needs this module
+    plans = all_of(partial(prepare, recipe, planning, stages) for recipe, _ in merges)
+    in_store = any(is_address(os.fspath(directory)) for _, directory in merges)
+    if in_store or running.part is not None:
+        from oxmerge.parts import merge_parts  # noqa: PLC0415 - it needs this module
 
-        return [merge_part(plans[0], merges[0][1], planning, running, started)]
-    if plans[0].stages:
-        return [_merge_stages(plans[0], merges[0][1], planning, running)]
+        if check is not None:
+            check(plans)
+        directories = [directory for _, directory in merges]
+        return merge_parts(list(zip(plans, directories, strict=True)), planning, running, started)
     if check is not None:
         check(plans)
+    if any(plan.stages for plan in plans):
+        made = list(zip(plans, (directory for _, directory in merges), strict=True))
+        return _merge_stages(made, planning, running)
     backend = open_device(plans, running)
     needed = sum(plan.disk for plan in plans)
     peak = _core.peak_memory()
     planned = peak if peak > before else 0
-    keys = keys_of(plans) if purpose is None else [purpose]
+    keys = purposes or keys_of(plans)
     claimed: dict[int, OutputDirectory] = {}
     try:
-        for at in _order([directory for _, directory in merges]):
-            claimed[at] = owned or prepare_output(
-                merges[at][1],
-                overwrite=running.overwrite,
-                input_files=plans[at].input_files,
-                needed_bytes=needed,
-                names=contents_of(plans[at]).names,
-                purpose=keys[at],
-                resume=running.keeps,
-                fresh=running.fresh,
+        for at in claiming_order([directory for _, directory in merges]):
+            claimed[at] = (
+                owned[at]
+                if owned
+                else prepare_output(
+                    merges[at][1],
+                    overwrite=running.overwrite,
+                    input_files=plans[at].input_files,
+                    needed_bytes=needed,
+                    names=contents_of(plans[at]).names,
+                    purpose=keys[at],
+                    resume=running.keeps,
+                    fresh=running.fresh,
+                )
             )
         outputs = [claimed[at] for at in range(len(merges))]
         done = execute(plans, outputs, running, backend, planned)
@@ -476,7 +551,7 @@ def merge_together(
         _give_up(list(reversed(claimed.values())), error)
         raise
     for output in outputs:
-        close(output, keep=purpose is not None)
+        close(output, keep=bool(purposes))
     return reports
 
 
@@ -498,9 +573,11 @@ def execute(
 ) -> dict[str, Any]:
     """Write plans' outputs under partial names, and say how it went; see `_core.execute`.
 
-    Only the weights are written of the `part` of a plan; its `bytes` says how many they are.
+    Only the weights are written of the `part` of plans; its `bytes` says how many they are.
     """
     total = sum(plan.bytes_written for plan in plans) if part is None else part["bytes"]
+    needed = sum(plan.disk for plan in plans) if part is None else total
+    shards = None if part is None else part["shards"]
     with backend or nullcontext(), watched(running.progress) as callback:
         allowed = room(_bytes(running.memory))
         tables = _with_absent(plans, outputs, running, (allowed, backend), callback)
@@ -508,8 +585,8 @@ def execute(
             if part is None:
                 stage(output, contents_of(plan))
         folder = os.fspath(outputs[0].path)
-        size = spool_bytes(_bytes(running.spool), folder, sum(plan.disk for plan in plans))
-        with streamed(tables, size, folder) as fetcher:
+        size = spool_bytes(_bytes(running.spool), folder, needed)
+        with streamed(tables, size, folder, shards=shards) as fetcher:
             spool = None if fetcher is None else fetcher.spool
             done = _core.execute(
                 [(table, output.path) for table, output in zip(tables, outputs, strict=True)],
@@ -523,58 +600,104 @@ def execute(
                 digests=running.digests,
                 keys=[output.purpose for output in outputs] if running.keeps else None,
                 spool=spool,
-                beside=0 if spool is None else RESIDENT,
+                beside=running.beside + (0 if spool is None else RESIDENT),
                 part=part,
             )
     return done | {"device": _name(backend), "notes": _notes(backend)}
 
 
 def _merge_stages(
-    plan: Plan, directory: PathLike, planning: PlanOptions, running: RunOptions
-) -> MergeReport:
-    """Merge what a plan of several merges says, one after the other."""
+    made: Sequence[tuple[Plan, PathLike]], planning: PlanOptions, running: RunOptions
+) -> list[MergeReport]:
+    """Merge what plans of several merges say: those that come first, then the last ones."""
     started = time.perf_counter()
-    recipe = plan.recipe
+    plans = [plan for plan, _ in made]
     # A plan has its own seed and sizes, and which models may differ was settled when it was made.
-    planning = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
-    inputs = [file for each in (*plan.stages, plan) for file in each.input_files]
-    output = prepare_output(
-        directory,
-        overwrite=running.overwrite,
-        input_files=inputs,
-        needed_bytes=plan.disk,
-        names=contents_of(plan).names,
-        purpose=keys_of([*plan.stages, plan])[-1],
-        resume=running.keeps,
-        fresh=running.fresh,
+    planning = replace(
+        planning, seed=plans[0].seed, shard_size=plans[0].shard_size, allow_mismatch=True
     )
-    notes: list[str] = []
-    warnings: list[str] = []
-    places: dict[str, str | None] = {}
+    order = Order(plans)
+    earlier = [stage for each in order.passes for stage in each]
+    needed = sum(map(disk_bytes, [*(stage.plan for stage in earlier), *plans]))
+    keys = keys_of([*(stage.plan for stage in earlier), *plans])[-len(plans) :]
+    inputs = [file for plan in plans for each in (*plan.stages, plan) for file in each.input_files]
+    outputs: dict[int, OutputDirectory] = {}
+    reports: dict[int, MergeReport] = {}
     try:
-        folder = stages_folder(output)
-        for number, stage in enumerate(recipe.stages, start=1):
-            place = os.path.join(folder, str(number))
-            purpose = keys_of(plan.stages[:number])[-1]
-            (report,) = merge_together(
-                [(stage, place)], planning, running, stages=places, purpose=purpose
+        for at in claiming_order([directory for _, directory in made]):
+            outputs[at] = prepare_output(
+                made[at][1],
+                overwrite=running.overwrite,
+                input_files=inputs,
+                needed_bytes=needed,
+                names=contents_of(plans[at]).names,
+                purpose=keys[at],
+                resume=running.keeps,
+                fresh=running.fresh,
             )
-            places[stage.name or ""] = place
-            written = format_size(report.bytes_written)
-            notes.append(f"`{stage.name}` was merged first: {written}, which are removed again")
-            warnings += report.warnings
-        merges = [(recipe, directory)]
-        (report,) = merge_together(merges, planning, running, stages=places, owned=output)
+        _merge_earlier(order, lambda stage: stages_folder(outputs[stage.host]), planning, running)
+        for group in order.groups:
+            lasts = [(plans[at].recipe, made[at][1]) for at in group]
+            owned = [outputs[at] for at in group]
+            places = places_of(order.needs[group[0]])
+            done = merge_together(lasts, planning, running, stages=places, owned=owned)
+            reports.update(zip(group, done, strict=True))
     except BaseException as error:
-        if output.claim.is_held:
-            _give_up([output], error)
+        _give_up([each for each in outputs.values() if each.claim.is_held], error)
         raise
+    seconds = time.perf_counter() - started
+    return [_with_stages(reports[at], order.stages[at], seconds) for at in range(len(made))]
+
+
+def _with_stages(report: MergeReport, stages: Iterable[Stage], seconds: float) -> MergeReport:
+    """Return the report of a merge with what those before it have told."""
+    first = [(stage.plan.recipe.name, stage.report) for stage in stages if stage.report is not None]
+    notes = (
+        f"`{name}` was merged first: {format_size(each.bytes_written)}, which are removed again"
+        for name, each in first
+    )
+    warnings = (warning for _, each in first for warning in each.warnings)
     return replace(
         report,
         notes=(*notes, *report.notes),
         warnings=(*warnings, *report.warnings),
-        total_seconds=time.perf_counter() - started,
+        total_seconds=seconds,
     )
+
+
+def _merge_earlier(
+    order: Order,
+    folder_of: Callable[[Stage], PathLike],
+    planning: PlanOptions,
+    running: RunOptions,
+) -> None:
+    """Make what the earlier merges make, each in a folder of its own below that of `folder_of`."""
+    earlier = [stage for each in order.passes for stage in each]
+    for number, one in enumerate(earlier, start=1):
+        one.place = os.path.join(folder_of(one), str(number))
+    for each in order.passes:
+        merges = [(stage.plan.recipe, stage.place) for stage in each]
+        keys = [stage.key for stage in each]
+        done = merge_together(merges, planning, running, stages=each[0].places, purposes=keys)
+        for one, report in zip(each, done, strict=True):
+            one.report = report
+
+
+def merge_stages(
+    plan: Plan, folder: PathLike, planning: PlanOptions, running: RunOptions
+) -> tuple[dict[str, str | None], list[MergeReport]]:
+    """Make what the earlier merges of a plan make, below `folder`.
+
+    Returns
+    -------
+    (dict of str to str, list of MergeReport)
+        Where the output of each lies by its name, as `prepare` takes it; and how each merge went.
+    """
+    order = Order([plan])
+    _merge_earlier(order, lambda _: folder, planning, running)
+    stages = order.stages[0]
+    places = places_of({stage.plan.recipe.name or "": stage for stage in stages})
+    return places, [stage.report for stage in stages if stage.report is not None]
 
 
 def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
@@ -592,7 +715,7 @@ def _give_up(outputs: Sequence[OutputDirectory], error: BaseException) -> None:
         error.add_note(how_to_go_on(reversed(kept)))
 
 
-def _order(directories: Sequence[PathLike]) -> list[int]:
+def claiming_order(directories: Sequence[PathLike]) -> list[int]:
     """Return the order in which to claim directories: the same in every run, by their real paths.
 
     Else two sweeps over the same ones could each have one that the other needs, and both fail.
@@ -613,33 +736,27 @@ def _check_side_files(plans: Iterable[Plan]) -> None:
 
 
 def prepare(
-    recipe: Request, options: PlanOptions, stages: Mapping[str, str | None] | None = None
+    recipe: Request | Asked, options: PlanOptions, stages: Mapping[str, str | None] | None = None
 ) -> Plan:
     """Return the plan of what was asked for: a recipe, a file or text of one, or a plan.
 
     `stages` says where the outputs of earlier merges lie; unless given, they are planned too.
     """
-    if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
-        recipe = load_plan(recipe, allow_methods=options.allow_methods)
-    if isinstance(recipe, Plan):
-        _check_made(recipe, options)
-        return recipe
-    findings = Findings(ignore_unknown=options.ignore_unknown)
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.read(recipe, findings)
-    elif not recipe.sources:
-        raise TypeError(
-            "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
-            "`Recipe.from_mapping`"
-        )
+    asked = _read(recipe, options)
+    if isinstance(asked, Plan):
+        return asked
+    recipe, findings = asked.recipe, asked.findings
 
     def plan_one(one: Recipe, places: Mapping[str, str | None], found: Findings) -> Plan:
         return build_plan(
             one,
-            shard_size=parse_size(options.shard_size),
-            seed=options.seed,
+            shard_size=parse_size(
+                DEFAULT_SHARD_SIZE if options.shard_size is None else options.shard_size
+            ),
+            seed=0 if options.seed is None else options.seed,
             strict=options.strict,
-            with_side_files=options.with_side_files,
+            # Later merges read those of earlier ones.
+            with_side_files=options.with_side_files or one is not recipe,
             allow_mismatch=options.allow_mismatch,
             allow_methods=options.allow_methods,
             findings=found,
@@ -653,13 +770,40 @@ def prepare(
     return last
 
 
-def _check_made(plan: Plan, options: PlanOptions) -> None:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A recipe, as far as it could be read, and what is wrong with it."""
+
+    recipe: Recipe
+    findings: Findings
+
+
+def _read(request: Request | Asked, options: PlanOptions) -> Plan | Asked:
+    """Return the plan that was asked for, or the recipe."""
+    if isinstance(request, Asked):
+        return request
+    if isinstance(request, str | os.PathLike) and is_saved_plan(request):
+        request = load_plan(request, allow_methods=options.allow_methods)
+    if isinstance(request, Plan):
+        check_made(request, options)
+        return request
+    findings = Findings(ignore_unknown=options.ignore_unknown)
+    if not isinstance(request, Recipe):
+        return Asked(Recipe.read(request, findings), findings)
+    if not request.sources:
+        raise TypeError(
+            "this recipe has neither models nor slices; make it with `Recipe.from_yaml` or "
+            "`Recipe.from_mapping`"
+        )
+    return Asked(request, findings)
+
+
+def check_made(plan: Plan, options: PlanOptions) -> None:
     """Refuse what a plan that is made cannot take any more."""
-    given: dict[str, tuple[object, object, object]] = {"seed": (options.seed, 0, plan.seed)}
-    size = parse_size(options.shard_size)
-    given["shard_size"] = (size, DEFAULT_SHARD_SIZE, plan.shard_size)
-    for name, (value, default, own) in given.items():
-        if value not in {default, own}:
+    size = None if options.shard_size is None else parse_size(options.shard_size)
+    given = {"seed": (options.seed, plan.seed), "shard_size": (size, plan.shard_size)}
+    for name, (value, own) in given.items():
+        if value is not None and value != own:
             raise ValueError(f"the plan has its own {name}, {own}: make another for {value}")
     if options.strict and plan.warnings:
         raise PlanError("cannot merge", problems=plan.warnings)
@@ -683,7 +827,9 @@ def finish_all(
         problems += against
         if not against:
             warnings = [*plan.warnings, *odd]
-            manifest = manifest_writer(plan, digests, warnings, hash_inputs=running.hash_inputs)
+            manifest = manifest_writer(
+                plan, contents_of(plan), digests, warnings, hash_inputs=running.hash_inputs
+            )
             told = done | {"files": files, "warnings": tuple(map(str, warnings))}
             reports.append(_finish(plan, output, told, manifest, started))
     if problems:
@@ -698,9 +844,12 @@ def _finish(
     manifest: Callable[[int], None],
     started: float,
 ) -> MergeReport:
+    contents = contents_of(plan)
+    if output.address is not None:
+        contents = replace(contents, shards=())
     report = report_of(
         done,
-        directory=os.fspath(output.path),
+        directory=output.address or os.fspath(output.path),
         tensors=len(plan.tensors),
         files=len(plan.shards),
         bytes_written=plan.bytes_written,
@@ -712,7 +861,7 @@ def _finish(
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
     states = [FileState(**state) for state in done["files"]]
-    leftovers = commit(output, contents_of(plan), states, late_texts(plan, story, manifest))
+    leftovers = commit(output, contents, states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started
     return replace(report, total_seconds=seconds, notes=(*report.notes, *leftovers))
 

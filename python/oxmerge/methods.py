@@ -43,6 +43,7 @@ DIALECT_PARAMETERS = frozenset((
 IDLE_PARAMETERS = {
     "embed_slerp": "embeddings are merged as other tensors are",
     "smooth": "it belongs to `mergekit-evolve`; write a gradient as a list of values",
+    "geodesic": "`slerp` and `nuslerp` go along the arc, whatever it says",
     "allow_negative_weights": "it belongs to `mergekit-evolve`; weights may be negative",
 }
 

@@ -3,7 +3,7 @@
 Ray places the tasks and starts those again whose node was lost; parts go on from their journals
 (`oxmerge.parts`). The plan is made here, on the driver. A task plans too, which reads headers only,
 since paths and inodes may be others on its node, and goes no further if its plan is another one.
-The nodes share the file system that the output is on.
+The nodes share the file system that the output is on, or it is in a store.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ import pickle
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from oxmerge.cli.progress import format_rate, watched
-from oxmerge.errors import OutputError, OxmergeError, UnsupportedError
+from oxmerge.errors import OutputError, OxmergeError
+from oxmerge.in_store import complete_in_store
 from oxmerge.merging import DEFAULT_MEMORY, Snapshot, prepare
+from oxmerge.models.stores import is_address
 from oxmerge.output.claims import named
 from oxmerge.output.manifest import plan_digest
-from oxmerge.parts import WaitsForOthersError, check_parts, complete, merge_part
+from oxmerge.parts import WaitsForOthersError, check_parts, complete, merge_parts
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
     from typing import Any
 
     from oxmerge.merging import MergeReport, Request
     from oxmerge.options import PlanOptions, RunOptions
     from oxmerge.planning.plans import Plan
 
-__all__ = ["merge_on_ray"]
+__all__ = ["merge_on_ray", "resources_of"]
 
 #: How often a part is begun again that failed, or whose node was lost.
 _MOST_TRIES = 3
@@ -52,24 +54,23 @@ def merge_on_ray(
 ) -> MergeReport:
     """Merge on a Ray cluster; see `oxmerge.merge`."""
     started = time.perf_counter()
-    if "://" in os.fspath(directory):
-        raise UnsupportedError(
-            "an output in an object store is not supported yet",
-            file=os.fspath(directory),
-            advice="name a directory on a file system that all nodes share",
-        )
-    path = named(directory).absolute()
+    in_store = is_address(os.fspath(directory))
+    place = os.fspath(directory) if in_store else str(named(directory).absolute())
     plan = prepare(recipe, planning)
     ray = _ray()
     with _connected(ray, running.ray):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         parts = running.parts or min(len(plan.shards), _PARTS_A_NODE * len(nodes))
-        check_parts(plan, parts, stream=running.stream)
+        check_parts([plan], parts)
         cpus = min((node["Resources"]["CPU"] for node in nodes), default=1)
-        run = _Run(ray, plan, path, parts, planning, replace(running, ray=None, parts=None), cpus)
+        run = _Run(ray, plan, place, parts, planning, replace(running, ray=None, parts=None), cpus)
         with watched(running.progress) as callback:
             run.make_all(callback)
-    return complete(plan, parts, path, planning, running, started)
+    if in_store:
+        report = complete_in_store(plan, place, planning, running, started)
+    else:
+        report = complete(plan, parts, Path(place), planning, running, started)
+    return replace(report, notes=(*report.notes, *run.failures()))
 
 
 def _ray() -> Any:  # noqa: ANN401 - a module, which need not be installed
@@ -119,6 +120,7 @@ class _Told:
     """How a task ended: with an error, or since other parts have to sweep first."""
 
     node: str
+    host: str
     error: Exception | None
     waits: bool = False
 
@@ -129,11 +131,10 @@ def _work(asked: _Asked, board: Any) -> _Told:  # noqa: ANN401 - an actor
 
     node = ray.get_runtime_context().get_node_id()
     part = asked.running.part
-    host, told, last = os.uname().nodename, 0.0, None
+    host, told = os.uname().nodename, 0.0
 
     def report(snapshot: Snapshot) -> None:
-        nonlocal told, last
-        last = snapshot
+        nonlocal told
         if time.monotonic() - told >= _SECONDS_BETWEEN_LOOKS:
             told = time.monotonic()
             board.put.remote(part, host, snapshot)
@@ -143,14 +144,21 @@ def _work(asked: _Asked, board: Any) -> _Told:  # noqa: ANN401 - an actor
         plan = prepare(Recipe.from_text(asked.text, folder=asked.folder), asked.planning)
         _check_plan(plan, asked.digest)
         running = replace(asked.running, progress=report)
-        merge_part(plan, asked.directory, asked.planning, running, time.perf_counter())
+        merge = (plan, asked.directory)
+        (made,) = merge_parts([merge], asked.planning, running, time.perf_counter())
     except WaitsForOthersError:
-        return _Told(node, None, waits=True)
+        return _Told(node, host, None, waits=True)
     except Exception as error:  # noqa: BLE001 - what it means is for the driver to say
-        return _Told(node, _sendable(error))
-    if last is not None:
-        board.put.remote(part, host, replace(last, bytes_done=last.bytes_total))
-    return _Told(node, None)
+        return _Told(node, host, _sendable(error))
+    size = made.bytes_written
+    whole = Snapshot(size, size, made.bytes_read, made.tensors, "", made.peak_memory)
+    ray.get(board.put.remote(part, host, whole))
+    return _Told(node, host, None)
+
+
+def _node(told: _Told) -> str:
+    """Return what a message calls a node: hosts may have several."""
+    return f"{told.host} (node {told.node[:8]})" if told.node else "a node that Ray lost"
 
 
 def _check_plan(plan: Plan, expected: str) -> None:
@@ -181,6 +189,16 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
+def resources_of(running: RunOptions, cpus: float) -> dict[str, Any]:
+    """Return what a task asks Ray for, on nodes with so many CPUs."""
+    return {
+        "num_cpus": min(running.threads or cpus, cpus),
+        "num_gpus": 1 if running.device.startswith("cuda") else 0,
+        "memory": DEFAULT_MEMORY if running.memory is None else parse_size(running.memory),
+        "max_retries": _MOST_TRIES,
+    }
+
+
 class _Board:
     """Where tasks write how far they are; an actor."""
 
@@ -201,7 +219,7 @@ class _Run:
         self,
         ray: Any,  # noqa: ANN401
         plan: Plan,
-        path: Path,
+        place: str,
         parts: int,
         planning: PlanOptions,
         running: RunOptions,
@@ -213,22 +231,18 @@ class _Run:
         self._parts = parts
         # Numbers over the model: none waits for another, which perhaps has no node to run on.
         running = replace(running, finish=False, wait=0, progress=None)
+        if running.device.startswith("cuda"):
+            running = replace(running, device="cuda")  # Ray shows a task its own GPU alone
         self._asked = _Asked(
             plan.recipe_text,
             plan.recipe_folder,
             os.getcwd(),
-            str(path),
+            place,
             plan_digest(plan),
             replace(planning, seed=plan.seed, shard_size=plan.shard_size),
             running,
         )
-        memory = DEFAULT_MEMORY if running.memory is None else parse_size(running.memory)
-        self._resources: dict[str, Any] = {
-            "num_cpus": min(running.threads or cpus, cpus),
-            "num_gpus": 1 if running.device.startswith("cuda") else 0,
-            "memory": memory,
-            "max_retries": _MOST_TRIES,
-        }
+        self._resources = resources_of(running, cpus)
         here = ray.get_runtime_context().get_node_id()
         self._board = ray.remote(_Board).options(**self._on(here), num_cpus=0).remote()
         self._failed: dict[int, list[_Told]] = {part: [] for part in range(1, parts + 1)}
@@ -251,6 +265,14 @@ class _Run:
             self._cancel()
             error.add_note("the parts that are made are kept: the same command goes on from there")
             raise
+
+    def failures(self) -> list[str]:
+        """Tell of parts that failed on a node and were made elsewhere."""
+        return [
+            f"part {part} failed on {_node(told)} and was made elsewhere: {told.error}"
+            for part, failed in self._failed.items()
+            for told in failed
+        ]
 
     def _make(self, parts: Sequence[int], progress: Callable[[Snapshot], None] | None) -> list[int]:
         """Run a task for each part; return those that were told to wait for the others' sweeps."""
@@ -275,7 +297,7 @@ class _Run:
         try:
             told: _Told = self._ray.get(task)
         except self._ray.exceptions.RayError as error:  # its node or its process was lost too often
-            return _Told("", OxmergeError("Ray lost a part", found=str(error)))
+            return _Told("", "", OxmergeError("Ray lost a part", found=str(error)))
         return told
 
     def _begin(self, part: int, **where: Any) -> None:  # noqa: ANN401
@@ -292,7 +314,8 @@ class _Run:
         others = [node for node in nodes if node not in tried]
         if len(failed) >= _MOST_TRIES or not others:
             error = failed[-1].error or OutputError("a part failed")
-            error.add_note(f"part {part} failed on {len(tried)} of {len(nodes)} nodes")
+            where = ", ".join(dict.fromkeys(map(_node, failed)))
+            error.add_note(f"part {part} failed on {len(tried)} of {len(nodes)} nodes: {where}")
             raise error
         # A process that is about to end may still have the part's lock.
         time.sleep(_SECONDS_BETWEEN_TRIES)

@@ -47,12 +47,16 @@ class PlanOptions:
 
     Attributes
     ----------
+    seed : int, optional
+        None for that of a plan that is made, else 0.
+    shard_size : int or str, optional
+        None for that of a plan that is made, else `DEFAULT_SHARD_SIZE`.
     with_side_files : bool
         Whether the donor's other files will be copied, and must be such that they can be.
     """
 
-    seed: int = 0
-    shard_size: int | str = DEFAULT_SHARD_SIZE
+    seed: int | None = None
+    shard_size: int | str | None = None
     strict: bool = False
     allow_mismatch: bool = False
     ignore_unknown: bool = False
@@ -66,7 +70,13 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What decides how a merge runs; the parameters of `oxmerge.merge` of these names."""
+    """What decides how a merge runs; the parameters of `oxmerge.merge` of these names.
+
+    Attributes
+    ----------
+    beside : int
+        Bytes that others in this process may have resident, within `memory`.
+    """
 
     memory: int | str | None = None
     threads: int | None = None
@@ -87,6 +97,7 @@ class RunOptions:
     wait: float = 600
     ray: str | bool | None = None
     parts: int | None = None
+    beside: int = 0
 
     @property
     def keeps(self) -> bool:

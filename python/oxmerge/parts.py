@@ -12,17 +12,26 @@ import os
 import shutil
 import socket
 import time
+from collections import Counter
 
 from oxmerge import __version__, _core
 from oxmerge.errors import InputChangedError, OutputError, PlanError, ProblemsError
 from oxmerge.file_state import FileState
-from oxmerge.merging import MergeReport, execute, finish_all, open_device, report_of
-from oxmerge.models.streaming import is_streamed
+from oxmerge.merging import (
+    MergeReport,
+    claiming_order,
+    execute,
+    finish_all,
+    open_device,
+    report_of,
+)
+from oxmerge.models.stores import is_address
 from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import BusyError, locked_file, named
 from oxmerge.output.contents import contents_of
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.part_files import (
+    DONE,
     PLAN_NAME,
     Made,
     PartFiles,
@@ -49,7 +58,7 @@ from oxmerge.problems import UNSUPPORTED, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -58,7 +67,7 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
-__all__ = ["WaitsForOthersError", "check_parts", "complete", "finish", "merge_part"]
+__all__ = ["WaitsForOthersError", "check_parts", "complete", "finish", "merge_parts"]
 
 
 class WaitsForOthersError(OutputError):
@@ -68,66 +77,124 @@ class WaitsForOthersError(OutputError):
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def merge_part(
-    plan: Plan, directory: PathLike, planning: PlanOptions, running: RunOptions, started: float
-) -> MergeReport:
-    """Make the part of a plan that `running` names; see `oxmerge.merge`."""
+def merge_parts(
+    merges: Sequence[tuple[Plan, PathLike]],
+    planning: PlanOptions,
+    running: RunOptions,
+    started: float,
+) -> list[MergeReport]:
+    """Make the part that `running` names of a merge, or of each merge of a sweep.
+
+    Each output has a shared folder of its own; what they find together in a sweep over the tensors
+    lies in that of the first. See `oxmerge.merge`.
+    """
+    plans = [plan for plan, _ in merges]
+    addresses = [text for _, path in merges if is_address(text := os.fspath(path))]
+    if addresses:
+        from oxmerge.in_store import merge_in_store  # noqa: PLC0415 - it needs this module
+
+        return [merge_in_store(plans, addresses[0], planning, running, started)]
     number, parts = running.part or (1, 1)
-    check_parts(plan, parts, stream=running.stream)
-    sizes = [size for _, size in plan.shards]
-    shards = shards_of_parts(sizes, parts)[number - 1]
-    purpose = Purpose.of(plan, parts)
-    backend = open_device([plan], running)
+    check_parts(plans, parts)
+    shards = shards_of_parts([size for _, size in plans[0].shards], parts)[number - 1]
+    together = plans if len(plans) > 1 else ()
+    purposes = [Purpose.of(plan, parts, together) for plan in plans]
+    backend = open_device(plans, running)
+    with contextlib.ExitStack() as stack:
+        joined: dict[int, tuple[OutputDirectory, PartFiles]] = {}
+        for at in claiming_order([directory for _, directory in merges]):
+            joined[at] = _join(stack, merges[at], (number, parts), purposes[at], running)
+        outputs, all_files = map(list, zip(*(joined[at] for at in sorted(joined)), strict=True))
+        made = [] if running.fresh else _made_before(outputs, all_files)
+        is_made = bool(made)
+        if not is_made:
+            for files in all_files:
+                files.forget_made()
+            done = make(plans, shards, all_files, purposes, running, backend)
+            names = [plans[0].shards[shard][0] for shard in shards]
+            for files, purpose, written in zip(all_files, purposes, done["files"], strict=True):
+                states = [FileState(**state) for state in written]
+                each = Made(purpose.key, dict(zip(names, states, strict=True)), kept_of(done))
+                files.write_made(each)
+                made.append(each)
+        left = sorted({part for files in all_files for part in missing_parts(files)})
+    note = f"part {number} of {parts} is made" + (" already" if is_made else "")
+    if not left and running.finish:
+        with contextlib.suppress(BusyError, NoPartsError):
+            return [
+                complete(plan, parts, output.path, planning, running, started)
+                for plan, output in zip(plans, outputs, strict=True)
+            ]
+        note += "; another run completes the output"
+    elif left:
+        note += f", but not yet {shown(left)}"
+    else:
+        note += ", and all others: `oxmerge finish` completes the output"
+    return [
+        report_of_part(plan, shards, each.done, os.fspath(output.path), note, started)
+        for plan, output, each in zip(plans, outputs, made, strict=True)
+    ]
+
+
+def _join(
+    stack: contextlib.ExitStack,
+    merge: tuple[Plan, PathLike],
+    part: tuple[int, int],
+    purpose: Purpose,
+    running: RunOptions,
+) -> tuple[OutputDirectory, PartFiles]:
+    """Share an output with the other parts until the stack ends, as the only run of this one."""
+    plan, directory = merge
     output = share_output(
         directory,
         overwrite=running.overwrite,
         input_files=plan.input_files,
         names=contents_of(plan).names,
     )
-    try:
-        with _shared_folder(output.path, number, parts) as files, files.locked():
-            files.join(purpose)
-            files.save(plan)
-            made = None if running.fresh else files.made()
-            is_made = made is not None and files.find(output, made) is not None
-            if made is None or not is_made:
-                files.forget_made()
-                done = _make(plan, shards, files, purpose, running, backend)
-                states = [FileState(**state) for state in done["files"][0]]
-                names = [plan.shards[shard][0] for shard in shards]
-                kept = {name: done[name] for name in _KEPT} | {"host": socket.gethostname()}
-                made = Made(purpose.key, dict(zip(names, states, strict=True)), kept)
-                files.write_made(made)
-            left = missing_parts(files)
-    finally:
-        output.claim.release()
-    note = f"part {number} of {parts} is made" + (" already" if is_made else "")
-    if not left and running.finish:
-        with contextlib.suppress(BusyError, NoPartsError):
-            return complete(plan, parts, output.path, planning, running, started)
-        note += "; another run completes the output"
-    elif left:
-        note += f", but not yet {shown(left)}"
-    else:
-        note += ", and all others: `oxmerge finish` completes the output"
+    stack.callback(output.claim.release)
+    files = stack.enter_context(shared_folder(output.path, *part))
+    stack.enter_context(files.locked())
+    files.join(purpose)
+    files.save(plan)
+    return output, files
+
+
+def _made_before(outputs: Sequence[OutputDirectory], all_files: Sequence[PartFiles]) -> list[Made]:
+    """Return what an earlier run has made of the part in each output; nothing if one lacks some."""
+    made = []
+    for output, files in zip(outputs, all_files, strict=True):
+        each = files.made()
+        if each is None or files.find(output, each) is None:
+            return []
+        made.append(each)
+    return made
+
+
+def kept_of(done: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written down of how a part was made."""
+    return {name: done[name] for name in DONE if name in done} | {"host": socket.gethostname()}
+
+
+def report_of_part(
+    plan: Plan,
+    shards: Sequence[int],
+    done: Mapping[str, Any],
+    directory: str,
+    note: str,
+    started: float,
+) -> MergeReport:
+    """Return the report of a part, of which `done` is kept."""
     return report_of(
-        made.done,
-        directory=os.fspath(output.path),
-        tensors=made.done["tensors"],
+        done,
+        directory=directory,
+        tensors=done["tensors"],
         files=len(shards),
-        bytes_written=sum(sizes[shard] for shard in shards),
-        input_bytes=made.done["input_bytes"],
+        bytes_written=sum(plan.shards[shard][1] for shard in shards),
+        input_bytes=done["input_bytes"],
         total_seconds=time.perf_counter() - started,
         warnings=tuple(map(str, plan.warnings)),
-        notes=(*made.done["notes"], note),
+        notes=(*done["notes"], note),
     )
-
-
-#: What is written down of how a part was made; see `_core.execute`.
-_KEPT = (
-    "bytes_read", "bytes_written", "seconds", "peak_memory", "memory", "simd", "device", "notes",
-    "kept", "tensors", "input_bytes",
-)  # fmt: skip
 
 
 def finish(
@@ -147,8 +214,8 @@ def finish(
 
     Parameters
     ----------
-    directory : path
-        The output of the parts.
+    directory : path or str
+        The output of the parts: a directory, or the address of one in an object store.
     overwrite : bool
         Replace a model that is there.
     strict : bool
@@ -182,33 +249,35 @@ def finish(
     """
     started = time.perf_counter()
     path = named(directory)
-    parts = parts_in(path)
-    if parts:  # told before another run that makes one
-        with _shared_folder(path, 1, parts) as files:
-            _made_by_all(files)
-    else:
-        raise no_parts(path)
-    plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
     planning = PlanOptions(strict=strict)
     running = RunOptions(
         overwrite=overwrite, hash_inputs=hash_inputs, allow_nonfinite=allow_nonfinite
     )
+    if is_address(os.fspath(directory)):
+        from oxmerge.in_store import finish_in_store  # noqa: PLC0415 - it needs this module
+
+        return finish_in_store(directory, planning, running, allow_methods, started)
+    parts = parts_in(path)
+    if parts:  # told before another run that makes one
+        with shared_folder(path, 1, parts) as files:
+            _made_by_all(files)
+    else:
+        raise no_parts(path)
+    plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
     return complete(plan, parts, path, planning, running, started)
 
 
-def check_parts(plan: Plan, parts: int, *, stream: bool) -> None:
-    """Raise PlanError for a plan that cannot be made in so many parts."""
-    if plan.stages:
-        advice = "merge without `--part`; or write each merge into a file of its own"
+def check_parts(plans: Sequence[Plan], parts: int) -> None:
+    """Raise PlanError for plans of the same tensors that cannot be made in so many parts."""
+    first, *others = plans
+    if first.stages:
+        advice = (
+            "write each merge into a file of its own, and make them in parts one after the other"
+        )
         message = "a recipe of several merges cannot be made in parts"
         problem = Problem(UNSUPPORTED, message, advice=advice)
         raise PlanError.of("cannot merge in parts", [problem])
-    if any(is_streamed(file, stream=stream) for file in plan.absent):
-        # A spool has room for what comes next in the plan, and a part would leave most of that.
-        advice = "fetch the models first; of the Hub, leave `--stream` out"
-        message = "a merge that streams its inputs cannot be made in parts yet"
-        raise PlanError.of("cannot merge in parts", [Problem(UNSUPPORTED, message, advice=advice)])
-    shards = len(plan.shards)
+    shards = len(first.shards)
     if parts > shards:
         found = f"{shards} file{'' if shards == 1 else 's'} of weights, none of which is split"
         problem = Problem(
@@ -219,58 +288,79 @@ def check_parts(plan: Plan, parts: int, *, stream: bool) -> None:
             advice="make fewer parts, or more files with a smaller `--shard-size`",
         )
         raise PlanError.of("cannot merge in parts", [problem])
+    for other in others:
+        # A part is the same files of every output: only so it reads what it needs once.
+        if other.shards != first.shards:
+            message = "the outputs of this sweep are not cut into files alike"
+            advice = "sweep in one run; or leave out of the sweep what changes types of tensors"
+            problem = Problem(UNSUPPORTED, message, advice=advice)
+            raise PlanError.of("cannot sweep in parts", [problem])
 
 
 @contextlib.contextmanager
-def _shared_folder(directory: Path, part: int, parts: int) -> Iterator[PartFiles]:
+def shared_folder(directory: Path, part: int, parts: int) -> Iterator[PartFiles]:
     """Yield the files of a part, in the folder that the parts of an output share."""
-    folder = os.open(directory / PARTS_NAME, _FOLDER)
-    try:
+    with opened_folder(directory / PARTS_NAME) as folder:
         yield PartFiles(part, parts, folder, directory)
+
+
+@contextlib.contextmanager
+def opened_folder(path: Path) -> Iterator[int]:
+    """Yield a folder, open."""
+    folder = os.open(path, _FOLDER)
+    try:
+        yield folder
     finally:
         os.close(folder)
 
 
-def _make(
-    plan: Plan,
-    shards: list[int],
-    files: PartFiles,
-    purpose: Purpose,
+def make(
+    plans: Sequence[Plan],
+    shards: Sequence[int],
+    all_files: Sequence[PartFiles],
+    purposes: Sequence[Purpose],
     running: RunOptions,
     backend: Backend | None,
 ) -> dict[str, Any]:
-    """Write the shards of a part, into its own directory, and say how it went."""
-    names = [plan.shards[shard][0] for shard in shards]
-    size = sum(plan.shards[shard][1] for shard in shards)
-    own = prepare_output(
-        files.path,
-        overwrite=False,
-        input_files=(),
-        needed_bytes=size,
-        names=names,
-        purpose=purpose.key,
-        resume=True,
-        fresh=running.fresh,
-    )
+    """Write some shards of each plan, into the directory of a part, and say how it went."""
+    names = [plans[0].shards[shard][0] for shard in shards]
+    size = sum(plans[0].shards[shard][1] for shard in shards)
+    first = all_files[0]
     part = {
         "shards": shards,
-        "bytes": size,
-        "descriptor": files.folder,
-        "folder": files.path.parent,
-        "names": [f"{files.of(at + 1).name}.numbers" for at in range(files.parts)],
-        "own": files.part - 1,
+        "bytes": size * len(plans),
+        "descriptor": first.folder,
+        "folder": first.path.parent,
+        "names": [f"{first.of(at + 1).name}.numbers" for at in range(first.parts)],
+        "own": first.part - 1,
         "wait": running.wait,
     }
+    own: list[OutputDirectory] = []
     try:
+        for files, purpose in zip(all_files, purposes, strict=True):
+            output = prepare_output(
+                files.path,
+                overwrite=False,
+                input_files=(),
+                needed_bytes=size * len(plans),
+                names=names,
+                purpose=purpose.key,
+                resume=True,
+                fresh=running.fresh,
+            )
+            own.append(output)
         try:
-            done = execute([plan], [own], running, backend, 0, part)
+            done = execute(plans, own, running, backend, 0, part)
         except OutputError as error:
-            raise (_as_waiting(error) if files.waits() else error) from None
+            raise (_as_waiting(error) if first.waits() else error) from None
     except BaseException as error:
-        if discard(own, keep=not isinstance(error, InputChangedError | ProblemsError)):
+        keep = not isinstance(error, InputChangedError | ProblemsError)
+        kept = [discard(output, keep=keep) for output in own]
+        if any(kept):
             error.add_note("what is finished is kept: the same command goes on from there")
         raise
-    close(own, keep=True)
+    for output in own:
+        close(output, keep=True)
     return done
 
 
@@ -307,7 +397,9 @@ def complete(
             stage(output, contents)
             folders = [files.of(at).path for at in made]
             digests = _core.Digests.of_parts(plan.table, folders, made[1].key)
-            done = _together([each.done for each in made.values()])
+            hosts = len({each.done["host"] for each in made.values()})
+            note = f"made in {parts} parts on {hosts} machine{'' if hosts == 1 else 's'}"
+            done = together([each.done for each in made.values()], note)
             done |= {"files": [[state._asdict() for state in states]], "digests": [digests]}
             (report,) = finish_all([(plan, output)], done, planning, running, started)
         except BaseException as error:
@@ -325,7 +417,7 @@ def _only_one(path: Path, parts: int) -> Iterator[PartFiles]:
     """Yield the files of the first part, to the only run that completes the output."""
     with contextlib.ExitStack() as stack:
         try:
-            files = stack.enter_context(_shared_folder(path, 1, parts))
+            files = stack.enter_context(shared_folder(path, 1, parts))
             stack.enter_context(locked_file("finish.lock", files.folder))
         except FileNotFoundError:
             raise no_parts(path) from None
@@ -378,16 +470,20 @@ def _find_all(
     return [states[name] for name, _ in plan.shards]
 
 
-def _together(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how a merge went whose parts went so."""
+def together(parts: list[dict[str, Any]], note: str | None) -> dict[str, Any]:
+    """Return how a merge went whose parts went so, as they have written down.
+
+    What one run has made one after the other took the sum of their seconds.
+    """
     most = max(parts, key=lambda done: done["peak_memory"])
-    hosts = len({done["host"] for done in parts})
-    note = f"made in {len(parts)} parts on {hosts} machine{'' if hosts == 1 else 's'}"
+    seconds: Counter[tuple[str, str]] = Counter()
+    for at, done in enumerate(parts):
+        seconds[done["host"], done.get("run", str(at))] += done["seconds"]
+    notes = dict.fromkeys(each for done in parts for each in done["notes"])
+    sums = ("bytes_read", "bytes_written", "kept", "tensors", "input_bytes")
     return {
         **most,
-        "bytes_read": sum(done["bytes_read"] for done in parts),
-        "bytes_written": sum(done["bytes_written"] for done in parts),
-        "seconds": max(done["seconds"] for done in parts),
-        "kept": sum(done["kept"] for done in parts),
-        "notes": (note, *dict.fromkeys(each for done in parts for each in done["notes"])),
+        **{name: sum(done[name] for done in parts) for name in sums},
+        "seconds": max(seconds.values()),
+        "notes": (*notes,) if note is None else (note, *notes),
     }

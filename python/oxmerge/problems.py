@@ -90,6 +90,7 @@ CODES = {
     "unknown-parameter": "a parameter that no method has",
     "unreachable-model": "a model on the Hub, or a file of it, cannot be had",
     "unreadable-checkpoint": "a checkpoint is broken, or cannot be read",
+    "unread-file": "the system cannot read a file that is there",
     "unreadable-config": "a config or tokenizer cannot be read",
     UNSUPPORTED: "something that is sound, but not done yet",
     "vocabulary-rows": "a token has no row",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
 import itertools
 import math
 import os
@@ -12,17 +12,20 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 
-from oxmerge.errors import RecipeError
-from oxmerge.merging import merge_together, prepare
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
+from oxmerge.errors import RecipeError, all_of
+from oxmerge.merging import check_made, merge_together, prepare
+from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import named
+from oxmerge.planning.effects import effect_of
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.plans import Plan
-from oxmerge.problems import Problem, did_you_mean
-from oxmerge.recipe.recipe import Recipe
-from oxmerge.recipe.yaml_edit import set_value
+from oxmerge.problems import Findings, Problem, did_you_mean
+from oxmerge.recipe.documents import read_documents
+from oxmerge.recipe.recipe import Recipe, as_json
+from oxmerge.recipe.yaml_edit import cut_documents, set_value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,8 +49,8 @@ _DIGITS_OF_NAMES = range(6, 17)
 #: A key, or a position or a model's name in brackets.
 _STEP = re.compile(r"([^\[\].]+)|\[([^\[\]]+)\]")
 _POSITION = re.compile(r"\d{1,9}", re.ASCII)
-#: A number in a formula that is found on the way.
-_COMPUTED = re.compile(r"f\d+\(")
+#: The merge of several that a place is in.
+_MERGE = re.compile(r"\[([^\[\]]+)\]\.?")
 _RANGE = re.compile(r"([^:,]+):([^:,]+):(\d+)")
 
 
@@ -64,13 +67,14 @@ class Variant:
     recipe : Recipe
         The recipe with everything set.
     paths : dict
-        The places as the recipe's problems have them, by what they are called here.
+        The places as the recipe's problems have them, by what they are called here: the name of the
+        merge, if it is not the last one, and the place in it.
     """
 
     settings: dict[str, Scalar]
     directory: str
     recipe: Recipe
-    paths: dict[str, str]
+    paths: dict[str, tuple[str | None, str]]
 
 
 def parse_values(text: str) -> list[Scalar]:
@@ -190,17 +194,19 @@ def variants(
             advice="name a place and its values: models[chat].parameters.weight=0.1:0.9:9",
         )
     named(pattern)
-    source = _Source.of(recipe, ignore_unknown=ignore_unknown)
+    source = _Source(recipe, ignore_unknown=ignore_unknown)
     pattern = os.fspath(pattern)
     names = _Names(values)
+    combined = list(_combinations(values, together=together))
+    recipes = all_of(partial(source.recipe_with, settings) for settings in combined)
     made = [
         Variant(
             settings,
             names.fill(pattern, number, settings),
-            source.recipe_with(settings),
-            {place: _path(_steps(place, source.mapping)) for place in settings},
+            recipe,
+            {place: source.path(place) for place in settings},
         )
-        for number, settings in enumerate(_combinations(values, together=together))
+        for number, (settings, recipe) in enumerate(zip(combined, recipes, strict=True))
     ]
     _check_directories(made, pattern)
     return made
@@ -225,57 +231,66 @@ def _combinations(
         yield dict(zip(values, combination, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
 class _Source:
     """The recipe that a sweep begins with: what it says, as it is written, and where."""
 
-    mapping: Mapping[str, object]
-    text: str
-    folder: str | None
-    ignore_unknown: bool
+    def __init__(
+        self, recipe: PathLike | Mapping[str, object] | Recipe, *, ignore_unknown: bool
+    ) -> None:
+        self._ignore_unknown = ignore_unknown
+        self._documents, text, self._folder = Recipe.documents_of(recipe)
+        # Each with its document's text; a recipe of several merges is cut.
+        self._texts = [text] if len(self._documents) == 1 else cut_documents(text)
+        self._last = 0
+        if len(self._documents) > 1:
+            # What is wrong with it is told when values are put in.
+            last = read_documents(self._documents, Findings(ignore_unknown=ignore_unknown))
+            self._last = [each.get("name") for each in self._documents].index(last.name)
 
-    @classmethod
-    def of(
-        cls,
-        recipe: PathLike | Mapping[str, object] | Recipe,
-        *,
-        ignore_unknown: bool,
-    ) -> _Source:
-        return cls(*Recipe.mapping_of(recipe), ignore_unknown)
+    def _recipe(self, documents: Sequence[Mapping[str, object]], text: str) -> Recipe:
+        return Recipe.from_documents(
+            documents, text=text, folder=self._folder, ignore_unknown=self._ignore_unknown
+        )
+
+    def find(self, place: str) -> tuple[int, list[str | int]]:
+        """Return which document a place is in, and its keys and positions there.
+
+        In a recipe of several merges ``[first].parameters.t`` is in the one called `first`; a place
+        that does not say so is in the last.
+        """
+        at, within = self._last, place
+        found = _MERGE.match(place)
+        if found is not None and len(self._documents) > 1:
+            names = [str(each.get("name", "")) for each in self._documents]
+            if found[1] not in names:
+                known = ", ".join(f"`[{name}]`" for name in names if name)
+                raise RecipeError(f"there is no merge `{place}` in the recipe", advice=known)
+            at, within = names.index(found[1]), place[found.end() :]
+        return at, _steps(within, self._documents[at])
+
+    def path(self, place: str) -> tuple[str | None, str]:
+        """Return the name of the merge that a place is in, and the place as problems have it."""
+        at, steps = self.find(place)
+        name = self._documents[at].get("name")
+        return name if isinstance(name, str) and at != self._last else None, _path(steps)
 
     def recipe_with(self, settings: Mapping[str, Scalar]) -> Recipe:
         """Return the recipe with values at places; its text differs there only."""
-        stages = []
-        mapping = self.mapping
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
+
+        documents, texts = [*self._documents], [*self._texts]
         for place, value in settings.items():
-            steps = _steps(place, self.mapping)
-            changed = _replaced(mapping, steps, value, place)
-            stages.append((steps, mapping, changed))
-            mapping = changed
-        edited = self._edited(stages)
-        if edited is None:  # what is written in a way that cannot be edited is written anew
-            return self._recipe(mapping, None)
-        return self._recipe(*edited)
-
-    def _recipe(self, mapping: Mapping[str, object], text: str | None) -> Recipe:
-        return Recipe.from_mapping(
-            mapping, text=text, folder=self.folder, ignore_unknown=self.ignore_unknown
-        )
-
-    def _edited(
-        self, stages: Sequence[tuple[list[str | int], Any, Any]]
-    ) -> tuple[Mapping[str, object], str] | None:
-        """Return the recipe after the last stage, and its text; None if the text did not get it."""
-        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
-
-        text = self.text
-        try:
-            for steps, before, after in stages:
-                text = set_value(text, steps, before, after)
-            parsed = parse_yaml(text)
-        except (LookupError, ValueError):
-            return None
-        return (parsed, text) if parsed == stages[-1][2] else None
+            at, steps = self.find(place)
+            before = documents[at]
+            documents[at] = _replaced(before, steps, value, place)
+            with contextlib.suppress(LookupError, ValueError):
+                texts[at] = set_value(texts[at], steps, before, documents[at])
+        text = "".join(texts)
+        parsed = parse_documents(text, None, Findings())
+        if parsed == documents:
+            return self._recipe(parsed, text)
+        # What is written in a way that cannot be edited is written anew.
+        return self._recipe(documents, "---\n".join(map(as_json, documents)))
 
 
 def _steps(place: str, mapping: Mapping[str, object]) -> list[str | int]:
@@ -451,7 +466,7 @@ class _Effects:
 
     def check(self, plans: Sequence[Plan]) -> None:
         """Raise RecipeError with every such place, and why."""
-        effects = [_effect(plan) for plan in plans]
+        effects = [effect_of(plan) for plan in plans]
         idle = [place for place in self._made[0].settings if self._is_idle(place, effects)]
         if idle:
             problems = [_no_effect(place, self._made[0], plans[0]) for place in idle]
@@ -473,32 +488,18 @@ class _Effects:
     def _alone(self, place: str, values: Sequence[Scalar], variant: Variant) -> str:
         """Return what another value of a place does, all else being as in a merge."""
         value = next(value for value in values if value != variant.settings[place])
-        return _effect(self._replan({**variant.settings, place: value}))
-
-
-def _effect(plan: Plan) -> str:
-    """Return a digest of what decides the output."""
-    idle = {parameter.name for parameter in plan.about.parameters if not parameter.acts}
-    beside = [str(file.source) for file in plan.side_files.copied]
-    texts = {n: hashlib.sha256(data).digest() for n, data in plan.side_files.texts.items()}
-    whole = (plan.config, beside, texts, plan.input_files, plan.table.in_f64)
-    digest = hashlib.sha256(repr(whole).encode())
-    kinds = []
-    for formula, shared, own in plan.table.kinds():
-        acting = [{k: v for k, v in each.items() if k not in idle} for each in (shared, *own)]
-        # Where a number is found on the way, the formula does not tell by which function.
-        kinds.append(repr((formula, acting if _COMPUTED.search(formula) else None)))
-    plan.table.write_effects(kinds, digest.update)
-    return digest.hexdigest()
+        return effect_of(self._replan({**variant.settings, place: value}))
 
 
 def _no_effect(place: str, variant: Variant, plan: Plan) -> Problem:
     """Return why a place makes no difference, as far as it is known."""
-    recipe = variant.recipe
-    path, name = variant.paths[place], place.rpartition(".")[2]
-    entries = (entry.parameters for entry in recipe.sources)
+    (merge, path), name = variant.paths[place], place.rpartition(".")[2]
+    merges = {each.name: each for each in variant.recipe.stages}
+    entries = (entry.parameters for entry in merges.get(merge, variant.recipe).sources)
     nearer = [parameters[name].where.in_text for parameters in entries if name in parameters]
-    told = [each for each in plan.warnings if each.where and each.where.path == path]
+    plans = {each.recipe.name: each for each in plan.stages}
+    warnings = plans.get(merge, plan).warnings
+    told = [each for each in warnings if each.where and each.where.path == path]
     found, advice = "every tensor has the same formula with each value", "name another place"
     if told:
         found, advice = told[0].message, told[0].advice or advice
@@ -521,8 +522,8 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     vram: int | str | None = None,
     stream: bool = False,
     spool: int | str | None = None,
-    seed: int = 0,
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    shard_size: int | str | None = None,
     overwrite: bool = False,
     strict: bool = False,
     allow_mismatch: bool = False,
@@ -535,6 +536,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     allow_nonfinite: bool = False,
     resume: bool = True,
     fresh: bool = False,
+    part: tuple[int, int] | None = None,
+    finish: bool = False,
+    wait: float = 600,
 ) -> list[MergeReport]:
     """Merge several times with other parameters, in one pass over the inputs.
 
@@ -555,13 +559,16 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         What to vary: a place in the recipe, such as ``models[chat].parameters.weight``, and its
         value or values, one by one or as text: ``"0.1,0.5"``, or ``"0.1:0.9:9"`` for nine of them.
         In brackets is a model's name, the last parts of its path or all of it, or the position in
-        the list, from 0.
+        the list, from 0. In a file of several merges, a place within one that comes first begins
+        with its name: ``[first].models[code].parameters.weight``. What the places do not change is
+        merged once.
     together : bool
         Vary all places in step instead of in every combination.
     memory, threads, device, vram, stream, spool, seed, shard_size, overwrite, read_path, progress
     resume, fresh
     strict, allow_mismatch, ignore_unknown, allow_methods
     digests, hash_inputs, allow_nonfinite
+    part, finish, wait
         As in `merge`; for all outputs together. Unless given, threads are fewer: each has more
         to write.
 
@@ -593,15 +600,17 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     running = RunOptions(
         memory, threads, device, vram, overwrite, read_path, progress,
         digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
+        part, finish, wait,
     )  # fmt: skip
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)
     if isinstance(recipe, Plan):
+        check_made(recipe, planning)
         planning = replace(planning, seed=recipe.seed, shard_size=recipe.shard_size)
         recipe = recipe.recipe
     if not isinstance(recipe, str | os.PathLike | Mapping | Recipe):
         recipe = Recipe.from_yaml(recipe, ignore_unknown=ignore_unknown)
-    source = _Source.of(recipe, ignore_unknown=ignore_unknown)
+    source = _Source(recipe, ignore_unknown=ignore_unknown)
     made = variants(recipe, pattern, axes, together=together, ignore_unknown=ignore_unknown)
     replanning = replace(planning, strict=False, with_side_files=False)
 

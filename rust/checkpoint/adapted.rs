@@ -1,11 +1,11 @@
 //! A checkpoint with adapters on it: the same tensors, some of which are changed while they are read,
 //! and some of which are the adapters' own.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{Checkpoint, Row, Tensor};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::plan::{Adapted, Factor, Magnitude, Names, Replaced, Term};
 
 /// What adapters make of a checkpoint. Python finds it (`models/adapters.py`); here it is checked
@@ -55,6 +55,13 @@ impl Checkpoint {
         let given = |(adapter, name): &Given| -> Result<(Tensor<'_>, u32)> {
             let found = adapters.get(*adapter).and_then(|adapter| adapter.get(name));
             let tensor = found.ok_or_else(|| lacks("an adapter", name))?;
+            let number = adapters[*adapter].find(name).unwrap_or_default();
+            if adapters[*adapter].change_of(number).is_some() {
+                let message = "not supported yet: an adapter's tensor that is a view of another";
+                return Err(Error::new(ErrorKind::Unsupported, message)
+                    .tensor(name)
+                    .advice("save the adapter anew, as safetensors"));
+            }
             Ok((tensor, (firsts[*adapter] + tensor.file) as u32))
         };
         let place = |of: &Given, first: u64| -> Result<(Tensor<'_>, u32, u64)> {
@@ -70,7 +77,8 @@ impl Checkpoint {
         };
         for (name, of) in &changes.copied {
             let row = self.find(of).ok_or_else(|| lacks("the model", of))?;
-            made.put(name, self.rows[row], self.tensor(row).written);
+            let put = made.put(name, self.rows[row], self.tensor(row).written);
+            made.adapted.extend(self.change_of(row).map(|view| (put, Arc::clone(view))));
         }
         // A tensor stays what it is to the model: an adapter may have it in f32.
         let mut stored = BTreeMap::new();
@@ -78,17 +86,24 @@ impl Checkpoint {
             let (tensor, file) = given(of)?;
             let shape = made.shape_number(tensor.shape.to_vec());
             let dtype = made.get(name).map_or(tensor.dtype, |was| was.dtype);
-            made.put(name, Row { dtype, shape, file, start: tensor.start }, tensor.name);
+            let put = made.put(name, Row { dtype, shape, file, start: tensor.start }, tensor.name);
+            made.adapted.remove(&put);
             if dtype != tensor.dtype {
                 stored.insert(name.clone(), tensor.dtype);
             }
         }
-        let mut adapted = HashMap::new();
+        let mut adapted = std::mem::take(&mut made.adapted);
         for (name, &dtype) in &stored {
             let row = made.find(name).ok_or_else(|| lacks("the model", name))?;
             let columns = made.tensor(row).shape.last().copied().unwrap_or(1);
-            let change =
-                Adapted { dtype, columns, terms: Vec::new(), magnitude: None, replaced: None };
+            let change = Adapted {
+                dtype,
+                columns,
+                terms: Vec::new(),
+                magnitude: None,
+                replaced: None,
+                strides: None,
+            };
             adapted.insert(row as u32, Arc::new(change));
         }
         for (name, change) in changes.changed {
@@ -112,6 +127,7 @@ impl Checkpoint {
                 terms: change.terms.iter().map(term).collect::<Result<_>>()?,
                 magnitude: change.magnitude.as_ref().map(magnitude).transpose()?,
                 replaced: change.replaced.as_ref().map(replaced).transpose()?,
+                strides: adapted.get(&(row as u32)).and_then(|view| view.strides.clone()),
             };
             let checked = change.check(tensor.elements(), &made.files);
             checked.map_err(|error| error.tensor(&name))?;
@@ -126,8 +142,8 @@ impl Checkpoint {
         self.adapted.get(&(index as u32))
     }
 
-    /// Gives the name a tensor, instead of the one it had or as one more.
-    fn put(&mut self, name: &str, row: Row, written: &str) {
+    /// Gives the name a tensor, instead of the one it had or as one more; its number.
+    fn put(&mut self, name: &str, row: Row, written: &str) -> u32 {
         let (number, is_new) = self.names.intern(name);
         if is_new {
             self.rows.push(row);
@@ -143,6 +159,7 @@ impl Checkpoint {
             }
             *known = Arc::new(names);
         }
+        number
     }
 }
 

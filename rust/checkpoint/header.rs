@@ -95,7 +95,8 @@ impl Header {
             let (dtype, start) = check_entry(&entry, cursor, data_start)
                 .map_err(|error| error.tensor(name.as_str()))?;
             cursor = entry.end;
-            tensors.push(TensorInfo { name, dtype, shape: entry.shape, file: index, start });
+            let (shape, strides) = (entry.shape, None);
+            tensors.push(TensorInfo { name, dtype, shape, file: index, start, strides });
         }
         // Cannot overflow: `check_entry` added the same numbers.
         check_size(data_start + cursor, size)?;

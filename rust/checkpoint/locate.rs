@@ -102,7 +102,10 @@ fn refuse_part(file_name: &str, usual: &str) -> Result<()> {
     if file_name.starts_with("adapter_model.") {
         return Err(Error::new(ErrorKind::Unsupported, "this is an adapter (LoRA), not a model")
             .found(format_args!("`{file_name}`"))
-            .advice("write it behind its model: `model+adapter`"));
+            .advice(
+                "write it behind its model: `model+adapter`; to make one adapter of several, list \
+                      adapters alone, and use `oxmerge merge`",
+            ));
     }
     Ok(())
 }

@@ -44,7 +44,7 @@ use std::sync::Arc;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io;
-use crate::plan::{Adapted, InputFile, Names, Remote};
+use crate::plan::{Adapted, InputFile, Names, Remote, Strides};
 
 pub use adapted::{Change, Changes, Given, GivenFactor, GivenTerm};
 pub use header::{Header, MAX_HEADER};
@@ -77,7 +77,7 @@ pub struct Checkpoint {
     /// The distinct shapes.
     shapes: Vec<Vec<u64>>,
     shape_numbers: HashMap<Vec<u64>, u32>,
-    /// What adapters make of tensors, by index.
+    /// What adapters make of tensors, and how those lie that do not lie one after the other; by index.
     adapted: HashMap<u32, Arc<Adapted>>,
 }
 
@@ -132,6 +132,29 @@ pub struct TensorInfo {
     pub file: usize,
     /// First byte in that file.
     pub start: u64,
+    /// Where its elements lie from there on, unless that is one after the other.
+    pub strides: Option<Strides>,
+}
+
+/// A file that is read by ranges, wherever it is.
+pub trait ReadAt: std::fmt::Debug + Send + Sync {
+    /// Reads the bytes from `start` on that fill `memory`.
+    fn read_at(&self, start: u64, memory: &mut [u8]) -> Result<()>;
+
+    /// Whether each range takes a while.
+    fn is_far(&self) -> bool {
+        true
+    }
+}
+
+impl ReadAt for std::fs::File {
+    fn read_at(&self, start: u64, memory: &mut [u8]) -> Result<()> {
+        io::read_exact_at(self, start, memory)
+    }
+
+    fn is_far(&self) -> bool {
+        false
+    }
 }
 
 /// A file of a checkpoint that is not here.
@@ -143,6 +166,8 @@ pub struct Absent {
     pub remote: Remote,
     /// Its first bytes, which have the header; none of a file that is not opened.
     pub start: Vec<u8>,
+    /// Reads the others, of a file that has no header.
+    pub rest: Option<Arc<dyn ReadAt>>,
 }
 
 /// The files of a checkpoint that are not here, by their names in its directory.
@@ -256,7 +281,8 @@ impl Checkpoint {
     /// The other tensors that are the same bytes as tensor `index`, as tied weights are in files of
     /// torch.
     pub fn twins(&self, index: usize) -> impl Iterator<Item = usize> + '_ {
-        let is_same = move |&other: &usize| other != index && self.rows[other] == self.rows[index];
+        let place = |at: usize| (self.rows[at], self.adapted.get(&(at as u32)));
+        let is_same = move |&other: &usize| other != index && place(other) == place(index);
         (0..self.len()).filter(is_same)
     }
 
@@ -273,7 +299,11 @@ impl Checkpoint {
         let names = names_of(&self.names);
         let written = self.written.as_ref().map(|written| Arc::new(names_of(written)));
         let rows = kept.iter().map(|&at| self.rows[at]).collect();
-        Self { names, written, rows, ..self.clone() }
+        let change = |(at, &was): (usize, &usize)| {
+            Some((at as u32, Arc::clone(self.adapted.get(&(was as u32))?)))
+        };
+        let adapted = kept.iter().enumerate().filter_map(change).collect();
+        Self { names, written, rows, adapted, ..self.clone() }
     }
 
     /// The same checkpoint, of which files that were not here lie at these paths now, by their labels.
@@ -309,7 +339,8 @@ impl Checkpoint {
     /// Opens a file, adds it to the list, and reads its tensors.
     fn read_table(&mut self, path: &Path, absent: &Elsewhere) -> Result<Vec<TensorInfo>> {
         if let Some(absent) = find_absent(path, absent) {
-            let table = Table::of_start(&absent.start, path, absent.size, self.files.len())?;
+            let table = Table::of_absent(absent, path, self.files.len())?;
+            self.note(path, table.notes);
             let (path, size, remote) = (path.to_owned(), absent.size, Some(absent.remote.clone()));
             self.files.push(InputFile { path, size, modified_ns: 0, device: 0, inode: 0, remote });
             return Ok(table.tensors);
@@ -317,10 +348,15 @@ impl Checkpoint {
         let file = io::open_read_only(path)?;
         let input = InputFile::of(&file, path)?;
         let Table { tensors, notes } = Table::read(&file, path, input.size, self.files.len())?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        self.warnings.extend(notes.into_iter().map(|note| format!("`{name}`: {note}")));
+        self.note(path, notes);
         self.files.push(input);
         Ok(tensors)
+    }
+
+    /// Takes down what is odd about a file.
+    fn note(&mut self, path: &Path, notes: Vec<String>) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        self.warnings.extend(notes.into_iter().map(|note| format!("`{name}`: {note}")));
     }
 
     fn shape_number(&mut self, shape: Vec<u64>) -> u32 {
@@ -333,7 +369,11 @@ impl Checkpoint {
     /// Adds tensors, none of which is there yet: a header and an index have no name twice.
     fn add_tensors(&mut self, tensors: Vec<TensorInfo>) {
         for tensor in tensors {
-            let TensorInfo { name, dtype, shape, file, start } = tensor;
+            let TensorInfo { name, dtype, shape, file, start, strides } = tensor;
+            if let Some(strides) = strides {
+                let view = Adapted::view(dtype, &shape, strides);
+                self.adapted.insert(self.rows.len() as u32, Arc::new(view));
+            }
             let shape = self.shape_number(shape);
             let (number, is_new) = self.names.intern(&name);
             debug_assert!(is_new && number as usize == self.rows.len(), "`{name}` is there twice");

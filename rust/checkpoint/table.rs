@@ -6,7 +6,7 @@ use std::fs::File;
 use std::path::Path;
 
 use super::header::Header;
-use super::{DOWNLOAD_AGAIN, TensorInfo, conversion, torch_file};
+use super::{Absent, DOWNLOAD_AGAIN, TensorInfo, conversion, torch_file};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::read_exact_at;
 
@@ -14,6 +14,9 @@ use crate::io::read_exact_at;
 const ZIP: &[u8] = b"PK\x03\x04";
 /// How the oldest files of torch begin: a pickle of version 2, of a number that says so.
 const OLD_TORCH: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
+/// What to do about a file that is not here and cannot be planned with.
+const DOWNLOAD_FIRST: &str =
+    "download the model first (of the Hub, by `hf download NAME`), and name its folder";
 /// What is in an archive of tar, and where.
 const TAR: (usize, &[u8]) = (257, b"ustar");
 
@@ -47,15 +50,23 @@ impl Table {
         table.map_err(|error| error.file(path).or_else_advice(DOWNLOAD_AGAIN))
     }
 
-    /// Reads the table of a file that is not here, of which the first bytes are.
-    pub(super) fn of_start(start: &[u8], path: &Path, size: u64, index: usize) -> Result<Self> {
+    /// Reads the table of a file that is not here.
+    pub(super) fn of_absent(file: &Absent, path: &Path, index: usize) -> Result<Self> {
+        let Absent { start, size, .. } = file;
+        if let (true, Some(rest)) = (start.starts_with(ZIP), &file.rest) {
+            let read = torch_file::read(&**rest, path, *size, index);
+            return read.map_err(|error| match error.kind() {
+                ErrorKind::Unsupported => error.file(path).advice(DOWNLOAD_FIRST),
+                _ => error.file(path).or_else_advice(DOWNLOAD_AGAIN),
+            });
+        }
         if start.starts_with(ZIP) || start.starts_with(OLD_TORCH) {
-            let message = "the tensors of a file of torch are not told by its first bytes";
+            let message = "the tensors of such a file of torch are not told by ranges of it";
             return Err(Error::new(ErrorKind::Unsupported, message)
                 .file(path)
-                .advice("download the model first; of the Hub, by `hf download NAME`"));
+                .advice(DOWNLOAD_FIRST));
         }
-        let header = Header::of_start(start, path, size, index)?;
+        let header = Header::of_start(start, path, *size, index)?;
         Ok(Self { tensors: header.tensors, notes: Vec::new() })
     }
 }

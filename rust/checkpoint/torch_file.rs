@@ -2,11 +2,10 @@
 //!
 //! Since torch 1.6 they are zip archives. `data.pkl` is a pickle of the dictionary (see `pickle`), in
 //! which a tensor is a view of a storage, and `data/KEY` are the bytes of a storage, not compressed.
-//! So a tensor whose elements lie one after the other is a range of the file, also if others share
-//! its storage. Anything else is refused, with how to convert it.
+//! So a tensor is a range of the file, also if others share its storage; one whose elements do not
+//! lie one after the other says how they lie.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::path::Path;
 
 use super::header::{MAX_HEADER, checked_bytes};
@@ -14,10 +13,10 @@ use super::index::list;
 use super::pickle::{Dict, ELEMENTS, Pickle, RawStorage, RawTensor, Value};
 use super::table::Table;
 use super::zip::{Directory, Entry};
-use super::{TensorInfo, conversion, quantised};
+use super::{ReadAt, TensorInfo, conversion, quantised};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::read_exact_at;
+use crate::plan::Strides;
 
 /// What training scripts call the dictionary of the model in what they save.
 const WRAPPERS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
@@ -33,7 +32,7 @@ const OF_SCRIPTS: [&str; 2] = ["constants.pkl", "code/"];
 
 /// Reads the table of tensors of `file`, which is at `path`, has `size` bytes and is number `index`
 /// of its checkpoint; and what was passed over.
-pub(super) fn read(file: &File, path: &Path, size: u64, index: usize) -> Result<Table> {
+pub(super) fn read(file: &dyn ReadAt, path: &Path, size: u64, index: usize) -> Result<Table> {
     read_archive(file, path, size, index).map_err(|error| {
         // What cannot be read here may be readable by torch, which then writes it anew.
         let is_told = error.parts().advice.is_some() || error.kind() != ErrorKind::Unsupported;
@@ -41,7 +40,7 @@ pub(super) fn read(file: &File, path: &Path, size: u64, index: usize) -> Result<
     })
 }
 
-fn read_archive(file: &File, path: &Path, size: u64, index: usize) -> Result<Table> {
+fn read_archive(file: &dyn ReadAt, path: &Path, size: u64, index: usize) -> Result<Table> {
     let directory = Directory::read(file, size)?;
     let archive = Archive::open(file, &directory)?;
     archive.check_kind(path)?;
@@ -64,8 +63,10 @@ fn read_archive(file: &File, path: &Path, size: u64, index: usize) -> Result<Tab
             return Err(Error::checkpoint("the file has two tensors of this name").tensor(name));
         }
         let raw = &pickle.tensors[number as usize];
-        let (dtype, shape, start) = places.find(raw).map_err(|error| error.tensor(name))?;
-        tensors.push(TensorInfo { name: name.to_owned(), dtype, shape, file: index, start });
+        let (dtype, shape, start, strides) =
+            places.find(raw).map_err(|error| error.tensor(name))?;
+        let name = name.to_owned();
+        tensors.push(TensorInfo { name, dtype, shape, file: index, start, strides });
     }
     let left_out = (!left_out.is_empty())
         .then(|| format!("what is no tensor is left out: {}", list(&left_out)));
@@ -132,7 +133,7 @@ fn has_tensors(dict: &Dict) -> bool {
 
 /// An archive that torch wrote.
 struct Archive<'a> {
-    file: &'a File,
+    file: &'a dyn ReadAt,
     directory: &'a Directory,
     entries: HashMap<&'a [u8], Entry<'a>>,
     /// What all names begin with.
@@ -140,7 +141,7 @@ struct Archive<'a> {
 }
 
 impl<'a> Archive<'a> {
-    fn open(file: &'a File, directory: &'a Directory) -> Result<Self> {
+    fn open(file: &'a dyn ReadAt, directory: &'a Directory) -> Result<Self> {
         let entries = directory.entries()?;
         let mut folders = entries.keys().filter_map(|name| {
             let name = std::str::from_utf8(name).ok()?.strip_suffix(PICKLE)?;
@@ -199,7 +200,7 @@ impl<'a> Archive<'a> {
             .found(entry.size));
         }
         let mut bytes = vec![0; entry.size as usize];
-        read_exact_at(self.file, self.directory.locate(self.file, entry)?, &mut bytes)?;
+        self.file.read_at(self.directory.locate(self.file, entry)?, &mut bytes)?;
         Ok(bytes)
     }
 }
@@ -213,8 +214,8 @@ struct Places<'a> {
 }
 
 impl Places<'_> {
-    /// Type and shape of a tensor, and its first byte in the file.
-    fn find(&mut self, tensor: &RawTensor) -> Result<(DType, Vec<u64>, u64)> {
+    /// Type and shape of a tensor, its first byte in the file, and how it lies from there on.
+    fn find(&mut self, tensor: &RawTensor) -> Result<(DType, Vec<u64>, u64, Option<Strides>)> {
         let storage = self.pickle.storages[tensor.storage as usize];
         let element = tensor
             .element
@@ -231,19 +232,21 @@ impl Places<'_> {
         let shape: Vec<u64> = layout.iter().map(|&(extent, _)| extent).collect();
         let bytes = checked_bytes(dtype, &shape)?;
         let (start, size) = self.storage(&storage)?;
-        if bytes > 0 && !is_contiguous(&layout) {
-            let strides: Vec<u64> = layout.iter().map(|&(_, stride)| stride).collect();
-            let message = "the tensor's elements do not lie one after the other in the file";
-            return Err(Error::new(ErrorKind::Unsupported, message)
-                .found(format_args!("the shape {shape:?} with strides {strides:?}")));
-        }
+        let strides = (bytes > 0 && !is_contiguous(&layout)).then(|| Strides(joined(&layout)));
+        let bytes = match &strides {
+            Some(view) => view.span().and_then(|span| span.checked_mul(dtype.size() as u64)),
+            None => Some(bytes),
+        };
+        let bytes = bytes.unwrap_or(u64::MAX); // which no storage has
         let skipped = u64::try_from(tensor.offset)
             .ok()
             .and_then(|offset| offset.checked_mul(dtype.size() as u64));
         let end = skipped.and_then(|skipped| skipped.checked_add(bytes));
         match (skipped, end) {
-            (Some(skipped), Some(end)) if end <= size => Ok((dtype, shape, start + skipped)),
-            _ if bytes == 0 => Ok((dtype, shape, start)),
+            (Some(skipped), Some(end)) if end <= size => {
+                Ok((dtype, shape, start + skipped, strides))
+            }
+            _ if bytes == 0 => Ok((dtype, shape, start, None)),
             _ => Err(Error::checkpoint("the tensor lies past the end of its storage")
                 .expected(format_args!("at most {size} bytes"))
                 .found(format_args!("{dtype} {shape:?} from element {}", tensor.offset))),
@@ -276,6 +279,20 @@ impl Places<'_> {
         }
         Ok((start, size))
     }
+}
+
+/// A layout with as few dimensions as say the same, by extents and strides.
+fn joined(layout: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let mut few: Vec<(u64, u64)> = Vec::new();
+    for &(extent, stride) in layout.iter().filter(|(extent, _)| *extent != 1) {
+        match few.last_mut() {
+            Some(before) if Some(before.1) == stride.checked_mul(extent) => {
+                *before = (before.0 * extent, stride);
+            }
+            _ => few.push((extent, stride)),
+        }
+    }
+    few
 }
 
 /// Whether elements lie one after the other, by extents and strides; an extent of one takes no step.

@@ -6,12 +6,12 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Place;
-use std::fs::File;
+use std::sync::OnceLock;
 
+use super::ReadAt;
 use super::bytes::Bytes;
 use super::header::MAX_HEADER;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::read_exact_at;
 
 /// The record at the end of an archive, and the longest comment behind it.
 const END: [u8; 4] = *b"PK\x05\x06";
@@ -30,6 +30,11 @@ const LOCAL_BYTES: usize = 30;
 const EXTRA_64: u16 = 1;
 const FULL: u64 = 0xffff_ffff;
 
+/// How torch fills headers up: the field that does it, to which multiple, and what follows the bytes.
+const FILL_BYTES: usize = 4;
+const ALIGNMENT: u64 = 64;
+const DESCRIPTORS: [u64; 3] = [0, 16, 24];
+
 const IS_ENCRYPTED: u16 = 1;
 const STORED: u16 = 0;
 
@@ -40,6 +45,8 @@ pub(super) struct Directory {
     /// Where in the file it begins, which is where entries end.
     start: u64,
     count: u64,
+    /// Where the headers of entries are, in order, and the directory.
+    headers: OnceLock<Vec<u64>>,
 }
 
 /// What the directory says of an entry.
@@ -57,10 +64,10 @@ pub(super) struct Entry<'a> {
 
 impl Directory {
     /// Reads the directory of `file`, which has `size` bytes.
-    pub(super) fn read(file: &File, size: u64) -> Result<Self> {
+    pub(super) fn read(file: &dyn ReadAt, size: u64) -> Result<Self> {
         let length = size.min((END_BYTES + LONGEST_COMMENT + LOCATOR_BYTES) as u64);
         let mut tail = vec![0; length as usize];
-        read_exact_at(file, size - length, &mut tail)?;
+        file.read_at(size - length, &mut tail)?;
         let at = (0..=tail.len().saturating_sub(END_BYTES)).rev().find(|&at| is_end(&tail[at..]));
         let at = at.ok_or_else(|| {
             Error::checkpoint("the zip archive has no directory at its end")
@@ -72,7 +79,7 @@ impl Directory {
             if place.checked_add(record.len() as u64).is_none_or(|end| end > size) {
                 return Err(wrong("the zip archive's end lies past the end of the file"));
             }
-            read_exact_at(file, place, &mut record)?;
+            file.read_at(place, &mut record)?;
             let numbers = numbers_64(&record);
             (place, numbers.ok_or_else(|| wrong("the zip archive's zip64 end is damaged"))?)
         } else {
@@ -91,8 +98,8 @@ impl Directory {
                 .found(bytes));
         }
         let mut text = vec![0; bytes as usize];
-        read_exact_at(file, start, &mut text)?;
-        Ok(Self { bytes: text, start, count })
+        file.read_at(start, &mut text)?;
+        Ok(Self { bytes: text, start, count, headers: OnceLock::new() })
     }
 
     /// The entries by name.
@@ -119,7 +126,7 @@ impl Directory {
     }
 
     /// Where the bytes of `entry` begin in `file`.
-    pub(super) fn locate(&self, file: &File, entry: &Entry<'_>) -> Result<u64> {
+    pub(super) fn locate(&self, file: &dyn ReadAt, entry: &Entry<'_>) -> Result<u64> {
         let name = entry.name.escape_ascii();
         if entry.flags & IS_ENCRYPTED != 0 || entry.method != STORED {
             let what = if entry.method == STORED { "encrypted" } else { "compressed" };
@@ -130,18 +137,44 @@ impl Directory {
             let message = format!("the entry `{name}` of the zip archive has two sizes");
             return Err(wrong(&message).expected(entry.size).found(entry.stored_size));
         }
+        if let (true, Some(start)) = (file.is_far(), self.place_as_written(entry)) {
+            return Ok(start);
+        }
         let mut header = vec![0; LOCAL_BYTES + entry.name.len()];
         let past =
             || wrong(&format!("the entry `{name}` lies past the entries of the zip archive"));
         let head = entry.header.checked_add(header.len() as u64).filter(|&end| end <= self.start);
         let head = head.ok_or_else(past)?;
-        read_exact_at(file, entry.header, &mut header)?;
+        file.read_at(entry.header, &mut header)?;
         let extra = extra_of(&header, entry.name).ok_or_else(|| {
             wrong(&format!("the entry `{name}` of the zip archive has another header"))
         })?;
         let start = head + u64::from(extra);
         let end = start.checked_add(entry.size).filter(|&end| end <= self.start);
         end.map(|_| start).ok_or_else(past)
+    }
+}
+
+impl Directory {
+    /// Where the bytes of `entry` begin if torch wrote the archive, which saves a look at its header.
+    /// Torch fills a header up so that they begin at a multiple of 64, and the next header follows.
+    /// Nothing if the next one is not there.
+    fn place_as_written(&self, entry: &Entry<'_>) -> Option<u64> {
+        let headers = self.headers.get_or_init(|| {
+            let entries = self.entries().unwrap_or_default();
+            let mut headers: Vec<u64> = entries.values().map(|entry| entry.header).collect();
+            headers.push(self.start);
+            headers.sort_unstable();
+            headers
+        });
+        let is_long = |number: u64| u64::from(number >= FULL);
+        let (size, header) = (is_long(entry.size), is_long(entry.header));
+        let wide = 4 * size.max(header) + 16 * size + 8 * header;
+        let fixed = (LOCAL_BYTES + entry.name.len() + FILL_BYTES) as u64 + wide;
+        let start = entry.header.checked_add(fixed)?.checked_next_multiple_of(ALIGNMENT)?;
+        let end = start.checked_add(entry.size)?;
+        let next = headers.get(headers.partition_point(|&at| at <= entry.header))?;
+        DESCRIPTORS.iter().any(|bytes| end.checked_add(*bytes) == Some(*next)).then_some(start)
     }
 }
 

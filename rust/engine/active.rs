@@ -1,17 +1,21 @@
 //! A task on its way: which pass it is in, and what the finished passes found.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use super::ahead::{self, Ahead, Held, HeldRoom};
 use super::backend::fold;
 use super::passes::{Found, Marked, Pass, References};
 use super::task::{Task, Work};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::formula::bind::Bindings;
 use crate::formula::compile::{Purpose, Staged};
 use crate::formula::machine::{BAND, Known};
 use crate::formula::masks::{self, KeptMasks, Marks};
 use crate::formula::program::{Along, Setting};
-use crate::formula::selection::{self, Counted, Guess, LastKept, Progress, Search, value_of_key};
+use crate::formula::selection::{
+    self, Bracket, Counted, Guess, LastKept, Progress, Search, value_of_key,
+};
 use crate::formula::stage::{self, Stage};
 use crate::formula::{Among, Chosen, Reduction, Scalar, Scope, Selection, Value, ValueNode};
 use crate::kernels::{BLOCK, Real};
@@ -19,6 +23,8 @@ use crate::kernels::{BLOCK, Real};
 struct Searching {
     selection: Arc<Selection>,
     search: Search,
+    /// Where a sample says that it lies.
+    bracket: Option<Bracket>,
     chosen: Option<Chosen>,
     last: Option<LastKept>,
 }
@@ -91,6 +97,10 @@ pub(crate) struct Active<'a> {
     results: Vec<Vec<f64>>,
     columns: Vec<Vec<Vec<f64>>>,
     searching: Vec<Searching>,
+    /// What outputs may take that are computed ahead, until they are.
+    held_room: Option<Arc<HeldRoom>>,
+    /// The units that were computed ahead, if any are.
+    held: Vec<Option<Held>>,
     /// What was found for later passes, and random masks.
     pub(crate) known: Arc<Known>,
     /// What masks and searches may take.
@@ -102,17 +112,24 @@ pub(crate) struct Active<'a> {
 impl<'a> Active<'a> {
     /// Begins `task`; with `sweep`, only its model-wide reductions. Nothing if there is nothing to
     /// do. `fuses` says whether the backend has kernels for what is fused. `others` are tasks of
-    /// the same kind, with as many blocks and as much room.
+    /// the same kind, with as many blocks and as much room. Outputs may be computed ahead where they
+    /// are given a `held_room`, and inputs would have to be copied again.
     pub(crate) fn begin(
         task: Arc<Task>,
         blocks_a_unit: u64,
         sweep: bool,
         fuses: bool,
-        room: Room,
+        (room, held_room): (Room, Option<Arc<HeldRoom>>),
         others: Option<&'a mut Stages>,
     ) -> Result<Option<Self>> {
         let values = task.work.values().to_vec();
         let elements = task.frame.elements;
+        let bytes = |types: &mut dyn Iterator<Item = DType>| types.map(|t| t.size() as u64).sum();
+        let outputs = bytes(&mut task.sinks.iter().map(|sink| sink.dtype()));
+        let copied = task.sources.iter().filter(|source| !source.is_in_place());
+        let copied = bytes(&mut copied.map(|source| source.dtype()));
+        let suits = !sweep && ahead::suits(&values, elements, outputs, copied);
+        let held_room = held_room.filter(|_| suits);
         let masks = (room.masks > 0).then(|| KeptMasks::new(&values, elements)).flatten();
         let inputs = task.sources.iter().map(|source| source.dtype()).collect();
         let setting = Setting { inputs, double: task.double, fuses };
@@ -134,6 +151,8 @@ impl<'a> Active<'a> {
             results: Vec::new(),
             columns: Vec::new(),
             searching: Vec::new(),
+            held_room,
+            held: Vec::new(),
             known: Arc::new(known),
             room,
             numbers: Vec::new(),
@@ -158,8 +177,8 @@ impl<'a> Active<'a> {
     }
 
     /// Each output's formula, to be stored as its type.
-    fn stores(&self) -> Vec<Purpose> {
-        let each = self.values.iter().zip(&self.task.sinks);
+    fn stores(&self, values: &[Value]) -> Vec<Purpose> {
+        let each = values.iter().zip(&self.task.sinks);
         each.map(|(value, sink)| Purpose::Store(value.clone(), sink.dtype())).collect()
     }
 
@@ -242,7 +261,8 @@ impl<'a> Active<'a> {
             if scope == Scope::Column && self.task.in_bands && !stage.is_empty() {
                 let bands = self.task.frame.line.div_ceil(BAND);
                 let along = Along::Segments(BLOCK as u64);
-                let code = Staged::by_column(&self.stores(), along, &self.setting)?;
+                let stores = self.stores(&self.values);
+                let code = Staged::by_column(&stores, along, &self.setting)?;
                 let references = self.references();
                 return Ok(self.enter(Pass::Bands { references, code }, bands));
             }
@@ -258,9 +278,10 @@ impl<'a> Active<'a> {
             self.numbers = self.values.iter().map(number).collect();
             return Ok(false);
         }
-        let code = self.code(&self.stores())?;
+        let code = self.code(&self.stores(&self.values))?;
         let references = self.references();
-        Ok(self.enter(Pass::Combine { references, code }, self.units_of_blocks()))
+        let held = std::mem::take(&mut self.held).into_iter().map(Mutex::new).collect();
+        Ok(self.enter(Pass::Combine { references, code, held }, self.units_of_blocks()))
     }
 
     /// Makes room for what the passes of `stage` find.
@@ -356,13 +377,47 @@ impl<'a> Active<'a> {
             return self.locate_or_bind();
         }
         let code = self.code(&purposes)?;
+        let ahead = self.ahead(purposes)?;
         if self.room.ranked > 0 && self.stage.rankings.is_empty() {
             let rankings = code.levels.iter().flat_map(|level| &level.rankings);
             self.stage.rankings.extend(rankings.cloned());
             self.add_marks(self.stage.rankings.len())?;
         }
         let marks = self.marked();
-        Ok(self.enter(Pass::Reduce { searches, marks, code }, self.units_of_blocks()))
+        Ok(self.enter(Pass::Reduce { searches, marks, code, ahead }, self.units_of_blocks()))
+    }
+
+    /// How the first pass that has `counts` to do computes the outputs too, if that can be.
+    fn ahead(&mut self, counts: Vec<Purpose>) -> Result<Option<Ahead>> {
+        let Some(room) = self.held_room.take() else { return Ok(None) };
+        let brackets: Option<Vec<_>> = self.searching.iter().map(Searching::bracket).collect();
+        let Some(brackets) = brackets else { return Ok(None) };
+        let mut known = Known::clone(&self.known);
+        let (first, count) = (known.chosen.len(), brackets.len());
+        known.chosen.extend(brackets.iter().map(|bracket| bracket.least));
+        known.chosen.extend(brackets.iter().map(|bracket| bracket.most));
+        let mut bindings = Bindings::default();
+        for (which, Searching { selection, .. }) in (first..).zip(&self.searching) {
+            // The formula computes with no threshold, or it would not be here.
+            bindings.selection(selection, which, f64::NAN);
+        }
+        let selected = self.searching.iter().map(|found| found.selection.value.clone());
+        let values: Vec<Value> = self.values.iter().cloned().chain(selected).collect();
+        let mut values = bindings.bind_all(&values);
+        let selected = values.split_off(self.values.len());
+        let kept = |(which, value): (usize, &Value)| {
+            Value::new(ValueNode::Kept { value: value.clone(), which })
+        };
+        let between = (first..)
+            .zip(&selected)
+            .map(|(which, value)| &kept((which + count, value)) - &kept((which, value)));
+        let undecided = between.reduce(|all, next| &all + &next);
+        let Some(undecided) = undecided else { return Ok(None) };
+        let mut purposes = counts;
+        purposes.extend(self.stores(&values));
+        purposes.push(Purpose::Store(undecided, DType::Bool));
+        self.held.resize_with(self.units_of_blocks() as usize, || None);
+        Ok(Some(Ahead { code: self.code(&purposes)?, known: Arc::new(known), room }))
     }
 
     fn locate_or_bind(&mut self) -> Result<bool> {
@@ -380,7 +435,12 @@ impl<'a> Active<'a> {
         match found {
             Found::Nothing => {}
             Found::Guesses(guesses) => self.begin_at(guesses),
-            Found::Blocks { first, sums, counts } => self.add(first, &sums, counts),
+            Found::Blocks { first, sums, counts, held } => {
+                self.add(first, &sums, counts);
+                if held.is_some() {
+                    self.held[unit as usize] = held;
+                }
+            }
             Found::Index(index) => self.located(index),
             Found::Row(results) => {
                 for (rows, result) in self.results.iter_mut().zip(results) {
@@ -397,6 +457,7 @@ impl<'a> Active<'a> {
         let open = self.searching.iter_mut().filter(|searching| searching.chosen.is_none());
         for (searching, guess) in open.zip(guesses) {
             searching.search.begin_at(guess);
+            searching.bracket = Some(guess.bracket);
         }
     }
 
@@ -447,6 +508,12 @@ impl<'a> Active<'a> {
         }
         let searching = std::mem::take(&mut self.searching);
         let chosen = searching.iter().map(|found| found.chosen.expect("a bound search is over"));
+        let is_bracketed = |(found, chosen): (&Searching, Chosen)| {
+            found.bracket().is_some_and(|bracket| bracket.contains(chosen))
+        };
+        if !searching.iter().zip(chosen.clone()).all(is_bracketed) {
+            self.held.clear();
+        }
         let known = Arc::make_mut(&mut self.known);
         let first = known.chosen.len();
         known.chosen.extend(chosen);
@@ -501,6 +568,10 @@ impl<'a> Active<'a> {
 }
 
 impl Searching {
+    fn bracket(&self) -> Option<Bracket> {
+        self.bracket.or(self.chosen.map(Bracket::of))
+    }
+
     fn advance(&mut self) {
         match self.search.advance() {
             Progress::Again => {}
@@ -516,7 +587,7 @@ fn begin_search<T: Real>(selection: &Arc<Selection>, task: &Task, room: u64) -> 
     let nothing = Chosen { threshold: T::NAN.key(), equals_end: 0 };
     let search = Search::new::<T>(count.clamp(1, elements.max(1)), elements.max(1), room);
     let chosen = (count == 0 || elements == 0).then_some(nothing);
-    Searching { selection: Arc::clone(selection), search, chosen, last: None }
+    Searching { selection: Arc::clone(selection), search, bracket: None, chosen, last: None }
 }
 
 /// The number that a value became when everything was put in.

@@ -18,12 +18,13 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::io::{AlignedBuffer, InputReader, PAGE};
 use crate::kernels::{
-    BLOCK, LANES, Lanes, Level, Real, Tiles, dot_into, fold_halves, low_rank_into, widen,
+    BLOCK, LANES, Lanes, Level, Product, Real, Tiles, dot_into, fold_halves, low_rank_bytes,
+    narrow, widen,
 };
 use crate::plan::{Adapted, Factor, Magnitude, Replaced, Term};
 
 /// Elements of the tensor that are made at a time, unless a row of the left factor is longer.
-const STEP: u64 = 2 * BLOCK as u64;
+const STEP: u64 = 4 * BLOCK as u64;
 /// Numbers of the left factor that are held at a time, unless one row of it has more.
 const LEFT: u64 = 128 << 10;
 /// Numbers of a factor that are read at a time.
@@ -57,6 +58,8 @@ struct Desk<T> {
     read: AlignedBuffer,
     numbers: Vec<T>,
     left: Vec<T>,
+    /// The elements of a step, where more is done to them than adding products.
+    values: Vec<T>,
     /// A block of a row whose norm is looked for.
     block: Vec<T>,
     /// By source and term.
@@ -75,8 +78,12 @@ struct AdaptedSource<T> {
     task: u64,
     number: usize,
     pool: Arc<Pool<T>>,
+    /// The type of what is read.
+    dtype: DType,
     /// Rows at which terms begin or end, in order.
     cuts: Vec<u64>,
+    /// The ranks of all terms of a row together, at the most.
+    rank: u64,
     /// Found when it is first needed.
     scaling: OnceLock<Scaling<T>>,
     /// Held while it is looked for.
@@ -130,6 +137,8 @@ pub fn adapted(
             task,
             number,
             pool: Arc::clone(pool),
+            dtype: AdaptedSource::<T>::WORKING,
+            rank: most_at_a_row(&adapted.terms, &cuts, |term| term.rank),
             cuts,
             scaling: OnceLock::new(),
             search: Mutex::new(()),
@@ -142,7 +151,22 @@ pub fn adapted(
     }
 }
 
+/// The most that the terms of a row have together.
+fn most_at_a_row(terms: &[Term], cuts: &[u64], of: impl Fn(&Term) -> u64) -> u64 {
+    // Experts have a term each, and there may be many.
+    if terms.windows(2).all(|pair| pair[0].rows.end <= pair[1].rows.start) {
+        return terms.iter().map(of).max().unwrap_or(0);
+    }
+    let at = |row: &u64| {
+        let of_row = terms.iter().filter(|term| term.rows.contains(row));
+        of_row.map(&of).fold(0, u64::saturating_add)
+    };
+    cuts.iter().map(at).max().unwrap_or(0)
+}
+
 impl<T: Real + Pod> AdaptedSource<T> {
+    const WORKING: DType = if size_of::<T>() == size_of::<f64>() { DType::F64 } else { DType::F32 };
+
     /// Calls `make` with what this thread has at hand.
     fn at_desk<R>(&self, make: impl FnOnce(&mut Desk<T>) -> Result<R>) -> Result<R> {
         let lock = || self.pool.lock().unwrap_or_else(PoisonError::into_inner);
@@ -165,12 +189,16 @@ impl<T: Real + Pod> AdaptedSource<T> {
         elements.start / self.columns()..elements.end.div_ceil(self.columns())
     }
 
+    /// Rows that a step has at the most, if it has whole ones.
+    fn rows_at_once(&self) -> u64 {
+        (STEP / self.columns()).min(LEFT / self.rank.max(1)).max(1)
+    }
+
     /// `elements` in steps: whole rows as far as they fit, none of which one term has and the next has
     /// not; longer rows in parts.
     fn steps(&self, elements: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let columns = self.columns();
-        let longest = self.adapted.terms.iter().map(|term| term.rank).max().unwrap_or(1);
-        let at_once = (STEP / columns).min(LEFT / longest).max(1);
+        let at_once = self.rows_at_once();
         let mut start = elements.start;
         std::iter::from_fn(move || {
             let (row, first) = (start / columns, start);
@@ -181,66 +209,107 @@ impl<T: Real + Pod> AdaptedSource<T> {
         })
     }
 
+    /// Whether all that is done is to add products.
+    fn only_adds(&self) -> bool {
+        self.adapted.magnitude.is_none() && self.adapted.replaced.is_none()
+    }
+
     /// The result for `elements`.
     fn fill(
         &self,
         elements: Range<u64>,
+        out: &mut [u8],
+        once: bool,
+        desk: &mut Desk<T>,
+    ) -> Result<()> {
+        let at = |element: u64| (element - elements.start) as usize * self.dtype.size();
+        for step in self.steps(elements.clone()) {
+            let out = &mut out[at(step.start)..at(step.end)];
+            if self.only_adds() {
+                self.sum(&step, self.dtype, out, once, desk)?;
+                continue;
+            }
+            let mut values = std::mem::take(&mut desk.values);
+            values.resize((step.end - step.start) as usize, T::ZERO);
+            self.sum_into(&step, &mut values, once, desk)?;
+            if let Some(magnitude) = &self.adapted.magnitude {
+                self.scale(magnitude, &step, &mut values, desk)?;
+            }
+            if let Some(replaced) = &self.adapted.replaced {
+                self.replace(replaced, &step, &mut values, desk)?;
+            }
+            narrow(self.level, &values, self.dtype, out);
+            desk.values = values;
+        }
+        Ok(())
+    }
+
+    /// The tensor with all terms added, for the elements of a step, in the working type.
+    fn sum_into(
+        &self,
+        step: &Range<u64>,
         out: &mut [T],
         once: bool,
         desk: &mut Desk<T>,
     ) -> Result<()> {
-        let first = elements.start;
-        for step in self.steps(elements) {
-            let out = &mut out[(step.start - first) as usize..(step.end - first) as usize];
-            self.sum(&step, out, once, desk)?;
-            if let Some(magnitude) = &self.adapted.magnitude {
-                self.scale(magnitude, &step, out, desk)?;
-            }
-            if let Some(replaced) = &self.adapted.replaced {
-                self.replace(replaced, &step, out, desk)?;
-            }
-        }
-        Ok(())
+        self.sum(step, Self::WORKING, bytemuck::cast_slice_mut(out), once, desk)
     }
 
-    /// The tensor with all terms added, for the elements of a step.
-    fn sum(&self, step: &Range<u64>, out: &mut [T], once: bool, desk: &mut Desk<T>) -> Result<()> {
-        let bytes = if once {
-            self.base.read_once(step.clone(), &mut desk.base)?
-        } else {
-            self.base.read(step.clone(), &mut desk.base)?
-        };
-        widen(self.level, self.base.dtype(), bytes, out);
+    /// The same, rounded to `dtype`.
+    fn sum(
+        &self,
+        step: &Range<u64>,
+        dtype: DType,
+        out: &mut [u8],
+        once: bool,
+        desk: &mut Desk<T>,
+    ) -> Result<()> {
         let rows = self.rows_of(step);
         let in_step = |term: &Term| term.rows.start < rows.end && rows.start < term.rows.end;
         let terms = &self.adapted.terms;
         desk.right.retain(|((source, at), _)| *source != self.number || in_step(&terms[*at]));
+        let mut left = std::mem::take(&mut desk.left);
+        left.clear();
+        let mut places = Vec::new();
         for (at, term) in terms.iter().enumerate().filter(|(_, term)| in_step(term)) {
-            let mut left = std::mem::take(&mut desk.left);
-            left.clear();
-            left.resize(((rows.end - rows.start) * term.rank) as usize, T::ZERO);
+            let start = left.len();
+            left.resize(start + ((rows.end - rows.start) * term.rank) as usize, T::ZERO);
             let lines = rows.start - term.rows.start..rows.end - term.rows.start;
             self.numbers(&term.left, lines.clone(), term.rank, desk, |line, k, number| {
-                left[((line - lines.start) * term.rank + k) as usize] = number;
+                left[start + ((line - lines.start) * term.rank + k) as usize] = number;
             })?;
-            let key = (self.number, at);
-            let known = desk.right.iter().position(|(each, _)| *each == key);
-            let known = known.map_or_else(|| self.hold(key, term, desk), Ok)?;
-            let (right, scale) = (&desk.right[known].1, T::from_f64(term.scale));
-            let rank = term.rank as usize;
-            for Block { rows: of, first, width, elements } in blocks(step, self.columns()) {
-                let at = |row: u64| (row - rows.start) as usize * rank;
-                let left = &left[at(of.start)..at(of.end)];
-                let out = &mut out[elements];
-                low_rank_into(self.level, left, right, first, width, scale, out);
-            }
-            desk.left = left;
+            places.push((term, start, self.hold((self.number, at), term, desk)?));
         }
+        let Desk { base, right, .. } = desk;
+        let bytes = if once {
+            self.base.read_once(step.clone(), base)?
+        } else {
+            self.base.read(step.clone(), base)?
+        };
+        let stored = self.base.dtype();
+        for Block { rows: of, first, width, elements } in blocks(step, self.columns()) {
+            let product = |&(term, start, held): &(&Term, usize, usize)| {
+                let at = |row: u64| start + ((row - rows.start) * term.rank) as usize;
+                Product {
+                    left: &left[at(of.start)..at(of.end)],
+                    right: &right[held].1,
+                    scale: T::from_f64(term.scale),
+                }
+            };
+            let products: Vec<_> = places.iter().map(product).collect();
+            let at = |dtype: DType| elements.start * dtype.size()..elements.end * dtype.size();
+            let (base, out) = ((stored, &bytes[at(stored)]), &mut out[at(dtype)]);
+            low_rank_bytes(self.level, base, &products, first, width, dtype, out);
+        }
+        desk.left = left;
         Ok(())
     }
 
-    /// Takes the right factor of a term to the desk; its place there.
+    /// Takes the right factor of a term to the desk, unless it is there; its place.
     fn hold(&self, key: (usize, usize), term: &Term, desk: &mut Desk<T>) -> Result<usize> {
+        if let Some(known) = desk.right.iter().position(|(each, _)| *each == key) {
+            return Ok(known);
+        }
         let columns = self.columns();
         let mut tiles = Tiles::new(term.rank as usize, columns as usize);
         let mut put = |column, step, number| tiles.put(step as usize, column as usize, number);
@@ -367,7 +436,7 @@ impl<T: Real + Pod> AdaptedSource<T> {
             let mut values = std::mem::take(&mut desk.block);
             for step in self.steps(0..self.elements) {
                 values.resize((step.end - step.start) as usize, T::ZERO);
-                self.sum(&step, &mut values, false, desk)?;
+                self.sum_into(&step, &mut values, false, desk)?;
                 for (at, value) in (step.start..).zip(&values) {
                     let value = value.to_f64();
                     sums[(at % columns) as usize] += value * value;
@@ -388,7 +457,7 @@ impl<T: Real + Pod> AdaptedSource<T> {
         for block in (start..end).step_by(BLOCK) {
             let block = block..end.min(block + BLOCK as u64);
             values.resize((block.end - block.start) as usize, T::ZERO);
-            self.sum(&block, &mut values, false, desk)?;
+            self.sum_into(&block, &mut values, false, desk)?;
             let mut lanes: Lanes = [0.0; LANES];
             dot_into(self.level, &values, &values, &mut lanes);
             sums.push(fold_halves(&mut lanes.to_vec()));
@@ -426,28 +495,11 @@ impl<T: Real + Pod> AdaptedSource<T> {
         once: bool,
         scratch: &'a mut AlignedBuffer,
     ) -> Result<&'a [u8]> {
-        let length = (elements.end - elements.start) as usize * size_of::<T>();
+        let length = (elements.end - elements.start) as usize * self.dtype.size();
         scratch.grow(length)?;
-        let out = bytemuck::cast_slice_mut(&mut scratch.as_mut_slice()[..length]);
+        let out = &mut scratch.as_mut_slice()[..length];
         self.at_desk(|desk| self.fill(elements, out, once, desk))?;
         Ok(&scratch.as_slice()[..length])
-    }
-
-    /// Bytes of the right factors that a row needs at the most.
-    fn right_bytes(&self) -> u64 {
-        let terms = &self.adapted.terms;
-        let bytes = |term: &Term| Tiles::<T>::bytes(term.rank, self.columns());
-        let at = |&row: &u64| {
-            let of_row = terms.iter().filter(|term| term.rows.contains(&row));
-            of_row.map(bytes).fold(0, u64::saturating_add)
-        };
-        // Experts have a term each, and all are alike.
-        let disjoint = terms.windows(2).all(|pair| pair[0].rows.end <= pair[1].rows.start);
-        if disjoint {
-            terms.iter().map(bytes).max().unwrap_or(0)
-        } else {
-            self.cuts.iter().map(at).max().unwrap_or(0)
-        }
     }
 }
 
@@ -458,17 +510,33 @@ fn to_magnitude<T: Real>(magnitude: f64, norm: f64) -> T {
 
 impl<T: Real + Pod> Source for AdaptedSource<T> {
     fn dtype(&self) -> DType {
-        if size_of::<T>() == size_of::<f64>() { DType::F64 } else { DType::F32 }
+        self.dtype
+    }
+
+    fn rounded(&self, dtype: DType) -> Option<Arc<dyn Source>> {
+        Some(Arc::new(Self {
+            base: Arc::clone(&self.base),
+            adapted: Arc::clone(&self.adapted),
+            files: self.files.clone(),
+            pool: Arc::clone(&self.pool),
+            dtype,
+            cuts: self.cuts.clone(),
+            scaling: OnceLock::new(),
+            search: Mutex::new(()),
+            ..*self
+        }))
     }
 
     fn memory(&self) -> Memory {
         let number = size_of::<T>() as u64;
         let base = STEP as usize * self.base.dtype().size() + 2 * PAGE;
-        let longest = self.adapted.terms.iter().map(|term| term.rank).max().unwrap_or(0);
         let read = CHUNK * (number + size_of::<f64>() as u64);
+        let values = if self.only_adds() { 0 } else { STEP * number };
         let block = if self.adapted.magnitude.is_some() { STEP * number } else { 0 };
-        let left = longest.max(LEFT).saturating_mul(number);
-        let reading = [AlignedBuffer::resident(base) as u64, read, block, left];
+        // Rows that are computed together have their numbers twice.
+        let left = self.rank.saturating_mul(2 * self.rows_at_once() * number);
+        let below = self.base.memory().reading;
+        let reading = [AlignedBuffer::resident(base) as u64, read, values, block, left, below];
         let shared = match &self.adapted.magnitude {
             None => 0,
             // A magnitude, and a factor that may not be there yet.
@@ -478,7 +546,8 @@ impl<T: Real + Pod> Source for AdaptedSource<T> {
         };
         let sum =
             |parts: &[u64]| parts.iter().copied().fold(0, u64::saturating_add).min(MOST_MEMORY);
-        let held = self.right_bytes().min(MOST_MEMORY);
+        let bytes = |term: &Term| Tiles::<T>::bytes(term.rank, self.columns());
+        let held = most_at_a_row(&self.adapted.terms, &self.cuts, bytes).min(MOST_MEMORY);
         Memory { reading: sum(&reading), held, shared: shared.min(MOST_MEMORY) }
     }
 

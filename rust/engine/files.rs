@@ -16,6 +16,7 @@ use super::part::Part;
 use super::resume::Resumed;
 use super::rows::RowsSource;
 use super::source::{Memory, Sink, Source};
+use super::strided::StridedSource;
 use super::task::{Gathered, Prepared, Task, Tasks, Work};
 use super::verifying::{Against, CheckingSink};
 use crate::checkpoint::put_header;
@@ -293,7 +294,7 @@ pub struct Merges<'a> {
     desks: Desks,
     /// The shards of each plan, when there are any yet; of a part, none for those of others.
     pub(super) shards: Vec<Vec<Option<Arc<Shard>>>>,
-    /// Which part of the only plan is made, unless it is all of it.
+    /// Which part of the plans is made, unless it is all of them.
     pub(super) part: Option<Part>,
     /// What earlier runs have done, where that is wanted.
     pub(super) resumed: Option<Resumed<'a>>,
@@ -400,9 +401,9 @@ impl<'a> Merges<'a> {
     }
 
     /// What is read of files that are not here, task by task, through a spool of `spool` bytes: in
-    /// the sweep over the model, if there is one, and in the merge. Of one tensor only, if `only` says
-    /// which.
-    pub fn remote_needs(&self, spool: u64, only: Option<usize>) -> Result<Needs> {
+    /// the sweep over the model, if there is one, and in the merge; of tensors that are `made` there, in
+    /// the sweep if so it says.
+    pub fn remote_needs(&self, spool: u64, made: impl Fn(usize, bool) -> bool) -> Result<Needs> {
         let plan = self.plans[0];
         let is_remote = |file: u32| plan.files[file as usize].remote.is_some();
         let remote = plan.files.iter().filter(|file| file.remote.is_some());
@@ -412,7 +413,7 @@ impl<'a> Merges<'a> {
             needs.begin_again();
             for at in if in_sweep && !self.needs_sweep() { 0..0 } else { 0..self.len() } {
                 let kind = self.kind(at);
-                let is_read = only.is_none_or(|only| only == at) && (!in_sweep || self.swept[kind]);
+                let is_read = made(at, in_sweep) && (!in_sweep || self.swept[kind]);
                 let read: &[usize] = if is_read { &self.read[kind] } else { &[] };
                 let tensor = plan.tensor(at);
                 let sources = tensor.sources().enumerate().filter(|(at, _)| read.contains(at));
@@ -621,6 +622,9 @@ impl Tasks for Merges<'_> {
     }
 
     fn is_done(&self, index: usize) -> bool {
+        if let Purpose::Checked(Some(against)) = &self.purpose {
+            return !against.has(index);
+        }
         self.resumed.as_ref().is_some_and(|resumed| resumed.is_done[index])
     }
 
@@ -1090,21 +1094,23 @@ fn not_here(remote: &Remote) -> Error {
 
 /// Which bytes of which files a source of `tensor` is read from.
 fn ranges_of(source: plan::Source<'_>, tensor: Tensor<'_>) -> Vec<(u32, Range<u64>)> {
-    let range = |file: u32, start: u64, elements: u64, dtype: DType| {
-        (file, start..start + elements * dtype.size() as u64)
-    };
+    let range =
+        |file: u32, start: u64, elements: u64, dtype: DType, change: Option<&Arc<Adapted>>| {
+            // Of what is adapted, the type is that of the result.
+            let dtype = change.map_or(dtype, |of| of.dtype);
+            let span = change.map_or(elements, |of| of.span(elements));
+            (file, start..start + span * dtype.size() as u64)
+        };
     let width: u64 = tensor.shape().iter().skip(1).product();
-    // Of what is adapted, the type is that of the result.
-    let stored = |dtype: DType, change: Option<&Arc<Adapted>>| change.map_or(dtype, |of| of.dtype);
     match source.rows {
         None => {
-            let dtype = stored(source.dtype, source.adapted);
-            vec![range(source.file as u32, source.start, tensor.elements(), dtype)]
+            let (file, elements) = (source.file as u32, tensor.elements());
+            vec![range(file, source.start, elements, source.dtype, source.adapted)]
         }
         Some(rows) => {
             let part = |part: &plan::Part| {
                 let change = part.adapted.map(|number| &rows.adapted[number as usize]);
-                range(part.file, part.start, part.rows * width, stored(part.dtype, change))
+                range(part.file, part.start, part.rows * width, part.dtype, change)
             };
             rows.parts.iter().map(part).collect()
         }
@@ -1131,6 +1137,13 @@ fn sources_of(inputs: &[Option<Input>], desks: &Desks, tensor: Tensor<'_>) -> Ve
      -> Arc<dyn Source> {
         let base = file_source(file, change.map_or(dtype, |change| change.dtype), start, sharing);
         let Some(change) = change else { return base };
+        let base = match &change.strides {
+            Some(strides) => Arc::new(StridedSource::new(base, strides)),
+            None => base,
+        };
+        if change.is_view() {
+            return base;
+        }
         let mut files: Vec<u32> = change.files().collect();
         files.sort_unstable();
         files.dedup();

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::active::{Active, Room};
+use super::ahead::HeldRoom;
 use super::backend::Backend;
 use super::control::Control;
 use super::passes::Pass;
@@ -21,7 +22,8 @@ pub fn programs(task: Task, level: Level) -> Result<String> {
     let task = Arc::new(task);
     let (blocks, room) = (task.blocks(), Room::of(&task, u64::MAX));
     let mut text = String::new();
-    let Some(mut active) = Active::begin(Arc::clone(&task), blocks, false, true, room, None)?
+    let rooms = (room, Some(HeldRoom::new(u64::MAX)));
+    let Some(mut active) = Active::begin(Arc::clone(&task), blocks, false, true, rooms, None)?
     else {
         return Ok(text);
     };
@@ -43,6 +45,7 @@ impl std::fmt::Display for Pass {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Sample { code, .. } => write!(f, "sample\n{code}"),
+            Self::Reduce { ahead: Some(ahead), .. } => write!(f, "reduce ahead\n{}", ahead.code),
             Self::Reduce { code, .. } => write!(f, "reduce\n{code}"),
             Self::Locate { code, .. } => write!(f, "locate\n{code}"),
             Self::Rank { code, .. } => write!(f, "rank\n{code}"),

@@ -45,6 +45,8 @@ pub struct MemoryPlan {
     pub(crate) with_offload: u64,
     /// Bytes left over, for random masks and keys that are kept between passes.
     pub kept_room: u64,
+    /// The same, for outputs that are computed ahead.
+    pub held_room: u64,
     /// Bytes that a worker may hold of small neighbours, beside the piece in hand.
     pub(crate) group_bytes: u64,
     /// Bytes a worker may hold on its device.
@@ -64,6 +66,7 @@ impl MemoryPlan {
             workers,
             worker_bytes: all,
             kept_room: all,
+            held_room: 0,
             group_bytes: 0,
             with_offload: all,
             device_bytes: all,
@@ -147,21 +150,35 @@ impl MemoryPlan {
                 let worker = largest(|(piece, _)| piece.most) + group_bytes;
                 budget - fixed(workers).most - workers * worker
             }
-            // Masks are drawn again there, and keys counted.
+            // Masks are drawn again there, keys counted, and inputs read again.
             Some(_) => 0,
         };
+        let blocks = |need: &Need| need.blocks_within(share, device_bytes);
+        // One reading less is worth more than the room of a third tensor's keys, but not of the first's.
+        let keys = largest_of(each_of(needs, KEPT_AT_ONCE, |need| need.kept), KEPT_AT_ONCE).most;
+        let under_way = tasks_under_way(workers as usize);
+        let held = each_of(needs, under_way, |need| need.held(blocks(need)));
+        let held_room =
+            kept_room.saturating_sub(keys).min(largest_of(held.clone(), under_way).most);
+        // When all of a tensor is held it is written, and what comes next takes what that gives back.
+        let held = largest_of(held, 1).expected.min(held_room);
+        let kept_room = kept_room - held_room;
         let worker = expected + group_bytes;
         let sample = needs.iter().map(|(need, _)| need.sample()).max().unwrap_or(0);
-        let held = (workers * worker).max(sample);
+        let pieces_held = (workers * worker).max(sample);
         Ok(Self {
             budget,
             baseline,
-            predicted: fixed(workers).expected + held + kept_between_passes(needs, kept_room),
+            predicted: fixed(workers).expected
+                + pieces_held
+                + held
+                + kept_between_passes(needs, kept_room),
             workers: workers as usize,
             worker_bytes: largest(|(piece, _)| piece.most),
             with_offload: largest(|(piece, beside)| piece.most + beside.most),
             device_bytes,
             kept_room,
+            held_room,
             group_bytes,
         })
     }
@@ -172,6 +189,16 @@ impl MemoryPlan {
     }
 }
 
+/// Of how many tensors there is room for what they keep before outputs are held: one that workers
+/// finish, and others that are begun meanwhile.
+const KEPT_AT_ONCE: usize = 3;
+
+/// The largest `count` of some amounts together.
+fn largest_of(mut amounts: Vec<Amount>, count: usize) -> Amount {
+    amounts.sort_unstable_by_key(|amount| std::cmp::Reverse(amount.most));
+    amounts.into_iter().take(count).fold(Amount::default(), |sum, amount| sum.plus(amount, 1))
+}
+
 /// How many tasks may be under way at once.
 pub(crate) fn tasks_under_way(workers: usize) -> usize {
     workers + 2
@@ -180,9 +207,7 @@ pub(crate) fn tasks_under_way(workers: usize) -> usize {
 /// The states of the tasks that may be under way at once.
 fn largest_states(needs: &[(Need, usize)], workers: usize) -> Amount {
     let under_way = tasks_under_way(workers);
-    let mut states: Vec<Amount> = each_of(needs, under_way, |need| need.shared_state);
-    states.sort_unstable_by_key(|state| std::cmp::Reverse(state.most));
-    states.into_iter().take(under_way).fold(Amount::default(), |sum, state| sum.plus(state, 1))
+    largest_of(each_of(needs, under_way, |need| need.shared_state), under_way)
 }
 
 /// What is kept at once, of what there is room for: while workers finish one tensor, others begin

@@ -28,7 +28,7 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) digests: Option<&'a Arc<Digests>>,
     /// Where an earlier run has told of them, and this one does.
     pub(crate) journals: Option<Journals<'a>>,
-    /// Which part of the only plan is made, unless it is all of it.
+    /// Which part of the plans is made, unless it is all of them.
     pub(crate) part: Option<Part>,
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn merge(
     if let Some(spool) = spool.clone() {
         control.on_end(move || spool.stop());
     }
-    let (mut tasks, needs) = Merges::open(plans.clone(), modes.read, spool)?;
+    let (mut tasks, needs) = Merges::open(plans.clone(), modes.read, spool.clone())?;
     tasks.part = part;
     tasks.check_readable()?;
     let needs = on(needs, backend.offload());
@@ -68,6 +68,9 @@ pub(crate) fn merge(
     tasks.create_shards(&folders, modes.write).inspect_err(|_| tasks.remove_unvouched())?;
     if let Some(digests) = digests {
         tasks.observe(Arc::clone(digests) as Arc<dyn Observer>);
+    }
+    if let Some(spool) = spool {
+        spool.begin();
     }
     let run = || run_planned(backend, &tasks, settings, memory, control);
     let report = tasks.journaled(control, run)?;

@@ -9,6 +9,7 @@
 
 mod active;
 pub mod adapted;
+mod ahead;
 pub mod arrays;
 pub(crate) mod backend;
 pub mod control;
@@ -33,6 +34,7 @@ mod resume;
 pub mod rows;
 pub(crate) mod simd;
 pub mod source;
+mod strided;
 pub mod task;
 pub mod verifying;
 mod worker;
@@ -49,6 +51,7 @@ pub(crate) use merge::{Surroundings, merge, predict};
 pub(crate) use part::{Exchange, Part};
 
 use active::{Active, Room, Stages};
+use ahead::HeldRoom;
 use backend::Backend;
 use control::Control;
 use memory::{MemoryPlan, tasks_under_way};
@@ -179,6 +182,7 @@ fn run_all(
     let schedule = Schedule {
         state: Mutex::new(State::new(memory.kept_room, known)),
         changed: Condvar::new(),
+        held_room: HeldRoom::new(memory.held_room),
         backend,
         level: settings.level,
         tasks,
@@ -208,6 +212,8 @@ fn run_all(
 struct Schedule<'a> {
     state: Mutex<State>,
     changed: Condvar,
+    /// What outputs may take that are computed ahead.
+    held_room: Arc<HeldRoom>,
     backend: &'a dyn Backend,
     level: Level,
     tasks: &'a dyn Tasks,
@@ -474,7 +480,8 @@ impl Schedule<'_> {
         let blocks = self.memory.piece_blocks(&Need::of(task).on(offload)).min(self.largest_piece);
         let is_sweep = matches!(self.goal, Goal::Sweep);
         let fuses = offload.is_none();
-        let active = Active::begin(Arc::clone(task), blocks, is_sweep, fuses, room, None)?;
+        let rooms = (room, (self.memory.held_room > 0).then(|| Arc::clone(&self.held_room)));
+        let active = Active::begin(Arc::clone(task), blocks, is_sweep, fuses, rooms, None)?;
         Ok(active.map_or_else(|| Err(Vec::new()), Ok))
     }
 
@@ -504,7 +511,8 @@ impl Schedule<'_> {
             }
             let kind = kinds.entry(kind);
             let (room, others) = kind.or_insert_with(|| (Room::of(&task, left), Stages::default()));
-            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, *room, Some(others));
+            let rooms = (*room, None);
+            let begun = Active::begin(Arc::clone(&task), 1, false, fuses, rooms, Some(others));
             let Some(mut active) = begun.map_err(|error| error.tensor(&task.frame.name))? else {
                 return Err(Error::internal("a small tensor has nothing to do"));
             };

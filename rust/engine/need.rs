@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use super::ahead;
 use super::digest::DIGEST_BYTES;
 use super::source::{Memory, Source};
 use super::task::{LARGEST_PIECE, Task, Work, step_elements};
@@ -147,6 +148,8 @@ pub struct Need {
     a_call: Option<u64>,
     /// Selections, each of which is searched for.
     searches: u64,
+    /// Whether outputs can be computed ahead.
+    is_ahead: bool,
     pub(super) worker_state: Amount,
     pub(super) shared_state: Amount,
     /// Random masks and keys of searches, if there is room to keep them.
@@ -193,6 +196,9 @@ impl Need {
             ..Self::default()
         };
         need.worker_state.add(Amount::uncertain(need.outputs.len() as u64 * DIGEST_BYTES));
+        let copied = need.sources.iter().filter(|(_, way)| *way != Way::InPlace);
+        let (copied, outputs) = (copied.map(|(size, _)| size).sum(), need.outputs.iter().sum());
+        need.is_ahead = ahead::suits(work.values(), frame.elements, outputs, copied);
         let mut sizes = need.outputs.iter().chain(need.sources.iter().map(|(size, _)| size));
         let is_double = sizes.any(|&size| size == 8);
         need.working = if is_double { 8 } else { 4 };
@@ -363,7 +369,28 @@ impl Need {
             amount.add(Amount { expected: most / 4, most });
             amount.most = amount.most.max(self.sample());
         }
+        if self.is_ahead {
+            // A mark for each element of a step, and results for those that were undecided.
+            let decided = ahead::most_undecided(elements) * self.outputs.iter().sum::<u64>();
+            amount.add(Amount::certain(step));
+            amount.add(Amount::uncertain(decided));
+        }
         amount
+    }
+
+    /// What all of its outputs take in pieces of `blocks` blocks, if they are computed ahead.
+    pub(super) fn held(&self, blocks: u64) -> Amount {
+        if !self.is_ahead || self.offload.is_some() {
+            return Amount::default();
+        }
+        let piece = (blocks * BLOCK_ELEMENTS).min(self.elements);
+        let inputs = self.sources.iter().map(|(size, _)| size).sum();
+        let most = ahead::most_undecided(piece);
+        let most = ahead::held_bytes(&self.outputs, inputs, piece, most);
+        let undecided = self.searches * selection::expected_undecided(self.elements);
+        let undecided = undecided.min(ahead::most_undecided(self.elements));
+        let expected = ahead::held_bytes(&self.outputs, inputs, self.elements, undecided);
+        Amount { expected, most: self.elements.div_ceil(piece) * most }
     }
 
     /// What one worker holds of samples, at a time when it has no piece.

@@ -1,7 +1,8 @@
 //! The passes over a tensor: what a worker does with each unit, and what it brings back.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use super::ahead::{Ahead, Held};
 use crate::formula::Ranking;
 use crate::formula::compile::Staged;
 use crate::formula::selection::{Counted, Guess, LastKept, Wanted};
@@ -19,8 +20,8 @@ pub(crate) enum Pass {
     /// Look at a few elements, to guess where the thresholds lie.
     Sample { wanted: Vec<Wanted>, code: Staged },
     /// Reduce blocks, and count for some of the task's searches; mark what is kept of short rows that
-    /// are ranked on the way, for later passes.
-    Reduce { searches: Vec<usize>, marks: Vec<Marked>, code: Staged },
+    /// are ranked on the way, for later passes. Outputs may be computed ahead.
+    Reduce { searches: Vec<usize>, marks: Vec<Marked>, code: Staged, ahead: Option<Ahead> },
     /// Find the flat index of an element, for one of the searches, in one block.
     Locate { search: usize, key: u64, last: LastKept, code: Staged },
     /// Reduce whole rows, one a unit.
@@ -31,8 +32,8 @@ pub(crate) enum Pass {
     Columns(Staged),
     /// Reduce columns and compute the outputs, one band of columns a unit.
     Bands { references: References, code: Staged },
-    /// Compute the outputs.
-    Combine { references: References, code: Staged },
+    /// Compute the outputs, or finish the units that are `held`.
+    Combine { references: References, code: Staged, held: Vec<Mutex<Option<Held>>> },
     /// Call functions of arrays.
     Arrays,
     /// Compare the sources and copy the first.
@@ -51,11 +52,13 @@ pub(crate) enum Found {
     Nothing,
     /// For each selection: where its threshold may lie.
     Guesses(Vec<Guess>),
-    /// For each reduction: a result a block, from block `first` on; for each search: counts.
+    /// For each reduction: a result a block, from block `first` on; for each search: counts; and the
+    /// outputs, if they were computed ahead.
     Blocks {
         first: u64,
         sums: Vec<Vec<f64>>,
         counts: Vec<Counted>,
+        held: Option<Held>,
     },
     Index(u64),
     /// For each reduction: the result of the row.

@@ -292,6 +292,40 @@ fn apply_fused<T: Real>(
                 kernels::collect_magnitudes(level, dtype, x, base, low, high, shift, between)
             });
         }
+        Fused::Between { output, vectors } => {
+            let out = part(results.outputs[*output], DType::Bool, step, chunk);
+            out.fill(0);
+            for (vector, which) in vectors {
+                between(machine, *vector, *which, step.inputs, chunk, out);
+            }
+        }
+    }
+}
+
+/// Marks where the second of two selections keeps the magnitude of a task vector and the first, which
+/// keeps less, does not.
+fn between<T: Real>(
+    machine: &Machine<'_, T>,
+    TaskVector { x, base }: TaskVector,
+    which: [usize; 2],
+    inputs: &[Option<InputBytes<'_>>],
+    chunk: &Range<u64>,
+    out: &mut [u8],
+) {
+    let [least, most] = which.map(|which| machine.chosen(which));
+    // What is kept of equal keys differs before and behind the last one that is.
+    let ends = [least.equals_end, most.equals_end].map(|end| end.clamp(chunk.start, chunk.end));
+    let places = [chunk.start, ends[0].min(ends[1]), ends[0].max(ends[1]), chunk.end];
+    for part in places.windows(2).map(|pair| pair[0]..pair[1]) {
+        let first_kept = |cut: Chosen| cut.threshold + u64::from(part.start >= cut.equals_end);
+        let keys = first_kept(most)..first_kept(least);
+        if part.is_empty() || keys.is_empty() {
+            continue;
+        }
+        let ((dtype, x), (_, base)) = (stored(inputs, x, &part), stored(inputs, base, &part));
+        let at = |index: u64| (index - chunk.start) as usize;
+        let out = &mut out[at(part.start)..at(part.end)];
+        kernels::mark_between(machine.level(), dtype, x, base, keys.start, keys.end - 1, out);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::digest::Digester;
 use crate::dtype::DType;
@@ -26,6 +27,13 @@ pub struct Memory {
 pub trait Source: Debug + Send + Sync {
     /// The element type of what [`read`](Self::read) gives.
     fn dtype(&self) -> DType;
+
+    /// The same as elements of `dtype`, each rounded once, if it computes what it gives: then nothing
+    /// is computed in vain, where that is all that is wanted.
+    fn rounded(&self, dtype: DType) -> Option<Arc<dyn Source>> {
+        let _ = dtype;
+        None
+    }
 
     /// Whether long reads are used where the bytes lie: in memory, or in a map of a file, which makes
     /// memory resident around the piece as well.

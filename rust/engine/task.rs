@@ -10,7 +10,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formula::bind::Bindings;
 use crate::formula::machine::TensorFrame;
-use crate::formula::{Reduction, Scalar, Scope, Value};
+use crate::formula::{Reduction, Scalar, Scope, Value, ValueNode};
 use crate::formula::{listing, stage};
 use crate::io::PAGE;
 use crate::kernels::BLOCK;
@@ -138,6 +138,15 @@ impl Work {
         !rows.reductions.is_empty() || !rows.rankings.is_empty()
     }
 
+    /// The type of the outputs, if each of them is an input that is only rounded to it.
+    fn only_rounds(&self, sinks: &[Arc<dyn Sink>]) -> Option<DType> {
+        let Self::Formulas(values) = self else { return None };
+        let dtype = sinks.first()?.dtype();
+        let is_alike = dtype.is_float() && sinks.iter().all(|sink| sink.dtype() == dtype);
+        let are_inputs = values.iter().all(|value| matches!(*value.0, ValueNode::Input(_)));
+        (is_alike && are_inputs).then_some(dtype)
+    }
+
     /// Whether columns are reduced and combined band by band.
     pub(crate) fn in_bands(&self, frame: &TensorFrame) -> bool {
         match self {
@@ -210,11 +219,16 @@ impl Task {
     /// The same of work that was prepared for a tensor of this shape.
     pub(crate) fn prepared(
         frame: TensorFrame,
-        sources: Vec<Arc<dyn Source>>,
+        mut sources: Vec<Arc<dyn Source>>,
         labels: Vec<Arc<str>>,
         sinks: Vec<Arc<dyn Sink>>,
         Prepared { work, reads_once, in_bands }: Prepared,
     ) -> Self {
+        if let Some(dtype) = work.only_rounds(&sinks) {
+            for source in &mut sources {
+                *source = source.rounded(dtype).unwrap_or_else(|| Arc::clone(source));
+            }
+        }
         let types = sources.iter().map(|source| source.dtype());
         let double = types.chain(sinks.iter().map(|sink| sink.dtype())).any(|t| t == DType::F64);
         let in_bands = in_bands && sinks.iter().all(|sink| sink.takes_any_piece());

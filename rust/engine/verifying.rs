@@ -15,7 +15,7 @@ use super::task::Tasks;
 use super::{Settings, run_planned};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::io::{self, AlignedBuffer, InputReader, ReadPath};
+use crate::io::{self, AlignedBuffer, InputReader, ReadPath, Spool};
 use crate::kernels::{self, Level};
 use crate::plan::{InputFile, Plan};
 
@@ -46,25 +46,32 @@ pub struct Deviation {
     pub found: Vec<u8>,
 }
 
-/// The tensors that those of a plan are compared with, one for each, and what differs so far.
+/// What the tensors of a plan are compared with, and what differs so far.
 #[derive(Debug)]
 pub(crate) struct Against {
     readers: Vec<InputReader>,
-    places: Vec<Place>,
+    /// Of each tensor its place; none if it is left out.
+    places: Vec<Option<Place>>,
     level: Level,
     deviations: Mutex<BTreeMap<usize, Deviation>>,
 }
 
 impl Against {
-    fn open(files: &[InputFile], places: Vec<Place>, level: Level) -> Result<Self> {
+    fn open(files: &[InputFile], places: Vec<Option<Place>>, level: Level) -> Result<Self> {
         let open = |file| InputReader::open(file, ReadPath::Positioned);
         let readers = files.iter().map(open).collect::<Result<_>>()?;
         Ok(Self { readers, places, level, deviations: Mutex::default() })
     }
 
+    /// Whether tensor `tensor` is compared.
+    pub(super) fn has(&self, tensor: usize) -> bool {
+        self.places[tensor].is_some()
+    }
+
     /// Compares `expected`, the elements of tensor `tensor` from `first` on.
     fn compare(&self, tensor: usize, dtype: DType, first: u64, expected: &[u8]) -> Result<()> {
-        let (Place { file, start }, size) = (self.places[tensor], dtype.size());
+        let Some(Place { file, start }) = self.places[tensor] else { return Ok(()) };
+        let size = dtype.size();
         let mut there = vec![0; COMPARED.min(expected.len())];
         for (part, expected) in expected.chunks(COMPARED).enumerate() {
             let there = &mut there[..expected.len()];
@@ -153,27 +160,38 @@ pub fn hash(plan: &Plan, settings: &Settings, control: &Control) -> Result<Vec<[
     all.ok_or_else(|| Error::internal("a tensor was not hashed"))
 }
 
-/// Makes the tensors of `plan`, and compares each with the bytes at its place in one of `files`; how
-/// those differ that do. If the plan is a `part` of another, numbers over the model are not to be had.
+/// Makes tensors of `plan`, and compares each with the bytes at its place in one of `files`; how those
+/// differ that do. Tensors without a place are made only as far as numbers over the model need them.
+/// Inputs that are not here come by `spool`; who fetches them may have so many bytes resident.
 pub fn compare(
     plan: &Plan,
-    part: bool,
     files: &[InputFile],
-    places: Vec<Place>,
+    places: Vec<Option<Place>>,
+    spool: Option<(Arc<Spool>, u64)>,
     settings: &Settings,
     control: &Control,
 ) -> Result<BTreeMap<usize, Deviation>> {
     let against = Arc::new(Against::open(files, places, settings.level)?);
     let purpose = Purpose::Checked(Some(Arc::clone(&against)));
-    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, None)?;
-    if part && tasks.needs_sweep() {
-        let message = "the method needs sums over the whole model, which some tensors do not give";
-        return Err(Error::plan(message).advice("compare all tensors: leave `--sample` out"));
+    let (spool, beside) = spool.unzip();
+    if let Some(spool) = spool.clone() {
+        control.on_end(move || spool.stop());
     }
-    let baseline = memory::resident() + (COMPARED * settings.workers) as u64;
+    let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, spool.clone())?;
+    let beside = beside.unwrap_or(0) + (COMPARED * settings.workers) as u64;
+    let baseline = memory::resident() + beside;
     let memory = MemoryPlan::new(&needs, settings.memory, settings.workers, baseline, 0)?;
+    if let Some(spool) = spool {
+        spool.begin();
+    }
     run_planned(&Simd(settings.level), &tasks, settings, memory, control)?;
     io::check_unchanged(&plan.files)?;
     io::check_unchanged(files)?;
     Ok(against.deviations.lock().unwrap_or_else(PoisonError::into_inner).clone())
+}
+
+/// Whether making any tensor of `plan` takes numbers over all of them.
+pub fn needs_all(plan: &Plan) -> Result<bool> {
+    let (tasks, _) = Merges::open_to(Purpose::Checked(None), vec![plan], ReadPath::Auto, None)?;
+    Ok(tasks.needs_sweep())
 }

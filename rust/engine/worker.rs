@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
+use super::ahead::{Ahead, Held};
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
 use super::digest::AT_ONCE;
@@ -109,15 +110,24 @@ impl<'a> Worker<'a> {
         let blocks = first..(first + blocks_a_unit).min(task.blocks());
         let found = match pass {
             Pass::Sample { wanted, code } => self.sample(task, wanted, code),
-            Pass::Reduce { marks, code, .. } => self.reduce(task, blocks, marks, code),
+            Pass::Reduce { marks, code, ahead, .. } => {
+                self.reduce(task, blocks, marks, code, ahead.as_ref())
+            }
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
             Pass::Rows(code) => self.row(task, unit, code),
             Pass::Rank { marks, code } => self.rank(task, unit, marks, code),
             Pass::Columns(code) => self.columns(task, unit, code),
             Pass::Bands { references, code } => self.band(task, unit, references, code),
-            Pass::Combine { references, code } => {
+            Pass::Combine { references, code, held } => {
+                let held = held.get(unit as usize);
+                let held = held
+                    .and_then(|held| held.lock().unwrap_or_else(PoisonError::into_inner).take());
                 let unit = task.elements_of(blocks);
-                self.combine(task, unit, references, code.into()).map(|()| Found::Nothing)
+                let written = match held {
+                    Some(held) => self.settle(task, unit, references, code, held),
+                    None => self.combine(task, unit, references, code.into()),
+                };
+                written.map(|()| Found::Nothing)
             }
             Pass::Arrays => self.arrays(task, unit).map(|()| Found::Nothing),
             Pass::Identical => self.identical(task, blocks),
@@ -251,14 +261,120 @@ impl<'a> Worker<'a> {
         blocks: Range<u64>,
         marks: &[Marked],
         code: &Staged,
+        ahead: Option<&Ahead>,
     ) -> Result<Found> {
         let elements = task.elements_of(blocks.clone());
+        if let Some(ahead) = ahead
+            && let Some(held) = ahead.hold(task, &elements)?
+        {
+            return self.reduce_ahead(task, blocks, ahead, held);
+        }
         let mut results = Results::of_unit(&code.program, elements.end - elements.start);
         let code = Code::Staged(code, marks);
         self.in_steps(task, [elements], code, |program, step| program.run(&step, &mut results))?;
         let Results { numbers: sums, mut counts, .. } = results;
         counts.iter_mut().for_each(Counted::shrink);
-        Ok(Found::Blocks { first: blocks.start, sums, counts })
+        Ok(Found::Blocks { first: blocks.start, sums, counts, held: None })
+    }
+
+    /// The same of a pass that only counts, and what of the outputs is known by now into `held`.
+    fn reduce_ahead(
+        &mut self,
+        task: &Task,
+        blocks: Range<u64>,
+        ahead: &Ahead,
+        mut held: Held,
+    ) -> Result<Found> {
+        self.known = Arc::clone(&ahead.known);
+        let unit = task.elements_of(blocks.clone());
+        let Ahead { code, .. } = ahead;
+        let Results { mut counts, .. } = Results::of_unit(&code.program, unit.end - unit.start);
+        let mut outs = std::mem::take(&mut held.outs);
+        let mut places = Places::of(task, &mut outs, &unit)?;
+        let mut bytes = places.bytes(&mut outs);
+        let (mut marks, mut fits) = (Vec::new(), true);
+        self.in_steps(task, [unit.clone()], code, |program, step| {
+            marks.resize((step.elements.end - step.elements.start) as usize, 0);
+            let outputs = parts(task, &unit, &step.elements, &mut bytes);
+            let outputs = outputs.chain([marks.as_mut_slice()]).collect();
+            let mut results =
+                Results { outputs, counts: std::mem::take(&mut counts), ..Results::default() };
+            store(program, &code.program, &step, &mut results)?;
+            counts = results.counts;
+            fits = fits && held.gather(&step, &marks);
+            Ok(())
+        })?;
+        counts.iter_mut().for_each(Counted::shrink);
+        held.outs = outs;
+        held.shrink();
+        let held = fits.then_some(held);
+        Ok(Found::Blocks { first: blocks.start, sums: Vec::new(), counts, held })
+    }
+
+    /// Finishes and writes a unit whose outputs were computed ahead.
+    fn settle(
+        &mut self,
+        task: &Task,
+        unit: Range<u64>,
+        references: &References,
+        code: &Staged,
+        mut held: Held,
+    ) -> Result<()> {
+        let mut outs = std::mem::take(&mut held.outs);
+        let mut places = Places::of(task, &mut outs, &unit)?;
+        let mut bytes = places.bytes(&mut outs);
+        self.decide(task, code, &held, &mut bytes)?;
+        let read: Vec<Option<usize>> = task
+            .sinks
+            .iter()
+            .zip(references)
+            .map(|(sink, reference)| reference.filter(|_| sink.digester().is_some()))
+            .collect();
+        let inputs: Vec<usize> =
+            (0..task.sources.len()).filter(|&at| read.contains(&Some(at))).collect();
+        for part in steps(unit.clone(), task.step_elements(&inputs)) {
+            self.control.check()?;
+            self.make_room(task, &inputs, part.end - part.start, false);
+            let read = read_inputs(task, &inputs, &part, &mut self.scratch, false)?;
+            let count = |&index: &usize| task.sources[index].stored_bytes(part.end - part.start);
+            self.control.add_read(inputs.iter().map(count).sum());
+            let outputs = parts(task, &unit, &part, &mut bytes);
+            for ((sink, reference), out) in task.sinks.iter().zip(references).zip(outputs) {
+                let reference = reference.and_then(|input| read[input].as_ref());
+                digest(self.level, &**sink, &part, out, reference);
+            }
+            inputs.iter().for_each(|&index| task.sources[index].release(part.clone()));
+        }
+        let written = places.write(task, &outs, self.control);
+        held.outs = outs;
+        written
+    }
+
+    /// Computes the elements of `held` that were undecided, and puts them into the outputs.
+    fn decide(
+        &self,
+        task: &Task,
+        code: &Staged,
+        held: &Held,
+        bytes: &mut [&mut [u8]],
+    ) -> Result<()> {
+        let (elements, known) = (0..held.undecided(), held.among(&self.known));
+        if elements.is_empty() {
+            return Ok(());
+        }
+        let frame = TensorFrame::new(&task.frame.name, task.frame.seed, &[elements.end]);
+        let (inputs, given) = (held.inputs(task.sources.len()), Given::default());
+        let room = |sink: &Arc<dyn Sink>| vec![0; elements.end as usize * sink.dtype().size()];
+        let mut decided: Vec<Vec<u8>> = task.sinks.iter().map(room).collect();
+        let outputs = decided.iter_mut().map(Vec::as_mut_slice).collect();
+        let step = Step { elements, inputs: &inputs, given: &given, column: 0 };
+        let mut results = Results { outputs, ..Results::default() };
+        let mut program = self.arithmetic.begin(&frame, &code.program, &known)?;
+        store(&mut *program, &code.program, &step, &mut results)?;
+        for ((sink, decided), out) in task.sinks.iter().zip(&decided).zip(bytes) {
+            held.put(sink.dtype(), decided, out);
+        }
+        Ok(())
     }
 
     fn locate(&mut self, task: &Task, key: u64, last: LastKept, code: &Staged) -> Result<Found> {
@@ -431,15 +547,8 @@ impl<'a> Worker<'a> {
         let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
             for elements in steps(step.elements.clone(), at_once) {
                 let step = Step { elements, ..step };
-                let part = |(sink, bytes): (&Arc<dyn Sink>, _)| {
-                    let size = sink.dtype().size();
-                    let at = |index: u64| (index - unit.start) as usize * size;
-                    let bytes: &mut [u8] = bytes;
-                    &mut bytes[at(step.elements.start)..at(step.elements.end)]
-                };
-                let outputs = task.sinks.iter().zip(bytes.iter_mut().map(|bytes| &mut **bytes));
-                let mut results =
-                    Results { outputs: outputs.map(part).collect(), ..Results::default() };
+                let outputs = parts(task, &unit, &step.elements, &mut bytes).collect();
+                let mut results = Results { outputs, ..Results::default() };
                 store(program, code.program(), &step, &mut results)?;
                 let outputs = task.sinks.iter().zip(&results.outputs).zip(references);
                 for ((sink, out), reference) in outputs {
@@ -611,6 +720,20 @@ fn read_inputs<'a>(
         all.push(Some(InputBytes { dtype: source.dtype(), first: elements.start, bytes }));
     }
     Ok(all)
+}
+
+/// The bytes of `elements` in each output, of which `bytes` are those of `unit`.
+fn parts<'b>(
+    task: &Task,
+    unit: &Range<u64>,
+    elements: &Range<u64>,
+    bytes: &'b mut [&mut [u8]],
+) -> impl Iterator<Item = &'b mut [u8]> {
+    let range = elements.start - unit.start..elements.end - unit.start;
+    task.sinks.iter().zip(bytes).map(move |(sink, bytes)| {
+        let at = |index: u64| index as usize * sink.dtype().size();
+        &mut bytes[at(range.start)..at(range.end)]
+    })
 }
 
 /// Does what `program` has to do for the outputs of a step: copies what is an input as it is, and

@@ -137,6 +137,9 @@ impl Code<'_> {
             // The kernels that reduce do not do so by column.
             Effect::Reduce { .. } if self.along == Along::Columns => None,
             Effect::Store { output, dtype, a } if dtype.is_float() => self.store(output, dtype, a),
+            Effect::Store { output, dtype: DType::Bool, a } => {
+                Some(Fused::Between { output, vectors: self.between(a)? })
+            }
             Effect::Count { search, interval, a } if interval.look == Look::Keys => {
                 let Operation::Unary { op: UnaryOp::Abs, a } = self.at(a)? else { return None };
                 Some(Fused::Count { search, interval, vector: self.task_vector(*a)? })
@@ -331,6 +334,30 @@ impl Code<'_> {
         let fits = has_type(base) && terms.len() <= MOST_THINNED;
         let sum = ThinnedSum { base, terms, votes, lambda };
         fits.then_some(Fused::Thinned { output, dtype, sum })
+    }
+
+    /// The task vectors of which a slot says where a second selection keeps the magnitude and a first
+    /// one does not, added up.
+    fn between(&self, argument: Argument) -> Option<Vec<(TaskVector, [usize; 2])>> {
+        match *self.at(argument)? {
+            Operation::Binary { op: BinaryOp::Add, a, b } => {
+                Some([self.between(a)?, self.between(b)?].concat())
+            }
+            Operation::Binary { op: BinaryOp::Sub, a, b } => {
+                let (Operation::Kept { a: magnitude, which: most }, Operation::Kept { a, which }) =
+                    (self.at(a)?, self.at(b)?)
+                else {
+                    return None;
+                };
+                let Operation::Unary { op: UnaryOp::Abs, a: vector } = self.operations[*magnitude]
+                else {
+                    return None;
+                };
+                let vector = self.task_vector(vector).filter(|_| a == magnitude)?;
+                Some(vec![(vector, [*which, *most])])
+            }
+            _ => None,
+        }
     }
 
     fn at(&self, argument: Argument) -> Option<&Operation> {

@@ -166,6 +166,9 @@ pub(crate) enum Fused {
     Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: MaskName },
     /// Counts the magnitudes of a task vector for a search.
     Count { search: usize, interval: Interval, vector: TaskVector },
+    /// Stores, as BOOL, where a second selection keeps the magnitude of a task vector and a first one,
+    /// which keeps less, does not; of any of these.
+    Between { output: usize, vectors: Vec<(TaskVector, [usize; 2])> },
 }
 
 /// x − base, of inputs of one type.
@@ -214,6 +217,9 @@ impl Fused {
             }
             Self::Products { inputs, .. } | Self::Differences { inputs, .. } => inputs.to_vec(),
             Self::Norms { vector, .. } | Self::Count { vector, .. } => vec![vector.x, vector.base],
+            Self::Between { vectors, .. } => {
+                vectors.iter().flat_map(|(vector, _)| [vector.x, vector.base]).collect()
+            }
         }
     }
 
@@ -487,6 +493,11 @@ impl fmt::Display for Fused {
             }
             Self::Count { search, vector: TaskVector { x, base }, .. } => {
                 write!(f, "fused count q{search} |x{x} - x{base}|")
+            }
+            Self::Between { output, vectors } => {
+                let vector = |(TaskVector { x, base }, _): &_| format!("|x{x} - x{base}|");
+                let vectors: Vec<_> = vectors.iter().map(vector).collect();
+                write!(f, "fused store o{output} BOOL between cuts of {}", vectors.join(", "))
             }
         }
     }

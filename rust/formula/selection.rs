@@ -66,6 +66,13 @@ pub(crate) fn kept_bytes(elements: u64) -> u64 {
     KEY_BYTES * most.min(elements)
 }
 
+/// How many elements of a tensor lie between the cuts of a bracket, as far as can be said before there
+/// is a sample: where as many are kept as not.
+pub(crate) fn expected_undecided(elements: u64) -> u64 {
+    let sampled = (sampled_runs(elements) * RUN as u64).max(1) as f64;
+    (DEVIATIONS[0] * elements as f64 / sampled.sqrt()) as u64
+}
+
 /// Keys that a unit of `elements` may keep.
 fn most_in_a_unit(elements: u64) -> u64 {
     (elements / 8).max(BLOCK as u64).min(elements)
@@ -116,6 +123,29 @@ pub(crate) struct Guess {
     low: u64,
     high: u64,
     between: u64,
+    pub(crate) bracket: Bracket,
+}
+
+/// Between which cuts the one that is looked for lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Bracket {
+    /// What this keeps is kept.
+    pub(crate) least: Chosen,
+    /// What this does not keep is not kept.
+    pub(crate) most: Chosen,
+}
+
+impl Bracket {
+    /// Around a cut that is known.
+    pub(crate) fn of(chosen: Chosen) -> Self {
+        Self { least: chosen, most: chosen }
+    }
+
+    /// Whether `chosen` lies in it. It may not: a bracket is a guess.
+    pub(crate) fn contains(&self, chosen: Chosen) -> bool {
+        let place = |cut: Chosen| (std::cmp::Reverse(cut.threshold), cut.equals_end);
+        place(self.least) <= place(chosen) && place(chosen) <= place(self.most)
+    }
 }
 
 /// An interval that is being narrowed to the key of a rank.
@@ -203,7 +233,7 @@ impl Search {
     }
 
     /// Begins where a sample says.
-    pub(crate) fn begin_at(&mut self, Guess { low, high, between }: Guess) {
+    pub(crate) fn begin_at(&mut self, Guess { low, high, between, .. }: Guess) {
         self.look_in(low, high, between);
     }
 
@@ -405,7 +435,9 @@ impl Search {
 }
 
 impl Wanted {
-    /// Brackets it by the keys of some runs of elements.
+    /// Brackets it by the keys of some runs of elements, which lie evenly over the tensor.
+    ///
+    /// Where many keys are equal, a sample also says up to which index about they are kept.
     pub(crate) fn guess(&self, sample: &[u64]) -> Guess {
         let size = sample.len() as f64;
         let share = self.rank as f64 / self.elements as f64;
@@ -422,11 +454,27 @@ impl Wanted {
             let high = if first < 0.0 { self.largest_key } else { at(first) };
             let low = if end > size { 0 } else { at(end) };
             let between = sample.iter().filter(|&&key| low < key && key < high).count();
-            Guess { low, high, between: (between as f64 / size * self.elements as f64) as u64 }
+            let between = (between as f64 / size * self.elements as f64) as u64;
+            let nothing = Chosen { threshold: self.largest_key, equals_end: 0 };
+            let least = if first < 0.0 { nothing } else { self.cut(sample, high, first) };
+            let everything = Chosen { threshold: 0, equals_end: u64::MAX };
+            let most = if end > size { everything } else { self.cut(sample, low, end) };
+            Guess { low, high, between, bracket: Bracket { least, most } }
         });
         let widest = guesses.next().expect("there is a widest guess");
         let fits = |guess: &Guess| guess.between <= self.room;
         if fits(&widest) { widest } else { guesses.find(fits).unwrap_or(widest) }
+    }
+
+    /// What is kept if the last that is kept is that of `place` in the order of `sample`, which has
+    /// this `key`.
+    fn cut(&self, sample: &[u64], key: u64, place: f64) -> Chosen {
+        let stride = self.elements / (sample.len() / RUN) as u64;
+        let index = |at: usize| (at / RUN) as u64 * stride + (at % RUN) as u64;
+        let above = sample.iter().filter(|&&other| other > key).count();
+        let equal = (0..sample.len()).filter(|&at| sample[at] == key);
+        let last = equal.take((place as usize).saturating_sub(above) + 1).last();
+        Chosen { threshold: key, equals_end: last.map_or(0, |at| index(at) + 1) }
     }
 }
 

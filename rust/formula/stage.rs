@@ -41,6 +41,8 @@ struct Dependencies {
     stage: Stage,
     inputs: Vec<usize>,
     masks: Vec<MaskName>,
+    /// Whether what is computed for an element depends on where it lies.
+    by_place: bool,
     seen: HashSet<*const ()>,
 }
 
@@ -71,7 +73,7 @@ impl Dependencies {
                     self.masks.push(name);
                 }
             }
-            ValueNode::Marked(_) => {}
+            ValueNode::Marked(_) => self.by_place = true,
             ValueNode::Scalar(scalar) => self.scalar(scalar),
             ValueNode::Unary(_, a) | ValueNode::Kept { value: a, .. } => self.value(a),
             ValueNode::Binary(_, a, b) => {
@@ -97,7 +99,8 @@ impl Dependencies {
 
     fn scalar(&mut self, scalar: &Scalar) {
         match &*scalar.0 {
-            ScalarNode::Constant(_) | ScalarNode::Vector { .. } => {}
+            ScalarNode::Constant(_) => {}
+            ScalarNode::Vector { .. } => self.by_place = true,
             ScalarNode::Reduction(reduction) => self.reduction(reduction),
             ScalarNode::Threshold(selection) => {
                 self.stage.thresholds.push(Arc::clone(selection));
@@ -143,6 +146,24 @@ pub(crate) fn is_of_one_pass(number: &Value) -> bool {
         ScalarNode::Reduction(of) => of.scope == Scope::Tensor && unknown(&operands(of)).is_empty(),
         _ => false,
     }
+}
+
+/// Whether all that `values` wait for is which elements some selections keep, of values that wait for
+/// nothing, and so one pass finds; and where an element lies has no other say in it.
+pub(crate) fn waits_for_cuts_alone(values: &[Value]) -> bool {
+    let Dependencies { stage, masks, by_place, .. } = Dependencies::of(values);
+    let Stage { reductions, selections, rankings, thresholds } = stage;
+    let is_ready = |selection: &Arc<Selection>| {
+        let waits = unknown(std::slice::from_ref(&selection.value));
+        selection.count.as_constant().is_some() && waits.is_empty()
+    };
+    reductions.is_empty()
+        && rankings.is_empty()
+        && thresholds.is_empty()
+        && masks.is_empty()
+        && !by_place
+        && !selections.is_empty()
+        && selections.iter().all(is_ready)
 }
 
 /// The inputs that computing `values` reads, in listed order.

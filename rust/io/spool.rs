@@ -13,7 +13,9 @@
 //! system. It has no name: it is gone with the process, however that ends.
 //!
 //! Who fetches is not known here. It asks for the [next](Spool::next) extent, [puts](Spool::put) the
-//! bytes in as they come, and says when they are [there](Spool::arrived).
+//! bytes in as they come, and says when they are [there](Spool::arrived). It is given none before the
+//! work [begins](Spool::begin): of a work that goes on, what is done is over by then, and is not fetched
+//! for.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs::File;
@@ -195,6 +197,7 @@ pub struct Spool {
     file: File,
     folder: PathBuf,
     needs: Needs,
+    slots: u64,
     state: Mutex<State>,
     /// Something came, for those who read.
     came: Condvar,
@@ -215,6 +218,7 @@ struct State {
     held: BTreeMap<u32, Held>,
     free: Vec<u32>,
     fetched: u64,
+    begun: bool,
     stopped: bool,
 }
 
@@ -251,17 +255,25 @@ impl Spool {
         let free = (0..slots as u32).rev().collect();
         let state = Mutex::new(State { free, ..State::default() });
         let (came, freed) = (Condvar::new(), Condvar::new());
-        Ok(Self { file, folder: folder.to_owned(), needs, state, came, freed })
+        Ok(Self { file, folder: folder.to_owned(), needs, slots, state, came, freed })
     }
 
-    /// What is to be fetched next, when there is room for it; nothing when the work is over.
+    /// Lets fetching begin: by now it is known which steps an earlier run has made.
+    pub fn begin(&self) {
+        self.lock().begun = true;
+        self.freed.notify_all();
+    }
+
+    /// What is to be fetched next, when there is room for it, from when that may begin; nothing when
+    /// the work is over.
     pub fn next(&self) -> Option<Fetch> {
         let mut state = self.lock();
         loop {
             if state.stopped || state.over == self.needs.steps {
                 return None;
             }
-            if let Some(extent) = state.choose(&self.needs) {
+            let chosen = if state.begun { state.choose(&self.needs) } else { None };
+            if let Some(extent) = chosen {
                 let Extent { file, bytes, .. } = self.needs.extents[extent as usize].clone();
                 return Some(Fetch { extent, file, bytes });
             }
@@ -326,6 +338,11 @@ impl Spool {
     /// Bytes that were fetched.
     pub fn fetched(&self) -> u64 {
         self.lock().fetched
+    }
+
+    /// Bytes that are fetched at the most.
+    pub fn to_fetch(&self) -> u64 {
+        self.needs.fetched(self.slots * self.needs.extent_bytes)
     }
 
     /// Fills `memory` with the bytes of a file from `start` on; waits for them.
@@ -447,7 +464,7 @@ impl State {
     fn choose_in_turn(&mut self, needs: &Needs) -> Option<u32> {
         while let Some(visit) = needs.visits.get(self.next) {
             let is_here = self.held.get(&visit.extent).is_some_and(|held| held.slot.is_some());
-            if visit.last >= self.over && !is_here {
+            if self.is_wanted(visit) && !is_here {
                 let slot = self.slot(needs, Some(visit.first))?;
                 self.wanted.retain(|&wanted| wanted != visit.extent);
                 self.held.entry(visit.extent).or_default().slot = Some(slot);
@@ -457,6 +474,13 @@ impl State {
             self.next += 1;
         }
         None
+    }
+
+    /// Whether a step of a visit is not over.
+    fn is_wanted(&self, visit: &Visit) -> bool {
+        let first = visit.first.max(self.over);
+        first <= visit.last
+            && self.over_later.range(first..=visit.last).count() <= visit.last - first
     }
 
     /// A slot: a free one, or that of the extent that is needed last, if it is needed later than

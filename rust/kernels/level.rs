@@ -146,9 +146,9 @@ macro_rules! shells {
 }
 
 shells! {
-    Avx2 => avx2: ["avx2" "bmi1" "bmi2" "f16c" "lzcnt" "popcnt"];
+    Avx2 => avx2: ["avx2" "bmi1" "bmi2" "f16c" "fma" "lzcnt" "popcnt"];
     Avx512 => avx512: [
         "avx512f" "avx512bw" "avx512dq" "avx512vl"
-        "avx2" "bmi1" "bmi2" "f16c" "lzcnt" "popcnt"
+        "avx2" "bmi1" "bmi2" "f16c" "fma" "lzcnt" "popcnt"
     ];
 }

@@ -58,11 +58,12 @@ pub use differing::differing;
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;
 pub use level::Level;
-pub use low_rank::{TILE, Tiles, low_rank_into};
+pub use low_rank::{Product, TILE, Tiles, low_rank_bytes};
 pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};
 pub use norms::norms_into;
 pub use order::{
-    Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_largest, trim,
+    Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_between, mark_largest,
+    trim,
 };
 pub use random::{GENERATOR_VERSION, MaskKey, draws, random_bits, random_mask};
 pub use rank::{Descent, Picked, bound, pick_by_rank};

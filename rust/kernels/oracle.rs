@@ -153,10 +153,11 @@ pub fn weighted_difference_sum<T: Real>(base: T, terms: &[(T, T)], scale: T) -> 
     base + if scale == T::ONE { sum } else { sum * scale }
 }
 
-/// `value + scale·(l₀·r₀ + l₁·r₁ + …)`, the products summed in listed order.
+/// `value + scale·(l₀·r₀ + l₁·r₁ + …)`, in listed order; each product is added without being rounded.
 pub fn low_rank<T: Real>(value: T, scale: T, products: &[(T, T)]) -> T {
-    let products = products.iter().map(|&(left, right)| left * right);
-    products.reduce(|sum, product| sum + product).map_or(value, |sum| value + scale * sum)
+    let Some((&(left, right), rest)) = products.split_first() else { return value };
+    let sum = rest.iter().fold(left * right, |sum, &(left, right)| left.mul_add(right, sum));
+    scale.mul_add(sum, value)
 }
 
 /// The sum of those `weight · value` that have the sign of the sum of them all (zero counts as

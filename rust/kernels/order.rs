@@ -387,6 +387,25 @@ impl<F: Format> Kernel for Mark<'_, F> {
     }
 }
 
+/// Marks the magnitudes of an interval, a byte an element.
+struct Between<'a, F: Format> {
+    elements: Magnitudes<'a, F>,
+    interval: Interval<i32>,
+    out: &'a mut [u8],
+}
+
+impl<F: Format> Kernel for Between<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Magnitudes { x, base } = self.elements;
+        for (out, (&x, &base)) in self.out.iter_mut().zip(x.iter().zip(base)) {
+            *out |= u8::from(self.interval.contains(magnitude::<F>(x, base).ordinal()));
+        }
+    }
+}
+
 /// Where a cut lies: keys above `least` are kept, and those equal to it if `equals` says so.
 #[derive(Clone, Copy)]
 struct Cut<O> {
@@ -592,6 +611,32 @@ pub fn mark_largest(
         DType::Bf16 => go(level, magnitudes::<Bf16>(x, base), least, equals_end),
         DType::F16 => go(level, magnitudes::<F16>(x, base), least, equals_end),
         _ => go(level, magnitudes::<F32>(x, base), least, equals_end),
+    }
+}
+
+/// Marks the magnitudes of a stored task vector, x − base, rounded to f32, whose keys lie inside
+/// `low..=high`: `out[i]` becomes 1 there, and is left as it is elsewhere.
+///
+/// # Panics
+///
+/// If a slice has not as many elements as `out`, the type is not BF16, F16 or F32, or the interval is
+/// empty.
+pub fn mark_between(
+    level: Level,
+    dtype: DType,
+    x: &[u8],
+    base: &[u8],
+    low: u64,
+    high: u64,
+    out: &mut [u8],
+) {
+    let interval = Interval::new(low, high);
+    let count = check_task_vector(dtype, x, base);
+    assert_eq!(count, out.len(), "the marks must have as many elements as the input");
+    match dtype {
+        DType::Bf16 => level.run(Between { elements: magnitudes::<Bf16>(x, base), interval, out }),
+        DType::F16 => level.run(Between { elements: magnitudes::<F16>(x, base), interval, out }),
+        _ => level.run(Between { elements: magnitudes::<F32>(x, base), interval, out }),
     }
 }
 

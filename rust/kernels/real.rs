@@ -59,6 +59,9 @@ pub trait Real:
     /// The square root, correctly rounded.
     #[must_use]
     fn sqrt(self) -> Self;
+    /// `self · factor + other`, rounded once. Slow at levels without the instruction.
+    #[must_use]
+    fn mul_add(self, factor: Self, other: Self) -> Self;
     /// The exponential: that of f64, rounded.
     #[must_use]
     fn exp(self) -> Self;
@@ -192,6 +195,11 @@ macro_rules! impl_real {
             #[inline(always)]
             fn sqrt(self) -> Self {
                 self.sqrt()
+            }
+
+            #[inline(always)]
+            fn mul_add(self, factor: Self, other: Self) -> Self {
+                self.mul_add(factor, other)
             }
 
             #[inline(always)]

@@ -17,7 +17,7 @@ pub(crate) struct BreadcrumbsTies;
 const DIFFERS: &str = "of equal magnitudes at the threshold those of lowest index are kept; mergekit keeps \
     any of them";
 const PAPER: &str = "https://arxiv.org/abs/2312.06795";
-const COST: &str = "two to four reads of every input";
+const COST: &str = "one to four reads of every input";
 const PARAMETERS: [Parameter; 7] = {
     let [weight, density, normalize, rescale, lambda, mask] = family(false, false);
     let gamma = Parameter::new(

@@ -18,7 +18,7 @@ impl Method for Ties {
             formula: "base + lambda * mean of the w_i * (x_i - base) that are among the largest \
                       and have the elected sign",
             class: Class::Selection,
-            cost: "two to four reads of every input",
+            cost: "one to four reads of every input",
             paper: "https://arxiv.org/abs/2306.01708",
             contract: CONTRACT,
             parameters: const { &family(true, false) },

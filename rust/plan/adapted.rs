@@ -28,7 +28,18 @@ pub struct Adapted {
     pub magnitude: Option<Magnitude>,
     /// Rows of another tensor that stand in for those of this one.
     pub replaced: Option<Replaced>,
+    /// Where the tensor's own elements lie, unless that is one after the other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strides: Option<Strides>,
 }
+
+/// More dimensions than a view has.
+const MOST_DIMENSIONS: usize = 64;
+
+/// The dimensions of a view: extent, and elements of the file from one index to the next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Strides(pub Vec<(u64, u64)>);
 
 /// `scale · left · right`, added to some rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,9 +103,32 @@ pub struct Replaced {
 }
 
 impl Adapted {
+    /// A tensor of that shape that lies otherwise, and is changed by nothing.
+    pub fn view(dtype: DType, shape: &[u64], strides: Strides) -> Self {
+        let columns = shape.last().copied().unwrap_or(1);
+        let strides = Some(strides);
+        Self { dtype, columns, terms: Vec::new(), magnitude: None, replaced: None, strides }
+    }
+
+    /// Whether its numbers are those of the file: then they come in their own type.
+    pub fn is_view(&self) -> bool {
+        let is_changed =
+            !self.terms.is_empty() || self.magnitude.is_some() || self.replaced.is_some();
+        self.strides.is_some() && !is_changed
+    }
+
     /// The element type of the result, where arithmetic is in f64 or not.
     pub fn result(&self, double: bool) -> DType {
-        if double { DType::F64 } else { self.dtype.arithmetic() }
+        match double {
+            _ if self.is_view() => self.dtype,
+            true => DType::F64,
+            false => self.dtype.arithmetic(),
+        }
+    }
+
+    /// How many elements of the file, from its first on, a tensor of so many elements lies in.
+    pub fn span(&self, elements: u64) -> u64 {
+        self.strides.as_ref().map_or(elements, |strides| strides.span().unwrap_or(u64::MAX))
     }
 
     /// The files that it reads besides the tensor's own, each as often as it is read from.
@@ -148,8 +182,14 @@ impl Adapted {
     /// Checks that it can be done to a tensor of so many elements, and that all of it lies within
     /// `files`.
     pub fn check(&self, elements: u64, files: &[InputFile]) -> Result<()> {
-        if !self.dtype.is_float() {
+        if !self.dtype.is_float() && !self.is_view() {
             return Err(wrong("only floats can be adapted").found(self.dtype));
+        }
+        if self.strides.as_ref().is_some_and(|strides| strides.elements() != Some(elements)) {
+            return Err(wrong("a view has another shape than its tensor").found(format_args!(
+                "{elements} elements, and the extents and strides {:?}",
+                self.strides
+            )));
         }
         if self.columns == 0 || elements == 0 || !elements.is_multiple_of(self.columns) {
             return Err(wrong("a tensor does not have rows of that length")
@@ -186,6 +226,22 @@ impl Adapted {
             lines.check(most, self.columns, files)?;
         }
         Ok(())
+    }
+}
+
+impl Strides {
+    /// How many elements the view has; nothing if that is no number.
+    fn elements(&self) -> Option<u64> {
+        if self.0.len() > MOST_DIMENSIONS {
+            return None;
+        }
+        self.0.iter().try_fold(1u64, |all, &(extent, _)| all.checked_mul(extent))
+    }
+
+    /// How many elements of the file it lies in, from its first on; nothing if that is no number.
+    pub fn span(&self) -> Option<u64> {
+        let last = |&(extent, stride): &(u64, u64)| extent.checked_sub(1)?.checked_mul(stride);
+        self.0.iter().try_fold(1u64, |all, dimension| all.checked_add(last(dimension)?))
     }
 }
 

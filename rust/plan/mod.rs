@@ -20,7 +20,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-pub use adapted::{Adapted, Factor, Magnitude, Replaced, Term};
+pub use adapted::{Adapted, Factor, Magnitude, Replaced, Strides, Term};
 pub use build::{Builder, ByToken, Input};
 pub use names::Names;
 pub use rows::{MOST_ROWS, Origin, RowMap};
@@ -346,6 +346,11 @@ impl Plan {
     /// Bytes of all output tensors.
     pub fn bytes_written(&self) -> u64 {
         self.tensors().map(Tensor::bytes).fold(0, u64::saturating_add)
+    }
+
+    /// What an adapter makes of a tensor, by its number.
+    pub(crate) fn adapted(&self, number: u32) -> &Adapted {
+        &self.adapted[number as usize]
     }
 
     /// The distinct settings.

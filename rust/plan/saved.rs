@@ -447,7 +447,11 @@ fn check_range(
     let adapted =
         adapted.map(|number| known("adapted tensor", &plan.adapted, number)).transpose()?;
     let dtype = adapted.map_or(result, |adapted| adapted.dtype);
-    let end = bytes(dtype, shape).and_then(|bytes| start.checked_add(bytes));
+    let span = match adapted {
+        Some(adapted) => adapted.span(shape.iter().product()).checked_mul(dtype.size() as u64),
+        None => bytes(dtype, shape),
+    };
+    let end = span.and_then(|bytes| start.checked_add(bytes));
     if end.is_none_or(|end| end > file.size) {
         return Err(wrong("an input lies past the end of its file")
             .file(&file.path)

@@ -223,6 +223,7 @@ impl OnDemand {
             None => take_part(py, false, work),
             // Who waits for a network does not look at signals meanwhile.
             Some(spool) => enter(py, None, |control| {
+                spool.begin();
                 control.on_end(move || spool.stop());
                 work(control)
             }),

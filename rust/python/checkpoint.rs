@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::os::fd::RawFd;
 use std::os::raw::c_int;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyIndexError;
 use pyo3::ffi;
@@ -20,6 +20,7 @@ use super::exported::{Given, Held, export_all};
 use super::to_python;
 use crate::checkpoint;
 use crate::engine::source::Source;
+use crate::error::{Error, Result};
 use crate::io::{AlignedBuffer, DirectMode, LentMap, OutputFolder, ShardWriter};
 use crate::plan::Remote;
 
@@ -44,14 +45,47 @@ pub(super) struct TensorInfo {
     start: u64,
 }
 
-/// A file that is not here: its name, bytes, label and tag, and its first bytes.
-type Absent = (String, u64, String, String, Vec<u8>);
+/// A file that is not here: its name, bytes, label and tag, its first bytes, and what reads others.
+type Absent = (String, u64, String, String, Vec<u8>, Option<Py<PyAny>>);
 
-fn elsewhere(absent: Vec<Absent>) -> checkpoint::Elsewhere {
-    let file = |(name, size, label, etag, start): Absent| {
-        (name, checkpoint::Absent { size, remote: Remote { label, etag }, start })
+/// What went wrong in Python while ranges of a file were read.
+type Failure = Arc<Mutex<Option<PyErr>>>;
+
+/// Ranges of a file that a function of Python reads.
+#[derive(Debug)]
+struct Ranges {
+    read: Py<PyAny>,
+    failure: Failure,
+}
+
+impl checkpoint::ReadAt for Ranges {
+    fn read_at(&self, start: u64, memory: &mut [u8]) -> Result<()> {
+        let read = Python::attach(|py| -> PyResult<Vec<u8>> {
+            self.read.call1(py, (start, start + memory.len() as u64))?.extract(py)
+        });
+        match read {
+            Ok(bytes) if bytes.len() == memory.len() => {
+                memory.copy_from_slice(&bytes);
+                Ok(())
+            }
+            Ok(_) => Err(Error::internal("a range has another length than was asked for")),
+            Err(error) => {
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                Err(Error::internal("a range could not be read"))
+            }
+        }
+    }
+}
+
+fn elsewhere(absent: Vec<Absent>) -> (checkpoint::Elsewhere, Failure) {
+    let failure = Failure::default();
+    let file = |(name, size, label, etag, start, read): Absent| {
+        let rest = read.map(|read| -> Arc<dyn checkpoint::ReadAt> {
+            Arc::new(Ranges { read, failure: Arc::clone(&failure) })
+        });
+        (name, checkpoint::Absent { size, remote: Remote { label, etag }, start, rest })
     };
-    absent.into_iter().map(file).collect()
+    (absent.into_iter().map(file).collect(), failure)
 }
 
 /// The names of the files that hold the weights at `path`, where some files are not here.
@@ -61,7 +95,7 @@ pub(super) fn weight_files(
     path: PathBuf,
     absent: Vec<Absent>,
 ) -> PyResult<Vec<String>> {
-    let absent = elsewhere(absent);
+    let (absent, _) = elsewhere(absent);
     let found = py.detach(|| checkpoint::weight_files(&path, &absent));
     found.map_err(|error| raise(py, &error))
 }
@@ -75,9 +109,12 @@ pub(super) fn open_checkpoint(
     path: PathBuf,
     absent: Vec<Absent>,
 ) -> PyResult<Checkpoint> {
-    let absent = elsewhere(absent);
+    let (absent, failure) = elsewhere(absent);
     let opened = py.detach(|| checkpoint::Checkpoint::open_with(&path, &absent));
-    opened.map(|opened| Checkpoint(Arc::new(opened))).map_err(|error| raise(py, &error))
+    opened.map(|opened| Checkpoint(Arc::new(opened))).map_err(|error| {
+        let failed = failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        failed.unwrap_or_else(|| raise(py, &error))
+    })
 }
 
 /// What a tensor becomes, as [`checkpoint::Change`] has it.

@@ -12,6 +12,7 @@ use super::checkpoint::Checkpoint;
 use super::enter::enter;
 use super::error::raise;
 use super::merge::worker_count;
+use super::spool::Spool;
 use crate::checkpoint;
 use crate::dtype::DType;
 use crate::engine::{Settings, measuring, verifying};
@@ -73,9 +74,12 @@ type Differing<'py> = (usize, u64, u64, Bound<'py, PyBytes>, Bound<'py, PyBytes>
 
 /// Makes some tensors of a plan again, and compares each with one of a checkpoint, of the same type and
 /// shape: pairs of their numbers. Of those that differ the number in the plan, the first element that
-/// does, how many do, and that element's bytes as they should be and as they are.
+/// does, how many do, and that element's bytes as they should be and as they are. Inputs that are not here
+/// come by `spool`; who fetches them may have `beside` bytes resident.
 #[pyfunction]
-#[pyo3(signature = (plan, checkpoint, pairs, *, memory, threads=None, progress=None))]
+#[pyo3(signature = (plan, checkpoint, pairs, *, memory, threads=None, progress=None, spool=None,
+                    beside=0))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 pub(super) fn compare_outputs<'py>(
     py: Python<'py>,
     plan: PyRef<'py, super::plan::Plan>,
@@ -84,7 +88,10 @@ pub(super) fn compare_outputs<'py>(
     memory: u64,
     threads: Option<usize>,
     progress: Option<Bound<'py, PyAny>>,
+    spool: Option<PyRef<'py, Spool>>,
+    beside: u64,
 ) -> PyResult<Vec<Differing<'py>>> {
+    let spool = spool.map(|spool| (spool.shared(), beside));
     let (table, raised, checkpoint) = (plan.table(), plan.raised(), checkpoint.shared());
     let fits = |&(output, at): &(usize, usize)| {
         output < table.len() && at < checkpoint.len() && {
@@ -95,28 +102,19 @@ pub(super) fn compare_outputs<'py>(
     if !pairs.iter().all(fits) {
         return Err(PyValueError::new_err("a pair is not of two tensors of one type and shape"));
     }
-    let (outputs, found): (Vec<usize>, Vec<usize>) = pairs.into_iter().unzip();
-    let place = |&at: &usize| {
+    let mut places = vec![None; table.len()];
+    for (output, at) in pairs {
         let tensor = checkpoint.tensor(at);
-        verifying::Place { file: tensor.file, start: tensor.start }
-    };
-    let places = found.iter().map(place).collect();
-    let some = table.only(&outputs);
+        places[output] = Some(verifying::Place { file: tensor.file, start: tensor.start });
+    }
     let settings = settings(py, memory, threads)?;
     let compared = enter(py, progress.as_ref(), |control| {
-        verifying::compare(
-            &some,
-            some.len() < table.len(),
-            &checkpoint.files,
-            places,
-            &settings,
-            control,
-        )
+        verifying::compare(&table, &checkpoint.files, places, spool, &settings, control)
     });
     let deviations = raised.or(compared)?;
     let told = |(at, found): (usize, verifying::Deviation)| {
         let bytes = |bytes: &[u8]| PyBytes::new(py, bytes);
-        (outputs[at], found.first, found.elements, bytes(&found.expected), bytes(&found.found))
+        (at, found.first, found.elements, bytes(&found.expected), bytes(&found.found))
     };
     Ok(deviations.into_iter().map(told).collect())
 }
@@ -169,6 +167,7 @@ fn plan_of(
         for (model, at) in found {
             let (tensor, before) = (models[model].tensor(at), first_files[model]);
             let change = models[model].change_of(at);
+            let is_changed = change.is_some_and(|change| !change.is_view());
             let adapted = change.map(|change| {
                 let change = Adapted::clone(change).in_files(|file| before as u32 + file);
                 builder.add_adapted(change)
@@ -176,7 +175,7 @@ fn plan_of(
             inputs.push(Input {
                 model,
                 name: tensor.name,
-                dtype: if adapted.is_some() { working } else { tensor.dtype },
+                dtype: if is_changed { working } else { tensor.dtype },
                 file: before + tensor.file,
                 start: tensor.start,
                 adapted,

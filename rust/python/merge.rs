@@ -22,7 +22,7 @@ use crate::engine::journal::{self, JOURNAL_EVERY, Journals};
 use crate::engine::memory::{self, MemoryPlan};
 use crate::engine::simd::Simd;
 use crate::engine::{self, Exchange, Part, Settings, Surroundings, rehearsal};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::io::{self, DirectMode, OutputFolder, ReadPath};
 use crate::kernels::Level;
 use crate::methods::{Description, METHODS, MODIFIERS, Method};
@@ -162,7 +162,13 @@ impl PartOf {
         own.map(plan::Tensor::source_bytes).sum()
     }
 
-    fn open(&self, plan: &plan::Plan, key: &str) -> Result<Part> {
+    fn open(&self, plans: &[Arc<plan::Plan>], key: &str) -> Result<Part> {
+        let plan = &plans[0];
+        let shards = |plan: &plan::Plan| plan.tensors().map(plan::Tensor::shard).collect();
+        let first: Vec<usize> = shards(plan);
+        if plans.iter().any(|plan| first != shards(plan)) {
+            return Err(Error::internal("a part is of plans that are not cut alike"));
+        }
         let makes = (0..plan.shards.len()).map(|shard| self.shards.contains(&shard)).collect();
         let exchange = Exchange {
             folder: OutputFolder::of_descriptor(self.descriptor, &self.folder)?,
@@ -184,8 +190,8 @@ impl PartOf {
 /// With `keys`, one for each, it goes on with what interrupted runs with those keys have finished, and
 /// writes down what it finishes, `journal_every` so many seconds.
 ///
-/// Of a `part` of the only plan, which has a key, it writes only the shards that are its own, and always a
-/// journal.
+/// Of a `part` of the plans, which have keys, it writes only the shards that are its own, and always a
+/// journal. All plans have the same tensors in the same shards.
 ///
 /// Calls `progress(bytes_read, bytes_written, tensors, current, peak_memory)` ten times a second.
 #[pyfunction]
@@ -253,7 +259,7 @@ pub(super) fn execute<'py>(
             let every = journal_every.map_or(JOURNAL_EVERY, Duration::from_secs_f64);
             let journals = keys.as_ref().map(|keys| Journals { keys, every });
             let key = journals.as_ref().and_then(|journals| journals.keys.first());
-            let part = part.as_ref().zip(key).map(|(part, key)| part.open(&tables[0], key));
+            let part = part.as_ref().zip(key).map(|(part, key)| part.open(&tables, key));
             let (digests, part) = (digests.as_ref(), part.transpose()?);
             let around = Surroundings { planned, spool, beside, digests, journals, part };
             engine::merge(backend, &merges, modes, &settings, around, control)

@@ -14,7 +14,7 @@ use super::error::raise;
 use super::formula::Raised;
 use super::to_python;
 use crate::checkpoint;
-use crate::engine::{files, manifest};
+use crate::engine::{files, manifest, verifying};
 use crate::methods;
 use crate::plan;
 use crate::plan::{MethodSource, Parameters};
@@ -147,6 +147,11 @@ impl Plan {
         Ok(self.0.files_of(tensors.into_iter().map(|at| self.0.tensor(at))))
     }
 
+    /// Whether making any tensor takes numbers over all of them.
+    fn needs_all(&self, py: Python<'_>) -> PyResult<bool> {
+        py.detach(|| verifying::needs_all(&self.0)).map_err(|error| raise(py, &error))
+    }
+
     /// The same plan, of which files that were not here lie at these paths now, by their labels.
     fn placed(&self, py: Python<'_>, places: HashMap<String, PathBuf>) -> PyResult<Self> {
         let moved = self.0.placed(&places).map_err(|error| raise(py, &error))?;
@@ -253,7 +258,7 @@ impl Plan {
                 source.start,
                 to_python(py, &**own)?,
                 source.rows.is_some(),
-                source.all_adapted().next().is_some(),
+                source.all_adapted().any(|change| !change.is_view()),
             ))?;
         }
         (

@@ -1,5 +1,6 @@
 //! The spool, for Python, which fetches what goes into it.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -26,27 +27,43 @@ impl Spool {
     }
 }
 
-/// What merges of the same tensors, or one tensor of them, read of files that are not here.
-fn needs(plans: &[Arc<plan::Plan>], bytes: u64, tensor: Option<usize>) -> Result<Needs> {
+/// What merges of the same tensors read of files that are not here; or some `tensors` of them, or those of
+/// some `shards`. If they are `whole`, numbers over the model are found from all tensors nevertheless.
+fn needs(
+    plans: &[Arc<plan::Plan>],
+    bytes: u64,
+    tensors: Option<&HashSet<usize>>,
+    shards: Option<&[usize]>,
+    whole: bool,
+) -> Result<Needs> {
     let plans: Vec<&plan::Plan> = plans.iter().map(|plan| &**plan).collect();
-    Merges::open(plans, ReadPath::Auto, None)?.0.remote_needs(bytes, tensor)
+    let is_made = |at: usize, in_sweep: bool| {
+        let shard = plans[0].tensor(at).shard();
+        let is_one = tensors.is_none_or(|some| some.contains(&at));
+        (in_sweep && whole) || (is_one && shards.is_none_or(|some| some.contains(&shard)))
+    };
+    Merges::open(plans.clone(), ReadPath::Auto, None)?.0.remote_needs(bytes, is_made)
 }
 
 #[pymethods]
 impl Spool {
-    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors, or for one tensor
-    /// of them. Fails if a tensor needs more.
+    /// Creates a spool of at most `size` bytes in `folder`, for merges of the same tensors; or for some
+    /// `tensors` of them, or for those of some `shards`. If they are `whole`, numbers over the model are
+    /// found from all tensors nevertheless. Fails if a tensor needs more.
     #[new]
-    #[pyo3(signature = (plans, size, folder, tensor=None))]
+    #[pyo3(signature = (plans, size, folder, tensors=None, shards=None, whole=false))]
     fn create(
         py: Python<'_>,
         plans: Vec<PyRef<'_, Plan>>,
         size: u64,
         folder: PathBuf,
-        tensor: Option<usize>,
+        tensors: Option<HashSet<usize>>,
+        shards: Option<Vec<usize>>,
+        whole: bool,
     ) -> PyResult<Self> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let create = || io::Spool::create(&folder, size, needs(&plans, size, tensor)?);
+        let needs = || needs(&plans, size, tensors.as_ref(), shards.as_deref(), whole);
+        let create = || io::Spool::create(&folder, size, needs()?);
         py.detach(create).map(|spool| Self(Arc::new(spool))).map_err(|error| raise(py, &error))
     }
 
@@ -54,7 +71,9 @@ impl Spool {
     #[staticmethod]
     fn predict(py: Python<'_>, plans: Vec<PyRef<'_, Plan>>, size: u64) -> PyResult<(u64, u64)> {
         let plans: Vec<_> = plans.iter().map(|plan| plan.table()).collect();
-        let needs = py.detach(|| needs(&plans, size, None)).map_err(|error| raise(py, &error))?;
+        let needs = py
+            .detach(|| needs(&plans, size, None, None, false))
+            .map_err(|error| raise(py, &error))?;
         Ok((needs.room().min(size), needs.fetched(size)))
     }
 
@@ -92,6 +111,12 @@ impl Spool {
     /// Ends all waiting.
     fn stop(&self) {
         self.0.stop();
+    }
+
+    /// Bytes that are fetched at the most.
+    #[getter]
+    fn to_fetch(&self) -> u64 {
+        self.0.to_fetch()
     }
 
     /// Bytes that were fetched.

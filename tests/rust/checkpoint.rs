@@ -187,7 +187,7 @@ fn files_may_be_elsewhere() {
     let absent = |name: &str, bytes: &[u8], read: usize| {
         let remote = Remote { label: format!("org/name@commit/{name}"), etag: "etag".into() };
         let start = bytes[..read].to_vec();
-        (name.to_owned(), Absent { size: bytes.len() as u64, remote, start })
+        (name.to_owned(), Absent { size: bytes.len() as u64, remote, start, rest: None })
     };
     // What is here counts, whatever is said of it.
     let elsewhere = BTreeMap::from([

@@ -8,8 +8,10 @@ use std::fs;
 use std::path::Path;
 
 use oxmerge::checkpoint::{Checkpoint, header_bytes, vocabulary};
-use oxmerge::engine::files;
-use oxmerge::plan;
+use oxmerge::dtype::DType;
+use oxmerge::engine::{files, journal};
+use oxmerge::io::{JournalFile, OutputFolder};
+use oxmerge::plan::{self, Builder, Plan};
 
 use crate::written::{archive, file_of};
 
@@ -17,9 +19,10 @@ use crate::written::{archive, file_of};
 pub(crate) type Target = fn(&Path, &[u8]);
 
 /// The targets by name. Each gets a folder that it may write to.
-pub(crate) const TARGETS: [(&str, Target); 6] = [
+pub(crate) const TARGETS: [(&str, Target); 7] = [
     ("weights", weights),
     ("index", index),
+    ("journal", journal_of_tensors),
     ("model-config", config),
     ("pickle", pickle),
     ("table", table),
@@ -72,6 +75,30 @@ fn vocabulary(folder: &Path, bytes: &[u8]) {
     fs::write(&files[0], bytes).unwrap();
     fs::write(&files[1], r#"{"model":{"vocab":{"a":0,"b":1}}}"#).unwrap();
     let _ = vocabulary::compare(&files[..1], &files[1..], 1000);
+}
+
+/// A journal of what an interrupted run had finished: the bytes are its lines, then its records, whose
+/// checks hold.
+fn journal_of_tensors(folder: &Path, bytes: &[u8]) {
+    let name = journal::journal_name();
+    let file = folder.join(&name);
+    let folders = [OutputFolder::open(folder).unwrap()];
+    let mut builder = Builder::new(Plan::default());
+    ["a", "b"].map(|name| builder.push(name, DType::F32, &[2], 0, None, [].into_iter()));
+    let plan = builder.place(&[(0, 0), (0, 8)]).unwrap();
+    let check = || match journal::read_digests(&folders, "key", &plan) {
+        Ok(digests) => assert!(digests.len() == 2 && digests.iter().all(Option::is_some)),
+        Err(error) => assert!(error.to_string().len() < 8000),
+    };
+    fs::write(&file, bytes).unwrap();
+    let _ = journal::journal_key(&folders[0]);
+    check();
+    fs::remove_file(&file).unwrap();
+    let mut written = JournalFile::create(&folders[0], &name, "key").unwrap();
+    let lines =
+        bytes.split(|&byte| byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
+    lines.take(20).for_each(|line| written.append(line).unwrap());
+    check();
 }
 
 /// Checks that the tensors of what was opened lie in its files.

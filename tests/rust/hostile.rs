@@ -215,7 +215,7 @@ fn broken_files_elsewhere() {
     for (start, expected) in files.chain(headers) {
         let directory = tempfile::tempdir().unwrap();
         let remote = Remote { label: "label".into(), etag: "etag".into() };
-        let absent = Absent { size: start.len() as u64, remote, start };
+        let absent = Absent { size: start.len() as u64, remote, start, rest: None };
         let absent = BTreeMap::from([("model.safetensors".to_owned(), absent)]);
         let error = Checkpoint::open_with(directory.path(), &absent).unwrap_err().to_string();
         let file = format!("{}/", directory.path().display());
@@ -379,11 +379,11 @@ fn directories_without_clear_weights() {
         ),
         (
             &["adapter_model.bin"],
-            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; write it behind its model: `model+adapter`",
+            "this is an adapter (LoRA), not a model: found `adapter_model.bin`; write it behind its model: `model+adapter`; to make one adapter of several, list adapters alone, and use `oxmerge merge`",
         ),
         (
             &["adapter_model.safetensors"],
-            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; write it behind its model: `model+adapter`",
+            "this is an adapter (LoRA), not a model: found `adapter_model.safetensors`; write it behind its model: `model+adapter`; to make one adapter of several, list adapters alone, and use `oxmerge merge`",
         ),
     ];
     for (names, expected) in rows {

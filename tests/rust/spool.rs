@@ -49,6 +49,7 @@ fn fetch(spool: &Spool, counts: &Mutex<BTreeMap<(u32, u64), usize>>) {
 fn run(steps: &[Step], room: u64, workers: usize, passes: usize) -> BTreeMap<(u32, u64), usize> {
     let folder = tempfile::tempdir().unwrap();
     let spool = Spool::create(folder.path(), room, needs(room, steps)).unwrap();
+    spool.begin();
     let (next, counts) = (Mutex::new(0), Mutex::default());
     thread::scope(|scope| {
         for _ in 0..3 {
@@ -138,10 +139,33 @@ fn however_large_the_files_extents_are_few() {
 }
 
 #[test]
+fn what_is_over_before_the_work_begins_is_not_fetched() {
+    let folder = tempfile::tempdir().unwrap();
+    // Each step reads an extent of its own, and all but the first a part of the one before.
+    let read = |step: u64| vec![(0, (step * EXTENT).saturating_sub(9)..(step + 1) * EXTENT)];
+    let steps: Vec<Step> = (0..10).map(read).collect();
+    let spool = Spool::create(folder.path(), 20 * EXTENT, needs(20 * EXTENT, &steps)).unwrap();
+    let fetched = thread::scope(|scope| {
+        let fetched = scope.spawn(|| {
+            let each = std::iter::from_fn(|| spool.next()).take(5);
+            each.map(|fetch| fetch.bytes.start / EXTENT).collect::<Vec<_>>()
+        });
+        for over in [5..8, 0..3, 9..10] {
+            spool.finished(over);
+        }
+        spool.begin();
+        fetched.join().unwrap()
+    });
+    // Steps 3, 4 and 8 are left, which also read the ends of the extents before theirs.
+    assert_eq!(fetched, [2, 3, 4, 7, 8]);
+}
+
+#[test]
 fn who_waits_is_woken_when_fetching_stops() {
     let folder = tempfile::tempdir().unwrap();
     let steps = vec![vec![(0, 0..10 * EXTENT)]];
     let spool = Spool::create(folder.path(), 2 * EXTENT, needs(2 * EXTENT, &steps)).unwrap();
+    spool.begin();
     thread::scope(|scope| {
         let read = scope.spawn(|| spool.read(0, 0, &mut [0; 10]).unwrap_err().kind());
         let first = spool.next().unwrap();
@@ -160,6 +184,7 @@ fn who_waits_is_woken_when_fetching_stops() {
 fn bytes_that_were_not_asked_for_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let spool = Spool::create(folder.path(), EXTENT, needs(EXTENT, &[vec![(0, 5..9)]])).unwrap();
+    spool.begin();
     assert!(spool.put(0, 5, &[0; 4]).is_err(), "nobody fetches it");
     let fetch = spool.next().unwrap();
     assert_eq!((fetch.file, fetch.bytes), (0, 5..9));

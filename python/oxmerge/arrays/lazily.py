@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import Any
 
 from oxmerge import _core
 from oxmerge.arrays.in_memory import check_options
 from oxmerge.arrays.views import empty, kind_of
-from oxmerge.errors import PlanError
+from oxmerge.cli.progress import watched_download
 from oxmerge.merging import prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.streaming import DEFAULT_SPOOL, is_streamed, streamed
 from oxmerge.options import PlanOptions
 from oxmerge.problems import no_such_key
+from oxmerge.stages import weights_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from oxmerge.arrays.views import Framework, Kind
     from oxmerge.merging import Request
-    from oxmerge.models.streaming import Fetcher
     from oxmerge.planning.plans import Plan
     from oxmerge.problems import Problem
+    from oxmerge.schema import OutputTensor
 
 __all__ = ["LazyMerge", "lazy"]
 
@@ -42,7 +47,16 @@ class LazyMerge(Mapping[str, Any]):
         What has no effect in the recipe, and what of the inputs is left out.
     """
 
-    def __init__(self, plan: Plan, kind: Kind, threads: int | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        kind: Kind,
+        threads: int | None,
+        earlier: Mapping[str, _Earlier] = MappingProxyType({}),
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
+        self._earlier = earlier
+        self._lock = lock or nullcontext()
         self._tensors = plan.tensors.by_place()
         self._plan = plan
         self._table = plan.table
@@ -58,27 +72,37 @@ class LazyMerge(Mapping[str, Any]):
         """Compute a tensor."""
         at = self._at(name)
         tensor = self._plan.tensors[at]
-        self._fetch(at)
-        merged = empty(tensor.shape, tensor.dtype, self._kind)
-        with self._streamed(at) as fetcher:
-            engine = self._engine if fetcher is None else _core.OnDemand(self._table, fetcher.spool)
-            engine.compute(at, merged.exporter, self._threads)
+        with self._lock:
+            self._make_inputs(tensor)
+            return self._compute(at, tensor)
+
+    def _make_inputs(self, tensor: OutputTensor) -> None:
+        """Have the tensors here that earlier merges make and that this one is made of."""
+        files = self._table.files if self._earlier else []
+        for source in tensor.sources if self._earlier else ():
+            earlier = self._earlier.get(files[source.file]["path"])
+            if earlier is not None:
+                earlier.make(source.start)
+
+    def _compute(self, at: int, tensor: OutputTensor) -> Any:
+        files = self._table.files
+        absent = [file for each in self._table.files_of([at]) if "remote" in (file := files[each])]
+        with watched_download() if absent else nullcontext() as show:
+            self._fetch([each for each in absent if not is_streamed(each, stream=False)], show)
+            merged = empty(tensor.shape, tensor.dtype, self._kind)
+            folder = tempfile.gettempdir()
+            with streamed([self._table], DEFAULT_SPOOL, folder, [at], progress=show) as fetcher:
+                spool = None if fetcher is None else fetcher.spool
+                engine = self._engine if spool is None else _core.OnDemand(self._table, spool)
+                engine.compute(at, merged.exporter, self._threads)
         return merged.array
 
-    def _streamed(self, at: int) -> Fetcher | nullcontext[None]:
-        """Return what fetches the inputs of a tensor that no cache takes."""
-        files = self._table.files
-        if all("remote" not in files[each] for each in self._table.files_of([at])):
-            return nullcontext()
-        return streamed([self._table], DEFAULT_SPOOL, tempfile.gettempdir(), at)
-
-    def _fetch(self, at: int) -> None:
-        """Download the files that a tensor is made of and that are not here."""
-        files = self._table.files
-        used = [files[each] for each in self._table.files_of([at])]
-        absent = [each for each in used if "remote" in each and not is_streamed(each, stream=False)]
-        if absent:
-            self._table = self._table.placed(fetch(absent))
+    def _fetch(
+        self, files: Sequence[Mapping[str, Any]], show: Callable[[int, int, str], None] | None
+    ) -> None:
+        """Download files that are not here."""
+        if files:
+            self._table = self._table.placed(fetch(files, show))
             self._engine = _core.OnDemand(self._table)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -128,11 +152,62 @@ class LazyMerge(Mapping[str, Any]):
         return tuple(self._plan.input_files)
 
 
+class _Earlier:
+    """The output of a merge that comes first: tensors are computed when later ones need them.
+
+    They are put where they are missing in the stand-in, whose size and time stay as they are.
+
+    Parameters
+    ----------
+    plan : Plan
+        Its plan.
+    path : str
+        The stand-in's file of weights.
+    merge : LazyMerge
+        Computes its tensors, as arrays of NumPy.
+    """
+
+    def __init__(self, plan: Plan, path: str, merge: LazyMerge) -> None:
+        self._path = path
+        self._merge = merge
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        self._missing: dict[int, str] = {}
+        for tensor in plan.tensors:
+            if tensor.bytes:
+                self._missing[start] = tensor.name
+            start += tensor.bytes
+
+    def make(self, start: int) -> None:
+        """Compute the tensor that begins there, unless it is there."""
+        name = self._missing.get(start)
+        if name is None:
+            return
+        array = self._merge[name]
+        status = os.stat(self._path)
+        with open(self._path, "r+b") as file:
+            file.seek(start)
+            file.write(array.reshape(-1).view("u1"))
+        os.utime(self._path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        del self._missing[start]
+
+
+def _with_earlier(plan: Plan, kind: Kind, threads: int | None) -> LazyMerge:
+    """Return the last of several merges, which has the others compute what it needs."""
+    lock = threading.RLock()
+    earlier: dict[str, _Earlier] = {}
+    for number, stage in enumerate(plan.stages):
+        path = weights_of(plan, number)
+        merge = LazyMerge(stage, "numpy", threads, dict(earlier), lock)
+        earlier[path] = _Earlier(stage, path, merge)
+    return LazyMerge(plan, kind, threads, earlier, lock)
+
+
 def lazy(
     recipe: Request,
     *,
     framework: Framework = "np",
-    seed: int = 0,
+    seed: int | None = None,
     threads: int | None = None,
     strict: bool = False,
     allow_mismatch: bool = False,
@@ -153,8 +228,8 @@ def lazy(
     framework : {"np", "pt"}
         What the tensors are, as in safetensors: of NumPy, where BF16 is ``ml_dtypes.bfloat16``, or
         of torch.
-    seed : int
-        Of the random masks that some methods draw.
+    seed : int, optional
+        Of the random masks that some methods draw; 0 unless given. A plan has its own.
     threads : int, optional
         As many as there are cores, unless given.
     strict : bool
@@ -183,7 +258,8 @@ def lazy(
     -----
     Reads headers, configs and tokenizers, once. A tensor costs what merging it costs (``oxmerge
     methods NAME`` tells), and the memory of the result; its inputs are read in pieces. It is
-    computed on the CPU.
+    computed on the CPU. Of a recipe of several merges, what the earlier ones make is kept in the
+    temporary directory, as far as it is needed, while the mapping lives.
 
     Examples
     --------
@@ -194,7 +270,7 @@ def lazy(
     >>> model["model.norm.weight"].shape
     (16,)
     """
-    check_options(seed, threads)
+    check_options(0 if seed is None else seed, threads)
     kind = kind_of(framework)
     plan = prepare(
         recipe,
@@ -208,6 +284,5 @@ def lazy(
         ),
     )
     if plan.stages:
-        advice = "merge the earlier ones, and name their outputs"
-        raise PlanError("tensors of several merges cannot be computed on demand", advice=advice)
+        return _with_earlier(plan, kind, threads)
     return LazyMerge(plan, kind, threads)

@@ -11,26 +11,26 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import oxmerge
 from oxmerge.bench import cache
-from oxmerge.bench.cases import COLD, DIGESTED, LEFT_OUT, MANY, SPREADS, SWEPT, with_far
+from oxmerge.bench.cases import COLD, DIGESTED, LEFT_OUT, MANY, SPREADS, SWEPT, Case, with_far
 from oxmerge.bench.measure import Job, Taken, UnavailableError
 from oxmerge.bench.programs import oxmerge as run_oxmerge
 from oxmerge.bench.record import Row
 from oxmerge.bench.storage import Floor
 from oxmerge.bench.transfer import Transfer
-from oxmerge.demo import SIZES, make_demo
+from oxmerge.demo import LINEAR, SIZES, make_adapter, make_demo
 from oxmerge.sizes import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from oxmerge.bench.cases import Case
     from oxmerge.bench.crew import Crews
     from oxmerge.bench.programs import Mergekit
     from oxmerge.bench.transfer import Way
@@ -39,6 +39,12 @@ SWEEP_OUTPUTS = 9
 EXPERTS = ("experts", "experts-twice")
 SPARSE = "experts-671b"
 _MANY_ROUNDS = 3
+RANK = 16
+LARGER = {"1b": "70b"}
+"""Sizes that are too large for most disks, beside others: a part is made of them."""
+SHARD = 4 << 30
+"""Bytes of that part."""
+_FUSED = Case("passthrough", has_base=False, models=1, shared={}, each=({},))
 
 
 @dataclass
@@ -125,6 +131,26 @@ class Merges:
                         job.rounds = job.rounds or _MANY_ROUNDS
                         yield job
 
+    def of_adapters(self, size: str) -> Iterator[Job]:
+        """Yield a model with an adapter of all its linear layers, written as a model."""
+        base, adapter = self._adapted(size)
+        merge = _Merge(self, _FUSED, f"rank {RANK} into {size}", [base], "warm", adapter=adapter)
+        yield from self._of(merge, part="fuse")
+        if self.mergekit is not None:
+            row = replace(merge.row("fuse"), by="peft")
+            yield Job(row, merge.by_peft, lambda: merge.prepare(merge.theirs), rounds=1)
+        if size in LARGER:
+            base, adapter = self._adapted(LARGER[size])
+            name = f"rank {RANK} into a part of {LARGER[size]}"
+            part = _Part(self, _FUSED, name, [base], "sparse", adapter=adapter)
+            yield from self._of(part, part="fuse")
+
+    def _adapted(self, size: str) -> tuple[Path, Path]:
+        """Make a base and an adapter."""
+        self.say(f"making a model of size {size} and an adapter")
+        demo = make_demo(self.folder / f"{size}-adapted", size, spreads=())
+        return demo.models[0], make_adapter(demo, size, rank=RANK, modules=LINEAR)
+
     def _of(self, merge: _Merge, part: str = "merge") -> Iterator[Job]:
         row = merge.row(part)
         yield from self._floor(merge, row)
@@ -141,7 +167,7 @@ class Merges:
     def _floor(self, merge: _Merge, row: Row) -> Iterator[Job]:
         """Yield the floor of a merge, unless it has none; one that is alike has the same way."""
         first = merge.files_of(merge.models[0])
-        sizes = [path.stat().st_size for path in first]
+        sizes = merge.sizes
         outputs = [
             [self.folder / f"floor-{number}-{path.name}" for path in first]
             for number in range(merge.outputs)
@@ -188,6 +214,12 @@ class _Merge:
     swept: str | None = None
     tensors: int | None = None
     options: tuple[str, ...] = ()
+    adapter: Path | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each file of a model that is read."""
+        return [path.stat().st_size for path in self.files_of(self.models[0])]
 
     @property
     def outputs(self) -> int:
@@ -205,14 +237,17 @@ class _Merge:
         return sorted(model.glob("*.safetensors"))
 
     def row(self, part: str) -> Row:
-        size = sum(path.stat().st_size for path in self.files_of(self.models[0]))
+        size = sum(self.sizes)
         row = Row(part, self.name, "oxmerge", self.state, size * len(self.models), size)
         return replace(row, bytes_written=size * self.outputs, tensors=self.tensors)
 
     def recipe(self) -> Path:
         """Write the recipe, and return where it is."""
         path = self.bench.folder / f"{self.name.replace(' ', '-')}.yml"
-        path.write_text(self.case.recipe([str(each) for each in self.models]), encoding="utf-8")
+        models = [str(each) for each in self.models]
+        if self.adapter is not None:
+            models = [f"{each}+{self.adapter}" for each in models]
+        path.write_text(self.case.recipe(models), encoding="utf-8")
         return path
 
     def prepare(self, output: Path) -> None:
@@ -240,14 +275,59 @@ class _Merge:
             report["predicted_memory"],
         )
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What else the command line has."""
+        return ()
+
+    def by_peft(self) -> Taken:
+        assert self.bench.mergekit is not None
+        assert self.adapter is not None
+        taken = self.bench.mergekit.fuse(self.models[0], self.adapter, self.theirs)
+        said = _agreement(self.output, self.theirs)
+        self.bench.notes.append(f"{self.name}: beside PEFT, {said}")
+        shutil.rmtree(self.theirs)
+        return taken
+
     def by_mergekit(self) -> Taken:
         assert self.bench.mergekit is not None
-        taken = self.bench.mergekit.run(self.recipe(), self.theirs)
+        # It writes a model with its adapter first, and merges that.
+        written = self.bench.folder / "with-adapters"
+        flags = () if self.adapter is None else ("--lora-merge-cache", str(written))
+        taken = self.bench.mergekit.run(self.recipe(), self.theirs, *flags)
+        shutil.rmtree(written, ignore_errors=True)
         if not self.case.is_random:
             said = _agreement(self.output, self.theirs)
             self.bench.notes.append(f"{self.name}: beside mergekit, {said}")
         shutil.rmtree(self.theirs)
         return taken
+
+
+class _Part(_Merge):
+    """A merge of sparse files, of which one shard is made: others are left to other runs.
+
+    All of the model is planned, and the shard is made as one of all. Nothing is brought into the
+    page cache: the files have no bytes.
+    """
+
+    @cached_property
+    def shards(self) -> list[int]:
+        return [size for _, size in oxmerge.plan(self.recipe(), shard_size=SHARD).shards]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [max(self.shards)]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return ("--shard-size", str(SHARD), "--part", f"1/{len(self.shards)}")
+
+    def files_of(self, model: Path) -> list[Path]:
+        return super().files_of(model)[:1]
+
+    def prepare(self, output: Path) -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        os.sync()
 
 
 def _agreement(ours: Path, theirs: Path) -> str:

@@ -28,8 +28,11 @@ TITLES = {
     "sweep": "Sweeps: several outputs in one pass",
     "digests": "Merges with and without digests and a journal",
     "tensors": "Models of many tensors",
+    "fuse": "Adapters that are put into models",
 }
-OF_FILES = ("merge", "sweep", "digests", "tensors")
+OF_FILES = ("merge", "sweep", "digests", "tensors", "fuse")
+OTHERS = ("mergekit", "peft")
+"""Other programs that do the same."""
 _GIGA = 1e9
 _MOST_TICKS = 6
 
@@ -98,8 +101,10 @@ def _of_files(record: Record, part: str, rows: Sequence[Row]) -> Iterator[Panel]
         bars = tuple(map(_bar, alike, lines))
         title = f"{TITLES[part]}, {state} inputs: from the first open to the last fsync"
         yield Panel(title, bars, "floor" if any(bar.line for bar in bars) else None)
-    pairs = [(row, record.beside(row, "mergekit")) for row in merges]
-    both = [each for pair in pairs if pair[1] is not None for each in pair if each is not None]
+    both = []
+    for row in merges:
+        others = [found for by in OTHERS if (found := record.beside(row, by)) is not None]
+        both += [row, *others] if others else []
     if both:
         title = f"{TITLES[part]}: whole processes, from start to exit"
         yield Panel(title, tuple(map(_process_bar, both)))

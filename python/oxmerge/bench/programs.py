@@ -1,4 +1,4 @@
-"""Programs that are run as processes of their own, what they took, and mergekit as one of them."""
+"""Programs that are run as processes of their own, what they took; mergekit, and PEFT beside it."""
 
 from __future__ import annotations
 
@@ -99,18 +99,30 @@ def oxmerge(folder: Path, *arguments: str) -> Finished:
     return run_process(command, folder, {"OXMERGE_NO_PROGRESS": "1"})
 
 
+#: As its users put an adapter into a model: the base in bfloat16, on the CPU.
+_PEFT = """
+import sys, peft, torch, transformers
+base, adapter, output = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(output)
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Mergekit:
-    """mergekit in an environment of its own.
+    """mergekit in an environment of its own, and PEFT, which it depends on.
 
     Attributes
     ----------
+    python
+        The interpreter that has it.
     program
         Its command.
     version
         Its version.
     """
 
+    python: Path
     program: Path
     version: str
 
@@ -137,7 +149,7 @@ class Mergekit:
         program = path.with_name("mergekit-yaml")
         if version is None or not program.is_file():
             raise OxmergeError("this interpreter has no mergekit", file=python, advice=advice)
-        return cls(program, version)
+        return cls(path, program, version)
 
     def prepare(self, folder: Path) -> None:
         """Import everything once, so that no run pays for reading torch from the disk.
@@ -149,25 +161,40 @@ class Mergekit:
         """
         run_process([str(self.program), "--help"], folder)
 
-    def run(self, recipe: Path, output: Path) -> Taken:
-        """Merge once with default flags, and flush what it wrote: it does not.
+    def run(self, recipe: Path, output: Path, *flags: str) -> Taken:
+        """Merge once, with default flags but for these, and flush what it wrote: it does not.
 
         Raises
         ------
         UnavailableError
             If it fails, takes longer than `LIMIT`, or leaves no model.
         """
-        command = [str(self.program), str(recipe), str(output)]
-        done = run_process(command, recipe.parent, _OFFLINE, LIMIT)
-        if not any(output.glob("*.safetensors")):
-            raise UnavailableError("mergekit-yaml ended well, but left no model")
-        started = time.perf_counter()
-        for path in sorted(output.iterdir()):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        seconds = done.seconds + time.perf_counter() - started
-        return Taken(seconds, seconds, done.peak_memory)
+        return _run_and_flush([str(self.program), str(recipe), str(output), *flags], output)
+
+    def fuse(self, base: Path, adapter: Path, output: Path) -> Taken:
+        """Put an adapter into a model by PEFT, and flush what it wrote.
+
+        Raises
+        ------
+        UnavailableError
+            If there is none, it fails, takes longer than `LIMIT`, or leaves no model.
+        """
+        command = [str(self.python), "-c", _PEFT, str(base), str(adapter), str(output)]
+        return _run_and_flush(command, output)
+
+
+def _run_and_flush(command: Sequence[str], output: Path) -> Taken:
+    """Run another program, and flush the model that it wrote."""
+    done = run_process(command, output.parent, _OFFLINE, LIMIT)
+    if not any(output.glob("*.safetensors")):
+        raise UnavailableError(f"{Path(command[0]).name} ended well, but left no model")
+    started = time.perf_counter()
+    for path in sorted(output.iterdir()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    seconds = done.seconds + time.perf_counter() - started
+    return Taken(seconds, seconds, done.peak_memory)
 
 
 def _error_of(output: str) -> str | None:

@@ -15,7 +15,7 @@ from oxmerge.bench.cases import SPREADS, cases
 from oxmerge.bench.crew import Crews
 from oxmerge.bench.machine import Others, cores, describe, warnings_of
 from oxmerge.bench.measure import Job, UnavailableError, measure
-from oxmerge.bench.merges import EXPERTS, SWEEP_OUTPUTS, Merges
+from oxmerge.bench.merges import EXPERTS, LARGER, SHARD, SWEEP_OUTPUTS, Merges
 from oxmerge.bench.programs import LIMIT
 from oxmerge.bench.record import Record
 from oxmerge.bench.storage import storage_jobs
@@ -152,6 +152,8 @@ def _jobs(settings: Settings, merges: Merges) -> Iterator[Job]:
         yield from merges.of_digests(settings.size)
     if "tensors" in wanted:
         yield from merges.of_many_tensors()
+    if "fuse" in wanted:
+        yield from merges.of_adapters(settings.size)
 
 
 def thread_counts() -> list[int]:
@@ -171,6 +173,9 @@ def _check_disk(settings: Settings) -> None:
         needed += (1 + len(SPREADS) + outputs) * model_bytes(settings.size)
     if "tensors" in parts:
         needed += sum(10 * model_bytes(size) for size in EXPERTS)
+    if "fuse" in parts:
+        # The base, and outputs of the engine, the floor and another program, which writes two.
+        needed += max(5 * model_bytes(settings.size), 3 * SHARD * (settings.size in LARGER))
     status = os.statvfs(settings.directory)
     free = status.f_bavail * status.f_frsize
     if needed and free < needed + _SPARE_BYTES:
@@ -201,7 +206,7 @@ def _first_notes(settings: Settings, largest_cache: int | None) -> Iterator[str]
             "storage: writes are timed to the end of fsync, into a new file; cold: dropped from "
             "the page cache and checked to be gone from it; a host or a disk may still hold it"
         )
-    if {"merge", "sweep", "digests", "tensors"} & wanted:
+    if {"merge", "sweep", "digests", "tensors", "fuse"} & wanted:
         yield (
             "merges: floor and oxmerge from the first open to the last fsync, process seconds "
             "from start to exit; each merge is a process of its own, and its peak too"

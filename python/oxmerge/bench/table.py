@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from oxmerge.bench import PARTS
 from oxmerge.bench.compare import compare, remarks
-from oxmerge.bench.panels import OF_FILES, TITLES
+from oxmerge.bench.panels import OF_FILES, OTHERS, TITLES
 from oxmerge.bench.record import Row
 from oxmerge.sizes import format_size, three_digits
 
@@ -111,10 +111,11 @@ def sections(record: Record) -> Iterator[Section]:
             ours = [row for row in rows if row.by == "oxmerge"]
             size = "" if part == "tensors" else f": size {record.settings['size']}"
             yield _section(title + size, ours, _merge_columns(record, part))
-            both = [row for row in ours if record.beside(row, "mergekit") is not None]
-            if both:
-                title += ": whole processes, from start to exit"
-                yield _section(title, both, _process_columns(record))
+            for other in OTHERS:
+                both = [row for row in ours if record.beside(row, other) is not None]
+                if both:
+                    whole = f"{title}: whole processes, from start to exit"
+                    yield _section(whole, both, _process_columns(record, other))
         else:
             if part == "storage":
                 title += f": a file of {format_size(rows[0].bytes, binary=True)}"
@@ -191,9 +192,9 @@ def _merge_columns(record: Record, part: str) -> Columns:
     return columns
 
 
-def _process_columns(record: Record) -> Columns:
+def _process_columns(record: Record, by: str) -> Columns:
     def other(row: Row) -> Row:
-        return record.beside(row, "mergekit") or row
+        return record.beside(row, by) or row
 
     def rate(row: Row) -> str:
         return three_digits(row.bytes / row.process_median / _GIGA)
@@ -201,12 +202,12 @@ def _process_columns(record: Record) -> Columns:
     return {
         "merge": lambda row: row.name,
         "oxmerge s": lambda row: three_digits(row.process_median),
-        "mergekit s": lambda row: three_digits(other(row).process_median),
-        "mergekit ×": lambda row: f"{other(row).process_median / row.process_median:.1f}",
+        f"{by} s": lambda row: three_digits(other(row).process_median),
+        f"{by} ×": lambda row: f"{other(row).process_median / row.process_median:.1f}",
         "oxmerge GB/s": rate,
-        "mergekit GB/s": lambda row: rate(other(row)),
+        f"{by} GB/s": lambda row: rate(other(row)),
         "oxmerge peak": lambda row: _memory_size(row.peak_memory),
-        "mergekit peak": lambda row: _memory_size(other(row).peak_memory),
+        f"{by} peak": lambda row: _memory_size(other(row).peak_memory),
     }
 
 

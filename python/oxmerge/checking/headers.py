@@ -233,11 +233,24 @@ def _look_at_layers(model: InputModel, tensors: list[TensorInfo], found: Found) 
             ),
         )
     shapes: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
+    beyond: dict[tuple[str, int], list[str]] = {}
     for tensor in tensors:
         place = layout.place(tensor.name)
-        if place is not None and not place.is_extra:
+        if place is None:
+            continue
+        if place.is_extra:
+            beyond.setdefault((place.stack.prefix, place.layer), []).append(place.rest)
+        else:
             of_layers = shapes.setdefault((place.stack.prefix, place.rest), {})
             of_layers[place.layer] = tuple(tensor.shape)
+    for (prefix, layer), rests in beyond.items():
+        # One that predicts further tokens has tensors that others lack, and belongs there.
+        if all((prefix, rest) in shapes for rest in rests):
+            message = "a layer beyond those that the config counts, which loaders leave out"
+            names = [f"{prefix}.{layer}.{rest}" for rest in rests]
+            expected = f"{layout.stacks[prefix].depth} layers"
+            advice = "compare `config.json` with that of the model it was made from"
+            found.warnings.append(about("config-size", message, names, advice, expected=expected))
     for (prefix, rest), of_layers in shapes.items():
         _look_at_layers_of(prefix, rest, of_layers, layout.stacks[prefix].depth, found)
 
@@ -286,7 +299,7 @@ def _look_at_head(model: InputModel, found: Found) -> None:
 
 def _look_at_tokens(model: InputModel, found: Found) -> None:
     embedding = embedding_of(model)
-    files = token_files(folder_beside(model.path))
+    files = token_files(model.tokenizer_folder)
     if embedding is None or not files:
         return
     rows = embedding.shape[0]

@@ -6,6 +6,7 @@ written, and never is in memory as a whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import stat
 from dataclasses import dataclass
 
 from oxmerge.errors import PlanError
-from oxmerge.json_files import open_at_once
+from oxmerge.json_files import naming, open_at_once
 from oxmerge.options import check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, MANIFEST_VERSION
 from oxmerge.schema import DTYPE_SIZES
@@ -72,6 +73,8 @@ class Manifest:
         The text of the recipe.
     files : dict of str to int
         The weight files, and their sizes.
+    beside : dict of str to (int, str)
+        Files beside them, with size and SHA-256.
     tensors : dict of str to Listed
         The output tensors, in the plan's order.
     """
@@ -83,6 +86,7 @@ class Manifest:
     shard_size: int
     recipe: str
     files: dict[str, int]
+    beside: dict[str, tuple[int, str]]
     tensors: dict[str, Listed]
 
 
@@ -96,7 +100,7 @@ def read_manifest(folder: str) -> Manifest:
     """
     path = os.path.join(folder, MANIFEST_NAME)
     try:
-        with open(path, "rb", opener=open_at_once) as file:
+        with naming(path), open(path, "rb", opener=open_at_once) as file:
             return _read(file)
     except FileNotFoundError:
         message = f"there is no manifest, `{MANIFEST_NAME}`"
@@ -112,18 +116,26 @@ def read_manifest(folder: str) -> Manifest:
 def _read(file: IO[bytes]) -> Manifest:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise ValueError("it is not a regular file")
-    head = _read_head(file)
+    lines = _Lines(file)
+    head = _read_head(lines)
+    version = _of(head, "oxmerge_manifest", int)
+    if version != MANIFEST_VERSION:
+        raise ValueError(f"it is of version {version}, and this oxmerge reads {MANIFEST_VERSION}")
     tensors: dict[str, Listed] = {}
-    for line in iter(lambda: _line(file), "]"):
+    for line in iter(lines.next, "],"):
         name, listed = _listed(json.loads(line.removesuffix(",")))
         if name in tensors or len(tensors) == _MOST_TENSORS:
             raise ValueError(f"tensor `{name}` is there twice, or there are too many")
         tensors[name] = listed
-    version = _of(head, "oxmerge_manifest", int)
-    if version != MANIFEST_VERSION:
-        raise ValueError(f"it is of version {version}, and this oxmerge reads {MANIFEST_VERSION}")
+    found = lines.digest.hexdigest()
+    if [lines.next(), lines.next(), file.read(1)] != [f'"sha256": "{found}"', "}", b""]:
+        raise ValueError("its own SHA-256 is another: it was changed after it was written")
     numerics = _of(head, "numerics", dict)
     files = {_of(each, "name", str): _of(each, "size", int) for each in _of(head, "files", list)}
+    beside = {
+        _of(each, "name", str): (_of(each, "size", int), _of(each, "sha256", str))
+        for each in _of(head, "beside", list)
+    }
     return Manifest(
         oxmerge=_of(head, "oxmerge", str),
         numerics={key: value for key, value in numerics.items() if type(value) is int},
@@ -132,30 +144,39 @@ def _read(file: IO[bytes]) -> Manifest:
         shard_size=parse_size(_of(head, "shard_size", int)),
         recipe=_of(head, "recipe", str),
         files=files,
+        beside=beside,
         tensors=tensors,
     )
 
 
-def _read_head(file: IO[bytes]) -> dict[str, Any]:
+def _read_head(lines: _Lines) -> dict[str, Any]:
     """Return all that stands before the list of tensors."""
-    lines: list[str] = []
+    texts: list[str] = []
     size = 0
-    for line in iter(lambda: _line(file), _TENSORS):
-        lines.append(line)
+    for line in iter(lines.next, _TENSORS):
+        texts.append(line)
         size += len(line)
         if size > _MOST_HEAD:
             raise ValueError("it says too much before the tensors")
-    head = json.loads("\n".join(lines).removesuffix(",") + "}")
+    head = json.loads("\n".join(texts).removesuffix(",") + "}")
     if not isinstance(head, dict):
         raise TypeError("it is no object")
     return head
 
 
-def _line(file: IO[bytes]) -> str:
-    line = file.readline(_LONGEST_LINE)
-    if not line.endswith(b"\n"):
-        raise ValueError("it ends too early, or a line is too long")
-    return line.decode().strip()
+class _Lines:
+    """The lines of a file, and the digest of those that were read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def next(self) -> str:
+        line = self._file.readline(_LONGEST_LINE)
+        if not line.endswith(b"\n"):
+            raise ValueError("it ends too early, or a line is too long")
+        self.digest.update(line)
+        return line.decode().strip()
 
 
 def _listed(entry: object) -> tuple[str, Listed]:

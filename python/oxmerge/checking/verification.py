@@ -7,9 +7,13 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from dataclasses import dataclass, field
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,19 +22,24 @@ from oxmerge.arrays.views import numpy_dtype
 from oxmerge.checking.headers import Found, look
 from oxmerge.checking.manifests import read_manifest
 from oxmerge.checking.measuring import BROKEN, Running, open_models, reported
-from oxmerge.errors import PlanError, UnsupportedError
-from oxmerge.merging import prepare
+from oxmerge.errors import OutputError, PlanError, UnsupportedError
+from oxmerge.json_files import NO_FILE, naming, open_at_once
+from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, check_seed
+from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
+from oxmerge.options import PlanOptions, RunOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
+from oxmerge.output.side_files import is_loadable_weight
 from oxmerge.problems import Findings, Problem, group_problems
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.schema import DTYPE_SIZES
+from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from io import BufferedReader
     from typing import Any
 
     from oxmerge.checking.manifests import Manifest
@@ -46,6 +55,8 @@ __all__ = ["Deviation", "Verification", "verify"]
 #: Of the JSON form: it changes when a key goes or means something else.
 SCHEMA = 1
 _HASH_BYTES = 32
+#: How the header of a weight file of a merge begins, behind its length.
+_LENGTH, _BEGINS = 8, b'{"__metadata__":{"format":"pt"}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +182,9 @@ def verify(  # noqa: PLR0913 - the options of the command, keyword only
     threads: int | None = None,
     progress: Progress = None,
 ) -> Verification:
-    """Return whether an output of a merge is what was made. Writes nothing.
+    """Return whether an output of a merge is what was made. Writes nothing that stays.
+
+    Of a recipe of several merges, those that come first are made again in the temporary directory.
 
     Parameters
     ----------
@@ -184,6 +197,7 @@ def verify(  # noqa: PLR0913 - the options of the command, keyword only
         What it was made by, for `recompute`; unless given, what the manifest says.
     sample : float
         Which share of the bytes to look at, above 0 and up to 1: whole tensors, chosen by `seed`.
+        Methods that need numbers over the whole model read all inputs for those.
     seed : int
         Chooses the sample; and, with a `recipe`, is the one that the merge had.
     allow_methods : iterable of str
@@ -201,6 +215,8 @@ def verify(  # noqa: PLR0913 - the options of the command, keyword only
     RecipeError, PlanError
         If it cannot be checked, and why: no manifest, one without digests, inputs that are gone or
         others than then.
+    OutputError
+        If the temporary directory has no room for what earlier merges make.
     MemoryBudgetError, InputChangedError, OSError
         As for `oxmerge.merge`.
     """
@@ -282,19 +298,64 @@ class _Work:
                 self.deviations.append(Deviation(name, expected.hex(), digest.hex()))
 
     def _compare_files(self, manifest: Manifest) -> None:
+        """Compare the files that are there with those of a manifest; tensors come later."""
         for name, size in manifest.files.items():
-            # A name with a separator would be a file elsewhere.
-            path = os.path.join(self.folder, os.path.basename(name))
-            try:
-                found = os.stat(path).st_size
-            except (OSError, ValueError):  # a name may hold what no path can
-                continue  # told when the checkpoint is opened
-            if found != size or name != os.path.basename(name):
-                message = f"a file has another size than `{MANIFEST_NAME}` says"
-                problem = Problem(
-                    "output-differs", message, file=path, expected=str(size), found=str(found)
-                )
-                self.problems.append(problem)
+            self._compare_file(name, size, None)
+        for name, (size, digest) in manifest.beside.items():
+            self._compare_file(name, size, digest)
+        made = {*manifest.files, *manifest.beside}
+        with os.scandir(self.folder) as entries:
+            names = sorted(entry.name for entry in entries)
+        for name in names:
+            if is_loadable_weight(name) and name not in made:
+                message = "a file of weights that was not made: a loader may take it"
+                self._report_file(name, message, advice="move it away")
+
+    def _compare_file(self, name: str, size: int, digest: str | None) -> None:
+        """Compare a file by size, and by digest or, if it has tensors, by how its header begins."""
+        # A name that leads out of the directory would be a file elsewhere.
+        path = os.path.join(self.folder, name)
+        if os.path.isabs(name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            self._report_file(name, f"`{MANIFEST_NAME}` tells of a file that is not in the output")
+            return
+        try:
+            folder = os.path.dirname(os.path.realpath(path))
+            with naming(path), open(path, "rb", opener=open_at_once) as file:
+                status = os.fstat(file.fileno())
+                is_same = status.st_size == size and stat.S_ISREG(status.st_mode)
+                found = _digest(file, digest) if is_same else None
+        except ValueError:  # a name may hold what no path can
+            self._report_file(name, f"`{MANIFEST_NAME}` tells of a file that cannot be there")
+            return
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            self._report_file(name, "a file that was made is not there")
+            return
+        if not is_same:
+            message = f"a file has another size than `{MANIFEST_NAME}` says"
+            self._report_file(name, message, expected=str(size), found=str(status.st_size))
+        elif found is not None and found != digest:
+            self._report_file(name, "a file is not what was made", expected=digest, found=found)
+        elif os.path.islink(path) and os.path.basename(folder) != "blobs":  # as in the Hub's cache
+            message = "a file is a link, and was made as a file: what it leads to may change"
+            self._report_file(name, message, found=folder)
+
+    def _report_file(
+        self,
+        name: str,
+        message: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        path = os.path.join(self.folder, name)
+        self.problems.append(
+            Problem(
+                "output-differs", message, file=path, expected=expected, found=found, advice=advice
+            )
+        )
 
     def _open(self) -> InputModel | None:
         """Return the output, opened; None if it is so broken that it cannot be."""
@@ -379,10 +440,25 @@ class _Work:
     def recompute(self, recipe: Request | None, allowed: tuple[str, ...]) -> None:
         """Make the tensors again, and compare their bytes."""
         self.how = "recomputed"
+        manifest = None
         if recipe is None:
-            plan = self._plan_of(read_manifest(self.folder), allowed)
-        else:
-            plan = self._prepared(recipe, self.seed, DEFAULT_SHARD_SIZE, allowed)
+            manifest = read_manifest(self.folder)
+            self._compare_files(manifest)
+            # Models lie where they lay then, or beside the output.
+            beside = os.path.dirname(os.path.abspath(self.folder))
+            recipe = Recipe.from_text(manifest.recipe, folder=beside)
+        options = PlanOptions(
+            seed=(self.seed or None) if manifest is None else check_seed(manifest.seed),
+            shard_size=None if manifest is None else manifest.shard_size,
+            # What was merged once may be merged again.
+            allow_mismatch=True,
+            ignore_unknown=True,
+            allow_methods=allowed,
+            with_side_files=False,
+        )
+        plan = prepare(recipe, options)
+        if manifest is not None and not plan.stages:
+            self._check_plan(plan, manifest)
         model = self._open()
         if model is None:
             return
@@ -391,11 +467,59 @@ class _Work:
         numbers = {name: at for at, (name, _, _) in enumerate(listed)}
         chosen = self._choose(model, [(name, found[name]) for name in numbers if name in found])
         pairs = [(numbers[name], at) for name, at in chosen]
+        with contextlib.ExitStack() as stack:
+            if plan.stages:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="oxmerge-"))
+                plan = self._after_stages(plan, options, folder)
+                if manifest is not None:
+                    self._check_plan(plan, manifest)
+            self._compare_bytes(plan, model, pairs)
+
+    def _after_stages(self, plan: Plan, options: PlanOptions, folder: str) -> Plan:
+        """Make what earlier merges made, below `folder`; return the plan of the last one."""
+        needed, free = sum(stage.disk for stage in plan.stages), shutil.disk_usage(folder).free
+        if needed > free:
+            raise OutputError(
+                "there is no room for what the earlier merges make, which is made again first",
+                file=folder,
+                expected=f"{format_size(needed)} free",
+                found=format_size(free),
+                advice="set `TMPDIR` to a folder on a larger disk",
+            )
+        # Tokenizers and configs of theirs are read by the later ones.
+        planning = replace(options, with_side_files=True)
+        running = RunOptions(
+            self.running.memory,
+            self.running.threads,
+            progress=self.running.progress,
+            digests=False,
+            resume=False,
+        )
+        places, _ = merge_stages(plan, folder, planning, running)
+        names = ", ".join(f"`{name}`" for name in places)
+        self.notes.append(f"made again first, and removed: {names}, {format_size(needed)}")
+        return prepare(plan.recipe, options, places)
+
+    def _compare_bytes(
+        self, plan: Plan, model: InputModel, pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Make tensors of a plan, and compare each with one of the output: pairs of numbers."""
+        of_all = len(pairs) < len(plan.table) and plan.table.needs_all()
+        if of_all:
+            self.notes.append(
+                "the method needs numbers over the whole model: all inputs were read for those"
+            )
         files = plan.table.files
-        used = (files[each] for each in plan.table.files_of([at for at, _ in pairs]))
-        absent = [file for file in used if file.get("remote")]
+        used = plan.table.files_of(None if of_all else [at for at, _ in pairs])
+        absent = [files[each] for each in used if files[each].get("remote")]
+        absent = [file for file in absent if not is_streamed(file, stream=False)]
         table = plan.table.placed(fetch(absent)) if absent else plan.table
-        with reported(self.running, plan.bytes_read) as report:
+        folder = tempfile.gettempdir()  # nothing is written beside the output
+        size, tensors = spool_bytes(None, folder), [at for at, _ in pairs]
+        with (
+            reported(self.running, plan.bytes_read) as report,
+            streamed([table], size, folder, tensors, whole=of_all) as fetcher,
+        ):
             differing = _core.compare_outputs(
                 table,
                 model.checkpoint,
@@ -403,19 +527,17 @@ class _Work:
                 memory=self.running.room,
                 threads=self.running.threads,
                 progress=report,
+                spool=None if fetcher is None else fetcher.spool,
+                beside=0 if fetcher is None else RESIDENT,
             )
         for at, first, elements, expected, there in differing:
-            name, dtype, shape = listed[at]
-            index = tuple(int(each) for each in np.unravel_index(first, shape))
-            wanted, seen = (_value(bits, dtype) for bits in (expected, there))
-            self.deviations.append(Deviation(name, wanted, seen, index, elements))
+            tensor = plan.tensors[at]
+            index = tuple(int(each) for each in np.unravel_index(first, tuple(tensor.shape)))
+            wanted, seen = (_value(bits, tensor.dtype) for bits in (expected, there))
+            self.deviations.append(Deviation(tensor.name, wanted, seen, index, elements))
 
-    def _plan_of(self, manifest: Manifest, allowed: tuple[str, ...]) -> Plan:
-        """Return the plan that a manifest tells of."""
-        # Models lie where they lay then, or beside the output.
-        beside = os.path.dirname(os.path.abspath(self.folder))
-        recipe = Recipe.from_text(manifest.recipe, folder=beside)
-        plan = self._prepared(recipe, manifest.seed, manifest.shard_size, allowed)
+    def _check_plan(self, plan: Plan, manifest: Manifest) -> None:
+        """Raise PlanError unless a plan is the one that a manifest tells of."""
         if plan_digest(plan) != manifest.plan:
             raise PlanError(
                 "the recipe gives another plan than the one that the manifest tells of",
@@ -425,25 +547,14 @@ class _Work:
                 advice="models are others than then, or another version of oxmerge made it: see "
                 "`inputs` there; to compare all the same, name the recipe: `--recipe RECIPE`",
             )
-        return plan
 
-    def _prepared(
-        self, recipe: Request, seed: int, shard_size: int, allowed: tuple[str, ...]
-    ) -> Plan:
-        options = PlanOptions(
-            seed=check_seed(seed),
-            shard_size=shard_size,
-            # What was merged once may be merged again.
-            allow_mismatch=True,
-            ignore_unknown=True,
-            allow_methods=allowed,
-            with_side_files=False,
-        )
-        plan = prepare(recipe, options)
-        if plan.stages:
-            message = "not supported yet: computing again a recipe of several merges"
-            raise PlanError(message, advice="`oxmerge verify` without `--recompute` checks digests")
-        return plan
+
+def _digest(file: BufferedReader, expected: str | None) -> str | None:
+    """Return the SHA-256 of a file if one is expected; else how its header begins, if amiss."""
+    if expected is not None:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    begins = file.read(_LENGTH + len(_BEGINS))[_LENGTH:]
+    return None if begins == _BEGINS else begins.decode(errors="replace")
 
 
 def _size(dtype: str, shape: Iterable[int]) -> int:

@@ -112,7 +112,7 @@ def _mergekit(options: Namespace) -> Mergekit | None:
 
     if options.against is None:
         return None
-    if options.only is not None and not {"merge", "tensors"} & set(options.only):
+    if options.only is not None and not {"merge", "tensors", "fuse"} & set(options.only):
         raise UsageError("`--against` compares merges, and `--only` leaves them out")
     return Mergekit.find(options.against)
 

@@ -28,6 +28,37 @@ if TYPE_CHECKING:
 def add_arguments(parser: Parser) -> None:
     """Add the options of this verb."""
     add_run_options(parser)
+    add_part_options(parser)
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const=True,
+        help="make parts on a Ray cluster; write it behind OUT",
+    )
+    parser.add_argument(
+        "--parts", type=positive, metavar="N", help="with --ray: how many (two for each node)"
+    )
+    mergekit.add_options(parser)
+    parser.add_argument(
+        "directory", metavar="OUT", help="the output directory: new or empty; or s3:// or gs://"
+    )
+
+
+def run(options: Namespace, printer: Printer, engine: Engine) -> int:
+    """Merge and tell how it went."""
+    settings = run_options(options)
+    settings |= part_options(options)
+    for note in mergekit.notes(options):
+        printer.say(f"note: {note}")
+    with show_progress(printer) as progress:
+        report = engine.merge(options.recipe, options.directory, **settings, progress=progress)
+    tell(report, printer)
+    return 0
+
+
+def add_part_options(parser: Parser) -> None:
+    """Add the options of a part."""
     parser.add_argument(
         "--part",
         type=part,
@@ -45,36 +76,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="SECONDS",
         help="with --part: how long to wait for numbers that other parts find (600)",
     )
-    parser.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        nargs="?",
-        const=True,
-        help="make parts on a Ray cluster; write it behind OUT",
-    )
-    parser.add_argument(
-        "--parts", type=positive, metavar="N", help="with --ray: how many (two for each node)"
-    )
-    mergekit.add_options(parser)
-    parser.add_argument("directory", metavar="OUT", help="the output directory: new or empty")
 
 
-def run(options: Namespace, printer: Printer, engine: Engine) -> int:
-    """Merge and tell how it went."""
-    settings = run_options(options)
-    settings |= _parts(options)
-    for note in mergekit.notes(options):
-        printer.say(f"note: {note}")
-    with show_progress(printer) as progress:
-        report = engine.merge(options.recipe, options.directory, **settings, progress=progress)
-    tell(report, printer)
-    return 0
-
-
-def _parts(options: Namespace) -> dict[str, Any]:
+def part_options(options: Namespace) -> dict[str, Any]:
     """Return what is asked for about parts, without what is not given."""
     names = ("part", "wait", "ray", "parts")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     if {"part", "ray"} & given.keys() and (options.no_digests or options.no_resume):
         raise UsageError(
             "parts need digests and the journal: others learn from them what is made",

@@ -65,6 +65,28 @@ def watched(
 
 
 @contextmanager
+def watched_download() -> Iterator[Callable[[int, int, str], None] | None]:
+    """Yield what shows a download in a terminal or a notebook, or None where nobody watches.
+
+    It takes the bytes that have come, all of them, and what comes at the moment.
+    """
+    if not (_is_notebook() or sys.stderr.isatty()):
+        yield None
+        return
+    from oxmerge import _core  # noqa: PLC0415 - only where someone watches
+    from oxmerge.cli.printer import Printer  # noqa: PLC0415 - as above
+    from oxmerge.merging import Snapshot  # noqa: PLC0415 - as above
+
+    with show_progress(Printer()) as callback:
+
+        def show(fetched: int, to_fetch: int, current: str) -> None:
+            assert callback is not None
+            callback(Snapshot(0, 0, 0, 0, current, _core.peak_memory(), fetched, to_fetch))
+
+        yield None if callback is None else show
+
+
+@contextmanager
 def show_progress(printer: Printer) -> Iterator[Progress | None]:
     """Yield the callback that shows progress, or None where nobody wants it."""
     if printer.quiet or os.environ.get("OXMERGE_NO_PROGRESS"):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS
-
 from oxmerge.cli.arguments import Parser, UsageError, add_run_options, run_options
-from oxmerge.cli.merge import summary
+from oxmerge.cli.merge import add_part_options, part_options, summary
 from oxmerge.cli.progress import show_progress
 
 TYPE_CHECKING = False
@@ -35,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
         "or =0.1,0.5; in brackets is the end of a model's path, or its position in the list, from "
         "0; given several times, every combination",
     )
-    parser.add_argument("--part", help=SUPPRESS)
+    add_part_options(parser)
     parser.add_argument(
         "--together", action="store_true", help="vary all in step, not in every combination"
     )
@@ -43,12 +41,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     """Merge and tell how it went."""
-    if options.part is not None:
-        raise UsageError(
-            "a sweep cannot be made in parts yet", "merge each of its outputs in parts instead"
-        )
     axes = _axes(options.axes)
-    settings = run_options(options)
+    settings = run_options(options) | part_options(options)
     with show_progress(printer) as progress:
         reports = engine.sweep(
             options.recipe,

@@ -22,6 +22,8 @@ __all__ = ["AdapterConfig", "endings", "read_adapter_config"]
 
 FILE_NAME = "adapter_config.json"
 
+#: Types of adapters: products, and rows of embeddings alone.
+_KINDS = ("LORA", "TRAINABLE_TOKENS")
 #: Ways of starting that change the base: the adapter is the difference from what it became.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 #: Variants that are no sum of products over the base, by the key that turns them on.
@@ -44,7 +46,8 @@ _KNOWN = frozenset((
     "nvfp4_merge_aware", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
     "trainable_token_indices", "use_dora", "use_rslora", "velora_config", "lora_B_layout",
-    "unsloth_fused_expert_lora", "enable_lora", "enable_conv_lora", "merge_weights", *_VARIANTS,
+    "token_indices", "init_weights", "unsloth_fused_expert_lora", "enable_lora",
+    "enable_conv_lora", "merge_weights", *_VARIANTS,
 ))  # fmt: skip
 #: More letters than any pattern of a module has, and more repetitions in one: matching takes time
 #: that grows with the length of a name to the power of their number.
@@ -119,7 +122,7 @@ class AdapterConfig:
 
     def token_indices(self, module: str) -> object:
         """Return the rows of an embedding that are trained, as they stand there."""
-        said = self.raw.get("trainable_token_indices")
+        said = self.raw.get("trainable_token_indices", self.raw.get("token_indices"))
         if not isinstance(said, dict):
             return said
         return next((said[name] for name in endings(module) if name in said), None)
@@ -185,7 +188,7 @@ def read_adapter_config(folder: str, findings: Findings) -> AdapterConfig | None
 def _refused(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str]]:
     merged = "merge it with PEFT (`merge_and_unload`), and name the result"
     kind = raw.get("peft_type")
-    if not isinstance(kind, str) or kind.upper() != "LORA":
+    if not isinstance(kind, str) or kind.upper() not in _KINDS:
         called = f"`{shorten(str(kind))}`"
         yield UNSUPPORTED, f"not supported yet: adapters of type {called}", None, merged
         return

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from oxmerge.errors import OxmergeError
-from oxmerge.models.adapter_config import endings, read_adapter_config
+from oxmerge.models.adapter_config import FILE_NAME, endings, read_adapter_config
 from oxmerge.models.names import is_head, is_vocabulary
 from oxmerge.models.naming import known_rules
 from oxmerge.models.references import open_located
@@ -39,8 +39,17 @@ if TYPE_CHECKING:
     Factor = tuple[tuple[int, str], int, int, int]
     Term = tuple[tuple[int, int], int, float, Factor, Factor | None]
 
-__all__ = ["Adapted", "Adapter", "adapt", "kind_of", "open_adapter"]
+__all__ = ["WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter"]
 
+#: What the weights of an adapter are called: the first that is there counts.
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+#: Weights of a model: a folder that has them is no adapter's.
+_OF_MODELS = tuple(
+    f"{name}{end}"
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for end in ("", ".index.json")
+)
 #: What a module's name begins with in PEFT's files, and what wrappers put into it.
 _LEADS = ("base_model.model.", "module.")
 _NOISE = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -52,7 +61,7 @@ _ENDINGS = (
     ("embedding A", re.compile(r"(.*)\.lora_embedding_A(?:\.[^.]+)?")),
     ("embedding B", re.compile(r"(.*)\.lora_embedding_B(?:\.[^.]+)?")),
     ("magnitude", re.compile(r"(.*)\.lora_magnitude_vector(?:\.[^.]+)*")),
-    ("rows", re.compile(r"(.*)\.token_adapter\.trainable_tokens_delta")),
+    ("rows", re.compile(r"(.*?)(?:\.token_adapter)?\.trainable_tokens_delta")),
 )
 _LORA_WORD = re.compile(r"lora_|trainable_tokens|\.hada_|\.lokr_|\.ia3_|\.oft_|\.vera_")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
@@ -112,10 +121,22 @@ class Adapted:
         Its tensors.
     config : dict
         Its config, with what the adapters change of it.
+    tokens : int, optional
+        The number of the adapter whose rows its vocabulary has: its tokens are those of the model.
     """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
+    tokens: int | None = None
+
+    def has_other_rows(self, base: Checkpoint) -> bool:
+        """Tell whether its vocabulary has more or fewer rows than the model's without adapters."""
+        pairs = ((base.get(name), self.checkpoint.get(name)) for name in base.names())
+        return any(
+            is_vocabulary(one.name) and tuple(one.shape) != tuple(other.shape)
+            for one, other in pairs
+            if one is not None and other is not None
+        )
 
 
 @dataclass
@@ -136,16 +157,24 @@ class _Change:
     rows: tuple[tuple[int, str], list[tuple[int, int]]] | None = None
 
 
+def is_adapter(located: Located) -> bool:
+    """Tell whether a folder holds an adapter, and no model."""
+
+    def has(name: str) -> bool:
+        return name in located.absent or os.path.isfile(os.path.join(located.path, name))
+
+    return has(FILE_NAME) and any(map(has, WEIGHTS)) and not any(map(has, _OF_MODELS))
+
+
 def open_adapter(located: Located, findings: Findings) -> Adapter | None:
     """Return the adapter in a folder, or None after reporting why it cannot be used."""
     config = read_adapter_config(located.path, findings)
     if config is None:
         return None
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    files = [os.path.join(located.path, name) for name in names]
+    files = [os.path.join(located.path, name) for name in WEIGHTS]
     there = (
         file
-        for name, file in zip(names, files, strict=True)
+        for name, file in zip(WEIGHTS, files, strict=True)
         if name in located.absent or os.path.exists(file)
     )
     file = next(there, files[0])
@@ -200,6 +229,7 @@ def adapt(
     job = _Adapting(base, config, findings)
     for number, (adapter, weight) in enumerate(adapters):
         _OneAdapter(job, adapter, number, weight).run()
+    job.check_vocabulary(adapters)
     if len(findings.problems) > before:
         return None
     changed = [
@@ -213,7 +243,7 @@ def adapt(
     except OxmergeError as error:
         findings.problems.append(error.as_problem("adapter"))
         return None
-    return Adapted(checkpoint, job.new_config())
+    return Adapted(checkpoint, job.new_config(), job.tokens)
 
 
 class _Adapting:
@@ -229,6 +259,7 @@ class _Adapting:
         self.copied: dict[str, str] = {}
         self.replaced: dict[str, tuple[int, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.tokens: int | None = None
         self.is_tied = any(
             part.get("tie_word_embeddings") is True for part in (config, *_parts_of(config))
         )
@@ -256,6 +287,27 @@ class _Adapting:
         """Return what becomes of a tensor, to add to; None if adapters see it in other rows."""
         change = self.changes.setdefault(name, _Change(columns))
         return change if change.columns == columns else None
+
+    def check_vocabulary(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Report an adapter that has rows for new tokens in one of two tensors."""
+        tables = [name for name in self.names if is_vocabulary(name) and name.endswith("weight")]
+        tables += [name for name in self.replaced if is_head(name) and name not in self.known]
+        rows = {name: self.shape(name)[0] for name in tables if len(self.shape(name)) == _TABLE}
+        was = {each.shape[0] for name in tables if (each := self.base.get(name)) is not None}
+        grown = [name for name in rows if name in self.replaced and rows[name] not in was]
+        if grown and len({*rows.values()}) > 1:
+            number, tensor = self.replaced[grown[0]]
+            self.findings.problems.append(
+                Problem(
+                    "adapter",
+                    "an adapter has rows for new tokens, and another vocabulary tensor has none",
+                    file=adapters[number][0].path,
+                    tensor=tensor,
+                    expected=f"{rows[grown[0]]} rows in all of them",
+                    found=", ".join(f"{count} in `{name}`" for name, count in rows.items()),
+                    advice=_ANEW + " with `save_embedding_layers=True`",
+                )
+            )
 
     def new_config(self) -> dict[str, Any]:
         """Return the config for the tokens that embeddings have a row for, and for their head."""
@@ -490,11 +542,19 @@ class _OneAdapter:
         job, shape = self.job, tuple(tensor.shape)
         if not job.is_known(name):
             return  # which is reported
-        if self.weight != 1:
+        # What is beside a pair is the model's own, of which PEFT keeps a copy: it has no weight.
+        is_copy = ".base_layer." in tensor.name
+        if self.weight != 1 and not is_copy:
             message = "an adapter that replaces tensors cannot be taken in part"
             self._fault(message, tensor, "weight 1", f"{self.weight:g}", "give it the weight 1")
             return
         if name in job.replaced or name in job.changes:
+            if is_copy and shape == job.shape(name):
+                message = "a second adapter has a copy of a tensor of the model, which is not used"
+                self.findings.warnings.append(
+                    Problem("adapter", message, file=self.adapter.path, tensor=tensor.name)
+                )
+                return
             self._fault(
                 "two adapters change a tensor, and one of them replaces it", tensor, advice=_APART
             )
@@ -512,6 +572,8 @@ class _OneAdapter:
             return
         if (tied := job.tied_to(name)) is not None:
             job.copied.setdefault(name, tied)
+        if is_vocabulary(name) and (shape != was or not is_copy):
+            job.tokens = self.number
         job.replaced[name] = (self.number, tensor.name)
         job.shapes[name] = shape
 
@@ -705,6 +767,7 @@ class _OneAdapter:
             message = "an adapter that replaces rows cannot be taken in part"
             self._fault(message, tensor, "weight 1", f"{self.weight:g}", "give it the weight 1")
             return
+        self.job.tokens = self.number
         change = self._change(name, shape[1], tensor)
         if change is not None:
             change.rows = ((self.number, tensor.name), sorted(zip(indices, range(len(indices)))))  # noqa: B905

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from oxmerge.arrays.views import kind_of, numpy_dtype
+from oxmerge.cli.progress import watched_download
 from oxmerge.models.fetching import fetch
 from oxmerge.models.hub_cache import HubName
 from oxmerge.models.references import (
@@ -170,7 +171,8 @@ class OpenCheckpoint(Mapping[str, Any]):
         file = self._files[tensor.file]
         if not is_streamed(file, stream=False) or self._closed:
             return self._map(tensor.file), tensor.start
-        memory = read_whole(remote_file(file), tensor.start, tensor.start + size)
+        with watched_download() as show:
+            memory = read_whole(remote_file(file), tensor.start, tensor.start + size, show)
         return memory if self._kind == "torch" else memoryview(memory).toreadonly(), 0
 
     def _map(self, file: int) -> Any:
@@ -186,7 +188,8 @@ class OpenCheckpoint(Mapping[str, Any]):
         """Download a file that is not here."""
         described = self._files[file]
         if "remote" in described:
-            self._checkpoint = self._checkpoint.placed(fetch([described]))
+            with watched_download() as show:
+                self._checkpoint = self._checkpoint.placed(fetch([described], show))
             self._files[:] = self._checkpoint.files
 
 

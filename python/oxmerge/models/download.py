@@ -26,7 +26,7 @@ def main() -> None:
     """Download what the job says, up to the first file that cannot be had."""
     # An interrupt ends a download so that the library removes what is unfinished. In the background
     # of a script it would be ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     for file in job["files"]:
@@ -34,6 +34,13 @@ def main() -> None:
         print(json.dumps({"label": file["label"], **done}), flush=True)  # noqa: T201 - see above
         if "path" not in done:
             break
+
+
+def _interrupt(*_: object) -> None:
+    # One may come from the terminal, from who started this, and from the end of the input: but for
+    # the first they would end the removing.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _end_with_input() -> None:

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from oxmerge.errors import InputChangedError, RemoteError, UnsupportedError
 from oxmerge.models import hub
 from oxmerge.models.hub_cache import Commit, cache_folder
-from oxmerge.models.stores import is_address
+from oxmerge.models.stores import fetch_adapter, is_address
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["check_space", "fetch"]
+__all__ = ["check_space", "fetch", "is_of_adapter"]
 
 _PROGRAM = Path(__file__).with_name("download.py")
 #: Programs that download at a time. For each file the Hub's own protocol takes several connections.
@@ -39,6 +39,11 @@ _WORTH_ANOTHER = 100_000_000
 _GLANCE, _PATIENCE = 0.1, 10.0
 #: Room that `--stream` takes besides the output, unless `--spool` says otherwise.
 _SPOOL = 20_000_000_000
+
+
+def is_of_adapter(label: str) -> bool:
+    """Tell whether a file holds the weights of an adapter: small, and read in any order."""
+    return label.rpartition("/")[2].startswith("adapter_model")
 
 
 def check_space(files: Sequence[Mapping[str, Any]], output: str, needed: int) -> None:
@@ -73,7 +78,7 @@ def check_space(files: Sequence[Mapping[str, Any]], output: str, needed: int) ->
 def fetch(
     files: Iterable[Mapping[str, Any]], progress: Callable[[int, int, str], None] | None = None
 ) -> dict[str, str]:
-    """Download files of the Hub into its cache.
+    """Download files of the Hub into its cache, and adapters in stores into that of oxmerge.
 
     Parameters
     ----------
@@ -95,8 +100,14 @@ def fetch(
     InputChangedError
         If the bytes are not those that the Hub told of.
     """
-    named = [_Download(file) for file in files]
-    places = {each.label: each.path for each in named if os.path.isfile(each.path)}
+    files = list(files)
+    places = {
+        label: fetch_adapter(label, file["size"], file["remote"]["etag"])
+        for file in files
+        if is_address(label := file["remote"]["label"]) and is_of_adapter(label)
+    }
+    named = [_Download(file) for file in files if file["remote"]["label"] not in places]
+    places |= {each.label: each.path for each in named if os.path.isfile(each.path)}
     wanted = [each for each in named if each.label not in places]
     if not wanted:
         return places
@@ -112,7 +123,7 @@ def fetch(
     finally:
         for program in programs:
             program.end()
-    if len(places) < len(named):
+    if any(each.label not in places for each in wanted):
         lacking = next(each.label for each in wanted if each.label not in places)
         said = next((text for text in (each.said() for each in programs) if text), None)
         raise RemoteError(

@@ -131,7 +131,7 @@ def file_of(commit: Commit, name: str, size: int, etag: str) -> HttpFile:
         return _locate(commit, name, size, etag)
 
     sha256 = etag if _SHA256.fullmatch(etag) else None
-    return HttpFile(commit.label_of(name), size, etag, sha256, locate, _client)
+    return HttpFile(commit.label_of(name), size, etag, sha256, locate)
 
 
 def _locate(commit: Commit, name: str, size: int, etag: str) -> tuple[str, dict[str, str]]:
@@ -158,12 +158,6 @@ def _locate(commit: Commit, name: str, size: int, etag: str) -> tuple[str, dict[
     # A token is for the Hub, and not for the store that it sends its readers to.
     is_here = address.startswith(f"{endpoint()}/")
     return address, build_hf_headers() if is_here else {}
-
-
-def _client() -> Any:  # noqa: ANN401 - of httpx
-    from huggingface_hub.utils import get_session  # noqa: PLC0415 - as above
-
-    return get_session()
 
 
 def fetch_small(commit: Commit, names: Iterable[str], revision: str | None) -> None:

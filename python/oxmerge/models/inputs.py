@@ -7,21 +7,22 @@ from dataclasses import dataclass, replace
 
 from oxmerge.errors import OxmergeError, PlanError
 from oxmerge.file_state import FileState
-from oxmerge.json_files import read_json
+from oxmerge.json_files import NO_FILE, read_json
 from oxmerge.models.adapters import adapt, open_adapter
 from oxmerge.models.names import find_layer_counts, find_layout, is_head
 from oxmerge.models.naming import named_as
 from oxmerge.models.references import Located, open_located, resolve_reference, split_adapters
-from oxmerge.models.vocabularies import folder_beside
+from oxmerge.models.vocabularies import OPAQUE, folder_beside, present, same_files, token_files
 from oxmerge.problems import Findings, Problem, did_you_mean, group_problems
 from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from oxmerge._core import Checkpoint, TensorInfo
+    from oxmerge.models.adapters import Adapted, Adapter
     from oxmerge.models.names import Layout, Stack
     from oxmerge.problems import Place
     from oxmerge.recipe.patterns import Rename
@@ -64,6 +65,8 @@ class InputModel:
         for them.
     adapter_files : tuple of dict
         The configs of its adapters, as they were then.
+    tokens : str, optional
+        The folder of the adapter whose tokenizer it has, unless that is its own.
     """
 
     index: int
@@ -80,6 +83,12 @@ class InputModel:
     renamed: tuple[Rename, ...] = ()
     tied: tuple[str, ...] = ()
     adapter_files: tuple[dict[str, Any], ...] = ()
+    tokens: str | None = None
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """Where its tokenizer lies: beside its weights, or beside an adapter with new tokens."""
+        return folder_beside(self.path) if self.tokens is None else self.tokens
 
     def file_of(self, tensor: TensorInfo) -> str:
         """Return the path of the file that a tensor lies in."""
@@ -191,7 +200,7 @@ class Inputs:
     def by_folder(self, folder: str) -> InputModel | None:
         """Return the opened model whose files lie in a folder, if there is one."""
         path = os.path.realpath(folder)
-        each = (m for m in self.models if os.path.realpath(folder_beside(m.path)) == path)
+        each = (m for m in self.models if os.path.realpath(m.tokenizer_folder) == path)
         return next(each, None)
 
     def open(self, reference: str, where: Place | None = None) -> InputModel | None:
@@ -250,7 +259,8 @@ class Inputs:
         except OSError as error:
             file = path if error.filename is None else os.fspath(error.filename)
             advice = "download the model again, or check the permissions of its files"
-            problem = Problem("unreadable-checkpoint", _os_message(error), file=file, advice=advice)
+            code = _code_of(error, "unreadable-checkpoint")
+            problem = Problem(code, _os_message(error), file=file, advice=advice)
             self._findings.problems.append(problem)
             return None
         model = self._model(reference, located, checkpoint)
@@ -291,8 +301,12 @@ class Inputs:
         found = self._resolve(self._donor) if self._donor else None
         try:
             return self._checkpoint(found) if isinstance(found, Located) else None
-        except (OxmergeError, OSError):
+        except OxmergeError:
             return None
+        except OSError as error:
+            if error.errno in NO_FILE or isinstance(error, PermissionError):
+                return None
+            raise  # the next time it may be read, and names would be others than this model's
 
     def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel | None:
         path = located.path
@@ -307,10 +321,12 @@ class Inputs:
         adapters = [(each, weight) for each, weight in opened if each is not None]
         if len(adapters) < len(opened):
             return None
+        tokens = None
         if adapters:
             adapted = adapt(checkpoint, config, adapters, self._findings)
             if adapted is None:
                 return None
+            tokens = self._tokens_of(adapters, adapted.tokens, located, checkpoint, adapted)
             checkpoint, config = adapted.checkpoint, adapted.config
         checkpoint, rules = self._named(reference, checkpoint)
         runs = checkpoint.runs()
@@ -333,7 +349,35 @@ class Inputs:
             renamed=tuple(rules),
             tied=tied,
             adapter_files=tuple(adapter.config.file for adapter, _ in adapters),
+            tokens=tokens,
         )
+
+    def _tokens_of(
+        self,
+        adapters: Sequence[tuple[Adapter, float]],
+        changed: int | None,
+        located: Located,
+        checkpoint: Checkpoint,
+        adapted: Adapted,
+    ) -> str | None:
+        """Return where the tokenizer of an adapter lies that has changed what tokens there are."""
+        own = folder_beside(located.path)
+        for number, (adapter, _) in enumerate(adapters):
+            has_one = token_files(adapter.path) or present(adapter.path, OPAQUE)
+            is_same = not token_files(own) or same_files(own, adapter.path, only_tokens=True)
+            if number == changed and has_one:
+                return None if same_files(own, adapter.path) else adapter.path
+            if number == changed and adapted.has_other_rows(checkpoint):
+                message = "an adapter has rows for other tokens, and no tokenizer beside it"
+                advice = "put the tokenizer that it was trained with into its folder"
+            elif has_one and not is_same:
+                message = "an adapter comes with other tokens than the model, and no rows for them"
+                advice = "the model keeps its tokenizer: check that the adapter is for this model"
+            else:
+                continue
+            problem = Problem("tokenizer-differs", message, file=adapter.path, advice=advice)
+            self._findings.warnings.append(problem)
+        return None
 
     def _pinned(self, reference: str, located: Located) -> str | None:
         """Return a reference with the commits of what it names on the Hub, if it names such."""
@@ -360,7 +404,8 @@ class Inputs:
             return {}, None
         except (OSError, ValueError) as error:
             message, advice = f"cannot be read: {error}", "download it again, or mend it"
-            problem = Problem("unreadable-config", message, file=file_name, advice=advice)
+            code = _code_of(error, "unreadable-config")
+            problem = Problem(code, message, file=file_name, advice=advice)
             self._findings.problems.append(problem)
             return {}, None
         return config if isinstance(config, dict) else {}, FileState.of(status).as_input(file_name)
@@ -379,6 +424,12 @@ def open_model(reference: str) -> InputModel:
     if model is None or findings.problems:
         raise PlanError.of("cannot open the model", group_problems(findings.problems))
     return model
+
+
+def _code_of(error: Exception, code: str) -> str:
+    """Return `code`, unless the system is to blame and not the model."""
+    is_of_system = isinstance(error, OSError) and error.errno not in NO_FILE
+    return "unread-file" if is_of_system else code
 
 
 def _os_message(error: OSError) -> str:

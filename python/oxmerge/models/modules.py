@@ -2,16 +2,18 @@
 
 A recipe names them as mergekit does (``text_decoder``, ``vision_tower``, ``encoder``), or by what
 the names of their tensors begin with or have in them. They are found among these names: a module is
-what has its name, or what has a stack of layers of its kind. A name that fits several parts means
-the outermost one; where several are as far out, nothing is chosen. Text that is found by its layers
-may have other kinds inside (``model.layers`` and ``model.vision_tower``): these are not of it.
+what has its name, or what has a stack of layers of its kind. A name in full means what it names. Of
+parts within each other a name means the outermost; where it fits several that are not, nothing is
+chosen. Text that is found by its layers may have other kinds inside (``model.layers`` and
+``model.vision_tower``): these are not of it.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from oxmerge.models.names import is_head
+from oxmerge.models.names import is_head, join
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from oxmerge.models.names import Layout
 
-__all__ = ["find_modules"]
+__all__ = ["Modules", "find_modules", "kind_of"]
 
 _SEEN = re.compile(r"vis(ion|ual)|image|vit\b|patch")
 _HEARD = re.compile(r"audio|speech|sound")
@@ -32,9 +34,36 @@ _KINDS = (
 )
 
 
-def find_modules(
-    wanted: Iterable[str], names: Iterable[str], layout: Layout
-) -> tuple[Callable[[str], str | None], dict[str, list[str]]]:
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """Modules of a model.
+
+    Attributes
+    ----------
+    of : callable
+        Returns which of them a tensor is of, by its name; None if it is of none. Two may have one
+        root; the tensors are then of the first.
+    roots : dict of str to list of str
+        What the names of each one's tensors begin with: its root. None if the model does not have
+        the module, several if it cannot be told which is meant.
+    layout : Layout
+        The model's stacks.
+    """
+
+    of: Callable[[str], str | None]
+    roots: dict[str, list[str]]
+    layout: Layout
+
+    def has(self, module: str, prefix: str) -> bool:
+        """Tell whether the layers of a stack are of a module."""
+        return self.of(join(prefix, 0)) == module
+
+    def stacks_of(self, module: str) -> list[str]:
+        """Return the prefixes of the stacks that are of a module."""
+        return [prefix for prefix in self.layout.stacks if self.has(module, prefix)]
+
+
+def find_modules(wanted: Iterable[str], names: Iterable[str], layout: Layout) -> Modules:
     """Find modules of a model.
 
     Parameters
@@ -45,15 +74,6 @@ def find_modules(
         The names of the model's tensors.
     layout : Layout
         Its stacks.
-
-    Returns
-    -------
-    function
-        From the name of a tensor to the module it is of, or None.
-    dict of str to list of str
-        What the names of each module's tensors begin with: its root. None if the model does not
-        have the module, several if it cannot be told which is meant. Two modules may have one root;
-        the tensors are then of the first.
     """
     parts = {part for name in names for part in _beginnings(name)}
     roots = {module: _roots(module, parts, layout) for module in wanted}
@@ -71,7 +91,7 @@ def find_modules(
             return text if is_head(name) else None
         return None if module == text and any(_is_in(name, root) for root in apart) else module
 
-    return module_of, roots
+    return Modules(module_of, roots, layout)
 
 
 def _beginnings(name: str) -> Iterable[str]:
@@ -88,15 +108,22 @@ def _is_in(name: str, root: str) -> bool:
 
 def _roots(module: str, parts: set[str], layout: Layout) -> list[str]:
     """Return what the names of a module's tensors may begin with."""
-    named = [part for part in parts if f".{part}".endswith(f".{module}")]
+    if module in parts:  # which is its name in full
+        return [module]
+    named = {part for part in parts if f".{part}".endswith(f".{module}")}
     if named:
-        least = min(part.count(".") for part in named)
-        return sorted(part for part in named if part.count(".") == least)
+        within = (part for part in named if any(_is_in(part, each) for each in named - {part}))
+        return sorted(named.difference(within))
     kind = _kind(module)
     if kind is None:
         return []
     of_kind = (_cut(prefix, kind) for prefix in layout.stacks if _is_of(prefix, kind))
     return list(dict.fromkeys(of_kind))
+
+
+def kind_of(prefix: str) -> re.Pattern[str] | None:
+    """Return what a name says that its part of a model takes besides text: pictures, sound."""
+    return next((kind for kind in (_SEEN, _HEARD) if kind.search(prefix)), None)
 
 
 def _kind(module: str) -> re.Pattern[str] | None:

@@ -62,6 +62,7 @@ _AT_ONCE = 8
 _FIRST = 128 << 10
 _MOST_HEADERS = 100_000_000
 _LENGTH = 8
+_ZIP = b"PK\x03\x04"
 #: Folders that people put models into; nobody on the Hub is called so.
 FOLDERS = frozenset((
     "adapter", "adapters", "checkpoints", "data", "lora", "loras", "merged", "merges", "model",
@@ -321,7 +322,7 @@ def _in_cache(commit: Commit, inside: str, why: str | None = None) -> Located:
 
 def _may_lack(commit: Commit, why: str) -> Problem:
     message = "the Hub's cache may lack files beside the weights, and they were not fetched"
-    return Problem("odd-checkpoint", message, file=commit.folder, found=why)
+    return Problem("unreachable-model", message, file=commit.folder, found=why)
 
 
 def _lacking(commit: Commit, inside: str, *, weights_only: bool = False) -> list[str]:
@@ -409,7 +410,7 @@ def fetch_beside(located: Located, is_wanted: Callable[[str], bool]) -> list[Pro
     wanted_of_store = {
         name: file
         for name, file in located.absent.items()
-        if isinstance(file, stores.StoreFile) and is_wanted(name)
+        if stores.is_address(file.label) and is_wanted(name)
     }
     if wanted_of_store:
         is_folder = os.path.isdir(located.path)
@@ -456,7 +457,7 @@ def remote_file(file: Mapping[str, object]) -> RemoteFile:
     label = str(remote["label"]) if isinstance(remote, Mapping) else ""
     etag, size = str(remote["etag"]) if isinstance(remote, Mapping) else "", int(str(file["size"]))
     if stores.is_address(label):
-        return stores.StoreFile(label, size, etag)
+        return stores.file_of(label, size, etag)
     found = Commit.of_label(label)
     if found is None:
         raise RemoteError("the plan names a file that cannot be fetched", file=label)
@@ -481,16 +482,18 @@ def open_located(located: Located) -> Checkpoint:
     if not located.absent:
         return _core.open_checkpoint(located.path)
     files = {name: file for name, file in located.absent.items() if "/" not in name}
-    rows = [(name, file.size, file.label, file.etag, b"") for name, file in files.items()]
-    wanted = [name for name in _core.weight_files(located.path, rows) if name in files]
+    rows = [(name, file.size, file.label, file.etag) for name, file in files.items()]
+    unread = [(*row, b"", None) for row in rows]
+    wanted = [name for name in _core.weight_files(located.path, unread) if name in files]
     starts = dict(zip(wanted, _starts(tuple(files[name] for name in wanted)), strict=True))
-    opened = [(*row[:-1], starts.get(row[0], b"")) for row in rows]
-    return _core.open_checkpoint(located.path, opened)
+    return _core.open_checkpoint(
+        located.path, [(*row, *starts.get(row[0], (b"", None))) for row in rows]
+    )
 
 
 @lru_cache(maxsize=4)  # a sweep opens the same models often
-def _starts(files: tuple[RemoteFile, ...]) -> list[bytes]:
-    """Return the first bytes of files, up to the ends of their headers."""
+def _starts(files: tuple[RemoteFile, ...]) -> list[tuple[bytes, _Rest | None]]:
+    """Return the first bytes of files, up to the ends of their headers, or what reads on."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return list(pool.map(_Starts(), files))
 
@@ -501,21 +504,44 @@ class _Starts:
     def __init__(self) -> None:
         self._left = _MOST_HEADERS
 
-    def __call__(self, file: RemoteFile) -> bytes:
+    def __call__(self, file: RemoteFile) -> tuple[bytes, _Rest | None]:
         start = file.read(0, min(file.size, _FIRST))
+        if start.startswith(_ZIP):  # a file of torch, whose tensors are told at its end
+            end = max(file.size - _FIRST, 0)
+            return start, _Rest(file, ((0, start), (end, file.read(end, file.size))))
         end = _LENGTH + int.from_bytes(start[:_LENGTH], "little")
         self._left -= end - _LENGTH
         # What is wrong with a length is told when the header is read; no bytes are fetched for it.
         if len(start) < end <= min(file.size, _LENGTH + _MOST_HEADERS):
             if self._left < 0:
-                raise CheckpointError(
-                    "the headers of the model's files are larger than any model's",
-                    file=file.label,
-                    expected=f"at most {format_size(_MOST_HEADERS)} in all",
-                    advice="get the model from where it was first published",
-                )
+                raise _too_much(file)
             start += file.read(len(start), end)
-        return start[:end]
+        return start[:end], None
+
+
+class _Rest:
+    """Reads ranges of a file of torch. Nearly all that is asked for is at its two ends."""
+
+    def __init__(self, file: RemoteFile, known: tuple[tuple[int, bytes], ...]) -> None:
+        self._file = file
+        self._known = known
+
+    def __call__(self, start: int, stop: int) -> bytes:
+        for at, known in self._known:
+            if at <= start and stop <= at + len(known):
+                return known[start - at : stop - at]
+        if stop - start > _MOST_HEADERS:
+            raise _too_much(self._file)
+        return self._file.read(start, stop)
+
+
+def _too_much(file: RemoteFile) -> CheckpointError:
+    return CheckpointError(
+        "the headers of the model's files are larger than any model's",
+        file=file.label,
+        expected=f"at most {format_size(_MOST_HEADERS)} in all",
+        advice="get the model from where it was first published",
+    )
 
 
 # Nothing found.

@@ -2,39 +2,56 @@
 
 Planning reads headers so, and a merge that keeps nothing on the disk reads weights so. What is read
 is pinned: a range that is not the one asked for, or not of the same file, is never taken.
+
+Servers are asked by `urllib3`, whose answers cost little more than their bytes do. It is imported
+here alone, and only when a server is asked.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 import random
 import re
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Protocol
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.download import cause_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator, Mapping
     from typing import Any
 
-__all__ = ["HttpFile", "RemoteFile", "retried"]
+__all__ = ["HttpFile", "RemoteFile", "at_address", "look", "retried"]
 
 #: How often a range is asked for in vain before that is an error; with fewer bytes than these an
-#: answer was in vain.
-_ATTEMPTS, _PROGRESS = 6, 64 << 10
+#: answer was in vain. And how often other questions are asked, when little is lost yet.
+_ATTEMPTS, _PROGRESS = 10, 64 << 10
+_QUESTIONS = 6
 #: Seconds to wait before asking again: first, at most, and at most if the server says how long; for
 #: what takes longer nobody waits.
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_ASKED = 0.5, 8.0, 60.0
-#: Seconds without an answer, or without a byte of it.
-_PATIENCE = 30.0
+#: Seconds without a connection, and without an answer, or a byte of it.
+_CONNECT, _PATIENCE = 10.0, 30.0
+#: Connections to a server that are kept for the next request; bytes of a piece.
+_KEPT = 8
+_PIECE = 1 << 20
+#: How often a server may name another address.
+_REDIRECTS = 5
 #: Statuses that another attempt may mend.
 _PASSING = frozenset((408, 425, 429, 500, 502, 503, 504))
 #: Statuses of a signed address that is no longer taken.
 _EXPIRED = frozenset((400, 401, 403, 404, 410))
+_NETWORK = "check the network, and start again: what is complete is kept"
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 
 
@@ -89,12 +106,12 @@ class _Now:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._address: tuple[str, dict[str, str]] | None = None
-        self._etag: list[str | None] = []
+        self._address: tuple[str, Mapping[str, str]] | None = None
+        self._tag: list[str | None] = []
 
     def address(
-        self, locate: Callable[[], tuple[str, dict[str, str]]]
-    ) -> tuple[str, dict[str, str], bool]:
+        self, locate: Callable[[], tuple[str, Mapping[str, str]]]
+    ) -> tuple[str, Mapping[str, str], bool]:
         """Return the address, the headers to send there, and whether it was found just now."""
         with self._lock:
             is_new = self._address is None
@@ -108,11 +125,11 @@ class _Now:
             if self._address is not None and self._address[0] == address:
                 self._address = None
 
-    def first_etag(self, etag: str | None) -> str | None:
+    def first_tag(self, tag: str | None) -> str | None:
         """Return the tag of the first answer, which is this one if there was none."""
         with self._lock:
-            self._etag = self._etag or [etag]
-            return self._etag[0]
+            self._tag = self._tag or [tag]
+            return self._tag[0]
 
 
 @dataclass(frozen=True)
@@ -126,16 +143,17 @@ class HttpFile:
     locate : callable
         Returns an address of the file, and the headers to send there. It is asked again when the
         server does not take the address any more, as signed ones expire.
-    client : callable
-        Returns the `httpx` client to use.
+    tag : str, optional
+        What the server there calls its content, if that is known: that of the Hub's files may be
+        another one than `etag`. Unless it is, the first answer says it.
     """
 
     label: str
     size: int
     etag: str
     sha256: str | None
-    locate: Callable[[], tuple[str, dict[str, str]]] = field(repr=False, compare=False)
-    client: Callable[[], Any] = field(repr=False, compare=False)
+    locate: Callable[[], tuple[str, Mapping[str, str]]] = field(repr=False, compare=False)
+    tag: str | None = None
     _now: _Now = field(default_factory=_Now, repr=False, compare=False)
 
     def read(self, start: int, stop: int) -> bytes:
@@ -165,42 +183,44 @@ class HttpFile:
 
     def _ask(self, start: int, stop: int) -> Generator[bytes, None, _Failure | None]:
         """Yield what one request gives of a range; return why it did not give all."""
+        from urllib3.exceptions import HTTPError  # noqa: PLC0415 - as above
+
         address, headers, is_new = self._now.address(self.locate)
         asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        client = self.client()
         try:
-            with client.stream("GET", address, headers=asked, timeout=_PATIENCE) as answer:
-                if answer.status_code in _EXPIRED and not is_new:
-                    self._now.forget(address)
-                    return _Failure("the address has expired", after=0)
-                if answer.status_code != 206:  # noqa: PLR2004 - partial content
-                    return _of_status(answer)
-                self._check(answer, start, stop)
-                wanted = stop - start
-                for chunk in answer.iter_raw():
-                    yield chunk[:wanted]
-                    wanted -= len(chunk)
-                    if wanted < 0:
-                        return _Failure("more bytes came than were asked for", passes=False)
-        except (OSError, RuntimeError) as error:  # of a closed client, too
-            return _Failure(_told(error))
-        except Exception as error:
-            if not _is_of_transport(error):
-                raise
-            return _Failure(_told(error))
+            answer = ask("GET", address, asked)
+        except HTTPError as error:
+            return _of_transport(error)
+        try:
+            if answer.status in _EXPIRED and not is_new:
+                self._now.forget(address)
+                return _Failure("the address has expired", after=0)
+            if answer.status != 206:  # noqa: PLR2004 - partial content
+                return _of_status(answer.status, answer.reason, answer.headers)
+            self._check(answer, start, stop)
+            wanted = stop - start
+            for piece in answer.stream(_PIECE, decode_content=False):
+                yield piece[:wanted]
+                wanted -= len(piece)
+                if wanted < 0:
+                    return _Failure("more bytes came than were asked for", passes=False)
+        except HTTPError as error:
+            return _of_transport(error)
+        finally:
+            answer.close()  # which keeps the connection, if all of the answer was read
         return None if wanted == 0 else _Failure(f"{wanted} bytes did not come")
 
-    def _check(self, answer: Any, start: int, stop: int) -> None:  # noqa: ANN401 - of httpx
+    def _check(self, answer: Any, start: int, stop: int) -> None:  # noqa: ANN401 - of urllib3
         """Raise InputChangedError if an answer is of another file, or of another range."""
         told = answer.headers.get("Content-Range", "")
         found = _CONTENT_RANGE.fullmatch(told)
         asked = f"bytes {start}-{stop - 1}/{self.size}"
         if found is None or told != asked:
             raise self._changed("the server sent another range than was asked for", asked, told)
-        etag = answer.headers.get("ETag")
-        first = self._now.first_etag(etag)
-        if etag != first:
-            raise self._changed("the file changed while it was read", str(first), str(etag))
+        tag = _tag_of(answer.headers)
+        first = self.tag or self._now.first_tag(tag)
+        if tag != first:
+            raise self._changed("the file changed after it was first read", str(first), str(tag))
 
     def _changed(self, message: str, expected: str, found: str) -> InputChangedError:
         advice = "start again: a new plan takes the file as it is now"
@@ -224,7 +244,7 @@ class _Failure:
     reason: str
     passes: bool = True
     after: float | None = None
-    advice: str = "check the network, and start again: what is complete is kept"
+    advice: str = _NETWORK
 
     def wait(self, attempt: int) -> None:
         """Wait as long as the server asked for, else longer with each attempt."""
@@ -233,9 +253,8 @@ class _Failure:
         time.sleep(seconds if self.after is None else self.after)
 
 
-def _of_status(answer: Any) -> _Failure:  # noqa: ANN401 - of httpx
-    status = answer.status_code
-    said = answer.headers.get("X-Error-Message") or answer.reason_phrase
+def _of_status(status: int, phrase: str | None, headers: Mapping[str, str]) -> _Failure:
+    said = headers.get("X-Error-Message") or phrase
     reason = f"status {status}" + (f" ({said})" if said else "")
     if status == 200:  # noqa: PLR2004 - the whole file
         return _Failure(
@@ -245,13 +264,117 @@ def _of_status(answer: Any) -> _Failure:  # noqa: ANN401 - of httpx
         )
     if status not in _PASSING:
         return _Failure(reason, passes=False, advice="check the name, the token and its rights")
-    after = answer.headers.get("Retry-After", "")
+    after = headers.get("Retry-After", "")
     seconds = float(after) if re.fullmatch(r"\d{1,6}", after) else None
     is_soon = seconds is None or seconds <= _LONGEST_ASKED
     if status == 429:  # noqa: PLR2004 - too many requests
         advice = "the server limits how often it may be asked: wait some minutes, or sign in"
         return _Failure(reason, passes=is_soon, after=seconds, advice=advice)
     return _Failure(reason, passes=is_soon, after=seconds)
+
+
+def ask(method: str, address: str, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - of urllib3
+    """Return the answer of a server, before its bytes are read; it may be another server's by then.
+
+    Raises
+    ------
+    urllib3.exceptions.HTTPError
+        If there is none.
+    RemoteError
+        If `urllib3` is not installed.
+    """
+    if find_spec("urllib3") is None:
+        raise RemoteError(
+            "to read from a server needs the `urllib3` library",
+            file=address.partition("?")[0],
+            advice="install it: `pip install urllib3`",
+        )
+    from urllib3 import Retry  # noqa: PLC0415 - only when a server is asked
+
+    parts = urlsplit(address)
+    proxies = {} if proxy_bypass(parts.netloc) else getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    pool = _pool(proxy, is_secure=parts.scheme == "https")
+    retries = Retry(connect=0, read=0, other=0, redirect=_REDIRECTS, raise_on_redirect=False)
+    return pool.request(method, address, headers=headers, preload_content=False, retries=retries)
+
+
+@lru_cache(maxsize=8)
+def _pool(proxy: str | None, *, is_secure: bool) -> Any:  # noqa: ANN401 - of urllib3
+    """Return connections to servers, by a proxy if there is one."""
+    from urllib3 import PoolManager, ProxyManager, Timeout, make_headers  # noqa: PLC0415 - as above
+
+    options: dict[str, Any] = {
+        "maxsize": _KEPT,
+        "timeout": Timeout(connect=_CONNECT, read=_PATIENCE),
+    }
+    if is_secure:
+        certificates = options["ssl_context"] = ssl.create_default_context()
+        # A small container has none of its own. They are those that the Hub's library takes.
+        if "SSL_CERT_FILE" not in os.environ and find_spec("certifi") is not None:
+            certificates.load_verify_locations(importlib.import_module("certifi").where())
+    if proxy is None:
+        return PoolManager(**options)
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    user = None if parts.username is None else f"{parts.username}:{parts.password or ''}"
+    return ProxyManager(
+        parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(),
+        proxy_headers=make_headers(proxy_basic_auth=user and unquote(user)),
+        **options,
+    )
+
+
+def look(address: str) -> HttpFile | int:
+    """Return the file that a web server has at an address, or the status that it refuses it with.
+
+    Raises
+    ------
+    RemoteError
+        If the server cannot be reached, or says that it fails.
+    """
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415 - after `ask` has looked for it
+
+    attempt = 0
+    while True:
+        try:
+            answer = ask("HEAD", address, {"Accept-Encoding": "identity"})
+            answer.close()
+            failure = _of_status(answer.status, answer.reason, answer.headers)
+            if answer.status == 200:  # noqa: PLR2004 - there it is
+                return _found(address, answer.headers)
+            if not failure.passes and answer.status not in _PASSING:
+                return int(answer.status)
+        except HTTPError as error:
+            failure = _of_transport(error)
+        attempt += 1
+        if attempt == _QUESTIONS or not failure.passes:
+            raise RemoteError(
+                "the server cannot be read", file=address, found=failure.reason,
+                advice=failure.advice,
+            )  # fmt: skip
+        failure.wait(attempt)
+
+
+def at_address(address: str, size: int, tag: str) -> HttpFile:
+    """Return a file of a web server that is known."""
+    return HttpFile(address, size, tag, None, lambda: (address, {}), tag)
+
+
+def _found(address: str, headers: Mapping[str, str]) -> HttpFile:
+    size = headers.get("Content-Length", "")
+    if not re.fullmatch(r"\d{1,18}", size):
+        raise RemoteError(
+            "the server does not tell how large a file is",
+            file=address,
+            found=size[:80] or "no Content-Length",
+            advice="download the model, and name its folder",
+        )
+    return at_address(address, int(size), _tag_of(headers) or "")
+
+
+def _tag_of(headers: Mapping[str, str]) -> str | None:
+    """Return what a server calls the content of a file; if it does not, when that changed last."""
+    return headers.get("ETag") or headers.get("Last-Modified")
 
 
 def retried(ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
@@ -264,13 +387,21 @@ def retried(ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
             cause = cause_of(error)
             answer = getattr(cause, "response", None)
             if answer is not None:
-                failure = _of_status(answer)
+                failure = _of_status(answer.status_code, answer.reason_phrase, answer.headers)
             else:
                 failure = _Failure(_told(cause), passes=_is_of_transport(cause))
             attempt += 1
-            if attempt == _ATTEMPTS or not failure.passes:
+            if attempt == _QUESTIONS or not failure.passes:
                 raise
             failure.wait(attempt)
+
+
+def _of_transport(error: Exception) -> _Failure:
+    told = _told(error)
+    if "CERTIFICATE_VERIFY_FAILED" in told:
+        advice = "name a file with the certificate of the server's authority: SSL_CERT_FILE"
+        return _Failure(told, passes=False, advice=advice)
+    return _Failure(told)
 
 
 def _is_of_transport(error: Exception) -> bool:
@@ -279,4 +410,6 @@ def _is_of_transport(error: Exception) -> bool:
 
 
 def _told(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    cause = getattr(error, "reason", None) or error  # an error that tells of attempts has one
+    told = cause.args[0] if isinstance(cause, Exception) and cause.args else cause
+    return str(told) or type(error).__name__

@@ -1,8 +1,8 @@
 """Models in object stores and on web servers: ``s3://``, ``gs://`` and ``https://`` addresses.
 
-The `obstore` library talks to them, and asks again for what passes; credentials and endpoints are
+The `obstore` library talks to stores, and asks again for what passes; credentials and endpoints are
 those of the environment. It is imported here alone, and only when such a model is named. Stores
-list what they have; a web server is asked for the files that a model may have.
+list what they have; a web server is asked for the files that a model may have (`remote.py`).
 
 Weights are not kept. The small files beside them are, in a folder of the user's cache that is
 called by what the store says of all files of the model: so they are never those of another.
@@ -20,20 +20,30 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
+from oxmerge.models.remote import at_address, look
 from oxmerge.models.vocabularies import TOKENIZER_FILES
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from obstore import GetOptions
 
-__all__ = ["StoreFile", "StoredModel", "fetch_small", "find_model", "is_address"]
+    from oxmerge.models.remote import HttpFile, RemoteFile
+
+__all__ = [
+    "StoredModel",
+    "fetch_adapter",
+    "fetch_small",
+    "file_of",
+    "find_model",
+    "is_address",
+]
 
 #: Seconds to wait for a connection, for a byte, and for one that is asked for again and again.
 _CONNECT, _PATIENCE, _LONGEST = 10, 30, 180
@@ -47,10 +57,19 @@ _MOST_SMALL = 256 << 20
 _MOST_INDEX = 16 << 20
 _LISTING = ("s3", "s3a", "gs")
 _WEB = ("https", "http")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Statuses of what is not there.
+_ABSENT = (404, 410)
+#: Weights that a model on a web server may have, in the order in which they are looked for.
+_WEIGHTS = (
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
+    "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin",
+)  # fmt: skip
+#: How the names of files of weights end.
+_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 #: Files that a model on a web server may have beside its weights.
 _BESIDE = (
-    *TOKENIZER_FILES, "config.json", "generation_config.json", "README.md", "LICENSE",
+    *TOKENIZER_FILES, "config.json", "adapter_config.json", "generation_config.json", "README.md",
+    "LICENSE",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -61,6 +80,12 @@ def is_address(reference: str) -> bool:
     """Tell whether a reference is the address of a model in a store, or on a web server."""
     scheme, separator, _ = reference.partition("://")
     return bool(separator) and scheme in (*_LISTING, *_WEB)
+
+
+def file_of(address: str, size: int, etag: str) -> RemoteFile:
+    """Return the file at an address, which is known."""
+    is_listed = address.partition("://")[0] in _LISTING
+    return StoreFile(address, size, etag) if is_listed else at_address(address, size, etag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +121,7 @@ class StoreFile:
             return
         import obstore  # noqa: PLC0415 - only when a store is asked
 
-        store, path = _store_of(self.label)
+        store, path = store_of(self.label)
         options: GetOptions = {"range": (start, stop)}
         if self.etag.startswith('"'):  # no other can be asked for
             options["if_match"] = self.etag
@@ -136,13 +161,13 @@ class StoredModel:
         Where its small files are here.
     inside : str
         The file that was named, if it was not the whole folder.
-    files : mapping of str to StoreFile
+    files : mapping of str to RemoteFile
         Its files, by their names in its folder, with ``/``.
     """
 
     folder: str
     inside: str
-    files: Mapping[str, StoreFile]
+    files: Mapping[str, RemoteFile]
 
 
 def find_model(address: str) -> StoredModel:
@@ -153,13 +178,13 @@ def find_model(address: str) -> StoredModel:
     RemoteError
         If there is no model, it cannot be had, or `obstore` is not installed.
     """
-    if find_spec("obstore") is None:
+    parts = urlsplit(address)
+    if parts.scheme in _LISTING and find_spec("obstore") is None:
         raise RemoteError(
             "to read from a store needs the `obstore` library",
             file=address,
             advice="install it: `pip install obstore`",
         )
-    parts = urlsplit(address)
     if parts.query or parts.fragment:
         raise RemoteError(
             "an address with a query is not supported: it may expire, and would be in the card",
@@ -174,23 +199,23 @@ def find_model(address: str) -> StoredModel:
             advice="name it without, with credentials in the environment",
         )
     whole = address.rstrip("/")
-    is_file = whole.endswith((".safetensors", ".index.json"))
+    is_file = whole.endswith((*_ENDS, ".index.json"))
     folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
-    listed = _listed if parts.scheme in _LISTING else _asked_for
-    files = {name: file for name, file in listed(folder, inside).items() if _is_within(name)}
-    if not any(name.endswith(".safetensors") for name in files):
+    find = listed if parts.scheme in _LISTING else _asked_for
+    files = {name: file for name, file in find(folder, inside).items() if _is_within(name)}
+    if not any(name.endswith(_ENDS) for name in files):
         raise RemoteError(
-            "there is no model with safetensors files",
+            "there is no model, neither in safetensors nor in files of torch",
             file=address,
             found=", ".join(f"`{name}`" for name in sorted(files)[:_AT_ONCE]) or "no files",
-            advice="name the folder of a model, or a safetensors file",
+            advice="name the folder of a model, or a file of its weights",
         )
     told = [whole, [(name, file.size, file.etag) for name, file in sorted(files.items())]]
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     return StoredModel(os.path.join(_cache(), name), inside, files)
 
 
-def fetch_small(folder: str, files: Mapping[str, StoreFile]) -> None:
+def fetch_small(folder: str, files: Mapping[str, RemoteFile]) -> None:
     """Fetch small files into a folder, unless they are there.
 
     Raises
@@ -208,12 +233,27 @@ def fetch_small(folder: str, files: Mapping[str, StoreFile]) -> None:
         list(pool.map(_fetch, lacking, lacking.values()))
 
 
-def _fetch(path: str, file: StoreFile) -> None:
-    if file.size > _MOST_SMALL:
+def fetch_adapter(label: str, size: int, etag: str) -> str:
+    """Fetch the weights of an adapter, which are read in any order, and return where they are.
+
+    Raises
+    ------
+    RemoteError, InputChangedError
+        If they cannot be had.
+    """
+    told = hashlib.sha256(json.dumps([label, size, etag]).encode()).hexdigest()[:32]
+    path = os.path.join(_cache(), told, "adapter_model")
+    if not os.path.isfile(path):
+        _fetch(path, file_of(label, size, etag), most=None)
+    return path
+
+
+def _fetch(path: str, file: RemoteFile, most: int | None = _MOST_SMALL) -> None:
+    if most is not None and file.size > most:
         raise RemoteError(
             "a file beside the weights is too large for what it should be",
             file=file.label,
-            expected=f"at most {format_size(_MOST_SMALL, binary=True)}",
+            expected=f"at most {format_size(most, binary=True)}",
             found=format_size(file.size, binary=True),
             advice="copy the model without it",
         )
@@ -243,12 +283,12 @@ def _is_within(name: str) -> bool:
 # What there is.
 
 
-def _listed(folder: str, _: str) -> dict[str, StoreFile]:
+def listed(folder: str, _: str) -> dict[str, RemoteFile]:
     """Return the files of a folder, as the store lists them."""
     import obstore  # noqa: PLC0415 - only when a store is asked
 
-    store, prefix = _store_of(folder)
-    files: dict[str, StoreFile] = {}
+    store, prefix = store_of(folder)
+    files: dict[str, RemoteFile] = {}
     with _told(folder):
         for chunk in obstore.list(store, prefix or None):
             for meta in chunk:
@@ -264,11 +304,14 @@ def _listed(folder: str, _: str) -> dict[str, StoreFile]:
     return files
 
 
-def _asked_for(folder: str, inside: str) -> dict[str, StoreFile]:
+def _asked_for(folder: str, inside: str) -> dict[str, RemoteFile]:
     """Return those files that a model may have which a web server has."""
-    first = [inside] if inside else [_INDEX, _WEIGHTS]
-    files = _heads(folder, [*first, *_BESIDE])
-    index = next((name for name in first if name in files and name.endswith(".json")), None)
+    first = [inside] if inside else _WEIGHTS
+    files, refused = _asked(folder, [*first, *_BESIDE])
+    if not any(name in files for name in first):
+        _check_weights(folder, [name for name in first if name in refused], refused)
+    index = next((name for name in first if name in files), None)
+    index = index if index is not None and index.endswith(".json") else None
     if index is None:
         return files
     try:
@@ -276,46 +319,62 @@ def _asked_for(folder: str, inside: str) -> dict[str, StoreFile]:
         shards = set(json.loads(text)["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return files  # what is wrong with it is told when it is opened
-    wanted = [name for name in shards if isinstance(name, str) and _is_within(name)]
-    return files | _heads(folder, wanted[:_MOST_FILES])
+    wanted = sorted(name for name in shards if isinstance(name, str) and _is_within(name))
+    weights, refused = _asked(folder, wanted[:_MOST_FILES])
+    _check_weights(folder, list(refused), refused)
+    return files | weights
 
 
-def _heads(folder: str, names: Iterable[str]) -> dict[str, StoreFile]:
+def _asked(folder: str, names: Iterable[str]) -> tuple[dict[str, RemoteFile], dict[str, int]]:
+    """Return the files of a web server that it gives, and the statuses of those that it refuses.
+
+    One that is not there is neither.
+    """
+
+    def ask(name: str) -> HttpFile | int:
+        return look(f"{folder}/{quote(name)}")
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = pool.map(lambda name: _head(f"{folder}/{name}"), wanted := list(names))
-        return {name: file for name, file in zip(wanted, found, strict=True) if file is not None}
+        found = dict(zip(wanted := list(names), pool.map(ask, wanted), strict=True))
+    files: dict[str, RemoteFile] = {}
+    refused: dict[str, int] = {}
+    for name, each in found.items():
+        if not isinstance(each, int):
+            files[name] = each
+        elif each not in _ABSENT:
+            refused[name] = each
+    return files, refused
 
 
-def _head(address: str) -> StoreFile | None:
-    import obstore  # noqa: PLC0415 - only when a store is asked
-
-    store, path = _store_of(address)
-    try:
-        with _told(address):
-            meta = obstore.head(store, path)
-    except InputChangedError:
-        return None
-    return StoreFile(address, meta["size"], _etag_of(meta))
+def _check_weights(folder: str, names: Sequence[str], refused: Mapping[str, int]) -> None:
+    """Raise RemoteError if the server refuses one of these files."""
+    for name in names:
+        raise RemoteError(
+            "the server refuses the weights: they are not there, or may not be read",
+            file=f"{folder}/{quote(name)}",
+            found=f"status {refused[name]}",
+            advice="check the address, and that the file is public; servers that do not say what "
+            "they have refuse what is not there, too",
+        )
 
 
 def _etag_of(meta: Mapping[str, Any]) -> str:
     return str(meta["e_tag"] or meta["last_modified"])
 
 
-def _store_of(address: str) -> tuple[Any, str]:
+def store_of(address: str) -> tuple[Any, str]:
     """Return the store that an address is in, and the path there."""
     parts = urlsplit(address)
-    path = parts.path.strip("/")
-    return _open(parts.scheme, parts.netloc), path if parts.scheme in _LISTING else unquote(path)
+    return _open(parts.scheme, parts.netloc), parts.path.strip("/")
 
 
 @lru_cache(maxsize=16)
 def _open(scheme: str, netloc: str) -> Any:  # noqa: ANN401 - of obstore
     from obstore.store import from_url  # noqa: PLC0415 - only when a store is asked
 
-    # Who names an address without TLS, or sets such an endpoint, means it.
+    # Who sets an endpoint without TLS means it.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    plain = scheme == "http" or (scheme in {"s3", "s3a"} and endpoint.startswith("http://"))
+    plain = scheme in {"s3", "s3a"} and endpoint.startswith("http://")
     asked = os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
     root = f"{scheme}://{netloc}"
     with _told(root):
@@ -357,6 +416,13 @@ def _told(address: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise InputChangedError(_CHANGED, file=address, found="no file", advice=_AGAIN) from None
+    except ValueError as error:  # what it says of a path that no store can have
+        raise RemoteError(
+            "the address is none that a store can have",
+            file=address,
+            found=str(error)[:300],
+            advice=_ADVICE["InvalidPathError"],
+        ) from None
     except Exception as error:
         if not type(error).__module__.startswith("obstore"):
             raise

@@ -10,17 +10,18 @@ import hashlib
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 from oxmerge import _core
 from oxmerge.errors import InputChangedError
+from oxmerge.models.fetching import is_of_adapter
 from oxmerge.models.references import remote_file
 from oxmerge.models.stores import is_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Any, Self
 
@@ -48,6 +49,8 @@ DEFAULT_SPOOL = 20_000_000_000
 _PATIENCE = 0.5
 #: Bytes before the first range of a file that are fetched again to look at the whole of it.
 _MOST_BEFORE = 16 << 20
+#: Seconds between looks at how far it is.
+_GLANCE = 0.1
 #: Bytes that are looked at at a time.
 _LOOKED_AT = 1 << 20
 
@@ -60,8 +63,7 @@ def is_streamed(file: Mapping[str, Any], *, stream: bool) -> bool:
     if "remote" not in file:
         return False
     label: str = file["remote"]["label"]
-    is_adapter = label.rpartition("/")[2].startswith("adapter_model")
-    return not is_adapter and (is_address(label) or stream)
+    return not is_of_adapter(label) and (is_address(label) or stream)
 
 
 def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -> int:
@@ -74,7 +76,14 @@ def spool_bytes(asked: int | None, folder: str | None = None, needed: int = 0) -
 
 
 def streamed(
-    tables: Sequence[_core.Plan], size: int, folder: str, tensor: int | None = None
+    tables: Sequence[_core.Plan],
+    size: int,
+    folder: str,
+    tensors: Sequence[int] | None = None,
+    *,
+    shards: Sequence[int] | None = None,
+    whole: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Fetcher | nullcontext[None]:
     """Return what fetches the files that are not here, for a `with` around the run.
 
@@ -86,8 +95,15 @@ def streamed(
         Bytes of the spool at the most.
     folder : str
         Where it is made. It has no name there, and is gone with the process at the latest.
-    tensor : int, optional
-        The only tensor that will be computed.
+    tensors : sequence of int, optional
+        The only tensors that will be made.
+    shards : sequence of int, optional
+        The only shards that will be made.
+    whole : bool
+        Whether numbers over the model are found from all tensors nevertheless.
+    progress : callable, optional
+        Is called ten times a second with the bytes that were fetched, that will be at the most, and
+        what it is of.
 
     Raises
     ------
@@ -96,25 +112,42 @@ def streamed(
     OSError
         If it cannot be made, or (ENOSPC) does not have the room.
     """
-    files = {at: file for at, file in enumerate(tables[0].files) if "remote" in file}
-    if not files:
+    all_files = tables[0].files
+    used = (all_files[at] for at in tables[0].files_of(None if whole else tensors))
+    if not any("remote" in file for file in used):
         return nullcontext()
-    spool = _core.Spool(tables, size, folder, tensor)
-    return Fetcher(spool, {at: remote_file(file) for at, file in files.items()})
+    files = {at: file for at, file in enumerate(all_files) if "remote" in file}
+    only = None if tensors is None else set(tensors)
+    spool = _core.Spool(tables, size, folder, only, shards, whole)
+    return Fetcher(spool, {at: remote_file(file) for at, file in files.items()}, progress)
 
 
-def read_whole(file: RemoteFile, start: int, stop: int) -> bytearray:
-    """Return a range of a file that is held in memory whole, by several requests side by side."""
+def read_whole(
+    file: RemoteFile,
+    start: int,
+    stop: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> bytearray:
+    """Return a range of a file that is held in memory whole, by several requests side by side.
+
+    Meanwhile `progress` is called as by `streamed`.
+    """
     whole = bytearray(stop - start)
+    come = dict.fromkeys(range(start, stop, _AT_ONCE), 0)
 
     def fetch(first: int) -> None:
         at = first - start
         for piece in file.pieces(first, min(first + _AT_ONCE, stop)):
             whole[at : at + len(piece)] = piece
             at += len(piece)
+            come[first] += len(piece)
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        list(pool.map(fetch, range(start, stop, _AT_ONCE)))
+        ranges = [pool.submit(fetch, first) for first in come]
+        while progress is not None and wait(ranges, _GLANCE).not_done:
+            progress(sum(come.values()), len(whole), file.label)
+        for each in ranges:
+            each.result()
     return whole
 
 
@@ -129,9 +162,16 @@ class Fetcher:
         What is to be fetched, and where to.
     files : mapping of int to RemoteFile
         The files that are not here, by their numbers in the plan.
+    progress : callable, optional
+        See `streamed`.
     """
 
-    def __init__(self, spool: _core.Spool, files: Mapping[int, RemoteFile]) -> None:
+    def __init__(
+        self,
+        spool: _core.Spool,
+        files: Mapping[int, RemoteFile],
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
         self.spool = spool
         self._files = files
         self._digests = {number: _Digest(spool, file) for number, file in files.items()}
@@ -139,12 +179,18 @@ class Fetcher:
         self._asking = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
+        self._progress = progress
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
         """Begin to fetch."""
         for _ in range(CONNECTIONS):
             # One that waits for a server must not keep the process.
             thread = threading.Thread(target=self._work, daemon=True, name="oxmerge-fetch")
+            thread.start()
+            self._threads.append(thread)
+        if self._progress is not None:
+            thread = threading.Thread(target=self._tell, daemon=True, args=(self._progress,))
             thread.start()
             self._threads.append(thread)
         return self
@@ -154,6 +200,7 @@ class Fetcher:
     ) -> None:
         """Stop fetching; raise what went wrong with it, if that is why the run ended."""
         self.spool.stop()
+        self._ended.set()
         until = time.monotonic() + _PATIENCE
         for thread in self._threads:
             thread.join(max(until - time.monotonic(), 0))
@@ -169,6 +216,11 @@ class Fetcher:
         except BaseException as failure:  # noqa: BLE001 - it is raised where the run ends
             self._failure = self._failure or failure
             self.spool.stop()
+
+    def _tell(self, progress: Callable[[int, int, str], None]) -> None:
+        current = ", ".join(sorted({file.label for file in self._files.values()}))
+        while not self._ended.wait(_GLANCE):
+            progress(self.spool.fetched, self.spool.to_fetch, current)
 
     def _next(self) -> tuple[int, int, int, int] | None:
         with self._asking:

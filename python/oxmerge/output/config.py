@@ -26,6 +26,7 @@ from typing import Any
 from oxmerge.errors import PlanError
 from oxmerge.models.config_meaning import is_language_config, is_model_config
 from oxmerge.models.layer_lists import DEPTH_KEYS, extra_layers, numbers_layers, read_form, values
+from oxmerge.models.modules import kind_of
 from oxmerge.output.position_rules import RULE_KEYS, RULES, Rule, unknown_counts, unknown_rules
 from oxmerge.problems import Problem
 from oxmerge.schema import DTYPE_NAMES
@@ -33,6 +34,7 @@ from oxmerge.schema import DTYPE_NAMES
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from oxmerge.models.layer_lists import Form
+    from oxmerge.models.names import Stack
 
 Config = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -56,8 +58,7 @@ def edit_config(
     donor_config: Config,
     *,
     dtype: str | None = None,
-    layer_map: Sequence[tuple[Config, int]] | None = None,
-    donor_depth: int | None = None,
+    stacks: Sequence[Restacked] = (),
     writes_head: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the output's config, and a note on each change.
@@ -70,11 +71,8 @@ def edit_config(
         The element type of the output's float tensors (`bfloat16` or `BF16`), or None to leave
         the donor's word. Written to every `torch_dtype` or `dtype` that the donor has, in nested
         model configs too; if it has none, `torch_dtype` is appended, which all versions read.
-    layer_map
-        For each output layer, the config of the model it comes from and its number there. None
-        when the recipe has no slices.
-    donor_depth
-        The donor's number of layers; needed with `layer_map`.
+    stacks
+        What becomes of each of the donor's stacks; empty when the recipe has no slices.
     writes_head
         Whether the output has an output head tensor of its own.
 
@@ -91,12 +89,8 @@ def edit_config(
     edit = _Edit(copy.deepcopy(dict(donor_config)))
     if dtype is not None:
         _edit_dtype(edit, DTYPE_NAMES.get(dtype, dtype))
-    if layer_map is not None:
-        if donor_depth is None:
-            message = "the donor's number of layers is not known"
-            advice = "put the config.json that counts them beside the donor's weights"
-            raise _misfit([Problem("config-layers", message, advice=advice)])
-        _edit_layers(edit, donor_config, list(layer_map), donor_depth)
+    for restacked in stacks:
+        _edit_layers(edit, donor_config, restacked, stacks)
     if writes_head and says_tied(edit.config):
         edit.notes.append(
             "the donor's config says `tie_word_embeddings: true`: readers that tie will use the "
@@ -107,10 +101,11 @@ def edit_config(
     return edit.config, edit.notes
 
 
-def describe_layers(config: Config, depth: int) -> Callable[[int], dict[str, object]]:
-    """Return a function from a layer to what a config of that depth says of it, by key."""
+def describe_layers(config: Config, stack: Stack) -> Callable[[int], dict[str, object]]:
+    """Return a function from a layer of a stack to what a config says of it, by key."""
+    depth = stack.depth
     try:
-        scopes = _scopes(config, depth)
+        scopes = _scopes(config, stack)
     except PlanError:
         scopes = []
     inners = [_dig(config, scope) for scope in scopes]
@@ -152,6 +147,28 @@ def json_text(value: Config) -> str:
 
 def _misfit(problems: Sequence[Problem]) -> PlanError:
     return PlanError("the config cannot follow the layers", problems=problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Restacked:
+    """What becomes of a stack of the donor's.
+
+    Attributes
+    ----------
+    stack
+        The stack as the donor has it.
+    layer_map
+        For each output layer, the config of the model it comes from and its number there; None
+        where no slices are taken of it.
+    """
+
+    stack: Stack
+    layer_map: Sequence[tuple[Config, int]] | None
+
+    @property
+    def depth(self) -> int:
+        """How many layers it has in the output."""
+        return self.stack.depth if self.layer_map is None else len(self.layer_map)
 
 
 @dataclass
@@ -221,14 +238,17 @@ def _edit_dtype(edit: _Edit, dtype: str) -> None:
 
 
 def _edit_layers(
-    edit: _Edit, donor: Config, layer_map: list[tuple[Config, int]], depth: int
+    edit: _Edit, donor: Config, restacked: Restacked, stacks: Sequence[Restacked]
 ) -> None:
+    layer_map, depth = restacked.layer_map, restacked.stack.depth
+    if layer_map is None:
+        return
     unchanged = len(layer_map) == depth and all(
         layer == position and config == donor for position, (config, layer) in enumerate(layer_map)
     )
     if unchanged:
         return
-    scopes = _scopes(donor, depth)
+    scopes = _scopes(donor, restacked.stack)
     if not scopes:
         edit.problem(
             f"the donor's config names no layer count of {depth} "
@@ -237,13 +257,33 @@ def _edit_layers(
         )
         return
     for path in scopes:
-        _Restack(edit, donor, layer_map, depth, path).run()
+        restack = _Restack(edit, donor, layer_map, restacked.stack, path)
+        restack.run(_others_in(path, donor, restacked, stacks))
 
 
-def _scopes(config: Config, depth: int) -> list[Path]:
-    """Find the nested configs with the stack's layer count; those of language before others."""
-    found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, depth)]
+def _others_in(
+    path: Path, donor: Config, restacked: Restacked, stacks: Sequence[Restacked]
+) -> dict[str, Restacked]:
+    """Return which other stacks a nested config counts too, by the keys that count them."""
+    found: dict[str, Restacked] = {}
+    for other in stacks:
+        if other is not restacked and path in _scopes(donor, other.stack):
+            found |= dict.fromkeys(_depth_keys(_dig(donor, path), other.stack), other)
+    return found
+
+
+def _scopes(config: Config, stack: Stack) -> list[Path]:
+    """Find the nested configs with the stack's layer count.
+
+    Those of its kind go before others: of language, unless its name tells what it sees or hears.
+    """
+    depth = stack.depth
+    found = [path for path, inner in _nested_configs(config) if _depth_keys(inner, stack)]
     language = [path for path in found if all(map(is_language_config, path))]
+    kind = kind_of(stack.prefix)
+    if kind is not None:
+        own = [path for path in found if kind_of(".".join(path)) is kind]
+        language = own or [path for path in language if kind_of(".".join(path)) is None]
     if language or len(found) <= 1:
         return language or found
     names = ", ".join(f"`{'.'.join(path)}`" for path in found)
@@ -254,12 +294,24 @@ def _scopes(config: Config, depth: int) -> list[Path]:
     )
 
 
-def _depth_keys(config: Config, depth: int) -> list[str]:
-    for keys in (DEPTH_KEYS, _RARE_DEPTH_KEYS):
-        found = [key for key in keys if type(config.get(key)) is int and config[key] == depth]
-        if found:
-            return found
-    return []
+def _depth_keys(config: Config, stack: Stack) -> list[str]:
+    """Return the keys that count the layers of a stack."""
+    common, rare = (
+        [key for key in keys if type(config.get(key)) is int and config[key] == stack.depth]
+        for keys in (DEPTH_KEYS, _RARE_DEPTH_KEYS)
+    )
+    own = [key for key in rare if _half(key.split("_")) == _half(stack.prefix.split("."))]
+    if _half(stack.prefix.split(".")) is None:
+        return common or rare
+    # An encoder is also what keys count that name neither half.
+    if "encoder" in stack.prefix.split("."):
+        return [*common, *own] or rare
+    return own or common
+
+
+def _half(words: Sequence[str]) -> str | None:
+    """Return which half of a model a name is of, where there are two."""
+    return next((word for word in ("encoder", "decoder") if word in words), None)
 
 
 @dataclass
@@ -268,15 +320,22 @@ class _Restack:
 
     edit: _Edit
     donor: Config
-    layer_map: list[tuple[Config, int]]
-    depth: int
+    layer_map: Sequence[tuple[Config, int]]
+    stack: Stack
     scope: Path
     followed: set[str] = field(default_factory=set)
 
-    def run(self) -> None:
+    @property
+    def depth(self) -> int:
+        return self.stack.depth
+
+    def run(self, others: Mapping[str, Restacked]) -> None:
+        """Rebuild it; `others` are stacks that it counts too, by key."""
         inner = _dig(self.donor, self.scope)
-        for key in dict.fromkeys((*_depth_keys(inner, self.depth), *_SECOND_DEPTH_KEYS)):
+        for key in dict.fromkeys((*_depth_keys(inner, self.stack), *_SECOND_DEPTH_KEYS)):
             if inner.get(key) == self.depth:
+                if key in others and others[key].depth != len(self.layer_map):
+                    self._counts_both(key, others[key])
                 self.edit.set((*self.scope, key), len(self.layer_map))
         for path, value in values(inner):
             self._rebuild(path, value)
@@ -315,11 +374,18 @@ class _Restack:
 
     def _source_depth(self, config: Config) -> int | None:
         """Return the layer count of a source, under the keys that hold the donor's."""
-        for key in _depth_keys(_dig(self.donor, self.scope), self.depth):
+        for key in _depth_keys(_dig(self.donor, self.scope), self.stack):
             count = _dig(config, (*self.scope, key))
             if isinstance(count, int):
                 return count
         return None
+
+    def _counts_both(self, key: str, other: Restacked) -> None:
+        self.edit.problem(
+            f"`{'.'.join((*self.scope, key))}` counts the layers of `{self.stack.prefix}` and of "
+            f"`{other.stack.prefix}`, which would have {len(self.layer_map)} and {other.depth}",
+            advice="choose slices that leave both with equally many layers",
+        )
 
     def _cannot_follow(self, path: Path, position: int, layer: int) -> None:
         self.edit.problem(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel
+    from oxmerge.output.config import Restacked
     from oxmerge.output.side_files import LeftOut
     from oxmerge.planning.plans import Plan
     from oxmerge.recipe.recipe import Recipe
@@ -109,8 +110,7 @@ def config_of(
     donor: InputModel,
     *,
     dtype: str | None,
-    layers: Sequence[tuple[dict[str, Any], int]] | None,
-    depth: int | None,
+    stacks: Sequence[Restacked],
     writes_head: bool,
     edit: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str]]] | None = None,
 ) -> tuple[str | None, tuple[str, ...]]:
@@ -122,10 +122,8 @@ def config_of(
         The model that it comes from.
     dtype : str, optional
         The float type of most of the output.
-    layers : sequence of (dict, int), optional
-        With slices: the config and the layer that each output layer comes from.
-    depth : int, optional
-        With slices: how many layers the donor has.
+    stacks : sequence of Restacked
+        What becomes of the donor's layers.
     writes_head : bool
         Whether the output has a head of its own.
     edit : callable, optional
@@ -138,9 +136,7 @@ def config_of(
     """
     if not donor.config and not _has_config(donor.path):
         return None, ()
-    edited, notes = edit_config(
-        donor.config, dtype=dtype, layer_map=layers, donor_depth=depth, writes_head=writes_head
-    )
+    edited, notes = edit_config(donor.config, dtype=dtype, stacks=stacks, writes_head=writes_head)
     if edit is not None:
         edited, more = edit(edited)
         notes += more

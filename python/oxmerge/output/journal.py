@@ -8,9 +8,11 @@ replace a model that is complete, as one of a sweep that was killed later.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 
 from oxmerge._core import partial_name
+from oxmerge.json_files import parse_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ __all__ = ["JOURNAL_NAME", "MOST_BYTES", "Journal"]
 #: No file of a model is called so: what begins with `oxmerge_` is not copied from a donor.
 JOURNAL_NAME = partial_name("oxmerge_journal")
 #: More than that no run writes.
-MOST_BYTES = 64 << 20
+MOST_BYTES = 16_000_000
 _VERSION = 1
 
 #: Inode, size, time of modification. No device: its number can change when the system starts anew.
@@ -76,17 +78,24 @@ class Journal:
     def from_json(cls, text: bytes) -> Journal | None:
         """Return what a text says; None if it is not whole."""
         try:
-            story = json.loads(text)
+            story = parse_json(text)
             if story["version"] != _VERSION:
                 return None
             ours, old = (
-                {name: tuple(map(int, each)) for name, each in story[part].items()}
+                {_name(name): tuple(map(int, each)) for name, each in story[part].items()}
                 for part in ("ours", "old")
             )
-            names = (str(story["purpose"]), str(story["last"]))
-            return cls(*names, ours, old, tuple(map(str, story["folders"])))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            told = (str(story["purpose"]), str(story["last"]))
+            return cls(*told, ours, old, tuple(map(_name, story["folders"])))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             return None
+
+
+def _name(text: str) -> str:
+    """Return the name of a file; ValueError if none can have it."""
+    if b"\0" in os.fsencode(text):
+        raise ValueError("a name with a NUL")
+    return text
 
 
 def mark(state: FileState) -> _Mark:

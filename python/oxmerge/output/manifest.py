@@ -14,11 +14,13 @@ import re
 from typing import TYPE_CHECKING
 
 from oxmerge import _core
+from oxmerge.output.card import CARD_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
+    from oxmerge.output.publish import Contents
     from oxmerge.planning.plans import Plan
     from oxmerge.problems import Problem
 
@@ -29,13 +31,18 @@ MANIFEST_NAME = "oxmerge.json"
 MANIFEST_VERSION = 1
 #: Room for all but the tensors, the settings and the recipe, whose exact size is known only later.
 _HEAD_BYTES = 64 << 10
+#: What a file beside the weights takes: names have up to 255 letters, each of six as an escape.
+_BESIDE_BYTES = 2048
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: Parts of a warning that say where things lie on this machine.
 _LOCAL = frozenset(("file", "recipe"))
+#: The code of warnings that tell of the network and not of the merge.
+_OF_THE_NETWORK = "unreachable-model"
 
 
 def manifest_writer(
     plan: Plan,
+    contents: Contents,
     digests: _core.Digests | None,
     warnings: Iterable[Problem],
     *,
@@ -47,6 +54,8 @@ def manifest_writer(
     ----------
     plan : Plan
         What was merged.
+    contents : Contents
+        What the output has besides.
     digests : _core.Digests, optional
         What is known of the output tensors, unless they were made without.
     warnings : iterable of Problem
@@ -66,17 +75,25 @@ def manifest_writer(
         "donor": plan.models[plan.donor],
         "base": None if plan.base is None else plan.models[plan.base],
         "files": [{"name": name, "size": size} for name, size in plan.shards],
-        "warnings": [_told(warning) for warning in warnings],
+        "beside": _beside(contents),
+        "warnings": [_told(each) for each in warnings if each.code != _OF_THE_NETWORK],
     }
     # ASCII: a path need not be Unicode, and a lone surrogate is legal as an escape only.
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
 
     def write(to: int) -> None:
+        whole = hashlib.sha256()
         # The list of tensors is long: it is never in memory as a whole.
         with open(to, "wb", closefd=False) as file:
-            file.write(f'{{\n{lines},\n"tensors": '.encode())
-            plan.table.write_tensors(file.write, digests)
-            file.write(b"\n}\n")
+
+            def put(part: bytes) -> None:
+                whole.update(part)
+                file.write(part)
+
+            put(f'{{\n{lines},\n"tensors": '.encode())
+            plan.table.write_tensors(put, digests)
+            put(b",\n")
+            file.write(f'"sha256": "{whole.hexdigest()}"\n}}\n'.encode())
 
     return write
 
@@ -85,7 +102,8 @@ def manifest_bytes(plan: Plan) -> int:
     """Return the bytes that a manifest takes at the most."""
     settings = len(json.dumps(plan.table.settings()))
     recipe = len(json.dumps(plan.recipe_text))
-    return _HEAD_BYTES + settings + recipe + plan.table.tensors_bytes
+    beside = _BESIDE_BYTES * (len(plan.side_files.copied) + len(plan.side_files.texts))
+    return _HEAD_BYTES + settings + recipe + beside + plan.table.tensors_bytes
 
 
 def plan_digest(plan: Plan) -> str:
@@ -129,6 +147,24 @@ def _inputs(plan: Plan, *, hash_inputs: bool) -> list[dict[str, Any]]:
         described = [_file(files[at], hash_it=hash_inputs) for at in [*used, *beside]]
         inputs.append({"model": reference, "pinned": pinned, "files": described})
     return inputs
+
+
+def _beside(contents: Contents) -> list[dict[str, Any]]:
+    """Return the files beside the weights, but for the card, which people edit."""
+    written = contents.written
+    found = {}
+    for file in contents.side_files:
+        if file.name not in written:
+            with file.open() as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[file.name] = file.state.size, digest
+    for name, data in written.items():
+        if name != CARD_NAME:
+            found[name] = len(data), hashlib.sha256(data).hexdigest()
+    return [
+        {"name": name, "size": size, "sha256": digest}
+        for name, (size, digest) in sorted(found.items())
+    ]
 
 
 def _file(file: Mapping[str, Any], *, hash_it: bool) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import json
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from oxmerge import __version__
@@ -32,7 +33,7 @@ from oxmerge.json_files import read_object
 from oxmerge.output.claims import locked_file
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.publish import PARTS_NAME, OutputDirectory
-from oxmerge.output.resume import etag_of
+from oxmerge.output.resume import etag_of, parsed, state_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,18 +43,20 @@ if TYPE_CHECKING:
     from oxmerge.planning.plans import Plan
 
 __all__ = [
+    "DONE",
     "PLAN_NAME",
     "Made",
     "PartFiles",
     "Purpose",
     "missing_parts",
     "parts_in",
+    "read_done",
     "shards_of_parts",
     "shown",
 ]
 
 PLAN_NAME = "plan"
-_VERSION = 1
+_VERSION = 2
 _KEY = re.compile(r"([1-9][0-9]{0,5})of([1-9][0-9]{0,5})\.key")
 #: Where in a file a few bytes are compared: at so many places, so many.
 _PLACES = 4
@@ -76,6 +79,7 @@ _NAMES = {
     "shard_size": "shard size",
     "recipe": "text of the recipe",
     "plan": "plan",
+    "sweep": "sweep",
 }
 
 
@@ -105,16 +109,28 @@ class Purpose:
     marks : tuple of dict
         What tells whether an input is the same file: its ETag, where the Hub told one, and a hash
         of a few of its bytes, where it is here.
+    states : tuple of str
+        When each input was written, and its inode: what tells on one machine, and for one path,
+        that it was changed meanwhile.
+    host, machine : str
+        What this machine is called, and what tells it from others of that name.
     """
 
     key: str
     paths: tuple[str, ...]
     marks: tuple[dict[str, str], ...]
+    states: tuple[str, ...]
+    host: str
+    machine: str
 
     @classmethod
-    def of(cls, plan: Plan, parts: int) -> Purpose:
-        """Return that of a plan in so many parts: reads a few bytes of every input."""
+    def of(cls, plan: Plan, parts: int, together: Sequence[Plan] = ()) -> Purpose:
+        """Return that of a plan in so many parts: reads a few bytes of every input.
+
+        A plan of a sweep is made `together` with others.
+        """
         recipe = plan.recipe_text.encode(errors="backslashreplace")
+        sweep = repr([plan_digest(each) for each in together])
         story = {
             "version": _VERSION,
             "oxmerge": __version__,
@@ -123,44 +139,103 @@ class Purpose:
             "shard_size": plan.shard_size,
             "recipe": hashlib.sha256(recipe).hexdigest(),
             "plan": plan_digest(plan),
+            "sweep": hashlib.sha256(sweep.encode()).hexdigest(),
             # Neither paths nor inodes nor times: they may be others on another machine.
-            "inputs": [(Path(file["path"]).name, file["size"]) for file in plan.input_files],
+            "inputs": [[Path(file["path"]).name, file["size"]] for file in plan.input_files],
         }
-        paths = tuple(file["path"] for file in plan.input_files)
-        return cls(json.dumps(story), paths, tuple(map(_marks, plan.input_files)))
+        return cls(
+            json.dumps(story),
+            tuple(os.path.abspath(file["path"]) for file in plan.input_files),
+            tuple(map(_marks, plan.input_files)),
+            tuple(map(state_of, plan.input_files)),
+            socket.gethostname(),
+            _machine(),
+        )
 
-    def check_same(self, other: Mapping[str, Any], part: int, directory: Path) -> None:
+    @classmethod
+    def read(cls, story: Mapping[str, Any]) -> Purpose | None:
+        """Return what another part has written down; None if no part writes such a thing."""
+        kinds = {"key": str, "paths": list, "marks": list, "states": list, "host": str}
+        if not all(isinstance(story.get(name), kind) for name, kind in kinds.items()):
+            return None
+        paths, marks, states = story["paths"], story["marks"], story["states"]
+        if not all(isinstance(each, dict) for each in marks):
+            return None
+        texts = [*paths, *states, *chain.from_iterable(each.values() for each in marks)]
+        inputs = parsed(story["key"]).get("inputs")
+        counts = [len(each) for each in (inputs, paths, marks, states) if isinstance(each, list)]
+        if not all(isinstance(text, str) for text in texts) or counts != [len(paths)] * 4:
+            return None
+        return cls(
+            story["key"], tuple(paths), tuple(marks), tuple(states), story["host"],
+            str(story.get("machine")),
+        )  # fmt: skip
+
+    def story(self) -> dict[str, Any]:
+        """Return what other parts read."""
+        return asdict(self)
+
+    def check_same(self, story: Mapping[str, Any], part: int, directory: str) -> None:
         """Raise OutputError unless what another part has written down says the same."""
-        there, here = f"as part {part} on {other['host']}", f"on {socket.gethostname()}"
-        mine, theirs = json.loads(self.key), json.loads(other["key"])
+        other = self.read(story)
+        if other is None:
+            raise OutputError(
+                f"what part {part} has written down of itself is damaged",
+                file=directory,
+                advice="make all parts anew: `oxmerge clean` removes what was made",
+            )
+        there, here = f"as part {part} on {other.host[:_LONGEST]}", f"on {self.host}"
+        mine, theirs = parsed(self.key), parsed(other.key)
         for name, what in _NAMES.items():
             if mine[name] != theirs.get(name):
                 raise OutputError(
                     f"another {what} than that of the parts that were made here",
-                    file=str(directory),
+                    file=directory,
                     expected=f"{str(theirs.get(name))[:_LONGEST]}, {there}",
                     found=f"{str(mine[name])[:_LONGEST]} {here}",
                     advice=_ADVICE,
                 )
-        inputs = zip(mine["inputs"], theirs["inputs"], self.marks, other["marks"], strict=True)
-        paths = zip(self.paths, other["paths"], strict=True)
-        for (file, other_file, marks, other_marks), (path, other_path) in zip(
-            inputs, paths, strict=True
-        ):
+        if len(self.paths) != len(other.paths):  # of one plan there are as many
+            raise OutputError(
+                "other inputs than those of the parts", file=directory, advice=_ADVICE
+            )
+        for at, path in enumerate(self.paths):
+            file, other_file = mine["inputs"][at], theirs["inputs"][at]
+            marks, other_marks = self.marks[at], other.marks[at]
             known = marks.keys() & other_marks.keys()
             if file != other_file or any(marks[kind] != other_marks[kind] for kind in known):
                 raise OutputError(
                     f"the input `{file[0]}` is another file on another machine",
                     file=path,
-                    expected=f"{_told(other_file, other_marks)}, {there} has `{other_path}`",
+                    expected=f"{_told(other_file, other_marks)}, {there} has `{other.paths[at]}`",
                     found=f"{_told(file, marks)} {here}",
                     advice=_ADVICE,
                 )
+            # Of another machine neither time nor inode need be the same.
+            is_same_place = (other.machine, other.paths[at]) == (self.machine, path)
+            if is_same_place and other.states[at] != self.states[at]:
+                raise OutputError(
+                    f"the input `{file[0]}` has changed since part {part} was begun",
+                    file=path,
+                    expected=f"time and inode {other.states[at][:_LONGEST]}",
+                    found=self.states[at],
+                    advice="make all parts anew: `oxmerge clean` removes what was made",
+                )
 
 
-def _told(file: Sequence[Any], marks: Mapping[str, str]) -> str:
-    name, size = file
-    return ", ".join([f"`{name}`", f"{size} bytes", *(f"{k} {v[:16]}" for k, v in marks.items())])
+def _machine() -> str:
+    """Return what tells machines apart; containers of one machine have names of their own."""
+    with contextlib.suppress(OSError):
+        return (
+            f"{Path('/etc/machine-id').read_text(encoding='ascii').strip()} {socket.gethostname()}"
+        )
+    return socket.gethostname()
+
+
+def _told(file: object, marks: Mapping[str, str]) -> str:
+    name, size = file if isinstance(file, list) and len(file) == 2 else (file, "other")  # noqa: PLR2004
+    shown = [f"`{str(name)[:_LONGEST]}`", f"{str(size)[:_LONGEST]} bytes"]
+    return ", ".join([*shown, *(f"{kind[:16]} {mark[:16]}" for kind, mark in marks.items())])
 
 
 def _marks(file: Mapping[str, Any]) -> dict[str, str]:
@@ -181,6 +256,25 @@ def _sample(path: str, size: int) -> str:
             start = max(size - _PLACE_BYTES, 0) * place // (_PLACES - 1)
             found.update(os.pread(file.fileno(), _PLACE_BYTES, start))
     return found.hexdigest()
+
+
+#: What is written down of how a part was made, and of which type; see `_core.execute`.
+DONE: dict[str, type | tuple[type, ...]] = {
+    "bytes_read": int, "bytes_written": int, "seconds": (int, float), "peak_memory": int,
+    "memory": dict, "simd": str, "device": str, "notes": (list, tuple), "kept": int,
+    "tensors": int, "input_bytes": int, "host": str,
+}  # fmt: skip
+
+
+def read_done(story: object) -> dict[str, Any] | None:
+    """Return what is written down of how a part was made; None if no part writes such a thing."""
+    if not isinstance(story, dict):
+        return None
+    is_whole = all(isinstance(story.get(name), kind) for name, kind in DONE.items())
+    sizes = ("predicted", "budget", "workers")
+    is_whole = is_whole and all(isinstance(story["memory"].get(name), int) for name in sizes)
+    texts = [*story["notes"], story.get("run", "")] if is_whole else [None]
+    return story if all(isinstance(text, str) for text in texts) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +329,8 @@ class PartFiles:
         Others may write theirs at the same time. So it is looked both before and after.
         """
         self._check_others(purpose)
-        story = {
-            "key": purpose.key,
-            "host": socket.gethostname(),
-            "paths": purpose.paths,
-            "marks": purpose.marks,
-        }
         before = self._read("key")
-        self._write("key", story)
+        self._write("key", purpose.story())
         try:
             self._check_others(purpose)
         except OutputError:
@@ -273,7 +361,8 @@ class PartFiles:
             return None
         try:
             shards = {name: FileState(**state) for name, state in done["shards"].items()}
-            return Made(str(done["key"]), shards, dict(done["done"]))
+            how = read_done(done["done"])
+            return None if how is None else Made(str(done["key"]), shards, how)
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
@@ -315,7 +404,7 @@ class PartFiles:
             other = PartFiles(int(match[1]), int(match[2]), self.folder, self.directory)
             story = other._read("key")
             if story is not None:
-                purpose.check_same(story, other.part, self.directory)
+                purpose.check_same(story, other.part, str(self.directory))
 
     def _read(self, kind: str) -> dict[str, Any] | None:
         """Return what a file of this part says; None if there is none that was written as such."""
@@ -326,12 +415,16 @@ class PartFiles:
         name = f"{self.name}.{kind}"
         unfinished = partial_name(f"{name}.{socket.gethostname()}.{os.getpid()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(unfinished, flags, 0o666, dir_fd=self.folder), "wb") as file:
-            file.write(json.dumps(story).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(unfinished, name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
-        os.fsync(self.folder)
+        try:
+            with open(os.open(unfinished, flags, 0o666, dir_fd=self.folder), "wb") as file:
+                file.write(json.dumps(story).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(unfinished, name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+            os.fsync(self.folder)
+        except OSError as error:  # which has no path of what is open
+            error.filename = str(self.directory / PARTS_NAME / name)
+            raise
 
 
 def parts_in(directory: Path) -> int:

@@ -35,7 +35,8 @@ from oxmerge import _core
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
-from oxmerge.output.claims import Claim, claim, named
+from oxmerge.models.stores import is_address
+from oxmerge.output.claims import BusyError, Claim, claim, locked_file, named
 from oxmerge.output.journal import JOURNAL_NAME, MOST_BYTES, Journal, mark
 from oxmerge.output.resume import RESUME_NAME, check_same
 from oxmerge.output.side_files import SideFile, copy_bytes, is_index, is_loadable_weight
@@ -52,6 +53,8 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 _SIGNS_OF_A_MODEL = (CONFIG_NAME, INDEX_NAME, "model.safetensors", "oxmerge_report.json")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Letters that a message shows of a name that anyone may have given.
+_LONGEST = 40
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 
@@ -99,6 +102,8 @@ class OutputDirectory:
         The folders in it that this run has made, outermost first.
     finished
         Whether the new model is complete; nothing is discarded after that.
+    address
+        Where in an object store its files go when it is finished; the weight files are there.
     """
 
     claim: Claim
@@ -114,6 +119,7 @@ class OutputDirectory:
     placed: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     finished: bool = False
+    address: str | None = None
 
     @property
     def path(self) -> Path:
@@ -171,6 +177,16 @@ class Contents:
         """The names of all files, with those of an index and a config that there may not be."""
         copied = (file.name for file in self.side_files)
         return (*self.shards, *copied, *self.texts, *self.late, INDEX_NAME, CONFIG_NAME)
+
+    @property
+    def written(self) -> dict[str, bytes]:
+        """The texts by name, as they are written; they come before copied files of their names."""
+        texts = {INDEX_NAME: self.index, CONFIG_NAME: self.config, **self.texts}
+        return {
+            name: text.encode(errors="backslashreplace") if isinstance(text, str) else text
+            for name, text in texts.items()
+            if text is not None
+        }
 
 
 def prepare_output(  # noqa: PLR0913 - of this package only
@@ -232,6 +248,8 @@ def prepare_output(  # noqa: PLR0913 - of this package only
                 _require_parts(output)
             elif not fresh:
                 _refuse_parts(output)
+            else:
+                _refuse_running_parts(output)
             output.is_resumed = parts or (not fresh and _is_resumed(output))
             inputs = {(file["device"], file["inode"]) for file in input_files}
             _check_existing(output, inputs, names)
@@ -291,11 +309,7 @@ def stage(output: OutputDirectory, contents: Contents) -> None:
     OSError
         If a file cannot be read or written.
     """
-    texts = dict(contents.texts)
-    if contents.index is not None:
-        texts[INDEX_NAME] = contents.index
-    if contents.config is not None:
-        texts[CONFIG_NAME] = contents.config
+    texts = contents.written
     for file in contents.side_files:
         if file.name not in texts:
             with file.open() as reader, _told_in_full(output):
@@ -403,8 +417,8 @@ def clean(directory: str | os.PathLike[str]) -> bool:
 
     Parameters
     ----------
-    directory : path
-        The output of that run.
+    directory : path or str
+        The output of that run: a directory, or the address of one in an object store.
 
     Returns
     -------
@@ -426,11 +440,16 @@ def clean(directory: str | os.PathLike[str]) -> bool:
     >>> oxmerge.clean("merged")
     False
     """
+    if is_address(os.fspath(directory)):
+        from oxmerge.in_store import clean_in_store  # noqa: PLC0415 - it needs this module
+
+        return clean_in_store(directory)
     path = named(directory)
     status = os.stat(path)
     output = OutputDirectory(claim(path), overwrite=False)
     try:
         with _told_in_full(output):
+            _refuse_running_parts(output)
             output.journal = _read_journal(output)
             is_left = any(entry.name.endswith(PARTIAL_SUFFIX) for entry in _entries(output))
             _remove_leftovers(output)
@@ -591,7 +610,7 @@ def _require_parts(output: OutputDirectory) -> None:
         raise no_parts(output.path)
 
 
-def no_parts(directory: Path) -> NoPartsError:
+def no_parts(directory: Path | str) -> NoPartsError:
     """Return the error for an output in which no part was made."""
     return NoPartsError(
         "there are no parts of a merge",
@@ -609,6 +628,34 @@ def _refuse_parts(output: OutputDirectory) -> None:
             advice="make the others with `--part`, and complete them with `oxmerge finish`; or "
             "start over with `--fresh`, which removes them",
         )
+
+
+def _refuse_running_parts(output: OutputDirectory) -> None:
+    """Raise BusyError if a run makes a part here, or completes the parts.
+
+    Where directories can be locked, none runs while this one owns the output; elsewhere, as on NFS,
+    the locks of files tell.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = os.open(PARTS_NAME, _FOLDER, dir_fd=output.descriptor)
+        except FileNotFoundError:
+            return
+        stack.callback(os.close, folder)
+        for name in sorted(os.listdir(folder)):
+            if not name.endswith(".lock"):
+                continue
+            try:
+                stack.enter_context(locked_file(name, folder))
+            except BlockingIOError:
+                raise BusyError(
+                    "another run makes a part of a merge here",
+                    file=str(output.path),
+                    found=f"the lock `{name[:_LONGEST]}`",
+                    advice="wait for it, or end it",
+                ) from None
+            except OSError:
+                continue  # no run has made that
 
 
 def _refuse_a_whole(output: OutputDirectory) -> None:
@@ -715,7 +762,7 @@ def _probe(output: OutputDirectory) -> None:
 
 
 def _write_texts(
-    output: OutputDirectory, texts: Mapping[str, str | bytes | Callable[[int], None]]
+    output: OutputDirectory, texts: Mapping[str, str | Callable[[int], None]] | Mapping[str, bytes]
 ) -> None:
     for name, text in texts.items():
         data = text.encode(errors="backslashreplace") if isinstance(text, str) else text
@@ -782,7 +829,7 @@ def _write_journal(output: OutputDirectory, contents: Contents) -> None:
                 old[name] = mark(state)
     journal = Journal(
         purpose=output.purpose,
-        last=_last_names(contents)[-1],
+        last=last_names(contents)[-1],
         ours={name: mark(written.state) for name, written in output.complete.items()},
         old=old,
         folders=tuple(f for f in _folders(output.complete) if not _has_folder(output, f)),
@@ -796,7 +843,7 @@ def _write_journal(output: OutputDirectory, contents: Contents) -> None:
 
 
 def _switch(output: OutputDirectory, contents: Contents) -> None:
-    shards, last = list(contents.shards), _last_names(contents)
+    shards, last = list(contents.shards), last_names(contents)
     weights, known = set(shards), {*shards, *last}
     others = [name for name in output.complete if name not in known]
     _remove_old(output, lambda name: name == CONFIG_NAME or is_index(name))
@@ -821,11 +868,14 @@ def _folders(names: Iterable[str]) -> list[str]:
     return list(map(str, dict.fromkeys(parents)))
 
 
-def _last_names(contents: Contents) -> list[str]:
-    """Return what makes a directory a model: index and config, else the one shard itself."""
+def last_names(contents: Contents) -> list[str]:
+    """Return what makes a directory a model: index and config, else the one shard itself.
+
+    Where that is not here, the report ends it.
+    """
     last = [INDEX_NAME] if contents.index is not None else []
     last += [CONFIG_NAME] if contents.config is not None else []
-    return last or list(contents.shards)
+    return last or list(contents.shards) or list(contents.late[-1:])
 
 
 def _remove_old(output: OutputDirectory, is_old: Callable[[str], bool]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from oxmerge import __version__
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
+from oxmerge.json_files import parse_json
 from oxmerge.output.manifest import plan_digest
 
 TYPE_CHECKING = False
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from oxmerge.planning.plans import Plan
 
-__all__ = ["RESUME_NAME", "check_same", "etag_of", "how_to_go_on", "keys_of", "parsed"]
+__all__ = ["RESUME_NAME", "check_same", "etag_of", "how_to_go_on", "keys_of", "parsed", "state_of"]
 
 #: The journal; see `JOURNAL_NAME` for why no file of a model is called so.
 RESUME_NAME = partial_name("oxmerge_resume")
@@ -75,13 +76,13 @@ def _identities(plan: Plan) -> set[tuple[str, int, str]]:
     """
     made = None if plan.stand_ins is None else f"{plan.stand_ins.folder}{os.sep}"
     return {
-        ("/".join(Path(file["path"]).parts[-2:]), file["size"], _state(file))
+        ("/".join(Path(file["path"]).parts[-2:]), file["size"], state_of(file))
         for file in plan.input_files
         if made is None or not file["path"].startswith(made)
     }
 
 
-def _state(file: Mapping[str, Any]) -> str:
+def state_of(file: Mapping[str, Any]) -> str:
     """Return what tells whether a file is the same: an ETag, or when it was written.
 
     No device: its number can change when the system starts anew.
@@ -115,8 +116,8 @@ def check_same(journal: str, key: str, directory: os.PathLike[str]) -> None:
 def parsed(text: str) -> dict[str, Any]:
     """Return what a key says, which may be of a stranger: nothing if it is none."""
     try:
-        story = json.loads(text)
-    except (ValueError, RecursionError):
+        story = parse_json(text.encode())
+    except ValueError:
         return {}
     return story if isinstance(story, dict) else {}
 

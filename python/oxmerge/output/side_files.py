@@ -31,6 +31,7 @@ from oxmerge.problems import Problem
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from io import FileIO
     from typing import IO, BinaryIO
 
 _INDEXES = ("*.index.json",)
@@ -76,7 +77,7 @@ class SideFile:
     state: FileState
 
     @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
+    def open(self) -> Iterator[FileIO]:
         """Yield the file, open for reading; InputChangedError if it is, or becomes, another."""
         try:
             file = open(self.source, "rb", buffering=0, opener=open_at_once)  # noqa: SIM115

@@ -12,18 +12,18 @@ import json
 
 from oxmerge import _core
 from oxmerge.models.names import is_head, is_vocabulary
-from oxmerge.models.vocabularies import folder_beside, token_files
+from oxmerge.models.vocabularies import token_files
 from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from oxmerge.models.inputs import InputModel
     from oxmerge.planning.keeping import Column, Keeping, KeptOfRun
     from oxmerge.planning.parameters import SettingReader
-    from oxmerge.planning.sections import Section
     from oxmerge.planning.targets import Run, Target
     from oxmerge.planning.tokens import Alignment
     from oxmerge.problems import Findings
@@ -78,7 +78,6 @@ class Assembler:
         self._reader = reader
         self._donor = donor
         self._unequal: dict[tuple[int, str], int] = {}
-        self._is_sliced = bool(recipe.slices)
         self._quantised = [model.is_quantised for model in models]
         self._settings: dict[str, int] = {}
         others = [
@@ -94,17 +93,24 @@ class Assembler:
         )
         if alignment is not None:
             self._table.align(alignment.rows, set(alignment.names))
-        if self._is_sliced:
+        if any(part.is_run for part in (*recipe.slices, *recipe.modules)):
             self._table.like_layers_of(donor.index, set(donor.layout.stacks))
 
-    def compare_depths(self, section: Section) -> None:
-        """Report stacks that are not as deep as the donor's; their layers are not compared."""
-        for source in section.sources:
-            for prefix, stack in self._donor.layout.stacks.items():
+    def compare_depths(self, runs: Iterable[Run]) -> None:
+        """Report stacks that are not as deep as the donor's, where whole models are merged.
+
+        Their layers are not compared.
+        """
+        for run in runs:
+            if run.place is None or run.section.is_run:
+                continue
+            prefix, depth = run.place.stack.prefix, run.place.stack.depth
+            for source in run.section.sources:
                 other = source.model.layout.stacks.get(prefix)
-                if other is not None and other.depth != stack.depth:
-                    self._unequal[source.model.index, prefix] = min(other.depth, stack.depth)
-                    self._report_depths(source.model, prefix, stack.depth, other.depth)
+                key = source.model.index, prefix
+                if other is not None and other.depth != depth and key not in self._unequal:
+                    self._unequal[key] = min(other.depth, depth)
+                    self._report_depths(source.model, prefix, depth, other.depth)
 
     def _report_depths(self, model: InputModel, prefix: str, expected: int, found: int) -> None:
         message = f"layer counts differ: `{prefix}` of `{model.reference}`"
@@ -127,7 +133,7 @@ class Assembler:
         keeping = self._keeping.of(run)
         models = (source.model for source in section.sources)
         columns = [*zip(models, run.leads, strict=True), *keeping.columns]
-        is_like = self._is_sliced and section.donor.model is not self._donor
+        is_like = section.is_run and section.donor.model is not self._donor
         found = self._table.find(
             donor.index,
             list(run.tensors),
@@ -139,7 +145,7 @@ class Assembler:
             (keeping.inputs, keeping.kept, keeping.otherwise),
         )
         keeping.kept = found.kept()
-        left_out = set()
+        left_out = self._without_rows(found, donor, keeping)
         for at, is_twice in found.odd:
             like = donor.checkpoint.tensor(found.tensor(at))
             shapes = self._table.shapes_in_layers(found, at, run.donor_lead) if is_like else []
@@ -227,7 +233,7 @@ class Assembler:
         origin: dict[str, Any],
     ) -> int:
         """Return the number of settings; equal ones have one."""
-        if self._is_sliced:
+        if run.section.is_run:
             origin["slice"] = run.section.where.in_text
         described = json.dumps(origin)
         key = json.dumps([shared, own]) + described
@@ -307,6 +313,29 @@ class Assembler:
             Problem("missing-head", message, file=model.path, tensor=name, advice=advice)
         )
 
+    def _without_rows(self, found: _core.Run, donor: InputModel, keeping: KeptOfRun) -> set[int]:
+        """Return tensors kept from a model that lacks the row of a token; report them."""
+        lacking: set[int] = set()
+        if self._alignment is None or not self._alignment.given:
+            return lacking
+        for at, column in keeping.kept.items():
+            name = donor.checkpoint.tensor(found.tensor(at)).name
+            model, place = keeping.columns[column - keeping.inputs][0], keeping.place(column)
+            for given in self._alignment.given if name in self._alignment.names else ():
+                if model.index not in given.takers or model.index == given.giver:
+                    continue
+                lacking.add(at)
+                message = (
+                    f"the row of `{given.asked.token}` is to be that of `{given.asked.model}`, in "
+                    f"a tensor that is kept from `{model.reference}` ({place.in_text})"
+                )
+                advice = "keep the tensor from the model that gives the row, or leave the token out"
+                problem = Problem(
+                    "wrong-value", message, given.asked.where, tensor=name, advice=advice
+                )
+                self._problems.append(problem)
+        return lacking
+
     # Comparing.
 
     def _compare(self, target: Target, like: TensorInfo, found: Found) -> None:
@@ -364,7 +393,7 @@ class Assembler:
             return _SAME_SIZE
         if self._alignment is not None:
             return "the embedding and the head of a model must have a row for the same tokens"
-        if not all(token_files(folder_beside(each.path)) for each in (self._donor, model)):
+        if not all(token_files(each.tokenizer_folder) for each in (self._donor, model)):
             return (
                 "the vocabularies differ; with a `tokenizer.json` beside each model, "
                 "`tokenizer_source: union` matches their rows by token"
@@ -378,7 +407,8 @@ class Assembler:
 
     def _donor_of(self, target: Target) -> InputModel:
         """Return the model whose tensor the target is like: with slices, the slice's donor."""
-        return target.run.section.donor.model if self._is_sliced else self._donor
+        section = target.run.section
+        return section.donor.model if section.is_run else self._donor
 
     def _check_types(
         self, target: Target, model: InputModel, tensor: TensorInfo, like: TensorInfo

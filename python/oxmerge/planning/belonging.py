@@ -25,7 +25,7 @@ from oxmerge.problems import SHOWN_TENSORS, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
     from typing import Any
 
     from oxmerge.models.inputs import InputModel
@@ -65,12 +65,13 @@ class Belonging:
         self._donor = donor
         self._allow = allow_mismatch
 
-    def compare_configs(self, models: Sequence[InputModel], *, by_layer: bool) -> None:
-        """Compare configs; `by_layer` leaves out what they say of single layers."""
+    def compare_configs(self, models: Sequence[InputModel], sections: Sequence[Section]) -> None:
+        """Compare configs, but for what they say of single layers that slices move."""
+        prefixes = {section.donor.stack.prefix for section in sections if section.donor.stack}
         for model in models:
             if model is not self._donor and model.config and self._donor.config:
                 self._compare_types(model)
-                self._compare_keys(model, by_layer=by_layer)
+                self._compare_keys(model, prefixes)
 
     def fold_sizes(self, models: Sequence[InputModel]) -> None:
         """Make one problem of all unequal shapes of a model whose config has other sizes."""
@@ -106,13 +107,13 @@ class Belonging:
             first = section.donor
             for source in section.sources:
                 model = source.model
-                if source is not first and model.stack and first.model.stack:
-                    theirs = describe_layers(model.config, model.stack.depth)
-                    ours = describe_layers(first.model.config, first.model.stack.depth)
+                if source is not first and source.stack and first.stack:
+                    theirs = describe_layers(model.config, source.stack)
+                    ours = describe_layers(first.model.config, first.stack)
                     fitting = min(
                         section.length,
-                        model.stack.depth - source.start,
-                        first.model.stack.depth - first.start,
+                        source.stack.depth - source.start,
+                        first.stack.depth - first.start,
                     )
                     pairs = [(first.start + at, source.start + at) for at in range(fitting)]
                     self._compare_kinds(
@@ -158,8 +159,8 @@ class Belonging:
         )
         (self._findings.problems if refuse else self._findings.warnings).append(problem)
 
-    def _compare_keys(self, model: InputModel, *, by_layer: bool) -> None:
-        ours, theirs = (_meaning(each, by_layer=by_layer) for each in (self._donor, model))
+    def _compare_keys(self, model: InputModel, moved: Collection[str]) -> None:
+        ours, theirs = (_meaning(each, moved) for each in (self._donor, model))
         differing = [
             key
             for key, value in ours.items()
@@ -225,7 +226,7 @@ class Belonging:
     # Tokenizers.
 
     def _compare_tokens(self, model: InputModel, rows: int) -> Iterator[Problem]:
-        ours, theirs = (folder_beside(each.path) for each in (self._donor, model))
+        ours, theirs = (each.tokenizer_folder for each in (self._donor, model))
         names = f"`{model.reference}` and `{self._donor.reference}`"
         found = vocabularies(ours, theirs)
         if found is None:
@@ -260,10 +261,12 @@ class Belonging:
             yield Problem("tokenizer-differs", message, file=other[0], found=count, advice=_TOKENS)
 
 
-def _meaning(model: InputModel, *, by_layer: bool) -> dict[str, Statement]:
-    if by_layer and model.stack is not None:
-        return meaning_of(without_layers(model.config, model.stack.depth))
-    return meaning_of(model.config)
+def _meaning(model: InputModel, moved: Collection[str]) -> dict[str, Statement]:
+    config = model.config
+    for prefix in moved:
+        stack = model.layout.stacks.get(prefix)
+        config = config if stack is None else without_layers(config, stack.depth)
+    return meaning_of(config)
 
 
 def _sizes(model: InputModel) -> dict[str, int]:
@@ -317,4 +320,7 @@ def _not_compared(names: str, error: Exception, file: str) -> Problem:
         story = error.as_problem()
         reason = story.message if story.found is None else f"{story.message}: {story.found}"
         return Problem("unreadable-config", message, file=story.file or file, found=reason)
-    return Problem("unreadable-config", message, file=file, found=str(error))
+    # Without the path, which stands beside it.
+    number = error.errno if isinstance(error, OSError) else None
+    reason = str(error) if number is None else os.strerror(number).lower()
+    return Problem("unreadable-config", message, file=file, found=reason)

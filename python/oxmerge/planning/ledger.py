@@ -52,12 +52,10 @@ class Ledger:
         self,
         sections: list[Section],
         donor: InputModel,
-        *,
-        is_sliced: bool,
         modules: ModuleTargets | None = None,
     ) -> tuple[ModelAccount, ...]:
         """Return the account of every model."""
-        reasons = _Reasons(sections, donor, is_sliced=is_sliced, modules=modules)
+        reasons = _Reasons(sections, donor, modules)
         each = zip(self._models, self._fates, strict=True)
         return tuple(self._account(model, fates, reasons) for model, fates in each)
 
@@ -94,39 +92,35 @@ class _Reasons:
         self,
         sections: list[Section],
         donor: InputModel,
-        *,
-        is_sliced: bool,
         modules: ModuleTargets | None,
     ) -> None:
         self._donor = donor
-        self._is_sliced = is_sliced
         self._modules = modules
+        self._sections = sections
         self._members = {each.model.index for section in sections for each in section.sources}
-        self._layers: dict[int, set[int]] = {}
-        self._ends = [
-            {each.model.index for each in section.sources}
-            for section in (*sections[:1], *sections[-1:])
-        ]
-        self._end_donors = [
-            section.donor.model.reference for section in (*sections[:1], *sections[-1:])
-        ]
+        #: The layers of each model that are taken, by the module that they are of.
+        self._layers: dict[tuple[str | None, int], set[int]] = {}
         for section in sections:
             for each in section.sources:
-                layers = self._layers.setdefault(each.model.index, set())
+                layers = self._layers.setdefault((section.module, each.model.index), set())
                 layers.update(range(each.start, each.start + section.length))
 
     def of(self, model: InputModel, name: str) -> tuple[str, bool]:
         """Return the reason, and whether it was to be expected."""
+        sections = self._sections
         if self._modules is not None:
-            section = self._modules.section_of(name)
-            if section.is_carried:
+            sections = self._modules.sections_of(name)
+            module = shorten(sections[0].module or "")
+            if sections[0].is_carried:
                 return "it is in no module that the recipe names", True
-            if all(each.model is not model for each in section.sources):
-                return f"the module `{shorten(section.module or '')}` does not list the model", True
+            if all(each.model is not model for part in sections for each in part.sources):
+                return f"the module `{module}` does not list the model", True
         if model.index not in self._members:
             what = "names and config" if model is self._donor else "what is kept from it"
             return f"the model is no input, it gives {what}", True
-        return self._in_slices(model, name) if self._is_sliced else self._in_whole(name)
+        if sections[0].is_run:
+            return self._in_slices(sections, model, name)
+        return self._in_whole(name)
 
     def _in_whole(self, name: str) -> tuple[str, bool]:
         donor = self._donor
@@ -134,16 +128,18 @@ class _Reasons:
             return f"the donor `{donor.reference}` ties its head to its embedding", False
         return f"the donor `{donor.reference}` does not have it", False
 
-    def _in_slices(self, model: InputModel, name: str) -> tuple[str, bool]:
+    def _in_slices(self, sections: list[Section], model: InputModel, name: str) -> tuple[str, bool]:
         place = model.layout.place(name)
         if place is None or place.is_extra:
-            return self._loose(model, loose_side(name, place))
-        if place.layer not in self._layers[model.index]:
+            return self._loose(sections, model, loose_side(name, place))
+        if place.layer not in self._layers[sections[0].module, model.index]:
             return "outside layer_range", True
         return "the slice's donor does not have it", False
 
-    def _loose(self, model: InputModel, side: str | None) -> tuple[str, bool]:
-        end, word = (1, "last") if side == "output" else (0, "first")
-        if model.index not in self._ends[end]:
+    def _loose(
+        self, sections: list[Section], model: InputModel, side: str | None
+    ) -> tuple[str, bool]:
+        end, word = (sections[-1], "last") if side == "output" else (sections[0], "first")
+        if all(each.model is not model for each in end.sources):
             return f"tensors on the {side or 'input'} side come from the {word} slice", True
-        return f"the donor `{self._end_donors[end]}` does not have it", False
+        return f"the donor `{end.donor.model.reference}` does not have it", False

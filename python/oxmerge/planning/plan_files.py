@@ -12,14 +12,16 @@ from oxmerge.errors import PlanError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_start
 from oxmerge.methods import find_method, modifiers
-from oxmerge.options import check_allowed
+from oxmerge.options import PlanOptions, check_allowed
 from oxmerge.output.card import RECIPE_NAME, REPORT_NAME
 from oxmerge.output.manifest import MANIFEST_NAME
 from oxmerge.output.publish import CONFIG_NAME, INDEX_NAME
 from oxmerge.output.side_files import LeftOut, SideFile, SideFiles
 from oxmerge.planning.accounting import ModelAccount, Share
+from oxmerge.planning.effects import effect_of
 from oxmerge.planning.parameters import KINDS
 from oxmerge.problems import Place, Problem, group_problems
+from oxmerge.recipe.recipe import Recipe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +35,11 @@ __all__ = ["is_saved_plan", "load_plan", "save_plan"]
 
 #: What a saved plan begins with.
 _BEGINNING = '{"oxmerge_plan":'
+#: What one of several merges begins with.
+_OF_MERGES = re.compile(r'\{"oxmerge_plan":\d{1,9},\n"merges":')
 _MAKE_ANEW = "make the plan anew from its recipe"
+#: Letters of what the file says that a message shows.
+_SHOWN = 40
 #: One of 100,000 tensors of three models each has 25 MB.
 _MOST_BYTES = 200_000_000
 
@@ -52,17 +58,17 @@ def is_saved_plan(path: str | os.PathLike[str]) -> bool:
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write a plan to a file; see `Plan.save`."""
-    if plan.stages:
-        advice = "save the plan of each merge, when those before it have run"
-        raise PlanError("a plan of several merges cannot be saved", advice=advice)
     path = Path(path)
     partial = path.with_name(_core.partial_name(f"{path.name}.{os.getpid()}"))
-    output = json.dumps(_output(plan), ensure_ascii=True)
+    key, said = ("merges", _merges(plan)) if plan.stages else ("output", _output(plan))
+    output = json.dumps(said, ensure_ascii=True)
     file = open(partial, "xb")  # noqa: SIM115 - what is not ours is not ours to remove
     try:
         with file:
-            file.write(f'{_BEGINNING}{_version()},\n"output":{output},\n"table":'.encode())
-            plan.table.write(file.write)
+            file.write(f'{_BEGINNING}{_version()},\n"{key}":{output}'.encode())
+            if not plan.stages:
+                file.write(b',\n"table":')
+                plan.table.write(file.write)
             file.write(b"}\n")
             file.flush()
             os.fsync(file.fileno())
@@ -70,6 +76,48 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _merges(plan: Plan) -> dict[str, Any]:
+    """Return what is kept of a plan of several merges.
+
+    What later ones read is not there yet, so that they are planned anew; digests tell whether they
+    are what they were.
+    """
+    return {
+        "recipe_text": plan.recipe_text,
+        "recipe_folder": plan.recipe_folder,
+        "seed": plan.seed,
+        "shard_size": plan.shard_size,
+        "effect": effect_of(plan),
+    }
+
+
+def _load_merges(text: str, allow_methods: tuple[str, ...]) -> Plan:
+    """Return a plan of several merges, made anew."""
+    from oxmerge.merging import prepare  # noqa: PLC0415 - it needs this module
+
+    raw = json.loads(text)
+    if raw.get("oxmerge_plan") != _version():
+        raise PlanError(
+            "the plan was saved by another version of oxmerge",
+            expected=f"plan version {_version()}",
+            found=str(raw.get("oxmerge_plan"))[:_SHOWN],
+            advice=_MAKE_ANEW,
+        )
+    reader = _Reader(_Reader(raw).get("merges", dict))
+    seed, size = reader.get("seed", int), reader.get("shard_size", int)
+    if not (0 <= seed < 1 << 64 and 0 < size < 1 << 63):
+        raise _wrong("a seed or a size in the plan is out of range", (seed, size))
+    folder = reader.get("recipe_folder", str, optional=True)
+    recipe = Recipe.from_text(reader.get("recipe_text", str), folder=folder)
+    # Which models may differ was settled when it was made.
+    options = PlanOptions(seed, size, allow_mismatch=True, allow_methods=allow_methods)
+    plan = prepare(recipe, options)
+    if not plan.stages or effect_of(plan) != reader.get("effect", str):
+        message = "the merges of the plan, or the files that they read, are not what they were"
+        raise PlanError(message, advice=_MAKE_ANEW)
+    return plan
 
 
 def _version() -> int:
@@ -130,7 +178,8 @@ def load_plan(
 
     Nothing in the file is believed: what it refers to must be there, inputs must lie within their
     files, outputs must fill theirs without overlap or hole, and parameters must be the method's.
-    The input files themselves are looked at when the plan is merged, or its summary is asked for.
+    The input files themselves are looked at when the plan is merged, or its summary is asked for;
+    a plan of several merges is made anew from their headers, and refused if they have changed.
 
     Parameters
     ----------
@@ -157,8 +206,12 @@ def load_plan(
     """
     from oxmerge.planning.plans import Plan  # noqa: PLC0415 - it needs this module
 
+    options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
     try:
-        table, rest = _core.Plan.load(_read_text(path))
+        text = _read_text(path)
+        if _OF_MERGES.match(text):
+            return _load_merges(text, check_allowed(allow_methods)).with_options(options)
+        table, rest = _core.Plan.load(text)
         about = _method_of(table, check_allowed(allow_methods))
         _check_parameters(table, about)
         if about.written is not None:
@@ -172,7 +225,6 @@ def load_plan(
         raise PlanError(
             "this is no plan that oxmerge saved", file=os.fspath(path), found=str(error)
         ) from error
-    options = {"memory": memory, "threads": threads, "device": device, "vram": vram}
     return Plan(about=about, table=table, options=options, **fields)
 
 
@@ -278,7 +330,9 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
         "pinned": pinned,
         "donor": donor,
         "base": base,
-        "layer_map": _pairs(reader.get("layer_map", list, list, optional=True)),
+        "layer_map": {
+            prefix: _pairs(pairs) for prefix, pairs in reader.get("layer_map", dict).items()
+        },
         "dtype": reader.get("dtype", str, optional=True),
         "tokenizer_memory": reader.get("tokenizer_memory", int, optional=True),
         "accounting": tuple(
@@ -328,10 +382,9 @@ def _check_name(name: str) -> None:
         raise _wrong("a file of the output must have a name within its directory", name)
 
 
-def _pairs(raw: list[list[Any]] | None) -> tuple[tuple[int, int], ...] | None:
-    if raw is None:
-        return None
-    if not all(list(map(type, pair)) == [int, int] for pair in raw):
+def _pairs(raw: Any) -> tuple[tuple[int, int], ...]:  # noqa: ANN401
+    is_right = isinstance(raw, list) and all(isinstance(pair, list) for pair in raw)
+    if not is_right or not all(list(map(type, pair)) == [int, int] for pair in raw):
         raise _wrong("`layer_map` in the plan is not as it should be", raw)
     return tuple((model, layer) for model, layer in raw)
 

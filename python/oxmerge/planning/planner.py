@@ -20,11 +20,11 @@ from oxmerge.models.references import fetch_beside
 from oxmerge.models.vocabularies import folder_beside
 from oxmerge.options import DEFAULT_SHARD_SIZE, check_allowed, check_seed
 from oxmerge.output.chat_templates import choose_template
-from oxmerge.output.config import edit_config, json_text
+from oxmerge.output.config import Restacked, edit_config, json_text
 from oxmerge.output.contents import card_of, config_of, notes_on
 from oxmerge.output.side_files import SideFiles, find_side_files, folder_of, is_side_file
 from oxmerge.output.token_ids import GENERATION_CONFIG, edit_tokens
-from oxmerge.output.tokenizers import side_files_with
+from oxmerge.output.tokenizers import OutputTokenizer, side_files_with
 from oxmerge.planning.assembly import Assembler
 from oxmerge.planning.belonging import Belonging
 from oxmerge.planning.keeping import Keeping
@@ -134,7 +134,7 @@ class _Planner:
         self.stages = stages
         self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
         self.reader = SettingReader(findings)
-        self.sliced: SlicedTargets | None = None
+        self.sliced: list[SlicedTargets] = []
         self.modules: ModuleTargets | None = None
         self.alignment: Alignment | None = None
         self.lacks_tokens = False
@@ -167,9 +167,7 @@ class _Planner:
         if donor is None or table is None or problems:
             raise self.failure(problems + (warnings if strict else [])) from self.cause
         ledger = Ledger(self.inputs.models, fates, self.keeping.passed_over)
-        accounting = ledger.close(
-            sections, donor, is_sliced=self.sliced is not None, modules=self.modules
-        )
+        accounting = ledger.close(sections, donor, self.modules)
         warnings += ledger.warnings
         if strict and warnings:
             raise self.failure(warnings)
@@ -203,9 +201,11 @@ class _Planner:
     def targets(self, sections: list[Section], donor: InputModel) -> Iterable[Run]:
         if not sections:
             return []
-        if self.recipe.modules:
-            of = {section.module: section for section in sections if section.module is not None}
-            self.modules = ModuleTargets(of, self.builder.carried(donor), donor, self.findings)
+        found = self.builder.modules if self.recipe.modules else None
+        if found is not None:
+            carried = self.builder.carried(donor)
+            self.modules = ModuleTargets(sections, carried, found, donor, self.findings)
+            self.sliced = self.modules.sliced
             runs = list(self.modules)
             if not any(run.section.is_carried for run in runs):
                 self.builder.check_ignored_base()
@@ -213,9 +213,9 @@ class _Planner:
         if not self.recipe.slices:
             return whole_targets(sections[0], donor)
         if donor.stack is None:
-            self.builder.report_no_stack(donor, sections[0].module)
-        self.sliced = SlicedTargets(sections, donor, self.findings)
-        return self.sliced
+            self.builder.report_no_stack(donor, None)
+        self.sliced = [SlicedTargets(sections, donor, self.findings)]
+        return self.sliced[0]
 
     def align(self, donor: InputModel, sections: list[Section]) -> None:
         """Find which rows of the models stand for which tokens, where the recipe asks for that."""
@@ -237,9 +237,7 @@ class _Planner:
             self.findings,
             self.alignment,
         )
-        if not self.recipe.slices:
-            for section in {id(run.section): run.section for run in targets}.values():
-                assembler.compare_depths(section)
+        assembler.compare_depths(targets)
         for run in targets:
             assembler.assemble(run)
         # Rows that cannot be compared for a reason that is told with the tokenizer.
@@ -266,11 +264,10 @@ class _Planner:
 
     def check_config(self, donor: InputModel | None) -> None:
         """Find the layer lists and position rules of the config that the new depth breaks."""
-        if self.sliced is None or donor is None or donor.stack is None or not donor.config:
+        if donor is None or not donor.config:
             return
-        layers = self.configs_of(self.sliced.layer_map)
         try:
-            edit_config(donor.config, layer_map=layers, donor_depth=donor.stack.depth)
+            edit_config(donor.config, stacks=self.stacks_of(donor))
         except PlanError as error:
             self.findings.problems += error.problems
 
@@ -280,10 +277,12 @@ class _Planner:
             return
         problems = self.findings.problems
         tokenizer = None if self.alignment is None else self.alignment.tokenizer
+        if tokenizer is None and donor.tokens is not None:
+            tokenizer = OutputTokenizer(donor.reference, donor.tokens)
         own = folder_beside(donor.path)
         template = None
         if self.recipe.chat_template is not None:
-            folders = [folder_beside(model.path) for model in self.inputs.models]
+            folders = [model.tokenizer_folder for model in self.inputs.models]
             whose = own if tokenizer is None else tokenizer.folder
             template, problem = choose_template(self.recipe.chat_template, folders, whose)
             problems += [] if problem is None else [problem]
@@ -340,10 +339,8 @@ class _Planner:
             return
         belonging = Belonging(donor, self.findings, allow_mismatch=self.allow_mismatch)
         belonging.fold_sizes(self.inputs.models)
-        by_layer = bool(self.recipe.slices)
-        belonging.compare_configs(self.inputs.models, by_layer=by_layer)
-        if by_layer:
-            belonging.compare_layers(sections)
+        belonging.compare_configs(self.inputs.models, sections)
+        belonging.compare_layers(sections)
         if self.alignment is None:
             belonging.compare_tokenizers(self.inputs.models, Tensors(table))
 
@@ -380,14 +377,11 @@ class _Planner:
     ) -> Plan:
         base = self.recipe.base_model
         models = tuple(model.reference for model in self.inputs.models)
-        stack = donor.stack if self.sliced is not None else None
-        layer_map = None if self.sliced is None else self.sliced.layer_map
         dtype = _main_dtype(table.bytes_by_dtype())
         config, changes = config_of(
             donor,
             dtype=dtype,
-            layers=None if layer_map is None else self.configs_of(layer_map),
-            depth=None if stack is None else stack.depth,
+            stacks=self.stacks_of(donor),
             writes_head=table.has_name_ending("lm_head.weight"),
             edit=lambda config: self.with_tokens(config, donor, "config.json"),
         )
@@ -403,7 +397,9 @@ class _Planner:
             donor=donor.index,
             pinned=tuple(model.pinned for model in self.inputs.models),
             base=None if base is None else donor.index,
-            layer_map=layer_map,
+            layer_map={
+                each.stack.prefix: each.layer_map for each in self.sliced if each.stack is not None
+            },
             dtype=dtype,
             accounting=accounting,
             warnings=group_problems(self.findings.warnings),
@@ -445,9 +441,19 @@ class _Planner:
         )
         return (*called, *tied, *self.keeping.notes())
 
-    def configs_of(self, layer_map: Iterable[tuple[int, int]]) -> list[tuple[dict[str, Any], int]]:
-        """Return the config and the layer that each output layer comes from."""
-        return [(self.inputs.models[model].config, layer) for model, layer in layer_map]
+    def stacks_of(self, donor: InputModel) -> list[Restacked]:
+        """Return what becomes of the donor's layers, where slices say."""
+        maps = {each.stack: each.layer_map for each in self.sliced if each.stack is not None}
+        return [
+            Restacked(
+                stack,
+                None
+                if stack not in maps
+                else [(self.inputs.models[model].config, layer) for model, layer in maps[stack]],
+            )
+            for stack in donor.layout.stacks.values()
+            if maps
+        ]
 
 
 def _is_of_rows(problem: Problem) -> bool:

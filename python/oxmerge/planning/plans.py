@@ -58,8 +58,9 @@ class Plan:
         Which of them gives names, config and tokenizer.
     base : int, optional
         Which of them is the recipe's base.
-    layer_map : tuple of (int, int), optional
-        With slices: the model and its layer that each output layer takes its names from.
+    layer_map : dict of str to tuple of (int, int)
+        With slices: the model and its layer that each output layer takes its names from, by what
+        the names of the layers begin with.
     dtype : str, optional
         The float type that most of the output's bytes have; None if there is no float tensor.
     accounting : tuple of ModelAccount
@@ -95,7 +96,7 @@ class Plan:
     pinned: tuple[str | None, ...]
     donor: int
     base: int | None
-    layer_map: tuple[tuple[int, int], ...] | None
+    layer_map: dict[str, tuple[tuple[int, int], ...]]
     dtype: str | None
     accounting: tuple[ModelAccount, ...]
     warnings: tuple[Problem, ...]
@@ -216,11 +217,6 @@ class Plan:
         ----------
         path : path
             The file; one that is there is replaced when the new one is complete.
-
-        Raises
-        ------
-        PlanError
-            If other merges come first: their outputs, which this one reads, are not there.
         """
         save_plan(self, path)
 

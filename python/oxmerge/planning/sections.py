@@ -7,8 +7,10 @@ here, and planning goes on with what is left.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from oxmerge.methods import modifiers
+from oxmerge.models.modules import find_modules
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import Problem, shorten
 from oxmerge.recipe.recipe import UNREAD, Slice, Source
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     from oxmerge.methods import Method
     from oxmerge.models.inputs import InputModel, Inputs
+    from oxmerge.models.modules import Modules
+    from oxmerge.models.names import Stack
     from oxmerge.problems import Findings, Place
     from oxmerge.recipe.recipe import Recipe, Setting, Settings
 
@@ -42,11 +46,14 @@ class SectionSource:
         Its parameters.
     start : int
         Its first layer here.
+    stack : Stack, optional
+        The layers that it is numbered in; None where whole models are merged.
     """
 
     model: InputModel
     resolver: Resolver
     start: int = 0
+    stack: Stack | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ class Section:
         What the recipe says here; two sections that agree in it treat a loose tensor alike.
     module : str, optional
         The module that it is for.
+    is_run : bool
+        Whether it is a run of layers; else it is of whole models.
     is_carried : bool
         Whether its tensors are the donor's as they are.
     is_sound : bool
@@ -88,6 +97,7 @@ class Section:
     length: int
     settings: tuple[object, ...]
     module: str | None = None
+    is_run: bool = False
     is_carried: bool = False
     is_sound: bool = True
 
@@ -133,21 +143,38 @@ class SectionBuilder:
         self._check_base()
         self._check_names(self._recipe.module_parameters, "all")
         self._check_names(self._recipe.parameters, "all")
-        if not self._recipe.sources:
-            return []  # which is reported
         recipe = self._recipe
-        whole = recipe.modules or (Slice(recipe.place("models"), recipe.models),)
-        slices = recipe.slices or [self._with_base(part) for part in whole]
-        sections = [self._section(each) for each in slices]
+        of_modules = {id(each.module_parameters): each.module_parameters for each in recipe.modules}
+        for settings in of_modules.values():
+            self._check_names(settings, "all")
+        if not recipe.sources:
+            return []  # which is reported
+        sections = [self._section(self._with_base(part)) for part in self._parts()]
         return [section for section in sections if section is not None]
 
+    def _parts(self) -> tuple[Slice, ...]:
+        """Return what the recipe lists: slices, modules or their slices, or whole models."""
+        recipe = self._recipe
+        whole = Slice(recipe.place("models"), recipe.models)
+        return recipe.slices or recipe.modules or (whole,)
+
     def _with_base(self, part: Slice) -> Slice:
-        """Return a slice of whole models with the base as an input."""
-        base = self._base_reference(None)
-        if base is None or not part.sources or self._lists(part.sources, base):
+        """Return a part with the base as an input, where it is of whole models."""
+        base = self._recipe.base_model if self._takes_base(part) else self._base_reference(None)
+        if part.is_run or base is None or not part.sources or self._lists(part.sources, base):
             return part
         source = Source(base, self._recipe.place("base_model"))
         return replace(part, sources=(*part.sources, source))
+
+    def _takes_base(self, part: Slice) -> bool:
+        """Tell whether an unlisted base is an input like the others, as in mergekit.
+
+        There it always is, and the merge fails if nothing says its weight; here it then takes no
+        part, as people who write so mean it.
+        """
+        levels = (part.parameters, part.module_parameters, *self._levels)
+        has_weight = any("weight" in level for level in levels)
+        return self._method.name == "karcher" or (self._method.name == "linear" and has_weight)
 
     def _base_reference(self, part: Slice | None) -> str | None:
         """Return the base that takes part in the arithmetic."""
@@ -162,7 +189,7 @@ class SectionBuilder:
 
     def _check_base(self) -> None:
         recipe, method = self._recipe, self._method
-        has_own = bool(recipe.slices) and all(part.base_model for part in recipe.slices)
+        has_own = all(part.base_model for part in self._parts())
         if method.base == "required" and recipe.base_model is None and not has_own:
             message = f"method `{method.name}` needs a `base_model`"
             advice = "name the model that the others were made from"
@@ -178,7 +205,10 @@ class SectionBuilder:
         base = self._recipe.base_model
         if self._method.base != "ignored" or base is None:
             return
-        if self._lists(self._recipe.sources, base):
+        parts = self._parts()
+        if self._lists(self._recipe.sources, base) or any(
+            self._takes_base(part) for part in parts if not part.is_run
+        ):
             return
         message = f"`base_model` is no input of method `{self._method.name}`"
         advice = "it gives the names, the config and the tokenizer; to merge it, list it"
@@ -221,7 +251,7 @@ class SectionBuilder:
                 advice = "list it once, with the weight of both; or name the model that was meant"
                 problem = Problem("duplicate-model", message, source.where, advice=advice)
                 found = self._findings
-                (found.warnings if self._recipe.slices else found.problems).append(problem)
+                (found.warnings if part.is_run else found.problems).append(problem)
             seen.setdefault(key, source.where)
 
     # Making.
@@ -265,7 +295,7 @@ class SectionBuilder:
             if model is not None:
                 base = len(sources) if is_base else base
                 start = source.layer_range[0] if source.layer_range else 0
-                sources.append(SectionSource(model, resolver, start))
+                sources.append(SectionSource(model, resolver, start, self._stack(part, model)))
         lacks_donor = opened[0][1] is None if base_path is None else base is None
         if lacks_donor or not sources:
             return None
@@ -273,7 +303,16 @@ class SectionBuilder:
         settings = _settings(part)
         scale = self._scale(has_base=base_path is not None)
         return Section(
-            part.where, tuple(sources), base, donor, shared, scale, length, settings, part.module
+            part.where,
+            tuple(sources),
+            base,
+            donor,
+            shared,
+            scale,
+            length,
+            settings,
+            part.module,
+            part.is_run,
         )
 
     def carried(self, donor: InputModel) -> Section:
@@ -284,12 +323,12 @@ class SectionBuilder:
         return Section(where, (source,), None, source, nothing, nothing, 0, (), is_carried=True)
 
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
-        levels = (source.parameters, part.parameters, *self._levels)
+        levels = (source.parameters, part.parameters, part.module_parameters, *self._levels)
         parameters = self._method.parameters_of(base=is_base)
         return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
 
     def _shared(self, part: Slice) -> Resolver:
-        levels = (part.parameters, *self._levels)
+        levels = (part.parameters, part.module_parameters, *self._levels)
         whose = f" by method `{self._method.name}`"
         return Resolver(self._method.shared_parameters(), levels, self._reader, whose)
 
@@ -338,9 +377,9 @@ class SectionBuilder:
     def _fitting(self, part: Slice, source: Source, model: InputModel) -> int:
         """Return how many layers of a range its model has; report a range that goes too far."""
         start, end = source.layer_range or (0, 0)
-        stack = model.stack
+        stack = self._stack(part, model)
         if stack is None:
-            self.report_no_stack(model, part.module)
+            self._report_no_layers(part, model)
             return 0
         if end > stack.depth:
             message = f"`layer_range` goes past the last layer of `{source.model}`"
@@ -359,12 +398,44 @@ class SectionBuilder:
             )
         return stack.depth - start
 
+    def _stack(self, part: Slice, model: InputModel) -> Stack | None:
+        """Return the layers of a model that a part takes runs of, if it has them, and only them."""
+        if not part.is_run or part.module is None:
+            return model.stack if part.is_run else None
+        of = self.modules
+        prefixes = [] if of is None else of.stacks_of(part.module)
+        return model.layout.stacks.get(prefixes[0]) if len(prefixes) == 1 else None
+
+    @cached_property
+    def modules(self) -> Modules | None:
+        """The modules of the donor; None if it cannot be opened."""
+        recipe = self._recipe
+        donor = None if recipe.donor is None else self._inputs.open(recipe.donor)
+        if donor is None:
+            return None
+        wanted = dict.fromkeys(part.module for part in recipe.modules if part.module is not None)
+        return find_modules(wanted, donor.checkpoint.names(), donor.layout)
+
+    def _report_no_layers(self, part: Slice, model: InputModel) -> None:
+        """Report a model that a part cannot take layers of, or the donor if that is why."""
+        if part.module is None:
+            self.report_no_stack(model, None)
+        elif self.modules is not None and len(self.modules.roots[part.module]) == 1:
+            # Else there is no such module, which is reported.
+            is_known = len(self.modules.stacks_of(part.module)) == 1
+            donor = self._inputs.open(self._recipe.donor or UNREAD)
+            self.report_no_stack(model if is_known or donor is None else donor, part.module)
+
     def report_no_stack(self, model: InputModel, module: str | None) -> None:
         """Report a model that slices cannot be taken of, once."""
-        layout = model.layout
-        numbered = layout.stacks or layout.numbered
-        names = ", ".join(f"`{name}`" for name in list(numbered)[:4]) or "none"
-        which = "stacks" if layout.stacks else "numbered prefixes, none of which the config counts"
+        layout, modules = model.layout, self.modules if module is not None else None
+        stacks, numbered = (
+            [each for each in prefixes if modules is None or modules.has(module or "", each)]
+            for prefixes in (layout.stacks, layout.numbered)
+        )
+        numbered = stacks or numbered
+        names = ", ".join(f"`{name}`" for name in numbered[:4]) or "none"
+        which = "stacks" if stacks else "numbered prefixes, none of which the config counts"
         of = "" if module is None else f" of the module `{shorten(module)}`"
         message = f"`slices`{of} needs a model with exactly one stack of layers"
         advice = "merge whole models with `models`"

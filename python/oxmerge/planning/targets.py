@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from oxmerge.models.modules import find_modules
 from oxmerge.models.names import Place, join, position, side_of
 from oxmerge.problems import Problem, shorten
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from oxmerge.models.inputs import InputModel
+    from oxmerge.models.modules import Modules
     from oxmerge.models.names import Stack
-    from oxmerge.planning.sections import Section
+    from oxmerge.planning.sections import Section, SectionSource
     from oxmerge.problems import Findings
 
 __all__ = ["ModuleTargets", "Run", "SlicedTargets", "Target", "loose_side", "whole_targets"]
@@ -107,10 +107,12 @@ class ModuleTargets:
 
     Parameters
     ----------
-    sections : dict of str to Section
-        What each module is made of.
+    sections : list of Section
+        What the modules are made of: of each one section of whole models, or its slices.
     carried : Section
         For the tensors that are of none of them.
+    modules : Modules
+        Which tensors are of which module.
     donor : InputModel
         The model that gives the names.
     findings : Findings
@@ -118,48 +120,69 @@ class ModuleTargets:
     """
 
     def __init__(
-        self, sections: dict[str, Section], carried: Section, donor: InputModel, findings: Findings
+        self,
+        sections: list[Section],
+        carried: Section,
+        modules: Modules,
+        donor: InputModel,
+        findings: Findings,
     ) -> None:
-        self._sections = sections
-        self._carried = carried
+        self._sections: dict[str | None, list[Section]] = {None: [carried]}
+        for section in sections:
+            self._sections.setdefault(section.module, []).append(section)
         self._donor = donor
         self._findings = findings
         self._names = donor.checkpoint.names()
-        self._module_of, roots = find_modules(sections, self._names, donor.layout)
-        self._found = _check_roots(roots, sections, donor, findings)
+        self._modules = modules
+        self._found = self._check_roots()
+        self._sliced = {
+            module: SlicedTargets(self._sections[module], donor, findings, modules)
+            for module in self._found
+            if self._sections[module][0].is_run
+        }
 
-    def section_of(self, name: str) -> Section:
-        """Return the section that decides a tensor of this name."""
-        module = self._module_of(name)
-        return self._carried if module is None else self._sections[module]
+    @property
+    def sliced(self) -> list[SlicedTargets]:
+        """The modules whose slices are listed."""
+        return list(self._sliced.values())
+
+    def sections_of(self, name: str) -> list[Section]:
+        """Return the sections that decide a tensor of this name."""
+        return self._sections.get(self._modules.of(name)) or self._sections[None]
 
     def __iter__(self) -> Iterator[Run]:
         idle = set(self._found)
-        for run in whole_targets(self._carried, self._donor):
+        for run in whole_targets(self._sections[None][0], self._donor):
             for first, count in run.tensors:
-                for of, at, length in _stretches(self._names, self._module_of, first, count):
-                    section = self._carried if of is None else self._sections[of]
-                    leads = ("",) * len(section.sources)
-                    yield replace(run, section=section, tensors=((at, length),), leads=leads)
+                for of, at, length in _stretches(self._names, self._modules.of, first, count):
+                    if of in self._sliced:
+                        if of in idle:  # all that it makes stands where its first tensor was
+                            yield from self._sliced[of]
+                    else:
+                        section = (self._sections.get(of) or self._sections[None])[0]
+                        leads = ("",) * len(section.sources)
+                        yield replace(run, section=section, tensors=((at, length),), leads=leads)
                     idle.discard(of or "")
-        for module, section in self._sections.items():
+        for module in self._found:
             if module in idle:
                 message = f"the module `{shorten(module)}` gets no tensor"
                 advice = "other modules, named more closely, have all of it: take it or them out"
-                problem = Problem("no-effect", message, section.where, advice=advice)
+                where = self._sections[module][0].where
+                problem = Problem("no-effect", message, where, advice=advice)
                 self._findings.warnings.append(problem)
 
+    def _check_roots(self) -> dict[str, str]:
+        """Return the root of each module that has one of its own; report the others."""
+        found: dict[str, str] = {}
+        for module, candidates in self._modules.roots.items():
+            if module in self._sections:
+                self._check_root(module, candidates, found)
+        return found
 
-def _check_roots(
-    roots: Mapping[str, list[str]],
-    sections: Mapping[str, Section],
-    donor: InputModel,
-    findings: Findings,
-) -> dict[str, str]:
-    """Return the root of each module that has one of its own; report the others."""
-    found: dict[str, str] = {}
-    for module, candidates in roots.items():
-        where, called = sections[module].where, f"module `{shorten(module)}`"
+    def _check_root(self, module: str, candidates: list[str], found: dict[str, str]) -> None:
+        """Take down the root of a module, or report why it has none of its own."""
+        donor, where = self._donor, self._sections[module][0].where
+        called = f"module `{shorten(module)}`"
         if not candidates:
             message = f"`{donor.reference}` has no {called}"
             known = ", ".join(f"`{prefix}`" for prefix in donor.layout.stacks) or "none"
@@ -182,9 +205,8 @@ def _check_roots(
             problem = Problem("wrong-value", message, where, found=same, advice=advice)
         else:
             found[module] = candidates[0]
-            continue
-        findings.problems.append(problem)
-    return found
+            return
+        self._findings.problems.append(problem)
 
 
 def _stretches(
@@ -209,20 +231,33 @@ class SlicedTargets:
     donor : InputModel
         The model that gives the config.
     findings : Findings
-        Takes loose tensors that could be on either side, stacks that are called differently, and
-        slices of a module that is not the one with the layers.
+        Takes loose tensors that could be on either side, and stacks that are called differently.
+    modules : Modules, optional
+        Which tensors are of the module that the slices are of; all are unless given.
 
     Attributes
     ----------
+    stack : Stack, optional
+        The donor's layers; None if it does not have exactly one stack here, which is reported.
     depth : int
         How many layers the output has.
     layer_map : tuple of (int, int)
         The donor's index and its layer, for each layer of the output.
     """
 
-    def __init__(self, sections: list[Section], donor: InputModel, findings: Findings) -> None:
-        self._findings = findings
+    def __init__(
+        self,
+        sections: list[Section],
+        donor: InputModel,
+        findings: Findings,
+        modules: Modules | None = None,
+    ) -> None:
         self._problems = findings.problems
+        self._modules = modules
+        self.stack = donor.stack
+        if modules is not None:
+            prefixes = modules.stacks_of(sections[0].module or "")
+            self.stack = donor.layout.stacks[prefixes[0]] if len(prefixes) == 1 else None
         self.depth = sum(section.length for section in sections)
         self.layer_map = tuple(
             (section.donor.model.index, section.donor.start + offset)
@@ -235,33 +270,34 @@ class SlicedTargets:
 
     def __iter__(self) -> Iterator[Run]:
         first, last = self._sections[0], self._sections[-1]
-        stack = self._donor.stack
-        if stack is None:
+        stack = self.stack
+        if stack is None or self._has_inner_modules(first, stack):
             return
-        self._check_module(first, stack)
         self._check_prefixes(stack)
         yield from self._loose(first, "input", stack)
         yield from self._layers(stack)
         yield from self._loose(last, "output", stack)
 
-    def _check_module(self, section: Section, stack: Stack) -> None:
-        """Check that a module whose slices are listed has the layers; then it is all there is."""
-        if section.module is None:
-            return
-        donor, module = self._donor, section.module
-        module_of, roots = find_modules([module], donor.checkpoint.names(), donor.layout)
-        found = _check_roots(roots, {module: section}, donor, self._findings)
-        if found and module_of(join(stack.prefix, 0)) is None:
-            message = f"slices of the module `{shorten(module)}`, which has no layers"
-            known = f"`{found[module]}`, and the layers `{stack.prefix}` of `{donor.reference}`"
-            advice = "list whole models under `models` of the module"
-            problem = Problem("no-layers", message, section.where, found=known, advice=advice)
+    def _has_inner_modules(self, section: Section, stack: Stack) -> bool:
+        """Report other modules in the layers, which their slices have all of."""
+        inner = [
+            (module, root)
+            for module, roots in ({} if self._modules is None else self._modules.roots).items()
+            for root in roots
+            if module != section.module and root.startswith(f"{stack.prefix}.")
+        ]
+        for module, root in inner:
+            message = f"the module `{shorten(module)}` lies in layers whose slices are listed"
+            advice = "leave it out, or list whole models under `models` of the other"
+            found = f"`{shorten(root)}`"
+            problem = Problem("wrong-value", message, section.where, found=found, advice=advice)
             self._problems.append(problem)
+        return bool(inner)
 
     def _check_prefixes(self, stack: Stack) -> None:
         """Check that the output's layers have one name, whichever slice they come from."""
         for section in self._sections:
-            other = section.donor.model.stack
+            other = section.donor.stack
             if other is not None and other.prefix != stack.prefix:
                 message = f"the layers of `{section.donor.model.reference}` have another name"
                 expected = f"`{stack.prefix}`, as in `{self._donor.reference}`"
@@ -285,12 +321,17 @@ class SlicedTargets:
             if place is None:
                 same = ("",) * len(section.sources)
                 for at in range(first, first + count):
-                    if self._side(donor.checkpoint.tensor(at).name, None) == side:
+                    name = donor.checkpoint.tensor(at).name
+                    if self._is_here(name) and self._side(name, None) == side:
                         yield Run(section, 0.0, 0.0, donor, ((at, 1),), None, "", "", same)
-            elif place.is_extra and self._side(lead, place) == side:
-                leads = tuple(_loose_lead(lead, place, each.model) for each in section.sources)
+            elif place.is_extra and self._is_here(lead) and self._side(lead, place) == side:
+                leads = tuple(_loose_lead(lead, place, each) for each in section.sources)
                 output, stretch = self._extra_lead(place, stack), ((first, count),)
                 yield Run(section, 0.0, 0.0, donor, stretch, place, lead, output, leads)
+
+    def _is_here(self, name: str) -> bool:
+        """Tell whether a tensor is of the module that the slices are of."""
+        return self._modules is None or self._modules.of(name) == self._sections[0].module
 
     def _side(self, name: str, place: Place | None) -> str:
         side = loose_side(name, place)
@@ -310,7 +351,7 @@ class SlicedTargets:
     def _layers(self, stack: Stack) -> Iterator[Run]:
         number = 0
         for section in self._sections:
-            stretches = self._stretches_of(section.donor.model)
+            stretches = self._stretches_of(section.donor)
             for offset in range(section.length):
                 found = stretches.get(section.donor.start + offset)
                 if found:
@@ -319,40 +360,41 @@ class SlicedTargets:
                     yield _layer(section, offset, depth, tuple(found), lead)
                 number += 1
 
-    def _stretches_of(self, model: InputModel) -> dict[int, list[tuple[int, int]]]:
-        if model.index not in self._stretches:
-            self._stretches[model.index] = _stretches_by_layer(model)
-        return self._stretches[model.index]
+    def _stretches_of(self, donor: SectionSource) -> dict[int, list[tuple[int, int]]]:
+        index = donor.model.index
+        if index not in self._stretches:
+            self._stretches[index] = _stretches_by_layer(donor)
+        return self._stretches[index]
 
 
 def _layer(
     section: Section, offset: int, depth: float, tensors: tuple[tuple[int, int], ...], lead: str
 ) -> Run:
-    leads = tuple(_layer_lead(each.model, each.start + offset) for each in section.sources)
+    leads = tuple(_layer_lead(each, offset) for each in section.sources)
     donor = section.donor
-    donor_lead = _layer_lead(donor.model, donor.start + offset)
+    donor_lead = _layer_lead(donor, offset)
     place = donor.model.layout.place(donor_lead)
     where = position(offset, section.length)
     return Run(section, where, depth, donor.model, tensors, place, donor_lead, lead, leads)
 
 
-def _layer_lead(model: InputModel, layer: int) -> str:
-    stack = model.stack
-    return "" if stack is None else join(stack.prefix, layer)
+def _layer_lead(source: SectionSource, offset: int) -> str:
+    stack = source.stack
+    return "" if stack is None else join(stack.prefix, source.start + offset)
 
 
-def _loose_lead(lead: str, place: Place, model: InputModel) -> str:
+def _loose_lead(lead: str, place: Place, source: SectionSource) -> str:
     """Return an extra layer's name in another model: it follows that model's stack."""
-    stack = model.stack
+    stack = source.stack
     if stack is None:
         return lead
     return join(stack.prefix, place.layer - place.stack.depth + stack.depth)
 
 
-def _stretches_by_layer(model: InputModel) -> dict[int, list[tuple[int, int]]]:
+def _stretches_by_layer(source: SectionSource) -> dict[int, list[tuple[int, int]]]:
     stretches: dict[int, list[tuple[int, int]]] = {}
-    for lead, first, count in model.runs:
-        place = model.layout.place(lead)
-        if place is not None and not place.is_extra:
+    for lead, first, count in source.model.runs:
+        place = source.model.layout.place(lead)
+        if place is not None and place.stack == source.stack and not place.is_extra:
             stretches.setdefault(place.layer, []).append((first, count))
     return stretches

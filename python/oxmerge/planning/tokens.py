@@ -39,6 +39,25 @@ _TABLE = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """A row that models are given.
+
+    Attributes
+    ----------
+    asked : TokenRow
+        What the recipe says.
+    giver : int
+        The number of the model that gives it.
+    takers : frozenset of int
+        Those of the models that are given it.
+    """
+
+    asked: TokenRow
+    giver: int
+    takers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Alignment:
     """How the rows of vocabularies are taken.
 
@@ -56,6 +75,8 @@ class Alignment:
         The tokenizer that the output has.
     ids : dict of int to (int or None), optional
         What becomes of the ids that the donor's configs name; None if all stay what they are.
+    given : tuple of Given
+        The rows that the recipe has models take from each other.
     """
 
     rows: _core.TokenRows
@@ -64,6 +85,7 @@ class Alignment:
     total: int
     tokenizer: OutputTokenizer
     ids: dict[int, int | None] | None
+    given: tuple[Given, ...] = ()
 
     @property
     def memory(self) -> int | None:
@@ -103,6 +125,7 @@ class TokenPlanner:
         self._inputs = inputs
         self._donor = donor
         self._sections = sections
+        self._given: list[Given] = []
 
     @property
     def found_problems(self) -> bool:
@@ -162,13 +185,13 @@ class TokenPlanner:
         ids = None
         if not self._is_donor(source):
             ids = self._moved_ids(of_models[self._donor.index], rows)
-        return Alignment(rows, names, rows_of, total, tokenizer, ids)
+        return Alignment(rows, names, rows_of, total, tokenizer, ids, tuple(self._given))
 
     # Whose tokenizer.
 
     def _source(self, asked: Tokenizer) -> OutputTokenizer | None:
         """Return the tokenizer that the output has, or that its own is built on."""
-        own = folder_beside(self._donor.path)
+        own = self._donor.tokenizer_folder
         if asked.source in ("base", "union"):
             return OutputTokenizer(self._donor.reference, own)
         path = self._inputs.locate(asked.source)
@@ -182,7 +205,7 @@ class TokenPlanner:
         return OutputTokenizer(asked.source, folder)
 
     def _is_donor(self, source: OutputTokenizer) -> bool:
-        own = folder_beside(self._donor.path)
+        own = self._donor.tokenizer_folder
         return os.path.realpath(source.folder) == os.path.realpath(own)
 
     def _files(
@@ -192,8 +215,8 @@ class TokenPlanner:
 
         A model without a tokenizer has that of the donor.
         """
-        own = folder_beside(self._donor.path)
-        folders = [folder_beside(model.path) for model in self._inputs.models]
+        own = self._donor.tokenizer_folder
+        folders = [model.tokenizer_folder for model in self._inputs.models]
         references = [model.reference for model in self._inputs.models]
         folders.append(source.folder)
         references.append(source.reference)
@@ -362,6 +385,7 @@ class TokenPlanner:
                 self._report(asked, message, "name a model that has it, or `{kind: zero}`")
                 return
             rows.fill(row, "model", model.index, force=asked.force)
+            self._give(asked, rows, row, model)
             return
         of = asked.of
         if isinstance(of, str):
@@ -373,6 +397,12 @@ class TokenPlanner:
             self._report(asked, message, advice)
             return
         rows.fill(row, "row", model.index, of, force=asked.force)
+        self._give(asked, rows, row, model)
+
+    def _give(self, asked: TokenRow, rows: _core.TokenRows, row: int, giver: InputModel) -> None:
+        indices = (model.index for model in self._inputs.models)
+        takers = (at for at in indices if asked.force or not rows.has(at, row))
+        self._given.append(Given(asked, giver.index, frozenset(takers)))
 
     def _merged(self, asked: TokenRow) -> InputModel | None:
         """Return the model that gives a token its row; it must be part of the merge there."""

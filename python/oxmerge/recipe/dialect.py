@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
+from oxmerge.problems import Findings, Place, Problem, shorten
 from oxmerge.recipe.extensions import ExtensionReader
 from oxmerge.recipe.keys import at_key, is_mapping
 from oxmerge.recipe.recipe import (
@@ -111,12 +111,11 @@ class _RecipeReader(ExtensionReader):
             return Recipe("")
         known = _TOP_KEYS | {"name"} if in_stages else _TOP_KEYS
         self.check_keys(raw, place, known)
-        whole, at, module = self.whole(raw, place)
-        slices = self.items(whole, "slices", at, self.slice)
+        whole, at = self.whole(raw, place)
         recipe = Recipe(
             method=self.method(raw, place),
             models=self.items(whole, "models", at, self.model),
-            slices=tuple(replace(part, module=module) for part in slices),
+            slices=self.items(whole, "slices", at, self.slice),
             modules=self.modules(raw, place) if whole is raw else (),
             module_parameters={} if whole is raw else self.settings(whole, at),
             base_model=self.reference(raw, "base_model", place),
@@ -132,58 +131,53 @@ class _RecipeReader(ExtensionReader):
         self.check_form(raw, whole, at)
         return recipe
 
-    def whole(
-        self, raw: Mapping[str, object], place: Place
-    ) -> tuple[Mapping[str, object], Place, str | None]:
-        """Return what has `models` or `slices` of all of the model, and which module it claims.
+    def whole(self, raw: Mapping[str, object], place: Place) -> tuple[Mapping[str, object], Place]:
+        """Return what has `models` or `slices` of all of the model, and where it stands.
 
-        That is the recipe, or its only module: `default`, or one with slices, which only a model
-        without other modules has.
+        That is the recipe, or its only module, if that is called `default`.
         """
         modules = raw.get("modules")
         if not modules or raw.get("models") or raw.get("slices"):
-            return raw, place, None
+            return raw, place
         at = at_key(place, raw, "modules")
         if not is_mapping(modules):
             message, advice = "a mapping of names to modules is needed here", "write `default: ...`"
             self.fault(at, message, found=modules, advice=advice)
-            return _UNREAD_MODULE, at, None
-        name, module = next(iter(modules.items()))
-        has_slices = isinstance(name, str) and is_mapping(module) and module.get("slices")
-        if len(modules) > 1 or not (name == "default" or has_slices):
-            return raw, place, None
-        at = at_key(at, modules, name)
+            return _UNREAD_MODULE, at
+        if modules.keys() != {"default"}:
+            return raw, place
+        module, at = modules["default"], at_key(at, modules, "default")
         if not self.check_mapping(module, at, _MODULE_KEYS):
-            return _UNREAD_MODULE, at, None
-        return module, at, None if name == "default" else str(name)
+            return _UNREAD_MODULE, at
+        return module, at
 
     def modules(self, raw: Mapping[str, object], place: Place) -> tuple[Slice, ...]:
-        """Read the modules that are merged apart, each with whole models."""
+        """Read the modules that are merged apart."""
         modules = raw.get("modules")
         if not is_mapping(modules) or raw.get("models") or raw.get("slices"):
             return ()
         place = at_key(place, raw, "modules")
         return tuple(
-            self.one_of_modules(name, module, at_key(place, modules, name))
+            part
             for name, module in modules.items()
+            for part in self.one_of_modules(name, module, at_key(place, modules, name))
         )
 
-    def one_of_modules(self, name: object, raw: object, place: Place) -> Slice:
+    def one_of_modules(self, name: object, raw: object, place: Place) -> tuple[Slice, ...]:
+        """Read a module: whole models as one part, or each slice as one."""
         if not isinstance(name, str) or not name:
             message, advice = "the name of a module is text", "write `text_decoder: ...`, say"
             self.fault(place, message, found=name, advice=advice)
-            return Slice(place, ())
+            return ()
         if not self.check_mapping(raw, place, _MODULE_KEYS):
-            return Slice(place, ())
+            return ()
+        self.check_form({}, raw, place)
+        settings = self.settings(raw, place)
         models = self.items(raw, "models", place, self.model)
-        if raw.get("slices"):
-            message = "not supported yet: slices of one of several modules"
-            advice = "list whole models under `models` of the module"
-            self.fault(place, message, code=UNSUPPORTED, advice=advice)
-        elif not raw.get("models"):
-            message, advice = "a module needs `models`", "list them: `models: [{model: path}]`"
-            self.fault(place, message, code="missing-key", advice=advice)
-        return Slice(place, models, None, self.settings(raw, place), name)
+        slices = self.items(raw, "slices", place, self.slice)
+        if not slices:
+            return (Slice(place, models, None, settings, name),)
+        return tuple(replace(part, module=name, module_parameters=settings) for part in slices)
 
     def name(self, raw: Mapping[str, object], place: Place) -> str | None:
         """Read what later merges call the output."""
@@ -357,6 +351,7 @@ class _RecipeReader(ExtensionReader):
             sources=sources,
             base_model=self.reference(raw, "base_model", place),
             parameters=self.settings(raw, place),
+            is_run=True,
         )
 
     def slice_source(self, raw: object, place: Place) -> Source:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from oxmerge.recipe.recipe import Recipe
 
-__all__ = ["read_documents"]
+__all__ = ["read_documents", "reads"]
 
 
 def read_documents(
@@ -85,7 +85,7 @@ class _Stages:
         """Return the merge whose output is that of the recipe."""
         if self.unnamed:
             return self.unnamed[0]
-        used = {name for each in self.named.values() for name in _reads(each)}
+        used = {name for each in self.named.values() for name in reads(each)}
         candidates = [each for name, each in self.named.items() if name not in used]
         if len(candidates) != 1:
             several = ", ".join(f"`{shorten(each.name or '')}`" for each in candidates) or "none"
@@ -105,15 +105,16 @@ class _Stages:
                 self.fault(recipe.place("name"), message, "let each read earlier ones only")
             return
         self.begun.append(name)
-        for read in _reads(recipe):
+        for read in reads(recipe):
             if read in self.named:
                 self.visit(self.named[read])
         self.done.append(recipe)
 
 
-def _reads(recipe: Recipe) -> list[str]:
+def reads(recipe: Recipe) -> list[str]:
     """Return every model that a recipe names."""
-    bases = (recipe.base_model, *(part.base_model for part in recipe.slices))
+    parts = (*recipe.slices, *recipe.modules)
+    bases = (recipe.base_model, *(part.base_model for part in parts))
     tokenizer = () if recipe.tokenizer is None else (recipe.tokenizer.source,)
     kept = (each.model for each in recipe.extensions.keep)
     named = (*(each.model for each in recipe.sources), *bases, *tokenizer, *kept)

@@ -17,7 +17,7 @@ from oxmerge.schema import DTYPE_NAMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from typing import IO
 
     from oxmerge.recipe.patterns import Rename
@@ -122,6 +122,10 @@ class Slice:
         Settings for this slice.
     module : str, optional
         The module that it is for, unless that is all of the model.
+    module_parameters : mapping of str to Setting
+        Settings for all slices of that module, after those of the slice.
+    is_run : bool
+        Whether it is a run of layers; else it is of whole models.
     """
 
     where: Place
@@ -129,6 +133,8 @@ class Slice:
     base_model: str | None = None
     parameters: Settings = field(default_factory=dict)
     module: str | None = None
+    module_parameters: Settings = field(default_factory=dict)
+    is_run: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,14 +277,15 @@ class Recipe:
     slices : tuple of Slice
         Output slices, in order.
     modules : tuple of Slice
-        Modules with the whole models that each is made of; the others are the donor's.
+        Modules with the whole models that each is made of, or the slices of each one after the
+        other; other modules are the donor's.
     base_model : str, optional
         The base, and the donor of names and config.
     parameters : mapping of str to Setting
         Settings for everything.
     module_parameters : mapping of str to Setting
-        Settings of the module that is all of the model, where `models` or `slices` stand in one;
-        before `parameters`.
+        Settings of the module `default`, which is all of the model, where `models` or `slices`
+        stand in it; before `parameters`.
     dtype, out_dtype : str, optional
         Element types by their safetensors names (``BF16``). The output has `out_dtype`, else
         `dtype`, else the smallest that holds its inputs. Arithmetic is in float32, and in float64
@@ -380,7 +387,7 @@ class Recipe:
 
         _check_extent(mapping)
         findings = Findings(ignore_unknown=ignore_unknown)
-        text = _as_json(mapping) if text is None else text
+        text = as_json(mapping) if text is None else text
         return _sound(read_recipe(mapping, findings, text=text, folder=folder), findings)
 
     @classmethod
@@ -410,11 +417,14 @@ class Recipe:
 
     @classmethod
     def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
-        """Return the recipe in YAML text, whose relative paths may start in `folder`."""
+        """Return the recipe in YAML text, whose relative paths may start in `folder`.
+
+        Keys that are not known were passed over when it was first read.
+        """
         from oxmerge.recipe.documents import read_documents  # noqa: PLC0415 - it needs this module
         from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
-        findings = Findings()
+        findings = Findings(ignore_unknown=True)
         documents = parse_documents(text, None, findings)
         return _sound(read_documents(documents, findings, text=text, folder=folder), findings)
 
@@ -435,29 +445,55 @@ class Recipe:
 
         if isinstance(source, Mapping):
             _check_extent(source)
-            return read_recipe(source, findings, text=_as_json(source))
+            return read_recipe(source, findings, text=as_json(source))
         text, path = _text_of(source)
         documents = parse_documents(text, path, findings)
         folder = None if path is None else os.path.dirname(os.path.abspath(path))
         return read_documents(documents, findings, text=text, folder=folder, file=path)
 
     @staticmethod
-    def mapping_of(
+    def documents_of(
         source: str | os.PathLike[str] | IO[bytes] | Mapping[str, object] | Recipe,
-    ) -> tuple[dict[str, object], str, str | None]:
-        """Return what a YAML file or text, or a recipe's, says as plain data, its text and folder.
+    ) -> tuple[list[Mapping[str, object]], str, str | None]:
+        """Return what the merges of a YAML file or text, or a recipe's, say, its text and folder.
 
         Parameters and errors are those of `from_yaml`, but only the YAML is checked.
         """
         if isinstance(source, Mapping):
-            return dict(source), _as_json(source), None
-        from oxmerge.recipe.yaml_text import parse_yaml  # noqa: PLC0415 - it needs PyYAML
+            return [dict(source)], as_json(source), None
+        from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
         if isinstance(source, Recipe):
-            return dict(parse_yaml(source.text)), source.text, source.folder
-        text, path = _text_of(source)
-        folder = None if path is None else os.path.dirname(os.path.abspath(path))
-        return dict(parse_yaml(text)), text, folder
+            text, path, folder = source.text, None, source.folder
+        else:
+            text, path = _text_of(source)
+            folder = None if path is None else os.path.dirname(os.path.abspath(path))
+        findings = Findings()
+        documents = parse_documents(text, None, findings)
+        if findings.problems:
+            raise RecipeError.of("cannot use the recipe", group_problems(findings.problems))
+        return [*documents], text, folder
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Sequence[Mapping[str, object]],
+        *,
+        text: str,
+        folder: str | None = None,
+        ignore_unknown: bool = False,
+    ) -> Recipe:
+        """Return the recipe that some mappings are, of which `text` is the text.
+
+        Raises
+        ------
+        RecipeError
+            With every fault in them.
+        """
+        from oxmerge.recipe.documents import read_documents  # noqa: PLC0415 - it needs this module
+
+        findings = Findings(ignore_unknown=ignore_unknown)
+        return _sound(read_documents(documents, findings, text=text, folder=folder), findings)
 
 
 def _sound(recipe: Recipe, findings: Findings) -> Recipe:
@@ -524,7 +560,8 @@ def too_long(path: str | None = None) -> RecipeError:
     return RecipeError("cannot read the recipe", problems=[problem])
 
 
-def _as_json(mapping: Mapping[str, object]) -> str:
+def as_json(mapping: Mapping[str, object]) -> str:
+    """Return a recipe's keys and values as JSON, which is YAML too."""
     import json  # noqa: PLC0415 - a recipe from a file does not need it
     import re  # noqa: PLC0415
 

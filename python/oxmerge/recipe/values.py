@@ -40,6 +40,8 @@ _DTYPE_ALIASES = {
 _OF_FEW_BITS = re.compile(r"(float|fp|f|int|uint|i|u|nf|mxfp|nvfp)[48]($|\D)")
 #: Stands for a setting that cannot be read, which is reported already.
 _UNREAD_CHOICE = Choice((), is_read=False)
+#: A whole number as text, of no more digits than any layer has.
+_WHOLE = re.compile(r"-?\d{1,9}", re.ASCII)
 
 
 class ValueReader(KeyReader):
@@ -123,7 +125,7 @@ class ValueReader(KeyReader):
             )
             return None
         start, end = bounds
-        if start < 0 or start >= end:
+        if start < 0 or start > end:
             rule = "layers count from 0" if start < 0 else "the end is the layer after the last"
             self.fault(
                 place,
@@ -244,9 +246,14 @@ class ValueReader(KeyReader):
 def _whole_numbers(value: object) -> list[int]:
     """Return the whole numbers that a list is made of; nothing if it is not."""
     items = value if isinstance(value, list | tuple) else ()
-    if not all(type(item) is int or (type(item) is float and item.is_integer()) for item in items):
-        return []
-    return [int(item) for item in items]
+    return [int(item) for item in items] if all(map(_is_whole, items)) else []
+
+
+def _is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number, perhaps as `8.0` or in quotes."""
+    if isinstance(value, str):
+        return _WHOLE.fullmatch(value) is not None
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def _dtype_advice(name: str) -> str:

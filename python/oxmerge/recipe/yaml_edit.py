@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Steps = Sequence[str | int]
 
-__all__ = ["set_value"]
+__all__ = ["cut_documents", "set_value"]
 
 #: Text that is the same text without quotes, wherever it stands.
 _PLAIN = re.compile(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", re.ASCII)
@@ -91,6 +91,31 @@ def set_value(text: str, steps: Steps, before: Any, after: Any) -> str:  # noqa:
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text
+
+
+def cut_documents(text: str) -> list[str]:
+    r"""Return YAML text cut where documents begin; what is in front of the first goes with it.
+
+    Documents that hold nothing go with the one before.
+
+    Examples
+    --------
+    >>> cut_documents("# two\n---\na: 1\n---\nb: 1  # one\n---\n")
+    ['# two\n---\na: 1\n', '---\nb: 1  # one\n---\n']
+    """
+    import yaml  # noqa: PLC0415 - as below
+
+    starts: list[int] = []
+    begun = 0
+    events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
+    for event in events:
+        name = type(event).__name__
+        if name == "DocumentStartEvent":
+            begun = event.start_mark.index
+        elif name == "MappingStartEvent" and begun not in starts[-1:]:
+            starts.append(begun)
+    ends = [*starts[1:], len(text)]
+    return [text[start:end] for start, end in zip([0, *starts[1:]], ends, strict=True)]
 
 
 def _edit(

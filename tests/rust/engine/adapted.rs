@@ -55,6 +55,7 @@ impl Case {
                 terms: Vec::new(),
                 magnitude: None,
                 replaced: None,
+                strides: None,
             }),
             file: NamedTempFile::new().unwrap(),
             numbers: Vec::new(),

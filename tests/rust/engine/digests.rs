@@ -116,7 +116,12 @@ proptest! {
 
 /// Runs `work` over `shape` in every way that must not change a byte, and checks the digests of all
 /// outputs, of which each has a reference.
-fn check(work: &Work, shape: &[u64], inputs: &[Arc<ArraySource>], outputs: &[(DType, usize)]) {
+pub(super) fn check(
+    work: &Work,
+    shape: &[u64],
+    inputs: &[Arc<ArraySource>],
+    outputs: &[(DType, usize)],
+) {
     let elements = shape.iter().product();
     for settings in settings() {
         let sinks: Vec<_> =

@@ -1,6 +1,7 @@
 //! The engine against the oracle: same bytes for any threads, pieces and instruction set.
 
 mod adapted;
+mod ahead;
 mod arrays;
 mod digests;
 mod formulas;

@@ -1,0 +1,539 @@
+"""A merge whose output is in an object store, by one run or in parts.
+
+Each weight file is made in a folder of this machine, as a part of its own (`oxmerge.parts`), then
+uploaded and removed: so a machine needs disk for two of them, one that is made and one that is on
+its way. Runs leave for each other, as objects in a folder of the output,
+
+- ``3of16.key``, what a run is a part of; ``plan``, which `oxmerge.finish` reads;
+- for each weight file ``2of11.numbers``, what was found in a sweep over its tensors,
+  ``2of11.journal``, their digests, and ``2of11.done``, once it is uploaded.
+
+Nothing is locked, which stores cannot do: two runs of one part write the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Event
+
+from oxmerge import _core
+from oxmerge._core import partial_name
+from oxmerge.cli.progress import watched
+from oxmerge.errors import InputChangedError, OutputError, ProblemsError, UnsupportedError
+from oxmerge.json_files import parse_json
+from oxmerge.merging import finish_all, open_device
+from oxmerge.output.claims import claimed
+from oxmerge.output.contents import contents_of
+from oxmerge.output.manifest import plan_digest
+from oxmerge.output.objects import MOST_BYTES, RESIDENT, Objects, Uploads
+from oxmerge.output.part_files import PLAN_NAME, PartFiles, Purpose, read_done, shards_of_parts
+from oxmerge.output.publish import (
+    PARTS_NAME,
+    NoPartsError,
+    close,
+    discard,
+    last_names,
+    no_parts,
+    prepare_output,
+    stage,
+)
+from oxmerge.output.resume import RESUME_NAME, how_to_go_on
+from oxmerge.parts import (
+    WaitsForOthersError,
+    check_parts,
+    kept_of,
+    make,
+    opened_folder,
+    report_of_part,
+    together,
+)
+from oxmerge.planning.plan_files import load_plan
+from oxmerge.sizes import format_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Any
+
+    from oxmerge.merging import MergeReport, Snapshot
+    from oxmerge.models.remote import RemoteFile
+    from oxmerge.options import PlanOptions, RunOptions
+    from oxmerge.planning.plans import Plan
+    from oxmerge.torch_backend import Backend
+
+    PathLike = str | os.PathLike[str]
+    #: What is there, by names.
+    Files = Mapping[str, RemoteFile]
+
+__all__ = ["clean_in_store", "complete_in_store", "finish_in_store", "merge_in_store"]
+
+_RECORDS = f"{PARTS_NAME}/"
+_KEY = re.compile(re.escape(_RECORDS) + r"([1-9][0-9]{0,5})of[1-9][0-9]{0,5}\.key")
+#: Records that are read at a time.
+_AT_ONCE = 8
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def merge_in_store(
+    plans: Sequence[Plan],
+    address: PathLike,
+    planning: PlanOptions,
+    running: RunOptions,
+    started: float,
+) -> MergeReport:
+    """Make an output in a store, or the part of it that `running` names; see `oxmerge.merge`."""
+    objects = Objects.at(address)
+    plan, *others = plans
+    if others:
+        raise UnsupportedError(
+            "a sweep cannot write to an object store",
+            file=objects.address,
+            advice="sweep into directories, and copy them",
+        )
+    _check(plan, objects.address, running)
+    number, parts = running.part or (1, 1)
+    check_parts([plan], parts)
+    shards = shards_of_parts([size for _, size in plan.shards], parts)[number - 1]
+    purpose = Purpose.of(plan, len(plan.shards))
+    backend = open_device([plan], running)
+    run = f"{number}of{parts}"
+    with (
+        _scratch(objects.address, run, purpose.key) as place,
+        _opened(plan, objects, purpose, place) as output,
+    ):
+        output.join(run)
+        made = {} if running.fresh else output.made(objects.files())
+        own = {shard: made[shard] for shard in shards if shard in made}
+        kept = len(own)
+        todo = [shard for shard in shards if shard not in made]
+        _check_space(place, [plan.shards[shard][1] for shard in todo])
+        try:
+            own |= _make_all(output, todo, run, running, backend)
+        except BaseException as error:
+            if not getattr(error, "__notes__", ()):
+                error.add_note(how_to_go_on([objects.address]))
+            raise
+        there = objects.files()
+        left = len(plan.shards) - len(output.made(there))
+    note = f"part {number} of {parts} is made" + (" already" if kept == len(shards) else "")
+    if _last_name(plan) in there:
+        note += "; another run has completed the output"
+    elif left:
+        note += f", but not yet {left} of {len(plan.shards)} weight files"
+    elif running.finish or running.part is None:
+        with contextlib.suppress(NoPartsError):
+            return complete_in_store(plan, objects.address, planning, running, started)
+        note += "; another run has completed the output"
+    else:
+        note += ", and all others: `oxmerge finish` completes the output"
+    done = together(list(own.values()), f"{kept} weight files were made before" if kept else None)
+    return report_of_part(plan, shards, done, objects.address, note, started)
+
+
+def complete_in_store(
+    plan: Plan, address: PathLike, planning: PlanOptions, running: RunOptions, started: float
+) -> MergeReport:
+    """Write what makes a model of weight files that are all in a store, and remove the records.
+
+    NoPartsError if another run has.
+    """
+    objects = Objects.at(address)
+    purpose = Purpose.of(plan, len(plan.shards))
+    contents = contents_of(plan)
+    weights = sum(size for _, size in plan.shards)
+    with (
+        _scratch(objects.address, "finish", purpose.key) as place,
+        _opened(plan, objects, purpose, place) as output,
+    ):
+        there = objects.files()
+        if _last_name(plan) in there:
+            raise no_parts(objects.address)
+        made = output.made(there)
+        left = len(plan.shards) - len(made)
+        if left:
+            raise OutputError(
+                "not all parts of the merge are made",
+                file=objects.address,
+                expected=f"{len(plan.shards)} weight files of this plan and version of oxmerge",
+                found=f"not yet {left} of them",
+                advice="run their parts with `--part`, then finish",
+            )
+        try:
+            folders = output.fetch_journals(there)
+        except InputChangedError:  # they go when it is complete
+            raise no_parts(objects.address) from None
+        shutil.rmtree(place / "out", ignore_errors=True)
+        local = prepare_output(
+            place / "out",
+            overwrite=False,
+            input_files=plan.input_files,
+            needed_bytes=plan.disk - weights,
+            names=contents.names,
+            purpose=plan_digest(plan),
+        )
+        local.address = objects.address
+        try:
+            stage(local, contents)
+            digests = _core.Digests.of_parts(plan.table, folders, purpose.key)
+            hosts = len({done["host"] for done in made.values()})
+            note = f"made on {hosts} machine{'' if hosts == 1 else 's'}, file by file"
+            done = together(list(made.values()), note) | {"files": [[]], "digests": [digests]}
+            (report,) = finish_all([(plan, local)], done, planning, running, started)
+        except BaseException:
+            discard(local)
+            raise
+        close(local)
+        last = last_names(replace(contents, shards=()))
+        with Uploads() as uploads:
+            names = [str(path.relative_to(local.path)) for path in sorted(local.path.rglob("*"))]
+            for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+                if (local.path / name).is_file():
+                    uploads.begin(partial(objects.upload, name, local.path / name, uploads.stopped))
+        objects.remove(name for name in there if name.startswith(_RECORDS))
+    return replace(report, total_seconds=time.perf_counter() - started)
+
+
+def finish_in_store(
+    address: PathLike,
+    planning: PlanOptions,
+    running: RunOptions,
+    allow_methods: Iterable[str],
+    started: float,
+) -> MergeReport:
+    """Complete an output in a store of which all parts are made; see `oxmerge.finish`."""
+    objects = Objects.at(address)
+    if running.overwrite:
+        raise _no_overwrite(objects.address)
+    saved = objects.files().get(_RECORDS + PLAN_NAME)
+    if saved is None:
+        raise no_parts(objects.address)
+    with _scratch(objects.address, "plan", "") as place:
+        objects.fetch(saved, place / PLAN_NAME)
+        plan = load_plan(place / PLAN_NAME, allow_methods=allow_methods)
+        return complete_in_store(plan, objects.address, planning, running, started)
+
+
+def clean_in_store(address: PathLike) -> bool:
+    """Remove what parts have left in a store, and here; see `oxmerge.clean`."""
+    objects = Objects.at(address)
+    there = objects.files()
+    records = [name for name in there if name.startswith(_RECORDS)]
+    names: set[str] = set()
+    for name in filter(_KEY.fullmatch, records):
+        story = _parsed(objects.read(there[name]))
+        files, last = story.get("files"), story.get("last")
+        # What is complete is a model, whose parts were not removed any more.
+        if isinstance(files, list) and last not in there:
+            names |= {name for name in files if isinstance(name, str)}
+    objects.remove([*sorted(names & there.keys()), *records])
+    left_here = list(_scratch_root().glob(f"{_scratch_name(objects.address)}-*"))
+    for place in left_here:
+        with claimed(place):  # BusyError if a run is making something there
+            shutil.rmtree(place)
+    return bool(records or left_here)
+
+
+def _check(plan: Plan, address: str, running: RunOptions) -> None:
+    """Raise what stands against writing a plan to a store."""
+    if plan.stages:
+        raise UnsupportedError(
+            "several merges in one file cannot write to an object store",
+            file=address,
+            advice="merge into a directory and copy it, or write each merge into its own file",
+        )
+    if running.overwrite:
+        raise _no_overwrite(address)
+    if not running.keeps:
+        raise OutputError(
+            "an output in a store needs digests and resume: it is made file by file",
+            file=address,
+            advice="leave out `--no-digests` and `--no-resume`",
+        )
+    name, size = max(plan.shards, key=lambda shard: shard[1])
+    if size > MOST_BYTES:
+        raise OutputError(
+            f"`{name}` is larger than an upload can be",
+            file=address,
+            expected=f"at most {format_size(MOST_BYTES)}",
+            found=format_size(size),
+            advice="make smaller files with `--shard-size`",
+        )
+
+
+def _last_name(plan: Plan) -> str:
+    """Return the file that is written last: when it is there, the output is complete."""
+    return last_names(replace(contents_of(plan), shards=()))[-1]
+
+
+def _no_overwrite(address: str) -> UnsupportedError:
+    return UnsupportedError(
+        "a model in an object store cannot be replaced: stores rename nothing",
+        file=address,
+        advice="name another address; or remove the model first, and leave out `--overwrite`",
+    )
+
+
+def _make_all(
+    output: _Output, shards: list[int], run: str, running: RunOptions, backend: Backend | None
+) -> dict[int, dict[str, Any]]:
+    """Make shards one by one, and upload each while the next is made; say how each was made."""
+    made: dict[int, dict[str, Any]] = {}
+    total = sum(output.plan.shards[shard][1] for shard in shards)
+    before: Counter[str] = Counter()
+    with Uploads() as uploads, watched(running.progress) as callback:
+        progress = None if callback is None else partial(_show, callback, before, total)
+        here = replace(running, wait=0, beside=RESIDENT, progress=progress)
+
+        def make_some(shards: list[int]) -> None:
+            for shard in shards:
+                done = output.make(shard, run, here, backend, uploads)
+                if done is not None:
+                    made[shard] = done
+                    before.update({name: done[name] for name in ("bytes_read", "tensors")})
+                    before["bytes_done"] += output.plan.shards[shard][1]
+
+        make_some(shards)
+        waiting = [shard for shard in shards if shard not in made]
+        if waiting:
+            uploads.wait()
+            output.wait_for_numbers(running.wait)
+            make_some(waiting)
+    return made
+
+
+def _show(
+    progress: Callable[[Snapshot], None],
+    before: Mapping[str, int],
+    total: int,
+    snapshot: Snapshot,
+) -> None:
+    """Show how far a run is with all of its weight files, of which it hears one by one."""
+    names = ("bytes_read", "tensors", "bytes_done")
+    sums = {name: before[name] + getattr(snapshot, name) for name in names}
+    progress(replace(snapshot, **sums, bytes_total=total))
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """The output of a plan in a store, and a folder here where weight files are made for it.
+
+    In the folder each weight file is a part of its own of a merge in as many parts as files.
+    """
+
+    plan: Plan
+    objects: Objects
+    purpose: Purpose
+    place: Path
+    folder: int
+
+    def part(self, shard: int) -> PartFiles:
+        """Return the files here of the part that a weight file is."""
+        return PartFiles(shard + 1, len(self.plan.shards), self.folder, self.place)
+
+    def record(self, shard: int, kind: str) -> str:
+        """Return the name of what is left of a weight file for others."""
+        return f"{_RECORDS}{self.part(shard).name}.{kind}"
+
+    def join(self, run: str) -> None:
+        """Write down what a run is a part of; OutputError if others are parts of something else.
+
+        Others may write theirs at the same time. So it is looked both before and after.
+        """
+        contents, last = contents_of(self.plan), _last_name(self.plan)
+        there = self.objects.files()
+        records = {name for name in there if name.startswith(_RECORDS)}
+        others = there.keys() - records - (set(contents.names) if records else set())
+        if others or last in there:
+            raise OutputError(
+                "something lies where the output goes",
+                file=self.objects.address,
+                found=", ".join(f"`{name}`" for name in sorted(others or {last})[:3]),
+                advice="name another address, or remove it first: a store cannot replace a model "
+                "at once",
+            )
+        self._check_others(there)
+        story = self.purpose.story() | {"files": contents.names, "last": last}
+        name = f"{_RECORDS}{run}.key"
+        self.objects.put(name, json.dumps(story).encode())
+        try:
+            self._check_others(self.objects.files())
+        except OutputError:
+            if name not in there:
+                self.objects.remove([name])
+            raise
+        if _RECORDS + PLAN_NAME not in there:
+            self.plan.save(self.place / PLAN_NAME)
+            self.objects.upload(_RECORDS + PLAN_NAME, self.place / PLAN_NAME, Event())
+        self._fetch_numbers(there)
+
+    def _check_others(self, there: Files) -> None:
+        keys = [(name, match) for name in there if (match := _KEY.fullmatch(name))]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            stories = list(pool.map(lambda key: self.objects.read(there[key[0]]), keys))
+        for (_, match), story in zip(keys, stories, strict=True):
+            self.purpose.check_same(_parsed(story), int(match[1]), self.objects.address)
+
+    def made(self, there: Files) -> dict[int, dict[str, Any]]:
+        """Return how each weight file was made that is there as it was uploaded."""
+
+        def read(shard: int) -> dict[str, Any] | None:
+            name, size = self.plan.shards[shard]
+            record, weights = there.get(self.record(shard, "done")), there.get(name)
+            if record is None or weights is None or self.record(shard, "journal") not in there:
+                return None
+            story = _parsed(self.objects.read(record))
+            is_this = (story.get("key"), story.get("etag")) == (self.purpose.key, weights.etag)
+            return read_done(story.get("done")) if is_this and weights.size == size else None
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = list(pool.map(read, range(len(self.plan.shards))))
+        return {shard: done for shard, done in enumerate(found) if done is not None}
+
+    def make(
+        self,
+        shard: int,
+        run: str,
+        running: RunOptions,
+        backend: Backend | None,
+        uploads: Uploads,
+    ) -> dict[str, Any] | None:
+        """Make a weight file and begin to upload it; None if numbers of others are lacking."""
+        done = None
+        with contextlib.suppress(WaitsForOthersError):
+            done = make([self.plan], [shard], [self.part(shard)], [self.purpose], running, backend)
+        kept = None if done is None else kept_of(done) | {"run": run}
+        uploads.begin(partial(self._upload, shard, kept, uploads.stopped))
+        return kept
+
+    def _upload(self, shard: int, done: Mapping[str, Any] | None, stopped: Event) -> None:
+        """Upload what was found for a weight file; if it is `done`, the file and its record too."""
+        files = self.part(shard)
+        numbers = self.record(shard, "numbers")
+        if (self.place / numbers).exists():
+            self.objects.upload(numbers, self.place / numbers, stopped)
+        if done is None:
+            return
+        name = self.plan.shards[shard][0]
+        self.objects.upload(name, files.path / partial_name(name), stopped)
+        self.objects.upload(self.record(shard, "journal"), files.path / RESUME_NAME, stopped)
+        # As a list has it, by which it is looked for later: stores may answer an upload otherwise.
+        etag = self.objects.files()[name].etag
+        story = {"key": self.purpose.key, "etag": etag, "done": done}
+        self.objects.put(self.record(shard, "done"), json.dumps(story).encode())
+        shutil.rmtree(files.path)
+
+    def wait_for_numbers(self, wait: float) -> None:
+        """Wait until all have swept their tensors, and have what they found here."""
+        until = time.monotonic() + wait
+        while lacking := self._fetch_numbers(self.objects.files()):
+            if time.monotonic() >= until:
+                raise WaitsForOthersError(
+                    "numbers over the whole model are needed, and other parts lack theirs",
+                    file=self.objects.address,
+                    expected="the sweeps of all parts",
+                    found=f"none over {lacking} of {len(self.plan.shards)} weight files",
+                    advice="run this part again when the others have run: it goes on from here",
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _fetch_numbers(self, there: Files) -> int:
+        """Fetch what was found in sweeps, as far as it is there; return of how many it is not."""
+        here = {
+            self.record(shard, "numbers"): self.place / self.record(shard, "numbers")
+            for shard in range(len(self.plan.shards))
+        }
+        left = {name: path for name, path in here.items() if not path.exists()}
+        found = [name for name in left if name in there]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: self.objects.fetch(there[name], left[name]), found))
+        return len(left) - len(found)
+
+    def fetch_journals(self, there: Files) -> list[Path]:
+        """Have the journals of all weight files here, each in a folder of its own."""
+
+        def fetch(shard: int) -> Path:
+            folder = self.part(shard).path
+            folder.mkdir(exist_ok=True)
+            self.objects.fetch(there[self.record(shard, "journal")], folder / RESUME_NAME)
+            return folder
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(fetch, range(len(self.plan.shards))))
+
+
+@contextlib.contextmanager
+def _opened(plan: Plan, objects: Objects, purpose: Purpose, place: Path) -> Iterator[_Output]:
+    (place / PARTS_NAME).mkdir(exist_ok=True)
+    with opened_folder(place / PARTS_NAME) as folder:
+        yield _Output(plan, objects, purpose, place, folder)
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        story = parse_json(text)
+    except ValueError:
+        return {}
+    return story if isinstance(story, dict) else {}
+
+
+# The folder here.
+
+
+def _scratch_root() -> Path:
+    """Return where weight files are made: not `/tmp`, which may be memory, unless that is named."""
+    return Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108 - it is asked whose it is
+
+
+def _scratch_name(address: str) -> str:
+    return f"oxmerge-{os.getuid()}-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
+
+
+@contextlib.contextmanager
+def _scratch(address: str, run: str, key: str) -> Iterator[Path]:
+    """Own a folder for a run; it stays if the same run can go on with what is in it."""
+    about = hashlib.sha256(f"{run} {key}".encode()).hexdigest()[:16]
+    place = _scratch_root() / f"{_scratch_name(address)}-{about}"
+    with contextlib.suppress(FileExistsError):
+        place.mkdir(0o700)
+    status = place.lstat()
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not is_ours or status.st_mode & 0o077:
+        raise OutputError(
+            "the folder for weight files in work is someone else's",
+            file=str(place),
+            advice="remove it, or set `TMPDIR` to another folder",
+        )
+    with claimed(place):
+        try:
+            yield place
+        except BaseException as error:
+            left = [*place.rglob(RESUME_NAME), *place.rglob("*.numbers")]
+            if not left or isinstance(error, InputChangedError | ProblemsError):
+                shutil.rmtree(place, ignore_errors=True)
+            raise
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _check_space(place: Path, sizes: list[int]) -> None:
+    """Raise OSError if there is no room for the weight file in work and the one on its way."""
+    needed, free = sum(sorted(sizes)[-2:]), shutil.disk_usage(place).free
+    if needed > free:
+        message = (
+            f"not enough space for two weight files on their way to the store: "
+            f"{format_size(needed)} needed, {format_size(free)} free; name a larger disk in "
+            "`TMPDIR`, or make smaller files with `--shard-size`"
+        )
+        raise OSError(errno.ENOSPC, message, str(place))

@@ -1,0 +1,427 @@
+"""Merges whose output is in an object store: a real S3 server, on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import oxmerge
+import pytest
+import s3_server
+from oxmerge import in_store
+from oxmerge.errors import OutputError, OxmergeError, RemoteError, UnsupportedError
+from oxmerge.models import stores
+from oxmerge.output.objects import Objects
+from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SHAPES: dict[str, tuple[int, ...]] = {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
+SHAPES |= {"layers.3.bias": (70000,), "layers.9.rows": (5, 7)}
+SHARD, FILES = 60_000, 8
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"each": {"weight": 0.5}},
+    "model_stock": {"base": "base"},
+    "metagpt": {"base": "base"},  # with numbers over the whole model
+}
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of a real S3 server, with a bucket."""
+    with s3_server.serve() as address:
+        yield address
+
+
+numbers = itertools.count()
+
+
+@pytest.fixture
+def output(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address of which nothing is there, in the environment of users of the store."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name, value in {**s3_server.environment(s3), "TMPDIR": str(scratch)}.items():
+        monkeypatch.setenv(name, value)
+    stores._open.cache_clear()
+    return f"s3://bucket/some merges/{next(numbers)}"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, two fine-tunes of it, and a recipe for each method."""
+    folder = tmp_path_factory.mktemp("models")
+    base = random_arrays(SHAPES, seed=0)
+    for seed, name in enumerate(("base", "a", "b")):
+        write_model(folder / name, tuned(base, seed) if seed else base, "BF16")
+    for method, about in METHODS.items():
+        write_recipe(folder / f"{method}.yml", method, ["a", "b"], **about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What a merge into a directory makes by each method."""
+    folder = tmp_path_factory.mktemp("whole")
+    for method in METHODS:
+        oxmerge.merge(models / f"{method}.yml", folder / method, shard_size=SHARD, seed=5)
+    return {method: directory_bytes(folder / method) for method in METHODS}
+
+
+def make(recipe: Path, output: str, part: int, parts: int, **options: Any) -> oxmerge.MergeReport:
+    usual: dict[str, Any] = {"shard_size": SHARD, "seed": 5, "threads": 2, "wait": 60}
+    return oxmerge.merge(recipe, output, part=(part, parts), **usual | options)
+
+
+def fetched(output: str, folder: Path) -> dict[str, bytes]:
+    """Return what is in the store, but for the report."""
+    for name, file in Objects.at(output).files().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.read(0, file.size))
+    return directory_bytes(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("linear", 2),
+        ("metagpt", 3),
+        pytest.param("metagpt", 1, marks=pytest.mark.slow),
+        pytest.param("metagpt", 2, marks=pytest.mark.slow),
+        pytest.param("linear", 3, marks=pytest.mark.slow),
+        pytest.param("model_stock", 1, marks=pytest.mark.slow),
+        pytest.param("model_stock", 2, marks=pytest.mark.slow),
+        pytest.param("model_stock", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_are_those_of_a_directory(
+    tmp_path: Path, models: Path, whole: Any, output: str, method: str, parts: int
+) -> None:
+    recipe = models / f"{method}.yml"
+    with ThreadPoolExecutor(parts) as pool:
+        runs = [pool.submit(make, recipe, output, at + 1, parts) for at in range(parts)]
+        assert [run.result(timeout=120).directory for run in runs] == [output] * parts
+    there = Objects.at(output).files()
+    assert "config.json" not in there
+    assert len([name for name in there if name.endswith(".safetensors")]) == FILES
+    report = oxmerge.finish(output)
+    assert (report.directory, report.files) == (output, FILES)
+    assert fetched(output, tmp_path / "out") == whole[method]
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_one_run_makes_all(tmp_path: Path, models: Path, whole: Any, output: str) -> None:
+    oxmerge.merge(models / "metagpt.yml", output, shard_size=SHARD, seed=5)
+    assert fetched(output, tmp_path / "out") == whole["metagpt"]
+
+
+def test_the_last_part_completes_the_output(
+    tmp_path: Path, models: Path, whole: Any, output: str
+) -> None:
+    """Parts one after the other; their number may be another later."""
+    recipe = models / "linear.yml"
+    report = make(recipe, output, 1, 2)
+    assert re.search(r"but not yet \d of 8 weight files", report.notes[-1])
+    with pytest.raises(OutputError, match="not all parts") as caught:
+        oxmerge.finish(output)
+    assert re.fullmatch(r"not yet \d of them", str(caught.value.found))
+    for part in (1, 2, 3):
+        report = make(recipe, output, part, 3, finish=True)
+    assert report.files == FILES
+    assert fetched(output, tmp_path / "out") == whole["linear"]
+    with pytest.raises(OutputError, match="something lies where"):
+        make(recipe, output, 1, 3)
+
+
+def test_two_runs_complete_the_output(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one finds that it is complete, however far it had come."""
+    recipe = models / "linear.yml"
+    make(recipe, output, 1, 2)
+    complete = in_store.complete_in_store
+
+    def after_another(*arguments: Any) -> Any:
+        complete(*arguments)
+        return complete(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(in_store, "complete_in_store", after_another)
+        report = make(recipe, output, 2, 2, finish=True)
+    assert "another run has completed" in report.notes[-1]
+    assert fetched(output, tmp_path / "out") == whole["linear"]
+
+
+def test_sweeps_are_waited_for_so_long(
+    tmp_path: Path, models: Path, whole: Any, output: str
+) -> None:
+    recipe = models / "metagpt.yml"
+    with pytest.raises(OutputError, match="other parts lack theirs") as caught:
+        make(recipe, output, 1, 2, wait=0)
+    assert re.fullmatch(r"none over \d of 8 weight files", str(caught.value.found))
+    make(recipe, output, 2, 2, wait=0)
+    shutil.rmtree(tmp_path / "scratch")  # it goes on elsewhere
+    (tmp_path / "scratch").mkdir()
+    make(recipe, output, 1, 2, wait=0, finish=True)
+    assert fetched(output, tmp_path / "out") == whole["metagpt"]
+
+
+def test_parts_of_another_plan(models: Path, output: str) -> None:
+    make(models / "linear.yml", output, 1, 2)
+    for recipe, options, what in (
+        ("linear", {"seed": 6}, "another seed"),
+        ("model_stock", {}, "another text of the recipe"),
+    ):
+        with pytest.raises(OutputError, match=what):
+            make(models / f"{recipe}.yml", output, 2, 2, **options)
+    # Who was refused has left nothing that refuses others.
+    make(models / "linear.yml", output, 2, 2, finish=True)
+
+
+def test_clean_removes_what_parts_have_left(models: Path, output: str, tmp_path: Path) -> None:
+    objects = Objects.at(output)
+    assert not oxmerge.clean(output)
+    with pytest.raises(OutputError, match="there are no parts"):
+        oxmerge.finish(output)
+    make(models / "linear.yml", output, 1, 2)
+    with pytest.raises(OutputError, match="other parts lack"):
+        make(models / "metagpt.yml", f"{output}0", 1, 2, wait=0)
+    assert list((tmp_path / "scratch").iterdir())
+    assert oxmerge.clean(output)
+    assert oxmerge.clean(f"{output}0")
+    assert not objects.files()
+    assert not list((tmp_path / "scratch").iterdir())
+    # A model that is complete stays.
+    oxmerge.merge(models / "linear.yml", output, shard_size=SHARD)
+    there = objects.files()
+    objects.put(
+        ".parts.oxmerge-partial/1of1.key",
+        json.dumps({"files": list(there), "last": "config.json"}).encode(),
+    )
+    assert oxmerge.clean(output)
+    assert objects.files() == there
+
+
+def test_what_cannot_be_written(
+    tmp_path: Path, models: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = models / "linear.yml"
+    for address in (
+        "https://example.com/model",
+        "s3:///model",
+        "s3://key@bucket/m",
+        "s3://b/m?x=1",
+    ):
+        with pytest.raises(OutputError, match=r"no store|more than a path"):
+            oxmerge.merge(recipe, address)
+    with pytest.raises((OutputError, RemoteError), match=r"NoSuchBucket|404"):
+        oxmerge.merge(recipe, "s3://nobody/model")
+    with pytest.raises(UnsupportedError, match="cannot be replaced"):
+        oxmerge.merge(recipe, output, overwrite=True)
+    with pytest.raises(OutputError, match="needs digests"):
+        oxmerge.merge(recipe, output, digests=False)
+    with pytest.raises(UnsupportedError, match="a sweep cannot"):
+        oxmerge.sweep(recipe, output + "{n}", {"models[a].parameters.weight": "0.1,0.2"})
+    one = "merge_method: linear\nmodels:\n- model: {}\n  parameters: {{weight: 1}}\n"
+    two = f"name: first\n{one.format(models / 'a')}---\n{one.format('first')}"
+    with pytest.raises(UnsupportedError, match="several merges"):
+        oxmerge.merge(two, output)
+    with monkeypatch.context() as context:
+        context.setattr("oxmerge.in_store.MOST_BYTES", 1000)
+        with pytest.raises(OutputError, match="larger than an upload"):
+            oxmerge.merge(recipe, output)
+    Objects.at(output).put("notes.txt", b"mine")
+    with pytest.raises(OutputError, match="something lies where") as caught:
+        oxmerge.merge(recipe, output)
+    assert caught.value.found == "`notes.txt`"
+
+
+def test_the_disk_here_is_full(
+    tmp_path: Path, models: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="two weight files") as caught:
+        oxmerge.merge(models / "linear.yml", output, shard_size=SHARD)
+    assert caught.value.errno == errno.ENOSPC
+    assert "TMPDIR" in str(caught.value)
+
+
+def test_the_store_refuses_a_file(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was uploaded before stays, and the same command goes on."""
+    import obstore
+    from obstore.exceptions import PermissionDeniedError
+
+    put, count = obstore.put, itertools.count()
+
+    def refuse(store: Any, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.endswith(".safetensors") and next(count) == 2:
+            raise PermissionDeniedError("no more of that")
+        return put(store, path, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(obstore, "put", refuse)
+        with pytest.raises(OutputError, match="cannot be written to") as caught:
+            oxmerge.merge(models / "linear.yml", output, shard_size=SHARD, seed=5)
+    assert "no more of that" in str(caught.value.found)
+    assert "goes on from there" in caught.value.__notes__[0]
+    there = Objects.at(output).files()
+    assert len([name for name in there if name.endswith(".safetensors")]) == 2
+    oxmerge.merge(models / "linear.yml", output, shard_size=SHARD, seed=5)
+    assert fetched(output, tmp_path / "out") == whole["linear"]
+
+
+def test_a_folder_of_someone_else_is_not_used(models: Path, output: str, tmp_path: Path) -> None:
+    make(models / "linear.yml", output, 1, 2)
+    with pytest.raises(OutputError, match="other parts lack"):
+        make(models / "metagpt.yml", f"{output}0", 1, 2, wait=0)
+    (folder,) = (tmp_path / "scratch").iterdir()
+    folder.chmod(0o770)
+    with pytest.raises(OutputError, match="someone else's"):
+        make(models / "metagpt.yml", f"{output}0", 1, 2, wait=0)
+
+
+def test_what_others_wrote_is_not_believed(
+    tmp_path: Path, models: Path, whole: Any, output: str
+) -> None:
+    recipe, objects = models / "metagpt.yml", Objects.at(output)
+    for part in (1, 2):
+        with contextlib.suppress(OutputError):
+            make(recipe, output, part, 2, wait=0)
+    make(recipe, output, 1, 2, wait=0)
+    there = {
+        name: file.read(0, file.size) for name, file in objects.files().items() if "parts" in name
+    }
+    done = ".parts.oxmerge-partial/2of8.done"
+    story = json.loads(there[done])
+    for text in (
+        b"", b"[]", b"[" * 10**5, b"\xff", json.dumps(story | {"etag": "other"}).encode(),
+        json.dumps(story | {"done": {"notes": 3}}).encode(),
+        json.dumps(story | {"done": story["done"] | {"memory": {}}}).encode(),
+    ):  # fmt: skip
+        objects.put(done, text)
+        with pytest.raises(OutputError, match="not all parts"):
+            oxmerge.finish(output)
+    objects.put(done, there[done])
+    for name, text in (("2of8.journal", b"x"), ("plan", b"{}"), ("plan", b"\xff")):
+        objects.put(f".parts.oxmerge-partial/{name}", text)
+        with pytest.raises(OxmergeError):
+            oxmerge.finish(output)
+        objects.put(f".parts.oxmerge-partial/{name}", there[f".parts.oxmerge-partial/{name}"])
+    objects.put(".parts.oxmerge-partial/1of2.key", b'{"key": 3}')
+    with pytest.raises(OutputError, match="damaged"):
+        make(recipe, output, 1, 2)
+    oxmerge.finish(output)
+    assert fetched(output, tmp_path / "out") == whole["metagpt"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose output is four files, each of several pieces of an upload."""
+    folder = tmp_path_factory.mktemp("large")
+    for name in "ab":
+        sparse = {f"layers.{i}": (1 << 10, 1 << 12) for i in range(8)}
+        write_sparse(folder / name / "model.safetensors", sparse)
+        (folder / name / "config.json").write_text('{"model_type": "test"}')
+    return write_recipe(folder / "r.yml", "linear", ["a", "b"], each={"weight": 0.5})
+
+
+def command(recipe: Path, output: str, *options: str) -> list[str]:
+    merge = [sys.executable, "-m", "oxmerge", "merge", str(recipe), output]
+    return [*merge, "--shard-size=17MB", "--threads=2", *options]
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(large: Path, output: str) -> None:
+    done = subprocess.run(
+        command(large, output, "--memory=160MiB", "--json"),
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    report = json.loads(done.stdout)
+    assert report["peak_memory"] <= report["memory"] == 160 << 20
+    assert report["files"] == 4
+
+
+def test_an_upload_that_is_stopped_is_taken_back(s3: str, output: str, tmp_path: Path) -> None:
+    path, stopped = tmp_path / "large", threading.Event()
+    path.write_bytes(bytes(30 << 20))
+    seen: list[list[str]] = []
+
+    def look() -> None:
+        while not stopped.is_set():
+            if found := uploads(s3, output):
+                seen.append(found)
+                stopped.set()
+
+    def upload() -> None:
+        while True:  # until it is seen under way
+            Objects.at(output).upload("model.safetensors", path, stopped)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look)
+        with pytest.raises(KeyboardInterrupt):
+            upload()
+    assert seen
+    assert not uploads(s3, output)
+
+
+def uploads(s3: str, output: str) -> list[str]:
+    """Return the names of objects of which pieces have come and no end."""
+    with closing(urllib.request.urlopen(f"{s3}/bucket?uploads")) as answer:
+        keys = re.findall("<Key>(.*?)</Key>", answer.read().decode())
+    return [key for key in keys if key.startswith(output.removeprefix("s3://bucket/"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_part_that_ends_early_goes_on(
+    large: Path, output: str, s3: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    """It shows no part of a file, and uploads none again."""
+    process = subprocess.Popen(command(large, output, "-q"), stderr=subprocess.PIPE, text=True)
+    objects, deadline = Objects.at(output), time.monotonic() + 60
+    while not any(name.endswith(".done") for name in objects.files()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    if number == signal.SIGINT:
+        assert "goes on from there" in text
+        assert not uploads(s3, output)
+    before = {n: f.etag for n, f in objects.files().items() if n.endswith(".safetensors")}
+    sizes = dict(oxmerge.plan(large, shard_size="17MB").shards)
+    assert all(objects.files()[name].size == sizes[name] for name in before)
+    assert 0 < len(before) < 4
+    shown: list[oxmerge.merging.Snapshot] = []
+    report = oxmerge.merge(large, output, shard_size="17MB", threads=2, progress=shown.append)
+    assert report.files == 4
+    done = [each.bytes_done for each in shown]
+    assert done == sorted(done)
+    assert all(each.bytes_done <= each.bytes_total <= sum(sizes.values()) for each in shown)
+    after = {n: f.etag for n, f in objects.files().items() if n.endswith(".safetensors")}
+    assert before.items() <= after.items()
+    assert len(after) == 4
+    assert not list((tmp_path / "scratch").iterdir())

@@ -18,7 +18,7 @@ import numpy as np
 
 import oxmerge
 from oxmerge.bench import cache
-from oxmerge.bench.cases import COLD, MANY, SPREADS, SWEPT, Case, with_far
+from oxmerge.bench.cases import COLD, DIGESTED, LEFT_OUT, MANY, SPREADS, SWEPT, Case, with_far
 from oxmerge.bench.measure import Job, Taken, UnavailableError
 from oxmerge.bench.programs import oxmerge as run_oxmerge
 from oxmerge.bench.record import Row
@@ -95,6 +95,17 @@ class Merges:
                 merge = _Merge(self, case, name, case.of(models), "warm", swept=swept)
                 yield from self._of(merge, part="sweep")
 
+    def of_digests(self, size: str) -> Iterator[Job]:
+        """Yield merges as they are, and without their digests, or their journal."""
+        models = self._made(size)
+        for state in ("warm", "cold"):
+            for case in self.cases:
+                for left_out, options in LEFT_OUT.items():
+                    if case.method in DIGESTED:
+                        name = f"{case.name}{left_out}"
+                        merge = _Merge(self, case, name, case.of(models), state, options=options)
+                        yield from self._of(merge, part="digests")
+
     def of_many_tensors(self) -> Iterator[Job]:
         """Yield plans and merges of the layout of DeepSeek-V3, and a plan of its real sizes."""
         for size in (*EXPERTS, SPARSE):
@@ -144,7 +155,8 @@ class Merges:
         row = merge.row(part)
         yield from self._floor(merge, row)
         yield Job(row, merge.by_oxmerge, lambda: merge.prepare(merge.output))
-        if self.mergekit is not None and merge.swept is None and merge.state == "warm":
+        is_alike = merge.swept is None and part != "digests"
+        if self.mergekit is not None and is_alike and merge.state == "warm":
             yield Job(
                 replace(row, by="mergekit"),
                 merge.by_mergekit,
@@ -201,6 +213,7 @@ class _Merge:
     state: str
     swept: str | None = None
     tensors: int | None = None
+    options: tuple[str, ...] = ()
     adapter: Path | None = None
 
     @property

@@ -144,7 +144,7 @@ def _jobs(settings: Settings, merges: Merges) -> Iterator[Job]:
     if "storage" in wanted:
         say("making a file")
         yield from storage_jobs(merges.folder, settings.storage_bytes, crews)
-    of_files = {
+    of_files: dict[str, Callable[[], Iterator[Job]]] = {
         "merge": lambda: merges.of_methods(settings.size),
         "sweep": lambda: merges.of_sweeps(settings.size),
         "digests": lambda: merges.of_digests(settings.size),

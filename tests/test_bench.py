@@ -235,7 +235,7 @@ def test_adapters_are_put_into_a_model_and_into_a_part_of_a_larger_one(record: R
     ]
     model = demo.model_bytes("tiny")
     assert all(row.bytes_written == row.bytes_read >= model for row in found if row.name == whole)
-    assert all(row.bytes_written < model / 3 for row in found if row.name == part)
+    assert all(row.bytes_written < model / 2 for row in found if row.name == part)
     equal = "100.0000% of the elements are equal, the largest difference 0"
     assert f"{whole}: beside PEFT, {equal}" in record.notes
     assert "peft ×" in table.text(record)

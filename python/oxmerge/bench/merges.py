@@ -255,7 +255,7 @@ class _Merge:
     def by_oxmerge(self) -> Taken:
         recipe = self.recipe().name
         if self.swept is None:
-            done = run_oxmerge(self.bench.folder, "merge", recipe, "out", *self.options)
+            done = run_oxmerge(self.bench.folder, "merge", recipe, "out", *self.flags())
             report = json.loads(done.output)
         else:
             words = ("sweep", recipe, "out/{n}", "--set", self.swept)
@@ -270,10 +270,9 @@ class _Merge:
             report["predicted_memory"],
         )
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What else the command line has."""
-        return ()
+    def flags(self) -> tuple[str, ...]:
+        """Return what else the command line has."""
+        return self.options
 
     def by_peft(self) -> Taken:
         assert self.bench.mergekit is not None
@@ -309,8 +308,7 @@ class _Part(_Merge):
     def shards(self) -> list[int]:
         return [size for _, size in oxmerge.plan(self.recipe(), shard_size=SHARD).shards]
 
-    @property
-    def options(self) -> tuple[str, ...]:
+    def flags(self) -> tuple[str, ...]:
         return ("--shard-size", str(SHARD), "--part", f"1/{len(self.shards)}")
 
     def files_of(self, model: Path) -> list[Path]:

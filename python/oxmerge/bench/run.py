@@ -144,16 +144,16 @@ def _jobs(settings: Settings, merges: Merges) -> Iterator[Job]:
     if "storage" in wanted:
         say("making a file")
         yield from storage_jobs(merges.folder, settings.storage_bytes, crews)
-    if "merge" in wanted:
-        yield from merges.of_methods(settings.size)
-    if "sweep" in wanted:
-        yield from merges.of_sweeps(settings.size)
-    if "digests" in wanted:
-        yield from merges.of_digests(settings.size)
-    if "tensors" in wanted:
-        yield from merges.of_many_tensors()
-    if "fuse" in wanted:
-        yield from merges.of_adapters(settings.size)
+    of_files: dict[str, Callable[[], Iterator[Job]]] = {
+        "merge": lambda: merges.of_methods(settings.size),
+        "sweep": lambda: merges.of_sweeps(settings.size),
+        "digests": lambda: merges.of_digests(settings.size),
+        "tensors": merges.of_many_tensors,
+        "fuse": lambda: merges.of_adapters(settings.size),
+    }
+    for part, jobs in of_files.items():
+        if part in wanted:
+            yield from jobs()
 
 
 def thread_counts() -> list[int]:

@@ -270,11 +270,6 @@ class _Merge:
             report["predicted_memory"],
         )
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What else the command line has."""
-        return ()
-
     def by_peft(self) -> Taken:
         assert self.bench.mergekit is not None
         assert self.adapter is not None

@@ -100,10 +100,11 @@ class Merges:
         models = self._made(size)
         for state in ("warm", "cold"):
             for case in self.cases:
-                for left_out, options in LEFT_OUT.items():
+                for what, left_out in LEFT_OUT.items():
                     if case.method in DIGESTED:
-                        name = f"{case.name}{left_out}"
-                        merge = _Merge(self, case, name, case.of(models), state, options=options)
+                        name = f"{case.name}{what}"
+                        models_of = case.of(models)
+                        merge = _Merge(self, case, name, models_of, state, left_out=left_out)
                         yield from self._of(merge, part="digests")
 
     def of_many_tensors(self) -> Iterator[Job]:
@@ -213,7 +214,7 @@ class _Merge:
     state: str
     swept: str | None = None
     tensors: int | None = None
-    options: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     adapter: Path | None = None
 
     @property
@@ -278,7 +279,7 @@ class _Merge:
     @property
     def options(self) -> tuple[str, ...]:
         """What else the command line has."""
-        return ()
+        return self.left_out
 
     def by_peft(self) -> Taken:
         assert self.bench.mergekit is not None

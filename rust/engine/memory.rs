@@ -154,14 +154,13 @@ impl MemoryPlan {
             Some(_) => 0,
         };
         let blocks = |need: &Need| need.blocks_within(share, device_bytes);
-        // One reading less is worth more than the room of a third tensor's keys, but not of the first's.
         let keys = largest_of(each_of(needs, KEPT_AT_ONCE, |need| need.kept), KEPT_AT_ONCE).most;
         let under_way = tasks_under_way(workers as usize);
         let held = each_of(needs, under_way, |need| need.held(blocks(need)));
         let held_room =
             kept_room.saturating_sub(keys).min(largest_of(held.clone(), under_way).most);
-        // When all of a tensor is held it is written, and what comes next takes what that gives back.
-        let held = largest_of(held, 1).expected.min(held_room);
+        // While one tensor is written, the next is computed; buffers stay for those that follow.
+        let held = largest_of(held, 2).expected.min(held_room);
         let kept_room = kept_room - held_room;
         let worker = expected + group_bytes;
         let sample = needs.iter().map(|(need, _)| need.sample()).max().unwrap_or(0);

@@ -84,7 +84,9 @@ fn journal_of_tensors(folder: &Path, bytes: &[u8]) {
     let file = folder.join(&name);
     let folders = [OutputFolder::open(folder).unwrap()];
     let mut builder = Builder::new(Plan::default());
-    ["a", "b"].map(|name| builder.push(name, DType::F32, &[2], 0, None, [].into_iter()));
+    for name in ["a", "b"] {
+        builder.push(name, DType::F32, &[2], 0, None, [].into_iter());
+    }
     let plan = builder.place(&[(0, 0), (0, 8)]).unwrap();
     let check = || match journal::read_digests(&folders, "key", &plan) {
         Ok(digests) => assert!(digests.len() == 2 && digests.iter().all(Option::is_some)),

@@ -168,7 +168,7 @@ class Merges:
     def _floor(self, merge: _Merge, row: Row) -> Iterator[Job]:
         """Yield the floor of a merge, unless it has none; one that is alike has the same way."""
         first = merge.files_of(merge.models[0])
-        sizes = merge.sizes
+        sizes = [path.stat().st_size for path in first]
         outputs = [
             [self.folder / f"floor-{number}-{path.name}" for path in first]
             for number in range(merge.outputs)
@@ -218,11 +218,6 @@ class _Merge:
     adapter: Path | None = None
 
     @property
-    def sizes(self) -> list[int]:
-        """Bytes of each file of a model that is read."""
-        return [path.stat().st_size for path in self.files_of(self.models[0])]
-
-    @property
     def outputs(self) -> int:
         return 1 if self.swept is None else SWEEP_OUTPUTS
 
@@ -238,7 +233,7 @@ class _Merge:
         return sorted(model.glob("*.safetensors"))
 
     def row(self, part: str) -> Row:
-        size = sum(self.sizes)
+        size = sum(path.stat().st_size for path in self.files_of(self.models[0]))
         row = Row(part, self.name, "oxmerge", self.state, size * len(self.models), size)
         return replace(row, bytes_written=size * self.outputs, tensors=self.tensors)
 
@@ -316,15 +311,15 @@ class _Part(_Merge):
         return [size for _, size in oxmerge.plan(self.recipe(), shard_size=SHARD).shards]
 
     @property
-    def sizes(self) -> list[int]:
-        return [max(self.shards)]
-
-    @property
     def options(self) -> tuple[str, ...]:
         return ("--shard-size", str(SHARD), "--part", f"1/{len(self.shards)}")
 
     def files_of(self, model: Path) -> list[Path]:
-        return super().files_of(model)[:1]
+        """Return a file of as many bytes, as sparse as the model's: the floor reads whole files."""
+        path = self.bench.folder / f"{model.parent.name}-part"
+        path.touch()
+        os.truncate(path, max(self.shards))
+        return [path]
 
     def prepare(self, output: Path) -> None:
         shutil.rmtree(output, ignore_errors=True)

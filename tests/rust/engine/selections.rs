@@ -76,7 +76,7 @@ fn realistic_differences_with_three_densities() {
 }
 
 /// How far models are from their base, and how many values differ, does not change the time: one
-/// pass finds all thresholds, and merges.
+/// pass finds all thresholds, and one more merges what it could not merge.
 #[test]
 fn one_pass_finds_the_thresholds_of_all_inputs() {
     let elements = 1_500_000;
@@ -114,7 +114,7 @@ fn one_pass_finds_the_thresholds_of_all_inputs() {
             let once = 3 * elements * dtype.size() as u64;
             let passes = report.bytes_read as f64 / once as f64;
             assert!(
-                passes < 1.3,
+                passes < 2.2,
                 "{passes} passes over {dtype} at {density}, differences of {step}"
             );
         }

@@ -86,6 +86,7 @@ impl Control {
 
     /// Has `end` called when the run is cancelled or fails. It ends what workers may wait for besides
     /// each other, and lets nobody wait for it afterwards.
+    #[cfg(feature = "python")]
     pub(crate) fn on_end(&self, end: impl Fn() + Send + Sync + 'static) {
         self.waits.get_or_init(|| Waits(Box::new(end)));
         if self.cancelled.load(Ordering::SeqCst) {

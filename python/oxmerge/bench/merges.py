@@ -100,10 +100,11 @@ class Merges:
         models = self._made(size)
         for state in ("warm", "cold"):
             for case in self.cases:
-                for left_out, options in LEFT_OUT.items():
+                for what, options in LEFT_OUT.items():
                     if case.method in DIGESTED:
-                        name = f"{case.name}{left_out}"
-                        merge = _Merge(self, case, name, case.of(models), state, options=options)
+                        name = f"{case.name}{what}"
+                        models_of = case.of(models)
+                        merge = _Merge(self, case, name, models_of, state, options=options)
                         yield from self._of(merge, part="digests")
 
     def of_many_tensors(self) -> Iterator[Job]:

@@ -144,16 +144,17 @@ def _jobs(settings: Settings, merges: Merges) -> Iterator[Job]:
     if "storage" in wanted:
         say("making a file")
         yield from storage_jobs(merges.folder, settings.storage_bytes, crews)
-    of_files: dict[str, Callable[[], Iterator[Job]]] = {
-        "merge": lambda: merges.of_methods(settings.size),
-        "sweep": lambda: merges.of_sweeps(settings.size),
-        "digests": lambda: merges.of_digests(settings.size),
-        "tensors": merges.of_many_tensors,
-        "fuse": lambda: merges.of_adapters(settings.size),
+    of_size = {
+        "merge": merges.of_methods,
+        "sweep": merges.of_sweeps,
+        "digests": merges.of_digests,
+        "fuse": merges.of_adapters,
     }
-    for part, jobs in of_files.items():
+    for part, jobs in of_size.items():
         if part in wanted:
-            yield from jobs()
+            yield from jobs(settings.size)
+    if "tensors" in wanted:
+        yield from merges.of_many_tensors()
 
 
 def thread_counts() -> list[int]:

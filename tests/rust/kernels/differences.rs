@@ -24,7 +24,7 @@ fn all_numbers_are_those_of_kernels_of_their_own() {
     proptest!(config(64), |((dtype, length, seed) in case)| {
         let [a, b] = stored(dtype, length, seed);
         let values = |bytes: &[u8]| -> Vec<f32> {
-            bytes.chunks(dtype.size()).map(|bytes| oracle::widen(dtype, bytes) as f32).collect()
+            bytes.chunks(dtype.size()).map(|bytes| oracle::widen::<f32>(dtype, bytes)).collect()
         };
         let (x, y) = (values(&a), values(&b));
         let d: Vec<f32> = x.iter().zip(&y).map(|(x, y)| y - x).collect();

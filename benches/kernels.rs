@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    BinaryOp, LANES, Level, MaskKey, Operand, Real, SPAN, ThinnedTerm, UnaryOp, Votes,
-    absolute_sum_into, binary, count, dot_into, histogram, keep, masked, max_into, narrow,
+    BLOCK, BinaryOp, CELL, LANES, Level, MaskKey, Operand, Real, SPAN, ThinnedTerm, UnaryOp, Votes,
+    absolute_sum_into, binary, compare, count, dot_into, histogram, keep, masked, max_into, narrow,
     norms_into, random_bits, random_mask, select, sum_into, thinned_sum_bytes, unary,
     weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes, widen,
 };
@@ -266,9 +266,25 @@ fn masks(bench: &Bench, level: Level) {
     }
 }
 
+/// What a digest takes: a hash, and a comparison with what was there.
+fn digests(bench: &Bench, level: Level) {
+    for dtype in [DType::Bf16, DType::F16, DType::F32, DType::F64] {
+        let out = stored(dtype, CELL * dtype.size());
+        let mut reference = out.clone();
+        reference.rotate_left(dtype.size());
+        bench.case(&format!("cache compare {dtype}"), level, CELL, 2 * out.len(), || {
+            black_box(compare(level, dtype, black_box(&out), Some(&reference)));
+        });
+    }
+}
+
 fn main() {
     let bench = Bench::from_arguments();
     copies(&bench, Level::detect());
+    let piece = stored(DType::Bf16, 2 * BLOCK);
+    bench.case("cache blake3", Level::detect(), BLOCK, piece.len(), || {
+        black_box(blake3::hash(black_box(&piece)));
+    });
     for level in Level::available() {
         conversions::<f32>(&bench, level, "f32");
         conversions::<f64>(&bench, level, "f64");
@@ -280,5 +296,6 @@ fn main() {
         order::<f64>(&bench, level, "f64");
         fused(&bench, level);
         masks(&bench, level);
+        digests(&bench, level);
     }
 }

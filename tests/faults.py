@@ -19,7 +19,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import oxmerge
 from oxmerge import _core, cli
@@ -84,8 +84,7 @@ def attempt(folder: Path, call: str, number: int, fault: str, work: Work) -> tup
     return int(count), str(outcome)
 
 
-def merge(folder: Path) -> str:
-    options = json.loads((folder / "options.json").read_text())
+def merge(folder: Path, options: dict[str, Any]) -> str:
     oxmerge.merge(folder / "recipe.yml", folder / "out", **options)
     return "done"
 
@@ -111,6 +110,11 @@ def answer(folder: Path, words: list[str]) -> str:
 
 def weights(files: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+
+def _merge_of(folder: Path) -> Work:
+    """Return the merge, whose options are read before calls are counted."""
+    return functools.partial(merge, options=json.loads((folder / "options.json").read_text()))
 
 
 def answers_at(folder: Path, call: str, fault: str, step: int, verb: str) -> int:
@@ -144,11 +148,12 @@ def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
     Where there is a folder `begun`, each merge goes on from that.
     """
     output, expected = folder / "out", directory_bytes(folder / "whole")
+    work = _merge_of(folder)
     number = 0
     while True:
         if (folder / "begun").exists():
             shutil.copytree(folder / "begun", output)
-        count, outcome = attempt(folder, call, number, fault, merge)
+        count, outcome = attempt(folder, call, number, fault, work)
         where = f"{fault} at {call} {number}: {outcome}"
         left = directory_bytes(output) if output.exists() else {}
         if outcome == "done":
@@ -158,7 +163,7 @@ def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
             assert fault == "death" or outcome.startswith(ERRORS), where
             loadable = [path.name for name in LOADABLE for path in output.glob(name)]
             assert not loadable or weights(left) == weights(expected), f"{where}, and {loadable}"
-            after = attempt(folder, call, -1, "", merge)[1]
+            after = attempt(folder, call, -1, "", work)[1]
             assert after == "done" or "not empty" in after, f"{where}, then {after}"
             found = directory_bytes(output)
             assert found == expected, f"{where}, then other bytes in {sorted(found)}"
@@ -179,15 +184,17 @@ def main() -> None:
         return
     is_direct = how != "buffered"
     _core.execute = functools.partial(_core.execute, journal_every=0.0, direct=is_direct)
+    for name in ("out", "begun"):  # of a run that failed
+        shutil.rmtree(folder / name, ignore_errors=True)
     if how == "begun":  # by a merge that died half way
-        half = attempt(folder, "write", -1, "", merge)[0] // 2
+        work = _merge_of(folder)
+        half = attempt(folder, "write", -1, "", work)[0] // 2
         shutil.rmtree(folder / "out")
-        assert attempt(folder, "write", half, "death", merge)[1] == "death"
+        assert attempt(folder, "write", half, "death", work)[1] == "death"
         (folder / "out").rename(folder / "begun")
     for pair in pairs:
         call, fault = pair.split(":")
         print(pair, faults_at(folder, call, fault, step))
-    shutil.rmtree(folder / "begun", ignore_errors=True)
 
 
 if __name__ == "__main__":

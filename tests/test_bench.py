@@ -93,6 +93,7 @@ def record(small: None, mergekit: Mergekit, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arrays, "_LEAST_BYTES", 1)
         patch.setattr("oxmerge.bench.merges.COLD", ("linear", "ties"))
+        patch.setattr("oxmerge.bench.merges.DIGESTED", ("linear",))
         patch.setattr("oxmerge.bench.merges.SWEPT", {"ties": "parameters.lambda"})
         patch.setattr("oxmerge.bench.merges.SHARD", 1 << 16)
         for module in ("merges", "run"):
@@ -172,6 +173,14 @@ def test_a_sweep_reads_once_and_writes_every_output(record: Record) -> None:
     floor = record.beside(sweep, "floor")
     assert floor is not None
     assert floor.bytes_written == sweep.bytes_written
+
+
+def test_digests_and_journals_are_left_out(record: Record) -> None:
+    found = rows(record, "digests", "oxmerge")
+    left_out = ("linear", "linear, no digests", "linear, no journal")
+    assert [row.name for row in found] == [*left_out, *left_out]
+    assert [row.state for row in found] == ["warm"] * 3 + ["cold"] * 3
+    assert len({row.bytes for row in found}) == 1
 
 
 def test_many_tensors_are_planned_and_merged(record: Record) -> None:

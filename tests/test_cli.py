@@ -566,14 +566,7 @@ def test_a_recipe_from_standard_input(tmp_path: Path, twins: Path) -> None:
     )
 
 
-def test_exit_codes_of_what_is_not_supported(tmp_path: Path, run: Any) -> None:
-    sliced = "{slices: [{sources: [{model: a, layer_range: [0, 1]}]}]}"
-    text = (
-        f"merge_method: linear\nmodules: {{text: {sliced}, vision: {{models: [{{model: a}}]}}}}\n"
-    )
-    (tmp_path / "r.yml").write_text(text)
-    code, _, err = run("plan", str(tmp_path / "r.yml"), engine=Engine())
-    assert (code, "not supported yet: slices of one of several modules" in err) == (2, True)
+def test_exit_code_of_what_is_not_supported(tmp_path: Path, run: Any) -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0), config=config)
     (tmp_path / "r.yml").write_text("merge_method: linear\nmodels: [{model: a}]\n")

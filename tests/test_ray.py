@@ -157,7 +157,7 @@ def test_a_model_that_no_node_has_is_told(tmp_path: Path, cluster: Any) -> None:
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cluster: Any) -> None:
     recipe, output = write_large(tmp_path), tmp_path / "out"
     command = [sys.executable, "-m", "oxmerge", "merge", str(recipe), str(output)]
-    command += ["--shard-size=30MB", "--threads=1", "--parts=4", f"--ray={cluster.address}"]
+    command += ["--shard-size=20MB", "--threads=1", "--parts=4", f"--ray={cluster.address}"]
     process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(output.rglob("*.done")):
@@ -171,7 +171,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cluster: Any) -> None:
     assert not (output / "config.json").exists()
     # What is made is not made again: the files stay the same ones.
     inodes = {path.stat().st_ino for path in output.rglob(".model*")}
-    options: dict[str, Any] = {"shard_size": "30MB", "threads": 1}
+    options: dict[str, Any] = {"shard_size": "20MB", "threads": 1}
     oxmerge.merge(recipe, output, ray=True, parts=4, **options)
     assert inodes & {path.stat().st_ino for path in output.glob("model*")}
     shutil.rmtree(tmp_path)
@@ -180,7 +180,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cluster: Any) -> None:
 def write_large(folder: Path) -> Path:
     """Write models that are merged in seconds, and a recipe for them."""
     for name in ("base", "a", "b"):
-        sparse = {f"layers.{i}": (1 << 9, 1 << 12) for i in range(40)}
+        sparse = {f"layers.{i}": (1 << 9, 1 << 12) for i in range(24)}
         write_sparse(folder / name / "model.safetensors", sparse)
         (folder / name / "config.json").write_text('{"model_type": "test"}')
     each = {"weight": 0.5, "density": 0.5}
@@ -197,7 +197,7 @@ def test_a_node_is_killed_in_the_middle(tmp_path: Path, cluster: Any) -> None:
             killed.append(cluster.worker_nodes.copy().pop())
             cluster.remove_node(killed[0], allow_graceful=False)
 
-    options: dict[str, Any] = {"shard_size": "30MB", "threads": 1}
+    options: dict[str, Any] = {"shard_size": "20MB", "threads": 1}
     oxmerge.merge(recipe, tmp_path / "ray", ray=True, parts=6, progress=kill, **options)
     assert killed
     oxmerge.merge(recipe, tmp_path / "one", **options)

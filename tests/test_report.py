@@ -110,6 +110,7 @@ def test_codes_are_listed_and_used() -> None:
     text = "\n".join(path.read_text() for path in SOURCES.rglob("*.py"))
     used = set(re.findall(r'(?:Problem\(|about\(|code(?:: str)? ?=)\s*"([a-z-]+)"', text))
     used |= set(re.findall(r'"([a-z-]+)" if method is None else "wrong-value"', text))
+    used |= set(re.findall(r'return "([a-z-]+)" if is_of_system', text))
     used |= {"yaml", "unsupported"}
     assert used == set(CODES)
 

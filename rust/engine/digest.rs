@@ -24,12 +24,16 @@ use blake3::hazmat::{
 use super::backend::steps;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernels::{self, BLOCK, CELL, Comparison, Level};
+use crate::kernels::{self, BLOCK, CELL, CELLS, Comparison, Level};
 
-/// Bytes that a worker takes for the nodes around its piece, and for cells in two pieces.
-pub(super) const DIGEST_BYTES: u64 = 32 << 10;
-/// Elements of a node that is hashed at once: the bytes are still in the cache to be compared.
-const AT_ONCE: u64 = BLOCK as u64;
+/// Bytes that a worker takes for the nodes around its piece, for cells in two pieces, and to round what
+/// is compared.
+pub(super) const DIGEST_BYTES: u64 = 160 << 10;
+/// Elements of a node that is hashed at once: enough for BLAKE3 to use the whole width of its registers,
+/// and few enough to be in the second-level cache from when they are computed until they are compared.
+pub(super) const AT_ONCE: u64 = BLOCK as u64;
+/// Elements that are compared at once.
+const COMPARED: u64 = (CELLS * CELL) as u64;
 const CELL_ELEMENTS: u64 = CELL as u64;
 
 /// What is known of a finished output tensor.
@@ -37,7 +41,7 @@ const CELL_ELEMENTS: u64 = CELL as u64;
 pub struct TensorDigest {
     /// The BLAKE3 hash of its bytes.
     pub blake3: [u8; 32],
-    /// Counts and sums, of a float type.
+    /// Counts and sums, of a float type, if they were asked for.
     pub statistics: Option<Comparison>,
 }
 
@@ -111,13 +115,20 @@ struct State {
 pub struct Digester {
     dtype: DType,
     elements: u64,
+    /// Whether elements are counted and compared, too.
+    compares: bool,
     state: Mutex<State>,
 }
 
 impl Digester {
     /// Of a tensor of so many elements, none of which is there.
     pub fn new(dtype: DType, elements: u64) -> Self {
-        Self { dtype, elements, state: Mutex::default() }
+        Self { dtype, elements, compares: dtype.is_float(), state: Mutex::default() }
+    }
+
+    /// The same, which only hashes: there are no statistics.
+    pub(super) fn of_bytes(dtype: DType, elements: u64) -> Self {
+        Self { compares: false, ..Self::new(dtype, elements) }
     }
 
     /// Takes `out`, the elements from `first` on, each element once. `reference` has as many of what
@@ -168,16 +179,16 @@ impl Digester {
             hasher.finalize_non_root()
         };
         let mut found = Comparison::default();
-        if self.dtype.is_float() {
+        if self.compares {
             let mut rounded = Vec::new();
-            let cells = steps(0..elements.end - elements.start, CELL_ELEMENTS).map(|cell| {
-                let part = |size: usize| cell.start as usize * size..cell.end as usize * size;
+            let parts = steps(0..elements.end - elements.start, COMPARED).map(|part| {
+                let part = |size: usize| part.start as usize * size..part.end as usize * size;
                 let reference = reference.map(|(dtype, bytes)| {
                     round(level, dtype, &bytes[part(dtype.size())], self.dtype, &mut rounded)
                 });
                 kernels::compare(level, self.dtype, &out[part(size)], reference)
             });
-            found = Comparison::fold(cells.collect());
+            found = Comparison::fold(&mut parts.collect::<Vec<_>>());
         }
         Node { end: elements.end * size as u64, hash, found }
     }
@@ -221,7 +232,7 @@ impl Digester {
         let whole = (cell.end - cell.start) as usize * size;
         let part = (elements.start - first) as usize * size..(elements.end - first) as usize * size;
         let mut rounded = Vec::new();
-        let reference = reference.filter(|_| self.dtype.is_float());
+        let reference = reference.filter(|_| self.compares);
         let reference =
             reference.map(|(dtype, bytes)| round(level, dtype, bytes, self.dtype, &mut rounded));
         let mut state = self.lock();
@@ -262,7 +273,7 @@ impl Digester {
     }
 
     fn digest(&self, blake3: [u8; 32], found: Comparison) -> TensorDigest {
-        TensorDigest { blake3, statistics: self.dtype.is_float().then_some(found) }
+        TensorDigest { blake3, statistics: self.compares.then_some(found) }
     }
 }
 

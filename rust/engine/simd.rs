@@ -11,8 +11,8 @@ use crate::formula::program::{Along, Effect, Fused, Keep, Program, TaskVector, T
 use crate::formula::selection::{Counted, Interval, Look};
 use crate::formula::{Among, Chosen, MaskName, Pick, ReductionKind};
 use crate::kernels::{
-    self, BLOCK, Counts, Ends, LANES, Lanes, Level, MaskBits, MaskKey, Picked, Real, SPAN,
-    ThinnedTerm,
+    self, BLOCK, Counts, Differences, Ends, LANES, Lanes, Level, MaskBits, MaskKey, Picked, Real,
+    SPAN, ThinnedTerm,
 };
 
 /// The kernels of one instruction set.
@@ -266,6 +266,17 @@ fn apply_fused<T: Real>(
             let mut own = numbers.map(|number| lanes[number]);
             kernels::products_into(level, dtype, a, b, &mut own);
             numbers.iter().zip(own).for_each(|(&number, own)| lanes[number] = own);
+        }
+        Fused::Differences { numbers: [same, dd, aa, ab, bb, largest, flips], inputs: [a, b] } => {
+            let ((dtype, a), (_, b)) = (stored(*a), stored(*b));
+            let sums = [*dd, *aa, *ab, *bb];
+            let own = sums.map(|number| lanes[number]);
+            let mut found = Differences::from(own);
+            kernels::differences_into(level, dtype, a, b, &mut found);
+            sums.iter().zip(found.sums).for_each(|(&number, own)| lanes[number] = own);
+            lanes[*same][0] += found.same as f64;
+            lanes[*flips][0] += found.flips as f64;
+            lanes[*largest][0] = max(lanes[*largest][0], found.largest());
         }
         Fused::Norms { whole, kept, vector, mask } => {
             let mut own = [whole.map_or([0.0; LANES], |whole| lanes[whole]), lanes[*kept]];

@@ -33,6 +33,18 @@ struct Dimension {
     weight: u64,
 }
 
+/// Elements that lie in one direction.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    /// The first of them in the file, and in what is read.
+    file: u64,
+    view: u64,
+    count: u64,
+    /// How far they are apart in the file, and in what is read.
+    stride: u64,
+    weight: u64,
+}
+
 impl StridedSource {
     /// The view that `strides` say. It was checked that all of it lies in the file.
     pub(super) fn new(base: Arc<dyn Source>, strides: &Strides) -> Self {
@@ -71,17 +83,23 @@ impl StridedSource {
             })
         });
         let Some((inner, range)) = loops.pop() else {
-            return self.read_run(0, 1, 1, 1, 0, out, read);
+            let one = Run { file: 0, view: 0, count: 1, stride: 1, weight: 1 };
+            return self.read_run(one, out, read);
         };
         let mut at: Vec<u64> = loops.iter().map(|(_, range)| range.start).collect();
         loop {
             let place = |of: fn(&Dimension) -> u64| -> u64 {
                 loops.iter().zip(&at).map(|((dimension, _), index)| of(dimension) * index).sum()
             };
-            let file = place(|dimension| dimension.stride) + inner.stride * range.start;
-            let view = place(|dimension| dimension.weight) + inner.weight * range.start - first;
-            let count = range.end - range.start;
-            self.read_run(file, count, inner.stride, inner.weight, view, out, read)?;
+            let Dimension { stride, weight, .. } = inner;
+            let run = Run {
+                file: place(|dimension| dimension.stride) + stride * range.start,
+                view: place(|dimension| dimension.weight) + weight * range.start - first,
+                count: range.end - range.start,
+                stride,
+                weight,
+            };
+            self.read_run(run, out, read)?;
             // The next indices, as an odometer counts.
             let Some(turned) =
                 (0..at.len()).rev().find(|&digit| at[digit] + 1 < loops[digit].1.end)
@@ -93,20 +111,11 @@ impl StridedSource {
         }
     }
 
-    /// Reads `count` elements, `stride` apart from element `file` on, to those of `out` from `view`
-    /// on, `weight` apart.
-    fn read_run(
-        &self,
-        file: u64,
-        count: u64,
-        stride: u64,
-        weight: u64,
-        view: u64,
-        out: &mut [u8],
-        read: &mut AlignedBuffer,
-    ) -> Result<()> {
+    /// Reads a run into `out`, a bounded part of the file at a time.
+    fn read_run(&self, run: Run, out: &mut [u8], read: &mut AlignedBuffer) -> Result<()> {
+        let Run { file, view, count, stride, weight } = run;
         let size = self.base.dtype().size();
-        let at_once = if stride == 0 { count } else { (RUN / stride).max(1) };
+        let at_once = RUN.checked_div(stride).unwrap_or(count).max(1);
         for begin in (0..count).step_by(at_once as usize) {
             let count = at_once.min(count - begin);
             let start = file + begin * stride;
@@ -161,7 +170,10 @@ fn boxes(extents: &[u64], elements: Range<u64>) -> Vec<Vec<Range<u64>>> {
     let Some((_, rest)) = extents.split_first() else { return vec![Vec::new()] };
     let row: u64 = rest.iter().product();
     let within = |index: u64, of: Range<u64>| {
-        boxes(rest, of).into_iter().map(move |each| [vec![index..index + 1], each].concat())
+        boxes(rest, of).into_iter().map(move |mut each| {
+            each.insert(0, index..index + 1);
+            each
+        })
     };
     let (first, last) = (elements.start / row, (elements.end - 1) / row);
     if first == last {

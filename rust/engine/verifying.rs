@@ -174,9 +174,6 @@ pub fn compare(
     let against = Arc::new(Against::open(files, places, settings.level)?);
     let purpose = Purpose::Checked(Some(Arc::clone(&against)));
     let (spool, beside) = spool.unzip();
-    if let Some(spool) = spool.clone() {
-        control.on_end(move || spool.stop());
-    }
     let (tasks, needs) = Merges::open_to(purpose, vec![plan], ReadPath::Auto, spool.clone())?;
     let beside = beside.unwrap_or(0) + (COMPARED * settings.workers) as u64;
     let baseline = memory::resident() + beside;

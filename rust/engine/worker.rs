@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use super::ahead::{Ahead, Held};
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
+use super::digest::AT_ONCE;
 use super::passes::{Found, Marked, Pass, References};
 use super::places::Places;
 use super::simd::{draws_of, picked};
@@ -540,14 +541,20 @@ impl<'a> Worker<'a> {
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
         let level = self.level;
+        // What is hashed and compared is still in the cache then. A device wants all at once.
+        let is_digested = task.sinks.iter().any(|sink| sink.digester().is_some());
+        let at_once = if is_digested && !self.whole { AT_ONCE } else { u64::MAX };
         let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
-            let outputs = parts(task, &unit, &step.elements, &mut bytes).collect();
-            let mut results = Results { outputs, ..Results::default() };
-            store(program, code.program(), &step, &mut results)?;
-            for ((sink, out), reference) in task.sinks.iter().zip(&results.outputs).zip(references)
-            {
-                let reference = reference.and_then(|input| step.inputs[input].as_ref());
-                digest(level, &**sink, &step.elements, out, reference);
+            for elements in steps(step.elements.clone(), at_once) {
+                let step = Step { elements, ..step };
+                let outputs = parts(task, &unit, &step.elements, &mut bytes).collect();
+                let mut results = Results { outputs, ..Results::default() };
+                store(program, code.program(), &step, &mut results)?;
+                let outputs = task.sinks.iter().zip(&results.outputs).zip(references);
+                for ((sink, out), reference) in outputs {
+                    let reference = reference.and_then(|input| step.inputs[input].as_ref());
+                    digest(level, &**sink, &step.elements, out, reference);
+                }
             }
             Ok(())
         });
@@ -632,29 +639,40 @@ impl<'a> Worker<'a> {
     fn identical(&mut self, task: &Task, blocks: Range<u64>) -> Result<Found> {
         check_one_type(task)?;
         let range = task.elements_of(blocks);
-        self.make_room(task, &[0, 1], range.end - range.start, false);
-        self.scratch.resize_with(self.scratch.len().max(2), Default::default);
-        let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
-        let first = task.sources[0].read(range.clone(), scratch)?;
-        for (source, label) in task.sources.iter().zip(&task.labels).skip(1) {
-            self.control.check()?;
-            let other = source.read(range.clone(), other_scratch)?;
-            if first != other {
-                return Err(differs(task, label));
+        let mut outs = std::mem::take(&mut self.outs);
+        let mut places = Places::of(task, &mut outs, &range)?;
+        self.held = outs.iter().map(|out| AlignedBuffer::resident(out.capacity())).sum();
+        let mut bytes = places.bytes(&mut outs);
+        // Two at a time; what is read stays in the cache until it is hashed.
+        let both: Vec<usize> = (0..task.sources.len().min(2)).collect();
+        let at_once = task.step_elements(&both).min(self.most);
+        for part in steps(range.clone(), at_once) {
+            self.make_room(task, &both, part.end - part.start, false);
+            self.scratch.resize_with(self.scratch.len().max(2), Default::default);
+            let [scratch, other_scratch, ..] = self.scratch.as_mut_slice() else { unreachable!() };
+            let first = task.sources[0].read(part.clone(), scratch)?;
+            for (source, label) in task.sources.iter().zip(&task.labels).skip(1) {
+                self.control.check()?;
+                let other = source.read(part.clone(), other_scratch)?;
+                if first != other {
+                    return Err(differs(task, label));
+                }
+                source.release(part.clone());
             }
-            source.release(range.clone());
+            let elements = part.end - part.start;
+            let count = task.sources.iter().map(|source| source.stored_bytes(elements)).sum();
+            self.control.add_read(count);
+            let dtype = task.sources[0].dtype();
+            let same = InputBytes { dtype, first: part.start, bytes: first };
+            let at = |index: u64| (index - range.start) as usize * dtype.size();
+            for (sink, bytes) in task.sinks.iter().zip(&mut bytes) {
+                bytes[at(part.start)..at(part.end)].copy_from_slice(first);
+                digest(self.level, &**sink, &part, first, Some(&same));
+            }
+            task.sources[0].release(part);
         }
-        let elements = range.end - range.start;
-        let count = task.sources.iter().map(|source| source.stored_bytes(elements)).sum();
-        self.control.add_read(count);
-        let mut places = Places::of(task, &mut self.outs, &range)?;
-        let same = InputBytes { dtype: task.sources[0].dtype(), first: range.start, bytes: first };
-        for (sink, bytes) in task.sinks.iter().zip(places.bytes(&mut self.outs)) {
-            bytes.copy_from_slice(first);
-            digest(self.level, &**sink, &range, first, Some(&same));
-        }
-        places.write(task, &self.outs, self.control)?;
-        task.sources[0].release(range);
+        places.write(task, &outs, self.control)?;
+        (self.outs, self.held) = (outs, 0);
         Ok(Found::Nothing)
     }
 }

@@ -123,7 +123,10 @@ impl Code<'_> {
         let effects =
             effects.into_iter().map(|effect| self.one(&effect).map_or(effect, Effect::Fused));
         match self.along {
-            Along::Segments(_) => self.with_products(self.with_norms(effects.collect())),
+            Along::Segments(_) => {
+                let effects = self.with_products(self.with_norms(effects.collect()));
+                self.with_differences(effects)
+            }
             Along::Columns => effects.collect(),
         }
     }
@@ -206,6 +209,85 @@ impl Code<'_> {
             let is_part = |effect: &Effect| matches!(effect, Effect::Reduce { number, .. } if numbers.contains(number));
             effects.retain(|effect| !is_part(effect));
             effects.push(Effect::Fused(Fused::Products { numbers, inputs }));
+        }
+    }
+
+    /// Makes the products of two inputs and all else about how they differ one effect.
+    fn with_differences(&self, mut effects: Vec<Effect>) -> Vec<Effect> {
+        let products = |effect: &Effect| match *effect {
+            Effect::Fused(Fused::Products { numbers, inputs }) => Some((numbers, inputs)),
+            _ => None,
+        };
+        let all: Vec<_> = effects.iter().filter_map(products).collect();
+        for ([aa, ab, bb], inputs @ [x, y]) in all {
+            let number = |is_so: &dyn Fn(ReductionKind, Slot, Option<Argument>) -> bool| {
+                effects.iter().find_map(|effect| match *effect {
+                    Effect::Reduce { number, kind, a: Argument::Slot(a), b } => {
+                        is_so(kind, a, b).then_some(number)
+                    }
+                    _ => None,
+                })
+            };
+            let is_difference = |slot| self.difference(slot) == Some(TaskVector { x: y, base: x });
+            let same = number(&|kind, a, _| {
+                let is_zero = |slot| self.is_compared_with_zero(slot).is_some_and(is_difference);
+                kind == ReductionKind::Sum && is_zero(a)
+            });
+            let dd = number(&|kind, a, b| {
+                let is_square = b == Some(Argument::Slot(a));
+                kind == ReductionKind::Dot && is_square && is_difference(a)
+            });
+            let largest = number(&|kind, a, _| {
+                let Operation::Unary { op: UnaryOp::Abs, a } = self.operations[a] else {
+                    return false;
+                };
+                kind == ReductionKind::Max && is_difference(a)
+            });
+            let flips = number(&|kind, a, _| kind == ReductionKind::Sum && self.is_flip(a, inputs));
+            let (Some(same), Some(dd), Some(largest), Some(flips)) = (same, dd, largest, flips)
+            else {
+                continue;
+            };
+            let numbers = [same, dd, aa, ab, bb, largest, flips];
+            effects.retain(|effect| match effect {
+                Effect::Reduce { number, .. } => !numbers.contains(number),
+                effect => products(effect) != Some(([aa, ab, bb], inputs)),
+            });
+            effects.push(Effect::Fused(Fused::Differences { numbers, inputs }));
+        }
+        effects
+    }
+
+    /// What a slot tells of whether it is zero.
+    fn is_compared_with_zero(&self, slot: Slot) -> Option<Slot> {
+        match self.operations[slot] {
+            Operation::Binary { op: BinaryOp::Equal, a: Argument::Slot(a), b } => {
+                self.is_nothing(b).then_some(a)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a slot tells where two inputs have opposite signs.
+    fn is_flip(&self, slot: Slot, [x, y]: [usize; 2]) -> bool {
+        let sign = |argument: Argument| match self.at(argument)? {
+            Operation::Unary { op: UnaryOp::Sign, a } => self.input(Argument::Slot(*a)),
+            _ => None,
+        };
+        let Operation::Binary { op: BinaryOp::Greater, a, b } = self.operations[slot] else {
+            return false;
+        };
+        let Some(Operation::Binary { op: BinaryOp::Mul, a: one, b: other }) = self.at(b) else {
+            return false;
+        };
+        self.is_nothing(a) && (sign(*one), sign(*other)) == (Some(x), Some(y))
+    }
+
+    /// Whether it is zero everywhere.
+    fn is_nothing(&self, argument: Argument) -> bool {
+        match self.at(argument) {
+            Some(Operation::Fill { number }) => is_zero(Argument::Number(*number)),
+            _ => is_zero(argument),
         }
     }
 

@@ -159,6 +159,9 @@ pub(crate) enum Fused {
     Thinned { output: usize, dtype: DType, sum: ThinnedSum },
     /// The inner products of two inputs: a·a, a·b, b·b.
     Products { numbers: [usize; 3], inputs: [usize; 2] },
+    /// How input b differs from input a, d = b − a: how many d are zero, d·d, a·a, a·b, b·b, the largest
+    /// |d|, and how many of a and b have opposite signs.
+    Differences { numbers: [usize; 7], inputs: [usize; 2] },
     /// The L1 norms of a task vector, if it is wanted, and of what a random mask keeps of it.
     Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: MaskName },
     /// Counts the magnitudes of a task vector for a search.
@@ -212,7 +215,7 @@ impl Fused {
             Self::Thinned { sum, .. } => {
                 sum.terms.iter().map(|term| term.x).chain([sum.base]).collect()
             }
-            Self::Products { inputs, .. } => inputs.to_vec(),
+            Self::Products { inputs, .. } | Self::Differences { inputs, .. } => inputs.to_vec(),
             Self::Norms { vector, .. } | Self::Count { vector, .. } => vec![vector.x, vector.base],
             Self::Between { vectors, .. } => {
                 vectors.iter().flat_map(|(vector, _)| [vector.x, vector.base]).collect()
@@ -479,6 +482,10 @@ impl fmt::Display for Fused {
             }
             Self::Products { numbers: [aa, ab, bb], inputs: [a, b] } => {
                 write!(f, "fused n{aa}, n{ab}, n{bb} = products x{a} x{b}")
+            }
+            Self::Differences { numbers, inputs: [a, b] } => {
+                let numbers = numbers.map(|number| format!("n{number}")).join(", ");
+                write!(f, "fused {numbers} = differences x{b} - x{a}")
             }
             Self::Norms { whole, kept, vector: TaskVector { x, base }, mask: (stream, _) } => {
                 let whole = whole.map_or(String::new(), |whole| format!("n{whole}, "));

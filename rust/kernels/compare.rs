@@ -74,125 +74,175 @@ impl Comparison {
     /// # Panics
     ///
     /// If there is none.
-    pub fn fold(mut cells: Vec<Self>) -> Self {
-        while cells.len() > 1 {
-            let pair = |pair: &[Self]| pair.iter().copied().reduce(Self::and);
-            cells = cells.chunks(2).filter_map(pair).collect();
+    pub fn fold(cells: &mut [Self]) -> Self {
+        let mut left = cells.len();
+        while left > 1 {
+            for at in 0..left / 2 {
+                cells[at] = cells[2 * at].and(cells[2 * at + 1]);
+            }
+            if left % 2 == 1 {
+                cells[left / 2] = cells[left - 1];
+            }
+            left = left.div_ceil(2);
         }
         cells[0]
     }
 }
 
-/// The output and what it is compared with, in the same type, and the working type.
+/// Cells that the loop takes at once: what is found of one is folded while the next is gone through.
+pub const CELLS: usize = 8;
+
+/// Whole cells of an output and what they are compared with, in the same type, and the working type.
 #[derive(Clone, Copy)]
 struct Compare<'a, F: Format, T> {
-    out: &'a [F::Bytes],
-    reference: &'a [F::Bytes],
+    out: &'a [[F::Bytes; CELL]],
+    reference: &'a [[F::Bytes; CELL]],
     working: PhantomData<T>,
 }
 
-/// A number for each lane.
-type Each<T> = [T; LANES];
-
-/// What a loop over elements adds up, by lane.
-struct Sums<T: Real> {
-    changed: Each<<T::Ordinal as Ordinal>::Counter>,
+/// What a loop over a cell finds, if no element is NaN, infinite or saturated.
+#[derive(Clone, Copy)]
+struct Found {
+    changed: u64,
     difference: Lanes,
     norm: Lanes,
 }
 
-impl<T: Real> Sums<T> {
-    /// Adds up to [`LANES`] elements to the first lanes.
+impl Found {
+    const NOTHING: Self = Self { changed: 0, difference: [0.0; LANES], norm: [0.0; LANES] };
+
     #[inline(always)]
-    fn add<F: Format>(&mut self, out: &[F::Bytes], reference: &[F::Bytes]) {
-        for lane in 0..out.len() {
-            let (x, y) = (F::widen::<T>(out[lane]), F::widen::<T>(reference[lane]));
-            self.changed[lane] += (x != y).into();
-            let (x, y) = (x.to_f64(), y.to_f64());
-            self.difference[lane] += (x - y) * (x - y);
-            self.norm[lane] += y * y;
+    fn of<T: Real, E: Copy>(
+        out: &[E; CELL],
+        reference: &[E; CELL],
+        widen: impl Fn(E) -> T,
+    ) -> Self {
+        // Apart from the sums, which then convert what they load.
+        let mut changed = <T::Ordinal as Ordinal>::Counter::default();
+        for (&out, &reference) in out.iter().zip(reference) {
+            changed += (widen(out) != widen(reference)).into();
         }
+        let (mut difference, mut norm) = ([0.0; LANES], [0.0; LANES]);
+        let rows = out.as_chunks::<LANES>().0.iter().zip(reference.as_chunks::<LANES>().0);
+        for (out, reference) in rows {
+            for lane in 0..LANES {
+                let (x, y) = (widen(out[lane]).to_f64(), widen(reference[lane]).to_f64());
+                difference[lane] += (x - y) * (x - y);
+                norm[lane] += y * y;
+            }
+        }
+        Self { changed: changed.into(), difference, norm }
     }
 }
 
 impl<F: Format, T: Real> Kernel for Compare<'_, F, T> {
-    type Output = Option<Comparison>;
+    type Output = [Found; CELLS];
 
-    /// All elements, if none of them is NaN, infinite or saturated.
     #[inline(always)]
     fn run(self) -> Self::Output {
-        let mut sums = Sums::<T> {
-            changed: [Default::default(); LANES],
-            difference: [0.0; LANES],
-            norm: [0.0; LANES],
-        };
-        let (out, out_rest) = self.out.as_chunks::<LANES>();
-        let (reference, reference_rest) = self.reference.as_chunks::<LANES>();
-        for (out, reference) in out.iter().zip(reference) {
-            sums.add::<F>(out, reference);
+        let mut all = [Found::NOTHING; CELLS];
+        let (mut x, mut y) = ([T::ZERO; CELL], [T::ZERO; CELL]);
+        for (found, (out, reference)) in all.iter_mut().zip(self.out.iter().zip(self.reference)) {
+            *found = if size_of::<F::Bytes>() < size_of::<T>() {
+                // Values in memory are converted to f64 in fewer steps than values in registers.
+                widen::<F, T>(out, &mut x);
+                widen::<F, T>(reference, &mut y);
+                Found::of::<T, T>(&x, &y, |x| x)
+            } else {
+                Found::of::<T, F::Bytes>(out, reference, F::widen)
+            };
         }
-        sums.add::<F>(out_rest, &reference_rest[..out_rest.len()]);
-        let (difference, norm) = (folded(sums.difference), folded(sums.norm));
-        // An output x of the greatest magnitude is that far from zero, so the larger of |x − y| and |y|
-        // is half of it at the least. What rounding takes from a quarter of its square leaves an eighth.
-        let is_plain = difference + norm < F::LARGEST * F::LARGEST / 8.0;
-        is_plain.then(|| Comparison {
-            compared: self.out.len() as u64,
-            changed: sums.changed.into_iter().map(Into::into).sum::<u64>(),
-            difference,
-            norm,
-            ..Comparison::default()
-        })
+        all
     }
 }
 
 impl<F: Format, T: Real> Compare<'_, F, T> {
-    /// All elements, one by one.
-    fn one_by_one(&self) -> Comparison {
-        let mut found = Comparison { compared: self.out.len() as u64, ..Comparison::default() };
-        let (mut difference, mut norm) = ([0.0; LANES], [0.0; LANES]);
-        for (at, (&out, &reference)) in self.out.iter().zip(self.reference).enumerate() {
-            let (x, y) = (F::widen::<T>(out), F::widen::<T>(reference));
-            found.changed += u64::from(x != y && !(x.is_nan() && y.is_nan()));
-            let (x, y) = (x.to_f64(), y.to_f64());
-            found.nan += u64::from(x.is_nan());
-            found.infinite += u64::from(x.is_infinite());
-            found.saturated += u64::from(x.abs() == F::LARGEST);
-            if x.is_finite() && y.is_finite() {
-                difference[at % LANES] += (x - y) * (x - y);
-                norm[at % LANES] += y * y;
-            }
+    fn found(self, level: Level) -> Comparison {
+        let all = level.run(self);
+        let mut cells = [Comparison::default(); CELLS];
+        let each = all.iter().zip(self.out.iter().zip(self.reference));
+        for (cell, (found, (out, reference))) in cells.iter_mut().zip(each) {
+            let (difference, norm) = (folded(&found.difference), folded(&found.norm));
+            // An output x of the greatest magnitude is that far from zero, so the larger of |x − y|
+            // and |y| is half of it at the least. What rounding takes from a quarter of its square
+            // leaves an eighth.
+            *cell = if difference + norm < F::LARGEST * F::LARGEST / 8.0 {
+                let (changed, compared) = (found.changed, CELL as u64);
+                Comparison { compared, changed, difference, norm, ..Comparison::default() }
+            } else {
+                one_by_one::<F, T>(out, reference)
+            };
         }
-        (found.difference, found.norm) = (folded(difference), folded(norm));
-        found
+        Comparison::fold(&mut cells[..self.out.len().clamp(1, CELLS)])
     }
+}
+
+#[inline(always)]
+fn widen<F: Format, T: Real>(bytes: &[F::Bytes; CELL], wide: &mut [T; CELL]) {
+    for (wide, &bytes) in wide.iter_mut().zip(bytes) {
+        *wide = F::widen(bytes);
+    }
+}
+
+/// Up to a cell, one by one.
+#[cold]
+fn one_by_one<F: Format, T: Real>(out: &[F::Bytes], reference: &[F::Bytes]) -> Comparison {
+    let mut found = Comparison { compared: out.len() as u64, ..Comparison::default() };
+    let (mut difference, mut norm) = ([0.0; LANES], [0.0; LANES]);
+    for (at, (&out, &reference)) in out.iter().zip(reference).enumerate() {
+        let (x, y) = (F::widen::<T>(out), F::widen::<T>(reference));
+        found.changed += u64::from(x != y && !(x.is_nan() && y.is_nan()));
+        let (x, y) = (x.to_f64(), y.to_f64());
+        found.nan += u64::from(x.is_nan());
+        found.infinite += u64::from(x.is_infinite());
+        found.saturated += u64::from(x.abs() == F::LARGEST);
+        if x.is_finite() && y.is_finite() {
+            difference[at % LANES] += (x - y) * (x - y);
+            norm[at % LANES] += y * y;
+        }
+    }
+    (found.difference, found.norm) = (folded(&difference), folded(&norm));
+    found
 }
 
 /// The lanes, folded in halves.
-fn folded(mut lanes: Lanes) -> f64 {
-    for half in [8, 4, 2, 1] {
-        for at in 0..half {
-            lanes[at] += lanes[at + half];
-        }
-    }
-    lanes[0]
+fn folded(lanes: &Lanes) -> f64 {
+    let eight: [f64; 8] = std::array::from_fn(|at| lanes[at] + lanes[at + 8]);
+    let four: [f64; 4] = std::array::from_fn(|at| eight[at] + eight[at + 4]);
+    let two: [f64; 2] = std::array::from_fn(|at| four[at] + four[at + 2]);
+    two[0] + two[1]
 }
 
-/// Compares at most a cell of an output with a reference that was rounded to the same type. Without a
+/// Compares at most [`CELLS`] cells of an output with a reference that was rounded to the same type. Without a
 /// reference nothing is compared.
 ///
 /// Zeros of either sign have the same value, and so has one NaN as another.
 ///
 /// # Panics
 ///
-/// If the type is no float type, or the slices differ in length.
+/// If the type is no float type, the slices differ in length, or are longer.
 pub fn compare(level: Level, dtype: DType, out: &[u8], reference: Option<&[u8]>) -> Comparison {
     fn go<F: Format, T: Real>(level: Level, out: &[u8], reference: &[u8]) -> Comparison {
         let (out, reference) = (F::elements(out), F::elements(reference));
-        let both = Compare::<F, T> { out, reference, working: PhantomData };
-        level.run(both).unwrap_or_else(|| both.one_by_one())
+        let (cells, rest) = out.as_chunks::<CELL>();
+        let (of_cells, of_rest) = reference.as_chunks::<CELL>();
+        let both = |out, reference| Compare::<F, T> { out, reference, working: PhantomData };
+        let mut found = both(cells, of_cells).found(level);
+        if !rest.is_empty() {
+            // Zeros beside zeros add nothing to a sum.
+            let padded = |rest: &[F::Bytes]| {
+                let mut cell = [[F::narrow(0.0_f32); CELL]];
+                cell[0][..rest.len()].copy_from_slice(rest);
+                cell
+            };
+            let last = both(&padded(rest), &padded(of_rest)).found(level);
+            let last = Comparison { compared: rest.len() as u64, ..last };
+            found = found.and(last);
+        }
+        found
     }
     let with = reference.unwrap_or(out);
+    assert!(out.len() <= CELLS * CELL * dtype.size(), "so many cells are not compared at once");
     check_bytes("the reference", dtype, with, out.len() / dtype.size());
     let found = match dtype {
         DType::Bf16 => go::<Bf16, f32>(level, out, with),

@@ -29,6 +29,7 @@
 pub mod compare;
 pub mod consensus;
 pub mod convert;
+pub mod differences;
 pub mod differing;
 pub mod elementwise;
 pub mod gram;
@@ -48,10 +49,11 @@ mod transcendental;
 pub mod ulp;
 pub mod weighted;
 
-pub use compare::{CELL, COMPARISON_VERSION, Comparison, compare};
+pub use compare::{CELL, CELLS, COMPARISON_VERSION, Comparison, compare};
 pub use consensus::elect;
 pub(crate) use consensus::{CANCELLED, cancels};
 pub use convert::{narrow, narrow_to_bool, widen, widen_difference};
+pub use differences::{Differences, differences_into};
 pub use differing::differing;
 pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;

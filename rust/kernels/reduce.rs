@@ -65,11 +65,40 @@ macro_rules! reduction {
 
 reduction!(Sum, lanes, [values], |lane: f64, value: f64| lane + value);
 reduction!(AbsoluteSum, lanes, [values], |lane: f64, value: f64| lane + value.abs());
-// NaN is taken, and then kept, since nothing compares greater.
-reduction!(Maximum, lanes, [values], |lane: f64, value: f64| {
-    if value > lane || value.is_nan() { value } else { lane }
-});
 reduction!(Dot, lanes, [a, b], |lane: f64, a: f64, b: f64| lane + a * b);
+
+struct Maximum<'a, T> {
+    values: &'a [T],
+    lanes: &'a mut Lanes,
+}
+
+/// The greater; NaN is taken, and then kept, since nothing compares greater.
+#[inline(always)]
+fn greater<T: Real>(lane: T, value: T) -> T {
+    if value > lane || value.is_nan() { value } else { lane }
+}
+
+impl<T: Real> Kernel for Maximum<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        // In the type of the values, which need not be widened then.
+        let mut greatest = [T::from_f64(f64::NEG_INFINITY); LANES];
+        let (values, rest) = self.values.as_chunks::<LANES>();
+        for values in values {
+            for lane in 0..LANES {
+                greatest[lane] = greater(greatest[lane], values[lane]);
+            }
+        }
+        for (greatest, &value) in greatest.iter_mut().zip(rest) {
+            *greatest = greater(*greatest, value);
+        }
+        for (lane, greatest) in self.lanes.iter_mut().zip(greatest) {
+            *lane = greater(*lane, greatest.to_f64());
+        }
+    }
+}
 
 /// `lanes[i % 16] += values[i]`. The slice starts at a multiple of 16 in its block.
 pub fn sum_into<T: Real>(level: Level, values: &[T], lanes: &mut Lanes) {

@@ -109,6 +109,9 @@ pub(super) fn compare_outputs<'py>(
     }
     let settings = settings(py, memory, threads)?;
     let compared = enter(py, progress.as_ref(), |control| {
+        if let Some((spool, _)) = spool.clone() {
+            control.on_end(move || spool.stop());
+        }
         verifying::compare(&table, &checkpoint.files, places, spool, &settings, control)
     });
     let deviations = raised.or(compared)?;

@@ -11,14 +11,15 @@ use std::process::Command;
 
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    BinaryOp, LANES, Level, MaskKey, Operand, Product, SPAN, ThinnedTerm, Tiles, Votes,
-    absolute_sum_into, binary, count, dot_into, elect, low_rank_bytes, masked, narrow, norms_into,
-    products_into, random_bits, select, thinned_sum_bytes, trim, weighted_difference_sum_bytes,
-    weighted_sum, weighted_sum_bytes, widen, widen_difference,
+    BinaryOp, Differences, LANES, Level, MaskKey, Operand, Product, SPAN, ThinnedTerm, Tiles,
+    Votes, absolute_sum_into, binary, compare, count, differences_into, dot_into, elect,
+    low_rank_bytes, masked, narrow, norms_into, products_into, random_bits, select,
+    thinned_sum_bytes, trim, weighted_difference_sum_bytes, weighted_sum, weighted_sum_bytes,
+    widen, widen_difference,
 };
 
 /// What to look for in the demangled name of a shell: its kernel and types.
-const KERNELS: [&str; 21] = [
+const KERNELS: [&str; 23] = [
     "Widen<f32, oxmerge::kernels::convert::Bf16>",
     "WidenDifference<f32, oxmerge::kernels::convert::Bf16>",
     "Narrow<f32, oxmerge::kernels::convert::Bf16>",
@@ -39,6 +40,8 @@ const KERNELS: [&str; 21] = [
     "Masked<f32>",
     "Thinned<oxmerge::kernels::convert::Bf16, 2",
     "random::Draw>",
+    "Compare<oxmerge::kernels::convert::Bf16, f32>",
+    "differences::Add<oxmerge::kernels::convert::Bf16>",
     LOW_RANK,
 ];
 /// The kernel that is made of fused multiply-adds.
@@ -72,6 +75,8 @@ fn use_kernels(level: Level) {
     masked(level, &bits, 0.5, &halves, &mut wide);
     let term = ThinnedTerm { weight: 0.5, scale: 2.0, input: &bytes, bits: &bits };
     thinned_sum_bytes(level, DType::Bf16, &bytes, &[term, term], Votes::Elect, 1.0, &mut stored);
+    compare(level, DType::Bf16, &bytes, Some(&stored));
+    differences_into(level, DType::Bf16, &bytes, &stored, &mut Differences::default());
     let right = Tiles::new(2, 16);
     let product = Product { left: &halves[..8], right: &right, scale: 0.5 };
     low_rank_bytes(level, base, &[product], 0, 16, DType::Bf16, &mut stored);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -17,13 +16,13 @@ from oxmerge.cli.progress import watched_download
 from oxmerge.merging import prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.streaming import DEFAULT_SPOOL, is_streamed, streamed
+from oxmerge.models.tensor_mapping import TensorMapping
 from oxmerge.options import PlanOptions
-from oxmerge.problems import no_such_key
 from oxmerge.stages import weights_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from oxmerge.arrays.views import Framework, Kind
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["LazyMerge", "lazy"]
 
 
-class LazyMerge(Mapping[str, Any]):
+class LazyMerge(TensorMapping[int]):
     """The tensors of a merge by name, in file order; each is computed when it is looked up.
 
     Nothing is kept: a tensor that is looked up twice is computed twice. The inputs must stay where
@@ -70,7 +69,7 @@ class LazyMerge(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """Compute a tensor."""
-        at = self._at(name)
+        at = self._known(name)
         tensor = self._plan.tensors[at]
         with self._lock:
             self._make_inputs(tensor)
@@ -105,46 +104,17 @@ class LazyMerge(Mapping[str, Any]):
             self._table = self._table.placed(fetch(files, show))
             self._engine = _core.OnDemand(self._table)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Compute a tensor, or return `default` if there is none of that name."""
-        return self[name] if name in self else default  # noqa: SIM401 - this is it
-
-    def _at(self, name: str) -> int:
-        if name not in self._tensors:
-            raise no_such_key("tensor", name, self._tensors)
-        return self._tensors[name]
-
-    def __contains__(self, name: object) -> bool:
-        """Tell whether there is a tensor of that name, without computing it."""
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names in file order."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._tensors)
-
-    def __eq__(self, other: object) -> bool:
-        """Tell whether it is the same object: comparing tensors would merge them all."""
-        return self is other
-
-    def __hash__(self) -> int:
-        """Return a number for this object."""
-        return id(self)
-
     def __repr__(self) -> str:
         """Tell what it is a merge of."""
         return f"<LazyMerge by {self._plan.method!r}: {len(self)} tensors>"
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without computing it."""
-        return self._plan.tensors[self._at(name)].shape
+        return self._plan.tensors[self._known(name)].shape
 
     def dtype_of(self, name: str) -> str:
         """Return the element type of a tensor by its safetensors name, without computing it."""
-        return self._plan.tensors[self._at(name)].dtype
+        return self._plan.tensors[self._known(name)].dtype
 
     @property
     def files(self) -> tuple[dict[str, Any], ...]:

@@ -24,6 +24,10 @@ FAR = ("ties", "dare_ties")
 """Methods that are measured with fine-tunes far from their base too: their work depends on it."""
 MANY = ("linear", "ties")
 """Methods that are measured with models of many tensors."""
+DIGESTED = ("linear", "slerp", "ties", "dare_ties")
+"""Methods that are measured with digests and a journal, and without."""
+LEFT_OUT = {"": (), ", no digests": ("--no-digests",), ", no journal": ("--no-resume",)}
+"""What those are called, and the options of each."""
 SWEPT = {
     "linear": "models[0].parameters.weight",
     "slerp": "parameters.t",

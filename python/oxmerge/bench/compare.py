@@ -110,7 +110,7 @@ def _why_alone(row: Row, record: Record, other: Record, when: tuple[str, str]) -
         why = f"{row.simd} was not measured {there}"
     elif partner is None:
         why = f"it ran with {', '.join(str(each.threads) for each in named)} threads {there}"
-    elif row.part in {"merge", "sweep", "fuse"} and sizes[0] != sizes[1]:
+    elif row.part in {"merge", "sweep", "digests", "fuse"} and sizes[0] != sizes[1]:
         why = f"the models were of size {sizes[1]} {there} and {sizes[0]} {here}"
     else:
         why = f"another number of bytes was moved {there}"

@@ -18,7 +18,7 @@ import numpy as np
 
 import oxmerge
 from oxmerge.bench import cache
-from oxmerge.bench.cases import COLD, MANY, SPREADS, SWEPT, Case, with_far
+from oxmerge.bench.cases import COLD, DIGESTED, LEFT_OUT, MANY, SPREADS, SWEPT, Case, with_far
 from oxmerge.bench.measure import Job, Taken, UnavailableError
 from oxmerge.bench.programs import oxmerge as run_oxmerge
 from oxmerge.bench.record import Row
@@ -95,6 +95,17 @@ class Merges:
                 merge = _Merge(self, case, name, case.of(models), "warm", swept=swept)
                 yield from self._of(merge, part="sweep")
 
+    def of_digests(self, size: str) -> Iterator[Job]:
+        """Yield merges as they are, and without their digests, or their journal."""
+        models = self._made(size)
+        for state in ("warm", "cold"):
+            for case in self.cases:
+                for left_out, options in LEFT_OUT.items():
+                    if case.method in DIGESTED:
+                        name = f"{case.name}{left_out}"
+                        merge = _Merge(self, case, name, case.of(models), state, options=options)
+                        yield from self._of(merge, part="digests")
+
     def of_many_tensors(self) -> Iterator[Job]:
         """Yield plans and merges of the layout of DeepSeek-V3, and a plan of its real sizes."""
         for size in (*EXPERTS, SPARSE):
@@ -144,7 +155,8 @@ class Merges:
         row = merge.row(part)
         yield from self._floor(merge, row)
         yield Job(row, merge.by_oxmerge, lambda: merge.prepare(merge.output))
-        if self.mergekit is not None and merge.swept is None and merge.state == "warm":
+        is_alike = merge.swept is None and part != "digests"
+        if self.mergekit is not None and is_alike and merge.state == "warm":
             yield Job(
                 replace(row, by="mergekit"),
                 merge.by_mergekit,
@@ -155,7 +167,7 @@ class Merges:
     def _floor(self, merge: _Merge, row: Row) -> Iterator[Job]:
         """Yield the floor of a merge, unless it has none; one that is alike has the same way."""
         first = merge.files_of(merge.models[0])
-        sizes = merge.sizes
+        sizes = [path.stat().st_size for path in first]
         outputs = [
             [self.folder / f"floor-{number}-{path.name}" for path in first]
             for number in range(merge.outputs)
@@ -201,12 +213,8 @@ class _Merge:
     state: str
     swept: str | None = None
     tensors: int | None = None
+    options: tuple[str, ...] = ()
     adapter: Path | None = None
-
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of each file of a model that is read."""
-        return [path.stat().st_size for path in self.files_of(self.models[0])]
 
     @property
     def outputs(self) -> int:
@@ -224,7 +232,7 @@ class _Merge:
         return sorted(model.glob("*.safetensors"))
 
     def row(self, part: str) -> Row:
-        size = sum(self.sizes)
+        size = sum(path.stat().st_size for path in self.files_of(self.models[0]))
         row = Row(part, self.name, "oxmerge", self.state, size * len(self.models), size)
         return replace(row, bytes_written=size * self.outputs, tensors=self.tensors)
 
@@ -302,15 +310,15 @@ class _Part(_Merge):
         return [size for _, size in oxmerge.plan(self.recipe(), shard_size=SHARD).shards]
 
     @property
-    def sizes(self) -> list[int]:
-        return [max(self.shards)]
-
-    @property
     def options(self) -> tuple[str, ...]:
         return ("--shard-size", str(SHARD), "--part", f"1/{len(self.shards)}")
 
     def files_of(self, model: Path) -> list[Path]:
-        return super().files_of(model)[:1]
+        """Return a file of as many bytes, as sparse as the model's: the floor reads whole files."""
+        path = self.bench.folder / f"{model.parent.name}-part"
+        path.touch()
+        os.truncate(path, max(self.shards))
+        return [path]
 
     def prepare(self, output: Path) -> None:
         shutil.rmtree(output, ignore_errors=True)

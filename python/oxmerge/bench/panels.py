@@ -26,10 +26,11 @@ TITLES = {
     "simd": "Instruction sets",
     "merge": "Merges of files",
     "sweep": "Sweeps: several outputs in one pass",
+    "digests": "Merges with and without digests and a journal",
     "tensors": "Models of many tensors",
     "fuse": "Adapters that are put into models",
 }
-OF_FILES = ("merge", "sweep", "tensors", "fuse")
+OF_FILES = ("merge", "sweep", "digests", "tensors", "fuse")
 OTHERS = ("mergekit", "peft")
 """Other programs that do the same."""
 _GIGA = 1e9

@@ -70,7 +70,7 @@ _KINDS: dict[str, dict[str, Any]] = {
         "process_seconds": [float],
     },
 }
-_OWN_THREADS = ("merge", "sweep", "tensors", "fuse")
+_OWN_THREADS = ("merge", "sweep", "digests", "tensors", "fuse")
 
 
 @dataclass(frozen=True, slots=True)

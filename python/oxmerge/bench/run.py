@@ -148,6 +148,8 @@ def _jobs(settings: Settings, merges: Merges) -> Iterator[Job]:
         yield from merges.of_methods(settings.size)
     if "sweep" in wanted:
         yield from merges.of_sweeps(settings.size)
+    if "digests" in wanted:
+        yield from merges.of_digests(settings.size)
     if "tensors" in wanted:
         yield from merges.of_many_tensors()
     if "fuse" in wanted:
@@ -165,7 +167,7 @@ def _check_disk(settings: Settings) -> None:
     needed, parts = 0, settings.parts
     if "storage" in parts:
         needed += 2 * settings.storage_bytes
-    if "merge" in parts or "sweep" in parts:
+    if {"merge", "sweep", "digests"} & set(parts):
         # The base and its fine-tunes, and outputs: of the engine, the floor and mergekit.
         outputs = 2 * SWEEP_OUTPUTS if "sweep" in parts else 3
         needed += (1 + len(SPREADS) + outputs) * model_bytes(settings.size)
@@ -204,7 +206,7 @@ def _first_notes(settings: Settings, largest_cache: int | None) -> Iterator[str]
             "storage: writes are timed to the end of fsync, into a new file; cold: dropped from "
             "the page cache and checked to be gone from it; a host or a disk may still hold it"
         )
-    if {"merge", "sweep", "tensors", "fuse"} & wanted:
+    if {"merge", "sweep", "digests", "tensors", "fuse"} & wanted:
         yield (
             "merges: floor and oxmerge from the first open to the last fsync, process seconds "
             "from start to exit; each merge is a process of its own, and its peak too"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from itertools import islice
 
@@ -10,13 +9,15 @@ from oxmerge.problems import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from oxmerge.cli.printer import Printer
 
 #: Columns where nobody says how many there are: a file, a pipe.
 _WIDE = 160
-#: Rows that are laid out together. There may be 100,000.
+#: Characters of names that are shown in a line, however narrow the terminal is.
+_LEAST = 16
+#: Rows that are laid out together. There may be 100,000, for which `rich` takes seconds.
 _AT_ONCE = 1000
 
 
@@ -24,19 +25,20 @@ def print_table(
     printer: Printer, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]
 ) -> None:
     """Print rows as a table: names on the left, numbers on the right."""
-    from rich.console import Console  # noqa: PLC0415 - heavy
-    from rich.table import Table  # noqa: PLC0415 - heavy
-    from rich.text import Text  # noqa: PLC0415 - heavy
-
     left = iter(rows)
     while part := list(islice(left, _AT_ONCE)):
-        table = Table(title=title, title_justify="left", title_style="bold", box=None)
-        for at, name in enumerate(head):
-            table.add_column(name, justify="right" if at else "left", no_wrap=at > 0)
-        for row in part:
-            # A stranger's names are no markup.
-            table.add_row(*(Text(printable(cell), overflow="fold") for cell in row))
-        buffer = io.StringIO()
-        width = shutil.get_terminal_size((_WIDE, 0)).columns
-        Console(file=buffer, width=width, highlight=False).print(table)
-        printer.data("\n".join(map(str.rstrip, buffer.getvalue().split("\n"))))
+        printer.lines([title, *_laid_out([head, *part]), ""])
+
+
+def _laid_out(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    # A stranger's names may be of any length: a long one goes over several lines.
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    room = shutil.get_terminal_size((_WIDE, 0)).columns
+    widths[0] = min(widths[0], max(_LEAST, room - sum(width + 2 for width in widths[1:]) - 1))
+    for name, *numbers in cells:
+        starts = range(0, len(name), widths[0])
+        first, *rest = [name[at : at + widths[0]] for at in starts] or [""]
+        aligned = (number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True))
+        yield " " + "  ".join([first.ljust(widths[0]), *aligned])
+        yield from (f" {line}" for line in rest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,11 +20,13 @@ from oxmerge.models.references import (
     split_adapters,
 )
 from oxmerge.models.streaming import is_streamed, read_whole
-from oxmerge.problems import Problem, no_such_key
+from oxmerge.models.tensor_mapping import TensorMapping
+from oxmerge.problems import Problem
 from oxmerge.schema import DTYPE_NAMES, DTYPE_SIZES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Self
 
     from oxmerge import _core
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["OpenCheckpoint", "open_checkpoint"]
 
 
-class OpenCheckpoint(Mapping[str, Any]):
+class OpenCheckpoint(TensorMapping["_core.TensorInfo"]):
     """The tensors of a checkpoint by name, in file order, as arrays that read when touched.
 
     Arrays are views of the mapped files, and keep their mapping alive: they can be used after the
@@ -72,7 +73,7 @@ class OpenCheckpoint(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """Return a tensor as an array of its shape."""
-        tensor = self._tensor(name)
+        tensor = self._known(name)
         if name in self._changed:
             return self._adapted[name]
         count = prod(tensor.shape)
@@ -85,15 +86,6 @@ class OpenCheckpoint(Mapping[str, Any]):
             return np.empty(tensor.shape, dtype)
         memory, start = self._bytes(tensor, count * dtype.itemsize)
         return np.frombuffer(memory, dtype, count, start).reshape(tensor.shape)
-
-    def _tensor(self, name: str) -> _core.TensorInfo:
-        if name not in self._tensors:
-            raise no_such_key("tensor", name, self._tensors)
-        return self._tensors[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a tensor, or `default` if there is none of that name."""
-        return self[name] if name in self else default  # noqa: SIM401 - this is it
 
     @cached_property
     def _adapted(self) -> Mapping[str, Any]:
@@ -117,36 +109,16 @@ class OpenCheckpoint(Mapping[str, Any]):
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, without mapping its file."""
-        return self._tensor(name).shape
+        return self._known(name).shape
 
     def dtype_of(self, name: str) -> str:
         """Return the element type of a tensor by its safetensors name, without mapping its file."""
-        return self._tensor(name).dtype
+        return self._known(name).dtype
 
     @property
     def files(self) -> list[dict[str, Any]]:
         """The files that it reads: path, size, device and inode of each, and more."""
         return self._files
-
-    def __contains__(self, name: object) -> bool:
-        """Tell whether there is a tensor of that name, without mapping its file."""
-        return name in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names in file order."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._tensors)
-
-    def __eq__(self, other: object) -> bool:
-        """Tell whether it is the same object: comparing tensors would read them all."""
-        return self is other
-
-    def __hash__(self) -> int:
-        """Return a number for this object."""
-        return id(self)
 
     def __repr__(self) -> str:
         """Tell what was opened."""

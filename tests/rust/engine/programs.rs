@@ -9,6 +9,7 @@ use oxmerge::engine::task::{Task, Work};
 use oxmerge::formula::Value;
 use oxmerge::kernels::Level;
 use oxmerge::methods;
+use oxmerge::methods::measures::difference;
 use oxmerge::plan::{OutputTensor, SourceTensor};
 use serde_json::{Value as Json, json};
 
@@ -97,6 +98,22 @@ fn slerp_reduces_from_bytes() {
         2,
         "reduce\n  fused n0, n1, n2 = products x0 x1\ncombine\n  fused store o0 BF16 # x0 + # x1",
     );
+}
+
+/// How two inputs differ takes one loop over them, and one over their bits.
+#[test]
+fn differences_are_found_from_bytes() {
+    let inputs = inputs(2, SHAPE.iter().product(), DType::Bf16);
+    let stored = std::iter::once(Value::differing(0, 1));
+    let numbers = stored.chain(difference(false, Some(SHAPE.iter().product()))).collect();
+    let work = Work::numbers(numbers);
+    let labels = vec!["m".to_owned(); inputs.len()];
+    let sink: Arc<dyn Sink> = Arc::new(Nowhere(DType::Bf16));
+    let task = Task::new("t", 17, &SHAPE, sources(&inputs), labels, vec![sink], work);
+    let found = listing::programs(task, Level::portable()).unwrap();
+    let lines: Vec<_> = found.lines().collect();
+    let is_fused = |line: &&str| line.ends_with(" = differences x1 - x0");
+    assert!(lines.len() == 3 && lines.iter().any(is_fused), "{found}");
 }
 
 const DARE_TIES: &str = "\

@@ -1,13 +1,13 @@
 use super::config;
 use oxmerge::dtype::DType;
-use oxmerge::kernels::{CELL, Comparison, Level, compare, narrow, oracle};
+use oxmerge::kernels::{CELL, CELLS, Comparison, Level, compare, narrow, oracle};
 use proptest::prelude::*;
 
 use super::TestReal;
 
 const FLOATS: [DType; 4] = [DType::Bf16, DType::F16, DType::F32, DType::F64];
 
-/// Pairs of values, most of which are equal or plain.
+/// Pairs of values, most of which are equal or plain: of a part of a cell, or of several.
 fn values() -> impl Strategy<Value = Vec<(f64, f64)>> {
     let plain = (-1000..1000_i32).prop_map(|number| f64::from(number) / 256.0);
     let pair = prop_oneof![
@@ -17,14 +17,18 @@ fn values() -> impl Strategy<Value = Vec<(f64, f64)>> {
     ];
     let plain_only = prop::collection::vec((-9..9_i8, -9..9_i8), 0..=CELL)
         .prop_map(|all| all.into_iter().map(|(x, y)| (x.into(), y.into())).collect());
-    prop_oneof![plain_only, prop::collection::vec(pair, 0..=CELL)]
+    let length = prop_oneof![3 => 0..=CELL, 1 => CELL..=CELLS * CELL];
+    let some = (length, prop::collection::vec(pair, 1..=CELL));
+    let repeated =
+        some.prop_map(|(length, pairs)| pairs.into_iter().cycle().take(length).collect());
+    prop_oneof![plain_only, repeated]
 }
 
 proptest! {
     #![proptest_config(config(64))]
 
     #[test]
-    fn a_cell_is_compared_as_by_the_oracle(
+    fn cells_are_compared_as_by_the_oracle(
         pairs in values(),
         dtype in prop::sample::select(&FLOATS[..]),
     ) {

@@ -3,6 +3,7 @@
 mod compare;
 mod consensus;
 mod convert;
+mod differences;
 mod differing;
 mod elementwise;
 mod level;

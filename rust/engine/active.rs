@@ -261,8 +261,8 @@ impl<'a> Active<'a> {
             if scope == Scope::Column && self.task.in_bands && !stage.is_empty() {
                 let bands = self.task.frame.line.div_ceil(BAND);
                 let along = Along::Segments(BLOCK as u64);
-                let stores = self.stores(&self.values);
-                let code = Staged::by_column(&stores, along, &self.setting)?;
+                let purposes = self.stores(&self.values);
+                let code = Staged::by_column(&purposes, along, &self.setting)?;
                 let references = self.references();
                 return Ok(self.enter(Pass::Bands { references, code }, bands));
             }
@@ -388,7 +388,7 @@ impl<'a> Active<'a> {
     }
 
     /// How the first pass that has `counts` to do computes the outputs too, if that can be.
-    fn ahead(&mut self, counts: Vec<Purpose>) -> Result<Option<Ahead>> {
+    fn ahead(&mut self, counts: Vec<Purpose>) -> Result<Option<Box<Ahead>>> {
         let Some(room) = self.held_room.take() else { return Ok(None) };
         let brackets: Option<Vec<_>> = self.searching.iter().map(Searching::bracket).collect();
         let Some(brackets) = brackets else { return Ok(None) };
@@ -417,7 +417,8 @@ impl<'a> Active<'a> {
         purposes.extend(self.stores(&values));
         purposes.push(Purpose::Store(undecided, DType::Bool));
         self.held.resize_with(self.units_of_blocks() as usize, || None);
-        Ok(Some(Ahead { code: self.code(&purposes)?, known: Arc::new(known), room }))
+        let (code, known) = (self.code(&purposes)?, Arc::new(known));
+        Ok(Some(Box::new(Ahead { code, known, room })))
     }
 
     fn locate_or_bind(&mut self) -> Result<bool> {

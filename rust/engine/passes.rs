@@ -21,7 +21,7 @@ pub(crate) enum Pass {
     Sample { wanted: Vec<Wanted>, code: Staged },
     /// Reduce blocks, and count for some of the task's searches; mark what is kept of short rows that
     /// are ranked on the way, for later passes. Outputs may be computed ahead.
-    Reduce { searches: Vec<usize>, marks: Vec<Marked>, code: Staged, ahead: Option<Ahead> },
+    Reduce { searches: Vec<usize>, marks: Vec<Marked>, code: Staged, ahead: Option<Box<Ahead>> },
     /// Find the flat index of an element, for one of the searches, in one block.
     Locate { search: usize, key: u64, last: LastKept, code: Staged },
     /// Reduce whole rows, one a unit.

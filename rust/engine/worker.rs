@@ -111,7 +111,7 @@ impl<'a> Worker<'a> {
         let found = match pass {
             Pass::Sample { wanted, code } => self.sample(task, wanted, code),
             Pass::Reduce { marks, code, ahead, .. } => {
-                self.reduce(task, blocks, marks, code, ahead.as_ref())
+                self.reduce(task, blocks, marks, code, ahead.as_deref())
             }
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
             Pass::Rows(code) => self.row(task, unit, code),

@@ -58,8 +58,9 @@ impl<F: Format> Kernel for Add<'_, F> {
             let (mut same, mut flips, mut largest) = (0_u32, 0_u32, 0_u32);
             for at in 0..CELL {
                 same += u32::from(d[at] == 0.0);
-                let is_flip = (x[at] < 0.0) & (y[at] > 0.0) | (x[at] > 0.0) & (y[at] < 0.0);
-                flips += u32::from(is_flip);
+                let [x_below, x_above] = [x[at] < 0.0, x[at] > 0.0].map(u32::from);
+                let [y_below, y_above] = [y[at] < 0.0, y[at] > 0.0].map(u32::from);
+                flips += x_below & y_above | x_above & y_below;
                 largest = largest.max(d[at].to_bits() & 0x7FFF_FFFF);
             }
             self.found.same += u64::from(same);

@@ -27,18 +27,18 @@ fn all_numbers_are_those_of_kernels_of_their_own() {
             bytes.chunks(dtype.size()).map(|bytes| oracle::widen::<f32>(dtype, bytes)).collect()
         };
         let (x, y) = (values(&a), values(&b));
-        let d: Vec<f32> = x.iter().zip(&y).map(|(x, y)| y - x).collect();
+        let apart: Vec<f32> = x.iter().zip(&y).map(|(x, y)| y - x).collect();
         let count = |is_so: fn(f32, f32) -> bool| {
             x.iter().zip(&y).filter(|(x, y)| is_so(**x, **y)).count() as u64
         };
         let same = count(|x, y| y - x == 0.0);
         let flips = count(|x, y| (x < 0.0 && y > 0.0) || (x > 0.0 && y < 0.0));
-        let is_odd = d.iter().any(|d| d.is_nan());
-        let largest = d.iter().fold(0.0, |largest: f64, d| largest.max(f64::from(d.abs())));
+        let is_odd = apart.iter().any(|d| d.is_nan());
+        let largest = apart.iter().fold(0.0, |largest: f64, d| largest.max(f64::from(d.abs())));
         for level in Level::available() {
             let mut sums = [[0.5; LANES]; 4];
             let [dd, products @ ..] = &mut sums;
-            dot_into(level, &d, &d, dd);
+            dot_into(level, &apart, &apart, dd);
             products_into(level, dtype, &a, &b, products);
             let mut found = Differences::from([[0.5; LANES]; 4]);
             differences_into(level, dtype, &a, &b, &mut found);

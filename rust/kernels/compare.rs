@@ -157,7 +157,7 @@ impl<F: Format, T: Real> Kernel for Compare<'_, F, T> {
 }
 
 impl<F: Format, T: Real> Compare<'_, F, T> {
-    fn found(self, level: Level) -> Comparison {
+    fn found(self, level: Level) -> [Comparison; CELLS] {
         let all = level.run(self);
         let mut cells = [Comparison::default(); CELLS];
         let each = all.iter().zip(self.out.iter().zip(self.reference));
@@ -173,7 +173,7 @@ impl<F: Format, T: Real> Compare<'_, F, T> {
                 one_by_one::<F, T>(out, reference)
             };
         }
-        Comparison::fold(&mut cells[..self.out.len().clamp(1, CELLS)])
+        cells
     }
 }
 
@@ -235,11 +235,10 @@ pub fn compare(level: Level, dtype: DType, out: &[u8], reference: Option<&[u8]>)
                 cell[0][..rest.len()].copy_from_slice(rest);
                 cell
             };
-            let last = both(&padded(rest), &padded(of_rest)).found(level);
-            let last = Comparison { compared: rest.len() as u64, ..last };
-            found = found.and(last);
+            let [last, ..] = both(&padded(rest), &padded(of_rest)).found(level);
+            found[cells.len()] = Comparison { compared: rest.len() as u64, ..last };
         }
-        found
+        Comparison::fold(&mut found[..(cells.len() + usize::from(!rest.is_empty())).max(1)])
     }
     let with = reference.unwrap_or(out);
     assert!(out.len() <= CELLS * CELL * dtype.size(), "so many cells are not compared at once");

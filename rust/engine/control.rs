@@ -85,7 +85,8 @@ impl Control {
     }
 
     /// Has `end` called when the run is cancelled or fails. It ends what workers may wait for besides
-    /// each other, and lets nobody wait for it afterwards.
+    /// each other, and lets nobody wait for it afterwards. Only Python's fetching has such waits.
+    #[cfg(feature = "python")]
     pub(crate) fn on_end(&self, end: impl Fn() + Send + Sync + 'static) {
         self.waits.get_or_init(|| Waits(Box::new(end)));
         if self.cancelled.load(Ordering::SeqCst) {

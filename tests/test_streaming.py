@@ -14,10 +14,12 @@ import random
 import shutil
 import signal
 import ssl
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +186,26 @@ def test_an_adapter_in_a_store_on_a_model_of_torch(models: Path, tmp_path: Path,
             assert weights(tmp_path / out) == weights(tmp_path / "local")
     size = (tmp_path / "adapter" / f"adapter_model.{kind}").stat().st_size
     assert fetched[0] - fetched[1] == size  # of the second time only the header is
+
+
+def test_an_archive_that_torch_did_not_write_is_read_where_its_bytes_lie(tmp_path: Path) -> None:
+    """Its headers are as long as their fields, so the place that torch would take is another."""
+    torch = pytest.importorskip("torch")
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "pytorch_model.bin"
+    torch.save({f"x{at}": torch.arange(at + 90.0) for at in range(3)}, tmp_path / "written.pt")
+    with zipfile.ZipFile(tmp_path / "written.pt") as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            # So long a field that the bytes begin 16 after a multiple of 64.
+            head = new.fp.tell() + 30 + len(entry.filename)  # type: ignore[union-attr]
+            room = 20 + (16 - head - 20) % 64 - 4
+            copy = zipfile.ZipInfo(entry.filename)
+            copy.extra = struct.pack("<HH", 0xCAFE, room) + bytes(room)
+            new.writestr(copy, old.read(entry))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    with serve(tmp_path) as server, oxmerge.open(f"{server.address}/model") as model:
+        for at in range(3):
+            assert np.array_equal(model[f"x{at}"], np.arange(at + 90.0, dtype=np.float32))
 
 
 def test_a_tied_head_is_fetched_once(models: Path, tmp_path: Path) -> None:

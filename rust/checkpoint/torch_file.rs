@@ -16,14 +16,12 @@ use super::zip::{Directory, Entry};
 use super::{ReadAt, TensorInfo, conversion, quantised};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::plan::Strides;
+use crate::plan::{MAX_DIMENSIONS, Strides};
 
 /// What training scripts call the dictionary of the model in what they save.
 const WRAPPERS: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
 /// How many dictionaries the model's may be in.
 const DEEPEST: usize = 4;
-/// More dimensions than torch has.
-const MAX_DIMENSIONS: usize = 64;
 
 const PICKLE: &str = "/data.pkl";
 const BYTE_ORDER: &str = "byteorder";
@@ -233,6 +231,12 @@ impl Places<'_> {
         let bytes = checked_bytes(dtype, &shape)?;
         let (start, size) = self.storage(&storage)?;
         let strides = (bytes > 0 && !is_contiguous(&layout)).then(|| Strides(joined(&layout)));
+        if strides.as_ref().is_some_and(|view| view.elements().is_none()) {
+            return Err(Error::checkpoint(
+                "the tensor shows what it lies in more often than any view",
+            )
+            .found(format_args!("{dtype} {shape:?}")));
+        }
         let bytes = match &strides {
             Some(view) => view.span().and_then(|span| span.checked_mul(dtype.size() as u64)),
             None => Some(bytes),

@@ -30,12 +30,15 @@ const LOCAL_BYTES: usize = 30;
 const EXTRA_64: u16 = 1;
 const FULL: u64 = 0xffff_ffff;
 
-/// How torch fills headers up: the field that does it, to which multiple, and what follows the bytes.
+/// Torch fills a header up by a field of its own, so that the bytes begin at a multiple of this.
 const FILL_BYTES: usize = 4;
 const ALIGNMENT: u64 = 64;
-const DESCRIPTORS: [u64; 3] = [0, 16, 24];
+/// What follows the bytes of an entry that is flagged so: its checksum and sizes, of 32 or 64 bits.
+const DESCRIPTOR_BYTES: u64 = 16;
+const DESCRIPTOR_64_BYTES: u64 = 24;
 
 const IS_ENCRYPTED: u16 = 1;
+const HAS_DESCRIPTOR: u16 = 8;
 const STORED: u16 = 0;
 
 /// The directory of an archive as it is in the file.
@@ -153,12 +156,10 @@ impl Directory {
         let end = start.checked_add(entry.size).filter(|&end| end <= self.start);
         end.map(|_| start).ok_or_else(past)
     }
-}
 
-impl Directory {
     /// Where the bytes of `entry` begin if torch wrote the archive, which saves a look at its header.
     /// Torch fills a header up so that they begin at a multiple of 64, and the next header follows.
-    /// Nothing if the next one is not there.
+    /// Nothing if the next one is not there: then another program wrote it.
     fn place_as_written(&self, entry: &Entry<'_>) -> Option<u64> {
         let headers = self.headers.get_or_init(|| {
             let entries = self.entries().unwrap_or_default();
@@ -167,14 +168,20 @@ impl Directory {
             headers.sort_unstable();
             headers
         });
-        let is_long = |number: u64| u64::from(number >= FULL);
-        let (size, header) = (is_long(entry.size), is_long(entry.header));
-        let wide = 4 * size.max(header) + 16 * size + 8 * header;
-        let fixed = (LOCAL_BYTES + entry.name.len() + FILL_BYTES) as u64 + wide;
+        let (long_size, long_header) = (entry.size >= FULL, entry.header >= FULL);
+        let is_long = long_size || long_header;
+        // The field of zip64 has both sizes, where one is long, and the header's place, where that is.
+        let field = 4 * u64::from(is_long) + 16 * u64::from(long_size) + 8 * u64::from(long_header);
+        let fixed = (LOCAL_BYTES + entry.name.len() + FILL_BYTES) as u64 + field;
         let start = entry.header.checked_add(fixed)?.checked_next_multiple_of(ALIGNMENT)?;
-        let end = start.checked_add(entry.size)?;
+        let descriptor = match (entry.flags & HAS_DESCRIPTOR != 0, is_long) {
+            (false, _) => 0,
+            (true, false) => DESCRIPTOR_BYTES,
+            (true, true) => DESCRIPTOR_64_BYTES,
+        };
+        let end = start.checked_add(entry.size)?.checked_add(descriptor)?;
         let next = headers.get(headers.partition_point(|&at| at <= entry.header))?;
-        DESCRIPTORS.iter().any(|bytes| end.checked_add(*bytes) == Some(*next)).then_some(start)
+        (end == *next).then_some(start)
     }
 }
 

@@ -75,6 +75,10 @@ impl HeldRoom {
     /// Takes `bytes`, if there are so many, and buffers of `outs` bytes, which are among them.
     fn take(&self, bytes: u64, outs: &[usize]) -> Option<Vec<AlignedBuffer>> {
         let mut spare = self.lock();
+        let all = spare.outs.iter().map(resident).sum::<u64>() + spare.bytes;
+        if all < bytes {
+            return None; // and the buffers stay for those that need less
+        }
         let fitting = |&size: &usize| {
             let at = spare.outs.iter().position(|out| out.capacity() == size);
             let out = at.map(|at| spare.outs.swap_remove(at)).unwrap_or_default();

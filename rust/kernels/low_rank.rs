@@ -151,8 +151,11 @@ impl<T: Real> Block<'_, T> {
             let rank = right.rank;
             let of =
                 |row: usize, step: usize| std::array::from_fn(|n| left[(row + n) * rank + step]);
-            let group = |row: usize| (0..rank).map(move |step| of(row, step));
-            rows.clone().step_by(N).flat_map(group).collect()
+            let mut numbers = Vec::with_capacity(rows.len() / N * rank);
+            for row in rows.clone().step_by(N) {
+                numbers.extend((0..rank).map(|step| of(row, step)));
+            }
+            numbers
         };
         let left: Vec<_> = self.products.iter().map(beside).collect();
         let mut panel: Panel<T, N> = [[[T::ZERO; TILE]; PANEL]; N];

@@ -34,7 +34,9 @@ pub struct Adapted {
 }
 
 /// More dimensions than a view has.
-const MOST_DIMENSIONS: usize = 64;
+pub(crate) const MAX_DIMENSIONS: usize = 64;
+/// How often a view may show each of its elements, on average: no small file makes a huge tensor.
+const MOST_SHOWN: u64 = 1 << 26;
 
 /// The dimensions of a view: extent, and elements of the file from one index to the next.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,12 +232,14 @@ impl Adapted {
 }
 
 impl Strides {
-    /// How many elements the view has; nothing if that is no number.
-    fn elements(&self) -> Option<u64> {
-        if self.0.len() > MOST_DIMENSIONS {
+    /// How many elements the view has; nothing if that is no number, or if it shows what it lies in
+    /// more often than any view does.
+    pub(crate) fn elements(&self) -> Option<u64> {
+        if self.0.len() > MAX_DIMENSIONS {
             return None;
         }
-        self.0.iter().try_fold(1u64, |all, &(extent, _)| all.checked_mul(extent))
+        let elements = self.0.iter().try_fold(1u64, |all, &(extent, _)| all.checked_mul(extent))?;
+        (elements / MOST_SHOWN <= self.span()?).then_some(elements)
     }
 
     /// How many elements of the file it lies in, from its first on; nothing if that is no number.

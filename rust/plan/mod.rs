@@ -20,6 +20,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+pub(crate) use adapted::MAX_DIMENSIONS;
 pub use adapted::{Adapted, Factor, Magnitude, Replaced, Strides, Term};
 pub use build::{Builder, ByToken, Input};
 pub use names::Names;

@@ -447,8 +447,11 @@ fn check_range(
     let adapted =
         adapted.map(|number| known("adapted tensor", &plan.adapted, number)).transpose()?;
     let dtype = adapted.map_or(result, |adapted| adapted.dtype);
+    let elements = shape.iter().try_fold(1_u64, |all, &extent| all.checked_mul(extent));
+    let elements = elements
+        .ok_or_else(|| wrong("an input's size overflows").found(format_args!("{shape:?}")))?;
     let span = match adapted {
-        Some(adapted) => adapted.span(shape.iter().product()).checked_mul(dtype.size() as u64),
+        Some(adapted) => adapted.span(elements).checked_mul(dtype.size() as u64),
         None => bytes(dtype, shape),
     };
     let end = span.and_then(|bytes| start.checked_add(bytes));
@@ -464,7 +467,7 @@ fn check_range(
             .expected(adapted.result(false))
             .found(result));
     }
-    adapted.check(shape.iter().product(), &plan.files)
+    adapted.check(elements, &plan.files)
 }
 
 impl SavedNode {

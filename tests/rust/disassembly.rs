@@ -1,8 +1,8 @@
 //! That the kernels are what they claim to be: vectorised as wide as their level allows, and free
 //! of fused multiply-adds, but for one that is made of them.
 //!
-//! Read from the disassembly of this very binary. An optimised build is needed:
-//! `cargo test --release --test rust disassembly`.
+//! Read from the disassembly of this very binary, which has little else in it: an optimised build
+//! is needed and takes its time. `cargo test --release --test disassembly`.
 
 #![cfg(target_arch = "x86_64")]
 

@@ -1,8 +1,7 @@
-//! All Rust tests, as one binary: it links once.
+//! All Rust tests but `disassembly`, as one binary: it links once.
 #![expect(clippy::unwrap_used, reason = "a test that fails may panic")]
 
 mod checkpoint;
-mod disassembly;
 mod engine;
 mod fuzzed;
 mod hostile;

@@ -448,19 +448,20 @@ fn check_range(
         adapted.map(|number| known("adapted tensor", &plan.adapted, number)).transpose()?;
     let dtype = adapted.map_or(result, |adapted| adapted.dtype);
     let elements = shape.iter().try_fold(1_u64, |all, &extent| all.checked_mul(extent));
-    let elements = elements
-        .ok_or_else(|| wrong("an input's size overflows").found(format_args!("{shape:?}")))?;
     let span = match adapted {
-        Some(adapted) => adapted.span(elements).checked_mul(dtype.size() as u64),
+        Some(adapted) => {
+            elements.and_then(|elements| adapted.span(elements).checked_mul(dtype.size() as u64))
+        }
         None => bytes(dtype, shape),
     };
     let end = span.and_then(|bytes| start.checked_add(bytes));
-    if end.is_none_or(|end| end > file.size) {
+    let placed = elements.zip(end).filter(|&(_, end)| end <= file.size);
+    let Some((elements, _)) = placed else {
         return Err(wrong("an input lies past the end of its file")
             .file(&file.path)
             .expected(format_args!("at most {} bytes", file.size))
             .found(format_args!("{dtype} {shape:?} from byte {start}")));
-    }
+    };
     let Some(adapted) = adapted else { return Ok(()) };
     if ![adapted.result(false), adapted.result(true)].contains(&result) {
         return Err(wrong("an adapted tensor has another type than it is computed in")

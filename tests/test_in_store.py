@@ -256,7 +256,9 @@ def test_an_output_has_more_objects_than_a_model(
     models: Path, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In work each weight file is several."""
-    monkeypatch.setitem(stores.listed.__kwdefaults__, "most", FILES)
+    defaults = stores.listed.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "most", FILES)
     make(models / "linear.yml", output, 1, 1)
     assert len(Objects.at(output).files()) > FILES
     with pytest.raises(RemoteError, match="too many files for a model"):

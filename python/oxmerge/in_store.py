@@ -558,7 +558,8 @@ def _scratch(address: str, run: str, key: str) -> Iterator[Path]:
             if not left or isinstance(error, InputChangedError | ProblemsError):
                 shutil.rmtree(place, ignore_errors=True)
             else:
-                error.add_note(f"of files in work, `{place}` on this machine keeps what is made")
+                host = os.uname().nodename  # of a cluster, whoever reads it may be elsewhere
+                error.add_note(f"what is made of files in work stays in `{place}` on {host}")
             raise
         shutil.rmtree(place, ignore_errors=True)
 

@@ -58,8 +58,10 @@ def side_by_side(
     try:
         for _ in range(min(_THREADS, len(answers))):
             Thread(target=work, daemon=True, name="oxmerge-ask").start()
-        while glance is not None and wait(answers, _GLANCE).not_done:
-            glance()
+        for answer in answers:
+            while glance is not None and wait([answer], _GLANCE).not_done:
+                glance()
+            answer.result()  # which raises what it met
         return [answer.result() for answer in answers]
     finally:
         todo.clear()

@@ -32,6 +32,8 @@ class RangeServer(ThreadingHTTPServer):
         Method, path and range of every request.
     absent : int
         The status of files that are not there.
+    retry_after : str
+        What it says with status 429 of when to ask again.
     seconds_a_mib : float
         How long it waits between pieces of an answer, as a line that is slower than this machine.
     """
@@ -44,6 +46,7 @@ class RangeServer(ThreadingHTTPServer):
         self.fault = fault or (lambda *_: None)
         self.lock = threading.Lock()
         self.absent = 404
+        self.retry_after = "0"
         self.seconds_a_mib = 0.0
         self.asked: list[tuple[str, str, tuple[int, int] | None]] = []
         super().__init__(("127.0.0.1", 0), Answer)
@@ -140,7 +143,7 @@ class Answer(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", "0")
         if status == 429:
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", self.server.retry_after)
         self.end_headers()
 
 

@@ -22,8 +22,15 @@ import oxmerge
 import pytest
 import s3_server
 from oxmerge import in_store
-from oxmerge.errors import OutputError, OxmergeError, RemoteError, UnsupportedError
+from oxmerge.errors import (
+    InputChangedError,
+    OutputError,
+    OxmergeError,
+    RemoteError,
+    UnsupportedError,
+)
 from oxmerge.models import stores
+from oxmerge.output.claims import BusyError, claimed
 from oxmerge.output.objects import Objects
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
 
@@ -193,6 +200,122 @@ def test_parts_of_another_plan(models: Path, output: str) -> None:
             make(models / f"{recipe}.yml", output, 2, 2, **options)
     # Who was refused has left nothing that refuses others.
     make(models / "linear.yml", output, 2, 2, finish=True)
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_another_merge_begins_at_the_same_time(
+    tmp_path: Path,
+    models: Path,
+    whole: Any,
+    output: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_complete: bool,
+) -> None:
+    """Who has seen nothing there, and writes down later what it is, gives way."""
+    put, first = Objects.put, itertools.count()
+    parts = 1 if is_complete else 2
+
+    def after_another(self: Objects, name: str, data: bytes) -> None:
+        if name.endswith(".key") and next(first) == 0:
+            make(models / "linear.yml", output, 1, parts, finish=True)
+        put(self, name, data)
+
+    with monkeypatch.context() as context:
+        context.setattr(Objects, "put", after_another)
+        said = "something lies where" if is_complete else "another text of the recipe"
+        with pytest.raises(OutputError, match=said):
+            make(models / "model_stock.yml", output, 1, parts)
+    if not is_complete:
+        with pytest.raises(OutputError, match="another text of the recipe"):
+            make(models / "model_stock.yml", output, 2, 2)
+        make(models / "linear.yml", output, 2, 2, finish=True)
+    assert fetched(output, tmp_path / "out") == whole["linear"]
+
+
+def test_a_part_that_is_made_twice_leaves_nothing_in_a_model(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = models / "linear.yml"
+    make(recipe, output, 1, 2)
+    upload, first = Objects.upload, itertools.count()
+
+    def after_completion(self: Objects, name: str, *arguments: Any) -> None:
+        if name.endswith(".safetensors") and next(first) == 0:
+            make(recipe, output, 2, 2, finish=True)
+        upload(self, name, *arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(Objects, "upload", after_completion)
+        report = make(recipe, output, 1, 2, fresh=True)
+    assert "another run has completed" in report.notes[-1]
+    assert fetched(output, tmp_path / "out") == whole["linear"]
+
+
+def test_an_output_has_more_objects_than_a_model(
+    models: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In work each weight file is several."""
+    defaults = stores.listed.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "most", FILES)
+    make(models / "linear.yml", output, 1, 1)
+    assert len(Objects.at(output).files()) > FILES
+    with pytest.raises(RemoteError, match="too many files for a model"):
+        stores.find_model(output)
+
+
+def test_clean_removes_nothing_while_a_run_is_here(
+    models: Path, output: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match="other parts lack") as caught:
+        make(models / "metagpt.yml", output, 1, 2, wait=0)
+    (folder,) = (tmp_path / "scratch").iterdir()
+    assert str(folder) in caught.value.__notes__[-1]
+    before = Objects.at(output).files()
+    with claimed(folder), pytest.raises(BusyError, match="another run is writing here"):
+        oxmerge.clean(output)
+    assert Objects.at(output).files() == before != {}
+    assert oxmerge.clean(output)
+    assert not Objects.at(output).files()
+
+
+def test_clean_with_a_damaged_record(models: Path, output: str) -> None:
+    """It does not say whether a model is complete: so what may be one stays."""
+    objects = Objects.at(output)
+    objects.put("model.safetensors", b"")
+    story = {"files": ["model.safetensors"], "last": ["config.json"]}
+    objects.put(".parts.oxmerge-partial/1of1.key", json.dumps(story).encode())
+    assert oxmerge.clean(output)
+    assert list(objects.files()) == ["model.safetensors"]
+
+
+def test_what_was_uploaded_is_removed_by_others(
+    models: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = Objects.upload
+
+    def lose(self: Objects, name: str, *arguments: Any) -> None:
+        upload(self, name, *arguments)
+        if name.endswith(".safetensors"):
+            self.remove([name])
+
+    monkeypatch.setattr(Objects, "upload", lose)
+    with pytest.raises(OutputError, match="not there any more") as caught:
+        make(models / "linear.yml", output, 1, 1)
+    assert f"{output}/model-" in str(caught.value.file)
+
+
+def test_what_the_same_command_meets_again_has_no_hint(
+    models: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(*_: Any) -> None:
+        raise InputChangedError("an input changed")
+
+    monkeypatch.setattr(in_store, "make", change)
+    with pytest.raises(InputChangedError) as caught:
+        make(models / "linear.yml", output, 1, 1)
+    assert not getattr(caught.value, "__notes__", [])
 
 
 def test_clean_removes_what_parts_have_left(models: Path, output: str, tmp_path: Path) -> None:

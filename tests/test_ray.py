@@ -144,6 +144,12 @@ def test_what_a_task_asks_for(device: str, gpus: int) -> None:
     assert resources_of(RunOptions(), cpus=8)["memory"] == 256 << 20
 
 
+def test_a_cluster_that_has_no_nodes_yet_is_asked_for_one() -> None:
+    from oxmerge.on_ray import parts_for
+
+    assert [parts_for(8, nodes) for nodes in (0, 1, 3, 9)] == [1, 2, 6, 8]
+
+
 def test_a_model_that_no_node_has_is_told(tmp_path: Path, cluster: Any) -> None:
     write_model(tmp_path / "a", random_arrays(shapes(), 0), "BF16")
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", ["a"])

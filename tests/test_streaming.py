@@ -17,6 +17,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import zipfile
@@ -28,10 +29,10 @@ import numpy as np
 import oxmerge
 import pytest
 from hub_server import faulty
-from oxmerge import InputChangedError, PlanError, RemoteError, _core
+from oxmerge import CheckpointError, InputChangedError, PlanError, RemoteError, _core
 from oxmerge.cli import main
 from oxmerge.demo_hub import Handler, HubServer, Model, serving
-from oxmerge.models import hub, references, remote, stores
+from oxmerge.models import hub, references, remote, stores, streaming
 from oxmerge.output.resume import RESUME_NAME
 from range_server import Fault, RangeServer, serve
 from writers import Shapes, random_arrays, tuned, write_model, write_recipe, write_sparse
@@ -418,6 +419,99 @@ def test_what_does_not_is_told_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_server_that_asks_for_a_day_is_told_at_once(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = time.sleep
+
+    def awake(seconds: float) -> None:
+        assert seconds < 60
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", awake)
+    with serve(models, only_ranges(429)) as server:
+        server.retry_after = "86400"
+        path = recipe(tmp_path, server.address)
+        with pytest.raises(RemoteError, match="status 429"):
+            oxmerge.merge(path, tmp_path / "out", spool=SPOOL)
+
+
+class Silent:
+    """A file of a server that answers when it is let."""
+
+    label, size, etag, sha256 = "model.safetensors", 100, "", None
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.answers = threading.Event()
+
+    def read(self, start: int, stop: int) -> bytes:
+        return b"".join(self.pieces(start, stop))
+
+    def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        self.begun.append(start)
+        self.answers.wait(1)
+        yield bytes(stop - start)
+
+
+def test_ctrl_c_waits_for_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        assert not file.answers.is_set()
+        raise KeyboardInterrupt
+
+    file = Silent()
+    monkeypatch.setattr(streaming, "_AT_ONCE", 1)
+    with pytest.raises(KeyboardInterrupt):
+        streaming.read_whole(file, 0, file.size, interrupt)
+    file.answers.set()
+    for thread in threading.enumerate():
+        if thread.name == "oxmerge-ask":
+            thread.join()
+    assert 0 < len(file.begun) <= streaming.CONNECTIONS
+
+
+class Archive:
+    """A file of torch as far as its first bytes tell."""
+
+    label, size, etag, sha256 = "pytorch_model.bin", 10_000, "", None
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, start: int, stop: int) -> bytes:
+        self.asked.append((start, stop))
+        return b"PK\x03\x04".ljust(stop - start)
+
+    def pieces(self, start: int, stop: int) -> Iterator[bytes]:
+        yield self.read(start, stop)
+
+
+def test_headers_of_all_files_of_torch_have_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(references, "_FIRST", 16)
+    monkeypatch.setattr(references, "_MOST_HEADERS", 1000)
+    one, other, starts = Archive(), Archive(), references._Starts()
+    (_, rest), (_, another) = starts(one), starts(other)
+    assert rest is not None
+    assert another is not None
+    for _ in range(3):  # who opens the model again
+        assert len(rest(100, 700)) == 600
+    assert one.asked.count((100, 700)) == 1
+    with pytest.raises(CheckpointError, match="larger than any model's"):
+        another(100, 700)
+    assert (100, 700) not in other.asked
+
+
+def test_a_file_that_did_not_come_whole_is_fetched_again(models: Path, cache: Path) -> None:
+    """A power cut may leave it so under its name."""
+    with serve(models) as server:
+        for _ in range(2):
+            with oxmerge.open(f"{server.address}/base"):
+                pass
+            config = next(cache.rglob("config.json"))
+            assert config.read_bytes() == (models / "base" / "config.json").read_bytes()
+            config.write_bytes(b"")
+
+
 def test_references_that_lead_nowhere_are_problems_of_the_report(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,11 +524,12 @@ def test_references_that_lead_nowhere_are_problems_of_the_report(
         assert codes.count("unreachable-model") == 2
         assert "there is no model" in str(caught.value)
         assert "with a query" in str(caught.value)
-        for module, address, library in (
-            (stores, "s3://bucket/base", "obstore"), (remote, f"{base}/base", "urllib3"),
+        for address, library in (
+            ("s3://bucket/base", "obstore"), (f"{base}/base", "urllib3"),
         ):  # fmt: skip
             with monkeypatch.context() as patch:
-                patch.setattr(module, "find_spec", lambda _: None)
+                for name in {library, *(n for n in sys.modules if n.startswith(f"{library}."))}:
+                    patch.setitem(sys.modules, name, None)  # so that it cannot be imported
                 with pytest.raises(RemoteError, match=f"pip install {library}"):
                     oxmerge.open(address)
     with pytest.raises(RemoteError, match="cannot be read"):

@@ -4,7 +4,8 @@ Each weight file is made in a folder of this machine, as a part of its own (`oxm
 uploaded and removed: so a machine needs disk for two of them, one that is made and one that is on
 its way. Runs leave for each other, as objects in a folder of the output,
 
-- ``3of16.key``, what a run is a part of; ``plan``, which `oxmerge.finish` reads;
+- ``3of16.HASH.key``, what a run is a part of, called by a hash of that, so that runs of different
+  merges never write over each other's; ``plan``, which `oxmerge.finish` reads;
 - for each weight file ``2of11.numbers``, what was found in a sweep over its tensors,
   ``2of11.journal``, their digests, and ``2of11.done``, once it is uploaded.
 
@@ -81,7 +82,9 @@ if TYPE_CHECKING:
 __all__ = ["clean_in_store", "complete_in_store", "finish_in_store", "merge_in_store"]
 
 _RECORDS = f"{PARTS_NAME}/"
-_KEY = re.compile(re.escape(_RECORDS) + r"([1-9][0-9]{0,5})of[1-9][0-9]{0,5}\.key")
+_KEY = re.compile(
+    re.escape(_RECORDS) + r"([1-9][0-9]{0,5})of[1-9][0-9]{0,5}\.(?:[0-9a-f]{16}\.)?key"
+)
 #: Records that are read at a time.
 _AT_ONCE = 8
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -123,10 +126,13 @@ def merge_in_store(
         try:
             own |= _make_all(output, todo, run, running, backend)
         except BaseException as error:
-            if not getattr(error, "__notes__", ()):
+            # What the inputs or the recipe are to blame for would be so again.
+            is_again = isinstance(error, InputChangedError | ProblemsError)
+            if not is_again and not getattr(error, "__notes__", ()):
                 error.add_note(how_to_go_on([objects.address]))
             raise
         there = objects.files()
+        output.leave_nothing_beside_a_model(there)
         left = len(plan.shards) - len(output.made(there))
     note = f"part {number} of {parts} is made" + (" already" if kept == len(shards) else "")
     if _last_name(plan) in there:
@@ -202,7 +208,8 @@ def complete_in_store(
             for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
                 if (local.path / name).is_file():
                     uploads.begin(partial(objects.upload, name, local.path / name, uploads.stopped))
-        objects.remove(name for name in there if name.startswith(_RECORDS))
+        # Also of runs that have joined meanwhile. Later ones see the model, and remove their own.
+        output.leave_nothing_beside_a_model(objects.files())
     return replace(report, total_seconds=time.perf_counter() - started)
 
 
@@ -229,19 +236,23 @@ def finish_in_store(
 def clean_in_store(address: PathLike) -> bool:
     """Remove what parts have left in a store, and here; see `oxmerge.clean`."""
     objects = Objects.at(address)
-    there = objects.files()
-    records = [name for name in there if name.startswith(_RECORDS)]
-    names: set[str] = set()
-    for name in filter(_KEY.fullmatch, records):
-        story = _parsed(objects.read(there[name]))
-        files, last = story.get("files"), story.get("last")
-        # What is complete is a model, whose parts were not removed any more.
-        if isinstance(files, list) and last not in there:
-            names |= {name for name in files if isinstance(name, str)}
-    objects.remove([*sorted(names & there.keys()), *records])
     left_here = list(_scratch_root().glob(f"{_scratch_name(objects.address)}-*"))
-    for place in left_here:
-        with claimed(place):  # BusyError if a run is making something there
+    with contextlib.ExitStack() as claims:
+        # Before anything is removed: BusyError if a run is making something here.
+        for place in left_here:
+            claims.enter_context(claimed(place))
+        there = objects.files()
+        records = [name for name in there if name.startswith(_RECORDS)]
+        names: set[str] = set()
+        for name in filter(_KEY.fullmatch, records):
+            story = _parsed(objects.read(there[name]))
+            files, last = story.get("files"), story.get("last")
+            # What is complete is a model, whose parts were not removed any more. Of a damaged
+            # record nobody knows whether that is so.
+            if isinstance(files, list) and isinstance(last, str) and last not in there:
+                names |= {name for name in files if isinstance(name, str)}
+        objects.remove([*sorted(names & there.keys()), *records])
+        for place in left_here:
             shutil.rmtree(place)
     return bool(records or left_here)
 
@@ -350,26 +361,21 @@ class _Output:
     def join(self, run: str) -> None:
         """Write down what a run is a part of; OutputError if others are parts of something else.
 
-        Others may write theirs at the same time. So it is looked both before and after.
+        Others may write theirs at the same time. So it is looked both before and after: of two
+        that are parts of different merges, at least the one that writes last sees the other.
         """
-        contents, last = contents_of(self.plan), _last_name(self.plan)
+        contents = contents_of(self.plan)
         there = self.objects.files()
-        records = {name for name in there if name.startswith(_RECORDS)}
-        others = there.keys() - records - (set(contents.names) if records else set())
-        if others or last in there:
-            raise OutputError(
-                "something lies where the output goes",
-                file=self.objects.address,
-                found=", ".join(f"`{name}`" for name in sorted(others or {last})[:3]),
-                advice="name another address, or remove it first: a store cannot replace a model "
-                "at once",
-            )
-        self._check_others(there)
-        story = self.purpose.story() | {"files": contents.names, "last": last}
-        name = f"{_RECORDS}{run}.key"
-        self.objects.put(name, json.dumps(story).encode())
+        self._check_free(there, contents.names)
+        story = json.dumps(
+            self.purpose.story() | {"files": contents.names, "last": _last_name(self.plan)}
+        ).encode()
+        # What it is called by is what it says. So nobody writes over what says something else, and
+        # who gives way removes nothing but that.
+        name = f"{_RECORDS}{run}.{hashlib.sha256(story).hexdigest()[:16]}.key"
+        self.objects.put(name, story)
         try:
-            self._check_others(self.objects.files())
+            self._check_free(self.objects.files(), contents.names)
         except OutputError:
             if name not in there:
                 self.objects.remove([name])
@@ -379,12 +385,25 @@ class _Output:
             self.objects.upload(_RECORDS + PLAN_NAME, self.place / PLAN_NAME, Event())
         self._fetch_numbers(there)
 
-    def _check_others(self, there: Files) -> None:
+    def _check_free(self, there: Files, names: Sequence[str]) -> None:
+        """Raise OutputError if something else lies there, or runs are parts of something else."""
+        last = _last_name(self.plan)
+        records = {name for name in there if name.startswith(_RECORDS)}
+        others = there.keys() - records - (set(names) if records else set())
+        if others or last in there:
+            raise OutputError(
+                "something lies where the output goes",
+                file=self.objects.address,
+                found=", ".join(f"`{name}`" for name in sorted(others or {last})[:3]),
+                advice="name another address, or remove it first: a store cannot replace a model "
+                "at once",
+            )
         keys = [(name, match) for name in there if (match := _KEY.fullmatch(name))]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             stories = list(pool.map(lambda key: self.objects.read(there[key[0]]), keys))
         for (_, match), story in zip(keys, stories, strict=True):
-            self.purpose.check_same(_parsed(story), int(match[1]), self.objects.address)
+            if story is not None:  # who gave way meanwhile is none of the others any more
+                self.purpose.check_same(_parsed(story), int(match[1]), self.objects.address)
 
     def made(self, there: Files) -> dict[int, dict[str, Any]]:
         """Return how each weight file was made that is there as it was uploaded."""
@@ -424,16 +443,31 @@ class _Output:
         numbers = self.record(shard, "numbers")
         if (self.place / numbers).exists():
             self.objects.upload(numbers, self.place / numbers, stopped)
-        if done is None:
-            return
-        name = self.plan.shards[shard][0]
-        self.objects.upload(name, files.path / partial_name(name), stopped)
-        self.objects.upload(self.record(shard, "journal"), files.path / RESUME_NAME, stopped)
-        # As a list has it, by which it is looked for later: stores may answer an upload otherwise.
-        etag = self.objects.files()[name].etag
-        story = {"key": self.purpose.key, "etag": etag, "done": done}
-        self.objects.put(self.record(shard, "done"), json.dumps(story).encode())
-        shutil.rmtree(files.path)
+        if done is not None:
+            name = self.plan.shards[shard][0]
+            self.objects.upload(name, files.path / partial_name(name), stopped)
+            self.objects.upload(self.record(shard, "journal"), files.path / RESUME_NAME, stopped)
+            # As a list has it, by which it is looked for later: stores may answer an upload
+            # otherwise.
+            weights = self.objects.files().get(name)
+            if weights is None:
+                raise OutputError(
+                    "what was uploaded is not there any more: something else has removed it",
+                    file=f"{self.objects.address}/{name}",
+                    expected=format_size(self.plan.shards[shard][1]),
+                    found="no object",
+                    advice="see that nothing cleans the address meanwhile, such as `oxmerge clean` "
+                    "or a rule of the bucket; then run it again",
+                )
+            story = {"key": self.purpose.key, "etag": weights.etag, "done": done}
+            self.objects.put(self.record(shard, "done"), json.dumps(story).encode())
+            shutil.rmtree(files.path)
+        self.leave_nothing_beside_a_model(self.objects.files())
+
+    def leave_nothing_beside_a_model(self, there: Files) -> None:
+        """Remove the records if the output is complete: another run may have completed it."""
+        if _last_name(self.plan) in there:
+            self.objects.remove(name for name in there if name.startswith(_RECORDS))
 
     def wait_for_numbers(self, wait: float) -> None:
         """Wait until all have swept their tensors, and have what they found here."""
@@ -481,9 +515,9 @@ def _opened(plan: Plan, objects: Objects, purpose: Purpose, place: Path) -> Iter
         yield _Output(plan, objects, purpose, place, folder)
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _parsed(text: bytes | None) -> dict[str, Any]:
     try:
-        story = parse_json(text)
+        story = parse_json(text or b"")
     except ValueError:
         return {}
     return story if isinstance(story, dict) else {}
@@ -523,6 +557,9 @@ def _scratch(address: str, run: str, key: str) -> Iterator[Path]:
             left = [*place.rglob(RESUME_NAME), *place.rglob("*.numbers")]
             if not left or isinstance(error, InputChangedError | ProblemsError):
                 shutil.rmtree(place, ignore_errors=True)
+            else:
+                host = os.uname().nodename  # of a cluster, whoever reads it may be elsewhere
+                error.add_note(f"what is made of files in work stays in `{place}` on {host}")
             raise
         shutil.rmtree(place, ignore_errors=True)
 

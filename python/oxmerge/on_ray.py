@@ -60,7 +60,7 @@ def merge_on_ray(
     ray = _ray()
     with _connected(ray, running.ray):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        parts = running.parts or min(len(plan.shards), _PARTS_A_NODE * len(nodes))
+        parts = running.parts or parts_for(len(plan.shards), len(nodes))
         check_parts([plan], parts)
         cpus = min((node["Resources"]["CPU"] for node in nodes), default=1)
         run = _Run(ray, plan, place, parts, planning, replace(running, ray=None, parts=None), cpus)
@@ -71,6 +71,11 @@ def merge_on_ray(
     else:
         report = complete(plan, parts, Path(place), planning, running, started)
     return replace(report, notes=(*report.notes, *run.failures()))
+
+
+def parts_for(files: int, nodes: int) -> int:
+    """Return how many parts a merge has: at least one, also if nodes come only when it asks."""
+    return max(min(files, _PARTS_A_NODE * nodes), 1)
 
 
 def _ray() -> Any:  # noqa: ANN401 - a module, which need not be installed

@@ -11,10 +11,10 @@ import errno
 import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 from types import MappingProxyType
 from urllib.parse import quote
 
@@ -22,6 +22,7 @@ from oxmerge import _core
 from oxmerge.errors import CheckpointError, InputChangedError, RemoteError, UnsupportedError
 from oxmerge.models import hub, stores
 from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
+from oxmerge.models.side_by_side import side_by_side
 from oxmerge.models.vocabularies import TOKENIZER_FILES, is_of_tokenizer
 from oxmerge.problems import UNSUPPORTED, Problem, near, printable
 from oxmerge.sizes import format_size
@@ -57,8 +58,7 @@ _PLANNED = frozenset(
     ("README.md", "adapter_config.json", "config.json", "generation_config.json", "modules.json")
 )
 _INDEX = ".index.json"
-#: Headers that are fetched at a time; the bytes that most of them fit; all headers of a model.
-_AT_ONCE = 8
+#: The bytes that most headers fit; all headers of a model.
 _FIRST = 128 << 10
 _MOST_HEADERS = 100_000_000
 _LENGTH = 8
@@ -494,8 +494,7 @@ def open_located(located: Located) -> Checkpoint:
 @lru_cache(maxsize=4)  # a sweep opens the same models often
 def _starts(files: tuple[RemoteFile, ...]) -> list[tuple[bytes, _Rest | None]]:
     """Return the first bytes of files, up to the ends of their headers, or what reads on."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(_Starts(), files))
+    return side_by_side(_Starts(), files)
 
 
 class _Starts:
@@ -503,36 +502,56 @@ class _Starts:
 
     def __init__(self) -> None:
         self._left = _MOST_HEADERS
+        self._lock = Lock()
+
+    def spend(self, count: int) -> bool:
+        """Take so many bytes of what the headers of all files may have; tell whether they may."""
+        with self._lock:
+            self._left -= count
+            return self._left >= 0
 
     def __call__(self, file: RemoteFile) -> tuple[bytes, _Rest | None]:
         start = file.read(0, min(file.size, _FIRST))
         if start.startswith(_ZIP):  # a file of torch, whose tensors are told at its end
             end = max(file.size - _FIRST, 0)
-            return start, _Rest(file, ((0, start), (end, file.read(end, file.size))))
+            return start, _Rest(file, ((0, start), (end, file.read(end, file.size))), self.spend)
         end = _LENGTH + int.from_bytes(start[:_LENGTH], "little")
-        self._left -= end - _LENGTH
+        may = self.spend(end - _LENGTH)
         # What is wrong with a length is told when the header is read; no bytes are fetched for it.
         if len(start) < end <= min(file.size, _LENGTH + _MOST_HEADERS):
-            if self._left < 0:
+            if not may:
                 raise _too_much(file)
             start += file.read(len(start), end)
         return start[:end], None
 
 
 class _Rest:
-    """Reads ranges of a file of torch. Nearly all that is asked for is at its two ends."""
+    """Reads ranges of a file of torch. Nearly all that is asked for is at its two ends.
 
-    def __init__(self, file: RemoteFile, known: tuple[tuple[int, bytes], ...]) -> None:
+    The others are kept, as headers are: who opens the model again does not fetch them again, and
+    they count once.
+    """
+
+    def __init__(
+        self,
+        file: RemoteFile,
+        known: tuple[tuple[int, bytes], ...],
+        spend: Callable[[int], bool],
+    ) -> None:
         self._file = file
         self._known = known
+        self._spend = spend
+        self._others: dict[tuple[int, int], bytes] = {}
 
     def __call__(self, start: int, stop: int) -> bytes:
         for at, known in self._known:
             if at <= start and stop <= at + len(known):
                 return known[start - at : stop - at]
-        if stop - start > _MOST_HEADERS:
-            raise _too_much(self._file)
-        return self._file.read(start, stop)
+        if (start, stop) not in self._others:
+            if not self._spend(stop - start):
+                raise _too_much(self._file)
+            self._others[start, stop] = self._file.read(start, stop)
+        return self._others[start, stop]
 
 
 def _too_much(file: RemoteFile) -> CheckpointError:

@@ -183,9 +183,10 @@ class HttpFile:
 
     def _ask(self, start: int, stop: int) -> Generator[bytes, None, _Failure | None]:
         """Yield what one request gives of a range; return why it did not give all."""
-        from urllib3.exceptions import HTTPError  # noqa: PLC0415 - as above
-
         address, headers, is_new = self._now.address(self.locate)
+        _check_library(address)
+        from urllib3.exceptions import HTTPError  # noqa: PLC0415 - only when a server is asked
+
         asked = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         try:
             answer = ask("GET", address, asked)
@@ -283,20 +284,29 @@ def ask(method: str, address: str, headers: Mapping[str, str]) -> Any:  # noqa: 
     RemoteError
         If `urllib3` is not installed.
     """
-    if find_spec("urllib3") is None:
-        raise RemoteError(
-            "to read from a server needs the `urllib3` library",
-            file=address.partition("?")[0],
-            advice="install it: `pip install urllib3`",
-        )
+    _check_library(address)
     from urllib3 import Retry  # noqa: PLC0415 - only when a server is asked
 
     parts = urlsplit(address)
     proxies = {} if proxy_bypass(parts.netloc) else getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     pool = _pool(proxy, is_secure=parts.scheme == "https")
-    retries = Retry(connect=0, read=0, other=0, redirect=_REDIRECTS, raise_on_redirect=False)
+    # How long to wait is for the caller to say: a server may ask for a day.
+    retries = Retry(
+        connect=0, read=0, other=0, redirect=_REDIRECTS, raise_on_redirect=False,
+        respect_retry_after_header=False,
+    )  # fmt: skip
     return pool.request(method, address, headers=headers, preload_content=False, retries=retries)
+
+
+def _check_library(address: str) -> None:
+    """Raise RemoteError if what asks servers is not installed."""
+    if find_spec("urllib3") is None:
+        raise RemoteError(
+            "to read from a server needs the `urllib3` library",
+            file=address.partition("?")[0],
+            advice="install it: `pip install urllib3`",
+        )
 
 
 @lru_cache(maxsize=8)
@@ -332,7 +342,8 @@ def look(address: str) -> HttpFile | int:
     RemoteError
         If the server cannot be reached, or says that it fails.
     """
-    from urllib3.exceptions import HTTPError  # noqa: PLC0415 - after `ask` has looked for it
+    _check_library(address)
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415 - only when a server is asked
 
     attempt = 0
     while True:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,6 +23,7 @@ from urllib.parse import quote, urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.remote import at_address, look
+from oxmerge.models.side_by_side import side_by_side
 from oxmerge.models.vocabularies import TOKENIZER_FILES
 from oxmerge.sizes import format_size
 
@@ -49,8 +49,8 @@ __all__ = [
 _CONNECT, _PATIENCE, _LONGEST = 10, 30, 180
 #: Bytes of a piece.
 _PIECE = 1 << 20
-#: Files that are asked for at a time; files of a model's folder; bytes of a small file.
-_AT_ONCE = 8
+#: Files that a message shows; files of a model's folder; bytes of a small file.
+_SHOWN = 8
 _MOST_FILES = 10_000
 _MOST_SMALL = 256 << 20
 #: Larger than the index of any model: parsing it takes a multiple of that.
@@ -207,7 +207,7 @@ def find_model(address: str) -> StoredModel:
         raise RemoteError(
             "there is no model, neither in safetensors nor in files of torch",
             file=address,
-            found=", ".join(f"`{name}`" for name in sorted(files)[:_AT_ONCE]) or "no files",
+            found=", ".join(f"`{name}`" for name in sorted(files)[:_SHOWN]) or "no files",
             advice="name the folder of a model, or a file of its weights",
         )
     told = [whole, [(name, file.size, file.etag) for name, file in sorted(files.items())]]
@@ -227,10 +227,14 @@ def fetch_small(folder: str, files: Mapping[str, RemoteFile]) -> None:
     lacking = {
         path: file
         for name, file in files.items()
-        if not os.path.isfile(path := os.path.join(folder, name))
+        if not _is_here(path := os.path.join(folder, name), file.size)
     }
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(_fetch, lacking, lacking.values()))
+    side_by_side(lambda each: _fetch(*each), lacking.items())
+
+
+def _is_here(path: str, size: int) -> bool:
+    """Tell whether a file is in the cache, whole: a power cut may have left less of it."""
+    return os.path.isfile(path) and os.path.getsize(path) == size
 
 
 def fetch_adapter(label: str, size: int, etag: str) -> str:
@@ -243,7 +247,7 @@ def fetch_adapter(label: str, size: int, etag: str) -> str:
     """
     told = hashlib.sha256(json.dumps([label, size, etag]).encode()).hexdigest()[:32]
     path = os.path.join(_cache(), told, "adapter_model")
-    if not os.path.isfile(path):
+    if not _is_here(path, size):
         _fetch(path, file_of(label, size, etag), most=None)
     return path
 
@@ -283,8 +287,8 @@ def _is_within(name: str) -> bool:
 # What there is.
 
 
-def listed(folder: str, _: str) -> dict[str, RemoteFile]:
-    """Return the files of a folder, as the store lists them."""
+def listed(folder: str, _: str = "", *, most: int | None = _MOST_FILES) -> dict[str, RemoteFile]:
+    """Return the files of a folder, as the store lists them; RemoteError if they are too many."""
     import obstore  # noqa: PLC0415 - only when a store is asked
 
     store, prefix = store_of(folder)
@@ -294,11 +298,11 @@ def listed(folder: str, _: str) -> dict[str, RemoteFile]:
             for meta in chunk:
                 name = meta["path"].removeprefix(prefix).lstrip("/")
                 files[name] = StoreFile(f"{folder}/{name}", meta["size"], _etag_of(meta))
-            if len(files) > _MOST_FILES:
+            if most is not None and len(files) > most:
                 raise RemoteError(
                     "too many files for a model",
                     file=folder,
-                    expected=f"at most {_MOST_FILES}",
+                    expected=f"at most {most}",
                     advice="name the folder of one model",
                 )
     return files
@@ -334,8 +338,7 @@ def _asked(folder: str, names: Iterable[str]) -> tuple[dict[str, RemoteFile], di
     def ask(name: str) -> HttpFile | int:
         return look(f"{folder}/{quote(name)}")
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = dict(zip(wanted := list(names), pool.map(ask, wanted), strict=True))
+    found = dict(zip(wanted := list(names), side_by_side(ask, wanted), strict=True))
     files: dict[str, RemoteFile] = {}
     refused: dict[str, int] = {}
     for name, each in found.items():

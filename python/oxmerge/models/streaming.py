@@ -10,13 +10,13 @@ import hashlib
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 from oxmerge import _core
 from oxmerge.errors import InputChangedError
 from oxmerge.models.fetching import is_of_adapter
 from oxmerge.models.references import remote_file
+from oxmerge.models.side_by_side import side_by_side
 from oxmerge.models.stores import is_address
 
 TYPE_CHECKING = False
@@ -142,12 +142,11 @@ def read_whole(
             at += len(piece)
             come[first] += len(piece)
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        ranges = [pool.submit(fetch, first) for first in come]
-        while progress is not None and wait(ranges, _GLANCE).not_done:
+    def show() -> None:
+        if progress is not None:
             progress(sum(come.values()), len(whole), file.label)
-        for each in ranges:
-            each.result()
+
+    side_by_side(fetch, list(come), None if progress is None else show)
     return whole
 
 

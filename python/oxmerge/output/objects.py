@@ -86,17 +86,17 @@ class Objects:
         return cls(address.rstrip("/"))
 
     def files(self) -> dict[str, RemoteFile]:
-        """Return what is there, by names with ``/``."""
-        return listed(self.address, "")
+        """Return what is there, by names with ``/``: of each weight file several, in work."""
+        return listed(self.address, most=None)
 
-    def read(self, file: RemoteFile) -> bytes:
-        """Return a record; nothing if it is longer than any, or gone."""
+    def read(self, file: RemoteFile) -> bytes | None:
+        """Return a record, nothing if it is longer than any; None if it is gone, or another."""
         if file.size > _MOST_RECORD:
             return b""
         try:
             return file.read(0, file.size)
         except InputChangedError:
-            return b""
+            return None
 
     def fetch(self, file: RemoteFile, path: Path) -> None:
         """Write an object into a local file, which is there when all of it has come."""

@@ -156,13 +156,11 @@ def _complete_each(
         except Exception as error:  # noqa: BLE001 - it is raised below
             failed[folder] = error
     if failed:
-        error = next(iter(failed.values()))
+        first = next(iter(failed.values()))
         if len(plans) > 1:
             for folder in failed:
-                error.add_note(
-                    f"`{folder}` is not complete: `oxmerge finish {folder}` completes it"
-                )
-        raise error
+                first.add_note(f"not complete: `oxmerge finish {folder}` completes it")
+        raise first
     return reports
 
 

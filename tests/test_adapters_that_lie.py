@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from oxmerge.merging import Snapshot
 
     Arrays = dict[str, NDArray[Any]]
 
@@ -623,7 +624,7 @@ def test_options_that_do_nothing_for_adapters(tmp_path: Path, option: dict[str, 
 
 
 def test_options_that_count_for_adapters(tmp_path: Path) -> None:
-    seen = []
+    seen: list[Snapshot] = []
     report = oxmerge.merge(
         two(tmp_path), tmp_path / "out", memory="4GiB", seed=3, strict=True, ignore_unknown=True,
         overwrite=True, allow_nonfinite=True, progress=seen.append, ray=False,

@@ -583,9 +583,10 @@ def test_the_command_line(tmp_path: Path, models: Path, capsys: pytest.CaptureFi
     assert cli.main([*command, "--part=1/2", "--no-digests"]) == 2
     assert cli.main([*command, "--part=1/2", "--hash-inputs"]) == 2
     for name in ("hash_inputs", "allow_nonfinite"):
+        asked: dict[str, Any] = {name: True}
         with pytest.raises(ValueError, match=f"{name} is for the part that completes"):
-            RunOptions(part=(1, 2), **{name: True})
-        RunOptions(part=(1, 2), finish=True, **{name: True})
+            RunOptions(part=(1, 2), **asked)
+        assert RunOptions(part=(1, 2), finish=True, **asked).finish
 
 
 PAGE = (Path(__file__).parent.parent / "python" / "CLUSTERS.md").read_text(encoding="utf-8")

@@ -643,7 +643,7 @@ def test_an_adapter_without_a_pair_of_factors(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_of_different_bases(tmp_path: Path) -> None:
+def test_adapters_of_different_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_adapter(tmp_path / "a", SOUND, config(base_model_name_or_path="org/base"))
     same = write_adapter(tmp_path / "b", SOUND, config(base_model_name_or_path="org/base/"))
     other = write_adapter(tmp_path / "c", SOUND, config(base_model_name_or_path="org/another"))
@@ -655,6 +655,9 @@ def test_adapters_of_different_bases(tmp_path: Path) -> None:
         oxmerge.merge(asked, tmp_path / "strict", strict=True)
     with pytest.warns(UserWarning, match="another base model"):
         oxmerge.join_adapters(tmp_path / "joined", [one, other])
+    adapters = ["--adapter", str(one), "--adapter", str(other)]
+    assert main(["fuse", str(tmp_path / "fused"), *adapters]) == 0
+    assert "an adapter says that it is of another base" in capsys.readouterr().err
     assert not (tmp_path / "strict").exists()
 
 

@@ -104,7 +104,12 @@ def join_adapters(
         If an adapter is broken, or more than products of two factors: with magnitudes, biases,
         saved modules or trained tokens, or for parameters of experts.
     FileExistsError, OutputError
-        If something is there.
+        If something is there, or another run writes there.
+
+    Warns
+    -----
+    UserWarning
+        If adapters name different base models: shapes alone do not tell.
 
     Notes
     -----

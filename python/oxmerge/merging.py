@@ -319,7 +319,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     """Merge checkpoints by a recipe, into a new model directory.
 
     The output depends on the recipe, the inputs, the seed and the shard size only: not on memory,
-    threads, the device or the read path. Of adapters alone (LoRA, without a base) it is an adapter.
+    threads, the device or the read path. Of adapters alone (LoRA, without a base) it is an adapter,
+    and options that would do nothing then are errors.
 
     Parameters
     ----------

@@ -433,9 +433,7 @@ def test_adapters_thinned_at_random(place: Path, method: str) -> None:
     one, two = two_adapters(place)
     recipe = of_adapters(method, one, two, density=0.5)
     for seed in (0, 0, 1):
-        oxmerge.merge(
-            recipe, place / f"{method}-{seed}", seed=seed, threads=1 + seed, overwrite=True
-        )
+        oxmerge.merge(recipe, place / f"{method}-{seed}", seed=seed, overwrite=True)
     first, other = read(place / f"{method}-0"), read(place / f"{method}-1")
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     assert not torch.equal(first[name], other[name])

@@ -13,8 +13,9 @@ import numpy as np
 import oxmerge
 import pytest
 from oxmerge.cli import main
-from oxmerge.errors import PlanError
+from oxmerge.errors import OutputError, PlanError
 from oxmerge.models.references import split_adapters
+from oxmerge.output.claims import claimed
 from safetensors.numpy import save_file
 from writers import (
     directory_bytes,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from oxmerge.merging import Snapshot
 
     Arrays = dict[str, NDArray[Any]]
 
@@ -591,4 +593,87 @@ def test_an_adapter_that_cannot_be_merged(tmp_path: Path, name: str, method: str
         oxmerge.merge(asked, tmp_path / "out")
     assert told in str(caught.value)
     assert all(each.advice for each in caught.value.problems)
-    assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
+
+
+def two(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """Return a recipe of two adapters, of which the second one's config has `changes`."""
+    one = write_adapter(tmp_path / "one", SOUND, config(base_model_name_or_path="org/base"))
+    other = write_adapter(
+        tmp_path / "other", SOUND, config(base_model_name_or_path="org/base", **changes)
+    )
+    return recipe(one, other, method="task_arithmetic", parameters={"weight": 1.0})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"threads": 2}, {"digests": False}, {"resume": False}, {"shard_size": "1GB"},
+        {"allow_mismatch": True}, {"allow_methods": ["json"]}, {"read_path": "mapped"},
+        {"fresh": True}, {"hash_inputs": True}, {"stream": True}, {"spool": "1GB"},
+        {"part": (1, 2)}, {"wait": 5}, {"ray": True},
+    ],
+    ids=lambda option: next(iter(option)),
+)  # fmt: skip
+def test_options_that_do_nothing_for_adapters(tmp_path: Path, option: dict[str, Any]) -> None:
+    """Each is refused by name, also Ray, which would be asked first for models."""
+    [name] = option
+    with pytest.raises(PlanError, match=f"the option `{name}` has no effect"):
+        oxmerge.merge(two(tmp_path), tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_count_for_adapters(tmp_path: Path) -> None:
+    seen: list[Snapshot] = []
+    report = oxmerge.merge(
+        two(tmp_path), tmp_path / "out", memory="4GiB", seed=3, strict=True, ignore_unknown=True,
+        overwrite=True, allow_nonfinite=True, progress=seen.append, ray=False,
+    )  # fmt: skip
+    assert [each.tensors for each in seen] == list(range(report.tensors))
+    assert all(each.bytes_done < each.bytes_total == report.bytes_written for each in seen)
+
+
+def test_an_adapter_without_a_pair_of_factors(tmp_path: Path) -> None:
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    adapter = write_adapter(tmp_path / "copies", {name: np.ones((4, 3), np.float32)})
+    with pytest.raises(PlanError, match="have no pair of factors"):
+        oxmerge.merge(recipe(adapter, method="linear"), tmp_path / "out")
+    with pytest.raises(PlanError, match="have no pair of factors"):
+        oxmerge.join_adapters(tmp_path / "out", [adapter])
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_of_different_bases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_adapter(tmp_path / "a", SOUND, config(base_model_name_or_path="org/base"))
+    same = write_adapter(tmp_path / "b", SOUND, config(base_model_name_or_path="org/base/"))
+    other = write_adapter(tmp_path / "c", SOUND, config(base_model_name_or_path="org/another"))
+    asked = recipe(one, same, other, method="linear", parameters={"weight": 1.0})
+    [told] = oxmerge.merge(asked, tmp_path / "out").warnings
+    assert "expected `org/base`, found `org/another`" in told
+    assert str(other) in told
+    with pytest.raises(PlanError, match="another base model"):
+        oxmerge.merge(asked, tmp_path / "strict", strict=True)
+    with pytest.warns(UserWarning, match="another base model"):
+        oxmerge.join_adapters(tmp_path / "joined", [one, other])
+    adapters = ["--adapter", str(one), "--adapter", str(other)]
+    assert main(["fuse", str(tmp_path / "fused"), *adapters]) == 0
+    assert "an adapter says that it is of another base" in capsys.readouterr().err
+    assert not (tmp_path / "strict").exists()
+
+
+def test_one_run_at_a_time_writes_an_adapter(tmp_path: Path) -> None:
+    asked = two(tmp_path)
+    with claimed(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing here"):
+        oxmerge.merge(asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # What a run leaves that is killed is no reason to refuse.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".oxmerge-part-adapter_model.safetensors").write_bytes(b"half")
+    oxmerge.merge(asked, tmp_path / "out")
+    written = {"adapter_config.json", "adapter_model.safetensors", "oxmerge_recipe.yml"}
+    assert set(os.listdir(tmp_path / "out")) == written
+    with pytest.raises(FileExistsError):
+        oxmerge.merge(asked, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="this is a file"):
+        oxmerge.merge(asked, tmp_path / "file")

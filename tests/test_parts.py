@@ -24,8 +24,9 @@ import pytest
 import test_token_rows as token_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from oxmerge import cli
+from oxmerge import cli, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError
+from oxmerge.options import RunOptions
 from oxmerge.output import publish
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
@@ -241,6 +242,30 @@ def test_a_part_of_a_sweep_is_not_one_of_a_merge(tmp_path: Path, models: Path) -
         oxmerge.sweep(
             recipe, tmp_path / "two{n}", {"dtype": "float32,bfloat16"}, part=(1, 2), **options
         )
+
+
+def test_an_output_of_a_sweep_that_cannot_be_completed(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are complete all the same, and it is said what completes it."""
+    whole = parts.complete
+
+    def complete(plan: Any, count: int, path: Path, *options: Any) -> Any:
+        if path.name == "out0":
+            raise OSError(errno.ENOSPC, "no space left")
+        return whole(plan, count, path, *options)
+
+    monkeypatch.setattr(parts, "complete", complete)
+    with pytest.raises(OSError, match="no space left") as caught:
+        oxmerge.sweep(
+            models / "ties.yml", tmp_path / "out{n}", AXES["ties"], part=(1, 1), finish=True,
+            shard_size=SHARD,
+        )  # fmt: skip
+    told = f"not complete: `oxmerge finish {tmp_path}/out0` completes it"
+    assert caught.value.__notes__ == [told]
+    assert (tmp_path / "out1" / "config.json").exists()
+    monkeypatch.undo()
+    assert oxmerge.finish(tmp_path / "out0").files == FILES
 
 
 @pytest.mark.parametrize("method", ["ties", "nan"])
@@ -557,6 +582,11 @@ def test_the_command_line(tmp_path: Path, models: Path, capsys: pytest.CaptureFi
     assert cli.main([*command, "--finish"]) == 2
     assert cli.main([*command, "--part=1/2", "--no-digests"]) == 2
     assert cli.main([*command, "--part=1/2", "--hash-inputs"]) == 2
+    for name in ("hash_inputs", "allow_nonfinite"):
+        asked: dict[str, Any] = {name: True}
+        with pytest.raises(ValueError, match=f"{name} is for the part that completes"):
+            RunOptions(part=(1, 2), **asked)
+        assert RunOptions(part=(1, 2), finish=True, **asked).finish
 
 
 PAGE = (Path(__file__).parent.parent / "python" / "CLUSTERS.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 import yaml
 import zoo
 from oxmerge import merging
+from oxmerge.arrays import lazily
 from oxmerge.cli import main
 from oxmerge.output import publish
 from writers import random_arrays, write_model
@@ -152,6 +154,29 @@ def test_tensors_of_several_merges_are_computed_when_asked_for(folder: Path) -> 
             np.testing.assert_array_equal(lazy[name], np.asarray(merged[name]))
     oxmerge.save(lazy, "saved")
     assert weights("saved") == weights("out")
+
+
+class _Interrupted(io.FileIO):
+    """A file of which a write is interrupted when it is done."""
+
+    def write(self, data: Any) -> int:
+        super().write(data)
+        raise KeyboardInterrupt
+
+
+def test_a_tensor_that_is_interrupted_is_computed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in keeps its time: with another one it would be an input that has changed."""
+    oxmerge.merge(stream(*ALL), "out")
+    lazy = oxmerge.lazy(stream(*ALL))
+    monkeypatch.setattr(lazily, "open", _Interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        lazy["scale"]
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    with oxmerge.open("out") as merged:
+        np.testing.assert_array_equal(lazy["scale"], np.asarray(merged["scale"]))
 
 
 SWEPT = (f"name: second\n{SECOND}", f"name: first\n{FIRST}", f"{LAST}# the end\n")

@@ -315,3 +315,12 @@ def test_aliases_of_aliases_cost_nothing() -> None:
     text = f"merge_method: linear\nmodels: [{{model: a}}]\na0: &a0 [x]\n{levels}"
     with pytest.raises(RecipeError, match="it stands for more than 100000 values"):
         variants(text, "{n}", {"parameters.weight": "1,2"})
+
+
+def test_a_merge_of_several_with_a_wrong_name() -> None:
+    """Nobody knows then which is the last, in which places are."""
+    text = "name: a@b\nmerge_method: linear\nmodels: [{model: x}]\n---\n"
+    text += "name: last\nmerge_method: linear\nmodels: [{model: x}]\n"
+    with pytest.raises(RecipeError, match="name") as caught:
+        variants(text, "w{n}", {"models[0].parameters.weight": 1})
+    assert any(each.where and each.where.path == "name" for each in caught.value.problems)

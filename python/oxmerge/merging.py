@@ -233,13 +233,15 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
         "memory": memory, "threads": threads, "device": device, "vram": vram, "stream": stream,
         "spool": spool,
     }  # fmt: skip
-    RunOptions(memory, threads, device, vram, stream=stream, spool=spool)  # which checks them
+    # Which checks them.
+    RunOptions(memory=memory, threads=threads, device=device, vram=vram, stream=stream, spool=spool)
     _bytes(memory), _bytes(vram)
     planning = PlanOptions(
-        seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods=allow_methods
-    )
+        seed=seed, shard_size=shard_size, strict=strict, allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown, allow_methods=allow_methods,
+    )  # fmt: skip
     asked = _read(recipe, planning)
-    if isinstance(asked, Asked) and _adapters_of(asked) is not None:
+    if isinstance(asked, Asked) and _located_adapters(asked) is not None:
         message = "not supported yet: to plan a merge of adapters without a model"
         advice = "`oxmerge merge` makes an adapter of them, in seconds"
         raise UnsupportedError(message, advice=advice)
@@ -261,7 +263,8 @@ def predict(
     spool: int | str | None = None,
 ) -> Prediction:
     """Return how a plan would run with these options of `merge`."""
-    RunOptions(memory, threads, device, vram, stream=stream, spool=spool)  # which checks them
+    # Which checks them.
+    RunOptions(memory=memory, threads=threads, device=device, vram=vram, stream=stream, spool=spool)
     budget, vram = _bytes(memory), _bytes(vram)
     fastest = choose([plan], threads, vram, load=device == "auto")
     backend = open_backend(fastest.device if device == "auto" else device, vram)
@@ -316,7 +319,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     """Merge checkpoints by a recipe, into a new model directory.
 
     The output depends on the recipe, the inputs, the seed and the shard size only: not on memory,
-    threads, the device or the read path. Of adapters alone (LoRA, without a base) it is an adapter.
+    threads, the device or the read path. Of adapters alone (LoRA, without a base) it is an adapter,
+    and options that would do nothing then are errors.
 
     Parameters
     ----------
@@ -411,26 +415,31 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     OSError
         If a file cannot be read or written, or the disk is full.
     """
-    planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
-    running = RunOptions(
-            memory, threads, device, vram, overwrite, read_path, progress,
-            digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
-            part, finish, wait, ray, parts,
+    planning = PlanOptions(
+        seed=seed, shard_size=shard_size, strict=strict, allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown, allow_methods=allow_methods,
     )  # fmt: skip
-    if ray is not None and ray is not False:
-        from oxmerge.on_ray import merge_on_ray  # noqa: PLC0415 - it needs this module
-
-        return merge_on_ray(recipe, directory, planning, running)
+    running = RunOptions(
+        memory=memory, threads=threads, device=device, vram=vram, overwrite=overwrite,
+        read_path=read_path, progress=progress, digests=digests, hash_inputs=hash_inputs,
+        allow_nonfinite=allow_nonfinite, resume=resume, fresh=fresh, stream=stream, spool=spool,
+        part=part, finish=finish, wait=wait, ray=ray, parts=parts,
+    )  # fmt: skip
+    _bytes(memory), _bytes(vram)
     asked = _read(recipe, planning)
     if isinstance(asked, Asked):
         report = _merge_adapters(asked, directory, planning, running)
         if report is not None:
             return report
+    if running.ray is not None:
+        from oxmerge.on_ray import merge_on_ray  # noqa: PLC0415 - it needs this module
+
+        return merge_on_ray(asked, directory, planning, running)
     (report,) = merge_together([(asked, directory)], planning, running)
     return report
 
 
-def _adapters_of(asked: Asked) -> list[Located] | None:
+def _located_adapters(asked: Asked) -> list[Located] | None:
     """Return where the models of a recipe lie, if they are adapters without a model."""
     recipe, found = asked.recipe, []
     folders = tuple(filter(None, (os.getcwd(), recipe.folder)))
@@ -448,7 +457,7 @@ def _merge_adapters(
     asked: Asked, directory: PathLike, planning: PlanOptions, running: RunOptions
 ) -> MergeReport | None:
     """Merge adapters, if that is what a recipe has; they need no plan."""
-    located = _adapters_of(asked)
+    located = _located_adapters(asked)
     if located is None:
         return None
     from oxmerge.adapter_sums import merge_adapters  # noqa: PLC0415 - seldom needed
@@ -459,14 +468,13 @@ def _merge_adapters(
     named(directory)
     memory = room(_bytes(running.memory))
     run = merge_adapters(
-        asked.recipe, located, asked.findings, directory, running,
-        seed=planning.seed or 0, strict=planning.strict, memory=memory,
-    )  # fmt: skip
+        asked.recipe, located, asked.findings, directory, planning, running, memory=memory
+    )
     moved = {"bytes_read": run.bytes_read, "bytes_written": run.bytes_written}
     done = {
         **moved, "seconds": run.seconds, "peak_memory": _core.peak_memory(), "device": "cpu",
         "simd": _core.build_info()["simd"],
-        "memory": {"predicted": run.predicted, "budget": memory, "workers": running.threads or 1},
+        "memory": {"predicted": run.predicted, "budget": memory, "workers": 1},
     }  # fmt: skip
     return report_of(
         done,

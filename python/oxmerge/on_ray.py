@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-    from oxmerge.merging import MergeReport, Request
+    from oxmerge.merging import Asked, MergeReport, Request
     from oxmerge.options import PlanOptions, RunOptions
     from oxmerge.planning.plans import Plan
 
@@ -50,7 +50,10 @@ _SECONDS_TO_END = 30
 
 
 def merge_on_ray(
-    recipe: Request, directory: str | os.PathLike[str], planning: PlanOptions, running: RunOptions
+    recipe: Request | Asked,
+    directory: str | os.PathLike[str],
+    planning: PlanOptions,
+    running: RunOptions,
 ) -> MergeReport:
     """Merge on a Ray cluster; see `oxmerge.merge`."""
     started = time.perf_counter()
@@ -63,7 +66,9 @@ def merge_on_ray(
         parts = running.parts or parts_for(len(plan.shards), len(nodes))
         check_parts([plan], parts)
         cpus = min((node["Resources"]["CPU"] for node in nodes), default=1)
-        run = _Run(ray, plan, place, parts, planning, replace(running, ray=None, parts=None), cpus)
+        # Who completes the output hashes inputs and looks at values, and that is this process.
+        part = replace(running, ray=None, parts=None, hash_inputs=False, allow_nonfinite=False)
+        run = _Run(ray, plan, place, parts, planning, part, cpus)
         with watched(running.progress) as callback:
             run.make_all(callback)
     if in_store:

@@ -23,6 +23,7 @@ __all__ = [
     "PlanOptions",
     "RunOptions",
     "check_allowed",
+    "check_completing",
     "check_device",
     "check_part",
     "check_seed",
@@ -106,6 +107,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Raise `TypeError` or `ValueError` for what is out of range."""
+        if self.ray is False:  # as if it were not given
+            object.__setattr__(self, "ray", None)
         check_threads(self.threads)
         check_device(self.device)
         if self.vram is not None and self.device == "cpu":
@@ -122,11 +125,16 @@ class RunOptions:
             raise TypeError(f"progress must be a function of a snapshot, not {self.progress!r}")
 
     def _check_parts(self) -> None:
-        on_ray = self.ray is not None and self.ray is not False
+        on_ray = self.ray is not None
         if self.part is not None:
             check_part(self.part)
             if on_ray:
                 raise ValueError("ray makes all parts: leave part out")
+            check_completing(
+                finish=self.finish,
+                hash_inputs=self.hash_inputs,
+                allow_nonfinite=self.allow_nonfinite,
+            )
         elif self.finish:
             raise ValueError("finish is for the last part: pass part, or leave finish out")
         if self.parts is not None:
@@ -177,6 +185,13 @@ def check_part(part: Any) -> None:  # noqa: ANN401 - see `whole`
     number, parts = whole(part[0], "part"), whole(part[1], "part")
     if not 1 <= number <= parts:
         raise ValueError(f"part must be from 1 to {parts} of {parts}, not {number}")
+
+
+def check_completing(*, finish: bool, hash_inputs: bool, allow_nonfinite: bool) -> None:
+    """Raise `ValueError` if a part that completes nothing is told how to."""
+    if not finish and (hash_inputs or allow_nonfinite):
+        name = "hash_inputs" if hash_inputs else "allow_nonfinite"
+        raise ValueError(f"{name} is for the part that completes the output: add finish to it")
 
 
 def check_device(device: str) -> None:

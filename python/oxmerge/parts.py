@@ -13,6 +13,8 @@ import shutil
 import socket
 import time
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 from oxmerge import __version__, _core
 from oxmerge.errors import InputChangedError, OutputError, PlanError, ProblemsError
@@ -59,7 +61,6 @@ from oxmerge.problems import UNSUPPORTED, Problem
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
     from typing import Any
 
     from oxmerge.planning.plans import Plan
@@ -119,21 +120,48 @@ def merge_parts(
                 made.append(each)
         left = sorted({part for files in all_files for part in missing_parts(files)})
     note = f"part {number} of {parts} is made" + (" already" if is_made else "")
-    if not left and running.finish:
-        with contextlib.suppress(BusyError, NoPartsError):
-            return [
-                complete(plan, parts, output.path, planning, running, started)
-                for plan, output in zip(plans, outputs, strict=True)
-            ]
-        note += "; another run completes the output"
-    elif left:
+    if left:
         note += f", but not yet {shown(left)}"
-    else:
+    elif not running.finish:
         note += ", and all others: `oxmerge finish` completes the output"
-    return [
+    reports = [
         report_of_part(plan, shards, each.done, os.fspath(output.path), note, started)
         for plan, output, each in zip(plans, outputs, made, strict=True)
     ]
+    if left or not running.finish:
+        return reports
+    return _complete_each(plans, reports, parts, planning, running, started)
+
+
+def _complete_each(
+    plans: Sequence[Plan],
+    parts_made: Sequence[MergeReport],
+    parts: int,
+    planning: PlanOptions,
+    running: RunOptions,
+    started: float,
+) -> list[MergeReport]:
+    """Complete each output, whatever becomes of the others; then raise the first error."""
+    reports: list[MergeReport] = []
+    failed: dict[str, Exception] = {}
+    for plan, part in zip(plans, parts_made, strict=True):
+        folder = part.directory
+        try:
+            reports.append(complete(plan, parts, Path(folder), planning, running, started))
+        except (BusyError, NoPartsError):
+            *others, note = part.notes
+            note += "; another run completes the output, "
+            note += f"and if that run fails `oxmerge finish {folder}` does"
+            reports.append(replace(part, notes=(*others, note)))
+        except Exception as error:  # noqa: BLE001 - it is raised below
+            failed[folder] = error
+    if failed:
+        first = next(iter(failed.values()))
+        if len(plans) > 1:
+            for folder in failed:
+                first.add_note(f"not complete: `oxmerge finish {folder}` completes it")
+        raise first
+    return reports
 
 
 def _join(

@@ -24,7 +24,7 @@ from oxmerge.planning.plan_files import is_saved_plan, load_plan
 from oxmerge.planning.plans import Plan
 from oxmerge.problems import Findings, Problem, did_you_mean
 from oxmerge.recipe.documents import read_documents
-from oxmerge.recipe.recipe import Recipe, as_json
+from oxmerge.recipe.recipe import Recipe, as_json, sound
 from oxmerge.recipe.yaml_edit import cut_documents, set_value
 
 TYPE_CHECKING = False
@@ -243,8 +243,9 @@ class _Source:
         self._texts = [text] if len(self._documents) == 1 else cut_documents(text)
         self._last = 0
         if len(self._documents) > 1:
-            # What is wrong with it is told when values are put in.
-            last = read_documents(self._documents, Findings(ignore_unknown=ignore_unknown))
+            # With a name that is wrong, nobody knows which merge is the last.
+            findings = Findings(ignore_unknown=ignore_unknown)
+            last = sound(read_documents(self._documents, findings, text=text), findings)
             self._last = [each.get("name") for each in self._documents].index(last.name)
 
     def _recipe(self, documents: Sequence[Mapping[str, object]], text: str) -> Recipe:
@@ -596,11 +597,15 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
-    planning = PlanOptions(seed, shard_size, strict, allow_mismatch, ignore_unknown, allow_methods)
+    planning = PlanOptions(
+        seed=seed, shard_size=shard_size, strict=strict, allow_mismatch=allow_mismatch,
+        ignore_unknown=ignore_unknown, allow_methods=allow_methods,
+    )  # fmt: skip
     running = RunOptions(
-        memory, threads, device, vram, overwrite, read_path, progress,
-        digests, hash_inputs, allow_nonfinite, resume, fresh, stream, spool,
-        part, finish, wait,
+        memory=memory, threads=threads, device=device, vram=vram, overwrite=overwrite,
+        read_path=read_path, progress=progress, digests=digests, hash_inputs=hash_inputs,
+        allow_nonfinite=allow_nonfinite, resume=resume, fresh=fresh, stream=stream, spool=spool,
+        part=part, finish=finish, wait=wait,
     )  # fmt: skip
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)

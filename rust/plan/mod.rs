@@ -31,7 +31,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 
 /// The version of the plan's schema.
-pub const PLAN_VERSION: u32 = 5;
+pub const PLAN_VERSION: u32 = 6;
 
 /// Parameter values by name, resolved for one tensor.
 pub type Parameters = Map<String, Value>;

@@ -155,10 +155,13 @@ class _Earlier:
             return
         array = self._merge[name]
         status = os.stat(self._path)
-        with open(self._path, "r+b") as file:
-            file.seek(start)
-            file.write(array.reshape(-1).view("u1"))
-        os.utime(self._path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        try:
+            with open(self._path, "r+b") as file:
+                file.seek(start)
+                file.write(array.reshape(-1).view("u1"))
+        finally:
+            # Also after Ctrl-C: with another time it would be taken for an input that changed.
+            os.utime(self._path, ns=(status.st_atime_ns, status.st_mtime_ns))
         del self._missing[start]
 
 

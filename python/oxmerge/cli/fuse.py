@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 
 from oxmerge.cli.arguments import Parser, UsageError, add_run_options, run_options
@@ -44,7 +45,10 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
                 f"without a model adapters are added up, and `{name}` has no effect",
                 "leave the option out; or name the model, then OUT",
             )
-        files = engine.join_adapters(options.directory, options.adapter, overwrite=overwrite)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            files = engine.join_adapters(options.directory, options.adapter, overwrite=overwrite)
+        printer.warnings(tuple(str(each.message) for each in told))
         printer.say(f"wrote `{options.directory}`: an adapter that is the sum of those named")
         if printer.as_json:
             printer.json({"files": files})

@@ -13,6 +13,7 @@ from oxmerge.cli.arguments import (
     run_options,
 )
 from oxmerge.cli.progress import format_rate, show_progress
+from oxmerge.options import check_completing
 from oxmerge.sizes import format_duration, format_size
 
 TYPE_CHECKING = False
@@ -91,11 +92,16 @@ def part_options(options: Namespace) -> dict[str, Any]:
         raise UsageError("`--ray` makes all parts", "leave out `--part`")
     if "part" not in given and (options.finish or "wait" in given):
         raise UsageError("`--finish` and `--wait` are for a part", "add `--part K/N`")
-    if "part" in given and not options.finish and (options.hash_inputs or options.allow_nonfinite):
-        raise UsageError(
-            "`--hash-inputs` and `--allow-nonfinite` are for who completes the output",
-            "add `--finish`, or give them to `oxmerge finish`",
-        )
+    if "part" in given:
+        try:
+            check_completing(
+                finish=options.finish,
+                hash_inputs=options.hash_inputs,
+                allow_nonfinite=options.allow_nonfinite,
+            )
+        except ValueError as error:
+            advice = "add `--finish`, or give the option to `oxmerge finish`"
+            raise UsageError(str(error).partition(": ")[0], advice) from None
     if "parts" in given and "ray" not in given:
         raise UsageError("`--parts` is how many are made on Ray", "add `--ray`")
     return given | ({"finish": True} if options.finish else {})

@@ -39,6 +39,7 @@ __all__ = [
     "Template",
     "TokenRow",
     "Tokenizer",
+    "sound",
 ]
 
 #: Stands for a reference to a model that cannot be read, which is reported already.
@@ -388,7 +389,7 @@ class Recipe:
         _check_extent(mapping)
         findings = Findings(ignore_unknown=ignore_unknown)
         text = as_json(mapping) if text is None else text
-        return _sound(read_recipe(mapping, findings, text=text, folder=folder), findings)
+        return sound(read_recipe(mapping, findings, text=text, folder=folder), findings)
 
     @classmethod
     def from_yaml(
@@ -413,7 +414,7 @@ class Recipe:
             If `source` is a path and there is no such file.
         """
         findings = Findings(ignore_unknown=ignore_unknown)
-        return _sound(cls.read(source, findings), findings)
+        return sound(cls.read(source, findings), findings)
 
     @classmethod
     def from_text(cls, text: str, *, folder: str | None = None) -> Recipe:
@@ -426,7 +427,7 @@ class Recipe:
 
         findings = Findings(ignore_unknown=True)
         documents = parse_documents(text, None, findings)
-        return _sound(read_documents(documents, findings, text=text, folder=folder), findings)
+        return sound(read_documents(documents, findings, text=text, folder=folder), findings)
 
     @classmethod
     def read(
@@ -493,10 +494,10 @@ class Recipe:
         from oxmerge.recipe.documents import read_documents  # noqa: PLC0415 - it needs this module
 
         findings = Findings(ignore_unknown=ignore_unknown)
-        return _sound(read_documents(documents, findings, text=text, folder=folder), findings)
+        return sound(read_documents(documents, findings, text=text, folder=folder), findings)
 
 
-def _sound(recipe: Recipe, findings: Findings) -> Recipe:
+def sound(recipe: Recipe, findings: Findings) -> Recipe:
     """Return a recipe of which nothing is wrong."""
     if findings.problems:
         raise RecipeError.of("cannot use the recipe", group_problems(findings.problems))

@@ -7,6 +7,7 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::collections::BTreeMap;
+use std::hint::black_box;
 use std::process::Command;
 
 use oxmerge::dtype::DType;
@@ -47,39 +48,44 @@ const KERNELS: [&str; 23] = [
 /// The kernel that is made of fused multiply-adds.
 const LOW_RANK: &str = "LowRank<f32, 4";
 
-/// Makes the compiler keep every kernel of [`KERNELS`].
+/// Makes the compiler keep every kernel of [`KERNELS`], as one that is called with what it does not
+/// know, and whose results are wanted.
 fn use_kernels(level: Level) {
-    let (mut wide, mut stored) = ([0.0_f32; 64], [0; 128]);
-    let (halves, bytes) = ([0.5_f32; 64], [0; 128]);
+    let (mut wide, mut stored) = black_box(([0.0_f32; 64], [0; 128]));
+    let (halves, bytes) = black_box(([0.5_f32; 64], [0; 128]));
+    let (one, threshold) = black_box((1.0, 1));
     widen(level, DType::Bf16, &bytes, &mut wide);
     widen_difference(level, DType::Bf16, &bytes, &halves, &mut wide);
     narrow(level, &wide, DType::Bf16, &mut stored);
     let (a, b) = (Operand::Slice(&halves[..]), Operand::Slice(&halves[..]));
     binary(level, BinaryOp::Add, a, b, &mut wide);
     select(level, &halves, a, b, &mut wide);
-    weighted_sum(level, &[(1.0, &halves), (2.0, &halves)], &mut wide);
-    let term = (1.0, DType::Bf16, &bytes[..]);
+    weighted_sum(level, &[(one, &halves), (2.0, &halves)], &mut wide);
+    let term = (one, DType::Bf16, &bytes[..]);
     weighted_sum_bytes(level, &[term, term], DType::Bf16, &mut stored);
     let base = (DType::Bf16, &bytes[..]);
     weighted_difference_sum_bytes(level, base, &[term, term], 0.5, DType::Bf16, &mut stored);
-    for (weight, average) in [(-1.0, true), (1.0, true), (1.0, false)] {
+    for (weight, average) in [(-one, true), (one, true), (one, false)] {
         elect(level, &[(weight, &halves), (2.0, &halves)], average, &mut wide);
     }
-    count(level, &wide, 0, 1);
-    trim(level, &halves, 1, true, &mut wide);
-    dot_into(level, &wide, &wide, &mut [0.0; LANES]);
-    absolute_sum_into(level, &wide, &mut [0.0; LANES]);
-    products_into(level, DType::Bf16, &bytes, &bytes, &mut [[0.0; LANES]; 3]);
+    black_box(count(level, &wide, 0, threshold));
+    trim(level, &halves, threshold, true, &mut wide);
+    let (mut sums, mut products, mut norms) = ([0.0; LANES], [[0.0; LANES]; 3], [[0.0; LANES]; 2]);
+    dot_into(level, &wide, &wide, &mut sums);
+    absolute_sum_into(level, &wide, &mut sums);
+    products_into(level, DType::Bf16, &bytes, &bytes, &mut products);
     let bits = random_bits(level, &MaskKey::new(0, "x", 0), SPAN as u64, 1 << 31);
-    norms_into(level, DType::Bf16, &bytes, &bytes, &bits, &mut [[0.0; LANES]; 2]);
+    norms_into(level, DType::Bf16, &bytes, &bytes, &bits, &mut norms);
     masked(level, &bits, 0.5, &halves, &mut wide);
     let term = ThinnedTerm { weight: 0.5, scale: 2.0, input: &bytes, bits: &bits };
-    thinned_sum_bytes(level, DType::Bf16, &bytes, &[term, term], Votes::Elect, 1.0, &mut stored);
-    compare(level, DType::Bf16, &bytes, Some(&stored));
-    differences_into(level, DType::Bf16, &bytes, &stored, &mut Differences::default());
+    thinned_sum_bytes(level, DType::Bf16, &bytes, &[term, term], Votes::Elect, one, &mut stored);
+    black_box(compare(level, DType::Bf16, &bytes, Some(&stored)));
+    let mut differences = Differences::default();
+    differences_into(level, DType::Bf16, &bytes, &stored, &mut differences);
     let right = Tiles::new(2, 16);
     let product = Product { left: &halves[..8], right: &right, scale: 0.5 };
     low_rank_bytes(level, base, &[product], 0, 16, DType::Bf16, &mut stored);
+    black_box((wide, stored, sums, products, norms, differences));
 }
 
 /// The instructions of every function of this binary that is a shell of a level.

@@ -254,7 +254,7 @@ def test_the_whole_directory_is_the_same(tmp_path: Path, family: Path, name: str
     recipe = recipe_of(tmp_path, family, name)
     plan = build_plan(Recipe.from_yaml(recipe)).table
     one, other = tmp_path / "one", tmp_path / "other"
-    common: dict[str, Any] = {"seed": 3, "shard_size": "10MB"}
+    common: dict[str, Any] = {"seed": 3, "shard_size": "5MB"}
     oxmerge.merge(recipe, one, threads=5, memory="4GiB", read_path="positioned", **common)
     # What has been used since is resident as well.
     memory = least_memory(plan) + (8 << 20)

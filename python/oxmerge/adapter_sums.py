@@ -29,7 +29,7 @@ from oxmerge.adapter_methods import ADAPTER_METHODS
 from oxmerge.arrays.saving import save
 from oxmerge.cli.progress import watched
 from oxmerge.errors import MemoryBudgetError, OutputError, PlanError, RecipeError
-from oxmerge.merging import Snapshot
+from oxmerge.merging import Snapshot, resident
 from oxmerge.methods import built_in_methods
 from oxmerge.models.adapter_config import FILE_NAME
 from oxmerge.models.adapters import WEIGHTS
@@ -194,7 +194,7 @@ def merge_adapters(
         odd = findings.warnings if planning.strict else []
         raise error.of("cannot merge the adapters", group_problems(findings.problems + odd))
     dtype = recipe.out_dtype or recipe.dtype or plan.dtype
-    needed = _core.peak_memory() + _BESIDE
+    needed = resident() + _BESIDE
     needed += max(each.bytes(dtype) for each in plan.tensors.values())
     if needed > memory:
         raise MemoryBudgetError(

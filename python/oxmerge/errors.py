@@ -27,7 +27,6 @@ __all__ = [
     "RecipeError",
     "RemoteError",
     "UnsupportedError",
-    "all_of",
 ]
 
 

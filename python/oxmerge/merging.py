@@ -901,10 +901,11 @@ def _bytes(size: int | str | None) -> int | None:
 
 def room(budget: int | None) -> int:
     """Return the budget, or the usual one: that of a small process, or more than is resident."""
-    return max(DEFAULT_MEMORY, _resident() + DEFAULT_ROOM) if budget is None else budget
+    return max(DEFAULT_MEMORY, resident() + DEFAULT_ROOM) if budget is None else budget
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Return how many bytes the process has resident now."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

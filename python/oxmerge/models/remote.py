@@ -13,7 +13,6 @@ import importlib
 import os
 import random
 import re
-import ssl
 import threading
 import time
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.download import cause_of
@@ -285,7 +283,10 @@ def ask(method: str, address: str, headers: Mapping[str, str]) -> Any:  # noqa: 
         If `urllib3` is not installed.
     """
     _check_library(address)
-    from urllib3 import Retry  # noqa: PLC0415 - only when a server is asked
+    # Only when a server is asked: these take megabytes, which merges of local models do without.
+    from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415
+
+    from urllib3 import Retry  # noqa: PLC0415
 
     parts = urlsplit(address)
     proxies = {} if proxy_bypass(parts.netloc) else getproxies()
@@ -319,6 +320,8 @@ def _pool(proxy: str | None, *, is_secure: bool) -> Any:  # noqa: ANN401 - of ur
         "timeout": Timeout(connect=_CONNECT, read=_PATIENCE),
     }
     if is_secure:
+        import ssl  # noqa: PLC0415 - as above
+
         certificates = options["ssl_context"] = ssl.create_default_context()
         # A small container has none of its own. They are those that the Hub's library takes.
         if "SSL_CERT_FILE" not in os.environ and find_spec("certifi") is not None:

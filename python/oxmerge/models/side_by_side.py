@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, wait
 from threading import Thread
 from typing import TypeVar
 
@@ -41,6 +40,8 @@ def side_by_side(
     glance : callable, optional
         Is called in this thread ten times a second meanwhile.
     """
+    from concurrent.futures import Future, wait  # noqa: PLC0415 - seldom needed, and with it logging
+
     todo: deque[tuple[Asked, Future[Answer]]] = deque((item, Future()) for item in items)
     answers = [answer for _, answer in todo]
 

@@ -300,20 +300,20 @@ TRY = "try:\n    {}\nexcept oxmerge.OxmergeError as error:\n    print(error)"
 OPEN = TRY.format("print(len(oxmerge.open(sys.argv[1])))")
 PLAN = TRY.format("oxmerge.plan(sys.argv[1])")
 
-#: Texts of about a hundred MB.
+#: What makes texts of about a hundred MB, which do not stay in memory.
 CONFIGS = {
-    "lists": b'{"a": [' + b"[]," * (98 * MB // 3) + b"1]}",
-    "objects": b'{"a": {' + b'"b":{},' * (98 * MB // 7) + b'"b":1}}',
-    "keys": b"{" + b'"a":0,' * (98 * MB // 6) + b'"b":1}',
-    "deep": b'{"a":' + b"[" * (49 * MB) + b"]" * (49 * MB) + b"}",
-    "text": b'{"a": "' + b"x" * (98 * MB) + b'"}',
+    "lists": lambda: b'{"a": [' + b"[]," * (98 * MB // 3) + b"1]}",
+    "objects": lambda: b'{"a": {' + b'"b":{},' * (98 * MB // 7) + b'"b":1}}',
+    "keys": lambda: b"{" + b'"a":0,' * (98 * MB // 6) + b'"b":1}',
+    "deep": lambda: b'{"a":' + b"[" * (49 * MB) + b"]" * (49 * MB) + b"}",
+    "text": lambda: b'{"a": "' + b"x" * (98 * MB) + b'"}',
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_huge_config(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0))
-    (tmp_path / "a/config.json").write_bytes(CONFIGS[name])
+    (tmp_path / "a/config.json").write_bytes(CONFIGS[name]())
     taken, printed = peak(OPEN, str(tmp_path / "a"))
     assert printed == "1"
     assert taken < 200
@@ -324,17 +324,19 @@ def test_a_huge_config(tmp_path: Path, name: str) -> None:
 
 
 INDEXES = {
-    "metadata": b'{"metadata":{"x":['
-    + b"{}," * (98 * MB // 3)
-    + b'1]},"weight_map":{"x":"model.safetensors"}}',
-    "keys": b"{" + b'"m":0,' * (98 * MB // 6) + b'"weight_map":{"x":"model.safetensors"}}',
+    "metadata": lambda: (
+        b'{"metadata":{"x":['
+        + b"{}," * (98 * MB // 3)
+        + b'1]},"weight_map":{"x":"model.safetensors"}}'
+    ),
+    "keys": lambda: b"{" + b'"m":0,' * (98 * MB // 6) + b'"weight_map":{"x":"model.safetensors"}}',
 }
 
 
 @pytest.mark.parametrize("name", INDEXES)
 def test_a_huge_index(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0))
-    (tmp_path / "a/model.safetensors.index.json").write_bytes(INDEXES[name])
+    (tmp_path / "a/model.safetensors.index.json").write_bytes(INDEXES[name]())
     taken, printed = peak(OPEN, str(tmp_path / "a"))
     assert printed == "1"
     assert taken < 200
@@ -427,7 +429,7 @@ def test_a_huge_manifest(tmp_path: Path, name: str) -> None:
 def test_a_huge_config_of_an_adapter(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "a", random_arrays({"x.weight": (2, 2)}, 0))
     write_model(tmp_path / "lora", random_arrays({"x.weight": (2, 2)}, 0))
-    (tmp_path / "lora" / "adapter_config.json").write_bytes(CONFIGS[name])
+    (tmp_path / "lora" / "adapter_config.json").write_bytes(CONFIGS[name]())
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", [f"{tmp_path}/a+{tmp_path}/lora"])
     taken, printed = peak(PLAN, str(recipe))
     assert "longer than 16000000 bytes" in printed
@@ -436,9 +438,12 @@ def test_a_huge_config_of_an_adapter(tmp_path: Path, name: str) -> None:
 
 #: What a dead run may have left, as someone else would write it.
 LEFT = {
-    "renames": (JOURNAL_NAME, b'{"version":1,"ours":{"a":[' + b"0," * (49 * MB) + b"0]}}"),
-    "finished": (RESUME_NAME, b"0" * 16 + b' {"tensors":[' + b'[0,"",null],' * (8 * MB) + b"]}\n"),
-    "lines": (RESUME_NAME, b"\n" * (100 * MB)),
+    "renames": (JOURNAL_NAME, lambda: b'{"version":1,"ours":{"a":[' + b"0," * (49 * MB) + b"0]}}"),
+    "finished": (
+        RESUME_NAME,
+        lambda: b"0" * 16 + b' {"tensors":[' + b'[0,"",null],' * (8 * MB) + b"]}\n",
+    ),
+    "lines": (RESUME_NAME, lambda: b"\n" * (100 * MB)),
 }
 
 
@@ -448,7 +453,7 @@ def test_a_huge_journal(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0))
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "a"])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / file).write_bytes(data)
+    (tmp_path / "out" / file).write_bytes(data())
     merge = TRY.format("oxmerge.merge(sys.argv[1], sys.argv[2])")
     taken, printed = peak(merge, str(recipe), str(tmp_path / "out"))
     assert printed == ""
@@ -459,7 +464,7 @@ def test_a_huge_journal(tmp_path: Path, name: str) -> None:
 def test_huge_files_beside_the_weights(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "a", random_arrays({"x": (2,)}, 0))
     start = b"---\n" if name == "README.md" else b""
-    (tmp_path / "a" / name).write_bytes(start + CONFIGS["lists"])
+    (tmp_path / "a" / name).write_bytes(start + CONFIGS["lists"]())
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "a"], chat_template="auto")
     taken, printed = peak(PLAN, str(recipe))
     assert printed == ""

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import oxmerge
@@ -437,7 +437,7 @@ def test_a_huge_config_of_an_adapter(tmp_path: Path, name: str) -> None:
 
 
 #: What a dead run may have left, as someone else would write it.
-LEFT = {
+LEFT: dict[str, tuple[str, Callable[[], bytes]]] = {
     "renames": (JOURNAL_NAME, lambda: b'{"version":1,"ours":{"a":[' + b"0," * (49 * MB) + b"0]}}"),
     "finished": (
         RESUME_NAME,

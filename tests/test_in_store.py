@@ -530,7 +530,7 @@ def test_a_part_that_ends_early_goes_on(
         time.sleep(0.02)
     process.send_signal(number)
     _, text = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert process.returncode == (130 if number == signal.SIGINT else -number), text
     if number == signal.SIGINT:
         assert "goes on from there" in text
         assert not uploads(s3, output)

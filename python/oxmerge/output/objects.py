@@ -173,7 +173,8 @@ class Uploads:
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        # What `Thread.join` would tell, were it not wrong after Ctrl-C has ended it (Python 3.11).
+        self._ended: threading.Event | None = None
         self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
@@ -186,27 +187,29 @@ class Uploads:
         """Wait for the last one; or have it taken back, after a failure."""
         if error is None:
             self.wait()
-        elif self._thread is not None:
+        elif self._ended is not None:
             self.stopped.set()
-            self._thread.join(_PATIENCE)
+            self._ended.wait(_PATIENCE)
 
     def begin(self, upload: Callable[[], None]) -> None:
         """Begin an upload when the one before is over."""
         self.wait()
+        self._ended = threading.Event()
         # One that waits for a server must not keep the process.
-        self._thread = threading.Thread(target=self._run, args=(upload,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(upload, self._ended), daemon=True).start()
 
     def wait(self) -> None:
         """Wait for the upload that is under way; raise what it met."""
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(1)
-        self._thread = None
+        while self._ended is not None and not self._ended.wait(1):
+            pass
+        self._ended = None
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, upload: Callable[[], None]) -> None:
+    def _run(self, upload: Callable[[], None], ended: threading.Event) -> None:
         try:
             upload()
         except BaseException as failure:  # noqa: BLE001 - it is raised by who waits
             self._failure = failure
+        finally:
+            ended.set()

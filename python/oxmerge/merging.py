@@ -425,7 +425,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         allow_nonfinite=allow_nonfinite, resume=resume, fresh=fresh, stream=stream, spool=spool,
         part=part, finish=finish, wait=wait, ray=ray, parts=parts,
     )  # fmt: skip
-    _bytes(memory), _bytes(vram)
+    _bytes(memory), _bytes(vram)  # What is no size is told before anything is read.
     asked = _read(recipe, planning)
     if isinstance(asked, Asked):
         report = _merge_adapters(asked, directory, planning, running)

@@ -13,9 +13,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::error::Category;
 
 use crate::error::{Error, Result};
-
-/// More dimensions than any tensor library has.
-const MAX_DIMENSIONS: usize = 64;
+use crate::plan::MAX_DIMENSIONS;
 
 /// A header as written: its tensors by name, in order.
 pub(super) type RawHeader = Vec<(String, RawEntry)>;

@@ -91,7 +91,7 @@ impl HeldRoom {
         {
             spare.bytes += resident(&out);
         }
-        spare.bytes = spare.bytes.checked_sub(bytes)?;
+        spare.bytes -= bytes;
         Some(found)
     }
 }

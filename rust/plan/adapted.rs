@@ -33,7 +33,7 @@ pub struct Adapted {
     pub strides: Option<Strides>,
 }
 
-/// More dimensions than a view has.
+/// More dimensions than a tensor of any program has.
 pub(crate) const MAX_DIMENSIONS: usize = 64;
 /// How often a view may show each of its elements, on average: no small file makes a huge tensor.
 const MOST_SHOWN: u64 = 1 << 26;

@@ -188,12 +188,18 @@ def test_every_class_where_the_system_kills(work: Path, large: Path, name: str) 
         models = [f"{models[0]}+{write_adapter(work / 'lora')}"]
     base = large / "0" if "base" in options else None
     recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": base})
-    with memory_group(BUDGET * 11 // 10) as group:
-        if group is None:
-            pytest.skip("this process may not limit the memory of others")
-        report = report_of(merge(recipe, group=group))
-        assert group.kills() == 0
-    assert report["bytes_written"] == 8 * BUDGET
+    for may_go_again in (True, False):
+        with memory_group(BUDGET * 11 // 10) as group:
+            if group is None:
+                pytest.skip("this process may not limit the memory of others")
+            report = report_of(merge(recipe, group=group))
+            assert group.kills() == 0
+        assert report["bytes_written"] == 8 * BUDGET
+        assert report["measured"] <= BUDGET
+        # A machine that is busy may start some of the threads late: then the peak is lower, once.
+        if report["measured"] >= 0.85 * report["predicted_memory"] or not may_go_again:
+            break
+        shutil.rmtree(work / "out")
     check(report)
 
 
@@ -435,6 +441,19 @@ def only_shards(plan: Path, wanted: list[int]) -> Path:
     return part
 
 
+def fill(plan: Path) -> None:
+    """Write numbers where the sparse inputs of a saved plan are read."""
+    table = json.loads(plan.read_text())["table"]
+    generator = np.random.default_rng(0)
+    for _, _, shape, *_, sources in table["tensors"]:
+        elements = int(np.prod(table["shapes"][shape]))
+        for file, start in (source[-2:] for source in sources):
+            numbers = to_bf16(generator.standard_normal(min(elements, 1 << 20), np.float32))
+            with Path(table["files"][file]["path"]).open("r+b") as into:
+                into.seek(start)
+                into.write(np.resize(numbers, elements).tobytes())
+
+
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_some_shards_of_671_billion_parameters(work: Path, method: str) -> None:
     """Three models of the layout and the real sizes of DeepSeek-V3, in sparse files."""
@@ -452,10 +471,13 @@ def test_some_shards_of_671_billion_parameters(work: Path, method: str) -> None:
     assert len(plan.table) == 45_395
     assert sum(size for _, size in plan.shards) > 2 * 671_000_000_000
     plan.save(work / "plan.json")
-    wanted = list(range(100, len(plan.shards), 2_000))
+    wanted = list(range(100, len(plan.shards), 4_000))
+    fill(only_shards(work / "plan.json", wanted))
+    # A plan says when its files were written.
+    oxmerge.plan(recipe, shard_size=64 * MIB).save(work / "plan.json")
     part = only_shards(work / "plan.json", wanted)
-    report = report_of(merge(part, memory=256 * MIB, threads=8))
-    assert report["threads"] == 8
+    report = report_of(merge(part, memory=256 * MIB, threads=4))
+    assert report["threads"] == 4
     names = {path.name for path in (work / "out").glob("*.safetensors")}
     assert names == {plan.shards[shard][0] for shard in wanted}
     check(report)

@@ -570,11 +570,9 @@ def test_a_secure_server_has_to_be_who_it_says(
             oxmerge.open(f"{address}/base")
         assert "SSL_CERT_FILE" in str(caught.value)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        remote._pool.cache_clear()
         with oxmerge.open(f"{address}/base") as away, oxmerge.open(models / "base") as here:
             name = "lm_head.weight"
             assert np.array_equal(away[name].view(np.uint16), here[name].view(np.uint16))
-    remote._pool.cache_clear()
 
 
 def test_a_proxy_of_the_environment_is_used(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ use std::fs;
 
 use rustix::process::{Resource, getrlimit};
 
-use super::need::{Amount, Need, Offload};
+use super::need::{Amount, Held, Need, Offload};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Stack, allocator and scheduler, a worker and in all. Measured, rounded up.
@@ -18,11 +18,11 @@ const ENGINE_OVERHEAD: u64 = 1 << 20;
 /// Bytes of inputs and outputs of small neighbours that are one unit, at the most, and at the least.
 const GROUP_BYTES: u64 = 1 << 20;
 const LEAST_GROUP: u64 = 64 << 10;
-/// What a budget that is refused is told to be larger than needed, and than what planning took: what
-/// a process has resident before the engine starts is not quite the same each time, and with many
-/// tensors its peak differs more.
+/// What a budget that is refused is told to be larger than needed, and one part in how many than what
+/// planning took: what a process has resident before the engine starts is not quite the same each
+/// time, and its peak differs more, the more tensors there are.
 const REFUSAL_SLACK: u64 = 1 << 20;
-const PLANNING_SLACK: u64 = 4 << 20;
+const PLANNING_SLACK: u64 = 8;
 /// Addresses that a thread takes: its stack, and what the C library sets aside for its allocations.
 const THREAD_ADDRESSES: u64 = (64 << 20) + (4 << 20);
 /// Addresses that stay free. An allocation that fails in Rust's own collections ends the process.
@@ -129,8 +129,7 @@ impl MemoryPlan {
                 }
                 _ => {
                     let needed = fixed(1).most + block + REFUSAL_SLACK;
-                    let needed =
-                        if planned > 0 { needed.max(planned + PLANNING_SLACK) } else { needed };
+                    let needed = needed.max(planned + planned / PLANNING_SLACK);
                     refused("the memory budget", "memory", budget, needed)
                 }
             });
@@ -155,12 +154,9 @@ impl MemoryPlan {
         };
         let blocks = |need: &Need| need.blocks_within(share, device_bytes);
         let keys = largest_of(each_of(needs, KEPT_AT_ONCE, |need| need.kept), KEPT_AT_ONCE).most;
-        let under_way = tasks_under_way(workers as usize);
-        let held = each_of(needs, under_way, |need| need.held(blocks(need)));
-        let held_room =
-            kept_room.saturating_sub(keys).min(largest_of(held.clone(), under_way).most);
-        // While one tensor is written, the next is computed; buffers stay for those that follow.
-        let held = largest_of(held, 2).expected.min(held_room);
+        let held = held_at_once(needs, workers as usize, blocks);
+        let held_room = kept_room.saturating_sub(keys).min(held.most);
+        let held = held.expected.min(held_room);
         let kept_room = kept_room - held_room;
         let worker = expected + group_bytes;
         let sample = needs.iter().map(|(need, _)| need.sample()).max().unwrap_or(0);
@@ -201,6 +197,19 @@ fn largest_of(mut amounts: Vec<Amount>, count: usize) -> Amount {
 /// How many tasks may be under way at once.
 pub(crate) fn tasks_under_way(workers: usize) -> usize {
     workers + 2
+}
+
+/// What held outputs take: while one tensor is written, the next is computed, or several where one
+/// has not a unit for each of `workers`; and room for what may be undecided in the units in hand.
+fn held_at_once(needs: &[(Need, usize)], workers: usize, blocks: impl Fn(&Need) -> u64) -> Amount {
+    let under_way = tasks_under_way(workers);
+    let each = each_of(needs, under_way, |need| need.held(blocks(need)));
+    let mut held: Vec<Held> = each.into_iter().flatten().collect();
+    held.sort_unstable_by_key(|held| std::cmp::Reverse(held.expected));
+    let units = held.first().map_or(1, |held| held.units as usize);
+    let surplus = held.iter().map(|held| held.surplus).max().unwrap_or(0);
+    let expected = held.iter().take(1 + workers.div_ceil(units)).map(|held| held.expected).sum();
+    Amount::certain(expected).plus(Amount::uncertain(surplus), workers as u64)
 }
 
 /// The states of the tasks that may be under way at once.

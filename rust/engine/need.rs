@@ -86,7 +86,7 @@ impl Amount {
     }
 
     /// As likely as not.
-    fn uncertain(bytes: u64) -> Self {
+    pub(super) fn uncertain(bytes: u64) -> Self {
         Self { expected: bytes / 2, most: bytes }
     }
 
@@ -100,6 +100,16 @@ impl Amount {
     fn add(&mut self, other: Self) {
         *self = self.plus(other, 1);
     }
+}
+
+/// What outputs take that are computed ahead.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    /// All that are expected of a tensor.
+    pub(super) expected: u64,
+    pub(super) units: u64,
+    /// What a unit may take beside what is expected, while it is in hand.
+    pub(super) surplus: u64,
 }
 
 /// How a source's bytes get to a worker.
@@ -378,19 +388,26 @@ impl Need {
         amount
     }
 
-    /// What all of its outputs take in pieces of `blocks` blocks, if they are computed ahead.
-    pub(super) fn held(&self, blocks: u64) -> Amount {
+    /// What its outputs take in pieces of `blocks` blocks, if they are computed ahead.
+    pub(super) fn held(&self, blocks: u64) -> Option<Held> {
         if !self.is_ahead || self.offload.is_some() {
-            return Amount::default();
+            return None;
         }
-        let piece = (blocks * BLOCK_ELEMENTS).min(self.elements);
         let inputs = self.sources.iter().map(|(size, _)| size).sum();
-        let most = ahead::most_undecided(piece);
-        let most = ahead::held_bytes(&self.outputs, inputs, piece, most);
-        let undecided = self.searches * selection::expected_undecided(self.elements);
-        let undecided = undecided.min(ahead::most_undecided(self.elements));
-        let expected = ahead::held_bytes(&self.outputs, inputs, self.elements, undecided);
-        Amount { expected, most: self.elements.div_ceil(piece) * most }
+        let unit = (blocks * BLOCK_ELEMENTS).min(self.elements);
+        let expected = |elements| {
+            let all = self.searches * selection::expected_undecided(self.elements);
+            let share = (all as f64 * (elements as f64 / self.elements as f64)) as u64;
+            share.min(ahead::most_undecided(elements))
+        };
+        let bytes =
+            |elements, undecided| ahead::held_bytes(&self.outputs, inputs, elements, undecided);
+        let most = bytes(unit, ahead::most_undecided(unit));
+        Some(Held {
+            expected: bytes(self.elements, expected(self.elements)),
+            units: self.elements.div_ceil(unit),
+            surplus: most - bytes(unit, expected(unit)),
+        })
     }
 
     /// What one worker holds of samples, at a time when it has no piece.

@@ -291,7 +291,8 @@ def ask(method: str, address: str, headers: Mapping[str, str]) -> Any:  # noqa: 
     parts = urlsplit(address)
     proxies = {} if proxy_bypass(parts.netloc) else getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    pool = _pool(proxy, is_secure=parts.scheme == "https")
+    is_secure = parts.scheme == "https"
+    pool = _pool(proxy, os.environ.get("SSL_CERT_FILE"), is_secure=is_secure)
     # How long to wait is for the caller to say: a server may ask for a day.
     retries = Retry(
         connect=0, read=0, other=0, redirect=_REDIRECTS, raise_on_redirect=False,
@@ -311,8 +312,12 @@ def _check_library(address: str) -> None:
 
 
 @lru_cache(maxsize=8)
-def _pool(proxy: str | None, *, is_secure: bool) -> Any:  # noqa: ANN401 - of urllib3
-    """Return connections to servers, by a proxy if there is one."""
+def _pool(proxy: str | None, authorities: str | None, *, is_secure: bool) -> Any:  # noqa: ANN401 - of urllib3
+    """Return connections to servers, by a proxy if there is one.
+
+    `ssl` itself reads the file of `authorities`, which the environment names: here it says only
+    that connections made with another file are others.
+    """
     from urllib3 import PoolManager, ProxyManager, Timeout, make_headers  # noqa: PLC0415 - as above
 
     options: dict[str, Any] = {
@@ -324,7 +329,7 @@ def _pool(proxy: str | None, *, is_secure: bool) -> Any:  # noqa: ANN401 - of ur
 
         certificates = options["ssl_context"] = ssl.create_default_context()
         # A small container has none of its own. They are those that the Hub's library takes.
-        if "SSL_CERT_FILE" not in os.environ and find_spec("certifi") is not None:
+        if authorities is None and find_spec("certifi") is not None:
             certificates.load_verify_locations(importlib.import_module("certifi").where())
     if proxy is None:
         return PoolManager(**options)

@@ -25,6 +25,7 @@ from oxmerge.merging import (
     execute,
     finish_all,
     open_device,
+    prepare,
     report_of,
 )
 from oxmerge.models.stores import is_address
@@ -49,6 +50,7 @@ from oxmerge.output.publish import (
     OutputDirectory,
     close,
     discard,
+    last_names,
     no_parts,
     prepare_output,
     share_output,
@@ -60,7 +62,7 @@ from oxmerge.problems import UNSUPPORTED, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from oxmerge.planning.plans import Plan
@@ -75,6 +77,9 @@ class WaitsForOthersError(OutputError):
     """Other parts have not swept their tensors in the time that was given; the own one has."""
 
 
+#: Where below the shared folder earlier merges are made.
+EARLIER_NAME = "earlier"
+_SECONDS_BETWEEN_LOOKS = 0.5
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -111,7 +116,11 @@ def merge_parts(
         if not is_made:
             for files in all_files:
                 files.forget_made()
-            done = make(plans, shards, all_files, purposes, running, backend)
+            ready = [
+                _after_earlier(plan, output.path, planning, running)
+                for plan, output in zip(plans, outputs, strict=True)
+            ]
+            done = make(ready, shards, all_files, purposes, running, backend)
             names = [plans[0].shards[shard][0] for shard in shards]
             for files, purpose, written in zip(all_files, purposes, done["files"], strict=True):
                 states = [FileState(**state) for state in written]
@@ -176,7 +185,7 @@ def _join(
     output = share_output(
         directory,
         overwrite=running.overwrite,
-        input_files=plan.input_files,
+        input_files=plan.all_input_files,
         names=contents_of(plan).names,
     )
     stack.callback(output.claim.release)
@@ -185,6 +194,82 @@ def _join(
     files.join(purpose)
     files.save(plan)
     return output, files
+
+
+def _after_earlier(
+    plan: Plan, directory: Path, planning: PlanOptions, running: RunOptions
+) -> Plan:
+    """Return a plan of the last merge, when the outputs of those before it are all there.
+
+    Of each of these this run makes a part, and then waits for the others, as it does for their
+    sweeps.
+    """
+    number, parts = running.part or (1, 1)
+
+    def make_one(earlier: Plan, place: str) -> None:
+        path, count = Path(place), min(parts, len(earlier.shards))
+        made = path / last_names(contents_of(earlier))[-1]
+        here = replace(running, overwrite=False, finish=False, hash_inputs=False)
+        until = time.monotonic() + running.wait
+        if number <= count and not made.exists():
+            own = replace(here, part=(number, count), allow_nonfinite=False)
+            try:
+                merge_parts([(earlier, place)], planning, own, time.perf_counter())
+            except (BusyError, FileExistsError):  # another run completes it, or has
+                pass
+        while not made.exists():
+            if parts_in(path) and not _lacking(path, count):
+                # Whichever run is the first; if that one dies, another.
+                with contextlib.suppress(BusyError, NoPartsError):
+                    complete(earlier, count, path, planning, here, time.perf_counter())
+                    return
+            if time.monotonic() >= until:
+                raise waits_for_merge(earlier, os.fspath(directory), shown(_lacking(path, count)))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    return planned_in_turn(plan, f"{directory / PARTS_NAME}", planning, make_one)
+
+
+def planned_in_turn(
+    plan: Plan,
+    folder: str,
+    planning: PlanOptions,
+    make_one: Callable[[Plan, str], None] = lambda _, __: None,
+) -> Plan:
+    """Return a plan of the last merge that reads what the ones before it have made.
+
+    `make_one` is called with the plan of each of those, and where it goes: below `folder`.
+    """
+    if not plan.stages:
+        return plan
+    # A plan has its own seed and sizes, and which models may differ was settled when it was made.
+    options = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
+    places: dict[str, str | None] = {}
+    for at, stage in enumerate(plan.stages, start=1):
+        place = f"{folder}/{EARLIER_NAME}/{at}"
+        make_one(prepare(stage.recipe, options, places), place)
+        places[stage.recipe.name or ""] = place
+    return prepare(plan.recipe, options, places)
+
+
+def _lacking(path: Path, parts: int) -> list[int]:
+    """Return the parts of an earlier merge of which not all is made."""
+    try:
+        with shared_folder(path, 1, parts) as files:
+            return missing_parts(files)
+    except FileNotFoundError:  # none is begun, or all of it is complete by now
+        return list(range(1, parts + 1))
+
+
+def waits_for_merge(plan: Plan, output: str, found: str) -> WaitsForOthersError:
+    """Return the error for an earlier merge that others have not made in the time given."""
+    return WaitsForOthersError(
+        f"the merge `{plan.recipe.name}` comes first, and other parts have not made theirs of it",
+        file=output,
+        expected="all of its parts",
+        found=f"not yet {found}",
+        advice="run this part again when those have run: it goes on from here",
+    )
 
 
 def _made_before(outputs: Sequence[OutputDirectory], all_files: Sequence[PartFiles]) -> list[Made]:
@@ -298,13 +383,11 @@ def finish(
 def check_parts(plans: Sequence[Plan], parts: int) -> None:
     """Raise PlanError for plans of the same tensors that cannot be made in so many parts."""
     first, *others = plans
-    if first.stages:
-        advice = (
-            "write each merge into a file of its own, and make them in parts one after the other"
-        )
-        message = "a recipe of several merges cannot be made in parts"
+    if first.stages and others:
+        message = "a sweep over a recipe of several merges cannot be made in parts"
+        advice = "sweep in one run; or make the earlier merges first, and name their outputs"
         problem = Problem(UNSUPPORTED, message, advice=advice)
-        raise PlanError.of("cannot merge in parts", [problem])
+        raise PlanError.of("cannot sweep in parts", [problem])
     shards = len(first.shards)
     if parts > shards:
         found = f"{shards} file{'' if shards == 1 else 's'} of weights, none of which is split"
@@ -406,6 +489,8 @@ def complete(
     started: float,
 ) -> MergeReport:
     """Complete an output; BusyError or NoPartsError if another run does, or has."""
+    digest = plan_digest(plan)
+    plan = planned_in_turn(plan, f"{path / PARTS_NAME}", planning)
     contents = contents_of(plan)
     weights = sum(size for _, size in plan.shards)
     with _only_one(path, parts) as files:
@@ -415,13 +500,13 @@ def complete(
             input_files=plan.input_files,
             needed_bytes=plan.disk - weights,
             names=contents.names,
-            purpose=plan_digest(plan),
+            purpose=digest,
             resume=True,
             parts=True,
         )
         try:
             made = _made_by_all(files)
-            states = _find_all(plan, files, made, output)
+            states = _find_all(plan, digest, files, made, output)
             stage(output, contents)
             folders = [files.of(at).path for at in made]
             digests = _core.Digests.of_parts(plan.table, folders, made[1].key)
@@ -474,17 +559,21 @@ def _made_by_all(files: PartFiles) -> dict[int, Made]:
 
 
 def _find_all(
-    plan: Plan, files: PartFiles, made: dict[int, Made], output: OutputDirectory
+    plan: Plan, digest: str, files: PartFiles, made: dict[int, Made], output: OutputDirectory
 ) -> list[FileState]:
-    """Return the state of each weight file of a plan, and have the output know where it waits."""
+    """Return the state of each weight file of a plan, and have the output know where it waits.
+
+    The `digest` is that of the plan which parts were begun with: of several merges, before those
+    that come first are made.
+    """
     states = {}
     for at, each in made.items():
         key = parsed(each.key)
-        if (key.get("plan"), key.get("oxmerge")) != (plan_digest(plan), __version__):
+        if (key.get("plan"), key.get("oxmerge")) != (digest, __version__):
             raise OutputError(
                 f"part {at} is of another plan, or was made by another version of oxmerge",
                 file=str(files.directory),
-                expected=f"plan {plan_digest(plan)[:16]}, oxmerge {__version__}",
+                expected=f"plan {digest[:16]}, oxmerge {__version__}",
                 found=f"plan {str(key.get('plan'))[:16]}, oxmerge {str(key.get('oxmerge'))[:40]}",
                 advice="make all parts anew: `oxmerge clean` removes them",
             )

@@ -131,6 +131,7 @@ class Purpose:
         """
         recipe = plan.recipe_text.encode(errors="backslashreplace")
         sweep = repr([plan_digest(each) for each in together])
+        inputs = plan.all_input_files
         story = {
             "version": _VERSION,
             "oxmerge": __version__,
@@ -141,13 +142,13 @@ class Purpose:
             "plan": plan_digest(plan),
             "sweep": hashlib.sha256(sweep.encode()).hexdigest(),
             # Neither paths nor inodes nor times: they may be others on another machine.
-            "inputs": [[Path(file["path"]).name, file["size"]] for file in plan.input_files],
+            "inputs": [[Path(file["path"]).name, file["size"]] for file in inputs],
         }
         return cls(
             json.dumps(story),
-            tuple(os.path.abspath(file["path"]) for file in plan.input_files),
-            tuple(map(_marks, plan.input_files)),
-            tuple(map(state_of, plan.input_files)),
+            tuple(os.path.abspath(file["path"]) for file in inputs),
+            tuple(map(_marks, inputs)),
+            tuple(map(state_of, inputs)),
             socket.gethostname(),
             _machine(),
         )

@@ -439,7 +439,7 @@ _AGAIN = "start again: a new plan takes the file as it is now"
 _NETWORK = "check the address, the network and the endpoint, and start again"
 _CREDENTIALS = (
     "check the credentials in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS "
-    "and so on) and what they may read"
+    "and so on) and what they may read and list"
 )
 #: What the library says of a list that is refused, for which it has no error of its own.
 _FORBIDDEN_LIST = "status code: 403"

@@ -29,14 +29,15 @@ const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
-/// Bytes of an element that is ranked in a worker: its order key, and whether it is kept, as a byte and
-/// as a bit; of a vector that is gone through again and again, two keys with indices.
-const RANKED_BYTES: u64 = 10;
+/// Bytes of an element that is ranked in a worker: its order key, its draw, and whether it is kept, as a
+/// byte and as a bit; of a vector that is gone through again and again, two keys with indices.
+const RANKED_BYTES: u64 = 14;
 const DESCENT_BYTES: u64 = 32;
-/// Bytes of an element of one ranking at a time: its draw, in a vector that doubles, and what sorting
-/// its vector takes.
-const DRAWN_BYTES: u64 = 8;
-const SORTED_BYTES: u64 = 16;
+/// Bytes of an element of one ranking at a time in long vectors: its draw, in a vector that doubles, and
+/// its order key once more. And of its vector: its bin, its place, the bound of a place, whether it is
+/// open, and, where vectors are interleaved, a copy; else what sorting takes.
+const DRAWN_BYTES: u64 = 16;
+const PLACED_BYTES: u64 = 40;
 /// What a vector of results takes besides them: itself, and what the allocator adds.
 const VECTOR_BYTES: u64 = 64;
 /// What a piece has on a device, an element: values of the working type beside one an input;
@@ -264,7 +265,7 @@ impl Need {
                 self.rankings += 1;
                 (spans.size, vector)
             };
-            one_ranking = one_ranking.max(DRAWN_BYTES * held + SORTED_BYTES * sorted);
+            one_ranking = one_ranking.max(DRAWN_BYTES * held + PLACED_BYTES * sorted);
         }
         self.worker_state.add(Amount::uncertain(one_ranking));
         let by_row = |reduction: &Arc<Reduction>| reduction.scope == Scope::Row;

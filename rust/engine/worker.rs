@@ -422,9 +422,9 @@ impl<'a> Worker<'a> {
             let stride = (band.end - band.start) as usize;
             let picked = picked(ranking.pick, &draws);
             let kept = if code.program.double {
-                kept_of::<i64>(self.level, &keys, stride, picked)
+                kept_of::<i64>(self.level, keys, stride, picked)
             } else {
-                kept_of::<i32>(self.level, &keys, stride, picked)
+                kept_of::<i32>(self.level, keys, stride, picked)
             };
             let mut rest = kept.as_slice();
             for part in parts() {
@@ -683,9 +683,9 @@ impl<'a> Worker<'a> {
 }
 
 /// What is kept of interleaved vectors that have these order keys.
-fn kept_of<O: Ordinal>(level: Level, keys: &[u64], stride: usize, picked: Picked<'_>) -> Vec<u8> {
-    let ordinals: Vec<O> = keys.iter().map(|&key| O::from_key(key)).collect();
-    let mut kept = vec![0; keys.len()];
+fn kept_of<O: Ordinal>(level: Level, keys: Vec<u64>, stride: usize, picked: Picked<'_>) -> Vec<u8> {
+    let ordinals: Vec<O> = keys.into_iter().map(O::from_key).collect();
+    let mut kept = vec![0; ordinals.len()];
     Ranker::new(level).pick(&ordinals, stride, picked, &mut kept);
     kept
 }

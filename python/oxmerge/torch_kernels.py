@@ -11,7 +11,7 @@
 - What ranks does so by integers, and random words are integer arithmetic.
 
 The exponential and the logarithm of elements are those of `rust/kernels/transcendental.rs`, step by
-step: torch's own differ in the last place.
+step: torch's own differ in the last place. (In f32 it takes 2ᵏ in one step; no bit differs.)
 """
 
 from __future__ import annotations

@@ -8,9 +8,17 @@
 
 use std::f64::consts::{FRAC_1_SQRT_2, LOG2_E};
 
-/// Terms of the series of each working type: of eʳ those after the first two, of ln those after the first.
-pub(super) const TERMS_F32: (usize, usize) = (8, 6);
-pub(super) const TERMS_F64: (usize, usize) = (12, 11);
+/// What a working type asks for.
+pub(super) struct Extent {
+    /// Terms of the series: of eʳ those after the first two, of ln those after the first.
+    pub(super) exp: usize,
+    pub(super) ln: usize,
+    /// A power beyond which eˣ is infinite, and 0 where it is negative.
+    pub(super) most: f64,
+}
+
+pub(super) const F32: Extent = Extent { exp: 8, ln: 6, most: 160.0 };
+pub(super) const F64: Extent = Extent { exp: 12, ln: 11, most: 800.0 };
 
 /// ln 2 in two parts: a whole number of up to 11 bits times the first is exact.
 const LN_2_HIGH: f64 = 6.931_471_803_691_238e-1;
@@ -18,6 +26,8 @@ const LN_2_LOW: f64 = 1.908_214_929_270_587_7e-10;
 /// Bits behind the point in a f64, and what its exponent is counted from.
 const FRACTION: u32 = 52;
 const BIAS: u64 = 1023;
+/// Up to this power, and down to its opposite, 2ᵏ is a normal number.
+const MOST_AT_ONCE: f64 = 700.0;
 /// 1.5 · 2⁵². Added to a smaller number, it leaves no bits behind the point: the sum is rounded to a whole
 /// number, which its lowest bits are.
 const TO_WHOLE: f64 = 6_755_399_441_055_744.0;
@@ -63,14 +73,17 @@ fn power_of_two(shifted: f64) -> f64 {
 
 /// eˣ: 2ᵏ · eʳ with |r| ≤ ln 2 / 2, by the Taylor series.
 #[inline(always)]
-pub(super) fn exp<const TERMS: usize>(x: f64) -> f64 {
-    // Beyond these the result is 0 or infinite, and k would leave its range. NaN stays, to the end.
-    let x = x.clamp(-800.0, 800.0);
+pub(super) fn exp<const TERMS: usize>(x: f64, most: f64) -> f64 {
+    // Beyond these k would leave its range. NaN stays, to the end.
+    let x = x.clamp(-most, most);
     let k = (x * LOG2_E + TO_WHOLE) - TO_WHOLE;
     let r = (x - k * LN_2_HIGH) - k * LN_2_LOW;
     // The small terms first: 1 is added once.
     let sum = 1.0 + (r + (r * r) * series(r, const { &factorials::<TERMS>() }));
-    // In two steps: 2ᵏ itself may be beyond the range of normal numbers.
+    if most <= MOST_AT_ONCE {
+        return sum * power_of_two(k + TO_WHOLE);
+    }
+    // In two steps, since 2ᵏ itself may not be a normal number.
     let half = k * 0.5 + TO_WHOLE;
     let rest = (k - (half - TO_WHOLE)) + TO_WHOLE;
     sum * power_of_two(half) * power_of_two(rest)
@@ -102,14 +115,14 @@ pub(super) fn ln<const TERMS: usize>(x: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{TERMS_F32, TERMS_F64};
+    use super::{F32, F64};
 
     fn exp(x: f64) -> f64 {
-        super::exp::<{ TERMS_F64.0 }>(x)
+        super::exp::<{ F64.exp }>(x, F64.most)
     }
 
     fn ln(x: f64) -> f64 {
-        super::ln::<{ TERMS_F64.1 }>(x)
+        super::ln::<{ F64.ln }>(x)
     }
 
     #[test]
@@ -133,9 +146,9 @@ mod tests {
     fn with_fewer_terms_they_are_as_near_as_f32_shows() {
         let mut x = -80.0;
         while x < 80.0 {
-            let (ours, theirs) = (super::exp::<{ TERMS_F32.0 }>(x), libm::exp(x));
+            let (ours, theirs) = (super::exp::<{ F32.exp }>(x, F32.most), libm::exp(x));
             assert!((ours - theirs).abs() <= 3e-11 * theirs, "e^{x}: {ours} {theirs}");
-            let (ours, wanted) = (super::ln::<{ TERMS_F32.1 }>(theirs), libm::log(theirs));
+            let (ours, wanted) = (super::ln::<{ F32.ln }>(theirs), libm::log(theirs));
             assert!((ours - wanted).abs() <= 3e-11 * wanted.abs() + 4e-17, "ln {theirs}");
             x += 0.0137;
         }

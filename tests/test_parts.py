@@ -30,6 +30,7 @@ from oxmerge.options import RunOptions
 from oxmerge.output import publish
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
+from oxmerge.parts import shared_folder
 from oxmerge.sweeping import variants
 from range_server import serve
 from writers import (
@@ -355,6 +356,33 @@ def test_several_merges_in_parts(
     assert sorted(path.name for path in (output / PARTS_NAME / "earlier").iterdir()) == ["1", "2"]
     oxmerge.finish(output)
     assert directory_bytes(output) == whole
+
+
+def test_a_part_makes_what_no_run_has_begun_of_earlier_merges(tmp_path: Path, models: Path) -> None:
+    """So parts that run one after the other, as on few cores, do not wait in vain."""
+    text = SEVERAL.replace("merge_method: metagpt", "merge_method: model_stock")
+    recipe, output = models / "several_in_turn.yml", tmp_path / "out"
+    recipe.write_text(text)
+    options: dict[str, Any] = {"shard_size": 2 * SHARD, "seed": 5}
+    oxmerge.merge(recipe, tmp_path / "one", **options)
+    for part in (2, 3, 1):
+        make(recipe, output, part, 3, **options, finish=True)
+    assert directory_bytes(output) == directory_bytes(tmp_path / "one")
+
+
+def test_what_another_run_has_begun_is_left_to_it(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make(models / "linear.yml", output, 1, 3)
+    with shared_folder(output, 1, 3) as files:
+        free = [files.of(part).is_free() for part in (1, 2, 3)]
+        assert free == [False, True, True]
+        with files.of(2).locked():
+            assert not files.of(2).is_free(own=True)
+        # Its locks may not be seen here: only a run of the same part takes it.
+        story = json.loads((output / PARTS_NAME / "1of3.key").read_text())
+        (output / PARTS_NAME / "3of3.key").write_text(json.dumps(story | {"machine": "another"}))
+        assert not files.of(3).is_free()
+        assert files.of(3).is_free(own=True)
 
 
 def test_parts_of_several_merges_one_after_the_other(

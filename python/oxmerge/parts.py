@@ -69,6 +69,10 @@ if TYPE_CHECKING:
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
+    #: What a merge in parts lacks, of which a run is to make one, and which parts no run makes.
+    Lacks = Callable[
+        [Plan, tuple[int, int], str, PlanOptions, RunOptions], tuple[str, Sequence[int]]
+    ]
 
 __all__ = [
     "WaitsForOthersError",
@@ -212,28 +216,32 @@ def after_earlier(
     folder: str,
     planning: PlanOptions,
     running: RunOptions,
-    lacks: Callable[[Plan, int, str, PlanOptions, RunOptions], str],
+    lacks: Lacks,
 ) -> Plan:
     """Return a plan of the last merge, when the outputs of those before it are all there.
 
-    Of each of these this run makes a part, and then waits for the others, as it does for their
-    sweeps. `lacks` says what a merge in so many parts still lacks, at its place below `folder`, and
-    completes it if that is nothing but its end.
+    Of each of these this run makes a part. Then it makes what no other run has begun, so that it
+    waits for none that has no node to run on, and waits for the rest; with no time to wait it does
+    neither. `lacks` says what a merge still lacks, at its place below `folder`, and which of its
+    parts no run makes; it completes the merge if it lacks nothing but its end.
     """
     number, parts = running.part or (1, 1)
     here = replace(running, part=None, overwrite=False, finish=False, hash_inputs=False)
 
     def make_one(earlier: Plan, place: str) -> None:
         count = min(parts, len(earlier.shards))
-        until, is_made = time.monotonic() + running.wait, number > count
-        while found := lacks(earlier, count, place, planning, here):
-            if not is_made:
-                is_made = True
-                own = replace(here, part=(number, count), allow_nonfinite=False)
-                # Another run may be about to complete it, or has.
-                with contextlib.suppress(BusyError, FileExistsError):
-                    merge_parts([(earlier, place)], planning, own, time.perf_counter())
-                continue
+        until = time.monotonic() + running.wait
+        while True:
+            found, free = lacks(earlier, (number, count), place, planning, here)
+            if not found:
+                return
+            if free and (number in free or running.wait > 0):
+                is_own = number in free
+                part = (number if is_own else free[0], count)
+                wait = running.wait if is_own else 0
+                options = replace(here, part=part, wait=wait, allow_nonfinite=False)
+                if _make_earlier(earlier, place, planning, options, is_own=is_own):
+                    continue
             if time.monotonic() >= until:
                 name = f"the merge `{earlier.recipe.name}` comes first"
                 raise WaitsForOthersError(
@@ -248,22 +256,41 @@ def after_earlier(
     return planned_in_turn(plan, folder, planning, make_one)
 
 
-def _lacks(plan: Plan, parts: int, place: str, planning: PlanOptions, running: RunOptions) -> str:
-    """Return what an earlier merge lacks; see `after_earlier`."""
+def _make_earlier(
+    plan: Plan, place: str, planning: PlanOptions, running: RunOptions, *, is_own: bool
+) -> bool:
+    """Make a part of an earlier merge; whether that could be done just now."""
+    try:
+        merge_parts([(plan, place)], planning, running, time.perf_counter())
+    except WaitsForOthersError:
+        if is_own:
+            raise
+        return False
+    except (BusyError, FileExistsError):  # another run is about to complete it, or has
+        return False
+    return True
+
+
+def _lacks(
+    plan: Plan, part: tuple[int, int], place: str, planning: PlanOptions, running: RunOptions
+) -> tuple[str, list[int]]:
+    """Return what an earlier merge lacks, and which parts are free; see `after_earlier`."""
+    number, parts = part
     path = Path(place)
     last = path / last_names(contents_of(plan))[-1]
     if last.exists():
-        return ""
+        return "", []
     try:
         with shared_folder(path, 1, parts) as files:
             left = missing_parts(files)
+            free = [at for at in left if files.of(at).is_free(own=at == number)]
     except FileNotFoundError:
-        return "any of them"
+        return "any of them", list(range(1, parts + 1))
     if left:
-        return shown(left)
+        return shown(left), free
     with contextlib.suppress(BusyError, NoPartsError):
         complete(plan, parts, path, planning, running, time.perf_counter())
-    return "" if last.exists() else "the end, which another run makes"
+    return "" if last.exists() else "the end, which another run makes", []
 
 
 def planned_in_turn(

@@ -31,7 +31,7 @@ from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_object
-from oxmerge.output.claims import locked_file
+from oxmerge.output.claims import BusyError, locked_file
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.publish import PARTS_NAME, OutputDirectory
 from oxmerge.output.resume import etag_of, parsed, state_of
@@ -358,17 +358,32 @@ class PartFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only run of this part; OutputError if there is one."""
+        """Be the only run of this part; BusyError if there is one."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked_file(f"{self.name}.lock", self.folder))
             except BlockingIOError:
-                raise OutputError(
+                raise BusyError(
                     f"another run makes part {self.part}",
                     file=str(self.directory),
                     advice="wait for it, or make another part",
                 ) from None
             yield
+
+    def is_free(self, *, own: bool = False) -> bool:
+        """Tell whether no run makes this part, and none has made it.
+
+        What was begun on another machine is not free, unless it is this run's `own`: not every file
+        system shows the locks of other machines.
+        """
+        story = {} if own else self._read(f"{self.name}.key") or {}
+        if self.made() is not None or story.get("machine", _machine()) != _machine():
+            return False
+        try:
+            with locked_file(f"{self.name}.lock", self.folder) as is_locked:
+                return is_locked or own
+        except BlockingIOError:
+            return False
 
     def join(self, purpose: Purpose) -> None:
         """Write down what this is a part of; OutputError if others are parts of something else."""

@@ -24,7 +24,7 @@ import pytest
 import test_token_rows as token_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from oxmerge import cli, parts
+from oxmerge import cli, merging, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
@@ -370,6 +370,49 @@ def test_a_part_makes_what_no_run_has_begun_of_earlier_merges(tmp_path: Path, mo
     assert directory_bytes(output) == directory_bytes(tmp_path / "one")
 
 
+def test_a_part_sweeps_what_no_run_has_begun(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    output = tmp_path / "out"
+    make(models / "nan.yml", output, 2, 3)
+    # Each is made by its own run all the same: so none finds that the output is complete.
+    report = make(models / "nan.yml", output, 3, 3, wait=0)
+    assert report.notes[-1] == "part 3 of 3 is made, but not yet part 1"
+    make(models / "nan.yml", output, 1, 3, finish=True)
+    assert directory_bytes(output) == whole["nan"]
+
+
+def test_others_sweep_when_a_part_gives_up(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has waited all the same, and whoever placed it runs it again."""
+    recipe, output = models / "nan.yml", tmp_path / "out"
+    execute = merging.execute
+
+    def late(*arguments: Any) -> Any:
+        try:
+            return execute(*arguments)
+        except OutputError:
+            monkeypatch.undo()
+            make(recipe, output, 2, 2, wait=0)
+            raise
+
+    monkeypatch.setattr(parts, "execute", late)
+    with pytest.raises(parts.WaitsForOthersError):
+        make(recipe, output, 1, 2, wait=0)
+
+
+def test_a_part_that_another_run_makes_is_waited_for(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    with ThreadPoolExecutor(1) as pool, shared_folder(output, 2, 2) as files:
+        with files.locked():
+            second = pool.submit(make, recipe, output, 2, 2, finish=True)
+            time.sleep(0.2)
+            assert not second.done()
+        assert second.result(timeout=60).files == FILES
+
+
 def test_what_another_run_has_begun_is_left_to_it(tmp_path: Path, models: Path) -> None:
     output = tmp_path / "out"
     make(models / "linear.yml", output, 1, 3)
@@ -611,7 +654,7 @@ def test_two_runs_of_one_part(tmp_path: Path, models: Path) -> None:
     try:
         with PartFiles(2, 2, folder, output).locked():
             with pytest.raises(OutputError, match="another run makes part 2"):
-                make(models / "linear.yml", output, 2, 2)
+                make(models / "linear.yml", output, 2, 2, wait=0)
             make(models / "linear.yml", output, 1, 2)
     finally:
         os.close(folder)

@@ -91,9 +91,13 @@ class WaitsForOthersError(OutputError):
     """Other parts have not swept their tensors in the time that was given; the own one has."""
 
 
+#: What the engine says where others have not left the numbers of their sweeps.
+_WAITING = "numbers over the whole model are needed"
 #: Where below the shared folder earlier merges are made.
 EARLIER_NAME = "earlier"
 _SECONDS_BETWEEN_LOOKS = 0.5
+#: How long a run waits for sweeps before it looks again whether there are some that no run makes.
+_SECONDS_BETWEEN_HELP = 30.0
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -115,15 +119,11 @@ def merge_parts(
     plans = [plan for plan, _ in merges]
     number, parts = running.part or (1, 1)
     check_parts(plans, parts)
-    shards = shards_of_parts([size for _, size in plans[0].shards], parts)[number - 1]
-    together = plans if len(plans) > 1 else ()
-    purposes = [Purpose.of(plan, parts, together) for plan in plans]
+    shared = _Shared(merges, parts)
+    shards = shared.shards[number - 1]
     backend = open_device(plans, running)
     with contextlib.ExitStack() as stack:
-        joined: dict[int, tuple[OutputDirectory, PartFiles]] = {}
-        for at in claiming_order([directory for _, directory in merges]):
-            joined[at] = _join(stack, merges[at], (number, parts), purposes[at], running)
-        outputs, all_files = map(list, zip(*(joined[at] for at in sorted(joined)), strict=True))
+        outputs, all_files = shared.join(stack, number, running)
         made = [] if running.fresh else _made_before(outputs, all_files)
         is_made = bool(made)
         if not is_made:
@@ -133,10 +133,11 @@ def merge_parts(
                 after_earlier(plan, f"{output.path / PARTS_NAME}", planning, running, _lacks)
                 for plan, output in zip(plans, outputs, strict=True)
             ]
-            keys = [purpose.key for purpose in purposes]
-            done = make(ready, shards, all_files, keys, running, backend)
+            done = _make_with_help(shared, ready, all_files, running, backend)
             names = [plans[0].shards[shard][0] for shard in shards]
-            for files, purpose, written in zip(all_files, purposes, done["files"], strict=True):
+            for files, purpose, written in zip(
+                all_files, shared.purposes, done["files"], strict=True
+            ):
                 states = [FileState(**state) for state in written]
                 each = Made(purpose.key, dict(zip(names, states, strict=True)), kept_of(done))
                 files.write_made(each)
@@ -158,6 +159,96 @@ def merge_parts(
         reports,
         lambda plan, folder: complete(plan, parts, Path(folder), planning, running, started),
     )
+
+
+def _helping(running: RunOptions, part: tuple[int, int]) -> RunOptions:
+    """Return the options with which a run makes another part than its own: it does not wait."""
+    return replace(
+        running,
+        part=part,
+        wait=0,
+        finish=False,
+        fresh=False,
+        hash_inputs=False,
+        allow_nonfinite=False,
+    )
+
+
+class _Shared:
+    """What parts make together: the output of one merge, or those of a sweep.
+
+    Parameters
+    ----------
+    merges : sequence of (Plan, path)
+        The plans, and where their outputs go.
+    parts : int
+        In how many parts.
+    """
+
+    def __init__(self, merges: Sequence[tuple[Plan, PathLike]], parts: int) -> None:
+        plans = [plan for plan, _ in merges]
+        together = plans if len(plans) > 1 else ()
+        self._merges, self._parts = merges, parts
+        self.purposes = [Purpose.of(plan, parts, together) for plan in plans]
+        self.shards = shards_of_parts([size for _, size in plans[0].shards], parts)
+
+    def join(
+        self, stack: contextlib.ExitStack, part: int, running: RunOptions
+    ) -> tuple[list[OutputDirectory], list[PartFiles]]:
+        """Share the outputs with the other parts until the stack ends, as the only run of one."""
+        joined: dict[int, tuple[OutputDirectory, PartFiles]] = {}
+        for at in claiming_order([directory for _, directory in self._merges]):
+            one = (part, self._parts)
+            joined[at] = _join(stack, self._merges[at], one, self.purposes[at], running)
+        outputs, files = zip(*(joined[at] for at in sorted(joined)), strict=True)
+        return list(outputs), list(files)
+
+    def make(
+        self,
+        plans: Sequence[Plan],
+        files: Sequence[PartFiles],
+        running: RunOptions,
+        backend: Backend | None,
+        *,
+        sweeps_only: bool = False,
+    ) -> dict[str, Any]:
+        """Make a part, which has been joined; see `make`."""
+        shards = self.shards[files[0].part - 1]
+        keys = [purpose.key for purpose in self.purposes]
+        return make(plans, shards, files, keys, running, backend, sweeps_only=sweeps_only)
+
+
+def _make_with_help(
+    shared: _Shared,
+    plans: Sequence[Plan],
+    files: Sequence[PartFiles],
+    running: RunOptions,
+    backend: Backend | None,
+) -> dict[str, Any]:
+    """Make a part. Before it waits for sweeps, make those that no run has begun."""
+    until = time.monotonic() + running.wait
+    try:
+        return shared.make(plans, files, replace(running, wait=0), backend)
+    except WaitsForOthersError:
+        if running.wait <= 0:
+            raise
+    while True:
+        at_once = replace(running, wait=0, fresh=False)
+        for other in files[0].unswept():
+            with (
+                contextlib.suppress(BusyError, WaitsForOthersError),
+                contextlib.ExitStack() as stack,
+            ):
+                _, theirs = shared.join(stack, other, at_once)
+                shared.make(plans, theirs, at_once, backend, sweeps_only=True)
+        left = until - time.monotonic()
+        wait = max(min(left, _SECONDS_BETWEEN_HELP), 0)
+        try:
+            again = replace(running, wait=wait, fresh=False)
+            return shared.make(plans, files, again, backend)
+        except WaitsForOthersError:
+            if left <= _SECONDS_BETWEEN_HELP:
+                raise
 
 
 def complete_each(
@@ -205,10 +296,24 @@ def _join(
     )
     stack.callback(output.claim.release)
     files = stack.enter_context(shared_folder(output.path, *part))
-    stack.enter_context(files.locked())
+    _lock(stack, files, running.wait)
     files.join(purpose)
     files.save(plan)
     return output, files
+
+
+def _lock(stack: contextlib.ExitStack, files: PartFiles, wait: float) -> None:
+    """Be the only run of a part, when another has ended that makes it; BusyError if none does."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            stack.enter_context(files.locked())
+        except BusyError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        else:
+            return
 
 
 def after_earlier(
@@ -239,7 +344,7 @@ def after_earlier(
                 is_own = number in free
                 part = (number if is_own else free[0], count)
                 wait = running.wait if is_own else 0
-                options = replace(here, part=part, wait=wait, allow_nonfinite=False)
+                options = replace(_helping(here, part), wait=wait, fresh=is_own and here.fresh)
                 if _make_earlier(earlier, place, planning, options, is_own=is_own):
                     continue
             if time.monotonic() >= until:
@@ -478,8 +583,13 @@ def make(
     keys: Sequence[str],
     running: RunOptions,
     backend: Backend | None,
+    *,
+    sweeps_only: bool = False,
 ) -> dict[str, Any]:
-    """Write some shards of each plan, into the directory of a part, and say how it went."""
+    """Write some shards of each plan, into the directory of a part, and say how it went.
+
+    With `sweeps_only` it ends with `WaitsForOthersError` when their tensors are swept.
+    """
     names = [plans[0].shards[shard][0] for shard in shards]
     size = sum(plans[0].shards[shard][1] for shard in shards)
     first = all_files[0]
@@ -488,7 +598,8 @@ def make(
         "bytes": size * len(plans),
         "descriptor": first.folder,
         "folder": first.path.parent,
-        "names": [f"{first.of(at + 1).name}.numbers" for at in range(first.parts)],
+        # Nobody leaves those of a part that there is not.
+        "names": [f"{first.of(at + 1).name}.numbers" for at in range(first.parts + sweeps_only)],
         "own": first.part - 1,
         "wait": running.wait,
     }
@@ -509,7 +620,8 @@ def make(
         try:
             done = execute(plans, own, running, backend, 0, part)
         except OutputError as error:
-            raise (_as_waiting(error) if first.waits() else error) from None
+            # Others may have left theirs since.
+            raise (_as_waiting(error) if _WAITING in error.message else error) from None
     except BaseException as error:
         keep = not isinstance(error, InputChangedError | ProblemsError)
         kept = [discard(output, keep=keep) for output in own]

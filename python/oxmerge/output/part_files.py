@@ -417,11 +417,15 @@ class PartFiles:
             plan.save(place / name)
             os.replace(place / name, place / PLAN_NAME)
 
-    def waits(self) -> bool:
-        """Tell whether this part has found its numbers, and another one has not."""
+    def unswept(self) -> list[int]:
+        """Return the parts that have not found their numbers, and that no run makes."""
         there = set(os.listdir(self.folder))
-        names = [f"{self.of(part).name}.numbers" for part in range(1, self.parts + 1)]
-        return names[self.part - 1] in there and not there.issuperset(names)
+        others = [self.of(part) for part in range(1, self.parts + 1) if part != self.part]
+        return [
+            other.part
+            for other in others
+            if f"{other.name}.numbers" not in there and other.is_free()
+        ]
 
     def made(self) -> Made | None:
         """Return what this part has made, if all of it is there as it was left."""

@@ -462,7 +462,7 @@ def test_an_input_of_an_earlier_merge_is_another_file(
         make(recipe, output, 1, 2, wait=0)
     shutil.rmtree(copy / "base")
     write_model(copy / "base", random_arrays(SHAPES, 7) | IDS, "BF16")
-    with pytest.raises(OutputError, match="another file on another machine") as caught:
+    with pytest.raises(OutputError, match="another file than part 1 has") as caught:
         make(copy / "several.yml", output, 2, 2, wait=0)
     assert caught.value.file == str(copy / "base" / "model.safetensors")
 
@@ -573,7 +573,7 @@ def test_an_input_is_another_file_on_another_machine(tmp_path: Path, models: Pat
     shutil.rmtree(copy / "b")
     write_model(copy / "b", arrays | IDS, "BF16")
     assert weights.stat().st_size == (models / "b" / "model.safetensors").stat().st_size
-    with pytest.raises(OutputError, match="another file on another machine") as caught:
+    with pytest.raises(OutputError, match="another file than part 1 has") as caught:
         make(copy / "linear.yml", output, 2, 2)
     assert caught.value.file == str(weights)
     assert str(models / "b" / "model.safetensors") in str(caught.value.expected)
@@ -673,6 +673,9 @@ def test_a_model_that_is_there_is_replaced_at_the_end(
         oxmerge.finish(output)
     oxmerge.finish(output, overwrite=True)
     assert directory_bytes(output) == whole["linear"]
+    with pytest.raises(OutputError, match="no parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "a model that is complete"
 
 
 def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from oxmerge.json_files import parse_json
 from oxmerge.merging import finish_all, open_device
 from oxmerge.output.claims import BusyError, claimed
 from oxmerge.output.contents import contents_of
-from oxmerge.output.manifest import plan_digest
+from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.objects import MOST_BYTES, RESIDENT, Objects, Uploads
 from oxmerge.output.part_files import (
     KEY,
@@ -249,9 +249,10 @@ def finish_in_store(
     objects = Objects.at(address)
     if running.overwrite:
         raise _no_overwrite(objects.address)
-    saved = objects.files().get(_RECORDS + PLAN_NAME)
+    there = objects.files()
+    saved = there.get(_RECORDS + PLAN_NAME)
     if saved is None:
-        raise no_parts(objects.address)
+        raise no_parts(objects.address, is_model=MANIFEST_NAME in there)
     with _scratch(objects.address, "plan", "") as place:
         objects.fetch(saved, place / PLAN_NAME)
         plan = load_plan(place / PLAN_NAME, allow_methods=allow_methods)

@@ -32,7 +32,7 @@ from oxmerge.models.stores import is_address
 from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import BusyError, locked_file, named
 from oxmerge.output.contents import contents_of
-from oxmerge.output.manifest import plan_digest
+from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.part_files import (
     DONE,
     PLAN_NAME,
@@ -523,7 +523,7 @@ def finish(
         with shared_folder(path, 1, parts) as files:
             _made_by_all(files)
     else:
-        raise no_parts(path)
+        raise no_parts(path, is_model=(path / MANIFEST_NAME).exists())
     plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
     return complete(plan, parts, path, planning, running, started)
 

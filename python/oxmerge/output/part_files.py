@@ -211,7 +211,7 @@ class Purpose:
             known = marks.keys() & other_marks.keys()
             if file != other_file or any(marks[kind] != other_marks[kind] for kind in known):
                 raise OutputError(
-                    f"the input `{file[0]}` is another file on another machine",
+                    f"the input `{file[0]}` is another file than part {part} has",
                     file=path,
                     expected=f"{_told(other_file, other_marks)}, {there} has `{other.paths[at]}`",
                     found=f"{_told(file, marks)} {here}",

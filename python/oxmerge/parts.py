@@ -91,6 +91,7 @@ class WaitsForOthersError(OutputError):
     """Other parts have not swept their tensors in the time that was given; the own one has."""
 
 
+_KEPT = "what is finished is kept: the same command goes on from there"
 #: What the engine says where others have not left the numbers of their sweeps.
 _WAITING = "numbers over the whole model are needed"
 #: Where below the shared folder earlier merges are made.
@@ -356,7 +357,11 @@ def after_earlier(
                     found=f"not yet {found}",
                     advice="run this part again when those have run: it goes on from here",
                 )
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            try:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            except KeyboardInterrupt as error:
+                error.add_note(_KEPT)
+                raise
 
     return planned_in_turn(plan, folder, planning, make_one)
 
@@ -626,7 +631,7 @@ def make(
         keep = not isinstance(error, InputChangedError | ProblemsError)
         kept = [discard(output, keep=keep) for output in own]
         if any(kept):
-            error.add_note("what is finished is kept: the same command goes on from there")
+            error.add_note(_KEPT)
         raise
     for output in own:
         close(output, keep=True)

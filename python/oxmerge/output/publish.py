@@ -610,12 +610,15 @@ def _require_parts(output: OutputDirectory) -> None:
         raise no_parts(output.path)
 
 
-def no_parts(directory: Path | str) -> NoPartsError:
-    """Return the error for an output in which no part was made."""
+def no_parts(directory: Path | str, *, is_model: bool = False) -> NoPartsError:
+    """Return the error for an output in which no part was made, or for one that is complete."""
     return NoPartsError(
         "there are no parts of a merge",
         file=str(directory),
-        advice="make them with `oxmerge merge RECIPE OUT --part 1/N` and so on",
+        found="a model that is complete" if is_model else None,
+        advice="nothing is left to do, if that is what was asked for"
+        if is_model
+        else "make them with `oxmerge merge RECIPE OUT --part 1/N` and so on",
     )
 
 

@@ -353,6 +353,45 @@ NO_NAMES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://huggingface.co/org/name/tree/v1/onnx", "org/name@v1/onnx"),
+        ("https://hf.co/org/name/blob/refs%2Fpr%2F1/a.bin?x=1", "org/name@refs%2Fpr%2F1/a.bin"),
+    ],
+)
+def test_a_page_of_the_hub_is_told_its_name(page: str, name: str) -> None:
+    found = resolve_reference(page, ())
+    assert isinstance(found, Problem)
+    assert found.advice == f"write its name, `{name}`"
+    assert HubName.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("HF_ENDPOINT", "localhost:80", "HF_ENDPOINT is no address of a server"),
+        ("HF_ENDPOINT", "http://127.0.0.1:99999", "HF_ENDPOINT is no address of a server"),
+        ("HF_ENDPOINT", "http://[", "HF_ENDPOINT is no address of a server"),
+        ("HF_TOKEN", "hf_€", "the token for the Hub has letters that no token has"),
+        ("HF_TOKEN_PATH", "/", "the token for the Hub cannot be read (is a directory)"),
+    ],
+)
+def test_an_environment_that_no_request_can_be_made_of(
+    the_hub: Hub, tmp_path: Path, variable: str, value: str, told: str
+) -> None:
+    """The library reads it when it is imported, so another process has it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "oxmerge", "inspect", "org/one"],
+        env={**os.environ, "HF_HOME": str(the_hub.home), variable: value},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert told in done.stderr
+    assert "hint:" in done.stderr
+
+
 @pytest.mark.parametrize("text", NO_NAMES)
 def test_what_is_no_name(text: str) -> None:
     assert HubName.parse(text) is None

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -806,6 +807,35 @@ def test_nobody_there(the_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = refusal(passthrough("org/one"))
     assert "there is no path `org/one`, and the Hub cannot be reached" in problem.message
     assert "check the network" in (problem.advice or "")
+
+
+class _NoHub(BaseHTTPRequestHandler):
+    """What is not the Hub, as a page to sign in to a network."""
+
+    said = b"<html>"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.said)))
+        self.end_headers()
+        self.wfile.write(self.said)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("said", [b"<html>", b"{}", b"[]", b'{"id": 3, "siblings": 4}'])
+def test_what_answers_is_not_the_hub(
+    the_hub: Hub, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(_NoHub, "said", said)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _NoHub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        problem = refusal(passthrough("org/one"))
+        server.shutdown()
+    assert "is not the Hub" in problem.message
+    assert "HF_ENDPOINT" in (problem.advice or "")
 
 
 def test_offline_and_nothing_here(the_hub: Hub) -> None:

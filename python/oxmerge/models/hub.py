@@ -256,8 +256,9 @@ def _asked(ask: Callable[[], Any], name: str, revision: str | None, file: str | 
 
 
 def _is_known(error: Exception) -> bool:
+    """Tell whether the library raises an error for what it has met, or for what it was sent."""
     modules = {each.__module__.partition(".")[0] for each in type(error).__mro__}
-    return isinstance(error, OSError) or any(
+    return isinstance(error, (OSError, ValueError, LookupError, TypeError)) or any(
         each.startswith(("httpx", "huggingface_hub")) for each in modules
     )
 
@@ -304,6 +305,8 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
      "check what the token may read, or {sign_in}"),
     ((), (404,), _NO_MODEL, _SPELLING),
     (("HFValidationError",), (), "`{name}` is no name that the Hub has", "check how it is spelt"),
+    (("ValueError", "LookupError", "TypeError"), (), "what answers at {endpoint} is not the Hub",
+     "check HF_ENDPOINT, and whether the network first asks to sign in"),
 )  # fmt: skip
 
 

@@ -166,7 +166,7 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
     "whole numbers": (
         lambda: SOUND | {f"{Q}.lora_A.weight": np.ones((2, 8), np.int64)},
         config(),
-        "holds no numbers",
+        "has another type: expected a float type, found I64",
     ),
     "of another kind": (
         lambda: SOUND | {f"{Q}.lora_diag": np.ones((2,), np.float32)},
@@ -513,6 +513,7 @@ def test_a_plus_may_be_part_of_a_name(model: Path, tmp_path: Path) -> None:
         "org/name@main",
         (("other", -2.0),),
     )
+    assert split_adapters("m+other=5e-2", folders) == ("m", (("other", 0.05),))
     assert split_adapters("m" + "+a" * 100_000, folders)[1] == ()
 
 

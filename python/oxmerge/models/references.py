@@ -49,7 +49,7 @@ __all__ = [
 
 #: Adapters on one model; what one is multiplied by.
 _MOST_PARTS = 32
-_NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})")
+_NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})(?:e-?\d{1,2})?")
 #: What people copy from a browser.
 _PAGE = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)"

@@ -120,6 +120,12 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
     "a rank of text": (lambda: SOUND, config(r="2"), "`r` is a whole number above 0"),
     "infinite": (lambda: SOUND, config(lora_alpha=float("inf")), "`lora_alpha` is a finite number"),
     "no number": (lambda: SOUND, config(lora_alpha=float("nan")), "is a finite number"),
+    "larger than any": (lambda: SOUND, config(lora_alpha=10**400), "is a finite number"),
+    "a number for a switch": (
+        lambda: SOUND,
+        config(use_rslora=1),
+        "`use_rslora` is true or false: found `1`",
+    ),
     "a switch": (lambda: SOUND, config(use_dora="yes"), "`use_dora` is true or false"),
     "a slow pattern": (
         lambda: SOUND,

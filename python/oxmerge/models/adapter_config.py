@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from math import sqrt
 
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
@@ -209,7 +209,7 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str
 def _numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str]]:
     advice = "save the adapter anew"
     for key in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
-        if raw.get(key) not in (None, True, False):
+        if not isinstance(raw.get(key), bool | None):
             yield "adapter", f"`{key}` is true or false", _shown(raw[key]), advice
     if not _is_rank(raw.get("r", 8)):
         yield "adapter", "`r` is a whole number above 0", _shown(raw["r"]), advice
@@ -264,7 +264,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in {int, float} and isfinite(value) and abs(value) < _LARGEST  # type: ignore[arg-type]
+    return type(value) in {int, float} and abs(value) < _LARGEST  # type: ignore[arg-type]
 
 
 def _shown(value: object) -> str:

@@ -264,6 +264,14 @@ def test_weights_that_are_cut_short(model: Path, tmp_path: Path) -> None:
     assert "no adapter can be read here" in problems(f"{model}+{adapter}")[0]
 
 
+def test_a_folder_of_adapters_names_them(model: Path, tmp_path: Path) -> None:
+    """PEFT saves adapters that are not the default one in folders below."""
+    for name in ("one", "two"):
+        write_adapter(tmp_path / "several" / name, SOUND)
+    (found,) = problems(f"{model}+{tmp_path / 'several'}")
+    assert "hint: name one of the adapters in it: `one`, `two`" in found
+
+
 def test_a_name_that_no_pattern_can_hold_up(model: Path, tmp_path: Path) -> None:
     """Two repetitions in a pattern take time, but not for ever."""
     said = config(rank_pattern={r".*\..*x": 4}, alpha_pattern={".*a.*b": 2})

@@ -581,6 +581,10 @@ def _not_found(reference: str, places: list[str], seen: str, advice: str) -> Pro
     tried = " or ".join(f"`{place}`" for place in places)
     there = f": there is no {tried}" if tried else ""
     message = f"no model `{reference}`{there}{seen}"
+    for place in filter(os.path.islink, places):
+        found = f"a link to `{printable(os.readlink(place))}`"
+        advice = "put the model where the link leads, or name where it is"
+        return Problem("missing-model", message, found=found, advice=advice)
     if meant := _meant(reference, places):
         advice = f"did you mean `{meant}`? If not, {advice}"
     return Problem("missing-model", message, advice=advice)

@@ -419,7 +419,11 @@ class _OneAdapter:
         kind, name = kind_of(tensor.name)
         if ".original_module." in name or name.endswith(".lora_velora_embed"):
             return  # a copy of the base, which trainers leave, or what VeLoRA trains with
-        if 0 in tensor.shape or not is_float(tensor.dtype):
+        if not is_float(tensor.dtype):
+            expected, found = "a float type", tensor.dtype
+            self._fault("an adapter's tensor has another type", tensor, expected, found)
+            return
+        if 0 in tensor.shape:
             advice = "it was saved while its parts lay on several devices: gather it, and save anew"
             self._fault("an adapter's tensor holds no numbers", tensor, advice=advice)
             return

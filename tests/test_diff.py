@@ -222,6 +222,7 @@ def test_integers_are_compared_by_their_bits(tmp_path: Path) -> None:
     assert [tensor.is_equal for tensor in found.tensors] == [False, True]
     assert (found.total.changed, found.total.compared) == (100, 0)
     assert found.total.cosine is None
+    assert [tensor.numbers.relative for tensor in found.tensors] == [None, 0]
 
 
 def test_what_cannot_be_compared_is_told(

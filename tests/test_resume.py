@@ -399,6 +399,11 @@ FAULTS = {
     "read": ("EIO", "EINTR", "short", "end", "change"),
     "write": ("EIO", "ENOSPC", "EINTR", "short", "death"),
     "flush": ("EIO", "EINTR", "death"),
+    "open": ("EIO", "EMFILE", "EACCES", "death"),
+    "rename": ("EIO", "EACCES", "death"),
+    "remove": ("death",),  # what cannot be removed at the end is left: it does no harm
+    "make": ("EACCES", "death"),
+    "size": ("ENOSPC", "death"),
 }
 
 

@@ -19,7 +19,7 @@ from math import prod
 
 from oxmerge.errors import OxmergeError
 from oxmerge.models.adapter_config import FILE_NAME, endings, read_adapter_config
-from oxmerge.models.names import is_head, is_vocabulary
+from oxmerge.models.names import find_embedding, is_head, is_vocabulary
 from oxmerge.models.naming import known_rules
 from oxmerge.models.references import open_located
 from oxmerge.problems import UNSUPPORTED, Problem, near
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     Factor = tuple[tuple[int, str], int, int, int]
     Term = tuple[tuple[int, int], int, float, Factor, Factor | None]
 
-__all__ = ["WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter"]
+__all__ = [
+    "WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter", "untied",
+]  # fmt: skip
 
 #: What the weights of an adapter are called: the first that is there counts.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -279,9 +281,7 @@ class _Adapting:
         """Return the embedding that a head of this name is tied to, if the model has no head."""
         if not (is_head(name) and self.is_tied) or name in self.known:
             return None
-        ends = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-        found = [each for each in self.names if each.endswith(ends)]
-        return found[0] if len(found) == 1 else None
+        return find_embedding(self.names)
 
     def change(self, name: str, columns: int) -> _Change | None:
         """Return what becomes of a tensor, to add to; None if adapters see it in other rows."""
@@ -329,14 +329,24 @@ class _Adapting:
             }
             if len(rows) == 1 and "vocab_size" in new:
                 new["vocab_size"] = max(rows)
-            if is_untied and new.get("tie_word_embeddings") is True:
-                new["tie_word_embeddings"] = False
             return new
 
-        return edited(self.config) if rows or is_untied else self.config
+        config = untied(self.config) if is_untied else self.config
+        return edited(config) if rows else config
 
 
 _NESTED = ("text_config", "llm_config")
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that does not tie the head to the embedding."""
+    new = {
+        key: untied(each) if key in _NESTED and isinstance(each, dict) else each
+        for key, each in config.items()
+    }
+    if new.get("tie_word_embeddings") is True:
+        new["tie_word_embeddings"] = False
+    return new
 
 
 def _parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -363,7 +363,8 @@ def test_slices_need_one_stack(shelf: Shelf) -> None:
         ),
         (
             "`a`: `slices` needs a model with exactly one stack of layers: found 2 stacks "
-            "(`model.layers`, `visual.blocks`)\n  hint: merge whole models with `models`"
+            "(`model.layers`, `visual.blocks`)\n  hint: merge whole models with `models`, or put "
+            "`slices` of each part under `modules`"
         ),
     ]
 

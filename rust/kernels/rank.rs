@@ -203,9 +203,9 @@ impl<O: Ordinal> Kernel for Largest<'_, O> {
         let cut = O::from_key(low);
         let equals = wanted - count(ordinals, |other| other > cut);
         let mut places = (0..ordinals.len()).filter(|&at| ordinals[at] == cut);
-        let last = places.nth(equals as usize - 1).expect("the cut is the key of an element");
+        let until = places.nth(equals as usize - 1).expect("the cut is the key of an element");
         for (at, (kept, &ordinal)) in kept.iter_mut().zip(ordinals).enumerate() {
-            *kept = u8::from(if at <= last { ordinal >= cut } else { ordinal > cut });
+            *kept = u8::from(if at <= until { ordinal >= cut } else { ordinal > cut });
         }
     }
 }
@@ -305,18 +305,18 @@ impl Bins {
     /// Puts the elements in bins. The least ones have one of their own, the last: many may be zero.
     #[inline(always)]
     fn fill<O: Ordinal>(&mut self, ordinals: &[O]) {
-        let bits = (ordinals.len().ilog2() - 1).clamp(LEAST_BINS, MOST_BINS);
-        let (shift, last) = (O::MANTISSA + OCTAVE_BITS - bits, 1 << bits);
+        let log = (ordinals.len().ilog2() - 1).clamp(LEAST_BINS, MOST_BINS);
+        let (shift, bins) = (O::MANTISSA + OCTAVE_BITS - log, 1 << log);
         let (least, greatest) = ends(ordinals);
         let top = greatest.high(shift);
         self.slots.resize(ordinals.len(), 0);
         for (slot, &ordinal) in self.slots.iter_mut().zip(ordinals) {
             let high = ordinal.high(shift);
-            let bin = O::shifted(top.above(high), 0).min(last - 1) as u16;
+            let bin = O::shifted(top.above(high), 0).min(bins - 1) as u16;
             let mixed = if ordinal.has_below(shift) { MIXED } else { 0 };
             // What is too small for the other bins shares one.
-            let shared = if u32::from(bin) == last - 1 { MIXED } else { 0 };
-            *slot = if ordinal == least { last as u16 } else { bin | mixed | shared };
+            let shared = if u32::from(bin) == bins - 1 { MIXED } else { 0 };
+            *slot = if ordinal == least { bins as u16 } else { bin | mixed | shared };
         }
         self.counts.resize((1 << MOST_BINS) + 1, 0);
         self.earlier.resize(ordinals.len(), 0);
@@ -327,7 +327,7 @@ impl Bins {
         }
         self.starts.resize(self.counts.len(), [0; 2]);
         let mut start = 0;
-        for (count, place) in self.counts[..=last as usize].iter_mut().zip(&mut self.starts) {
+        for (count, place) in self.counts[..=bins as usize].iter_mut().zip(&mut self.starts) {
             let (elements, mixed) = (*count / 2, *count % 2);
             *place = [start, mixed * elements.saturating_sub(1)];
             *count = 0;

@@ -440,6 +440,7 @@ CONTRACTS: list[dict[str, Any]] = [
     {"merge_method": "nuslerp", "base_model": "a", "models": weighted("a", "b")},
     {"merge_method": "passthrough", "models": [{"model": "a"}, {"model": "b"}]},
     linear("a", "./a"),
+    {"merge_method": "linear", "models": [{"model": "a", "parameters": {"wieght": 1}}]},
     {
         "merge_method": "ties",
         "base_model": "a",

@@ -85,9 +85,10 @@ _TABLE, _STACK = 2, 3
 #: Types of models whose linear layers store what others store transposed, and whose experts do.
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 _TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
+#: What PEFT calls the output of torch's own attention, and transformers the head of Whisper.
 _IN_ATTENTION = ".base_layer.out_proj"
-#: Where the head of a language model is, and what such a model is.
 _WHISPER_HEAD = "proj_out.weight"
+#: How architectures end that have the head of a language model.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 #: What modules of experts are called in transformers 4, and 5.
 _EXPERT_NAMES = (".block_sparse_moe.", ".mlp.")
@@ -426,7 +427,11 @@ class _OneAdapter:
         kind, name = kind_of(tensor.name)
         if ".original_module." in name or name.endswith(".lora_velora_embed"):
             return  # a copy of the base, which trainers leave, or what VeLoRA trains with
-        if 0 in tensor.shape or not is_float(tensor.dtype):
+        if not is_float(tensor.dtype):
+            expected, found = "a float type", tensor.dtype
+            self._fault("an adapter's tensor has another type", tensor, expected, found)
+            return
+        if 0 in tensor.shape:
             advice = "it was saved while its parts lay on several devices: gather it, and save anew"
             self._fault("an adapter's tensor holds no numbers", tensor, advice=advice)
             return

@@ -325,7 +325,8 @@ class SectionBuilder:
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
         levels = (source.parameters, part.parameters, part.module_parameters, *self._levels)
         parameters = self._method.parameters_of(base=is_base)
-        return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
+        whose = f" for model `{source.model}`"
+        return Resolver(parameters, levels, self._reader, whose, source.where)
 
     def _shared(self, part: Slice) -> Resolver:
         levels = (part.parameters, part.module_parameters, *self._levels)

@@ -267,7 +267,9 @@ def _look_at_layers(model: InputModel, tensors: list[TensorInfo], found: Found) 
             found.warnings.append(about("config-size", message, names, advice, expected=expected))
     # Layers with tensors that no other has are of another kind by design.
     own = {
-        (prefix, min(of_layers)) for (prefix, _), of_layers in shapes.items() if len(of_layers) == 1
+        (prefix, next(iter(of_layers)))
+        for (prefix, _), of_layers in shapes.items()
+        if len(of_layers) == 1
     }
     for (prefix, rest), of_layers in shapes.items():
         _look_at_layers_of(prefix, rest, of_layers, layout.stacks[prefix].depth, own, found)

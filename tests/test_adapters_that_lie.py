@@ -133,6 +133,16 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
         "a number for each pattern",
     ),
     "a rank that lies": (lambda: SOUND, config(r=4), "expected rank 4, found 2 in [2, 8]"),
+    "patterns out of order": (
+        lambda: SOUND,
+        config(rank_pattern={"q_proj": 5, "self_attn.q_proj": 2}),
+        "hint: PEFT sorts patterns when it saves",
+    ),
+    "in torch's own attention": (
+        lambda: {k.replace("q_proj", "x.base_layer.out_proj"): v for k, v in SOUND.items()},
+        config(),
+        "not supported yet: a LoRA on torch's own attention",
+    ),
     "a factor alone": (
         lambda: without(SOUND, f"{Q}.lora_B.weight"),
         config(),

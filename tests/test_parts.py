@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 #: Small tensors that lie together, some of several blocks, and integers; eleven files of weights.
 SHAPES: dict[str, tuple[int, ...]] = {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
 SHAPES |= {"layers.3.bias": (70000,), "layers.9.rows": (5, 7), "scale": (1,)}
+IDS = {"position_ids": np.arange(77, dtype=np.int64)}
 SHARD, FILES = 40_000, 11
 WRITTEN = ["written_methods"]
 
@@ -82,10 +83,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, two fine-tunes of it, and a recipe for each method."""
     folder = tmp_path_factory.mktemp("models")
     base = random_arrays(SHAPES, seed=0)
-    ids = {"position_ids": np.arange(77, dtype=np.int64)}
-    write_model(folder / "base", base | ids, "BF16")
+    write_model(folder / "base", base | IDS, "BF16")
     for seed, name in enumerate("ab", start=1):
-        write_model(folder / name, tuned(base, seed) | ids, "BF16")
+        write_model(folder / name, tuned(base, seed) | IDS, "BF16")
     for method, about in METHODS.items():
         names = list(about.get("models", "ab"))
         more = {name: about[name] for name in ("each", "shared") if name in about}
@@ -306,6 +306,96 @@ def test_inputs_are_streamed_to_each_part(
     assert all(data == whole[method][name] for name, data in made.items() if name not in told)
 
 
+#: The first is of numbers over the whole model, and has fewer files than the last.
+SEVERAL = """\
+name: first
+merge_method: metagpt
+base_model: base
+models: [{model: a}, {model: b}]
+---
+name: second
+merge_method: linear
+models:
+- {model: first, parameters: {weight: 0.4}}
+- {model: b, parameters: {weight: 0.6}}
+---
+merge_method: slerp
+base_model: second
+models: [{model: second}, {model: first}]
+parameters: {t: 0.3}
+dtype: float32
+"""
+
+
+def write_several(models: Path) -> Path:
+    recipe = models / "several.yml"
+    recipe.write_text(SEVERAL)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def several(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, bytes]]:
+    """A recipe of several merges, and what one run makes."""
+    recipe, output = write_several(models), tmp_path_factory.mktemp("several") / "one"
+    oxmerge.merge(recipe, output, shard_size=2 * SHARD, seed=5)
+    return recipe, directory_bytes(output)
+
+
+@pytest.mark.parametrize(
+    "parts", [3, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (1, 2, 7))]
+)
+def test_several_merges_in_parts(
+    tmp_path: Path, several: tuple[Path, dict[str, bytes]], parts: int
+) -> None:
+    recipe, whole = several
+    output = tmp_path / "out"
+    make_all(recipe, output, parts, shard_size=2 * SHARD)
+    assert sorted(path.name for path in (output / PARTS_NAME / "earlier").iterdir()) == ["1", "2"]
+    oxmerge.finish(output)
+    assert directory_bytes(output) == whole
+
+
+def test_parts_of_several_merges_one_after_the_other(
+    tmp_path: Path, several: tuple[Path, dict[str, bytes]]
+) -> None:
+    """A part says what it waits for, and goes on from there when it is run again."""
+    recipe, whole = several
+    output, told = tmp_path / "out", []
+    for _ in range(4):
+        for part in (1, 2, 3):
+            try:
+                options: dict[str, Any] = {"wait": 0, "shard_size": 2 * SHARD, "finish": True}
+                report = make(recipe, output, part, 3, **options)
+            except OutputError as error:
+                told.append(f"{error.message.partition(',')[0]}: {str(error.advice)[:19]}")
+        if (output / "config.json").exists():
+            break
+    assert set(told) == {
+        "numbers over the whole model are needed: run this part again",
+        "the merge `first` comes first: run this part again",
+        "the merge `second` comes first: run this part again",
+    }
+    assert report.files > 7
+    assert directory_bytes(output) == whole
+
+
+def test_an_input_of_an_earlier_merge_is_another_file(
+    tmp_path: Path, models: Path, several: tuple[Path, dict[str, bytes]]
+) -> None:
+    recipe, _ = several
+    copy, output = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(models, copy)
+    with pytest.raises(OutputError, match="numbers over the whole model"):
+        make(recipe, output, 1, 2, wait=0)
+    shutil.rmtree(copy / "base")
+    write_model(copy / "base", random_arrays(SHAPES, 7) | IDS, "BF16")
+    with pytest.raises(OutputError, match="another file on another machine") as caught:
+        make(copy / "several.yml", output, 2, 2, wait=0)
+    assert caught.value.file == str(copy / "base" / "model.safetensors")
+
+
 def test_the_last_part_completes_the_output(
     tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
 ) -> None:
@@ -409,9 +499,8 @@ def test_an_input_is_another_file_on_another_machine(tmp_path: Path, models: Pat
     make(models / "linear.yml", output, 1, 2)
     weights = copy / "b" / "model.safetensors"
     arrays = {name: values + np.float32(1) for name, values in random_arrays(SHAPES, 0).items()}
-    ids = {"position_ids": np.arange(77, dtype=np.int64)}
     shutil.rmtree(copy / "b")
-    write_model(copy / "b", arrays | ids, "BF16")
+    write_model(copy / "b", arrays | IDS, "BF16")
     assert weights.stat().st_size == (models / "b" / "model.safetensors").stat().st_size
     with pytest.raises(OutputError, match="another file on another machine") as caught:
         make(copy / "linear.yml", output, 2, 2)
@@ -531,11 +620,9 @@ def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_made_in_parts(tmp_path: Path, models: Path) -> None:
-    one = "merge_method: linear\nmodels:\n- model: {}\n  parameters: {{weight: 1}}\n"
-    recipe = tmp_path / "two.yml"
-    recipe.write_text(f"name: first\n{one.format(models / 'a')}---\n{one.format('first')}")
+    several = write_several(models)
     with pytest.raises(UnsupportedError, match="several merges cannot be made in parts"):
-        make(recipe, tmp_path / "out", 1, 2)
+        oxmerge.sweep(several, tmp_path / "o{n}", {"parameters.t": "0.1,0.2"}, part=(1, 2))
     with pytest.raises(ValueError, match="digests"):
         make(models / "linear.yml", tmp_path / "out", 1, 2, digests=False)
     with pytest.raises(ValueError, match="from 1 to 2"):

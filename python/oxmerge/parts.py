@@ -25,6 +25,7 @@ from oxmerge.merging import (
     execute,
     finish_all,
     open_device,
+    prepare,
     report_of,
 )
 from oxmerge.models.stores import is_address
@@ -49,6 +50,7 @@ from oxmerge.output.publish import (
     OutputDirectory,
     close,
     discard,
+    last_names,
     no_parts,
     prepare_output,
     share_output,
@@ -60,7 +62,7 @@ from oxmerge.problems import UNSUPPORTED, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from oxmerge.planning.plans import Plan
@@ -68,13 +70,26 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
-__all__ = ["WaitsForOthersError", "check_parts", "complete", "finish", "merge_parts"]
+__all__ = [
+    "WaitsForOthersError",
+    "after_earlier",
+    "check_of_plan",
+    "check_parts",
+    "complete",
+    "complete_each",
+    "finish",
+    "merge_parts",
+    "planned_in_turn",
+]
 
 
 class WaitsForOthersError(OutputError):
     """Other parts have not swept their tensors in the time that was given; the own one has."""
 
 
+#: Where below the shared folder earlier merges are made.
+EARLIER_NAME = "earlier"
+_SECONDS_BETWEEN_LOOKS = 0.5
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -89,12 +104,11 @@ def merge_parts(
     Each output has a shared folder of its own; what they find together in a sweep over the tensors
     lies in that of the first. See `oxmerge.merge`.
     """
-    plans = [plan for plan, _ in merges]
-    addresses = [text for _, path in merges if is_address(text := os.fspath(path))]
-    if addresses:
+    if any(is_address(os.fspath(path)) for _, path in merges):
         from oxmerge.in_store import merge_in_store  # noqa: PLC0415 - it needs this module
 
-        return [merge_in_store(plans, addresses[0], planning, running, started)]
+        return merge_in_store(merges, planning, running, started)
+    plans = [plan for plan, _ in merges]
     number, parts = running.part or (1, 1)
     check_parts(plans, parts)
     shards = shards_of_parts([size for _, size in plans[0].shards], parts)[number - 1]
@@ -111,7 +125,12 @@ def merge_parts(
         if not is_made:
             for files in all_files:
                 files.forget_made()
-            done = make(plans, shards, all_files, purposes, running, backend)
+            ready = [
+                after_earlier(plan, f"{output.path / PARTS_NAME}", planning, running, _lacks)
+                for plan, output in zip(plans, outputs, strict=True)
+            ]
+            keys = [purpose.key for purpose in purposes]
+            done = make(ready, shards, all_files, keys, running, backend)
             names = [plans[0].shards[shard][0] for shard in shards]
             for files, purpose, written in zip(all_files, purposes, done["files"], strict=True):
                 states = [FileState(**state) for state in written]
@@ -130,16 +149,17 @@ def merge_parts(
     ]
     if left or not running.finish:
         return reports
-    return _complete_each(plans, reports, parts, planning, running, started)
+    return complete_each(
+        plans,
+        reports,
+        lambda plan, folder: complete(plan, parts, Path(folder), planning, running, started),
+    )
 
 
-def _complete_each(
+def complete_each(
     plans: Sequence[Plan],
     parts_made: Sequence[MergeReport],
-    parts: int,
-    planning: PlanOptions,
-    running: RunOptions,
-    started: float,
+    complete_one: Callable[[Plan, str], MergeReport],
 ) -> list[MergeReport]:
     """Complete each output, whatever becomes of the others; then raise the first error."""
     reports: list[MergeReport] = []
@@ -147,7 +167,7 @@ def _complete_each(
     for plan, part in zip(plans, parts_made, strict=True):
         folder = part.directory
         try:
-            reports.append(complete(plan, parts, Path(folder), planning, running, started))
+            reports.append(complete_one(plan, folder))
         except (BusyError, NoPartsError):
             *others, note = part.notes
             note += "; another run completes the output, "
@@ -176,7 +196,7 @@ def _join(
     output = share_output(
         directory,
         overwrite=running.overwrite,
-        input_files=plan.input_files,
+        input_files=plan.all_input_files,
         names=contents_of(plan).names,
     )
     stack.callback(output.claim.release)
@@ -185,6 +205,87 @@ def _join(
     files.join(purpose)
     files.save(plan)
     return output, files
+
+
+def after_earlier(
+    plan: Plan,
+    folder: str,
+    planning: PlanOptions,
+    running: RunOptions,
+    lacks: Callable[[Plan, int, str, PlanOptions, RunOptions], str],
+) -> Plan:
+    """Return a plan of the last merge, when the outputs of those before it are all there.
+
+    Of each of these this run makes a part, and then waits for the others, as it does for their
+    sweeps. `lacks` says what a merge in so many parts still lacks, at its place below `folder`, and
+    completes it if that is nothing but its end.
+    """
+    number, parts = running.part or (1, 1)
+    here = replace(running, part=None, overwrite=False, finish=False, hash_inputs=False)
+
+    def make_one(earlier: Plan, place: str) -> None:
+        count = min(parts, len(earlier.shards))
+        until, is_made = time.monotonic() + running.wait, number > count
+        while found := lacks(earlier, count, place, planning, here):
+            if not is_made:
+                is_made = True
+                own = replace(here, part=(number, count), allow_nonfinite=False)
+                # Another run may be about to complete it, or has.
+                with contextlib.suppress(BusyError, FileExistsError):
+                    merge_parts([(earlier, place)], planning, own, time.perf_counter())
+                continue
+            if time.monotonic() >= until:
+                name = f"the merge `{earlier.recipe.name}` comes first"
+                raise WaitsForOthersError(
+                    f"{name}, and other parts have not made theirs of it",
+                    file=folder.removesuffix(f"/{PARTS_NAME}"),
+                    expected="all of its parts",
+                    found=f"not yet {found}",
+                    advice="run this part again when those have run: it goes on from here",
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    return planned_in_turn(plan, folder, planning, make_one)
+
+
+def _lacks(plan: Plan, parts: int, place: str, planning: PlanOptions, running: RunOptions) -> str:
+    """Return what an earlier merge lacks; see `after_earlier`."""
+    path = Path(place)
+    last = path / last_names(contents_of(plan))[-1]
+    if last.exists():
+        return ""
+    try:
+        with shared_folder(path, 1, parts) as files:
+            left = missing_parts(files)
+    except FileNotFoundError:
+        return "any of them"
+    if left:
+        return shown(left)
+    with contextlib.suppress(BusyError, NoPartsError):
+        complete(plan, parts, path, planning, running, time.perf_counter())
+    return "" if last.exists() else "the end, which another run makes"
+
+
+def planned_in_turn(
+    plan: Plan,
+    folder: str,
+    planning: PlanOptions,
+    make_one: Callable[[Plan, str], None] = lambda _, __: None,
+) -> Plan:
+    """Return a plan of the last merge that reads what the ones before it have made.
+
+    `make_one` is called with the plan of each of those, and where it goes: below `folder`.
+    """
+    if not plan.stages:
+        return plan
+    # A plan has its own seed and sizes, and which models may differ was settled when it was made.
+    options = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
+    places: dict[str, str | None] = {}
+    for at, earlier in enumerate(plan.stages, start=1):
+        place = f"{folder}/{EARLIER_NAME}/{at}"
+        make_one(prepare(earlier.recipe, options, places), place)
+        places[earlier.recipe.name or ""] = place
+    return prepare(plan.recipe, options, places)
 
 
 def _made_before(outputs: Sequence[OutputDirectory], all_files: Sequence[PartFiles]) -> list[Made]:
@@ -298,13 +399,14 @@ def finish(
 def check_parts(plans: Sequence[Plan], parts: int) -> None:
     """Raise PlanError for plans of the same tensors that cannot be made in so many parts."""
     first, *others = plans
-    if first.stages:
+    if first.stages and others:
+        message = "a sweep over a recipe of several merges cannot be made in parts or in a store"
         advice = (
-            "write each merge into a file of its own, and make them in parts one after the other"
+            "sweep in one run, into directories; or make the earlier merges first, and name their "
+            "outputs"
         )
-        message = "a recipe of several merges cannot be made in parts"
         problem = Problem(UNSUPPORTED, message, advice=advice)
-        raise PlanError.of("cannot merge in parts", [problem])
+        raise PlanError.of("cannot sweep in parts", [problem])
     shards = len(first.shards)
     if parts > shards:
         found = f"{shards} file{'' if shards == 1 else 's'} of weights, none of which is split"
@@ -346,7 +448,7 @@ def make(
     plans: Sequence[Plan],
     shards: Sequence[int],
     all_files: Sequence[PartFiles],
-    purposes: Sequence[Purpose],
+    keys: Sequence[str],
     running: RunOptions,
     backend: Backend | None,
 ) -> dict[str, Any]:
@@ -365,14 +467,14 @@ def make(
     }
     own: list[OutputDirectory] = []
     try:
-        for files, purpose in zip(all_files, purposes, strict=True):
+        for files, key in zip(all_files, keys, strict=True):
             output = prepare_output(
                 files.path,
                 overwrite=False,
                 input_files=(),
                 needed_bytes=size * len(plans),
                 names=names,
-                purpose=purpose.key,
+                purpose=key,
                 resume=True,
                 fresh=running.fresh,
             )
@@ -406,22 +508,24 @@ def complete(
     started: float,
 ) -> MergeReport:
     """Complete an output; BusyError or NoPartsError if another run does, or has."""
-    contents = contents_of(plan)
-    weights = sum(size for _, size in plan.shards)
+    digest = plan_digest(plan)
     with _only_one(path, parts) as files:
+        plan = planned_in_turn(plan, f"{path / PARTS_NAME}", planning)
+        contents = contents_of(plan)
+        weights = sum(size for _, size in plan.shards)
         output = prepare_output(
             path,
             overwrite=running.overwrite,
             input_files=plan.input_files,
             needed_bytes=plan.disk - weights,
             names=contents.names,
-            purpose=plan_digest(plan),
+            purpose=digest,
             resume=True,
             parts=True,
         )
         try:
             made = _made_by_all(files)
-            states = _find_all(plan, files, made, output)
+            states = _find_all(plan, digest, files, made, output)
             stage(output, contents)
             folders = [files.of(at).path for at in made]
             digests = _core.Digests.of_parts(plan.table, folders, made[1].key)
@@ -474,20 +578,16 @@ def _made_by_all(files: PartFiles) -> dict[int, Made]:
 
 
 def _find_all(
-    plan: Plan, files: PartFiles, made: dict[int, Made], output: OutputDirectory
+    plan: Plan, digest: str, files: PartFiles, made: dict[int, Made], output: OutputDirectory
 ) -> list[FileState]:
-    """Return the state of each weight file of a plan, and have the output know where it waits."""
+    """Return the state of each weight file of a plan, and have the output know where it waits.
+
+    The `digest` is that of the plan which parts were begun with: of several merges, before those
+    that come first are made.
+    """
     states = {}
     for at, each in made.items():
-        key = parsed(each.key)
-        if (key.get("plan"), key.get("oxmerge")) != (plan_digest(plan), __version__):
-            raise OutputError(
-                f"part {at} is of another plan, or was made by another version of oxmerge",
-                file=str(files.directory),
-                expected=f"plan {plan_digest(plan)[:16]}, oxmerge {__version__}",
-                found=f"plan {str(key.get('plan'))[:16]}, oxmerge {str(key.get('oxmerge'))[:40]}",
-                advice="make all parts anew: `oxmerge clean` removes them",
-            )
+        check_of_plan(each.key, digest, at, str(files.directory))
         found = files.of(at).find(output, each)
         if found is None:
             message = f"the weight files of part {at} are not as it left them"
@@ -496,6 +596,19 @@ def _find_all(
             output.places[name] = place
             states[name] = state
     return [states[name] for name, _ in plan.shards]
+
+
+def check_of_plan(key: str, digest: str, part: int, directory: str) -> None:
+    """Raise OutputError unless a part that is called so is one of the plan of that digest."""
+    found = parsed(key)
+    if (found.get("plan"), found.get("oxmerge")) != (digest, __version__):
+        raise OutputError(
+            f"part {part} is of another plan, or was made by another version of oxmerge",
+            file=directory,
+            expected=f"plan {digest[:16]}, oxmerge {__version__}",
+            found=f"plan {str(found.get('plan'))[:16]}, oxmerge {str(found.get('oxmerge'))[:40]}",
+            advice="make all parts anew: `oxmerge clean` removes them",
+        )
 
 
 def together(parts: list[dict[str, Any]], note: str | None) -> dict[str, Any]:

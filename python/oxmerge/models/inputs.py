@@ -12,6 +12,7 @@ from oxmerge.models.adapters import adapt, open_adapter
 from oxmerge.models.names import find_layer_counts, find_layout, is_head
 from oxmerge.models.naming import named_as
 from oxmerge.models.references import Located, open_located, resolve_reference, split_adapters
+from oxmerge.models.stores import is_address
 from oxmerge.models.vocabularies import OPAQUE, folder_beside, present, same_files, token_files
 from oxmerge.problems import Findings, Problem, did_you_mean, group_problems
 from oxmerge.recipe.recipe import UNREAD
@@ -224,7 +225,10 @@ class Inputs:
         if reference not in self._located:
             model, adapters = split_adapters(reference, self._folders)
             stage = self._stages.get(model)
-            base = Located(stage) if stage else resolve_reference(model, self._folders)
+            if stage is not None and not is_address(stage):
+                base: Located | Problem = Located(stage)
+            else:
+                base = resolve_reference(stage or model, self._folders)
             found = [(resolve_reference(each, self._folders), weight) for each, weight in adapters]
             each_located = (base, *(each for each, _ in found))
             missing = next((each for each in each_located if isinstance(each, Problem)), None)

@@ -24,6 +24,7 @@ import socket
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from oxmerge import __version__
 from oxmerge._core import partial_name
@@ -44,10 +45,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DONE",
+    "KEY",
     "PLAN_NAME",
+    "Keys",
     "Made",
     "PartFiles",
     "Purpose",
+    "join",
     "missing_parts",
     "parts_in",
     "read_done",
@@ -57,7 +61,8 @@ __all__ = [
 
 PLAN_NAME = "plan"
 _VERSION = 2
-_KEY = re.compile(r"([1-9][0-9]{0,5})of([1-9][0-9]{0,5})\.key")
+#: How a key is called; in a store, with a hash of what it says.
+KEY = re.compile(r"([1-9][0-9]{0,5})of([1-9][0-9]{0,5})\.(?:[0-9a-f]{16}\.)?key")
 #: Where in a file a few bytes are compared: at so many places, so many.
 _PLACES = 4
 _PLACE_BYTES = 4096
@@ -131,6 +136,7 @@ class Purpose:
         """
         recipe = plan.recipe_text.encode(errors="backslashreplace")
         sweep = repr([plan_digest(each) for each in together])
+        inputs = plan.all_input_files
         story = {
             "version": _VERSION,
             "oxmerge": __version__,
@@ -141,13 +147,13 @@ class Purpose:
             "plan": plan_digest(plan),
             "sweep": hashlib.sha256(sweep.encode()).hexdigest(),
             # Neither paths nor inodes nor times: they may be others on another machine.
-            "inputs": [[Path(file["path"]).name, file["size"]] for file in plan.input_files],
+            "inputs": [[Path(file["path"]).name, file["size"]] for file in inputs],
         }
         return cls(
             json.dumps(story),
-            tuple(os.path.abspath(file["path"]) for file in plan.input_files),
-            tuple(map(_marks, plan.input_files)),
-            tuple(map(state_of, plan.input_files)),
+            tuple(os.path.abspath(file["path"]) for file in inputs),
+            tuple(map(_marks, inputs)),
+            tuple(map(state_of, inputs)),
             socket.gethostname(),
             _machine(),
         )
@@ -258,6 +264,47 @@ def _sample(path: str, size: int) -> str:
     return found.hexdigest()
 
 
+class Keys(Protocol):
+    """Where runs of a merge in parts write down what they are parts of: a folder, or a store."""
+
+    @property
+    def directory(self) -> str | Path:
+        """What users call it."""
+
+    def keys(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+        """Return the part and the story of each run that is written down, by name."""
+
+    def write_key(self, name: str, story: Mapping[str, Any]) -> None:
+        """Write one down, as a whole or not at all."""
+
+    def remove_key(self, name: str) -> None:
+        """Take it back."""
+
+
+def join(keys: Keys, name: str, purpose: Purpose, story: Mapping[str, Any]) -> None:
+    """Write down what a run is a part of; OutputError if others are parts of something else.
+
+    Others may write theirs at the same time. So it is looked both before and after: of two that are
+    parts of different merges, at least the one that writes last sees the other. Who gives way takes
+    back only what it has written.
+    """
+
+    def check() -> Mapping[str, object]:
+        found = keys.keys()
+        for part, other in found.values():
+            purpose.check_same(other, part, str(keys.directory))
+        return found
+
+    before = check()
+    keys.write_key(name, story)
+    try:
+        check()
+    except OutputError:
+        if name not in before:
+            keys.remove_key(name)
+        raise
+
+
 #: What is written down of how a part was made, and of which type; see `_core.execute`.
 DONE: dict[str, type | tuple[type, ...]] = {
     "bytes_read": int, "bytes_written": int, "seconds": (int, float), "peak_memory": int,
@@ -324,19 +371,26 @@ class PartFiles:
             yield
 
     def join(self, purpose: Purpose) -> None:
-        """Write down what this is a part of; OutputError if others are parts of something else.
+        """Write down what this is a part of; OutputError if others are parts of something else."""
+        join(self, f"{self.name}.key", purpose, purpose.story())
 
-        Others may write theirs at the same time. So it is looked both before and after.
-        """
-        self._check_others(purpose)
-        before = self._read("key")
-        self._write("key", purpose.story())
-        try:
-            self._check_others(purpose)
-        except OutputError:
-            if before is None:
-                os.unlink(f"{self.name}.key", dir_fd=self.folder)
-            raise
+    def keys(self) -> dict[str, tuple[int, Mapping[str, Any]]]:
+        """Return what runs here have written down; see `Keys`."""
+        found: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        for name in sorted(os.listdir(self.folder)):
+            match = KEY.fullmatch(name)
+            story = match and self._read(name)
+            if match and story:
+                found[name] = int(match[1]), story
+        return found
+
+    def write_key(self, name: str, story: Mapping[str, Any]) -> None:
+        """Write down what a run is a part of; see `Keys`."""
+        self._write(name, story)
+
+    def remove_key(self, name: str) -> None:
+        """Take that back; see `Keys`."""
+        os.unlink(name, dir_fd=self.folder)
 
     def save(self, plan: Plan) -> None:
         """Leave the plan for who finishes, unless another part has."""
@@ -356,7 +410,7 @@ class PartFiles:
 
     def made(self) -> Made | None:
         """Return what this part has made, if all of it is there as it was left."""
-        done = self._read("done")
+        done = self._read(f"{self.name}.done")
         if done is None:
             return None
         try:
@@ -369,7 +423,7 @@ class PartFiles:
     def write_made(self, made: Made) -> None:
         """Write down that all of this part is made."""
         shards = {name: state._asdict() for name, state in made.shards.items()}
-        self._write("done", {"key": made.key, "shards": shards, "done": made.done})
+        self._write(f"{self.name}.done", {"key": made.key, "shards": shards, "done": made.done})
 
     def forget_made(self) -> None:
         """Take back that all is made."""
@@ -396,23 +450,12 @@ class PartFiles:
                         found[shard] = place, now
         return found if len(found) == len(made.shards) else None
 
-    def _check_others(self, purpose: Purpose) -> None:
-        for name in sorted(os.listdir(self.folder)):
-            match = _KEY.fullmatch(name)
-            if match is None:
-                continue
-            other = PartFiles(int(match[1]), int(match[2]), self.folder, self.directory)
-            story = other._read("key")
-            if story is not None:
-                purpose.check_same(story, other.part, str(self.directory))
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """Return what a file says; None if there is none that was written as such."""
+        return read_object(f"/proc/self/fd/{self.folder}/{name}") or None
 
-    def _read(self, kind: str) -> dict[str, Any] | None:
-        """Return what a file of this part says; None if there is none that was written as such."""
-        return read_object(f"/proc/self/fd/{self.folder}/{self.name}.{kind}") or None
-
-    def _write(self, kind: str, story: Mapping[str, Any]) -> None:
+    def _write(self, name: str, story: Mapping[str, Any]) -> None:
         """Write a file that is there as a whole or not at all."""
-        name = f"{self.name}.{kind}"
         unfinished = partial_name(f"{name}.{socket.gethostname()}.{os.getpid()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -431,7 +474,7 @@ def parts_in(directory: Path) -> int:
     """Return how many parts the merge has of which some were made in an output; 0 if none was."""
     names = os.listdir(directory / PARTS_NAME) if (directory / PARTS_NAME).is_dir() else []
     for name in names:
-        match = _KEY.fullmatch(name)
+        match = KEY.fullmatch(name)
         if match:
             return int(match[2])
     return 0

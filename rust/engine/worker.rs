@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use super::ahead::{Ahead, Held};
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
-use super::digest::AT_ONCE;
+use super::digest::{AT_ONCE, Node};
 use super::passes::{Found, Marked, Pass, References};
 use super::places::Places;
 use super::simd::{draws_of, picked};
@@ -314,14 +314,8 @@ impl<'a> Worker<'a> {
                 let (before, outputs) = (held.undecided(), results.outputs);
                 fits = fits && held.gather(&step, outputs.last().expect("marks are an output"));
                 if fits && held.undecided() == before && at_once == AT_ONCE {
-                    let each = task.sinks.iter().zip(&outputs).zip(references);
-                    let nodes = each.map(|((sink, out), reference)| {
-                        let reference = reference.and_then(|input| step.inputs[input].as_ref());
-                        let reference = reference.map(|it| (it.dtype, it.part(&step.elements)));
-                        let elements = step.elements.clone();
-                        sink.digester().map(|it| it.node(level, elements, out, reference))
-                    });
-                    held.digested.push((step.elements.start, nodes.collect()));
+                    let nodes = digested(level, task, &step, &outputs, references);
+                    held.digested.push((step.elements.start, nodes));
                 }
             }
             Ok(())
@@ -787,6 +781,23 @@ fn digest(
         let reference = reference.map(|input| (input.dtype, input.part(elements)));
         digester.take(level, elements.start, out, reference);
     }
+}
+
+/// What is known of a step of each output, for its digest, if one is wanted.
+fn digested(
+    level: Level,
+    task: &Task,
+    step: &Step<'_>,
+    outputs: &[&mut [u8]],
+    references: &References,
+) -> Vec<Option<Node>> {
+    let each = task.sinks.iter().zip(outputs).zip(references);
+    each.map(|((sink, out), reference)| {
+        let reference = reference.and_then(|input| step.inputs[input].as_ref());
+        let reference = reference.map(|input| (input.dtype, input.part(&step.elements)));
+        sink.digester().map(|digester| digester.node(level, step.elements.clone(), out, reference))
+    })
+    .collect()
 }
 
 /// Puts the bytes of inputs that are outputs as they are in their places.

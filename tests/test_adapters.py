@@ -377,6 +377,21 @@ def test_a_base_that_lies_otherwise(place: Path) -> None:
         assert torch.equal(on_views[name], plain[name]), name
 
 
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"trainable_token_indices": [3, 1]}])
+def test_an_adapter_more_exact_than_its_model(place: Path, config: dict[str, Any]) -> None:
+    """Numbers of f64 are rounded to what the model is computed in."""
+    model = base(place, llama)
+    adapter = train(place, llama, f"double-{len(str(config))}", **targets(*LINEAR, **config))
+    double = place / f"{adapter.name}-f64"
+    shutil.copytree(adapter, double)
+    factors = safetensors_torch.load_file(adapter / "adapter_model.safetensors")
+    factors = {name: each.double() for name, each in factors.items()}
+    safetensors_torch.save_file(factors, double / "adapter_model.safetensors")
+    single, wide = (fuse(f"{model}+{each}", "float32") for each in (adapter, double))
+    for name in single:
+        assert torch.equal(single[name], wide[name]), name
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_an_adapter_whose_start_was_converted(place: Path, start: str) -> None:
     """What has changed the base at the start is in the adapter when it is saved; else refused."""

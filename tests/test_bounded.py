@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import oxmerge
 import pytest
 import yaml
+from oxmerge.cli import main
 from oxmerge.errors import OxmergeError, RecipeError
 from oxmerge.json_files import read_json
 from oxmerge.output.journal import JOURNAL_NAME
@@ -216,24 +217,21 @@ LONG_TEXTS = [
     f"{RECIPE}x: [{LONG}\n",
     f"{RECIPE}x: 0x{'f' * 100_000}\n",
     f"{RECIPE}dtype: {'9' * 4000}\n",
-    f"merge_method: linear\nmodels: [{'1, ' * 20_000}]\n",
+    f"merge_method: linear\nmodels: [{'1, ' * 3_000}]\n",
 ]
 
 
 @pytest.mark.parametrize("text", LONG_TEXTS, ids=range(len(LONG_TEXTS)))
-def test_messages_show_a_line_of_a_value(text: str, tmp_path: Path) -> None:
+def test_messages_show_a_line_of_a_value(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "recipe.yml"
     path.write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "oxmerge", "plan", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert max(map(len, done.stderr.splitlines())) < 1000
-    assert len(done.stderr) < 20_000
+    assert main(["plan", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert max(map(len, told.splitlines())) < 1000
+    assert len(told) < 20_000
     with pytest.raises(OxmergeError) as caught:
         oxmerge.plan(path)
     assert len(repr(caught.value)) < 20_000

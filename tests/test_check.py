@@ -219,6 +219,11 @@ def test_a_row_of_zeros_is_a_vector(tmp_path: Path) -> None:
     assert told(write(tmp_path / "m", bias)) == {"note": ["constant-tensor"]}
 
 
+def test_a_model_without_floats(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", {"ids": np.arange(5), "mask": np.ones(3, bool)})
+    assert told(model) == {}
+
+
 # What headers and files show.
 
 

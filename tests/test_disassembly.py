@@ -68,6 +68,16 @@ def test_kernels_are_as_wide_as_their_level(shells: dict[tuple[str, str], list[s
     assert found == []
 
 
+@pytest.mark.parametrize("real", ["f32", "f64"])
+def test_the_logarithm_is_as_wide_as_its_level(
+    shells: dict[tuple[str, str], list[str]], real: str
+) -> None:
+    # It is in one kernel with narrow ones such as `abs`. Nothing else in there divides.
+    for level, register in REGISTERS.items():
+        body = shells[level, f"Unary<{real}>"]
+        assert any(re.match(r"\s*v?divpd", line) and register in line for line in body), level
+
+
 def test_only_products_of_low_rank_are_fused(shells: dict[tuple[str, str], list[str]]) -> None:
     fused = {
         (level, kernel.partition("<")[0])

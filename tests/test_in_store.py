@@ -155,6 +155,9 @@ def test_the_last_part_completes_the_output(
     assert fetched(output, tmp_path / "out") == whole["linear"]
     with pytest.raises(OutputError, match="something lies where"):
         make(recipe, output, 1, 3)
+    with pytest.raises(OutputError, match="no parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "a model that is complete"
 
 
 def test_two_runs_complete_the_output(

@@ -135,7 +135,7 @@ def test_a_missing_parameter_is_reported() -> None:
     assert problems == [
         (
             "tensor `lm_head.weight`: `weight` is required for model `a`\n"
-            "  hint: give it there, or for all under `parameters` at the top level"
+            "  hint: write it under `parameters` at the top level"
         )
     ]
 

@@ -24,12 +24,13 @@ import pytest
 import test_token_rows as token_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from oxmerge import cli, parts
+from oxmerge import cli, merging, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
+from oxmerge.parts import shared_folder
 from oxmerge.sweeping import variants
 from range_server import serve
 from writers import (
@@ -357,6 +358,76 @@ def test_several_merges_in_parts(
     assert directory_bytes(output) == whole
 
 
+def test_a_part_makes_what_no_run_has_begun_of_earlier_merges(tmp_path: Path, models: Path) -> None:
+    """So parts that run one after the other, as on few cores, do not wait in vain."""
+    text = SEVERAL.replace("merge_method: metagpt", "merge_method: model_stock")
+    recipe, output = models / "several_in_turn.yml", tmp_path / "out"
+    recipe.write_text(text)
+    options: dict[str, Any] = {"shard_size": 2 * SHARD, "seed": 5}
+    oxmerge.merge(recipe, tmp_path / "one", **options)
+    for part in (2, 3, 1):
+        make(recipe, output, part, 3, **options, finish=True)
+    assert directory_bytes(output) == directory_bytes(tmp_path / "one")
+
+
+def test_a_part_sweeps_what_no_run_has_begun(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    output = tmp_path / "out"
+    make(models / "nan.yml", output, 2, 3)
+    # Each is made by its own run all the same: so none finds that the output is complete.
+    report = make(models / "nan.yml", output, 3, 3, wait=0)
+    assert report.notes[-1] == "part 3 of 3 is made, but not yet part 1"
+    make(models / "nan.yml", output, 1, 3, finish=True)
+    assert directory_bytes(output) == whole["nan"]
+
+
+def test_others_sweep_when_a_part_gives_up(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has waited all the same, and whoever placed it runs it again."""
+    recipe, output = models / "nan.yml", tmp_path / "out"
+    execute = merging.execute
+
+    def late(*arguments: Any) -> Any:
+        try:
+            return execute(*arguments)
+        except OutputError:
+            monkeypatch.undo()
+            make(recipe, output, 2, 2, wait=0)
+            raise
+
+    monkeypatch.setattr(parts, "execute", late)
+    with pytest.raises(parts.WaitsForOthersError):
+        make(recipe, output, 1, 2, wait=0)
+
+
+def test_a_part_that_another_run_makes_is_waited_for(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    with ThreadPoolExecutor(1) as pool, shared_folder(output, 2, 2) as files:
+        with files.locked():
+            second = pool.submit(make, recipe, output, 2, 2, finish=True)
+            time.sleep(0.2)
+            assert not second.done()
+        assert second.result(timeout=60).files == FILES
+
+
+def test_what_another_run_has_begun_is_left_to_it(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make(models / "linear.yml", output, 1, 3)
+    with shared_folder(output, 1, 3) as files:
+        free = [files.of(part).is_free() for part in (1, 2, 3)]
+        assert free == [False, True, True]
+        with files.of(2).locked():
+            assert not files.of(2).is_free(own=True)
+        # Its locks may not be seen here: only a run of the same part takes it.
+        story = json.loads((output / PARTS_NAME / "1of3.key").read_text())
+        (output / PARTS_NAME / "3of3.key").write_text(json.dumps(story | {"machine": "another"}))
+        assert not files.of(3).is_free()
+        assert files.of(3).is_free(own=True)
+
+
 def test_parts_of_several_merges_one_after_the_other(
     tmp_path: Path, several: tuple[Path, dict[str, bytes]]
 ) -> None:
@@ -391,7 +462,7 @@ def test_an_input_of_an_earlier_merge_is_another_file(
         make(recipe, output, 1, 2, wait=0)
     shutil.rmtree(copy / "base")
     write_model(copy / "base", random_arrays(SHAPES, 7) | IDS, "BF16")
-    with pytest.raises(OutputError, match="another file on another machine") as caught:
+    with pytest.raises(OutputError, match="another file than part 1 has") as caught:
         make(copy / "several.yml", output, 2, 2, wait=0)
     assert caught.value.file == str(copy / "base" / "model.safetensors")
 
@@ -502,7 +573,7 @@ def test_an_input_is_another_file_on_another_machine(tmp_path: Path, models: Pat
     shutil.rmtree(copy / "b")
     write_model(copy / "b", arrays | IDS, "BF16")
     assert weights.stat().st_size == (models / "b" / "model.safetensors").stat().st_size
-    with pytest.raises(OutputError, match="another file on another machine") as caught:
+    with pytest.raises(OutputError, match="another file than part 1 has") as caught:
         make(copy / "linear.yml", output, 2, 2)
     assert caught.value.file == str(weights)
     assert str(models / "b" / "model.safetensors") in str(caught.value.expected)
@@ -583,7 +654,7 @@ def test_two_runs_of_one_part(tmp_path: Path, models: Path) -> None:
     try:
         with PartFiles(2, 2, folder, output).locked():
             with pytest.raises(OutputError, match="another run makes part 2"):
-                make(models / "linear.yml", output, 2, 2)
+                make(models / "linear.yml", output, 2, 2, wait=0)
             make(models / "linear.yml", output, 1, 2)
     finally:
         os.close(folder)
@@ -602,6 +673,9 @@ def test_a_model_that_is_there_is_replaced_at_the_end(
         oxmerge.finish(output)
     oxmerge.finish(output, overwrite=True)
     assert directory_bytes(output) == whole["linear"]
+    with pytest.raises(OutputError, match="no parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "a model that is complete"
 
 
 def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:

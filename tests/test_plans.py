@@ -190,6 +190,9 @@ def overflow(saved: Saved) -> None:
 
 TABLE = ("table", "tensors", 0)
 INPUT = (*TABLE, 7, 0)
+ORIGIN = ("table", "settings", 0, "origin")
+SHARE = ("output", "accounting", 0, "merged")
+NOT_ORIGIN = "what says where parameters come from is not as it should be"
 WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
     "version": (change("oxmerge_plan", to=1), "saved by another version of oxmerge.*plan version"),
     "method": (change("table", "method", to="tiez"), "there is no merge method `tiez`"),
@@ -230,6 +233,30 @@ WRONG: dict[str, tuple[Callable[[Saved], None], str]] = {
     "missing": (
         change("table", "settings", 0, "shared", to={}),
         "the parameter `rescale` has no value",
+    ),
+    "origin": (change(*ORIGIN, to="recipe"), NOT_ORIGIN),
+    "origins of inputs": (change(*ORIGIN, "own", to=[{}]), NOT_ORIGIN),
+    "origin of a parameter": (change(*ORIGIN, "shared", to={"weight": 7}), NOT_ORIGIN),
+    "points": (
+        change(*ORIGIN, "shared", to={"weight": {"where": "x", "gradient": 1, "position": 0}}),
+        NOT_ORIGIN,
+    ),
+    "gradient without position": (
+        change(*ORIGIN, "shared", to={"weight": {"where": "x", "gradient": [1]}}),
+        NOT_ORIGIN,
+    ),
+    "zero byte": (
+        change("table", "files", 0, "path", to="/m/x\0.safetensors"),
+        "no path of a file has a zero byte",
+    ),
+    "count": (change(*SHARE, "count", to=-1), "`count` in the plan is out of range"),
+    "memory": (
+        change("output", "tokenizer_memory", to=-1),
+        "`tokenizer_memory` in the plan is out of range",
+    ),
+    "source": (
+        change("output", "side_files", 0, "source", to="\0"),
+        "a file beside the weights must have a path",
     ),
     "donor": (change("output", "donor", to=7), "there is no model of that number"),
     "card": (change("output", "card", to=None), "`card` in the plan is not as it should be"),

@@ -137,6 +137,16 @@ FAULTS = [
     START + "slices: [{sources: []}]\n",
     START + "models: {a: 1}\n",
     START + "models: [a]\n",
+    START + "modls: [{model: a}]\n",
+    START + "slices: [{source: [{model: a}]}]\n",
+    START + "slices: [{sources: [{model: a, layer_rang: [0, 1]}]}]\n",
+    START + MODELS + "parameters: {weight: [{vlaue: 1}]}\n",
+    START + MODELS + "parameters: {weight: {w: 1}}\n",
+    START + "models:\n-model: a\n-model: b\n",
+    START + "models:\n\u2014 model: a\n\u2014 model: b\n",
+    START + "models:\n\u00a0- model: a\n",
+    '{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}\n',
+    '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}\n',
 ]
 
 
@@ -173,6 +183,14 @@ SYNTAX = [
     "filter: *\n",
     "filter: *mlp\n",
     "a: %x\n",
+    "a: {*x}\n",
+    "models\n- model: a\n",
+    "models\uff1a\n- model: a\n",
+    "a:\u00a0b\nmodels: 1\n",
+    "models:\n  - model: a\n  -model: b\n",
+    "? [a]\n: 1\n",
+    "a: {<<: b}\n",
+    "a: b\x07\n",
 ]
 
 

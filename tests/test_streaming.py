@@ -537,6 +537,15 @@ def test_references_that_lead_nowhere_are_problems_of_the_report(
         oxmerge.open("http://127.0.0.1:9/model")
 
 
+@pytest.mark.parametrize(
+    "address", ["http://", "https://[::1/a", "http://a:99999/b", "http://a:b/c", "s3://", "gs:///b"]
+)
+def test_what_is_no_address_is_told_at_once(address: str) -> None:
+    with pytest.raises(RemoteError, match="none that a server or a store can have") as caught:
+        oxmerge.open(address)
+    assert caught.value.advice
+
+
 def test_a_server_may_refuse_what_is_not_there(
     models: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:

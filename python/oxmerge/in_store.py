@@ -39,7 +39,7 @@ from oxmerge.json_files import parse_json
 from oxmerge.merging import finish_all, open_device
 from oxmerge.output.claims import BusyError, claimed
 from oxmerge.output.contents import contents_of
-from oxmerge.output.manifest import plan_digest
+from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.objects import MOST_BYTES, RESIDENT, Objects, Uploads
 from oxmerge.output.part_files import (
     KEY,
@@ -249,9 +249,10 @@ def finish_in_store(
     objects = Objects.at(address)
     if running.overwrite:
         raise _no_overwrite(objects.address)
-    saved = objects.files().get(_RECORDS + PLAN_NAME)
+    there = objects.files()
+    saved = there.get(_RECORDS + PLAN_NAME)
     if saved is None:
-        raise no_parts(objects.address)
+        raise no_parts(objects.address, is_model=MANIFEST_NAME in there)
     with _scratch(objects.address, "plan", "") as place:
         objects.fetch(saved, place / PLAN_NAME)
         plan = load_plan(place / PLAN_NAME, allow_methods=allow_methods)
@@ -330,23 +331,28 @@ def _key_of(plan: Plan, objects: Objects, there: Files) -> str:
     return key
 
 
-def _lacks(plan: Plan, _: int, address: str, planning: PlanOptions, running: RunOptions) -> str:
-    """Return what an earlier merge lacks; see `oxmerge.parts.after_earlier`."""
+def _lacks(
+    plan: Plan, part: tuple[int, int], address: str, planning: PlanOptions, running: RunOptions
+) -> tuple[str, list[int]]:
+    """Return what an earlier merge lacks, and which parts are free; see `after_earlier`."""
+    number, parts = part
     objects = Objects.at(address)
     there = objects.files()
     if _last_name(plan) in there:
         # Later merges must not take them for files of the model.
         objects.remove(name for name in there if name.startswith(_RECORDS))
-        return ""
-    left = sum(
-        f"{_RECORDS}{at}of{len(plan.shards)}.done" not in there
-        for at in range(1, len(plan.shards) + 1)
-    )
+        return "", []
+    count = len(plan.shards)
+    left = {at for at in range(count) if f"{_RECORDS}{at + 1}of{count}.done" not in there}
     if left:
-        return f"{left} of {len(plan.shards)} weight files"
+        begun = {int(match[1]) for name in there if (match := _is_key(name))} - {number}
+        shards = enumerate(shards_of_parts([size for _, size in plan.shards], parts), start=1)
+        free = [at for at, own in shards if at not in begun and left.intersection(own)]
+        return f"{len(left)} of {count} weight files", free
     with contextlib.suppress(BusyError, NoPartsError):
         complete_in_store(plan, address, planning, running, time.perf_counter())
-    return "" if _last_name(plan) in objects.files() else "the end, which another run makes"
+    is_complete = _last_name(plan) in objects.files()
+    return "" if is_complete else "the end, which another run makes", []
 
 
 def _make_all(

@@ -32,7 +32,7 @@ from oxmerge.models.stores import is_address
 from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import BusyError, locked_file, named
 from oxmerge.output.contents import contents_of
-from oxmerge.output.manifest import plan_digest
+from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.part_files import (
     DONE,
     PLAN_NAME,
@@ -69,6 +69,10 @@ if TYPE_CHECKING:
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
+    #: What a merge in parts lacks, of which a run is to make one, and which parts no run makes.
+    Lacks = Callable[
+        [Plan, tuple[int, int], str, PlanOptions, RunOptions], tuple[str, Sequence[int]]
+    ]
 
 __all__ = [
     "WaitsForOthersError",
@@ -87,9 +91,14 @@ class WaitsForOthersError(OutputError):
     """Other parts have not swept their tensors in the time that was given; the own one has."""
 
 
+_KEPT = "what is finished is kept: the same command goes on from there"
+#: What the engine says where others have not left the numbers of their sweeps.
+_WAITING = "numbers over the whole model are needed"
 #: Where below the shared folder earlier merges are made.
 EARLIER_NAME = "earlier"
 _SECONDS_BETWEEN_LOOKS = 0.5
+#: How long a run waits for sweeps before it looks again whether there are some that no run makes.
+_SECONDS_BETWEEN_HELP = 30.0
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -111,15 +120,11 @@ def merge_parts(
     plans = [plan for plan, _ in merges]
     number, parts = running.part or (1, 1)
     check_parts(plans, parts)
-    shards = shards_of_parts([size for _, size in plans[0].shards], parts)[number - 1]
-    together = plans if len(plans) > 1 else ()
-    purposes = [Purpose.of(plan, parts, together) for plan in plans]
+    shared = _Shared(merges, parts)
+    shards = shared.shards[number - 1]
     backend = open_device(plans, running)
     with contextlib.ExitStack() as stack:
-        joined: dict[int, tuple[OutputDirectory, PartFiles]] = {}
-        for at in claiming_order([directory for _, directory in merges]):
-            joined[at] = _join(stack, merges[at], (number, parts), purposes[at], running)
-        outputs, all_files = map(list, zip(*(joined[at] for at in sorted(joined)), strict=True))
+        outputs, all_files = shared.join(stack, number, running)
         made = [] if running.fresh else _made_before(outputs, all_files)
         is_made = bool(made)
         if not is_made:
@@ -129,10 +134,11 @@ def merge_parts(
                 after_earlier(plan, f"{output.path / PARTS_NAME}", planning, running, _lacks)
                 for plan, output in zip(plans, outputs, strict=True)
             ]
-            keys = [purpose.key for purpose in purposes]
-            done = make(ready, shards, all_files, keys, running, backend)
+            done = _make_with_help(shared, ready, all_files, running, backend)
             names = [plans[0].shards[shard][0] for shard in shards]
-            for files, purpose, written in zip(all_files, purposes, done["files"], strict=True):
+            for files, purpose, written in zip(
+                all_files, shared.purposes, done["files"], strict=True
+            ):
                 states = [FileState(**state) for state in written]
                 each = Made(purpose.key, dict(zip(names, states, strict=True)), kept_of(done))
                 files.write_made(each)
@@ -154,6 +160,96 @@ def merge_parts(
         reports,
         lambda plan, folder: complete(plan, parts, Path(folder), planning, running, started),
     )
+
+
+def _helping(running: RunOptions, part: tuple[int, int]) -> RunOptions:
+    """Return the options with which a run makes another part than its own: it does not wait."""
+    return replace(
+        running,
+        part=part,
+        wait=0,
+        finish=False,
+        fresh=False,
+        hash_inputs=False,
+        allow_nonfinite=False,
+    )
+
+
+class _Shared:
+    """What parts make together: the output of one merge, or those of a sweep.
+
+    Parameters
+    ----------
+    merges : sequence of (Plan, path)
+        The plans, and where their outputs go.
+    parts : int
+        In how many parts.
+    """
+
+    def __init__(self, merges: Sequence[tuple[Plan, PathLike]], parts: int) -> None:
+        plans = [plan for plan, _ in merges]
+        together = plans if len(plans) > 1 else ()
+        self._merges, self._parts = merges, parts
+        self.purposes = [Purpose.of(plan, parts, together) for plan in plans]
+        self.shards = shards_of_parts([size for _, size in plans[0].shards], parts)
+
+    def join(
+        self, stack: contextlib.ExitStack, part: int, running: RunOptions
+    ) -> tuple[list[OutputDirectory], list[PartFiles]]:
+        """Share the outputs with the other parts until the stack ends, as the only run of one."""
+        joined: dict[int, tuple[OutputDirectory, PartFiles]] = {}
+        for at in claiming_order([directory for _, directory in self._merges]):
+            one = (part, self._parts)
+            joined[at] = _join(stack, self._merges[at], one, self.purposes[at], running)
+        outputs, files = zip(*(joined[at] for at in sorted(joined)), strict=True)
+        return list(outputs), list(files)
+
+    def make(
+        self,
+        plans: Sequence[Plan],
+        files: Sequence[PartFiles],
+        running: RunOptions,
+        backend: Backend | None,
+        *,
+        sweeps_only: bool = False,
+    ) -> dict[str, Any]:
+        """Make a part, which has been joined; see `make`."""
+        shards = self.shards[files[0].part - 1]
+        keys = [purpose.key for purpose in self.purposes]
+        return make(plans, shards, files, keys, running, backend, sweeps_only=sweeps_only)
+
+
+def _make_with_help(
+    shared: _Shared,
+    plans: Sequence[Plan],
+    files: Sequence[PartFiles],
+    running: RunOptions,
+    backend: Backend | None,
+) -> dict[str, Any]:
+    """Make a part. Before it waits for sweeps, make those that no run has begun."""
+    until = time.monotonic() + running.wait
+    try:
+        return shared.make(plans, files, replace(running, wait=0), backend)
+    except WaitsForOthersError:
+        if running.wait <= 0:
+            raise
+    while True:
+        at_once = replace(running, wait=0, fresh=False)
+        for other in files[0].unswept():
+            with (
+                contextlib.suppress(BusyError, WaitsForOthersError),
+                contextlib.ExitStack() as stack,
+            ):
+                _, theirs = shared.join(stack, other, at_once)
+                shared.make(plans, theirs, at_once, backend, sweeps_only=True)
+        left = until - time.monotonic()
+        wait = max(min(left, _SECONDS_BETWEEN_HELP), 0)
+        try:
+            again = replace(running, wait=wait, fresh=False)
+            return shared.make(plans, files, again, backend)
+        except WaitsForOthersError:
+            if left <= _SECONDS_BETWEEN_HELP:
+                raise
 
 
 def complete_each(
@@ -201,10 +297,24 @@ def _join(
     )
     stack.callback(output.claim.release)
     files = stack.enter_context(shared_folder(output.path, *part))
-    stack.enter_context(files.locked())
+    _lock(stack, files, running.wait)
     files.join(purpose)
     files.save(plan)
     return output, files
+
+
+def _lock(stack: contextlib.ExitStack, files: PartFiles, wait: float) -> None:
+    """Be the only run of a part, when another has ended that makes it; BusyError if none does."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            stack.enter_context(files.locked())
+        except BusyError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        else:
+            return
 
 
 def after_earlier(
@@ -212,28 +322,32 @@ def after_earlier(
     folder: str,
     planning: PlanOptions,
     running: RunOptions,
-    lacks: Callable[[Plan, int, str, PlanOptions, RunOptions], str],
+    lacks: Lacks,
 ) -> Plan:
     """Return a plan of the last merge, when the outputs of those before it are all there.
 
-    Of each of these this run makes a part, and then waits for the others, as it does for their
-    sweeps. `lacks` says what a merge in so many parts still lacks, at its place below `folder`, and
-    completes it if that is nothing but its end.
+    Of each of these this run makes a part. Then it makes what no other run has begun, so that it
+    waits for none that has no node to run on, and waits for the rest; with no time to wait it does
+    neither. `lacks` says what a merge still lacks, at its place below `folder`, and which of its
+    parts no run makes; it completes the merge if it lacks nothing but its end.
     """
     number, parts = running.part or (1, 1)
     here = replace(running, part=None, overwrite=False, finish=False, hash_inputs=False)
 
     def make_one(earlier: Plan, place: str) -> None:
         count = min(parts, len(earlier.shards))
-        until, is_made = time.monotonic() + running.wait, number > count
-        while found := lacks(earlier, count, place, planning, here):
-            if not is_made:
-                is_made = True
-                own = replace(here, part=(number, count), allow_nonfinite=False)
-                # Another run may be about to complete it, or has.
-                with contextlib.suppress(BusyError, FileExistsError):
-                    merge_parts([(earlier, place)], planning, own, time.perf_counter())
-                continue
+        until = time.monotonic() + running.wait
+        while True:
+            found, free = lacks(earlier, (number, count), place, planning, here)
+            if not found:
+                return
+            if free and (number in free or running.wait > 0):
+                is_own = number in free
+                part = (number if is_own else free[0], count)
+                wait = running.wait if is_own else 0
+                options = replace(_helping(here, part), wait=wait, fresh=is_own and here.fresh)
+                if _make_earlier(earlier, place, planning, options, is_own=is_own):
+                    continue
             if time.monotonic() >= until:
                 name = f"the merge `{earlier.recipe.name}` comes first"
                 raise WaitsForOthersError(
@@ -243,27 +357,50 @@ def after_earlier(
                     found=f"not yet {found}",
                     advice="run this part again when those have run: it goes on from here",
                 )
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            try:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            except KeyboardInterrupt as error:
+                error.add_note(_KEPT)
+                raise
 
     return planned_in_turn(plan, folder, planning, make_one)
 
 
-def _lacks(plan: Plan, parts: int, place: str, planning: PlanOptions, running: RunOptions) -> str:
-    """Return what an earlier merge lacks; see `after_earlier`."""
+def _make_earlier(
+    plan: Plan, place: str, planning: PlanOptions, running: RunOptions, *, is_own: bool
+) -> bool:
+    """Make a part of an earlier merge; whether that could be done just now."""
+    try:
+        merge_parts([(plan, place)], planning, running, time.perf_counter())
+    except WaitsForOthersError:
+        if is_own:
+            raise
+        return False
+    except (BusyError, FileExistsError):  # another run is about to complete it, or has
+        return False
+    return True
+
+
+def _lacks(
+    plan: Plan, part: tuple[int, int], place: str, planning: PlanOptions, running: RunOptions
+) -> tuple[str, list[int]]:
+    """Return what an earlier merge lacks, and which parts are free; see `after_earlier`."""
+    number, parts = part
     path = Path(place)
     last = path / last_names(contents_of(plan))[-1]
     if last.exists():
-        return ""
+        return "", []
     try:
         with shared_folder(path, 1, parts) as files:
             left = missing_parts(files)
+            free = [at for at in left if files.of(at).is_free(own=at == number)]
     except FileNotFoundError:
-        return "any of them"
+        return "any of them", list(range(1, parts + 1))
     if left:
-        return shown(left)
+        return shown(left), free
     with contextlib.suppress(BusyError, NoPartsError):
         complete(plan, parts, path, planning, running, time.perf_counter())
-    return "" if last.exists() else "the end, which another run makes"
+    return "" if last.exists() else "the end, which another run makes", []
 
 
 def planned_in_turn(
@@ -391,7 +528,7 @@ def finish(
         with shared_folder(path, 1, parts) as files:
             _made_by_all(files)
     else:
-        raise no_parts(path)
+        raise no_parts(path, is_model=(path / MANIFEST_NAME).exists())
     plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
     return complete(plan, parts, path, planning, running, started)
 
@@ -451,8 +588,13 @@ def make(
     keys: Sequence[str],
     running: RunOptions,
     backend: Backend | None,
+    *,
+    sweeps_only: bool = False,
 ) -> dict[str, Any]:
-    """Write some shards of each plan, into the directory of a part, and say how it went."""
+    """Write some shards of each plan, into the directory of a part, and say how it went.
+
+    With `sweeps_only` it ends with `WaitsForOthersError` when their tensors are swept.
+    """
     names = [plans[0].shards[shard][0] for shard in shards]
     size = sum(plans[0].shards[shard][1] for shard in shards)
     first = all_files[0]
@@ -461,7 +603,8 @@ def make(
         "bytes": size * len(plans),
         "descriptor": first.folder,
         "folder": first.path.parent,
-        "names": [f"{first.of(at + 1).name}.numbers" for at in range(first.parts)],
+        # Nobody leaves those of a part that there is not.
+        "names": [f"{first.of(at + 1).name}.numbers" for at in range(first.parts + sweeps_only)],
         "own": first.part - 1,
         "wait": running.wait,
     }
@@ -482,12 +625,13 @@ def make(
         try:
             done = execute(plans, own, running, backend, 0, part)
         except OutputError as error:
-            raise (_as_waiting(error) if first.waits() else error) from None
+            # Others may have left theirs since.
+            raise (_as_waiting(error) if _WAITING in error.message else error) from None
     except BaseException as error:
         keep = not isinstance(error, InputChangedError | ProblemsError)
         kept = [discard(output, keep=keep) for output in own]
         if any(kept):
-            error.add_note("what is finished is kept: the same command goes on from there")
+            error.add_note(_KEPT)
         raise
     for output in own:
         close(output, keep=True)

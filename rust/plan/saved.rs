@@ -309,9 +309,15 @@ fn build(table: Table<'_>) -> Result<Plan> {
     } = table;
     let settings: Vec<SavedSettings> = parsed("the plan's settings", settings, MOST_LOOSE)?;
     check_file_names(&shards)?;
+    if files.iter().any(|file| file.path.as_os_str().as_encoded_bytes().contains(&0)) {
+        return Err(wrong("no path of a file has a zero byte"));
+    }
     let mut builder = Builder::new(Plan::new(method, seed, files, models));
     let owners: Vec<usize> = settings.iter().map(|settings| settings.own.len()).collect();
     for SavedSettings { shared, own, origin } in settings {
+        if !is_origin(&origin, own.len()) {
+            return Err(wrong("what says where parameters come from is not as it should be"));
+        }
         let own = own.into_iter().map(Into::into).collect();
         builder.add_settings(Settings { shared: shared.into(), own, origin });
     }
@@ -539,6 +545,34 @@ fn check_file_names(shards: &[SavedShard]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a value says where the parameters of some tensors come from: as a recipe's places, with
+/// filters, and points of gradients. Explanations show it.
+fn is_origin(value: &Value, inputs: usize) -> bool {
+    let is_point = |point: &Value| point.is_number() || point.is_boolean();
+    let is_choice = |choice: &Value| {
+        choice.as_object().is_some_and(|parts| {
+            parts.contains_key("gradient") == parts.contains_key("position")
+                && parts.iter().all(|(key, value)| match &**key {
+                    "where" | "filter" => value.is_string(),
+                    "gradient" => value.as_array().is_some_and(|all| all.iter().all(is_point)),
+                    "position" => value.is_number(),
+                    _ => false,
+                })
+        })
+    };
+    let are_choices =
+        |value: &Value| value.as_object().is_some_and(|all| all.values().all(is_choice));
+    let is_part = |(key, value): (&String, &Value)| match &**key {
+        "slice" => value.is_string(),
+        "shared" => are_choices(value),
+        "own" => {
+            value.as_array().is_some_and(|own| own.len() == inputs && own.iter().all(are_choices))
+        }
+        _ => false,
+    };
+    value.is_null() || value.as_object().is_some_and(|parts| parts.iter().all(is_part))
 }
 
 fn bytes(dtype: DType, shape: &[u64]) -> Option<u64> {

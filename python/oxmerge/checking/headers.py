@@ -170,7 +170,7 @@ def _look_at_matrices(model: InputModel, tensors: list[TensorInfo], found: Found
     if "qk_nope_head_dim" in numbers:  # latent attention: its keys have no matrix of their own
         each = numbers["qk_nope_head_dim"] + numbers.get("qk_rope_head_dim", 0)
     queries = heads * each
-    rows = {
+    rows: dict[str, tuple[str, list[int | None]]] = {
         # Some have a gate for each number of a head, in the same matrix.
         "self_attn.q_proj.weight": ("attention heads", [queries, 2 * queries]),
         "self_attn.k_proj.weight": (
@@ -266,7 +266,11 @@ def _look_at_layers(model: InputModel, tensors: list[TensorInfo], found: Found) 
             advice = "compare `config.json` with that of the model it was made from"
             found.warnings.append(about("config-size", message, names, advice, expected=expected))
     # Layers with tensors that no other has are of another kind by design.
-    own = {(prefix, *of_layers) for (prefix, _), of_layers in shapes.items() if len(of_layers) == 1}
+    own = {
+        (prefix, next(iter(of_layers)))
+        for (prefix, _), of_layers in shapes.items()
+        if len(of_layers) == 1
+    }
     for (prefix, rest), of_layers in shapes.items():
         _look_at_layers_of(prefix, rest, of_layers, layout.stacks[prefix].depth, own, found)
 

@@ -19,7 +19,7 @@ from math import prod
 
 from oxmerge.errors import OxmergeError
 from oxmerge.models.adapter_config import FILE_NAME, endings, read_adapter_config
-from oxmerge.models.names import is_head, is_vocabulary
+from oxmerge.models.names import find_embedding, is_head, is_vocabulary
 from oxmerge.models.naming import known_rules
 from oxmerge.models.references import open_located
 from oxmerge.problems import UNSUPPORTED, Problem, near
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     Factor = tuple[tuple[int, str], int, int, int]
     Term = tuple[tuple[int, int], int, float, Factor, Factor | None]
 
-__all__ = ["WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter"]
+__all__ = [
+    "WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter", "untied",
+]  # fmt: skip
 
 #: What the weights of an adapter are called: the first that is there counts.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -83,13 +85,10 @@ _TABLE, _STACK = 2, 3
 #: Types of models whose linear layers store what others store transposed, and whose experts do.
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 _TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
-#: Embeddings that a head may be tied to, and where the head of a language model is then.
-_TIED_TABLES = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-    "backbone.embeddings.weight",
-)  # fmt: skip
+#: What PEFT calls the output of torch's own attention, and transformers the head of Whisper.
 _IN_ATTENTION = ".base_layer.out_proj"
 _WHISPER_HEAD = "proj_out.weight"
+#: How architectures end that have the head of a language model.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 #: What modules of experts are called in transformers 4, and 5.
 _EXPERT_NAMES = (".block_sparse_moe.", ".mlp.")
@@ -272,8 +271,7 @@ class _Adapting:
         self.is_tied = any(
             part.get("tie_word_embeddings") is True for part in (config, *_parts_of(config))
         )
-        tables = [name for name in self.names if name.endswith(_TIED_TABLES)]
-        self.table = tables[0] if len(tables) == 1 else None
+        self.table = find_embedding(self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, as far as adapters have come."""
@@ -357,14 +355,24 @@ class _Adapting:
             }
             if len(rows) == 1 and "vocab_size" in new:
                 new["vocab_size"] = max(rows)
-            if is_untied and new.get("tie_word_embeddings") is True:
-                new["tie_word_embeddings"] = False
             return new
 
-        return edited(self.config) if rows or is_untied else self.config
+        config = untied(self.config) if is_untied else self.config
+        return edited(config) if rows else config
 
 
 _NESTED = ("text_config", "llm_config")
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that does not tie the head to the embedding."""
+    new = {
+        key: untied(each) if key in _NESTED and isinstance(each, dict) else each
+        for key, each in config.items()
+    }
+    if new.get("tie_word_embeddings") is True:
+        new["tie_word_embeddings"] = False
+    return new
 
 
 def _parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -419,7 +427,11 @@ class _OneAdapter:
         kind, name = kind_of(tensor.name)
         if ".original_module." in name or name.endswith(".lora_velora_embed"):
             return  # a copy of the base, which trainers leave, or what VeLoRA trains with
-        if 0 in tensor.shape or not is_float(tensor.dtype):
+        if not is_float(tensor.dtype):
+            expected, found = "a float type", tensor.dtype
+            self._fault("an adapter's tensor has another type", tensor, expected, found)
+            return
+        if 0 in tensor.shape:
             advice = "it was saved while its parts lay on several devices: gather it, and save anew"
             self._fault("an adapter's tensor holds no numbers", tensor, advice=advice)
             return

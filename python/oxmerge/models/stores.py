@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.remote import at_address, look
@@ -182,7 +182,7 @@ def find_model(address: str) -> StoredModel:
     RemoteError
         If there is no model, it cannot be had, or `obstore` is not installed.
     """
-    parts = urlsplit(address)
+    parts = _parts_of(address)
     if parts.scheme in _LISTING and find_spec("obstore") is None:
         raise RemoteError(
             "to read from a store needs the `obstore` library",
@@ -217,6 +217,20 @@ def find_model(address: str) -> StoredModel:
     told = [whole, [(name, file.size, file.etag) for name, file in sorted(files.items())]]
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     return StoredModel(os.path.join(_cache(), name), inside, files)
+
+
+def _parts_of(address: str) -> SplitResult:
+    """Return the parts of an address, of a server or bucket that can be one."""
+    try:
+        parts = urlsplit(address)
+        found = None if parts.hostname and parts.port != 0 else "no host"
+    except ValueError as error:  # brackets, or a port that is no number
+        found = str(error)
+    if found is not None:
+        advice = "write it as https://host/folder, or s3://bucket/folder"
+        message = "the address is none that a server or a store can have"
+        raise RemoteError(message, file=address, found=found, advice=advice)
+    return parts
 
 
 def fetch_small(folder: str, files: Mapping[str, RemoteFile]) -> None:

@@ -31,7 +31,7 @@ from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_object
-from oxmerge.output.claims import locked_file
+from oxmerge.output.claims import BusyError, locked_file
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.publish import PARTS_NAME, OutputDirectory
 from oxmerge.output.resume import etag_of, parsed, state_of
@@ -211,7 +211,7 @@ class Purpose:
             known = marks.keys() & other_marks.keys()
             if file != other_file or any(marks[kind] != other_marks[kind] for kind in known):
                 raise OutputError(
-                    f"the input `{file[0]}` is another file on another machine",
+                    f"the input `{file[0]}` is another file than part {part} has",
                     file=path,
                     expected=f"{_told(other_file, other_marks)}, {there} has `{other.paths[at]}`",
                     found=f"{_told(file, marks)} {here}",
@@ -358,17 +358,32 @@ class PartFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only run of this part; OutputError if there is one."""
+        """Be the only run of this part; BusyError if there is one."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked_file(f"{self.name}.lock", self.folder))
             except BlockingIOError:
-                raise OutputError(
+                raise BusyError(
                     f"another run makes part {self.part}",
                     file=str(self.directory),
                     advice="wait for it, or make another part",
                 ) from None
             yield
+
+    def is_free(self, *, own: bool = False) -> bool:
+        """Tell whether no run makes this part, and none has made it.
+
+        What was begun on another machine is not free, unless it is this run's `own`: not every file
+        system shows the locks of other machines.
+        """
+        story = {} if own else self._read(f"{self.name}.key") or {}
+        if self.made() is not None or story.get("machine", _machine()) != _machine():
+            return False
+        try:
+            with locked_file(f"{self.name}.lock", self.folder) as is_locked:
+                return is_locked or own
+        except BlockingIOError:
+            return False
 
     def join(self, purpose: Purpose) -> None:
         """Write down what this is a part of; OutputError if others are parts of something else."""
@@ -402,11 +417,15 @@ class PartFiles:
             plan.save(place / name)
             os.replace(place / name, place / PLAN_NAME)
 
-    def waits(self) -> bool:
-        """Tell whether this part has found its numbers, and another one has not."""
+    def unswept(self) -> list[int]:
+        """Return the parts that have not found their numbers, and that no run makes."""
         there = set(os.listdir(self.folder))
-        names = [f"{self.of(part).name}.numbers" for part in range(1, self.parts + 1)]
-        return names[self.part - 1] in there and not there.issuperset(names)
+        others = [self.of(part) for part in range(1, self.parts + 1) if part != self.part]
+        return [
+            other.part
+            for other in others
+            if f"{other.name}.numbers" not in there and other.is_free()
+        ]
 
     def made(self) -> Made | None:
         """Return what this part has made, if all of it is there as it was left."""

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 
 from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
-from oxmerge.problems import Problem, did_you_mean
+from oxmerge.problems import Problem, did_you_mean, near
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -281,6 +281,8 @@ class Resolver:
         Converts the settings, and takes the problems.
     whose : str
         Completes "`weight` is required" in a message.
+    where : Place, optional
+        Where they would be given first.
     """
 
     def __init__(
@@ -289,9 +291,12 @@ class Resolver:
         levels: tuple[Settings, ...],
         reader: SettingReader,
         whose: str,
+        where: Place | None = None,
     ) -> None:
         self._reader = reader
         self._whose = whose
+        self._where = where
+        self._misspelt = _misspelt(parameters, levels, reader.findings)
         self._chains = [(each, _chain(each, levels, reader)) for each in parameters]
         constant = all(_is_constant(chain) for _, chain in self._chains)
         self._constant = self._resolve("", 0.0) if constant and self._is_complete() else None
@@ -351,10 +356,12 @@ class Resolver:
         return values if complete else None
 
     def _may_lack(self, parameter: Parameter, name: str) -> bool:
-        if parameter.required:
+        if parameter.required and parameter.name not in self._misspelt:
             message = f"`{parameter.name}` is required{self._whose}"
-            advice = "give it there, or for all under `parameters` at the top level"
-            problem = Problem("missing-parameter", message, tensor=name, advice=advice)
+            advice = "write it under `parameters` at the top level"
+            if self._where is not None:
+                advice = "give it there, or for all under `parameters` at the top level"
+            problem = Problem("missing-parameter", message, self._where, tensor=name, advice=advice)
             self._reader.findings.problems.append(problem)
         return not parameter.required
 
@@ -367,6 +374,24 @@ class Resolver:
             problem = Problem("parameter-value", message, tensor=name, advice=advice)
             self._reader.findings.problems.append(problem)
             return _NEUTRAL["int"]
+
+
+def _misspelt(
+    parameters: tuple[Parameter, ...], levels: tuple[Settings, ...], findings: Findings
+) -> set[str]:
+    """Return parameters that a name which is reported as unknown was probably meant to be.
+
+    That they are missing would be the same fault told twice.
+    """
+    reported = {each.where for each in findings.problems if each.code == "unknown-parameter"}
+    unknown = [
+        name
+        for level in levels
+        for name, setting in level.items()
+        if reported and setting.where in reported
+    ]
+    names = [parameter.name for parameter in parameters]
+    return {match for name in unknown for match in near(name, names)}
 
 
 def _chain(

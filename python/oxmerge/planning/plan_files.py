@@ -325,7 +325,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
     return {
         "recipe_text": reader.get("recipe_text", str),
         "recipe_folder": reader.get("recipe_folder", str, optional=True),
-        "shard_size": reader.get("shard_size", int),
+        "shard_size": reader.count("shard_size"),
         "models": models,
         "pinned": pinned,
         "donor": donor,
@@ -334,7 +334,7 @@ def _read_output(raw: object, table: _core.Plan) -> dict[str, Any]:
             prefix: _pairs(pairs) for prefix, pairs in reader.get("layer_map", dict).items()
         },
         "dtype": reader.get("dtype", str, optional=True),
-        "tokenizer_memory": reader.get("tokenizer_memory", int, optional=True),
+        "tokenizer_memory": reader.count("tokenizer_memory", optional=True),
         "accounting": tuple(
             _read_account(_Reader(each)) for each in reader.get("accounting", list, dict)
         ),
@@ -367,12 +367,22 @@ class _Reader:
             raise _wrong(f"`{name}` in the plan is not as it should be", value)
         return value
 
+    def count(self, name: str, *, optional: bool = False) -> Any:  # noqa: ANN401
+        """Return a whole number that counts something."""
+        value = self.get(name, int, optional=optional)
+        if value is not None and not 0 <= value < 1 << 63:
+            raise _wrong(f"`{name}` in the plan is out of range", value)
+        return value
+
 
 def _side_file(reader: _Reader) -> SideFile:
     name = reader.get("name", str)
     _check_name(name)
     state = FileState(*(reader.get(each, int) for each in FileState._fields))
-    return SideFile(name, Path(reader.get("source", str)), state)
+    source = reader.get("source", str)
+    if not source or "\0" in source:
+        raise _wrong("a file beside the weights must have a path", source)
+    return SideFile(name, Path(source), state)
 
 
 def _check_name(name: str) -> None:
@@ -401,7 +411,7 @@ def _read_account(reader: _Reader) -> ModelAccount:
 def _share(raw: object) -> Share:
     reader = _Reader(raw if isinstance(raw, dict) else {})
     names = reader.get("names", list, str)
-    return Share(reader.get("count", int), lambda: names)
+    return Share(reader.count("count"), lambda: names)
 
 
 def _read_warning(raw: dict[str, Any]) -> Problem:

@@ -325,7 +325,8 @@ class SectionBuilder:
     def _resolver(self, part: Slice, source: Source, *, is_base: bool) -> Resolver:
         levels = (source.parameters, part.parameters, part.module_parameters, *self._levels)
         parameters = self._method.parameters_of(base=is_base)
-        return Resolver(parameters, levels, self._reader, f" for model `{source.model}`")
+        whose = f" for model `{source.model}`"
+        return Resolver(parameters, levels, self._reader, whose, source.where)
 
     def _shared(self, part: Slice) -> Resolver:
         levels = (part.parameters, part.module_parameters, *self._levels)
@@ -439,6 +440,8 @@ class SectionBuilder:
         of = "" if module is None else f" of the module `{shorten(module)}`"
         message = f"`slices`{of} needs a model with exactly one stack of layers"
         advice = "merge whole models with `models`"
+        if module is None and len(layout.stacks) > 1:
+            advice += ", or put `slices` of each part under `modules`"
         if not layout.stacks:
             advice += ", or put the config.json that counts the layers beside the weights"
         found = f"{len(numbered)} {which} ({names})"

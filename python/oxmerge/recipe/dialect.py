@@ -75,6 +75,16 @@ _OTHER_TOOLS = (
         "for training",
         "train with it, and merge the models that come of it",
     ),
+    (
+        {"peft_type"},
+        "the config of an adapter",
+        "name the adapter's folder behind its model: `model: base+adapter`",
+    ),
+    (
+        {"model_type", "architectures"},
+        "the config of a model",
+        "name the model's folder in a recipe: `models: [{model: path}]`",
+    ),
 )
 
 
@@ -196,6 +206,9 @@ class _RecipeReader(ExtensionReader):
         keys = ["models", "slices", "modules"] if whole is raw else ["models", "slices"]
         given = [f"`{key}`" for key in keys if whole.get(key)]
         if len(given) == 1 or whole is _UNREAD_MODULE:  # which is reported
+            return
+        known = _TOP_KEYS if whole is raw else _MODULE_KEYS
+        if not given and any(self.is_misspelt(whole, key, known) for key in keys):
             return
         empty = [f"an empty `{key}`" for key in keys if key in whole]
         found = " and ".join(given or empty) or "none of them"
@@ -339,7 +352,7 @@ class _RecipeReader(ExtensionReader):
         if not self.check_mapping(raw, place, _SLICE_KEYS):
             return Slice(place, ())
         sources = self.items(raw, "sources", place, self.slice_source)
-        if not raw.get("sources"):
+        if not raw.get("sources") and not self.is_misspelt(raw, "sources", _SLICE_KEYS):
             self.fault(
                 place,
                 "a slice needs `sources`",
@@ -360,7 +373,8 @@ class _RecipeReader(ExtensionReader):
     def source(self, raw: object, place: Place, keys: frozenset[str]) -> Source:
         if not self.check_mapping(raw, place, keys):
             return Source(UNREAD, place)
-        layers = self.layer_range(raw, place) if "layer_range" in keys else None
+        has_layers = "layer_range" in keys and not self.is_misspelt(raw, "layer_range", keys)
+        layers = self.layer_range(raw, place) if has_layers else None
         model = self.reference(raw, "model", place)
         if raw.get("model") is None and not self.is_misspelt(raw, "model", keys):
             message, advice = "`model` is needed here", "write `model: path`"

@@ -11,6 +11,7 @@ from reprlib import Repr
 
 from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
 from oxmerge.problems import Place, Problem, did_you_mean, near, shorten
+from oxmerge.recipe.yaml_faults import explain_slip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class KeyReader:
             message, advice = "a mapping of keys to values is needed here", "write `key: value`"
             if isinstance(raw, str) and "model" in known:
                 advice = f"write `model: {shorten(raw)}`"
+            elif raw is None and "model" in known:
+                advice = "write `model: path` behind the dash, or take it out"
             self.fault(place, message, found=raw, advice=advice)
             return False
         self.check_keys(raw, place, known)
@@ -148,9 +151,15 @@ class KeyReader:
             )
 
     def is_misspelt(self, raw: Mapping[str, object], key: str, known: frozenset[str]) -> bool:
-        """Tell whether one of the keys that are not known is probably this one."""
-        unknown = (each for each in raw if isinstance(each, str) and each not in known)
-        return any(near(each, [key]) for each in unknown)
+        """Tell whether a key is not there, but one that is reported was probably meant to be it.
+
+        Then it would be one fault told twice to say that it is missing.
+        """
+        if self.findings.ignore_unknown or raw.get(key) is not None:
+            return False
+        others = known | _NEVER_ACTS.keys() | _ACTS_IN.keys()
+        unknown = (each for each in raw if isinstance(each, str) and each not in others)
+        return any(near(each, known, 1) == [key] for each in unknown)
 
     def no_effect(self, place: Place, message: str, advice: str) -> None:
         """Take down that something at a place has no effect."""
@@ -159,6 +168,9 @@ class KeyReader:
 
 def _correction(key: str, known: frozenset[str]) -> str | None:
     """Return what the key was probably meant to be; None if nothing is like it."""
+    slip = explain_slip(key)
+    if slip is not None:
+        return f"it has {slip[0]}: {slip[1]}"
     if key in DIALECT_PARAMETERS and "parameters" in known:
         return "put it under `parameters`"
     if key in EXTENSION_KEYS:

@@ -181,7 +181,7 @@ class ValueReader(KeyReader):
     def choices(self, value: object, place: Place) -> tuple[Choice, ...]:
         """Read a setting: a value, a gradient, a conditional, or a list of conditionals."""
         if is_mapping(value):
-            return self.conditionals([value], place)
+            return (self.conditional(value, place),)
         if not isinstance(value, list | tuple):
             return self.unconditional(value, place)
         if not any(map(is_mapping, value)):
@@ -218,6 +218,8 @@ class ValueReader(KeyReader):
                 found=pattern,
                 advice="write `filter: mlp`, say",
             )
+            return _UNREAD_CHOICE
+        if self.is_misspelt(raw, "value", _CHOICE_KEYS):
             return _UNREAD_CHOICE
         if raw.get("value") is None:
             message, advice = "`value` is needed here", "write `value: 0.5`, say"

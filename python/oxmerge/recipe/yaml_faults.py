@@ -10,12 +10,27 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["explain_fault"]
+__all__ = ["explain_fault", "explain_slip"]
 
 #: Letters of a line that a message shows.
 _SHOWN = 60
 _CLOSED_BY = {"[": "]", "{": "}"}
 _QUOTES = "put the value in quotes"
+_SPACES = "\u00a0\u2000-\u200b\u202f\u3000\ufeff"
+#: What an editor or a page makes of YAML's signs, and what to write.
+_SLIPS = (
+    (re.compile(rf"^[\s-]*[{_SPACES}]|[:-][{_SPACES}]"), "a space that YAML does not take for one",
+     "replace it by a space of the keyboard"),
+    (re.compile(r"\uff1a"), "a wide colon, `\uff1a`", "write `: `"),
+    (re.compile(r"^\s*[\u2010-\u2015\u2022]"), "another sign than `-` before it", "write `- `"),
+    (re.compile(r"^\s*-[^\W\d]"), "no space behind its dash", "write `- `"),
+)  # fmt: skip
+#: What PyYAML says of faults that need no line to be told.
+_TOLD = {
+    "constructor for the tag": ("recipes have no tags", "take out what begins with `!`"),
+    "unhashable": ("a list or a mapping stands where a key is", "write `key: value`"),
+    "for merging": ("`<<` takes a mapping, or a list of such", "write `<<: *name`, say"),
+}
 
 
 def explain_fault(  # noqa: PLR0911 - a line for each kind
@@ -35,10 +50,17 @@ def explain_fault(  # noqa: PLR0911 - a line for each kind
     lines = [*text.splitlines(), ""]  # a fault may be at the end
     line = lines[mark.line] if mark.line < len(lines) else ""
     problem = str(error.problem or "")
+    begun = error.context_mark.line if "simple key" in context else mark.line
+    slip = _slip_near(lines, begun, mark.line)
+    if slip is not None:
+        return slip
     if r"'\t'" in problem:
         return _tab(line)
     if "is not a key" in problem or "not allowed here" in problem:
         return _second_value(lines, mark.line, mark.column)
+    if "expected ':'" in problem:
+        shown = shorten(lines[begun].strip(), _SHOWN)
+        return f"line {begun + 1}, `{shown}`, has no colon", "write `key: value`"
     if "quoted scalar" in context:
         opened = f"the quote that opens on line {error.context_mark.line + 1} is never closed"
         return opened, "close it, or take it out"
@@ -47,13 +69,32 @@ def explain_fault(  # noqa: PLR0911 - a line for each kind
     if "while parsing a block" in context:
         return _wrong_block(error, lines, line)
     if "alias" in problem or "alias" in context:
-        name = shorten(line[(error.context_mark or mark).column :].strip(), _SHOWN)
+        name = shorten(line[(error.context_mark or mark).column :].strip().rstrip(",]}"), _SHOWN)
         return f"`{name}` refers to another value, which is not there", _QUOTES
     if "cannot start any token" in problem:
         return f"`{line[mark.column : mark.column + 1]}` cannot begin a value", _QUOTES
-    if "constructor for the tag" in problem:
-        return "recipes have no tags", "take out what begins with `!`"
-    return shorten(problem or str(error).partition("\n")[0], 240), "mend the YAML there"
+    told = shorten(problem or str(error).partition("\n")[0], 240), "mend the YAML there"
+    return next((told for words, told in _TOLD.items() if words in problem), told)
+
+
+def _slip_near(lines: list[str], begun: int, number: int) -> tuple[str, str] | None:
+    """Return what a line near a fault has that only looks like YAML, and what to write."""
+    for at in (begun, number, number - 1):
+        slip = explain_slip(lines[at]) if 0 <= at < len(lines) else None
+        if slip is not None:
+            return f"line {at + 1}, `{shorten(lines[at].strip(), _SHOWN)}`, has {slip[0]}", slip[1]
+    return None
+
+
+def explain_slip(text: str) -> tuple[str, str] | None:
+    """Return what looks like YAML in a line or a key and is not, and what to write instead.
+
+    Examples
+    --------
+    >>> explain_slip("-model"), explain_slip("model")
+    (('no space behind its dash', 'write `- `'), None)
+    """
+    return next((slip[1:] for slip in _SLIPS if slip[0].search(text)), None)
 
 
 def _tab(line: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from oxmerge.errors import ProblemsError, RecipeError
 from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extent import MOST_VALUES, TooMuch, check_extent
 from oxmerge.recipe.recipe import MOST_BYTES, too_long
-from oxmerge.recipe.yaml_faults import explain_fault
+from oxmerge.recipe.yaml_faults import explain_fault, explain_slip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -154,9 +154,17 @@ def _parts(node: object) -> Iterable[object] | None:
 
 
 def _syntax_problem(error: Exception, text: str, path: str | None) -> Problem:
+    from yaml import Mark  # noqa: PLC0415 - see parse_documents
+    from yaml.reader import ReaderError  # noqa: PLC0415
+
     mark = getattr(error, "problem_mark", None)
     advice = "mend the YAML there"
-    if mark is None:
+    if isinstance(error, ReaderError):
+        before = text[: error.position]
+        mark = Mark("", 0, before.count("\n"), len(before) - before.rfind("\n") - 1, None, 0)
+        what = f"a character that YAML has not: `{text[error.position]}`"
+        advice = "take it out"
+    elif mark is None:
         what = shorten(str(error).partition("\n")[0], 240)
     else:
         what, advice = explain_fault(error, text)
@@ -232,7 +240,7 @@ def _duplicates(node: MappingNode, path: str | None) -> list[Problem]:
     problems = []
     for key_node, _ in node.value:
         key, line = str(getattr(key_node, "value", "")), key_node.start_mark.line + 1
-        if key in first_lines and key != "<<":
+        if key in first_lines and key != "<<" and not explain_slip(key):  # which is told of a key
             text = f"`{shorten(key)}` is written twice, first on line {first_lines[key]}"
             advice = "leave one of them out"
             place = _at(key_node.start_mark, path)

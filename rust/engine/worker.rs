@@ -22,7 +22,7 @@ use crate::formula::program::{Along, Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
 use crate::formula::{Pick, Ranking, Scope};
 use crate::io::{AlignedBuffer, PAGE};
-use crate::kernels::{self, BLOCK, Descent, Level, MaskKey, SPAN};
+use crate::kernels::{self, BLOCK, Descent, Level, MaskKey, Ordinal, Picked, Ranker, SPAN};
 use crate::plan::ArrayCall;
 
 /// Elements of a tensor that may be asked for all at once.
@@ -206,9 +206,10 @@ impl<'a> Worker<'a> {
                 let given = match code {
                     Code::Given(_, given) => given,
                     Code::Staged(code, marks) => {
-                        let arithmetic = &*self.arithmetic;
-                        found =
-                            given_by_row(arithmetic, frame, &known, &read, &bytes, code, marks)?;
+                        let (arithmetic, level) = (&*self.arithmetic, self.level);
+                        found = given_by_row(
+                            arithmetic, frame, &known, &read, &bytes, code, marks, level,
+                        )?;
                         &found
                     }
                 };
@@ -458,13 +459,17 @@ impl<'a> Worker<'a> {
         for ((ranking, which), keys) in marks.iter().zip(results.keys) {
             let key = |stream| MaskKey::new(frame.seed, &frame.name, stream);
             let draws = draws_of(self.level, ranking.pick, key, parts());
-            let mut kept = vec![0; keys.len()];
             let stride = (band.end - band.start) as usize;
-            kernels::pick_by_rank(&keys, stride, picked(ranking.pick, &draws), &mut kept);
+            let picked = picked(ranking.pick, &draws);
+            let kept = if code.program.double {
+                kept_of::<i64>(self.level, keys, stride, picked)
+            } else {
+                kept_of::<i32>(self.level, keys, stride, picked)
+            };
             let mut rest = kept.as_slice();
             for part in parts() {
                 let (own, others) = rest.split_at((part.end - part.start) as usize);
-                self.known.marks[*which].keep(part.start, own);
+                self.known.marks[*which].keep(self.level, part.start, own);
                 rest = others;
             }
         }
@@ -516,7 +521,7 @@ impl<'a> Worker<'a> {
                             u64::from(draw) < kernels::bound(last - place, last, lowest, highest)
                         }
                     };
-                    self.known.marks[*which].keep(element, &[u8::from(is_kept)]);
+                    self.known.marks[*which].keep(self.level, element, &[u8::from(is_kept)]);
                 }
             }
         }
@@ -715,6 +720,14 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// What is kept of interleaved vectors that have these order keys.
+fn kept_of<O: Ordinal>(level: Level, keys: Vec<u64>, stride: usize, picked: Picked<'_>) -> Vec<u8> {
+    let ordinals: Vec<O> = keys.into_iter().map(O::from_key).collect();
+    let mut kept = vec![0; ordinals.len()];
+    Ranker::new(level).pick(&ordinals, stride, picked, &mut kept);
+    kept
+}
+
 /// Copied bytes mean the same only in the same type.
 fn check_one_type(task: &Task) -> Result<()> {
     let first = task.sources[0].dtype();
@@ -828,7 +841,8 @@ fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
 }
 
 /// What the program of `code` is given, from the whole rows of `read`. What rankings keep is put into
-/// the task's marks too, if they are `kept`.
+/// the task's marks, if they are `kept`.
+#[expect(clippy::too_many_arguments, reason = "what a worker has while its buffers are lent")]
 fn given_by_row(
     arithmetic: &dyn Arithmetic,
     frame: &TensorFrame,
@@ -837,19 +851,21 @@ fn given_by_row(
     inputs: &[Option<InputBytes<'_>>],
     code: &Staged,
     kept: &[Marked],
+    level: Level,
 ) -> Result<Given> {
-    code.given(Scope::Row, read.start / frame.row, known, |level, given| {
-        let Rows { rankings, program, .. } = level;
+    code.given(Scope::Row, read.start / frame.row, known, |rows, given| {
+        let Rows { rankings, program, .. } = rows;
         let mut results = Results::of(program);
         let step = Step { elements: read.clone(), inputs, given, column: 0 };
         arithmetic.begin(frame, program, known)?.run(&step, &mut results)?;
         let marks = |(ranking, bytes): (&Arc<Ranking>, Vec<u8>)| {
-            let marks = Marks::new(read)?;
-            let whole = kept.iter().filter(|(other, _)| Arc::ptr_eq(ranking, other));
-            for marks in whole.map(|(_, which)| &*known.marks[*which]).chain([&marks]) {
-                marks.keep(read.start, &bytes);
-            }
-            Ok(Arc::new(marks))
+            let whole = kept.iter().find(|(other, _)| Arc::ptr_eq(ranking, other));
+            let marks = match whole {
+                Some((_, which)) => Arc::clone(&known.marks[*which]),
+                None => Arc::new(Marks::new(read)?),
+            };
+            marks.keep(level, read.start, &bytes);
+            Ok(marks)
         };
         let marks = rankings.iter().zip(results.kept).map(marks).collect::<Result<_>>()?;
         Ok((results.numbers, marks))

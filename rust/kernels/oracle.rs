@@ -8,6 +8,7 @@ use super::compare::{CELL, Comparison};
 use super::elementwise::{BinaryOp, UnaryOp};
 use super::order::Counts;
 use super::random::MaskKey;
+use super::rank::Picked;
 use super::real::Real;
 use super::reduce::{LANES, Lanes};
 use crate::dtype::DType;
@@ -200,6 +201,26 @@ pub fn bound_of_rank(rank: u64, last: u64, lowest: f64, highest: f64) -> f64 {
     let share = if last == 0 { 0.5 } else { rank as f64 / last as f64 };
     let probability = lowest + (highest - lowest) * share;
     (probability * 4_294_967_296.0 + 0.5).floor()
+}
+
+/// What is kept of a vector by rank: it is sorted from the largest down, and of equal elements the first
+/// comes first.
+pub fn kept_by_rank<T: Real>(values: &[T], picked: Picked<'_>) -> Vec<u8> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by_key(|&at| std::cmp::Reverse(key(values[at])));
+    let mut kept = vec![0; values.len()];
+    for (place, &at) in order.iter().enumerate() {
+        let is_kept = match picked {
+            Picked::Largest(count) => (place as u64) < count,
+            Picked::Random { lowest, highest, draws } => {
+                let last = values.len() - 1;
+                let bound = bound_of_rank((last - place) as u64, last as u64, lowest, highest);
+                f64::from(draws[at]) < bound
+            }
+        };
+        kept[at] = u8::from(is_kept);
+    }
+    kept
 }
 
 /// Adds the keys inside the interval to their bins, and counts.

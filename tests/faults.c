@@ -7,8 +7,10 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum call { READ, WRITE, FLUSH, CALLS };
+enum call { READ, WRITE, FLUSH, OPEN, RENAME, REMOVE, MAKE, SIZE, CALLS };
 
 /* What happens instead, besides numbers of errors: these are negative. */
 enum { NOTHING = 0, SHORT = -1, DEATH = -2, END = -3, CHANGE = -4 };
@@ -51,18 +53,24 @@ long faults_counted(int call)
     return counted[call];
 }
 
-/* The fault that this call meets. */
-static int met(int call, int file)
+/* Whether an open file is one that is meant. */
+static int is_meant(int file)
 {
     char link[64], path[PATH_MAX];
-    if (!folder[0])
-        return NOTHING;
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
     ssize_t length = readlink(link, path, sizeof path - 1);
     if (length < 0)
-        return NOTHING;
+        return 0;
     path[length] = 0;
-    if (strncmp(path, folder, strlen(folder)) != 0)
+    return strncmp(path, folder, strlen(folder)) == 0;
+}
+
+/* The fault that a call meets which is for a file, or for a path from there. */
+static int met_at(int call, int file, const char *path)
+{
+    if (!folder[0])
+        return NOTHING;
+    if (path && path[0] == '/' ? strncmp(path, folder, strlen(folder)) != 0 : !is_meant(file))
         return NOTHING;
     long number = counted[call]++;
     int is_due = number == armed_number || armed_number == ALWAYS;
@@ -72,6 +80,11 @@ static int met(int call, int file)
     if (fault == CHANGE)
         futimens(file, NULL);
     return fault;
+}
+
+static int met(int call, int file)
+{
+    return met_at(call, file, NULL);
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -128,4 +141,85 @@ int fdatasync(int file)
 {
     int fault = met(FLUSH, file);
     return fault > 0 ? (errno = fault, -1) : REAL(fdatasync)(file);
+}
+
+/* Calls that take a path give an error or nothing. */
+#define FAIL_AT(call, file, path)                                                                  \
+    do {                                                                                           \
+        int fault = met_at(call, file, path);                                                      \
+        if (fault > 0)                                                                             \
+            return errno = fault, -1;                                                              \
+    } while (0)
+
+static mode_t mode_of(int flags, va_list rest)
+{
+    return flags & (O_CREAT | __O_TMPFILE) ? va_arg(rest, mode_t) : 0;
+}
+
+int openat64(int from, const char *path, int flags, ...)
+{
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = mode_of(flags, rest);
+    va_end(rest);
+    FAIL_AT(OPEN, from, path);
+    return REAL(openat64)(from, path, flags, mode);
+}
+
+int open64(const char *path, int flags, ...)
+{
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = mode_of(flags, rest);
+    va_end(rest);
+    FAIL_AT(OPEN, AT_FDCWD, path);
+    return REAL(open64)(path, flags, mode);
+}
+
+int renameat(int from, const char *old, int to, const char *new)
+{
+    FAIL_AT(RENAME, to, new);
+    return REAL(renameat)(from, old, to, new);
+}
+
+int rename(const char *old, const char *new)
+{
+    FAIL_AT(RENAME, AT_FDCWD, new);
+    return REAL(rename)(old, new);
+}
+
+int unlinkat(int from, const char *path, int flags)
+{
+    FAIL_AT(REMOVE, from, path);
+    return REAL(unlinkat)(from, path, flags);
+}
+
+int unlink(const char *path)
+{
+    FAIL_AT(REMOVE, AT_FDCWD, path);
+    return REAL(unlink)(path);
+}
+
+int mkdirat(int from, const char *path, mode_t mode)
+{
+    FAIL_AT(MAKE, from, path);
+    return REAL(mkdirat)(from, path, mode);
+}
+
+int mkdir(const char *path, mode_t mode)
+{
+    FAIL_AT(MAKE, AT_FDCWD, path);
+    return REAL(mkdir)(path, mode);
+}
+
+int ftruncate64(int file, off64_t size)
+{
+    FAIL_AT(SIZE, file, NULL);
+    return REAL(ftruncate64)(file, size);
+}
+
+int fallocate64(int file, int mode, off64_t start, off64_t size)
+{
+    FAIL_AT(SIZE, file, NULL);
+    return REAL(fallocate64)(file, mode, start, size);
 }

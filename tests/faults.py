@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     Work = Callable[[Path], str]
 
 #: As `faults.c` numbers them.
-CALLS = {"read": 0, "write": 1, "flush": 2}
+CALLS = {
+    "read": 0, "write": 1, "flush": 2, "open": 3, "rename": 4, "remove": 5, "make": 6, "size": 7,
+}  # fmt: skip
 FAULTS = {
     "short": -1,
     "death": -2,
@@ -40,12 +42,15 @@ FAULTS = {
     "EIO": errno.EIO,
     "ENOSPC": errno.ENOSPC,
     "EINTR": errno.EINTR,
+    "EACCES": errno.EACCES,
+    "EMFILE": errno.EMFILE,
 }
 #: What the run goes on after, as if nothing had been.
 HARMLESS = {"short", "EINTR"}
 #: How a merge tells of the others.
 ERRORS = (
     "OSError: ",
+    "PermissionError: ",
     "InputChangedError: ",
     "OutputError: ",
     "CheckpointError: ",
@@ -157,7 +162,8 @@ def faults_at(folder: Path, call: str, fault: str, step: int) -> int:
         where = f"{fault} at {call} {number}: {outcome}"
         left = directory_bytes(output) if output.exists() else {}
         if outcome == "done":
-            assert left == expected, f"{where}, and other bytes"
+            odd = sorted(set(left.items()) ^ set(expected.items()))
+            assert left == expected, f"{where}, and other bytes in {[name for name, _ in odd]}"
         else:
             assert fault not in HARMLESS, where
             assert fault == "death" or outcome.startswith(ERRORS), where

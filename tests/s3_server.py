@@ -7,16 +7,37 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from typing import Any
+
+    Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+def refusing_lists(application: Application) -> Application:
+    """Answer as S3 does to who may read objects and not list them: what is not there is refused."""
+
+    def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        def start_refusing(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            return start("403 Forbidden" if status.startswith("404") else status, headers, *rest)
+
+        if "list-type" in environ["QUERY_STRING"]:
+            start("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+        return application(environ, start_refusing)
+
+    return answer
 
 
 @contextmanager
-def serve() -> Iterator[str]:
+def serve(*, lists: bool = True) -> Iterator[str]:
     """Serve a bucket that is called so; yield the address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    if not lists:
+        assert server._server is not None
+        server._server.app = refusing_lists(server._server.app)
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
     make = urllib.request.Request(f"{address}/bucket", method="PUT")

@@ -73,6 +73,61 @@ def gpt_oss() -> Any:
     return transformers.GptOssForCausalLM(config)
 
 
+def square_gpt_oss() -> Any:
+    """Shapes do not say that experts are stored transposed: the real model has such ones."""
+    config = transformers.GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=4,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config)
+
+
+def granite() -> Any:
+    """Experts have other names in files than in modules."""
+    config = transformers.GraniteMoeConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.GraniteMoeForCausalLM(config)
+
+
+def tied() -> Any:
+    return llama(tie_word_embeddings=True)
+
+
+def bert() -> Any:
+    """The bias of the head has two names."""
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config)
+
+
+def whisper() -> Any:
+    config = transformers.WhisperConfig(
+        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, encoder_attention_heads=4, decoder_attention_heads=4, num_mel_bins=8,
+        max_source_positions=16, max_target_positions=16, pad_token_id=1, bos_token_id=1,
+        eos_token_id=1, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def captions() -> Any:
+    """A decoder that stores square weights transposed, behind an encoder that does not."""
+    encoder = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    decoder = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8,
+        add_cross_attention=True, is_decoder=True,
+    )  # fmt: skip
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    return transformers.VisionEncoderDecoderModel(config=config)
+
+
 def convolutions() -> Any:
     """Kernels of one and several dimensions."""
     config = transformers.Wav2Vec2Config(
@@ -147,6 +202,24 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     ),
     "experts of one parameter": (mixtral, targets(target_parameters=EXPERTS[1:])),
     "experts transposed": (gpt_oss, targets(target_parameters=EXPERTS)),
+    "square experts transposed": (square_gpt_oss, targets(target_parameters=EXPERTS)),
+    "experts of other names": (
+        granite,
+        targets("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ),
+    "a saved embedding without its head": (
+        tied,
+        targets("q_proj", modules_to_save=["embed_tokens"]),
+    ),
+    "a saved embedding with its head": (
+        tied,
+        targets("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    "both saved": (tied, targets("q_proj", modules_to_save=["embed_tokens", "lm_head"])),
+    "a bias by two names": (bert, targets("query", bias="all")),
+    "a head of whisper's": (whisper, targets("conv1", "q_proj", modules_to_save=["proj_out"])),
+    "an encoder and another decoder": (captions, targets("c_proj", "c_attn", "query", "q_attn")),
+    "velora": (llama, targets("q_proj", velora_config=peft.tuners.lora.config.VeloraConfig())),
 }
 
 
@@ -230,7 +303,7 @@ def test_a_variant_is_what_peft_makes_of_it(name: str, place: Path) -> None:
     assert set(single) == set(half) == set(exact)
     changed = 0
     for key, expected in exact.items():
-        was = before[key].double()
+        was = before.get(key, torch.zeros(())).double()  # a head of its own is new
         off = bound(config, expected, was)
         assert (single[key].double() - expected).abs().max() <= off, key
         assert half[key].dtype == torch.bfloat16
@@ -238,6 +311,30 @@ def test_a_variant_is_what_peft_makes_of_it(name: str, place: Path) -> None:
         assert ((half[key].double() - expected).abs() <= expected.abs() * BF16 + off).all(), key
         changed += not torch.equal(expected, was)
     assert changed > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "config"),
+    [
+        ("tied as one", ("embed_tokens",), {"ensure_weight_tying": True}),
+        ("tied as one, dora", ("embed_tokens",), {"ensure_weight_tying": True, "use_dora": True}),
+        ("a tied head alone", ("lm_head",), {}),
+    ],
+)
+def test_a_table_and_its_head_are_as_they_were_trained(
+    place: Path, name: str, modules: tuple[str, ...], config: dict[str, Any]
+) -> None:
+    """PEFT's own merge adds both to the one tensor that both share: its model tells before that."""
+    model = base(place, tied)
+    adapter = train(place, tied, name, **targets("q_proj", *modules, **config))
+    trained = peft.PeftModel.from_pretrained(load(model, tied, torch.float32), adapter).eval()
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{model}+{adapter}"}]}
+    oxmerge.merge(recipe | {"dtype": "float32"}, out := place / f"{adapter.name}-fused")
+    ids = torch.arange(8)[None]
+    ours = load(out, tied, torch.float32).eval()
+    assert torch.allclose(ours(ids).logits, trained(ids).logits, atol=1e-3)
+    is_one = "use_dora" not in config and "embed_tokens" in modules
+    assert ("lm_head.weight" not in read(out)) == is_one
 
 
 def test_adapters_as_one_adapter(place: Path) -> None:
@@ -278,6 +375,21 @@ def test_a_base_that_lies_otherwise(place: Path) -> None:
     on_views, plain = fuse(f"{views}+{adapter}"), fuse(f"{model}+{adapter}")
     for name in plain:
         assert torch.equal(on_views[name], plain[name]), name
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"trainable_token_indices": [3, 1]}])
+def test_an_adapter_more_exact_than_its_model(place: Path, config: dict[str, Any]) -> None:
+    """Numbers of f64 are rounded to what the model is computed in."""
+    model = base(place, llama)
+    adapter = train(place, llama, f"double-{len(str(config))}", **targets(*LINEAR, **config))
+    double = place / f"{adapter.name}-f64"
+    shutil.copytree(adapter, double)
+    factors = safetensors_torch.load_file(adapter / "adapter_model.safetensors")
+    factors = {name: each.double() for name, each in factors.items()}
+    safetensors_torch.save_file(factors, double / "adapter_model.safetensors")
+    single, wide = (fuse(f"{model}+{each}", "float32") for each in (adapter, double))
+    for name in single:
+        assert torch.equal(single[name], wide[name]), name
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

@@ -120,6 +120,12 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
     "a rank of text": (lambda: SOUND, config(r="2"), "`r` is a whole number above 0"),
     "infinite": (lambda: SOUND, config(lora_alpha=float("inf")), "`lora_alpha` is a finite number"),
     "no number": (lambda: SOUND, config(lora_alpha=float("nan")), "is a finite number"),
+    "larger than any": (lambda: SOUND, config(lora_alpha=10**400), "is a finite number"),
+    "a number for a switch": (
+        lambda: SOUND,
+        config(use_rslora=1),
+        "`use_rslora` is true or false: found `1`",
+    ),
     "a switch": (lambda: SOUND, config(use_dora="yes"), "`use_dora` is true or false"),
     "a slow pattern": (
         lambda: SOUND,
@@ -133,6 +139,16 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
         "a number for each pattern",
     ),
     "a rank that lies": (lambda: SOUND, config(r=4), "expected rank 4, found 2 in [2, 8]"),
+    "patterns out of order": (
+        lambda: SOUND,
+        config(rank_pattern={"q_proj": 5, "self_attn.q_proj": 2}),
+        "hint: PEFT sorts patterns when it saves",
+    ),
+    "in torch's own attention": (
+        lambda: {k.replace("q_proj", "x.base_layer.out_proj"): v for k, v in SOUND.items()},
+        config(),
+        "not supported yet: a LoRA on torch's own attention",
+    ),
     "a factor alone": (
         lambda: without(SOUND, f"{Q}.lora_B.weight"),
         config(),
@@ -156,7 +172,7 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
     "whole numbers": (
         lambda: SOUND | {f"{Q}.lora_A.weight": np.ones((2, 8), np.int64)},
         config(),
-        "holds no numbers",
+        "has another type: expected a float type, found I64",
     ),
     "of another kind": (
         lambda: SOUND | {f"{Q}.lora_diag": np.ones((2,), np.float32)},
@@ -246,6 +262,14 @@ def test_weights_that_are_cut_short(model: Path, tmp_path: Path) -> None:
     assert "cannot be opened" in problems(f"{model}+{adapter}")[0]
     (adapter / "adapter_config.json").unlink()
     assert "no adapter can be read here" in problems(f"{model}+{adapter}")[0]
+
+
+def test_a_folder_of_adapters_names_them(model: Path, tmp_path: Path) -> None:
+    """PEFT saves adapters that are not the default one in folders below."""
+    for name in ("one", "two"):
+        write_adapter(tmp_path / "several" / name, SOUND)
+    (found,) = problems(f"{model}+{tmp_path / 'several'}")
+    assert "hint: name one of the adapters in it: `one`, `two`" in found
 
 
 def test_a_name_that_no_pattern_can_hold_up(model: Path, tmp_path: Path) -> None:
@@ -503,6 +527,7 @@ def test_a_plus_may_be_part_of_a_name(model: Path, tmp_path: Path) -> None:
         "org/name@main",
         (("other", -2.0),),
     )
+    assert split_adapters("m+other=5e-2", folders) == ("m", (("other", 0.05),))
     assert split_adapters("m" + "+a" * 100_000, folders)[1] == ()
 
 

@@ -146,6 +146,84 @@ def test_equal_numbers_of_other_bits_are_no_copy(tmp_path: Path) -> None:
     assert "equal-layers" not in str(told(write(tmp_path / "m", mirrored)))
 
 
+# Sound ones that are unlike the others.
+
+
+def gated_queries(tensors: Arrays, _: dict[str, Any]) -> None:
+    """As Qwen3-Next: each head's queries, and a gate for each of them."""
+    for layer in range(DEPTH):
+        tensors[Q.format(layer)] = np.concatenate([tensors[Q.format(layer)]] * 2)
+
+
+def latent_attention(tensors: Arrays, config: dict[str, Any]) -> None:
+    """As DeepSeek-V2: widths of heads that have nothing to do with the model's."""
+    config |= {"qk_nope_head_dim": 5, "qk_rope_head_dim": 1}
+    for layer in range(DEPTH):
+        tensors[Q.format(layer)] = tensors[Q.format(layer)][: 6 * config["num_attention_heads"]]
+        del tensors[Q.format(layer).replace("q_proj", "k_proj")]
+
+
+def shared_block(tensors: Arrays, _: dict[str, Any]) -> None:
+    """As Zamba2: a block within a layer, with heads of its own."""
+    wide = np.concatenate([tensors[Q.format(1)]] * 3)
+    tensors[Q.format(1).replace("self_attn", "shared_transformer.self_attn")] = wide
+
+
+def one_layer_of_another_kind(tensors: Arrays, _: dict[str, Any]) -> None:
+    """As Bamba and Llama 3.2 Vision: one layer has other tensors than all the others."""
+    tensors[Q.format(3).replace("self_attn", "cross_attn")] = tensors.pop(Q.format(3))
+
+
+def rows_for_images(tensors: Arrays, config: dict[str, Any]) -> None:
+    """As Llama 3.2 Vision: the embedding has eight rows that the head has not."""
+    config["model_type"] = "mllama"
+    rows = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.concatenate([rows, rows[:8]])
+
+
+def shared_layers(tensors: Arrays, config: dict[str, Any]) -> None:
+    """As ALBERT: one layer that is gone through again and again."""
+    config["num_hidden_groups"] = 1
+    for name in list(tensors):
+        if ".layers." in name and ".layers.0." not in name:
+            del tensors[name]
+
+
+def head_by_another_name(tensors: Arrays, _: dict[str, Any]) -> None:
+    """As RWKV."""
+    tensors["head.weight"] = tensors.pop("lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        gated_queries,
+        latent_attention,
+        shared_block,
+        one_layer_of_another_kind,
+        rows_for_images,
+        shared_layers,
+        head_by_another_name,
+    ],
+)
+def test_what_is_so_by_design_is_no_fault(tmp_path: Path, change: Callable[..., None]) -> None:
+    assert told(write(tmp_path / "m", change)) == {}
+
+
+def test_a_row_of_zeros_is_a_vector(tmp_path: Path) -> None:
+    """As the `final_logits_bias` of BART: only a matrix of zeros was probably lost."""
+
+    def bias(tensors: Arrays, _: dict[str, Any]) -> None:
+        tensors["final_logits_bias"] = np.zeros((1, 40), np.float32)
+
+    assert told(write(tmp_path / "m", bias)) == {"note": ["constant-tensor"]}
+
+
+def test_a_model_without_floats(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", {"ids": np.arange(5), "mask": np.ones(3, bool)})
+    assert told(model) == {}
+
+
 # What headers and files show.
 
 

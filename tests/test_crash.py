@@ -161,6 +161,29 @@ def test_signals_that_come_together_do_not_stop_the_cleaning_up(tmp_path: Path, 
         assert not (tmp_path / "new").exists()
 
 
+#: A merge that sends itself a signal while a class is made in a module that it imports.
+IN_A_CLASS = """
+import dataclasses, os, signal, sys
+from oxmerge import cli
+made = dataclasses.Field.__set_name__
+
+def strike(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    made(*arguments)
+
+dataclasses.Field.__set_name__ = strike
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_while_a_class_is_made(tmp_path: Path, twins: Path) -> None:
+    command = [sys.executable, "-c", IN_A_CLASS, "merge", str(twins / "linear.yml"), "out"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "error: ended by SIGTERM\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path, slow: Path) -> None:
     process = start(slow, tmp_path / "out", before=["nohup"])
     process.send_signal(signal.SIGHUP)

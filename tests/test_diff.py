@@ -222,6 +222,14 @@ def test_integers_are_compared_by_their_bits(tmp_path: Path) -> None:
     assert [tensor.is_equal for tensor in found.tensors] == [False, True]
     assert (found.total.changed, found.total.compared) == (100, 0)
     assert found.total.cosine is None
+    assert [tensor.numbers.relative for tensor in found.tensors] == [None, 0]
+
+
+def test_models_with_nothing_in_common(tmp_path: Path) -> None:
+    a, b = (write_model(tmp_path / x, {x: np.ones(3, np.float32)}) for x in "ab")
+    found = oxmerge.diff(a, b)
+    assert (found.only_in_a, found.only_in_b) == (("a",), ("b",))
+    assert (found.verdict, found.total.elements) == ("different", 0)
 
 
 def test_what_cannot_be_compared_is_told(

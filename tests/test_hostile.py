@@ -241,6 +241,17 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         oxmerge.open(tmp_path / "none")
 
 
+@pytest.mark.parametrize("target", ["gone", "none"])
+def test_a_link_that_leads_nowhere(tmp_path: Path, target: str) -> None:
+    """To what is gone, or to itself."""
+    (tmp_path / "none").symlink_to(target)
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [tmp_path / "none"])
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(recipe)
+    text = text_of(caught.value, tmp_path / "none")
+    assert f"there is no `DIR`: found a link to `{target}`\n  hint: put the model where" in text
+
+
 #: Names of tensors, and how they are shown.
 NAMES = {
     f"layers.{'9' * 5000}.x": f"layers.{'9' * 52}...{'9' * 56}.x",

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -351,6 +352,45 @@ NO_NAMES = (
     "org/name@a%2F..%2Fb", "org/na me", "-org/name", "org/name.", "org/na--me", "org/name.git",
     "org/name@%2E%2E", "org/name@x/..", "s3://bucket/name", "org/name@x@y", "org/näme", "org\\name",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://huggingface.co/org/name/tree/v1/onnx", "org/name@v1/onnx"),
+        ("https://hf.co/org/name/blob/refs%2Fpr%2F1/a.bin?x=1", "org/name@refs%2Fpr%2F1/a.bin"),
+    ],
+)
+def test_a_page_of_the_hub_is_told_its_name(page: str, name: str) -> None:
+    found = resolve_reference(page, ())
+    assert isinstance(found, Problem)
+    assert found.advice == f"write its name, `{name}`"
+    assert HubName.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("HF_ENDPOINT", "localhost:80", "HF_ENDPOINT is no address of a server"),
+        ("HF_ENDPOINT", "http://127.0.0.1:99999", "HF_ENDPOINT is no address of a server"),
+        ("HF_ENDPOINT", "http://[", "HF_ENDPOINT is no address of a server"),
+        ("HF_TOKEN", "hf_€", "the token for the Hub has letters that no token has"),
+        ("HF_TOKEN_PATH", "/", "the token for the Hub cannot be read (is a directory)"),
+    ],
+)
+def test_an_environment_that_no_request_can_be_made_of(
+    the_hub: Hub, tmp_path: Path, variable: str, value: str, told: str
+) -> None:
+    """The library reads it when it is imported, so another process has it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "oxmerge", "inspect", "org/one"],
+        env={**os.environ, "HF_HOME": str(the_hub.home), variable: value},
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert told in done.stderr
+    assert "hint:" in done.stderr
 
 
 @pytest.mark.parametrize("text", NO_NAMES)
@@ -767,6 +807,35 @@ def test_nobody_there(the_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = refusal(passthrough("org/one"))
     assert "there is no path `org/one`, and the Hub cannot be reached" in problem.message
     assert "check the network" in (problem.advice or "")
+
+
+class _NoHub(BaseHTTPRequestHandler):
+    """What is not the Hub, as a page to sign in to a network."""
+
+    said = b"<html>"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.said)))
+        self.end_headers()
+        self.wfile.write(self.said)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("said", [b"<html>", b"{}", b"[]", b'{"id": 3, "siblings": 4}'])
+def test_what_answers_is_not_the_hub(
+    the_hub: Hub, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(_NoHub, "said", said)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _NoHub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        problem = refusal(passthrough("org/one"))
+        server.shutdown()
+    assert "is not the Hub" in problem.message
+    assert "HF_ENDPOINT" in (problem.advice or "")
 
 
 def test_offline_and_nothing_here(the_hub: Hub) -> None:

@@ -155,6 +155,9 @@ def test_the_last_part_completes_the_output(
     assert fetched(output, tmp_path / "out") == whole["linear"]
     with pytest.raises(OutputError, match="something lies where"):
         make(recipe, output, 1, 3)
+    with pytest.raises(OutputError, match="no parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "a model that is complete"
 
 
 def test_two_runs_complete_the_output(
@@ -172,7 +175,7 @@ def test_two_runs_complete_the_output(
     with monkeypatch.context() as context:
         context.setattr(in_store, "complete_in_store", after_another)
         report = make(recipe, output, 2, 2, finish=True)
-    assert "another run has completed" in report.notes[-1]
+    assert "another run completes the output" in report.notes[-1]
     assert fetched(output, tmp_path / "out") == whole["linear"]
 
 
@@ -342,6 +345,82 @@ def test_clean_removes_what_parts_have_left(models: Path, output: str, tmp_path:
     assert objects.files() == there
 
 
+SEVERAL = """\
+name: first
+merge_method: metagpt
+base_model: base
+models: [{model: a}, {model: b}]
+---
+merge_method: slerp
+base_model: first
+models: [{model: first}, {model: b}]
+parameters: {t: 0.3}
+"""
+
+
+def write_several(models: Path) -> Path:
+    (models / "several.yml").write_text(SEVERAL)
+    return models / "several.yml"
+
+
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_merges(tmp_path: Path, models: Path, output: str, parts: int) -> None:
+    """What comes first lies in the store until the end; a later merge streams it."""
+    recipe = write_several(models)
+    options: dict[str, Any] = {"shard_size": SHARD, "seed": 5}
+    oxmerge.merge(recipe, tmp_path / "one", **options)
+    if parts == 1:
+        oxmerge.merge(recipe, output, **options)
+    else:
+        with ThreadPoolExecutor(parts) as pool:
+            runs = [pool.submit(make, recipe, output, at + 1, parts) for at in range(parts)]
+            assert all(run.result(timeout=120) for run in runs)
+        assert any("earlier/1/config.json" in name for name in Objects.at(output).files())
+        oxmerge.finish(output)
+    assert fetched(output, tmp_path / "out") == directory_bytes(tmp_path / "one")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_several_merges_wait_for_each_other(models: Path, output: str, tmp_path: Path) -> None:
+    recipe = write_several(models)
+    for part, said in ((1, "other parts lack theirs"), (2, "the merge `first` comes first")):
+        with pytest.raises(OutputError, match=said):
+            make(recipe, output, part, 2, wait=0)
+    assert list((tmp_path / "scratch").iterdir())
+    assert oxmerge.clean(output)
+    assert not Objects.at(output).files()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+#: What a sweep varies of a method, of which the second has numbers over the whole model.
+AXES = {"linear": {"models[a].parameters.weight": "0.2,0.9"}, "nan": {"parameters.lambda": "0.5,1"}}
+
+
+@pytest.mark.parametrize("method", AXES)
+def test_a_sweep(tmp_path: Path, models: Path, output: str, method: str) -> None:
+    """A weight file is made for all outputs at once, and each is completed by itself."""
+    recipe, axes = models / f"{method}.yml", AXES[method]
+    options: dict[str, Any] = {"shard_size": SHARD, "seed": 5}
+    if method == "nan":
+        write_recipe(recipe, method, ["a", "b"], base="base", each={"weight": 0.5})
+    one = oxmerge.sweep(recipe, tmp_path / "one{n}", axes, **options)
+    if method == "linear":
+        reports = oxmerge.sweep(recipe, f"{output}/{{n}}", axes, **options)
+        assert [report.files for report in reports] == [FILES, FILES]
+        assert reports[0].bytes_read == one[0].bytes_read
+    else:
+        for part in (1, 2):
+            with contextlib.suppress(OutputError):
+                oxmerge.sweep(recipe, f"{output}/{{n}}", axes, part=(part, 2), wait=0, **options)
+        oxmerge.sweep(recipe, f"{output}/{{n}}", axes, part=(1, 2), wait=0, **options)
+        for n in range(2):
+            oxmerge.finish(f"{output}/{n}")
+    for n in range(2):
+        made = fetched(f"{output}/{n}", tmp_path / f"out{n}")
+        assert made == directory_bytes(tmp_path / f"one{n}")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
 def test_what_cannot_be_written(
     tmp_path: Path, models: Path, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,12 +439,8 @@ def test_what_cannot_be_written(
         oxmerge.merge(recipe, output, overwrite=True)
     with pytest.raises(OutputError, match="needs digests"):
         oxmerge.merge(recipe, output, digests=False)
-    with pytest.raises(UnsupportedError, match="a sweep cannot"):
-        oxmerge.sweep(recipe, output + "{n}", {"models[a].parameters.weight": "0.1,0.2"})
-    one = "merge_method: linear\nmodels:\n- model: {}\n  parameters: {{weight: 1}}\n"
-    two = f"name: first\n{one.format(models / 'a')}---\n{one.format('first')}"
-    with pytest.raises(UnsupportedError, match="several merges"):
-        oxmerge.merge(two, output)
+    with pytest.raises(UnsupportedError, match="in parts or in a store"):
+        oxmerge.sweep(write_several(models), output + "{n}", {"parameters.t": "0.1,0.2"})
     with monkeypatch.context() as context:
         context.setattr("oxmerge.in_store.MOST_BYTES", 1000)
         with pytest.raises(OutputError, match="larger than an upload"):

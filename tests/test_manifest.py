@@ -247,6 +247,7 @@ def test_values_that_are_not_finite_stop_the_run(
     (problem,) = caught.value.problems
     assert (problem.code, problem.count, problem.found) == ("non-finite", 2, "0 NaN, 7 infinite")
     assert set(problem.tensors) == {"embed", "layers.0.b"}
+    assert "float16 ends at 65504" in (problem.advice or "")
     assert not (folder / "out").exists()
     assert main(["merge", str(recipe), "out"]) == 1
     assert "--allow-nonfinite" in capsys.readouterr().err

@@ -326,6 +326,16 @@ def test_ranked_rows_stay_within_the_budget(work: Path, shape: tuple[int, ...]) 
         shutil.rmtree(work / "out")
 
 
+@pytest.mark.parametrize("memory", [64 * MIB, 160 * MIB])
+def test_kept_numbers_about_rows_stay_within_the_budget(work: Path, memory: int) -> None:
+    """Short rows, and many: with room for their numbers and keys, and with less."""
+    for model in ("base", "a"):
+        write_sparse(work / model / "model.safetensors", {"x": (400_000, 64), "y": (300_000, 96)})
+    recipe = write_recipe(work / "r.yml", "arcee_fusion", [work / "a"], base=work / "base")
+    report = report_of(merge(recipe, memory=memory))
+    assert report["measured"] <= memory
+
+
 def test_tensors_of_all_kinds_one_after_the_other(work: Path) -> None:
     """Buffers that one tensor needed do not add up with those of the next."""
     for model, dtypes in {"a": ("F32", "BF16"), "b": ("BF16", "F32")}.items():

@@ -357,7 +357,7 @@ def ramplus_tl(
     merged = base + np.where(count >= 2, (vs * active).sum(0) / np.maximum(count, 1), 0)
     for v, is_active in zip(vs, active, strict=True):
         shared, own = np.sum(is_active & (count >= 2)), np.sum(is_active & (count == 1))
-        factor = 1 + r * np.clip(shared / max(own, epsilon), 0, alpha)
+        factor = 1 + r * np.clip(shared / max(own, epsilon), 0, alpha) if own else 1
         merged = merged + factor * np.where(is_active & (count == 1), v, 0)
     return merged
 
@@ -432,7 +432,7 @@ CASES: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "nearswap": [(1, {"t": 0.01})],
     "arcee_fusion": [(1, {})],
     "ram": [(1, {}), (3, {"epsilon": 0.02})],
-    "ramplus_tl": [(1, {}), (3, {"epsilon": 0.02, "r": 0.3, "alpha": 0.5})],
+    "ramplus_tl": [(1, {}), (3, {"epsilon": 0.02, "r": 0.3, "alpha": 0.5}), (2, {"epsilon": 0})],
     "consensus_ta": [(1, {"weight": [1.0], "k": 1}), (3, {"weight": [1.0, 0.5, 2.0]})],
     "magmax": [(1, {}), (3, {})],
     "emr": [(1, {}), (3, {})],

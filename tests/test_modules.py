@@ -83,6 +83,10 @@ def test_modules_are_found_by_name_and_by_kind() -> None:
     assert begin(found["text_decoder"], "model.", "lm_head.")
     assert begin(found["vision_tower"], "visual.")
     assert None not in found
+    # What mergekit calls the projector, within the vision part.
+    found = modules(["vision_tower", "multi_modal_projector"], QWEN, {2, 3})
+    assert found["multi_modal_projector"] == ["visual.merger.mlp.0.weight"]
+    assert begin(found["vision_tower"], "visual.patch_embed.", "visual.blocks.")
     moved = {f"model.{name}": shape for name, shape in LLAVA.items() if "lm_head" not in name}
     found = modules(["language_model", "multi_modal_projector"], moved, {2, 3})
     assert begin(found["language_model"], "model.language_model.")

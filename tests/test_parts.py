@@ -24,12 +24,13 @@ import pytest
 import test_token_rows as token_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from oxmerge import cli, parts
+from oxmerge import cli, merging, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
+from oxmerge.parts import shared_folder
 from oxmerge.sweeping import variants
 from range_server import serve
 from writers import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 #: Small tensors that lie together, some of several blocks, and integers; eleven files of weights.
 SHAPES: dict[str, tuple[int, ...]] = {f"layers.{i}.weight": (64, 100 + i) for i in range(20)}
 SHAPES |= {"layers.3.bias": (70000,), "layers.9.rows": (5, 7), "scale": (1,)}
+IDS = {"position_ids": np.arange(77, dtype=np.int64)}
 SHARD, FILES = 40_000, 11
 WRITTEN = ["written_methods"]
 
@@ -82,10 +84,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, two fine-tunes of it, and a recipe for each method."""
     folder = tmp_path_factory.mktemp("models")
     base = random_arrays(SHAPES, seed=0)
-    ids = {"position_ids": np.arange(77, dtype=np.int64)}
-    write_model(folder / "base", base | ids, "BF16")
+    write_model(folder / "base", base | IDS, "BF16")
     for seed, name in enumerate("ab", start=1):
-        write_model(folder / name, tuned(base, seed) | ids, "BF16")
+        write_model(folder / name, tuned(base, seed) | IDS, "BF16")
     for method, about in METHODS.items():
         names = list(about.get("models", "ab"))
         more = {name: about[name] for name in ("each", "shared") if name in about}
@@ -306,6 +307,166 @@ def test_inputs_are_streamed_to_each_part(
     assert all(data == whole[method][name] for name, data in made.items() if name not in told)
 
 
+#: The first is of numbers over the whole model, and has fewer files than the last.
+SEVERAL = """\
+name: first
+merge_method: metagpt
+base_model: base
+models: [{model: a}, {model: b}]
+---
+name: second
+merge_method: linear
+models:
+- {model: first, parameters: {weight: 0.4}}
+- {model: b, parameters: {weight: 0.6}}
+---
+merge_method: slerp
+base_model: second
+models: [{model: second}, {model: first}]
+parameters: {t: 0.3}
+dtype: float32
+"""
+
+
+def write_several(models: Path) -> Path:
+    recipe = models / "several.yml"
+    recipe.write_text(SEVERAL)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def several(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, bytes]]:
+    """A recipe of several merges, and what one run makes."""
+    recipe, output = write_several(models), tmp_path_factory.mktemp("several") / "one"
+    oxmerge.merge(recipe, output, shard_size=2 * SHARD, seed=5)
+    return recipe, directory_bytes(output)
+
+
+@pytest.mark.parametrize(
+    "parts", [3, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (1, 2, 7))]
+)
+def test_several_merges_in_parts(
+    tmp_path: Path, several: tuple[Path, dict[str, bytes]], parts: int
+) -> None:
+    recipe, whole = several
+    output = tmp_path / "out"
+    make_all(recipe, output, parts, shard_size=2 * SHARD)
+    assert sorted(path.name for path in (output / PARTS_NAME / "earlier").iterdir()) == ["1", "2"]
+    oxmerge.finish(output)
+    assert directory_bytes(output) == whole
+
+
+def test_a_part_makes_what_no_run_has_begun_of_earlier_merges(tmp_path: Path, models: Path) -> None:
+    """So parts that run one after the other, as on few cores, do not wait in vain."""
+    text = SEVERAL.replace("merge_method: metagpt", "merge_method: model_stock")
+    recipe, output = models / "several_in_turn.yml", tmp_path / "out"
+    recipe.write_text(text)
+    options: dict[str, Any] = {"shard_size": 2 * SHARD, "seed": 5}
+    oxmerge.merge(recipe, tmp_path / "one", **options)
+    for part in (2, 3, 1):
+        make(recipe, output, part, 3, **options, finish=True)
+    assert directory_bytes(output) == directory_bytes(tmp_path / "one")
+
+
+def test_a_part_sweeps_what_no_run_has_begun(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    output = tmp_path / "out"
+    make(models / "nan.yml", output, 2, 3)
+    # Each is made by its own run all the same: so none finds that the output is complete.
+    report = make(models / "nan.yml", output, 3, 3, wait=0)
+    assert report.notes[-1] == "part 3 of 3 is made, but not yet part 1"
+    make(models / "nan.yml", output, 1, 3, finish=True)
+    assert directory_bytes(output) == whole["nan"]
+
+
+def test_others_sweep_when_a_part_gives_up(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has waited all the same, and whoever placed it runs it again."""
+    recipe, output = models / "nan.yml", tmp_path / "out"
+    execute = merging.execute
+
+    def late(*arguments: Any) -> Any:
+        try:
+            return execute(*arguments)
+        except OutputError:
+            monkeypatch.undo()
+            make(recipe, output, 2, 2, wait=0)
+            raise
+
+    monkeypatch.setattr(parts, "execute", late)
+    with pytest.raises(parts.WaitsForOthersError):
+        make(recipe, output, 1, 2, wait=0)
+
+
+def test_a_part_that_another_run_makes_is_waited_for(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    with ThreadPoolExecutor(1) as pool, shared_folder(output, 2, 2) as files:
+        with files.locked():
+            second = pool.submit(make, recipe, output, 2, 2, finish=True)
+            time.sleep(0.2)
+            assert not second.done()
+        assert second.result(timeout=60).files == FILES
+
+
+def test_what_another_run_has_begun_is_left_to_it(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make(models / "linear.yml", output, 1, 3)
+    with shared_folder(output, 1, 3) as files:
+        free = [files.of(part).is_free() for part in (1, 2, 3)]
+        assert free == [False, True, True]
+        with files.of(2).locked():
+            assert not files.of(2).is_free(own=True)
+        # Its locks may not be seen here: only a run of the same part takes it.
+        story = json.loads((output / PARTS_NAME / "1of3.key").read_text())
+        (output / PARTS_NAME / "3of3.key").write_text(json.dumps(story | {"machine": "another"}))
+        assert not files.of(3).is_free()
+        assert files.of(3).is_free(own=True)
+
+
+def test_parts_of_several_merges_one_after_the_other(
+    tmp_path: Path, several: tuple[Path, dict[str, bytes]]
+) -> None:
+    """A part says what it waits for, and goes on from there when it is run again."""
+    recipe, whole = several
+    output, told = tmp_path / "out", []
+    for _ in range(4):
+        for part in (1, 2, 3):
+            try:
+                options: dict[str, Any] = {"wait": 0, "shard_size": 2 * SHARD, "finish": True}
+                report = make(recipe, output, part, 3, **options)
+            except OutputError as error:
+                told.append(f"{error.message.partition(',')[0]}: {str(error.advice)[:19]}")
+        if (output / "config.json").exists():
+            break
+    assert set(told) == {
+        "numbers over the whole model are needed: run this part again",
+        "the merge `first` comes first: run this part again",
+        "the merge `second` comes first: run this part again",
+    }
+    assert report.files > 7
+    assert directory_bytes(output) == whole
+
+
+def test_an_input_of_an_earlier_merge_is_another_file(
+    tmp_path: Path, models: Path, several: tuple[Path, dict[str, bytes]]
+) -> None:
+    recipe, _ = several
+    copy, output = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(models, copy)
+    with pytest.raises(OutputError, match="numbers over the whole model"):
+        make(recipe, output, 1, 2, wait=0)
+    shutil.rmtree(copy / "base")
+    write_model(copy / "base", random_arrays(SHAPES, 7) | IDS, "BF16")
+    with pytest.raises(OutputError, match="another file than part 1 has") as caught:
+        make(copy / "several.yml", output, 2, 2, wait=0)
+    assert caught.value.file == str(copy / "base" / "model.safetensors")
+
+
 def test_the_last_part_completes_the_output(
     tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
 ) -> None:
@@ -409,11 +570,10 @@ def test_an_input_is_another_file_on_another_machine(tmp_path: Path, models: Pat
     make(models / "linear.yml", output, 1, 2)
     weights = copy / "b" / "model.safetensors"
     arrays = {name: values + np.float32(1) for name, values in random_arrays(SHAPES, 0).items()}
-    ids = {"position_ids": np.arange(77, dtype=np.int64)}
     shutil.rmtree(copy / "b")
-    write_model(copy / "b", arrays | ids, "BF16")
+    write_model(copy / "b", arrays | IDS, "BF16")
     assert weights.stat().st_size == (models / "b" / "model.safetensors").stat().st_size
-    with pytest.raises(OutputError, match="another file on another machine") as caught:
+    with pytest.raises(OutputError, match="another file than part 1 has") as caught:
         make(copy / "linear.yml", output, 2, 2)
     assert caught.value.file == str(weights)
     assert str(models / "b" / "model.safetensors") in str(caught.value.expected)
@@ -494,7 +654,7 @@ def test_two_runs_of_one_part(tmp_path: Path, models: Path) -> None:
     try:
         with PartFiles(2, 2, folder, output).locked():
             with pytest.raises(OutputError, match="another run makes part 2"):
-                make(models / "linear.yml", output, 2, 2)
+                make(models / "linear.yml", output, 2, 2, wait=0)
             make(models / "linear.yml", output, 1, 2)
     finally:
         os.close(folder)
@@ -513,6 +673,9 @@ def test_a_model_that_is_there_is_replaced_at_the_end(
         oxmerge.finish(output)
     oxmerge.finish(output, overwrite=True)
     assert directory_bytes(output) == whole["linear"]
+    with pytest.raises(OutputError, match="no parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "a model that is complete"
 
 
 def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:
@@ -531,11 +694,9 @@ def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_made_in_parts(tmp_path: Path, models: Path) -> None:
-    one = "merge_method: linear\nmodels:\n- model: {}\n  parameters: {{weight: 1}}\n"
-    recipe = tmp_path / "two.yml"
-    recipe.write_text(f"name: first\n{one.format(models / 'a')}---\n{one.format('first')}")
+    several = write_several(models)
     with pytest.raises(UnsupportedError, match="several merges cannot be made in parts"):
-        make(recipe, tmp_path / "out", 1, 2)
+        oxmerge.sweep(several, tmp_path / "o{n}", {"parameters.t": "0.1,0.2"}, part=(1, 2))
     with pytest.raises(ValueError, match="digests"):
         make(models / "linear.yml", tmp_path / "out", 1, 2, digests=False)
     with pytest.raises(ValueError, match="from 1 to 2"):

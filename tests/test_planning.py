@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
+import numpy as np
+import oxmerge
 import pytest
 import yaml
 import zoo
@@ -360,7 +363,8 @@ def test_slices_need_one_stack(shelf: Shelf) -> None:
         ),
         (
             "`a`: `slices` needs a model with exactly one stack of layers: found 2 stacks "
-            "(`model.layers`, `visual.blocks`)\n  hint: merge whole models with `models`"
+            "(`model.layers`, `visual.blocks`)\n  hint: merge whole models with `models`, or put "
+            "`slices` of each part under `modules`"
         ),
     ]
 
@@ -581,20 +585,47 @@ def test_tensors_of_others_are_dropped_and_listed(shelf: Shelf) -> None:
     assert len(shelf.problems(linear("a", "b"), strict=True)) == 1
 
 
-def test_tied_heads_are_named(shelf: Shelf) -> None:
-    shelf.put(a=zoo.llama(1), b=zoo.llama(1, tied=True))
+def test_a_tied_head_is_the_embedding_where_others_have_heads(shelf: Shelf) -> None:
+    shelf.put(a=zoo.llama(2), b=zoo.llama(2, tied=True), c=zoo.llama(2, tied=True))
+    folder = shelf.folder
+
+    def head_of(name: str, recipe: dict[str, Any]) -> np.ndarray:
+        recipe = json.loads(json.dumps(recipe).replace('"model": "', f'"model": "{folder}/'))
+        oxmerge.merge(recipe, folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        assert config["tie_word_embeddings"] is False
+        with oxmerge.open(folder / name) as merged:
+            return np.asarray(merged["lm_head.weight"], "f4")
+
+    own = oxmerge.open(folder / "a")["lm_head.weight"].astype("f4")
+    of_b = oxmerge.open(folder / "b")["model.embed_tokens.weight"].astype("f4")
+    mean = ((own + of_b) / 2).astype(ml_dtypes.bfloat16).astype("f4")
+    assert np.array_equal(head_of("ab", linear("a", "b")), mean)
+    assert np.array_equal(head_of("ba", linear("b", "a")), mean)
+    # The head comes from the last slice: of a model that ties it, below a config that does not.
+    ranges = {"a": [0, 1], "b": [1, 2]}
+    for listed, head in (("ab", of_b), ("ba", own)):
+        slices = [{"sources": [{"model": m, "layer_range": ranges[m]}]} for m in listed]
+        stacked = {"merge_method": "passthrough", "slices": slices}
+        assert np.array_equal(head_of(f"stack-{listed}", stacked), head)
+
+    merge = shelf.plan(linear("a", "b"))
+    assert any("`b` ties its head to the embedding" in note for note in merge.notes)
+    # Where all are tied, nothing is written twice.
+    assert "lm_head.weight" not in shelf.plan(linear("b", "c")).tensors.names
+
+
+def test_a_head_that_is_not_there_is_named(shelf: Shelf) -> None:
+    untold = zoo.llama(1, tied=True)
+    del untold.config["tie_word_embeddings"]
+    shelf.put(a=zoo.llama(1), b=untold)
     assert shelf.problems(linear("a", "b")) == [
         (
-            "`b`: tensor `lm_head.weight`: `b` has no head of its own, the donor `a` has one "
-            "(`tie_word_embeddings` is true)\n"
-            "  hint: write the head of `b` out as a copy of its embedding, or make it the base, so "
-            "that the output is tied as well"
+            "`b`: tensor `lm_head.weight`: `b` has no head of its own, the donor `a` has one\n"
+            "  hint: if its head is its embedding, say so: `tie_word_embeddings: true` in its "
+            "config.json"
         )
     ]
-    merge = shelf.plan(linear("b", "a"))
-    reason = "the donor `b` ties its head to its embedding"
-    dropped = merge.accounting[1].dropped
-    assert {why: list(share) for why, share in dropped.items()} == {reason: ["lm_head.weight"]}
 
 
 def test_vocabularies_that_differ_are_named(shelf: Shelf) -> None:

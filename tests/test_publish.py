@@ -159,6 +159,21 @@ def test_overwriting_a_model(tmp_path: Path) -> None:
     assert notes == ["`my notes.txt` was in the output directory before and is still there"]
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_is_moved_meanwhile(tmp_path: Path, *, replaced: bool) -> None:
+    contents, expected = new_contents(tmp_path)
+    output = prepare(tmp_path / "out")
+    shards = write_shards(output, contents)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    if replaced:
+        (tmp_path / "out").mkdir()
+    notes = commit(output, contents, shards, REPORT)
+    close(output)
+    moved = f"`{tmp_path}/out` was moved meanwhile: the output is in `{tmp_path}/elsewhere`"
+    assert notes == [moved]
+    assert read_all(tmp_path / "elsewhere") == expected
+
+
 def test_a_lone_shard_without_config_comes_last_and_needs_no_index(tmp_path: Path) -> None:
     contents = Contents(shards=("model.safetensors",), texts={"README.md": "card"})
     output = prepare(tmp_path / "out")

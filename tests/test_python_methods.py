@@ -392,6 +392,13 @@ def test_names_are_words_and_not_taken() -> None:
         def seeded(models: Any, *, seed: Any = shared(1)) -> Any:
             return models[0]
 
+    # What recipes may ask of any method goes by its name.
+    with pytest.raises(TypeError, match="cannot have a parameter `keep`: every method has one"):
+
+        @method
+        def keeping(models: Any, *, keep: Any = shared(0.5)) -> Any:
+            return models[0]
+
     with pytest.raises(TypeError, match="a merge method is a function"):
         method(name="one")(print)
     with pytest.raises(ValueError, match="is not from 0 to 1"):

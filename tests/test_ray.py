@@ -130,6 +130,26 @@ def test_nodes_that_share_a_store_alone(tmp_path: Path, cluster: Any) -> None:
     assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "one")
 
 
+@pytest.mark.parametrize("is_in_store", [False, True])
+def test_several_merges(tmp_path: Path, cluster: Any, *, is_in_store: bool) -> None:
+    """Tasks end that wait for an earlier merge, and are begun again: they need no node to wait."""
+    for seed, name in enumerate(("base", "a", "b")):
+        write_model(tmp_path / name, random_arrays(shapes(), seed), "BF16")
+    first = (
+        "name: first\nmerge_method: metagpt\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+    )
+    last = "merge_method: slerp\nbase_model: first\nmodels: [{model: first}, {model: b}]\n"
+    (tmp_path / "r.yml").write_text(f"{first}---\n{last}parameters: {{t: 0.3}}\n")
+    oxmerge.merge(tmp_path / "r.yml", tmp_path / "one", shard_size=150_000)
+    output = "s3://bucket/several" if is_in_store else str(tmp_path / "out")
+    oxmerge.merge(tmp_path / "r.yml", output, shard_size=150_000, ray=True, parts=2)
+    if is_in_store:
+        (tmp_path / "out").mkdir()
+        for name, file in Objects.at(output).files().items():
+            (tmp_path / "out" / name).write_bytes(file.read(0, file.size))
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     ("device", "gpus"), [("cpu", 0), ("torch", 0), ("auto", 0), ("cuda", 1), ("cuda:1", 1)]
 )

@@ -134,11 +134,24 @@ def test_a_file_of_someone_else_is_not_written_to(
         path = next(output.glob(".model-00001*"))
         path.unlink()
         link(precious, path)
-        with pytest.raises(OSError if link is os.symlink else oxmerge.OutputError):
+        with pytest.raises(oxmerge.OutputError, match="no file that an interrupted run left"):
             merge(models, output)
         assert precious.read_bytes() == b"mine"
         merge(models, output, fresh=True)
         assert precious.read_bytes() == b"mine"
+
+
+def test_a_journal_that_is_a_link(
+    tmp_path: Path, models: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told where it lies, also where the output is named by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    interrupt(models, Path("out"), 4)
+    Path("out", RESUME_NAME).rename("elsewhere")
+    Path("out", RESUME_NAME).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(oxmerge.OutputError, match="no file that an interrupted run") as caught:
+        merge(models, Path("out"))
+    assert caught.value.file == f"out/{RESUME_NAME}"
 
 
 def _seed(models: Path) -> dict[str, Any]:
@@ -399,6 +412,11 @@ FAULTS = {
     "read": ("EIO", "EINTR", "short", "end", "change"),
     "write": ("EIO", "ENOSPC", "EINTR", "short", "death"),
     "flush": ("EIO", "EINTR", "death"),
+    "open": ("EIO", "EMFILE", "EACCES", "death"),
+    "rename": ("EIO", "EACCES", "death"),
+    "remove": ("death",),  # what cannot be removed at the end is left: it does no harm
+    "make": ("EACCES", "death"),
+    "size": ("ENOSPC", "death"),
 }
 
 

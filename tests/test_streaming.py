@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import oxmerge
 import pytest
+import s3_server
 from hub_server import faulty
 from oxmerge import CheckpointError, InputChangedError, PlanError, RemoteError, _core
 from oxmerge.cli import main
@@ -536,6 +537,15 @@ def test_references_that_lead_nowhere_are_problems_of_the_report(
         oxmerge.open("http://127.0.0.1:9/model")
 
 
+@pytest.mark.parametrize(
+    "address", ["http://", "https://[::1/a", "http://a:99999/b", "http://a:b/c", "s3://", "gs:///b"]
+)
+def test_what_is_no_address_is_told_at_once(address: str) -> None:
+    with pytest.raises(RemoteError, match="none that a server or a store can have") as caught:
+        oxmerge.open(address)
+    assert caught.value.advice
+
+
 def test_a_server_may_refuse_what_is_not_there(
     models: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -769,6 +779,72 @@ def test_a_bucket_that_is_not_there(bucket: str) -> None:
         oxmerge.open("s3://nobody/model")
     with pytest.raises(RemoteError, match="there is no model"):
         oxmerge.open("s3://bucket/nothing")
+
+
+@pytest.mark.parametrize("name", ["base", "base/model.safetensors", "sharded"])
+def test_a_store_that_refuses_to_list(
+    bucket: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Files are asked for by the names that a model has, and by those of its index."""
+    import obstore
+
+    local = models / "base"
+    if name == "sharded":
+        local = tmp_path / "sharded"
+        oxmerge.merge(write_recipe(tmp_path / "r.yml", "passthrough", [models / "base"]), local,
+                      shard_size="100KB")  # fmt: skip
+        assert (local / "model.safetensors.index.json").exists()
+    with s3_server.serve(lists=False) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        stores._open.cache_clear()
+        for path in filter(Path.is_file, local.iterdir()):
+            put(f"models/{name.partition('/')[0]}/{path.name}", path.read_bytes())
+        with pytest.raises(obstore.exceptions.GenericError, match="403 Forbidden"):
+            list(obstore.list(stores._open("s3", "bucket"), "models"))
+        with oxmerge.open(f"s3://bucket/models/{name}") as there, oxmerge.open(local) as here:
+            assert set(there) == set(here)
+            for tensor in here:
+                assert there[tensor].tobytes() == here[tensor].tobytes()
+        with pytest.raises(RemoteError, match="cannot be read") as caught:
+            oxmerge.open("s3://bucket/nothing")
+        assert "credentials" in str(caught.value.advice)
+    stores._open.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_model_of_many_files(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as an output may have; a store lists a thousand at a time."""
+    from moto.s3.models import s3_backends
+
+    backend = s3_backends["123456789012"]["aws"]
+    for number in range(10_001):
+        backend.put_object("bucket", f"many/model-{number:05}-of-10001.safetensors", b"x")
+    assert len(stores.find_model("s3://bucket/many").files) == 10_001
+    monkeypatch.setitem(stores.listed.__kwdefaults__, "most", 10_000)  # type: ignore[arg-type]
+    with pytest.raises(RemoteError, match="too many files for a model"):
+        stores.find_model("s3://bucket/many")
+
+
+def test_what_is_kept_of_a_store_is_flushed(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it has its name, by which later runs take it as whole: a power cut may come."""
+    flushed: list[int] = []
+    sync, replace = os.fsync, os.replace
+
+    def note_flush(descriptor: int) -> None:
+        sync(descriptor)
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    def check(source: str, target: str) -> None:
+        assert os.stat(source).st_ino in flushed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "replace", check)
+    files = stores.find_model(f"{bucket}/base").files
+    stores.fetch_small(str(tmp_path / "kept"), {"config.json": files["config.json"]})
+    assert (tmp_path / "kept" / "config.json").stat().st_ino in flushed
 
 
 # The Hub.

@@ -1,4 +1,4 @@
-"""A merge whose output is in an object store, by one run or in parts.
+"""Merges whose outputs are in an object store, by one run or in parts.
 
 Each weight file is made in a folder of this machine, as a part of its own (`oxmerge.parts`), then
 uploaded and removed: so a machine needs disk for two of them, one that is made and one that is on
@@ -9,7 +9,9 @@ its way. Runs leave for each other, as objects in a folder of the output,
 - for each weight file ``2of11.numbers``, what was found in a sweep over its tensors,
   ``2of11.journal``, their digests, and ``2of11.done``, once it is uploaded.
 
-Nothing is locked, which stores cannot do: two runs of one part write the same bytes.
+Nothing is locked, which stores cannot do: two runs of one part write the same bytes. In a sweep
+each output has such a folder, and a weight file is made for all of them at once. What merges that
+come first make lies in the same folder, as outputs that are made the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import time
@@ -36,11 +37,19 @@ from oxmerge.cli.progress import watched
 from oxmerge.errors import InputChangedError, OutputError, ProblemsError, UnsupportedError
 from oxmerge.json_files import parse_json
 from oxmerge.merging import finish_all, open_device
-from oxmerge.output.claims import claimed
+from oxmerge.output.claims import BusyError, claimed
 from oxmerge.output.contents import contents_of
-from oxmerge.output.manifest import plan_digest
+from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.objects import MOST_BYTES, RESIDENT, Objects, Uploads
-from oxmerge.output.part_files import PLAN_NAME, PartFiles, Purpose, read_done, shards_of_parts
+from oxmerge.output.part_files import (
+    KEY,
+    PLAN_NAME,
+    PartFiles,
+    Purpose,
+    join,
+    read_done,
+    shards_of_parts,
+)
 from oxmerge.output.publish import (
     PARTS_NAME,
     NoPartsError,
@@ -54,10 +63,14 @@ from oxmerge.output.publish import (
 from oxmerge.output.resume import RESUME_NAME, how_to_go_on
 from oxmerge.parts import (
     WaitsForOthersError,
+    after_earlier,
+    check_of_plan,
     check_parts,
+    complete_each,
     kept_of,
     make,
     opened_folder,
+    planned_in_turn,
     report_of_part,
     together,
 )
@@ -66,6 +79,7 @@ from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
@@ -82,71 +96,81 @@ if TYPE_CHECKING:
 __all__ = ["clean_in_store", "complete_in_store", "finish_in_store", "merge_in_store"]
 
 _RECORDS = f"{PARTS_NAME}/"
-_KEY = re.compile(
-    re.escape(_RECORDS) + r"([1-9][0-9]{0,5})of[1-9][0-9]{0,5}\.(?:[0-9a-f]{16}\.)?key"
-)
 #: Records that are read at a time.
 _AT_ONCE = 8
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def merge_in_store(
-    plans: Sequence[Plan],
-    address: PathLike,
+    merges: Sequence[tuple[Plan, PathLike]],
     planning: PlanOptions,
     running: RunOptions,
     started: float,
-) -> MergeReport:
-    """Make an output in a store, or the part of it that `running` names; see `oxmerge.merge`."""
-    objects = Objects.at(address)
-    plan, *others = plans
-    if others:
-        raise UnsupportedError(
-            "a sweep cannot write to an object store",
-            file=objects.address,
-            advice="sweep into directories, and copy them",
-        )
-    _check(plan, objects.address, running)
+) -> list[MergeReport]:
+    """Make outputs in a store, or the part of them that `running` names; see `oxmerge.merge`."""
+    plans = [plan for plan, _ in merges]
+    stores = [Objects.at(address) for _, address in merges]
+    for plan, objects in zip(plans, stores, strict=True):
+        _check(plan, objects.address, running)
     number, parts = running.part or (1, 1)
-    check_parts([plan], parts)
-    shards = shards_of_parts([size for _, size in plan.shards], parts)[number - 1]
-    purpose = Purpose.of(plan, len(plan.shards))
-    backend = open_device([plan], running)
-    run = f"{number}of{parts}"
-    with (
-        _scratch(objects.address, run, purpose.key) as place,
-        _opened(plan, objects, purpose, place) as output,
-    ):
-        output.join(run)
-        made = {} if running.fresh else output.made(objects.files())
-        own = {shard: made[shard] for shard in shards if shard in made}
-        kept = len(own)
-        todo = [shard for shard in shards if shard not in made]
-        _check_space(place, [plan.shards[shard][1] for shard in todo])
+    check_parts(plans, parts)
+    shards = shards_of_parts([size for _, size in plans[0].shards], parts)[number - 1]
+    backend = open_device(plans, running)
+    run, together_with = f"{number}of{parts}", plans if len(plans) > 1 else ()
+    with contextlib.ExitStack() as stack:
+        outputs = []
+        for plan, objects in zip(plans, stores, strict=True):
+            purpose = Purpose.of(plan, len(plan.shards), together_with)
+            outputs.append(stack.enter_context(_opened(plan, objects, run, purpose.key)))
+            outputs[-1].join(run, purpose)
+        made = [{} if running.fresh else output.made(output.objects.files()) for output in outputs]
+        is_made = set.intersection(*map(set, made))
+        todo = [shard for shard in shards if shard not in is_made]
+        _check_space(outputs[0].place, [size for _, size in plans[0].shards], todo, len(plans))
         try:
-            own |= _make_all(output, todo, run, running, backend)
+            if todo:
+                outputs = [output.after_earlier(planning, running) for output in outputs]
+            done = _make_all(outputs, todo, run, running, backend)
         except BaseException as error:
-            # What the inputs or the recipe are to blame for would be so again.
-            is_again = isinstance(error, InputChangedError | ProblemsError)
-            if not is_again and not getattr(error, "__notes__", ()):
-                error.add_note(how_to_go_on([objects.address]))
+            _tell_how_to_go_on(error, stores)
             raise
-        there = objects.files()
-        output.leave_nothing_beside_a_model(there)
-        left = len(plan.shards) - len(output.made(there))
-    note = f"part {number} of {parts} is made" + (" already" if kept == len(shards) else "")
-    if _last_name(plan) in there:
+        left = [output.left() for output in outputs]
+    kept = len(shards) - len(todo)
+    note = f"part {number} of {parts} is made" + (" already" if not todo else "")
+    lacking = max((count for count in left if count is not None), default=None)
+    completes = lacking == 0 and (running.finish or running.part is None)
+    if lacking is None:
         note += "; another run has completed the output"
-    elif left:
-        note += f", but not yet {left} of {len(plan.shards)} weight files"
-    elif running.finish or running.part is None:
-        with contextlib.suppress(NoPartsError):
-            return complete_in_store(plan, objects.address, planning, running, started)
-        note += "; another run has completed the output"
-    else:
+    elif lacking:
+        note += f", but not yet {lacking} of {len(plans[0].shards)} weight files"
+    elif not completes:
         note += ", and all others: `oxmerge finish` completes the output"
-    done = together(list(own.values()), f"{kept} weight files were made before" if kept else None)
-    return report_of_part(plan, shards, done, objects.address, note, started)
+    before = f"{kept} weight files were made before" if kept else None
+    reports = [
+        report_of_part(
+            plan,
+            shards,
+            together(list(({at: own[at] for at in shards if at in own} | done).values()), before),
+            objects.address,
+            note,
+            started,
+        )
+        for plan, objects, own in zip(plans, stores, made, strict=True)
+    ]
+    if not completes:
+        return reports
+    return complete_each(
+        plans,
+        reports,
+        lambda plan, address: complete_in_store(plan, address, planning, running, started),
+    )
+
+
+def _tell_how_to_go_on(error: BaseException, stores: Sequence[Objects]) -> None:
+    # What the inputs or the recipe are to blame for would be so again.
+    is_again = isinstance(error, InputChangedError | ProblemsError)
+    if not is_again and not getattr(error, "__notes__", ()):
+        error.add_note(how_to_go_on([objects.address for objects in stores]))
 
 
 def complete_in_store(
@@ -157,18 +181,16 @@ def complete_in_store(
     NoPartsError if another run has.
     """
     objects = Objects.at(address)
-    purpose = Purpose.of(plan, len(plan.shards))
-    contents = contents_of(plan)
-    weights = sum(size for _, size in plan.shards)
-    with (
-        _scratch(objects.address, "finish", purpose.key) as place,
-        _opened(plan, objects, purpose, place) as output,
-    ):
-        there = objects.files()
-        if _last_name(plan) in there:
-            raise no_parts(objects.address)
+    there = objects.files()
+    if _last_name(plan) in there:
+        raise no_parts(objects.address)
+    key = _key_of(plan, objects, there)
+    with _opened(plan, objects, "finish", key) as output:
+        place, there = output.place, objects.files()
         made = output.made(there)
         left = len(plan.shards) - len(made)
+        if left and _last_name(plan) in objects.files():
+            raise no_parts(objects.address)
         if left:
             raise OutputError(
                 "not all parts of the merge are made",
@@ -181,6 +203,9 @@ def complete_in_store(
             folders = output.fetch_journals(there)
         except InputChangedError:  # they go when it is complete
             raise no_parts(objects.address) from None
+        plan = planned_in_turn(plan, f"{objects.address}/{PARTS_NAME}", planning)
+        contents = contents_of(plan)
+        weights = sum(size for _, size in plan.shards)
         shutil.rmtree(place / "out", ignore_errors=True)
         local = prepare_output(
             place / "out",
@@ -193,7 +218,7 @@ def complete_in_store(
         local.address = objects.address
         try:
             stage(local, contents)
-            digests = _core.Digests.of_parts(plan.table, folders, purpose.key)
+            digests = _core.Digests.of_parts(plan.table, folders, key)
             hosts = len({done["host"] for done in made.values()})
             note = f"made on {hosts} machine{'' if hosts == 1 else 's'}, file by file"
             done = together(list(made.values()), note) | {"files": [[]], "digests": [digests]}
@@ -224,9 +249,10 @@ def finish_in_store(
     objects = Objects.at(address)
     if running.overwrite:
         raise _no_overwrite(objects.address)
-    saved = objects.files().get(_RECORDS + PLAN_NAME)
+    there = objects.files()
+    saved = there.get(_RECORDS + PLAN_NAME)
     if saved is None:
-        raise no_parts(objects.address)
+        raise no_parts(objects.address, is_model=MANIFEST_NAME in there)
     with _scratch(objects.address, "plan", "") as place:
         objects.fetch(saved, place / PLAN_NAME)
         plan = load_plan(place / PLAN_NAME, allow_methods=allow_methods)
@@ -244,7 +270,7 @@ def clean_in_store(address: PathLike) -> bool:
         there = objects.files()
         records = [name for name in there if name.startswith(_RECORDS)]
         names: set[str] = set()
-        for name in filter(_KEY.fullmatch, records):
+        for name in filter(_is_key, records):
             story = _parsed(objects.read(there[name]))
             files, last = story.get("files"), story.get("last")
             # What is complete is a model, whose parts were not removed any more. Of a damaged
@@ -259,12 +285,6 @@ def clean_in_store(address: PathLike) -> bool:
 
 def _check(plan: Plan, address: str, running: RunOptions) -> None:
     """Raise what stands against writing a plan to a store."""
-    if plan.stages:
-        raise UnsupportedError(
-            "several merges in one file cannot write to an object store",
-            file=address,
-            advice="merge into a directory and copy it, or write each merge into its own file",
-        )
     if running.overwrite:
         raise _no_overwrite(address)
     if not running.keeps:
@@ -293,16 +313,62 @@ def _no_overwrite(address: str) -> UnsupportedError:
     return UnsupportedError(
         "a model in an object store cannot be replaced: stores rename nothing",
         file=address,
-        advice="name another address; or remove the model first, and leave out `--overwrite`",
+        advice="name another address; or remove the model first, with the store's own tool such as "
+        "`aws s3 rm --recursive`, and leave out `--overwrite`",
     )
 
 
+def _key_of(plan: Plan, objects: Objects, there: Files) -> str:
+    """Return what the runs that made an output say they are parts of.
+
+    It is that of the plan if nothing is made. Of a sweep this plan knows nothing.
+    """
+    record = there.get(f"{_RECORDS}1of{len(plan.shards)}.done")
+    key = _parsed(None if record is None else objects.read(record)).get("key")
+    if not isinstance(key, str):
+        return Purpose.of(plan, len(plan.shards)).key
+    check_of_plan(key, plan_digest(plan), 1, objects.address)
+    return key
+
+
+def _lacks(
+    plan: Plan, part: tuple[int, int], address: str, planning: PlanOptions, running: RunOptions
+) -> tuple[str, list[int]]:
+    """Return what an earlier merge lacks, and which parts are free; see `after_earlier`."""
+    number, parts = part
+    objects = Objects.at(address)
+    there = objects.files()
+    if _last_name(plan) in there:
+        # Later merges must not take them for files of the model.
+        objects.remove(name for name in there if name.startswith(_RECORDS))
+        return "", []
+    count = len(plan.shards)
+    left = {at for at in range(count) if f"{_RECORDS}{at + 1}of{count}.done" not in there}
+    if left:
+        begun = {int(match[1]) for name in there if (match := _is_key(name))} - {number}
+        shards = enumerate(shards_of_parts([size for _, size in plan.shards], parts), start=1)
+        free = [at for at, own in shards if at not in begun and left.intersection(own)]
+        return f"{len(left)} of {count} weight files", free
+    with contextlib.suppress(BusyError, NoPartsError):
+        complete_in_store(plan, address, planning, running, time.perf_counter())
+    is_complete = _last_name(plan) in objects.files()
+    return "" if is_complete else "the end, which another run makes", []
+
+
 def _make_all(
-    output: _Output, shards: list[int], run: str, running: RunOptions, backend: Backend | None
+    outputs: Sequence[_Output],
+    shards: list[int],
+    run: str,
+    running: RunOptions,
+    backend: Backend | None,
 ) -> dict[int, dict[str, Any]]:
-    """Make shards one by one, and upload each while the next is made; say how each was made."""
+    """Make shards one by one, and upload each while the next is made; say how each was made.
+
+    Each is made for all outputs at once.
+    """
     made: dict[int, dict[str, Any]] = {}
-    total = sum(output.plan.shards[shard][1] for shard in shards)
+    sizes = [size for _, size in outputs[0].plan.shards]
+    total = sum(sizes[shard] for shard in shards) * len(outputs)
     before: Counter[str] = Counter()
     with Uploads() as uploads, watched(running.progress) as callback:
         progress = None if callback is None else partial(_show, callback, before, total)
@@ -310,19 +376,42 @@ def _make_all(
 
         def make_some(shards: list[int]) -> None:
             for shard in shards:
-                done = output.make(shard, run, here, backend, uploads)
+                done = _make(outputs, shard, run, here, backend, uploads)
                 if done is not None:
                     made[shard] = done
                     before.update({name: done[name] for name in ("bytes_read", "tensors")})
-                    before["bytes_done"] += output.plan.shards[shard][1]
+                    before["bytes_done"] += sizes[shard] * len(outputs)
 
         make_some(shards)
         waiting = [shard for shard in shards if shard not in made]
         if waiting:
             uploads.wait()
-            output.wait_for_numbers(running.wait)
+            outputs[0].wait_for_numbers(running.wait)  # where those of a sweep are, too
             make_some(waiting)
     return made
+
+
+def _make(
+    outputs: Sequence[_Output],
+    shard: int,
+    run: str,
+    running: RunOptions,
+    backend: Backend | None,
+    uploads: Uploads,
+) -> dict[str, Any] | None:
+    """Make a weight file and begin to upload it; None if numbers of others are lacking."""
+    plans, keys = [output.plan for output in outputs], [output.key for output in outputs]
+    kept = None
+    with contextlib.suppress(WaitsForOthersError):
+        files = [output.part(shard) for output in outputs]
+        kept = kept_of(make(plans, [shard], files, keys, running, backend)) | {"run": run}
+
+    def upload() -> None:
+        for output in outputs:
+            output.upload(shard, kept, uploads.stopped)
+
+    uploads.begin(upload)
+    return kept
 
 
 def _show(
@@ -341,14 +430,20 @@ def _show(
 class _Output:
     """The output of a plan in a store, and a folder here where weight files are made for it.
 
-    In the folder each weight file is a part of its own of a merge in as many parts as files.
+    In the folder each weight file is a part of its own of a merge in as many parts as files. The
+    `key` says what they are parts of.
     """
 
     plan: Plan
     objects: Objects
-    purpose: Purpose
+    key: str
     place: Path
     folder: int
+
+    @property
+    def directory(self) -> str:
+        """The address; see `Keys`."""
+        return self.objects.address
 
     def part(self, shard: int) -> PartFiles:
         """Return the files here of the part that a weight file is."""
@@ -358,38 +453,25 @@ class _Output:
         """Return the name of what is left of a weight file for others."""
         return f"{_RECORDS}{self.part(shard).name}.{kind}"
 
-    def join(self, run: str) -> None:
-        """Write down what a run is a part of; OutputError if others are parts of something else.
-
-        Others may write theirs at the same time. So it is looked both before and after: of two
-        that are parts of different merges, at least the one that writes last sees the other.
-        """
-        contents = contents_of(self.plan)
+    def join(self, run: str, purpose: Purpose) -> None:
+        """Write down what a run is a part of; OutputError if others are parts of something else."""
+        story = purpose.story()
+        story |= {"files": contents_of(self.plan).names, "last": _last_name(self.plan)}
+        # What it is called by is what it says: so nobody writes over what says something else.
+        known = hashlib.sha256(json.dumps(story).encode()).hexdigest()[:16]
+        join(self, f"{_RECORDS}{run}.{known}.key", purpose, story)
         there = self.objects.files()
-        self._check_free(there, contents.names)
-        story = json.dumps(
-            self.purpose.story() | {"files": contents.names, "last": _last_name(self.plan)}
-        ).encode()
-        # What it is called by is what it says. So nobody writes over what says something else, and
-        # who gives way removes nothing but that.
-        name = f"{_RECORDS}{run}.{hashlib.sha256(story).hexdigest()[:16]}.key"
-        self.objects.put(name, story)
-        try:
-            self._check_free(self.objects.files(), contents.names)
-        except OutputError:
-            if name not in there:
-                self.objects.remove([name])
-            raise
         if _RECORDS + PLAN_NAME not in there:
             self.plan.save(self.place / PLAN_NAME)
             self.objects.upload(_RECORDS + PLAN_NAME, self.place / PLAN_NAME, Event())
         self._fetch_numbers(there)
 
-    def _check_free(self, there: Files, names: Sequence[str]) -> None:
-        """Raise OutputError if something else lies there, or runs are parts of something else."""
-        last = _last_name(self.plan)
+    def keys(self) -> dict[str, tuple[int, Mapping[str, Any]]]:
+        """Return what runs have written down; OutputError if something else lies there."""
+        there, last = self.objects.files(), _last_name(self.plan)
         records = {name for name in there if name.startswith(_RECORDS)}
-        others = there.keys() - records - (set(names) if records else set())
+        own = {*records, *contents_of(self.plan).names} if records else set()
+        others = there.keys() - own
         if others or last in there:
             raise OutputError(
                 "something lies where the output goes",
@@ -398,12 +480,35 @@ class _Output:
                 advice="name another address, or remove it first: a store cannot replace a model "
                 "at once",
             )
-        keys = [(name, match) for name in there if (match := _KEY.fullmatch(name))]
+        names = {name: match for name in records if (match := _is_key(name))}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            stories = list(pool.map(lambda key: self.objects.read(there[key[0]]), keys))
-        for (_, match), story in zip(keys, stories, strict=True):
-            if story is not None:  # who gave way meanwhile is none of the others any more
-                self.purpose.check_same(_parsed(story), int(match[1]), self.objects.address)
+            stories = list(pool.map(lambda name: self.objects.read(there[name]), names))
+        # Who gave way meanwhile is none of the others any more.
+        return {
+            name: (int(match[1]), _parsed(story))
+            for (name, match), story in zip(names.items(), stories, strict=True)
+            if story is not None
+        }
+
+    def write_key(self, name: str, story: Mapping[str, Any]) -> None:
+        """Write down what a run is a part of; see `Keys`."""
+        self.objects.put(name, json.dumps(story).encode())
+
+    def remove_key(self, name: str) -> None:
+        """Take that back; see `Keys`."""
+        self.objects.remove([name])
+
+    def after_earlier(self, planning: PlanOptions, running: RunOptions) -> _Output:
+        """Return it with a plan that can be run, when the merges that come first are made."""
+        folder = f"{self.objects.address}/{PARTS_NAME}"
+        return replace(self, plan=after_earlier(self.plan, folder, planning, running, _lacks))
+
+    def left(self) -> int | None:
+        """Return how many weight files are not made; None if the output is complete."""
+        there = self.objects.files()
+        self.leave_nothing_beside_a_model(there)
+        is_complete = _last_name(self.plan) in there
+        return None if is_complete else len(self.plan.shards) - len(self.made(there))
 
     def made(self, there: Files) -> dict[int, dict[str, Any]]:
         """Return how each weight file was made that is there as it was uploaded."""
@@ -414,30 +519,14 @@ class _Output:
             if record is None or weights is None or self.record(shard, "journal") not in there:
                 return None
             story = _parsed(self.objects.read(record))
-            is_this = (story.get("key"), story.get("etag")) == (self.purpose.key, weights.etag)
+            is_this = (story.get("key"), story.get("etag")) == (self.key, weights.etag)
             return read_done(story.get("done")) if is_this and weights.size == size else None
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             found = list(pool.map(read, range(len(self.plan.shards))))
         return {shard: done for shard, done in enumerate(found) if done is not None}
 
-    def make(
-        self,
-        shard: int,
-        run: str,
-        running: RunOptions,
-        backend: Backend | None,
-        uploads: Uploads,
-    ) -> dict[str, Any] | None:
-        """Make a weight file and begin to upload it; None if numbers of others are lacking."""
-        done = None
-        with contextlib.suppress(WaitsForOthersError):
-            done = make([self.plan], [shard], [self.part(shard)], [self.purpose], running, backend)
-        kept = None if done is None else kept_of(done) | {"run": run}
-        uploads.begin(partial(self._upload, shard, kept, uploads.stopped))
-        return kept
-
-    def _upload(self, shard: int, done: Mapping[str, Any] | None, stopped: Event) -> None:
+    def upload(self, shard: int, done: Mapping[str, Any] | None, stopped: Event) -> None:
         """Upload what was found for a weight file; if it is `done`, the file and its record too."""
         files = self.part(shard)
         numbers = self.record(shard, "numbers")
@@ -459,7 +548,7 @@ class _Output:
                     advice="see that nothing cleans the address meanwhile, such as `oxmerge clean` "
                     "or a rule of the bucket; then run it again",
                 )
-            story = {"key": self.purpose.key, "etag": weights.etag, "done": done}
+            story = {"key": self.key, "etag": weights.etag, "done": done}
             self.objects.put(self.record(shard, "done"), json.dumps(story).encode())
             shutil.rmtree(files.path)
         self.leave_nothing_beside_a_model(self.objects.files())
@@ -509,10 +598,15 @@ class _Output:
 
 
 @contextlib.contextmanager
-def _opened(plan: Plan, objects: Objects, purpose: Purpose, place: Path) -> Iterator[_Output]:
-    (place / PARTS_NAME).mkdir(exist_ok=True)
-    with opened_folder(place / PARTS_NAME) as folder:
-        yield _Output(plan, objects, purpose, place, folder)
+def _opened(plan: Plan, objects: Objects, run: str, key: str) -> Iterator[_Output]:
+    with _scratch(objects.address, run, key) as place:
+        (place / PARTS_NAME).mkdir(exist_ok=True)
+        with opened_folder(place / PARTS_NAME) as folder:
+            yield _Output(plan, objects, key, place, folder)
+
+
+def _is_key(name: str) -> re.Match[str] | None:
+    return KEY.fullmatch(name.removeprefix(_RECORDS)) if name.startswith(_RECORDS) else None
 
 
 def _parsed(text: bytes | None) -> dict[str, Any]:
@@ -532,6 +626,8 @@ def _scratch_root() -> Path:
 
 
 def _scratch_name(address: str) -> str:
+    """Return how folders for an output begin, with those of the merges that come first."""
+    address = address.partition(f"/{_RECORDS}")[0]
     return f"oxmerge-{os.getuid()}-{hashlib.sha256(address.encode()).hexdigest()[:16]}"
 
 
@@ -564,12 +660,14 @@ def _scratch(address: str, run: str, key: str) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _check_space(place: Path, sizes: list[int]) -> None:
+def _check_space(place: Path, sizes: Sequence[int], shards: list[int], outputs: int) -> None:
     """Raise OSError if there is no room for the weight file in work and the one on its way."""
-    needed, free = sum(sorted(sizes)[-2:]), shutil.disk_usage(place).free
+    needed = sum(sorted(sizes[shard] for shard in shards)[-2:]) * outputs
+    free = shutil.disk_usage(place).free
     if needed > free:
+        of_each = "" if outputs == 1 else f" of each of {outputs} outputs"
         message = (
-            f"not enough space for two weight files on their way to the store: "
+            f"not enough space for two weight files{of_each} on their way to the store: "
             f"{format_size(needed)} needed, {format_size(free)} free; name a larger disk in "
             "`TMPDIR`, or make smaller files with `--shard-size`"
         )

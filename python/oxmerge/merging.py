@@ -386,7 +386,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     finish : bool
         Complete the directory, if this part is the last one that is made.
     wait : float
-        Seconds to wait for other parts, where a method needs numbers over the whole model.
+        Seconds to wait for other parts, where a method needs numbers over the whole model, or of
+        several merges one comes first.
     ray : str or bool, optional
         Make the parts on a Ray cluster: the one of this address; or, with True, the one that this
         process is connected to, or that Ray finds. Its nodes share the file system of `directory`,
@@ -402,8 +403,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         are not finite though all inputs are; no output is left.
     OutputError, FileExistsError
         If the output cannot go to `directory`; or if another merge was interrupted there, and
-        `fresh` is not set; or if other parts there are not of this merge, or have not found their
-        numbers within `wait`.
+        `fresh` is not set; or if other parts there are not of this merge, or have not left what
+        this one needs within `wait`.
     MemoryBudgetError
         If the budget, or `vram`, cannot hold one block of every input.
     DeviceError

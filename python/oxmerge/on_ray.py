@@ -47,6 +47,9 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_TRIES = 1.0
 #: How long tasks may take to write down what is finished, when the driver is interrupted.
 _SECONDS_TO_END = 30
+#: How often a part may be told to wait for others in one merge: for their sweeps, for what they
+#: make, and when it is begun.
+_MOST_WAITS = 3
 
 
 def merge_on_ray(
@@ -127,7 +130,7 @@ class _Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """How a task ended: with an error, or since other parts have to sweep first."""
+    """How a task ended: with an error, or since others have to make something first."""
 
     node: str
     host: str
@@ -182,10 +185,10 @@ def _check_plan(plan: Plan, expected: str) -> None:
         )
 
 
-def _check_swept(waiting: Sequence[int], directory: str) -> None:
+def _check_none_waits(waiting: Sequence[int], directory: str) -> None:
     if waiting:
         raise OutputError(
-            "the numbers that parts have found are gone",
+            "what parts have left for each other is gone",
             file=directory,
             advice="see to it that nothing else writes to this directory, and merge again",
         )
@@ -268,9 +271,12 @@ class _Run:
     def make_all(self, progress: Callable[[Snapshot], None] | None) -> None:
         """Make all parts; raise what stands against one of them."""
         try:
-            waiting = self._make(range(1, self._parts + 1), progress)
-            # Those that wait have swept. Since all have, none waits any more.
-            _check_swept(self._make(waiting, progress), self._asked.directory)
+            waiting: Sequence[int] = range(1, self._parts + 1)
+            # Where all wait for each other, all have swept, or made their part of an earlier merge.
+            # So none waits the next time: of each merge it is told to at most so often.
+            for _ in range(_MOST_WAITS * (len(self._plan.stages) + 1)):
+                waiting = self._make(waiting, progress)
+            _check_none_waits(waiting, self._asked.directory)
         except BaseException as error:
             self._cancel()
             error.add_note("the parts that are made are kept: the same command goes on from there")
@@ -285,7 +291,7 @@ class _Run:
         ]
 
     def _make(self, parts: Sequence[int], progress: Callable[[Snapshot], None] | None) -> list[int]:
-        """Run a task for each part; return those that were told to wait for the others' sweeps."""
+        """Run a task for each part; return those that were told to wait for the others."""
         for part in parts:
             self._begin(part)
         waiting = []

@@ -25,13 +25,14 @@ from oxmerge.merging import (
     execute,
     finish_all,
     open_device,
+    prepare,
     report_of,
 )
 from oxmerge.models.stores import is_address
 from oxmerge.options import PlanOptions, RunOptions
 from oxmerge.output.claims import BusyError, locked_file, named
 from oxmerge.output.contents import contents_of
-from oxmerge.output.manifest import plan_digest
+from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.part_files import (
     DONE,
     PLAN_NAME,
@@ -49,6 +50,7 @@ from oxmerge.output.publish import (
     OutputDirectory,
     close,
     discard,
+    last_names,
     no_parts,
     prepare_output,
     share_output,
@@ -60,21 +62,43 @@ from oxmerge.problems import UNSUPPORTED, Problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from oxmerge.planning.plans import Plan
     from oxmerge.torch_backend import Backend
 
     PathLike = str | os.PathLike[str]
+    #: What a merge in parts lacks, of which a run is to make one, and which parts no run makes.
+    Lacks = Callable[
+        [Plan, tuple[int, int], str, PlanOptions, RunOptions], tuple[str, Sequence[int]]
+    ]
 
-__all__ = ["WaitsForOthersError", "check_parts", "complete", "finish", "merge_parts"]
+__all__ = [
+    "WaitsForOthersError",
+    "after_earlier",
+    "check_of_plan",
+    "check_parts",
+    "complete",
+    "complete_each",
+    "finish",
+    "merge_parts",
+    "planned_in_turn",
+]
 
 
 class WaitsForOthersError(OutputError):
     """Other parts have not swept their tensors in the time that was given; the own one has."""
 
 
+_KEPT = "what is finished is kept: the same command goes on from there"
+#: What the engine says where others have not left the numbers of their sweeps.
+_WAITING = "numbers over the whole model are needed"
+#: Where below the shared folder earlier merges are made.
+EARLIER_NAME = "earlier"
+_SECONDS_BETWEEN_LOOKS = 0.5
+#: How long a run waits for sweeps before it looks again whether there are some that no run makes.
+_SECONDS_BETWEEN_HELP = 30.0
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -89,31 +113,32 @@ def merge_parts(
     Each output has a shared folder of its own; what they find together in a sweep over the tensors
     lies in that of the first. See `oxmerge.merge`.
     """
-    plans = [plan for plan, _ in merges]
-    addresses = [text for _, path in merges if is_address(text := os.fspath(path))]
-    if addresses:
+    if any(is_address(os.fspath(path)) for _, path in merges):
         from oxmerge.in_store import merge_in_store  # noqa: PLC0415 - it needs this module
 
-        return [merge_in_store(plans, addresses[0], planning, running, started)]
+        return merge_in_store(merges, planning, running, started)
+    plans = [plan for plan, _ in merges]
     number, parts = running.part or (1, 1)
     check_parts(plans, parts)
-    shards = shards_of_parts([size for _, size in plans[0].shards], parts)[number - 1]
-    together = plans if len(plans) > 1 else ()
-    purposes = [Purpose.of(plan, parts, together) for plan in plans]
+    shared = _Shared(merges, parts)
+    shards = shared.shards[number - 1]
     backend = open_device(plans, running)
     with contextlib.ExitStack() as stack:
-        joined: dict[int, tuple[OutputDirectory, PartFiles]] = {}
-        for at in claiming_order([directory for _, directory in merges]):
-            joined[at] = _join(stack, merges[at], (number, parts), purposes[at], running)
-        outputs, all_files = map(list, zip(*(joined[at] for at in sorted(joined)), strict=True))
+        outputs, all_files = shared.join(stack, number, running)
         made = [] if running.fresh else _made_before(outputs, all_files)
         is_made = bool(made)
         if not is_made:
             for files in all_files:
                 files.forget_made()
-            done = make(plans, shards, all_files, purposes, running, backend)
+            ready = [
+                after_earlier(plan, f"{output.path / PARTS_NAME}", planning, running, _lacks)
+                for plan, output in zip(plans, outputs, strict=True)
+            ]
+            done = _make_with_help(shared, ready, all_files, running, backend)
             names = [plans[0].shards[shard][0] for shard in shards]
-            for files, purpose, written in zip(all_files, purposes, done["files"], strict=True):
+            for files, purpose, written in zip(
+                all_files, shared.purposes, done["files"], strict=True
+            ):
                 states = [FileState(**state) for state in written]
                 each = Made(purpose.key, dict(zip(names, states, strict=True)), kept_of(done))
                 files.write_made(each)
@@ -130,16 +155,107 @@ def merge_parts(
     ]
     if left or not running.finish:
         return reports
-    return _complete_each(plans, reports, parts, planning, running, started)
+    return complete_each(
+        plans,
+        reports,
+        lambda plan, folder: complete(plan, parts, Path(folder), planning, running, started),
+    )
 
 
-def _complete_each(
+def _helping(running: RunOptions, part: tuple[int, int]) -> RunOptions:
+    """Return the options with which a run makes another part than its own: it does not wait."""
+    return replace(
+        running,
+        part=part,
+        wait=0,
+        finish=False,
+        fresh=False,
+        hash_inputs=False,
+        allow_nonfinite=False,
+    )
+
+
+class _Shared:
+    """What parts make together: the output of one merge, or those of a sweep.
+
+    Parameters
+    ----------
+    merges : sequence of (Plan, path)
+        The plans, and where their outputs go.
+    parts : int
+        In how many parts.
+    """
+
+    def __init__(self, merges: Sequence[tuple[Plan, PathLike]], parts: int) -> None:
+        plans = [plan for plan, _ in merges]
+        together = plans if len(plans) > 1 else ()
+        self._merges, self._parts = merges, parts
+        self.purposes = [Purpose.of(plan, parts, together) for plan in plans]
+        self.shards = shards_of_parts([size for _, size in plans[0].shards], parts)
+
+    def join(
+        self, stack: contextlib.ExitStack, part: int, running: RunOptions
+    ) -> tuple[list[OutputDirectory], list[PartFiles]]:
+        """Share the outputs with the other parts until the stack ends, as the only run of one."""
+        joined: dict[int, tuple[OutputDirectory, PartFiles]] = {}
+        for at in claiming_order([directory for _, directory in self._merges]):
+            one = (part, self._parts)
+            joined[at] = _join(stack, self._merges[at], one, self.purposes[at], running)
+        outputs, files = zip(*(joined[at] for at in sorted(joined)), strict=True)
+        return list(outputs), list(files)
+
+    def make(
+        self,
+        plans: Sequence[Plan],
+        files: Sequence[PartFiles],
+        running: RunOptions,
+        backend: Backend | None,
+        *,
+        sweeps_only: bool = False,
+    ) -> dict[str, Any]:
+        """Make a part, which has been joined; see `make`."""
+        shards = self.shards[files[0].part - 1]
+        keys = [purpose.key for purpose in self.purposes]
+        return make(plans, shards, files, keys, running, backend, sweeps_only=sweeps_only)
+
+
+def _make_with_help(
+    shared: _Shared,
+    plans: Sequence[Plan],
+    files: Sequence[PartFiles],
+    running: RunOptions,
+    backend: Backend | None,
+) -> dict[str, Any]:
+    """Make a part. Before it waits for sweeps, make those that no run has begun."""
+    until = time.monotonic() + running.wait
+    try:
+        return shared.make(plans, files, replace(running, wait=0), backend)
+    except WaitsForOthersError:
+        if running.wait <= 0:
+            raise
+    while True:
+        at_once = replace(running, wait=0, fresh=False)
+        for other in files[0].unswept():
+            with (
+                contextlib.suppress(BusyError, WaitsForOthersError),
+                contextlib.ExitStack() as stack,
+            ):
+                _, theirs = shared.join(stack, other, at_once)
+                shared.make(plans, theirs, at_once, backend, sweeps_only=True)
+        left = until - time.monotonic()
+        wait = max(min(left, _SECONDS_BETWEEN_HELP), 0)
+        try:
+            again = replace(running, wait=wait, fresh=False)
+            return shared.make(plans, files, again, backend)
+        except WaitsForOthersError:
+            if left <= _SECONDS_BETWEEN_HELP:
+                raise
+
+
+def complete_each(
     plans: Sequence[Plan],
     parts_made: Sequence[MergeReport],
-    parts: int,
-    planning: PlanOptions,
-    running: RunOptions,
-    started: float,
+    complete_one: Callable[[Plan, str], MergeReport],
 ) -> list[MergeReport]:
     """Complete each output, whatever becomes of the others; then raise the first error."""
     reports: list[MergeReport] = []
@@ -147,7 +263,7 @@ def _complete_each(
     for plan, part in zip(plans, parts_made, strict=True):
         folder = part.directory
         try:
-            reports.append(complete(plan, parts, Path(folder), planning, running, started))
+            reports.append(complete_one(plan, folder))
         except (BusyError, NoPartsError):
             *others, note = part.notes
             note += "; another run completes the output, "
@@ -176,15 +292,137 @@ def _join(
     output = share_output(
         directory,
         overwrite=running.overwrite,
-        input_files=plan.input_files,
+        input_files=plan.all_input_files,
         names=contents_of(plan).names,
     )
     stack.callback(output.claim.release)
     files = stack.enter_context(shared_folder(output.path, *part))
-    stack.enter_context(files.locked())
+    _lock(stack, files, running.wait)
     files.join(purpose)
     files.save(plan)
     return output, files
+
+
+def _lock(stack: contextlib.ExitStack, files: PartFiles, wait: float) -> None:
+    """Be the only run of a part, when another has ended that makes it; BusyError if none does."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            stack.enter_context(files.locked())
+        except BusyError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        else:
+            return
+
+
+def after_earlier(
+    plan: Plan,
+    folder: str,
+    planning: PlanOptions,
+    running: RunOptions,
+    lacks: Lacks,
+) -> Plan:
+    """Return a plan of the last merge, when the outputs of those before it are all there.
+
+    Of each of these this run makes a part. Then it makes what no other run has begun, so that it
+    waits for none that has no node to run on, and waits for the rest; with no time to wait it does
+    neither. `lacks` says what a merge still lacks, at its place below `folder`, and which of its
+    parts no run makes; it completes the merge if it lacks nothing but its end.
+    """
+    number, parts = running.part or (1, 1)
+    here = replace(running, part=None, overwrite=False, finish=False, hash_inputs=False)
+
+    def make_one(earlier: Plan, place: str) -> None:
+        count = min(parts, len(earlier.shards))
+        until = time.monotonic() + running.wait
+        while True:
+            found, free = lacks(earlier, (number, count), place, planning, here)
+            if not found:
+                return
+            if free and (number in free or running.wait > 0):
+                is_own = number in free
+                part = (number if is_own else free[0], count)
+                wait = running.wait if is_own else 0
+                options = replace(_helping(here, part), wait=wait, fresh=is_own and here.fresh)
+                if _make_earlier(earlier, place, planning, options, is_own=is_own):
+                    continue
+            if time.monotonic() >= until:
+                name = f"the merge `{earlier.recipe.name}` comes first"
+                raise WaitsForOthersError(
+                    f"{name}, and other parts have not made theirs of it",
+                    file=folder.removesuffix(f"/{PARTS_NAME}"),
+                    expected="all of its parts",
+                    found=f"not yet {found}",
+                    advice="run this part again when those have run: it goes on from here",
+                )
+            try:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+            except KeyboardInterrupt as error:
+                error.add_note(_KEPT)
+                raise
+
+    return planned_in_turn(plan, folder, planning, make_one)
+
+
+def _make_earlier(
+    plan: Plan, place: str, planning: PlanOptions, running: RunOptions, *, is_own: bool
+) -> bool:
+    """Make a part of an earlier merge; whether that could be done just now."""
+    try:
+        merge_parts([(plan, place)], planning, running, time.perf_counter())
+    except WaitsForOthersError:
+        if is_own:
+            raise
+        return False
+    except (BusyError, FileExistsError):  # another run is about to complete it, or has
+        return False
+    return True
+
+
+def _lacks(
+    plan: Plan, part: tuple[int, int], place: str, planning: PlanOptions, running: RunOptions
+) -> tuple[str, list[int]]:
+    """Return what an earlier merge lacks, and which parts are free; see `after_earlier`."""
+    number, parts = part
+    path = Path(place)
+    last = path / last_names(contents_of(plan))[-1]
+    if last.exists():
+        return "", []
+    try:
+        with shared_folder(path, 1, parts) as files:
+            left = missing_parts(files)
+            free = [at for at in left if files.of(at).is_free(own=at == number)]
+    except FileNotFoundError:
+        return "any of them", list(range(1, parts + 1))
+    if left:
+        return shown(left), free
+    with contextlib.suppress(BusyError, NoPartsError):
+        complete(plan, parts, path, planning, running, time.perf_counter())
+    return "" if last.exists() else "the end, which another run makes", []
+
+
+def planned_in_turn(
+    plan: Plan,
+    folder: str,
+    planning: PlanOptions,
+    make_one: Callable[[Plan, str], None] = lambda _, __: None,
+) -> Plan:
+    """Return a plan of the last merge that reads what the ones before it have made.
+
+    `make_one` is called with the plan of each of those, and where it goes: below `folder`.
+    """
+    if not plan.stages:
+        return plan
+    # A plan has its own seed and sizes, and which models may differ was settled when it was made.
+    options = replace(planning, seed=plan.seed, shard_size=plan.shard_size, allow_mismatch=True)
+    places: dict[str, str | None] = {}
+    for at, earlier in enumerate(plan.stages, start=1):
+        place = f"{folder}/{EARLIER_NAME}/{at}"
+        make_one(prepare(earlier.recipe, options, places), place)
+        places[earlier.recipe.name or ""] = place
+    return prepare(plan.recipe, options, places)
 
 
 def _made_before(outputs: Sequence[OutputDirectory], all_files: Sequence[PartFiles]) -> list[Made]:
@@ -290,7 +528,7 @@ def finish(
         with shared_folder(path, 1, parts) as files:
             _made_by_all(files)
     else:
-        raise no_parts(path)
+        raise no_parts(path, is_model=(path / MANIFEST_NAME).exists())
     plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
     return complete(plan, parts, path, planning, running, started)
 
@@ -298,13 +536,14 @@ def finish(
 def check_parts(plans: Sequence[Plan], parts: int) -> None:
     """Raise PlanError for plans of the same tensors that cannot be made in so many parts."""
     first, *others = plans
-    if first.stages:
+    if first.stages and others:
+        message = "a sweep over a recipe of several merges cannot be made in parts or in a store"
         advice = (
-            "write each merge into a file of its own, and make them in parts one after the other"
+            "sweep in one run, into directories; or make the earlier merges first, and name their "
+            "outputs"
         )
-        message = "a recipe of several merges cannot be made in parts"
         problem = Problem(UNSUPPORTED, message, advice=advice)
-        raise PlanError.of("cannot merge in parts", [problem])
+        raise PlanError.of("cannot sweep in parts", [problem])
     shards = len(first.shards)
     if parts > shards:
         found = f"{shards} file{'' if shards == 1 else 's'} of weights, none of which is split"
@@ -346,11 +585,16 @@ def make(
     plans: Sequence[Plan],
     shards: Sequence[int],
     all_files: Sequence[PartFiles],
-    purposes: Sequence[Purpose],
+    keys: Sequence[str],
     running: RunOptions,
     backend: Backend | None,
+    *,
+    sweeps_only: bool = False,
 ) -> dict[str, Any]:
-    """Write some shards of each plan, into the directory of a part, and say how it went."""
+    """Write some shards of each plan, into the directory of a part, and say how it went.
+
+    With `sweeps_only` it ends with `WaitsForOthersError` when their tensors are swept.
+    """
     names = [plans[0].shards[shard][0] for shard in shards]
     size = sum(plans[0].shards[shard][1] for shard in shards)
     first = all_files[0]
@@ -359,20 +603,21 @@ def make(
         "bytes": size * len(plans),
         "descriptor": first.folder,
         "folder": first.path.parent,
-        "names": [f"{first.of(at + 1).name}.numbers" for at in range(first.parts)],
+        # Nobody leaves those of a part that there is not.
+        "names": [f"{first.of(at + 1).name}.numbers" for at in range(first.parts + sweeps_only)],
         "own": first.part - 1,
         "wait": running.wait,
     }
     own: list[OutputDirectory] = []
     try:
-        for files, purpose in zip(all_files, purposes, strict=True):
+        for files, key in zip(all_files, keys, strict=True):
             output = prepare_output(
                 files.path,
                 overwrite=False,
                 input_files=(),
                 needed_bytes=size * len(plans),
                 names=names,
-                purpose=purpose.key,
+                purpose=key,
                 resume=True,
                 fresh=running.fresh,
             )
@@ -380,12 +625,13 @@ def make(
         try:
             done = execute(plans, own, running, backend, 0, part)
         except OutputError as error:
-            raise (_as_waiting(error) if first.waits() else error) from None
+            # Others may have left theirs since.
+            raise (_as_waiting(error) if _WAITING in error.message else error) from None
     except BaseException as error:
         keep = not isinstance(error, InputChangedError | ProblemsError)
         kept = [discard(output, keep=keep) for output in own]
         if any(kept):
-            error.add_note("what is finished is kept: the same command goes on from there")
+            error.add_note(_KEPT)
         raise
     for output in own:
         close(output, keep=True)
@@ -406,22 +652,24 @@ def complete(
     started: float,
 ) -> MergeReport:
     """Complete an output; BusyError or NoPartsError if another run does, or has."""
-    contents = contents_of(plan)
-    weights = sum(size for _, size in plan.shards)
+    digest = plan_digest(plan)
     with _only_one(path, parts) as files:
+        plan = planned_in_turn(plan, f"{path / PARTS_NAME}", planning)
+        contents = contents_of(plan)
+        weights = sum(size for _, size in plan.shards)
         output = prepare_output(
             path,
             overwrite=running.overwrite,
             input_files=plan.input_files,
             needed_bytes=plan.disk - weights,
             names=contents.names,
-            purpose=plan_digest(plan),
+            purpose=digest,
             resume=True,
             parts=True,
         )
         try:
             made = _made_by_all(files)
-            states = _find_all(plan, files, made, output)
+            states = _find_all(plan, digest, files, made, output)
             stage(output, contents)
             folders = [files.of(at).path for at in made]
             digests = _core.Digests.of_parts(plan.table, folders, made[1].key)
@@ -474,20 +722,16 @@ def _made_by_all(files: PartFiles) -> dict[int, Made]:
 
 
 def _find_all(
-    plan: Plan, files: PartFiles, made: dict[int, Made], output: OutputDirectory
+    plan: Plan, digest: str, files: PartFiles, made: dict[int, Made], output: OutputDirectory
 ) -> list[FileState]:
-    """Return the state of each weight file of a plan, and have the output know where it waits."""
+    """Return the state of each weight file of a plan, and have the output know where it waits.
+
+    The `digest` is that of the plan which parts were begun with: of several merges, before those
+    that come first are made.
+    """
     states = {}
     for at, each in made.items():
-        key = parsed(each.key)
-        if (key.get("plan"), key.get("oxmerge")) != (plan_digest(plan), __version__):
-            raise OutputError(
-                f"part {at} is of another plan, or was made by another version of oxmerge",
-                file=str(files.directory),
-                expected=f"plan {plan_digest(plan)[:16]}, oxmerge {__version__}",
-                found=f"plan {str(key.get('plan'))[:16]}, oxmerge {str(key.get('oxmerge'))[:40]}",
-                advice="make all parts anew: `oxmerge clean` removes them",
-            )
+        check_of_plan(each.key, digest, at, str(files.directory))
         found = files.of(at).find(output, each)
         if found is None:
             message = f"the weight files of part {at} are not as it left them"
@@ -496,6 +740,19 @@ def _find_all(
             output.places[name] = place
             states[name] = state
     return [states[name] for name, _ in plan.shards]
+
+
+def check_of_plan(key: str, digest: str, part: int, directory: str) -> None:
+    """Raise OutputError unless a part that is called so is one of the plan of that digest."""
+    found = parsed(key)
+    if (found.get("plan"), found.get("oxmerge")) != (digest, __version__):
+        raise OutputError(
+            f"part {part} is of another plan, or was made by another version of oxmerge",
+            file=directory,
+            expected=f"plan {digest[:16]}, oxmerge {__version__}",
+            found=f"plan {str(found.get('plan'))[:16]}, oxmerge {str(found.get('oxmerge'))[:40]}",
+            advice="make all parts anew: `oxmerge clean` removes them",
+        )
 
 
 def together(parts: list[dict[str, Any]], note: str | None) -> dict[str, Any]:

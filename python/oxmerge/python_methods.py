@@ -37,7 +37,7 @@ from typing import overload
 
 from oxmerge.errors import PlanError
 from oxmerge.formula import Value, as_nodes
-from oxmerge.methods import built_in_methods, plain_name, read_method
+from oxmerge.methods import built_in_methods, modifiers, plain_name, read_method
 from oxmerge.problems import Problem, did_you_mean
 
 TYPE_CHECKING = False
@@ -557,11 +557,12 @@ def _arguments(function: Function, *, has_base: bool) -> dict[str, inspect.Param
             f"the method `{function.__name__}` takes ({', '.join(wanted)}, *, parameters), not "
             f"{inspect.signature(function)}{advice}"
         )
-    if taken := keyword.keys() & _TAKEN:
-        raise TypeError(
-            f"the method `{function.__name__}` cannot have a parameter `{min(taken)}`: "
-            "`oxmerge.merge_tensors` has one; choose another name"
-        )
+    for taken, who in ((_TAKEN, "`oxmerge.merge_tensors`"), (modifiers(), "every method")):
+        if found := keyword.keys() & taken:
+            raise TypeError(
+                f"the method `{function.__name__}` cannot have a parameter `{min(found)}`: "
+                f"{who} has one; choose another name"
+            )
     return keyword
 
 

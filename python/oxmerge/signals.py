@@ -59,7 +59,14 @@ def ending() -> Iterator[None]:
         for number in _SIGNALS if _can_handle() else ():
             if signal.getsignal(number) in usual:
                 _handle(stack, number, end)
-        yield
+        try:
+            yield
+        except Exception as error:
+            # What comes up while a class is made, in a module that is imported, is raised as
+            # another error by Python 3.11.
+            if isinstance(error.__cause__, Ended):
+                raise error.__cause__ from None
+            raise
 
 
 @contextmanager

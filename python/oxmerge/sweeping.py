@@ -553,9 +553,9 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
         What to merge: a file, YAML text, its keys and values, or a recipe; or a plan, of which the
         recipe, the seed and the shard size are used.
     pattern : path or str
-        Where the outputs go. ``{0}``, ``{1}``… stand for the values in the order of `axes`,
-        ``{weight}`` for that of the one place that ends so, ``{n}`` for a running number from 0.
-        Formats are Python's: ``{n:03}``, ``{weight:.2f}``.
+        Where the outputs go: directories, or addresses in an object store. ``{0}``, ``{1}``… stand
+        for the values in the order of `axes`, ``{weight}`` for that of the one place that ends so,
+        ``{n}`` for a running number from 0. Formats are Python's: ``{n:03}``, ``{weight:.2f}``.
     axes : mapping of str to str, number or iterable
         What to vary: a place in the recipe, such as ``models[chat].parameters.weight``, and its
         value or values, one by one or as text: ``"0.1,0.5"``, or ``"0.1:0.9:9"`` for nine of them.

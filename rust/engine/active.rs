@@ -37,25 +37,30 @@ pub(crate) struct Room {
     searches: u64,
     /// Of random masks.
     masks: u64,
-    /// Of what is kept of short rows.
+    /// Of the numbers about short rows.
+    rows: u64,
+    /// Of what is kept of short rows that are ranked.
     ranked: u64,
 }
 
 impl Room {
-    /// What `task` can use of `left` bytes: keys of its searches, if there are any, and random masks,
-    /// and marks, if they are wanted more than once; each all or nothing.
+    /// What `task` can use of `left` bytes: keys of its searches, if there are any, and numbers about
+    /// rows, random masks and marks, if they are wanted more than once; each all or nothing, those that
+    /// spare the most for a byte first.
     pub(crate) fn of(task: &Task, left: u64) -> Self {
         let (values, elements) = (task.work.values(), task.frame.elements);
         let within = |bytes: u64, left: u64| if bytes <= left { bytes } else { 0 };
         let searches = stage::unknown(values).selections.len() as u64;
-        let keys = within(searches * selection::kept_bytes(elements), left);
-        let masks = within(masks::bytes(values, elements), left - keys);
-        let ranked = within(masks::marked_bytes(values, &task.frame), left - keys - masks);
-        Self { a_search: keys / searches.max(1), searches, masks, ranked }
+        let rows = within(stage::kept_rows_bytes(values, &task.frame), left);
+        let keys = within(searches * selection::kept_bytes(elements), left - rows);
+        let left = left - rows - keys;
+        let masks = within(masks::bytes(values, elements), left);
+        let ranked = within(masks::marked_bytes(values, &task.frame), left - masks);
+        Self { a_search: keys / searches.max(1), searches, masks, rows, ranked }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.a_search * self.searches + self.masks + self.ranked
+        self.a_search * self.searches + self.masks + self.rows + self.ranked
     }
 }
 
@@ -252,6 +257,12 @@ impl<'a> Active<'a> {
             let stage = stage::next_stage(&self.values, Scope::Model, &self.task.frame);
             return if stage.is_empty() { Ok(false) } else { self.begin_stage(stage) };
         }
+        if self.room.rows > 0 {
+            let stage = stage::next_rows(&self.values, &self.task.frame);
+            if !stage.is_empty() {
+                return self.begin_stage(stage);
+            }
+        }
         let stored = self.task.frame.stores_rows();
         for scope in [Scope::Tensor, Scope::Column, Scope::Row] {
             if scope == Scope::Row && !stored {
@@ -337,8 +348,13 @@ impl<'a> Active<'a> {
             return self.enter_rank(among);
         }
         match scope {
-            Some(Scope::Row) => {
+            Some(Scope::Row) if self.task.frame.stores_rows() => {
                 Ok(self.enter(Pass::Rows(self.code(&purposes)?), self.task.frame.rows()))
+            }
+            Some(Scope::Row) => {
+                let row = self.task.frame.row;
+                let code = Staged::by_row(&purposes, Along::Segments(row), row, &self.setting)?;
+                Ok(self.enter(Pass::Rows(code), self.units_of_blocks()))
             }
             Some(Scope::Column) => {
                 let row = self.task.frame.row;

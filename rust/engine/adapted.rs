@@ -344,7 +344,13 @@ impl<T: Real + Pod> AdaptedSource<T> {
                 let bytes = reader.read(byte, count * dtype.size(), &mut desk.read)?;
                 desk.numbers.resize(CHUNK as usize, T::ZERO);
                 let numbers = &mut desk.numbers[..count];
-                widen(self.level, dtype, bytes, numbers);
+                if dtype == DType::F64 && Self::WORKING != DType::F64 {
+                    // A factor that is more exact than what it is for: rounded once.
+                    let wide = bytes.chunks_exact(dtype.size()).map(bytemuck::pod_read_unaligned);
+                    numbers.iter_mut().zip(wide).for_each(|(to, from)| *to = T::from_f64(from));
+                } else {
+                    widen(self.level, dtype, bytes, numbers);
+                }
                 (begin..).zip(&*numbers).for_each(|(at, &number)| take(at, number));
             }
             Ok(())

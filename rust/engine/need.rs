@@ -16,7 +16,7 @@ use crate::dtype::DType;
 use crate::formula::machine::{BAND, CHUNK, TensorFrame};
 use crate::formula::masks::{self, Marks};
 use crate::formula::selection::{self, HISTOGRAM_BYTES, SEARCH_BYTES, SEARCH_BYTES_A_BLOCK};
-use crate::formula::stage::unknown;
+use crate::formula::stage::{self, unknown};
 use crate::formula::{Among, Reduction, Scope, Value};
 use crate::io::{AlignedBuffer, MAP_MARGIN, MAPPED_FROM, PAGE};
 use crate::kernels::{BLOCK, CELL};
@@ -151,6 +151,8 @@ pub struct Need {
     /// Reductions over the rows of a piece, and the length of a row.
     row_reductions: u64,
     row: u64,
+    /// Those of them whose results are kept, if there is room.
+    kept_rows: u64,
     /// Rankings of short vectors, and what a step of whole ones has at the least.
     rankings: u64,
     least_step: u64,
@@ -162,7 +164,7 @@ pub struct Need {
     is_ahead: bool,
     pub(super) worker_state: Amount,
     pub(super) shared_state: Amount,
-    /// Random masks and keys of searches, if there is room to keep them.
+    /// Random masks, numbers about rows and keys of searches, if there is room to keep them.
     pub(super) kept: Amount,
     /// Bytes of an element of the working type.
     working: u64,
@@ -242,7 +244,12 @@ impl Need {
         self.searches = searches;
         let kept_keys = searches * selection::kept_bytes(frame.elements);
         let masks = masks::bytes(formulas, frame.elements) + masks::marked_bytes(formulas, frame);
-        self.kept = Amount { expected: masks + kept_keys / 2, most: masks + kept_keys };
+        let rows = stage::kept_rows_bytes(formulas, frame);
+        if rows > 0 {
+            self.kept_rows = stage::rows_of_passes(formulas).len() as u64;
+        }
+        let certain = masks + rows;
+        self.kept = Amount { expected: certain + kept_keys / 2, most: certain + kept_keys };
         if in_bands {
             // Where two bands meet, in every row, pages are put together, and cells of digests.
             let cells = 2 * CELL as u64 * size_of::<f64>() as u64;
@@ -369,6 +376,9 @@ impl Need {
         };
         let rows = (step + self.edge).min(self.elements) / self.row.max(1);
         amount.add(Amount::uncertain(self.row_reductions * ROW_BYTES * rows));
+        // Those of a unit, in a vector that doubles, until they are with the others.
+        let rows = (elements + self.edge).min(self.elements) / self.row.max(1);
+        amount.add(Amount::uncertain(self.kept_rows * 2 * size_of::<f64>() as u64 * rows));
         let ranked = (step + self.edge).min(self.elements);
         amount.add(Amount::uncertain(self.rankings * RANKED_BYTES * ranked));
         for &(size, way) in &self.sources {

@@ -24,7 +24,7 @@ pub(crate) enum Pass {
     Reduce { searches: Vec<usize>, marks: Vec<Marked>, code: Staged, ahead: Option<Box<Ahead>> },
     /// Find the flat index of an element, for one of the searches, in one block.
     Locate { search: usize, key: u64, last: LastKept, code: Staged },
-    /// Reduce whole rows, one a unit.
+    /// Reduce whole rows: a long one a unit; of short ones, those that begin in some blocks.
     Rows(Staged),
     /// Rank long vectors, some of those that lie together a unit, and mark what is kept.
     Rank { marks: Vec<Marked>, code: Staged },
@@ -52,7 +52,7 @@ pub(crate) enum Found {
     Nothing,
     /// For each selection: where its threshold may lie.
     Guesses(Vec<Guess>),
-    /// For each reduction: a result a block, from block `first` on; for each search: counts; and the
+    /// For each reduction: a result a block or short row, from the one `first` on; for each search: counts; and the
     /// outputs, if they were computed ahead.
     Blocks {
         first: u64,

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::formula::compile::{Given, Level as Rows, Staged};
 use crate::formula::machine::{BAND, COLUMN_BLOCK, InputBytes, Known, RANKED_AT_ONCE, TensorFrame};
 use crate::formula::masks::Marks;
-use crate::formula::program::{Effect, Program};
+use crate::formula::program::{Along, Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
 use crate::formula::{Pick, Ranking, Scope};
 use crate::io::{AlignedBuffer, PAGE};
@@ -114,7 +114,8 @@ impl<'a> Worker<'a> {
                 self.reduce(task, blocks, marks, code, ahead.as_deref())
             }
             Pass::Locate { key, last, code, .. } => self.locate(task, *key, *last, code),
-            Pass::Rows(code) => self.row(task, unit, code),
+            Pass::Rows(code) if task.frame.stores_rows() => self.row(task, unit, code),
+            Pass::Rows(code) => self.rows(task, blocks, code),
             Pass::Rank { marks, code } => self.rank(task, unit, marks, code),
             Pass::Columns(code) => self.columns(task, unit, code),
             Pass::Bands { references, code } => self.band(task, unit, references, code),
@@ -169,11 +170,17 @@ impl<'a> Worker<'a> {
         for part in parts {
             let far = inputs.iter().any(|&index| task.sources[index].is_far(part.clone()));
             let once = far && task.reads_once;
-            let at_once = if once || self.whole {
+            let mut at_once = if once || self.whole {
                 self.most
             } else {
                 task.step_elements(inputs).max(least).min(self.most)
             };
+            // No segment goes on in another step, if one has room for it.
+            if let Along::Segments(length) = code.program().along
+                && at_once > length
+            {
+                at_once -= at_once % length;
+            }
             if far && !once {
                 inputs.iter().for_each(|&index| task.sources[index].prefetch(part.clone()));
             }
@@ -398,6 +405,16 @@ impl<'a> Worker<'a> {
         self.in_steps(task, row, code, |program, step| program.run(&step, &mut results))?;
         let blocks = code.program.kinds.iter().zip(&mut results.numbers);
         Ok(Found::Row(blocks.map(|(&kind, blocks)| fold(kind, blocks)).collect()))
+    }
+
+    /// The short rows that begin in `blocks`.
+    fn rows(&mut self, task: &Task, blocks: Range<u64>, code: &Staged) -> Result<Found> {
+        let (row, Range { start, end }) = (task.frame.row, task.elements_of(blocks));
+        let (first, end) = (start.div_ceil(row), end.div_ceil(row));
+        let mut results = Results::of(&code.program);
+        let rows = std::iter::once(first * row..end * row);
+        self.in_steps(task, rows, code, |program, step| program.run(&step, &mut results))?;
+        Ok(Found::Blocks { first, sums: results.numbers, counts: Vec::new(), held: None })
     }
 
     /// Ranks some of the vectors that lie interleaved in a long span: as many as can be held.

@@ -107,6 +107,8 @@ fn common_multiple(one: u64, other: u64) -> u64 {
     (one / divisor.max(1)).saturating_mul(other)
 }
 
+/// Elements of a row, from which on what is kept of rows is small beside the tensor.
+const LEAST_KEPT_ROW: u64 = 64;
 /// Spans of a step at the least. Two more may be read, around it.
 const SPANS_A_STEP: u64 = 8;
 /// Elements of interleaved vectors, or of one, that are ranked at once.
@@ -176,6 +178,12 @@ impl TensorFrame {
     /// Rows that are longer than a block are reduced once, in a pass of their own.
     pub(crate) fn stores_rows(&self) -> bool {
         self.row > BLOCK as u64
+    }
+
+    /// Rows within a block are reduced wherever they are needed, or once and the results kept, if they are
+    /// not tiny.
+    pub(crate) fn keeps_rows(&self) -> bool {
+        (LEAST_KEPT_ROW..=BLOCK as u64).contains(&self.row)
     }
 
     /// Whether there are few rows of many columns: then a state for each column is too much, and

@@ -43,6 +43,10 @@ struct Dependencies {
     masks: Vec<MaskName>,
     /// Whether what is computed for an element depends on where it lies.
     by_place: bool,
+    /// Numbers a row that are computed from others.
+    computed: usize,
+    /// Whether what rows are reduced from is left out.
+    stops_at_rows: bool,
     seen: HashSet<*const ()>,
 }
 
@@ -108,6 +112,8 @@ impl Dependencies {
             }
             ScalarNode::Computed { of, .. } => {
                 if self.is_new(of) {
+                    let is_by_row = scalar.scope() == Some(Scope::Row);
+                    self.computed += if is_by_row { of.results } else { 0 };
                     of.arguments.iter().for_each(|argument| self.scalar(argument));
                 }
             }
@@ -116,8 +122,10 @@ impl Dependencies {
 
     fn reduction(&mut self, reduction: &Arc<Reduction>) {
         if self.is_new(reduction) {
-            self.value(&reduction.left);
-            reduction.right.iter().for_each(|right| self.value(right));
+            if !(self.stops_at_rows && reduction.scope == Scope::Row) {
+                self.value(&reduction.left);
+                reduction.right.iter().for_each(|right| self.value(right));
+            }
             self.stage.reductions.push(Arc::clone(reduction));
         }
     }
@@ -190,7 +198,7 @@ pub(crate) fn operands(reduction: &Reduction) -> Vec<Value> {
 
 /// Whether `values` wait for nothing that a pass over a tensor has to give.
 ///
-/// Rows are no such thing: short rows are reduced and ranked again wherever they are needed. Long
+/// Rows are no such thing: short rows can be reduced and ranked again wherever they are needed. Long
 /// ones are so once, in a pass of their own, but not in a sweep over the model, which has no other.
 fn is_ready(values: &[Value], frame: &TensorFrame, is_sweep: bool) -> bool {
     let waits = unknown(values);
@@ -221,6 +229,38 @@ pub(crate) fn next_stage(values: &[Value], scope: Scope, frame: &TensorFrame) ->
         }
     }
     stage
+}
+
+/// The reductions by row that passes over the tensor need before the last one; not those that others by
+/// row alone need.
+pub(crate) fn rows_of_passes(values: &[Value]) -> Vec<Arc<Reduction>> {
+    let all = unknown(values);
+    let mut needed = Dependencies { stops_at_rows: true, ..Dependencies::default() };
+    let has_pass = |scope| matches!(scope, Scope::Tensor | Scope::Column);
+    let reductions = all.reductions.iter().filter(|reduction| has_pass(reduction.scope));
+    reductions.for_each(|reduction| needed.reduction(reduction));
+    all.selections.iter().for_each(|selection| needed.selection(selection));
+    let mut reductions = needed.stage.reductions;
+    reductions.retain(|reduction| reduction.scope == Scope::Row);
+    reductions
+}
+
+/// Bytes of all that is known of short rows if what passes over the tensor need of them is kept.
+pub(crate) fn kept_rows_bytes(values: &[Value], frame: &TensorFrame) -> u64 {
+    let kept = rows_of_passes(values).len();
+    if kept == 0 || !frame.keeps_rows() {
+        return 0;
+    }
+    let numbers = kept + Dependencies::of(values).computed;
+    (numbers * size_of::<f64>()) as u64 * frame.rows()
+}
+
+/// The next pass that reduces short rows, to keep the results: of those that passes over the tensor need,
+/// the ones that are ready.
+pub(crate) fn next_rows(values: &[Value], frame: &TensorFrame) -> Stage {
+    let mut reductions = rows_of_passes(values);
+    reductions.retain(|reduction| is_ready(&operands(reduction), frame, false));
+    Stage { reductions, ..Stage::default() }
 }
 
 /// The next pass that ranks long vectors: those of one shape, whose values are ready.

@@ -93,14 +93,17 @@ impl OutputFolder {
     fn open_own(&self, name: &str, flags: OFlags) -> Result<Option<File>> {
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let failed = |doing: &str, error| Error::io(doing, error).file(self.path_of(name));
-        let file = match openat(&self.folder, name, flags, Mode::empty()) {
-            Ok(file) => File::from(file),
+        match openat(&self.folder, name, flags, Mode::empty()).map(File::from) {
+            Ok(file) => {
+                let state =
+                    file.metadata().map_err(|error| failed("read the file's state", error))?;
+                if state.is_file() && state.nlink() == 1 {
+                    return Ok(Some(file));
+                }
+            }
             Err(Errno::NOENT) => return Ok(None),
+            Err(Errno::LOOP) => (), // a link
             Err(error) => return Err(failed("open the file", error.into())),
-        };
-        let state = file.metadata().map_err(|error| failed("read the file's state", error))?;
-        if state.is_file() && state.nlink() == 1 {
-            return Ok(Some(file));
         }
         Err(Error::new(ErrorKind::Output, "this is no file that an interrupted run left here")
             .file(self.path_of(name))

@@ -119,7 +119,7 @@ pub trait Ordinal: sealed::Sealed + Copy + Ord + Debug + Send + Sync + 'static {
 }
 
 macro_rules! impl_real {
-    ($real:ident, $bits:ident, $ordinal:ident, $odd:path) => {
+    ($real:ident, $bits:ident, $ordinal:ident, $odd:path, $extent:path) => {
         impl sealed::Sealed for $ordinal {}
 
         impl Ordinal for $ordinal {
@@ -204,12 +204,12 @@ macro_rules! impl_real {
 
             #[inline(always)]
             fn exp(self) -> Self {
-                transcendental::exp(f64::from(self)) as Self
+                transcendental::exp::<{ $extent.exp }>(f64::from(self), $extent.most) as Self
             }
 
             #[inline(always)]
             fn ln(self) -> Self {
-                transcendental::ln(f64::from(self)) as Self
+                transcendental::ln::<{ $extent.ln }>(f64::from(self)) as Self
             }
 
             #[inline(always)]
@@ -240,8 +240,8 @@ macro_rules! impl_real {
     };
 }
 
-impl_real!(f32, u32, i32, std::convert::identity);
-impl_real!(f64, u64, i64, round_to_odd);
+impl_real!(f32, u32, i32, std::convert::identity, transcendental::F32);
+impl_real!(f64, u64, i64, round_to_odd, transcendental::F64);
 
 /// Rounds to odd: exact if f32 holds the value, else the one of its two neighbours whose last bit
 /// is set.

@@ -111,7 +111,9 @@ impl Method for RamPlus {
                 own(&vector.is_there).sum(Scope::Tensor),
             ];
             let factor = compute(&counts, 1, move |counts| {
-                let ratio = counts[0] / counts[1].max(epsilon);
+                // Without changes of its own there is nothing to enlarge, and no ratio.
+                let is_own = counts[1] > 0.0;
+                let ratio = if is_own { counts[0] / counts[1].max(epsilon) } else { 0.0 };
                 vec![1.0 + r * ratio.clamp(0.0, alpha.max(0.0))]
             });
             factor[0].clone()

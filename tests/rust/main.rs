@@ -1,4 +1,4 @@
-//! All Rust tests but `disassembly`, as one binary: it links once.
+//! All Rust tests, as one binary: it links once.
 #![expect(clippy::unwrap_used, reason = "a test that fails may panic")]
 
 mod checkpoint;

@@ -84,9 +84,12 @@ class Numbers:
 
     @property
     def relative(self) -> float | None:
-        """The norm of the difference by that of a; None where a is zero and b is not."""
+        """The norm of the difference by that of a; None where a is zero and b is not.
+
+        None also where something differs and nothing is a finite float.
+        """
         if self.squares == 0:
-            return 0.0
+            return None if self.changed and not self.compared else 0.0
         return math.sqrt(self.squares / self.squares_of_a) if self.squares_of_a else None
 
     @property

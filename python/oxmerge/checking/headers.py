@@ -37,6 +37,8 @@ _LEAST_LAYERS = 4
 _MATRIX = 2
 #: What configs call the width of a model.
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+#: Rows for images that some types of models have beyond their `vocab_size`.
+_MORE_ROWS = {"mllama": 8, "mllama_text_model": 8}
 _SPECIAL = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|decoder_start)_token_id")
 
 
@@ -89,7 +91,8 @@ def look_at_vocabulary(model: InputModel, found: Found) -> None:
     if embedding is None or not config:
         return
     rows, width = embedding.shape
-    vocabularies = sorted(set(_whole_numbers(config, "vocab_size")))
+    more = _MORE_ROWS.get(str(config.get("model_type")), 0)
+    vocabularies = sorted({size + more for size in _whole_numbers(config, "vocab_size")})
     if vocabularies and rows not in vocabularies:
         said = " or ".join(map(str, vocabularies))
         found.errors.append(_unlike_config(model, embedding, "rows", said, rows))
@@ -164,17 +167,26 @@ def _look_at_matrices(model: InputModel, tensors: list[TensorInfo], found: Found
     if model.stack is None or heads is None or width is None:
         return
     each = numbers.get("head_dim", width // heads)
-    rows = {
-        "self_attn.q_proj.weight": ("attention heads", heads * each),
+    if "qk_nope_head_dim" in numbers:  # latent attention: its keys have no matrix of their own
+        each = numbers["qk_nope_head_dim"] + numbers.get("qk_rope_head_dim", 0)
+    queries = heads * each
+    rows: dict[str, tuple[str, list[int | None]]] = {
+        # Some have a gate for each number of a head, in the same matrix.
+        "self_attn.q_proj.weight": ("attention heads", [queries, 2 * queries]),
         "self_attn.k_proj.weight": (
             "key and value heads",
-            numbers.get("num_key_value_heads", heads) * each,
+            [numbers.get("num_key_value_heads", heads) * each],
         ),
-        "mlp.up_proj.weight": ("`intermediate_size`", numbers.get("intermediate_size")),
+        "mlp.up_proj.weight": ("`intermediate_size`", [numbers.get("intermediate_size")]),
     }
-    for ending, (what, wanted) in rows.items():
-        of_kind = [t for t in tensors if t.name.endswith(ending) and len(t.shape) == _MATRIX]
-        odd = [tensor for tensor in of_kind if wanted is not None and tensor.shape[0] != wanted]
+    places = ((tensor, model.layout.place(tensor.name)) for tensor in tensors)
+    parts = [
+        (t, place.rest) for t, place in places if place is not None and len(t.shape) == _MATRIX
+    ]
+    for part, (what, fitting) in rows.items():
+        wanted = fitting[0]
+        of_kind = [tensor for tensor, rest in parts if rest == part]
+        odd = [t for t in of_kind if wanted is not None and t.shape[0] not in fitting]
         if odd:
             message = f"the config says another number of rows, by its {what}"
             advice = "compare `config.json` with that of the model it was made from"
@@ -218,6 +230,8 @@ def _look_at_layers(model: InputModel, tensors: list[TensorInfo], found: Found) 
     depths = find_layer_counts(model.config)
     if depths and not layout.stacks and layout.numbered:
         prefix, count = max(layout.numbered.items(), key=lambda pair: pair[1])
+        if count == model.config.get("num_hidden_groups"):
+            return  # layers that share their weights
         message = "the config counts other layers than there are"
         there = f"{count}, in `{prefix}`"
         expected = " or ".join(map(str, sorted(depths)))
@@ -251,12 +265,23 @@ def _look_at_layers(model: InputModel, tensors: list[TensorInfo], found: Found) 
             expected = f"{layout.stacks[prefix].depth} layers"
             advice = "compare `config.json` with that of the model it was made from"
             found.warnings.append(about("config-size", message, names, advice, expected=expected))
+    # Layers with tensors that no other has are of another kind by design.
+    own = {
+        (prefix, next(iter(of_layers)))
+        for (prefix, _), of_layers in shapes.items()
+        if len(of_layers) == 1
+    }
     for (prefix, rest), of_layers in shapes.items():
-        _look_at_layers_of(prefix, rest, of_layers, layout.stacks[prefix].depth, found)
+        _look_at_layers_of(prefix, rest, of_layers, layout.stacks[prefix].depth, own, found)
 
 
 def _look_at_layers_of(
-    prefix: str, rest: str, shapes: dict[int, tuple[int, ...]], depth: int, found: Found
+    prefix: str,
+    rest: str,
+    shapes: dict[int, tuple[int, ...]],
+    depth: int,
+    own: set[tuple[str, int]],
+    found: Found,
 ) -> None:
     """Tell of an inner layer that is alone in lacking a tensor, or in its shape.
 
@@ -265,7 +290,8 @@ def _look_at_layers_of(
     if depth < _LEAST_LAYERS or len(shapes) < depth - 1:
         return
     advice = "if that is not by design, download the model again"
-    lacking = next((layer for layer in range(depth) if layer not in shapes), None)
+    lacks = (layer for layer in range(depth) if layer not in shapes)
+    lacking = next((layer for layer in lacks if (prefix, layer) not in own), None)
     if lacking is not None and 0 < lacking < depth - 1:
         message = f"a layer lacks what all others have, `{rest}`"
         name = f"{prefix}.{lacking}.{rest}"
@@ -290,6 +316,12 @@ def _look_at_layers_of(
 def _look_at_head(model: InputModel, found: Found) -> None:
     if head_of(model) is not None or model.config.get("tie_word_embeddings") is not False:
         return
+    embedding = embedding_of(model)
+    if embedding is not None and any(
+        side_of(each.name) == "output" and each.shape[0] == embedding.shape[0]
+        for each in _loose_matrices(model)
+    ):
+        return  # a head by another name
     named = model.config.get("architectures")
     if isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named):
         message = "there is no head, and the config does not tie it to the embedding"

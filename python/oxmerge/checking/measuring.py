@@ -113,6 +113,8 @@ def measure(
     OSError
         If a file cannot be read.
     """
+    if not rows:
+        return np.empty((0, 0))
     models = [_fetched(model) for model in models]
     with reported(running, _bytes_of(models, rows)) as report:
         numbers = _core.measure(

@@ -225,6 +225,10 @@ class _Weights:
     def _name(self, at: int) -> str:
         return self._checkpoint.tensor(at).name
 
+    def _is_matrix(self, at: int) -> bool:
+        """Tell whether a tensor is more than one row or column."""
+        return sum(length > 1 for length in self._checkpoint.tensor(at).shape) >= _MATRIX
+
     def _look_at_values(self, numbers: dict[int, _Numbers], found: Found) -> None:
         each = list(numbers.values())
         for what, count in (("NaN", "nan"), ("infinite numbers", "infinite")):
@@ -243,7 +247,7 @@ class _Weights:
                 for tensor in each
                 if tensor.elements > 1
                 and tensor.largest == tensor.least
-                and is_matrix is (len(self._checkpoint.tensor(tensor.at).shape) >= _MATRIX)
+                and is_matrix is self._is_matrix(tensor.at)
             ]
             zeros = [self._name(tensor.at) for tensor in of_kind if not tensor.largest]
             others = [self._name(tensor.at) for tensor in of_kind if tensor.largest]

@@ -14,6 +14,7 @@ import shutil
 import stat
 import tempfile
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
 from oxmerge.models.places import size_of
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
+from oxmerge.models.vocabularies import is_of_tokenizer
 from oxmerge.options import PlanOptions, RunOptions, check_seed
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
 from oxmerge.output.side_files import is_loadable_weight
@@ -55,6 +57,8 @@ __all__ = ["Deviation", "Verification", "verify"]
 #: Of the JSON form: it changes when a key goes or means something else.
 SCHEMA = 1
 _HASH_BYTES = 32
+#: What loaders read beside weights, config and tokenizer, as patterns.
+_READ = ("*.py", "generation_config.json", "*processor_config.json")
 #: How the header of a weight file of a merge begins, behind its length.
 _LENGTH, _BEGINS = 8, b'{"__metadata__":{"format":"pt"}'
 
@@ -307,8 +311,13 @@ class _Work:
         with os.scandir(self.folder) as entries:
             names = sorted(entry.name for entry in entries)
         for name in names:
-            if is_loadable_weight(name) and name not in made:
+            if name in made:
+                continue
+            if is_loadable_weight(name):
                 message = "a file of weights that was not made: a loader may take it"
+                self._report_file(name, message, advice="move it away")
+            elif is_of_tokenizer(name) or any(fnmatchcase(name, each) for each in _READ):
+                message = "a file that was not made, and that loaders read"
                 self._report_file(name, message, advice="move it away")
 
     def _compare_file(self, name: str, size: int, digest: str | None) -> None:

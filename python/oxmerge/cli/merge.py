@@ -75,7 +75,7 @@ def add_part_options(parser: Parser) -> None:
         "--wait",
         type=natural,
         metavar="SECONDS",
-        help="with --part: how long to wait for numbers that other parts find (600)",
+        help="with --part: how long to wait for what other parts find or make first (600)",
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from glob import escape, iglob
+from itertools import islice
+from math import sqrt
 
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_json
@@ -49,6 +51,8 @@ _KNOWN = frozenset((
     "token_indices", "init_weights", "unsloth_fused_expert_lora", "enable_lora",
     "enable_conv_lora", "merge_weights", *_VARIANTS,
 ))  # fmt: skip
+#: Adapters within a folder that a message shows.
+_SHOWN = 8
 #: More letters than any pattern of a module has, and more repetitions in one: matching takes time
 #: that grows with the length of a name to the power of their number.
 _LONGEST_PATTERN = 1000
@@ -160,6 +164,9 @@ def read_adapter_config(folder: str, findings: Findings) -> AdapterConfig | None
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
         advice = "an adapter is a folder that PEFT saved; a model of its own is listed by itself"
+        if within := sorted(islice(iglob(os.path.join(escape(folder), "*", FILE_NAME)), _SHOWN)):
+            names = (shorten(os.path.basename(os.path.dirname(each))) for each in within)
+            advice = f"name one of the adapters in it: {', '.join(f'`{name}`' for name in names)}"
         message = f"no adapter can be read here: {str(reason).lower()}"
         findings.problems.append(Problem("adapter", message, file=path, advice=advice))
         return None
@@ -209,7 +216,7 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str
 def _numbers(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str]]:
     advice = "save the adapter anew"
     for key in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
-        if raw.get(key) not in (None, True, False):
+        if not isinstance(raw.get(key), bool | None):
             yield "adapter", f"`{key}` is true or false", _shown(raw[key]), advice
     if not _is_rank(raw.get("r", 8)):
         yield "adapter", "`r` is a whole number above 0", _shown(raw["r"]), advice
@@ -264,7 +271,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in {int, float} and isfinite(value) and abs(value) < _LARGEST  # type: ignore[arg-type]
+    return type(value) in {int, float} and abs(value) < _LARGEST  # type: ignore[arg-type]
 
 
 def _shown(value: object) -> str:

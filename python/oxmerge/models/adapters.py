@@ -19,7 +19,7 @@ from math import prod
 
 from oxmerge.errors import OxmergeError
 from oxmerge.models.adapter_config import FILE_NAME, endings, read_adapter_config
-from oxmerge.models.names import is_head, is_vocabulary
+from oxmerge.models.names import find_embedding, is_head, is_vocabulary
 from oxmerge.models.naming import known_rules
 from oxmerge.models.references import open_located
 from oxmerge.problems import UNSUPPORTED, Problem, near
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     Factor = tuple[tuple[int, str], int, int, int]
     Term = tuple[tuple[int, int], int, float, Factor, Factor | None]
 
-__all__ = ["WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter"]
+__all__ = [
+    "WEIGHTS", "Adapted", "Adapter", "adapt", "is_adapter", "kind_of", "open_adapter", "untied",
+]  # fmt: skip
 
 #: What the weights of an adapter are called: the first that is there counts.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -80,8 +82,14 @@ _PARTS = {
 }
 #: Dimensions of a table, and of stacked tables.
 _TABLE, _STACK = 2, 3
-#: Types of models whose linear layers store what others store transposed.
+#: Types of models whose linear layers store what others store transposed, and whose experts do.
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
+_TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
+#: What PEFT calls the output of torch's own attention, and transformers the head of Whisper.
+_IN_ATTENTION = ".base_layer.out_proj"
+_WHISPER_HEAD = "proj_out.weight"
+#: How architectures end that have the head of a language model.
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 #: What modules of experts are called in transformers 4, and 5.
 _EXPERT_NAMES = (".block_sparse_moe.", ".mlp.")
 #: Names without a tensor of which those alike are looked for; patterns times modules.
@@ -263,6 +271,7 @@ class _Adapting:
         self.is_tied = any(
             part.get("tie_word_embeddings") is True for part in (config, *_parts_of(config))
         )
+        self.table = find_embedding(self.names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, as far as adapters have come."""
@@ -276,12 +285,30 @@ class _Adapting:
         return name in self.known or (self.tied_to(name) is not None)
 
     def tied_to(self, name: str) -> str | None:
-        """Return the embedding that a head of this name is tied to, if the model has no head."""
-        if not (is_head(name) and self.is_tied) or name in self.known:
+        """Return what a head's weight or bias of this name is tied to, if the model has no head."""
+        if not self.is_tied or name in self.known or not (is_head(name) or name == _WHISPER_HEAD):
             return None
-        ends = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-        found = [each for each in self.names if each.endswith(ends)]
-        return found[0] if len(found) == 1 else None
+        if name.endswith(".bias"):  # in BERT and its kind, that of the module around
+            around = name.rsplit(".", 2)[0] + ".bias"
+            return around if around in self.known else None
+        return self.table
+
+    def untie(self, name: str) -> None:
+        """Give the model a head of its own, if it has none of this name."""
+        module = name.rpartition(".")[0]
+        for each in (f"{module}.weight", f"{module}.bias"):
+            if (tied := self.tied_to(each)) is not None:
+                self.copied.setdefault(each, tied)
+
+    def head_of(self, table: str) -> str | None:
+        """Return what the head of a language model is called that is tied to a table."""
+        architectures = self.config.get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        if not (isinstance(first, str) and first.endswith(_WITH_HEAD)):
+            return None
+        lead = "language_model." if table.startswith("language_model.model.") else ""
+        name = f"{lead}lm_head.weight" if first[:7] != "Whisper" else _WHISPER_HEAD
+        return name if self.tied_to(name) == table else None
 
     def change(self, name: str, columns: int) -> _Change | None:
         """Return what becomes of a tensor, to add to; None if adapters see it in other rows."""
@@ -291,7 +318,7 @@ class _Adapting:
     def check_vocabulary(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         """Report an adapter that has rows for new tokens in one of two tensors."""
         tables = [name for name in self.names if is_vocabulary(name) and name.endswith("weight")]
-        tables += [name for name in self.replaced if is_head(name) and name not in self.known]
+        tables += [name for name in self.replaced if name not in self.known]
         rows = {name: self.shape(name)[0] for name in tables if len(self.shape(name)) == _TABLE}
         was = {each.shape[0] for name in tables if (each := self.base.get(name)) is not None}
         grown = [name for name in rows if name in self.replaced and rows[name] not in was]
@@ -311,8 +338,7 @@ class _Adapting:
 
     def new_config(self) -> dict[str, Any]:
         """Return the config for the tokens that embeddings have a row for, and for their head."""
-        added = [name for name in (*self.copied, *self.replaced) if name not in self.known]
-        is_untied = any(map(is_head, added))
+        is_untied = bool(self.copied)
         rows = {
             self.shapes[name][0]
             for name in self.replaced
@@ -329,14 +355,24 @@ class _Adapting:
             }
             if len(rows) == 1 and "vocab_size" in new:
                 new["vocab_size"] = max(rows)
-            if is_untied and new.get("tie_word_embeddings") is True:
-                new["tie_word_embeddings"] = False
             return new
 
-        return edited(self.config) if rows or is_untied else self.config
+        config = untied(self.config) if is_untied else self.config
+        return edited(config) if rows else config
 
 
 _NESTED = ("text_config", "llm_config")
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that does not tie the head to the embedding."""
+    new = {
+        key: untied(each) if key in _NESTED and isinstance(each, dict) else each
+        for key, each in config.items()
+    }
+    if new.get("tie_word_embeddings") is True:
+        new["tie_word_embeddings"] = False
+    return new
 
 
 def _parts_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -356,6 +392,10 @@ class _OneAdapter:
         self.modules: dict[str, _Module] = {}
         self.whole: dict[str, TensorInfo] = {}
         self.name_of: Callable[[str], str] = lambda name: name
+        self.there: set[str] = set()
+        # A table and its head were trained as one, but for magnitudes, which are each their own.
+        self.is_tying = self.config.is_on("ensure_weight_tying")
+        self.is_tying &= not self.config.is_on("use_dora")
 
     def run(self) -> None:
         """Sort the tensors, find what they are for, and add what they do."""
@@ -371,8 +411,10 @@ class _OneAdapter:
         wanted = [*self.whole, *(self._weight_of(module) for module in self.modules.values())]
         wanted += [f"{path}.{target}" for path, target, _ in stacked]
         self._find_names(wanted)
+        self.there = {self.name_of(name) for name in self.whole}
         for name, tensor in self.whole.items():
-            self._replace(name, tensor)
+            if not self._is_alias(self.name_of(name)):
+                self._replace(name, tensor)
         for module in self.modules.values():
             self._module(module)
         for path, target, module in stacked:
@@ -383,13 +425,22 @@ class _OneAdapter:
 
     def _sort(self, tensor: TensorInfo) -> None:
         kind, name = kind_of(tensor.name)
-        if ".original_module." in name:
-            return  # a copy of the base, which trainers leave beside what they have saved
-        if 0 in tensor.shape or not is_float(tensor.dtype):
+        if ".original_module." in name or name.endswith(".lora_velora_embed"):
+            return  # a copy of the base, which trainers leave, or what VeLoRA trains with
+        if not is_float(tensor.dtype):
+            expected, found = "a float type", tensor.dtype
+            self._fault("an adapter's tensor has another type", tensor, expected, found)
+            return
+        if 0 in tensor.shape:
             advice = "it was saved while its parts lay on several devices: gather it, and save anew"
             self._fault("an adapter's tensor holds no numbers", tensor, advice=advice)
             return
         if kind is not None:
+            if name.endswith(_IN_ATTENTION):
+                message = "not supported yet: a LoRA on torch's own attention, whose output counts"
+                message = f"{message} twice in PEFT"
+                self._fault(message, tensor, advice=_WITH_PEFT, code=UNSUPPORTED)
+                return
             module = self.modules.setdefault(name, _Module(name))
             if kind in module.tensors:
                 self._fault("two tensors of the adapter are for the same", tensor)
@@ -456,15 +507,22 @@ class _OneAdapter:
         for at, name in enumerate(best[1]):
             # Of many, the others will be alike.
             alike = near(name, self.job.names, 2) if at < _COMPARED else ()
-            close = ", ".join(f"`{each}`" for each in alike)
+            close = ", ".join(f"`{each}`" for each in alike) or "nothing alike"
+            if self.job.is_tied and is_vocabulary(name):
+                message = "not supported yet: an adapter on a tensor that is tied to others"
+                code, advice = UNSUPPORTED, _WITH_PEFT
+            else:
+                message = "the model has no tensor that the adapter"
+                message = f"{message} `{self.adapter.path}` could change"
+                code, advice = "adapter", _SAME_BASE
             self.findings.problems.append(
                 Problem(
-                    "adapter",
-                    f"the model has no tensor that the adapter `{self.adapter.path}` could change",
+                    code,
+                    message,
                     file=self.adapter.path,
                     tensor=name,
-                    found=close or "nothing alike",
-                    advice=_SAME_BASE,
+                    found=close,
+                    advice=advice,
                 )
             )
 
@@ -570,12 +628,22 @@ class _OneAdapter:
                 _SAME_BASE,
             )
             return
-        if (tied := job.tied_to(name)) is not None:
-            job.copied.setdefault(name, tied)
+        job.untie(name)
+        # A table that is saved alone was trained apart from its head, which stayed as it was.
+        if shape == was and not is_copy and not self.is_tying:
+            job.untie(job.head_of(name) or name)
         if is_vocabulary(name) and (shape != was or not is_copy):
             job.tokens = self.number
         job.replaced[name] = (self.number, tensor.name)
         job.shapes[name] = shape
+
+    def _is_alias(self, name: str) -> bool:
+        """Tell whether a tensor of the adapter is another's that it has too, by a second name."""
+        tied = self.job.tied_to(name)
+        if tied is None or tied not in self.there:
+            return False
+        module, _, kind = name.rpartition(".")
+        return self.is_tying if kind == "weight" else f"{module}.weight" not in self.there
 
     def _module(self, module: _Module) -> None:
         kinds = module.tensors
@@ -614,15 +682,17 @@ class _OneAdapter:
             message = (
                 "an adapter's factor has another rank than its config says, so its scale is unknown"
             )
-            self._fault(message, a, f"rank {said}", f"{rank} in {list(a.shape)}", _ANEW)
+            matching = sum(bool(each.match(path)) for each in self.config.rank_pattern)
+            first = "PEFT sorts patterns when it saves: put the one that counts first"
+            advice = first if matching > 1 else _ANEW
+            self._fault(message, a, f"rank {said}", f"{rank} in {list(a.shape)}", advice)
             return None
         return self.config.scale_of(path) * self.weight
 
     def _place(self, name: str) -> tuple[str, tuple[int, ...], tuple[int, int]] | None:
         """Return the tensor that a module's weight is in, the weight's shape, its rows there."""
         job = self.job
-        if (tied := job.tied_to(name)) is not None:
-            job.copied.setdefault(name, tied)
+        job.untie(name)
         if job.is_known(name):
             shape = job.shape(name)
             return name, shape, (0, shape[0] if shape else 0)
@@ -632,7 +702,7 @@ class _OneAdapter:
 
     def _pair(self, module: _Module, name: str, a: TensorInfo, b: TensorInfo, scale: float) -> None:
         """Add the product of a pair of factors to the weight of their module."""
-        if self.job.tied_to(name) is not None and self.config.is_on("ensure_weight_tying"):
+        if self.job.tied_to(name) is not None and self.is_tying:
             return  # the transposed factors of the embedding, which changes with it
         place = self._place(name)
         if place is None:
@@ -654,7 +724,7 @@ class _OneAdapter:
             self._fault(message, a, advice=_WITH_PEFT, code=UNSUPPORTED)
             return
         is_embedding = "embedding A" in module.tensors
-        is_crossed = crossed and (not straight or is_embedding or self._is_transposed())
+        is_crossed = crossed and (not straight or is_embedding or self._is_transposed(name))
         change = self._change(whole, width, a)
         if change is None:
             return
@@ -669,9 +739,14 @@ class _OneAdapter:
                 self._fault("DoRA on one of several stacked experts", a, advice=_WITH_PEFT)
             self._magnitude(change, magnitude, count, of_rows=not is_crossed)
 
-    def _is_transposed(self) -> bool:
-        """Tell whether square weights are stored transposed: shapes do not say it."""
-        return self.job.config.get("model_type") in _TRANSPOSED
+    def _is_transposed(self, name: str, types: frozenset[str] = _TRANSPOSED) -> bool:
+        """Tell whether square weights are stored transposed: shapes do not say it.
+
+        Where a model is an encoder and a decoder of other types, each has a config of its own.
+        """
+        config = self.job.config
+        part = config.get(name.partition(".")[0])
+        return (part if isinstance(part, dict) else config).get("model_type") in types
 
     def _change(self, name: str, columns: int, tensor: TensorInfo) -> _Change | None:
         shape = self.job.shape(name)
@@ -816,7 +891,10 @@ class _OneAdapter:
             )
             return
         if swapped and plain and experts > 1:
-            swapped = self.config.version >= (0, 20) and not self._is_transposed()
+            # Releases of PEFT take it otherwise: the first ones never, one the wrong way round.
+            is_transposed = self._is_transposed(name, _TRANSPOSED_EXPERTS)
+            version = self.config.version
+            swapped = version >= (0, 19) and is_transposed == (version < (0, 20))
         scale = self.config.scale_of(f"{path}.{target}") * self.weight
         grouped = self._is_grouped(target)
         given_a, given_b = (self.number, a.name), (self.number, b.name)

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from functools import partial
 from glob import escape
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.download import describe
 from oxmerge.models.hub_cache import Commit, HubFile, cache_folder, cached_names, is_offline
 from oxmerge.models.remote import HttpFile, retried
-from oxmerge.problems import did_you_mean
+from oxmerge.problems import did_you_mean, shorten
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -51,13 +52,36 @@ def why_not() -> tuple[str, str] | None:
     """Return why the Hub cannot be asked here, and what to do; None if it can."""
     if is_offline():
         return "the Hub may not be asked", "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
-    return find_library()
+    return find_library() or _cannot_ask()
 
 
 def find_library() -> tuple[str, str] | None:
     """Return that the library is not there, and what to do; None if it is."""
     if find_spec("huggingface_hub") is None:
         return "to ask the Hub needs the `huggingface_hub` library", INSTALL
+    return None
+
+
+def _cannot_ask() -> tuple[str, str] | None:
+    """Return what the environment says that no request can be made of, and what to do."""
+    try:
+        address = urlsplit(endpoint())
+        is_address = address.scheme in {"https", "http"} and address.hostname and address.port != 0
+    except ValueError:  # its port is none
+        is_address = False
+    if not is_address:  # the library cannot even be imported with some
+        message = f"HF_ENDPOINT is no address of a server (`{shorten(endpoint())}`)"
+        return message, "write it as https://host, or unset it"
+    from huggingface_hub import get_token  # noqa: PLC0415 - only when the Hub is asked
+
+    advice = "set HF_TOKEN anew, or sign in with `hf auth login`"
+    try:
+        token = get_token() or ""
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        return f"the token for the Hub cannot be read ({reason.lower()})", advice
+    if not (token.isascii() and token.isprintable()):
+        return "the token for the Hub has letters that no token has", advice
     return None
 
 
@@ -232,8 +256,9 @@ def _asked(ask: Callable[[], Any], name: str, revision: str | None, file: str | 
 
 
 def _is_known(error: Exception) -> bool:
+    """Tell whether the library raises an error for what it has met, or for what it was sent."""
     modules = {each.__module__.partition(".")[0] for each in type(error).__mro__}
-    return isinstance(error, OSError) or any(
+    return isinstance(error, (OSError, ValueError, LookupError, TypeError)) or any(
         each.startswith(("httpx", "huggingface_hub")) for each in modules
     )
 
@@ -280,6 +305,8 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
      "check what the token may read, or {sign_in}"),
     ((), (404,), _NO_MODEL, _SPELLING),
     (("HFValidationError",), (), "`{name}` is no name that the Hub has", "check how it is spelt"),
+    (("ValueError", "LookupError", "TypeError"), (), "what answers at {endpoint} is not the Hub",
+     "check HF_ENDPOINT, and whether the network first asks to sign in"),
 )  # fmt: skip
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from oxmerge.errors import OxmergeError, PlanError
 from oxmerge.file_state import FileState
-from oxmerge.json_files import NO_FILE, read_json
-from oxmerge.models.adapters import adapt, open_adapter
-from oxmerge.models.names import find_layer_counts, find_layout, is_head
+from oxmerge.json_files import NO_FILE, read_json, read_object
+from oxmerge.models.adapters import adapt, open_adapter, untied
+from oxmerge.models.names import find_embedding, find_layer_counts, find_layout, is_head
 from oxmerge.models.naming import named_as
 from oxmerge.models.references import Located, open_located, resolve_reference, split_adapters
+from oxmerge.models.stores import is_address
 from oxmerge.models.vocabularies import OPAQUE, folder_beside, present, same_files, token_files
 from oxmerge.problems import Findings, Problem, did_you_mean, group_problems
 from oxmerge.recipe.recipe import UNREAD
@@ -63,6 +65,9 @@ class InputModel:
     tied : tuple of str
         Its heads that are left out: its config ties them, and its files have no bytes of their own
         for them.
+    untied : tuple of str
+        Its heads that are its embedding: its config ties them, and other models have heads of their
+        own to merge them with.
     adapter_files : tuple of dict
         The configs of its adapters, as they were then.
     tokens : str, optional
@@ -82,6 +87,7 @@ class InputModel:
     layout: Layout
     renamed: tuple[Rename, ...] = ()
     tied: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
     adapter_files: tuple[dict[str, Any], ...] = ()
     tokens: str | None = None
 
@@ -114,6 +120,10 @@ class InputModel:
     def stack(self) -> Stack | None:
         """Its stack, if it has exactly one."""
         return self.layout.only_stack
+
+
+def _config_beside(path: str) -> str:
+    return os.path.join(folder_beside(path), "config.json")
 
 
 def _find_key(config: dict[str, Any], key: str) -> object:
@@ -154,6 +164,8 @@ class Inputs:
         The model whose names the tensors of the others are to have.
     renames : tuple of Renames
         How the recipe says that they are called.
+    listed : tuple of str
+        The models that are merged. If one has a head of its own, those that tie theirs get one.
 
     Attributes
     ----------
@@ -170,11 +182,13 @@ class Inputs:
         findings: Findings,
         donor: str | None = None,
         renames: tuple[Renames, ...] = (),
+        listed: tuple[str, ...] = (),
     ) -> None:
         self._findings = findings
         self._stages = stages
         self._donor = donor
         self._renames = renames
+        self._listed = listed
         self._checkpoints: dict[str, Checkpoint] = {}
         self.models: list[InputModel] = []
         self.lacks_reported = False
@@ -224,7 +238,10 @@ class Inputs:
         if reference not in self._located:
             model, adapters = split_adapters(reference, self._folders)
             stage = self._stages.get(model)
-            base = Located(stage) if stage else resolve_reference(model, self._folders)
+            if stage is not None and not is_address(stage):
+                base: Located | Problem = Located(stage)
+            else:
+                base = resolve_reference(stage or model, self._folders)
             found = [(resolve_reference(each, self._folders), weight) for each, weight in adapters]
             each_located = (base, *(each for each, _ in found))
             missing = next((each for each in each_located if isinstance(each, Problem)), None)
@@ -288,7 +305,8 @@ class Inputs:
         key = self.path_of(reference)
         own = [each for each in self._renames if self.path_of(each.model) == key]
         if self._donor is None or self.path_of(self._donor) != key:
-            return named_as(self._donor_checkpoint(), checkpoint, own, self._findings)
+            donor = None if self._donor is None else self._headers_of(self._donor)
+            return named_as(donor, checkpoint, own, self._findings)
         for renames in own:
             message = f"the output has the names of `{reference}`, which stay as they are"
             advice = "rename the tensors of the other models to its names"
@@ -296,9 +314,25 @@ class Inputs:
             self._findings.problems.append(problem)
         return checkpoint, []
 
-    def _donor_checkpoint(self) -> Checkpoint | None:
-        """Return the donor's headers; None if they cannot be read, which is told later."""
-        found = self._resolve(self._donor) if self._donor else None
+    @cached_property
+    def _own_heads(self) -> tuple[str, ...]:
+        """The heads that models need, of which one has a head that is not its embedding.
+
+        Of a model that ties its head, that is so only if it is the donor: the output is like it.
+        """
+        for reference in self._listed:
+            checkpoint = None if reference == UNREAD else self._headers_of(reference)
+            if checkpoint is None or not any(map(is_head, checkpoint.names())):
+                continue
+            config = read_object(_config_beside(str(self.locate(reference))))
+            heads = set(filter(is_head, checkpoint.names())) - {*_tied_heads(checkpoint, config)}
+            if heads and (reference == self._donor or not _is_tied(config)):
+                return tuple(sorted(heads))
+        return ()
+
+    def _headers_of(self, reference: str) -> Checkpoint | None:
+        """Return a model's headers; None if they cannot be read, which is told later."""
+        found = self._resolve(reference)
         try:
             return self._checkpoint(found) if isinstance(found, Located) else None
         except OxmergeError:
@@ -311,7 +345,8 @@ class Inputs:
     def _model(self, reference: str, located: Located, checkpoint: Checkpoint) -> InputModel | None:
         path = located.path
         config, config_file = self._read_config(path)
-        tied = _tied_heads(checkpoint, config)
+        heads = self._own_heads if _is_tied(config) else ()
+        tied = () if heads else _tied_heads(checkpoint, config)
         if tied:
             checkpoint = checkpoint.without(tied)
         opened = [
@@ -328,6 +363,12 @@ class Inputs:
                 return None
             tokens = self._tokens_of(adapters, adapted.tokens, located, checkpoint, adapted)
             checkpoint, config = adapted.checkpoint, adapted.config
+        embedding = find_embedding(checkpoint.names())
+        if embedding is None or any(map(is_head, checkpoint.names())):
+            heads = ()
+        elif heads:
+            checkpoint = checkpoint.adapted([], [(head, embedding) for head in heads], [], [])
+            config = untied(config)
         checkpoint, rules = self._named(reference, checkpoint)
         runs = checkpoint.runs()
         counts = find_layer_counts(config)
@@ -348,6 +389,7 @@ class Inputs:
             layout=layout,
             renamed=tuple(rules),
             tied=tied,
+            untied=heads,
             adapter_files=tuple(adapter.config.file for adapter, _ in adapters),
             tokens=tokens,
         )
@@ -397,7 +439,7 @@ class Inputs:
 
     def _read_config(self, path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Return the config beside the weights, and the file it is in as it was then."""
-        file_name = os.path.join(folder_beside(path), "config.json")
+        file_name = _config_beside(path)
         try:
             config, status = read_json(file_name)
         except FileNotFoundError:

@@ -32,6 +32,8 @@ _KINDS = (
     (frozenset(("vision_tower", "vision_model", "vision_encoder", "visual", "vision")), _SEEN),
     (frozenset(("audio_tower", "audio_encoder", "audio")), _HEARD),
 )
+#: What mergekit calls a part, and what the names of its tensors have (Qwen's VL models).
+_ALSO_CALLED = {"multi_modal_projector": "merger"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,10 @@ def _roots(module: str, parts: set[str], layout: Layout) -> list[str]:
     """Return what the names of a module's tensors may begin with."""
     if module in parts:  # which is its name in full
         return [module]
-    named = {part for part in parts if f".{part}".endswith(f".{module}")}
-    if named:
-        within = (part for part in named if any(_is_in(part, each) for each in named - {part}))
+    called = (module, _ALSO_CALLED.get(module, module))
+    each = ({part for part in parts if f".{part}".endswith(f".{name}")} for name in called)
+    if named := next(filter(None, each), None):
+        within = (part for part in named if any(_is_in(part, root) for root in named - {part}))
         return sorted(named.difference(within))
     kind = _kind(module)
     if kind is None:

@@ -66,6 +66,10 @@ _OUTPUT_ENDS = ("_head", "final_norm", "final_layernorm", "final_layer_norm")
 
 #: Last module of the name of a head, and of any tensor with a row for each token.
 _HEAD_MODULES = frozenset(("lm_head", "embed_out", "output", "output_layer", "decoder"))
+_EMBEDDING_ENDS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
+    "backbone.embeddings.weight",
+)  # fmt: skip
 _VOCABULARY_MODULES = _HEAD_MODULES | frozenset((
     "embed_tokens", "word_embedding", "word_embeddings", "wte", "tok_embeddings", "embedding",
     "embeddings", "shared", "embed_in", "embed_tokens_per_layer", "predictions", "vocab_projector",
@@ -218,6 +222,12 @@ def side_of(name: str) -> str | None:
 def is_head(name: str) -> bool:
     """Tell whether a tensor is the head that turns states into tokens."""
     return _last_module(name) in _HEAD_MODULES
+
+
+def find_embedding(names: Iterable[str]) -> str | None:
+    """Return the embedding that a head may be tied to, if there is exactly one."""
+    found = [name for name in names if name.endswith(_EMBEDDING_ENDS)]
+    return found[0] if len(found) == 1 else None
 
 
 def is_vocabulary(name: str) -> bool:

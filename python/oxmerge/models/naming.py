@@ -46,6 +46,12 @@ _CONVERSIONS = (
     (("model.*", "language_model.model.*"), ("lm_head.*", "language_model.lm_head.*")),
     # A model without its head: alone, and in a class that has one.
     (("lm_head.*", "lm_head.*"), ("*", "model.*")),
+    # GraniteMoE: modules, and files.
+    (
+        ("*.experts.gate_up_proj", "*.input_linear.weight"),
+        ("*.experts.down_proj", "*.output_linear.weight"),
+        ("*.router.weight", "*.router.layer.weight"),
+    ),
     # Normalisation in BERT's first releases, and since.
     (("*LayerNorm.gamma", "*LayerNorm.weight"), ("*LayerNorm.beta", "*LayerNorm.bias")),
 )

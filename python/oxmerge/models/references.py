@@ -49,7 +49,12 @@ __all__ = [
 
 #: Adapters on one model; what one is multiplied by.
 _MOST_PARTS = 32
-_NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})")
+_NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})(?:e-?\d{1,2})?")
+#: What people copy from a browser.
+_PAGE = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob)/(?P<revision>[^/?#]+)(?:/(?P<inside>[^?#]+))?)?/?(?:[?#].*)?"
+)
 _NAME_ONE = "name the folder of a model, or a safetensors file"
 #: Files of a model that a message shows.
 _SHOWN = 8
@@ -116,6 +121,12 @@ def parse_reference(text: str) -> str | Problem:
         return Problem("wrong-value", "an empty model reference", advice="name the model's folder")
     if os.path.exists(os.path.expanduser(text)):
         return text  # whatever letters it has
+    if page := _PAGE.fullmatch(text):
+        revision = f"@{page['revision']}" if page["revision"] else ""
+        inside = f"/{page['inside']}" if page["inside"] else ""
+        message = f"`{text}` is a page of the Hub, and no folder of a model"
+        advice = f"write its name, `{page['name']}{revision}{inside}`"
+        return Problem(UNSUPPORTED, message, advice=advice)
     if stores.is_address(text):
         return text
     if "://" in text and not text.startswith("hf://"):
@@ -570,6 +581,10 @@ def _not_found(reference: str, places: list[str], seen: str, advice: str) -> Pro
     tried = " or ".join(f"`{place}`" for place in places)
     there = f": there is no {tried}" if tried else ""
     message = f"no model `{reference}`{there}{seen}"
+    for place in filter(os.path.islink, places):
+        found = f"a link to `{printable(os.readlink(place))}`"
+        advice = "put the model where the link leads, or name where it is"
+        return Problem("missing-model", message, found=found, advice=advice)
     if meant := _meant(reference, places):
         advice = f"did you mean `{meant}`? If not, {advice}"
     return Problem("missing-model", message, advice=advice)

@@ -2,7 +2,8 @@
 
 The `obstore` library talks to stores, and asks again for what passes; credentials and endpoints are
 those of the environment. It is imported here alone, and only when such a model is named. Stores
-list what they have; a web server is asked for the files that a model may have (`remote.py`).
+list what they have. A web server is asked for the files that a model may have (`remote.py`), and so
+is a store that refuses to list them.
 
 Weights are not kept. The small files beside them are, in a folder of the user's cache that is
 called by what the store says of all files of the model: so they are never those of another.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.remote import at_address, look
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from obstore import GetOptions
 
-    from oxmerge.models.remote import HttpFile, RemoteFile
+    from oxmerge.models.remote import RemoteFile
 
 __all__ = [
     "StoredModel",
@@ -49,9 +50,10 @@ __all__ = [
 _CONNECT, _PATIENCE, _LONGEST = 10, 30, 180
 #: Bytes of a piece.
 _PIECE = 1 << 20
-#: Files that a message shows; files of a model's folder; bytes of a small file.
+#: Files that a message shows; files of a model's folder, each some 500 bytes in memory; bytes of a
+#: small file.
 _SHOWN = 8
-_MOST_FILES = 10_000
+_MOST_FILES = 100_000
 _MOST_SMALL = 256 << 20
 #: Larger than the index of any model: parsing it takes a multiple of that.
 _MOST_INDEX = 16 << 20
@@ -59,6 +61,8 @@ _LISTING = ("s3", "s3a", "gs")
 _WEB = ("https", "http")
 #: Statuses of what is not there.
 _ABSENT = (404, 410)
+#: The status of what may not be read; of what is not there too, where nobody is told what there is.
+_FORBIDDEN = 403
 #: Weights that a model on a web server may have, in the order in which they are looked for.
 _WEIGHTS = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json",
@@ -178,7 +182,7 @@ def find_model(address: str) -> StoredModel:
     RemoteError
         If there is no model, it cannot be had, or `obstore` is not installed.
     """
-    parts = urlsplit(address)
+    parts = _parts_of(address)
     if parts.scheme in _LISTING and find_spec("obstore") is None:
         raise RemoteError(
             "to read from a store needs the `obstore` library",
@@ -201,7 +205,7 @@ def find_model(address: str) -> StoredModel:
     whole = address.rstrip("/")
     is_file = whole.endswith((*_ENDS, ".index.json"))
     folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
-    find = listed if parts.scheme in _LISTING else _asked_for
+    find = _listed_or_asked_for if parts.scheme in _LISTING else _asked_for
     files = {name: file for name, file in find(folder, inside).items() if _is_within(name)}
     if not any(name.endswith(_ENDS) for name in files):
         raise RemoteError(
@@ -213,6 +217,20 @@ def find_model(address: str) -> StoredModel:
     told = [whole, [(name, file.size, file.etag) for name, file in sorted(files.items())]]
     name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     return StoredModel(os.path.join(_cache(), name), inside, files)
+
+
+def _parts_of(address: str) -> SplitResult:
+    """Return the parts of an address, of a server or bucket that can be one."""
+    try:
+        parts = urlsplit(address)
+        found = None if parts.hostname and parts.port != 0 else "no host"
+    except ValueError as error:  # brackets, or a port that is no number
+        found = str(error)
+    if found is not None:
+        advice = "write it as https://host/folder, or s3://bucket/folder"
+        message = "the address is none that a server or a store can have"
+        raise RemoteError(message, file=address, found=found, advice=advice)
+    return parts
 
 
 def fetch_small(folder: str, files: Mapping[str, RemoteFile]) -> None:
@@ -267,6 +285,9 @@ def _fetch(path: str, file: RemoteFile, most: int | None = _MOST_SMALL) -> None:
         try:
             for piece in file.pieces(0, file.size):
                 part.write(piece)
+            part.flush()
+            # Its size alone tells later runs that it is whole.
+            os.fsync(part.fileno())
             part.close()
             os.replace(part.name, path)
         except BaseException:
@@ -287,7 +308,7 @@ def _is_within(name: str) -> bool:
 # What there is.
 
 
-def listed(folder: str, _: str = "", *, most: int | None = _MOST_FILES) -> dict[str, RemoteFile]:
+def listed(folder: str, *, most: int | None = _MOST_FILES) -> dict[str, RemoteFile]:
     """Return the files of a folder, as the store lists them; RemoteError if they are too many."""
     import obstore  # noqa: PLC0415 - only when a store is asked
 
@@ -308,8 +329,19 @@ def listed(folder: str, _: str = "", *, most: int | None = _MOST_FILES) -> dict[
     return files
 
 
+def _listed_or_asked_for(folder: str, inside: str) -> dict[str, RemoteFile]:
+    """Return the files of a folder in a store: not everyone who may read them may list them."""
+    try:
+        return listed(folder)
+    except _RefusedError:
+        files, _ = _asked(folder, [inside] if inside else _WEIGHTS)
+        if not files:
+            raise
+    return _asked_for(folder, inside)
+
+
 def _asked_for(folder: str, inside: str) -> dict[str, RemoteFile]:
-    """Return those files that a model may have which a web server has."""
+    """Return those files that a model may have which a web server or a store has."""
     first = [inside] if inside else _WEIGHTS
     files, refused = _asked(folder, [*first, *_BESIDE])
     if not any(name in files for name in first):
@@ -330,13 +362,14 @@ def _asked_for(folder: str, inside: str) -> dict[str, RemoteFile]:
 
 
 def _asked(folder: str, names: Iterable[str]) -> tuple[dict[str, RemoteFile], dict[str, int]]:
-    """Return the files of a web server that it gives, and the statuses of those that it refuses.
+    """Return the files of a server that it gives, and the statuses of those that it refuses.
 
     One that is not there is neither.
     """
+    in_store = folder.partition("://")[0] in _LISTING
 
-    def ask(name: str) -> HttpFile | int:
-        return look(f"{folder}/{quote(name)}")
+    def ask(name: str) -> RemoteFile | int:
+        return _look_in_store(f"{folder}/{name}") if in_store else look(f"{folder}/{quote(name)}")
 
     found = dict(zip(wanted := list(names), side_by_side(ask, wanted), strict=True))
     files: dict[str, RemoteFile] = {}
@@ -347,6 +380,21 @@ def _asked(folder: str, names: Iterable[str]) -> tuple[dict[str, RemoteFile], di
         elif each not in _ABSENT:
             refused[name] = each
     return files, refused
+
+
+def _look_in_store(label: str) -> StoreFile | int:
+    """Return the file at an address, or the status with which a store refuses it."""
+    import obstore  # noqa: PLC0415 - only when a store is asked
+
+    store, path = store_of(label)
+    try:
+        with _told(label):
+            meta = obstore.head(store, path)
+    except InputChangedError:
+        return _ABSENT[0]
+    except _RefusedError:
+        return _FORBIDDEN
+    return StoreFile(label, meta["size"], _etag_of(meta))
 
 
 def _check_weights(folder: str, names: Sequence[str], refused: Mapping[str, int]) -> None:
@@ -395,13 +443,20 @@ def _open(scheme: str, netloc: str) -> Any:  # noqa: ANN401 - of obstore
 
 # What goes wrong.
 
+
+class _RefusedError(RemoteError):
+    """The store gives that to others only."""
+
+
 _CHANGED = "the file changed after it was first read"
 _AGAIN = "start again: a new plan takes the file as it is now"
 _NETWORK = "check the address, the network and the endpoint, and start again"
 _CREDENTIALS = (
     "check the credentials in the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS "
-    "and so on) and what they may read"
+    "and so on) and what they may read and list"
 )
+#: What the library says of a list that is refused, for which it has no error of its own.
+_FORBIDDEN_LIST = "status code: 403"
 #: What errors of the library are called, and what to do.
 _ADVICE = {
     "PermissionDeniedError": _CREDENTIALS,
@@ -433,7 +488,9 @@ def _told(address: str) -> Iterator[None]:
         if kind == "PreconditionError":
             raise InputChangedError(_CHANGED, file=address, advice=_AGAIN) from None
         found = str(error).partition("\n")[0].strip()[:300]
-        raise RemoteError(
+        if _FORBIDDEN_LIST in found:
+            kind = "PermissionDeniedError"
+        raise (_RefusedError if kind == "PermissionDeniedError" else RemoteError)(
             "the store cannot be read",
             file=address,
             found=found,

@@ -32,6 +32,8 @@ _NAMED = {
         "{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
         "{%- elif message['role'] == 'assistant' -%}"
         "{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}"
+        "{%- elif message['role'] == 'user_context' -%}"
+        "{{ '### Input:\\n' + message['content'] + '\\n\\n' }}"
         "{%- endif -%}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '### Response:\\n' }}{%- endif -%}"

@@ -192,16 +192,16 @@ def _lock(held: Claim, *, shared: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def locked_file(name: str, folder: int) -> Iterator[None]:
+def locked_file(name: str, folder: int) -> Iterator[bool]:
     """Hold the lock of a file in an open folder; BlockingIOError if another run has it.
 
-    Network file systems that cannot lock a directory can lock a file that is open for writing.
+    Yields whether its file system can lock. Network file systems that cannot lock a directory can
+    lock a file that is open for writing.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, 0o666, dir_fd=folder)
     try:
-        try_lock(descriptor)
-        yield
+        yield try_lock(descriptor)
     finally:
         os.close(descriptor)
 

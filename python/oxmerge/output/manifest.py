@@ -34,6 +34,8 @@ _HEAD_BYTES = 64 << 10
 #: What a file beside the weights takes: names have up to 255 letters, each of six as an escape.
 _BESIDE_BYTES = 2048
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: In the address of what runs make on the way to an output; see `PARTS_NAME`.
+_IN_WORK = f"/{_core.partial_name('parts')}/"
 #: Parts of a warning that say where things lie on this machine.
 _LOCAL = frozenset(("file", "recipe"))
 #: The code of warnings that tell of the network and not of the merge.
@@ -177,7 +179,9 @@ def _file(file: Mapping[str, Any], *, hash_it: bool) -> dict[str, Any]:
     if hash_it and os.path.isfile(path):
         with open(path, "rb") as opened:
             known = hashlib.file_digest(opened, "sha256").hexdigest()
-    etag = file.get("remote", {}).get("etag")
+    remote = file.get("remote", {})
+    is_made = _IN_WORK in remote.get("label", "")  # by a merge that comes first
+    etag = None if is_made else remote.get("etag")
     told = {"etag": etag} if etag and known is None else {}  # of a store, which tells no more
     return {"name": os.path.basename(path), "size": file["size"], "sha256": known, **told}
 

@@ -103,6 +103,8 @@ class Objects:
         coming = path.with_name(f"{path.name}.coming")
         with open(coming, "wb") as to:
             to.writelines(file.pieces(0, file.size))
+            to.flush()
+            os.fsync(to.fileno())
         os.replace(coming, path)
 
     def put(self, name: str, data: bytes) -> None:

@@ -43,16 +43,18 @@ def outcome_of(
     made = [each for each, odd in zip(found, is_odd, strict=True) if odd is False]
     unknown = [each for each, odd in zip(found, is_odd, strict=True) if odd is None]
     inherited = [each for each, odd in zip(found, is_odd, strict=True) if odd]
-    for each, what in (
-        (made, "elements of the output are not finite, and all of the inputs are"),
-        (unknown, "elements of the output are not finite, and the inputs are gone, as streamed"),
+    too_large = [each for each in made if _is_too_large(plan, each)]
+    made = [each for each in made if each not in too_large]
+    finite_before = "elements of the output are not finite, and all of the inputs are"
+    gone = "elements of the output are not finite, and the inputs are gone, as streamed"
+    for each, what, how in (
+        (made, finite_before, "look at the parameters of these tensors"),
+        (too_large, finite_before, "float16 ends at 65504: take `dtype: bfloat16`"),
+        (unknown, gone, "look at the parameters of these tensors"),
     ):
         if not each:
             continue
-        advice = (
-            "look at the parameters of these tensors, or keep them so: `--allow-nonfinite`, "
-            "`allow_nonfinite=True` in Python"
-        )
+        advice = f"{how}, or keep them so: `--allow-nonfinite`, `allow_nonfinite=True` in Python"
         (warnings if allow_nonfinite else problems).append(_nonfinite(plan, each, what, advice))
     if inherited:
         what = "elements of the output are not finite, as some of the inputs are not"
@@ -63,6 +65,12 @@ def outcome_of(
     if strict:
         problems, warnings = problems + warnings, []
     return problems, warnings
+
+
+def _is_too_large(plan: Plan, counts: tuple[int, int, int]) -> bool:
+    """Tell whether a tensor has infinity, and nothing worse, for want of range."""
+    index, nan, _ = counts
+    return nan == 0 and plan.tensors[index].dtype == "F16"
 
 
 def _nonfinite(

@@ -24,13 +24,14 @@ import socket
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from oxmerge import __version__
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
 from oxmerge.json_files import read_object
-from oxmerge.output.claims import locked_file
+from oxmerge.output.claims import BusyError, locked_file
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.publish import PARTS_NAME, OutputDirectory
 from oxmerge.output.resume import etag_of, parsed, state_of
@@ -44,10 +45,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DONE",
+    "KEY",
     "PLAN_NAME",
+    "Keys",
     "Made",
     "PartFiles",
     "Purpose",
+    "join",
     "missing_parts",
     "parts_in",
     "read_done",
@@ -57,7 +61,8 @@ __all__ = [
 
 PLAN_NAME = "plan"
 _VERSION = 2
-_KEY = re.compile(r"([1-9][0-9]{0,5})of([1-9][0-9]{0,5})\.key")
+#: How a key is called; in a store, with a hash of what it says.
+KEY = re.compile(r"([1-9][0-9]{0,5})of([1-9][0-9]{0,5})\.(?:[0-9a-f]{16}\.)?key")
 #: Where in a file a few bytes are compared: at so many places, so many.
 _PLACES = 4
 _PLACE_BYTES = 4096
@@ -131,6 +136,7 @@ class Purpose:
         """
         recipe = plan.recipe_text.encode(errors="backslashreplace")
         sweep = repr([plan_digest(each) for each in together])
+        inputs = plan.all_input_files
         story = {
             "version": _VERSION,
             "oxmerge": __version__,
@@ -141,13 +147,13 @@ class Purpose:
             "plan": plan_digest(plan),
             "sweep": hashlib.sha256(sweep.encode()).hexdigest(),
             # Neither paths nor inodes nor times: they may be others on another machine.
-            "inputs": [[Path(file["path"]).name, file["size"]] for file in plan.input_files],
+            "inputs": [[Path(file["path"]).name, file["size"]] for file in inputs],
         }
         return cls(
             json.dumps(story),
-            tuple(os.path.abspath(file["path"]) for file in plan.input_files),
-            tuple(map(_marks, plan.input_files)),
-            tuple(map(state_of, plan.input_files)),
+            tuple(os.path.abspath(file["path"]) for file in inputs),
+            tuple(map(_marks, inputs)),
+            tuple(map(state_of, inputs)),
             socket.gethostname(),
             _machine(),
         )
@@ -205,7 +211,7 @@ class Purpose:
             known = marks.keys() & other_marks.keys()
             if file != other_file or any(marks[kind] != other_marks[kind] for kind in known):
                 raise OutputError(
-                    f"the input `{file[0]}` is another file on another machine",
+                    f"the input `{file[0]}` is another file than part {part} has",
                     file=path,
                     expected=f"{_told(other_file, other_marks)}, {there} has `{other.paths[at]}`",
                     found=f"{_told(file, marks)} {here}",
@@ -256,6 +262,47 @@ def _sample(path: str, size: int) -> str:
             start = max(size - _PLACE_BYTES, 0) * place // (_PLACES - 1)
             found.update(os.pread(file.fileno(), _PLACE_BYTES, start))
     return found.hexdigest()
+
+
+class Keys(Protocol):
+    """Where runs of a merge in parts write down what they are parts of: a folder, or a store."""
+
+    @property
+    def directory(self) -> str | Path:
+        """What users call it."""
+
+    def keys(self) -> Mapping[str, tuple[int, Mapping[str, Any]]]:
+        """Return the part and the story of each run that is written down, by name."""
+
+    def write_key(self, name: str, story: Mapping[str, Any]) -> None:
+        """Write one down, as a whole or not at all."""
+
+    def remove_key(self, name: str) -> None:
+        """Take it back."""
+
+
+def join(keys: Keys, name: str, purpose: Purpose, story: Mapping[str, Any]) -> None:
+    """Write down what a run is a part of; OutputError if others are parts of something else.
+
+    Others may write theirs at the same time. So it is looked both before and after: of two that are
+    parts of different merges, at least the one that writes last sees the other. Who gives way takes
+    back only what it has written.
+    """
+
+    def check() -> Mapping[str, object]:
+        found = keys.keys()
+        for part, other in found.values():
+            purpose.check_same(other, part, str(keys.directory))
+        return found
+
+    before = check()
+    keys.write_key(name, story)
+    try:
+        check()
+    except OutputError:
+        if name not in before:
+            keys.remove_key(name)
+        raise
 
 
 #: What is written down of how a part was made, and of which type; see `_core.execute`.
@@ -311,32 +358,54 @@ class PartFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only run of this part; OutputError if there is one."""
+        """Be the only run of this part; BusyError if there is one."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locked_file(f"{self.name}.lock", self.folder))
             except BlockingIOError:
-                raise OutputError(
+                raise BusyError(
                     f"another run makes part {self.part}",
                     file=str(self.directory),
                     advice="wait for it, or make another part",
                 ) from None
             yield
 
-    def join(self, purpose: Purpose) -> None:
-        """Write down what this is a part of; OutputError if others are parts of something else.
+    def is_free(self, *, own: bool = False) -> bool:
+        """Tell whether no run makes this part, and none has made it.
 
-        Others may write theirs at the same time. So it is looked both before and after.
+        What was begun on another machine is not free, unless it is this run's `own`: not every file
+        system shows the locks of other machines.
         """
-        self._check_others(purpose)
-        before = self._read("key")
-        self._write("key", purpose.story())
+        story = {} if own else self._read(f"{self.name}.key") or {}
+        if self.made() is not None or story.get("machine", _machine()) != _machine():
+            return False
         try:
-            self._check_others(purpose)
-        except OutputError:
-            if before is None:
-                os.unlink(f"{self.name}.key", dir_fd=self.folder)
-            raise
+            with locked_file(f"{self.name}.lock", self.folder) as is_locked:
+                return is_locked or own
+        except BlockingIOError:
+            return False
+
+    def join(self, purpose: Purpose) -> None:
+        """Write down what this is a part of; OutputError if others are parts of something else."""
+        join(self, f"{self.name}.key", purpose, purpose.story())
+
+    def keys(self) -> dict[str, tuple[int, Mapping[str, Any]]]:
+        """Return what runs here have written down; see `Keys`."""
+        found: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        for name in sorted(os.listdir(self.folder)):
+            match = KEY.fullmatch(name)
+            story = match and self._read(name)
+            if match and story:
+                found[name] = int(match[1]), story
+        return found
+
+    def write_key(self, name: str, story: Mapping[str, Any]) -> None:
+        """Write down what a run is a part of; see `Keys`."""
+        self._write(name, story)
+
+    def remove_key(self, name: str) -> None:
+        """Take that back; see `Keys`."""
+        os.unlink(name, dir_fd=self.folder)
 
     def save(self, plan: Plan) -> None:
         """Leave the plan for who finishes, unless another part has."""
@@ -348,15 +417,19 @@ class PartFiles:
             plan.save(place / name)
             os.replace(place / name, place / PLAN_NAME)
 
-    def waits(self) -> bool:
-        """Tell whether this part has found its numbers, and another one has not."""
+    def unswept(self) -> list[int]:
+        """Return the parts that have not found their numbers, and that no run makes."""
         there = set(os.listdir(self.folder))
-        names = [f"{self.of(part).name}.numbers" for part in range(1, self.parts + 1)]
-        return names[self.part - 1] in there and not there.issuperset(names)
+        others = [self.of(part) for part in range(1, self.parts + 1) if part != self.part]
+        return [
+            other.part
+            for other in others
+            if f"{other.name}.numbers" not in there and other.is_free()
+        ]
 
     def made(self) -> Made | None:
         """Return what this part has made, if all of it is there as it was left."""
-        done = self._read("done")
+        done = self._read(f"{self.name}.done")
         if done is None:
             return None
         try:
@@ -369,7 +442,7 @@ class PartFiles:
     def write_made(self, made: Made) -> None:
         """Write down that all of this part is made."""
         shards = {name: state._asdict() for name, state in made.shards.items()}
-        self._write("done", {"key": made.key, "shards": shards, "done": made.done})
+        self._write(f"{self.name}.done", {"key": made.key, "shards": shards, "done": made.done})
 
     def forget_made(self) -> None:
         """Take back that all is made."""
@@ -396,23 +469,12 @@ class PartFiles:
                         found[shard] = place, now
         return found if len(found) == len(made.shards) else None
 
-    def _check_others(self, purpose: Purpose) -> None:
-        for name in sorted(os.listdir(self.folder)):
-            match = _KEY.fullmatch(name)
-            if match is None:
-                continue
-            other = PartFiles(int(match[1]), int(match[2]), self.folder, self.directory)
-            story = other._read("key")
-            if story is not None:
-                purpose.check_same(story, other.part, str(self.directory))
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """Return what a file says; None if there is none that was written as such."""
+        return read_object(f"/proc/self/fd/{self.folder}/{name}") or None
 
-    def _read(self, kind: str) -> dict[str, Any] | None:
-        """Return what a file of this part says; None if there is none that was written as such."""
-        return read_object(f"/proc/self/fd/{self.folder}/{self.name}.{kind}") or None
-
-    def _write(self, kind: str, story: Mapping[str, Any]) -> None:
+    def _write(self, name: str, story: Mapping[str, Any]) -> None:
         """Write a file that is there as a whole or not at all."""
-        name = f"{self.name}.{kind}"
         unfinished = partial_name(f"{name}.{socket.gethostname()}.{os.getpid()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -431,7 +493,7 @@ def parts_in(directory: Path) -> int:
     """Return how many parts the merge has of which some were made in an output; 0 if none was."""
     names = os.listdir(directory / PARTS_NAME) if (directory / PARTS_NAME).is_dir() else []
     for name in names:
-        match = _KEY.fullmatch(name)
+        match = KEY.fullmatch(name)
         if match:
             return int(match[2])
     return 0

@@ -364,7 +364,7 @@ def commit(
             _write_journal(output, contents)
             _switch(output, contents)
             _remove_folders_of_runs(output)
-        return _leftovers(output)
+        return [*_moved(output), *_leftovers(output)]
 
 
 def close(output: OutputDirectory, *, keep: bool = False) -> None:
@@ -610,12 +610,15 @@ def _require_parts(output: OutputDirectory) -> None:
         raise no_parts(output.path)
 
 
-def no_parts(directory: Path | str) -> NoPartsError:
-    """Return the error for an output in which no part was made."""
+def no_parts(directory: Path | str, *, is_model: bool = False) -> NoPartsError:
+    """Return the error for an output in which no part was made, or for one that is complete."""
     return NoPartsError(
         "there are no parts of a merge",
         file=str(directory),
-        advice="make them with `oxmerge merge RECIPE OUT --part 1/N` and so on",
+        found="a model that is complete" if is_model else None,
+        advice="nothing is left to do, if that is what was asked for"
+        if is_model
+        else "make them with `oxmerge merge RECIPE OUT --part 1/N` and so on",
     )
 
 
@@ -975,9 +978,21 @@ def _told_in_full(output: OutputDirectory) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error.filename, str | None):
-            error.filename = str(output.path / (error.filename or ""))
+        name = error.filename
+        is_full = isinstance(name, str) and Path(name).is_relative_to(output.path)  # the engine's
+        if isinstance(name, str | None) and not is_full:
+            error.filename = str(output.path / (name or ""))
         raise
+
+
+def _moved(output: OutputDirectory) -> list[str]:
+    """Return a note if the directory is not where it was when the run began."""
+    with contextlib.suppress(OSError):
+        there = os.stat(output.path)
+        if os.path.samestat(there, os.fstat(output.descriptor)):
+            return []
+    now = os.readlink(f"/proc/self/fd/{output.descriptor}")
+    return [f"`{output.path}` was moved meanwhile: the output is in `{now}`"]
 
 
 def _leftovers(output: OutputDirectory) -> list[str]:

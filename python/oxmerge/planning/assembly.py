@@ -279,7 +279,7 @@ class Assembler:
         if not name or (place and self._is_beyond(model, place.stack.prefix, place.layer)):
             return  # reported with the layers
         donor = self._donor_of(target).reference
-        if is_head(name) and (model.is_tied or not any(map(is_head, model.checkpoint.names()))):
+        if is_head(name) and not any(map(is_head, model.checkpoint.names())):
             self._report_tied(target, model, name)
             return
         message = f"`{model.reference}` lacks a tensor"
@@ -303,11 +303,9 @@ class Assembler:
 
     def _report_tied(self, target: Target, model: InputModel, name: str) -> None:
         donor = self._donor_of(target).reference
-        reason = " (`tie_word_embeddings` is true)" if model.is_tied else ""
-        message = f"`{model.reference}` has no head of its own, the donor `{donor}` has one{reason}"
+        message = f"`{model.reference}` has no head of its own, the donor `{donor}` has one"
         advice = (
-            f"write the head of `{model.reference}` out as a copy of its embedding, or make it the "
-            "base, so that the output is tied as well"
+            "if its head is its embedding, say so: `tie_word_embeddings: true` in its config.json"
         )
         self._problems.append(
             Problem("missing-head", message, file=model.path, tensor=name, advice=advice)

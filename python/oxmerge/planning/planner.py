@@ -132,7 +132,9 @@ class _Planner:
         self.folders = tuple(folder for folder in folders if folder is not None)
         asked = recipe.extensions
         self.stages = stages
-        self.inputs = Inputs(self.folders, stages, findings, recipe.donor, asked.rename)
+        self.inputs = Inputs(
+            self.folders, stages, findings, recipe.donor, asked.rename, recipe.inputs
+        )
         self.reader = SettingReader(findings)
         self.sliced: list[SlicedTargets] = []
         self.modules: ModuleTargets | None = None
@@ -439,7 +441,13 @@ class _Planner:
             for model in self.inputs.models
             if model.tied
         )
-        return (*called, *tied, *self.keeping.notes())
+        untied = (
+            f"`{model.reference}` ties its head to the embedding, and other models have a head of "
+            f"their own: {', '.join(model.untied)} of it is its embedding"
+            for model in self.inputs.models
+            if model.untied
+        )
+        return (*called, *tied, *untied, *self.keeping.notes())
 
     def stacks_of(self, donor: InputModel) -> list[Restacked]:
         """Return what becomes of the donor's layers, where slices say."""

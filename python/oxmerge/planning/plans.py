@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +16,6 @@ from oxmerge.schema import Tensors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
     from typing import Any
 
     from oxmerge import _core
@@ -125,6 +125,13 @@ class Plan:
     def input_files(self) -> list[dict[str, Any]]:
         """Every input file as it was when it was first read: weights, then configs and indexes."""
         return self.table.files
+
+    @property
+    def all_input_files(self) -> list[dict[str, Any]]:
+        """The input files of this merge and those before it, but for what these make; each once."""
+        files = {file["path"]: file for plan in (*self.stages, self) for file in plan.input_files}
+        made = None if self.stand_ins is None else f"{self.stand_ins.folder}{os.sep}"
+        return [file for path, file in files.items() if made is None or not path.startswith(made)]
 
     @cached_property
     def absent(self) -> list[dict[str, Any]]:

@@ -440,6 +440,8 @@ class SectionBuilder:
         of = "" if module is None else f" of the module `{shorten(module)}`"
         message = f"`slices`{of} needs a model with exactly one stack of layers"
         advice = "merge whole models with `models`"
+        if module is None and len(layout.stacks) > 1:
+            advice += ", or put `slices` of each part under `modules`"
         if not layout.stacks:
             advice += ", or put the config.json that counts the layers beside the weights"
         found = f"{len(numbered)} {which} ({names})"

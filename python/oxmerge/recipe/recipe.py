@@ -348,6 +348,14 @@ class Recipe:
         return next(filter(None, listed), None)
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """The models that are listed, and the bases, each once."""
+        parts = (*self.slices, *self.modules, Slice(Place(), self.models))
+        listed = [(part.base_model, *(source.model for source in part.sources)) for part in parts]
+        every = dict.fromkeys((self.base_model, *(each for part in listed for each in part)))
+        return tuple(each for each in every if each is not None)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What is not wrong, but may be taken for something else than it is."""
         if self.out_dtype is None or self.dtype not in ("F16", "BF16"):

@@ -214,6 +214,43 @@ fn random_masks_are_kept_where_there_is_room() {
     assert!(kept == drawn, "bytes differ");
 }
 
+/// What passes over the tensor need of short rows is kept where there is room, and found again in the least
+/// memory, where there is none: numbers of rows that need each other, sums over the tensor, and each other
+/// by way of such a sum; and where rows are computed with.
+#[test]
+fn numbers_about_rows_are_kept_where_there_is_room() {
+    let (a, b) = (Value::input(0), Value::input(1));
+    let largest = a.abs().max(Scope::Row);
+    let shares = &b / &(&Value::scalar(largest.clone()) + &Value::scalar(1.0));
+    let spread = shares.absolute_sum(Scope::Row);
+    let weights = compute(&[spread.clone(), largest], 1, |row| vec![row[0] / (1.0 + row[1])]);
+    let scaled = &a * &Value::scalar(weights[0].clone());
+    let total = scaled.dot(&scaled, Scope::Tensor);
+    let per_total = compute(&[total], 1, |total| vec![1.0 / (1.0 + total[0])]);
+    let small = &b * &Value::scalar(per_total[0].clone());
+    let again = &small * &Value::scalar(small.max(Scope::Row));
+    let formula = |elements: u64| {
+        let kept = scaled.masked(&again.abs().largest((elements / 3) as f64));
+        &kept + &Value::scalar(spread.clone())
+    };
+    let shapes: [&[u64]; 9] = [
+        &[3, 1],
+        &[2500, 33],
+        &[1100, 63],
+        &[1100, 64],
+        &[300, 501],
+        &[5, 3, 4001],
+        &[3, 65_535],
+        &[3, 65_536],
+        &[3, 65_537],
+    ];
+    for shape in shapes {
+        let elements = shape.iter().product();
+        let inputs = inputs(2, elements, DType::Bf16);
+        check::<f32>(&formula(elements), shape, &inputs, DType::Bf16);
+    }
+}
+
 /// Formulas over the same inputs made in one go are those made one by one, whatever they share.
 #[test]
 fn several_outputs_at_once() {

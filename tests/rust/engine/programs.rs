@@ -196,3 +196,14 @@ fn rows_are_reduced_in_the_step() {
     assert!(found.starts_with(first) && found.contains("  n0 = Dot "), "{found}");
     assert!(found.contains("  then\n") && found.contains(" = spread v0"), "{found}");
 }
+
+/// Numbers by row that a selection needs are found once, in a pass of their own.
+#[test]
+fn rows_that_are_selected_by_are_reduced_once() {
+    let found = listed(&[formula("arcee_fusion", 2, &json!({}), &json!({}))], 2);
+    let passes: Vec<_> = found.lines().filter(|line| !line.starts_with(' ')).collect();
+    assert!(passes.starts_with(&["rows", "sample"]), "{found}");
+    let (rows, rest) = found.split_at(found.find("sample").unwrap());
+    assert_eq!(rows.matches("  first\n").count(), 2, "{found}");
+    assert!(!rest.contains("first") && rest.contains(" = spread v0"), "{found}");
+}

@@ -98,8 +98,12 @@ def least_vram(plan: _core.Plan, device: str) -> int:
 #: Options of a run, which must change no byte. With the least VRAM and one thread is a test below.
 SETTINGS: dict[str, dict[str, Any]] = {
     "as usual": {},
-    "1 block, 1 thread, mapped": {"largest_piece": 1, "threads": 1, "read_path": "mapped"},
-    "3 blocks, 5 threads, least vram": {"largest_piece": 3, "threads": 5, "vram": None},
+    "3 blocks, 5 threads, mapped, least vram": {
+        "largest_piece": 3,
+        "threads": 5,
+        "read_path": "mapped",
+        "vram": None,
+    },
 }
 
 

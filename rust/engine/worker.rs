@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use super::ahead::{Ahead, Held};
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
-use super::digest::AT_ONCE;
+use super::digest::{AT_ONCE, Node};
 use super::passes::{Found, Marked, Pass, References};
 use super::places::Places;
 use super::simd::{draws_of, picked};
@@ -93,6 +93,13 @@ impl<'a> Worker<'a> {
             level,
             known: Arc::default(),
         }
+    }
+
+    /// How many elements of what was read are computed at once: of what is hashed and compared so few
+    /// that they are still in the cache then. A device wants all.
+    fn at_once(&self, task: &Task) -> u64 {
+        let is_digested = task.sinks.iter().any(|sink| sink.digester().is_some());
+        if is_digested && !self.whole { AT_ONCE } else { u64::MAX }
     }
 
     /// Does unit `unit` of `pass`.
@@ -295,21 +302,30 @@ impl<'a> Worker<'a> {
     ) -> Result<Found> {
         self.known = Arc::clone(&ahead.known);
         let unit = task.elements_of(blocks.clone());
-        let Ahead { code, .. } = ahead;
+        let Ahead { code, references, .. } = ahead;
         let Results { mut counts, .. } = Results::of_unit(&code.program, unit.end - unit.start);
         let mut outs = std::mem::take(&mut held.outs);
         let mut places = Places::of(task, &mut outs, &unit)?;
         let mut bytes = places.bytes(&mut outs);
         let (mut marks, mut fits) = (Vec::new(), true);
+        let (level, at_once) = (self.level, self.at_once(task));
         self.in_steps(task, [unit.clone()], code, |program, step| {
-            marks.resize((step.elements.end - step.elements.start) as usize, 0);
-            let outputs = parts(task, &unit, &step.elements, &mut bytes);
-            let outputs = outputs.chain([marks.as_mut_slice()]).collect();
-            let mut results =
-                Results { outputs, counts: std::mem::take(&mut counts), ..Results::default() };
-            store(program, &code.program, &step, &mut results)?;
-            counts = results.counts;
-            fits = fits && held.gather(&step, &marks);
+            for elements in steps(step.elements.clone(), at_once) {
+                let step = Step { elements, ..step };
+                marks.resize((step.elements.end - step.elements.start) as usize, 0);
+                let outputs = parts(task, &unit, &step.elements, &mut bytes);
+                let outputs = outputs.chain([marks.as_mut_slice()]).collect();
+                let mut results =
+                    Results { outputs, counts: std::mem::take(&mut counts), ..Results::default() };
+                store(program, &code.program, &step, &mut results)?;
+                counts = results.counts;
+                let (before, outputs) = (held.undecided(), results.outputs);
+                fits = fits && held.gather(&step, outputs.last().expect("marks are an output"));
+                if fits && held.undecided() == before && at_once == AT_ONCE {
+                    let nodes = digested(level, task, &step, &outputs, references);
+                    held.digested.push((step.elements.start, nodes));
+                }
+            }
             Ok(())
         })?;
         counts.iter_mut().for_each(Counted::shrink);
@@ -340,8 +356,15 @@ impl<'a> Worker<'a> {
             .collect();
         let inputs: Vec<usize> =
             (0..task.sources.len()).filter(|&at| read.contains(&Some(at))).collect();
-        for part in steps(unit.clone(), task.step_elements(&inputs)) {
+        let mut digested = std::mem::take(&mut held.digested).into_iter().peekable();
+        for part in steps(unit.clone(), AT_ONCE) {
             self.control.check()?;
+            if let Some((first, nodes)) = digested.next_if(|(first, _)| *first == part.start) {
+                let digesters = task.sinks.iter().map(|sink| sink.digester());
+                let each = digesters.zip(nodes).filter_map(|(to, node)| to.zip(node));
+                each.for_each(|(digester, node)| digester.add(first, node));
+                continue;
+            }
             self.make_room(task, &inputs, part.end - part.start, false);
             let read = read_inputs(task, &inputs, &part, &mut self.scratch, false)?;
             let count = |&index: &usize| task.sources[index].stored_bytes(part.end - part.start);
@@ -563,9 +586,7 @@ impl<'a> Worker<'a> {
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
         let level = self.level;
-        // What is hashed and compared is still in the cache then. A device wants all at once.
-        let is_digested = task.sinks.iter().any(|sink| sink.digester().is_some());
-        let at_once = if is_digested && !self.whole { AT_ONCE } else { u64::MAX };
+        let at_once = self.at_once(task);
         let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
             for elements in steps(step.elements.clone(), at_once) {
                 let step = Step { elements, ..step };
@@ -790,6 +811,23 @@ fn digest(
         let reference = reference.map(|input| (input.dtype, input.part(elements)));
         digester.take(level, elements.start, out, reference);
     }
+}
+
+/// What is known of a step of each output, for its digest, if one is wanted.
+fn digested(
+    level: Level,
+    task: &Task,
+    step: &Step<'_>,
+    outputs: &[&mut [u8]],
+    references: &References,
+) -> Vec<Option<Node>> {
+    let each = task.sinks.iter().zip(outputs).zip(references);
+    each.map(|((sink, out), reference)| {
+        let reference = reference.and_then(|input| step.inputs[input].as_ref());
+        let reference = reference.map(|input| (input.dtype, input.part(&step.elements)));
+        sink.digester().map(|digester| digester.node(level, step.elements.clone(), out, reference))
+    })
+    .collect()
 }
 
 /// Puts the bytes of inputs that are outputs as they are in their places.

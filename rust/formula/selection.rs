@@ -355,17 +355,29 @@ impl Search {
         })
     }
 
-    /// The `nth` largest of the kept keys, and how many are larger; digit by digit.
+    /// The `nth` largest of the kept keys, and how many are larger.
+    ///
+    /// Digit by digit, which takes no memory, until few keys begin with the digits that are known:
+    /// those are copied and selected from. Of a small tensor all keys are few.
     fn largest(&self, mut nth: u64) -> (u32, u64) {
-        // Few, since most tensors are small, and their keys fewer than larger digits are.
         const DIGIT: u32 = 8;
+        const FEW: usize = 1 << 12;
         let (mut prefix, mut before) = (0_u32, 0);
+        let mut left: usize = self.kept.iter().map(|kept| kept.keys.len()).sum();
         for shift in [3 * DIGIT, 2 * DIGIT, DIGIT, 0] {
-            let mut counts = [0_u64; 1 << DIGIT];
             // 64 bits, so that the whole of a key can be shifted out.
             let rest = |key: u32| u64::from(key) >> shift >> DIGIT;
             let alike = self.kept.iter().flat_map(|kept| &kept.keys);
             let alike = alike.filter(|&&key| rest(key) == u64::from(prefix));
+            if left <= FEW {
+                let mut few: Vec<u32> = Vec::with_capacity(left);
+                few.extend(alike);
+                let at = nth as usize - 1;
+                let key = *few.select_nth_unstable_by(at, |a, b| b.cmp(a)).1;
+                let larger = few[..at].iter().filter(|&&other| other > key).count();
+                return (key, before + larger as u64);
+            }
+            let mut counts = [0_u64; 1 << DIGIT];
             alike.for_each(|key| counts[(key >> shift) as usize % (1 << DIGIT)] += 1);
             let mut digit = counts.len() - 1;
             while nth > counts[digit] {
@@ -373,6 +385,7 @@ impl Search {
                 before += counts[digit];
                 digit -= 1;
             }
+            left = counts[digit] as usize;
             prefix = prefix << DIGIT | digit as u32;
         }
         (prefix, before)

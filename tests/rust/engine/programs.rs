@@ -151,7 +151,7 @@ fn della_merges_by_the_kernels_of_dare() {
     let shared = json!({ "normalize": false, "rescale": true, "lambda": 1.0 });
     let found = listed(&[formula("della", 3, &each, &shared)], 3);
     let expected = DARE_TIES.replace("m0 of", "r0 of").replace("m1 of", "r1 of");
-    for line in expected.lines().filter(|line| line.starts_with(" ")) {
+    for line in expected.lines().filter(|line| line.starts_with(' ')) {
         assert!(found.contains(line), "{found}");
     }
     assert!(found.contains("first") && !found.contains("mask r"), "{found}");

@@ -278,6 +278,9 @@ def test_clean_removes_nothing_while_a_run_is_here(
     before = Objects.at(output).files()
     with claimed(folder), pytest.raises(BusyError, match="another run is writing here"):
         oxmerge.clean(output)
+    with claimed(folder), pytest.raises(BusyError, match="makes the same") as busy:
+        make(models / "metagpt.yml", output, 1, 2, wait=0)
+    assert busy.value.file == output
     assert Objects.at(output).files() == before != {}
     assert oxmerge.clean(output)
     assert not Objects.at(output).files()

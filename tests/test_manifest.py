@@ -85,7 +85,7 @@ def test_each_tensor_has_the_hash_of_its_bytes_and_is_compared_with_the_base(fol
         found = tensor["statistics"]
         assert found["changed"] == np.count_nonzero(out != reference)
         change = np.linalg.norm(out - reference) / np.linalg.norm(reference)
-        assert found["relative_change"] == pytest.approx(change, rel=1e-12)
+        assert found["relative_change"] == pytest.approx(change, rel=4e-6)  # as NUMERICS.md has it
         assert (found["nan"], found["infinite"], found["saturated"]) == (0, 0, 0)
     assert any(tensor.get("statistics", {}).get("changed") for tensor in manifest["tensors"])
 

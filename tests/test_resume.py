@@ -412,11 +412,14 @@ FAULTS = {
     "read": ("EIO", "EINTR", "short", "end", "change"),
     "write": ("EIO", "ENOSPC", "EINTR", "short", "death"),
     "flush": ("EIO", "EINTR", "death"),
-    "open": ("EIO", "EMFILE", "EACCES", "death"),
-    "rename": ("EIO", "EACCES", "death"),
+}
+#: The same of calls that are few, whatever the merge writes by.
+FEW = {
+    "open": ("EIO", "EMFILE", "death"),
+    "rename": ("EACCES", "death"),
     "remove": ("death",),  # what cannot be removed at the end is left: it does no harm
-    "make": ("EACCES", "death"),
-    "size": ("ENOSPC", "death"),
+    "make": ("EACCES",),
+    "size": ("ENOSPC",),
 }
 
 
@@ -437,6 +440,14 @@ def test_every_call_fails_of_verbs_that_read(faulty: Path, verb: str) -> None:
 def test_every_call_of_the_system_fails(faulty: Path, how: str, call: str) -> None:
     step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 7  # all take ten minutes
     meet(faulty, step, how, *(f"{call}:{fault}" for fault in FAULTS[call]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["direct", "begun"])
+def test_opening_renaming_removing_and_making_files_fails(faulty: Path, how: str) -> None:
+    step = 1 if "OXMERGE_EVERY_CALL" in os.environ else 9
+    pairs = [f"{call}:{fault}" for call, faults in FEW.items() for fault in faults]
+    meet(faulty, step, how, *pairs)
 
 
 # Real ones.

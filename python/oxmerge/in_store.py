@@ -646,7 +646,16 @@ def _scratch(address: str, run: str, key: str) -> Iterator[Path]:
             file=str(place),
             advice="remove it, or set `TMPDIR` to another folder",
         )
-    with claimed(place):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(claimed(place))
+        except BusyError:
+            raise BusyError(
+                f"another run on {os.uname().nodename} makes the same",
+                file=address,
+                found=f"its files in work in `{place}`",
+                advice="wait for it, or make another part",
+            ) from None
         try:
             yield place
         except BaseException as error:

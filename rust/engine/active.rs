@@ -189,12 +189,12 @@ impl<'a> Active<'a> {
 
     /// What each output is compared with. Those of several merges are told apart, so that each has the
     /// reference that it would have alone.
-    fn references(&self) -> References {
+    fn references(&self, values: &[Value]) -> References {
         let reference = |value: &Value| {
             let inputs = stage::inputs_of(std::slice::from_ref(value));
             self.task.base.filter(|base| inputs.contains(base)).or(inputs.first().copied())
         };
-        self.values.iter().map(reference).collect()
+        values.iter().map(reference).collect()
     }
 
     /// The next unit to hand out, if there is one.
@@ -274,7 +274,7 @@ impl<'a> Active<'a> {
                 let along = Along::Segments(BLOCK as u64);
                 let purposes = self.stores(&self.values);
                 let code = Staged::by_column(&purposes, along, &self.setting)?;
-                let references = self.references();
+                let references = self.references(&self.values);
                 return Ok(self.enter(Pass::Bands { references, code }, bands));
             }
             if !stage.is_empty() {
@@ -290,7 +290,7 @@ impl<'a> Active<'a> {
             return Ok(false);
         }
         let code = self.code(&self.stores(&self.values))?;
-        let references = self.references();
+        let references = self.references(&self.values);
         let held = std::mem::take(&mut self.held).into_iter().map(Mutex::new).collect();
         Ok(self.enter(Pass::Combine { references, code, held }, self.units_of_blocks()))
     }
@@ -434,7 +434,8 @@ impl<'a> Active<'a> {
         purposes.push(Purpose::Store(undecided, DType::Bool));
         self.held.resize_with(self.units_of_blocks() as usize, || None);
         let (code, known) = (self.code(&purposes)?, Arc::new(known));
-        Ok(Some(Box::new(Ahead { code, known, room })))
+        let references = self.references(&values);
+        Ok(Some(Box::new(Ahead { code, known, references, room })))
     }
 
     fn locate_or_bind(&mut self) -> Result<bool> {

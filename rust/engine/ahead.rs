@@ -6,6 +6,11 @@
 //! the cuts are known, the program of the combine runs over those few as over a small tensor, its results
 //! are put in their places, and the output is written.
 //!
+//! A digest compares the output with an input. Where nothing of a block is undecided, that is done while
+//! both are in the cache, and else when all is decided, for which the input is read once more. Models near
+//! their base have few distinct differences: a cut there is the index of the last of many equal ones,
+//! so what is undecided lies together, and most blocks have none of it.
+//!
 //! No byte depends on it. What there is no room for is left to the combine, which reads again: a unit
 //! that finds no room, one in which too much is undecided, and all of a tensor of which a cut lies
 //! elsewhere than a sample said.
@@ -14,6 +19,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::backend::Step;
+use super::digest::{AT_ONCE, Node};
+use super::passes::References;
 use super::task::Task;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -43,7 +50,14 @@ fn out_bytes(elements: u64, size: u64) -> usize {
 pub(super) fn held_bytes(outputs: &[u64], inputs: u64, elements: u64, undecided: u64) -> u64 {
     let out = |&size: &u64| AlignedBuffer::resident(out_bytes(elements, size)) as u64;
     let index = size_of::<u32>() as u64;
-    outputs.iter().map(out).sum::<u64>() + undecided * (index + inputs)
+    let of_block = size_of::<Digested>() + size_of::<Option<Node>>() * outputs.len();
+    let digested = (blocks(elements) * of_block) as u64;
+    outputs.iter().map(out).sum::<u64>() + undecided * (index + inputs) + digested
+}
+
+/// How many blocks so many elements are that are digested at once.
+fn blocks(elements: u64) -> usize {
+    elements.div_ceil(AT_ONCE) as usize
 }
 
 /// How many of `elements` may be undecided.
@@ -107,6 +121,8 @@ pub(crate) struct Ahead {
     pub(super) code: Staged,
     /// What each selection keeps for certain, and then what each may keep.
     pub(super) known: Arc<Known>,
+    /// What the outputs are compared with.
+    pub(super) references: References,
     pub(super) room: Arc<HeldRoom>,
 }
 
@@ -129,10 +145,14 @@ impl Ahead {
             (index, dtype, Vec::with_capacity(most * dtype.size()))
         };
         let (inputs, undecided) = (inputs.map(input).collect(), Vec::with_capacity(most));
-        let room = Arc::clone(&self.room);
-        Ok(Some(Held { outs, first: elements.start, undecided, inputs, room, bytes }))
+        let digested = Vec::with_capacity(blocks(count));
+        let (first, room) = (elements.start, Arc::clone(&self.room));
+        Ok(Some(Held { outs, first, undecided, inputs, digested, room, bytes }))
     }
 }
+
+/// Where a block begins in which nothing is undecided, and what is known of each output there.
+pub(super) type Digested = (u64, Vec<Option<Node>>);
 
 /// A unit of the outputs, with what is undecided in it.
 #[derive(Debug)]
@@ -145,6 +165,7 @@ pub(crate) struct Held {
     undecided: Vec<u32>,
     /// Their bytes in each input that is read.
     inputs: Vec<(usize, DType, Vec<u8>)>,
+    pub(super) digested: Vec<Digested>,
     /// What it takes so many bytes of.
     room: Arc<HeldRoom>,
     bytes: u64,
@@ -201,6 +222,9 @@ impl Held {
             input.shrink_to_fit();
             bytes += input.len() as u64;
         }
+        let of_block = |(_, nodes): &Digested| size_of::<Digested>() + size_of_val(&nodes[..]);
+        self.digested.shrink_to_fit();
+        bytes += self.digested.iter().map(of_block).sum::<usize>() as u64;
         bytes += self.outs.iter().map(resident).sum::<u64>();
         self.room.lock().bytes += self.bytes.saturating_sub(bytes);
         self.bytes = self.bytes.min(bytes);

@@ -87,7 +87,7 @@ impl Observer for Digests {
 
 /// A subtree whose bytes are known.
 #[derive(Clone, Copy, Debug)]
-struct Node {
+pub(super) struct Node {
     /// Where in the tensor its bytes end.
     end: u64,
     hash: ChainingValue,
@@ -162,8 +162,9 @@ impl Digester {
         })
     }
 
-    /// Hashes and compares the elements of a node.
-    fn node(
+    /// Hashes and compares the elements of a node, which may be [`AT_ONCE`] from a multiple of it on, or
+    /// the last ones from there.
+    pub(super) fn node(
         &self,
         level: Level,
         elements: Range<u64>,
@@ -193,8 +194,9 @@ impl Digester {
         Node { end: elements.end * size as u64, hash, found }
     }
 
-    /// Puts a node that begins at element `first` beside its neighbours, and joins them.
-    fn add(&self, first: u64, mut node: Node) {
+    /// Takes the elements of a node that begins at element `first`: puts it beside its neighbours, and
+    /// joins them.
+    pub(super) fn add(&self, first: u64, mut node: Node) {
         let bytes = self.elements * self.dtype.size() as u64;
         let mut start = first * self.dtype.size() as u64;
         let nodes = &mut self.lock().nodes;

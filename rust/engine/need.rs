@@ -29,14 +29,16 @@ const SMALLEST_MAPPED_PIECE: u64 = 3 << 20;
 /// Bytes of a row's results in a worker, for each reduction: the results themselves in a vector
 /// that doubles, and what is computed from them.
 const ROW_BYTES: u64 = 24;
-/// Bytes of an element that is ranked in a worker: its order key, and whether it is kept, as a byte and
-/// as a bit; of a vector that is gone through again and again, two keys with indices.
-const RANKED_BYTES: u64 = 10;
+/// Bytes of an element that is ranked in a worker: its order key, its draw, and whether it is kept, as a
+/// byte and as a bit; of a vector that is gone through again and again, two keys with indices.
+const RANKED_BYTES: u64 = 14;
 const DESCENT_BYTES: u64 = 32;
-/// Bytes of an element of one ranking at a time: its draw, in a vector that doubles, and what sorting
-/// its vector takes.
+/// Bytes of an element of one ranking at a time: its draw, in a vector that doubles. And of its vector:
+/// its bin, its place, the bound of a place, whether it is open, and, where vectors are interleaved, a
+/// copy; else what sorting takes; of one that is gone through again and again, the next elements.
 const DRAWN_BYTES: u64 = 8;
-const SORTED_BYTES: u64 = 16;
+const PLACED_BYTES: u64 = 40;
+const NEXT_BYTES: u64 = 16;
 /// What a vector of results takes besides them: itself, and what the allocator adds.
 const VECTOR_BYTES: u64 = 64;
 /// What a piece has on a device, an element: values of the working type beside one an input;
@@ -261,17 +263,21 @@ impl Need {
         for ranking in &waits.rankings {
             let spans = frame.spans(ranking.among);
             let vector = spans.size / spans.stride;
-            let (held, sorted) = if frame.stores_marks(ranking.among) {
+            let (held, placed) = if frame.stores_marks(ranking.among) {
                 self.shared_state.add(Amount::certain(Marks::bytes(frame.elements)));
-                let each = if vector > spans.held() { DESCENT_BYTES } else { RANKED_BYTES };
+                let (each, placed) = if vector > spans.held() {
+                    (DESCENT_BYTES, NEXT_BYTES * spans.held())
+                } else {
+                    (RANKED_BYTES, PLACED_BYTES * vector)
+                };
                 self.worker_state.add(Amount::uncertain(each * spans.held()));
-                (spans.held(), vector.min(spans.held()))
+                (spans.held(), placed)
             } else {
                 in_steps.push(ranking.among);
                 self.rankings += 1;
-                (spans.size, vector)
+                (spans.size, PLACED_BYTES * vector)
             };
-            one_ranking = one_ranking.max(DRAWN_BYTES * held + SORTED_BYTES * sorted);
+            one_ranking = one_ranking.max(DRAWN_BYTES * held + placed);
         }
         self.worker_state.add(Amount::uncertain(one_ranking));
         let by_row = |reduction: &Arc<Reduction>| reduction.scope == Scope::Row;

@@ -7,12 +7,12 @@ use super::backend::{Arithmetic, Backend, Results, Run, Step, fold, max, start_o
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::formula::machine::{CHUNK, InputBytes, Known, Machine, TensorFrame};
-use crate::formula::program::{Along, Effect, Fused, Keep, Program, TaskVector, ThinnedSum};
+use crate::formula::program::{Along, Effect, Fused, Keep, Mask, Program, TaskVector, ThinnedSum};
 use crate::formula::selection::{Counted, Interval, Look};
-use crate::formula::{Among, Chosen, MaskName, Pick, ReductionKind};
+use crate::formula::{Among, Chosen, Pick, ReductionKind};
 use crate::kernels::{
-    self, BLOCK, Counts, Differences, Ends, LANES, Lanes, Level, MaskBits, MaskKey, Picked, Real,
-    SPAN, ThinnedTerm,
+    self, BLOCK, Counts, Differences, Ends, LANES, Lanes, Level, MaskBits, MaskKey, Picked, Ranker,
+    Real, SPAN, ThinnedTerm,
 };
 
 /// The kernels of one instruction set.
@@ -49,9 +49,9 @@ impl<T: Real> Run for Machine<'_, T> {
         };
         // What runs from bytes to bytes needs no buffers, and so no chunks.
         let chunk = if self.program.instructions.is_empty() { segment } else { CHUNK as u64 };
-        let room =
-            if self.program.rankings > 0 { step.elements.end - step.elements.start } else { 0 };
-        let mut ranked = vec![Vec::with_capacity(room as usize); self.program.rankings];
+        let at = |element: u64| (element - step.elements.start) as usize;
+        let room = vec![T::ZERO.ordinal(); at(step.elements.end)];
+        let mut ranked = vec![room; self.program.rankings];
         for segment in steps(step.elements.clone(), segment) {
             let mut lanes: Vec<Lanes> = kinds.iter().map(|&kind| [start_of(kind); LANES]).collect();
             for chunk in steps(segment, chunk) {
@@ -59,8 +59,8 @@ impl<T: Real> Run for Machine<'_, T> {
                 for effect in &self.program.effects {
                     match effect {
                         Effect::Rank { ranking, a, .. } => {
-                            let values = self.chunk(*a);
-                            ranked[*ranking].extend(values.iter().map(|value| value.key()));
+                            let out = &mut ranked[*ranking][at(chunk.start)..at(chunk.end)];
+                            kernels::ordinals(self.level(), &self.chunk(*a), out);
                         }
                         _ => apply(self, effect, step, &chunk, &mut lanes, results),
                     }
@@ -76,8 +76,8 @@ impl<T: Real> Run for Machine<'_, T> {
         }
         for effect in &self.program.effects {
             if let Effect::Rank { ranking, among, pick, .. } = *effect {
-                let keys = std::mem::take(&mut ranked[ranking]);
-                results.kept[ranking] = self.picked(&keys, &step.elements, among, pick);
+                let ordinals = std::mem::take(&mut ranked[ranking]);
+                results.kept[ranking] = self.picked(&ordinals, &step.elements, among, pick);
             }
         }
         Ok(())
@@ -85,16 +85,22 @@ impl<T: Real> Run for Machine<'_, T> {
 }
 
 impl<T: Real> Machine<'_, T> {
-    /// What is kept of `elements`, which are whole vectors and have these keys.
-    fn picked(&self, keys: &[u64], elements: &Range<u64>, among: Among, pick: Pick) -> Vec<u8> {
-        let spans = self.frame.spans(among);
-        let mut kept = vec![0; keys.len()];
+    /// What is kept of `elements`, which are whole vectors and have these ordinals.
+    fn picked(
+        &self,
+        ordinals: &[T::Ordinal],
+        elements: &Range<u64>,
+        among: Among,
+        pick: Pick,
+    ) -> Vec<u8> {
+        let (spans, key) = (self.frame.spans(among), |stream: u32| self.keys[&stream]);
+        let draws = draws_of(self.level(), pick, key, std::iter::once(elements.clone()));
+        let mut kept = vec![0; ordinals.len()];
+        let mut ranker = Ranker::new(self.level());
         for span in spans.each(elements) {
             let own = (span.start - elements.start) as usize..(span.end - elements.start) as usize;
-            let key = |stream: u32| self.keys[&stream];
-            let draws = draws_of(self.level(), pick, key, std::iter::once(span));
-            let (keys, kept) = (&keys[own.clone()], &mut kept[own]);
-            kernels::pick_by_rank(keys, spans.stride as usize, picked(pick, &draws), kept);
+            let picked = picked(pick, draws.get(own.clone()).unwrap_or_default());
+            ranker.pick(&ordinals[own.clone()], spans.stride as usize, picked, &mut kept[own]);
         }
         kept
     }
@@ -259,7 +265,7 @@ fn apply_fused<T: Real>(
         }
         Fused::Thinned { output, dtype, sum } => {
             let out = part(results.outputs[*output], *dtype, step, chunk);
-            thinned(machine, sum, *dtype, step.inputs, chunk, out);
+            thinned(machine, sum, *dtype, step, chunk, out);
         }
         Fused::Products { numbers, inputs: [a, b] } => {
             let ((dtype, a), (_, b)) = (stored(*a), stored(*b));
@@ -280,7 +286,7 @@ fn apply_fused<T: Real>(
         }
         Fused::Norms { whole, kept, vector, mask } => {
             let mut own = [whole.map_or([0.0; LANES], |whole| lanes[whole]), lanes[*kept]];
-            norms(machine, *vector, *mask, step.inputs, chunk, &mut own);
+            norms(machine, *vector, *mask, step, chunk, &mut own);
             whole.iter().for_each(|&whole| lanes[whole] = own[0]);
             lanes[*kept] = own[1];
         }
@@ -342,13 +348,14 @@ fn stored<'a>(
 fn norms<T: Real>(
     machine: &Machine<'_, T>,
     TaskVector { x, base }: TaskVector,
-    mask: MaskName,
-    inputs: &[Option<InputBytes<'_>>],
+    mask: Mask,
+    step: &Step<'_>,
     chunk: &Range<u64>,
     lanes: &mut [Lanes; 2],
 ) {
+    let inputs = step.inputs;
     for span in steps(chunk.clone(), SPAN as u64) {
-        let bits = machine.random_bits(mask, span.start);
+        let bits = machine.bits(mask, span.start, step.given);
         let ((dtype, x), (_, base)) = (stored(inputs, x, &span), stored(inputs, base, &span));
         kernels::norms_into(machine.level(), dtype, x, base, &bits, lanes);
     }
@@ -358,16 +365,16 @@ fn thinned<T: Real>(
     machine: &Machine<'_, T>,
     sum: &ThinnedSum,
     dtype: DType,
-    inputs: &[Option<InputBytes<'_>>],
+    step: &Step<'_>,
     chunk: &Range<u64>,
     out: &mut [u8],
 ) {
-    let level = machine.level();
+    let (level, inputs) = (machine.level(), step.inputs);
     for (span, out) in steps(chunk.clone(), SPAN as u64).zip(out.chunks_mut(SPAN * dtype.size())) {
         let base = stored(inputs, sum.base, &span).1;
         let bits = sum.terms.iter().map(|term| match term.keep {
             Keep::All => [u32::MAX; _],
-            Keep::Random(mask) => machine.random_bits(mask, span.start),
+            Keep::Masked(mask) => machine.bits(mask, span.start, step.given),
             Keep::Largest(which) => {
                 let Chosen { threshold, equals_end } = machine.chosen(which);
                 let end = equals_end.saturating_sub(span.start).min(SPAN as u64) as usize;

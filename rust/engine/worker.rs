@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use super::ahead::{Ahead, Held};
 use super::backend::{Arithmetic, Results, Run, Step, fold, steps};
 use super::control::Control;
-use super::digest::AT_ONCE;
+use super::digest::{AT_ONCE, Node};
 use super::passes::{Found, Marked, Pass, References};
 use super::places::Places;
 use super::simd::{draws_of, picked};
@@ -22,7 +22,7 @@ use crate::formula::program::{Along, Effect, Program};
 use crate::formula::selection::{Counted, LastKept, RUN, Wanted, sampled_runs};
 use crate::formula::{Pick, Ranking, Scope};
 use crate::io::{AlignedBuffer, PAGE};
-use crate::kernels::{self, BLOCK, Descent, Level, MaskKey, SPAN};
+use crate::kernels::{self, BLOCK, Descent, Level, MaskKey, Ordinal, Picked, Ranker, SPAN};
 use crate::plan::ArrayCall;
 
 /// Elements of a tensor that may be asked for all at once.
@@ -93,6 +93,13 @@ impl<'a> Worker<'a> {
             level,
             known: Arc::default(),
         }
+    }
+
+    /// How many elements of what was read are computed at once: of what is hashed and compared so few
+    /// that they are still in the cache then. A device wants all.
+    fn at_once(&self, task: &Task) -> u64 {
+        let is_digested = task.sinks.iter().any(|sink| sink.digester().is_some());
+        if is_digested && !self.whole { AT_ONCE } else { u64::MAX }
     }
 
     /// Does unit `unit` of `pass`.
@@ -199,9 +206,10 @@ impl<'a> Worker<'a> {
                 let given = match code {
                     Code::Given(_, given) => given,
                     Code::Staged(code, marks) => {
-                        let arithmetic = &*self.arithmetic;
-                        found =
-                            given_by_row(arithmetic, frame, &known, &read, &bytes, code, marks)?;
+                        let (arithmetic, level) = (&*self.arithmetic, self.level);
+                        found = given_by_row(
+                            arithmetic, frame, &known, &read, &bytes, code, marks, level,
+                        )?;
                         &found
                     }
                 };
@@ -294,21 +302,30 @@ impl<'a> Worker<'a> {
     ) -> Result<Found> {
         self.known = Arc::clone(&ahead.known);
         let unit = task.elements_of(blocks.clone());
-        let Ahead { code, .. } = ahead;
+        let Ahead { code, references, .. } = ahead;
         let Results { mut counts, .. } = Results::of_unit(&code.program, unit.end - unit.start);
         let mut outs = std::mem::take(&mut held.outs);
         let mut places = Places::of(task, &mut outs, &unit)?;
         let mut bytes = places.bytes(&mut outs);
         let (mut marks, mut fits) = (Vec::new(), true);
+        let (level, at_once) = (self.level, self.at_once(task));
         self.in_steps(task, [unit.clone()], code, |program, step| {
-            marks.resize((step.elements.end - step.elements.start) as usize, 0);
-            let outputs = parts(task, &unit, &step.elements, &mut bytes);
-            let outputs = outputs.chain([marks.as_mut_slice()]).collect();
-            let mut results =
-                Results { outputs, counts: std::mem::take(&mut counts), ..Results::default() };
-            store(program, &code.program, &step, &mut results)?;
-            counts = results.counts;
-            fits = fits && held.gather(&step, &marks);
+            for elements in steps(step.elements.clone(), at_once) {
+                let step = Step { elements, ..step };
+                marks.resize((step.elements.end - step.elements.start) as usize, 0);
+                let outputs = parts(task, &unit, &step.elements, &mut bytes);
+                let outputs = outputs.chain([marks.as_mut_slice()]).collect();
+                let mut results =
+                    Results { outputs, counts: std::mem::take(&mut counts), ..Results::default() };
+                store(program, &code.program, &step, &mut results)?;
+                counts = results.counts;
+                let (before, outputs) = (held.undecided(), results.outputs);
+                fits = fits && held.gather(&step, outputs.last().expect("marks are an output"));
+                if fits && held.undecided() == before && at_once == AT_ONCE {
+                    let nodes = digested(level, task, &step, &outputs, references);
+                    held.digested.push((step.elements.start, nodes));
+                }
+            }
             Ok(())
         })?;
         counts.iter_mut().for_each(Counted::shrink);
@@ -339,8 +356,15 @@ impl<'a> Worker<'a> {
             .collect();
         let inputs: Vec<usize> =
             (0..task.sources.len()).filter(|&at| read.contains(&Some(at))).collect();
-        for part in steps(unit.clone(), task.step_elements(&inputs)) {
+        let mut digested = std::mem::take(&mut held.digested).into_iter().peekable();
+        for part in steps(unit.clone(), AT_ONCE) {
             self.control.check()?;
+            if let Some((first, nodes)) = digested.next_if(|(first, _)| *first == part.start) {
+                let digesters = task.sinks.iter().map(|sink| sink.digester());
+                let each = digesters.zip(nodes).filter_map(|(to, node)| to.zip(node));
+                each.for_each(|(digester, node)| digester.add(first, node));
+                continue;
+            }
             self.make_room(task, &inputs, part.end - part.start, false);
             let read = read_inputs(task, &inputs, &part, &mut self.scratch, false)?;
             let count = |&index: &usize| task.sources[index].stored_bytes(part.end - part.start);
@@ -435,13 +459,17 @@ impl<'a> Worker<'a> {
         for ((ranking, which), keys) in marks.iter().zip(results.keys) {
             let key = |stream| MaskKey::new(frame.seed, &frame.name, stream);
             let draws = draws_of(self.level, ranking.pick, key, parts());
-            let mut kept = vec![0; keys.len()];
             let stride = (band.end - band.start) as usize;
-            kernels::pick_by_rank(&keys, stride, picked(ranking.pick, &draws), &mut kept);
+            let picked = picked(ranking.pick, &draws);
+            let kept = if code.program.double {
+                kept_of::<i64>(self.level, keys, stride, picked)
+            } else {
+                kept_of::<i32>(self.level, keys, stride, picked)
+            };
             let mut rest = kept.as_slice();
             for part in parts() {
                 let (own, others) = rest.split_at((part.end - part.start) as usize);
-                self.known.marks[*which].keep(part.start, own);
+                self.known.marks[*which].keep(self.level, part.start, own);
                 rest = others;
             }
         }
@@ -493,7 +521,7 @@ impl<'a> Worker<'a> {
                             u64::from(draw) < kernels::bound(last - place, last, lowest, highest)
                         }
                     };
-                    self.known.marks[*which].keep(element, &[u8::from(is_kept)]);
+                    self.known.marks[*which].keep(self.level, element, &[u8::from(is_kept)]);
                 }
             }
         }
@@ -558,9 +586,7 @@ impl<'a> Worker<'a> {
         self.held = outs.iter().map(held).sum();
         let mut bytes = places.bytes(&mut outs);
         let level = self.level;
-        // What is hashed and compared is still in the cache then. A device wants all at once.
-        let is_digested = task.sinks.iter().any(|sink| sink.digester().is_some());
-        let at_once = if is_digested && !self.whole { AT_ONCE } else { u64::MAX };
+        let at_once = self.at_once(task);
         let computed = self.in_steps(task, [unit.clone()], code, |program, step| {
             for elements in steps(step.elements.clone(), at_once) {
                 let step = Step { elements, ..step };
@@ -694,6 +720,14 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// What is kept of interleaved vectors that have these order keys.
+fn kept_of<O: Ordinal>(level: Level, keys: Vec<u64>, stride: usize, picked: Picked<'_>) -> Vec<u8> {
+    let ordinals: Vec<O> = keys.into_iter().map(O::from_key).collect();
+    let mut kept = vec![0; ordinals.len()];
+    Ranker::new(level).pick(&ordinals, stride, picked, &mut kept);
+    kept
+}
+
 /// Copied bytes mean the same only in the same type.
 fn check_one_type(task: &Task) -> Result<()> {
     let first = task.sources[0].dtype();
@@ -779,6 +813,23 @@ fn digest(
     }
 }
 
+/// What is known of a step of each output, for its digest, if one is wanted.
+fn digested(
+    level: Level,
+    task: &Task,
+    step: &Step<'_>,
+    outputs: &[&mut [u8]],
+    references: &References,
+) -> Vec<Option<Node>> {
+    let each = task.sinks.iter().zip(outputs).zip(references);
+    each.map(|((sink, out), reference)| {
+        let reference = reference.and_then(|input| step.inputs[input].as_ref());
+        let reference = reference.map(|input| (input.dtype, input.part(&step.elements)));
+        sink.digester().map(|digester| digester.node(level, step.elements.clone(), out, reference))
+    })
+    .collect()
+}
+
 /// Puts the bytes of inputs that are outputs as they are in their places.
 fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
     for effect in &program.effects {
@@ -790,7 +841,8 @@ fn copy(program: &Program, step: &Step<'_>, results: &mut Results<'_>) {
 }
 
 /// What the program of `code` is given, from the whole rows of `read`. What rankings keep is put into
-/// the task's marks too, if they are `kept`.
+/// the task's marks, if they are `kept`.
+#[expect(clippy::too_many_arguments, reason = "what a worker has while its buffers are lent")]
 fn given_by_row(
     arithmetic: &dyn Arithmetic,
     frame: &TensorFrame,
@@ -799,19 +851,21 @@ fn given_by_row(
     inputs: &[Option<InputBytes<'_>>],
     code: &Staged,
     kept: &[Marked],
+    level: Level,
 ) -> Result<Given> {
-    code.given(Scope::Row, read.start / frame.row, known, |level, given| {
-        let Rows { rankings, program, .. } = level;
+    code.given(Scope::Row, read.start / frame.row, known, |rows, given| {
+        let Rows { rankings, program, .. } = rows;
         let mut results = Results::of(program);
         let step = Step { elements: read.clone(), inputs, given, column: 0 };
         arithmetic.begin(frame, program, known)?.run(&step, &mut results)?;
         let marks = |(ranking, bytes): (&Arc<Ranking>, Vec<u8>)| {
-            let marks = Marks::new(read)?;
-            let whole = kept.iter().filter(|(other, _)| Arc::ptr_eq(ranking, other));
-            for marks in whole.map(|(_, which)| &*known.marks[*which]).chain([&marks]) {
-                marks.keep(read.start, &bytes);
-            }
-            Ok(Arc::new(marks))
+            let whole = kept.iter().find(|(other, _)| Arc::ptr_eq(ranking, other));
+            let marks = match whole {
+                Some((_, which)) => Arc::clone(&known.marks[*which]),
+                None => Arc::new(Marks::new(read)?),
+            };
+            marks.keep(level, read.start, &bytes);
+            Ok(marks)
         };
         let marks = rankings.iter().zip(results.kept).map(marks).collect::<Result<_>>()?;
         Ok((results.numbers, marks))

@@ -11,7 +11,7 @@ use super::bind::Bindings;
 use super::fuse;
 use super::machine::{Known, Spans, TensorFrame};
 use super::masks::Marks;
-use super::program::{self, Along, Argument, Effect, Operation, Program, Setting, Slot};
+use super::program::{self, Along, Argument, Effect, Mask, Operation, Program, Setting, Slot};
 use super::selection::Interval;
 use super::stage::{Stage, operands, unknown, unknown_rows};
 use super::{
@@ -322,7 +322,8 @@ impl Emitter {
             ValueNode::Input(index) => Argument::Slot(self.load(*index)),
             ValueNode::ByRank(_) | ValueNode::Marked(_) => {
                 self.marks.push(value.clone());
-                Argument::Slot(self.emit(Operation::Marked { marks: self.marks.len() - 1 }))
+                let mask = Mask::Marked(self.marks.len() - 1);
+                Argument::Slot(self.emit(Operation::Mask { mask }))
             }
             node => {
                 let operation = self.operation(node);
@@ -389,7 +390,7 @@ impl Emitter {
                 Operation::Kept { a: self.slot(value), which: *which }
             }
             ValueNode::Random { keep_below, stream } => {
-                Operation::Random { mask: (*stream, *keep_below) }
+                Operation::Mask { mask: Mask::Random((*stream, *keep_below)) }
             }
         }
     }

@@ -79,7 +79,7 @@ fn join_instructions(operations: &mut [Operation]) {
             },
             Operation::Select { mask, yes: Argument::Slot(a), no } if is_zero(*no) => {
                 match operations[*mask] {
-                    Operation::Random { mask } => Some(Operation::Drop { a: *a, mask, scale: 1.0 }),
+                    Operation::Mask { mask } => Some(Operation::Drop { a: *a, mask, scale: 1.0 }),
                     Operation::Kept { a: magnitude, which } => match operations[magnitude] {
                         Operation::Unary { op: UnaryOp::Abs, a: of } if of == *a => {
                             Some(Operation::Trim { a: *a, which })
@@ -150,7 +150,7 @@ impl Code<'_> {
                 a: Argument::Slot(a),
                 ..
             } => {
-                let (whole, Keep::Random(mask)) = self.kept(a)? else { return None };
+                let (whole, Keep::Masked(mask)) = self.kept(a)? else { return None };
                 let vector = self.task_vector(whole)?;
                 Some(Fused::Norms { whole: None, kept: number, vector, mask })
             }
@@ -405,7 +405,7 @@ impl Code<'_> {
             return None;
         };
         let keep = match self.operations[mask] {
-            Operation::Random { mask } => Keep::Random(mask),
+            Operation::Mask { mask } => Keep::Masked(mask),
             Operation::Kept { a, which } => match self.operations[a] {
                 Operation::Unary { op: UnaryOp::Abs, a } if a == whole => Keep::Largest(which),
                 _ => return None,

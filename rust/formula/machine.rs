@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::compile::Given;
 use super::masks::{KeptMasks, Marks};
-use super::program::{Argument, Operation, Program, Slot};
+use super::program::{Argument, Mask, Operation, Program, Slot};
 use super::{Among, Chosen, MaskName, Scalar, Scope};
 use crate::dtype::DType;
 use crate::kernels::{self, BLOCK, Level, MaskBits, MaskKey, Operand, Real, SPAN};
@@ -320,10 +320,6 @@ impl<'a, T: Real> Machine<'a, T> {
             }
             Operation::Fill { number } => out.fill(T::from_f64(*number)),
             Operation::Spread { vector } => self.spread(&given.vectors[*vector], range.start, out),
-            Operation::Marked { marks } => {
-                let kept = given.marks[*marks].from(range.start);
-                out.iter_mut().zip(kept).for_each(|(out, kept)| *out = T::truth(kept));
-            }
             Operation::Unary { op, a } => kernels::unary(self.level, *op, self.slot(*a), out),
             Operation::Binary { op, a, b } => {
                 kernels::binary(self.level, *op, self.operand(*a), self.operand(*b), out);
@@ -344,12 +340,12 @@ impl<'a, T: Real> Machine<'a, T> {
             Operation::Trim { a, which } => {
                 self.cut(kernels::trim, self.chosen(*which), range.start, self.slot(*a), out);
             }
-            Operation::Random { mask } => {
-                let bits = self.random_bits(*mask, range.start);
+            Operation::Mask { mask } => {
+                let bits = self.bits(*mask, range.start, given);
                 kernels::unpack_mask(self.level, &bits, out);
             }
             Operation::Drop { a, mask, scale } => {
-                let bits = self.random_bits(*mask, range.start);
+                let bits = self.bits(*mask, range.start, given);
                 kernels::masked(self.level, &bits, T::from_f64(*scale), self.slot(*a), out);
             }
         }
@@ -360,8 +356,15 @@ impl<'a, T: Real> Machine<'a, T> {
         self.known.chosen[which]
     }
 
-    /// The random mask of a chunk.
-    pub(crate) fn random_bits(&self, name: MaskName, first: u64) -> MaskBits {
+    /// The mask of the chunk from element `first` on.
+    pub(crate) fn bits(&self, mask: Mask, first: u64, given: &Given) -> MaskBits {
+        match mask {
+            Mask::Random(name) => self.random_bits(name, first),
+            Mask::Marked(which) => given.marks[which].bits(first),
+        }
+    }
+
+    fn random_bits(&self, name: MaskName, first: u64) -> MaskBits {
         let draw = || kernels::random_bits(self.level, &self.keys[&name.0], first, name.1);
         match &self.known.masks {
             Some(masks) if first.is_multiple_of(SPAN as u64) => masks.span(name, first, draw),

@@ -7,13 +7,13 @@
 
 use std::array;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::machine::TensorFrame;
 use super::{MaskName, Value, stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::SharedWords;
-use crate::kernels::{BITS, MaskBits, SPAN};
+use crate::kernels::{self, BITS, Level, MaskBits, SPAN};
 
 /// The masks of one tensor that have been drawn so far.
 #[derive(Debug)]
@@ -96,50 +96,77 @@ impl KeptMasks {
     }
 }
 
-/// What is kept of some elements in a row, a bit each.
+/// What is kept of some elements in a row, a bit each, in the spans of the tensor that they touch.
 #[derive(Debug)]
 pub(crate) struct Marks {
-    /// Flat index of the first.
+    /// Flat index of the first span's first element.
     first: u64,
     words: SharedWords,
 }
 
+/// Elements of a part of a span from which on they are packed together.
+const PACKED: usize = 64;
+
 impl Marks {
-    /// Bytes for so many elements.
+    /// Bytes for so many elements, from the tensor's first on.
     pub(crate) fn bytes(elements: u64) -> u64 {
-        elements.div_ceil(8)
+        elements.div_ceil(SPAN as u64) * size_of::<MaskBits>() as u64
     }
 
     /// None of `elements` is kept yet.
     pub(crate) fn new(elements: &Range<u64>) -> Result<Self> {
-        let count = (elements.end - elements.start).div_ceil(BITS as u64);
-        let words = SharedWords::new(count as usize).ok_or_else(|| {
+        let first = elements.start / SPAN as u64 * SPAN as u64;
+        let bytes = Self::bytes(elements.end - first);
+        let words = SharedWords::new(bytes as usize / size_of::<u32>()).ok_or_else(|| {
             Error::new(ErrorKind::Memory, "the system has no memory for the marks of a tensor")
-                .found(format!("{count} words"))
+                .found(format!("{bytes} bytes"))
         })?;
-        Ok(Self { first: elements.start, words })
+        Ok(Self { first, words })
     }
 
     /// Keeps those of the elements from `first` on whose byte is not 0. Others may do so with other
     /// elements at the same time.
-    pub(crate) fn keep(&self, first: u64, kept: &[u8]) {
-        let mut at = (first - self.first) as usize;
-        let mut rest = kept;
+    pub(crate) fn keep(&self, level: Level, first: u64, kept: &[u8]) {
+        let (mut at, mut rest) = ((first - self.first) as usize, kept);
         while !rest.is_empty() {
-            let (word, shift) = (at / BITS, at % BITS);
-            let (own, others) = rest.split_at(rest.len().min(BITS - shift));
-            let bit = |(place, &kept): (usize, &u8)| u32::from(kept != 0) << (shift + place);
-            let bits = own.iter().enumerate().map(bit).fold(0, |all, bit| all | bit);
-            self.words.as_slice()[word].fetch_or(bits, Ordering::Relaxed);
+            let (own, others) = rest.split_at(rest.len().min(SPAN - at % SPAN));
+            if own.len() < PACKED {
+                let kept = own.iter().enumerate().filter(|(_, kept)| **kept != 0);
+                kept.for_each(|(place, _)| self.set(at + place));
+            } else if own.len() == SPAN {
+                self.put(at / SPAN, &kernels::pack_mask(level, own), AtomicU32::store);
+            } else {
+                let mut whole = [0; SPAN];
+                whole[at % SPAN..][..own.len()].copy_from_slice(own);
+                let bits = kernels::pack_mask(level, &whole);
+                self.put(at / SPAN, &bits, |word, bits, order| _ = word.fetch_or(bits, order));
+            }
             (at, rest) = (at + own.len(), others);
         }
     }
 
-    /// Whether each of the elements from `first` on is kept.
-    pub(crate) fn from(&self, first: u64) -> impl Iterator<Item = bool> {
-        let start = (first - self.first) as usize;
-        let words = self.words.as_slice();
-        let word = move |at: usize| words[at].load(Ordering::Relaxed);
-        (start..BITS * words.len()).map(move |at| word(at / BITS) >> (at % BITS) & 1 != 0)
+    fn set(&self, at: usize) {
+        let bits = size_of::<MaskBits>() / size_of::<u32>();
+        let word = &self.words.as_slice()[at / SPAN * bits + at % bits];
+        word.fetch_or(1 << (at % SPAN / bits), Ordering::Relaxed);
+    }
+
+    fn put(&self, span: usize, bits: &MaskBits, put: impl Fn(&AtomicU32, u32, Ordering)) {
+        let words = &self.words.as_slice()[span * bits.len()..];
+        words.iter().zip(bits).for_each(|(word, &bits)| put(word, bits, Ordering::Relaxed));
+    }
+
+    /// Which are kept of the span that begins at element `first`.
+    pub(crate) fn bits(&self, first: u64) -> MaskBits {
+        let at = (first - self.first) as usize;
+        let span = |span: usize| -> MaskBits {
+            let words = &self.words.as_slice();
+            let word = |at: usize| words.get(at).map_or(0, |word| word.load(Ordering::Relaxed));
+            array::from_fn(|index| word(span * (SPAN / BITS) + index))
+        };
+        match at % SPAN {
+            0 => span(at / SPAN),
+            skipped => kernels::mask_from([&span(at / SPAN), &span(at / SPAN + 1)], skipped),
+        }
     }
 }

@@ -82,19 +82,34 @@ pub(crate) enum Operation {
         a: Slot,
         which: usize,
     },
-    Random {
-        mask: MaskName,
+    /// 1 where a mask keeps an element, else 0.
+    Mask {
+        mask: Mask,
     },
-    /// What was kept of elements that were ranked.
-    Marked {
-        marks: usize,
-    },
-    /// What a random mask keeps, else 0, times a number.
+    /// What a mask keeps, else 0, times a number.
     Drop {
         a: Slot,
-        mask: MaskName,
+        mask: Mask,
         scale: f64,
     },
+}
+
+/// A mask that has a bit an element.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Mask {
+    Random(MaskName),
+    /// What was kept of elements that were ranked: which marks of the program.
+    Marked(usize),
+}
+
+impl Mask {
+    /// Its name, if it is drawn.
+    fn random(self) -> Option<MaskName> {
+        match self {
+            Self::Random(name) => Some(name),
+            Self::Marked(_) => None,
+        }
+    }
 }
 
 /// An operation and the slot its result goes to.
@@ -162,8 +177,8 @@ pub(crate) enum Fused {
     /// How input b differs from input a, d = b − a: how many d are zero, d·d, a·a, a·b, b·b, the largest
     /// |d|, and how many of a and b have opposite signs.
     Differences { numbers: [usize; 7], inputs: [usize; 2] },
-    /// The L1 norms of a task vector, if it is wanted, and of what a random mask keeps of it.
-    Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: MaskName },
+    /// The L1 norms of a task vector, if it is wanted, and of what a mask keeps of it.
+    Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: Mask },
     /// Counts the magnitudes of a task vector for a search.
     Count { search: usize, interval: Interval, vector: TaskVector },
     /// Stores, as BOOL, where a second selection keeps the magnitude of a task vector and a first one,
@@ -199,7 +214,7 @@ pub(crate) struct ThinnedVector {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Keep {
     All,
-    Random(MaskName),
+    Masked(Mask),
     /// The largest magnitudes: of which selection.
     Largest(usize),
 }
@@ -228,12 +243,12 @@ impl Fused {
         match self {
             Self::Thinned { sum, .. } => {
                 let mask = |term: &ThinnedVector| match term.keep {
-                    Keep::Random(mask) => Some(mask),
+                    Keep::Masked(mask) => mask.random(),
                     Keep::All | Keep::Largest(_) => None,
                 };
                 sum.terms.iter().filter_map(mask).collect()
             }
-            Self::Norms { mask, .. } => vec![*mask],
+            Self::Norms { mask, .. } => mask.random().into_iter().collect(),
             _ => Vec::new(),
         }
     }
@@ -303,7 +318,9 @@ impl Program {
     /// The streams of the random masks that it draws.
     pub(crate) fn streams(&self) -> Vec<u32> {
         let instructions = self.instructions.iter().filter_map(|step| match step.operation {
-            Operation::Random { mask } | Operation::Drop { mask, .. } => Some(mask.0),
+            Operation::Mask { mask } | Operation::Drop { mask, .. } => {
+                mask.random().map(|(stream, _)| stream)
+            }
             _ => None,
         });
         let effects = self.effects.iter().flat_map(|effect| match effect {
@@ -350,11 +367,7 @@ fn each_slot_of(argument: &mut Argument, visit: &mut impl FnMut(&mut Slot)) {
 impl Operation {
     pub(super) fn each_slot(&mut self, mut visit: impl FnMut(&mut Slot)) {
         match self {
-            Self::Load { .. }
-            | Self::Fill { .. }
-            | Self::Spread { .. }
-            | Self::Random { .. }
-            | Self::Marked { .. } => {}
+            Self::Load { .. } | Self::Fill { .. } | Self::Spread { .. } | Self::Mask { .. } => {}
             Self::Unary { a, .. }
             | Self::Kept { a, .. }
             | Self::Trim { a, .. }
@@ -401,6 +414,15 @@ impl fmt::Display for Argument {
     }
 }
 
+impl fmt::Display for Mask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Random((stream, _)) => write!(f, "m{stream}"),
+            Self::Marked(marks) => write!(f, "r{marks}"),
+        }
+    }
+}
+
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sum = |terms: &[(f64, Slot)]| {
@@ -421,9 +443,8 @@ impl fmt::Display for Operation {
             }
             Self::Kept { a, .. } => write!(f, "among the largest s{a}"),
             Self::Trim { a, .. } => write!(f, "trim s{a}"),
-            Self::Random { mask: (stream, _) } => write!(f, "random m{stream}"),
-            Self::Marked { marks } => write!(f, "marked r{marks}"),
-            Self::Drop { a, mask: (stream, _), scale } => write!(f, "{scale} drop m{stream} s{a}"),
+            Self::Mask { mask } => write!(f, "mask {mask}"),
+            Self::Drop { a, mask, scale } => write!(f, "{scale} drop {mask} s{a}"),
         }
     }
 }
@@ -471,7 +492,7 @@ impl fmt::Display for Fused {
                 let term = |term: &ThinnedVector| {
                     let keep = match term.keep {
                         Keep::All => "all of".to_owned(),
-                        Keep::Random((stream, _)) => format!("m{stream} of"),
+                        Keep::Masked(mask) => format!("{mask} of"),
                         Keep::Largest(_) => "the largest of".to_owned(),
                     };
                     format!("{} {} {keep} x{}", term.weight, term.scale, term.x)
@@ -487,9 +508,9 @@ impl fmt::Display for Fused {
                 let numbers = numbers.map(|number| format!("n{number}")).join(", ");
                 write!(f, "fused {numbers} = differences x{b} - x{a}")
             }
-            Self::Norms { whole, kept, vector: TaskVector { x, base }, mask: (stream, _) } => {
+            Self::Norms { whole, kept, vector: TaskVector { x, base }, mask } => {
                 let whole = whole.map_or(String::new(), |whole| format!("n{whole}, "));
-                write!(f, "fused {whole}n{kept} = norms x{x} - x{base}, m{stream} of it")
+                write!(f, "fused {whole}n{kept} = norms x{x} - x{base}, {mask} of it")
             }
             Self::Count { search, vector: TaskVector { x, base }, .. } => {
                 write!(f, "fused count q{search} |x{x} - x{base}|")

@@ -1,15 +1,20 @@
 //! What an output became: elements that are no plain numbers, and how far it is from a reference.
 //!
-//! It is counted and summed while both lie in the cache, so it must cost little. Elements that are
-//! NaN, infinite or as large as their type can say are rare, and show in the sums of a cell: these are
-//! not finite then, or huge. So the loop does not look for them, and a cell whose sums are so is gone
-//! through once more, one by one.
+//! It is counted and summed while both lie in the cache, so it must cost little. A cell is summed in
+//! f32, which is half the work of f64: each lane adds 64 terms, none of which is negative, so a sum is
+//! within 4·10⁻⁶ of the exact one. Sums of cells are added in f64. Where squares are too large or too
+//! small for f32, the sums of the cell show it, and it is summed once more in f64.
+//!
+//! Elements that are NaN, infinite or as large as their type can say are rare, and show in the sums
+//! too: these are not finite then, or huge. So the loop does not look for them, and a cell whose
+//! sums in f64 are so is gone through a third time, one by one.
 //!
 //! Cells are smaller than the blocks of other sums, and are folded as a tree of neighbours: pieces of
 //! an output may begin anywhere, and a cell that two of them share is small enough to be kept until
 //! it is whole.
 
 use std::marker::PhantomData;
+use std::slice;
 
 use super::convert::{Bf16, F16, F32, F64, Format, check_bytes};
 use super::level::{Kernel, Level};
@@ -20,7 +25,10 @@ use crate::dtype::DType;
 /// Elements of a cell, counted from a tensor's first.
 pub const CELL: usize = 1024;
 /// Changes when the shape of the sums does, since results then differ.
-pub const COMPARISON_VERSION: u32 = 1;
+pub const COMPARISON_VERSION: u32 = 2;
+/// What a cell's sum in f32 is at least if it is right: 2⁻¹⁰⁰. A square below the normal numbers loses
+/// 2⁻¹⁵⁰ at most, so a whole cell of them 2⁻¹⁴⁰.
+const LEAST: f64 = 1.0 / (1_u128 << 100) as f64;
 
 /// What is known of some elements of an output.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -92,67 +100,65 @@ impl Comparison {
 /// Cells that the loop takes at once: what is found of one is folded while the next is gone through.
 pub const CELLS: usize = 8;
 
-/// Whole cells of an output and what they are compared with, in the same type, and the working type.
+/// Whole cells of an output and what they are compared with, in the same type, and the type of the sums.
 #[derive(Clone, Copy)]
 struct Compare<'a, F: Format, T> {
     out: &'a [[F::Bytes; CELL]],
     reference: &'a [[F::Bytes; CELL]],
-    working: PhantomData<T>,
+    sums: PhantomData<T>,
 }
 
-/// What a loop over a cell finds, if no element is NaN, infinite or saturated.
+/// What a loop over a cell finds by lane, if no element is NaN, infinite or saturated.
 #[derive(Clone, Copy)]
-struct Found {
-    changed: u64,
-    difference: Lanes,
-    norm: Lanes,
-}
-
-impl Found {
-    const NOTHING: Self = Self { changed: 0, difference: [0.0; LANES], norm: [0.0; LANES] };
-
-    #[inline(always)]
-    fn of<T: Real, E: Copy>(
-        out: &[E; CELL],
-        reference: &[E; CELL],
-        widen: impl Fn(E) -> T,
-    ) -> Self {
-        // Apart from the sums, which then convert what they load.
-        let mut changed = <T::Ordinal as Ordinal>::Counter::default();
-        for (&out, &reference) in out.iter().zip(reference) {
-            changed += (widen(out) != widen(reference)).into();
-        }
-        let (mut difference, mut norm) = ([0.0; LANES], [0.0; LANES]);
-        let rows = out.as_chunks::<LANES>().0.iter().zip(reference.as_chunks::<LANES>().0);
-        for (out, reference) in rows {
-            for lane in 0..LANES {
-                let (x, y) = (widen(out[lane]).to_f64(), widen(reference[lane]).to_f64());
-                difference[lane] += (x - y) * (x - y);
-                norm[lane] += y * y;
-            }
-        }
-        Self { changed: changed.into(), difference, norm }
-    }
+struct Found<T: Real> {
+    changed: [<T::Ordinal as Ordinal>::Counter; LANES],
+    difference: [T; LANES],
+    norm: [T; LANES],
 }
 
 impl<F: Format, T: Real> Kernel for Compare<'_, F, T> {
-    type Output = [Found; CELLS];
+    type Output = [Found<T>; CELLS];
 
     #[inline(always)]
     fn run(self) -> Self::Output {
-        let mut all = [Found::NOTHING; CELLS];
-        let (mut x, mut y) = ([T::ZERO; CELL], [T::ZERO; CELL]);
+        let (changed, zeros) = ([Default::default(); LANES], [T::ZERO; LANES]);
+        let mut all = [Found { changed, difference: zeros, norm: zeros }; CELLS];
         for (found, (out, reference)) in all.iter_mut().zip(self.out.iter().zip(self.reference)) {
-            *found = if size_of::<F::Bytes>() < size_of::<T>() {
-                // Values in memory are converted to f64 in fewer steps than values in registers.
-                widen::<F, T>(out, &mut x);
-                widen::<F, T>(reference, &mut y);
-                Found::of::<T, T>(&x, &y, |x| x)
-            } else {
-                Found::of::<T, F::Bytes>(out, reference, F::widen)
-            };
+            // A copy, so that the lanes stay in registers.
+            let mut lanes = *found;
+            let rows = out.as_chunks::<LANES>().0.iter().zip(reference.as_chunks::<LANES>().0);
+            for (out, reference) in rows {
+                for lane in 0..LANES {
+                    let (x, y) = (F::widen::<T>(out[lane]), F::widen::<T>(reference[lane]));
+                    lanes.changed[lane] += (x != y).into();
+                    lanes.difference[lane] += (x - y) * (x - y);
+                    lanes.norm[lane] += y * y;
+                }
+            }
+            *found = lanes;
         }
         all
+    }
+}
+
+impl<T: Real> Found<T> {
+    /// What is known of a cell with this `reference`, if the sums are right and show that no element
+    /// is NaN, infinite or saturated.
+    fn of_cell<F: Format>(&self, reference: &[F::Bytes; CELL]) -> Option<Comparison> {
+        let changed = self.changed.iter().map(|&changed| changed.into()).sum();
+        let [difference, norm] =
+            [self.difference, self.norm].map(|lanes| folded(&lanes.map(T::to_f64)));
+        let least = if size_of::<T>() < size_of::<f64>() { LEAST } else { 0.0 };
+        let is_zero = |&element: &F::Bytes| F::widen::<T>(element) == T::ZERO;
+        let is_right = (difference >= least || changed == 0)
+            && (norm >= least || reference.iter().fold(true, |all, it| all & is_zero(it)));
+        // An output x of the greatest magnitude is that far from zero, so the larger of |x − y|
+        // and |y| is half of it at the least. What rounding takes from a quarter of its square
+        // leaves an eighth. In f32 that square is infinite, unless the type is F16.
+        let is_plain = difference + norm < F::LARGEST * F::LARGEST / 8.0;
+        let compared = CELL as u64;
+        let found = Comparison { compared, changed, difference, norm, ..Comparison::default() };
+        (is_right && is_plain).then_some(found)
     }
 }
 
@@ -162,37 +168,34 @@ impl<F: Format, T: Real> Compare<'_, F, T> {
         let mut cells = [Comparison::default(); CELLS];
         let each = all.iter().zip(self.out.iter().zip(self.reference));
         for (cell, (found, (out, reference))) in cells.iter_mut().zip(each) {
-            let (difference, norm) = (folded(&found.difference), folded(&found.norm));
-            // An output x of the greatest magnitude is that far from zero, so the larger of |x − y|
-            // and |y| is half of it at the least. What rounding takes from a quarter of its square
-            // leaves an eighth.
-            *cell = if difference + norm < F::LARGEST * F::LARGEST / 8.0 {
-                let (changed, compared) = (found.changed, CELL as u64);
-                Comparison { compared, changed, difference, norm, ..Comparison::default() }
-            } else {
-                one_by_one::<F, T>(out, reference)
-            };
+            let found = found.of_cell::<F>(reference);
+            *cell = found.unwrap_or_else(|| with_care::<F>(level, out, reference));
         }
         cells
     }
 }
 
-#[inline(always)]
-fn widen<F: Format, T: Real>(bytes: &[F::Bytes; CELL], wide: &mut [T; CELL]) {
-    for (wide, &bytes) in wide.iter_mut().zip(bytes) {
-        *wide = F::widen(bytes);
-    }
+/// The same of a cell whose squares may be too large or too small for f32, or which is odd.
+#[cold]
+fn with_care<F: Format>(
+    level: Level,
+    out: &[F::Bytes; CELL],
+    reference: &[F::Bytes; CELL],
+) -> Comparison {
+    let (one, of_one) = (slice::from_ref(out), slice::from_ref(reference));
+    let [found, ..] =
+        level.run(Compare::<F, f64> { out: one, reference: of_one, sums: PhantomData });
+    found.of_cell::<F>(reference).unwrap_or_else(|| one_by_one::<F>(out, reference))
 }
 
-/// Up to a cell, one by one.
+/// The same of up to a cell, one by one.
 #[cold]
-fn one_by_one<F: Format, T: Real>(out: &[F::Bytes], reference: &[F::Bytes]) -> Comparison {
+fn one_by_one<F: Format>(out: &[F::Bytes], reference: &[F::Bytes]) -> Comparison {
     let mut found = Comparison { compared: out.len() as u64, ..Comparison::default() };
     let (mut difference, mut norm) = ([0.0; LANES], [0.0; LANES]);
     for (at, (&out, &reference)) in out.iter().zip(reference).enumerate() {
-        let (x, y) = (F::widen::<T>(out), F::widen::<T>(reference));
+        let (x, y) = (F::widen::<f64>(out), F::widen::<f64>(reference));
         found.changed += u64::from(x != y && !(x.is_nan() && y.is_nan()));
-        let (x, y) = (x.to_f64(), y.to_f64());
         found.nan += u64::from(x.is_nan());
         found.infinite += u64::from(x.is_infinite());
         found.saturated += u64::from(x.abs() == F::LARGEST);
@@ -226,7 +229,7 @@ pub fn compare(level: Level, dtype: DType, out: &[u8], reference: Option<&[u8]>)
         let (out, reference) = (F::elements(out), F::elements(reference));
         let (cells, rest) = out.as_chunks::<CELL>();
         let (of_cells, of_rest) = reference.as_chunks::<CELL>();
-        let both = |out, reference| Compare::<F, T> { out, reference, working: PhantomData };
+        let both = |out, reference| Compare::<F, T> { out, reference, sums: PhantomData };
         let mut found = both(cells, of_cells).found(level);
         if !rest.is_empty() {
             // Zeros beside zeros add nothing to a sum.

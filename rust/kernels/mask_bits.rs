@@ -31,6 +31,24 @@ impl<T: Real> Kernel for Unpack<'_, T> {
     }
 }
 
+struct Pack<'a> {
+    kept: &'a [u8],
+    bits: &'a mut MaskBits,
+}
+
+impl Kernel for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (bit, kept) in self.kept.chunks(self.bits.len()).enumerate() {
+            for (word, &kept) in self.bits.iter_mut().zip(kept) {
+                *word |= u32::from(kept != 0) << bit;
+            }
+        }
+    }
+}
+
 struct Masked<'a, T> {
     bits: &'a MaskBits,
     scale: T,
@@ -60,6 +78,33 @@ impl<T: Real> Kernel for Masked<'_, T> {
 pub fn unpack_mask<T: Real>(level: Level, bits: &MaskBits, mask: &mut [T]) {
     assert!(mask.len() <= SPAN, "a mask has the bits of a span");
     level.run(Unpack { bits, mask });
+}
+
+/// The mask that keeps the elements whose byte is not 0, and none behind them.
+///
+/// # Panics
+///
+/// If there are more than a span.
+pub fn pack_mask(level: Level, kept: &[u8]) -> MaskBits {
+    assert!(kept.len() <= SPAN, "a mask has the bits of a span");
+    let mut bits = [0; _];
+    level.run(Pack { kept, bits: &mut bits });
+    bits
+}
+
+/// The mask of the span that begins at element `skipped` of two in a row.
+///
+/// # Panics
+///
+/// If it begins behind the second one.
+pub fn mask_from([first, second]: [&MaskBits; 2], skipped: usize) -> MaskBits {
+    assert!(skipped <= SPAN, "the span must begin within the first one");
+    std::array::from_fn(|word| {
+        let from = word + skipped;
+        let (word, bit) = (from % first.len(), from / first.len());
+        let both = u64::from(second[word]) << BITS | u64::from(first[word]);
+        (both >> bit) as u32
+    })
 }
 
 /// `out[i] = scale · values[i]` where the mask has a one, else scale · 0.

@@ -59,15 +59,15 @@ pub use elementwise::{BinaryOp, Operand, UnaryOp, binary, select, unary};
 pub use gram::products_into;
 pub use level::Level;
 pub use low_rank::{Product, TILE, Tiles, low_rank_bytes};
-pub use mask_bits::{BITS, MaskBits, SPAN, masked, unpack_mask};
+pub use mask_bits::{BITS, MaskBits, SPAN, mask_from, masked, pack_mask, unpack_mask};
 pub use norms::norms_into;
 pub use order::{
     Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_between, mark_largest,
-    trim,
+    ordinals, trim,
 };
 pub use random::{GENERATOR_VERSION, MaskKey, draws, random_bits, random_mask};
-pub use rank::{Descent, Picked, bound, pick_by_rank};
-pub use real::Real;
+pub use rank::{Descent, Picked, Ranker, bound};
+pub use real::{Ordinal, Real};
 pub use reduce::{
     BLOCK, LANES, Lanes, REDUCTION_VERSION, absolute_sum_into, dot_into, fold_halves, max_into,
     sum_into,

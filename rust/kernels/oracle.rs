@@ -8,6 +8,7 @@ use super::compare::{CELL, Comparison};
 use super::elementwise::{BinaryOp, UnaryOp};
 use super::order::Counts;
 use super::random::MaskKey;
+use super::rank::Picked;
 use super::real::Real;
 use super::reduce::{LANES, Lanes};
 use crate::dtype::DType;
@@ -202,6 +203,26 @@ pub fn bound_of_rank(rank: u64, last: u64, lowest: f64, highest: f64) -> f64 {
     (probability * 4_294_967_296.0 + 0.5).floor()
 }
 
+/// What is kept of a vector by rank: it is sorted from the largest down, and of equal elements the first
+/// comes first.
+pub fn kept_by_rank<T: Real>(values: &[T], picked: Picked<'_>) -> Vec<u8> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by_key(|&at| std::cmp::Reverse(key(values[at])));
+    let mut kept = vec![0; values.len()];
+    for (place, &at) in order.iter().enumerate() {
+        let is_kept = match picked {
+            Picked::Largest(count) => (place as u64) < count,
+            Picked::Random { lowest, highest, draws } => {
+                let last = values.len() - 1;
+                let bound = bound_of_rank((last - place) as u64, last as u64, lowest, highest);
+                f64::from(draws[at]) < bound
+            }
+        };
+        kept[at] = u8::from(is_kept);
+    }
+    kept
+}
+
 /// Adds the keys inside the interval to their bins, and counts.
 pub fn histogram<T: Real>(
     values: &[T],
@@ -296,30 +317,46 @@ pub fn comparison(dtype: DType, out: &[u8], reference: Option<&[u8]>) -> Compari
         ..Comparison::default()
     };
     let Some(reference) = reference.map(values) else { return found };
-    let pairs = || out.iter().zip(&reference).map(|(&x, &y)| (x, y));
-    let squares = |of: fn(f64, f64) -> f64| -> Vec<f64> {
-        let square = |(x, y): (f64, f64)| {
-            if x.is_finite() && y.is_finite() { of(x, y) * of(x, y) } else { 0.0 }
-        };
-        pairs().map(square).collect()
-    };
-    found.compared = out.len() as u64;
-    let is_same = |(x, y): (f64, f64)| x == y || (x.is_nan() && y.is_nan());
-    found.changed = pairs().filter(|&pair| !is_same(pair)).count() as u64;
-    found.difference = tree_sum(&squares(|x, y| x - y));
-    found.norm = tree_sum(&squares(|_, y| y));
+    let pairs: Vec<_> = out.into_iter().zip(reference).collect();
+    found.compared = pairs.len() as u64;
+    let is_same = |&(x, y): &(f64, f64)| x == y || (x.is_nan() && y.is_nan());
+    found.changed = pairs.iter().filter(|&pair| !is_same(pair)).count() as u64;
+    let most = if dtype == DType::F64 { 0.0 } else { largest * largest / 8.0 };
+    [found.difference, found.norm] = sums_of_squares(&pairs, most);
     found
 }
 
-/// The sum of a cell by lanes; of more, that of the largest power of two of cells that leaves some,
-/// and of the rest.
-fn tree_sum(terms: &[f64]) -> f64 {
-    if terms.len() > CELL {
-        let (left, right) =
-            terms.split_at(terms.len().div_ceil(CELL).next_power_of_two() / 2 * CELL);
-        return tree_sum(left) + tree_sum(right);
+/// The sums of the squares of x − y and of y, where both are finite. That of more than a cell is that
+/// of the largest power of two of cells that leaves some, and of the rest. A cell is summed in f32 if
+/// no square is lost or too large there, and its sums are less than `most`; else in f64.
+fn sums_of_squares(pairs: &[(f64, f64)], most: f64) -> [f64; 2] {
+    if pairs.len() > CELL {
+        let cells = pairs.len().div_ceil(CELL);
+        let (left, right) = pairs.split_at(cells.next_power_of_two() / 2 * CELL);
+        let [left, right] = [left, right].map(|half| sums_of_squares(half, most));
+        return [left[0] + right[0], left[1] + right[1]];
     }
-    let mut lanes = [0.0; LANES];
-    reduce(terms, &mut lanes, |lane, term| lane + term);
-    fold_halves(&lanes)
+    let [difference, norm] = sums_of_cell(pairs, |value| f64::from(value as f32));
+    let least = libm::exp2(-100.0);
+    let is_in_f32 = (difference >= least || pairs.iter().all(|(x, y)| x == y))
+        && (norm >= least || pairs.iter().all(|&(_, y)| y == 0.0))
+        && difference + norm < most;
+    if is_in_f32 {
+        return [difference, norm];
+    }
+    let finite = |&(x, y): &(f64, f64)| {
+        if x.is_finite() && y.is_finite() { (x, y) } else { (0.0, 0.0) }
+    };
+    sums_of_cell(&pairs.iter().map(finite).collect::<Vec<_>>(), |value| value)
+}
+
+/// The same of a cell in the type that `round` rounds to.
+fn sums_of_cell(pairs: &[(f64, f64)], round: fn(f64) -> f64) -> [f64; 2] {
+    let sum = |terms: Vec<f64>| {
+        let squares: Vec<_> = terms.into_iter().map(round).map(|term| round(term * term)).collect();
+        let mut lanes = [0.0; LANES];
+        reduce(&squares, &mut lanes, |lane, term| round(lane + term));
+        fold_halves(&lanes)
+    };
+    [sum(pairs.iter().map(|(x, y)| x - y).collect()), sum(pairs.iter().map(|&(_, y)| y).collect())]
 }

@@ -469,6 +469,32 @@ impl<T: Real> Kernel for Trim<'_, T> {
     }
 }
 
+struct Ordinals<'a, T: Real> {
+    values: &'a [T],
+    out: &'a mut [T::Ordinal],
+}
+
+impl<T: Real> Kernel for Ordinals<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (out, value) in self.out.iter_mut().zip(self.values) {
+            *out = value.ordinal();
+        }
+    }
+}
+
+/// The order keys of `values`, as signed integers of their width.
+///
+/// # Panics
+///
+/// If `out` is not as long as `values`.
+pub fn ordinals<T: Real>(level: Level, values: &[T], out: &mut [T::Ordinal]) {
+    assert_eq!(values.len(), out.len(), "the values and the ordinals must have the same length");
+    level.run(Ordinals { values, out });
+}
+
 /// Counts the keys inside `low..=high` and above it.
 ///
 /// # Panics

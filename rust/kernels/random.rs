@@ -20,7 +20,7 @@
 //! unpacking; whatever the rounds leave in the high half is ignored.
 
 use super::level::{Kernel, Level};
-use super::mask_bits::{BITS, MaskBits, SPAN, unpack_mask};
+use super::mask_bits::{BITS, MaskBits, SPAN, mask_from, unpack_mask};
 use super::real::Real;
 
 /// Changes when a mask would.
@@ -211,14 +211,7 @@ pub fn random_bits(level: Level, key: &MaskKey, first_index: u64, keep_below: u6
     if skipped == 0 {
         return draw(start);
     }
-    let spans = [draw(start), draw(start.wrapping_add(SPAN as u64))];
-    let bit = |bits: &MaskBits, at: usize| bits[at % COUNTERS] >> (at / COUNTERS) & 1;
-    let mut bits = [0; COUNTERS];
-    for at in 0..SPAN {
-        let from = skipped + at;
-        bits[at % COUNTERS] |= bit(&spans[from / SPAN], from % SPAN) << (at / COUNTERS);
-    }
-    bits
+    mask_from([&draw(start), &draw(start.wrapping_add(SPAN as u64))], skipped)
 }
 
 /// The draws of the elements from `first_index` on: 32 bits each.

@@ -103,6 +103,8 @@ pub trait Real:
 pub trait Ordinal: sealed::Sealed + Copy + Ord + Debug + Send + Sync + 'static {
     /// The greatest key.
     const MAX_KEY: u64;
+    /// Bits in which values of one power of two differ.
+    const MANTISSA: u32;
     /// Counts in a loop; as wide as the ordinal, so that comparing and counting share registers.
     type Counter: Copy + Default + AddAssign + From<bool> + Into<u64>;
 
@@ -116,6 +118,11 @@ pub trait Ordinal: sealed::Sealed + Copy + Ord + Debug + Send + Sync + 'static {
     type Distance: Copy + Ord + Default + Send + Sync + Into<u64>;
     /// `distance >> shift`, as an index. `shift` is less than the width.
     fn shifted(distance: Self::Distance, shift: u32) -> u32;
+    /// What is left without the lowest `shift` bits, which are less than the width.
+    #[must_use]
+    fn high(self, shift: u32) -> Self;
+    /// Whether one of these bits is set.
+    fn has_below(self, shift: u32) -> bool;
 }
 
 macro_rules! impl_real {
@@ -124,6 +131,7 @@ macro_rules! impl_real {
 
         impl Ordinal for $ordinal {
             const MAX_KEY: u64 = $bits::MAX as u64;
+            const MANTISSA: u32 = $real::MANTISSA_DIGITS - 1;
             type Counter = $bits;
             type Distance = $bits;
 
@@ -146,6 +154,16 @@ macro_rules! impl_real {
             #[inline(always)]
             fn shifted(distance: $bits, shift: u32) -> u32 {
                 (distance >> shift) as u32
+            }
+
+            #[inline(always)]
+            fn high(self, shift: u32) -> Self {
+                self >> shift
+            }
+
+            #[inline(always)]
+            fn has_below(self, shift: u32) -> bool {
+                self & ((1 << shift) - 1) != 0
             }
         }
 

@@ -16,10 +16,12 @@ use crate::engine::need::Offload;
 use crate::engine::simd::Simd;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formula::machine::{InputBytes, Known, Spans, TensorFrame};
-use crate::formula::program::{Along, Argument, Effect, Instruction, Operation, Program, Slot};
+use crate::formula::program::{
+    Along, Argument, Effect, Instruction, Mask, Operation, Program, Slot,
+};
 use crate::formula::selection::{Interval, Look, ordinal_of_key};
 use crate::formula::{Among, Pick, Scalar, Scope};
-use crate::kernels::{Ends, Level, MaskKey};
+use crate::kernels::{Ends, Level, MaskKey, SPAN};
 
 /// A `torch_backend.Backend`, and what went wrong in it.
 #[derive(Debug)]
@@ -249,8 +251,10 @@ impl<'py> Encoder<'_, 'py> {
                 let threshold = ordinal_of_key(chosen.threshold, self.double);
                 ("kept", (*a, threshold, chosen.equals_end).into_pyobject(py)?)
             }
-            Operation::Marked { marks } => ("marked", (*marks,).into_pyobject(py)?),
-            Operation::Random { mask: (stream, keep_below) } => {
+            Operation::Mask { mask: Mask::Marked(marks) } => {
+                ("marked", (*marks,).into_pyobject(py)?)
+            }
+            Operation::Mask { mask: Mask::Random((stream, keep_below)) } => {
                 let (key, stream) = self.mask_words(*stream);
                 ("random", (*keep_below, key, stream).into_pyobject(py)?)
             }
@@ -317,7 +321,11 @@ impl Run for TorchRun<'_> {
                 let vectors = vectors.collect::<PyResult<Vec<_>>>()?;
                 let count = (end - start) as usize;
                 let marks = step.given.marks.iter().map(|marks| {
-                    let kept: Vec<u8> = marks.from(start).take(count).map(u8::from).collect();
+                    let spans = (start..end).step_by(SPAN).map(|first| marks.bits(first));
+                    let kept = spans.flat_map(|bits| {
+                        (0..SPAN).map(move |at| bits[at % bits.len()] >> (at / bits.len()) & 1)
+                    });
+                    let kept: Vec<u8> = kept.take(count).map(|kept| kept as u8).collect();
                     PyByteArray::new(py, &kept)
                 });
                 let marks: Vec<_> = marks.collect();

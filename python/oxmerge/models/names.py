@@ -64,12 +64,13 @@ _OUTPUT_WORDS = frozenset((
 ))  # fmt: skip
 _OUTPUT_ENDS = ("_head", "final_norm", "final_layernorm", "final_layer_norm")
 
-#: Last module of the name of a head, and of any tensor with a row for each token.
-_HEAD_MODULES = frozenset(("lm_head", "embed_out", "output", "output_layer", "decoder"))
+#: What the embedding of a language model is called at the end, where a head may be tied to it.
 _EMBEDDING_ENDS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
     "backbone.embeddings.weight",
 )  # fmt: skip
+#: Last module of the name of a head, and of any tensor with a row for each token.
+_HEAD_MODULES = frozenset(("lm_head", "embed_out", "output", "output_layer", "decoder"))
 _VOCABULARY_MODULES = _HEAD_MODULES | frozenset((
     "embed_tokens", "word_embedding", "word_embeddings", "wte", "tok_embeddings", "embedding",
     "embeddings", "shared", "embed_in", "embed_tokens_per_layer", "predictions", "vocab_projector",

@@ -9,7 +9,8 @@ part has in it
 - ``3of16.numbers``, what it found in a sweep over its tensors (`rust/engine/part.rs`);
 - ``3of16.done``, once all of it is made.
 
-Besides there are ``plan``, which `oxmerge.finish` reads, and ``finish.lock``, which that holds.
+Besides there are ``plan``, which `oxmerge.finish` reads, and ``finish.lock``, which that holds; and
+``earlier/1/`` and so on, the outputs of merges that come first, with such a folder of their own.
 """
 
 from __future__ import annotations

@@ -136,6 +136,19 @@ fn digests_are_those_of_the_finished_output() {
     digests::check(&Work::Formulas(formulas), &[elements], &inputs, &outputs);
 }
 
+/// Where many differences are equal, what is undecided lies together: of the other blocks a digest needs
+/// nothing that has to be read again.
+#[test]
+fn blocks_without_undecided_elements_are_digested_at_once() {
+    let elements = 2_000_000;
+    let inputs = near(1, elements, 1.0 / 512.0, &[DType::Bf16]);
+    let formulas = Work::Formulas(vec![ties(&[0.5], elements)]);
+    for report in digests::check(&formulas, &[elements], &inputs, &[(DType::Bf16, 1)]) {
+        let found = readings(&report, &inputs);
+        assert!(found < 1.4, "read {found} times, where once more would be 1.5: {report:?}");
+    }
+}
+
 /// Numbers of few distinct values, some of them in long runs, NaN and infinities among them.
 fn elements() -> impl Strategy<Value = Vec<f32>> {
     let odd = prop::sample::select(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0][..]);

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use oxmerge::dtype::DType;
 use oxmerge::engine::control::Control;
 use oxmerge::engine::digest::{Digester, TensorDigest};
-use oxmerge::engine::run;
 use oxmerge::engine::source::Sink;
 use oxmerge::engine::task::{Task, Work};
+use oxmerge::engine::{Report, Settings, run};
 use oxmerge::error::Result;
 use oxmerge::formula::{Scope, Value, compute};
 use oxmerge::io::AlignedBuffer;
@@ -121,9 +121,9 @@ pub(super) fn check(
     shape: &[u64],
     inputs: &[Arc<ArraySource>],
     outputs: &[(DType, usize)],
-) {
+) -> Vec<Report> {
     let elements = shape.iter().product();
-    for settings in settings() {
+    let run_with = |settings: Settings| {
         let sinks: Vec<_> =
             outputs.iter().map(|&(dtype, _)| Digested::new(elements, dtype)).collect();
         let task = Task::new(
@@ -135,13 +135,15 @@ pub(super) fn check(
             sinks.iter().map(|sink| Arc::clone(sink) as Arc<dyn Sink>).collect(),
             work.clone(),
         );
-        run(vec![task.with_base(Some(1))], &settings, &Control::default()).unwrap();
+        let report = run(vec![task.with_base(Some(1))], &settings, &Control::default()).unwrap();
         for (sink, &(dtype, reference)) in sinks.iter().zip(outputs) {
             let (from, bytes) = inputs[reference].parts();
             let expected = expected(dtype, &sink.array.bytes(), Some((from, bytes)));
             assert_eq!(sink.digester.finish().unwrap(), expected, "{shape:?} {settings:?}");
         }
-    }
+        report
+    };
+    settings().into_iter().map(run_with).collect()
 }
 
 /// A sum whose coefficients are found by `scope`.

@@ -221,8 +221,8 @@ fn random_masks_are_kept_where_there_is_room() {
 fn numbers_about_rows_are_kept_where_there_is_room() {
     let (a, b) = (Value::input(0), Value::input(1));
     let largest = a.abs().max(Scope::Row);
-    let shares = &b / &(&Value::scalar(largest.clone()) + &Value::scalar(1.0));
-    let spread = shares.absolute_sum(Scope::Row);
+    let relative = &b / &(&Value::scalar(largest.clone()) + &Value::scalar(1.0));
+    let spread = relative.absolute_sum(Scope::Row);
     let weights = compute(&[spread.clone(), largest], 1, |row| vec![row[0] / (1.0 + row[1])]);
     let scaled = &a * &Value::scalar(weights[0].clone());
     let total = scaled.dot(&scaled, Scope::Tensor);

@@ -144,6 +144,19 @@ combine
     );
 }
 
+/// What was ranked is a mask like one that was drawn.
+#[test]
+fn della_merges_by_the_kernels_of_dare() {
+    let each = json!({ "weight": 0.5, "density": 0.5, "epsilon": 0.1 });
+    let shared = json!({ "normalize": false, "rescale": true, "lambda": 1.0 });
+    let found = listed(&[formula("della", 3, &each, &shared)], 3);
+    let expected = DARE_TIES.replace("m0 of", "r0 of").replace("m1 of", "r1 of");
+    for line in expected.lines().filter(|line| line.starts_with(" ")) {
+        assert!(found.contains(line), "{found}");
+    }
+    assert!(found.contains("first") && !found.contains("mask r"), "{found}");
+}
+
 /// One pass counts for both inputs, and merges what it can; one more merges the rest.
 #[test]
 fn ties_counts_and_merges_from_bytes() {

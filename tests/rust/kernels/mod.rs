@@ -11,6 +11,7 @@ mod low_rank;
 mod mask_bits;
 mod order;
 mod random;
+mod rank;
 mod reduce;
 mod weighted;
 

@@ -50,8 +50,8 @@ impl<T: Real> Run for Machine<'_, T> {
         // What runs from bytes to bytes needs no buffers, and so no chunks.
         let chunk = if self.program.instructions.is_empty() { segment } else { CHUNK as u64 };
         let at = |element: u64| (element - step.elements.start) as usize;
-        let room = vec![T::ZERO.ordinal(); at(step.elements.end)];
-        let mut ranked = vec![room; self.program.rankings];
+        let room = |_| vec![T::ZERO.ordinal(); at(step.elements.end)];
+        let mut ranked: Vec<_> = (0..self.program.rankings).map(room).collect();
         for segment in steps(step.elements.clone(), segment) {
             let mut lanes: Vec<Lanes> = kinds.iter().map(|&kind| [start_of(kind); LANES]).collect();
             for chunk in steps(segment, chunk) {

@@ -192,7 +192,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cluster: Any) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, text
     assert "the same command goes on from there" in text
     assert not (output / "config.json").exists()
     # What is made is not made again: the files stay the same ones.

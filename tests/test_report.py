@@ -175,8 +175,8 @@ def test_recipes_for_other_tools_are_told(folder: Path, text: str, words: str) -
 def test_decimal_commas_are_told(folder: Path) -> None:
     (problem,) = report("merge_method: linear\nmodels:\n- model: a\nparameters:\n  weight: 0,5\n")
     assert problem.advice == "did you mean `0.5`? decimals have a point, not a comma"
-    problem, *_ = report("merge_method: linear\nmodels:\n- model: a\nparameters: {t: 0,5}\n")
-    assert problem.advice == "decimals have a point, not a comma"
+    found = report("merge_method: linear\nmodels:\n- model: a\nparameters: {t: 0,5}\n")
+    assert "decimals have a point, not a comma" in [problem.advice for problem in found]
 
 
 def test_types_of_few_bits_are_told() -> None:

@@ -22,6 +22,7 @@ from oxmerge import _core, cli
 from oxmerge.file_state import FileState
 from oxmerge.output import publish
 from oxmerge.output.journal import JOURNAL_NAME, mark
+from oxmerge.signals import Ended, ending
 from writers import directory_bytes, write_model, write_recipe, write_sparse
 
 if TYPE_CHECKING:
@@ -182,6 +183,17 @@ def test_a_signal_while_a_class_is_made(tmp_path: Path, twins: Path) -> None:
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr == "error: ended by SIGTERM\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_on_the_way_out_does_not_hide_the_signal() -> None:
+    def end() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise ValueError("what others do when they are stopped")
+
+    with pytest.raises(Ended), ending():
+        end()
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path, slow: Path) -> None:

@@ -359,6 +359,8 @@ class _Run:
 
     def _cancel(self) -> None:
         """Stop all tasks, and give them time to write down what is finished."""
+        if not self._tasks:
+            return
         for task in self._tasks:
             self._ray.cancel(task, force=False)
         self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=_SECONDS_TO_END)

@@ -63,10 +63,18 @@ def ending() -> Iterator[None]:
             yield
         except Exception as error:
             # What comes up while a class is made, in a module that is imported, is raised as
-            # another error by Python 3.11.
-            if isinstance(error.__cause__, Ended):
-                raise error.__cause__ from None
+            # another error by Python 3.11; and what ends may meet an error on its way out.
+            if (ended := _ended(error)) is not None:
+                raise ended from None
             raise
+
+
+def _ended(error: BaseException) -> Ended | None:
+    """Return the signal that an error came from, or came after, if there was one."""
+    before: BaseException | None = error
+    while before is not None and not isinstance(before, Ended):
+        before = before.__cause__ or before.__context__
+    return before
 
 
 @contextmanager

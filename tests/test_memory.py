@@ -212,8 +212,8 @@ def test_every_class_where_the_system_kills(work: Path, large: Path, name: str) 
         if report["measured"] >= 0.85 * report["predicted_memory"] or not may_go_again:
             break
         shutil.rmtree(work / "out")
-    # Of two passes over inputs that are all in the page cache neither needs what it may need: 39 MiB
-    # were seen of 46.5, and 41.4 where they are not.
+    # Of two passes over inputs that are all in the page cache neither needs what it may need: 39
+    # MiB were seen of 46.5, and 41.4 where they are not.
     check(report, below=0.2 if name == "whole model" else 0.15)
 
 

@@ -175,7 +175,8 @@ def test_progress_goes_up_to_the_end(tmp_path: Path, long: Path) -> None:
     read = [snapshot.bytes_read for snapshot in seen]
     assert read == sorted(read)
     assert 0 < read[-1] <= report.bytes_read
-    assert seen[-1].peak_memory <= report.peak_memory
+    # The system counts pages a thread, and adds them up now and then.
+    assert seen[-1].peak_memory <= report.peak_memory + (1 << 20)
 
 
 def test_progress_that_cannot_be_called_is_refused_first(tmp_path: Path, twins: Path) -> None:

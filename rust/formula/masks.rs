@@ -104,6 +104,8 @@ pub(crate) struct Marks {
     words: SharedWords,
 }
 
+/// Words of a span.
+const WORDS: usize = SPAN / BITS;
 /// Elements of a part of a span from which on they are packed together.
 const PACKED: usize = 64;
 
@@ -145,14 +147,14 @@ impl Marks {
         }
     }
 
+    /// Keeps one element. In a span the first bits of all words come first.
     fn set(&self, at: usize) {
-        let bits = size_of::<MaskBits>() / size_of::<u32>();
-        let word = &self.words.as_slice()[at / SPAN * bits + at % bits];
-        word.fetch_or(1 << (at % SPAN / bits), Ordering::Relaxed);
+        let word = &self.words.as_slice()[at / SPAN * WORDS + at % WORDS];
+        word.fetch_or(1 << (at % SPAN / WORDS), Ordering::Relaxed);
     }
 
     fn put(&self, span: usize, bits: &MaskBits, put: impl Fn(&AtomicU32, u32, Ordering)) {
-        let words = &self.words.as_slice()[span * bits.len()..];
+        let words = &self.words.as_slice()[span * WORDS..];
         words.iter().zip(bits).for_each(|(word, &bits)| put(word, bits, Ordering::Relaxed));
     }
 
@@ -162,7 +164,7 @@ impl Marks {
         let span = |span: usize| -> MaskBits {
             let words = &self.words.as_slice();
             let word = |at: usize| words.get(at).map_or(0, |word| word.load(Ordering::Relaxed));
-            array::from_fn(|index| word(span * (SPAN / BITS) + index))
+            array::from_fn(|index| word(span * WORDS + index))
         };
         match at % SPAN {
             0 => span(at / SPAN),

@@ -64,22 +64,19 @@ def mixtral() -> Any:
     return transformers.MixtralForCausalLM(config)
 
 
-def gpt_oss() -> Any:
+def gpt_oss(intermediate_size: int = 24) -> Any:
     """Experts are one parameter in files, too, which is stored transposed."""
     config = transformers.GptOssConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, head_dim=4,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+        vocab_size=40, hidden_size=16, intermediate_size=intermediate_size, num_hidden_layers=1,
+        head_dim=4, num_attention_heads=4, num_key_value_heads=2, num_local_experts=3,
+        num_experts_per_tok=2,
     )  # fmt: skip
     return transformers.GptOssForCausalLM(config)
 
 
 def square_gpt_oss() -> Any:
     """Shapes do not say that experts are stored transposed: the real model has such ones."""
-    config = transformers.GptOssConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=4,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
-    )  # fmt: skip
-    return transformers.GptOssForCausalLM(config)
+    return gpt_oss(intermediate_size=16)
 
 
 def granite() -> Any:

@@ -200,18 +200,12 @@ def test_every_class_where_the_system_kills(work: Path, large: Path, name: str) 
         models = [f"{models[0]}+{write_adapter(work / 'lora')}"]
     base = large / "0" if "base" in options else None
     recipe = write_recipe(work / "r.yml", models=models, **{**options, "base": base})
-    for may_go_again in (True, False):
-        with memory_group(BUDGET * 11 // 10) as group:
-            if group is None:
-                pytest.skip("this process may not limit the memory of others")
-            report = report_of(merge(recipe, group=group))
-            assert group.kills() == 0
-        assert report["bytes_written"] == 8 * BUDGET
-        assert report["measured"] <= BUDGET
-        # A machine that is busy may start some of the threads late: then the peak is lower, once.
-        if report["measured"] >= 0.85 * report["predicted_memory"] or not may_go_again:
-            break
-        shutil.rmtree(work / "out")
+    with memory_group(BUDGET * 11 // 10) as group:
+        if group is None:
+            pytest.skip("this process may not limit the memory of others")
+        report = report_of(merge(recipe, group=group))
+        assert group.kills() == 0
+    assert report["bytes_written"] == 8 * BUDGET
     # Of two passes over inputs that are all in the page cache neither needs what it may need: 39
     # MiB were seen of 46.5, and 41.4 where they are not.
     check(report, below=0.2 if name == "whole model" else 0.15)

@@ -33,6 +33,8 @@ pub enum ErrorKind {
     Changed,
     /// The output cannot be written where it was asked to go.
     Output,
+    /// Other parts of a merge have not left in time what this one needs.
+    Waiting,
     /// The caller asked to stop.
     Interrupted,
     /// The engine broke a promise of its own: a bug.

@@ -25,7 +25,7 @@ import test_token_rows as token_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from oxmerge import cli, merging, parts
-from oxmerge.errors import OutputError, PlanError, UnsupportedError
+from oxmerge.errors import OutputError, PlanError, UnsupportedError, WaitsForOthersError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
 from oxmerge.output.part_files import PartFiles, shards_of_parts
@@ -398,7 +398,7 @@ def test_others_sweep_when_a_part_gives_up(
             raise
 
     monkeypatch.setattr(parts, "execute", late)
-    with pytest.raises(parts.WaitsForOthersError):
+    with pytest.raises(WaitsForOthersError):
         make(recipe, output, 1, 2, wait=0)
 
 

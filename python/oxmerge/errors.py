@@ -200,3 +200,7 @@ class InternalError(OxmergeError):
 
 class OutputError(OxmergeError):
     """The output cannot be written where it was asked to go."""
+
+
+class WaitsForOthersError(OutputError):
+    """Other parts of a merge have not left in time what this one needs; its own is kept."""

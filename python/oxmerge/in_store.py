@@ -34,7 +34,13 @@ from threading import Event
 from oxmerge import _core
 from oxmerge._core import partial_name
 from oxmerge.cli.progress import watched
-from oxmerge.errors import InputChangedError, OutputError, ProblemsError, UnsupportedError
+from oxmerge.errors import (
+    InputChangedError,
+    OutputError,
+    ProblemsError,
+    UnsupportedError,
+    WaitsForOthersError,
+)
 from oxmerge.json_files import parse_json
 from oxmerge.merging import finish_all, open_device
 from oxmerge.output.claims import BusyError, claimed
@@ -62,7 +68,6 @@ from oxmerge.output.publish import (
 )
 from oxmerge.output.resume import RESUME_NAME, how_to_go_on
 from oxmerge.parts import (
-    WaitsForOthersError,
     after_earlier,
     check_of_plan,
     check_parts,

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oxmerge.cli.progress import format_rate, watched
-from oxmerge.errors import OutputError, OxmergeError
+from oxmerge.errors import OutputError, OxmergeError, WaitsForOthersError
 from oxmerge.in_store import complete_in_store
 from oxmerge.merging import DEFAULT_MEMORY, Snapshot, prepare
 from oxmerge.models.stores import is_address
 from oxmerge.output.claims import named
 from oxmerge.output.manifest import plan_digest
-from oxmerge.parts import WaitsForOthersError, check_parts, complete, merge_parts
+from oxmerge.parts import check_parts, complete, merge_parts
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import parse_size
 

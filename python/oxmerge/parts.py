@@ -17,7 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from oxmerge import __version__, _core
-from oxmerge.errors import InputChangedError, OutputError, PlanError, ProblemsError
+from oxmerge.errors import (
+    InputChangedError,
+    OutputError,
+    PlanError,
+    ProblemsError,
+    WaitsForOthersError,
+)
 from oxmerge.file_state import FileState
 from oxmerge.merging import (
     MergeReport,
@@ -75,7 +81,6 @@ if TYPE_CHECKING:
     ]
 
 __all__ = [
-    "WaitsForOthersError",
     "after_earlier",
     "check_of_plan",
     "check_parts",
@@ -87,13 +92,7 @@ __all__ = [
 ]
 
 
-class WaitsForOthersError(OutputError):
-    """Other parts have not swept their tensors in the time that was given; the own one has."""
-
-
 _KEPT = "what is finished is kept: the same command goes on from there"
-#: What the engine says where others have not left the numbers of their sweeps.
-_WAITING = "numbers over the whole model are needed"
 #: Where below the shared folder earlier merges are made.
 EARLIER_NAME = "earlier"
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -622,11 +621,7 @@ def make(
                 fresh=running.fresh,
             )
             own.append(output)
-        try:
-            done = execute(plans, own, running, backend, 0, part)
-        except OutputError as error:
-            # Others may have left theirs since.
-            raise (_as_waiting(error) if _WAITING in error.message else error) from None
+        done = execute(plans, own, running, backend, 0, part)
     except BaseException as error:
         keep = not isinstance(error, InputChangedError | ProblemsError)
         kept = [discard(output, keep=keep) for output in own]
@@ -636,11 +631,6 @@ def make(
     for output in own:
         close(output, keep=True)
     return done
-
-
-def _as_waiting(error: OutputError) -> OutputError:
-    parts = ("file", "expected", "found", "advice")
-    return WaitsForOthersError(error.message, **{part: getattr(error, part) for part in parts})
 
 
 def complete(

@@ -106,7 +106,7 @@ impl Exchange {
 
 fn not_swept(missing: &[usize]) -> Error {
     let message = "numbers over the whole model are needed, and other parts have not found theirs";
-    Error::new(ErrorKind::Output, message)
+    Error::new(ErrorKind::Waiting, message)
         .expected("the sweeps of all parts")
         .found(format_args!("none of {}", list(missing)))
         .advice("run this part again when those have run: it goes on from here")

@@ -21,6 +21,7 @@ pub(super) fn raise(py: Python<'_>, error: &Error) -> PyErr {
         ErrorKind::Device => "DeviceError",
         ErrorKind::Changed => "InputChangedError",
         ErrorKind::Output => "OutputError",
+        ErrorKind::Waiting => "WaitsForOthersError",
         ErrorKind::Internal => "InternalError",
     };
     own(py, class, error).unwrap_or_else(|failure| failure)

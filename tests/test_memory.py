@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-BUDGET = 48 * MIB
+BUDGET = 56 * MIB
 ROW = 4096
 #: Eight times the budget in bf16.
 SHAPE = (8 * BUDGET // 2 // ROW, ROW)

@@ -7,6 +7,7 @@ a number, as in YAML 1.2; and a date is text. Numbers with colons in them (``1:3
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from itertools import chain
 
 from oxmerge.errors import ProblemsError, RecipeError
@@ -43,13 +44,16 @@ class MarkedMapping(dict[str, object]):
     ----------
     marks : dict
         Line and column, from 1, by key.
+    shared : frozenset
+        Keys of a document under which something stands that other places refer to by an alias.
     """
 
-    __slots__ = ("marks",)
+    __slots__ = ("marks", "shared")
 
     def __init__(self) -> None:
         super().__init__()
         self.marks: dict[str, tuple[int, int]] = {}
+        self.shared: frozenset[object] = frozenset()
 
 
 class MarkedList(list[object]):
@@ -120,7 +124,12 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
         while loader.check_node():
             node = loader.get_node()
             check_extent(node, _parts)
-            documents.append(loader.construct_document(node))
+            shared = _shared_keys(node, loader.aliases)
+            document = loader.construct_document(node)
+            if isinstance(document, MarkedMapping):
+                document.shared = shared
+            documents.append(document)
+            loader.aliases.clear()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error, text, path)]) from error
     mappings = [document for document in documents if isinstance(document, MarkedMapping)]
@@ -132,6 +141,17 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
         place = None if path is None else Place(file=path)
         raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
     return mappings
+
+
+def _shared_keys(node: Any, aliases: list[tuple[int, int]]) -> frozenset[str]:  # noqa: ANN401
+    """Return the keys of a document under which something stands that others refer to.
+
+    `aliases` has the place in the text of what each refers to, and of the alias itself.
+    """
+    keys = [key for key, _ in node.value] if getattr(node, "id", None) == "mapping" else []
+    starts = [key.start_mark.index for key in keys]
+    under = (tuple(bisect_right(starts, at) - 1 for at in places) for places in aliases)
+    return frozenset(str(keys[at].value) for at, used in under if at not in (-1, used))
 
 
 def _kind(value: object) -> str:
@@ -185,10 +205,15 @@ def _loader_class(duplicates: list[Problem], path: str | None) -> type[SafeLoade
     from yaml import SafeLoader  # noqa: PLC0415 - see parse_yaml
     from yaml.composer import ComposerError  # noqa: PLC0415
     from yaml.constructor import ConstructorError  # noqa: PLC0415
+    from yaml.events import AliasEvent  # noqa: PLC0415
 
     class Loader(SafeLoader):
         yaml_implicit_resolvers = _kept_resolvers(SafeLoader.yaml_implicit_resolvers)
         values = 0
+
+        def __init__(self, stream: str) -> None:
+            super().__init__(stream)
+            self.aliases: list[tuple[int, int]] = []
 
         def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - as PyYAML has it
             """Compose a node, unless a recipe has fewer: each takes a kilobyte."""
@@ -196,7 +221,11 @@ def _loader_class(duplicates: list[Problem], path: str | None) -> type[SafeLoade
             if self.values > MOST_VALUES:
                 message = f"more than {MOST_VALUES} values"
                 raise ComposerError(None, None, message, self.get_mark())
-            return super().compose_node(parent, index)
+            event = self.peek_event()
+            node = super().compose_node(parent, index)
+            if isinstance(event, AliasEvent):
+                self.aliases.append((node.start_mark.index, event.start_mark.index))
+            return node
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:
         duplicates.extend(_duplicates(node, path))

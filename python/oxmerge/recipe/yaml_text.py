@@ -120,16 +120,17 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
 
     documents: list[object] = []
     try:
-        loader = _loader_class(findings.problems, path)(text)
+        aliases: list[tuple[int, int]] = []
+        loader = _loader_class(findings.problems, aliases, path)(text)
         while loader.check_node():
             node = loader.get_node()
             check_extent(node, _parts)
-            shared = _shared_keys(node, loader.aliases)
+            shared = _shared_keys(node, aliases)
             document = loader.construct_document(node)
             if isinstance(document, MarkedMapping):
                 document.shared = shared
             documents.append(document)
-            loader.aliases.clear()
+            aliases.clear()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error, text, path)]) from error
     mappings = [document for document in documents if isinstance(document, MarkedMapping)]
@@ -144,10 +145,7 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
 
 
 def _shared_keys(node: Any, aliases: list[tuple[int, int]]) -> frozenset[str]:  # noqa: ANN401
-    """Return the keys of a document under which something stands that others refer to.
-
-    `aliases` has the place in the text of what each refers to, and of the alias itself.
-    """
+    """Return the keys of a document under which something stands that others refer to."""
     keys = [key for key, _ in node.value] if getattr(node, "id", None) == "mapping" else []
     starts = [key.start_mark.index for key in keys]
     under = (tuple(bisect_right(starts, at) - 1 for at in places) for places in aliases)
@@ -200,8 +198,13 @@ def _at(mark: Any, path: str | None) -> Place:  # noqa: ANN401 - PyYAML has no t
     return Place("", mark.line + 1, mark.column + 1, path)
 
 
-def _loader_class(duplicates: list[Problem], path: str | None) -> type[SafeLoader]:
-    """Return a loader that appends what is written twice to `duplicates`."""
+def _loader_class(
+    duplicates: list[Problem], aliases: list[tuple[int, int]], path: str | None
+) -> type[SafeLoader]:
+    """Return a loader that appends what is written twice to `duplicates`.
+
+    `aliases` gets, for each alias, the place in the text of what it refers to, and its own.
+    """
     from yaml import SafeLoader  # noqa: PLC0415 - see parse_yaml
     from yaml.composer import ComposerError  # noqa: PLC0415
     from yaml.constructor import ConstructorError  # noqa: PLC0415
@@ -211,20 +214,17 @@ def _loader_class(duplicates: list[Problem], path: str | None) -> type[SafeLoade
         yaml_implicit_resolvers = _kept_resolvers(SafeLoader.yaml_implicit_resolvers)
         values = 0
 
-        def __init__(self, stream: str) -> None:
-            super().__init__(stream)
-            self.aliases: list[tuple[int, int]] = []
-
         def compose_node(self, parent: Any, index: Any) -> Any:  # noqa: ANN401 - as PyYAML has it
             """Compose a node, unless a recipe has fewer: each takes a kilobyte."""
             self.values += 1
             if self.values > MOST_VALUES:
                 message = f"more than {MOST_VALUES} values"
                 raise ComposerError(None, None, message, self.get_mark())
-            event = self.peek_event()
-            node = super().compose_node(parent, index)
-            if isinstance(event, AliasEvent):
-                self.aliases.append((node.start_mark.index, event.start_mark.index))
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            is_alias = isinstance(event, AliasEvent)
+            node: Any = super().compose_node(parent, index)
+            if is_alias:
+                aliases.append((node.start_mark.index, event.start_mark.index))
             return node
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:

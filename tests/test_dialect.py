@@ -100,6 +100,13 @@ SAME = {
             "- {model: b, parameters: {weight: 3}}\n"
         ),
     ),
+    "keys of one's own that are called alike": (
+        (
+            "const: &m a\nconst: &n b\nconst: &unused 1\nenv: &env\n  parameters: {weight: 2}\n"
+            "merge_method: linear\nmodels:\n- {model: *m, <<: *env}\n- {<<: *env, model: *n}\n"
+        ),
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 2}\n",
+    ),
     "a directive, documents' ends": (
         f"%YAML 1.1\n---\n# ünïcödé\n{weighted('0.5')}...\n",
         weighted("0.5"),

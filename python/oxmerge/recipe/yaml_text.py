@@ -13,6 +13,7 @@ from itertools import chain
 from oxmerge.errors import ProblemsError, RecipeError
 from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extent import MOST_VALUES, TooMuch, check_extent
+from oxmerge.recipe.keys import without_effect
 from oxmerge.recipe.recipe import MOST_BYTES, too_long
 from oxmerge.recipe.yaml_faults import explain_fault, explain_slip
 
@@ -121,16 +122,18 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
     documents: list[object] = []
     try:
         aliases: list[tuple[int, int]] = []
-        loader = _loader_class(findings.problems, aliases, path)(text)
+        shared: set[str] = set()
+        loader = _loader_class(findings.problems, aliases, shared, path)(text)
         while loader.check_node():
             node = loader.get_node()
             check_extent(node, _parts)
-            shared = _shared_keys(node, aliases)
+            shared.update(_shared_keys(node, aliases))
             document = loader.construct_document(node)
             if isinstance(document, MarkedMapping):
-                document.shared = shared
+                document.shared = frozenset(shared)
             documents.append(document)
             aliases.clear()
+            shared.clear()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error, text, path)]) from error
     mappings = [document for document in documents if isinstance(document, MarkedMapping)]
@@ -199,9 +202,12 @@ def _at(mark: Any, path: str | None) -> Place:  # noqa: ANN401 - PyYAML has no t
 
 
 def _loader_class(
-    duplicates: list[Problem], aliases: list[tuple[int, int]], path: str | None
+    duplicates: list[Problem],
+    aliases: list[tuple[int, int]],
+    shared: set[str],
+    path: str | None,
 ) -> type[SafeLoader]:
-    """Return a loader that appends what is written twice to `duplicates`.
+    """Return a loader that appends what is written twice to `duplicates`, but for `shared` keys.
 
     `aliases` gets, for each alias, the place in the text of what it refers to, and its own.
     """
@@ -228,7 +234,7 @@ def _loader_class(
             return node
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:
-        duplicates.extend(_duplicates(node, path))
+        duplicates.extend(_duplicates(node, path, shared))
         mapping = MarkedMapping()
         yield mapping
         _fill(loader, node, mapping)
@@ -264,12 +270,17 @@ def _position(node: Any) -> tuple[int, int]:  # noqa: ANN401 - PyYAML has no typ
     return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _duplicates(node: MappingNode, path: str | None) -> list[Problem]:
+def _duplicates(node: MappingNode, path: str | None, shared: set[str]) -> list[Problem]:
+    """Return the keys that are written twice.
+
+    A key of one's own may be: each of its values is for aliases, whatever it is called.
+    """
     first_lines: dict[str, int] = {}
     problems = []
     for key_node, _ in node.value:
         key, line = str(getattr(key_node, "value", "")), key_node.start_mark.line + 1
-        if key in first_lines and key != "<<" and not explain_slip(key):  # which is told of a key
+        is_own = key == "<<" or (key in shared and without_effect(key) is None)
+        if key in first_lines and not is_own and not explain_slip(key):  # which is told of a key
             text = f"`{shorten(key)}` is written twice, first on line {first_lines[key]}"
             advice = "leave one of them out"
             place = _at(key_node.start_mark, path)

@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 INSTALL = "install the library: `pip install huggingface_hub`"
-SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN"
+_LOG_IN = "sign in with `hf auth login`"
+SIGN_IN = f"{_LOG_IN}, or set HF_TOKEN"
+_ANOTHER_TOKEN = f"set HF_TOKEN anew, or {_LOG_IN}"
 #: Small files that are fetched at a time; a small file is no larger.
 _AT_ONCE = 8
 MOST_SMALL = 256 << 20
@@ -74,14 +76,13 @@ def _cannot_ask() -> tuple[str, str] | None:
         return message, "write it as https://host, or unset it"
     from huggingface_hub import get_token  # noqa: PLC0415 - only when the Hub is asked
 
-    advice = "set HF_TOKEN anew, or sign in with `hf auth login`"
     try:
         token = get_token() or ""
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        return f"the token for the Hub cannot be read ({reason.lower()})", advice
+        return f"the token for the Hub cannot be read ({reason.lower()})", _ANOTHER_TOKEN
     if not (token.isascii() and token.isprintable()):
-        return "the token for the Hub has letters that no token has", advice
+        return "the token for the Hub has letters that no token has", _ANOTHER_TOKEN
     return None
 
 
@@ -223,8 +224,9 @@ def fetch_small(commit: Commit, names: Iterable[str], revision: str | None) -> N
         folder: str = _asked(ask, commit.name, revision)
         return folder
 
-    os.makedirs(commit.folder, exist_ok=True)  # also of a model that has weights alone
     with _no_bars():
+        # Also of a model that has weights alone.
+        _asked(partial(os.makedirs, commit.folder, exist_ok=True), commit.name, revision)
         # By its name, so that the cache knows that; unless it is another commit by now.
         if os.path.basename(fetch(revision or "main")) != commit.hash:
             fetch(commit.hash)
@@ -268,6 +270,16 @@ def told(
 ) -> RemoteError:
     """Return the error for what `describe` says, in words for who wrote the recipe."""
     kinds, status = set(error["kinds"]), error["status"]
+    if error["errno"] is not None and "TransportError" not in kinds:
+        return RemoteError(
+            "the Hub's cache cannot be used",
+            file=cache_folder(),
+            found=error["text"],
+            advice="check its permissions and its disk; HF_HUB_CACHE names another folder",
+        )
+    # Of what is not there the Hub says 401 to those alone who sent no token.
+    if status == 401 and not _is_anonymous():  # noqa: PLR2004 - unauthorised
+        kinds.add(_NOT_TAKEN)
     what = name if revision is None else f"{name}@{revision}"
     words = {
         "name": name, "revision": revision, "file": file, "what": what, "endpoint": endpoint(),
@@ -285,6 +297,8 @@ def told(
     )
 
 
+#: A kind of error for which the library has no name.
+_NOT_TAKEN = "not taken"
 _NO_MODEL = "the Hub has no model `{name}`, or it is private"
 _SPELLING = "check how the name is spelt; for a private model, {sign_in}"
 _NETWORK = "check the network, and start again: what is complete is kept"
@@ -297,6 +311,7 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
      "see {endpoint}/{name}/refs for its branches and tags"),
     (("LocalEntryNotFoundError", "TransportError"), (), "the Hub cannot be reached", _NETWORK),
     (("EntryNotFoundError",), (), "`{what}` has no file `{file}`", "start again"),
+    ((_NOT_TAKEN,), (), "the Hub does not take the token", _ANOTHER_TOKEN),
     (("RepositoryNotFoundError",), (401,), _NO_MODEL, _SPELLING),
     (("OfflineModeIsEnabled",), (), "the Hub may not be asked",
      "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"),
@@ -311,6 +326,10 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
 
 
 def _sign_in() -> str:
+    return SIGN_IN if _is_anonymous() else "check that the token is of an account that has it"
+
+
+def _is_anonymous() -> bool:
     from huggingface_hub import get_token  # noqa: PLC0415 - as above
 
-    return SIGN_IN if get_token() is None else "check that the token is of an account that has it"
+    return get_token() is None

@@ -24,6 +24,7 @@ __all__ = [
     "HubFile",
     "HubName",
     "cache_folder",
+    "cached_commits",
     "cached_names",
     "find_cached",
     "is_offline",
@@ -214,6 +215,14 @@ def cached_names() -> list[str]:
     return []
 
 
+def cached_commits(name: str) -> list[str]:
+    """Return the commits of a model that the cache has something of."""
+    with suppress(OSError):
+        names = os.listdir(os.path.join(_folder_of(name), "snapshots"))
+        return sorted(filter(_HASH.fullmatch, names))
+    return []
+
+
 def find_cached(name: str, revision: str | None = None) -> Commit | None:
     """Return the commit that the cache has for a revision; files of it may be lacking.
 
@@ -237,13 +246,8 @@ def find_cached(name: str, revision: str | None = None) -> Commit | None:
         if _HASH.fullmatch(number):
             return Commit(name, number)
     if _SHORT_HASH.fullmatch(revision):
-        with suppress(OSError):
-            found = [
-                each
-                for each in os.listdir(os.path.join(folder, "snapshots"))
-                if each.startswith(revision) and _HASH.fullmatch(each)
-            ]
-            return Commit(name, found[0]) if len(found) == 1 else None
+        found = [each for each in cached_commits(name) if each.startswith(revision)]
+        return Commit(name, found[0]) if len(found) == 1 else None
     return None
 
 

@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from functools import partial
 from glob import escape
 from importlib.util import find_spec
-from urllib.parse import urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.download import describe
 from oxmerge.models.hub_cache import Commit, HubFile, cache_folder, cached_names, is_offline
-from oxmerge.models.remote import HttpFile, retried
+from oxmerge.models.remote import HttpFile, is_server, retried
 from oxmerge.problems import did_you_mean, shorten
 from oxmerge.sizes import format_size
 
@@ -66,12 +65,7 @@ def find_library() -> tuple[str, str] | None:
 
 def _cannot_ask() -> tuple[str, str] | None:
     """Return what the environment says that no request can be made of, and what to do."""
-    try:
-        address = urlsplit(endpoint())
-        is_address = address.scheme in {"https", "http"} and address.hostname and address.port != 0
-    except ValueError:  # its port is none
-        is_address = False
-    if not is_address:  # the library cannot even be imported with some
+    if not is_server(endpoint()):  # the library cannot even be imported with some
         message = f"HF_ENDPOINT is no address of a server (`{shorten(endpoint())}`)"
         return message, "write it as https://host, or unset it"
     from huggingface_hub import get_token  # noqa: PLC0415 - only when the Hub is asked

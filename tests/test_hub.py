@@ -872,7 +872,7 @@ class _NoHub(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.mark.parametrize("said", [b"<html>", b"{}", b"[]", b'{"id": 3, "siblings": 4}'])
+@pytest.mark.parametrize("said", [b"<html>", b"{}", b"[" * 10**5, b'{"id": 3, "siblings": 4}'])
 def test_what_answers_is_not_the_hub(
     the_hub: Hub, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
@@ -1092,6 +1092,35 @@ def test_names_of_files_that_lead_elsewhere(
     oxmerge.merge(passthrough("org/one"), "out")
     new = {path for path in tmp_path.rglob("*") if "hf" not in path.parts} - before
     assert all(Path("out").absolute() in (path, *path.parents) for path in new)
+
+
+def test_an_etag_that_leads_elsewhere(
+    the_hub: Hub, served: dict[str, Model], tmp_path: Path
+) -> None:
+    """The library calls a file in its cache by its ETag."""
+
+    class Evil(Handler):
+        def send_header(self, keyword: str, value: str) -> None:
+            is_etag = keyword == "ETag" and self.path.endswith("/config.json")
+            super().send_header(keyword, '"../../../../../evil"' if is_etag else value)
+
+    the_hub.start(served, Evil)
+    problem = refusal(passthrough("org/one"))
+    assert "the ETag `../../../../../evil` leads out of the cache" in (problem.found or "")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 70, "12", None])
+def test_a_size_that_is_none(the_hub: Hub, served: dict[str, Model], size: Any) -> None:
+    class Lying(Handler):
+        def described(self, model: Model, file: str) -> dict[str, Any]:
+            entry = super().described(model, file)
+            if "lfs" in entry:
+                entry["lfs"]["size"] = size
+            return entry
+
+    the_hub.start(served, Lying)
+    assert "no `model-00001-of-00002.safetensors`" in (refusal(passthrough("org/one")).found or "")
 
 
 def test_a_listing_that_lies(the_hub: Hub, served: dict[str, Model], tmp_path: Path) -> None:

@@ -15,8 +15,15 @@ from glob import escape
 from importlib.util import find_spec
 
 from oxmerge.errors import InputChangedError, RemoteError
-from oxmerge.models.download import describe
-from oxmerge.models.hub_cache import Commit, HubFile, cache_folder, cached_names, is_offline
+from oxmerge.models.download import describe, stay_within
+from oxmerge.models.hub_cache import (
+    Commit,
+    HubFile,
+    cache_folder,
+    cached_names,
+    is_offline,
+    is_size,
+)
 from oxmerge.models.remote import HttpFile, is_server, retried
 from oxmerge.problems import did_you_mean, shorten
 from oxmerge.sizes import format_size
@@ -127,7 +134,7 @@ def _listed_file(entry: Any) -> tuple[str, HubFile | None]:  # noqa: ANN401 - of
     if entry.lfs is not None:
         size, etag = entry.lfs.size, entry.lfs.sha256
     is_within = isinstance(name, str) and not {"", ".", ".."} & set(name.split("/"))
-    is_told = isinstance(size, int) and size >= 0 and isinstance(etag, str)
+    is_told = is_size(size) and isinstance(etag, str)
     if not is_within or not is_told or "\\" in name or "\0" in name:
         return str(name), None
     return name, HubFile(size, etag)
@@ -218,6 +225,7 @@ def fetch_small(commit: Commit, names: Iterable[str], revision: str | None) -> N
         folder: str = _asked(ask, commit.name, revision)
         return folder
 
+    stay_within()
     with _no_bars():
         # Also of a model that has weights alone.
         _asked(partial(os.makedirs, commit.folder, exist_ok=True), commit.name, revision)
@@ -254,7 +262,7 @@ def _asked(ask: Callable[[], Any], name: str, revision: str | None, file: str | 
 def _is_known(error: Exception) -> bool:
     """Tell whether the library raises an error for what it has met, or for what it was sent."""
     modules = {each.__module__.partition(".")[0] for each in type(error).__mro__}
-    return isinstance(error, (OSError, ValueError, LookupError, TypeError)) or any(
+    return isinstance(error, (OSError, ValueError, LookupError, TypeError, RecursionError)) or any(
         each.startswith(("httpx", "huggingface_hub")) for each in modules
     )
 
@@ -314,7 +322,8 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
      "check what the token may read, or {sign_in}"),
     ((), (404,), _NO_MODEL, _SPELLING),
     (("HFValidationError",), (), "`{name}` is no name that the Hub has", "check how it is spelt"),
-    (("ValueError", "LookupError", "TypeError"), (), "what answers at {endpoint} is not the Hub",
+    (("ValueError", "LookupError", "TypeError", "RecursionError"), (),
+     "what answers at {endpoint} is not the Hub",
      "check HF_ENDPOINT, and whether the network first asks to sign in"),
 )  # fmt: skip
 

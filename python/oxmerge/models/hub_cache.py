@@ -17,7 +17,7 @@ from oxmerge.json_files import read_json, read_start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, TypeGuard
 
 __all__ = [
     "Commit",
@@ -28,6 +28,7 @@ __all__ = [
     "cached_names",
     "find_cached",
     "is_offline",
+    "is_size",
 ]
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
@@ -186,9 +187,14 @@ def _cached_file(entry: Any) -> HubFile | None:  # noqa: ANN401 - it may be anyt
     size, etag = entry.get("lfs_size"), entry.get("lfs_sha256")
     if etag is None:
         size, etag = entry.get("size"), entry.get("blob_id")
-    if isinstance(size, int) and size >= 0 and isinstance(etag, str):
+    if is_size(size) and isinstance(etag, str):
         return HubFile(size, etag)
     return None
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Tell whether a value from elsewhere can be the bytes of a file."""
+    return isinstance(value, int) and 0 <= value < 1 << 63
 
 
 def cache_folder() -> str:

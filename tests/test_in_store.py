@@ -153,11 +153,16 @@ def test_the_last_part_completes_the_output(
         report = make(recipe, output, part, 3, finish=True)
     assert report.files == FILES
     assert fetched(output, tmp_path / "out") == whole["linear"]
+    # Begun again, by whoever places parts, neither has anything left to do.
+    for again in (make(recipe, output, 1, 2), oxmerge.finish(output)):
+        assert (again.files, again.notes) == (
+            0,
+            (f"`{output}` is complete: nothing is left to do",),
+        )
     with pytest.raises(OutputError, match="something lies where"):
-        make(recipe, output, 1, 3)
-    with pytest.raises(OutputError, match="no parts") as caught:
-        oxmerge.finish(output)
-    assert caught.value.found == "a model that is complete"
+        make(recipe, output, 1, 3, seed=6)
+    with pytest.raises(OutputError, match="something lies where"):
+        oxmerge.merge(recipe, output, shard_size=SHARD, seed=5)
 
 
 def test_two_runs_complete_the_output(
@@ -191,6 +196,36 @@ def test_sweeps_are_waited_for_so_long(
     (tmp_path / "scratch").mkdir()
     make(recipe, output, 1, 2, wait=0, finish=True)
     assert fetched(output, tmp_path / "out") == whole["metagpt"]
+
+
+def test_a_part_sweeps_what_no_run_has_begun(
+    tmp_path: Path, models: Path, whole: Any, output: str
+) -> None:
+    recipe = models / "metagpt.yml"
+    with pytest.raises(OutputError, match="other parts lack theirs"):
+        make(recipe, output, 2, 3, wait=0)
+    report = make(recipe, output, 1, 3)
+    assert re.search(r"part 1 of 3 is made, but not yet \d of 8", report.notes[-1])
+    for part in (3, 2):
+        make(recipe, output, part, 3, wait=0, finish=True)
+    assert fetched(output, tmp_path / "out") == whole["metagpt"]
+
+
+def test_what_another_run_has_begun_is_waited_for(
+    models: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, told = models / "metagpt.yml", []
+
+    def sweep_none(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(in_store, "make", sweep_none)
+        with pytest.raises(KeyboardInterrupt):
+            make(recipe, output, 2, 2)
+    with pytest.raises(OutputError, match="other parts lack theirs"):
+        make(recipe, output, 1, 2, wait=0.1, progress=lambda shown: told.append(shown.tensor))
+    assert re.fullmatch(r"waiting for the sweeps of \d weight files", told[-1])
 
 
 def test_parts_of_another_plan(models: Path, output: str) -> None:

@@ -134,6 +134,29 @@ def test_bytes_are_those_of_a_directory(
     assert not list((tmp_path / "scratch").iterdir())
 
 
+def test_models_in_the_store_of_google(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed from there, and made there in parts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with s3_server.serve(google=True) as address:
+        for name, value in s3_server.google_environment(address, tmp_path / "account.json").items():
+            monkeypatch.setenv(name, value)
+        for name in ("base", "a", "b"):
+            objects = Objects.at(f"gs://bucket/models/{name}")
+            for path in (models / name).iterdir():
+                objects.upload(path.name, path, threading.Event())
+        names = [f"gs://bucket/models/{name}" for name in ("a", "b", "base")]
+        recipe = write_recipe(tmp_path / "r.yml", "metagpt", names[:2], base=names[2])
+        made = "gs://bucket/merged"
+        for part in (1, 2):
+            make(recipe, made, part, 2, finish=True)
+        found = fetched(made, tmp_path / "out")
+    told = ("README.md", "oxmerge_recipe.yml", "oxmerge.json")
+    assert found.keys() == whole["metagpt"].keys()
+    assert all(data == whole["metagpt"][name] for name, data in found.items() if name not in told)
+
+
 def test_one_run_makes_all(tmp_path: Path, models: Path, whole: Any, output: str) -> None:
     oxmerge.merge(models / "metagpt.yml", output, shard_size=SHARD, seed=5)
     assert fetched(output, tmp_path / "out") == whole["metagpt"]

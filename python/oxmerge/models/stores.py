@@ -426,7 +426,8 @@ def _open(scheme: str, netloc: str) -> Any:  # noqa: ANN401 - of obstore
     # Who sets an endpoint without TLS means it.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     plain = scheme in {"s3", "s3a"} and endpoint.startswith("http://")
-    asked = os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
+    owner = "GOOGLE" if scheme == "gs" else "AWS"
+    asked = os.environ.get(f"{owner}_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
     root = f"{scheme}://{netloc}"
     with _told(root):
         return from_url(

@@ -204,6 +204,10 @@ def test_two_runs_complete_the_output(
         context.setattr(in_store, "complete_in_store", after_another)
         report = make(recipe, output, 2, 2, finish=True)
     assert "another run completes the output" in report.notes[-1]
+    # One that was killed then has left records.
+    Objects.at(output).put(".parts.oxmerge-partial/1of2.key", b"{}")
+    Objects.at(output).put(".parts.oxmerge-partial/plan", b"{}")
+    assert make(recipe, output, 2, 2).files == 0
     assert fetched(output, tmp_path / "out") == whole["linear"]
 
 

@@ -549,6 +549,30 @@ def test_a_part_is_begun_again_when_the_output_is_complete(tmp_path: Path, model
         make(copied, output, 2, 2)
 
 
+@pytest.mark.parametrize("again", ["part", "finish"])
+def test_who_completes_is_killed_at_the_very_end(
+    tmp_path: Path, models: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """The model is there, and some of what it was made of: a later run removes that."""
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make_all(recipe, output, 2)
+
+    def die(output: Any) -> None:
+        (output.path / PARTS_NAME / "1of2.done").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(publish, "_remove_folders_of_runs", die)
+        context.setattr(publish, "close", lambda output: output.claim.release())
+        with pytest.raises(KeyboardInterrupt):
+            oxmerge.finish(output)
+    assert (output / PARTS_NAME).exists()
+    report = make(recipe, output, 1, 2) if again == "part" else oxmerge.finish(output)
+    assert report.files == 0
+    assert not list(output.glob(".*"))
+    assert directory_bytes(output) == whole["linear"]
+
+
 def test_outputs_of_a_sweep_that_are_complete_stay(tmp_path: Path, models: Path) -> None:
     def part(number: int, **options: Any) -> list[int]:
         reports = oxmerge.sweep(

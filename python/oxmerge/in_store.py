@@ -309,14 +309,24 @@ def finish_in_store(
     there = objects.files()
     saved = there.get(_RECORDS + PLAN_NAME)
     if saved is None:
-        report = there.get(REPORT_NAME)
-        if report is not None and _parsed(objects.read(report)).get("parts"):
+        if _is_sealed(objects, there):
             return nothing_left(objects.address)
         raise no_parts(objects.address, is_model=MANIFEST_NAME in there)
     with _scratch(objects.address, "plan", "") as place:
         objects.fetch(saved, place / PLAN_NAME)
         plan = load_plan(place / PLAN_NAME, allow_methods=allow_methods)
-        return complete_in_store(plan, objects.address, planning, running, started)
+        try:
+            return complete_in_store(plan, objects.address, planning, running, started)
+        except NoPartsError:  # another run has completed it
+            if not _is_sealed(objects, objects.files()):
+                raise
+    return nothing_left(objects.address)
+
+
+def _is_sealed(objects: Objects, there: Files) -> bool:
+    """Tell whether there is the report of an output that was made in parts."""
+    report = there.get(REPORT_NAME)
+    return report is not None and bool(_parsed(objects.read(report)).get("parts"))
 
 
 def clean_in_store(address: PathLike) -> bool:

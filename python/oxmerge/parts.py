@@ -62,8 +62,10 @@ from oxmerge.output.publish import (
     PARTS_NAME,
     NoPartsError,
     OutputDirectory,
+    clean,
     close,
     discard,
+    is_just_complete,
     last_names,
     no_parts,
     prepare_output,
@@ -277,12 +279,21 @@ def is_complete(plan: Plan, directory: Path, purpose: Purpose) -> bool:
         last = (directory / last_names(contents_of(plan))[-1]).exists()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    is_there = last and found == sizes and not (directory / PARTS_NAME).exists()
-    return is_there and purpose.is_sealed(read_object(directory / REPORT_NAME).get("parts"))
+    return (
+        last
+        and found == sizes
+        and purpose.is_sealed(read_object(directory / REPORT_NAME).get("parts"))
+    )
 
 
 def nothing_left(directory: PathLike) -> MergeReport:
-    """Return the report of a run that found the output complete."""
+    """Return the report of a run that found the output complete.
+
+    What a run has left that died just after it had completed that is removed.
+    """
+    if is_address(os.fspath(directory)) or is_just_complete(Path(directory)):
+        with contextlib.suppress(BusyError):
+            clean(directory)
     done: dict[str, Any] = {
         "bytes_read": 0, "bytes_written": 0, "seconds": 0.0, "peak_memory": _core.peak_memory(),
         "memory": {"predicted": 0, "budget": 0, "workers": 0},
@@ -630,13 +641,16 @@ def finish(
         from oxmerge.in_store import finish_in_store  # noqa: PLC0415 - it needs this module
 
         return finish_in_store(directory, planning, running, allow_methods, started)
+    is_sealed = bool(read_object(path / REPORT_NAME).get("parts"))
+    if is_sealed and is_just_complete(path):
+        return nothing_left(directory)
     parts = parts_in(path)
     if parts:  # told before another run that makes one
         with shared_folder(path, 1, parts) as files:
             _made_by_all(files)
     else:
         is_model = (path / MANIFEST_NAME).exists()
-        if is_model and read_object(path / REPORT_NAME).get("parts"):
+        if is_model and is_sealed:
             return nothing_left(directory)
         raise no_parts(path, is_model=is_model)
     plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)

@@ -384,6 +384,23 @@ def test_a_part_sweeps_what_no_run_has_begun(
     assert directory_bytes(output) == whole["nan"]
 
 
+def test_what_is_swept_meanwhile_is_not_swept_again(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be made by then, and must stay as it was left."""
+    recipe, output = models / "nan.yml", tmp_path / "out"
+    for part in (1, 2, 3, 2):
+        with contextlib.suppress(WaitsForOthersError):
+            make(recipe, output, part, 3, wait=0)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("2of3*/.model*")}
+    assert before
+    (output / PARTS_NAME / "3of3.numbers").unlink()
+    monkeypatch.setattr(PartFiles, "unswept", lambda _: [2])
+    with pytest.raises(WaitsForOthersError):
+        make(recipe, output, 1, 3, wait=0.1)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
 def test_others_sweep_when_a_part_gives_up(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +533,9 @@ def test_a_part_that_is_made_is_not_made_again(
     spoilt.write_bytes(spoilt.read_bytes()[:-1])
     with pytest.raises(OutputError, match="part 2 are not as it left them"):
         oxmerge.finish(output)
+    with pytest.raises(OutputError, match="not all parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "not yet part 2"
     make(recipe, output, 2, 3, finish=True)
     assert directory_bytes(output) == whole["linear"]
 

@@ -361,7 +361,8 @@ def _make_with_help(
                 contextlib.ExitStack() as stack,
             ):
                 _, theirs = shared.join(stack, other, at_once)
-                shared.make(plans, theirs, at_once, backend, sweeps_only=True)
+                if not theirs[0].is_swept():  # by a run that has ended meanwhile
+                    shared.make(plans, theirs, at_once, backend, sweeps_only=True)
         left = until - time.monotonic()
         wait = max(min(left, _SECONDS_BETWEEN_HELP), 0)
         try:
@@ -857,6 +858,7 @@ def _find_all(
         check_of_plan(each.key, digest, at, str(files.directory))
         found = files.of(at).find(output, each)
         if found is None:
+            files.of(at).forget_made()
             message = f"the weight files of part {at} are not as it left them"
             raise OutputError(message, file=str(files.directory), advice=_AGAIN)
         for name, (place, state) in found.items():

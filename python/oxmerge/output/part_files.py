@@ -455,13 +455,12 @@ class PartFiles:
 
     def unswept(self) -> list[int]:
         """Return the parts that have not found their numbers, and that no run makes."""
-        there = set(os.listdir(self.folder))
         others = [self.of(part) for part in range(1, self.parts + 1) if part != self.part]
-        return [
-            other.part
-            for other in others
-            if f"{other.name}.numbers" not in there and other.is_free()
-        ]
+        return [other.part for other in others if not other.is_swept() and other.is_free()]
+
+    def is_swept(self) -> bool:
+        """Tell whether this part has found its numbers."""
+        return f"{self.name}.numbers" in os.listdir(self.folder)
 
     def made(self) -> Made | None:
         """Return what this part has made, if all of it is there as it was left."""

@@ -16,7 +16,6 @@ from oxmerge.models.fetching import fetch
 from oxmerge.models.inputs import Inputs
 from oxmerge.models.places import size_of
 from oxmerge.options import RunOptions
-from oxmerge.problems import Findings, group_problems
 from oxmerge.schema import DTYPE_SIZES
 from oxmerge.sizes import parse_size
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from oxmerge.models.inputs import InputModel
+    from oxmerge.problems import Findings
 
     Progress = Callable[[Snapshot], None] | bool | None
     Report = Callable[[int, int, int, str, int], None]
@@ -79,7 +79,7 @@ def open_models(references: Sequence[str], findings: Findings, failure: str) -> 
     models = [inputs.open(reference) for reference in references]
     opened = [model for model in models if model is not None]
     if len(opened) < len(models) or findings.problems:
-        raise PlanError.of(failure, group_problems(findings.problems))
+        raise PlanError.of(failure, findings.problems, findings.warnings)
     return opened
 
 

@@ -396,9 +396,11 @@ impl Need {
             amount.most = amount.most.max(self.sample());
         }
         if self.is_ahead {
-            // A mark for each element of a step, and results for those that were undecided.
+            // A mark for each element of a step, a bit for each of a block that a selection keeps, and results
+            // for those that were undecided.
             let decided = ahead::most_undecided(elements) * self.outputs.iter().sum::<u64>();
-            amount.add(Amount::certain(step));
+            let bits = self.searches * BLOCK_ELEMENTS / u64::from(u8::BITS);
+            amount.add(Amount::certain(step + bits));
             amount.add(Amount::uncertain(decided));
         }
         amount

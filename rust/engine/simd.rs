@@ -7,12 +7,14 @@ use super::backend::{Arithmetic, Backend, Results, Run, Step, fold, max, start_o
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::formula::machine::{CHUNK, InputBytes, Known, Machine, TensorFrame};
-use crate::formula::program::{Along, Effect, Fused, Keep, Mask, Program, TaskVector, ThinnedSum};
+use crate::formula::program::{
+    Along, BracketedVector, Effect, Fused, Keep, Mask, Program, TaskVector, ThinnedSum,
+};
 use crate::formula::selection::{Counted, Interval, Look};
 use crate::formula::{Among, Chosen, Pick, ReductionKind};
 use crate::kernels::{
-    self, BLOCK, Counts, Differences, Ends, LANES, Lanes, Level, MaskBits, MaskKey, Picked, Ranker,
-    Real, SPAN, ThinnedTerm,
+    self, BLOCK, Counts, Cuts, Differences, Ends, LANES, Lanes, Level, MaskBits, MaskKey, Picked,
+    Ranker, Real, SPAN, ThinnedTerm,
 };
 
 /// The kernels of one instruction set.
@@ -52,9 +54,11 @@ impl<T: Real> Run for Machine<'_, T> {
         let at = |element: u64| (element - step.elements.start) as usize;
         let room = |_| vec![T::ZERO.ordinal(); at(step.elements.end)];
         let mut ranked: Vec<_> = (0..self.program.rankings).map(room).collect();
+        let mut kept = KeptByCuts::default();
         for segment in steps(step.elements.clone(), segment) {
             let mut lanes: Vec<Lanes> = kinds.iter().map(|&kind| [start_of(kind); LANES]).collect();
             for chunk in steps(segment, chunk) {
+                kept.clear();
                 self.compute(&chunk, step.inputs, step.given);
                 for effect in &self.program.effects {
                     match effect {
@@ -62,7 +66,7 @@ impl<T: Real> Run for Machine<'_, T> {
                             let out = &mut ranked[*ranking][at(chunk.start)..at(chunk.end)];
                             kernels::ordinals(self.level(), &self.chunk(*a), out);
                         }
-                        _ => apply(self, effect, step, &chunk, &mut lanes, results),
+                        _ => apply(self, effect, step, &chunk, (&mut lanes, &mut kept), results),
                     }
                 }
             }
@@ -132,13 +136,16 @@ pub(super) fn picked(pick: Pick, draws: &[u32]) -> Picked<'_> {
     }
 }
 
+/// What selections keep of the spans of a chunk, where an effect has noted it.
+type KeptByCuts = Vec<(usize, Vec<MaskBits>)>;
+
 /// Does what `effect` is to do with the elements `chunk`.
 fn apply<T: Real>(
     machine: &Machine<'_, T>,
     effect: &Effect,
     step: &Step<'_>,
     chunk: &Range<u64>,
-    lanes: &mut [Lanes],
+    (lanes, kept): (&mut [Lanes], &mut KeptByCuts),
     results: &mut Results<'_>,
 ) {
     let level = machine.level();
@@ -176,7 +183,7 @@ fn apply<T: Real>(
             let values = machine.chunk(*a);
             results.keys[*sample].extend(values.iter().map(|value| value.key()));
         }
-        Effect::Fused(fused) => apply_fused(machine, fused, step, chunk, lanes, results),
+        Effect::Fused(fused) => apply_fused(machine, fused, step, chunk, (lanes, kept), results),
     }
 }
 
@@ -242,7 +249,7 @@ fn apply_fused<T: Real>(
     fused: &Fused,
     step: &Step<'_>,
     chunk: &Range<u64>,
-    lanes: &mut [Lanes],
+    (lanes, kept): (&mut [Lanes], &mut KeptByCuts),
     results: &mut Results<'_>,
 ) {
     let level = machine.level();
@@ -265,7 +272,7 @@ fn apply_fused<T: Real>(
         }
         Fused::Thinned { output, dtype, sum } => {
             let out = part(results.outputs[*output], *dtype, step, chunk);
-            thinned(machine, sum, *dtype, step, chunk, out);
+            thinned(machine, sum, *dtype, step, chunk, kept, out);
         }
         Fused::Products { numbers, inputs: [a, b] } => {
             let ((dtype, a), (_, b)) = (stored(*a), stored(*b));
@@ -284,11 +291,11 @@ fn apply_fused<T: Real>(
             lanes[*flips][0] += found.flips as f64;
             lanes[*largest][0] = max(lanes[*largest][0], found.largest());
         }
-        Fused::Norms { whole, kept, vector, mask } => {
-            let mut own = [whole.map_or([0.0; LANES], |whole| lanes[whole]), lanes[*kept]];
+        Fused::Norms { whole, kept: of_kept, vector, mask } => {
+            let mut own = [whole.map_or([0.0; LANES], |whole| lanes[whole]), lanes[*of_kept]];
             norms(machine, *vector, *mask, step, chunk, &mut own);
             whole.iter().for_each(|&whole| lanes[whole] = own[0]);
-            lanes[*kept] = own[1];
+            lanes[*of_kept] = own[1];
         }
         Fused::Count { search, interval, vector } => {
             let counted = &mut results.counts[*search];
@@ -298,41 +305,44 @@ fn apply_fused<T: Real>(
                 kernels::collect_magnitudes(level, dtype, x, base, low, high, shift, between)
             });
         }
-        Fused::Between { output, vectors } => {
+        Fused::Bracket { output, vectors } => {
             let out = part(results.outputs[*output], DType::Bool, step, chunk);
             out.fill(0);
-            for (vector, which) in vectors {
-                between(machine, *vector, *which, step.inputs, chunk, out);
+            for of in vectors {
+                let counted = &mut results.counts[of.search];
+                kept.push((of.least, bracket(machine, of, step.inputs, chunk, counted, out)));
             }
         }
     }
 }
 
-/// Marks where the second of two selections keeps the magnitude of a task vector and the first, which
-/// keeps less, does not.
-fn between<T: Real>(
+/// Counts the magnitudes of a task vector for a search, and marks what only the selection that keeps more
+/// keeps of it. Gives what the other one does.
+fn bracket<T: Real>(
     machine: &Machine<'_, T>,
-    TaskVector { x, base }: TaskVector,
-    which: [usize; 2],
+    of: &BracketedVector,
     inputs: &[Option<InputBytes<'_>>],
     chunk: &Range<u64>,
+    counted: &mut Counted,
     out: &mut [u8],
-) {
-    let [least, most] = which.map(|which| machine.chosen(which));
-    // What is kept of equal keys differs before and behind the last one that is.
-    let ends = [least.equals_end, most.equals_end].map(|end| end.clamp(chunk.start, chunk.end));
-    let places = [chunk.start, ends[0].min(ends[1]), ends[0].max(ends[1]), chunk.end];
-    for part in places.windows(2).map(|pair| pair[0]..pair[1]) {
-        let first_kept = |cut: Chosen| cut.threshold + u64::from(part.start >= cut.equals_end);
-        let keys = first_kept(most)..first_kept(least);
-        if part.is_empty() || keys.is_empty() {
-            continue;
-        }
-        let ((dtype, x), (_, base)) = (stored(inputs, x, &part), stored(inputs, base, &part));
-        let at = |index: u64| (index - chunk.start) as usize;
-        let out = &mut out[at(part.start)..at(part.end)];
-        kernels::mark_between(machine.level(), dtype, x, base, keys.start, keys.end - 1, out);
-    }
+) -> Vec<MaskBits> {
+    let (level, TaskVector { x, base }) = (machine.level(), of.vector);
+    let [least, most] = [of.least, of.most].map(|which| machine.chosen(which));
+    let each = steps(chunk.clone(), SPAN as u64).zip(out.chunks_mut(SPAN));
+    let each = each.map(|(span, between)| {
+        let ((dtype, x), (_, base)) = (stored(inputs, x, &span), stored(inputs, base, &span));
+        let end = |cut: Chosen| cut.equals_end.saturating_sub(span.start).min(SPAN as u64) as usize;
+        let ends = [end(least), end(most)];
+        let cuts = Cuts { high: least.threshold, low: most.threshold, ends };
+        let mut kept = [0; _];
+        counted.count(span.start / BLOCK as u64, |keys| {
+            let ends;
+            (kept, ends) = kernels::bracket(level, dtype, x, base, cuts, between, keys);
+            ends
+        });
+        kept
+    });
+    each.collect()
 }
 
 /// The type of an input, and its bytes of some elements.
@@ -367,15 +377,20 @@ fn thinned<T: Real>(
     dtype: DType,
     step: &Step<'_>,
     chunk: &Range<u64>,
+    kept: &KeptByCuts,
     out: &mut [u8],
 ) {
     let (level, inputs) = (machine.level(), step.inputs);
-    for (span, out) in steps(chunk.clone(), SPAN as u64).zip(out.chunks_mut(SPAN * dtype.size())) {
+    let spans = steps(chunk.clone(), SPAN as u64).zip(out.chunks_mut(SPAN * dtype.size()));
+    for (at, (span, out)) in spans.enumerate() {
         let base = stored(inputs, sum.base, &span).1;
         let bits = sum.terms.iter().map(|term| match term.keep {
             Keep::All => [u32::MAX; _],
             Keep::Masked(mask) => machine.bits(mask, span.start, step.given),
             Keep::Largest(which) => {
+                if let Some((_, kept)) = kept.iter().find(|(other, _)| *other == which) {
+                    return kept[at];
+                }
                 let Chosen { threshold, equals_end } = machine.chosen(which);
                 let end = equals_end.saturating_sub(span.start).min(SPAN as u64) as usize;
                 let x = stored(inputs, term.x, &span).1;

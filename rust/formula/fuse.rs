@@ -11,8 +11,8 @@ use crate::dtype::DType;
 use crate::kernels::Votes;
 
 use super::program::{
-    Along, Argument, Effect, Fused, Keep, Operation, Setting, Slot, TaskVector, ThinnedSum,
-    ThinnedVector,
+    Along, Argument, BracketedVector, Effect, Fused, Keep, Operation, Setting, Slot, TaskVector,
+    ThinnedSum, ThinnedVector,
 };
 use super::selection::Look;
 use super::{BinaryOp, ReductionKind, UnaryOp};
@@ -124,7 +124,8 @@ impl Code<'_> {
             effects.into_iter().map(|effect| self.one(&effect).map_or(effect, Effect::Fused));
         match self.along {
             Along::Segments(_) => {
-                let effects = self.with_products(self.with_norms(effects.collect()));
+                let effects = self.with_bracket(effects.collect());
+                let effects = self.with_products(self.with_norms(effects));
                 self.with_differences(effects)
             }
             Along::Columns => effects.collect(),
@@ -137,9 +138,6 @@ impl Code<'_> {
             // The kernels that reduce do not do so by column.
             Effect::Reduce { .. } if self.along == Along::Columns => None,
             Effect::Store { output, dtype, a } if dtype.is_float() => self.store(output, dtype, a),
-            Effect::Store { output, dtype: DType::Bool, a } => {
-                Some(Fused::Between { output, vectors: self.between(a)? })
-            }
             Effect::Count { search, interval, a } if interval.look == Look::Keys => {
                 let Operation::Unary { op: UnaryOp::Abs, a } = self.at(a)? else { return None };
                 Some(Fused::Count { search, interval, vector: self.task_vector(*a)? })
@@ -188,6 +186,38 @@ impl Code<'_> {
                 at += 1;
             }
         }
+        effects
+    }
+
+    /// Makes what is stored of elements between two cuts and the counts for the searches between these
+    /// one effect, before others need what the cuts keep.
+    fn with_bracket(&self, mut effects: Vec<Effect>) -> Vec<Effect> {
+        let stored = effects.iter().enumerate().find_map(|(at, effect)| match *effect {
+            Effect::Store { output, dtype: DType::Bool, a } => Some((at, output, self.between(a)?)),
+            _ => None,
+        });
+        let Some((at, output, between)) = stored else { return effects };
+        let counted = |effect: &Effect| match *effect {
+            Effect::Fused(Fused::Count { search, vector, .. }) => Some((search, vector)),
+            _ => None,
+        };
+        // Both are in the order of the selections.
+        let counts: Vec<_> = effects.iter().filter_map(counted).collect();
+        let is_counted = counts.iter().map(|(_, vector)| vector);
+        if !is_counted.eq(between.iter().map(|(vector, _)| vector)) {
+            return effects;
+        }
+        let both = counts.iter().zip(&between);
+        let vectors = both.map(|(&(search, vector), &(_, [least, most]))| BracketedVector {
+            vector,
+            search,
+            least,
+            most,
+        });
+        let vectors = vectors.collect();
+        effects.remove(at);
+        effects.retain(|effect| counted(effect).is_none());
+        effects.insert(0, Effect::Fused(Fused::Bracket { output, vectors }));
         effects
     }
 

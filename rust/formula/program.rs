@@ -181,9 +181,20 @@ pub(crate) enum Fused {
     Norms { whole: Option<usize>, kept: usize, vector: TaskVector, mask: Mask },
     /// Counts the magnitudes of a task vector for a search.
     Count { search: usize, interval: Interval, vector: TaskVector },
-    /// Stores, as BOOL, where a second selection keeps the magnitude of a task vector and a first one,
-    /// which keeps less, does not; of any of these.
-    Between { output: usize, vectors: Vec<(TaskVector, [usize; 2])> },
+    /// Of task vectors of which a first selection keeps less than a second: counts the magnitudes for the
+    /// searches between the two, notes what the first ones keep, and stores, as BOOL, where only a second
+    /// one does.
+    Bracket { output: usize, vectors: Vec<BracketedVector> },
+}
+
+/// A task vector, and by whose cuts it is looked at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BracketedVector {
+    pub(crate) vector: TaskVector,
+    pub(crate) search: usize,
+    /// The selections that keep less and more.
+    pub(crate) least: usize,
+    pub(crate) most: usize,
 }
 
 /// x − base, of inputs of one type.
@@ -232,8 +243,8 @@ impl Fused {
             }
             Self::Products { inputs, .. } | Self::Differences { inputs, .. } => inputs.to_vec(),
             Self::Norms { vector, .. } | Self::Count { vector, .. } => vec![vector.x, vector.base],
-            Self::Between { vectors, .. } => {
-                vectors.iter().flat_map(|(vector, _)| [vector.x, vector.base]).collect()
+            Self::Bracket { vectors, .. } => {
+                vectors.iter().flat_map(|of| [of.vector.x, of.vector.base]).collect()
             }
         }
     }
@@ -515,10 +526,14 @@ impl fmt::Display for Fused {
             Self::Count { search, vector: TaskVector { x, base }, .. } => {
                 write!(f, "fused count q{search} |x{x} - x{base}|")
             }
-            Self::Between { output, vectors } => {
-                let vector = |(TaskVector { x, base }, _): &_| format!("|x{x} - x{base}|");
+            Self::Bracket { output, vectors } => {
+                let vector =
+                    |BracketedVector { vector: TaskVector { x, base }, search, .. }: &_| {
+                        format!("q{search} |x{x} - x{base}|")
+                    };
                 let vectors: Vec<_> = vectors.iter().map(vector).collect();
-                write!(f, "fused store o{output} BOOL between cuts of {}", vectors.join(", "))
+                let vectors = vectors.join(", ");
+                write!(f, "fused count, store o{output} BOOL between cuts of {vectors}")
             }
         }
     }

@@ -31,9 +31,9 @@ pub(crate) fn cancels<T: Real>(sum: T, magnitudes: T) -> bool {
 
 /// Whether the sum of some of these weights can be zero while its terms are not. Sums of one sign
 /// cannot, unless they overflow.
-fn can_cancel<T: Real>(terms: &[(T, &[T])]) -> bool {
-    let sum = terms.iter().fold(T::ZERO, |sum, &(weight, _)| sum + weight.abs());
-    let has = |holds: fn(T) -> bool| terms.iter().any(|&(weight, _)| holds(weight));
+pub(super) fn can_cancel<T: Real>(weights: &(impl Iterator<Item = T> + Clone)) -> bool {
+    let sum = weights.clone().fold(T::ZERO, |sum, weight| sum + weight.abs());
+    let has = |holds: fn(T) -> bool| weights.clone().any(holds);
     !sum.to_f64().is_finite() || (has(|weight| weight > T::ZERO) && has(|weight| weight < T::ZERO))
 }
 
@@ -126,7 +126,7 @@ pub fn elect<T: Real>(level: Level, terms: &[(T, &[T])], average: bool, out: &mu
     for (_, values) in terms {
         assert_eq!(values.len(), out.len(), "a term and the output must have the same length");
     }
-    match (average, average && can_cancel(terms)) {
+    match (average, average && can_cancel(&terms.iter().map(|term| term.0))) {
         (false, _) => level.run(Elect::<T, false, false> { terms, out }),
         (true, false) => level.run(Elect::<T, true, false> { terms, out }),
         (true, true) => level.run(Elect::<T, true, true> { terms, out }),

@@ -26,6 +26,7 @@
     reason = "a loop that is not inlined into its shell is compiled without the shell's features"
 )]
 
+pub mod bracket;
 pub mod compare;
 pub mod consensus;
 pub mod convert;
@@ -49,6 +50,7 @@ mod transcendental;
 pub mod ulp;
 pub mod weighted;
 
+pub use bracket::{Cuts, bracket};
 pub use compare::{CELL, CELLS, COMPARISON_VERSION, Comparison, compare};
 pub use consensus::elect;
 pub(crate) use consensus::{CANCELLED, cancels};
@@ -62,8 +64,7 @@ pub use low_rank::{Product, TILE, Tiles, low_rank_bytes};
 pub use mask_bits::{BITS, MaskBits, SPAN, mask_from, masked, pack_mask, unpack_mask};
 pub use norms::norms_into;
 pub use order::{
-    Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_between, mark_largest,
-    ordinals, trim,
+    Counts, Ends, collect, collect_magnitudes, count, histogram, keep, mark_largest, ordinals, trim,
 };
 pub use random::{GENERATOR_VERSION, MaskKey, draws, random_bits, random_mask};
 pub use rank::{Descent, Picked, Ranker, bound};

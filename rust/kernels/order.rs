@@ -224,7 +224,7 @@ struct Magnitudes<'a, F: Format> {
 }
 
 #[inline(always)]
-fn magnitude<F: Format>(x: F::Bytes, base: F::Bytes) -> f32 {
+pub(super) fn magnitude<F: Format>(x: F::Bytes, base: F::Bytes) -> f32 {
     (F::widen::<f32>(x) - F::widen::<f32>(base)).abs()
 }
 
@@ -297,12 +297,19 @@ impl<T: Real, const ONE_KEY: bool> Tallies<T, ONE_KEY> {
 
 impl<T: Real, E: Elements<T>, const ONE_KEY: bool> Collect<'_, T, E, ONE_KEY> {
     /// Adds the offsets of those of `values` that lie between the ends. They are few, so that most
-    /// parts of a group have none.
+    /// parts of a group have none; or all, of a small tensor.
     #[inline(always)]
     #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
     fn keep(&mut self, values: &[T]) {
         let Interval { low, high } = self.interval;
         let is_between = |ordinal| (ordinal > low) & (ordinal < high);
+        let offset = |ordinal: T::Ordinal| T::Ordinal::shifted(ordinal.above(low), self.shift);
+        if let Ok(group) = <&[T; GROUP]>::try_from(values)
+            && group.iter().fold(true, |all, value| all & is_between(value.ordinal()))
+        {
+            self.between.extend_from_slice(&group.map(|value| offset(value.ordinal())));
+            return;
+        }
         for part in values.chunks(PART) {
             if !part.iter().fold(false, |any, value| any | is_between(value.ordinal())) {
                 continue;
@@ -310,7 +317,7 @@ impl<T: Real, E: Elements<T>, const ONE_KEY: bool> Collect<'_, T, E, ONE_KEY> {
             let (mut found, mut count) = ([0; PART], 0);
             for value in part {
                 let ordinal = value.ordinal();
-                found[count % PART] = T::Ordinal::shifted(ordinal.above(low), self.shift);
+                found[count % PART] = offset(ordinal);
                 count += usize::from(is_between(ordinal));
             }
             self.between.extend_from_slice(&found[..count]);
@@ -383,25 +390,6 @@ impl<F: Format> Kernel for Mark<'_, F> {
             self.each(|_, ordinal| ordinal >= least);
         } else {
             self.each(|at, ordinal| ordinal > least || (at < end && ordinal == least));
-        }
-    }
-}
-
-/// Marks the magnitudes of an interval, a byte an element.
-struct Between<'a, F: Format> {
-    elements: Magnitudes<'a, F>,
-    interval: Interval<i32>,
-    out: &'a mut [u8],
-}
-
-impl<F: Format> Kernel for Between<'_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run(self) {
-        let Magnitudes { x, base } = self.elements;
-        for (out, (&x, &base)) in self.out.iter_mut().zip(x.iter().zip(base)) {
-            *out |= u8::from(self.interval.contains(magnitude::<F>(x, base).ordinal()));
         }
     }
 }
@@ -574,7 +562,7 @@ fn magnitudes<'a, F: Format>(x: &'a [u8], base: &'a [u8]) -> Magnitudes<'a, F> {
     Magnitudes { x: F::elements(x), base: F::elements(base) }
 }
 
-fn check_task_vector(dtype: DType, x: &[u8], base: &[u8]) -> usize {
+pub(super) fn check_task_vector(dtype: DType, x: &[u8], base: &[u8]) -> usize {
     assert!(dtype != DType::F64, "{dtype} is not widened to f32");
     let count = x.len() / dtype.size();
     check_bytes("the input", dtype, x, count);
@@ -637,32 +625,6 @@ pub fn mark_largest(
         DType::Bf16 => go(level, magnitudes::<Bf16>(x, base), least, equals_end),
         DType::F16 => go(level, magnitudes::<F16>(x, base), least, equals_end),
         _ => go(level, magnitudes::<F32>(x, base), least, equals_end),
-    }
-}
-
-/// Marks the magnitudes of a stored task vector, x − base, rounded to f32, whose keys lie inside
-/// `low..=high`: `out[i]` becomes 1 there, and is left as it is elsewhere.
-///
-/// # Panics
-///
-/// If a slice has not as many elements as `out`, the type is not BF16, F16 or F32, or the interval is
-/// empty.
-pub fn mark_between(
-    level: Level,
-    dtype: DType,
-    x: &[u8],
-    base: &[u8],
-    low: u64,
-    high: u64,
-    out: &mut [u8],
-) {
-    let interval = Interval::new(low, high);
-    let count = check_task_vector(dtype, x, base);
-    assert_eq!(count, out.len(), "the marks must have as many elements as the input");
-    match dtype {
-        DType::Bf16 => level.run(Between { elements: magnitudes::<Bf16>(x, base), interval, out }),
-        DType::F16 => level.run(Between { elements: magnitudes::<F16>(x, base), interval, out }),
-        _ => level.run(Between { elements: magnitudes::<F32>(x, base), interval, out }),
     }
 }
 

@@ -5,7 +5,7 @@
 //! weighted, voted on and narrowed in registers. Each step is rounded as by the kernels it stands
 //! for, in the same order, so the bits agree.
 
-use super::consensus::cancels;
+use super::consensus::{can_cancel, cancels};
 use super::convert::{Bf16, F16, F32, Format, check_bytes};
 use super::level::{Kernel, Level};
 use super::mask_bits::{BITS, MaskBits, SPAN};
@@ -38,7 +38,14 @@ pub enum Votes {
     Average,
 }
 
-struct Thinned<'a, F: Format, const N: usize, const VOTES: bool, const AVERAGE: bool> {
+struct Thinned<
+    'a,
+    F: Format,
+    const N: usize,
+    const VOTES: bool,
+    const AVERAGE: bool,
+    const CANCELS: bool,
+> {
     base: &'a [F::Bytes],
     inputs: [&'a [F::Bytes]; N],
     terms: [ThinnedTerm<'a>; N],
@@ -48,7 +55,7 @@ struct Thinned<'a, F: Format, const N: usize, const VOTES: bool, const AVERAGE: 
 
 /// The weighted values summed up, or those of the sign of their sum.
 #[inline(always)]
-fn together<const N: usize, const VOTES: bool, const AVERAGE: bool>(
+fn together<const N: usize, const VOTES: bool, const AVERAGE: bool, const CANCELS: bool>(
     weights: [f32; N],
     values: [f32; N],
 ) -> f32 {
@@ -61,15 +68,18 @@ fn together<const N: usize, const VOTES: bool, const AVERAGE: bool>(
         let agrees = if total >= 0.0 { values[term] > 0.0 } else { values[term] < 0.0 };
         sum += if agrees { values[term] } else { 0.0 };
         share += if agrees { weights[term] } else { 0.0 };
-        magnitudes += if agrees { weights[term].abs() } else { 0.0 };
+        if CANCELS {
+            magnitudes += if agrees { weights[term].abs() } else { 0.0 };
+        }
     }
-    let divisor = if cancels(share, magnitudes) { 1.0 } else { share };
+    let is_zero = if CANCELS { cancels(share, magnitudes) } else { share == 0.0 };
+    let divisor = if is_zero { 1.0 } else { share };
     let elected = if AVERAGE { sum / divisor } else { sum };
     if total.is_nan() { total } else { elected }
 }
 
-impl<F: Format, const N: usize, const VOTES: bool, const AVERAGE: bool>
-    Thinned<'_, F, N, VOTES, AVERAGE>
+impl<F: Format, const N: usize, const VOTES: bool, const AVERAGE: bool, const CANCELS: bool>
+    Thinned<'_, F, N, VOTES, AVERAGE, CANCELS>
 {
     /// Element `index` of the row of elements that have `bit`.
     #[inline(always)]
@@ -82,12 +92,12 @@ impl<F: Format, const N: usize, const VOTES: bool, const AVERAGE: bool>
             weight * (scale * kept)
         });
         let weights = self.terms.map(|term| term.weight);
-        F::narrow(base + self.lambda * together::<N, VOTES, AVERAGE>(weights, values))
+        F::narrow(base + self.lambda * together::<N, VOTES, AVERAGE, CANCELS>(weights, values))
     }
 }
 
-impl<F: Format, const N: usize, const VOTES: bool, const AVERAGE: bool> Kernel
-    for Thinned<'_, F, N, VOTES, AVERAGE>
+impl<F: Format, const N: usize, const VOTES: bool, const AVERAGE: bool, const CANCELS: bool> Kernel
+    for Thinned<'_, F, N, VOTES, AVERAGE, CANCELS>
 {
     type Output = ();
 
@@ -170,13 +180,16 @@ fn with_terms<F: Format, const N: usize>(
     let inputs = terms.map(|term| F::elements(term.input));
     match votes {
         Votes::None => {
-            level.run(Thinned::<F, N, false, false> { base, inputs, terms, lambda, out });
+            level.run(Thinned::<F, N, false, false, false> { base, inputs, terms, lambda, out });
         }
         Votes::Elect => {
-            level.run(Thinned::<F, N, true, false> { base, inputs, terms, lambda, out });
+            level.run(Thinned::<F, N, true, false, false> { base, inputs, terms, lambda, out });
+        }
+        Votes::Average if can_cancel(&terms.iter().map(|term| term.weight)) => {
+            level.run(Thinned::<F, N, true, true, true> { base, inputs, terms, lambda, out });
         }
         Votes::Average => {
-            level.run(Thinned::<F, N, true, true> { base, inputs, terms, lambda, out });
+            level.run(Thinned::<F, N, true, true, false> { base, inputs, terms, lambda, out });
         }
     }
 }

@@ -168,13 +168,9 @@ fn ties_counts_and_merges_from_bytes() {
     assert!(is_expected, "{found}");
     let expected = "\
 reduce ahead
-  fused count q0 |x1 - x0|
-  fused count q1 |x2 - x0|
-  fused count q2 |x1 - x0|
-  fused count q3 |x2 - x0|
+  fused count, store o2 BOOL between cuts of q0 |x1 - x0|, q1 |x2 - x0|, q2 |x1 - x0|, q3 |x2 - x0|
   fused store o0 BF16 x0 + 1 Average (# 1 the largest of x1, # 1 the largest of x2)
   fused store o1 BF16 x0 + 1 Average (# 1 the largest of x1, # 1 the largest of x2)
-  fused store o2 BOOL between cuts of |x1 - x0|, |x2 - x0|, |x1 - x0|, |x2 - x0|
 ";
     assert!(found.contains(expected), "{found}");
     let expected = "\

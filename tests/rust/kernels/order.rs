@@ -1,8 +1,8 @@
 use super::{TestReal, assert_same, config, each_level};
 use oxmerge::dtype::DType;
 use oxmerge::kernels::{
-    Counts, Ends, Level, Real, SPAN, collect, collect_magnitudes, count, histogram, keep,
-    mark_largest, narrow, oracle, trim, widen,
+    Counts, Cuts, Ends, Level, Real, SPAN, bracket, collect, collect_magnitudes, count, histogram,
+    keep, mark_largest, narrow, oracle, trim, widen,
 };
 use proptest::prelude::*;
 
@@ -99,6 +99,7 @@ fn magnitudes_of_a_stored_task_vector() {
                     assert_eq!(ends, collect(level, &magnitudes, low, high, 0, &mut slow));
                     assert_eq!(fast, slow, "{dtype} at {}", level.name());
                 }
+                brackets(level, dtype, [&x, &base], &magnitudes, some_key);
                 for equals_end in [0, 1, count / 2 + 1, count, SPAN] {
                     let bits = mark_largest(level, dtype, &x, &base, some_key, equals_end);
                     for (at, &magnitude) in magnitudes.iter().enumerate() {
@@ -108,6 +109,31 @@ fn magnitudes_of_a_stored_task_vector() {
                         assert_eq!(bit, kept, "{magnitude} at {at} of {dtype}, {}", level.name());
                     }
                 }
+            }
+        }
+    }
+}
+
+/// What lies above two cuts and between them is what the oracle keeps, key by key.
+fn brackets(level: Level, dtype: DType, [x, base]: [&[u8]; 2], values: &[f32], key: u64) {
+    let count = values.len();
+    let (nan, zero) = (u64::from(u32::MAX), 1 << 31);
+    let cuts = [(key, zero), (key, key), (key + 1, key), (nan, key), (nan, 0), (nan, nan)];
+    let places = [0, 1, count / 2 + 1, SPAN];
+    for ((high, low), first) in cuts.into_iter().flat_map(|cut| places.map(|end| (cut, end))) {
+        for second in places.into_iter().filter(|&end| high > low || end >= first) {
+            let (mut between, mut keys, mut slow) = (vec![0; count], vec![7], vec![7]);
+            let cuts = Cuts { high, low, ends: [first, second] };
+            let (kept, ends) = bracket(level, dtype, x, base, cuts, &mut between, &mut keys);
+            let all = collect(level, values, low, high, 0, &mut slow);
+            assert_eq!(ends, all, "{dtype} {high:#x} {low:#x} {}", level.name());
+            assert_eq!(keys, slow, "{dtype} {high:#x} {low:#x} {}", level.name());
+            for (at, &value) in values.iter().enumerate() {
+                let row = kept.len();
+                let is_kept = oracle::is_kept(value, high, at < first);
+                let may_be = oracle::is_kept(value, low, at < second);
+                assert_eq!(kept[at % row] & (1 << (at / row)) != 0, is_kept, "{value} at {at}");
+                assert_eq!(between[at] == 1, may_be && !is_kept, "{value} at {at} of {count}");
             }
         }
     }

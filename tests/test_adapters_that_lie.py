@@ -132,6 +132,32 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
         config(rank_pattern={"(a+)+(b*)*": 2}),
         "takes too long to match",
     ),
+    "a repeated repetition": (
+        lambda: SOUND,
+        config(rank_pattern={"(.*)*x": 2}),
+        "takes too long to match",
+    ),
+    "repeated branches": (
+        lambda: SOUND,
+        config(alpha_pattern={"(a|aa)+x": 2}),
+        "takes too long to match",
+    ),
+    "a blank before a repetition": (
+        lambda: SOUND,
+        config(alpha_pattern={"(?x:(.*) *)y": 2}),
+        "takes too long to match",
+    ),
+    "a name of many letters": (
+        lambda: SOUND | {f"{'a' * 5000}.lora_A.weight": np.ones((2, 8), np.float32)},
+        config(rank_pattern={r".*\..*x": 4}),
+        "patterns take too long to match",
+    ),
+    "kohya's": (
+        lambda: {"lora_te_q.lora_down.weight": np.ones((2, 8), np.float32)},
+        config(),
+        "expected one that PEFT saves, found a name of kohya's format",
+    ),
+    "mlx": (lambda: SOUND, {"lora_parameters": {"scale": 20}}, "yet: adapters of MLX"),
     "no pattern": (lambda: SOUND, config(alpha_pattern={"(": 2}), "no regular expression"),
     "a pattern without a number": (
         lambda: SOUND,
@@ -456,6 +482,49 @@ def test_a_head_that_is_tied_gets_a_life_of_its_own(tmp_path: Path) -> None:
     assert np.array_equal(made["model.embed_tokens.weight"], table)
     assert close(made["lm_head.weight"], table + product(pairs("lm_head"), "lm_head", 3))
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_table_that_is_tied_and_adapted_alone(tmp_path: Path) -> None:
+    """The head stays as it was in training, but for rows of both that a later adapter replaces."""
+    tensors = without(random_arrays(SHAPES, 1), "lm_head.weight")
+    architectures = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    model = write_model(tmp_path / "base", tensors, "BF16", CONFIG | architectures)
+    table = "model.embed_tokens"
+    factors = {
+        f"base_model.model.{table}.lora_embedding_A": np.ones((2, 30), np.float32),
+        f"base_model.model.{table}.lora_embedding_B": np.ones((8, 2), np.float32),
+    }
+    one = write_adapter(tmp_path / "one", factors, config(target_modules=["embed_tokens"]))
+    row = f"base_model.model.{table}.token_adapter.trainable_tokens_delta"
+    said = config(trainable_token_indices=[7])
+    two = write_adapter(tmp_path / "two", SOUND | {row: np.full((1, 8), 5, np.float32)}, said)
+    oxmerge.fuse(model, tmp_path / "out", [one, two])
+    made, was = arrays(tmp_path / "out"), arrays(model)[f"{table}.weight"]
+    expected = was.copy()
+    expected[7] = 5
+    assert np.array_equal(made["lm_head.weight"], expected)
+    expected = was + 6
+    expected[7] = 5
+    assert close(made[f"{table}.weight"], expected)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_head_of_another_name(tmp_path: Path) -> None:
+    shapes = {
+        "distilbert.embeddings.word_embeddings.weight": (30, 8),
+        "vocab_projector.bias": (30,),
+    }
+    said = {"model_type": "distilbert", "tie_word_embeddings": True}
+    model = write_model(tmp_path / "base", random_arrays(shapes, 1), "BF16", said)
+    head = "vocab_projector"
+    factors = {
+        f"base_model.model.{head}.lora_A.weight": np.ones((2, 8), np.float32),
+        f"base_model.model.{head}.lora_B.weight": np.ones((30, 2), np.float32),
+    }
+    adapter = write_adapter(tmp_path / "adapter", factors, config(target_modules=[head]))
+    oxmerge.fuse(model, tmp_path / "out", [adapter])
+    table = arrays(model)[embedding]
+    assert close(arrays(tmp_path / "out")[f"{head}.weight"], table + 6)
 
 
 def test_a_table_with_more_rows(model: Path, tmp_path: Path) -> None:

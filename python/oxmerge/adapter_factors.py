@@ -14,6 +14,7 @@ from oxmerge.adapter_methods import ADAPTER_METHODS
 from oxmerge.arrays.in_memory import merge_tensors
 from oxmerge.arrays.views import numpy_dtype
 from oxmerge.errors import PlanError
+from oxmerge.models.adapter_config import endings
 from oxmerge.models.adapters import kind_of, open_adapter
 from oxmerge.models.checkpoints import OpenCheckpoint
 from oxmerge.models.fetching import fetch
@@ -22,7 +23,7 @@ from oxmerge.schema import DTYPE_SIZES, is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -48,6 +49,8 @@ _FACTORS = {
 _COPY = "copy"
 #: The key of a config that names the model which the adapter was trained on.
 _BASE = "base_model_name_or_path"
+#: Keys that say which of the modules that are listed are adapted.
+_NARROWING = ("exclude_modules", "layers_to_transform")
 #: A factor is a matrix, or of a convolution more.
 _FEWEST_DIMENSIONS = 2
 _ANEW = "save the adapter anew"
@@ -238,12 +241,27 @@ class FactorPlan:
             "lora_alpha": most,
             "rank_pattern": others,
             "alpha_pattern": others,
-            "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
+            "target_modules": sorted(self._targets(ranks)),
             "bias": "none",
             "lora_dropout": 0.0,
             "inference_mode": True,
             "use_rslora": False,
         }
+
+    def _targets(self, modules: Iterable[str]) -> set[str]:
+        """Return what says which modules are adapted: PEFT adds a pair to all that it fits.
+
+        The adapters' own lists fit those of each and no others. What is not a list, or is narrowed
+        by other keys, is about the layers of one of them: then each module is named in full.
+        """
+        targets: set[str] = set()
+        for raw in (adapter.config.raw for adapter in self.adapters):
+            listed = raw.get("target_modules")
+            if not isinstance(listed, list) or any(map(raw.get, _NARROWING)):
+                return set(modules)
+            targets.update(each for each in listed if isinstance(each, str))
+        fit = all(not targets.isdisjoint(endings(module)) for module in modules)
+        return targets if fit else set(modules)
 
     def _fault(
         self,

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import oxmerge
 import pytest
+import yaml
 from oxmerge.cli import main
 from oxmerge.errors import OutputError, PlanError
 from oxmerge.models.references import split_adapters
@@ -510,10 +513,8 @@ def test_a_table_that_is_tied_and_adapted_alone(tmp_path: Path) -> None:
 
 
 def test_a_head_of_another_name(tmp_path: Path) -> None:
-    shapes = {
-        "distilbert.embeddings.word_embeddings.weight": (30, 8),
-        "vocab_projector.bias": (30,),
-    }
+    embedding = "distilbert.embeddings.word_embeddings.weight"
+    shapes: dict[str, tuple[int, ...]] = {embedding: (30, 8), "vocab_projector.bias": (30,)}
     said = {"model_type": "distilbert", "tie_word_embeddings": True}
     model = write_model(tmp_path / "base", random_arrays(shapes, 1), "BF16", said)
     head = "vocab_projector"
@@ -755,6 +756,39 @@ def test_adapters_of_different_bases(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "strict").exists()
 
 
+@pytest.mark.parametrize("where", ["2 tensors are done", "2 files have their names"])
+def test_a_merge_of_adapters_that_is_killed(tmp_path: Path, where: str) -> None:
+    """Nothing that is there loads, and the same command makes what a run in one go makes."""
+    asked, out = two(tmp_path), tmp_path / "out"
+    text = f"""
+import os, signal, oxmerge
+def die(seen):
+    if seen.tensors == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+def name(*files, rename=os.replace, count=[]):
+    if len(count) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count.append(rename(*files))
+if {where!r} == "2 files have their names":
+    os.replace, die = name, None
+oxmerge.merge({asked!r}, {str(out)!r}, progress=die)
+"""
+    assert subprocess.run([sys.executable, "-c", text], check=False).returncode == -9
+    assert "adapter_config.json" not in os.listdir(out)
+    oxmerge.merge(asked, out)
+    oxmerge.merge(asked, tmp_path / "whole")
+    assert directory_bytes(out) == directory_bytes(tmp_path / "whole")
+
+
+def test_the_card_of_an_adapter(tmp_path: Path) -> None:
+    """The Hub reads from it what the adapter is for."""
+    oxmerge.merge(two(tmp_path), tmp_path / "out")
+    matter = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
+    assert matter["base_model"] == ["org/base"]
+    assert matter["base_model_relation"] == "adapter"
+    assert matter["library_name"] == "peft"
+
+
 def test_one_run_at_a_time_writes_an_adapter(tmp_path: Path) -> None:
     asked = two(tmp_path)
     with claimed(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing here"):
@@ -764,7 +798,9 @@ def test_one_run_at_a_time_writes_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".oxmerge-part-adapter_model.safetensors").write_bytes(b"half")
     oxmerge.merge(asked, tmp_path / "out")
-    written = {"adapter_config.json", "adapter_model.safetensors", "oxmerge_recipe.yml"}
+    written = {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "oxmerge_recipe.yml",
+    }  # fmt: skip
     assert set(os.listdir(tmp_path / "out")) == written
     with pytest.raises(FileExistsError):
         oxmerge.merge(asked, tmp_path / "out")

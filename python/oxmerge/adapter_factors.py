@@ -201,24 +201,30 @@ class FactorPlan:
                 advice = "use `linear` or `task_arithmetic`, which add up ranks"
                 self._fault(message, name, found=found, advice=advice)
 
+    def bases(self) -> dict[str, str]:
+        """Return the models that adapters say they are of, each with the first config that does."""
+        found: dict[str, str] = {}
+        for config in (adapter.config for adapter in self.adapters):
+            base = config.raw.get(_BASE)
+            if isinstance(base, str) and base:
+                found.setdefault(base.rstrip("/"), config.path)
+        return found
+
     def _compare_bases(self) -> None:
         """Warn of adapters that say they are of other models: shapes alone do not tell."""
-        bases = {each.config.path: each.config.raw.get(_BASE) for each in self.adapters}
-        named = [(path, base) for path, base in bases.items() if isinstance(base, str) and base]
-        for path, base in named[1:]:
-            first = named[0][1]
-            if base.rstrip("/") != first.rstrip("/"):
-                message = "an adapter says that it is of another base model than the first"
-                advice = "join adapters of one model; if the two names are of one, all is well"
-                problem = Problem(
-                    "config-differs",
-                    message,
-                    file=path,
-                    expected=f"`{first}`",
-                    found=f"`{base}`",
-                    advice=advice,
-                )
-                self.findings.warnings.append(problem)
+        first, *others = self.bases() or [""]
+        for base in others:
+            message = "an adapter says that it is of another base model than the first"
+            advice = "join adapters of one model; if the two names are of one, all is well"
+            problem = Problem(
+                "config-differs",
+                message,
+                file=self.bases()[base],
+                expected=f"`{first}`",
+                found=f"`{base}`",
+                advice=advice,
+            )
+            self.findings.warnings.append(problem)
 
     def config(self) -> dict[str, Any]:
         """Return the config: what the first adapter says of the model, and scales of one."""

@@ -460,8 +460,8 @@ class _OneAdapter:
         elif _LORA_WORD.search(name):
             whose = next((_FOREIGN[part] for part in _FOREIGN if part in name), None)
             message = "a tensor of the adapter is of a kind that is not known"
-            found = None if whose is None else f"a name of {whose} format"
-            self._fault(message, tensor, "one that PEFT saves", found, _WITH_PEFT)
+            seen = None if whose is None else f"a name of {whose} format"
+            self._fault(message, tensor, "one that PEFT saves", seen, _WITH_PEFT)
         else:
             self.whole[name.replace(".base_layer.", ".")] = tensor
 
@@ -862,7 +862,8 @@ class _OneAdapter:
         self.job.tokens = self.number
         rows = sorted(zip(indices, range(len(indices)), strict=True))
         # A head that was tied when the rows were trained has them too.
-        for each in {name, self.job.head_of(name)} & {name, *self.job.copied}:
+        heads = [head for head in self.job.copied if head == self.job.head_of(name)]
+        for each in (name, *heads):
             change = self._change(each, shape[1], tensor)
             if change is not None:
                 change.rows = ((self.number, tensor.name), rows)

@@ -780,6 +780,22 @@ oxmerge.merge({asked!r}, {str(out)!r}, progress=die)
     assert directory_bytes(out) == directory_bytes(tmp_path / "whole")
 
 
+def test_numbers_that_are_none_in_an_adapter(tmp_path: Path) -> None:
+    odd = SOUND | {f"{Q}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}
+    adapters = [write_adapter(tmp_path / "odd", odd), write_adapter(tmp_path / "sound", SOUND)]
+    asked = recipe(*adapters, method="linear", parameters={"weight": 1.0})
+    [told] = oxmerge.merge(asked, tmp_path / "out").warnings
+    assert f"tensor `{Q}.lora_A.weight`: elements of the factor are not finite" in told
+    with pytest.warns(UserWarning, match="are not finite"):
+        oxmerge.join_adapters(tmp_path / "joined", adapters)
+
+
+def test_a_start_that_nobody_knows(model: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", SOUND, config(init_lora_weights="of_2030"))
+    [told] = oxmerge.plan(recipe(f"{model}+{adapter}")).warnings
+    assert "whether the adapter's start has changed its base: found `of_2030`" in str(told)
+
+
 def test_the_card_of_an_adapter(tmp_path: Path) -> None:
     """The Hub reads from it what the adapter is for."""
     oxmerge.merge(two(tmp_path), tmp_path / "out")

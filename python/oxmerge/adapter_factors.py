@@ -310,6 +310,8 @@ class JoinedTensors(Mapping[str, Any]):
     ) -> None:
         self._plan, self._dtype, self._seed, self._watch = plan, dtype, seed, watch
         self._allow_nonfinite = allow_nonfinite
+        #: Tensors that were made with NaN or infinity in them.
+        self.nonfinite: list[str] = []
         files = [adapter.checkpoint.files[0] for adapter in plan.adapters]
         places = fetch([file for file in files if file.get("remote")])
         weights = [
@@ -341,8 +343,10 @@ class JoinedTensors(Mapping[str, Any]):
         # A number that is too large for its type is told below.
         with np.errstate(over="ignore"):
             made = self._sum(joined, arrays) if joined.is_sum else self._merge(name, joined, arrays)
-        is_sound = self._allow_nonfinite or np.isfinite(made).all()
-        if is_sound or not all(np.isfinite(each).all() for each in arrays):
+        if np.isfinite(made).all():
+            return made
+        if self._allow_nonfinite or not all(np.isfinite(each).all() for each in arrays):
+            self.nonfinite.append(name)
             return made
         problem = Problem(
             "non-finite",

@@ -141,10 +141,11 @@ def join_adapters(
     plan.finish()
     if findings.problems:
         raise PlanError.of("cannot join the adapters", group_problems(findings.problems))
-    for problem in group_problems(findings.warnings):
-        warnings.warn(str(problem), stacklevel=2)
     merged = JoinedTensors(plan, plan.dtype)
-    return _write(os.fspath(directory), merged, plan.config(), {}, overwrite=overwrite)
+    files = _write(os.fspath(directory), merged, plan.config(), {}, overwrite=overwrite)
+    for problem in group_problems([*findings.warnings, *_odd(merged)]):
+        warnings.warn(str(problem), stacklevel=2)
+    return files
 
 
 def _whole(weight: float, _: str) -> Share:
@@ -225,6 +226,7 @@ def merge_adapters(
             watch=None if progress is None else _watch(plan, dtype, progress),
         )
         _write(os.fspath(directory), merged, plan.config(), texts, overwrite=running.overwrite)
+    findings.warnings += _odd(merged)
     return AdapterRun(
         tensors=len(plan.tensors),
         bytes_read=sum(each.stored for each in plan.tensors.values()),
@@ -248,6 +250,13 @@ def _card(recipe: Recipe, plan: FactorPlan, pinned: Mapping[str, str]) -> str:
         base=None,
         recipe_text=recipe.text,
     )
+
+
+def _odd(merged: JoinedTensors) -> list[Problem]:
+    """Return a warning for each factor that has NaN or infinity."""
+    message = "elements of the factor are not finite"
+    advice = "find where they come from: `oxmerge check ADAPTER/adapter_model.safetensors`"
+    return [Problem("non-finite", message, tensor=name, advice=advice) for name in merged.nonfinite]
 
 
 def _watch(

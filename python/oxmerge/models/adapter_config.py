@@ -28,6 +28,8 @@ FILE_NAME = "adapter_config.json"
 _KINDS = ("LORA", "TRAINABLE_TOKENS")
 #: Ways of starting that change the base: the adapter is the difference from what it became.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+#: Ways that do not.
+_KEPT_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 #: Variants that are no sum of products over the base, by the key that turns them on.
 _VARIANTS = {
     "use_bdlora": "BD-LoRA",
@@ -191,6 +193,12 @@ def read_adapter_config(folder: str, findings: Findings) -> AdapterConfig | None
         message = f"the adapter has the key `{shorten(key)}`, which is not known and ignored"
         advice = "check that it changes no weights"
         findings.warnings.append(Problem("unknown-key", message, file=path, advice=advice))
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and not start.lower().startswith((*_CHANGED_BASE, *_KEPT_BASE)):
+        message = "nobody here knows whether the adapter's start has changed its base"
+        advice = "check that the adapter is the difference from the model that you name"
+        found = _shown(start)
+        findings.warnings.append(Problem("adapter", message, file=path, found=found, advice=advice))
     patterns = [_patterns(raw, key, path, findings) for key in ("rank_pattern", "alpha_pattern")]
     if faults or None in patterns:
         return None

@@ -487,8 +487,12 @@ def test_a_head_that_is_tied_gets_a_life_of_its_own(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_table_that_is_tied_and_adapted_alone(tmp_path: Path) -> None:
-    """The head stays as it was in training, but for rows of both that a later adapter replaces."""
+@pytest.mark.parametrize("asked", [{}, {"ensure_weight_tying": True}])
+def test_a_table_that_is_tied_and_adapted_alone(tmp_path: Path, asked: dict[str, Any]) -> None:
+    """The head stays as it was in training, but for rows of both that a later adapter replaces.
+
+    PEFT writes the head's factors if it has tied them: it does not do so for every model.
+    """
     tensors = without(random_arrays(SHAPES, 1), "lm_head.weight")
     architectures = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
     model = write_model(tmp_path / "base", tensors, "BF16", CONFIG | architectures)
@@ -497,7 +501,7 @@ def test_a_table_that_is_tied_and_adapted_alone(tmp_path: Path) -> None:
         f"base_model.model.{table}.lora_embedding_A": np.ones((2, 30), np.float32),
         f"base_model.model.{table}.lora_embedding_B": np.ones((8, 2), np.float32),
     }
-    one = write_adapter(tmp_path / "one", factors, config(target_modules=["embed_tokens"]))
+    one = write_adapter(tmp_path / "one", factors, config(target_modules=["embed_tokens"], **asked))
     row = f"base_model.model.{table}.token_adapter.trainable_tokens_delta"
     said = config(trainable_token_indices=[7])
     two = write_adapter(tmp_path / "two", SOUND | {row: np.full((1, 8), 5, np.float32)}, said)
@@ -580,6 +584,27 @@ def test_experts_that_are_stored_together(tmp_path: Path) -> None:
 
 
 # References.
+
+
+def test_experts_that_are_saved_otherwise(tmp_path: Path) -> None:
+    """They would be left out, and nothing else would be odd about the model."""
+    stacked, apart = (
+        "model.layers.0.mlp.experts.down_proj",
+        {f"model.layers.0.mlp.experts.{at}.down_proj.weight": (8, 4) for at in range(2)},
+    )
+    apart |= {
+        f"model.layers.0.mlp.experts.{at}.{half}_proj.weight": (4, 8)
+        for at in range(2)
+        for half in ("gate", "up")
+    }
+    for name, shapes, saved in (
+        ("apart", apart, {stacked: (2, 8, 4)}),
+        ("stacked", {stacked: (2, 8, 4)}, dict([next(iter(apart.items()))])),
+    ):
+        model = write_model(tmp_path / name, random_arrays(shapes, 1), "BF16", CONFIG)
+        tensors = {f"base_model.model.{n}": np.ones(s, np.float32) for n, s in saved.items()}
+        adapter = write_adapter(tmp_path / f"{name}-adapter", tensors)
+        assert "experts that are saved" in problems(f"{model}+{adapter}")[0]
 
 
 def test_a_plus_may_be_part_of_a_name(model: Path, tmp_path: Path) -> None:

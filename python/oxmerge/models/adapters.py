@@ -423,6 +423,8 @@ class _OneAdapter:
         wanted = [*self.whole, *(self._weight_of(module) for module in self.modules.values())]
         wanted += [f"{path}.{target}" for path, target, _ in stacked]
         self._find_names(wanted)
+        # PEFT ties what it calls `embed_tokens`, and writes the head too; others it leaves apart.
+        self.is_tying &= any(self.job.tied_to(self.name_of(name)) for name in wanted)
         self.there = {self.name_of(name) for name in self.whole}
         for name, tensor in self.whole.items():
             if not self._is_alias(self.name_of(name)):
@@ -613,7 +615,12 @@ class _OneAdapter:
         name = self.name_of(name)
         job, shape = self.job, tuple(tensor.shape)
         if not job.is_known(name):
-            return  # which is reported
+            if self._pieces(name):  # else it is reported
+                message = (
+                    "not supported yet: experts that are saved, and that the model has otherwise"
+                )
+                self._fault(message, tensor, advice=_WITH_PEFT, code=UNSUPPORTED)
+            return
         # What is beside a pair is the model's own, of which PEFT keeps a copy: it has no weight.
         is_copy = ".base_layer." in tensor.name
         if self.weight != 1 and not is_copy:

@@ -741,7 +741,7 @@ class _OneAdapter:
             self._fault(message, a, expected, found, _SAME_BASE)
             return
         if len(shape) > _TABLE and shape[1] == 1 < shape[0]:
-            message = "not supported yet: a LoRA on a convolution in groups"
+            message = "not supported yet: a LoRA on a convolution of one channel, or in groups"
             self._fault(message, a, advice=_WITH_PEFT, code=UNSUPPORTED)
             return
         is_embedding = "embedding A" in module.tensors

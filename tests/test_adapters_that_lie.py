@@ -229,6 +229,15 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
         config(),
         "the adapter's tensor does not fit the model's: expected [8], found [9]",
     ),
+    "a tensor twice": (
+        lambda: SOUND
+        | {
+            f"base_model.model.{lead}model.norm.weight": np.ones((8,), np.float32)
+            for lead in ("", "_orig_mod.")
+        },
+        config(),
+        "two tensors of the adapter are for the same",
+    ),
     "rows that nobody names": (
         lambda: SOUND
         | {

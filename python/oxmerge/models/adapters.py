@@ -465,7 +465,12 @@ class _OneAdapter:
             seen = None if whose is None else f"a name of {whose} format"
             self._fault(message, tensor, "one that PEFT saves", seen, _WITH_PEFT)
         else:
-            self.whole[name.replace(".base_layer.", ".")] = tensor
+            name = name.replace(".base_layer.", ".")
+            # PEFT writes a saved module's bias by both of its names, with `bias="all"`.
+            pair = (tensor, self.whole.get(name, tensor))
+            if pair[1] is not tensor and not any(_SAVED.search(each.name) for each in pair):
+                self._fault("two tensors of the adapter are for the same", tensor)
+            self.whole[name] = tensor
 
     def _stacked(self) -> list[tuple[str, str, _Module]]:
         """Take out modules whose parameters are adapted themselves: path, parameter, tensors."""

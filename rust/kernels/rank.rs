@@ -409,6 +409,7 @@ impl Default for Bins {
 impl Bins {
     /// Puts the elements in bins. The least ones have one of their own, the last: many may be zero.
     #[inline(always)]
+    #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
     fn fill<O: Ordinal>(&mut self, ordinals: &[O], line: Line) {
         let log = (ordinals.len().ilog2() - LESS_BINS).clamp(LEAST_BINS, MOST_BINS);
         let (shift, steps) = (O::MANTISSA + OCTAVE_BITS - log, (1 << log) - 1);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from signal import SIGHUP, SIGINT, SIGQUIT
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,13 +40,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C act here and in the processes that tests start.
+    """Let signals act here and in the processes that tests start.
 
-    A job in the background of a script has it switched off, and hands that on.
+    A job in the background of a script has some switched off, one under `nohup` another, and hands
+    that on.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (SIGHUP, SIGQUIT)}
+    before[SIGINT] = signal.signal(SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from signal import SIGHUP, SIGINT, SIGQUIT
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -42,14 +41,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def interruptible() -> Iterator[None]:
     """Let signals act here and in the processes that tests start.
 
-    A job in the background of a script has some switched off, one under `nohup` another, and hands
-    that on.
+    A job in the background of a script has Ctrl-C switched off, one of `nohup` that it is hung up
+    on, and they hand that on.
     """
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (SIGHUP, SIGQUIT)}
-    before[SIGINT] = signal.signal(SIGINT, signal.default_int_handler)
+    acting: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        **dict.fromkeys((signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM), signal.SIG_DFL),
+    }
+    before = {number: signal.signal(number, action) for number, action in acting.items()}
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for number, action in before.items():
+        signal.signal(number, action)
 
 
 @pytest.fixture(scope="session", autouse=True)

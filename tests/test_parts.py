@@ -124,7 +124,7 @@ def make_all(recipe: Path, output: Path, parts: int, **options: Any) -> None:
             for part in range(1, parts + 1)
         ]
         for run in runs:
-            run.result(timeout=120)
+            run.result(timeout=600)
 
 
 @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.data())
@@ -222,7 +222,7 @@ def test_a_sweep_in_parts(tmp_path: Path, models: Path, method: str, parts: int)
             for at in range(1, parts + 1)
         ]  # fmt: skip
         for run in runs:
-            assert len(run.result(timeout=120)) == 2
+            assert len(run.result(timeout=600)) == 2
     for n in range(2):
         # Whichever is the first of them, each is completed by itself.
         oxmerge.finish(tmp_path / f"out{n}")
@@ -429,7 +429,7 @@ def test_a_part_that_another_run_makes_is_waited_for(tmp_path: Path, models: Pat
             second = pool.submit(make, recipe, output, 2, 2, finish=True)
             time.sleep(0.2)
             assert not second.done()
-        assert second.result(timeout=60).files == FILES
+        assert second.result(timeout=600).files == FILES
 
 
 def test_what_another_run_has_begun_is_left_to_it(tmp_path: Path, models: Path) -> None:
@@ -625,7 +625,7 @@ def test_who_completes_waits_for_runs_that_are_about_to_end(
         )  # fmt: skip
         assert told.wait(60)
         other.release()
-        assert last.result(timeout=60).files == FILES
+        assert last.result(timeout=600).files == FILES
     assert directory_bytes(output) == whole["linear"]
 
 
@@ -906,14 +906,14 @@ def test_the_block_for_slurm(guide: Path) -> None:
         )
         for task in range(first, last + 1)
     ]
-    assert [task.wait(timeout=60) for task in tasks] == [0, 0, 0, 0]
+    assert [task.wait(timeout=600) for task in tasks] == [0, 0, 0, 0]
     check(guide, "merged-by-slurm")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("parallel") is None, reason="not installed: GNU parallel")
 def test_the_block_for_gnu_parallel(guide: Path) -> None:
-    subprocess.run(["bash", "-c", block("seq")], cwd=guide, check=True, timeout=60)
+    subprocess.run(["bash", "-c", block("seq")], cwd=guide, check=True, timeout=600)
     check(guide, "merged")
 
 
@@ -974,7 +974,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def start(command: Sequence[str], output: Path) -> subprocess.Popen[str]:
     """Start a command, and wait until it has written down something that is finished."""
     process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     # The first line is the key.
     while not any(path.read_bytes().count(b"\n") > 1 for path in output.rglob(".oxmerge_resume*")):
         assert process.poll() is None, "it ended before it wrote anything down"
@@ -1003,7 +1003,7 @@ def test_a_killed_part_goes_on(tmp_path: Path, slow: Path) -> None:
     command = [sys.executable, "-c", OFTEN, "merge", str(slow), str(output), *options]
     process = start(command, output)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
     for part in (1, 2):
         report = oxmerge.merge(

@@ -447,7 +447,8 @@ def _open(scheme: str, netloc: str) -> Any:  # noqa: ANN401 - of obstore
         )
     # Who sets an endpoint without TLS means it.
     plain = bool(endpoints) and settings[endpoints[0]].startswith("http://")
-    asked = os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
+    owner = "GOOGLE" if scheme == "gs" else "AWS"
+    asked = os.environ.get(f"{owner}_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
     with _told(root):
         return from_url(
             root,

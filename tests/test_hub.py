@@ -1046,6 +1046,9 @@ def test_downloads_end_with_the_merge(
 
 LIBRARY = """
 import os, time
+from types import SimpleNamespace
+def get_session():
+    return SimpleNamespace(event_hooks={"response": []})
 def hf_hub_download(repo, name, **_):
     path = f"{repo}/{name}.incomplete"
     open(path, "w").close()

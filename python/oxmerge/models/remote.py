@@ -262,7 +262,7 @@ def _of_status(status: int, phrase: str | None, headers: Mapping[str, str]) -> _
         return _Failure(
             "the whole file instead of a range",
             passes=False,
-            advice="the server, or a proxy before it, sends no ranges: download the model in another way",
+            advice="the server, or a proxy before it, sends no ranges: download the model instead",
         )
     if status not in _PASSING:
         return _Failure(reason, passes=False, advice="check the name, the token and its rights")

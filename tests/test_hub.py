@@ -761,6 +761,26 @@ def test_what_the_hub_refuses(
     assert advice in (problem.advice or "")
 
 
+@pytest.mark.parametrize(
+    ("address", "is_here"),
+    [
+        ("https://hub.example/org/name/a.bin", True),
+        ("https://HUB.example:443/api/a.bin", True),
+        ("http://hub.example/a.bin", False),
+        ("https://hub.example:444/a.bin", False),
+        ("https://hub.example.evil/a.bin", False),
+        ("https://hub.example@evil/a.bin", False),
+        ("https://hub.example:99999/a.bin", False),
+        ("/a.bin", False),
+    ],
+)
+def test_a_token_is_for_the_hub_alone(
+    monkeypatch: pytest.MonkeyPatch, address: str, *, is_here: bool
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://Hub.example/")
+    assert hub._is_here(address) is is_here
+
+
 def test_a_token_that_is_not_taken(
     the_hub: Hub, served: dict[str, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -437,6 +437,22 @@ def test_a_server_that_asks_for_a_day_is_told_at_once(
             oxmerge.merge(path, tmp_path / "out", spool=SPOOL)
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "7", "RateLimit": '"api";r=0;t=55'}, 7),
+        (429, {"RateLimit": '"api"; r=0; t=55'}, 55),
+        (503, {"RateLimit": '"api";r=400;t=55'}, None),
+        (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        (429, {"Retry-After": "12345678"}, None),
+    ],
+)
+def test_how_long_a_server_asks_to_wait(
+    status: int, headers: dict[str, str], seconds: float | None
+) -> None:
+    assert remote._of_status(status, None, headers).after == seconds
+
+
 class Silent:
     """A file of a server that answers when it is let."""
 

@@ -229,6 +229,40 @@ def test_a_sweep_in_parts(tmp_path: Path, models: Path, method: str, parts: int)
         assert directory_bytes(tmp_path / f"out{n}") == directory_bytes(tmp_path / f"one{n}")
 
 
+@pytest.mark.parametrize(
+    ("place", "parts"),
+    [
+        ("parameters.t", 2),  # what comes first is one merge for all
+        pytest.param("[second].models[b].parameters.weight", 3, marks=pytest.mark.slow),
+        pytest.param("[first].parameters.lambda", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sweep_over_several_merges_in_parts(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, place: str, parts: int
+) -> None:
+    recipe, axes = models / "several_swept.yml", {place: "0.2,0.7"}
+    recipe.write_text(SEVERAL.replace("merge_method: metagpt", "merge_method: nan"))
+    options: dict[str, Any] = {"shard_size": 2 * SHARD, "seed": 5, "threads": 2}
+    oxmerge.sweep(recipe, tmp_path / "one{n}", axes, **options)
+    made: list[str] = []
+    execute = merging.execute
+
+    def watched(plans: Any, outputs: Any, *arguments: Any) -> Any:
+        made.extend(str(output.path.relative_to(tmp_path)) for output in outputs)
+        return execute(plans, outputs, *arguments)
+
+    monkeypatch.setattr("oxmerge.parts.execute", watched)
+    for part in range(1, parts + 1):
+        oxmerge.sweep(recipe, tmp_path / "out{n}", axes, part=(part, parts), **options)
+    # What is equal for both outputs is made in one of them, and stays for the other.
+    earlier = {path.split("/")[0] for path in made if "/earlier/" in path}
+    assert earlier == ({"out0"} if place == "parameters.t" else {"out0", "out1"})
+    for n in range(2):
+        oxmerge.finish(tmp_path / f"out{n}")
+        assert directory_bytes(tmp_path / f"out{n}") == directory_bytes(tmp_path / f"one{n}")
+        assert not list((tmp_path / f"out{n}").glob(".*"))
+
+
 def test_a_part_of_a_sweep_is_not_one_of_a_merge(tmp_path: Path, models: Path) -> None:
     recipe = models / "ties.yml"
     options: dict[str, Any] = {"shard_size": SHARD, "seed": 5}
@@ -807,9 +841,6 @@ def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_made_in_parts(tmp_path: Path, models: Path) -> None:
-    several = write_several(models)
-    with pytest.raises(UnsupportedError, match="several merges cannot be made in parts"):
-        oxmerge.sweep(several, tmp_path / "o{n}", {"parameters.t": "0.1,0.2"}, part=(1, 2))
     with pytest.raises(ValueError, match="digests"):
         make(models / "linear.yml", tmp_path / "out", 1, 2, digests=False)
     with pytest.raises(ValueError, match="from 1 to 2"):

@@ -37,6 +37,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.errors import (
     InputChangedError,
     OutputError,
+    PlanError,
     ProblemsError,
     UnsupportedError,
     WaitsForOthersError,
@@ -84,6 +85,7 @@ from oxmerge.parts import (
     together,
 )
 from oxmerge.planning.plan_files import load_plan
+from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -126,6 +128,7 @@ def merge_in_store(
     stores = [Objects.at(address) for _, address in merges]
     for plan, objects in zip(plans, stores, strict=True):
         _check(plan, objects.address, running)
+    _check_sweep(plans)
     check_parts(plans, (running.part or (1, 1))[1])
     together_with = plans if len(plans) > 1 else ()
     purposes = [Purpose.of(plan, len(plan.shards), together_with) for plan in plans]
@@ -372,6 +375,17 @@ def _check(plan: Plan, address: str, running: RunOptions) -> None:
             found=format_size(size),
             advice="make smaller files with `--shard-size`",
         )
+
+
+def _check_sweep(plans: Sequence[Plan]) -> None:
+    if plans[0].stages and len(plans) > 1:
+        message = "a sweep over a recipe of several merges cannot be made in a store"
+        advice = (
+            "sweep in one run, into directories; or make the earlier merges first, and name their "
+            "outputs"
+        )
+        problem = Problem(UNSUPPORTED, message, advice=advice)
+        raise PlanError.of("cannot sweep", [problem])
 
 
 def _last_name(plan: Plan) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 
 from oxmerge.models.references import parse_reference, with_revision
-from oxmerge.problems import did_you_mean
+from oxmerge.problems import did_you_mean, near
 from oxmerge.recipe.keys import KeyReader, at_item, at_key, is_mapping, show, show_key
 from oxmerge.recipe.recipe import UNREAD, Choice, Setting
 from oxmerge.schema import DTYPE_NAMES, FLOATS
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     Item = TypeVar("Item")
 
-__all__ = ["ValueReader"]
+__all__ = ["ValueReader", "whole_number"]
 
 _CHOICE_KEYS = frozenset(("value", "filter"))
 _DTYPES = {DTYPE_NAMES[code]: code for code in FLOATS}
+#: Other names of types, as torch and trainers have them.
 _DTYPE_ALIASES = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -38,6 +39,10 @@ _DTYPE_ALIASES = {
     "double": "float64",
 }
 _OF_FEW_BITS = re.compile(r"(float|fp|f|int|uint|i|u|nf|mxfp|nvfp)[48]($|\D)")
+#: Quotes of typesetting, as word processors make them of those of YAML.
+_QUOTES = frozenset(
+    ("\u201c\u201d", "\u2018\u2019", "\u201e\u201c", "\u201d\u201d", "\u00ab\u00bb")
+)
 #: Stands for a setting that cannot be read, which is reported already.
 _UNREAD_CHOICE = Choice((), is_read=False)
 #: A whole number as text, of no more digits than any layer has.
@@ -81,6 +86,11 @@ class ValueReader(KeyReader):
             listed = isinstance(value, list | tuple)
             advice = "name one model" if listed else "put it in quotes"
             self.fault(place, "a model reference is text", found=value, advice=advice)
+            return UNREAD
+        if value[:1] + value[-1:] in _QUOTES:
+            message = "these quotes are taken for a part of the name"
+            advice = 'write `"` for them, or leave them out'
+            self.fault(place, message, found=value, advice=advice)
             return UNREAD
         parsed = parse_reference(value)
         if isinstance(parsed, str):
@@ -141,14 +151,20 @@ class ValueReader(KeyReader):
         value = raw.get(key)
         if value is None:
             return None
-        name = value.removeprefix("torch.") if isinstance(value, str) else show(value)
+        place = at_key(place, raw, key)
+        if value == "":
+            self.is_empty(key, place)
+            return None
+        name = value.removeprefix("torch.").lower() if isinstance(value, str) else show(value)
+        name = _DTYPE_ALIASES.get(name, name)
         if name not in _DTYPES:
-            self.fault(
-                at_key(place, raw, key),
-                f"cannot write weights as `{show_key(value)}`",
-                advice=_dtype_advice(name),
-            )
+            message, advice = f"cannot write weights as `{show_key(value)}`", _dtype_advice(name)
+            self.fault(place, message, advice=advice)
         return _DTYPES.get(name)
+
+    def is_empty(self, key: str, place: Place) -> None:
+        """Take down that empty text stands for nothing, as forms write it."""
+        self.no_effect(place, f"an empty `{key}` has no effect", "leave it out")
 
     # Parameters.
 
@@ -162,17 +178,17 @@ class ValueReader(KeyReader):
             message = "a mapping of parameters to values is needed here"
             self.fault(place, message, found=values, advice="write `weight: 0.5`, say")
             return {}
-        settings = {}
+        settings: dict[str, Setting] = {}
+        key = ""
         for name, value in values.items():
             where = at_key(place, values, name)
             if value is None and not isinstance(
                 name, str
             ):  # YAML reads `{t: 0,5}` as `{t: 0, 5: null}`
-                message, advice = (
-                    f"`{name}` stands alone here",
-                    "decimals have a point, not a comma",
-                )
-                self.fault(where, message, advice=advice)
+                advice = "decimals have a point, not a comma"
+                self.fault(where, f"`{name}` stands alone here", advice=advice)
+                if key in settings:  # of which it is the rest
+                    settings[key] = Setting(where, (_UNREAD_CHOICE,))
             else:
                 key = name if isinstance(name, str) else show(name)
                 settings[key] = Setting(where, self.choices(value, where))
@@ -181,6 +197,12 @@ class ValueReader(KeyReader):
     def choices(self, value: object, place: Place) -> tuple[Choice, ...]:
         """Read a setting: a value, a gradient, a conditional, or a list of conditionals."""
         if is_mapping(value):
+            if value and not any(near(str(key), _CHOICE_KEYS) for key in value):
+                message = "values by part of a name are a list"
+                name = show_key(next(iter(value)))
+                advice = f"write `- {{filter: {name}, value: ...}}`, one below the other"
+                self.fault(place, message, found=value, advice=advice)
+                return (_UNREAD_CHOICE,)
             return (self.conditional(value, place),)
         if not isinstance(value, list | tuple):
             return self.unconditional(value, place)
@@ -247,15 +269,23 @@ class ValueReader(KeyReader):
 
 def _whole_numbers(value: object) -> list[int]:
     """Return the whole numbers that a list is made of; nothing if it is not."""
-    items = value if isinstance(value, list | tuple) else ()
-    return [int(item) for item in items] if all(map(_is_whole, items)) else []
+    numbers = [whole_number(item) for item in value] if isinstance(value, list | tuple) else []
+    return [] if None in numbers else numbers  # type: ignore[return-value]
 
 
-def _is_whole(value: object) -> bool:
-    """Tell whether a value is a whole number, perhaps as `8.0` or in quotes."""
+def whole_number(value: object) -> int | None:
+    """Return the whole number that a value is, perhaps as ``8.0`` or in quotes; None if it is not.
+
+    Examples
+    --------
+    >>> whole_number("8"), whole_number(8.5)
+    (8, None)
+    """
     if isinstance(value, str):
-        return _WHOLE.fullmatch(value) is not None
-    return type(value) is int or (type(value) is float and value.is_integer())
+        return int(value) if _WHOLE.fullmatch(value) else None
+    return (
+        int(value) if type(value) is int or (type(value) is float and value.is_integer()) else None
+    )
 
 
 def _dtype_advice(name: str) -> str:
@@ -263,9 +293,6 @@ def _dtype_advice(name: str) -> str:
         return "whole numbers cannot hold weights; integer tensors keep their type anyway"
     if _OF_FEW_BITS.match(name):
         return "write `bfloat16`, and quantise the merged model afterwards"
-    alias = _DTYPE_ALIASES.get(name.lower())
-    if alias is not None:
-        return f"write `{alias}`"
     return did_you_mean(name, _DTYPES) or "write one of " + ", ".join(
         f"`{each}`" for each in _DTYPES
     )

@@ -847,6 +847,16 @@ def test_what_cannot_be_made_in_parts(tmp_path: Path, models: Path) -> None:
         make(models / "linear.yml", tmp_path / "out", 3, 2)
 
 
+def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make(models / "linear.yml", output, 1, 1)
+    lock = output / PARTS_NAME / "finish.lock"
+    lock.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        oxmerge.finish(output)
+    assert caught.value.filename == str(lock)
+
+
 def test_finishing_goes_on_after_it_failed_half_way(
     tmp_path: Path,
     models: Path,

@@ -97,6 +97,9 @@ def test_bytes_are_those_of_one_run(tmp_path: Path, cluster: Any, method: str) -
     assert shown[-1].bytes_total == report.bytes_written
     host = os.uname().nodename
     assert any(re.search(rf"{re.escape(host)} [\d.]+ .?B/s", each.tensor) for each in shown)
+    # A job that is begun again has nothing to do, also in another number of parts.
+    again = oxmerge.merge(recipe, tmp_path / "ray", shard_size=40_000, ray=True, parts=3)
+    assert (again.files, len(again.notes)) == (0, 1)
     # What one node lacks is told, with the node.
     lacked = [note for note in report.notes if "was made elsewhere" in note]
     assert all(f"failed on {host} (node " in note and "people/tune" in note for note in lacked)

@@ -27,6 +27,7 @@ from oxmerge.output.claims import named
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.objects import Objects
 from oxmerge.output.part_files import Purpose
+from oxmerge.output.publish import NoPartsError
 from oxmerge.parts import check_parts, complete, is_complete, merge_parts, nothing_left
 from oxmerge.problems import shorten
 from oxmerge.recipe.recipe import Recipe
@@ -84,10 +85,15 @@ def merge_on_ray(
         run = _Run(ray, plan, place, parts, planning, part, cpus)
         with watched(running.progress) as callback:
             run.make_all(callback)
-    if in_store:
-        report = complete_in_store(plan, place, planning, running, started)
-    else:
-        report = complete(plan, parts, Path(place), planning, running, started)
+    try:
+        if in_store:
+            report = complete_in_store(plan, place, planning, running, started)
+        else:
+            report = complete(plan, parts, Path(place), planning, running, started)
+    except NoPartsError:  # another driver has completed it
+        if not _is_complete(plan, place):
+            raise
+        report = nothing_left(place)
     return replace(report, notes=(*report.notes, *run.failures()))
 
 

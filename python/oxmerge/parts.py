@@ -864,7 +864,8 @@ def _only_one(path: Path, parts: int) -> Iterator[PartFiles]:
         except FileNotFoundError:
             raise no_parts(path) from None
         except BlockingIOError:
-            raise BusyError("another run completes the output", file=str(path)) from None
+            message, advice = "another run completes the output", "wait for it"
+            raise BusyError(message, file=str(path), advice=advice) from None
         yield files
 
 

@@ -29,7 +29,7 @@ from oxmerge import cli, merging, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError, WaitsForOthersError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
-from oxmerge.output.claims import claim
+from oxmerge.output.claims import claim, claimed
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
 from oxmerge.parts import shared_folder
@@ -595,6 +595,9 @@ def test_a_part_is_begun_again_when_the_output_is_complete(tmp_path: Path, model
     for other in ({"seed": 6}, {"fresh": True}):
         with pytest.raises(FileExistsError):
             make(recipe, output, 2, 2, **other)
+    make_all(recipe, output, 2, finish=True, fresh=True, overwrite=True)
+    assert before.keys() == set(output.iterdir())
+    assert not before.items() & {(path, path.stat().st_mtime_ns) for path in output.iterdir()}
     os.utime(tmp_path / "models" / "b" / "model.safetensors", ns=(1, 1))
     with pytest.raises(FileExistsError):
         make(recipe, output, 2, 2)
@@ -661,6 +664,26 @@ def test_who_completes_waits_for_runs_that_are_about_to_end(
         other.release()
         assert last.result(timeout=60).files == FILES
     assert directory_bytes(output) == whole["linear"]
+
+
+def test_a_part_waits_for_the_run_that_completes_the_output(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    told = Event()
+    with ThreadPoolExecutor(1) as pool:
+        other = claim(output)
+        with pytest.raises(OutputError, match="another run is writing here"):
+            make(recipe, output, 2, 2, wait=0)
+        second = pool.submit(
+            make, recipe, output, 2, 2,
+            progress=lambda shown: told.set() if "the run that completes" in shown.tensor else None,
+        )  # fmt: skip
+        assert told.wait(60)
+        other.release()
+        assert second.result(timeout=60).notes[-1].startswith("part 2 of 2 is made, and all others")
+    # A merge that is not in parts takes longer than anyone waits.
+    with claimed(tmp_path / "other"), pytest.raises(OutputError, match="is writing here"):
+        make(recipe, tmp_path / "other", 1, 2)
 
 
 def test_a_missing_part_is_told(tmp_path: Path, models: Path) -> None:

@@ -455,6 +455,7 @@ def _make_all(
     total = sum(sizes[shard] for shard in shards) * len(outputs)
     before: Counter[str] = Counter()
     with Uploads() as uploads, watched(running.progress) as callback:
+        running = replace(running, progress=callback or False)
         progress = None if callback is None else partial(_show, callback, before, total)
         here = replace(running, wait=0, beside=RESIDENT, progress=progress)
 

@@ -664,6 +664,7 @@ def finish(
     -------
     MergeReport
         Bytes are those of all parts together; `seconds` and memory those of the part with the most.
+        It has no files if the output is complete already.
 
     Raises
     ------

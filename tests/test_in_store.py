@@ -504,7 +504,7 @@ def test_what_cannot_be_written(
         oxmerge.merge(recipe, output, overwrite=True)
     with pytest.raises(OutputError, match="needs digests"):
         oxmerge.merge(recipe, output, digests=False)
-    with pytest.raises(UnsupportedError, match="in parts or in a store"):
+    with pytest.raises(UnsupportedError, match="several merges cannot be made in a store"):
         oxmerge.sweep(write_several(models), output + "{n}", {"parameters.t": "0.1,0.2"})
     with monkeypatch.context() as context:
         context.setattr("oxmerge.in_store.MOST_BYTES", 1000)

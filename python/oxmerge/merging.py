@@ -382,7 +382,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Remove what an interrupted merge has kept there, instead of going on with it.
     part : tuple of int, optional
         ``(3, 16)`` makes the third of sixteen parts, and leaves the others to other runs, on other
-        machines perhaps, with the same `directory`. `oxmerge.finish` completes it.
+        machines perhaps, with the same `directory`. `oxmerge.finish` completes it. Where it is
+        complete, nothing is made, and the report has no files.
     finish : bool
         Complete the directory, if this part is the last one that is made.
     wait : float

@@ -299,7 +299,7 @@ class _Work:
                 progress=report,
             )
         for number, (name, _) in enumerate(chosen):
-            digest = hashes[number * _HASH_BYTES :][:_HASH_BYTES]
+            digest = hashes[number * _HASH_BYTES : (number + 1) * _HASH_BYTES]
             expected = manifest.tensors[name].blake3 or b""
             if digest != expected:
                 self.deviations.append(Deviation(name, expected.hex(), digest.hex()))

@@ -14,7 +14,7 @@ from oxmerge.json_files import read_object
 from oxmerge.models.names import find_layer_counts, is_head, is_vocabulary, side_of
 from oxmerge.models.places import layout_of, size_of
 from oxmerge.models.vocabularies import folder_beside, token_files
-from oxmerge.problems import SHOWN_TENSORS, Problem, without_hint
+from oxmerge.problems import SHOWN_TENSORS, Problem, shorten, without_hint
 from oxmerge.schema import DTYPE_SIZES
 
 TYPE_CHECKING = False
@@ -97,7 +97,7 @@ def look_at_vocabulary(model: InputModel, found: Found) -> None:
         said = " or ".join(map(str, vocabularies))
         found.errors.append(_unlike_config(model, embedding, "rows", said, rows))
     # Some have embeddings narrower than their layers; but the config says so.
-    stated = next((str(config[key]) for key in _WIDTHS if key in config), None)
+    stated = next((shorten(repr(config[key])) for key in _WIDTHS if key in config), None)
     if stated is not None and width not in _whole_numbers(config, ""):
         found.errors.append(_unlike_config(model, embedding, "columns", stated, width))
     for key, value in config.items():

@@ -32,7 +32,7 @@ def _here(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LINEAR = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: W}}\n- {model: b}\n"
-REST = "parameters: {weight: 0.25}\n"
+REST = "parameters:\n  weight: 0.25\n"
 TIES = "merge_method: ties\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1}}]\n"
 SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\nparameters: {t: T}\n"
 STACK = "merge_method: passthrough\nslices:\n"
@@ -90,11 +90,36 @@ SAME = {
             "- {model: b, parameters: {weight: 3}}\n"
         ),
     ),
+    "a key of one's own that others refer to": (
+        (
+            "x-common: &x {weight: 2}\nparams: [&m a, &w 3]\nmerge_method: linear\nmodels:\n"
+            "- {model: *m, parameters: *x}\n- {model: b, parameters: {<<: *x, weight: *w}}\n"
+        ),
+        (
+            "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 2}}\n"
+            "- {model: b, parameters: {weight: 3}}\n"
+        ),
+    ),
+    "keys of one's own that are called alike": (
+        (
+            "const: &m a\nconst: &n b\nconst: &unused 1\nenv: &env\n  parameters: {weight: 2}\n"
+            "merge_method: linear\nmodels:\n- {model: *m, <<: *env}\n- {<<: *env, model: *n}\n"
+        ),
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 2}\n",
+    ),
     "a directive, documents' ends": (
         f"%YAML 1.1\n---\n# ünïcödé\n{weighted('0.5')}...\n",
         weighted("0.5"),
     ),
     "nothing under a key": (weighted("0.5") + "dtype:\n", weighted("0.5")),
+    "empty texts": (
+        weighted("0.5") + "dtype: ''\nout_dtype: \"\"\nchat_template: ''\n",
+        weighted("0.5"),
+    ),
+    "types by other names": (
+        weighted("0.5") + "dtype: FP32\nout_dtype: bf16\n",
+        weighted("0.5") + "dtype: float32\nout_dtype: bfloat16\n",
+    ),
     "layers as text": (
         f"{STACK}- sources: [{{model: a, layer_range: ['0', 4.0]}}]\n",
         f"{STACK}- sources: [{{model: a, layer_range: [0, 4]}}]\n",
@@ -126,6 +151,13 @@ SAME = {
         SLERP.replace("T", "0.5"),
     ),
     "an option in a recipe": (weighted("1") + "random_seed: 4\n", weighted("1")),
+    "what acts elsewhere, among parameters": (
+        weighted("1").replace(
+            "{weight: 0.25", "{weight: 0.25, random_seed: 4, dtype: float16, filter: mlp"
+        ),
+        weighted("1"),
+    ),
+    "where the output goes": (weighted("1") + "output_dir: x\nmodel_name: y\n", weighted("1")),
     "a type in a slice": (
         f"{STACK}- {{sources: [{{model: a, layer_range: [0, 4]}}], dtype: float16}}\n",
         f"{STACK}- {{sources: [{{model: a, layer_range: [0, 4]}}]}}\n",

@@ -31,6 +31,7 @@ OPTIONS = (
     "--no-safe-serialization",
     "-v",
     "-vv",
+    "-vvv",
     "--verbose",
     "--read-to-gpu",
     "--no-read-to-gpu",
@@ -40,6 +41,8 @@ OPTIONS = (
     "--async-write",
     "--no-async-write",
     "--no-allow-crimes",
+    "--no-quiet",
+    "--no-unsafe-truncate-embeddings",
     "--unsafe-truncate-embeddings",
 )
 WITH_VALUE = {
@@ -102,3 +105,15 @@ def test_what_would_give_another_output_is_refused(
 def test_the_help_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "--help"]) == 0
     assert "lazy-unpickle" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["0", "=-1"])
+def test_no_size_of_a_file_is_no_limit(
+    size: str, twins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = [f"--out-shard-size{size}"] if size[0] == "=" else ["--out-shard-size", size]
+    assert main(["merge", str(twins / "linear.yml"), str(tmp_path / "out"), *option]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    capsys.readouterr()
+    assert main(["plan", str(twins / "linear.yml"), "--quiet", *option]) == 0
+    assert capsys.readouterr().err == ""

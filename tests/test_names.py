@@ -76,6 +76,20 @@ def test_positions() -> None:
     assert position(0, 1) == 1.0
 
 
+def test_loose_tensors_that_are_numbered_have_positions() -> None:
+    names = [
+        *numbered("model.layers", range(5)),  # the last of which predicts further tokens
+        *numbered("visual.deepstack", range(3)),
+        *numbered("visual.merger.mlp", [0, 2]),
+        *numbered("single", range(1)),
+        "model.norm.w",
+    ]
+    layout = find_layout(names, frozenset({4}))
+    positions = [layout.position(name) for name in names]
+    assert positions == [0, 1 / 3, 2 / 3, 1, 0, 0, 0.5, 1, 1, 1, 1, 0]
+    assert {find_layout(names, frozenset()).position(name) for name in names} == {0}
+
+
 SIDES: list[tuple[str, str | None]] = [
     ("model.embed_tokens.weight", "input"),
     ("transformer.wte.weight", "input"),

@@ -125,7 +125,13 @@ FAULTS = [
     START + "models: [{model: {model: a, lora: 7}}]\n",
     START + "models: [{model: 7}]\n",
     START + MODELS + "dtype: int64\n",
-    START + MODELS + "dtype: bf16\n",
+    START + MODELS + "dtype: fp8\n",
+    START + MODELS + "x-common: &x {weight: 1}\n",
+    START + "models: [{model: &m a}]\nx-common: *m\n",
+    START + MODELS + "paramters: &p {weight: 1}\nx: *p\n",
+    START + "models: [{model: a, revision: main}]\n",
+    START + "models: [{model: a, lora: b}]\n",
+    "merge_method: moe\nbase_model: a\nexperts: [{source_model: a}]\n",
     START + MODELS + "out_dtype: bfloat\n",
     START + MODELS + "parameters: {weight: [1, {value: 2}]}\n",
     START + MODELS + "parameters: {weight: }\n",
@@ -159,13 +165,14 @@ def test_faults() -> None:
 
 
 def test_all_faults_are_reported_together() -> None:
-    text = "merge_metod: linear\nmodels: [{modle: a}]\ndtype: bf16\nparameters: [1]\n"
+    text = "merge_metod: linear\nmodels: [{modle: a}]\ndtype: fp8\nparameters: [1]\n"
     assert len(problems_of(text)) == 4
 
 
 SYNTAX = [
     "merge_method: linear\nmerge_method: ties\n" + MODELS,
     "merge_method: linear\nmodels:\n- model: a\n  model: b\n",
+    "dtype: &d float32\ndtype: *d\nmerge_method: linear\n" + MODELS,
     "- 1\n- 2\n",
     "# nothing\n",
     "a: " + "[" * 3000 + "]" * 3000 + "\n",
@@ -190,6 +197,7 @@ SYNTAX = [
     "a: {*x}\n",
     "models\n- model: a\n",
     "models\uff1a\n- model: a\n",
+    "```yaml\nmerge_method: linear\n```\n",
     "a:\u00a0b\nmodels: 1\n",
     "models:\n  - model: a\n  -model: b\n",
     "? [a]\n: 1\n",
@@ -228,6 +236,10 @@ WARNINGS = [
     START + MODELS + "name: x\n",
     START + "models: [{model: {model: a, override_architecture: X}}]\n",
     START + "models: [{model: a, base_model: b}]\n",
+    START + MODELS + "chat_template: ''\n",
+    START + MODELS + "dtype: ''\n",
+    START + MODELS + "pad_to_multiple_of: 8\n",
+    START + MODELS + "output_path: merged\n",
 ]
 
 

@@ -7,6 +7,7 @@ give another output than it does there is refused.
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 
 from oxmerge.cli.arguments import UsageError, natural, positive, size
@@ -46,15 +47,26 @@ class _Flag:
     is_refused: bool = False
 
 
+#: More bytes than any file has.
+_UNSPLIT = 1 << 60
+
+
+def _shard_size(text: str) -> int:
+    """Parse a size; mergekit takes no size, or less, for no limit."""
+    return _UNSPLIT if re.fullmatch(r"0+|-\d+", text, re.ASCII) else size(text)
+
+
 def _either(name: str) -> tuple[str, str]:
     return f"--{name}", f"--no-{name}"
 
 
 _FLAGS = (
-    _Flag(("--out-shard-size",), "is `--shard-size`", "shard_size", size),
+    _Flag(("--out-shard-size",), "is `--shard-size`", "shard_size", _shard_size),
     _Flag(("--random-seed",), "is `--seed`; the random masks are others", "seed", natural),
     _Flag(("--num-threads", "-j"), "is `--threads`", "threads", positive),
     _Flag(("--no-allow-crimes",), "is so unless `--allow-mismatch` is given"),
+    _Flag(("--no-quiet",), "is so unless `--quiet` is given"),
+    _Flag(("--no-unsafe-truncate-embeddings",), "is so: no row is left out unasked"),
     _Flag(("--cuda", "--no-cuda"), "is not needed; `--device cuda` computes on a GPU"),
     _Flag(("--gpu-rich",), "is not needed; `--device cuda` computes on every GPU"),
     _Flag(_either("multi-gpu"), "is not needed; `--device cuda` computes on every GPU"),
@@ -77,7 +89,7 @@ _FLAGS = (
     _Flag(("--copy-tokenizer",), "is not needed: the donor's tokenizer is copied"),
     _Flag(("--write-model-card",), "is not needed: a model card is written"),
     _Flag(("--safe-serialization",), "is not needed: weights are written as safetensors"),
-    _Flag(("--verbose", "-v", "-vv"), "is not needed: `oxmerge plan` tells all there is"),
+    _Flag(("--verbose", "-v", "-vv", "-vvv"), "is not needed: `oxmerge plan` tells all there is"),
     _Flag(("--no-copy-tokenizer",), "is not there: remove the tokenizer's files", is_refused=True),
     _Flag(("--no-write-model-card",), "is not there: remove `README.md`", is_refused=True),
     _Flag(("--no-safe-serialization",), "is not there: weights are safetensors", is_refused=True),

@@ -28,6 +28,7 @@ def add_arguments(parser: Parser) -> None:
         "'model.layers.3.*', where `*` is any part of a name",
     )
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that merge takes")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print the plan and errors only")
 
 
 def run(options: Namespace, printer: Printer, engine: Engine) -> int:

@@ -4,7 +4,7 @@ No list of architectures decides anything. A *stack* is a prefix that is numbere
 gaps (``model.layers``), where n is a layer count that stands in the config. Only the first number
 of a name counts: further ones, as of experts, belong to the rest of the name. Some models have a
 few layers more than their config counts, for predicting further tokens; those, and every tensor
-without a number, are *loose*.
+in no stack, are *loose*.
 
 Loose tensors lie on the input side of the stack (embeddings) or on its output side (final norm,
 head). A short table of words decides which.
@@ -126,11 +126,14 @@ class Layout:
     stacks : dict of str to Stack
         By prefix, in order of appearance.
     numbered : dict of str to int
-        How many numbers each numbered prefix has, stack or not; for messages.
+        How many numbers each numbered prefix has, stack or not.
+    gaps : frozenset of str
+        The prefixes whose numbers leave some out.
     """
 
     stacks: dict[str, Stack]
     numbered: dict[str, int]
+    gaps: frozenset[str] = frozenset()
 
     def place(self, name: str) -> Place | None:
         """Return where a tensor is; None for a tensor that is in no stack."""
@@ -139,6 +142,23 @@ class Layout:
         if match is None or stack is None:
             return None
         return Place(stack, int(match[1]), name[match.end() :])
+
+    def position(self, name: str) -> float:
+        """Return where a tensor is among the layers of its stack, from 0 to 1.
+
+        Loose tensors are at 0, and all are where no stack is known. Those that are numbered beside
+        a stack are where their number is among others, as in mergekit. Modules in a sequence, some
+        of which have no tensors and leave gaps (``mlp.0`` and ``mlp.2``), are one layer together,
+        and that is at 1.
+        """
+        place = self.place(name)
+        if place is not None:
+            return 0.0 if place.is_extra else position(place.layer, place.stack.depth)
+        match = _NUMBER.search(name)
+        if match is None or not self.stacks:
+            return 0.0
+        prefix = name[: match.start()]
+        return 1.0 if prefix in self.gaps else position(int(match[1]), self.numbered.get(prefix, 0))
 
     @property
     def only_stack(self) -> Stack | None:
@@ -191,6 +211,7 @@ def find_layout(names: Iterable[str], counts: frozenset[int]) -> Layout:
     return Layout(
         stacks={prefix: Stack(prefix, depth) for prefix, depth in depths if depth},
         numbered={prefix: len(found) for prefix, found in numbers.items()},
+        gaps=frozenset(prefix for prefix, found in numbers.items() if max(found) >= len(found)),
     )
 
 

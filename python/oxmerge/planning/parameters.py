@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
 from oxmerge.problems import Problem, did_you_mean, near
+from oxmerge.recipe.keys import without_effect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -497,6 +498,9 @@ def check_settings(
                 message = f"parameter `{name}` has no effect{effect[0]}"
                 problem = Problem("no-effect", message, setting.where, advice=effect[1])
                 findings.warnings.append(problem)
+        elif (idle := without_effect(name)) is not None:
+            problem = Problem("no-effect", idle[0], setting.where, advice=idle[1])
+            findings.warnings.append(problem)
         else:
             close = did_you_mean(name, own) or did_you_mean(name, everything)
             advice = close or (_parameters_of(own) if own else "no method has one like it")

@@ -56,9 +56,9 @@ class Run:
     section : Section
         The section they belong to.
     position : float
-        Where their layer is in the section, from 0 to 1; 0 for loose tensors.
+        Where their layer is in the section, from 0 to 1; mostly 0 for loose tensors.
     depth : float
-        The same in the output.
+        Where it is in the output, likewise; 0 for loose tensors.
     donor : InputModel
         The model that they are like.
     tensors : tuple of (int, int)
@@ -97,9 +97,9 @@ def whole_targets(section: Section, donor: InputModel) -> Iterator[Run]:
     leads = ("",) * len(section.sources)
     for lead, first, count in donor.runs:
         place = donor.layout.place(lead)
-        in_stack = place is not None and not place.is_extra
-        where = position(place.layer, place.stack.depth) if place and in_stack else 0.0
-        yield Run(section, where, where, donor, ((first, count),), place, "", "", leads)
+        where = donor.layout.position(lead)
+        depth = 0.0 if place is None else where
+        yield Run(section, where, depth, donor, ((first, count),), place, "", "", leads)
 
 
 class ModuleTargets:

@@ -21,6 +21,7 @@ from oxmerge.recipe.recipe import (
     Tokenizer,
     TokenRow,
 )
+from oxmerge.recipe.values import whole_number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ _MODULE_KEYS = frozenset(("models", "slices", "parameters"))
 _MODEL_KEYS = frozenset(("model", "parameters"))
 _SLICE_KEYS = frozenset(("sources", "base_model", "parameters"))
 _SOURCE_KEYS = frozenset(("model", "layer_range", "parameters"))
+#: How a flag may be written.
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 #: Stands for a module that cannot be read, which is reported already.
 _UNREAD_MODULE: dict[str, object] = {}
 #: Files of other tools by the keys that tell them.
@@ -271,8 +274,11 @@ class _RecipeReader(ExtensionReader):
     def multiple(self, raw: Mapping[str, object], place: Place) -> int | None:
         """Read `pad_to_multiple_of`."""
         value = raw.get("pad_to_multiple_of")
-        if value is None or (type(value) is int and 1 <= value <= MOST_ROWS):
-            return value
+        if value is None:
+            return None
+        multiple = whole_number(value)
+        if multiple is not None and 1 <= multiple <= MOST_ROWS:
+            return multiple
         message = f"a whole number from 1 to {MOST_ROWS} is needed here"
         place, advice = (
             at_key(place, raw, "pad_to_multiple_of"),
@@ -303,10 +309,10 @@ class _RecipeReader(ExtensionReader):
             return None
         if not self.check_mapping(raw, place, _TOKEN_KEYS):
             return None
-        force, source = raw.get("force", False), raw.get("source")
-        if not isinstance(force, bool):
+        force, source = _FLAGS.get(str(raw.get("force", False)).lower()), raw.get("source")
+        if force is None:
             message, advice = "true or false is needed here", "write `force: true`"
-            self.fault(at_key(place, raw, "force"), message, found=force, advice=advice)
+            self.fault(at_key(place, raw, "force"), message, found=raw["force"], advice=advice)
             return None
         if source is None:
             return TokenRow(place, token, force=force)
@@ -331,7 +337,9 @@ class _RecipeReader(ExtensionReader):
         given = [raw[key] for key in ("token", "token_id") if raw.get(key) is not None]
         model = self.reference(raw, "model", place)
         of = given[0] if len(given) == 1 else None
-        is_row = raw.get("token_id") is not None and type(of) is int and 0 <= of < MOST_ROWS
+        if raw.get("token_id") is not None:
+            of = whole_number(of)
+        is_row = isinstance(of, int) and 0 <= of < MOST_ROWS
         if model is None or not (is_row or (raw.get("token") is not None and isinstance(of, str))):
             message = "a model, and a token of it or the number of its row, are needed here"
             advice = "write `{kind: model_token, model: path, token: text}`"
@@ -345,7 +353,10 @@ class _RecipeReader(ExtensionReader):
         if value is None:
             return None
         place = at_key(place, raw, "chat_template")
-        if isinstance(value, str) and value:
+        if value == "":
+            self.is_empty("chat_template", place)
+            return None
+        if isinstance(value, str):
             return Template(place, value)
         message, advice = "a chat template is text", "write `chat_template: auto`, or leave it out"
         self.fault(place, message, found=value, advice=advice)
@@ -392,7 +403,7 @@ class _RecipeReader(ExtensionReader):
 
 def _other_tool(raw: Mapping[str, object]) -> tuple[str, str] | None:
     """Return what a file is that is no recipe for merging weights, and what to do."""
-    if "merge_method" in raw:
+    if "merge_method" in raw and not raw.keys().isdisjoint(("models", "slices", "modules")):
         return None
     for keys, what, advice in _OTHER_TOOLS:
         if keys <= raw.keys():

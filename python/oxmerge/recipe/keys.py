@@ -19,10 +19,21 @@ if TYPE_CHECKING:
 
     from oxmerge.problems import Findings
 
-__all__ = ["EXTENSION_KEYS", "KeyReader", "at_item", "at_key", "is_mapping", "show", "show_key"]
+__all__ = [
+    "EXTENSION_KEYS",
+    "KeyReader",
+    "at_item",
+    "at_key",
+    "is_mapping",
+    "show",
+    "show_key",
+    "without_effect",
+]
 
 #: Letters of a value that a message shows.
 _SHOWN = 60
+#: From how much of a key on it is a slip for another, of 1.
+_SLIP = 0.85
 #: Stands for a value that a message has no need of.
 _UNSAID = object()
 
@@ -40,6 +51,8 @@ _ACTS_IN = {
     "tokenizer_source": "at the top level",
     "chat_template": "at the top level",
     "oxmerge": "at the top level",
+    "tokens": "in `tokenizer`",
+    "pad_to_multiple_of": "in `tokenizer`",
     "sources": "in a slice",
     "model": "in an entry of `models` or `sources`",
     "layer_range": "in a source of a slice",
@@ -64,6 +77,16 @@ _NEVER_ACTS = {
     "low_cpu_memory": "pass `--memory`",
     "cuda": "pass `--device cuda`",
     "write_model_card": "a model card is written",
+    # Where notebooks and scripts around mergekit keep what they pass to it.
+    **dict.fromkeys(
+        ("output", "output_dir", "output_path", "out_path", "model_name"),
+        "the command names the output: `oxmerge merge recipe.yml merged/`",
+    ),
+}
+#: Keys that belong to what stands beside them.
+_BELONGS = {
+    "revision": "put it behind the name of the model: `model: path@revision`",
+    "lora": "put it behind the name of the model: `model: path+lora`",
 }
 
 
@@ -131,15 +154,14 @@ class KeyReader:
     ) -> None:
         """Check each key that is not read."""
         for key in raw:
-            if key not in known:
+            if key not in known and not _is_shared(key, raw, known):
                 self.check_key(key, at_key(place, raw, key), known)
 
     def check_key(self, key: object, place: Place, known: frozenset[str]) -> None:
         """Sort a key that is not read here: without effect, or unknown."""
-        if key in _NEVER_ACTS:
-            self.no_effect(place, f"`{key}` has no effect", _NEVER_ACTS[str(key)])
-        elif key in _ACTS_IN:
-            self.no_effect(place, f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}")
+        idle = without_effect(key)
+        if idle is not None:
+            self.no_effect(place, *idle)
         else:
             name = show_key(key)
             correction = _correction(name, known)
@@ -166,6 +188,27 @@ class KeyReader:
         self.findings.warnings.append(Problem("no-effect", message, place, advice=advice))
 
 
+def without_effect(key: object) -> tuple[str, str] | None:
+    """Return that a known key has no effect where it is not read, and why; None for others."""
+    if key in _NEVER_ACTS:
+        return f"`{key}` has no effect", _NEVER_ACTS[str(key)]
+    if key in _ACTS_IN:
+        return f"`{key}` has no effect here", f"it acts {_ACTS_IN[str(key)]}"
+    return None
+
+
+def _is_shared(key: object, raw: Mapping[str, object], known: frozenset[str]) -> bool:
+    """Tell whether a key is the recipe's own: others refer to what stands there, by aliases.
+
+    It is not if it looks like a slip for one that is missing.
+    """
+    if key not in getattr(raw, "shared", ()):
+        return False
+    from difflib import get_close_matches  # noqa: PLC0415 - few recipes need it
+
+    return not get_close_matches(str(key), known - raw.keys(), n=1, cutoff=_SLIP)
+
+
 def _correction(key: str, known: frozenset[str]) -> str | None:
     """Return what the key was probably meant to be; None if nothing is like it."""
     slip = explain_slip(key)
@@ -175,6 +218,8 @@ def _correction(key: str, known: frozenset[str]) -> str | None:
         return "put it under `parameters`"
     if key in EXTENSION_KEYS:
         return "put it under `oxmerge` at the top level"
+    if key in _BELONGS and "model" in known:
+        return _BELONGS[key]
     return did_you_mean(key, known)
 
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     Item = TypeVar("Item")
 
-__all__ = ["ValueReader"]
+__all__ = ["ValueReader", "whole_number"]
 
 _CHOICE_KEYS = frozenset(("value", "filter"))
 _DTYPES = {DTYPE_NAMES[code]: code for code in FLOATS}
+#: Other names of types, as torch and trainers have them.
 _DTYPE_ALIASES = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -150,14 +151,20 @@ class ValueReader(KeyReader):
         value = raw.get(key)
         if value is None:
             return None
-        name = value.removeprefix("torch.") if isinstance(value, str) else show(value)
+        place = at_key(place, raw, key)
+        if value == "":
+            self.is_empty(key, place)
+            return None
+        name = value.removeprefix("torch.").lower() if isinstance(value, str) else show(value)
+        name = _DTYPE_ALIASES.get(name, name)
         if name not in _DTYPES:
-            self.fault(
-                at_key(place, raw, key),
-                f"cannot write weights as `{show_key(value)}`",
-                advice=_dtype_advice(name),
-            )
+            message, advice = f"cannot write weights as `{show_key(value)}`", _dtype_advice(name)
+            self.fault(place, message, advice=advice)
         return _DTYPES.get(name)
+
+    def is_empty(self, key: str, place: Place) -> None:
+        """Take down that empty text stands for nothing, as forms write it."""
+        self.no_effect(place, f"an empty `{key}` has no effect", "leave it out")
 
     # Parameters.
 
@@ -262,15 +269,23 @@ class ValueReader(KeyReader):
 
 def _whole_numbers(value: object) -> list[int]:
     """Return the whole numbers that a list is made of; nothing if it is not."""
-    items = value if isinstance(value, list | tuple) else ()
-    return [int(item) for item in items] if all(map(_is_whole, items)) else []
+    numbers = [whole_number(item) for item in value] if isinstance(value, list | tuple) else []
+    return [] if None in numbers else numbers  # type: ignore[return-value]
 
 
-def _is_whole(value: object) -> bool:
-    """Tell whether a value is a whole number, perhaps as `8.0` or in quotes."""
+def whole_number(value: object) -> int | None:
+    """Return the whole number that a value is, perhaps as ``8.0`` or in quotes; None if it is not.
+
+    Examples
+    --------
+    >>> whole_number("8"), whole_number(8.5)
+    (8, None)
+    """
     if isinstance(value, str):
-        return _WHOLE.fullmatch(value) is not None
-    return type(value) is int or (type(value) is float and value.is_integer())
+        return int(value) if _WHOLE.fullmatch(value) else None
+    return (
+        int(value) if type(value) is int or (type(value) is float and value.is_integer()) else None
+    )
 
 
 def _dtype_advice(name: str) -> str:
@@ -278,9 +293,6 @@ def _dtype_advice(name: str) -> str:
         return "whole numbers cannot hold weights; integer tensors keep their type anyway"
     if _OF_FEW_BITS.match(name):
         return "write `bfloat16`, and quantise the merged model afterwards"
-    alias = _DTYPE_ALIASES.get(name.lower())
-    if alias is not None:
-        return f"write `{alias}`"
     return did_you_mean(name, _DTYPES) or "write one of " + ", ".join(
         f"`{each}`" for each in _DTYPES
     )

@@ -23,6 +23,7 @@ _SLIPS = (
      "replace it by a space of the keyboard"),
     (re.compile(r"\uff1a"), "a wide colon, `\uff1a`", "write `: `"),
     (re.compile(r"^\s*[\u2010-\u2015\u2022]"), "another sign than `-` before it", "write `- `"),
+    (re.compile(r"^\s*(```|~~~)"), "a fence of Markdown", "take out the lines that begin so"),
     (re.compile(r"^\s*-[^\W\d]"), "no space behind its dash", "write `- `"),
     (re.compile(r"^\s*(```|~~~)"), "a fence of Markdown", "take out the lines with it"),
     (re.compile(r"^\s*\*\*|\]\(https?:"), "marks of Markdown", "write the text without them"),

@@ -7,11 +7,13 @@ a number, as in YAML 1.2; and a date is text. Numbers with colons in them (``1:3
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from itertools import chain
 
 from oxmerge.errors import ProblemsError, RecipeError
 from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extent import MOST_VALUES, TooMuch, check_extent
+from oxmerge.recipe.keys import without_effect
 from oxmerge.recipe.recipe import MOST_BYTES, too_long
 from oxmerge.recipe.yaml_faults import explain_fault, explain_slip, explain_text
 
@@ -43,13 +45,16 @@ class MarkedMapping(dict[str, object]):
     ----------
     marks : dict
         Line and column, from 1, by key.
+    shared : frozenset
+        Keys of a document under which something stands that other places refer to by an alias.
     """
 
-    __slots__ = ("marks",)
+    __slots__ = ("marks", "shared")
 
     def __init__(self) -> None:
         super().__init__()
         self.marks: dict[str, tuple[int, int]] = {}
+        self.shared: frozenset[object] = frozenset()
 
 
 class MarkedList(list[object]):
@@ -116,11 +121,19 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
 
     documents: list[object] = []
     try:
-        loader = _loader_class(findings.problems, path)(text)
+        aliases: list[tuple[int, int]] = []
+        shared: set[str] = set()
+        loader = _loader_class(findings.problems, aliases, shared, path)(text)
         while loader.check_node():
             node = loader.get_node()
             check_extent(node, _parts)
-            documents.append(loader.construct_document(node))
+            shared.update(_shared_keys(node, aliases))
+            document = loader.construct_document(node)
+            if isinstance(document, MarkedMapping):
+                document.shared = frozenset(shared)
+            documents.append(document)
+            aliases.clear()
+            shared.clear()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error, text, path)]) from error
     mappings = [document for document in documents if isinstance(document, MarkedMapping)]
@@ -135,6 +148,14 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
         place = None if path is None else Place(file=path)
         raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
     return mappings
+
+
+def _shared_keys(node: Any, aliases: list[tuple[int, int]]) -> frozenset[str]:  # noqa: ANN401
+    """Return the keys of a document under which something stands that others refer to."""
+    keys = [key for key, _ in node.value] if getattr(node, "id", None) == "mapping" else []
+    starts = [key.start_mark.index for key in keys]
+    under = (tuple(bisect_right(starts, at) - 1 for at in places) for places in aliases)
+    return frozenset(str(keys[at].value) for at, used in under if at not in (-1, used))
 
 
 def _kind(value: object) -> str:
@@ -183,11 +204,20 @@ def _at(mark: Any, path: str | None) -> Place:  # noqa: ANN401 - PyYAML has no t
     return Place("", mark.line + 1, mark.column + 1, path)
 
 
-def _loader_class(duplicates: list[Problem], path: str | None) -> type[SafeLoader]:
-    """Return a loader that appends what is written twice to `duplicates`."""
+def _loader_class(
+    duplicates: list[Problem],
+    aliases: list[tuple[int, int]],
+    shared: set[str],
+    path: str | None,
+) -> type[SafeLoader]:
+    """Return a loader that appends what is written twice to `duplicates`, but for `shared` keys.
+
+    `aliases` gets, for each alias, the place in the text of what it refers to, and its own.
+    """
     from yaml import SafeLoader  # noqa: PLC0415 - see parse_yaml
     from yaml.composer import ComposerError  # noqa: PLC0415
     from yaml.constructor import ConstructorError  # noqa: PLC0415
+    from yaml.events import AliasEvent  # noqa: PLC0415
 
     class Loader(SafeLoader):
         yaml_implicit_resolvers = _kept_resolvers(SafeLoader.yaml_implicit_resolvers)
@@ -199,10 +229,15 @@ def _loader_class(duplicates: list[Problem], path: str | None) -> type[SafeLoade
             if self.values > MOST_VALUES:
                 message = f"more than {MOST_VALUES} values"
                 raise ComposerError(None, None, message, self.get_mark())
-            return super().compose_node(parent, index)
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            is_alias = isinstance(event, AliasEvent)
+            node: Any = super().compose_node(parent, index)
+            if is_alias:
+                aliases.append((node.start_mark.index, event.start_mark.index))
+            return node
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:
-        duplicates.extend(_duplicates(node, path))
+        duplicates.extend(_duplicates(node, path, shared))
         mapping = MarkedMapping()
         yield mapping
         _fill(loader, node, mapping)
@@ -238,12 +273,17 @@ def _position(node: Any) -> tuple[int, int]:  # noqa: ANN401 - PyYAML has no typ
     return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _duplicates(node: MappingNode, path: str | None) -> list[Problem]:
+def _duplicates(node: MappingNode, path: str | None, shared: set[str]) -> list[Problem]:
+    """Return the keys that are written twice.
+
+    A key of one's own may be: each of its values is for aliases, whatever it is called.
+    """
     first_lines: dict[str, int] = {}
     problems = []
     for key_node, _ in node.value:
         key, line = str(getattr(key_node, "value", "")), key_node.start_mark.line + 1
-        if key in first_lines and key != "<<" and not explain_slip(key):  # which is told of a key
+        is_own = key == "<<" or (key in shared and without_effect(key) is None)
+        if key in first_lines and not is_own and not explain_slip(key):  # which is told of a key
             text = f"`{shorten(key)}` is written twice, first on line {first_lines[key]}"
             advice = "leave one of them out"
             place = _at(key_node.start_mark, path)

@@ -561,8 +561,13 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert weights(tmp_path / "d0.3") != weights(tmp_path / "alone")
 
 
-def test_slices(tmp_path: Path) -> None:
-    models = three(tmp_path)
+@pytest.mark.parametrize("size", [60, 66])
+def test_slices(tmp_path: Path, size: int) -> None:
+    sizes = {"a": 60, "b": size}
+    models = [
+        make(tmp_path / name, train("BPE", name, sizes[name]), seed=at)
+        for at, name in enumerate(sizes)
+    ]
     sources = [{"model": model.folder.name, "layer_range": [0, 1]} for model in models[:2]]
     recipe = tmp_path / "r.yml"
     slices = [{"sources": sources}, {"sources": sources[1:]}]

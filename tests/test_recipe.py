@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oxmerge
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -260,6 +261,27 @@ def test_a_mapping_needs_no_yaml() -> None:
     recipe = Recipe.from_mapping(paths)
     assert (recipe.models[0].model, recipe.base_model) == ("a", "b")
     assert Recipe.from_yaml(recipe.text).models[0].model == "a"
+
+
+def test_a_mapping_may_have_numbers_and_types_of_numpy_and_torch() -> None:
+    torch = pytest.importorskip("torch")
+    mapping = {
+        "merge_method": "slerp",
+        "slices": [{"sources": [{"model": "a", "layer_range": [np.int64(0), np.uint8(4)]}]}],
+        "parameters": {"t": np.linspace(0, 1, 3), "x": torch.tensor([0.5, 0.25]), "y": np.True_},
+        "dtype": torch.bfloat16,
+        "out_dtype": np.float32,
+    }
+    read = Recipe.from_mapping(mapping)
+    again = Recipe.from_yaml(read.text)
+    for recipe in (read, again):
+        values = {name: each.choices[0].values for name, each in recipe.parameters.items()}
+        assert values == {"t": (0.0, 0.5, 1.0), "x": (0.5, 0.25), "y": (True,)}
+        assert recipe.slices[0].sources[0].layer_range == (0, 4)
+        assert (recipe.dtype, recipe.out_dtype) == ("BF16", "F32")
+    many = {**mapping, "parameters": {"t": np.zeros(1_000_000)}}
+    with pytest.raises(RecipeError, match="a number, a truth value or text is needed here"):
+        Recipe.from_mapping(many)
 
 
 @pytest.mark.parametrize(

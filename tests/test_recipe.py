@@ -132,6 +132,7 @@ FAULTS = [
     START + MODELS + "paramters: &p {weight: 1}\nx: *p\n",
     START + "models: [{model: a, revision: main}]\n",
     START + "models: [{model: a, lora: b}]\n",
+    "layer_slices: [{model: a, start: 0, end: 4}]\nembedding_source: a\n",
     "merge_method: moe\nbase_model: a\nexperts: [{source_model: a}]\n",
     START + MODELS + "out_dtype: bfloat\n",
     START + MODELS + "parameters: {weight: [1, {value: 2}]}\n",

@@ -69,6 +69,12 @@ _OTHER_TOOLS = (
         "run the search there, and merge the recipe that it finds here",
     ),
     (
+        {"layer_slices"},
+        "for `bakllama`, which stacks layers",
+        "write each slice under `slices`, as `sources: [{model: path, layer_range: [0, 8]}]`, with "
+        "`merge_method: passthrough`",
+    ),
+    (
         {"datasets", "base_model"},
         "for training",
         "train with it, and merge the models that come of it",

@@ -69,6 +69,9 @@ _NEVER_ACTS = {
     **IDLE_PARAMETERS,
     # Options of mergekit's command line, which does not read them here either.
     "random_seed": "pass `--seed`",
+    "seed": "pass `--seed`",
+    "device": "pass `--device`",
+    "num_threads": "pass `--threads`",
     "out_shard_size": "pass `--shard-size`",
     "allow_crimes": "pass `--allow-mismatch`",
     "copy_tokenizer": "the donor's tokenizer is copied",
@@ -79,7 +82,15 @@ _NEVER_ACTS = {
     "write_model_card": "a model card is written",
     # Where notebooks and scripts around mergekit keep what they pass to it.
     **dict.fromkeys(
-        ("output", "output_dir", "output_path", "out_path", "model_name"),
+        (
+            "output",
+            "output_dir",
+            "output_path",
+            "out_path",
+            "save_path",
+            "output_model",
+            "model_name",
+        ),
         "the command names the output: `oxmerge merge recipe.yml merged/`",
     ),
 }

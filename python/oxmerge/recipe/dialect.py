@@ -71,8 +71,7 @@ _OTHER_TOOLS = (
     (
         {"layer_slices"},
         "for `bakllama`, which stacks layers",
-        "write each slice under `slices`, as `sources: [{model: path, layer_range: [0, 8]}]`, with "
-        "`merge_method: passthrough`",
+        "write `slices: [{sources: [{model: path, layer_range: [0, 8]}]}]` for them",
     ),
     (
         {"datasets", "base_model"},

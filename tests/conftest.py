@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -39,13 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C act here and in the processes that tests start.
+    """Let signals act here and in the processes that tests start.
 
-    A job in the background of a script has it switched off, and hands that on.
+    A job in the background of a script has Ctrl-C switched off, one of `nohup` that it is hung up
+    on, and they hand that on.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    acting: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        **dict.fromkeys((signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM), signal.SIG_DFL),
+    }
+    before = {number: signal.signal(number, action) for number, action in acting.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, action in before.items():
+        signal.signal(number, action)
 
 
 @pytest.fixture(scope="session", autouse=True)

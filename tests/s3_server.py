@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
     from typing import Any
 
     Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -28,8 +30,19 @@ def refusing_lists(application: Application) -> Application:
     return answer
 
 
+def of_google(application: Application) -> Application:
+    """Answer as the store of Google does, whose XML interface is that of S3 with other tokens."""
+
+    def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        scope = "key/20260101/us-east-1/s3/aws4_request"
+        environ["HTTP_AUTHORIZATION"] = f"AWS4-HMAC-SHA256 Credential={scope}, Signature=0"
+        return application(environ, start)
+
+    return answer
+
+
 @contextmanager
-def serve(*, lists: bool = True) -> Iterator[str]:
+def serve(*, lists: bool = True, google: bool = False) -> Iterator[str]:
     """Serve a bucket that is called so; yield the address."""
     from moto.server import ThreadedMotoServer
 
@@ -38,6 +51,9 @@ def serve(*, lists: bool = True) -> Iterator[str]:
     if not lists:
         assert server._server is not None
         server._server.app = refusing_lists(server._server.app)
+    if google:
+        assert server._server is not None
+        server._server.app = of_google(server._server.app)
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
     make = urllib.request.Request(f"{address}/bucket", method="PUT")
@@ -54,3 +70,10 @@ def environment(address: str) -> dict[str, str]:
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": address,
     }
+
+
+def google_environment(address: str, account: Path) -> dict[str, str]:
+    """Return the environment of a user of a server that is one of Google, with an account there."""
+    key = {"client_email": "", "private_key": "", "private_key_id": ""}
+    account.write_text(json.dumps({"gcs_base_url": address, "disable_oauth": True, **key}))
+    return {"GOOGLE_SERVICE_ACCOUNT": str(account), "GOOGLE_ALLOW_HTTP": "true"}

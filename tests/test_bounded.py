@@ -74,10 +74,10 @@ PLACES = [
 @pytest.mark.parametrize("bomb", [laughs(), merges()], ids=["laughs", "merges"])
 def test_aliases_cost_no_more_than_their_text(bomb: str, place: str) -> None:
     for use in (Recipe.from_yaml, Recipe.documents_of, oxmerge.plan):
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(RecipeError, match="stands for more than 100000 values") as caught:
             use(bomb + place)
-        assert time.monotonic() - started < 2
+        assert time.process_time() - started < 2
         assert len(str(caught.value)) < 400
 
 
@@ -107,10 +107,10 @@ def test_aliases_that_stand_for_a_recipe_are_taken() -> None:
 
 
 def test_more_values_than_a_recipe_has_are_not_read() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(RecipeError, match=f"line 3: more than {MOST_VALUES} values"):
         Recipe.from_yaml(RECIPE + "x: [" + "1," * 200_000 + "]\n")
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_a_text_that_is_too_long(tmp_path: Path) -> None:
@@ -170,10 +170,10 @@ VALUES: dict[str, tuple[Any, str]] = {
 def test_values_of_mappings(name: str, key: str) -> None:
     value, expected = VALUES[name]
     mapping = {"merge_method": "linear", "models": [{"model": "a"}], key: value}
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(RecipeError, match=expected) as caught:
         Recipe.from_mapping(mapping)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert len(str(caught.value)) < 400
 
 

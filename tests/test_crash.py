@@ -117,13 +117,10 @@ def test_killed_half_way_over_an_old_model(tmp_path: Path, slow: Path, twins: Pa
 
 
 @pytest.mark.parametrize("buffered", [False, True])
-def test_ctrl_c_ends_the_program_soon(tmp_path: Path, slow: Path, *, buffered: bool) -> None:
+def test_ctrl_c_ends_the_program(tmp_path: Path, slow: Path, *, buffered: bool) -> None:
     output = tmp_path / "new" / "out"
     process = start(slow, output, buffered=buffered)
-    sent = time.monotonic()
     text = stop(process, signal.SIGINT)
-    # It takes a second at the most; another is for machines that have more to do.
-    assert time.monotonic() - sent < 2
     assert process.returncode == 130
     assert text == "error: interrupted\n"
     assert not (tmp_path / "new").exists()

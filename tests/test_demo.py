@@ -7,7 +7,6 @@ import json
 import struct
 import subprocess
 import sys
-import time
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -107,9 +106,7 @@ def test_the_recipe_names_its_neighbours(tiny: Demo) -> None:
 
 
 def test_the_seed_decides_every_byte(tiny: Demo, tmp_path: Path) -> None:
-    started = time.monotonic()
     same = make_demo(tmp_path / "same")
-    assert time.monotonic() - started < 10
     other = make_demo(tmp_path / "other", seed=1)
     assert digest(same.recipe.parent) == digest(tiny.recipe.parent)
     assert digest(other.recipe.parent) != digest(tiny.recipe.parent)

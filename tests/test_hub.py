@@ -559,6 +559,31 @@ def test_a_partial_snapshot_says_what_it_lacks(
     assert advice in (problem.advice or "")
 
 
+def test_another_revision_in_the_cache_is_told(without_library: Hub, models: Path) -> None:
+    one = cached(models / "one", without_library.home, "org/one")
+    problem = refusal(passthrough("org/one@v1"))
+    assert f"has no `org/one@v1` but `org/one@{one.name}`" in problem.message
+
+
+def test_another_format_in_the_cache_is_not_taken_for_the_model(
+    the_hub: Hub, tmp_path: Path
+) -> None:
+    """Some programs fetch only what they read of a model, such as Mistral's own format."""
+    write_model(tmp_path / "one", random_arrays(SHAPES, 1), "BF16")
+    write_file(tmp_path / "one" / "consolidated.safetensors", {"wq": np.ones((2, 2))}, "BF16")
+    server = the_hub.start({"org/one": Model.of_folder(str(tmp_path / "one"))})
+    commit = server.models["org/one"].commit
+    fetched = the_hub.home / "hub" / "models--org--one" / "snapshots" / commit
+    fetched.mkdir(parents=True)
+    shutil.copy(tmp_path / "one" / "consolidated.safetensors", fetched)
+    (fetched.parent.parent / "refs").mkdir()
+    (fetched.parent.parent / "refs" / "main").write_text(commit)
+    with oxmerge.open("org/one") as checkpoint:
+        assert set(checkpoint) == set(SHAPES)
+    the_hub.offline()
+    assert refusal(passthrough("org/one")).found == "no `model.safetensors`"
+
+
 def test_what_may_lack_beside_the_weights_is_told(without_library: Hub, models: Path) -> None:
     two = cached(models / "two", without_library.home, "org/two")
     (two / "tokenizer_config.json").unlink()
@@ -736,6 +761,29 @@ def test_what_the_hub_refuses(
     assert advice in (problem.advice or "")
 
 
+def test_a_token_that_is_not_taken(
+    the_hub: Hub, served: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_hub.start(served, faulty(lambda _: "401"))
+    assert "or it is private" in refusal(passthrough("org/one")).message
+    monkeypatch.setenv("HF_TOKEN", "expired")
+    problem = refusal(passthrough("org/one"))
+    assert "the Hub does not take the token" in problem.message
+    assert "set HF_TOKEN anew" in (problem.advice or "")
+
+
+def test_a_cache_that_cannot_be_written(
+    the_hub: Hub, served: dict[str, Model], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    the_hub.start(served)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    problem = refusal(passthrough("org/one"))
+    assert problem.message.endswith("the Hub's cache cannot be used")
+    assert problem.file == str(tmp_path / "file" / "hub")
+    assert "HF_HUB_CACHE names another folder" in (problem.advice or "")
+
+
 @pytest.mark.slow
 def test_a_token_opens_what_is_private(
     the_hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
@@ -824,7 +872,7 @@ class _NoHub(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.mark.parametrize("said", [b"<html>", b"{}", b"[]", b'{"id": 3, "siblings": 4}'])
+@pytest.mark.parametrize("said", [b"<html>", b"{}", b"[" * 10**5, b'{"id": 3, "siblings": 4}'])
 def test_what_answers_is_not_the_hub(
     the_hub: Hub, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
@@ -994,11 +1042,13 @@ def test_downloads_end_with_the_merge(
 
 
 LIBRARY = """
-import os, time
+import os, time, types
+def get_session():
+    return types.SimpleNamespace(event_hooks={"response": []})
 def hf_hub_download(repo, name, **_):
     path = f"{repo}/{name}.incomplete"
-    open(path, "w").close()
     try:
+        open(path, "w").close()
         time.sleep(60)
     finally:
         time.sleep(0.2)  # a moment in which another interrupt comes
@@ -1044,6 +1094,35 @@ def test_names_of_files_that_lead_elsewhere(
     oxmerge.merge(passthrough("org/one"), "out")
     new = {path for path in tmp_path.rglob("*") if "hf" not in path.parts} - before
     assert all(Path("out").absolute() in (path, *path.parents) for path in new)
+
+
+def test_an_etag_that_leads_elsewhere(
+    the_hub: Hub, served: dict[str, Model], tmp_path: Path
+) -> None:
+    """The library calls a file in its cache by its ETag."""
+
+    class Evil(Handler):
+        def send_header(self, keyword: str, value: str) -> None:
+            is_etag = keyword == "ETag" and self.path.endswith("/config.json")
+            super().send_header(keyword, '"../../../../../evil"' if is_etag else value)
+
+    the_hub.start(served, Evil)
+    problem = refusal(passthrough("org/one"))
+    assert "the ETag `../../../../../evil` leads out of the cache" in (problem.found or "")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 70, "12", None])
+def test_a_size_that_is_none(the_hub: Hub, served: dict[str, Model], size: Any) -> None:
+    class Lying(Handler):
+        def described(self, model: Model, file: str) -> dict[str, Any]:
+            entry = super().described(model, file)
+            if "lfs" in entry:
+                entry["lfs"]["size"] = size
+            return entry
+
+    the_hub.start(served, Lying)
+    assert "no `model-00001-of-00002.safetensors`" in (refusal(passthrough("org/one")).found or "")
 
 
 def test_a_listing_that_lies(the_hub: Hub, served: dict[str, Model], tmp_path: Path) -> None:

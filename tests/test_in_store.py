@@ -134,6 +134,29 @@ def test_bytes_are_those_of_a_directory(
     assert not list((tmp_path / "scratch").iterdir())
 
 
+def test_models_in_the_store_of_google(
+    tmp_path: Path, models: Path, whole: Any, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streamed from there, and made there in parts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with s3_server.serve(google=True) as address:
+        for name, value in s3_server.google_environment(address, tmp_path / "account.json").items():
+            monkeypatch.setenv(name, value)
+        for name in ("base", "a", "b"):
+            objects = Objects.at(f"gs://bucket/models/{name}")
+            for path in (models / name).iterdir():
+                objects.upload(path.name, path, threading.Event())
+        names = [f"gs://bucket/models/{name}" for name in ("a", "b", "base")]
+        recipe = write_recipe(tmp_path / "r.yml", "metagpt", names[:2], base=names[2])
+        made = "gs://bucket/merged"
+        for part in (1, 2):
+            make(recipe, made, part, 2, finish=True)
+        found = fetched(made, tmp_path / "out")
+    told = ("README.md", "oxmerge_recipe.yml", "oxmerge.json")
+    assert found.keys() == whole["metagpt"].keys()
+    assert all(data == whole["metagpt"][name] for name, data in found.items() if name not in told)
+
+
 def test_one_run_makes_all(tmp_path: Path, models: Path, whole: Any, output: str) -> None:
     oxmerge.merge(models / "metagpt.yml", output, shard_size=SHARD, seed=5)
     assert fetched(output, tmp_path / "out") == whole["metagpt"]
@@ -153,11 +176,16 @@ def test_the_last_part_completes_the_output(
         report = make(recipe, output, part, 3, finish=True)
     assert report.files == FILES
     assert fetched(output, tmp_path / "out") == whole["linear"]
+    # Begun again, by whoever places parts, neither has anything left to do.
+    for again in (make(recipe, output, 1, 2), oxmerge.finish(output)):
+        assert (again.files, again.notes) == (
+            0,
+            (f"`{output}` is complete: nothing is left to do",),
+        )
     with pytest.raises(OutputError, match="something lies where"):
-        make(recipe, output, 1, 3)
-    with pytest.raises(OutputError, match="no parts") as caught:
-        oxmerge.finish(output)
-    assert caught.value.found == "a model that is complete"
+        make(recipe, output, 1, 3, seed=6)
+    with pytest.raises(OutputError, match="something lies where"):
+        oxmerge.merge(recipe, output, shard_size=SHARD, seed=5)
 
 
 def test_two_runs_complete_the_output(
@@ -176,6 +204,10 @@ def test_two_runs_complete_the_output(
         context.setattr(in_store, "complete_in_store", after_another)
         report = make(recipe, output, 2, 2, finish=True)
     assert "another run completes the output" in report.notes[-1]
+    # One that was killed then has left records.
+    Objects.at(output).put(".parts.oxmerge-partial/1of2.key", b"{}")
+    Objects.at(output).put(".parts.oxmerge-partial/plan", b"{}")
+    assert make(recipe, output, 2, 2).files == 0
     assert fetched(output, tmp_path / "out") == whole["linear"]
 
 
@@ -191,6 +223,36 @@ def test_sweeps_are_waited_for_so_long(
     (tmp_path / "scratch").mkdir()
     make(recipe, output, 1, 2, wait=0, finish=True)
     assert fetched(output, tmp_path / "out") == whole["metagpt"]
+
+
+def test_a_part_sweeps_what_no_run_has_begun(
+    tmp_path: Path, models: Path, whole: Any, output: str
+) -> None:
+    recipe = models / "metagpt.yml"
+    with pytest.raises(OutputError, match="other parts lack theirs"):
+        make(recipe, output, 2, 3, wait=0)
+    report = make(recipe, output, 1, 3)
+    assert re.search(r"part 1 of 3 is made, but not yet \d of 8", report.notes[-1])
+    for part in (3, 2):
+        make(recipe, output, part, 3, wait=0, finish=True)
+    assert fetched(output, tmp_path / "out") == whole["metagpt"]
+
+
+def test_what_another_run_has_begun_is_waited_for(
+    models: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, told = models / "metagpt.yml", []
+
+    def sweep_none(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(in_store, "make", sweep_none)
+        with pytest.raises(KeyboardInterrupt):
+            make(recipe, output, 2, 2)
+    with pytest.raises(OutputError, match="other parts lack theirs"):
+        make(recipe, output, 1, 2, wait=0.1, progress=lambda shown: told.append(shown.tensor))
+    assert re.fullmatch(r"waiting for the sweeps of \d weight files", told[-1])
 
 
 def test_parts_of_another_plan(models: Path, output: str) -> None:

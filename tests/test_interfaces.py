@@ -512,9 +512,9 @@ def test_a_miss_costs_nothing_unless_it_is_told(tmp_path: Path) -> None:
     names = [f"model.layers.{at}.mlp.experts.{at}.up_proj.weight" for at in range(20_000)]
     write_model(tmp_path / "a", {name: np.zeros(1, np.float32) for name in names})
     with oxmerge.open(tmp_path / "a") as checkpoint:
-        started = time.monotonic()
+        started = time.process_time()
         assert all(checkpoint.get(f"{name}!") is None for name in names)
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
         with pytest.raises(KeyError, match=r"did you mean `model.layers.7.mlp.experts.7.up_"):
             checkpoint["model.layers.7.mlp.experts.7.up_prj.weight"]
-        assert time.monotonic() - started < 5
+        assert time.process_time() - started < 5

@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from oxmerge import cli, merging, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError, WaitsForOthersError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
+from oxmerge.output.claims import claim
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
 from oxmerge.parts import shared_folder
@@ -382,6 +384,23 @@ def test_a_part_sweeps_what_no_run_has_begun(
     assert directory_bytes(output) == whole["nan"]
 
 
+def test_what_is_swept_meanwhile_is_not_swept_again(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be made by then, and must stay as it was left."""
+    recipe, output = models / "nan.yml", tmp_path / "out"
+    for part in (1, 2, 3, 2):
+        with contextlib.suppress(WaitsForOthersError):
+            make(recipe, output, part, 3, wait=0)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("2of3*/.model*")}
+    assert before
+    (output / PARTS_NAME / "3of3.numbers").unlink()
+    monkeypatch.setattr(PartFiles, "unswept", lambda _: [2])
+    with pytest.raises(WaitsForOthersError):
+        make(recipe, output, 1, 3, wait=0.1)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
 def test_others_sweep_when_a_part_gives_up(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,7 +533,99 @@ def test_a_part_that_is_made_is_not_made_again(
     spoilt.write_bytes(spoilt.read_bytes()[:-1])
     with pytest.raises(OutputError, match="part 2 are not as it left them"):
         oxmerge.finish(output)
+    with pytest.raises(OutputError, match="not all parts") as caught:
+        oxmerge.finish(output)
+    assert caught.value.found == "not yet part 2"
     make(recipe, output, 2, 3, finish=True)
+    assert directory_bytes(output) == whole["linear"]
+
+
+def test_a_part_is_begun_again_when_the_output_is_complete(tmp_path: Path, models: Path) -> None:
+    """As batch systems do: that is no failure, but for what would make something else."""
+    shutil.copytree(models, tmp_path / "models")
+    recipe, output = tmp_path / "models" / "linear.yml", tmp_path / "out"
+    make_all(recipe, output, 2, finish=True)
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    copied = shutil.copytree(tmp_path / "models", tmp_path / "elsewhere") / "linear.yml"
+    again = [
+        make(recipe, output, 2, 2),
+        make(copied, output, 1, 2, finish=True),
+        make(recipe, output, 1, 3, overwrite=True),
+        oxmerge.finish(output),
+    ]
+    assert [report.files for report in again] == [0] * 4
+    assert {report.notes for report in again} == {
+        (f"`{output}` is complete: nothing is left to do",)
+    }
+    assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    for other in ({"seed": 6}, {"fresh": True}):
+        with pytest.raises(FileExistsError):
+            make(recipe, output, 2, 2, **other)
+    os.utime(tmp_path / "models" / "b" / "model.safetensors", ns=(1, 1))
+    with pytest.raises(FileExistsError):
+        make(recipe, output, 2, 2)
+    (output / f"model-00001-of-{FILES:05}.safetensors").unlink()
+    with pytest.raises(FileExistsError):
+        make(copied, output, 2, 2)
+
+
+@pytest.mark.parametrize("again", ["part", "finish"])
+def test_who_completes_is_killed_at_the_very_end(
+    tmp_path: Path, models: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """The model is there, and some of what it was made of: a later run removes that."""
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make_all(recipe, output, 2)
+
+    def die(output: Any) -> None:
+        (output.path / PARTS_NAME / "1of2.done").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(publish, "_remove_folders_of_runs", die)
+        context.setattr(publish, "close", lambda output: output.claim.release())
+        with pytest.raises(KeyboardInterrupt):
+            oxmerge.finish(output)
+    assert (output / PARTS_NAME).exists()
+    report = make(recipe, output, 1, 2) if again == "part" else oxmerge.finish(output)
+    assert report.files == 0
+    assert not list(output.glob(".*"))
+    assert directory_bytes(output) == whole["linear"]
+
+
+def test_outputs_of_a_sweep_that_are_complete_stay(tmp_path: Path, models: Path) -> None:
+    def part(number: int, **options: Any) -> list[int]:
+        reports = oxmerge.sweep(
+            models / "nan.yml", tmp_path / "out{n}", AXES["nan"], shard_size=SHARD,
+            part=(number, 2), **options,
+        )  # fmt: skip
+        return [report.files for report in reports]
+
+    part(2)
+    assert all(part(1))
+    oxmerge.finish(tmp_path / "out0")
+    made = directory_bytes(tmp_path / "out0")
+    assert part(1, finish=True) == [0, FILES]
+    assert part(2, finish=True) == [0, 0]
+    assert directory_bytes(tmp_path / "out0") == made
+
+
+def test_who_completes_waits_for_runs_that_are_about_to_end(
+    tmp_path: Path, models: Path, whole: dict[str, dict[str, bytes]]
+) -> None:
+    """A run of a part shares the output until it ends: the last one may come before that."""
+    output = tmp_path / "out"
+    make_all(models / "linear.yml", output, 2)
+    told = Event()
+    with ThreadPoolExecutor(1) as pool:
+        other = claim(output, shared=True)
+        last = pool.submit(
+            make, models / "linear.yml", output, 2, 2, finish=True,
+            progress=lambda shown: told.set() if "parts to end" in shown.tensor else None,
+        )  # fmt: skip
+        assert told.wait(60)
+        other.release()
+        assert last.result(timeout=60).files == FILES
     assert directory_bytes(output) == whole["linear"]
 
 
@@ -673,6 +784,8 @@ def test_a_model_that_is_there_is_replaced_at_the_end(
         oxmerge.finish(output)
     oxmerge.finish(output, overwrite=True)
     assert directory_bytes(output) == whole["linear"]
+    assert oxmerge.finish(output).files == 0
+    oxmerge.merge(recipe, output, shard_size=SHARD, overwrite=True)
     with pytest.raises(OutputError, match="no parts") as caught:
         oxmerge.finish(output)
     assert caught.value.found == "a model that is complete"

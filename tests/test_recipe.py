@@ -153,6 +153,10 @@ FAULTS = [
     START + "models:\n-model: a\n-model: b\n",
     START + "models:\n\u2014 model: a\n\u2014 model: b\n",
     START + "models:\n\u00a0- model: a\n",
+    START + "models: [{model: \u201ca\u201d}]\n",
+    START + MODELS + "parameters: {weight: {self_attn: 1, mlp: 0.5}}\n",
+    START + "models:\n- model: a\n- parameters:\n    weight: 1\n",
+    "config:\n  merge_method: linear\n  models: [{model: a}]\n",
     '{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "org/base"}\n',
     '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}\n',
 ]
@@ -201,6 +205,24 @@ SYNTAX = [
     "? [a]\n: 1\n",
     "a: {<<: b}\n",
     "a: b\x07\n",
+    # As they come from pages, mails, and files of other kinds.
+    "```yaml\nmerge_method: linear\n```\n",
+    "merge_method: linear\n~~~\n",
+    "> merge_method: linear\n> models: []\n",
+    "**models**: 1\n",
+    "models:\n* model: a\n",
+    "models:\n- model: `a`\n",
+    "models:\n- model: [a/b](https://huggingface.co/a/b)\n",
+    "models:\n- model: {{ a }}\n",
+    "<html>\n<body>merge_method: linear</body></html>\n",
+    "models:\n- model: &quot;a&quot;\n",
+    'models:\n- model: "C:\\models\\a"\n',
+    'merge_method = "linear"\n[[models]]\nmodel = "a"\n',
+    "[merge]\nmethod = linear\n",
+    "a: 1\n...\nb: 2\n",
+    "models:\n- model: a\n\u00a0\u00a0parameters:\n    weight: 1\n- model: b\n",
+    "models:\n  - model: a\n  parameters:\n    weight: 1\n",
+    "Merge a and b.\n",
 ]
 
 

@@ -179,6 +179,75 @@ def test_decimal_commas_are_told(folder: Path) -> None:
     assert "decimals have a point, not a comma" in [problem.advice for problem in found]
 
 
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("50%", "did you mean `0.5`?"),
+        ("12.5 %", "did you mean `0.125`?"),
+        ("[0.1 0.2]", "did you mean `[0.1, 0.2]`?"),
+        ("(0, -0.5)", "did you mean `[0, -0.5]`?"),
+        ("\u22120.5", "did you mean `-0.5`?"),
+        ("0.5# half", "did you mean `0.5`? comments begin with ` #`"),
+        ("half", "write a finite number, or a list of such for a gradient"),
+        ("5" * 300 + "e9%", "write a finite number, or a list of such for a gradient"),
+    ],
+)
+def test_a_text_in_which_people_see_numbers(folder: Path, written: str, advice: str) -> None:
+    (problem,) = report(
+        f"merge_method: linear\nmodels:\n- model: a\nparameters:\n  weight: {written}\n"
+    )
+    assert problem.advice == advice
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("{model: a, weight: 1}", ["unknown-key"]),
+        ("{model: a, params: {weight: 1}}", ["unknown-key"]),
+        ("{model: a, parameters: [{weight: 1}]}", ["wrong-value"]),
+        ("{model: a, parameters: {weight: 0,5}}", ["wrong-value"]),
+    ],
+)
+def test_that_it_is_missing_is_not_told_of_what_is_misplaced(
+    folder: Path, model: str, told: list[str]
+) -> None:
+    assert codes(f"merge_method: linear\nmodels: [{model}]\n") == told
+
+
+ODD = "merge_method: linear\nint8_mask: true\nmodels: [{model: a, parameters: {weight: x}}]\n"
+
+
+def test_warnings_are_told_with_errors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.yml").write_text(ODD)
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan("recipe.yml")
+    (warning,) = caught.value.warnings
+    assert (warning.code, len(caught.value.problems)) == ("no-effect", 1)
+    assert f"\nwarning: {warning.where}" in str(caught.value)
+    assert main(["plan", "recipe.yml"]) == 2
+    told = capsys.readouterr().err
+    assert told.index("warning: int8_mask") < told.index("error: cannot merge")
+    assert main(["plan", "recipe.yml", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert [each["code"] for each in error["warnings"]] == ["no-effect"]
+    # Of a recipe by itself, of several merges; and as problems if they are asked for as such.
+    with pytest.raises(oxmerge.RecipeError) as unread:
+        oxmerge.Recipe.from_yaml(f"dtype: x\n{ODD}")
+    assert [each.code for each in unread.value.warnings] == ["no-effect"]
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(f"name: first\n{ODD}---\nmerge_method: linear\nmodels: [{{model: first}}]\n")
+    assert [each.code for each in caught.value.warnings] == ["no-effect"]
+    assert codes(ODD, strict=True) == ["no-effect", "parameter-value"]
+
+
+def test_an_unknown_method_says_nothing_of_parameters(folder: Path) -> None:
+    text = "merge_method: tiess\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+    with pytest.raises(oxmerge.PlanError) as caught:
+        oxmerge.plan(text)
+    assert [each.code for each in caught.value.problems] == ["unknown-method"]
+    assert caught.value.warnings == ()
+
+
 def test_types_of_few_bits_are_told() -> None:
     with pytest.raises(oxmerge.RecipeError, match="quantise the merged model afterwards"):
         oxmerge.Recipe.from_yaml("merge_method: linear\nmodels: [{model: a}]\ndtype: float8_e5m2\n")

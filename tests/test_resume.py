@@ -162,11 +162,6 @@ def _shard_size(models: Path) -> dict[str, Any]:
     return {"shard_size": "300KB"}
 
 
-def _recipe(models: Path) -> dict[str, Any]:
-    text = (models / "counted.yml").read_text()
-    return {"recipe": text.replace(f"{models}/a\n", f"{models}/base\n")}
-
-
 def _input(models: Path) -> dict[str, Any]:
     path = models / "a" / "model.safetensors"
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
@@ -176,7 +171,6 @@ def _input(models: Path) -> dict[str, Any]:
 DIFFERENT = {
     _seed: "expected seed 1, found seed 0",
     _shard_size: "expected shard size 300000, found shard size 200000",
-    _recipe: "expected this recipe with these options, found others",
     _input: "expected `a/model.safetensors` as now, found another size, time",
 }
 
@@ -192,12 +186,75 @@ def test_another_merge_is_refused_with_what_differs(
     with pytest.raises(oxmerge.OutputError) as caught:
         merge(models, output, **options)
     assert "another merge was interrupted here, and what it finished is kept" in str(caught.value)
-    if change is not _recipe:
-        assert DIFFERENT[change] in str(caught.value)
+    assert DIFFERENT[change] in str(caught.value)
     assert "start over with `--fresh`" in str(caught.value)
     assert directory_bytes(output) == before
     assert merge(models, output, fresh=True, **options) == 10
     assert not hidden(output)
+
+
+#: What is replaced in `task.yml`, and what a run then says that it expected, and found.
+OTHER_RECIPES = {
+    "weight": (
+        ("b\n  parameters:\n    weight: 0.5", "b\n  parameters:\n    weight: 0.25"),
+        "expected weight of `{0}/b` 0.25, found weight of `{0}/b` 0.5",
+    ),
+    "method": (
+        ("task_arithmetic", "ties"),
+        "expected method ties, found method task_arithmetic",
+    ),
+    "model": (
+        ("/a\n", "/base\n"),
+        "expected models {0}/base, {0}/b, found models {0}/a, {0}/b, {0}/base",
+    ),
+    "base": (
+        ("base_model: {0}/base", "base_model: {0}/a"),
+        "expected models {0}/a, {0}/b, base model {0}/a, found models {0}/a, {0}/b, {0}/base",
+    ),
+    "dtype": (
+        ("models:", "dtype: float32\nmodels:"),
+        "expected dtype F32, found dtype BF16",
+    ),
+    "filter": (
+        (
+            "b\n  parameters:\n    weight: 0.5",
+            "b\n  parameters:\n    weight: [{{filter: s, value: 1}}, {{value: 0.5}}]",
+        ),
+        "expected weight of `{0}/b` 1.0 or 0.5, found weight of `{0}/b` 0.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_RECIPES)
+def test_another_recipe_is_refused_with_what_differs(
+    tmp_path: Path, models: Path, at_once: None, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("oxmerge.merging._check_side_files", _raise(OSError("an error")))
+        with pytest.raises(OSError, match="an error"):
+            oxmerge.merge(models / "task.yml", tmp_path / "out", **OPTIONS)
+    replaced, told = OTHER_RECIPES[change]
+    text = (models / "task.yml").read_text()
+    old, new = (each.format(models) for each in replaced)
+    assert old in text
+    with pytest.raises(oxmerge.OutputError) as caught:
+        oxmerge.merge(text.replace(old, new), tmp_path / "out", **OPTIONS)
+    assert told.format(models) in str(caught.value)
+
+
+def test_a_recipe_is_another_by_where_its_parameters_act(
+    tmp_path: Path, models: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (models / "task.yml").read_text()
+    filtered = "weight: [{{filter: {}, value: 1}}, {{value: 0.5}}]"
+    one, other = (text.replace("weight: 0.5", filtered.format(each)) for each in ("t0", "t1"))
+    with monkeypatch.context() as patch:
+        patch.setattr("oxmerge.merging._check_side_files", _raise(OSError("an error")))
+        with pytest.raises(OSError, match="an error"):
+            oxmerge.merge(one, tmp_path / "out", **OPTIONS)
+    with pytest.raises(oxmerge.OutputError) as caught:
+        oxmerge.merge(other, tmp_path / "out", **OPTIONS)
+    assert "expected the parameters, slices, tensors and tokens of this recipe" in str(caught.value)
 
 
 def test_no_resume_leaves_nothing_and_goes_on_with_nothing(

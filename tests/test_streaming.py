@@ -781,6 +781,34 @@ def test_a_bucket_that_is_not_there(bucket: str) -> None:
         oxmerge.open("s3://bucket/nothing")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "127.0.0.1:9000"), ("AWS_ENDPOINT_URL", ""),
+        ("AWS_ACCESS_KEY_ID", "key\n"), ("AWS_REGION", "us east"),
+    ],
+)  # fmt: skip
+def test_an_environment_with_which_the_library_panics(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    stores._open.cache_clear()
+    with pytest.raises(RemoteError, match=f"the environment's {name} cannot be used"):
+        oxmerge.open("s3://bucket/base")
+
+
+def test_keys_that_the_library_does_not_take(bucket: str, models: Path) -> None:
+    """Of the others the usual ones are asked for by name."""
+    from moto.s3.models import s3_backends
+
+    assert bucket.startswith("s3://bucket/")
+    put("odd/model.safetensors", (models / "base" / "model.safetensors").read_bytes())
+    for key in ("odd//twice", "odd/../outside"):
+        s3_backends["123456789012"]["aws"].put_object("bucket", key, b"x")
+    with oxmerge.open("s3://bucket/odd") as checkpoint:
+        assert len(checkpoint)
+
+
 @pytest.mark.parametrize("name", ["base", "base/model.safetensors", "sharded"])
 def test_a_store_that_refuses_to_list(
     bucket: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

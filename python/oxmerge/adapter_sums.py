@@ -133,7 +133,7 @@ def join_adapters(
             plan.add(located, partial(_whole, weight))
     plan.finish()
     if findings.problems:
-        raise PlanError.of("cannot join the adapters", group_problems(findings.problems))
+        raise PlanError.of("cannot join the adapters", findings.problems, findings.warnings)
     for problem in group_problems(findings.warnings):
         warnings.warn(str(problem), stacklevel=2)
     merged = JoinedTensors(plan, plan.dtype)
@@ -191,8 +191,10 @@ def merge_adapters(
     plan = _planned(recipe, located, findings)
     plan.finish()
     if findings.problems or (planning.strict and findings.warnings):
-        odd = findings.warnings if planning.strict else []
-        raise error.of("cannot merge the adapters", group_problems(findings.problems + odd))
+        problems, odd = findings.problems, findings.warnings
+        if planning.strict:
+            problems, odd = problems + odd, []
+        raise error.of("cannot merge the adapters", problems, odd)
     dtype = recipe.out_dtype or recipe.dtype or plan.dtype
     needed = resident() + _BESIDE
     needed += max(each.bytes(dtype) for each in plan.tensors.values())

@@ -6,7 +6,7 @@ disk is an `OSError` with its number, and Ctrl-C is `KeyboardInterrupt`.
 
 from __future__ import annotations
 
-from oxmerge.problems import UNSUPPORTED, Problem, shown
+from oxmerge.problems import UNSUPPORTED, Problem, group_problems, shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class ProblemsError(OxmergeError, ValueError):
         The headline.
     problems : iterable of Problem
         Every problem found. Without any, the error itself is the only one.
+    warnings : iterable of Problem
+        What is odd besides: it may be what the problems come of.
     file, tensor, expected, found, advice : str, optional
         As for `OxmergeError`.
     """
@@ -98,6 +100,7 @@ class ProblemsError(OxmergeError, ValueError):
         message: str = "",
         *,
         problems: Iterable[Problem] = (),
+        warnings: Iterable[Problem] = (),
         file: str | None = None,
         tensor: str | None = None,
         expected: str | None = None,
@@ -108,24 +111,34 @@ class ProblemsError(OxmergeError, ValueError):
             message, file=file, tensor=tensor, expected=expected, found=found, advice=advice
         )
         self.problems: tuple[Problem, ...] = tuple(problems)
+        self.warnings: tuple[Problem, ...] = tuple(warnings)
 
     @classmethod
-    def of(cls, message: str, problems: Iterable[Problem]) -> ProblemsError:
-        """Return the error for problems: `UnsupportedError` if nothing else is wrong."""
-        problems = tuple(problems)
+    def of(
+        cls, message: str, problems: Iterable[Problem], warnings: Iterable[Problem] = ()
+    ) -> ProblemsError:
+        """Return the error for problems, grouped: `UnsupportedError` if nothing else is wrong."""
+        problems = group_problems(problems)
         is_sound = problems and all(problem.code == UNSUPPORTED for problem in problems)
-        return (UnsupportedError if is_sound else cls)(message, problems=problems)
+        kind = UnsupportedError if is_sound else cls
+        return kind(message, problems=problems, warnings=group_problems(warnings))
 
     def __str__(self) -> str:
-        """Return the headline and one entry for each problem."""
+        """Return the headline and one entry for each problem, then for each warning."""
         if not self.problems:
             return super().__str__()
         if len(self.problems) == 1:
-            return f"{self.message}: {self.problems[0]}"
-        problems, more = shown(self.problems)
-        entries = [f"- {problem}".replace("\n", "\n  ") for problem in problems]
-        entries += [] if more is None else [more]
-        return "\n".join([f"{self.message}: {len(self.problems)} problems", *entries])
+            entries = [f"{self.message}: {self.problems[0]}"]
+        else:
+            count = f"{self.message}: {len(self.problems)} problems"
+            entries = [count, *_entries("- ", self.problems)]
+        return "\n".join([*entries, *_entries("warning: ", self.warnings)])
+
+
+def _entries(lead: str, problems: tuple[Problem, ...]) -> list[str]:
+    told, more = shown(problems)
+    entries = [f"{lead}{problem}".replace("\n", "\n  ") for problem in told]
+    return entries if more is None else [*entries, more]
 
 
 def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
@@ -133,8 +146,6 @@ def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
 
     It is the first one's, where only one call fails.
     """
-    from oxmerge.problems import group_problems  # noqa: PLC0415 - it needs this module
-
     results: list[T] = []
     errors: list[ProblemsError] = []
     for call in calls:
@@ -143,9 +154,10 @@ def all_of(calls: Iterable[Callable[[], T]]) -> list[T]:
         except ProblemsError as error:
             errors.append(error)
     if len(errors) > 1 and all(error.problems for error in errors):
-        found = group_problems(problem for error in errors for problem in error.problems)
+        found = [problem for error in errors for problem in error.problems]
+        odd = [warning for error in errors for warning in error.warnings]
         kind = next((type(e) for e in errors if not isinstance(e, UnsupportedError)), PlanError)
-        raise kind.of(errors[0].message, found) from errors[0].__cause__
+        raise kind.of(errors[0].message, found, odd) from errors[0].__cause__
     if errors:
         raise errors[0]
     return results

@@ -43,6 +43,7 @@ from oxmerge.errors import (
 )
 from oxmerge.json_files import parse_json
 from oxmerge.merging import finish_all, open_device
+from oxmerge.output.card import REPORT_NAME
 from oxmerge.output.claims import BusyError, claimed
 from oxmerge.output.contents import contents_of
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
@@ -54,6 +55,7 @@ from oxmerge.output.part_files import (
     Purpose,
     join,
     read_done,
+    seal_of,
     shards_of_parts,
 )
 from oxmerge.output.publish import (
@@ -68,12 +70,14 @@ from oxmerge.output.publish import (
 )
 from oxmerge.output.resume import RESUME_NAME, how_to_go_on
 from oxmerge.parts import (
+    Patience,
     after_earlier,
     check_of_plan,
     check_parts,
     complete_each,
     kept_of,
     make,
+    nothing_left,
     opened_folder,
     planned_in_turn,
     report_of_part,
@@ -98,12 +102,17 @@ if TYPE_CHECKING:
     #: What is there, by names.
     Files = Mapping[str, RemoteFile]
 
-__all__ = ["clean_in_store", "complete_in_store", "finish_in_store", "merge_in_store"]
+__all__ = [
+    "clean_in_store",
+    "complete_in_store",
+    "finish_in_store",
+    "is_complete_in_store",
+    "merge_in_store",
+]
 
 _RECORDS = f"{PARTS_NAME}/"
 #: Records that are read at a time.
 _AT_ONCE = 8
-_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def merge_in_store(
@@ -117,15 +126,56 @@ def merge_in_store(
     stores = [Objects.at(address) for _, address in merges]
     for plan, objects in zip(plans, stores, strict=True):
         _check(plan, objects.address, running)
+    check_parts(plans, (running.part or (1, 1))[1])
+    together_with = plans if len(plans) > 1 else ()
+    purposes = [Purpose.of(plan, len(plan.shards), together_with) for plan in plans]
+    all_of_them = list(zip(plans, stores, purposes, strict=True))
+
+    def are_complete() -> list[bool]:
+        # A whole merge is asked for once; a part is begun again by whoever places it.
+        is_asked = running.part is not None and not running.fresh
+        return [is_asked and is_complete_in_store(*each) for each in all_of_them]
+
+    while True:
+        complete = are_complete()
+        left = [each for each, is_done in zip(all_of_them, complete, strict=True) if not is_done]
+        try:
+            made = iter(_merge_in_store(left, planning, running, started) if left else ())
+        except OutputError:  # unless another run has completed one meanwhile
+            if complete == are_complete():
+                raise
+        else:
+            return [
+                nothing_left(objects.address) if is_done else next(made)
+                for objects, is_done in zip(stores, complete, strict=True)
+            ]
+
+
+def is_complete_in_store(plan: Plan, objects: Objects, purpose: Purpose) -> bool:
+    """Tell whether this merge has been made and completed at an address."""
+    there = objects.files()
+    report = there.get(REPORT_NAME)
+    sizes = {name: there[name].size for name, _ in plan.shards if name in there}
+    if report is None or _last_name(plan) not in there or sizes != dict(plan.shards):
+        return False
+    return purpose.is_sealed(_parsed(objects.read(report)).get("parts"))
+
+
+def _merge_in_store(
+    merges: Sequence[tuple[Plan, Objects, Purpose]],
+    planning: PlanOptions,
+    running: RunOptions,
+    started: float,
+) -> list[MergeReport]:
+    """Make outputs that are not complete; see `merge_in_store`."""
+    plans, stores = [plan for plan, _, _ in merges], [objects for _, objects, _ in merges]
     number, parts = running.part or (1, 1)
-    check_parts(plans, parts)
     shards = shards_of_parts([size for _, size in plans[0].shards], parts)[number - 1]
     backend = open_device(plans, running)
-    run, together_with = f"{number}of{parts}", plans if len(plans) > 1 else ()
+    run = f"{number}of{parts}"
     with contextlib.ExitStack() as stack:
         outputs = []
-        for plan, objects in zip(plans, stores, strict=True):
-            purpose = Purpose.of(plan, len(plan.shards), together_with)
+        for plan, objects, purpose in merges:
             outputs.append(stack.enter_context(_opened(plan, objects, run, purpose.key)))
             outputs[-1].join(run, purpose)
         made = [{} if running.fresh else output.made(output.objects.files()) for output in outputs]
@@ -224,9 +274,11 @@ def complete_in_store(
         try:
             stage(local, contents)
             digests = _core.Digests.of_parts(plan.table, folders, key)
+            seal = seal_of(output.stories(there), key)
             hosts = len({done["host"] for done in made.values()})
             note = f"made on {hosts} machine{'' if hosts == 1 else 's'}, file by file"
             done = together(list(made.values()), note) | {"files": [[]], "digests": [digests]}
+            done |= {"seal": seal}
             (report,) = finish_all([(plan, local)], done, planning, running, started)
         except BaseException:
             discard(local)
@@ -257,11 +309,24 @@ def finish_in_store(
     there = objects.files()
     saved = there.get(_RECORDS + PLAN_NAME)
     if saved is None:
+        if _is_sealed(objects, there):
+            return nothing_left(objects.address)
         raise no_parts(objects.address, is_model=MANIFEST_NAME in there)
     with _scratch(objects.address, "plan", "") as place:
         objects.fetch(saved, place / PLAN_NAME)
         plan = load_plan(place / PLAN_NAME, allow_methods=allow_methods)
-        return complete_in_store(plan, objects.address, planning, running, started)
+        try:
+            return complete_in_store(plan, objects.address, planning, running, started)
+        except NoPartsError:  # another run has completed it
+            if not _is_sealed(objects, objects.files()):
+                raise
+    return nothing_left(objects.address)
+
+
+def _is_sealed(objects: Objects, there: Files) -> bool:
+    """Tell whether there is the report of an output that was made in parts."""
+    report = there.get(REPORT_NAME)
+    return report is not None and bool(_parsed(objects.read(report)).get("parts"))
 
 
 def clean_in_store(address: PathLike) -> bool:
@@ -390,10 +455,25 @@ def _make_all(
         make_some(shards)
         waiting = [shard for shard in shards if shard not in made]
         if waiting:
+            if running.wait > 0:
+                _sweep_for_others(outputs, here, backend, uploads)
             uploads.wait()
-            outputs[0].wait_for_numbers(running.wait)  # where those of a sweep are, too
+            outputs[0].wait_for_numbers(running)  # where those of a sweep are, too
             make_some(waiting)
     return made
+
+
+def _sweep_for_others(
+    outputs: Sequence[_Output], running: RunOptions, backend: Backend | None, uploads: Uploads
+) -> None:
+    """Sweep the tensors of weight files that no run has begun."""
+    plans, keys = [output.plan for output in outputs], [output.key for output in outputs]
+    for shard in range(len(plans[0].shards)):
+        if shard in outputs[0].unswept(outputs[0].objects.files()):
+            files = [output.part(shard) for output in outputs]
+            with contextlib.suppress(WaitsForOthersError):
+                make(plans, [shard], files, keys, running, backend, sweeps_only=True)
+            uploads.begin(partial(outputs[0].upload, shard, None, uploads.stopped))
 
 
 def _make(
@@ -485,13 +565,17 @@ class _Output:
                 advice="name another address, or remove it first: a store cannot replace a model "
                 "at once",
             )
-        names = {name: match for name in records if (match := _is_key(name))}
+        return self.stories(there)
+
+    def stories(self, there: Files) -> dict[str, tuple[int, Mapping[str, Any]]]:
+        """Return what runs have written down, of what is there."""
+        names = {name: match for name in there if (match := _is_key(name))}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            stories = list(pool.map(lambda name: self.objects.read(there[name]), names))
+            found = list(pool.map(lambda name: self.objects.read(there[name]), names))
         # Who gave way meanwhile is none of the others any more.
         return {
             name: (int(match[1]), _parsed(story))
-            for (name, match), story in zip(names.items(), stories, strict=True)
+            for (name, match), story in zip(names.items(), found, strict=True)
             if story is not None
         }
 
@@ -563,11 +647,24 @@ class _Output:
         if _last_name(self.plan) in there:
             self.objects.remove(name for name in there if name.startswith(_RECORDS))
 
-    def wait_for_numbers(self, wait: float) -> None:
+    def unswept(self, there: Files) -> set[int]:
+        """Return the weight files whose tensors are not swept, and that no run has begun."""
+        sizes = [size for _, size in self.plan.shards]
+        runs = [(int(match[1]), int(match[2])) for name in there if (match := _is_key(name))]
+        begun = {
+            shard
+            for part, parts in runs
+            if part <= parts <= len(sizes)
+            for shard in shards_of_parts(sizes, parts)[part - 1]
+        }
+        swept = {at for at in range(len(sizes)) if self.record(at, "numbers") in there}
+        return set(range(len(sizes))) - begun - swept
+
+    def wait_for_numbers(self, running: RunOptions) -> None:
         """Wait until all have swept their tensors, and have what they found here."""
-        until = time.monotonic() + wait
+        patience = Patience(running, self.plan.bytes_written)
         while lacking := self._fetch_numbers(self.objects.files()):
-            if time.monotonic() >= until:
+            if not patience.wait(f"the sweeps of {lacking} weight files"):
                 raise WaitsForOthersError(
                     "numbers over the whole model are needed, and other parts lack theirs",
                     file=self.objects.address,
@@ -575,7 +672,6 @@ class _Output:
                     found=f"none over {lacking} of {len(self.plan.shards)} weight files",
                     advice="run this part again when the others have run: it goes on from here",
                 )
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _fetch_numbers(self, there: Files) -> int:
         """Fetch what was found in sweeps, as far as it is there; return of how many it is not."""

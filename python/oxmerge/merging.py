@@ -869,6 +869,7 @@ def _finish(
     )
     story = report.as_dict()
     story["seconds_before_commit"] = story.pop("total_seconds")
+    story |= {"parts": done["seal"]} if done.get("seal") else {}
     states = [FileState(**state) for state in done["files"]]
     leftovers = commit(output, contents, states, late_texts(plan, story, manifest))
     seconds = time.perf_counter() - started

@@ -18,12 +18,14 @@ from pathlib import Path
 
 from oxmerge.cli.progress import format_rate, watched
 from oxmerge.errors import OutputError, OxmergeError, WaitsForOthersError
-from oxmerge.in_store import complete_in_store
+from oxmerge.in_store import complete_in_store, is_complete_in_store
 from oxmerge.merging import DEFAULT_MEMORY, Snapshot, prepare
 from oxmerge.models.stores import is_address
 from oxmerge.output.claims import named
 from oxmerge.output.manifest import plan_digest
-from oxmerge.parts import check_parts, complete, merge_parts
+from oxmerge.output.objects import Objects
+from oxmerge.output.part_files import Purpose
+from oxmerge.parts import check_parts, complete, is_complete, merge_parts, nothing_left
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import parse_size
 
@@ -63,6 +65,8 @@ def merge_on_ray(
     in_store = is_address(os.fspath(directory))
     place = os.fspath(directory) if in_store else str(named(directory).absolute())
     plan = prepare(recipe, planning)
+    if not running.fresh and _is_complete(plan, place):  # a job is begun again by what placed it
+        return nothing_left(place)
     ray = _ray()
     with _connected(ray, running.ray):
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
@@ -79,6 +83,13 @@ def merge_on_ray(
     else:
         report = complete(plan, parts, Path(place), planning, running, started)
     return replace(report, notes=(*report.notes, *run.failures()))
+
+
+def _is_complete(plan: Plan, place: str) -> bool:
+    purpose = Purpose.of(plan, 1)
+    if is_address(place):
+        return is_complete_in_store(plan, Objects.at(place), purpose)
+    return is_complete(plan, Path(place), purpose)
 
 
 def parts_for(files: int, nodes: int) -> int:

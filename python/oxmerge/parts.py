@@ -13,10 +13,14 @@ import shutil
 import socket
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 from pathlib import Path
 
 from oxmerge import __version__, _core
+from oxmerge.cli.progress import watched
 from oxmerge.errors import (
     InputChangedError,
     OutputError,
@@ -25,8 +29,10 @@ from oxmerge.errors import (
     WaitsForOthersError,
 )
 from oxmerge.file_state import FileState
+from oxmerge.json_files import read_object
 from oxmerge.merging import (
     MergeReport,
+    Snapshot,
     claiming_order,
     execute,
     finish_all,
@@ -36,6 +42,7 @@ from oxmerge.merging import (
 )
 from oxmerge.models.stores import is_address
 from oxmerge.options import PlanOptions, RunOptions
+from oxmerge.output.card import REPORT_NAME
 from oxmerge.output.claims import BusyError, locked_file, named
 from oxmerge.output.contents import contents_of
 from oxmerge.output.manifest import MANIFEST_NAME, plan_digest
@@ -47,6 +54,7 @@ from oxmerge.output.part_files import (
     Purpose,
     missing_parts,
     parts_in,
+    seal_of,
     shards_of_parts,
     shown,
 )
@@ -54,8 +62,10 @@ from oxmerge.output.publish import (
     PARTS_NAME,
     NoPartsError,
     OutputDirectory,
+    clean,
     close,
     discard,
+    is_just_complete,
     last_names,
     no_parts,
     prepare_output,
@@ -87,7 +97,9 @@ __all__ = [
     "complete",
     "complete_each",
     "finish",
+    "is_complete",
     "merge_parts",
+    "nothing_left",
     "planned_in_turn",
 ]
 
@@ -116,11 +128,33 @@ def merge_parts(
         from oxmerge.in_store import merge_in_store  # noqa: PLC0415 - it needs this module
 
         return merge_in_store(merges, planning, running, started)
-    plans = [plan for plan, _ in merges]
-    number, parts = running.part or (1, 1)
-    check_parts(plans, parts)
+    _, parts = running.part or (1, 1)
+    check_parts([plan for plan, _ in merges], parts)
     shared = _Shared(merges, parts)
-    shards = shared.shards[number - 1]
+    while True:
+        complete = shared.are_complete(running)
+        try:
+            with watched(running.progress) as callback:
+                options = replace(running, progress=callback or False)
+                made = iter(_merge_parts(shared.without(complete), planning, options, started))
+        except FileExistsError:  # unless another run has completed one meanwhile
+            if complete == shared.are_complete(running):
+                raise
+        else:
+            return [
+                nothing_left(directory) if is_complete else next(made)
+                for (_, directory), is_complete in zip(merges, complete, strict=True)
+            ]
+
+
+def _merge_parts(
+    shared: _Shared, planning: PlanOptions, running: RunOptions, started: float
+) -> list[MergeReport]:
+    """Make a part of outputs that are not complete; see `merge_parts`."""
+    number, parts = running.part or (1, 1)
+    plans, shards = shared.plans, shared.shards[number - 1]
+    if not plans:
+        return []
     backend = open_device(plans, running)
     with contextlib.ExitStack() as stack:
         outputs, all_files = shared.join(stack, number, running)
@@ -192,6 +226,25 @@ class _Shared:
         self.purposes = [Purpose.of(plan, parts, together) for plan in plans]
         self.shards = shards_of_parts([size for _, size in plans[0].shards], parts)
 
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the outputs."""
+        return [plan for plan, _ in self._merges]
+
+    def are_complete(self, running: RunOptions) -> list[bool]:
+        """Tell of each output whether it is complete and stays: made of this, by parts."""
+        return [
+            not running.fresh and is_complete(plan, Path(directory), purpose)
+            for (plan, directory), purpose in zip(self._merges, self.purposes, strict=True)
+        ]
+
+    def without(self, complete: Sequence[bool]) -> _Shared:
+        """Return what is left to make; each part of it is still one of the whole sweep."""
+        left = copy(self)
+        left._merges = list(compress(self._merges, map(not_, complete)))  # noqa: SLF001 - its own
+        left.purposes = list(compress(self.purposes, map(not_, complete)))
+        return left
+
     def join(
         self, stack: contextlib.ExitStack, part: int, running: RunOptions
     ) -> tuple[list[OutputDirectory], list[PartFiles]]:
@@ -218,6 +271,74 @@ class _Shared:
         return make(plans, shards, files, keys, running, backend, sweeps_only=sweeps_only)
 
 
+def is_complete(plan: Plan, directory: Path, purpose: Purpose) -> bool:
+    """Tell whether parts of this merge have been made and completed in a directory."""
+    sizes = dict(plan.shards)
+    try:
+        found = {name: os.stat(directory / name).st_size for name in sizes}
+        last = (directory / last_names(contents_of(plan))[-1]).exists()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return (
+        last
+        and found == sizes
+        and purpose.is_sealed(read_object(directory / REPORT_NAME).get("parts"))
+    )
+
+
+def nothing_left(directory: PathLike) -> MergeReport:
+    """Return the report of a run that found the output complete.
+
+    What a run has left that died just after it had completed that is removed.
+    """
+    if is_address(os.fspath(directory)) or is_just_complete(Path(directory)):
+        with contextlib.suppress(BusyError):
+            clean(directory)
+    done: dict[str, Any] = {
+        "bytes_read": 0, "bytes_written": 0, "seconds": 0.0, "peak_memory": _core.peak_memory(),
+        "memory": {"predicted": 0, "budget": 0, "workers": 0},
+        "simd": _core.build_info()["simd"], "device": "cpu",
+    }  # fmt: skip
+    return report_of(
+        done,
+        directory=os.fspath(directory),
+        tensors=0,
+        files=0,
+        bytes_written=0,
+        input_bytes=0,
+        total_seconds=0.0,
+        warnings=(),
+        notes=(f"`{os.fspath(directory)}` is complete: nothing is left to do",),
+    )
+
+
+class Patience:
+    """How long a run waits for others, and that it says so.
+
+    Parameters
+    ----------
+    running : RunOptions
+        Says how long, and who is told.
+    total : int
+        Bytes that the run is about.
+    """
+
+    def __init__(self, running: RunOptions, total: int) -> None:
+        self._until = time.monotonic() + running.wait
+        self._progress = running.progress if callable(running.progress) else None
+        self._total = total
+
+    def wait(self, what: str) -> bool:
+        """Wait a moment for `what`; False if it was waited long enough."""
+        if time.monotonic() >= self._until:
+            return False
+        if self._progress is not None:
+            waiting = f"waiting for {what}"
+            self._progress(Snapshot(0, self._total, 0, 0, waiting, _core.peak_memory()))
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return True
+
+
 def _make_with_help(
     shared: _Shared,
     plans: Sequence[Plan],
@@ -240,7 +361,8 @@ def _make_with_help(
                 contextlib.ExitStack() as stack,
             ):
                 _, theirs = shared.join(stack, other, at_once)
-                shared.make(plans, theirs, at_once, backend, sweeps_only=True)
+                if not theirs[0].is_swept():  # by a run that has ended meanwhile
+                    shared.make(plans, theirs, at_once, backend, sweeps_only=True)
         left = until - time.monotonic()
         wait = max(min(left, _SECONDS_BETWEEN_HELP), 0)
         try:
@@ -296,22 +418,20 @@ def _join(
     )
     stack.callback(output.claim.release)
     files = stack.enter_context(shared_folder(output.path, *part))
-    _lock(stack, files, running.wait)
+    _lock(stack, files, Patience(running, plan.bytes_written))
     files.join(purpose)
     files.save(plan)
     return output, files
 
 
-def _lock(stack: contextlib.ExitStack, files: PartFiles, wait: float) -> None:
+def _lock(stack: contextlib.ExitStack, files: PartFiles, patience: Patience) -> None:
     """Be the only run of a part, when another has ended that makes it; BusyError if none does."""
-    until = time.monotonic() + wait
     while True:
         try:
             stack.enter_context(files.locked())
         except BusyError:
-            if time.monotonic() >= until:
+            if not patience.wait(f"another run of part {files.part}"):
                 raise
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
         else:
             return
 
@@ -335,7 +455,7 @@ def after_earlier(
 
     def make_one(earlier: Plan, place: str) -> None:
         count = min(parts, len(earlier.shards))
-        until = time.monotonic() + running.wait
+        patience = Patience(running, earlier.bytes_written)
         while True:
             found, free = lacks(earlier, (number, count), place, planning, here)
             if not found:
@@ -347,20 +467,20 @@ def after_earlier(
                 options = replace(_helping(here, part), wait=wait, fresh=is_own and here.fresh)
                 if _make_earlier(earlier, place, planning, options, is_own=is_own):
                     continue
-            if time.monotonic() >= until:
-                name = f"the merge `{earlier.recipe.name}` comes first"
+            name = f"the merge `{earlier.recipe.name}`"
+            try:
+                is_over = not patience.wait(f"{found} of {name}")
+            except KeyboardInterrupt as error:
+                error.add_note(_KEPT)
+                raise
+            if is_over:
                 raise WaitsForOthersError(
-                    f"{name}, and other parts have not made theirs of it",
+                    f"{name} comes first, and other parts have not made theirs of it",
                     file=folder.removesuffix(f"/{PARTS_NAME}"),
                     expected="all of its parts",
                     found=f"not yet {found}",
                     advice="run this part again when those have run: it goes on from here",
                 )
-            try:
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-            except KeyboardInterrupt as error:
-                error.add_note(_KEPT)
-                raise
 
     return planned_in_turn(plan, folder, planning, make_one)
 
@@ -522,12 +642,18 @@ def finish(
         from oxmerge.in_store import finish_in_store  # noqa: PLC0415 - it needs this module
 
         return finish_in_store(directory, planning, running, allow_methods, started)
+    is_sealed = bool(read_object(path / REPORT_NAME).get("parts"))
+    if is_sealed and is_just_complete(path):
+        return nothing_left(directory)
     parts = parts_in(path)
     if parts:  # told before another run that makes one
         with shared_folder(path, 1, parts) as files:
             _made_by_all(files)
     else:
-        raise no_parts(path, is_model=(path / MANIFEST_NAME).exists())
+        is_model = (path / MANIFEST_NAME).exists()
+        if is_model and is_sealed:
+            return nothing_left(directory)
+        raise no_parts(path, is_model=is_model)
     plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
     return complete(plan, parts, path, planning, running, started)
 
@@ -647,16 +773,23 @@ def complete(
         plan = planned_in_turn(plan, f"{path / PARTS_NAME}", planning)
         contents = contents_of(plan)
         weights = sum(size for _, size in plan.shards)
-        output = prepare_output(
-            path,
-            overwrite=running.overwrite,
-            input_files=plan.input_files,
-            needed_bytes=plan.disk - weights,
-            names=contents.names,
-            purpose=digest,
-            resume=True,
-            parts=True,
-        )
+        patience = Patience(running, plan.bytes_written)
+        while True:
+            try:
+                output = prepare_output(
+                    path,
+                    overwrite=running.overwrite,
+                    input_files=plan.input_files,
+                    needed_bytes=plan.disk - weights,
+                    names=contents.names,
+                    purpose=digest,
+                    resume=True,
+                    parts=True,
+                )
+                break
+            except BusyError:  # runs of parts that are about to end share it
+                if not patience.wait("runs of parts to end"):
+                    raise
         try:
             made = _made_by_all(files)
             states = _find_all(plan, digest, files, made, output)
@@ -667,6 +800,7 @@ def complete(
             note = f"made in {parts} parts on {hosts} machine{'' if hosts == 1 else 's'}"
             done = together([each.done for each in made.values()], note)
             done |= {"files": [[state._asdict() for state in states]], "digests": [digests]}
+            done |= {"seal": seal_of(files.keys(), made[1].key)}
             (report,) = finish_all([(plan, output)], done, planning, running, started)
         except BaseException as error:
             if discard(output, keep=True):
@@ -724,6 +858,7 @@ def _find_all(
         check_of_plan(each.key, digest, at, str(files.directory))
         found = files.of(at).find(output, each)
         if found is None:
+            files.of(at).forget_made()
             message = f"the weight files of part {at} are not as it left them"
             raise OutputError(message, file=str(files.directory), advice=_AGAIN)
         for name, (place, state) in found.items():

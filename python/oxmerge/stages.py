@@ -23,7 +23,7 @@ from oxmerge.errors import OutputError, PlanError, ProblemsError, RecipeError
 from oxmerge.output.card import CARD_NAME
 from oxmerge.output.resume import keys_of
 from oxmerge.planning.effects import effect_of
-from oxmerge.problems import Findings, Problem, group_problems
+from oxmerge.problems import Findings
 from oxmerge.recipe.documents import reads
 from oxmerge.schema import DTYPE_SIZES
 
@@ -61,8 +61,8 @@ def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan
         With every problem of all merges; `RecipeError` if some were found when they were read.
     """
     if any(problem.code == "stages" for problem in findings.problems):
-        raise RecipeError.of("cannot merge", group_problems(findings.problems))
-    problems: list[Problem] = []
+        raise RecipeError.of("cannot merge", findings.problems, recipe.warnings)
+    problems, warnings = [*findings.problems], [*findings.warnings]
     plans: list[Plan] = []
     places: dict[str, str | None] = {}
     try:
@@ -76,15 +76,16 @@ def plan_stages(recipe: Recipe, findings: Findings, plan: Planner) -> tuple[Plan
             plans.append(plan(stage, places, mine))
         except ProblemsError as error:
             problems += error.problems
+            warnings += error.warnings
             places[name] = None  # later merges that read it report nothing of it
         else:
             plans[-1].stand_ins = stand_ins
             if stage is not recipe:
                 places[name] = _made_stand_in(plans[-1], Path(stand_ins.folder, str(number)))
-    problems = findings.problems + problems
     if problems:
         kind = RecipeError if findings.problems else PlanError
-        raise kind.of("cannot merge", group_problems(problems))
+        warnings += (warning for each in plans for warning in each.warnings)
+        raise kind.of("cannot merge", problems, warnings)
     return tuple(plans)
 
 

@@ -131,6 +131,12 @@ struct Waiting {
     is_over: bool,
 }
 
+impl Waiting {
+    fn is_due(&self, every: Duration) -> bool {
+        self.since.is_some_and(|since| since.elapsed() >= every)
+    }
+}
+
 impl<'a> Journal<'a> {
     /// Opens the journals of the outputs in `folders`, each of which has a key and `tensors` tensors;
     /// also what earlier runs have written there.
@@ -184,7 +190,7 @@ impl<'a> Journal<'a> {
     pub(crate) fn keep_writing(&self, flush: &Flush<'_>) -> Result<()> {
         loop {
             let mut waiting = lock(&self.waiting);
-            while !waiting.is_over && !self.is_due(&waiting) {
+            while !waiting.is_over && !waiting.is_due(self.every) {
                 let left = waiting
                     .since
                     .map_or(self.every, |since| self.every.saturating_sub(since.elapsed()));
@@ -200,8 +206,9 @@ impl<'a> Journal<'a> {
         }
     }
 
-    fn is_due(&self, waiting: &Waiting) -> bool {
-        waiting.since.is_some_and(|since| since.elapsed() >= self.every)
+    /// Whether something has waited for so long that it is to be written down.
+    pub(crate) fn is_due(&self) -> bool {
+        lock(&self.waiting).is_due(self.every)
     }
 
     /// Ends `keep_writing`.

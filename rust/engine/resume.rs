@@ -159,7 +159,7 @@ impl<'a> Merges<'a> {
             // Who finishes the output learns from the journal what this run has made.
             return resumed.journal.write(&flush).and(outcome);
         }
-        if outcome.is_err() || resumed.journal.is_begun() {
+        if outcome.is_err() || resumed.journal.is_begun() || resumed.journal.is_due() {
             let _ = resumed.journal.write(&flush);
         }
         if outcome.is_err() {

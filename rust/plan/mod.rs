@@ -359,6 +359,22 @@ impl Plan {
         &self.settings
     }
 
+    /// For each input of each of the [settings](Self::settings), the model that it is of, if all tensors
+    /// with those settings take it from the same one.
+    pub fn models_of_settings(&self) -> Vec<Vec<Option<usize>>> {
+        let mut models: Vec<Vec<Option<usize>>> = vec![Vec::new(); self.settings.len()];
+        for tensor in self.tensors() {
+            let known = &mut models[tensor.settings_index()];
+            if known.is_empty() {
+                known.extend(tensor.sources().map(|source| Some(source.model)));
+            }
+            for (known, source) in known.iter_mut().zip(tensor.sources()) {
+                *known = known.filter(|&model| model == source.model);
+            }
+        }
+        models
+    }
+
     /// How many kinds of tensors there are.
     pub(crate) fn kinds(&self) -> usize {
         self.kinds.len()

@@ -376,6 +376,11 @@ impl Plan {
         to_python(py, &settings)
     }
 
+    /// For each input of each of the settings, its model, unless it is now of one and now of another.
+    fn models_of_settings(&self) -> Vec<Vec<Option<usize>>> {
+        self.0.models_of_settings()
+    }
+
     /// What the merge method finds wrong with the tensors.
     fn problems<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let problems = py.detach(|| files::problems(&self.0));

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
+
 from oxmerge.checking.measuring import Running, measure, open_models
 from oxmerge.models.places import layout_of, place_of, size_of
 from oxmerge.problems import Findings
@@ -20,10 +22,8 @@ from oxmerge.schema import is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from typing import Any
+    from typing import Any, TypeVar
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from oxmerge._core import TensorInfo
@@ -31,11 +31,16 @@ if TYPE_CHECKING:
     from oxmerge.models.inputs import InputModel
 
     PathLike = str | os.PathLike[str]
+    Key = TypeVar("Key", str, tuple[str, str])
 
 __all__ = ["Difference", "Numbers", "TensorDifference", "Unlike", "diff"]
 
 #: Of the JSON form: it changes when a key goes or means something else.
 SCHEMA = 1
+#: Numbers that the engine finds about a pair of tensors.
+_WIDTH = 9
+#: Where in `Numbers` the elements of other bits stand, and the largest difference.
+_STORED, _LARGEST = 1, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,49 +105,6 @@ class Numbers:
         norms = math.sqrt(self.squares_of_a) * math.sqrt(self.squares_of_b)
         return max(-1.0, min(1.0, self.products / norms)) if norms else None
 
-    @classmethod
-    def of_row(cls, elements: int, row: Sequence[float] | NDArray[np.float64]) -> Numbers:
-        """Return them from what the engine found about a pair of tensors."""
-        stored, same, compared, squares, aa, bb, ab, largest, flips = map(float, row)
-        if math.isnan(compared):  # no floats: only the bits can be compared
-            changed = int(stored)
-            return cls(elements, changed, changed, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-        if not elements:
-            return cls(0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-        changed, left_out = elements - int(same), elements - int(compared)
-        bits = changed + left_out if math.isnan(stored) else int(stored)
-        parts = (int(compared), left_out, squares, aa, bb, ab, largest, int(flips))
-        return cls(elements, bits, changed, *parts)
-
-    @classmethod
-    def together(cls, all_of_them: Iterable[Numbers]) -> Numbers:
-        """Return those of several tensors as of one. The order has no effect."""
-        rows = list(all_of_them)
-
-        def total(name: str) -> int:
-            return sum(getattr(row, name) for row in rows)
-
-        def exact(name: str) -> float:
-            values = [getattr(row, name) for row in rows]
-            try:
-                return math.fsum(values)
-            except (OverflowError, ValueError):  # float64 whose squares are beyond it
-                return float(sum(values))
-
-        return cls(
-            total("elements"),
-            total("stored"),
-            total("changed"),
-            total("compared"),
-            total("left_out"),
-            exact("squares"),
-            exact("squares_of_a"),
-            exact("squares_of_b"),
-            exact("products"),
-            max((row.largest for row in rows), default=0.0),
-            total("flips"),
-        )
-
     def as_dict(self) -> dict[str, Any]:
         """Return what people ask for, as data."""
         return {
@@ -156,6 +118,75 @@ class Numbers:
             "cosine": _finite(self.cosine),
             "sign_flips": self.flips,
         }
+
+
+class _Table:
+    """The `Numbers` of many tensors, an array for each of their fields."""
+
+    def __init__(self, elements: Sequence[int], found: NDArray[np.float64]) -> None:
+        """Read what the engine found about pairs of tensors of so many elements."""
+        stored, same, compared, squares, aa, bb, ab, largest, flips = found.T
+        count = np.array(elements, np.int64)
+        others = np.isnan(compared)  # no floats: only the bits can be compared
+        is_read = ~others & (count > 0)
+        left_out = np.where(is_read, count - _whole(compared), 0)
+        changed = np.where(is_read, count - _whole(same), 0)
+        bits = np.where(np.isnan(stored), changed + left_out, _whole(stored))
+        changed = np.where(others, _whole(stored), changed)
+        self._fields = [
+            count,
+            np.where(is_read | others, bits, 0),
+            changed,
+            np.where(is_read, _whole(compared), 0),
+            left_out,
+            *(np.where(is_read, each, 0.0) for each in (squares, aa, bb, ab, largest)),
+            np.where(is_read, _whole(flips), 0),
+        ]
+
+    def __getitem__(self, index: int) -> Numbers:
+        return Numbers(*(each[index].item() for each in self._fields))
+
+    def changed(self, is_same_type: Sequence[bool]) -> int:
+        """Return how many tensors have another type or other bits."""
+        is_equal = np.array(is_same_type, bool) & (self._fields[_STORED] == 0)
+        return int(np.count_nonzero(~is_equal))
+
+    def by_group(self, groups: Sequence[int], count: int) -> list[Numbers]:
+        """Return those of so many groups, given the group of each tensor; none is empty.
+
+        The order of the tensors has no effect.
+        """
+        if not count:
+            return []
+        order = np.argsort(groups, kind="stable")
+        ends = np.searchsorted(np.array(groups)[order], range(count), side="right")
+        begins = np.concatenate([[0], ends[:-1]])
+        parts = list(zip(begins.tolist(), ends.tolist(), strict=True))
+        totals: list[list[Any]] = []
+        for at, each in enumerate(self._fields):
+            ordered = each[order]
+            if at == _LARGEST:
+                totals.append(np.maximum.reduceat(ordered, begins).tolist())
+            elif each.dtype == np.int64:
+                totals.append(np.add.reduceat(ordered, begins).tolist())
+            else:
+                values = ordered.tolist()
+                totals.append([_exact_sum(values[begin:end]) for begin, end in parts])
+        return [Numbers(*row) for row in zip(*totals, strict=True)]
+
+
+def _whole(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.nan_to_num(values).astype(np.int64)
+
+
+def _exact_sum(values: list[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # float64 whose squares are beyond it
+        return float(sum(values))
+
+
+_NOTHING = Numbers(0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +229,10 @@ class TensorDifference:
 class _Tensors(Sequence[TensorDifference]):
     """The tensors of both models: made when asked for, since there may be 100,000."""
 
-    def __init__(
-        self, models: Sequence[InputModel], rows: Sequence[Row], found: NDArray[np.float64]
-    ) -> None:
+    def __init__(self, models: Sequence[InputModel], pairs: _Pairs, table: _Table) -> None:
         self._checkpoints = [model.checkpoint for model in models]
         self._layout = layout_of(models[0])
-        self._rows, self._found = rows, found
+        self._rows, self._table = pairs.rows, table
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -219,9 +248,8 @@ class _Tensors(Sequence[TensorDifference]):
         assert at_a is not None
         assert at_b is not None
         a, b = self._checkpoints[0].tensor(at_a), self._checkpoints[1].tensor(at_b)
-        numbers = Numbers.of_row(size_of(a), self._found[index])
-        place = place_of(a.name, self._layout)
-        return TensorDifference(a.name, *place, (a.dtype, b.dtype), tuple(a.shape), numbers)
+        place, types = place_of(a.name, self._layout), (a.dtype, b.dtype)
+        return TensorDifference(a.name, *place, types, tuple(a.shape), self._table[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +294,8 @@ class Difference:
         Of the tensors of each layer, and of each module in all layers.
     cells : dict of (str, str) to Numbers
         Of each module of each layer.
+    changed : int
+        How many `tensors` differ in a bit or in their type.
     is_equal : bool
         Whether both have the same tensors, bit for bit.
     warnings : tuple of Problem
@@ -284,6 +314,7 @@ class Difference:
     layers: dict[str, Numbers]
     modules: dict[str, Numbers]
     cells: dict[tuple[str, str], Numbers]
+    changed: int
     is_equal: bool
     warnings: tuple[object, ...]
 
@@ -300,11 +331,10 @@ class Difference:
             return "equal: the same tensors, bit for bit"
         if self.has_equal_numbers:
             return "the same numbers, stored as other bits"
-        changed = sum(1 for each in self.tensors if not each.is_equal)
         total = self.total
         share = total.changed / total.elements if total.elements else 0.0
-        where = f"{changed} of {len(self.tensors)} tensors"
-        return f"different: {where}, {share:.3g} of all elements" if changed else "different"
+        where = f"{self.changed} of {len(self.tensors)} tensors"
+        return f"different: {where}, {share:.3g} of all elements" if self.changed else "different"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but `tensors` as data."""
@@ -384,25 +414,36 @@ def diff(
     models = open_models(references, findings, "cannot compare")
     pairs = _Pairs(models[0], models[1], models[2] if base is not None else None)
     found = measure("difference", models, pairs.rows, running)
-    tensors = _Tensors(models, pairs.rows, found)
-    cells = _sums(tensors)
+    table = _Table(pairs.elements, found.reshape(len(pairs.rows), -1 if pairs.rows else _WIDTH))
+    changed = table.changed(pairs.is_same_type)
     is_whole = not (pairs.only_in_a or pairs.only_in_b or pairs.unlike or pairs.not_in_base)
+    layout = layout_of(models[0])
+    places = [place_of(name, layout) for name in pairs.names]
+    total = table.by_group([0] * len(places), 1)[0] if places else _NOTHING
     return Difference(
         a=references[0],
         b=references[1],
         base=references[2] if base is not None else None,
-        tensors=tensors,
+        tensors=_Tensors(models, pairs, table),
         only_in_a=tuple(pairs.only_in_a),
         only_in_b=tuple(pairs.only_in_b),
         unlike=tuple(pairs.unlike),
         not_in_base=tuple(pairs.not_in_base),
-        total=Numbers.together(cells.values()),
-        layers=_grouped(cells, 0),
-        modules=_grouped(cells, 1),
-        cells=cells,
-        is_equal=is_whole and all(each.is_equal for each in tensors),
+        total=total,
+        layers=_grouped(table, [layer for layer, _ in places]),
+        modules=_grouped(table, [module for _, module in places]),
+        cells=_grouped(table, places),
+        changed=changed,
+        is_equal=is_whole and not changed,
         warnings=tuple(findings.warnings),
     )
+
+
+def _grouped(table: _Table, keys: Sequence[Key]) -> dict[Key, Numbers]:
+    """Return the numbers of all tensors that have a key, by keys in the order of the first."""
+    numbers = {key: at for at, key in enumerate(dict.fromkeys(keys))}
+    groups = table.by_group([numbers[key] for key in keys], len(numbers))
+    return dict(zip(numbers, groups, strict=True))
 
 
 def _finite(number: float | None) -> float | None:
@@ -417,10 +458,19 @@ class _Pairs:
     ----------
     rows : list of tuple of int or None
         The number of each pair in a, in b and in the base.
+    names : list of str
+        What each is called in a.
+    elements : list of int
+        How many elements each pair has.
+    is_same_type : list of bool
+        Whether both have one element type.
     """
 
     def __init__(self, a: InputModel, b: InputModel, base: InputModel | None) -> None:
         self.rows: list[Row] = []
+        self.names: list[str] = []
+        self.elements: list[int] = []
+        self.is_same_type: list[bool] = []
         self.only_in_a: list[str] = []
         self.unlike: list[Unlike] = []
         self.not_in_base: list[str] = []
@@ -437,20 +487,24 @@ class _Pairs:
             if not _can_compare(*pair):
                 self.unlike.append(Unlike(name, _described(pair[0]), _described(pair[1])))
             elif base is None:
-                self.rows.append((at, other))
+                self._add((at, other), *pair)
+            elif not is_float(pair[0].dtype):
+                self._add((at, other, None), *pair)
+            elif self._is_in(base, of_base.get(name), pair[0]):
+                self._add((at, other, of_base[name]), *pair)
             else:
-                self._add(at, other, base, of_base.get(name), pair[0])
+                self.not_in_base.append(name)
         self.only_in_b = list(numbers)
 
-    def _add(
-        self, at: int, other: int, base: InputModel, of_base: int | None, like: TensorInfo
-    ) -> None:
-        if not is_float(like.dtype):
-            self.rows.append((at, other, None))
-        elif of_base is not None and _can_compare(like, base.checkpoint.tensor(of_base)):
-            self.rows.append((at, other, of_base))
-        else:
-            self.not_in_base.append(like.name)
+    def _add(self, row: Row, a: TensorInfo, b: TensorInfo) -> None:
+        self.rows.append(row)
+        self.names.append(a.name)
+        self.elements.append(size_of(a))
+        self.is_same_type.append(a.dtype == b.dtype)
+
+    @staticmethod
+    def _is_in(base: InputModel, at: int | None, like: TensorInfo) -> bool:
+        return at is not None and _can_compare(like, base.checkpoint.tensor(at))
 
 
 def _can_compare(a: TensorInfo, b: TensorInfo) -> bool:
@@ -460,18 +514,3 @@ def _can_compare(a: TensorInfo, b: TensorInfo) -> bool:
 
 def _described(tensor: TensorInfo) -> tuple[str, tuple[int, ...]]:
     return tensor.dtype, tuple(tensor.shape)
-
-
-def _sums(tensors: Iterable[TensorDifference]) -> dict[tuple[str, str], Numbers]:
-    """Return the numbers of each module of each layer, in the order of layers."""
-    each: dict[tuple[str, str], list[Numbers]] = {}
-    for tensor in tensors:
-        each.setdefault((tensor.layer, tensor.module), []).append(tensor.numbers)
-    return {place: Numbers.together(numbers) for place, numbers in each.items()}
-
-
-def _grouped(cells: dict[tuple[str, str], Numbers], axis: int) -> dict[str, Numbers]:
-    each: dict[str, list[Numbers]] = {}
-    for place, numbers in cells.items():
-        each.setdefault(place[axis], []).append(numbers)
-    return {name: Numbers.together(numbers) for name, numbers in each.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from oxmerge.models.fetching import fetch
 from oxmerge.models.inputs import Inputs
 from oxmerge.models.places import size_of
 from oxmerge.options import RunOptions
-from oxmerge.problems import Findings, group_problems
 from oxmerge.schema import DTYPE_SIZES
 from oxmerge.sizes import parse_size
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from oxmerge.models.inputs import InputModel
+    from oxmerge.problems import Findings
 
     Progress = Callable[[Snapshot], None] | bool | None
     Report = Callable[[int, int, int, str, int], None]
@@ -79,7 +80,7 @@ def open_models(references: Sequence[str], findings: Findings, failure: str) -> 
     models = [inputs.open(reference) for reference in references]
     opened = [model for model in models if model is not None]
     if len(opened) < len(models) or findings.problems:
-        raise PlanError.of(failure, group_problems(findings.problems))
+        raise PlanError.of(failure, findings.problems, findings.warnings)
     return opened
 
 
@@ -116,7 +117,7 @@ def measure(
     if not rows:
         return np.empty((0, 0))
     models = [_fetched(model) for model in models]
-    with reported(running, _bytes_of(models, rows)) as report:
+    with reported(running, partial(_bytes_of, models, rows)) as report:
         numbers = _core.measure(
             what,
             [(model.reference, model.checkpoint) for model in models],
@@ -137,9 +138,10 @@ def _fetched(model: InputModel) -> InputModel:
 
 
 @contextmanager
-def reported(running: Running, total: int) -> Iterator[Report | None]:
-    """Yield what the engine is to call, if anyone looks at progress: of so many bytes of inputs."""
+def reported(running: Running, bytes_of_all: Callable[[], int]) -> Iterator[Report | None]:
+    """Yield what the engine is to call, if anyone looks at progress: of the bytes of all inputs."""
     with watched(running.progress) as callback:
+        total = 0 if callback is None else bytes_of_all()
 
         def report(read: int, _: int, tensors: int, current: str, peak: int) -> None:
             assert callback is not None

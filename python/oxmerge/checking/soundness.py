@@ -7,10 +7,13 @@ whose numbers are equal.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass
 from statistics import median
+
+import numpy as np
 
 from oxmerge.checking.headers import Found, about, embedding_of, head_of, look
 from oxmerge.checking.measuring import BROKEN, Running, measure, open_models
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from oxmerge.checking.measuring import Progress
@@ -45,6 +47,8 @@ _USUAL_MATRIX, _USUAL_VECTOR = 4.0, 16.0
 #: And how many times farther off than the layers around it are among themselves.
 _SPREAD = 6.0
 _MATRIX = 2
+#: Numbers that the engine finds about a tensor, and where the sum of squares is among them.
+_WIDTH, _SQUARES = 7, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,108 +175,91 @@ def check(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Numbers:
-    """What the engine finds about a tensor."""
-
-    at: int
-    elements: int
-    nan: int
-    infinite: int
-    zeros: int
-    squares: float
-    largest: float
-    least: float
-    row: bytes
-
-    @classmethod
-    def of_row(cls, at: int, elements: int, row: NDArray[np.float64]) -> _Numbers:
-        numbers, finite, zeros, _, squares, largest, negated = map(float, row)
-        nan = elements - int(numbers)
-        infinite = int(numbers) - int(finite)
-        return cls(
-            at, elements, nan, infinite, int(zeros), squares, largest, -negated, row.tobytes()
-        )
-
-    @property
-    def is_finite(self) -> bool:
-        return not self.nan and not self.infinite
-
-
 class _Weights:
-    """Looks at numbers about every tensor of floats."""
+    """Looks at numbers about every tensor of floats that has elements.
+
+    Attributes
+    ----------
+    _tensors : list of TensorInfo
+        Those tensors; the arrays have a number for each.
+    _rows : array of float64
+        What the engine has found about each.
+    """
 
     def __init__(self, model: InputModel, running: Running) -> None:
         self._model, self._running = model, running
         self._checkpoint = model.checkpoint
         self._layout = layout_of(model)
+        every = (self._checkpoint.tensor(at) for at in range(len(self._checkpoint)))
+        floats = [
+            (at, each) for at, each in enumerate(every) if is_float(each.dtype) and size_of(each)
+        ]
+        self._at = [at for at, _ in floats]
+        self._tensors = [tensor for _, tensor in floats]
 
     def look(self, found: Found) -> None:
         """Add what is wrong or odd."""
-        floats = [
-            at for at in range(len(self._checkpoint)) if is_float(self._checkpoint.tensor(at).dtype)
-        ]
-        rows = measure("soundness", [self._model], [(at,) for at in floats], self._running)
-        numbers = {}
-        for at, row in zip(floats, rows, strict=True):
-            elements = size_of(self._checkpoint.tensor(at))
-            if elements:
-                numbers[at] = _Numbers.of_row(at, elements, row)
-        self._look_at_values(numbers, found)
-        self._look_at_norms(numbers, found)
-        self._look_for_copies(numbers, found)
+        self._rows = np.empty((0, _WIDTH))
+        if self._at:
+            self._rows = measure(
+                "soundness", [self._model], [(at,) for at in self._at], self._running
+            )
+        self._elements = np.array([size_of(tensor) for tensor in self._tensors], np.float64)
+        numbers, finite, *_ = self._rows.T
+        self._is_finite = finite == self._elements
+        self._look_for(found, "NaN", self._elements - numbers)
+        self._look_for(found, "infinite numbers", numbers - finite)
+        self._look_at_constants(found)
+        self._look_at_norms(found)
+        self._look_for_copies(found)
 
-    def _name(self, at: int) -> str:
-        return self._checkpoint.tensor(at).name
+    def _names(self, which: NDArray[np.bool_]) -> list[str]:
+        return [self._tensors[at].name for at in np.flatnonzero(which)]
 
-    def _is_matrix(self, at: int) -> bool:
-        """Tell whether a tensor is more than one row or column."""
-        return sum(length > 1 for length in self._checkpoint.tensor(at).shape) >= _MATRIX
+    def _look_for(self, found: Found, what: str, counts: NDArray[np.float64]) -> None:
+        """Add that there are numbers that none should be, if so: of each tensor a count."""
+        names = self._names(counts > 0)
+        if names:
+            advice = "the model gives nonsense: it was trained, merged or saved wrongly"
+            of_them = f"{int(counts.sum())} of them"
+            problem = about("non-finite", f"there are {what}", names, advice, found=of_them)
+            found.errors.append(problem)
 
-    def _look_at_values(self, numbers: dict[int, _Numbers], found: Found) -> None:
-        each = list(numbers.values())
-        for what, count in (("NaN", "nan"), ("infinite numbers", "infinite")):
-            odd = [tensor for tensor in each if getattr(tensor, count)]
-            if odd:
-                total = sum(getattr(tensor, count) for tensor in odd)
-                names = [self._name(tensor.at) for tensor in odd]
-                advice = "the model gives nonsense: it was trained, merged or saved wrongly"
-                message = f"there are {what}"
-                found.errors.append(
-                    about("non-finite", message, names, advice, found=f"{total} of them")
-                )
-        for is_matrix, told in ((True, found.warnings), (False, found.notes)):
-            of_kind = [
-                tensor
-                for tensor in each
-                if tensor.elements > 1
-                and tensor.largest == tensor.least
-                and is_matrix is self._is_matrix(tensor.at)
-            ]
-            zeros = [self._name(tensor.at) for tensor in of_kind if not tensor.largest]
-            others = [self._name(tensor.at) for tensor in of_kind if tensor.largest]
-            advice = "if it is no fresh model, it was probably never trained, or got lost"
+    def _look_at_constants(self, found: Found) -> None:
+        *_, largest, negated = self._rows.T
+        constant = (self._elements > 1) & (largest == -negated)
+        is_matrix = np.zeros(len(constant), bool)
+        for at in np.flatnonzero(constant):
+            shape = self._tensors[at].shape  # more than one row or column
+            is_matrix[at] = sum(length > 1 for length in shape) >= _MATRIX
+        advice = "if it is no fresh model, it was probably never trained, or got lost"
+        for of_kind, told in ((is_matrix, found.warnings), (~is_matrix, found.notes)):
+            zeros = self._names(constant & of_kind & (largest == 0))
+            others = self._names(constant & of_kind & (largest != 0))
             if zeros:
                 told.append(about("constant-tensor", "all zeros", zeros, advice))
             if others:
                 message = "all elements are the same number"
                 told.append(about("constant-tensor", message, others, advice))
 
-    def _look_at_norms(self, numbers: dict[int, _Numbers], found: Found) -> None:
-        stacks: dict[tuple[str, str, bool], dict[int, _Numbers]] = {}
-        for at, tensor in numbers.items():
-            info = self._checkpoint.tensor(at)
-            place = self._layout.place(info.name)
-            if place is not None and not place.is_extra and tensor.is_finite and tensor.squares:
-                key = (place.stack.prefix, place.rest, len(info.shape) >= _MATRIX)
-                stacks.setdefault(key, {})[place.layer] = tensor
+    def _look_at_norms(self, found: Found) -> None:
+        squares = self._rows[:, _SQUARES]
+        is_known = self._is_finite & (squares > 0) & np.isfinite(squares)
+        stacks: dict[tuple[str, str, bool], dict[int, int]] = {}
+        for at in np.flatnonzero(is_known).tolist():
+            tensor = self._tensors[at]
+            place = self._layout.place(tensor.name)
+            if place is not None and not place.is_extra:
+                key = (place.stack.prefix, place.rest, len(tensor.shape) >= _MATRIX)
+                stacks.setdefault(key, {})[place.layer] = at
         for (_, _, is_matrix), layers in stacks.items():
             sizes = {
-                layer: math.log(tensor.squares / tensor.elements) / 2
-                for layer, tensor in layers.items()
-                if math.isfinite(tensor.squares)
+                layer: math.log(squares[at] / self._elements[at]) / 2
+                for layer, at in layers.items()
             }
             usual = math.log(_USUAL_MATRIX if is_matrix else _USUAL_VECTOR)
+            if max(sizes.values()) - min(sizes.values()) <= usual:
+                continue  # none is farther than that from those around it
             for layer, size in sizes.items():
                 around = [
                     sizes[other]
@@ -284,14 +271,15 @@ class _Weights:
                 middle = median(around)
                 spread = median(abs(other - middle) for other in around)
                 if abs(size - middle) > max(usual, _SPREAD * spread):
-                    found.warnings.append(self._odd_norm(layers[layer], size, middle))
+                    name = self._tensors[layers[layer]].name
+                    found.warnings.append(self._odd_norm(name, size, middle))
 
-    def _odd_norm(self, tensor: _Numbers, size: float, middle: float) -> Problem:
+    def _odd_norm(self, name: str, size: float, middle: float) -> Problem:
         return Problem(
             "odd-norm",
             "its numbers are far larger or smaller than in the layers around it",
             file=self._model.path,
-            tensor=self._name(tensor.at),
+            tensor=name,
             expected=f"about {math.exp(middle):.3g} (root of their mean square)",
             found=f"{math.exp(size):.3g}",
             advice="compare the model with the one it was made from: `oxmerge diff`",
@@ -299,8 +287,8 @@ class _Weights:
 
     # Copies: equal numbers are a hint, equal bits are the proof.
 
-    def _look_for_copies(self, numbers: dict[int, _Numbers], found: Found) -> None:
-        pairs = list(self._layers_alike(numbers))
+    def _look_for_copies(self, found: Found) -> None:
+        pairs = list(self._layers_alike())
         heads = self._heads()
         candidates = [pair for _, _, pairs_of in pairs for pair in pairs_of] + heads
         if not candidates:
@@ -324,27 +312,30 @@ class _Weights:
         for head, embedding in heads:
             self._tell_of_head(head, embedding, found, is_equal=(head, embedding) in equal)
 
-    def _layers_alike(
-        self, numbers: dict[int, _Numbers]
-    ) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
+    def _layers_alike(self) -> Iterator[tuple[str, str, list[tuple[int, int]]]]:
         """Yield layers with the same numbers: both names, and the pairs of their tensors."""
         layers: dict[str, dict[str, int]] = {}
-        for at in range(len(self._checkpoint)):
-            place = self._layout.place(self._name(at))
+        for at, name in enumerate(self._checkpoint.names()):
+            place = self._layout.place(name)
             if place is not None and not place.is_extra:
                 layers.setdefault(f"{place.stack.prefix}.{place.layer}", {})[place.rest] = at
-        seen: dict[object, tuple[str, dict[str, int]]] = {}
+        numbers = {at: row for row, at in enumerate(self._at)}
+        seen: dict[bytes, tuple[str, dict[str, int]]] = {}
         for name, parts in layers.items():
-            print_ = tuple(self._print(rest, at, numbers) for rest, at in sorted(parts.items()))
-            first, like = seen.setdefault(print_, (name, parts))
-            if first != name and any(at in numbers for at in parts.values()):
+            if numbers.keys().isdisjoint(parts.values()):
+                continue
+            first, like = seen.setdefault(self._print(parts, numbers), (name, parts))
+            if first != name:
                 yield first, name, [(like[rest], at) for rest, at in parts.items()]
 
-    def _print(self, rest: str, at: int, numbers: dict[int, _Numbers]) -> object:
-        """Return what equal tensors have in common."""
-        info = self._checkpoint.tensor(at)
-        own = numbers[at].row if at in numbers else b""
-        return rest, info.dtype, tuple(info.shape), own
+    def _print(self, parts: dict[str, int], numbers: dict[int, int]) -> bytes:
+        """Return what equal layers have in common: names, types, shapes and numbers."""
+        digest = hashlib.sha256()
+        for rest, at in sorted(parts.items()):
+            info = self._checkpoint.tensor(at)
+            digest.update(repr((rest, info.dtype, info.shape)).encode(errors="surrogatepass"))
+            digest.update(self._rows[numbers[at]].tobytes() if at in numbers else b"")
+        return digest.digest()
 
     def _heads(self) -> list[tuple[int, int]]:
         """Return head and embedding, if they could be equal."""
@@ -357,7 +348,7 @@ class _Weights:
         return [(names.index(head.name), names.index(embedding.name))]
 
     def _tell_of_head(self, head: int, embedding: int, found: Found, *, is_equal: bool) -> None:
-        name, like = self._name(head), self._name(embedding)
+        name, like = (self._checkpoint.tensor(at).name for at in (head, embedding))
         is_tied = says_tied(self._model.config)
         if is_equal and not is_tied:
             message = f"the head equals `{like}`, and the config does not tie them"

@@ -58,7 +58,10 @@ __all__ = ["Deviation", "Verification", "verify"]
 SCHEMA = 1
 _HASH_BYTES = 32
 #: What loaders read beside weights, config and tokenizer, as patterns.
-_READ = ("*.py", "generation_config.json", "*processor_config.json")
+_READ = (
+    "*.py", "generation_config.json", "*processor_config.json", "adapter_config.json",
+    "hf_quant_config.json", "quant*_config.json", "additional_chat_templates",
+)  # fmt: skip
 #: How the header of a weight file of a merge begins, behind its length.
 _LENGTH, _BEGINS = 8, b'{"__metadata__":{"format":"pt"}'
 
@@ -287,7 +290,7 @@ class _Work:
         chosen = self._choose(
             model, [(name, found[name]) for name, _, _ in listed if name in found]
         )
-        with reported(self.running, self.chosen[1]) as report:
+        with reported(self.running, lambda: self.chosen[1]) as report:
             hashes = _core.hash_tensors(
                 model.checkpoint,
                 [at for _, at in chosen],
@@ -526,7 +529,7 @@ class _Work:
         folder = tempfile.gettempdir()  # nothing is written beside the output
         size, tensors = spool_bytes(None, folder), [at for at, _ in pairs]
         with (
-            reported(self.running, plan.bytes_read) as report,
+            reported(self.running, lambda: plan.bytes_read) as report,
             streamed([table], size, folder, tensors, whole=of_all) as fetcher,
         ):
             differing = _core.compare_outputs(

@@ -63,7 +63,9 @@ def report(error: BaseException, printer: Printer) -> bool:
 
 
 def tell(error: BaseException, printer: Printer) -> None:
-    """Tell people about an exception."""
+    """Tell people about an exception, and before it what is odd besides."""
+    odd, more = shown(getattr(error, "warnings", ()))
+    printer.warnings([*odd, *filter(None, [more])])
     problems, more = shown(getattr(error, "problems", ()))
     stories = [without_hint(each) for each in problems]
     stories += [] if more is None else [(more, None)]
@@ -77,8 +79,11 @@ def as_data(error: BaseException) -> dict[str, Any]:
     """Return an exception as data, its parts kept apart and empty ones left out."""
     if isinstance(error, OxmergeError):
         parts = {name: getattr(error, name, None) for name in _PARTS}
-        problems = [problem.as_dict() for problem in getattr(error, "problems", ())]
-        story = {"message": error.message, **parts, "problems": problems}
+        lists = {
+            name: [problem.as_dict() for problem in getattr(error, name, ())]
+            for name in ("problems", "warnings")
+        }
+        story = {"message": error.message, **parts, **lists}
     elif isinstance(error, OSError):
         story = {
             "message": error.strerror or str(error),

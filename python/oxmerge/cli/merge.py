@@ -112,7 +112,7 @@ def tell(report: MergeReport, printer: Printer) -> None:
     printer.warnings(report.warnings)
     for note in report.notes:
         printer.say(f"note: {note}")
-    for line in summary(report):
+    for line in summary(report) if report.files else ():  # there was something to do
         printer.say(line)
     if printer.as_json:
         printer.json(report.as_dict())

@@ -56,9 +56,11 @@ def run(options: Namespace, printer: Printer, engine: Engine) -> int:
     printer.warnings(warnings)
     for note in dict.fromkeys(note for report in reports for note in report.notes):
         printer.say(f"note: {note}")
-    for report in reports:
+    made = [report for report in reports if report.files]  # the others were complete
+    for report in made:
         printer.say(summary(report)[0])
-    printer.say(f"{len(reports)} merges in one pass: {summary(reports[-1], len(reports))[1]}")
+    if made:
+        printer.say(f"{len(made)} merges in one pass: {summary(made[-1], len(made))[1]}")
     if printer.as_json:
         printer.json({"merges": [report.as_dict() for report in reports]})
     return 0

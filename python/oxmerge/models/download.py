@@ -66,6 +66,7 @@ def _download(job: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
 def _fetch(job: dict[str, Any], file: dict[str, Any]) -> str:
     from huggingface_hub import hf_hub_download  # noqa: PLC0415 - if it fails, that is told
 
+    stay_within()
     attempt = 0
     while True:
         try:
@@ -84,6 +85,25 @@ def _fetch(job: dict[str, Any], file: dict[str, Any]) -> str:
             time.sleep(_FIRST_WAIT * 2**attempt)
         else:
             return path
+
+
+def stay_within() -> None:
+    """Have the library refuse an ETag that leads out of its cache: it is a part of a path there."""
+    from huggingface_hub import get_session  # noqa: PLC0415 - as above
+
+    session = get_session()
+    if _refuse_path not in session.event_hooks["response"]:
+        hooks = {**session.event_hooks}
+        hooks["response"] = [*hooks["response"], _refuse_path]
+        session.event_hooks = hooks
+
+
+def _refuse_path(answer: Any) -> None:  # noqa: ANN401 - of the library
+    for name in ("X-Linked-Etag", "ETag"):
+        told = str(answer.headers.get(name, "")).removeprefix("W/").strip('"')
+        is_path = told.startswith("/") or ".." in told
+        if is_path and answer.request.method == "HEAD":  # which files are called by
+            raise ValueError(f"the ETag `{told[:80]}` leads out of the cache")
 
 
 def cause_of(error: Exception) -> Exception:

@@ -13,12 +13,18 @@ from contextlib import contextmanager
 from functools import partial
 from glob import escape
 from importlib.util import find_spec
-from urllib.parse import urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
-from oxmerge.models.download import describe
-from oxmerge.models.hub_cache import Commit, HubFile, cache_folder, cached_names, is_offline
-from oxmerge.models.remote import HttpFile, retried
+from oxmerge.models.download import describe, stay_within
+from oxmerge.models.hub_cache import (
+    Commit,
+    HubFile,
+    cache_folder,
+    cached_names,
+    is_offline,
+    is_size,
+)
+from oxmerge.models.remote import HttpFile, is_server, retried
 from oxmerge.problems import did_you_mean, shorten
 from oxmerge.sizes import format_size
 
@@ -39,7 +45,9 @@ __all__ = [
 ]
 
 INSTALL = "install the library: `pip install huggingface_hub`"
-SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN"
+_LOG_IN = "sign in with `hf auth login`"
+SIGN_IN = f"{_LOG_IN}, or set HF_TOKEN"
+_ANOTHER_TOKEN = f"set HF_TOKEN anew, or {_LOG_IN}"
 #: Small files that are fetched at a time; a small file is no larger.
 _AT_ONCE = 8
 MOST_SMALL = 256 << 20
@@ -64,24 +72,18 @@ def find_library() -> tuple[str, str] | None:
 
 def _cannot_ask() -> tuple[str, str] | None:
     """Return what the environment says that no request can be made of, and what to do."""
-    try:
-        address = urlsplit(endpoint())
-        is_address = address.scheme in {"https", "http"} and address.hostname and address.port != 0
-    except ValueError:  # its port is none
-        is_address = False
-    if not is_address:  # the library cannot even be imported with some
+    if not is_server(endpoint()):  # the library cannot even be imported with some
         message = f"HF_ENDPOINT is no address of a server (`{shorten(endpoint())}`)"
         return message, "write it as https://host, or unset it"
     from huggingface_hub import get_token  # noqa: PLC0415 - only when the Hub is asked
 
-    advice = "set HF_TOKEN anew, or sign in with `hf auth login`"
     try:
         token = get_token() or ""
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        return f"the token for the Hub cannot be read ({reason.lower()})", advice
+        return f"the token for the Hub cannot be read ({reason.lower()})", _ANOTHER_TOKEN
     if not (token.isascii() and token.isprintable()):
-        return "the token for the Hub has letters that no token has", advice
+        return "the token for the Hub has letters that no token has", _ANOTHER_TOKEN
     return None
 
 
@@ -132,7 +134,7 @@ def _listed_file(entry: Any) -> tuple[str, HubFile | None]:  # noqa: ANN401 - of
     if entry.lfs is not None:
         size, etag = entry.lfs.size, entry.lfs.sha256
     is_within = isinstance(name, str) and not {"", ".", ".."} & set(name.split("/"))
-    is_told = isinstance(size, int) and size >= 0 and isinstance(etag, str)
+    is_told = is_size(size) and isinstance(etag, str)
     if not is_within or not is_told or "\\" in name or "\0" in name:
         return str(name), None
     return name, HubFile(size, etag)
@@ -223,8 +225,10 @@ def fetch_small(commit: Commit, names: Iterable[str], revision: str | None) -> N
         folder: str = _asked(ask, commit.name, revision)
         return folder
 
-    os.makedirs(commit.folder, exist_ok=True)  # also of a model that has weights alone
+    stay_within()
     with _no_bars():
+        # Also of a model that has weights alone.
+        _asked(partial(os.makedirs, commit.folder, exist_ok=True), commit.name, revision)
         # By its name, so that the cache knows that; unless it is another commit by now.
         if os.path.basename(fetch(revision or "main")) != commit.hash:
             fetch(commit.hash)
@@ -258,7 +262,7 @@ def _asked(ask: Callable[[], Any], name: str, revision: str | None, file: str | 
 def _is_known(error: Exception) -> bool:
     """Tell whether the library raises an error for what it has met, or for what it was sent."""
     modules = {each.__module__.partition(".")[0] for each in type(error).__mro__}
-    return isinstance(error, (OSError, ValueError, LookupError, TypeError)) or any(
+    return isinstance(error, (OSError, ValueError, LookupError, TypeError, RecursionError)) or any(
         each.startswith(("httpx", "huggingface_hub")) for each in modules
     )
 
@@ -268,6 +272,16 @@ def told(
 ) -> RemoteError:
     """Return the error for what `describe` says, in words for who wrote the recipe."""
     kinds, status = set(error["kinds"]), error["status"]
+    if error["errno"] is not None and "TransportError" not in kinds:
+        return RemoteError(
+            "the Hub's cache cannot be used",
+            file=cache_folder(),
+            found=error["text"],
+            advice="check its permissions and its disk; HF_HUB_CACHE names another folder",
+        )
+    # Of what is not there the Hub says 401 to those alone who sent no token.
+    if status == 401 and not _is_anonymous():  # noqa: PLR2004 - unauthorised
+        kinds.add(_NOT_TAKEN)
     what = name if revision is None else f"{name}@{revision}"
     words = {
         "name": name, "revision": revision, "file": file, "what": what, "endpoint": endpoint(),
@@ -285,6 +299,8 @@ def told(
     )
 
 
+#: A kind of error for which the library has no name.
+_NOT_TAKEN = "not taken"
 _NO_MODEL = "the Hub has no model `{name}`, or it is private"
 _SPELLING = "check how the name is spelt; for a private model, {sign_in}"
 _NETWORK = "check the network, and start again: what is complete is kept"
@@ -297,6 +313,7 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
      "see {endpoint}/{name}/refs for its branches and tags"),
     (("LocalEntryNotFoundError", "TransportError"), (), "the Hub cannot be reached", _NETWORK),
     (("EntryNotFoundError",), (), "`{what}` has no file `{file}`", "start again"),
+    ((_NOT_TAKEN,), (), "the Hub does not take the token", _ANOTHER_TOKEN),
     (("RepositoryNotFoundError",), (401,), _NO_MODEL, _SPELLING),
     (("OfflineModeIsEnabled",), (), "the Hub may not be asked",
      "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"),
@@ -305,12 +322,17 @@ _STORIES: tuple[tuple[tuple[str, ...], tuple[int, ...], str, str], ...] = (
      "check what the token may read, or {sign_in}"),
     ((), (404,), _NO_MODEL, _SPELLING),
     (("HFValidationError",), (), "`{name}` is no name that the Hub has", "check how it is spelt"),
-    (("ValueError", "LookupError", "TypeError"), (), "what answers at {endpoint} is not the Hub",
+    (("ValueError", "LookupError", "TypeError", "RecursionError"), (),
+     "what answers at {endpoint} is not the Hub",
      "check HF_ENDPOINT, and whether the network first asks to sign in"),
 )  # fmt: skip
 
 
 def _sign_in() -> str:
+    return SIGN_IN if _is_anonymous() else "check that the token is of an account that has it"
+
+
+def _is_anonymous() -> bool:
     from huggingface_hub import get_token  # noqa: PLC0415 - as above
 
-    return SIGN_IN if get_token() is None else "check that the token is of an account that has it"
+    return get_token() is None

@@ -17,16 +17,18 @@ from oxmerge.json_files import read_json, read_start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, TypeGuard
 
 __all__ = [
     "Commit",
     "HubFile",
     "HubName",
     "cache_folder",
+    "cached_commits",
     "cached_names",
     "find_cached",
     "is_offline",
+    "is_size",
 ]
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
@@ -185,9 +187,14 @@ def _cached_file(entry: Any) -> HubFile | None:  # noqa: ANN401 - it may be anyt
     size, etag = entry.get("lfs_size"), entry.get("lfs_sha256")
     if etag is None:
         size, etag = entry.get("size"), entry.get("blob_id")
-    if isinstance(size, int) and size >= 0 and isinstance(etag, str):
+    if is_size(size) and isinstance(etag, str):
         return HubFile(size, etag)
     return None
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Tell whether a value from elsewhere can be the bytes of a file."""
+    return isinstance(value, int) and 0 <= value < 1 << 63
 
 
 def cache_folder() -> str:
@@ -214,6 +221,14 @@ def cached_names() -> list[str]:
     return []
 
 
+def cached_commits(name: str) -> list[str]:
+    """Return the commits of a model that the cache has something of."""
+    with suppress(OSError):
+        names = os.listdir(os.path.join(_folder_of(name), "snapshots"))
+        return sorted(filter(_HASH.fullmatch, names))
+    return []
+
+
 def find_cached(name: str, revision: str | None = None) -> Commit | None:
     """Return the commit that the cache has for a revision; files of it may be lacking.
 
@@ -237,13 +252,8 @@ def find_cached(name: str, revision: str | None = None) -> Commit | None:
         if _HASH.fullmatch(number):
             return Commit(name, number)
     if _SHORT_HASH.fullmatch(revision):
-        with suppress(OSError):
-            found = [
-                each
-                for each in os.listdir(os.path.join(folder, "snapshots"))
-                if each.startswith(revision) and _HASH.fullmatch(each)
-            ]
-            return Commit(name, found[0]) if len(found) == 1 else None
+        found = [each for each in cached_commits(name) if each.startswith(revision)]
+        return Commit(name, found[0]) if len(found) == 1 else None
     return None
 
 

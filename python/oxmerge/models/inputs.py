@@ -15,7 +15,7 @@ from oxmerge.models.naming import named_as
 from oxmerge.models.references import Located, open_located, resolve_reference, split_adapters
 from oxmerge.models.stores import is_address
 from oxmerge.models.vocabularies import OPAQUE, folder_beside, present, same_files, token_files
-from oxmerge.problems import Findings, Problem, did_you_mean, group_problems
+from oxmerge.problems import Findings, Problem, did_you_mean
 from oxmerge.recipe.recipe import UNREAD
 
 TYPE_CHECKING = False
@@ -464,7 +464,7 @@ def open_model(reference: str) -> InputModel:
     findings = Findings()
     model = Inputs((os.getcwd(),), {}, findings).open(reference)
     if model is None or findings.problems:
-        raise PlanError.of("cannot open the model", group_problems(findings.problems))
+        raise PlanError.of("cannot open the model", findings.problems, findings.warnings)
     return model
 
 

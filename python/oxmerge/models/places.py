@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from math import prod
 
 from oxmerge.models.names import find_layout
@@ -20,6 +21,8 @@ LOOSE = "outside of layers"
 #: Fewer numbers than that are no stack of layers.
 _LEAST_STACK = 2
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+#: Tensors of a layer whose modules are kept at hand.
+_MOST_MODULES = 10_000
 _KIND = re.compile(r"\.(weight|bias)$")
 
 
@@ -45,4 +48,10 @@ def place_of(name: str, layout: Layout) -> tuple[str, str]:
     place = layout.place(name)
     if place is None or place.is_extra:
         return LOOSE, _KIND.sub("", name)
-    return f"{place.stack.prefix}.{place.layer}", _NUMBER.sub("*", _KIND.sub("", place.rest))
+    return f"{place.stack.prefix}.{place.layer}", _module(place.rest)
+
+
+@lru_cache(_MOST_MODULES)
+def _module(rest: str) -> str:
+    """Return the module of a tensor, from its name within a layer, which other layers have too."""
+    return _NUMBER.sub("*", _KIND.sub("", rest))

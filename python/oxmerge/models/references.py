@@ -21,7 +21,7 @@ from urllib.parse import quote
 from oxmerge import _core
 from oxmerge.errors import CheckpointError, InputChangedError, RemoteError, UnsupportedError
 from oxmerge.models import hub, stores
-from oxmerge.models.hub_cache import Commit, HubName, cache_folder, find_cached
+from oxmerge.models.hub_cache import Commit, HubName, cache_folder, cached_commits, find_cached
 from oxmerge.models.side_by_side import side_by_side
 from oxmerge.models.vocabularies import TOKENIZER_FILES, is_of_tokenizer
 from oxmerge.problems import UNSUPPORTED, Problem, near, printable
@@ -63,6 +63,7 @@ _PLANNED = frozenset(
     ("README.md", "adapter_config.json", "config.json", "generation_config.json", "modules.json")
 )
 _INDEX = ".index.json"
+_USUAL = ("model.safetensors", "pytorch_model.bin")
 #: The bytes that most headers fit; all headers of a model.
 _FIRST = 128 << 10
 _MOST_HEADERS = 100_000_000
@@ -314,7 +315,9 @@ def _without_hub(
 ) -> Located | Problem:
     """Return what the cache has, though not all, if the weights are there."""
     if commit is None:
-        seen = f", the Hub's cache `{cache_folder()}` has no `{named}`, and {why}"
+        others = [f"`{named.name}@{commit}`" for commit in cached_commits(named.name)[:_SHOWN]]
+        but = f" but {', '.join(others)}" if others else ""
+        seen = f", the Hub's cache `{cache_folder()}` has no `{named}`{but}, and {why}"
         return _not_found(reference, places, seen, f"{advice}; or {_NAME_ONE}")
     lacking = _lacking(commit, named.inside, weights_only=True)
     if not lacking:
@@ -351,16 +354,29 @@ def _lacking(commit: Commit, inside: str, *, weights_only: bool = False) -> list
         return [inside or "model.safetensors"]
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     lacking = [name for name in weights if not os.path.isfile(os.path.join(folder, name))]
+    files, prefix = commit.files(), _prefix(inside, is_file=folder != path)
+    # A lone file of another name may be another format of what the model has under the usual one.
+    if folder == path and not any(map(_is_usual, os.listdir(folder))):
+        lacking += [
+            name
+            for name in files or ()
+            if name.startswith(prefix) and _is_usual(name.removeprefix(prefix))
+        ]
+        if files is None and not weights_only:
+            return ["model.safetensors"]
     if weights_only or lacking:
         return lacking
-    files = commit.files()
     if files is not None:
-        prefix = _prefix(inside, is_file=folder != path)
         wanted = (name for name in files if _is_planned(name, prefix))
         return [name for name in wanted if not os.path.isfile(commit.path_of(name))]
     here = frozenset(os.listdir(folder))
     wanted_sets = {"config.json": {"config.json"}, "tokenizer.json": set(TOKENIZER_FILES)}
     return [name for name, any_of in wanted_sets.items() if not here & any_of]
+
+
+def _is_usual(name: str) -> bool:
+    """Tell whether weights are looked for under that name first."""
+    return name in _USUAL or (name.endswith(_INDEX) and "/" not in name)
 
 
 def _prefix(inside: str, *, is_file: bool) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
     from typing import Any
 
-__all__ = ["HttpFile", "RemoteFile", "at_address", "look", "retried"]
+__all__ = ["HttpFile", "RemoteFile", "at_address", "is_server", "look", "retried"]
 
 #: How often a range is asked for in vain before that is an error; with fewer bytes than these an
 #: answer was in vain. And how often other questions are asked, when little is lost yet.
@@ -259,7 +259,7 @@ def _of_status(status: int, phrase: str | None, headers: Mapping[str, str]) -> _
         return _Failure(
             "the whole file instead of a range",
             passes=False,
-            advice="a proxy on the way may drop ranges: reach the server without it",
+            advice="the server, or a proxy before it, sends no ranges: download the model elsewise",
         )
     if status not in _PASSING:
         return _Failure(reason, passes=False, advice="check the name, the token and its rights")
@@ -340,6 +340,15 @@ def _pool(proxy: str | None, authorities: str | None, *, is_secure: bool) -> Any
         proxy_headers=make_headers(proxy_basic_auth=user and unquote(user)),
         **options,
     )
+
+
+def is_server(address: str) -> bool:
+    """Tell whether a text is the address of a server, of which requests can be made."""
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in {"https", "http"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, or a port that is no number
+        return False
 
 
 def look(address: str) -> HttpFile | int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from importlib.util import find_spec
 from urllib.parse import SplitResult, quote, urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
-from oxmerge.models.remote import at_address, look
+from oxmerge.models.remote import at_address, is_server, look
 from oxmerge.models.side_by_side import side_by_side
 from oxmerge.models.vocabularies import TOKENIZER_FILES
 from oxmerge.sizes import format_size
@@ -59,6 +60,13 @@ _MOST_SMALL = 256 << 20
 _MOST_INDEX = 16 << 20
 _LISTING = ("s3", "s3a", "gs")
 _WEB = ("https", "http")
+#: Settings of the environment that are sent as they are.
+_SENT = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)  # fmt: skip
+#: What names another server than Amazon's, in the order in which the library takes them.
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 #: Statuses of what is not there.
 _ABSENT = (404, 410)
 #: The status of what may not be read; of what is not there too, where nobody is told what there is.
@@ -423,11 +431,23 @@ def store_of(address: str) -> tuple[Any, str]:
 def _open(scheme: str, netloc: str) -> Any:  # noqa: ANN401 - of obstore
     from obstore.store import from_url  # noqa: PLC0415 - only when a store is asked
 
-    # Who sets an endpoint without TLS means it.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    plain = scheme in {"s3", "s3a"} and endpoint.startswith("http://")
-    asked = os.environ.get("AWS_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
     root = f"{scheme}://{netloc}"
+    settings: Mapping[str, str] = os.environ if scheme in {"s3", "s3a"} else {}
+    endpoints = [name for name in _ENDPOINTS if name in settings]
+    # With these the library panics.
+    wrong = [name for name in endpoints if not is_server(settings[name])]
+    wrong += [name for name in _SENT if not re.fullmatch("[!-~]*", settings.get(name, ""))]
+    if wrong:
+        raise RemoteError(
+            f"the environment's {wrong[0]} cannot be used",
+            file=root,
+            advice="write an endpoint as https://host, keys and regions without spaces and line "
+            "breaks; or unset it",
+        )
+    # Who sets an endpoint without TLS means it.
+    plain = bool(endpoints) and settings[endpoints[0]].startswith("http://")
+    owner = "GOOGLE" if scheme == "gs" else "AWS"
+    asked = os.environ.get(f"{owner}_ALLOW_HTTP", "").lower() in {"1", "true", "yes", "on"}
     with _told(root):
         return from_url(
             root,
@@ -445,7 +465,7 @@ def _open(scheme: str, netloc: str) -> Any:  # noqa: ANN401 - of obstore
 
 
 class _RefusedError(RemoteError):
-    """The store gives that to others only."""
+    """The store gives that to others only, or lists keys that the library does not take."""
 
 
 _CHANGED = "the file changed after it was first read"
@@ -457,6 +477,8 @@ _CREDENTIALS = (
 )
 #: What the library says of a list that is refused, for which it has no error of its own.
 _FORBIDDEN_LIST = "status code: 403"
+#: What errors of the library are called after which files are asked for by name.
+_REFUSALS = ("PermissionDeniedError", "InvalidPathError")
 #: What errors of the library are called, and what to do.
 _ADVICE = {
     "PermissionDeniedError": _CREDENTIALS,
@@ -490,7 +512,7 @@ def _told(address: str) -> Iterator[None]:
         found = str(error).partition("\n")[0].strip()[:300]
         if _FORBIDDEN_LIST in found:
             kind = "PermissionDeniedError"
-        raise (_RefusedError if kind == "PermissionDeniedError" else RemoteError)(
+        raise (_RefusedError if kind in _REFUSALS else RemoteError)(
             "the store cannot be read",
             file=address,
             found=found,

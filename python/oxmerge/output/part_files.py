@@ -56,6 +56,7 @@ __all__ = [
     "missing_parts",
     "parts_in",
     "read_done",
+    "seal_of",
     "shards_of_parts",
     "shown",
 ]
@@ -182,6 +183,28 @@ class Purpose:
         """Return what other parts read."""
         return asdict(self)
 
+    def seal(self) -> dict[str, str]:
+        """Return what a complete output keeps of this: digests, since outputs are published.
+
+        In how many parts it was made is not in them.
+        """
+        about = {name: said for name, said in parsed(self.key).items() if name != "parts"}
+        marks = [each.get("ETag") or each.get("sample") for each in self.marks]
+        return {
+            "merge": _digest(about, marks),
+            "place": _digest(self.machine, self.paths),
+            "states": _digest(self.states),
+        }
+
+    def is_sealed(self, seal: object) -> bool:
+        """Tell whether an output was made of this, and of inputs as they are here now."""
+        if not isinstance(seal, dict):
+            return False
+        own = self.seal()
+        is_same_place = seal.get("place") == own["place"]
+        known = ("merge", "states") if is_same_place else ("merge",)
+        return all(seal.get(name) == own[name] for name in known)
+
     def check_same(self, story: Mapping[str, Any], part: int, directory: str) -> None:
         """Raise OutputError unless what another part has written down says the same."""
         other = self.read(story)
@@ -228,6 +251,10 @@ class Purpose:
                     found=self.states[at],
                     advice="make all parts anew: `oxmerge clean` removes what was made",
                 )
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode(errors="backslashreplace")).hexdigest()
 
 
 def _machine() -> str:
@@ -304,6 +331,14 @@ def join(keys: Keys, name: str, purpose: Purpose, story: Mapping[str, Any]) -> N
         if name not in before:
             keys.remove_key(name)
         raise
+
+
+def seal_of(
+    stories: Mapping[str, tuple[int, Mapping[str, Any]]], key: str
+) -> dict[str, str] | None:
+    """Return the seal of what runs of that key made; None if none has written down what it is."""
+    purposes = (Purpose.read(story) for _, story in stories.values())
+    return next((each.seal() for each in purposes if each and each.key == key), None)
 
 
 #: What is written down of how a part was made, and of which type; see `_core.execute`.
@@ -420,13 +455,12 @@ class PartFiles:
 
     def unswept(self) -> list[int]:
         """Return the parts that have not found their numbers, and that no run makes."""
-        there = set(os.listdir(self.folder))
         others = [self.of(part) for part in range(1, self.parts + 1) if part != self.part]
-        return [
-            other.part
-            for other in others
-            if f"{other.name}.numbers" not in there and other.is_free()
-        ]
+        return [other.part for other in others if not other.is_swept() and other.is_free()]
+
+    def is_swept(self) -> bool:
+        """Tell whether this part has found its numbers."""
+        return f"{self.name}.numbers" in os.listdir(self.folder)
 
     def made(self) -> Made | None:
         """Return what this part has made, if all of it is there as it was left."""

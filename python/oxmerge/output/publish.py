@@ -35,6 +35,7 @@ from oxmerge import _core
 from oxmerge._core import partial_name
 from oxmerge.errors import OutputError
 from oxmerge.file_state import FileState
+from oxmerge.json_files import read_start
 from oxmerge.models.stores import is_address
 from oxmerge.output.claims import BusyError, Claim, claim, locked_file, named
 from oxmerge.output.journal import JOURNAL_NAME, MOST_BYTES, Journal, mark
@@ -584,6 +585,17 @@ def _read_journal(output: OutputDirectory) -> Journal:
     is_complete = journal.last in placed
     is_this = bool(output.purpose) and journal.purpose == output.purpose
     return journal if is_begun and (is_this or not is_complete) else Journal()
+
+
+def is_just_complete(directory: Path) -> bool:
+    """Tell whether a run has completed a model here, and died before it had removed the rest."""
+    try:
+        text, _ = read_start(directory / JOURNAL_NAME, MOST_BYTES)
+        journal = Journal.from_json(text) or Journal()
+        state = FileState.of(os.stat(directory / journal.last, follow_symlinks=False))
+    except (OSError, ValueError):
+        return False
+    return journal.is_ours(journal.last, state)
 
 
 def _is_there(output: OutputDirectory, name: str, is_it: Callable[[str, FileState], bool]) -> bool:

@@ -46,7 +46,12 @@ KINDS = {
 }
 #: Stands in for a value that cannot be read, so that planning can go on to the next problem.
 _NEUTRAL: dict[str, Scalar] = {"float": 1.0, "int": 1, "bool": True}
-_DECIMAL_COMMA = re.compile(r"'(-?\d+),(\d+)'", re.ASCII)
+_NUMBER = re.compile(r"[-\u2212]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"(-?\d+),(\d+)", re.ASCII)
+_COMMENT = re.compile(rf"({_NUMBER.pattern})\s*(#|//|;)", re.ASCII)
+_SEVERAL = re.compile(rf"[\s\[(]*{_NUMBER.pattern}(?:[\s,;]+{_NUMBER.pattern})+[\s\])]*", re.ASCII)
+#: Codes of what is told of keys when a recipe is read.
+_FAULTS = frozenset(("unknown-key", "wrong-value"))
 #: Percent that make a whole.
 _PERCENT = 100
 
@@ -132,6 +137,35 @@ def plain_number(value: Scalar) -> str:
     return repr(value).removesuffix(".0")
 
 
+def _meant(text: str) -> str | None:
+    """Return the advice for a text in which people see a number.
+
+    Examples
+    --------
+    >>> _meant("50 %"), _meant("0.1 0.2")
+    ('did you mean `0.5`?', 'did you mean `[0.1, 0.2]`?')
+    """
+    text = text.strip()
+    if comma := _DECIMAL_COMMA.fullmatch(text):
+        return f"did you mean `{comma[1]}.{comma[2]}`? decimals have a point, not a comma"
+    number = _NUMBER.match(text)
+    if number is not None and text[number.end() :].strip() == "%":
+        return f"did you mean `{plain_number(float(_signed(number[0])) / _PERCENT)}`?"
+    if _SEVERAL.fullmatch(text):
+        numbers = ", ".join(map(_signed, _NUMBER.findall(text)))
+        return f"did you mean `[{numbers}]`?"
+    if comment := _COMMENT.match(text):
+        return f"did you mean `{_signed(comment[1])}`? comments begin with ` #`"
+    if number is not None and number.end() == len(text):
+        return f"did you mean `{_signed(text)}`?"
+    return None
+
+
+def _signed(number: str) -> str:
+    """Return a number with the minus of keyboards."""
+    return number.replace("\u2212", "-")
+
+
 def limits_advice(value: float, parameter: Parameter) -> str:
     """Return what a value beyond the limits of a parameter was probably meant to be.
 
@@ -208,9 +242,9 @@ class SettingReader:
             found = repr(error.args[0]) if error.args else None
             message = f"`{parameter.name}` is {KINDS[parameter.kind]}"
             advice = f"write {KINDS[parameter.kind]}, or a list of such for a gradient"
-            comma = _DECIMAL_COMMA.fullmatch(_plain(found) or "")
-            if comma is not None and parameter.kind == "float":
-                advice = f"did you mean `{comma[1]}.{comma[2]}`? decimals have a point, not a comma"
+            if parameter.kind == "float":
+                written = next((each for each in choice.values if isinstance(each, str)), "")
+                advice = _meant(written) or advice
             self.findings.problems.append(
                 Problem(
                     "parameter-value", message, setting.where, found=_plain(found), advice=advice
@@ -297,7 +331,7 @@ class Resolver:
         self._reader = reader
         self._whose = whose
         self._where = where
-        self._misspelt = _misspelt(parameters, levels, reader.findings)
+        self._misspelt = _misspelt(parameters, levels, reader.findings, where)
         self._chains = [(each, _chain(each, levels, reader)) for each in parameters]
         constant = all(_is_constant(chain) for _, chain in self._chains)
         self._constant = self._resolve("", 0.0) if constant and self._is_complete() else None
@@ -378,21 +412,27 @@ class Resolver:
 
 
 def _misspelt(
-    parameters: tuple[Parameter, ...], levels: tuple[Settings, ...], findings: Findings
+    parameters: tuple[Parameter, ...],
+    levels: tuple[Settings, ...],
+    findings: Findings,
+    where: Place | None,
 ) -> set[str]:
-    """Return parameters that a name which is reported as unknown was probably meant to be.
+    """Return parameters that a name or a key which is reported was probably meant to be.
 
     That they are missing would be the same fault told twice.
     """
-    reported = {each.where for each in findings.problems if each.code == "unknown-parameter"}
-    unknown = [
-        name
-        for level in levels
-        for name, setting in level.items()
-        if reported and setting.where in reported
-    ]
     names = [parameter.name for parameter in parameters]
-    return {match for name in unknown for match in near(name, names)}
+    of_levels = {"", where.path if where else ""}
+    faulty = (each.where.path for each in findings.problems if each.code in _FAULTS and each.where)
+    keys = [
+        key for level, _, key in (path.rpartition(".") for path in faulty) if level in of_levels
+    ]
+    if any(near(key, [*names, "parameters"], 1) == ["parameters"] for key in keys):
+        return {*names}
+    reported = {each.where for each in findings.problems if each.code == "unknown-parameter"}
+    settings = (pair for level in levels if reported for pair in level.items())
+    unknown = [name for name, setting in settings if setting.where in reported]
+    return {match for name in keys + unknown for match in near(name, names)}
 
 
 def _chain(
@@ -454,7 +494,7 @@ def check_settings(
     for name, setting in settings.items():
         if name in everything or name in IDLE_PARAMETERS:
             effect = _without_effect(name, own, method, level)
-            if effect is not None:
+            if effect is not None and not method.takes_anything:
                 message = f"parameter `{name}` has no effect{effect[0]}"
                 problem = Problem("no-effect", message, setting.where, advice=effect[1])
                 findings.warnings.append(problem)

@@ -167,12 +167,12 @@ class _Planner:
             message = "there is no model to take the names from"
             problems.append(Problem("missing-key", message, advice="list a model"))
         if donor is None or table is None or problems:
-            raise self.failure(problems + (warnings if strict else [])) from self.cause
+            raise self.failure(strict=strict) from self.cause
         ledger = Ledger(self.inputs.models, fates, self.keeping.passed_over)
         accounting = ledger.close(sections, donor, self.modules)
         warnings += ledger.warnings
         if strict and warnings:
-            raise self.failure(warnings)
+            raise self.failure(strict=True)
         return self.result(method, table, donor, accounting, shard_size)
 
     def method(self) -> tuple[Method, bool]:
@@ -366,8 +366,11 @@ class _Planner:
         advice = "layers are told by a config.json that counts them"
         return [Problem("no-effect", message, file=stackless[0].path, advice=advice)]
 
-    def failure(self, problems: list[Problem]) -> ProblemsError:
-        return self.error.of("cannot merge", group_problems(problems))
+    def failure(self, *, strict: bool) -> ProblemsError:
+        problems, warnings = self.findings.problems, self.findings.warnings
+        if strict:
+            problems, warnings = problems + warnings, []
+        return self.error.of("cannot merge", problems, warnings)
 
     def result(
         self,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from oxmerge.problems import Findings, Place, Problem, shorten
 from oxmerge.recipe.extensions import ExtensionReader
-from oxmerge.recipe.keys import at_key, is_mapping
+from oxmerge.recipe.keys import at_key, is_mapping, show_key
 from oxmerge.recipe.recipe import (
     MOST_ROWS,
     UNREAD,
@@ -127,6 +127,12 @@ class _RecipeReader(ExtensionReader):
             message, advice = other
             self.fault(place, message, code="not-a-recipe", advice=advice)
             return Recipe("")
+        for key, value in raw.items():
+            if key not in _TOP_KEYS and is_mapping(value) and "merge_method" in value:
+                message = f"the recipe stands below `{show_key(key)}`"
+                advice = "take that line out, and write the others without their indent"
+                self.fault(at_key(place, raw, key), message, code="unknown-key", advice=advice)
+                return Recipe("")
         known = _TOP_KEYS | {"name"} if in_stages else _TOP_KEYS
         self.check_keys(raw, place, known)
         whole, at = self.whole(raw, place)
@@ -394,6 +400,8 @@ class _RecipeReader(ExtensionReader):
         model = self.reference(raw, "model", place)
         if raw.get("model") is None and not self.is_misspelt(raw, "model", keys):
             message, advice = "`model` is needed here", "write `model: path`"
+            if raw.keys() == {"parameters"}:
+                advice = "take out its dash, if it belongs to the model above"
             self.fault(place, message, code="missing-key", advice=advice)
         return Source(model or UNREAD, place, layers, self.settings(raw, place))
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from oxmerge.errors import RecipeError
-from oxmerge.problems import Findings, Place, Problem, group_problems
+from oxmerge.problems import Findings, Place, Problem
 from oxmerge.recipe.extent import MOST_VALUES, TooMuch, check_extent
 from oxmerge.schema import DTYPE_NAMES
 
@@ -483,7 +483,7 @@ class Recipe:
         findings = Findings()
         documents = parse_documents(text, None, findings)
         if findings.problems:
-            raise RecipeError.of("cannot use the recipe", group_problems(findings.problems))
+            raise RecipeError.of("cannot use the recipe", findings.problems)
         return [*documents], text, folder
 
     @classmethod
@@ -511,7 +511,7 @@ class Recipe:
 def sound(recipe: Recipe, findings: Findings) -> Recipe:
     """Return a recipe of which nothing is wrong."""
     if findings.problems:
-        raise RecipeError.of("cannot use the recipe", group_problems(findings.problems))
+        raise RecipeError.of("cannot use the recipe", findings.problems, recipe.warnings)
     return recipe
 
 

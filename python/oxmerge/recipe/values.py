@@ -6,7 +6,7 @@ import os
 import re
 
 from oxmerge.models.references import parse_reference, with_revision
-from oxmerge.problems import did_you_mean
+from oxmerge.problems import did_you_mean, near
 from oxmerge.recipe.keys import KeyReader, at_item, at_key, is_mapping, show, show_key
 from oxmerge.recipe.recipe import UNREAD, Choice, Setting
 from oxmerge.schema import DTYPE_NAMES, FLOATS
@@ -39,6 +39,10 @@ _DTYPE_ALIASES = {
     "double": "float64",
 }
 _OF_FEW_BITS = re.compile(r"(float|fp|f|int|uint|i|u|nf|mxfp|nvfp)[48]($|\D)")
+#: Quotes of typesetting, as word processors make them of those of YAML.
+_QUOTES = frozenset(
+    ("\u201c\u201d", "\u2018\u2019", "\u201e\u201c", "\u201d\u201d", "\u00ab\u00bb")
+)
 #: Stands for a setting that cannot be read, which is reported already.
 _UNREAD_CHOICE = Choice((), is_read=False)
 #: A whole number as text, of no more digits than any layer has.
@@ -82,6 +86,11 @@ class ValueReader(KeyReader):
             listed = isinstance(value, list | tuple)
             advice = "name one model" if listed else "put it in quotes"
             self.fault(place, "a model reference is text", found=value, advice=advice)
+            return UNREAD
+        if value[:1] + value[-1:] in _QUOTES:
+            message = "these quotes are taken for a part of the name"
+            advice = 'write `"` for them, or leave them out'
+            self.fault(place, message, found=value, advice=advice)
             return UNREAD
         parsed = parse_reference(value)
         if isinstance(parsed, str):
@@ -169,17 +178,17 @@ class ValueReader(KeyReader):
             message = "a mapping of parameters to values is needed here"
             self.fault(place, message, found=values, advice="write `weight: 0.5`, say")
             return {}
-        settings = {}
+        settings: dict[str, Setting] = {}
+        key = ""
         for name, value in values.items():
             where = at_key(place, values, name)
             if value is None and not isinstance(
                 name, str
             ):  # YAML reads `{t: 0,5}` as `{t: 0, 5: null}`
-                message, advice = (
-                    f"`{name}` stands alone here",
-                    "decimals have a point, not a comma",
-                )
-                self.fault(where, message, advice=advice)
+                advice = "decimals have a point, not a comma"
+                self.fault(where, f"`{name}` stands alone here", advice=advice)
+                if key in settings:  # of which it is the rest
+                    settings[key] = Setting(where, (_UNREAD_CHOICE,))
             else:
                 key = name if isinstance(name, str) else show(name)
                 settings[key] = Setting(where, self.choices(value, where))
@@ -188,6 +197,12 @@ class ValueReader(KeyReader):
     def choices(self, value: object, place: Place) -> tuple[Choice, ...]:
         """Read a setting: a value, a gradient, a conditional, or a list of conditionals."""
         if is_mapping(value):
+            if value and not any(near(str(key), _CHOICE_KEYS) for key in value):
+                message = "values by part of a name are a list"
+                name = show_key(next(iter(value)))
+                advice = f"write `- {{filter: {name}, value: ...}}`, one below the other"
+                self.fault(place, message, found=value, advice=advice)
+                return (_UNREAD_CHOICE,)
             return (self.conditional(value, place),)
         if not isinstance(value, list | tuple):
             return self.unconditional(value, place)

@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["explain_fault", "explain_slip"]
+__all__ = ["explain_fault", "explain_slip", "explain_text"]
 
 #: Letters of a line that a message shows.
 _SHOWN = 60
@@ -25,9 +25,25 @@ _SLIPS = (
     (re.compile(r"^\s*[\u2010-\u2015\u2022]"), "another sign than `-` before it", "write `- `"),
     (re.compile(r"^\s*(```|~~~)"), "a fence of Markdown", "take out the lines that begin so"),
     (re.compile(r"^\s*-[^\W\d]"), "no space behind its dash", "write `- `"),
+    (re.compile(r"^\s*(```|~~~)"), "a fence of Markdown", "take out the lines with it"),
+    (re.compile(r"^\s*\*\*|\]\(https?:"), "marks of Markdown", "write the text without them"),
+    (re.compile(r"^\s*\*\s"), "another sign than `-` before it", "write `- `"),
+    (re.compile(r"^\s*>\s"), "the mark of a quotation", "take out the `>` of each line"),
+    (re.compile(r"^\s*//"), "a comment of another language", "begin comments with `#`"),
+    (re.compile(r"(?i)^\s*</?(!doctype|html|head|body|div|pre|span|table|t[dr])\b"), "HTML",
+     "copy the recipe's text, or download its file"),
+    (re.compile(r":\s*\{\{"), "a place to fill in", "write what belongs there"),
+    (re.compile(r":\s*`"), "a backtick", "take the backticks out"),
 )  # fmt: skip
+#: A line of a configuration in TOML or INI.
+_ASSIGNS = re.compile(r"\s*[\w.-]+\s*=|\s*\[[\w.\s\[\]-]+\]\s*$")
 #: What PyYAML says of faults that need no line to be told.
 _TOLD = {
+    "unknown escape": (
+        "a backslash in double quotes begins a special character",
+        "use single quotes",
+    ),
+    "scanning an anchor": ("`&` at the beginning of a value gives it a name", _QUOTES),
     "constructor for the tag": ("recipes have no tags", "take out what begins with `!`"),
     "unhashable": ("a list or a mapping stands where a key is", "write `key: value`"),
     "for merging": ("`<<` takes a mapping, or a list of such", "write `<<: *name`, say"),
@@ -53,6 +69,8 @@ def explain_fault(  # noqa: PLR0911 - a line for each kind
     problem = str(error.problem or "")
     begun = error.context_mark.line if "simple key" in context else mark.line
     slip = _slip_near(lines, begun, mark.line)
+    told = (told for words, told in _TOLD.items() if words in f"{context} {problem}")
+    slip = slip or next(told, None)
     if slip is not None:
         return slip
     if r"'\t'" in problem:
@@ -60,27 +78,27 @@ def explain_fault(  # noqa: PLR0911 - a line for each kind
     if "is not a key" in problem or "not allowed here" in problem:
         return _second_value(lines, mark.line, mark.column)
     if "expected ':'" in problem:
-        shown = shorten(lines[begun].strip(), _SHOWN)
-        return f"line {begun + 1}, `{shown}`, has no colon", "write `key: value`"
+        return f"line {begun + 1}, {_no_colon(lines[begun])}", "write `key: value`"
+    if "<document start>" in problem:
+        return _ended(lines, mark.line)
     if "quoted scalar" in context:
         opened = f"the quote that opens on line {error.context_mark.line + 1} is never closed"
         return opened, "close it, or take it out"
-    if "while parsing a flow" in context:
-        return _unclosed(error, lines)
-    if "while parsing a block" in context:
-        return _wrong_block(error, lines, line)
+    if "while parsing a flow" in context or "while parsing a block" in context:
+        return (_unclosed if "a flow" in context else _wrong_block)(error, lines)
     if "alias" in problem or "alias" in context:
         name = shorten(line[(error.context_mark or mark).column :].strip().rstrip(",]}"), _SHOWN)
         return f"`{name}` refers to another value, which is not there", _QUOTES
     if "cannot start any token" in problem:
         return f"`{line[mark.column : mark.column + 1]}` cannot begin a value", _QUOTES
-    told = shorten(problem or str(error).partition("\n")[0], 240), "mend the YAML there"
-    return next((told for words, told in _TOLD.items() if words in problem), told)
+    return shorten(problem or str(error).partition("\n")[0], 240), "mend the YAML there"
 
 
 def _slip_near(lines: list[str], begun: int, number: int) -> tuple[str, str] | None:
     """Return what a line near a fault has that only looks like YAML, and what to write."""
-    for at in (begun, number, number - 1):
+    # A wide space is seen late: the lines that it should have indented end a block.
+    wide = (at for at in range(number) if re.match(rf"[\s-]*[{_SPACES}]", lines[at]))
+    for at in (begun, number, number - 1, *wide):
         slip = explain_slip(lines[at]) if 0 <= at < len(lines) else None
         if slip is not None:
             return f"line {at + 1}, `{shorten(lines[at].strip(), _SHOWN)}`, has {slip[0]}", slip[1]
@@ -111,12 +129,37 @@ def _second_value(lines: list[str], number: int, column: int) -> tuple[str, str]
     if re.search(r":\s", line[:column]):
         return "this line has a second `: ` in its value", _QUOTES
     before = next((each for each in reversed(lines[:number]) if _says(each)), "")
-    begun = f"the line before it, `{shorten(before.strip(), _SHOWN)}`,"
     if not re.search(r":(\s|$)", before):
-        missing = "no space behind its colon" if ":" in before else "no colon"
-        return f"{begun} has {missing}", "write `key: value`"
+        return f"the line before it, {_no_colon(before)}", "write `key: value`"
+    begun = f"the line before it, `{shorten(before.strip(), _SHOWN)}`,"
     found = f"this line is indented by {_indent(line)}, more than {begun} which has its value"
     return found, f"indent it by {_indent(before)}, or take the value of the line before out"
+
+
+def _no_colon(line: str) -> str:
+    """Say of a line that is no key with a value what it lacks."""
+    missing = "no space behind its colon" if ":" in line else "no colon"
+    return f"`{shorten(line.strip(), _SHOWN)}`, has {missing}"
+
+
+def _ended(lines: list[str], number: int) -> tuple[str, str]:
+    """Explain a line behind the end of a document."""
+    before = next((each for each in reversed(lines[:number]) if _says(each)), "")
+    shown = shorten(before.strip(), _SHOWN)
+    if _ASSIGNS.match(before):
+        return f"`{shown}` is not YAML, but TOML or INI", "write `key: value`"
+    return f"the line before it, `{shown}`, ends the recipe", "take that out, or what follows"
+
+
+def explain_text(text: str) -> tuple[str, str] | None:
+    """Return what a text is that has no keys and values, and what to write instead."""
+    lines = [each for each in text.splitlines() if _says(each)]
+    slip = next(filter(None, map(explain_slip, lines)), None)
+    if slip is not None:
+        return f"it has {slip[0]}", slip[1]
+    if any(map(_ASSIGNS.match, lines)):
+        return "it is not YAML, but TOML, INI or a program", "write `merge_method: linear`, say"
+    return None
 
 
 def _unclosed(error: Any, lines: list[str]) -> tuple[str, str]:  # noqa: ANN401 - as above
@@ -128,17 +171,23 @@ def _unclosed(error: Any, lines: list[str]) -> tuple[str, str]:  # noqa: ANN401 
     return message, f"close it with `{_CLOSED_BY.get(bracket, bracket)}`, or put a comma here"
 
 
-def _wrong_block(error: Any, lines: list[str], line: str) -> tuple[str, str]:  # noqa: ANN401
+def _wrong_block(error: Any, lines: list[str]) -> tuple[str, str]:  # noqa: ANN401 - as above
     """Explain a line that does not fit the block that is open."""
     at, opened = error.problem_mark, error.context_mark
+    line = "".join(lines[at.line : at.line + 1])
     shown = shorten(lines[opened.line][opened.column :].strip(), _SHOWN)
     block = f"the block that is open began on line {opened.line + 1} with `{shown}`"
     if line[: at.column].strip():
         return "something stands behind a value that has ended", _QUOTES
     if at.column == opened.column:
         kind = "an item of a list" if line[at.column :].startswith("-") else "a key"
-        rest = "a list has items only" if shown.startswith("-") else "keys and items do not mix"
-        return f"{kind} stands here, but {block}: {rest}", "put `- ` before each item of a list"
+        is_list, fault = shown.startswith("-"), f"{kind} stands here, but {block}"
+        if is_list and kind == "a key":
+            inside = len(shown) - len(shown.lstrip("- ")) + opened.column
+            advice = f"indent it by {inside} if it belongs to an item, else less than the list"
+            return f"{fault}: a list has items only", advice
+        rest = "a list has items only" if is_list else "keys and items do not mix"
+        return f"{fault}: {rest}", "put `- ` before each item of a list"
     found = f"this line is indented by {at.column}, which fits no block: {block}, indented by "
     return f"{found}{opened.column}", f"indent it by {opened.column}, or as what it belongs to"
 

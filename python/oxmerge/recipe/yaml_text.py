@@ -15,7 +15,7 @@ from oxmerge.problems import UNSUPPORTED, Findings, Place, Problem, shorten
 from oxmerge.recipe.extent import MOST_VALUES, TooMuch, check_extent
 from oxmerge.recipe.keys import without_effect
 from oxmerge.recipe.recipe import MOST_BYTES, too_long
-from oxmerge.recipe.yaml_faults import explain_fault, explain_slip
+from oxmerge.recipe.yaml_faults import explain_fault, explain_slip, explain_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -142,6 +142,9 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
         found = _kind(others[0]) if others else "nothing"
         message = "a recipe is a mapping of keys to values"
         advice = "write `merge_method: linear`, say"
+        told = explain_text(others[0]) if others and isinstance(others[0], str) else None
+        if told is not None:
+            found, advice = f"text, and {told[0]}", told[1]
         place = None if path is None else Place(file=path)
         raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
     return mappings

@@ -127,8 +127,8 @@ FAULTS = [
     START + "models: [{model: 7}]\n",
     START + MODELS + "dtype: int64\n",
     START + MODELS + "dtype: fp8\n",
-    START + MODELS + "x-common: &x {weight: 1}\n",
     START + "models: [{model: &m a}]\nx-common: *m\n",
+    "&whole\n" + START + MODELS + "x-common: 1\n",
     START + MODELS + "paramters: &p {weight: 1}\nx: *p\n",
     START + "models: [{model: a, revision: main}]\n",
     START + "models: [{model: a, lora: b}]\n",
@@ -242,6 +242,7 @@ WARNINGS = [
     START + MODELS + "dtype: ''\n",
     START + MODELS + "pad_to_multiple_of: 8\n",
     START + MODELS + "output_path: merged\n",
+    START + MODELS + "x-common: &x {weight: 1}\n",
 ]
 
 

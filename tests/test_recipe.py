@@ -174,6 +174,7 @@ def test_all_faults_are_reported_together() -> None:
 SYNTAX = [
     "merge_method: linear\nmerge_method: ties\n" + MODELS,
     "merge_method: linear\nmodels:\n- model: a\n  model: b\n",
+    "density: &d 1\nmerge_method: ties\nparameters: {density: *d, density: 0}\n" + MODELS,
     "dtype: &d float32\ndtype: *d\nmerge_method: linear\n" + MODELS,
     "- 1\n- 2\n",
     "# nothing\n",

@@ -540,7 +540,8 @@ def _plain(value: object) -> object:
     if kind is value or kind.__name__.lower().endswith("dtype"):
         return kind.__name__ if kind.__module__ in ("numpy", "ml_dtypes") else str(value)
     shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and math.prod(shape) <= MOST_VALUES:
+    is_array = isinstance(shape, tuple) and hasattr(value, "tolist")
+    if is_array and math.prod(shape) <= MOST_VALUES:  # type: ignore[arg-type]
         return value.tolist()  # type: ignore[attr-defined]
     return value
 

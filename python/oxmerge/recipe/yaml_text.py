@@ -123,18 +123,14 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
     try:
         anchors: list[int] = []
         aliases: list[tuple[int, int]] = []
-        own: dict[str, bool] = {}
-        loader = _loader_class(findings.problems, anchors, aliases, own, path)(text)
+        loader = _loader_class(findings.problems, anchors, aliases, path)(text)
         while loader.check_node():
-            node = loader.get_node()
+            node: Any = loader.get_node()
             check_extent(node, _parts)
-            own.update(_own_keys(node, anchors, aliases))
-            document = loader.construct_document(node)
-            if isinstance(document, MarkedMapping):
-                document.own = dict(own)
-            documents.append(document)
-            for each in (anchors, aliases, own):
-                each.clear()
+            node.own = _own_keys(node, anchors, aliases)
+            documents.append(loader.construct_document(node))
+            anchors.clear()
+            aliases.clear()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error, text, path)]) from error
     mappings = [document for document in documents if isinstance(document, MarkedMapping)]
@@ -217,10 +213,9 @@ def _loader_class(
     duplicates: list[Problem],
     anchors: list[int],
     aliases: list[tuple[int, int]],
-    own: dict[str, bool],
     path: str | None,
 ) -> type[SafeLoader]:
-    """Return a loader that appends what is written twice to `duplicates`, but for `own` keys.
+    """Return a loader that appends what is written twice to `duplicates`.
 
     `anchors` and `aliases` get what `_own_keys` takes.
     """
@@ -249,8 +244,10 @@ def _loader_class(
             return node
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:
+        own: dict[str, bool] = getattr(node, "own", {})
         duplicates.extend(_duplicates(node, path, own))
         mapping = MarkedMapping()
+        mapping.own = own
         yield mapping
         _fill(loader, node, mapping)
 

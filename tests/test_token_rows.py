@@ -656,6 +656,17 @@ def test_unequal_vocabularies_without_a_word(tmp_path: Path) -> None:
         oxmerge.plan(merge_of)
 
 
+def test_slices_of_unequal_vocabularies_without_a_word(tmp_path: Path) -> None:
+    make(tmp_path / "a", train("BPE", "a"))
+    make(tmp_path / "wide", train("BPE", "b", 66), seed=1)
+    sources = ([{"model": str(tmp_path / name), "layer_range": [0, 1]}] for name in ("a", "wide"))
+    stack = {"merge_method": "passthrough", "slices": [{"sources": each} for each in sources]}
+    with pytest.raises(oxmerge.OxmergeError, match=r"tensor `lm_head.weight`: .*\n.*: union`"):
+        oxmerge.plan(stack)
+    for answer in ("union", "base", str(tmp_path / "wide")):
+        oxmerge.plan({**stack, "tokenizer_source": answer})
+
+
 def test_tokenizers_of_other_kinds(tmp_path: Path) -> None:
     make(tmp_path / "a", train("BPE", "a"))
     make(tmp_path / "b", train("Unigram", "b"))

@@ -459,6 +459,6 @@ class Assembler:
                 tensor=like.name,
                 expected=" or ".join(sorted(map(str, shapes))),
                 found=str(list(like.shape)),
-                advice=_SAME_SIZE,
+                advice=self._shape_advice(model, like, tuple(shapes[0])),
             )
         )

@@ -143,8 +143,8 @@ def merge_parts(
                 raise
         else:
             return [
-                nothing_left(directory) if is_complete else next(made)
-                for (_, directory), is_complete in zip(merges, complete, strict=True)
+                nothing_left(directory) if is_done else next(made)
+                for (_, directory), is_done in zip(merges, complete, strict=True)
             ]
 
 

@@ -150,8 +150,11 @@ pub struct Need {
     elements: u64,
     /// Bytes an element of each source that is read at the same time as the others, and how.
     sources: Vec<(u64, Way)>,
-    /// Whether a source that is copied may turn out to be read past the page cache.
+    /// Whether sources are read only once.
     reads_once: bool,
+    /// Whether a source that is copied may turn out to be read past the page cache: it is read once, or
+    /// once when a sweep over the model is over. Pieces leave room for that, and so are smaller.
+    may_be_direct: bool,
     /// Bytes an element of each output.
     outputs: Vec<u64>,
     /// Elements around a piece that are read as well, to have whole rows.
@@ -211,6 +214,7 @@ impl Need {
             elements: frame.elements,
             sources: sources.map(|(dtype, way)| (dtype.size() as u64, way)).collect(),
             reads_once: work.reads_once(),
+            may_be_direct: work.reads_once() || stage::wait_for_model_alone(work.values()),
             outputs: outputs.map(|dtype| dtype.size() as u64).collect(),
             row: frame.row,
             ..Self::default()
@@ -459,7 +463,7 @@ impl Need {
             Way::Direct => Amount::certain(direct),
             Way::Copied => {
                 let copied = buffer(bytes(step));
-                Amount { expected: copied, most: if self.reads_once { direct } else { copied } }
+                Amount { expected: copied, most: if self.may_be_direct { direct } else { copied } }
             }
         }
     }

@@ -224,6 +224,9 @@ SYNTAX = [
     "models:\n- model: a\n\u00a0\u00a0parameters:\n    weight: 1\n- model: b\n",
     "models:\n  - model: a\n  parameters:\n    weight: 1\n",
     "Merge a and b.\n",
+    "Entry not found\n",
+    "| model | weight |\n",
+    "a: 1\n%b: 2\n",
 ]
 
 

@@ -139,9 +139,9 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
         found = _kind(others[0]) if others else "nothing"
         message = "a recipe is a mapping of keys to values"
         advice = "write `merge_method: linear`, say"
-        told = explain_text(others[0]) if others and isinstance(others[0], str) else None
-        if told is not None:
-            found, advice = f"text, and {told[0]}", told[1]
+        if others and isinstance(others[0], str):
+            found = f"text, `{shorten(others[0], 60)}`"
+            message, advice = explain_text(others[0]) or (message, advice)
         place = None if path is None else Place(file=path)
         raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
     return mappings
@@ -167,7 +167,7 @@ def _kind(value: object) -> str:
     """Return what a value is, in words."""
     if isinstance(value, list):
         return "a list"
-    return "text" if isinstance(value, str) else "a number or a truth value"
+    return "a number or a truth value"
 
 
 def _unreadable(problems: list[Problem]) -> ProblemsError:

@@ -25,7 +25,7 @@ fn rows_of_rows() -> Value {
     let a = Value::input(0);
     let largest = Value::scalar(a.max(Scope::Row));
     let shifted = &(&a - &largest) / &Value::scalar(1000.0);
-    let exponential = shifted.unary(oxmerge::formula::UnaryOp::Exp);
+    let exponential = shifted.unary(UnaryOp::Exp);
     &exponential / &Value::scalar(exponential.sum(Scope::Row))
 }
 

@@ -685,7 +685,7 @@ def test_tokens_that_cannot_be_given_rows(tmp_path: Path) -> None:
         ({"<x>": {"source": {"kind": "model_token", "model": "b", "token_id": rows}}}, "no row"),
         ({"<x>": {"source": {"kind": "model_token", "model": "b"}}}, "a token of it or the number"),
         ({"<x>": {"source": {"kind": "mean"}}}, "unknown kind of row"),
-        ({"<x>": {"source": "b", "force": 1}}, "true or false"),
+        ({"<x>": {"source": "b", "force": 2}}, "true or false"),
         ({"<x>": {"sorce": "b"}}, "unknown key `sorce`"),
         ({7: {"source": "b"}}, "a token is text"),  # type: ignore[dict-item]
         ([1], "a mapping from tokens"),  # type: ignore[list-item]
@@ -693,7 +693,7 @@ def test_tokens_that_cannot_be_given_rows(tmp_path: Path) -> None:
     for tokens, message in wrong:
         found = refused(tmp_path, tokenizer={"source": "union", "tokens": tokens})
         assert any(message in each for each in found), (tokens, found)
-    for multiple in (0, -8, "64", 1 << 23, 2.5):
+    for multiple in (0, -8, "many", 1 << 23, 2.5):
         found = refused(tmp_path, tokenizer={"pad_to_multiple_of": multiple})
         assert "a whole number from 1" in found[0]
 

@@ -227,7 +227,7 @@ impl Assembly {
                             && (dtype.is_float() || is_alone || !quantised[model])
                     })
             });
-            let fits = !is_like || self.fits(&like, donor_lead, &name);
+            let fits = !is_like || self.fits(&like, donor_lead, &name, tokens.is_some());
             if is_twice || !agrees || !fits {
                 odd.push(Odd { at, is_twice });
             }
@@ -248,9 +248,13 @@ impl Assembly {
         shapes
     }
 
-    fn fits(&self, like: &Tensor<'_>, donor_lead: &str, name: &str) -> bool {
+    /// Whether a tensor has a shape that the model which gives the config has at its place; of one
+    /// whose rows are taken by token, in all but the number of rows.
+    fn fits(&self, like: &Tensor<'_>, donor_lead: &str, name: &str, by_token: bool) -> bool {
         let shapes = self.layer_shapes.get(&place_key(like, donor_lead, name));
-        shapes.is_none_or(|shapes| shapes.contains(like.shape))
+        let first = usize::from(by_token);
+        let rest = like.shape.get(first..);
+        shapes.is_none_or(|shapes| shapes.iter().any(|shape| shape.get(first..) == rest))
     }
 
     /// The models.

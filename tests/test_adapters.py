@@ -175,7 +175,6 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dora rslora": (llama, targets("up_proj", use_dora=True, use_rslora=True)),
     "dora embeddings": (llama, targets("embed_tokens", "v_proj", use_dora=True)),
     "embeddings": (llama, targets("embed_tokens", "lm_head", "q_proj")),
-    "tied embedding": (qwen2, targets("embed_tokens", "v_proj")),
     "saved": (llama, targets("q_proj", modules_to_save=["embed_tokens", "norm"])),
     "rows": (llama, targets("q_proj", trainable_token_indices=[7, 3, 39])),
     "rows by name": (llama, targets("q_proj", trainable_token_indices={"embed_tokens": [1, 0]})),
@@ -188,6 +187,7 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "convolution": (convolutions, targets("conv_layers.1.conv", "q_proj")),
     "convolution 2d": (vision, targets("projection")),
     "convolution 2d dora": (vision, targets("projection", use_dora=True)),
+    "modules of other names": (vision, targets("q_proj", "o_proj", "fc1", bias="all")),
     "experts": (mixtral, targets("q_proj", target_parameters=EXPERTS)),
     "experts of other ranks": (
         mixtral,
@@ -316,12 +316,13 @@ def test_a_variant_is_what_peft_makes_of_it(name: str, place: Path) -> None:
         ("tied as one", ("embed_tokens",), {"ensure_weight_tying": True}),
         ("tied as one, dora", ("embed_tokens",), {"ensure_weight_tying": True, "use_dora": True}),
         ("a tied head alone", ("lm_head",), {}),
+        ("a tied table alone", ("embed_tokens",), {}),
     ],
 )
 def test_a_table_and_its_head_are_as_they_were_trained(
     place: Path, name: str, modules: tuple[str, ...], config: dict[str, Any]
 ) -> None:
-    """PEFT's own merge adds both to the one tensor that both share: its model tells before that."""
+    """PEFT's own merge adds to the one tensor that both share: its model tells before that."""
     model = base(place, tied)
     adapter = train(place, tied, name, **targets("q_proj", *modules, **config))
     trained = peft.PeftModel.from_pretrained(load(model, tied, torch.float32), adapter).eval()
@@ -330,7 +331,7 @@ def test_a_table_and_its_head_are_as_they_were_trained(
     ids = torch.arange(8)[None]
     ours = load(out, tied, torch.float32).eval()
     assert torch.allclose(ours(ids).logits, trained(ids).logits, atol=1e-3)
-    is_one = "use_dora" not in config and "embed_tokens" in modules
+    is_one = "use_dora" not in config and "ensure_weight_tying" in config
     assert ("lm_head.weight" not in read(out)) == is_one
 
 
@@ -355,6 +356,24 @@ def test_adapters_as_one_adapter(place: Path) -> None:
     assert not (place / "no-sum").exists()
     with pytest.raises(FileExistsError):
         oxmerge.join_adapters(place / "sum", [one])
+
+
+def test_a_joined_adapter_names_its_modules_and_no_others(place: Path) -> None:
+    """PEFT puts a pair on every module that the config names, and cannot merge some of those."""
+    name = "feature_extractor.conv_layers.1.conv"  # another `conv` is in groups
+    model, config = base(place, convolutions), targets("conv_layers.1.conv", "q_proj")
+    folder = train(place, convolutions, "joined-convolution", **config)
+    oxmerge.join_adapters(place / "joined-of-one", [folder])
+    exact = read(merged_by_peft(place, convolutions, place / "joined-of-one", torch.float64))
+    ours = fuse(f"{model}+{folder}", "float32")[f"wav2vec2.{name}.weight"]
+    assert (exact[f"wav2vec2.{name}.weight"] - ours).abs().max() < 1e-5
+    layers = [
+        train(place, llama, f"joined-layer-{at}", **targets("q_proj", layers_to_transform=[at]))
+        for at in range(2)
+    ]
+    oxmerge.join_adapters(place / "joined-layers", layers[1:])
+    said = peft.LoraConfig.from_pretrained(place / "joined-layers")
+    assert said.target_modules == {"model.layers.1.self_attn.q_proj"}
 
 
 def test_a_base_that_lies_otherwise(place: Path) -> None:

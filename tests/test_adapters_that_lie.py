@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import oxmerge
 import pytest
+import yaml
 from oxmerge.cli import main
 from oxmerge.errors import OutputError, PlanError
 from oxmerge.models.references import split_adapters
@@ -132,6 +135,32 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
         config(rank_pattern={"(a+)+(b*)*": 2}),
         "takes too long to match",
     ),
+    "a repeated repetition": (
+        lambda: SOUND,
+        config(rank_pattern={"(.*)*x": 2}),
+        "takes too long to match",
+    ),
+    "repeated branches": (
+        lambda: SOUND,
+        config(alpha_pattern={"(a|aa)+x": 2}),
+        "takes too long to match",
+    ),
+    "a blank before a repetition": (
+        lambda: SOUND,
+        config(alpha_pattern={"(?x:(.*) *)y": 2}),
+        "takes too long to match",
+    ),
+    "a name of many letters": (
+        lambda: SOUND | {f"{'a' * 5000}.lora_A.weight": np.ones((2, 8), np.float32)},
+        config(rank_pattern={r".*\..*x": 4}),
+        "patterns take too long to match",
+    ),
+    "kohya's": (
+        lambda: {"lora_te_q.lora_down.weight": np.ones((2, 8), np.float32)},
+        config(),
+        "expected one that PEFT saves, found a name of kohya's format",
+    ),
+    "mlx": (lambda: SOUND, {"lora_parameters": {"scale": 20}}, "yet: adapters of MLX"),
     "no pattern": (lambda: SOUND, config(alpha_pattern={"(": 2}), "no regular expression"),
     "a pattern without a number": (
         lambda: SOUND,
@@ -199,6 +228,15 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
         lambda: SOUND | {"base_model.model.model.norm.weight": np.ones((9,), np.float32)},
         config(),
         "the adapter's tensor does not fit the model's: expected [8], found [9]",
+    ),
+    "a tensor twice": (
+        lambda: SOUND
+        | {
+            f"base_model.model.{lead}model.norm.weight": np.ones((8,), np.float32)
+            for lead in ("", "_orig_mod.")
+        },
+        config(),
+        "two tensors of the adapter are for the same",
     ),
     "rows that nobody names": (
         lambda: SOUND
@@ -458,6 +496,51 @@ def test_a_head_that_is_tied_gets_a_life_of_its_own(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("asked", [{}, {"ensure_weight_tying": True}])
+def test_a_table_that_is_tied_and_adapted_alone(tmp_path: Path, asked: dict[str, Any]) -> None:
+    """The head stays as it was in training, but for rows of both that a later adapter replaces.
+
+    PEFT writes the head's factors if it has tied them: it does not do so for every model.
+    """
+    tensors = without(random_arrays(SHAPES, 1), "lm_head.weight")
+    architectures = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    model = write_model(tmp_path / "base", tensors, "BF16", CONFIG | architectures)
+    table = "model.embed_tokens"
+    factors = {
+        f"base_model.model.{table}.lora_embedding_A": np.ones((2, 30), np.float32),
+        f"base_model.model.{table}.lora_embedding_B": np.ones((8, 2), np.float32),
+    }
+    one = write_adapter(tmp_path / "one", factors, config(target_modules=["embed_tokens"], **asked))
+    row = f"base_model.model.{table}.token_adapter.trainable_tokens_delta"
+    said = config(trainable_token_indices=[7])
+    two = write_adapter(tmp_path / "two", SOUND | {row: np.full((1, 8), 5, np.float32)}, said)
+    oxmerge.fuse(model, tmp_path / "out", [one, two])
+    made, was = arrays(tmp_path / "out"), arrays(model)[f"{table}.weight"]
+    expected = was.copy()
+    expected[7] = 5
+    assert np.array_equal(made["lm_head.weight"], expected)
+    expected = was + 6
+    expected[7] = 5
+    assert close(made[f"{table}.weight"], expected)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_head_of_another_name(tmp_path: Path) -> None:
+    embedding = "distilbert.embeddings.word_embeddings.weight"
+    shapes: dict[str, tuple[int, ...]] = {embedding: (30, 8), "vocab_projector.bias": (30,)}
+    said = {"model_type": "distilbert", "tie_word_embeddings": True}
+    model = write_model(tmp_path / "base", random_arrays(shapes, 1), "BF16", said)
+    head = "vocab_projector"
+    factors = {
+        f"base_model.model.{head}.lora_A.weight": np.ones((2, 8), np.float32),
+        f"base_model.model.{head}.lora_B.weight": np.ones((30, 2), np.float32),
+    }
+    adapter = write_adapter(tmp_path / "adapter", factors, config(target_modules=[head]))
+    oxmerge.fuse(model, tmp_path / "out", [adapter])
+    table = arrays(model)[embedding]
+    assert close(arrays(tmp_path / "out")[f"{head}.weight"], table + 6)
+
+
 def test_a_table_with_more_rows(model: Path, tmp_path: Path) -> None:
     saved = {
         f"base_model.model.{name}.weight": values
@@ -510,6 +593,27 @@ def test_experts_that_are_stored_together(tmp_path: Path) -> None:
 
 
 # References.
+
+
+def test_experts_that_are_saved_otherwise(tmp_path: Path) -> None:
+    """They would be left out, and nothing else would be odd about the model."""
+    stacked, apart = (
+        "model.layers.0.mlp.experts.down_proj",
+        {f"model.layers.0.mlp.experts.{at}.down_proj.weight": (8, 4) for at in range(2)},
+    )
+    apart |= {
+        f"model.layers.0.mlp.experts.{at}.{half}_proj.weight": (4, 8)
+        for at in range(2)
+        for half in ("gate", "up")
+    }
+    for name, shapes, saved in (
+        ("apart", apart, {stacked: (2, 8, 4)}),
+        ("stacked", {stacked: (2, 8, 4)}, dict([next(iter(apart.items()))])),
+    ):
+        model = write_model(tmp_path / name, random_arrays(shapes, 1), "BF16", CONFIG)
+        tensors = {f"base_model.model.{n}": np.ones(s, np.float32) for n, s in saved.items()}
+        adapter = write_adapter(tmp_path / f"{name}-adapter", tensors)
+        assert "experts that are saved" in problems(f"{model}+{adapter}")[0]
 
 
 def test_a_plus_may_be_part_of_a_name(model: Path, tmp_path: Path) -> None:
@@ -686,6 +790,55 @@ def test_adapters_of_different_bases(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "strict").exists()
 
 
+@pytest.mark.parametrize("where", ["2 tensors are done", "2 files have their names"])
+def test_a_merge_of_adapters_that_is_killed(tmp_path: Path, where: str) -> None:
+    """Nothing that is there loads, and the same command makes what a run in one go makes."""
+    asked, out = two(tmp_path), tmp_path / "out"
+    text = f"""
+import os, signal, oxmerge
+def die(seen):
+    if seen.tensors == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+def name(*files, rename=os.replace, count=[]):
+    if len(count) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    count.append(rename(*files))
+if {where!r} == "2 files have their names":
+    os.replace, die = name, None
+oxmerge.merge({asked!r}, {str(out)!r}, progress=die)
+"""
+    assert subprocess.run([sys.executable, "-c", text], check=False).returncode == -9
+    assert "adapter_config.json" not in os.listdir(out)
+    oxmerge.merge(asked, out)
+    oxmerge.merge(asked, tmp_path / "whole")
+    assert directory_bytes(out) == directory_bytes(tmp_path / "whole")
+
+
+def test_numbers_that_are_none_in_an_adapter(tmp_path: Path) -> None:
+    odd = SOUND | {f"{Q}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}
+    adapters = [write_adapter(tmp_path / "odd", odd), write_adapter(tmp_path / "sound", SOUND)]
+    asked = recipe(*adapters, method="linear", parameters={"weight": 1.0})
+    [told] = oxmerge.merge(asked, tmp_path / "out").warnings
+    assert f"tensor `{Q}.lora_A.weight`: elements of the factor are not finite" in told
+    with pytest.warns(UserWarning, match="are not finite"):
+        oxmerge.join_adapters(tmp_path / "joined", adapters)
+
+
+def test_a_start_that_nobody_knows(model: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", SOUND, config(init_lora_weights="of_2030"))
+    [told] = oxmerge.plan(recipe(f"{model}+{adapter}")).warnings
+    assert "whether the adapter's start has changed its base: found `of_2030`" in str(told)
+
+
+def test_the_card_of_an_adapter(tmp_path: Path) -> None:
+    """The Hub reads from it what the adapter is for."""
+    oxmerge.merge(two(tmp_path), tmp_path / "out")
+    matter = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
+    assert matter["base_model"] == ["org/base"]
+    assert matter["base_model_relation"] == "adapter"
+    assert matter["library_name"] == "peft"
+
+
 def test_one_run_at_a_time_writes_an_adapter(tmp_path: Path) -> None:
     asked = two(tmp_path)
     with claimed(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing here"):
@@ -695,7 +848,9 @@ def test_one_run_at_a_time_writes_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".oxmerge-part-adapter_model.safetensors").write_bytes(b"half")
     oxmerge.merge(asked, tmp_path / "out")
-    written = {"adapter_config.json", "adapter_model.safetensors", "oxmerge_recipe.yml"}
+    written = {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "oxmerge_recipe.yml",
+    }  # fmt: skip
     assert set(os.listdir(tmp_path / "out")) == written
     with pytest.raises(FileExistsError):
         oxmerge.merge(asked, tmp_path / "out")

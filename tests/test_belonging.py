@@ -635,13 +635,13 @@ def test_a_usual_tokenizer_is_compared_in_no_time(
     for name in ("one", "other"):
         (tmp_path / name / "tokenizer.json").write_text(text)
     assert warnings_of(recipe) == []
-    started = time.perf_counter()
+    started = time.process_time()
     assert warnings_of(recipe) == []
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     (tmp_path / "other" / "tokenizer.json").write_text(
         tokenizer({"vocab": swapped(vocabulary), "merges": merges})
     )
-    started = time.perf_counter()
+    started = time.process_time()
     (told,) = warnings_of(recipe)
     assert "2 of 8" in told  # the embedding has eight rows
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5

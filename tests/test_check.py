@@ -181,6 +181,28 @@ def rows_for_images(tensors: Arrays, config: dict[str, Any]) -> None:
     tensors["model.embed_tokens.weight"] = np.concatenate([rows, rows[:8]])
 
 
+def heads_of_windows(tensors: Arrays, config: dict[str, Any]) -> None:
+    """As MiMo-V2: layers that look at a window have more heads for keys."""
+    config |= {"swa_num_key_value_heads": 2 * config["num_key_value_heads"]}
+    for layer in range(1, DEPTH):
+        name = Q.format(layer).replace("q_proj", "k_proj")
+        tensors[name] = np.concatenate([tensors[name], tensors[name][::-1]])
+
+
+def row_for_starts(tensors: Arrays, config: dict[str, Any]) -> None:
+    """As Moshi: the embedding has a row more than there are tokens."""
+    config["model_type"] = "moshi"
+    rows = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.concatenate([rows, rows[:1]])
+
+
+def lists_of_norms(tensors: Arrays, _: dict[str, Any]) -> None:
+    """As Flaubert: norms in a list of their own, which many models leave as they begin."""
+    for layer in range(DEPTH):
+        tensors[f"model.norms.{layer}.weight"] = np.ones(16, np.float32)
+        tensors[f"model.norms.{layer}.bias"] = np.zeros(16, np.float32)
+
+
 def shared_layers(tensors: Arrays, config: dict[str, Any]) -> None:
     """As ALBERT: one layer that is gone through again and again."""
     config["num_hidden_groups"] = 1
@@ -202,12 +224,18 @@ def head_by_another_name(tensors: Arrays, _: dict[str, Any]) -> None:
         shared_block,
         one_layer_of_another_kind,
         rows_for_images,
+        heads_of_windows,
+        row_for_starts,
         shared_layers,
         head_by_another_name,
     ],
 )
 def test_what_is_so_by_design_is_no_fault(tmp_path: Path, change: Callable[..., None]) -> None:
     assert told(write(tmp_path / "m", change)) == {}
+
+
+def test_norms_in_a_list_are_no_copied_layers(tmp_path: Path) -> None:
+    assert "equal-layers" not in str(told(write(tmp_path / "m", lists_of_norms)))
 
 
 def test_a_row_of_zeros_is_a_vector(tmp_path: Path) -> None:

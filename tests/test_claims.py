@@ -114,7 +114,7 @@ def test_commands_at_once(tmp_path: Path, twins: Path, whole: dict[str, bytes]) 
     output = tmp_path / "new" / "out"
     command = [sys.executable, "-m", "oxmerge", "merge", str(twins / "linear.yml"), str(output)]
     runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    told = [run.communicate(timeout=60)[1] for run in runs]
+    told = [run.communicate(timeout=600)[1] for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 1, 1, 1], told
     assert directory_bytes(output) == whole
 
@@ -132,7 +132,7 @@ def test_sweeps_at_once(tmp_path: Path, twins: Path) -> None:
             subprocess.Popen([*command, values], stderr=subprocess.PIPE, text=True)
             for values in ("1,2,3,4,5", "5,4,3,2,1")
         ]
-        told = [run.communicate(timeout=60)[1] for run in runs]
+        told = [run.communicate(timeout=600)[1] for run in runs]
         assert sorted(run.returncode for run in runs) == [0, 1], told
         assert len(list(folder.glob("w*/config.json"))) == 5
 

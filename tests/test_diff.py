@@ -212,6 +212,13 @@ def test_bits_count_where_numbers_are_equal(tmp_path: Path) -> None:
     assert found.total.left_out == 1
 
 
+def test_squares_beyond_float64_have_no_ratio(tmp_path: Path) -> None:
+    a = write_model(tmp_path / "a", {"x": np.array([1e300, 2])}, "F64")
+    b = write_model(tmp_path / "b", {"x": np.array([-1e300, 2])}, "F64")
+    total = oxmerge.diff(a, b).total
+    assert (total.relative, total.cosine, total.flips) == (None, None, 1)
+
+
 def test_integers_are_compared_by_their_bits(tmp_path: Path) -> None:
     ids = np.arange(100_000).reshape(100, 1000)
     mask = np.zeros(33, bool)

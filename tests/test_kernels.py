@@ -952,7 +952,7 @@ def test_an_interrupt_stops_a_long_call() -> None:
     values = np.random.default_rng(0).standard_normal(8 << 20).astype(np.float32)
     timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
-    started = time.perf_counter()
+    started = time.process_time()
 
     def merge() -> None:
         for _ in range(200):
@@ -960,7 +960,7 @@ def test_an_interrupt_stops_a_long_call() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         merge()
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     timer.join()
 
 

@@ -29,7 +29,7 @@ from oxmerge import cli, merging, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError, WaitsForOthersError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
-from oxmerge.output.claims import claim
+from oxmerge.output.claims import claim, claimed
 from oxmerge.output.part_files import PartFiles, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
 from oxmerge.parts import shared_folder
@@ -124,7 +124,7 @@ def make_all(recipe: Path, output: Path, parts: int, **options: Any) -> None:
             for part in range(1, parts + 1)
         ]
         for run in runs:
-            run.result(timeout=120)
+            run.result(timeout=600)
 
 
 @given(st.lists(st.integers(1, 10**12), min_size=1, max_size=60), st.data())
@@ -222,11 +222,45 @@ def test_a_sweep_in_parts(tmp_path: Path, models: Path, method: str, parts: int)
             for at in range(1, parts + 1)
         ]  # fmt: skip
         for run in runs:
-            assert len(run.result(timeout=120)) == 2
+            assert len(run.result(timeout=600)) == 2
     for n in range(2):
         # Whichever is the first of them, each is completed by itself.
         oxmerge.finish(tmp_path / f"out{n}")
         assert directory_bytes(tmp_path / f"out{n}") == directory_bytes(tmp_path / f"one{n}")
+
+
+@pytest.mark.parametrize(
+    ("place", "parts"),
+    [
+        ("parameters.t", 2),  # what comes first is one merge for all
+        pytest.param("[second].models[b].parameters.weight", 3, marks=pytest.mark.slow),
+        pytest.param("[first].parameters.lambda", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_sweep_over_several_merges_in_parts(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, place: str, parts: int
+) -> None:
+    recipe, axes = models / "several_swept.yml", {place: "0.2,0.7"}
+    recipe.write_text(SEVERAL.replace("merge_method: metagpt", "merge_method: nan"))
+    options: dict[str, Any] = {"shard_size": 2 * SHARD, "seed": 5, "threads": 2}
+    oxmerge.sweep(recipe, tmp_path / "one{n}", axes, **options)
+    made: list[str] = []
+    execute = merging.execute
+
+    def watched(plans: Any, outputs: Any, *arguments: Any) -> Any:
+        made.extend(str(output.path.relative_to(tmp_path)) for output in outputs)
+        return execute(plans, outputs, *arguments)
+
+    monkeypatch.setattr("oxmerge.parts.execute", watched)
+    for part in range(1, parts + 1):
+        oxmerge.sweep(recipe, tmp_path / "out{n}", axes, part=(part, parts), **options)
+    # What is equal for both outputs is made in one of them, and stays for the other.
+    earlier = {path.split("/")[0] for path in made if "/earlier/" in path}
+    assert earlier == ({"out0"} if place == "parameters.t" else {"out0", "out1"})
+    for n in range(2):
+        oxmerge.finish(tmp_path / f"out{n}")
+        assert directory_bytes(tmp_path / f"out{n}") == directory_bytes(tmp_path / f"one{n}")
+        assert not list((tmp_path / f"out{n}").glob(".*"))
 
 
 def test_a_part_of_a_sweep_is_not_one_of_a_merge(tmp_path: Path, models: Path) -> None:
@@ -429,7 +463,7 @@ def test_a_part_that_another_run_makes_is_waited_for(tmp_path: Path, models: Pat
             second = pool.submit(make, recipe, output, 2, 2, finish=True)
             time.sleep(0.2)
             assert not second.done()
-        assert second.result(timeout=60).files == FILES
+        assert second.result(timeout=600).files == FILES
 
 
 def test_what_another_run_has_begun_is_left_to_it(tmp_path: Path, models: Path) -> None:
@@ -561,6 +595,9 @@ def test_a_part_is_begun_again_when_the_output_is_complete(tmp_path: Path, model
     for other in ({"seed": 6}, {"fresh": True}):
         with pytest.raises(FileExistsError):
             make(recipe, output, 2, 2, **other)
+    make_all(recipe, output, 2, finish=True, fresh=True, overwrite=True)
+    assert before.keys() == set(output.iterdir())
+    assert not before.items() & {(path, path.stat().st_mtime_ns) for path in output.iterdir()}
     os.utime(tmp_path / "models" / "b" / "model.safetensors", ns=(1, 1))
     with pytest.raises(FileExistsError):
         make(recipe, output, 2, 2)
@@ -625,8 +662,28 @@ def test_who_completes_waits_for_runs_that_are_about_to_end(
         )  # fmt: skip
         assert told.wait(60)
         other.release()
-        assert last.result(timeout=60).files == FILES
+        assert last.result(timeout=600).files == FILES
     assert directory_bytes(output) == whole["linear"]
+
+
+def test_a_part_waits_for_the_run_that_completes_the_output(tmp_path: Path, models: Path) -> None:
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make(recipe, output, 1, 2)
+    told = Event()
+    with ThreadPoolExecutor(1) as pool:
+        other = claim(output)
+        with pytest.raises(OutputError, match="another run is writing here"):
+            make(recipe, output, 2, 2, wait=0)
+        second = pool.submit(
+            make, recipe, output, 2, 2,
+            progress=lambda shown: told.set() if "the run that completes" in shown.tensor else None,
+        )  # fmt: skip
+        assert told.wait(60)
+        other.release()
+        assert second.result(timeout=60).notes[-1].startswith("part 2 of 2 is made, and all others")
+    # A merge that is not in parts takes longer than anyone waits.
+    with claimed(tmp_path / "other"), pytest.raises(OutputError, match="is writing here"):
+        make(recipe, tmp_path / "other", 1, 2)
 
 
 def test_a_missing_part_is_told(tmp_path: Path, models: Path) -> None:
@@ -807,13 +864,20 @@ def test_what_is_not_finite_is_told_at_the_end(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_made_in_parts(tmp_path: Path, models: Path) -> None:
-    several = write_several(models)
-    with pytest.raises(UnsupportedError, match="several merges cannot be made in parts"):
-        oxmerge.sweep(several, tmp_path / "o{n}", {"parameters.t": "0.1,0.2"}, part=(1, 2))
     with pytest.raises(ValueError, match="digests"):
         make(models / "linear.yml", tmp_path / "out", 1, 2, digests=False)
     with pytest.raises(ValueError, match="from 1 to 2"):
         make(models / "linear.yml", tmp_path / "out", 3, 2)
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make(models / "linear.yml", output, 1, 1)
+    lock = output / PARTS_NAME / "finish.lock"
+    lock.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        oxmerge.finish(output)
+    assert caught.value.filename == str(lock)
 
 
 def test_finishing_goes_on_after_it_failed_half_way(
@@ -906,14 +970,14 @@ def test_the_block_for_slurm(guide: Path) -> None:
         )
         for task in range(first, last + 1)
     ]
-    assert [task.wait(timeout=60) for task in tasks] == [0, 0, 0, 0]
+    assert [task.wait(timeout=600) for task in tasks] == [0, 0, 0, 0]
     check(guide, "merged-by-slurm")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("parallel") is None, reason="not installed: GNU parallel")
 def test_the_block_for_gnu_parallel(guide: Path) -> None:
-    subprocess.run(["bash", "-c", block("seq")], cwd=guide, check=True, timeout=60)
+    subprocess.run(["bash", "-c", block("seq")], cwd=guide, check=True, timeout=600)
     check(guide, "merged")
 
 
@@ -974,7 +1038,7 @@ sys.exit(cli.main(sys.argv[1:]))
 def start(command: Sequence[str], output: Path) -> subprocess.Popen[str]:
     """Start a command, and wait until it has written down something that is finished."""
     process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     # The first line is the key.
     while not any(path.read_bytes().count(b"\n") > 1 for path in output.rglob(".oxmerge_resume*")):
         assert process.poll() is None, "it ended before it wrote anything down"
@@ -1003,7 +1067,7 @@ def test_a_killed_part_goes_on(tmp_path: Path, slow: Path) -> None:
     command = [sys.executable, "-c", OFTEN, "merge", str(slow), str(output), *options]
     process = start(command, output)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL
     for part in (1, 2):
         report = oxmerge.merge(

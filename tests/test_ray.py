@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,6 +97,9 @@ def test_bytes_are_those_of_one_run(tmp_path: Path, cluster: Any, method: str) -
     assert shown[-1].bytes_total == report.bytes_written
     host = os.uname().nodename
     assert any(re.search(rf"{re.escape(host)} [\d.]+ .?B/s", each.tensor) for each in shown)
+    # A job that is begun again has nothing to do, also in another number of parts.
+    again = oxmerge.merge(recipe, tmp_path / "ray", shard_size=40_000, ray=True, parts=3)
+    assert (again.files, len(again.notes)) == (0, 1)
     # What one node lacks is told, with the node.
     lacked = [note for note in report.notes if "was made elsewhere" in note]
     assert all(f"failed on {host} (node " in note and "people/tune" in note for note in lacked)
@@ -170,6 +174,31 @@ def test_a_cluster_that_has_no_nodes_yet_is_asked_for_one() -> None:
     assert [parts_for(8, nodes) for nodes in (0, 1, 3, 9)] == [1, 2, 6, 8]
 
 
+def test_a_cluster_that_cannot_be_connected_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "a", random_arrays({"x": (8, 8)}, 0), "BF16")
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", ["a"])
+    # A port that nobody listens at: it is bound, and stays so.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        with monkeypatch.context() as context:
+            context.setattr(ray, "is_initialized", lambda: False)
+            with pytest.raises(OxmergeError, match="at this address") as caught:
+                oxmerge.merge(recipe, tmp_path / "out", ray=address)
+    assert "Connection refused" in str(caught.value.found)
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 1.0.0")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(OxmergeError, match="can connect to") as caught:
+        oxmerge.merge(recipe, tmp_path / "out", ray="auto")
+    assert str(caught.value.found).endswith("was started with: Ray: 1.0.0")
+
+
 def test_a_model_that_no_node_has_is_told(tmp_path: Path, cluster: Any) -> None:
     write_model(tmp_path / "a", random_arrays(shapes(), 0), "BF16")
     recipe = write_recipe(tmp_path / "r.yml", "passthrough", ["a"])
@@ -185,13 +214,13 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, cluster: Any) -> None:
     command = [sys.executable, "-m", "oxmerge", "merge", str(recipe), str(output)]
     command += ["--shard-size=20MB", "--threads=1", "--parts=4", f"--ray={cluster.address}"]
     process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(output.rglob("*.done")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=600)
     assert process.returncode == 130, text
     assert "the same command goes on from there" in text
     assert not (output / "config.json").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oxmerge
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -126,11 +127,12 @@ FAULTS = [
     START + "models: [{model: 7}]\n",
     START + MODELS + "dtype: int64\n",
     START + MODELS + "dtype: fp8\n",
-    START + MODELS + "x-common: &x {weight: 1}\n",
     START + "models: [{model: &m a}]\nx-common: *m\n",
+    "&whole\n" + START + MODELS + "x-common: 1\n",
     START + MODELS + "paramters: &p {weight: 1}\nx: *p\n",
     START + "models: [{model: a, revision: main}]\n",
     START + "models: [{model: a, lora: b}]\n",
+    "layer_slices: [{model: a, start: 0, end: 4}]\nembedding_source: a\n",
     "merge_method: moe\nbase_model: a\nexperts: [{source_model: a}]\n",
     START + MODELS + "out_dtype: bfloat\n",
     START + MODELS + "parameters: {weight: [1, {value: 2}]}\n",
@@ -172,6 +174,7 @@ def test_all_faults_are_reported_together() -> None:
 SYNTAX = [
     "merge_method: linear\nmerge_method: ties\n" + MODELS,
     "merge_method: linear\nmodels:\n- model: a\n  model: b\n",
+    "density: &d 1\nmerge_method: ties\nparameters: {density: *d, density: 0}\n" + MODELS,
     "dtype: &d float32\ndtype: *d\nmerge_method: linear\n" + MODELS,
     "- 1\n- 2\n",
     "# nothing\n",
@@ -221,6 +224,9 @@ SYNTAX = [
     "models:\n- model: a\n\u00a0\u00a0parameters:\n    weight: 1\n- model: b\n",
     "models:\n  - model: a\n  parameters:\n    weight: 1\n",
     "Merge a and b.\n",
+    "Entry not found\n",
+    "| model | weight |\n",
+    "a: 1\n%b: 2\n",
 ]
 
 
@@ -240,6 +246,7 @@ WARNINGS = [
     START + MODELS + "dtype: ''\n",
     START + MODELS + "pad_to_multiple_of: 8\n",
     START + MODELS + "output_path: merged\n",
+    START + MODELS + "x-common: &x {weight: 1}\n",
 ]
 
 
@@ -282,6 +289,27 @@ def test_a_mapping_needs_no_yaml() -> None:
     recipe = Recipe.from_mapping(paths)
     assert (recipe.models[0].model, recipe.base_model) == ("a", "b")
     assert Recipe.from_yaml(recipe.text).models[0].model == "a"
+
+
+def test_a_mapping_may_have_numbers_and_types_of_numpy_and_torch() -> None:
+    torch = pytest.importorskip("torch")
+    mapping = {
+        "merge_method": "slerp",
+        "slices": [{"sources": [{"model": "a", "layer_range": [np.int64(0), np.uint8(4)]}]}],
+        "parameters": {"t": np.linspace(0, 1, 3), "x": torch.tensor([0.5, 0.25]), "y": np.True_},
+        "dtype": torch.bfloat16,
+        "out_dtype": np.float32,
+    }
+    read = Recipe.from_mapping(mapping)
+    again = Recipe.from_yaml(read.text)
+    for recipe in (read, again):
+        values = {name: each.choices[0].values for name, each in recipe.parameters.items()}
+        assert values == {"t": (0.0, 0.5, 1.0), "x": (0.5, 0.25), "y": (True,)}
+        assert recipe.slices[0].sources[0].layer_range == (0, 4)
+        assert (recipe.dtype, recipe.out_dtype) == ("BF16", "F32")
+    many = {**mapping, "parameters": {"t": np.zeros(1_000_000)}}
+    with pytest.raises(RecipeError, match="a number, a truth value or text is needed here"):
+        Recipe.from_mapping(many)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_decimal_commas_are_told(folder: Path) -> None:
         ("(0, -0.5)", "did you mean `[0, -0.5]`?"),
         ("\u22120.5", "did you mean `-0.5`?"),
         ("0.5# half", "did you mean `0.5`? comments begin with ` #`"),
+        ("0.5,", "did you mean `0.5`?"),
         ("half", "write a finite number, or a list of such for a gradient"),
         ("5" * 300 + "e9%", "write a finite number, or a list of such for a gradient"),
     ],
@@ -206,6 +207,7 @@ def test_a_text_in_which_people_see_numbers(folder: Path, written: str, advice: 
         ("{model: a, params: {weight: 1}}", ["unknown-key"]),
         ("{model: a, parameters: [{weight: 1}]}", ["wrong-value"]),
         ("{model: a, parameters: {weight: 0,5}}", ["wrong-value"]),
+        ("{model: a, parameters: {weight:0.5}}", ["wrong-value"]),
     ],
 )
 def test_that_it_is_missing_is_not_told_of_what_is_misplaced(

@@ -96,7 +96,7 @@ def test_other_threads_go_on(mount: Path, tmp_path: Path, name: str) -> None:
     command: list[Any] = [sys.executable, "-c", program, mount, tmp_path / "gate", tmp_path / "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            out, _ = process.communicate(timeout=30)
+            out, _ = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             (tmp_path / "gate").unlink(missing_ok=True)
             process.kill()

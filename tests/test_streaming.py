@@ -354,7 +354,7 @@ def test_what_is_touched_shows_its_progress_to_who_watches(
         arguments = [f"{server.address}/base", str(recipe(tmp_path, server.address))]
         command = [sys.executable, "-c", TOUCHES, *arguments]
         environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
-        subprocess.run(command, stderr=writer, env=environment, check=True, timeout=60)
+        subprocess.run(command, stderr=writer, env=environment, check=True, timeout=600)
     os.close(writer)
     said = b""
     with suppress(OSError):  # a terminal that is closed
@@ -435,6 +435,22 @@ def test_a_server_that_asks_for_a_day_is_told_at_once(
         path = recipe(tmp_path, server.address)
         with pytest.raises(RemoteError, match="status 429"):
             oxmerge.merge(path, tmp_path / "out", spool=SPOOL)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"Retry-After": "7", "RateLimit": '"api";r=0;t=55'}, 7),
+        (429, {"RateLimit": '"api"; r=0; t=55'}, 55),
+        (503, {"RateLimit": '"api";r=400;t=55'}, None),
+        (503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        (429, {"Retry-After": "12345678"}, None),
+    ],
+)
+def test_how_long_a_server_asks_to_wait(
+    status: int, headers: dict[str, str], seconds: float | None
+) -> None:
+    assert remote._of_status(status, None, headers).after == seconds
 
 
 class Silent:
@@ -619,7 +635,7 @@ def run(path: Path, out: Path) -> subprocess.Popen[bytes]:
 
 def until_asked(server: RangeServer) -> None:
     """Wait until weights are asked for."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not any(span and span[0] for _, _, span in server.asked):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -640,7 +656,7 @@ def test_a_run_that_is_ended_while_it_waits_leaves_no_spool(
         with run(path, tmp_path / "out") as process:
             until_asked(server)
             process.send_signal(sent)
-            process.communicate(timeout=20)
+            process.communicate(timeout=600)
         expected_code = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[sent]
         assert process.returncode == expected_code
         left = list((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []

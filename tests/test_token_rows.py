@@ -561,8 +561,13 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert weights(tmp_path / "d0.3") != weights(tmp_path / "alone")
 
 
-def test_slices(tmp_path: Path) -> None:
-    models = three(tmp_path)
+@pytest.mark.parametrize("size", [60, 66])
+def test_slices(tmp_path: Path, size: int) -> None:
+    sizes = {"a": 60, "b": size}
+    models = [
+        make(tmp_path / name, train("BPE", name, sizes[name]), seed=at)
+        for at, name in enumerate(sizes)
+    ]
     sources = [{"model": model.folder.name, "layer_range": [0, 1]} for model in models[:2]]
     recipe = tmp_path / "r.yml"
     slices = [{"sources": sources}, {"sources": sources[1:]}]
@@ -651,6 +656,17 @@ def test_unequal_vocabularies_without_a_word(tmp_path: Path) -> None:
         oxmerge.plan(merge_of)
 
 
+def test_slices_of_unequal_vocabularies_without_a_word(tmp_path: Path) -> None:
+    make(tmp_path / "a", train("BPE", "a"))
+    make(tmp_path / "wide", train("BPE", "b", 66), seed=1)
+    sources = ([{"model": str(tmp_path / name), "layer_range": [0, 1]}] for name in ("a", "wide"))
+    stack = {"merge_method": "passthrough", "slices": [{"sources": each} for each in sources]}
+    with pytest.raises(oxmerge.OxmergeError, match=r"tensor `lm_head.weight`: .*\n.*: union`"):
+        oxmerge.plan(stack)
+    for answer in ("union", "base", str(tmp_path / "wide")):
+        oxmerge.plan({**stack, "tokenizer_source": answer})
+
+
 def test_tokenizers_of_other_kinds(tmp_path: Path) -> None:
     make(tmp_path / "a", train("BPE", "a"))
     make(tmp_path / "b", train("Unigram", "b"))
@@ -669,7 +685,7 @@ def test_tokens_that_cannot_be_given_rows(tmp_path: Path) -> None:
         ({"<x>": {"source": {"kind": "model_token", "model": "b", "token_id": rows}}}, "no row"),
         ({"<x>": {"source": {"kind": "model_token", "model": "b"}}}, "a token of it or the number"),
         ({"<x>": {"source": {"kind": "mean"}}}, "unknown kind of row"),
-        ({"<x>": {"source": "b", "force": 1}}, "true or false"),
+        ({"<x>": {"source": "b", "force": 2}}, "true or false"),
         ({"<x>": {"sorce": "b"}}, "unknown key `sorce`"),
         ({7: {"source": "b"}}, "a token is text"),  # type: ignore[dict-item]
         ([1], "a mapping from tokens"),  # type: ignore[list-item]
@@ -677,7 +693,7 @@ def test_tokens_that_cannot_be_given_rows(tmp_path: Path) -> None:
     for tokens, message in wrong:
         found = refused(tmp_path, tokenizer={"source": "union", "tokens": tokens})
         assert any(message in each for each in found), (tokens, found)
-    for multiple in (0, -8, "64", 1 << 23, 2.5):
+    for multiple in (0, -8, "many", 1 << 23, 2.5):
         found = refused(tmp_path, tokenizer={"pad_to_multiple_of": multiple})
         assert "a whole number from 1" in found[0]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import oxmerge
 import pytest
+from oxmerge.options import PlanOptions, RunOptions
 
 SOURCES = Path(__file__).parent.parent / "python"
 #: Stands for torch, which need not be installed, and takes long to look into.
@@ -89,3 +93,23 @@ def test_types(tmp_path: Path, given: str, result: str, gram: str) -> None:
         env={**os.environ, "MYPYPATH": paths},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_options_are_those_of_one_place() -> None:
+    """Keywords of functions are fields of `PlanOptions` and `RunOptions`, with their defaults."""
+    known = {
+        field.name: (field.type, field.default)
+        for each in (PlanOptions, RunOptions)
+        for field in dataclasses.fields(each)
+    }
+    own = {"with_side_files", "beside"}
+    for function, lacks, has in (
+        (oxmerge.merge, own, set[str]()),
+        (oxmerge.sweep, own | {"ray", "parts"}, {"together"}),
+    ):
+        keywords = {
+            name: (given.annotation, given.default)
+            for name, given in inspect.signature(function).parameters.items()
+            if given.kind is given.KEYWORD_ONLY and name not in has
+        }
+        assert keywords == {name: of for name, of in known.items() if name not in lacks}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from oxmerge.checking.manifests import read_manifest
 from oxmerge.cli import main
 from oxmerge.errors import MemoryBudgetError, OxmergeError, PlanError
+from oxmerge.sizes import parse_size
 from writers import (
     directory_bytes,
     random_arrays,
@@ -200,6 +201,28 @@ def test_a_sample_of_what_needs_the_whole_model(tmp_path: Path) -> None:
     assert not oxmerge.verify(out, recompute=True).is_equal
 
 
+def test_a_sample_needs_the_memory_of_its_tensors(tmp_path: Path) -> None:
+    """Long rows are ranked, for which a worker holds some megabytes an input."""
+    shapes = {"x": (2, 300_000), **{f"y.{at}": (40,) for at in range(9)}}
+    for seed, name in enumerate(("base", "a", "b")):
+        write_model(tmp_path / name, random_arrays(shapes, seed), "F32")
+    models = [tmp_path / "a", tmp_path / "b"]
+    recipe = write_recipe(tmp_path / "r.yml", "della", models, base=tmp_path / "base", each=EACH)
+    out = tmp_path / "out"
+    oxmerge.merge(recipe, out)
+
+    def least(**options: Any) -> int:
+        with pytest.raises(MemoryBudgetError) as caught:
+            oxmerge.verify(out, recompute=True, memory=1, threads=1, **options)
+        asked = (caught.value.expected or "").removeprefix("at least ")
+        return parse_size(asked.replace(" ", ""))
+
+    chosen = [(seed, oxmerge.verify(out, sample=1e-6, seed=seed).bytes) for seed in range(9)]
+    small = next(seed for seed, size in chosen if size == 160)
+    of_all = least()
+    assert least(sample=1e-6, seed=small) < of_all - (4 << 20)
+
+
 def test_several_merges_are_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,7 +277,9 @@ def test_what_cannot_be_checked_ends_with_two(
     assert "made with `--no-digests`" in refused(out)
     assert run(capsys, out, "--recompute")[0] == 0
     manifest.write_text(signed(text.replace("model: ", "model: gone/")))
-    assert "no model" in refused(out, "--recompute")
+    told = refused(out, "--recompute")
+    assert "no model" in told
+    assert "where models have moved" in told
     manifest.write_text(text[: len(text) // 2])
     assert "the manifest cannot be read" in refused(out)
 

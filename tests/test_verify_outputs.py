@@ -239,6 +239,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], int]] = {
     "another template": (lambda out: (out / "chat_template.jinja").write_text("{{ 1 }}"), 1),
     "other defaults": (lambda out: (out / "generation_config.json").write_text("{}"), 1),
     "code": (lambda out: (out / "modeling_it.py").write_text("pass"), 1),
+    "an adapter": (lambda out: (out / "adapter_config.json").write_text("{}"), 1),
+    "more templates": (lambda out: (out / "additional_chat_templates").mkdir(), 1),
     "a pickle": (lambda out: (out / "pytorch_model.bin").write_bytes(b"PK"), 1),
     "another index": (
         lambda out: edit(out / "model.safetensors.index.json", b'"total_size":', b'"total":'), 1

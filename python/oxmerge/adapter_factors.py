@@ -14,6 +14,7 @@ from oxmerge.adapter_methods import ADAPTER_METHODS
 from oxmerge.arrays.in_memory import merge_tensors
 from oxmerge.arrays.views import numpy_dtype
 from oxmerge.errors import PlanError
+from oxmerge.models.adapter_config import endings
 from oxmerge.models.adapters import kind_of, open_adapter
 from oxmerge.models.checkpoints import OpenCheckpoint
 from oxmerge.models.fetching import fetch
@@ -22,7 +23,7 @@ from oxmerge.schema import DTYPE_SIZES, is_float
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -48,6 +49,8 @@ _FACTORS = {
 _COPY = "copy"
 #: The key of a config that names the model which the adapter was trained on.
 _BASE = "base_model_name_or_path"
+#: Keys that say which of the modules that are listed are adapted.
+_NARROWING = ("exclude_modules", "layers_to_transform")
 #: A factor is a matrix, or of a convolution more.
 _FEWEST_DIMENSIONS = 2
 _ANEW = "save the adapter anew"
@@ -198,24 +201,30 @@ class FactorPlan:
                 advice = "use `linear` or `task_arithmetic`, which add up ranks"
                 self._fault(message, name, found=found, advice=advice)
 
+    def bases(self) -> dict[str, str]:
+        """Return the models that adapters say they are of, each with the first config that does."""
+        found: dict[str, str] = {}
+        for config in (adapter.config for adapter in self.adapters):
+            base = config.raw.get(_BASE)
+            if isinstance(base, str) and base:
+                found.setdefault(base.rstrip("/"), config.path)
+        return found
+
     def _compare_bases(self) -> None:
         """Warn of adapters that say they are of other models: shapes alone do not tell."""
-        bases = {each.config.path: each.config.raw.get(_BASE) for each in self.adapters}
-        named = [(path, base) for path, base in bases.items() if isinstance(base, str) and base]
-        for path, base in named[1:]:
-            first = named[0][1]
-            if base.rstrip("/") != first.rstrip("/"):
-                message = "an adapter says that it is of another base model than the first"
-                advice = "join adapters of one model; if the two names are of one, all is well"
-                problem = Problem(
-                    "config-differs",
-                    message,
-                    file=path,
-                    expected=f"`{first}`",
-                    found=f"`{base}`",
-                    advice=advice,
-                )
-                self.findings.warnings.append(problem)
+        first, *others = self.bases() or [""]
+        for base in others:
+            message = "an adapter says that it is of another base model than the first"
+            advice = "join adapters of one model; if the two names are of one, all is well"
+            problem = Problem(
+                "config-differs",
+                message,
+                file=self.bases()[base],
+                expected=f"`{first}`",
+                found=f"`{base}`",
+                advice=advice,
+            )
+            self.findings.warnings.append(problem)
 
     def config(self) -> dict[str, Any]:
         """Return the config: what the first adapter says of the model, and scales of one."""
@@ -238,12 +247,27 @@ class FactorPlan:
             "lora_alpha": most,
             "rank_pattern": others,
             "alpha_pattern": others,
-            "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
+            "target_modules": sorted(self._targets(ranks)),
             "bias": "none",
             "lora_dropout": 0.0,
             "inference_mode": True,
             "use_rslora": False,
         }
+
+    def _targets(self, modules: Iterable[str]) -> set[str]:
+        """Return what says which modules are adapted: PEFT adds a pair to all that it fits.
+
+        The adapters' own lists fit those of each and no others. What is not a list, or is narrowed
+        by other keys, is about the layers of one of them: then each module is named in full.
+        """
+        targets: set[str] = set()
+        for raw in (adapter.config.raw for adapter in self.adapters):
+            listed = raw.get("target_modules")
+            if not isinstance(listed, list) or any(map(raw.get, _NARROWING)):
+                return set(modules)
+            targets.update(each for each in listed if isinstance(each, str))
+        fit = all(not targets.isdisjoint(endings(module)) for module in modules)
+        return targets if fit else set(modules)
 
     def _fault(
         self,
@@ -286,6 +310,8 @@ class JoinedTensors(Mapping[str, Any]):
     ) -> None:
         self._plan, self._dtype, self._seed, self._watch = plan, dtype, seed, watch
         self._allow_nonfinite = allow_nonfinite
+        #: Tensors that were made with NaN or infinity in them.
+        self.nonfinite: list[str] = []
         files = [adapter.checkpoint.files[0] for adapter in plan.adapters]
         places = fetch([file for file in files if file.get("remote")])
         weights = [
@@ -317,8 +343,10 @@ class JoinedTensors(Mapping[str, Any]):
         # A number that is too large for its type is told below.
         with np.errstate(over="ignore"):
             made = self._sum(joined, arrays) if joined.is_sum else self._merge(name, joined, arrays)
-        is_sound = self._allow_nonfinite or np.isfinite(made).all()
-        if is_sound or not all(np.isfinite(each).all() for each in arrays):
+        if np.isfinite(made).all():
+            return made
+        if self._allow_nonfinite or not all(np.isfinite(each).all() for each in arrays):
+            self.nonfinite.append(name)
             return made
         problem = Problem(
             "non-finite",

@@ -34,7 +34,14 @@ from oxmerge.methods import built_in_methods
 from oxmerge.models.adapter_config import FILE_NAME
 from oxmerge.models.adapters import WEIGHTS
 from oxmerge.models.references import resolve_reference, split_adapters
-from oxmerge.output.card import RECIPE_NAME, pinned_recipe
+from oxmerge.output.card import (
+    CARD_NAME,
+    RECIPE_NAME,
+    Metadata,
+    hub_name,
+    model_card,
+    pinned_recipe,
+)
 from oxmerge.output.claims import claimed, named
 from oxmerge.planning.parameters import Resolver, SettingReader, check_settings
 from oxmerge.problems import UNSUPPORTED, Findings, Problem, group_problems
@@ -134,10 +141,11 @@ def join_adapters(
     plan.finish()
     if findings.problems:
         raise PlanError.of("cannot join the adapters", findings.problems, findings.warnings)
-    for problem in group_problems(findings.warnings):
-        warnings.warn(str(problem), stacklevel=2)
     merged = JoinedTensors(plan, plan.dtype)
-    return _write(os.fspath(directory), merged, plan.config(), {}, overwrite=overwrite)
+    files = _write(os.fspath(directory), merged, plan.config(), {}, overwrite=overwrite)
+    for problem in group_problems([*findings.warnings, *_odd(merged)]):
+        warnings.warn(str(problem), stacklevel=2)
+    return files
 
 
 def _whole(weight: float, _: str) -> Share:
@@ -207,7 +215,10 @@ def merge_adapters(
         )
     pairs = zip(recipe.models, located, strict=True)
     pinned = {each.model: where.pinned for each, where in pairs if where.pinned}
-    texts = {RECIPE_NAME: pinned_recipe(recipe.text, pinned)}
+    texts = {
+        CARD_NAME: _card(recipe, plan, pinned),
+        RECIPE_NAME: pinned_recipe(recipe.text, pinned),
+    }
     with watched(running.progress) as progress:
         merged = JoinedTensors(
             plan,
@@ -217,6 +228,7 @@ def merge_adapters(
             watch=None if progress is None else _watch(plan, dtype, progress),
         )
         _write(os.fspath(directory), merged, plan.config(), texts, overwrite=running.overwrite)
+    findings.warnings += _odd(merged)
     return AdapterRun(
         tensors=len(plan.tensors),
         bytes_read=sum(each.stored for each in plan.tensors.values()),
@@ -225,6 +237,28 @@ def merge_adapters(
         predicted=needed,
         warnings=tuple(map(str, group_problems(findings.warnings))),
     )
+
+
+def _card(recipe: Recipe, plan: FactorPlan, pinned: Mapping[str, str]) -> str:
+    """Return the card: as PEFT's are, it names the model that the adapters are for."""
+    method = built_in_methods().get(recipe.method)
+    return model_card(
+        method=recipe.method,
+        method_title=None if method is None else method.title,
+        models=[each.model for each in recipe.models],
+        pinned=pinned,
+        hub_names=[hub_name(each, each) for each in plan.bases()],
+        metadata=Metadata("peft", tags=("lora",), relation="adapter"),
+        base=None,
+        recipe_text=recipe.text,
+    )
+
+
+def _odd(merged: JoinedTensors) -> list[Problem]:
+    """Return a warning for each factor that has NaN or infinity."""
+    message = "elements of the factor are not finite"
+    advice = "find where they come from: `oxmerge check ADAPTER/adapter_model.safetensors`"
+    return [Problem("non-finite", message, tensor=name, advice=advice) for name in merged.nonfinite]
 
 
 def _watch(
@@ -347,12 +381,16 @@ def _write(
 ) -> list[str]:
     """Write an adapter; return its files. The config comes last: without it nothing loads."""
     contents = {**texts, FILE_NAME: json.dumps(config, indent=2) + "\n"}
-    parts = {name: os.path.join(folder, f".{name}.oxmerge-part") for name in contents}
-    parts[WEIGHTS[0]] = os.path.join(folder, f".oxmerge-part-{WEIGHTS[0]}")
+    parts = {name: os.path.join(folder, _core.partial_name(name)) for name in contents}
+    weights = f".oxmerge-part-{WEIGHTS[0]}"
+    parts[WEIGHTS[0]] = os.path.join(folder, weights)
     # Names of parts are those of every run; and a folder that is made for nothing goes again.
     with claimed(named(folder)):
         # No other run is here, so parts that are there are of one that has died.
         left = {os.path.basename(part) for part in parts.values()}
+        left.add(_core.partial_name(weights))  # what `save` calls it before all of it is there
+        if os.path.exists(parts[FILE_NAME]):  # it died while it gave names, of which this is last
+            left |= parts.keys() - {FILE_NAME}
         _check_folder(folder, merged, left, overwrite=overwrite)
         try:
             save(merged, parts[WEIGHTS[0]], overwrite=True)

@@ -37,6 +37,7 @@ from oxmerge.cli.progress import watched
 from oxmerge.errors import (
     InputChangedError,
     OutputError,
+    PlanError,
     ProblemsError,
     UnsupportedError,
     WaitsForOthersError,
@@ -84,6 +85,7 @@ from oxmerge.parts import (
     together,
 )
 from oxmerge.planning.plan_files import load_plan
+from oxmerge.problems import UNSUPPORTED, Problem
 from oxmerge.sizes import format_size
 
 TYPE_CHECKING = False
@@ -126,6 +128,7 @@ def merge_in_store(
     stores = [Objects.at(address) for _, address in merges]
     for plan, objects in zip(plans, stores, strict=True):
         _check(plan, objects.address, running)
+    _check_sweep(plans)
     check_parts(plans, (running.part or (1, 1))[1])
     together_with = plans if len(plans) > 1 else ()
     purposes = [Purpose.of(plan, len(plan.shards), together_with) for plan in plans]
@@ -374,6 +377,17 @@ def _check(plan: Plan, address: str, running: RunOptions) -> None:
         )
 
 
+def _check_sweep(plans: Sequence[Plan]) -> None:
+    if plans[0].stages and len(plans) > 1:
+        message = "a sweep over a recipe of several merges cannot be made in a store"
+        advice = (
+            "sweep in one run, into directories; or make the earlier merges first, and name their "
+            "outputs"
+        )
+        problem = Problem(UNSUPPORTED, message, advice=advice)
+        raise PlanError.of("cannot sweep", [problem])
+
+
 def _last_name(plan: Plan) -> str:
     """Return the file that is written last: when it is there, the output is complete."""
     return last_names(replace(contents_of(plan), shards=()))[-1]
@@ -441,6 +455,7 @@ def _make_all(
     total = sum(sizes[shard] for shard in shards) * len(outputs)
     before: Counter[str] = Counter()
     with Uploads() as uploads, watched(running.progress) as callback:
+        running = replace(running, progress=callback or False)
         progress = None if callback is None else partial(_show, callback, before, total)
         here = replace(running, wait=0, beside=RESIDENT, progress=progress)
 

@@ -19,7 +19,7 @@ from oxmerge.models.fetching import check_space, fetch
 from oxmerge.models.references import resolve_reference, split_adapters
 from oxmerge.models.stores import is_address
 from oxmerge.models.streaming import RESIDENT, is_streamed, spool_bytes, streamed
-from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions
+from oxmerge.options import DEFAULT_SHARD_SIZE, PlanOptions, RunOptions, sort_options
 from oxmerge.output.claims import named
 from oxmerge.output.contents import contents_of, disk_bytes, late_texts
 from oxmerge.output.manifest import manifest_writer
@@ -229,24 +229,18 @@ def plan(  # noqa: PLR0913 - the options of the command, keyword only
     DeviceError
         If there is no such device, or torch is not installed.
     """
-    options = {
-        "memory": memory, "threads": threads, "device": device, "vram": vram, "stream": stream,
-        "spool": spool,
-    }  # fmt: skip
-    # Which checks them.
-    RunOptions(memory=memory, threads=threads, device=device, vram=vram, stream=stream, spool=spool)
+    planning, _ = sort_options(locals())
     _bytes(memory), _bytes(vram)
-    planning = PlanOptions(
-        seed=seed, shard_size=shard_size, strict=strict, allow_mismatch=allow_mismatch,
-        ignore_unknown=ignore_unknown, allow_methods=allow_methods,
-    )  # fmt: skip
     asked = _read(recipe, planning)
     if isinstance(asked, Asked) and _located_adapters(asked) is not None:
         message = "not supported yet: to plan a merge of adapters without a model"
         advice = "`oxmerge merge` makes an adapter of them, in seconds"
         raise UnsupportedError(message, advice=advice)
-    made = prepare(asked, planning)
-    planned = made.with_options(options)
+    options = {
+        "memory": memory, "threads": threads, "device": device, "vram": vram, "stream": stream,
+        "spool": spool,
+    }  # fmt: skip
+    planned = prepare(asked, planning).with_options(options)
     for each in (*planned.stages, planned):
         each.prediction  # noqa: B018 - what cannot fit is told now
     return planned
@@ -382,7 +376,8 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
         Remove what an interrupted merge has kept there, instead of going on with it.
     part : tuple of int, optional
         ``(3, 16)`` makes the third of sixteen parts, and leaves the others to other runs, on other
-        machines perhaps, with the same `directory`. `oxmerge.finish` completes it.
+        machines perhaps, with the same `directory`. `oxmerge.finish` completes it. Where it is
+        complete, nothing is made, and the report has no files.
     finish : bool
         Complete the directory, if this part is the last one that is made.
     wait : float
@@ -416,16 +411,7 @@ def merge(  # noqa: PLR0913 - the options of the command, keyword only
     OSError
         If a file cannot be read or written, or the disk is full.
     """
-    planning = PlanOptions(
-        seed=seed, shard_size=shard_size, strict=strict, allow_mismatch=allow_mismatch,
-        ignore_unknown=ignore_unknown, allow_methods=allow_methods,
-    )  # fmt: skip
-    running = RunOptions(
-        memory=memory, threads=threads, device=device, vram=vram, overwrite=overwrite,
-        read_path=read_path, progress=progress, digests=digests, hash_inputs=hash_inputs,
-        allow_nonfinite=allow_nonfinite, resume=resume, fresh=fresh, stream=stream, spool=spool,
-        part=part, finish=finish, wait=wait, ray=ray, parts=parts,
-    )  # fmt: skip
+    planning, running = sort_options(locals())
     _bytes(memory), _bytes(vram)  # What is no size is told before anything is read.
     asked = _read(recipe, planning)
     if isinstance(asked, Asked):

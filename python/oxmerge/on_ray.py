@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from oxmerge.cli.progress import format_rate, watched
 from oxmerge.errors import OutputError, OxmergeError, WaitsForOthersError
@@ -25,7 +27,9 @@ from oxmerge.output.claims import named
 from oxmerge.output.manifest import plan_digest
 from oxmerge.output.objects import Objects
 from oxmerge.output.part_files import Purpose
+from oxmerge.output.publish import NoPartsError
 from oxmerge.parts import check_parts, complete, is_complete, merge_parts, nothing_left
+from oxmerge.problems import shorten
 from oxmerge.recipe.recipe import Recipe
 from oxmerge.sizes import parse_size
 
@@ -47,6 +51,9 @@ _MOST_TRIES = 3
 _PARTS_A_NODE = 2
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_TRIES = 1.0
+_SECONDS_TO_CONNECT = 20.0
+#: Letters of an error of Ray's that are shown.
+_LONGEST = 300
 #: How long tasks may take to write down what is finished, when the driver is interrupted.
 _SECONDS_TO_END = 30
 #: How often a part may be told to wait for others in one merge: for their sweeps, for what they
@@ -78,10 +85,15 @@ def merge_on_ray(
         run = _Run(ray, plan, place, parts, planning, part, cpus)
         with watched(running.progress) as callback:
             run.make_all(callback)
-    if in_store:
-        report = complete_in_store(plan, place, planning, running, started)
-    else:
-        report = complete(plan, parts, Path(place), planning, running, started)
+    try:
+        if in_store:
+            report = complete_in_store(plan, place, planning, running, started)
+        else:
+            report = complete(plan, parts, Path(place), planning, running, started)
+    except NoPartsError:  # another driver has completed it
+        if not _is_complete(plan, place):
+            raise
+        report = nothing_left(place)
     return replace(report, notes=(*report.notes, *run.failures()))
 
 
@@ -114,16 +126,39 @@ def _connected(ray: Any, address: str | bool | None) -> Iterator[None]:  # noqa:
         yield
         return
     options = {"address": address} if isinstance(address, str) else {}
+    if isinstance(address, str):
+        _check_address(address)
     try:
         ray.init(log_to_driver=False, logging_level="error", **options)
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:  # also for another version
         raise OxmergeError(
-            "there is no Ray cluster at this address", found=str(address), advice=str(error)
+            "there is no Ray cluster that this Ray can connect to",
+            found=shorten(" ".join(str(error).split()), _LONGEST),
+            advice="check the address, and that all nodes have the same versions of Ray and Python",
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise OxmergeError if nobody listens at a host and port, for which Ray asks for minutes."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        where = parts.hostname, parts.port
+    except ValueError:
+        return  # which Ray refuses
+    if None not in where:
+        try:
+            socket.create_connection(where, timeout=_SECONDS_TO_CONNECT).close()
+        except OSError as error:
+            raise OxmergeError(
+                "there is no Ray cluster at this address",
+                found=f"{address}: {error.strerror or error}",
+                advice="name the head node of the cluster and its port, 6379 unless "
+                "`ray start --head` was told another",
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import index
 
 from oxmerge.sizes import parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from oxmerge.merging import Snapshot
@@ -28,6 +28,7 @@ __all__ = [
     "check_part",
     "check_seed",
     "check_threads",
+    "sort_options",
     "whole",
 ]
 
@@ -144,6 +145,21 @@ class RunOptions:
                 raise ValueError(f"parts must be at least 1, not {self.parts}")
         if (self.part is not None or on_ray) and not self.keeps:
             raise ValueError("parts need digests and resume: others learn from them what is made")
+
+
+def sort_options(given: Mapping[str, Any]) -> tuple[PlanOptions, RunOptions]:
+    """Return the options among what a function was given, by the names of both classes' fields.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is out of range.
+    """
+    planning, running = (
+        {field.name: given[field.name] for field in fields(each) if field.name in given}
+        for each in (PlanOptions, RunOptions)
+    )
+    return PlanOptions(**planning), RunOptions(**running)
 
 
 def whole(value: Any, what: str) -> int:  # noqa: ANN401 - it is what it is to find out

@@ -15,9 +15,8 @@ import time
 from collections import Counter
 from copy import copy
 from dataclasses import replace
-from itertools import compress
-from operator import not_
 from pathlib import Path
+from types import MappingProxyType
 
 from oxmerge import __version__, _core
 from oxmerge.cli.progress import watched
@@ -75,6 +74,7 @@ from oxmerge.output.publish import (
 from oxmerge.output.resume import parsed
 from oxmerge.planning.plan_files import load_plan
 from oxmerge.problems import UNSUPPORTED, Problem
+from oxmerge.stages import Order
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -133,17 +133,18 @@ def merge_parts(
     shared = _Shared(merges, parts)
     while True:
         complete = shared.are_complete(running)
+        left = [at for at, is_done in enumerate(complete) if not is_done]
         try:
             with watched(running.progress) as callback:
                 options = replace(running, progress=callback or False)
-                made = iter(_merge_parts(shared.without(complete), planning, options, started))
+                made = iter(_merge_parts(shared.only(left), planning, options, started))
         except FileExistsError:  # unless another run has completed one meanwhile
             if complete == shared.are_complete(running):
                 raise
         else:
             return [
-                nothing_left(directory) if is_complete else next(made)
-                for (_, directory), is_complete in zip(merges, complete, strict=True)
+                nothing_left(directory) if is_done else next(made)
+                for (_, directory), is_done in zip(merges, complete, strict=True)
             ]
 
 
@@ -163,19 +164,18 @@ def _merge_parts(
         if not is_made:
             for files in all_files:
                 files.forget_made()
-            ready = [
-                after_earlier(plan, f"{output.path / PARTS_NAME}", planning, running, _lacks)
-                for plan, output in zip(plans, outputs, strict=True)
-            ]
-            done = _make_with_help(shared, ready, all_files, running, backend)
+            folders = [f"{output.path / PARTS_NAME}" for output in outputs]
             names = [plans[0].shards[shard][0] for shard in shards]
-            for files, purpose, written in zip(
-                all_files, shared.purposes, done["files"], strict=True
-            ):
-                states = [FileState(**state) for state in written]
-                each = Made(purpose.key, dict(zip(names, states, strict=True)), kept_of(done))
-                files.write_made(each)
-                made.append(each)
+            one_by_one: dict[int, Made] = {}
+            for group, ready in _in_turn(plans, folders, planning, running):
+                theirs = [all_files[at] for at in group]
+                done = _make_with_help(shared.only(group), ready, theirs, running, backend)
+                for at, written in zip(group, done["files"], strict=True):
+                    states = [FileState(**state) for state in written]
+                    found = dict(zip(names, states, strict=True))
+                    one_by_one[at] = Made(shared.purposes[at].key, found, kept_of(done))
+                    all_files[at].write_made(one_by_one[at])
+            made = [one_by_one[at] for at in range(len(plans))]
         left = sorted({part for files in all_files for part in missing_parts(files)})
     note = f"part {number} of {parts} is made" + (" already" if is_made else "")
     if left:
@@ -193,6 +193,43 @@ def _merge_parts(
         reports,
         lambda plan, folder: complete(plan, parts, Path(folder), planning, running, started),
     )
+
+
+def _in_turn(
+    plans: Sequence[Plan], folders: Sequence[str], planning: PlanOptions, running: RunOptions
+) -> Iterator[tuple[list[int], list[Plan]]]:
+    """Yield which plans are run in one pass, and they as they can be run: what they read is made.
+
+    In a sweep, what comes first and is equal for several is made for one, and linked for the
+    others: so each output can be completed by itself.
+    """
+    if len(plans) == 1:
+        yield [0], [after_earlier(plans[0], folders[0], planning, running, _lacks)]
+        return
+    order, first = Order(plans), dict[int, str]()
+    ready = []
+    for plan, folder, stages in zip(plans, folders, order.stages, strict=True):
+        places = [f"{folder}/{EARLIER_NAME}/{at}" for at in range(1, len(stages) + 1)]
+        equal = {
+            place: first.setdefault(id(stage), place)
+            for stage, place in zip(stages, places, strict=True)
+        }
+        ready.append(after_earlier(plan, folder, planning, running, _lacks, equal))
+    for group in order.groups:
+        one, *others = group  # which read what the first of them reads, by the same paths
+        same = [planned_in_turn(plans[at], folders[one], planning) for at in others]
+        yield group, [ready[one], *same]
+
+
+def _link_all(source: str, place: str) -> None:
+    """Have the output of an earlier merge at another place too, if files can be linked there."""
+    coming = f"{place}.{socket.gethostname()}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        shutil.copytree(source, coming, copy_function=os.link, ignore=shutil.ignore_patterns(".*"))
+        os.rename(coming, place)  # unless another run was faster
+    except OSError:
+        shutil.rmtree(coming, ignore_errors=True)
 
 
 def _helping(running: RunOptions, part: tuple[int, int]) -> RunOptions:
@@ -238,12 +275,12 @@ class _Shared:
             for (plan, directory), purpose in zip(self._merges, self.purposes, strict=True)
         ]
 
-    def without(self, complete: Sequence[bool]) -> _Shared:
-        """Return what is left to make; each part of it is still one of the whole sweep."""
-        left = copy(self)
-        left._merges = list(compress(self._merges, map(not_, complete)))  # noqa: SLF001 - its own
-        left.purposes = list(compress(self.purposes, map(not_, complete)))
-        return left
+    def only(self, numbers: Sequence[int]) -> _Shared:
+        """Return some of it; each part of that is still one of the whole sweep."""
+        some = copy(self)
+        some._merges = [self._merges[at] for at in numbers]  # noqa: SLF001 - its own
+        some.purposes = [self.purposes[at] for at in numbers]
+        return some
 
     def join(
         self, stack: contextlib.ExitStack, part: int, running: RunOptions
@@ -410,15 +447,24 @@ def _join(
 ) -> tuple[OutputDirectory, PartFiles]:
     """Share an output with the other parts until the stack ends, as the only run of this one."""
     plan, directory = merge
-    output = share_output(
-        directory,
-        overwrite=running.overwrite,
-        input_files=plan.all_input_files,
-        names=contents_of(plan).names,
-    )
+    patience = Patience(running, plan.bytes_written)
+    while True:
+        try:
+            output = share_output(
+                directory,
+                overwrite=running.overwrite,
+                input_files=plan.all_input_files,
+                names=contents_of(plan).names,
+            )
+            break
+        except BusyError:
+            if not Path(directory, PARTS_NAME).exists():  # a merge that is not in parts
+                raise
+            if not patience.wait("the run that completes the output"):
+                raise
     stack.callback(output.claim.release)
     files = stack.enter_context(shared_folder(output.path, *part))
-    _lock(stack, files, Patience(running, plan.bytes_written))
+    _lock(stack, files, patience)
     files.join(purpose)
     files.save(plan)
     return output, files
@@ -442,19 +488,23 @@ def after_earlier(
     planning: PlanOptions,
     running: RunOptions,
     lacks: Lacks,
+    equal: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Return a plan of the last merge, when the outputs of those before it are all there.
 
     Of each of these this run makes a part. Then it makes what no other run has begun, so that it
     waits for none that has no node to run on, and waits for the rest; with no time to wait it does
     neither. `lacks` says what a merge still lacks, at its place below `folder`, and which of its
-    parts no run makes; it completes the merge if it lacks nothing but its end.
+    parts no run makes; it completes the merge if it lacks nothing but its end. `equal` says by
+    place where the output of an equal merge lies.
     """
     number, parts = running.part or (1, 1)
     here = replace(running, part=None, overwrite=False, finish=False, hash_inputs=False)
 
     def make_one(earlier: Plan, place: str) -> None:
         count = min(parts, len(earlier.shards))
+        if equal.get(place, place) != place and not os.path.exists(place):
+            _link_all(equal[place], place)
         patience = Patience(running, earlier.bytes_written)
         while True:
             found, free = lacks(earlier, (number, count), place, planning, here)
@@ -614,6 +664,7 @@ def finish(
     -------
     MergeReport
         Bytes are those of all parts together; `seconds` and memory those of the part with the most.
+        It has no files if the output is complete already.
 
     Raises
     ------
@@ -661,14 +712,6 @@ def finish(
 def check_parts(plans: Sequence[Plan], parts: int) -> None:
     """Raise PlanError for plans of the same tensors that cannot be made in so many parts."""
     first, *others = plans
-    if first.stages and others:
-        message = "a sweep over a recipe of several merges cannot be made in parts or in a store"
-        advice = (
-            "sweep in one run, into directories; or make the earlier merges first, and name their "
-            "outputs"
-        )
-        problem = Problem(UNSUPPORTED, message, advice=advice)
-        raise PlanError.of("cannot sweep in parts", [problem])
     shards = len(first.shards)
     if parts > shards:
         found = f"{shards} file{'' if shards == 1 else 's'} of weights, none of which is split"
@@ -822,7 +865,8 @@ def _only_one(path: Path, parts: int) -> Iterator[PartFiles]:
         except FileNotFoundError:
             raise no_parts(path) from None
         except BlockingIOError:
-            raise BusyError("another run completes the output", file=str(path)) from None
+            message, advice = "another run completes the output", "wait for it"
+            raise BusyError(message, file=str(path), advice=advice) from None
         yield files
 
 

@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 
 from oxmerge.errors import RecipeError, all_of
 from oxmerge.merging import check_made, merge_together, prepare
-from oxmerge.options import PlanOptions, RunOptions
+from oxmerge.options import sort_options
 from oxmerge.output.claims import named
 from oxmerge.planning.effects import effect_of
 from oxmerge.planning.plan_files import is_saved_plan, load_plan
@@ -597,16 +597,7 @@ def sweep(  # noqa: PLR0913 - the options of the command, keyword only
     >>> len(reports), reports[0].directory
     (9, 'out/w0.1')
     """
-    planning = PlanOptions(
-        seed=seed, shard_size=shard_size, strict=strict, allow_mismatch=allow_mismatch,
-        ignore_unknown=ignore_unknown, allow_methods=allow_methods,
-    )  # fmt: skip
-    running = RunOptions(
-        memory=memory, threads=threads, device=device, vram=vram, overwrite=overwrite,
-        read_path=read_path, progress=progress, digests=digests, hash_inputs=hash_inputs,
-        allow_nonfinite=allow_nonfinite, resume=resume, fresh=fresh, stream=stream, spool=spool,
-        part=part, finish=finish, wait=wait,
-    )  # fmt: skip
+    planning, running = sort_options(locals())
     if isinstance(recipe, str | os.PathLike) and is_saved_plan(recipe):
         recipe = load_plan(recipe, allow_methods=planning.allow_methods)
     if isinstance(recipe, Plan):

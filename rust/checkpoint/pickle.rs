@@ -639,6 +639,9 @@ fn refused(name: &str) -> Error {
         "torch._utils._rebuild_sparse_tensor" => {
             ("sparse tensors cannot be merged", "save the model with dense tensors")
         }
+        "torch._utils._rebuild_meta_tensor_no_storage" => {
+            ("a tensor on the meta device has no numbers", "save the model with its weights loaded")
+        }
         _ => (
             "the file asks for code that is not run",
             "save the model as a dictionary of tensors (`torch.save(model.state_dict(), FILE)`); \

@@ -397,7 +397,16 @@ impl<'a> Merges<'a> {
             self.swept.push(task.needs_sweep());
             Ok((Need::of(&task), count))
         };
-        found.into_iter().map(look).collect()
+        let needs: Vec<_> = found.into_iter().map(look).collect::<Result<_>>()?;
+        if self.needs_sweep() {
+            return Ok(needs); // which goes over all of them
+        }
+        let mut made = vec![0; kinds];
+        for (at, &kind) in self.kind_of.iter().enumerate() {
+            made[kind as usize] += usize::from(!self.is_done(at)); // of a sample, those left out are
+        }
+        let made = needs.into_iter().zip(made).map(|((need, _), made)| (need, made));
+        Ok(made.filter(|&(_, made)| made > 0).collect())
     }
 
     /// What is read of files that are not here, task by task, through a spool of `spool` bytes: in

@@ -13,7 +13,7 @@ use super::digest::DIGEST_BYTES;
 use super::source::{Memory, Source};
 use super::task::{LARGEST_PIECE, Task, Work, step_elements};
 use crate::dtype::DType;
-use crate::formula::machine::{BAND, CHUNK, TensorFrame};
+use crate::formula::machine::{BAND, CHUNK, RANKED_TOGETHER, TensorFrame};
 use crate::formula::masks::{self, Marks};
 use crate::formula::selection::{self, HISTOGRAM_BYTES, SEARCH_BYTES, SEARCH_BYTES_A_BLOCK};
 use crate::formula::stage::{self, unknown};
@@ -33,11 +33,17 @@ const ROW_BYTES: u64 = 24;
 /// byte and as a bit; of a vector that is gone through again and again, two keys with indices.
 const RANKED_BYTES: u64 = 14;
 const DESCENT_BYTES: u64 = 32;
+/// Bytes of an element of a step that is ranked: whether it is kept, as a byte, in a vector that doubles,
+/// and as a bit. Of those that are ranked together: its order key.
+const KEPT_BYTES: u64 = 3;
+const KEY_BYTES: u64 = 8;
 /// Bytes of an element of one ranking at a time: its draw, in a vector that doubles. And of its vector:
 /// its bin, its place, the bound of a place, whether it is open, and, where vectors are interleaved, a
 /// copy; else what sorting takes; of one that is gone through again and again, the next elements.
 const DRAWN_BYTES: u64 = 8;
 const PLACED_BYTES: u64 = 40;
+/// Tables of bins.
+const BINS_BYTES: u64 = 160 << 10;
 const NEXT_BYTES: u64 = 16;
 /// What a vector of results takes besides them: itself, and what the allocator adds.
 const VECTOR_BYTES: u64 = 64;
@@ -144,8 +150,11 @@ pub struct Need {
     elements: u64,
     /// Bytes an element of each source that is read at the same time as the others, and how.
     sources: Vec<(u64, Way)>,
-    /// Whether a source that is copied may turn out to be read past the page cache.
+    /// Whether sources are read only once.
     reads_once: bool,
+    /// Whether a source that is copied may turn out to be read past the page cache: it is read once, or
+    /// once when a sweep over the model is over. Pieces leave room for that, and so are smaller.
+    may_be_direct: bool,
     /// Bytes an element of each output.
     outputs: Vec<u64>,
     /// Elements around a piece that are read as well, to have whole rows.
@@ -205,6 +214,7 @@ impl Need {
             elements: frame.elements,
             sources: sources.map(|(dtype, way)| (dtype.size() as u64, way)).collect(),
             reads_once: work.reads_once(),
+            may_be_direct: work.reads_once() || stage::wait_for_model_alone(work.values()),
             outputs: outputs.map(|dtype| dtype.size() as u64).collect(),
             row: frame.row,
             ..Self::default()
@@ -275,9 +285,11 @@ impl Need {
             } else {
                 in_steps.push(ranking.among);
                 self.rankings += 1;
-                (spans.size, PLACED_BYTES * vector)
+                let together = (RANKED_TOGETHER + spans.size).min(frame.elements);
+                self.worker_state.add(Amount::uncertain(KEY_BYTES * together));
+                (together, PLACED_BYTES * vector)
             };
-            one_ranking = one_ranking.max(DRAWN_BYTES * held + placed);
+            one_ranking = one_ranking.max(DRAWN_BYTES * held + placed + BINS_BYTES);
         }
         self.worker_state.add(Amount::uncertain(one_ranking));
         let by_row = |reduction: &Arc<Reduction>| reduction.scope == Scope::Row;
@@ -386,7 +398,7 @@ impl Need {
         let rows = (elements + self.edge).min(self.elements) / self.row.max(1);
         amount.add(Amount::uncertain(self.kept_rows * 2 * size_of::<f64>() as u64 * rows));
         let ranked = (step + self.edge).min(self.elements);
-        amount.add(Amount::uncertain(self.rankings * RANKED_BYTES * ranked));
+        amount.add(Amount::uncertain(self.rankings * KEPT_BYTES * ranked));
         for &(size, way) in &self.sources {
             amount.add(self.input(size, way, step, elements));
         }
@@ -453,7 +465,7 @@ impl Need {
             Way::Direct => Amount::certain(direct),
             Way::Copied => {
                 let copied = buffer(bytes(step));
-                Amount { expected: copied, most: if self.reads_once { direct } else { copied } }
+                Amount { expected: copied, most: if self.may_be_direct { direct } else { copied } }
             }
         }
     }

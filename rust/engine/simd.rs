@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::backend::{Arithmetic, Backend, Results, Run, Step, fold, max, start_of, steps};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::formula::machine::{CHUNK, InputBytes, Known, Machine, TensorFrame};
+use crate::formula::machine::{CHUNK, InputBytes, Known, Machine, RANKED_TOGETHER, TensorFrame};
 use crate::formula::program::{
     Along, BracketedVector, Effect, Fused, Keep, Mask, Program, TaskVector, ThinnedSum,
 };
@@ -44,6 +44,43 @@ impl Arithmetic for Simd {
 
 impl<T: Real> Run for Machine<'_, T> {
     fn run(&mut self, step: &Step<'_>, results: &mut Results<'_>) -> Result<()> {
+        let among = self.program.effects.iter().filter_map(|effect| match effect {
+            Effect::Rank { among, .. } => Some(*among),
+            _ => None,
+        });
+        // What is reduced beside a ranking is reduced by row.
+        let rows = (!self.program.kinds.is_empty()).then_some(Among::Row);
+        let among: Vec<Among> = among.chain(rows).collect();
+        let widest = (self.program.rankings > 0).then(|| self.frame.widest(&among)).flatten();
+        let Some(spans) = widest else {
+            self.part(step, &step.elements, &mut [], results);
+            return Ok(());
+        };
+        let mut ordinals = vec![Vec::new(); self.program.rankings];
+        let (mut ranker, mut draws) = (Ranker::new(self.level()), Vec::new());
+        let Range { mut start, end } = step.elements;
+        while start < end {
+            let part = spans.whole(&(start..(start + RANKED_TOGETHER).min(end)), end);
+            let count = (part.end - part.start) as usize;
+            ordinals.iter_mut().for_each(|own| own.resize(count, T::ZERO.ordinal()));
+            self.part(step, &part, &mut ordinals, results);
+            self.rank(&part, &ordinals, &mut ranker, &mut draws, results);
+            start = part.end;
+        }
+        Ok(())
+    }
+}
+
+impl<T: Real> Machine<'_, T> {
+    /// Computes the effects on a part of a step, but for rankings: of what these look at, it writes the
+    /// ordinals.
+    fn part(
+        &mut self,
+        step: &Step<'_>,
+        part: &Range<u64>,
+        ordinals: &mut [Vec<T::Ordinal>],
+        results: &mut Results<'_>,
+    ) {
         let kinds = &self.program.kinds;
         let segment = match self.program.along {
             Along::Segments(length) => length,
@@ -51,11 +88,9 @@ impl<T: Real> Run for Machine<'_, T> {
         };
         // What runs from bytes to bytes needs no buffers, and so no chunks.
         let chunk = if self.program.instructions.is_empty() { segment } else { CHUNK as u64 };
-        let at = |element: u64| (element - step.elements.start) as usize;
-        let room = |_| vec![T::ZERO.ordinal(); at(step.elements.end)];
-        let mut ranked: Vec<_> = (0..self.program.rankings).map(room).collect();
+        let at = |element: u64| (element - part.start) as usize;
         let mut kept = KeptByCuts::default();
-        for segment in steps(step.elements.clone(), segment) {
+        for segment in steps(part.clone(), segment) {
             let mut lanes: Vec<Lanes> = kinds.iter().map(|&kind| [start_of(kind); LANES]).collect();
             for chunk in steps(segment, chunk) {
                 kept.clear();
@@ -63,7 +98,7 @@ impl<T: Real> Run for Machine<'_, T> {
                 for effect in &self.program.effects {
                     match effect {
                         Effect::Rank { ranking, a, .. } => {
-                            let out = &mut ranked[*ranking][at(chunk.start)..at(chunk.end)];
+                            let out = &mut ordinals[*ranking][at(chunk.start)..at(chunk.end)];
                             kernels::ordinals(self.level(), &self.chunk(*a), out);
                         }
                         _ => apply(self, effect, step, &chunk, (&mut lanes, &mut kept), results),
@@ -78,35 +113,36 @@ impl<T: Real> Run for Machine<'_, T> {
                 }
             }
         }
+    }
+
+    /// Adds what each ranking keeps of `elements`, which are whole vectors and have these ordinals.
+    fn rank(
+        &self,
+        elements: &Range<u64>,
+        ordinals: &[Vec<T::Ordinal>],
+        ranker: &mut Ranker<T::Ordinal>,
+        draws: &mut Vec<u32>,
+        results: &mut Results<'_>,
+    ) {
         for effect in &self.program.effects {
-            if let Effect::Rank { ranking, among, pick, .. } = *effect {
-                let ordinals = std::mem::take(&mut ranked[ranking]);
-                results.kept[ranking] = self.picked(&ordinals, &step.elements, among, pick);
+            let Effect::Rank { ranking, among, pick, .. } = *effect else { continue };
+            let (spans, ordinals) = (self.frame.spans(among), &ordinals[ranking]);
+            draws.clear();
+            if let Pick::Random { stream, .. } = pick {
+                draws.resize(ordinals.len(), 0);
+                kernels::draws(self.level(), &self.keys[&stream], elements.start, draws);
+            }
+            let kept = &mut results.kept[ranking];
+            let before = kept.len();
+            kept.resize(before + ordinals.len(), 0);
+            for span in spans.each(elements) {
+                let at = |element: u64| (element - elements.start) as usize;
+                let own = at(span.start)..at(span.end);
+                let picked = picked(pick, draws.get(own.clone()).unwrap_or_default());
+                let kept = &mut kept[before..][own.clone()];
+                ranker.pick(&ordinals[own], spans.stride as usize, picked, kept);
             }
         }
-        Ok(())
-    }
-}
-
-impl<T: Real> Machine<'_, T> {
-    /// What is kept of `elements`, which are whole vectors and have these ordinals.
-    fn picked(
-        &self,
-        ordinals: &[T::Ordinal],
-        elements: &Range<u64>,
-        among: Among,
-        pick: Pick,
-    ) -> Vec<u8> {
-        let (spans, key) = (self.frame.spans(among), |stream: u32| self.keys[&stream]);
-        let draws = draws_of(self.level(), pick, key, std::iter::once(elements.clone()));
-        let mut kept = vec![0; ordinals.len()];
-        let mut ranker = Ranker::new(self.level());
-        for span in spans.each(elements) {
-            let own = (span.start - elements.start) as usize..(span.end - elements.start) as usize;
-            let picked = picked(pick, draws.get(own.clone()).unwrap_or_default());
-            ranker.pick(&ordinals[own.clone()], spans.stride as usize, picked, &mut kept[own]);
-        }
-        kept
     }
 }
 

@@ -65,6 +65,7 @@ impl Program {
         let inputs = program::inputs_of(&operations, &effects);
         let mut program = Self {
             instructions: Vec::new(),
+            sides: Vec::new(),
             effects,
             slots: 0,
             along,

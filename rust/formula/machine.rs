@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::compile::Given;
 use super::masks::{KeptMasks, Marks};
-use super::program::{Argument, Mask, Operation, Program, Slot};
+use super::program::{Argument, Mask, Operation, Program, Side, Slot};
 use super::{Among, Chosen, MaskName, Scalar, Scope};
 use crate::dtype::DType;
 use crate::kernels::{self, BLOCK, Level, MaskBits, MaskKey, Operand, Real, SPAN};
@@ -111,6 +111,9 @@ fn common_multiple(one: u64, other: u64) -> u64 {
 const LEAST_KEPT_ROW: u64 = 64;
 /// Spans of a step at the least. Two more may be read, around it.
 const SPANS_A_STEP: u64 = 8;
+/// Elements of a step that are ranked while their keys are in the nearest caches, and the rest of their
+/// span.
+pub(crate) const RANKED_TOGETHER: u64 = 1 << 14;
 /// Elements of interleaved vectors, or of one, that are ranked at once.
 pub(crate) const RANKED_AT_ONCE: u64 = 1 << 18;
 
@@ -278,12 +281,31 @@ impl<'a, T: Real> Machine<'a, T> {
         given: &Given,
     ) {
         self.length = (range.end - range.start) as usize;
-        for instruction in &self.program.instructions {
+        self.slots.iter_mut().for_each(|slot| slot.resize(self.length, T::ZERO));
+        let mut at = 0;
+        while let Some(instruction) = self.program.instructions.get(at) {
+            if let Some(end) = self.end_of_unused(at) {
+                at = end;
+                continue;
+            }
             let mut out = std::mem::take(&mut self.slots[instruction.out]);
-            out.resize(self.length, T::ZERO);
             self.step(&instruction.operation, range, inputs, given, &mut out);
             self.slots[instruction.out] = out;
+            at += 1;
         }
+    }
+
+    /// Where the side of a select ends that begins with instruction `at`, if no element takes it. What
+    /// its slots then hold is not looked at.
+    fn end_of_unused(&self, at: usize) -> Option<usize> {
+        let is_unused = |side: &&Side| {
+            let zero = T::ZERO.key();
+            let mask = self.slot(side.mask);
+            let zeros = || kernels::count(self.level, mask, zero, zero).inside;
+            let starts_here = side.instructions.start == at;
+            starts_here && zeros() == if side.is_yes { mask.len() as u64 } else { 0 }
+        };
+        self.program.sides.iter().find(is_unused).map(|side| side.instructions.end)
     }
 
     /// The instruction set it runs with.

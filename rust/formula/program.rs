@@ -14,6 +14,7 @@
 //! other numbers are needed share their programs.
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::dtype::DType;
 use crate::kernels::Votes;
@@ -265,10 +266,49 @@ impl Fused {
     }
 }
 
+/// Instructions in a row that one side of a select alone needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Side {
+    pub(crate) instructions: Range<usize>,
+    /// The mask of the select, which is known before them.
+    pub(crate) mask: Slot,
+    /// Whether it is the side where the mask is not 0.
+    pub(crate) is_yes: bool,
+}
+
+/// Instructions of a side from which on it is worth a look at the mask whether any element takes it.
+const LEAST_SIDE: usize = 3;
+
+impl Side {
+    /// Those of single-assignment operations.
+    fn all(operations: &mut [Operation], last_use: &[usize]) -> Vec<Self> {
+        let mut uses = vec![0; operations.len()];
+        operations.iter_mut().for_each(|operation| operation.each_slot(|slot| uses[*slot] += 1));
+        let mut sides = Vec::new();
+        for (at, operation) in operations.iter().enumerate() {
+            let Operation::Select { mask, yes, no } = *operation else { continue };
+            for (side, is_yes) in [(yes, true), (no, false)] {
+                let Argument::Slot(result) = side else { continue };
+                if uses[result] != 1 || last_use[result] != at {
+                    continue;
+                }
+                let is_own = |before: &usize| *before > mask && last_use[*before] <= result;
+                let first = (0..result).rev().take_while(is_own).last().unwrap_or(result);
+                if result > mask && result + 1 - first >= LEAST_SIDE {
+                    sides.push(Self { instructions: first..result + 1, mask, is_yes });
+                }
+            }
+        }
+        sides
+    }
+}
+
 /// Compiled effects.
 #[derive(Clone, Debug)]
 pub(crate) struct Program {
     pub(crate) instructions: Vec<Instruction>,
+    /// What need not be computed where no element of a chunk takes it.
+    pub(crate) sides: Vec<Side>,
     pub(crate) effects: Vec<Effect>,
     pub(crate) slots: usize,
     pub(crate) along: Along,
@@ -300,6 +340,7 @@ impl Program {
         for effect in &mut self.effects {
             effect.each_slot(|slot| last_use[*slot] = usize::MAX);
         }
+        self.sides = Side::all(&mut operations, &last_use);
         let (mut home, mut free) = (vec![0; last_use.len()], Vec::new());
         for (at, mut operation) in operations.into_iter().enumerate() {
             // The result never shares a slot with an operand: kernels do not work in place.
@@ -324,6 +365,7 @@ impl Program {
         for effect in &mut self.effects {
             effect.each_slot(|slot| *slot = home[*slot]);
         }
+        self.sides.iter_mut().for_each(|side| side.mask = home[side.mask]);
     }
 
     /// The streams of the random masks that it draws.

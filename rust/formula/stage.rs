@@ -191,6 +191,13 @@ pub(crate) fn unknown(values: &[Value]) -> Stage {
     Dependencies::of(values).stage
 }
 
+/// Whether `values` wait for nothing but what is reduced over the model, if for anything.
+pub(crate) fn wait_for_model_alone(values: &[Value]) -> bool {
+    let Stage { reductions, selections, rankings, .. } = unknown(values);
+    let is_of_model = |reduction: &Arc<Reduction>| reduction.scope == Scope::Model;
+    reductions.iter().all(is_of_model) && selections.is_empty() && rankings.is_empty()
+}
+
 /// What a reduction reads.
 pub(crate) fn operands(reduction: &Reduction) -> Vec<Value> {
     std::iter::once(&reduction.left).chain(&reduction.right).cloned().collect()

@@ -4,13 +4,14 @@
 //! how many come before it. Nothing needs to be sorted to know whether an element is kept:
 //!
 //! - The largest are those above a cut. The key of the last one is found by bisection: each step counts
-//!   the keys that reach some number, many at once.
+//!   the keys that reach some number, many at once, and finds the keys next to it. So it ends after as
+//!   many steps as halve the different keys, which are few among differences of bf16 weights.
 //! - At random, a draw is compared with a bound that moves with the place. Most draws are below all bounds
 //!   or above. For the others, keys are counted in bins that go down from the largest; so each bin has
-//!   some places in a row. Where all keys of a bin are equal, the place of an element is how many of its
-//!   bin came before it. They are so in bins whose keys have no bits below those of the bin: differences
-//!   of bf16 weights have few digits, and many are equal. In other bins the bounds of the first and the
-//!   last place nearly always agree. The few elements that are still open are placed by counting.
+//!   some places in a row, and nearly always the bounds of the first and the last place agree. Keys
+//!   without bits below those of their bin have another bin, behind that of those with such bits. They
+//!   are equal, so their places are known: how many of the bin came before. Differences of bf16 weights
+//!   have few digits, and most are so. The few elements that are still open are placed by counting.
 //!
 //! If too many are open (a row with one element of another size than all others), the vector is sorted.
 //!
@@ -27,11 +28,17 @@ const MOST_OPEN: usize = 1024;
 /// Bins have the magnitudes down to 2⁻¹⁶ of the largest, those of a power of two equally many; the last
 /// one has all that are smaller.
 const OCTAVE_BITS: u32 = 4;
-/// The logarithms of the number of bins.
+/// The logarithm of the number of bins is by so much less than that of the number of elements, and lies
+/// between these.
+const LESS_BINS: u32 = 3;
 const LEAST_BINS: u32 = 6;
 const MOST_BINS: u32 = 12;
-/// Says in a slot that the key is not the least that its bin may have.
-const MIXED: u16 = 1 << 15;
+/// Numbers of bins there may be, those of equal keys included: odd numbers.
+const TABLE: usize = 2 << MOST_BINS;
+/// Bins that are looked at together.
+const GROUP: usize = 64;
+/// Elements among which equal ones at a cut are counted together.
+const PART: usize = 64;
 
 /// What is kept of a vector, by rank.
 #[derive(Clone, Copy, Debug)]
@@ -112,12 +119,12 @@ impl<O: Ordinal> Ranker<O> {
         match picked {
             Picked::Largest(count) => self.level.run(Largest { ordinals, count, kept }),
             Picked::Random { lowest, highest, draws } => {
-                let bounds = self.bounds.of(ordinals.len(), lowest, highest);
-                let bins = &mut self.bins;
+                self.bounds.set(ordinals.len(), lowest, highest);
+                let (bounds, bins) = (&self.bounds, &mut self.bins);
                 if !self.level.run(Random { ordinals, draws, bounds, kept, bins }) {
                     let mut order: Vec<usize> = (0..ordinals.len()).collect();
                     order.sort_unstable_by_key(|&at| (std::cmp::Reverse(ordinals[at]), at));
-                    for (&at, &bound) in order.iter().zip(bounds) {
+                    for (&at, &bound) in order.iter().zip(&bounds.by_place) {
                         kept[at] = u8::from(u64::from(draws[at]) < bound);
                     }
                 }
@@ -135,8 +142,8 @@ struct Bounds {
 }
 
 impl Bounds {
-    /// Those of a vector of `length`.
-    fn of(&mut self, length: usize, lowest: f64, highest: f64) -> &[u64] {
+    /// Makes them those of a vector of `length`.
+    fn set(&mut self, length: usize, lowest: f64, highest: f64) {
         if (self.by_place.len(), self.lowest, self.highest) != (length, lowest, highest) {
             let last = (length as u64).saturating_sub(1);
             let ranks = (0..length as u64).rev();
@@ -144,7 +151,39 @@ impl Bounds {
             self.by_place.extend(ranks.map(|rank| bound(rank, last, lowest, highest)));
             (self.lowest, self.highest) = (lowest, highest);
         }
-        &self.by_place
+    }
+
+    /// About where they lie.
+    fn line(&self) -> Line {
+        let step = (self.highest - self.lowest) / (self.by_place.len() - 1) as f64;
+        Line { first: self.highest * DRAWS, step: step * DRAWS }
+    }
+}
+
+/// The bounds as numbers on a line, which are less than [`MARGIN`] off.
+#[derive(Clone, Copy, Debug)]
+struct Line {
+    first: f64,
+    step: f64,
+}
+
+/// How many draws there are: 2³².
+const DRAWS: f64 = 4_294_967_296.0;
+/// Bounds are rounded, and so is each step to a number on the line.
+const MARGIN: f64 = 2.0;
+/// 2⁵². The lowest bits of a sum with a whole number are that number.
+const WHOLE: f64 = 4_503_599_627_370_496.0;
+
+impl Line {
+    /// A draw below the first number is below the bounds of both places; one above the second is not below
+    /// either.
+    #[inline(always)]
+    fn limits(self, places: [u32; 2]) -> [u32; 2] {
+        let [a, b] = places.map(|place| self.first - self.step * f64::from(place));
+        let (least, most) = if a < b { (a, b) } else { (b, a) };
+        // Without a conversion to an integer, which is not vectorised.
+        [least - MARGIN, most + MARGIN]
+            .map(|limit| (limit.clamp(0.0, DRAWS - 1.0) + WHOLE).to_bits() as u32)
     }
 }
 
@@ -188,25 +227,67 @@ impl<O: Ordinal> Kernel for Largest<'_, O> {
             }
             return;
         }
-        // The greatest key that so many reach lies between these.
-        let (least, greatest) = ends(ordinals);
-        let (mut low, mut high) = (least.to_key(), greatest.to_key());
+        // The cut is the greatest key that so many reach. It is an element's, and lies between these.
+        let (mut low, mut high) = ends(ordinals);
         while low < high {
-            let middle = high - (high - low) / 2;
-            let ordinal = O::from_key(middle);
-            if count(ordinals, |other| other >= ordinal) >= wanted {
-                low = middle;
+            let (from, to) = (low.to_key(), high.to_key());
+            let sides = Sides::of(ordinals, O::from_key(to - (to - from) / 2));
+            if sides.reaching >= wanted {
+                low = sides.least_reaching;
             } else {
-                high = middle - 1;
+                high = sides.greatest_below;
+            }
+            if sides.reaching == wanted {
+                high = low;
             }
         }
-        let cut = O::from_key(low);
-        let equals = wanted - count(ordinals, |other| other > cut);
-        let mut places = (0..ordinals.len()).filter(|&at| ordinals[at] == cut);
-        let until = places.nth(equals as usize - 1).expect("the cut is the key of an element");
-        for (at, (kept, &ordinal)) in kept.iter_mut().zip(ordinals).enumerate() {
-            *kept = u8::from(if at <= until { ordinal >= cut } else { ordinal > cut });
+        let cut = low;
+        let mut equals = (wanted - count(ordinals, |other| other > cut)) as usize;
+        // Equal ones are kept up to the last that there is room for.
+        for (kept, ordinals) in kept.chunks_mut(PART).zip(ordinals.chunks(PART)) {
+            let equal = count(ordinals, |other| other == cut) as usize;
+            if equal <= equals {
+                mark(kept, ordinals, |ordinal| ordinal >= cut);
+                equals -= equal;
+                continue;
+            }
+            mark(kept, ordinals, |ordinal| ordinal > cut);
+            let places = (0..ordinals.len()).filter(|&at| ordinals[at] == cut);
+            places.take(equals).for_each(|at| kept[at] = 1);
+            equals = 0;
         }
+    }
+}
+
+#[inline(always)]
+fn mark<O: Ordinal>(kept: &mut [u8], ordinals: &[O], is_kept: impl Fn(O) -> bool) {
+    for (kept, &ordinal) in kept.iter_mut().zip(ordinals) {
+        *kept = u8::from(is_kept(ordinal));
+    }
+}
+
+/// What lies on both sides of a key.
+struct Sides<O> {
+    /// How many reach it.
+    reaching: u64,
+    least_reaching: O,
+    greatest_below: O,
+}
+
+impl<O: Ordinal> Sides<O> {
+    #[inline(always)]
+    fn of(ordinals: &[O], key: O) -> Self {
+        let mut reaching = O::Counter::default();
+        let (lowest, highest) = (O::from_key(0), O::from_key(O::MAX_KEY));
+        let (mut least_reaching, mut greatest_below) = (highest, lowest);
+        for &ordinal in ordinals {
+            // Each side by a test of its own, which is vectorised.
+            let (reaches, is_below) = (ordinal >= key, ordinal < key);
+            reaching += O::Counter::from(reaches);
+            least_reaching = least_reaching.min(if reaches { ordinal } else { highest });
+            greatest_below = greatest_below.max(if is_below { ordinal } else { lowest });
+        }
+        Self { reaching: reaching.into(), least_reaching, greatest_below }
     }
 }
 
@@ -225,7 +306,7 @@ fn ends<O: Ordinal>(ordinals: &[O]) -> (O, O) {
 struct Random<'a, O> {
     ordinals: &'a [O],
     draws: &'a [u32],
-    bounds: &'a [u64],
+    bounds: &'a Bounds,
     kept: &'a mut [u8],
     bins: &'a mut Bins,
 }
@@ -236,24 +317,27 @@ impl<O: Ordinal> Kernel for Random<'_, O> {
     #[inline(always)]
     fn run(self) -> bool {
         let Self { ordinals, draws, bounds, kept, bins } = self;
-        let is_below = |at: usize, place: usize| u64::from(draws[at]) < bounds[place];
+        let is_below = |at: usize, place: usize| u64::from(draws[at]) < bounds.by_place[place];
         if ordinals.len() <= SHORT {
             for (at, kept) in kept.iter_mut().enumerate() {
                 *kept = u8::from(is_below(at, place(ordinals, at)));
             }
             return true;
         }
-        let ends = [bounds[0], bounds[bounds.len() - 1]];
+        let line = bounds.line();
+        let ends = line.limits([0, ordinals.len() as u32 - 1]);
         let open = mark_certain(draws, ends, kept, &mut bins.open);
-        bins.fill(ordinals);
+        bins.fill(ordinals, line);
+        let open = bins.mark(draws, open, kept);
         let mut undecided = 0;
         for index in 0..open {
             let at = bins.open[index] as usize;
-            let [first, last] = bins.places(at);
-            let is_kept = is_below(at, first);
-            kept[at] = u8::from(is_kept);
-            bins.open[undecided] = at as u32;
-            undecided += usize::from(is_kept != is_below(at, last));
+            if let Some(place) = bins.place(at) {
+                kept[at] = u8::from(is_below(at, place));
+            } else {
+                bins.open[undecided] = at as u32;
+                undecided += 1;
+            }
         }
         if undecided > MOST_OPEN {
             return false;
@@ -265,82 +349,162 @@ impl<O: Ordinal> Kernel for Random<'_, O> {
     }
 }
 
-/// Keeps the elements whose draws are below both ends of the bounds, and lists those whose draws may lie
-/// between; says how many these are.
+/// Marks the elements whose draws are below the limits, and lists those whose draws lie between; says how
+/// many these are.
 #[inline(always)]
-#[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
-fn mark_certain(draws: &[u32], ends: [u64; 2], kept: &mut [u8], open: &mut Vec<u32>) -> usize {
-    let highest = u64::from(u32::MAX);
-    // All draws below the first are kept, and none above the second is. A bound may be 2³².
-    let from = ends[0].min(ends[1]).min(highest) as u32;
-    let to = ends[0].max(ends[1]).saturating_sub(1).min(highest) as u32;
+fn mark_certain(draws: &[u32], limits: [u32; 2], kept: &mut [u8], open: &mut Vec<u32>) -> usize {
+    let [from, to] = limits;
     for (kept, &draw) in kept.iter_mut().zip(draws) {
         *kept = u8::from(draw < from);
     }
     open.resize(draws.len(), 0);
+    let open = &mut open[..draws.len()];
     let mut count = 0;
-    for (at, &draw) in draws.iter().enumerate() {
+    let mut list = |at: usize, draw: u32| {
         open[count] = at as u32;
-        count += usize::from((draw >= from) & (draw <= to));
+        count += usize::from(draw.wrapping_sub(from) <= to - from);
+    };
+    let (parts, rest) = draws.as_chunks::<UNROLLED>();
+    for (part, draws) in parts.iter().enumerate() {
+        draws.iter().enumerate().for_each(|(at, &draw)| list(part * UNROLLED + at, draw));
     }
+    let first = draws.len() - rest.len();
+    rest.iter().enumerate().for_each(|(at, &draw)| list(first + at, draw));
     count
 }
 
+/// Elements of a step of a loop that is not vectorised.
+const UNROLLED: usize = 8;
+
+/// A number a bin.
+type Table = Box<[u32; TABLE]>;
+
 /// The elements of a vector in bins, from the largest down.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Bins {
-    /// Of each element, the bin, and whether its key is [`MIXED`].
+    /// Of each element, the bin.
     slots: Vec<u16>,
-    /// How many of its bin come before each element, by index.
+    /// How many of its bin and its half of the vector come before each element, by index.
     earlier: Vec<u32>,
-    /// Of each bin, twice how many elements it has, and 1 if one of them is mixed. Zeros between uses.
-    counts: Vec<u32>,
-    /// The first place of each bin, and of mixed ones how many come after it, else 0.
-    starts: Vec<[u32; 2]>,
+    /// How many of each half are in each bin.
+    counts: [Table; 2],
+    /// The first place of each bin.
+    starts: Table,
+    /// Draws below the first keep any element of a bin; those above the second keep none.
+    limits: [Table; 2],
     /// Indices of elements that are to be looked at.
     open: Vec<u32>,
+}
+
+impl Default for Bins {
+    fn default() -> Self {
+        let (slots, earlier, open) = (Vec::new(), Vec::new(), Vec::new());
+        // Pages that a short vector has no use for stay untouched.
+        let table = || vec![0; TABLE].try_into().expect("a table of that length");
+        let (counts, limits) = ([table(), table()], [table(), table()]);
+        Self { slots, earlier, counts, starts: table(), limits, open }
+    }
 }
 
 impl Bins {
     /// Puts the elements in bins. The least ones have one of their own, the last: many may be zero.
     #[inline(always)]
-    fn fill<O: Ordinal>(&mut self, ordinals: &[O]) {
-        let log = (ordinals.len().ilog2() - 1).clamp(LEAST_BINS, MOST_BINS);
-        let (shift, bins) = (O::MANTISSA + OCTAVE_BITS - log, 1 << log);
+    #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
+    fn fill<O: Ordinal>(&mut self, ordinals: &[O], line: Line) {
+        let log = (ordinals.len().ilog2() - LESS_BINS).clamp(LEAST_BINS, MOST_BINS);
+        let (shift, steps) = (O::MANTISSA + OCTAVE_BITS - log, (1 << log) - 1);
         let (least, greatest) = ends(ordinals);
         let top = greatest.high(shift);
         self.slots.resize(ordinals.len(), 0);
         for (slot, &ordinal) in self.slots.iter_mut().zip(ordinals) {
-            let high = ordinal.high(shift);
-            let bin = O::shifted(top.above(high), 0).min(bins - 1) as u16;
-            let mixed = if ordinal.has_below(shift) { MIXED } else { 0 };
+            let step = O::shifted(top.above(ordinal.high(shift)), 0);
             // What is too small for the other bins shares one.
-            let shared = if u32::from(bin) == bins - 1 { MIXED } else { 0 };
-            *slot = if ordinal == least { bins as u16 } else { bin | mixed | shared };
+            let is_equal = !ordinal.has_below(shift) & (step < steps - 1);
+            let bin = step.min(steps - 1) << 1 | u32::from(is_equal);
+            *slot = if ordinal == least { (steps << 1 | 1) as u16 } else { bin as u16 };
         }
-        self.counts.resize((1 << MOST_BINS) + 1, 0);
         self.earlier.resize(ordinals.len(), 0);
-        for (earlier, &slot) in self.earlier.iter_mut().zip(&self.slots) {
-            let count = &mut self.counts[usize::from(slot & !MIXED)];
-            *earlier = *count / 2;
-            *count = (*count + 2) | u32::from(slot / MIXED);
+        // Both halves at a time: equal elements in a row wait for each other.
+        let half = ordinals.len().div_ceil(2);
+        let groups = (2 * steps as usize + 2).div_ceil(GROUP);
+        for counts in &mut self.counts {
+            counts[..groups * GROUP].fill(0);
         }
-        self.starts.resize(self.counts.len(), [0; 2]);
+        let [first, second] = self.counts.each_mut().map(|counts| &mut **counts);
+        let add = |counts: &mut [u32; TABLE], slot: u16, earlier: &mut u32| {
+            let count = &mut counts[usize::from(slot) % TABLE];
+            *earlier = *count;
+            *count += 1;
+        };
+        let (earlier, later) = self.earlier.split_at_mut(half);
+        let (slots, later_slots) = self.slots.split_at(half);
+        for ((earlier, &slot), (later, &later_slot)) in
+            earlier.iter_mut().zip(slots).zip(later.iter_mut().zip(later_slots))
+        {
+            add(first, slot, earlier);
+            add(second, later_slot, later);
+        }
+        for at in later.len()..half {
+            add(first, slots[at], &mut earlier[at]);
+        }
         let mut start = 0;
-        for (count, place) in self.counts[..=bins as usize].iter_mut().zip(&mut self.starts) {
-            let (elements, mixed) = (*count / 2, *count % 2);
-            *place = [start, mixed * elements.saturating_sub(1)];
-            *count = 0;
-            start += elements;
+        for group in 0..groups {
+            start = self.fill_group(group, start, line);
         }
     }
 
-    /// Between which places that of an element lies, both included.
+    /// Finds places and limits of the bins of a group, from the first place of it, and says which is the
+    /// first one behind it.
     #[inline(always)]
-    fn places(&self, at: usize) -> [usize; 2] {
-        let [start, more] = self.starts[usize::from(self.slots[at] & !MIXED)];
-        let first = start + if more == 0 { self.earlier[at] } else { 0 };
-        [first as usize, (first + more) as usize]
+    fn fill_group(&mut self, group: usize, start: u32, line: Line) -> u32 {
+        let own = group * GROUP..(group + 1) * GROUP;
+        // Arrays of its own, which are known not to overlap.
+        let (mut counted, mut starts, mut limits) = ([0; GROUP], [0; GROUP], [[0; GROUP]; 2]);
+        let [first, second] = self.counts.each_ref().map(|counts| &counts[own.clone()]);
+        for at in 0..GROUP {
+            counted[at] = first[at] + second[at];
+        }
+        let mut next = start;
+        for at in 0..GROUP {
+            starts[at] = next;
+            next += counted[at];
+        }
+        for at in 0..GROUP {
+            let last = starts[at] + counted[at].saturating_sub(1);
+            [limits[0][at], limits[1][at]] = line.limits([starts[at], last]);
+        }
+        self.starts[own.clone()].copy_from_slice(&starts);
+        for (to, limits) in self.limits.iter_mut().zip(limits) {
+            to[own.clone()].copy_from_slice(&limits);
+        }
+        next
+    }
+
+    /// Decides the first `open` elements that are to be looked at by the limits of their bins, and says how
+    /// many are left.
+    #[inline(always)]
+    fn mark(&mut self, draws: &[u32], open: usize, kept: &mut [u8]) -> usize {
+        let ([from, to], slots) = (&self.limits, &self.slots[..draws.len()]);
+        let (list, kept) = (&mut self.open[..open], &mut kept[..draws.len()]);
+        let mut left = 0;
+        for index in 0..list.len() {
+            let at = list[index] as usize;
+            let bin = usize::from(slots[at]) % TABLE;
+            let (draw, from, to) = (draws[at], from[bin], to[bin]);
+            kept[at] = u8::from(draw < from);
+            list[left] = at as u32;
+            left += usize::from(draw.wrapping_sub(from) <= to - from);
+        }
+        left
+    }
+
+    /// The place of an element, if all of its bin have the same key.
+    #[inline(always)]
+    fn place(&self, at: usize) -> Option<usize> {
+        let bin = usize::from(self.slots[at]) % TABLE;
+        let is_second = at >= self.slots.len().div_ceil(2);
+        let before = if is_second { self.counts[0][bin] } else { 0 };
+        (bin % 2 == 1).then(|| (self.starts[bin] + before + self.earlier[at]) as usize)
     }
 }
 

@@ -91,19 +91,21 @@ class Numbers:
     def relative(self) -> float | None:
         """The norm of the difference by that of a; None where a is zero and b is not.
 
-        None also where something differs and nothing is a finite float.
+        None also where something differs and nothing is a finite float, or where squares are beyond
+        float64.
         """
         if self.squares == 0:
             return None if self.changed and not self.compared else 0.0
-        return math.sqrt(self.squares / self.squares_of_a) if self.squares_of_a else None
+        return _finite(math.sqrt(self.squares / self.squares_of_a)) if self.squares_of_a else None
 
     @property
     def cosine(self) -> float | None:
-        """The cosine between a and b; None where one of them is zero."""
+        """The cosine between a and b; None where one is zero, or squares are beyond float64."""
         if self.squares == 0:
             return 1.0 if self.squares_of_a else None
         norms = math.sqrt(self.squares_of_a) * math.sqrt(self.squares_of_b)
-        return max(-1.0, min(1.0, self.products / norms)) if norms else None
+        cosine = _finite(self.products / norms) if norms else None
+        return None if cosine is None else max(-1.0, min(1.0, cosine))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what people ask for, as data."""

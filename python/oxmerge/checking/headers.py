@@ -14,7 +14,7 @@ from oxmerge.json_files import read_object
 from oxmerge.models.names import find_layer_counts, is_head, is_vocabulary, side_of
 from oxmerge.models.places import layout_of, size_of
 from oxmerge.models.vocabularies import folder_beside, token_files
-from oxmerge.problems import SHOWN_TENSORS, Problem, without_hint
+from oxmerge.problems import SHOWN_TENSORS, Problem, shorten, without_hint
 from oxmerge.schema import DTYPE_SIZES
 
 TYPE_CHECKING = False
@@ -37,8 +37,8 @@ _LEAST_LAYERS = 4
 _MATRIX = 2
 #: What configs call the width of a model.
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-#: Rows for images that some types of models have beyond their `vocab_size`.
-_MORE_ROWS = {"mllama": 8, "mllama_text_model": 8}
+#: Rows for images and starts that some types of models have beyond their `vocab_size`.
+_MORE_ROWS = {"mllama": 8, "mllama_text_model": 8, "moshi": 1}
 _SPECIAL = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|decoder_start)_token_id")
 
 
@@ -97,7 +97,7 @@ def look_at_vocabulary(model: InputModel, found: Found) -> None:
         said = " or ".join(map(str, vocabularies))
         found.errors.append(_unlike_config(model, embedding, "rows", said, rows))
     # Some have embeddings narrower than their layers; but the config says so.
-    stated = next((str(config[key]) for key in _WIDTHS if key in config), None)
+    stated = next((shorten(repr(config[key])) for key in _WIDTHS if key in config), None)
     if stated is not None and width not in _whole_numbers(config, ""):
         found.errors.append(_unlike_config(model, embedding, "columns", stated, width))
     for key, value in config.items():
@@ -170,13 +170,18 @@ def _look_at_matrices(model: InputModel, tensors: list[TensorInfo], found: Found
     if "qk_nope_head_dim" in numbers:  # latent attention: its keys have no matrix of their own
         each = numbers["qk_nope_head_dim"] + numbers.get("qk_rope_head_dim", 0)
     queries = heads * each
+    # Layers that look at a window may have heads of their own, such as `swa_num_key_value_heads`.
+    dims = {each, *_whole_numbers(config, "head_dim")}
+    of_keys = {"num_key_value_heads": heads} | numbers
+    others = [
+        [count * dim for count in _whole_numbers(of_keys, key) for dim in dims]
+        for key in ("num_attention_heads", "num_key_value_heads")
+    ]
+    keys = of_keys["num_key_value_heads"] * each
     rows: dict[str, tuple[str, list[int | None]]] = {
         # Some have a gate for each number of a head, in the same matrix.
-        "self_attn.q_proj.weight": ("attention heads", [queries, 2 * queries]),
-        "self_attn.k_proj.weight": (
-            "key and value heads",
-            [numbers.get("num_key_value_heads", heads) * each],
-        ),
+        "self_attn.q_proj.weight": ("attention heads", [queries, 2 * queries, *others[0]]),
+        "self_attn.k_proj.weight": ("key and value heads", [keys, *others[1]]),
         "mlp.up_proj.weight": ("`intermediate_size`", [numbers.get("intermediate_size")]),
     }
     places = ((tensor, model.layout.place(tensor.name)) for tensor in tensors)

@@ -227,7 +227,8 @@ class _Weights:
 
     def _look_at_constants(self, found: Found) -> None:
         *_, largest, negated = self._rows.T
-        constant = (self._elements > 1) & (largest == -negated)
+        self._is_constant = largest == -negated
+        constant = (self._elements > 1) & self._is_constant
         is_matrix = np.zeros(len(constant), bool)
         for at in np.flatnonzero(constant):
             shape = self._tensors[at].shape  # more than one row or column
@@ -322,7 +323,8 @@ class _Weights:
         numbers = {at: row for row, at in enumerate(self._at)}
         seen: dict[bytes, tuple[str, dict[str, int]]] = {}
         for name, parts in layers.items():
-            if numbers.keys().isdisjoint(parts.values()):
+            # Layers that nothing has changed since they were begun are alike: norms of ones.
+            if all(self._is_constant[numbers[at]] for at in parts.values() if at in numbers):
                 continue
             first, like = seen.setdefault(self._print(parts, numbers), (name, parts))
             if first != name:

@@ -23,7 +23,7 @@ from oxmerge.arrays.views import numpy_dtype
 from oxmerge.checking.headers import Found, look
 from oxmerge.checking.manifests import read_manifest
 from oxmerge.checking.measuring import BROKEN, Running, open_models, reported
-from oxmerge.errors import OutputError, PlanError, UnsupportedError
+from oxmerge.errors import OutputError, PlanError, ProblemsError, UnsupportedError
 from oxmerge.json_files import NO_FILE, naming, open_at_once
 from oxmerge.merging import merge_stages, prepare
 from oxmerge.models.fetching import fetch
@@ -57,6 +57,8 @@ __all__ = ["Deviation", "Verification", "verify"]
 #: Of the JSON form: it changes when a key goes or means something else.
 SCHEMA = 1
 _HASH_BYTES = 32
+#: Codes of models that are not where they were.
+_GONE = frozenset(("missing-model", "unreachable-model"))
 #: What loaders read beside weights, config and tokenizer, as patterns.
 _READ = (
     "*.py", "generation_config.json", "*processor_config.json", "adapter_config.json",
@@ -299,7 +301,7 @@ class _Work:
                 progress=report,
             )
         for number, (name, _) in enumerate(chosen):
-            digest = hashes[number * _HASH_BYTES :][:_HASH_BYTES]
+            digest = hashes[number * _HASH_BYTES : (number + 1) * _HASH_BYTES]
             expected = manifest.tensors[name].blake3 or b""
             if digest != expected:
                 self.deviations.append(Deviation(name, expected.hex(), digest.hex()))
@@ -468,7 +470,12 @@ class _Work:
             allow_methods=allowed,
             with_side_files=False,
         )
-        plan = prepare(recipe, options)
+        try:
+            plan = prepare(recipe, options)
+        except ProblemsError as error:
+            if manifest is not None and not _GONE.isdisjoint(each.code for each in error.problems):
+                error.add_note("where models have moved, name a recipe that says so: `--recipe`")
+            raise
         if manifest is not None and not plan.stages:
             self._check_plan(plan, manifest)
         model = self._open()

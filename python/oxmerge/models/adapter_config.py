@@ -28,6 +28,8 @@ FILE_NAME = "adapter_config.json"
 _KINDS = ("LORA", "TRAINABLE_TOKENS")
 #: Ways of starting that change the base: the adapter is the difference from what it became.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+#: Ways that do not.
+_KEPT_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 #: Variants that are no sum of products over the base, by the key that turns them on.
 _VARIANTS = {
     "use_bdlora": "BD-LoRA",
@@ -64,6 +66,9 @@ _MOST_PARTS = 32
 _LARGEST = 1e30
 #: Escaped ones too. A question mark behind another repetition is none of its own.
 _REPEATS = re.compile(r"[*+{]|(?<![(*+}])\?")
+#: A repeated group that has a repetition or branches in it takes exponential time. The flag `x` is
+#: refused as it lets blanks stand between a group and its repetition.
+_REPEATED_GROUP = re.compile(r"\)[*+{]|\(\?[A-Za-z-]*x")
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,11 @@ class AdapterConfig:
             return said
         return next((said[name] for name in endings(module) if name in said), None)
 
+    def steps_at_most(self, letters: int) -> int:
+        """Return how many steps all patterns may take for a name of so many letters."""
+        patterns = (*self.rank_pattern, *self.alpha_pattern)
+        return sum(letters ** len(_REPEATS.findall(each.pattern)) for each in patterns)
+
 
 def endings(name: str) -> Iterator[str]:
     """Yield a name, and what is left of it without its first parts, of those that any name has.
@@ -183,6 +193,12 @@ def read_adapter_config(folder: str, findings: Findings) -> AdapterConfig | None
         message = f"the adapter has the key `{shorten(key)}`, which is not known and ignored"
         advice = "check that it changes no weights"
         findings.warnings.append(Problem("unknown-key", message, file=path, advice=advice))
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and not start.lower().startswith((*_CHANGED_BASE, *_KEPT_BASE)):
+        message = "nobody here knows whether the adapter's start has changed its base"
+        advice = "check that the adapter is the difference from the model that you name"
+        found = _shown(start)
+        findings.warnings.append(Problem("adapter", message, file=path, found=found, advice=advice))
     patterns = [_patterns(raw, key, path, findings) for key in ("rank_pattern", "alpha_pattern")]
     if faults or None in patterns:
         return None
@@ -195,6 +211,9 @@ def read_adapter_config(folder: str, findings: Findings) -> AdapterConfig | None
 def _refused(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str]]:
     merged = "merge it with PEFT (`merge_and_unload`), and name the result"
     kind = raw.get("peft_type")
+    if kind is None and "lora_parameters" in raw:
+        yield UNSUPPORTED, "not supported yet: adapters of MLX", None, "fuse it with `mlx_lm.fuse`"
+        return
     if not isinstance(kind, str) or kind.upper() not in _KINDS:
         called = f"`{shorten(str(kind))}`"
         yield UNSUPPORTED, f"not supported yet: adapters of type {called}", None, merged
@@ -245,13 +264,13 @@ def _patterns(
             fault(f"`{key}` has a number for each pattern", number)
         elif _takes_long(pattern):
             advice = (
-                f"a pattern has at most {_MOST_REPEATS} repetitions and {_MOST_GROUPS} groups: "
-                "write several"
+                f"a pattern has at most {_MOST_REPEATS} repetitions and {_MOST_GROUPS} groups, "
+                "and repeats none of them: write several"
             )
             fault(f"`{key}` has a pattern that takes too long to match", pattern, advice)
         else:
             try:
-                compiled[re.compile(rf"(?:.*\.)?(?:{pattern})$")] = number
+                compiled[re.compile(rf"(?:.*\.|)(?:{pattern})$")] = number
             except (re.error, RecursionError, OverflowError):
                 fault(f"`{key}` has a pattern that is no regular expression", pattern)
     return None if len(findings.problems) > faults else compiled
@@ -263,6 +282,7 @@ def _takes_long(pattern: str) -> bool:
         len(pattern) > _LONGEST_PATTERN
         or len(_REPEATS.findall(pattern)) > _MOST_REPEATS
         or pattern.count("(") > _MOST_GROUPS
+        or _REPEATED_GROUP.search(pattern) is not None
     )
 
 

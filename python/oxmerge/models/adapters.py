@@ -65,7 +65,12 @@ _ENDINGS = (
     ("magnitude", re.compile(r"(.*)\.lora_magnitude_vector(?:\.[^.]+)*")),
     ("rows", re.compile(r"(.*?)(?:\.token_adapter)?\.trainable_tokens_delta")),
 )
-_LORA_WORD = re.compile(r"lora_|trainable_tokens|\.hada_|\.lokr_|\.ia3_|\.oft_|\.vera_")
+#: Parts of names of other programs' LoRAs.
+_FOREIGN = {
+    ".lora_down.": "kohya's", ".lora_up.": "kohya's", ".lora.down.": "diffusers'",
+    ".lora.up.": "diffusers'",
+}  # fmt: skip
+_LORA_WORD = re.compile(r"lora_|\.lora\.|trainable_tokens|\.hada_|\.lokr_|\.ia3_|\.oft_|\.vera_")
 _SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 #: Parameters of experts in the order in which modules declare them: PEFT wraps the first first.
 _DECLARED = ("gate_up_proj", "up_proj", "down_proj")
@@ -85,15 +90,17 @@ _TABLE, _STACK = 2, 3
 #: Types of models whose linear layers store what others store transposed, and whose experts do.
 _TRANSPOSED = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 _TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
-#: What PEFT calls the output of torch's own attention, and transformers the head of Whisper.
+#: What PEFT calls the output of torch's own attention.
 _IN_ATTENTION = ".base_layer.out_proj"
+#: Heads that no other model's are called like: of Whisper, and of DistilBERT.
 _WHISPER_HEAD = "proj_out.weight"
+_OTHER_HEADS = (_WHISPER_HEAD, "vocab_projector.weight")
 #: How architectures end that have the head of a language model.
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 #: What modules of experts are called in transformers 4, and 5.
 _EXPERT_NAMES = (".block_sparse_moe.", ".mlp.")
-#: Names without a tensor of which those alike are looked for; patterns times modules.
-_COMPARED, _MOST_MATCHES = 5, 10_000_000
+#: Names without a tensor of which those alike are looked for; steps of matching patterns.
+_COMPARED, _MOST_STEPS = 5, 5_000_000_000
 _ANEW = "save the adapter anew"
 _WITH_PEFT = "merge it with PEFT (`merge_and_unload`), and name the result"
 _APART = "merge one, and put the other on the result"
@@ -187,7 +194,13 @@ def open_adapter(located: Located, findings: Findings) -> Adapter | None:
     )
     file = next(there, files[0])
     try:
-        return Adapter(located.path, config, open_located(replace(located, path=file)))
+        checkpoint = open_located(replace(located, path=file))
+        longest = max(map(len, checkpoint.names()), default=0)
+        if len(checkpoint) * config.steps_at_most(longest) <= _MOST_STEPS:
+            return Adapter(located.path, config, checkpoint)
+        message = "the adapter's patterns take too long to match with its modules"
+        advice = f"write fewer, or with fewer repetitions; or {_WITH_PEFT}"
+        findings.problems.append(Problem("adapter", message, file=config.path, advice=advice))
     except OxmergeError as error:
         findings.problems.append(error.as_problem())
     except OSError as error:
@@ -286,7 +299,7 @@ class _Adapting:
 
     def tied_to(self, name: str) -> str | None:
         """Return what a head's weight or bias of this name is tied to, if the model has no head."""
-        if not self.is_tied or name in self.known or not (is_head(name) or name == _WHISPER_HEAD):
+        if not self.is_tied or name in self.known or not (is_head(name) or name in _OTHER_HEADS):
             return None
         if name.endswith(".bias"):  # in BERT and its kind, that of the module around
             around = name.rsplit(".", 2)[0] + ".bias"
@@ -309,6 +322,11 @@ class _Adapting:
         lead = "language_model." if table.startswith("language_model.model.") else ""
         name = f"{lead}lm_head.weight" if first[:7] != "Whisper" else _WHISPER_HEAD
         return name if self.tied_to(name) == table else None
+
+    def part_from_head(self, table: str) -> None:
+        """Give the model a head of its own, if it has one that is tied to a table."""
+        if (head := self.head_of(table)) is not None:
+            self.untie(head)
 
     def change(self, name: str, columns: int) -> _Change | None:
         """Return what becomes of a tensor, to add to; None if adapters see it in other rows."""
@@ -401,16 +419,12 @@ class _OneAdapter:
         """Sort the tensors, find what they are for, and add what they do."""
         for tensor in self.adapter.checkpoint.tensors:
             self._sort(tensor)
-        patterns = len(self.config.rank_pattern) + len(self.config.alpha_pattern)
-        if patterns * len(self.modules) > _MOST_MATCHES:
-            first = self.adapter.checkpoint.tensor(0)
-            message = "the adapter's patterns take too long to match with its modules"
-            self._fault(message, first, f"at most {_MOST_MATCHES} pairs", advice=_WITH_PEFT)
-            return
         stacked = self._stacked()
         wanted = [*self.whole, *(self._weight_of(module) for module in self.modules.values())]
         wanted += [f"{path}.{target}" for path, target, _ in stacked]
         self._find_names(wanted)
+        # PEFT ties what it calls `embed_tokens`, and writes the head too; others it leaves apart.
+        self.is_tying &= any(self.job.tied_to(self.name_of(name)) for name in wanted)
         self.there = {self.name_of(name) for name in self.whole}
         for name, tensor in self.whole.items():
             if not self._is_alias(self.name_of(name)):
@@ -446,10 +460,17 @@ class _OneAdapter:
                 self._fault("two tensors of the adapter are for the same", tensor)
             module.tensors[kind] = tensor
         elif _LORA_WORD.search(name):
+            whose = next((_FOREIGN[part] for part in _FOREIGN if part in name), None)
             message = "a tensor of the adapter is of a kind that is not known"
-            self._fault(message, tensor, advice=_WITH_PEFT)
+            seen = None if whose is None else f"a name of {whose} format"
+            self._fault(message, tensor, "one that PEFT saves", seen, _WITH_PEFT)
         else:
-            self.whole[name.replace(".base_layer.", ".")] = tensor
+            name = name.replace(".base_layer.", ".")
+            # PEFT writes a saved module's bias by both of its names, with `bias="all"`.
+            pair = (tensor, self.whole.get(name, tensor))
+            if pair[1] is not tensor and not any(_SAVED.search(each.name) for each in pair):
+                self._fault("two tensors of the adapter are for the same", tensor)
+            self.whole[name] = tensor
 
     def _stacked(self) -> list[tuple[str, str, _Module]]:
         """Take out modules whose parameters are adapted themselves: path, parameter, tensors."""
@@ -599,7 +620,12 @@ class _OneAdapter:
         name = self.name_of(name)
         job, shape = self.job, tuple(tensor.shape)
         if not job.is_known(name):
-            return  # which is reported
+            if self._pieces(name):  # else it is reported
+                message = (
+                    "not supported yet: experts that are saved, and that the model has otherwise"
+                )
+                self._fault(message, tensor, advice=_WITH_PEFT, code=UNSUPPORTED)
+            return
         # What is beside a pair is the model's own, of which PEFT keeps a copy: it has no weight.
         is_copy = ".base_layer." in tensor.name
         if self.weight != 1 and not is_copy:
@@ -631,7 +657,7 @@ class _OneAdapter:
         job.untie(name)
         # A table that is saved alone was trained apart from its head, which stayed as it was.
         if shape == was and not is_copy and not self.is_tying:
-            job.untie(job.head_of(name) or name)
+            job.part_from_head(name)
         if is_vocabulary(name) and (shape != was or not is_copy):
             job.tokens = self.number
         job.replaced[name] = (self.number, tensor.name)
@@ -720,7 +746,7 @@ class _OneAdapter:
             self._fault(message, a, expected, found, _SAME_BASE)
             return
         if len(shape) > _TABLE and shape[1] == 1 < shape[0]:
-            message = "not supported yet: a LoRA on a convolution in groups"
+            message = "not supported yet: a LoRA on a convolution of one channel, or in groups"
             self._fault(message, a, advice=_WITH_PEFT, code=UNSUPPORTED)
             return
         is_embedding = "embedding A" in module.tensors
@@ -728,6 +754,9 @@ class _OneAdapter:
         change = self._change(whole, width, a)
         if change is None:
             return
+        if is_embedding and not self.is_tying:
+            # The head sees the embedding as it was, in training.
+            self.job.part_from_head(whole)
         given_a, given_b = (self.number, a.name), (self.number, b.name)
         left, right = (given_b, 0, rank, 1), (given_a, 0, 1, width)
         if is_crossed:
@@ -843,9 +872,13 @@ class _OneAdapter:
             self._fault(message, tensor, "weight 1", f"{self.weight:g}", "give it the weight 1")
             return
         self.job.tokens = self.number
-        change = self._change(name, shape[1], tensor)
-        if change is not None:
-            change.rows = ((self.number, tensor.name), sorted(zip(indices, range(len(indices)))))  # noqa: B905
+        rows = sorted(zip(indices, range(len(indices)), strict=True))
+        # A head that was tied when the rows were trained has them too.
+        heads = [head for head in self.job.copied if head == self.job.head_of(name)]
+        for each in (name, *heads):
+            change = self._change(each, shape[1], tensor)
+            if change is not None:
+                change.rows = ((self.number, tensor.name), rows)
 
     # Stacked experts.
 

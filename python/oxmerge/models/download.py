@@ -18,7 +18,8 @@ import time
 from typing import Any
 
 _CHUNK = 4 << 20
-_ATTEMPTS, _FIRST_WAIT = 6, 0.1
+#: How often a server is asked for a file that does not answer: for half a minute.
+_ATTEMPTS, _FIRST_WAIT, _LONGEST_WAIT = 9, 0.2, 8.0
 _SHA256_LETTERS = 64
 
 
@@ -82,7 +83,7 @@ def _fetch(job: dict[str, Any], file: dict[str, Any]) -> str:
             attempt += 1
             if attempt == _ATTEMPTS or "TransportError" not in describe(error)["kinds"]:
                 raise
-            time.sleep(_FIRST_WAIT * 2**attempt)
+            time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
         else:
             return path
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from glob import escape
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from oxmerge.errors import InputChangedError, RemoteError
 from oxmerge.models.download import describe, stay_within
@@ -53,6 +54,7 @@ _AT_ONCE = 8
 MOST_SMALL = 256 << 20
 _SECONDS = 30.0
 _ENDPOINT = "https://huggingface.co"
+_PORTS = {"https": 443, "http": 80}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -182,8 +184,17 @@ def _locate(commit: Commit, name: str, size: int, etag: str) -> tuple[str, dict[
             )
     address: str = found.location
     # A token is for the Hub, and not for the store that it sends its readers to.
-    is_here = address.startswith(f"{endpoint()}/")
-    return address, build_hf_headers() if is_here else {}
+    return address, build_hf_headers() if _is_here(address) else {}
+
+
+def _is_here(address: str) -> bool:
+    """Tell whether an address is of the Hub's own server, however either is written."""
+    return is_server(address) and _origin(address) == _origin(endpoint())
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme)
 
 
 def fetch_small(commit: Commit, names: Iterable[str], revision: str | None) -> None:

@@ -27,18 +27,25 @@ __all__ = ["known_rules", "named_as"]
 
 #: What a tensor is called here, and what there. The first pair of a row that is for a name counts.
 _CONVERSIONS = (
-    # Vision-language models of LLaVA's kind: transformers 4, and 5.
+    # Models of LLaVA's kind, of images or sound and text: transformers 4, and 5.
     (
         ("language_model.model.*", "model.language_model.*"),
         ("language_model.lm_head.*", "lm_head.*"),
         ("vision_tower.*", "model.vision_tower.*"),
         ("vision_model.*", "model.vision_model.*"),
+        ("vision_embed_tokens.*", "model.vision_embed_tokens.*"),
+        ("image_tower.*", "model.image_tower.*"),
+        ("video_tower.*", "model.video_tower.*"),
+        ("audio_tower.*", "model.audio_tower.*"),
+        ("encoder.*", "model.encoder.*"),
+        ("projector.*", "model.projector.*"),
         ("multi_modal_projector.*", "model.multi_modal_projector.*"),
         ("image_newline", "model.image_newline"),
     ),
     # Qwen2-VL and its kind: transformers 4, and 5.
     (
         ("visual.*", "model.visual.*"),
+        ("audio_tower.*", "model.audio_tower.*"),
         ("model.*", "model.language_model.*"),
     ),
     # The text model of a vision-language model: alone, and within, in transformers 5 and 4.
@@ -51,6 +58,28 @@ _CONVERSIONS = (
         ("*.experts.gate_up_proj", "*.input_linear.weight"),
         ("*.experts.down_proj", "*.output_linear.weight"),
         ("*.router.weight", "*.router.layer.weight"),
+    ),
+    # Phi-3.5-MoE, and GPT-NeoX: files and transformers 4, and modules in transformers 5.
+    (
+        ("*.block_sparse_moe.gate.weight", "*.mlp.router.weight"),
+        ("*.block_sparse_moe.*", "*.mlp.*"),
+    ),
+    (("embed_out.*", "lm_head.*"),),
+    # ViT and its kind, and DINOv2: files and transformers 4, and modules in transformers 5.
+    (
+        ("*encoder.layer.*.attention.attention.query.*", "*layers.*.attention.q_proj.*"),
+        ("*encoder.layer.*.attention.attention.key.*", "*layers.*.attention.k_proj.*"),
+        ("*encoder.layer.*.attention.attention.value.*", "*layers.*.attention.v_proj.*"),
+        ("*encoder.layer.*.attention.output.dense.*", "*layers.*.attention.o_proj.*"),
+        ("*encoder.layer.*.intermediate.dense.*", "*layers.*.mlp.fc1.*"),
+        ("*encoder.layer.*.output.dense.*", "*layers.*.mlp.fc2.*"),
+        ("*encoder.layer.*", "*layers.*"),
+    ),
+    (
+        ("*.attention.attention.query.*", "*.attention.q_proj.*"),
+        ("*.attention.attention.key.*", "*.attention.k_proj.*"),
+        ("*.attention.attention.value.*", "*.attention.v_proj.*"),
+        ("*.attention.output.dense.*", "*.attention.o_proj.*"),
     ),
     # Normalisation in BERT's first releases, and since.
     (("*LayerNorm.gamma", "*LayerNorm.weight"), ("*LayerNorm.beta", "*LayerNorm.bias")),

@@ -53,7 +53,7 @@ _NUMBER = re.compile(r"-?(?:\d{1,9}\.?\d{0,17}|\.\d{1,17})(?:e-?\d{1,2})?")
 #: What people copy from a browser.
 _PAGE = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/(?P<name>[^/?#]+/[^/?#]+)"
-    r"(?:/(?:tree|blob)/(?P<revision>[^/?#]+)(?:/(?P<inside>[^?#]+))?)?/?(?:[?#].*)?"
+    r"(?:/(?:tree|blob|resolve|raw|commit)/(?P<revision>[^/?#]+)(?:/(?P<inside>[^?#]+))?)?/?(?:[?#].*)?"
 )
 _NAME_ONE = "name the folder of a model, or a safetensors file"
 #: Files of a model that a message shows.
@@ -406,6 +406,15 @@ def _at_hub(commit: Commit, named: HubName, revision: str | None) -> Located:
             file=commit.label_of(""),
             found=", ".join(f"`{name}`" for name in sorted(listed)[:_SHOWN]) or None,
             advice="name a folder or a file that it has",
+        )
+    weights = [name for name in in_folder if name.endswith(stores.WEIGHTS)]
+    if weights and not any("/" not in name.removeprefix(prefix) for name in weights):
+        folders = sorted({name.rpartition("/")[0] for name in weights})
+        raise RemoteError(
+            f"`{named}` has weights only in folders",
+            file=commit.label_of(inside),
+            found=", ".join(f"`{folder}`" for folder in folders[:_SHOWN]),
+            advice=f"name one of them: `{named}/{folders[0]}`",
         )
     planned = [name for name in in_folder if _is_planned(name, prefix)]
     hub.fetch_small(commit, planned, revision)

@@ -45,11 +45,14 @@ _KEPT = 8
 _PIECE = 1 << 20
 #: How often a server may name another address.
 _REDIRECTS = 5
-#: Statuses that another attempt may mend.
-_PASSING = frozenset((408, 425, 429, 500, 502, 503, 504))
+#: The status of those who ask too often, and statuses that another attempt may mend.
+_LIMITED = 429
+_PASSING = frozenset((408, 425, _LIMITED, 500, 502, 503, 504))
 #: Statuses of a signed address that is no longer taken.
 _EXPIRED = frozenset((400, 401, 403, 404, 410))
 _NETWORK = "check the network, and start again: what is complete is kept"
+#: How long to wait, as `Retry-After` says it, and as `RateLimit` does: `"api";r=0;t=55`.
+_SECONDS_TOLD = re.compile(r"(?:^|;\s*t=)(\d{1,6})(?=$|;)")
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 
 
@@ -259,14 +262,16 @@ def _of_status(status: int, phrase: str | None, headers: Mapping[str, str]) -> _
         return _Failure(
             "the whole file instead of a range",
             passes=False,
-            advice="the server, or a proxy before it, sends no ranges: download the model elsewise",
+            advice="the server, or a proxy before it, sends no ranges: download the model instead",
         )
     if status not in _PASSING:
         return _Failure(reason, passes=False, advice="check the name, the token and its rights")
-    after = headers.get("Retry-After", "")
-    seconds = float(after) if re.fullmatch(r"\d{1,6}", after) else None
+    # Other answers tell by `RateLimit` what is left.
+    limit = headers.get("RateLimit", "") if status == _LIMITED else ""
+    after = _SECONDS_TOLD.search(headers.get("Retry-After") or limit)
+    seconds = float(after[1]) if after else None
     is_soon = seconds is None or seconds <= _LONGEST_ASKED
-    if status == 429:  # noqa: PLR2004 - too many requests
+    if status == _LIMITED:
         advice = "the server limits how often it may be asked: wait some minutes, or sign in"
         return _Failure(reason, passes=is_soon, after=seconds, advice=advice)
     return _Failure(reason, passes=is_soon, after=seconds)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from oxmerge.models.remote import RemoteFile
 
 __all__ = [
+    "WEIGHTS",
     "StoredModel",
     "fetch_adapter",
     "fetch_small",
@@ -77,7 +78,7 @@ _WEIGHTS = (
     "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
 #: How the names of files of weights end.
-_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 #: Files that a model on a web server may have beside its weights.
 _BESIDE = (
     *TOKENIZER_FILES, "config.json", "adapter_config.json", "generation_config.json", "README.md",
@@ -211,11 +212,11 @@ def find_model(address: str) -> StoredModel:
             advice="name it without, with credentials in the environment",
         )
     whole = address.rstrip("/")
-    is_file = whole.endswith((*_ENDS, ".index.json"))
+    is_file = whole.endswith((*WEIGHTS, ".index.json"))
     folder, inside = whole.rsplit("/", 1) if is_file else (whole, "")
     find = _listed_or_asked_for if parts.scheme in _LISTING else _asked_for
     files = {name: file for name, file in find(folder, inside).items() if _is_within(name)}
-    if not any(name.endswith(_ENDS) for name in files):
+    if not any(name.endswith(WEIGHTS) for name in files):
         raise RemoteError(
             "there is no model, neither in safetensors nor in files of torch",
             file=address,

@@ -51,12 +51,15 @@ class Metadata:
         Further words.
     base_models : tuple of str
         What it was made from.
+    relation : str
+        What it is to them.
     """
 
     library_name: str | None = None
     pipeline_tag: str | None = None
     tags: tuple[str, ...] = ()
     base_models: tuple[str, ...] = ()
+    relation: str = "merge"
 
 
 def read_metadata(folder: str | os.PathLike[str]) -> Metadata:
@@ -189,7 +192,7 @@ def _front_matter(hub_names: Iterable[str | None], metadata: Metadata) -> str:
     names = list(dict.fromkeys(filter(None, hub_names)))
     values = {
         "base_model": names,
-        "base_model_relation": "merge" if names else None,
+        "base_model_relation": metadata.relation if names else None,
         "library_name": metadata.library_name or "transformers",
         "pipeline_tag": metadata.pipeline_tag,
         "tags": list(dict.fromkeys((*metadata.tags, "merge", "oxmerge"))),

@@ -199,7 +199,11 @@ def locked_file(name: str, folder: int) -> Iterator[bool]:
     lock a file that is open for writing.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(name, flags, 0o666, dir_fd=folder)
+    try:
+        descriptor = os.open(name, flags, 0o666, dir_fd=folder)
+    except OSError as error:  # which has no path of what is open
+        error.filename = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), name)
+        raise
     try:
         yield try_lock(descriptor)
     finally:

@@ -264,7 +264,8 @@ class Assembler:
         if len(found) < len(columns):
             return False
         self._compare(target, like, found)
-        if shapes and list(like.shape) not in shapes:
+        first = 1 if self._is_by_token(like) else 0  # of which models have numbers of their own
+        if shapes and like.shape[first:] not in [tuple(shape[first:]) for shape in shapes]:
             self._report_unlike_layers(target, like, shapes)
         if is_twice:
             message = "two tensors of the output would have this name"
@@ -339,7 +340,7 @@ class Assembler:
     def _compare(self, target: Target, like: TensorInfo, found: Found) -> None:
         expected = tuple(like.shape)
         for model, tensor in found:
-            if self._alignment is not None and like.name in self._alignment.names:
+            if self._alignment is not None and self._is_by_token(like):
                 # Rows are taken by token: each model has its own number of them.
                 expected = (self._alignment.rows_of[model.index], *like.shape[1:])
                 self._check_vocabulary(model, tensor)
@@ -349,6 +350,10 @@ class Assembler:
                 self._check_types(target, model, tensor, like)
             if not is_float(tensor.dtype):
                 self._check_quantised(model, tensor, len(found))
+
+    def _is_by_token(self, like: TensorInfo) -> bool:
+        """Tell whether the rows of a tensor are taken by token."""
+        return self._alignment is not None and like.name in self._alignment.names
 
     def _check_vocabulary(self, model: InputModel, tensor: TensorInfo) -> None:
         if is_float(tensor.dtype) and 0 not in tensor.shape:
@@ -454,6 +459,6 @@ class Assembler:
                 tensor=like.name,
                 expected=" or ".join(sorted(map(str, shapes))),
                 found=str(list(like.shape)),
-                advice=_SAME_SIZE,
+                advice=self._shape_advice(model, like, tuple(shapes[0])),
             )
         )

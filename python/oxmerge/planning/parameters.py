@@ -48,7 +48,7 @@ KINDS = {
 _NEUTRAL: dict[str, Scalar] = {"float": 1.0, "int": 1, "bool": True}
 _NUMBER = re.compile(r"[-\u2212]?(?:\d+(?:\.\d*)?|\.\d+)", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"(-?\d+),(\d+)", re.ASCII)
-_COMMENT = re.compile(rf"({_NUMBER.pattern})\s*(#|//|;)", re.ASCII)
+_COMMENT = re.compile(rf"({_NUMBER.pattern})\s*(#|//)", re.ASCII)
 _SEVERAL = re.compile(rf"[\s\[(]*{_NUMBER.pattern}(?:[\s,;]+{_NUMBER.pattern})+[\s\])]*", re.ASCII)
 #: Codes of what is told of keys when a recipe is read.
 _FAULTS = frozenset(("unknown-key", "wrong-value"))
@@ -156,8 +156,8 @@ def _meant(text: str) -> str | None:
         return f"did you mean `[{numbers}]`?"
     if comment := _COMMENT.match(text):
         return f"did you mean `{_signed(comment[1])}`? comments begin with ` #`"
-    if number is not None and number.end() == len(text):
-        return f"did you mean `{_signed(text)}`?"
+    if number is not None and text[number.end() :].strip() in {"", ",", ";"}:
+        return f"did you mean `{_signed(number[0])}`?"
     return None
 
 

@@ -69,6 +69,11 @@ _OTHER_TOOLS = (
         "run the search there, and merge the recipe that it finds here",
     ),
     (
+        {"layer_slices"},
+        "for `bakllama`, which stacks layers",
+        "write `slices: [{sources: [{model: path, layer_range: [0, 8]}]}]` for them",
+    ),
+    (
         {"datasets", "base_model"},
         "for training",
         "train with it, and merge the models that come of it",

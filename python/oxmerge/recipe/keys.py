@@ -69,6 +69,9 @@ _NEVER_ACTS = {
     **IDLE_PARAMETERS,
     # Options of mergekit's command line, which does not read them here either.
     "random_seed": "pass `--seed`",
+    "seed": "pass `--seed`",
+    "device": "pass `--device`",
+    "num_threads": "pass `--threads`",
     "out_shard_size": "pass `--shard-size`",
     "allow_crimes": "pass `--allow-mismatch`",
     "copy_tokenizer": "the donor's tokenizer is copied",
@@ -79,7 +82,15 @@ _NEVER_ACTS = {
     "write_model_card": "a model card is written",
     # Where notebooks and scripts around mergekit keep what they pass to it.
     **dict.fromkeys(
-        ("output", "output_dir", "output_path", "out_path", "model_name"),
+        (
+            "output",
+            "output_dir",
+            "output_path",
+            "out_path",
+            "save_path",
+            "output_model",
+            "model_name",
+        ),
         "the command names the output: `oxmerge merge recipe.yml merged/`",
     ),
 }
@@ -154,8 +165,13 @@ class KeyReader:
     ) -> None:
         """Check each key that is not read."""
         for key in raw:
-            if key not in known and not _is_shared(key, raw, known):
+            if key in known:
+                continue
+            if not _is_own(key, raw, known):
                 self.check_key(key, at_key(place, raw, key), known)
+            elif not getattr(raw, "own", {})[key]:
+                message = f"no alias refers to what stands under `{show_key(key)}`"
+                self.no_effect(at_key(place, raw, key), message, "take it out")
 
     def check_key(self, key: object, place: Place, known: frozenset[str]) -> None:
         """Sort a key that is not read here: without effect, or unknown."""
@@ -197,12 +213,12 @@ def without_effect(key: object) -> tuple[str, str] | None:
     return None
 
 
-def _is_shared(key: object, raw: Mapping[str, object], known: frozenset[str]) -> bool:
-    """Tell whether a key is the recipe's own: others refer to what stands there, by aliases.
+def _is_own(key: object, raw: Mapping[str, object], known: frozenset[str]) -> bool:
+    """Tell whether a key is the recipe's own: what stands there is for aliases to refer to.
 
     It is not if it looks like a slip for one that is missing.
     """
-    if key not in getattr(raw, "shared", ()):
+    if key not in getattr(raw, "own", {}):
         return False
     from difflib import get_close_matches  # noqa: PLC0415 - few recipes need it
 

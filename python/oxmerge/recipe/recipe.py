@@ -7,12 +7,14 @@ comes out of that.
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from oxmerge.errors import RecipeError
 from oxmerge.problems import Findings, Place, Problem
+from oxmerge.recipe.extent import MOST_VALUES, TooMuch, check_extent
 from oxmerge.schema import DTYPE_NAMES
 
 TYPE_CHECKING = False
@@ -394,7 +396,7 @@ class Recipe:
         """
         from oxmerge.recipe.dialect import read_recipe  # noqa: PLC0415 - it needs this module
 
-        _check_extent(mapping)
+        mapping = _plain_mapping(mapping)
         findings = Findings(ignore_unknown=ignore_unknown)
         text = as_json(mapping) if text is None else text
         return sound(read_recipe(mapping, findings, text=text, folder=folder), findings)
@@ -453,7 +455,7 @@ class Recipe:
         from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
         if isinstance(source, Mapping):
-            _check_extent(source)
+            source = _plain_mapping(source)
             return read_recipe(source, findings, text=as_json(source))
         text, path = _text_of(source)
         documents = parse_documents(text, path, findings)
@@ -469,7 +471,8 @@ class Recipe:
         Parameters and errors are those of `from_yaml`, but only the YAML is checked.
         """
         if isinstance(source, Mapping):
-            return [dict(source)], as_json(source), None
+            source = _plain_mapping(source)
+            return [source], as_json(source), None
         from oxmerge.recipe.yaml_text import parse_documents  # noqa: PLC0415 - it needs PyYAML
 
         if isinstance(source, Recipe):
@@ -512,14 +515,35 @@ def sound(recipe: Recipe, findings: Findings) -> Recipe:
     return recipe
 
 
-def _check_extent(mapping: Mapping[str, object]) -> None:
-    from oxmerge.recipe.extent import TooMuch, check_extent  # noqa: PLC0415 - as the others
+def _plain_mapping(mapping: Mapping[str, object]) -> dict[str, object]:
+    """Return a recipe that was made in Python with values as YAML has them.
 
+    Numbers and arrays of NumPy and torch become numbers and lists, and types their names.
+    """
     try:
         check_extent(mapping, _parts)
+        plain: dict[str, object] = _plain(mapping)  # type: ignore[assignment]
+        check_extent(plain, _parts)
     except TooMuch as error:
         problem = Problem("not-a-recipe", str(error), advice=error.advice)
         raise RecipeError("cannot use the recipe", problems=[problem]) from None
+    return plain
+
+
+def _plain(value: object) -> object:
+    """Return a value as YAML has it; one that is no part of a recipe as it is."""
+    kind = value if isinstance(value, type) else type(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if kind is value or kind.__name__.lower().endswith("dtype"):
+        return kind.__name__ if kind.__module__ in ("numpy", "ml_dtypes") else str(value)
+    shape = getattr(value, "shape", None)
+    is_array = isinstance(shape, tuple) and hasattr(value, "tolist")
+    if is_array and math.prod(shape) <= MOST_VALUES:  # type: ignore[arg-type]
+        return value.tolist()  # type: ignore[attr-defined]
+    return value
 
 
 def _parts(value: object) -> Iterable[object] | None:

@@ -182,9 +182,13 @@ class ValueReader(KeyReader):
         key = ""
         for name, value in values.items():
             where = at_key(place, values, name)
-            if value is None and not isinstance(
-                name, str
-            ):  # YAML reads `{t: 0,5}` as `{t: 0, 5: null}`
+            begins, colon, _ = name.partition(":") if isinstance(name, str) else ("", "", "")
+            if value is None and begins and colon:  # as `{t:0.5}`
+                message = f"`{show_key(name)}` has no space behind its colon"
+                self.fault(where, message, advice="write `key: value`")
+                settings[begins] = Setting(where, (_UNREAD_CHOICE,))
+            elif value is None and not isinstance(name, str):
+                # YAML reads `{t: 0,5}` as `{t: 0, 5: null}`
                 advice = "decimals have a point, not a comma"
                 self.fault(where, f"`{name}` stands alone here", advice=advice)
                 if key in settings:  # of which it is the rest

@@ -44,6 +44,11 @@ _TOLD = {
         "use single quotes",
     ),
     "scanning an anchor": ("`&` at the beginning of a value gives it a name", _QUOTES),
+    "scanning a block scalar": (
+        "`|` or `>` at the beginning of a value begins a longer text",
+        _QUOTES,
+    ),
+    "scanning a directive": ("`%` at the beginning of a line begins a directive", _QUOTES),
     "constructor for the tag": ("recipes have no tags", "take out what begins with `!`"),
     "unhashable": ("a list or a mapping stands where a key is", "write `key: value`"),
     "for merging": ("`<<` takes a mapping, or a list of such", "write `<<: *name`, say"),

@@ -19,7 +19,7 @@ from oxmerge.recipe.yaml_faults import explain_fault, explain_slip, explain_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
     from typing import Any
 
     from yaml import SafeLoader
@@ -45,16 +45,16 @@ class MarkedMapping(dict[str, object]):
     ----------
     marks : dict
         Line and column, from 1, by key.
-    shared : frozenset
-        Keys of a document under which something stands that other places refer to by an alias.
+    own : dict
+        Keys of a document under which anchors stand, and whether aliases elsewhere refer to them.
     """
 
-    __slots__ = ("marks", "shared")
+    __slots__ = ("marks", "own")
 
     def __init__(self) -> None:
         super().__init__()
         self.marks: dict[str, tuple[int, int]] = {}
-        self.shared: frozenset[object] = frozenset()
+        self.own: dict[str, bool] = {}
 
 
 class MarkedList(list[object]):
@@ -121,19 +121,16 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
 
     documents: list[object] = []
     try:
+        anchors: list[int] = []
         aliases: list[tuple[int, int]] = []
-        shared: set[str] = set()
-        loader = _loader_class(findings.problems, aliases, shared, path)(text)
+        loader = _loader_class(findings.problems, anchors, aliases, path)(text)
         while loader.check_node():
-            node = loader.get_node()
+            node: Any = loader.get_node()
             check_extent(node, _parts)
-            shared.update(_shared_keys(node, aliases))
-            document = loader.construct_document(node)
-            if isinstance(document, MarkedMapping):
-                document.shared = frozenset(shared)
-            documents.append(document)
+            node.own = _own_keys(node, anchors, aliases)
+            documents.append(loader.construct_document(node))
+            anchors.clear()
             aliases.clear()
-            shared.clear()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _unreadable([_syntax_problem(error, text, path)]) from error
     mappings = [document for document in documents if isinstance(document, MarkedMapping)]
@@ -142,27 +139,35 @@ def parse_documents(text: str, path: str | None, findings: Findings) -> list[Mar
         found = _kind(others[0]) if others else "nothing"
         message = "a recipe is a mapping of keys to values"
         advice = "write `merge_method: linear`, say"
-        told = explain_text(others[0]) if others and isinstance(others[0], str) else None
-        if told is not None:
-            found, advice = f"text, and {told[0]}", told[1]
+        if others and isinstance(others[0], str):
+            found = f"text, `{shorten(others[0], 60)}`"
+            message, advice = explain_text(others[0]) or (message, advice)
         place = None if path is None else Place(file=path)
         raise _unreadable([Problem("not-a-recipe", message, place, found=found, advice=advice)])
     return mappings
 
 
-def _shared_keys(node: Any, aliases: list[tuple[int, int]]) -> frozenset[str]:  # noqa: ANN401
-    """Return the keys of a document under which something stands that others refer to."""
+def _own_keys(node: Any, anchors: list[int], aliases: list[tuple[int, int]]) -> dict[str, bool]:  # noqa: ANN401
+    """Return the keys of a document under which anchors stand, and whether others refer to them.
+
+    `anchors` has their places in the text, `aliases` those of what each refers to, and their own.
+    """
     keys = [key for key, _ in node.value] if getattr(node, "id", None) == "mapping" else []
     starts = [key.start_mark.index for key in keys]
-    under = (tuple(bisect_right(starts, at) - 1 for at in places) for places in aliases)
-    return frozenset(str(keys[at].value) for at, used in under if at not in (-1, used))
+
+    def under(place: int) -> int:
+        return bisect_right(starts, place) - 1
+
+    referred = {under(at) for at, used in aliases if under(at) != under(used)}
+    held = (under(at) for at in anchors if under(at) >= 0)  # but for one of the document itself
+    return {str(keys[at].value): at in referred for at in sorted(held, key=referred.__contains__)}
 
 
 def _kind(value: object) -> str:
     """Return what a value is, in words."""
     if isinstance(value, list):
         return "a list"
-    return "text" if isinstance(value, str) else "a number or a truth value"
+    return "a number or a truth value"
 
 
 def _unreadable(problems: list[Problem]) -> ProblemsError:
@@ -206,13 +211,13 @@ def _at(mark: Any, path: str | None) -> Place:  # noqa: ANN401 - PyYAML has no t
 
 def _loader_class(
     duplicates: list[Problem],
+    anchors: list[int],
     aliases: list[tuple[int, int]],
-    shared: set[str],
     path: str | None,
 ) -> type[SafeLoader]:
-    """Return a loader that appends what is written twice to `duplicates`, but for `shared` keys.
+    """Return a loader that appends what is written twice to `duplicates`.
 
-    `aliases` gets, for each alias, the place in the text of what it refers to, and its own.
+    `anchors` and `aliases` get what `_own_keys` takes.
     """
     from yaml import SafeLoader  # noqa: PLC0415 - see parse_yaml
     from yaml.composer import ComposerError  # noqa: PLC0415
@@ -230,15 +235,19 @@ def _loader_class(
                 message = f"more than {MOST_VALUES} values"
                 raise ComposerError(None, None, message, self.get_mark())
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            is_alias = isinstance(event, AliasEvent)
+            is_alias, place = isinstance(event, AliasEvent), event.start_mark.index
             node: Any = super().compose_node(parent, index)
             if is_alias:
-                aliases.append((node.start_mark.index, event.start_mark.index))
+                aliases.append((node.start_mark.index, place))
+            elif event.anchor is not None:
+                anchors.append(place)
             return node
 
     def construct(loader: SafeLoader, node: MappingNode) -> object:
-        duplicates.extend(_duplicates(node, path, shared))
+        own: dict[str, bool] = getattr(node, "own", {})
+        duplicates.extend(_duplicates(node, path, own))
         mapping = MarkedMapping()
+        mapping.own = own
         yield mapping
         _fill(loader, node, mapping)
 
@@ -273,7 +282,7 @@ def _position(node: Any) -> tuple[int, int]:  # noqa: ANN401 - PyYAML has no typ
     return node.start_mark.line + 1, node.start_mark.column + 1
 
 
-def _duplicates(node: MappingNode, path: str | None, shared: set[str]) -> list[Problem]:
+def _duplicates(node: MappingNode, path: str | None, own: Container[str]) -> list[Problem]:
     """Return the keys that are written twice.
 
     A key of one's own may be: each of its values is for aliases, whatever it is called.
@@ -282,7 +291,7 @@ def _duplicates(node: MappingNode, path: str | None, shared: set[str]) -> list[P
     problems = []
     for key_node, _ in node.value:
         key, line = str(getattr(key_node, "value", "")), key_node.start_mark.line + 1
-        is_own = key == "<<" or (key in shared and without_effect(key) is None)
+        is_own = key == "<<" or (key in own and without_effect(key) is None)
         if key in first_lines and not is_own and not explain_slip(key):  # which is told of a key
             text = f"`{shorten(key)}` is written twice, first on line {first_lines[key]}"
             advice = "leave one of them out"

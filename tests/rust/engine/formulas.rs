@@ -2,10 +2,11 @@
 
 use oxmerge::dtype::DType;
 use oxmerge::error::ErrorKind;
-use oxmerge::formula::{Scope, Value, compute};
+use oxmerge::formula::{BinaryOp, Scope, UnaryOp, Value, compute};
 
 use super::{
     ArraySource, all_merged, check, inputs, merged, run_in_least_memory, settings, try_merged,
+    weights,
 };
 
 /// A slerp-like combination: coefficients from inner products over `scope`.
@@ -24,7 +25,7 @@ fn rows_of_rows() -> Value {
     let a = Value::input(0);
     let largest = Value::scalar(a.max(Scope::Row));
     let shifted = &(&a - &largest) / &Value::scalar(1000.0);
-    let exponential = shifted.unary(oxmerge::formula::UnaryOp::Exp);
+    let exponential = shifted.unary(UnaryOp::Exp);
     &exponential / &Value::scalar(exponential.sum(Scope::Row))
 }
 
@@ -338,5 +339,27 @@ fn a_panic_of_a_worker_is_told_as_a_bug() {
         assert_eq!(error.message(), "a worker of the engine panicked");
         assert!(error.parts().tensor.is_some());
         assert!(error.parts().advice.unwrap().starts_with("this is a bug in oxmerge"));
+    }
+}
+
+/// A side of a select is not computed for elements in a row of which none takes it.
+#[test]
+fn sides_of_a_select_that_nothing_takes() {
+    let count = 2048;
+    let masks = [(0.0, 0.0), (-0.0, -0.0), (1.0, 1.0), (0.0, 1.0), (0.0, f64::NAN), (2.0, 0.0)];
+    let each = |(all, one): (f64, f64)| (0..count).map(move |at| if at == 700 { one } else { all });
+    let mask: Vec<f64> = masks.into_iter().cycle().take(40).flat_map(each).collect();
+    let elements = mask.len() as u64;
+    let values = [weights(elements, 1), weights(elements, 2)];
+    let inputs = [&mask, &values[0], &values[1]].map(|each| ArraySource::new(each, DType::F32));
+    let [mask, a, b] = [0, 1, 2].map(Value::input);
+    let deep = |x: &Value| &(&(x + x).unary(UnaryOp::Exp) * &b) - &(x * x);
+    let both = mask.select(&deep(&a), &deep(&b));
+    let shared = deep(&a);
+    let nested = mask.select(&a, &a.binary(BinaryOp::Greater, &b).select(&shared, &deep(&both)));
+    for formula in [&both, &nested, &(&nested * &shared), &mask.select(&nested, &both)] {
+        check::<f32>(formula, &[elements], &inputs, DType::F32);
+        let sum = Value::scalar(formula.sum(Scope::Row));
+        check::<f32>(&(&a + &sum), &[elements / 512, 512], &inputs, DType::F32);
     }
 }

@@ -36,7 +36,7 @@ pub struct Cuts {
 #[derive(Clone, Copy)]
 struct Cut {
     key: i32,
-    /// What is greater is kept, unless `MIXED`.
+    /// What is greater is kept.
     below: i32,
     end: usize,
 }
@@ -62,8 +62,12 @@ struct Tallies {
 
 impl Cut {
     fn new(key: u64, end: usize, count: usize) -> Self {
-        // No magnitude has a key below that of zero.
-        let key = i32::from_key(key).clamp(-1, NAN);
+        // No magnitude has a key below that of zero, or between those of infinity and NaN.
+        let key = i32::from_key(key).max(-1);
+        if key >= NAN && key < i32::MAX {
+            return Self { key: NAN + 1, below: NAN - 1, end };
+        }
+        let key = key.min(NAN);
         Self { key, below: if end >= count { key - 1 } else { key }, end }
     }
 
@@ -71,11 +75,7 @@ impl Cut {
     #[inline(always)]
     #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
     fn keeps<const MIXED: bool>(self, at: usize, bits: i32) -> bool {
-        if MIXED {
-            (bits > self.key) | ((bits == self.key) & (at < self.end))
-        } else {
-            bits > self.below
-        }
+        (bits > self.below) | (MIXED & (bits == self.key) & (at < self.end))
     }
 }
 
@@ -125,7 +125,7 @@ impl<F: Format, const MIXED: bool> Bracket<'_, F, MIXED> {
     #[inline(always)]
     #[expect(clippy::needless_bitwise_bool, reason = "a short circuit would become a branch")]
     fn keep(&mut self, x: &[F::Bytes], base: &[F::Bytes]) {
-        let (high, low) = (self.high.key, self.low.key);
+        let (high, low) = (self.high.key.min(NAN), self.low.key);
         let is_between = |bits| (bits > low) & (bits < high);
         for (x, base) in x.chunks(PART).zip(base.chunks(PART)) {
             let (mut found, mut count, mut any) = ([0; PART], 0, false);

@@ -64,7 +64,7 @@ impl Cut {
     fn new(key: u64, end: usize, count: usize) -> Self {
         // No magnitude has a key below that of zero, or between those of infinity and NaN.
         let key = i32::from_key(key).max(-1);
-        if key >= NAN && key < i32::MAX {
+        if (NAN..i32::MAX).contains(&key) {
             return Self { key: NAN + 1, below: NAN - 1, end };
         }
         let key = key.min(NAN);

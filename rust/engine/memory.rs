@@ -158,7 +158,8 @@ impl MemoryPlan {
         let held_room = kept_room.saturating_sub(keys).min(held.most);
         let held = held.expected.min(held_room);
         let kept_room = kept_room - held_room;
-        let worker = expected + group_bytes;
+        // Small neighbours lie partly where planning had its own.
+        let worker = expected + group_bytes / 2;
         let sample = needs.iter().map(|(need, _)| need.sample()).max().unwrap_or(0);
         let pieces_held = (workers * worker).max(sample);
         Ok(Self {

@@ -285,9 +285,7 @@ impl Need {
             } else {
                 in_steps.push(ranking.among);
                 self.rankings += 1;
-                let together = (RANKED_TOGETHER + spans.size).min(frame.elements);
-                self.worker_state.add(Amount::uncertain(KEY_BYTES * together));
-                (together, PLACED_BYTES * vector)
+                (0, PLACED_BYTES * vector)
             };
             one_ranking = one_ranking.max(DRAWN_BYTES * held + placed + BINS_BYTES);
         }
@@ -297,6 +295,10 @@ impl Need {
             in_steps.push(Among::Row);
         }
         if let Some(spans) = frame.widest(&in_steps) {
+            // Whole vectors of all rankings are ranked together.
+            let together = (RANKED_TOGETHER + spans.size).min(frame.elements);
+            let an_element = self.rankings * KEY_BYTES + DRAWN_BYTES;
+            self.worker_state.add(Amount::uncertain(an_element * together));
             self.edge = self.edge.max(2 * spans.size);
             self.least_step = self.least_step.max(spans.least_step());
         }

@@ -307,6 +307,9 @@ impl Reader<'_> {
                 Built::Value(self.value(of)?.picked_by_rank(among(every), pick))
             }
             Node::RandomByRank { of, lowest, highest, stream, every } => {
+                if [lowest, highest].iter().any(|each| !(0.0..=1.0).contains(each)) {
+                    return Err(Error::plan("a probability lies from 0 to 1"));
+                }
                 let pick = Pick::Random { lowest, highest, stream };
                 Built::Value(self.value(of)?.picked_by_rank(among(every), pick))
             }

@@ -62,7 +62,8 @@ pub enum Picked<'a> {
 pub struct Ranker<O> {
     level: Level,
     bounds: Bounds,
-    bins: Bins,
+    /// Made when draws are first bounded by ranks.
+    bins: Option<Bins>,
     // One of several vectors that lie interleaved.
     vector: Vec<O>,
     draws: Vec<u32>,
@@ -72,7 +73,7 @@ pub struct Ranker<O> {
 impl<O: Ordinal> Ranker<O> {
     /// With the kernels of a level.
     pub fn new(level: Level) -> Self {
-        let (bounds, bins) = (Bounds::default(), Bins::default());
+        let (bounds, bins) = (Bounds::default(), None);
         Self { level, bounds, bins, vector: Vec::new(), draws: Vec::new(), kept: Vec::new() }
     }
 
@@ -120,7 +121,7 @@ impl<O: Ordinal> Ranker<O> {
             Picked::Largest(count) => self.level.run(Largest { ordinals, count, kept }),
             Picked::Random { lowest, highest, draws } => {
                 self.bounds.set(ordinals.len(), lowest, highest);
-                let (bounds, bins) = (&self.bounds, &mut self.bins);
+                let (bounds, bins) = (&self.bounds, self.bins.get_or_insert_default());
                 if !self.level.run(Random { ordinals, draws, bounds, kept, bins }) {
                     let mut order: Vec<usize> = (0..ordinals.len()).collect();
                     order.sort_unstable_by_key(|&at| (std::cmp::Reverse(ordinals[at]), at));
@@ -399,7 +400,6 @@ struct Bins {
 impl Default for Bins {
     fn default() -> Self {
         let (slots, earlier, open) = (Vec::new(), Vec::new(), Vec::new());
-        // Pages that a short vector has no use for stay untouched.
         let table = || vec![0; TABLE].try_into().expect("a table of that length");
         let (counts, limits) = ([table(), table()], [table(), table()]);
         Self { slots, earlier, counts, starts: table(), limits, open }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.request
 from contextlib import closing, contextmanager
@@ -41,6 +42,22 @@ def of_google(application: Application) -> Application:
     return answer
 
 
+_numbers = itertools.count()
+
+
+def of_its_own(application: Application) -> Application:
+    """Have a bucket that no other server has: all servers of a process share what they keep."""
+    name = f"/bucket-{next(_numbers)}"
+
+    def answer(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        for place in ("PATH_INFO", "RAW_URI", "REQUEST_URI"):
+            if environ.get(place, "").startswith("/bucket"):
+                environ[place] = name + environ[place].removeprefix("/bucket")
+        return application(environ, start)
+
+    return answer
+
+
 @contextmanager
 def serve(*, lists: bool = True, google: bool = False) -> Iterator[str]:
     """Serve a bucket that is called so; yield the address."""
@@ -48,11 +65,11 @@ def serve(*, lists: bool = True, google: bool = False) -> Iterator[str]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    assert server._server is not None
+    server._server.app = of_its_own(server._server.app)
     if not lists:
-        assert server._server is not None
         server._server.app = refusing_lists(server._server.app)
     if google:
-        assert server._server is not None
         server._server.app = of_google(server._server.app)
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"

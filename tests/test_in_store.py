@@ -157,6 +157,16 @@ def test_models_in_the_store_of_google(
     assert all(data == whole["metagpt"][name] for name, data in found.items() if name not in told)
 
 
+def test_servers_share_nothing(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no test finds what another has left: those of a process share what they keep."""
+    Objects.at(output).put("left", b"here")
+    with s3_server.serve() as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        stores._open.cache_clear()
+        assert not Objects.at(output).files()
+    stores._open.cache_clear()
+
+
 def test_one_run_makes_all(tmp_path: Path, models: Path, whole: Any, output: str) -> None:
     oxmerge.merge(models / "metagpt.yml", output, shard_size=SHARD, seed=5)
     assert fetched(output, tmp_path / "out") == whole["metagpt"]
@@ -209,6 +219,24 @@ def test_two_runs_complete_the_output(
     Objects.at(output).put(".parts.oxmerge-partial/plan", b"{}")
     assert make(recipe, output, 2, 2).files == 0
     assert fetched(output, tmp_path / "out") == whole["linear"]
+
+
+@pytest.mark.parametrize("begins", ["join", "_fetch_numbers"])
+def test_an_output_is_completed_while_a_part_begins(
+    models: Path, output: str, monkeypatch: pytest.MonkeyPatch, begins: str
+) -> None:
+    """Begun again by whoever places parts, it finds nothing left to do."""
+    for part in (1, 2):
+        make(models / "metagpt.yml", output, part, 2)
+    begin = getattr(in_store._Output, begins)
+
+    def after_another(*arguments: Any) -> Any:
+        monkeypatch.setattr(in_store._Output, begins, begin)
+        assert oxmerge.finish(output).files == FILES
+        return begin(*arguments)
+
+    monkeypatch.setattr(in_store._Output, begins, after_another)
+    assert make(models / "metagpt.yml", output, 2, 2).files == 0
 
 
 def test_sweeps_are_waited_for_so_long(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -29,8 +30,8 @@ from oxmerge import cli, merging, parts
 from oxmerge.errors import OutputError, PlanError, UnsupportedError, WaitsForOthersError
 from oxmerge.options import RunOptions
 from oxmerge.output import publish
-from oxmerge.output.claims import claim, claimed
-from oxmerge.output.part_files import PartFiles, shards_of_parts
+from oxmerge.output.claims import BusyError, claim, claimed
+from oxmerge.output.part_files import PartFiles, Purpose, shards_of_parts
 from oxmerge.output.publish import PARTS_NAME
 from oxmerge.parts import shared_folder
 from oxmerge.sweeping import variants
@@ -604,6 +605,71 @@ def test_a_part_is_begun_again_when_the_output_is_complete(tmp_path: Path, model
     (output / f"model-00001-of-{FILES:05}.safetensors").unlink()
     with pytest.raises(FileExistsError):
         make(copied, output, 2, 2)
+
+
+def test_what_one_machine_knows_more_of_an_input(models: Path) -> None:
+    """One has it from the Hub, with its ETag, the other as a copy: it is the same merge."""
+    copy = Purpose.of(oxmerge.plan(models / "linear.yml"), 2)
+    hub = replace(copy, marks=tuple(marks | {"ETag": "0" * 40} for marks in copy.marks))
+    other = replace(hub, marks=tuple({**marks, "sample": "0" * 32} for marks in copy.marks))
+    each = (copy, hub, other)
+    same = [[one.is_sealed(seal.seal()) for seal in each] for one in each]
+    assert same == [[True, True, False], [True, True, False], [False, False, True]]
+    damaged: Any
+    for damaged in (None, [], [None] * len(copy.marks), {}, 3):
+        assert not copy.is_sealed(copy.seal() | {"marks": damaged})
+
+
+@pytest.mark.parametrize("begins", ["shared_folder", "load_plan", "complete"])
+def test_two_runs_finish_the_output(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, begins: str
+) -> None:
+    """The later one finds that it is complete, however far it had come."""
+    output = tmp_path / "out"
+    make_all(models / "linear.yml", output, 2)
+    begin = getattr(parts, begins)
+
+    def after_another(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        assert oxmerge.finish(output).files == FILES
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(parts, begins, after_another)
+    assert oxmerge.finish(output).files == 0
+    assert not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize("wait", [0, 60])
+def test_an_output_is_completed_while_a_part_waits(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, wait: int
+) -> None:
+    """The part is not made again, though it may replace what is there."""
+    recipe, output = models / "linear.yml", tmp_path / "out"
+    make_all(recipe, output, 2)
+
+    def is_busy(*_: Any, **__: Any) -> None:
+        if not wait:
+            oxmerge.finish(output)
+        monkeypatch.setattr(parts, "share_output", publish.share_output)
+        raise BusyError("another run completes the output")
+
+    def finish(*_: Any) -> bool:
+        return oxmerge.finish(output).files == FILES
+
+    monkeypatch.setattr(parts, "share_output", is_busy)
+    monkeypatch.setattr(parts.Patience, "wait", finish)
+    assert make(recipe, output, 2, 2, wait=wait, overwrite=True).files == 0
+    assert not list(output.glob(".*"))
+
+
+def test_finishing_waits_for_no_part(tmp_path: Path, models: Path) -> None:
+    output = tmp_path / "out"
+    make_all(models / "linear.yml", output, 2)
+    with contextlib.ExitStack() as stack:
+        stack.callback(claim(output, shared=True).release)
+        with pytest.raises(BusyError):
+            oxmerge.finish(output)
+    assert oxmerge.finish(output).files == FILES
 
 
 @pytest.mark.parametrize("again", ["part", "finish"])

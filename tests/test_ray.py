@@ -17,6 +17,7 @@ import oxmerge
 import pytest
 import s3_server
 from oxmerge.errors import OxmergeError
+from oxmerge.models import stores
 from oxmerge.options import RunOptions
 from oxmerge.output.objects import Objects
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe, write_sparse
@@ -54,6 +55,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, full_disk: Path) -> Iterat
     with pytest.MonkeyPatch.context() as patch, s3_server.serve() as s3:
         for name, value in s3_server.environment(s3).items():
             patch.setenv(name, value)
+        stores._open.cache_clear()  # of other tests, at their servers
         patch.setenv("HF_HUB_CACHE", str(full))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("LD_PRELOAD", str(faults))

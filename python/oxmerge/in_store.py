@@ -144,7 +144,7 @@ def merge_in_store(
         left = [each for each, is_done in zip(all_of_them, complete, strict=True) if not is_done]
         try:
             made = iter(_merge_in_store(left, planning, running, started) if left else ())
-        except OutputError:  # unless another run has completed one meanwhile
+        except (OutputError, InputChangedError):  # unless another run has completed one meanwhile
             if complete == are_complete():
                 raise
         else:

@@ -8,6 +8,7 @@ parts are made, one process completes the output as any merge does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -79,11 +81,12 @@ from oxmerge.stages import Order
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any
+    from typing import Any, TypeVar
 
     from oxmerge.planning.plans import Plan
     from oxmerge.torch_backend import Backend
 
+    T = TypeVar("T")
     PathLike = str | os.PathLike[str]
     #: What a merge in parts lacks, of which a run is to make one, and which parts no run makes.
     Lacks = Callable[
@@ -138,7 +141,7 @@ def merge_parts(
             with watched(running.progress) as callback:
                 options = replace(running, progress=callback or False)
                 made = iter(_merge_parts(shared.only(left), planning, options, started))
-        except FileExistsError:  # unless another run has completed one meanwhile
+        except (FileExistsError, BusyError):  # unless another run has completed one meanwhile
             if complete == shared.are_complete(running):
                 raise
         else:
@@ -365,6 +368,20 @@ class Patience:
         self._progress = running.progress if callable(running.progress) else None
         self._total = total
 
+    def until_free(
+        self, call: Callable[[], T], what: str, is_worth_it: Callable[[], bool] = lambda: True
+    ) -> T:
+        """Return what a call returns once it finds no other run there; wait for `what` till then.
+
+        BusyError if it was waited long enough, or is not worth it.
+        """
+        while True:
+            try:
+                return call()
+            except BusyError:
+                if not is_worth_it() or not self.wait(what):
+                    raise
+
     def wait(self, what: str) -> bool:
         """Wait a moment for `what`; False if it was waited long enough."""
         if time.monotonic() >= self._until:
@@ -448,38 +465,29 @@ def _join(
     """Share an output with the other parts until the stack ends, as the only run of this one."""
     plan, directory = merge
     patience = Patience(running, plan.bytes_written)
-    while True:
-        try:
-            output = share_output(
-                directory,
-                overwrite=running.overwrite,
-                input_files=plan.all_input_files,
-                names=contents_of(plan).names,
-            )
-            break
-        except BusyError:
-            if not Path(directory, PARTS_NAME).exists():  # a merge that is not in parts
-                raise
-            if not patience.wait("the run that completes the output"):
-                raise
+    # A merge that is not in parts has no such folder, and takes longer than anyone waits.
+    has_parts = Path(directory, PARTS_NAME).exists
+
+    def share() -> OutputDirectory:
+        # Who completes it may have done so since it was looked, or while this run waited.
+        if not running.fresh and not has_parts() and is_complete(plan, Path(directory), purpose):
+            raise FileExistsError(errno.EEXIST, "a model that is complete", os.fspath(directory))
+        return share_output(
+            directory,
+            overwrite=running.overwrite,
+            input_files=plan.all_input_files,
+            names=contents_of(plan).names,
+        )
+
+    output = patience.until_free(share, "the run that completes the output", has_parts)
     stack.callback(output.claim.release)
     files = stack.enter_context(shared_folder(output.path, *part))
-    _lock(stack, files, patience)
+    patience.until_free(
+        lambda: stack.enter_context(files.locked()), f"another run of part {files.part}"
+    )
     files.join(purpose)
     files.save(plan)
     return output, files
-
-
-def _lock(stack: contextlib.ExitStack, files: PartFiles, patience: Patience) -> None:
-    """Be the only run of a part, when another has ended that makes it; BusyError if none does."""
-    while True:
-        try:
-            stack.enter_context(files.locked())
-        except BusyError:
-            if not patience.wait(f"another run of part {files.part}"):
-                raise
-        else:
-            return
 
 
 def after_earlier(
@@ -568,7 +576,7 @@ def _lacks(
     if left:
         return shown(left), free
     with contextlib.suppress(BusyError, NoPartsError):
-        complete(plan, parts, path, planning, running, time.perf_counter())
+        complete(plan, parts, path, planning, replace(running, wait=0), time.perf_counter())
     return "" if last.exists() else "the end, which another run makes", []
 
 
@@ -669,7 +677,8 @@ def finish(
     Raises
     ------
     OutputError
-        If a part is not made, or a run makes one now; or if there are none.
+        If a part is not made, or a run makes one now, which is not waited for; or if there are
+        none.
     PlanError
         If elements of the output are not finite though all inputs are.
     InputChangedError, OSError
@@ -687,26 +696,34 @@ def finish(
     path = named(directory)
     planning = PlanOptions(strict=strict)
     running = RunOptions(
-        overwrite=overwrite, hash_inputs=hash_inputs, allow_nonfinite=allow_nonfinite
+        overwrite=overwrite, hash_inputs=hash_inputs, allow_nonfinite=allow_nonfinite, wait=0
     )
     if is_address(os.fspath(directory)):
         from oxmerge.in_store import finish_in_store  # noqa: PLC0415 - it needs this module
 
         return finish_in_store(directory, planning, running, allow_methods, started)
-    is_sealed = bool(read_object(path / REPORT_NAME).get("parts"))
-    if is_sealed and is_just_complete(path):
+    if _is_finished(path):
         return nothing_left(directory)
-    parts = parts_in(path)
-    if parts:  # told before another run that makes one
-        with shared_folder(path, 1, parts) as files:
+    try:
+        parts = parts_in(path)
+        if not parts:
+            raise no_parts(path, is_model=(path / MANIFEST_NAME).exists())
+        with shared_folder(path, 1, parts) as files:  # told before another run that makes one
             _made_by_all(files)
-    else:
-        is_model = (path / MANIFEST_NAME).exists()
-        if is_model and is_sealed:
-            return nothing_left(directory)
-        raise no_parts(path, is_model=is_model)
-    plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
-    return complete(plan, parts, path, planning, running, started)
+        plan = load_plan(path / PARTS_NAME / PLAN_NAME, allow_methods=allow_methods)
+        return complete(plan, parts, path, planning, running, started)
+    except (OutputError, OSError):  # unless another run has completed it meanwhile
+        if not _is_finished(path):
+            raise
+    return nothing_left(directory)
+
+
+def _is_finished(path: Path) -> bool:
+    """Tell whether an output was made in parts, and has nothing left of them to complete."""
+    if not read_object(path / REPORT_NAME).get("parts"):
+        return False
+    # What says the first goes last: so one of both holds while the parts are removed.
+    return is_just_complete(path) or (not parts_in(path) and (path / MANIFEST_NAME).exists())
 
 
 def check_parts(plans: Sequence[Plan], parts: int) -> None:
@@ -817,22 +834,19 @@ def complete(
         contents = contents_of(plan)
         weights = sum(size for _, size in plan.shards)
         patience = Patience(running, plan.bytes_written)
-        while True:
-            try:
-                output = prepare_output(
-                    path,
-                    overwrite=running.overwrite,
-                    input_files=plan.input_files,
-                    needed_bytes=plan.disk - weights,
-                    names=contents.names,
-                    purpose=digest,
-                    resume=True,
-                    parts=True,
-                )
-                break
-            except BusyError:  # runs of parts that are about to end share it
-                if not patience.wait("runs of parts to end"):
-                    raise
+        take = partial(
+            prepare_output,
+            path,
+            overwrite=running.overwrite,
+            input_files=plan.input_files,
+            needed_bytes=plan.disk - weights,
+            names=contents.names,
+            purpose=digest,
+            resume=True,
+            parts=True,
+        )
+        # Runs of parts that are about to end share it.
+        output = patience.until_free(take, "runs of parts to end")
         try:
             made = _made_by_all(files)
             states = _find_all(plan, digest, files, made, output)

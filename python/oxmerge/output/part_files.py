@@ -183,15 +183,17 @@ class Purpose:
         """Return what other parts read."""
         return asdict(self)
 
-    def seal(self) -> dict[str, str]:
+    def seal(self) -> dict[str, Any]:
         """Return what a complete output keeps of this: digests, since outputs are published.
 
         In how many parts it was made is not in them.
         """
         about = {name: said for name, said in parsed(self.key).items() if name != "parts"}
-        marks = [each.get("ETag") or each.get("sample") for each in self.marks]
         return {
-            "merge": _digest(about, marks),
+            "merge": _digest(about),
+            "marks": [
+                {kind: _digest(kind, mark) for kind, mark in each.items()} for each in self.marks
+            ],
             "place": _digest(self.machine, self.paths),
             "states": _digest(self.states),
         }
@@ -200,10 +202,15 @@ class Purpose:
         """Tell whether an output was made of this, and of inputs as they are here now."""
         if not isinstance(seal, dict):
             return False
-        own = self.seal()
+        own, marks = self.seal(), seal.get("marks")
         is_same_place = seal.get("place") == own["place"]
         known = ("merge", "states") if is_same_place else ("merge",)
-        return all(seal.get(name) == own[name] for name in known)
+        return (
+            all(seal.get(name) == own[name] for name in known)
+            and isinstance(marks, list)
+            and len(marks) == len(self.marks)
+            and all(map(_agree, own["marks"], marks))
+        )
 
     def check_same(self, story: Mapping[str, Any], part: int, directory: str) -> None:
         """Raise OutputError unless what another part has written down says the same."""
@@ -232,8 +239,7 @@ class Purpose:
         for at, path in enumerate(self.paths):
             file, other_file = mine["inputs"][at], theirs["inputs"][at]
             marks, other_marks = self.marks[at], other.marks[at]
-            known = marks.keys() & other_marks.keys()
-            if file != other_file or any(marks[kind] != other_marks[kind] for kind in known):
+            if file != other_file or not _agree(marks, other_marks):
                 raise OutputError(
                     f"the input `{file[0]}` is another file than part {part} has",
                     file=path,
@@ -276,6 +282,13 @@ def _marks(file: Mapping[str, Any]) -> dict[str, str]:
     etag = etag_of(file)
     marks = {} if etag is None else {"ETag": etag}
     return marks if "remote" in file else marks | {"sample": _sample(file["path"], file["size"])}
+
+
+def _agree(marks: Mapping[str, str], others: object) -> bool:
+    """Tell whether marks of an input are the same, of those kinds that both machines have."""
+    if not isinstance(others, dict):
+        return False
+    return all(marks[kind] == others[kind] for kind in marks.keys() & others.keys())
 
 
 def _sample(path: str, size: int) -> str:
@@ -335,7 +348,7 @@ def join(keys: Keys, name: str, purpose: Purpose, story: Mapping[str, Any]) -> N
 
 def seal_of(
     stories: Mapping[str, tuple[int, Mapping[str, Any]]], key: str
-) -> dict[str, str] | None:
+) -> dict[str, Any] | None:
     """Return the seal of what runs of that key made; None if none has written down what it is."""
     purposes = (Purpose.read(story) for _, story in stories.values())
     return next((each.seal() for each in purposes if each and each.key == key), None)
@@ -526,7 +539,9 @@ class PartFiles:
 
 def parts_in(directory: Path) -> int:
     """Return how many parts the merge has of which some were made in an output; 0 if none was."""
-    names = os.listdir(directory / PARTS_NAME) if (directory / PARTS_NAME).is_dir() else []
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(directory / PARTS_NAME)
     for name in names:
         match = KEY.fullmatch(name)
         if match:

@@ -100,6 +100,16 @@ SAME = {
             "- {model: b, parameters: {weight: 3}}\n"
         ),
     ),
+    "a base of one's own that has the method": (
+        (
+            "x-base: &base {merge_method: linear, dtype: bfloat16}\nx-parameters: &x {weight: 2}\n"
+            "<<: *base\nmodels: [{model: a, parameters: *x}, {model: b, parameters: *x}]\n"
+        ),
+        (
+            "merge_method: linear\ndtype: bfloat16\n"
+            "models: [{model: a, parameters: {weight: 2}}, {model: b, parameters: {weight: 2}}]\n"
+        ),
+    ),
     "keys of one's own that are called alike": (
         (
             "const: &m a\nconst: &n b\nconst: &unused 1\nenv: &env\n  parameters: {weight: 2}\n"

@@ -190,6 +190,12 @@ def test_a_cluster_that_cannot_be_connected_to(
             with pytest.raises(OxmergeError, match="at this address") as caught:
                 oxmerge.merge(recipe, tmp_path / "out", ray=address)
     assert "Connection refused" in str(caught.value.found)
+    for host in ("head..node", "h" * 64):  # no names of hosts
+        with monkeypatch.context() as context:
+            context.setattr(ray, "is_initialized", lambda: False)
+            with pytest.raises(OxmergeError, match="at this address") as caught:
+                oxmerge.merge(recipe, tmp_path / "out", ray=f"{host}:6379")
+        assert str(caught.value.found).startswith(f"{host}:6379: ")
 
     def refuse(**_: Any) -> None:
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 1.0.0")

@@ -22,7 +22,7 @@ from disks import small_disk
 from faults import VERBS
 from oxmerge import _core, cli
 from oxmerge.demo_hub import HubServer, Model, serving
-from oxmerge.output.resume import RESUME_NAME
+from oxmerge.output.resume import RESUME_NAME, check_same, keys_of
 from range_server import serve
 from writers import directory_bytes, random_arrays, tuned, write_model, write_recipe
 
@@ -240,6 +240,25 @@ def test_another_recipe_is_refused_with_what_differs(
     with pytest.raises(oxmerge.OutputError) as caught:
         oxmerge.merge(text.replace(old, new), tmp_path / "out", **OPTIONS)
     assert told.format(models) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (2, "found normalize 2 or 3"),
+        (10_000, "expected the parameters, slices, tensors and tokens"),
+    ],
+)
+def test_parameters_in_a_journal_are_told_if_a_run_writes_as_many(
+    models: Path, count: int, told: str
+) -> None:
+    (key,) = keys_of([oxmerge.plan(models / "task.yml")])
+    story = json.loads(key)
+    settings = [story["settings"][0] | {"normalize": at + 2} for at in range(count)]
+    journal = json.dumps(story | {"settings": settings, "plan": "another"})
+    with pytest.raises(oxmerge.OutputError) as caught:
+        check_same(journal, key, models)
+    assert told in str(caught.value)
 
 
 def test_a_recipe_is_another_by_where_its_parameters_act(

@@ -61,7 +61,8 @@ def test_an_average_by_them_is_refused(tmp_path: Path, models: Path, weights: An
     ):
         with pytest.raises(PlanError, match="the weights sum to zero") as caught:
             act()
-        assert str(caught.value).endswith("change a weight, or set `normalize: false`")
+        # Warnings of a weight that is far off may follow.
+        assert "change a weight, or set `normalize: false`" in str(caught.value)
     sum_of = oxmerge.merge_tensors("linear", arrays, weight=weights, normalize=False)
     assert np.all(np.abs(sum_of) <= 1)
 

@@ -263,7 +263,9 @@ class FactorPlan:
         targets: set[str] = set()
         for raw in (adapter.config.raw for adapter in self.adapters):
             listed = raw.get("target_modules")
-            if not isinstance(listed, list) or any(map(raw.get, _NARROWING)):
+            # One layer may be named by its number alone, which may be 0.
+            is_narrowed = any(raw.get(key) not in (None, []) for key in _NARROWING)
+            if is_narrowed or not isinstance(listed, list):
                 return set(modules)
             targets.update(each for each in listed if isinstance(each, str))
         fit = all(not targets.isdisjoint(endings(module)) for module in modules)

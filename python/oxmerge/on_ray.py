@@ -98,7 +98,10 @@ def merge_on_ray(
 
 
 def _is_complete(plan: Plan, place: str) -> bool:
-    purpose = Purpose.of(plan, 1)
+    try:
+        purpose = Purpose.of(plan, 1)
+    except OSError:  # an input is gone: the nodes say whether they have it
+        return False
     if is_address(place):
         return is_complete_in_store(plan, Objects.at(place), purpose)
     return is_complete(plan, Path(place), purpose)
@@ -152,10 +155,10 @@ def _check_address(address: str) -> None:
     if None not in where:
         try:
             socket.create_connection(where, timeout=_SECONDS_TO_CONNECT).close()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the latter for what cannot be a host's name
             raise OxmergeError(
                 "there is no Ray cluster at this address",
-                found=f"{address}: {error.strerror or error}",
+                found=f"{address}: {getattr(error, 'strerror', None) or error}",
                 advice="name the head node of the cluster and its port, 6379 unless "
                 "`ray start --head` was told another",
             ) from error

@@ -127,7 +127,7 @@ class _RecipeReader(ExtensionReader):
             message, advice = other
             self.fault(place, message, code="not-a-recipe", advice=advice)
             return Recipe("")
-        for key, value in raw.items():
+        for key, value in raw.items() if "merge_method" not in raw else ():
             if key not in _TOP_KEYS and is_mapping(value) and "merge_method" in value:
                 message = f"the recipe stands below `{show_key(key)}`"
                 advice = "take that line out, and write the others without their indent"

@@ -32,8 +32,8 @@ __all__ = [
 
 #: Letters of a value that a message shows.
 _SHOWN = 60
-#: From how much of a key on it is a slip for another, of 1.
-_SLIP = 0.85
+#: From how much of a key on it is a slip for another, of 1: one letter of five may be another.
+_SLIP = 0.8
 #: Stands for a value that a message has no need of.
 _UNSAID = object()
 
@@ -197,7 +197,9 @@ class KeyReader:
             return False
         others = known | _NEVER_ACTS.keys() | _ACTS_IN.keys()
         unknown = (each for each in raw if isinstance(each, str) and each not in others)
-        return any(near(each, known, 1) == [key] for each in unknown)
+        return any(
+            near(each, known, 1) == [key] and not _is_own(each, raw, known) for each in unknown
+        )
 
     def no_effect(self, place: Place, message: str, advice: str) -> None:
         """Take down that something at a place has no effect."""
@@ -216,13 +218,16 @@ def without_effect(key: object) -> tuple[str, str] | None:
 def _is_own(key: object, raw: Mapping[str, object], known: frozenset[str]) -> bool:
     """Tell whether a key is the recipe's own: what stands there is for aliases to refer to.
 
-    It is not if it looks like a slip for one that is missing.
+    It is not if it looks like a slip for one that is missing. What begins with `x-` is none.
     """
     if key not in getattr(raw, "own", {}):
         return False
+    if str(key).startswith("x-"):
+        return True
     from difflib import get_close_matches  # noqa: PLC0415 - few recipes need it
 
-    return not get_close_matches(str(key), known - raw.keys(), n=1, cutoff=_SLIP)
+    word = str(key).casefold()
+    return not get_close_matches(word, known - raw.keys(), n=1, cutoff=_SLIP)
 
 
 def _correction(key: str, known: frozenset[str]) -> str | None:

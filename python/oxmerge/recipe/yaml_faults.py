@@ -25,7 +25,6 @@ _SLIPS = (
     (re.compile(r"^\s*[\u2010-\u2015\u2022]"), "another sign than `-` before it", "write `- `"),
     (re.compile(r"^\s*(```|~~~)"), "a fence of Markdown", "take out the lines that begin so"),
     (re.compile(r"^\s*-[^\W\d]"), "no space behind its dash", "write `- `"),
-    (re.compile(r"^\s*(```|~~~)"), "a fence of Markdown", "take out the lines with it"),
     (re.compile(r"^\s*\*\*|\]\(https?:"), "marks of Markdown", "write the text without them"),
     (re.compile(r"^\s*\*\s"), "another sign than `-` before it", "write `- `"),
     (re.compile(r"^\s*>\s"), "the mark of a quotation", "take out the `>` of each line"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 
 from oxmerge.methods import DIALECT_PARAMETERS, IDLE_PARAMETERS
 from oxmerge.problems import Problem, did_you_mean, near
@@ -52,6 +53,7 @@ _COMMENT = re.compile(rf"({_NUMBER.pattern})\s*(#|//)", re.ASCII)
 _SEVERAL = re.compile(rf"[\s\[(]*{_NUMBER.pattern}(?:[\s,;]+{_NUMBER.pattern})+[\s\])]*", re.ASCII)
 #: Codes of what is told of keys when a recipe is read.
 _FAULTS = frozenset(("unknown-key", "wrong-value"))
+_MOST_FAULTS = 100
 #: Percent that make a whole.
 _PERCENT = 100
 
@@ -424,9 +426,9 @@ def _misspelt(
     names = [parameter.name for parameter in parameters]
     of_levels = {"", where.path if where else ""}
     faulty = (each.where.path for each in findings.problems if each.code in _FAULTS and each.where)
-    keys = [
-        key for level, _, key in (path.rpartition(".") for path in faulty) if level in of_levels
-    ]
+    # Of many faults the first ones will do: each model asks again. Items of a list have no name.
+    parted = (path.rpartition(".") for path in islice(faulty, _MOST_FAULTS))
+    keys = [key for level, _, key in parted if level in of_levels and not key.endswith("]")]
     if any(near(key, [*names, "parameters"], 1) == ["parameters"] for key in keys):
         return {*names}
     reported = {each.where for each in findings.problems if each.code == "unknown-parameter"}

@@ -130,26 +130,15 @@ CASES: dict[str, tuple[Callable[[], Arrays], dict[str, Any], str]] = {
         "`use_rslora` is true or false: found `1`",
     ),
     "a switch": (lambda: SOUND, config(use_dora="yes"), "`use_dora` is true or false"),
-    "a slow pattern": (
-        lambda: SOUND,
-        config(rank_pattern={"(a+)+(b*)*": 2}),
-        "takes too long to match",
-    ),
-    "a repeated repetition": (
-        lambda: SOUND,
-        config(rank_pattern={"(.*)*x": 2}),
-        "takes too long to match",
-    ),
-    "repeated branches": (
-        lambda: SOUND,
-        config(alpha_pattern={"(a|aa)+x": 2}),
-        "takes too long to match",
-    ),
-    "a blank before a repetition": (
-        lambda: SOUND,
-        config(alpha_pattern={"(?x:(.*) *)y": 2}),
-        "takes too long to match",
-    ),
+    **{
+        of: (lambda: SOUND, config(**{key: {pattern: 2}}), "takes too long to match")
+        for of, key, pattern in [
+            ("a slow pattern", "rank_pattern", "(a+)+(b*)*"),
+            ("a repeated repetition", "rank_pattern", "(.*)*x"),
+            ("repeated branches", "alpha_pattern", "(a|aa)+x"),
+            ("a blank before a repetition", "alpha_pattern", "(?x:(.*) *)y"),
+        ]
+    },
     "a name of many letters": (
         lambda: SOUND | {f"{'a' * 5000}.lora_A.weight": np.ones((2, 8), np.float32)},
         config(rank_pattern={r".*\..*x": 4}),
